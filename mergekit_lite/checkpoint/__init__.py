@@ -1,0 +1,6 @@
+"""Checkpoints: the only code that opens an input weight file."""
+
+from mergekit_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+
+__all__ = ["Checkpoint", "TensorSpec", "WeightFile", "open_checkpoint"]

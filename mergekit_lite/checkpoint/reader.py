@@ -1,0 +1,116 @@
+"""Read elements of tensors into buffers: the one call by which everything above gets weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reader:
+    """Keeps the files of checkpoints open and fills buffers from them. Safe to use from many threads at once.
+
+    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays what the
+    buffers are.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
+        """Fill ``out`` with the elements ``start …`` of a tensor, counted in row-major order.
+
+        Args:
+            spec: the tensor.
+            start: index of the first element.
+            out: 1-D contiguous CPU tensor of ``spec.dtype``; its length says how many elements.
+
+        Raises:
+            RunError: the file can't be read, or ends before its header says it does.
+        """
+        if spec.scale is not None:
+            from mergekit_lite.checkpoint.quantised import dequantise
+
+            dequantise(self, spec, start, out)
+        elif spec.strides is not None:
+            self._read_strided(spec, start, out)
+        else:
+            self._fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), bytes_of(out), spec.name)
+
+    def prefetch(self, spec: TensorSpec, start: int, count: int) -> None:
+        """Tell the kernel that these elements are wanted soon."""
+        if hasattr(os, "posix_fadvise") and spec.strides is None:
+            size = dtypes.size(spec.stored_dtype)
+            os.posix_fadvise(
+                self._descriptor(spec.file), spec.offset + start * size, count * size, os.POSIX_FADV_WILLNEED
+            )
+
+    def _descriptor(self, path: Path) -> int:
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
+            with self._lock:
+                if path not in self._descriptors:
+                    try:
+                        self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    except OSError as error:
+                        raise RunError(f"{path}: can't be read: {error.strerror}") from error
+                descriptor = self._descriptors[path]
+        return descriptor
+
+    def _fill(self, path: Path, offset: int, buffer: memoryview, name: str) -> None:
+        descriptor = self._descriptor(path)
+        while buffer:
+            try:
+                got = os.preadv(descriptor, [buffer], offset)
+            except OSError as error:
+                raise RunError(f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}") from error
+            if got == 0:
+                raise RunError(
+                    f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes on at "
+                    f"byte {offset:,}. It was cut short while it was read."
+                )
+            offset, buffer = offset + got, buffer[got:]
+
+    def _read_strided(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
+        """A tensor that is not laid out row by row: read the span its elements lie in, and pick them."""
+        import torch
+
+        assert spec.strides is not None
+        index = torch.arange(start, start + out.numel())
+        position = torch.zeros_like(index)
+        for length, stride in zip(reversed(spec.shape), reversed(spec.strides), strict=True):
+            position += index % length * stride
+            index = index // length
+        for part in range(0, out.numel(), STRIDED_PART):
+            wanted = position[part : part + STRIDED_PART]
+            first, last = int(wanted.min()), int(wanted.max())
+            span = torch.empty(last - first + 1, dtype=out.dtype)
+            self._fill(spec.file, spec.offset + first * out.element_size(), bytes_of(span), spec.name)
+            out[part : part + STRIDED_PART] = span[wanted - first]
+
+
+STRIDED_PART = 4096
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    import torch
+
+    return memoryview(tensor.view(torch.uint8).numpy())

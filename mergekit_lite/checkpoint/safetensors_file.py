@@ -1,0 +1,122 @@
+"""The header of a ``.safetensors`` file, checked in full before anything in it is believed.
+
+The format: 8 bytes little-endian header length, a JSON object (name → dtype, shape, begin and end offset), then the data without
+holes. See https://github.com/huggingface/safetensors (format section).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+from mergekit_lite.errors import CheckpointError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_DIMENSIONS = 16
+MAX_BYTES = 2**63 - 1
+
+
+def read_header(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], dict[str, str]]:
+    """Read and check one file's header.
+
+    Returns:
+        The file's identity, its tensors by name in the order of their bytes, and the free-form metadata.
+
+    Raises:
+        CheckpointError: the header is longer than the file or than 100 MB, is not the JSON object it should be, names a tensor
+            twice, or its dtypes, shapes and offsets don't add up to exactly the data that is there.
+    """
+    try:
+        with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            if total < LENGTH_BYTES or length > total - LENGTH_BYTES:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file, or cut short: its header should take {length:,} bytes, "
+                    f"the file has {total:,}. Download it again."
+                )
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: its header claims {length:,} bytes; more than {MAX_HEADER_BYTES:,} is refused. "
+                    "This is no real checkpoint."
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    entries = _parse(path, raw)
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    start = LENGTH_BYTES + length
+    specs = [_spec(path, name, entry, start) for name, entry in entries.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    _check_tiling(path, specs, start, total)
+    return WeightFile.identify(path, raw), {spec.name: spec for spec in specs}, metadata
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{path}: its header names {twice!r} twice. The file is damaged or forged.")
+        return members
+
+    try:
+        entries = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header should be a JSON object, but is a {type(entries).__name__}.")
+    return entries
+
+
+def _metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ in its header should map text to text.")
+    return metadata
+
+
+def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name!r}: {what}. The file is damaged or forged.")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise damaged("its header entry should hold dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = dtypes.BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: dtype {code!r} is not supported. Known: {', '.join(dtypes.BY_CODE)}."
+        )
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise damaged(f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMENSIONS} sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise damaged(f"data_offsets {str(offsets)[:80]} is not a begin and an end")
+    expected = math.prod(shape) * dtype.size
+    if expected > MAX_BYTES or offsets[1] - offsets[0] != expected:
+        raise damaged(f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}")
+    return TensorSpec(name, dtype.name, tuple(shape), path, start + offsets[0])
+
+
+def _naturals(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_tiling(path: Path, specs: list[TensorSpec], start: int, total: int) -> None:
+    position = start
+    for spec in specs:
+        if spec.offset != position:
+            what = "overlaps the tensor before it" if spec.offset < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {spec.name!r} {what}. The file is damaged or forged.")
+        position += spec.nbytes
+    if position != total:
+        raise CheckpointError(
+            f"{path}: its header describes {position - start:,} bytes of data, the file holds {total - start:,}. "
+            f"{'It is cut short: download it again.' if position > total else 'The file is damaged or forged.'}"
+        )

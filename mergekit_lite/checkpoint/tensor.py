@@ -1,0 +1,85 @@
+"""What the headers tell of a checkpoint's tensors and files, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from mergekit_lite import dtypes
+from mergekit_lite.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How stored codes become values: value = code × scale, one scale for each block of the matrix.
+
+    ``block`` is the (rows, columns) that share one scale. (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row,
+    (rows, columns) one for the whole tensor.
+    """
+
+    codes: str
+    spec: TensorSpec
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor: its name, dtype and shape, and where its bytes lie.
+
+    ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is not laid
+    out row by row; ``scale`` only for one that is stored quantised, whose ``dtype`` is then the dequantised one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    strides: tuple[int, ...] | None = None
+    scale: Scale | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the bytes on disk."""
+        return self.scale.codes if self.scale else self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * dtypes.size(self.stored_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """The identity of one file of weights, taken when its header was read."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    header_digest: str
+
+    @classmethod
+    def identify(cls, path: Path, header: bytes) -> WeightFile:
+        """Note size, time and header digest of a file."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(header))
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where the file is no longer the one whose header was read."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: was readable when planned, but now: {error.strerror}") from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise CheckpointError(
+                f"{self.path}: changed since it was planned (size {self.size:,} then, {status.st_size:,} now). "
+                "Leave the inputs alone while they are read, and start again."
+            )

@@ -1,0 +1,61 @@
+"""What can go wrong, in words a user can act on.
+
+A message says what happened, where (tensor, file), what was expected and got, and what to do now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+SHOWN_PROBLEMS = 20
+
+
+class MergekitLiteError(Exception):
+    """Base of every error this package raises on purpose. The command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MergekitLiteError):
+    """The request itself is wrong (an option, a name, a path): nothing was read or written."""
+
+    exit_code = 2
+
+
+class CheckpointError(MergekitLiteError):
+    """A checkpoint can't be used: missing, damaged, hostile, or in a format that is refused by name."""
+
+
+class PlanError(MergekitLiteError):
+    """The inputs don't fit together. Carries every problem that was found, not the first."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__(listing(f"{counted(len(problems), 'problem')} in the plan, nothing was written", problems))
+
+
+class NonFiniteError(MergekitLiteError):
+    """An input holds NaN or infinity, and the run was not asked to accept that."""
+
+
+class RunError(MergekitLiteError):
+    """Reading or writing failed under way. What was finished is kept for ``--resume``."""
+
+
+def counted(number: int, noun: str) -> str:
+    """``3 tensors``, ``1 tensor``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listing(title: str, lines: Sequence[str], shown: int = SHOWN_PROBLEMS) -> str:
+    """A title and an indented list under it, cut after ``shown`` lines with a count of the rest."""
+    rest = len(lines) - shown
+    tail = [f"  - … and {rest:,} more"] if rest > 0 else []
+    return "\n".join([f"{title}:", *(f"  - {line}" for line in lines[:shown]), *tail])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known name closest to ``name``, or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
