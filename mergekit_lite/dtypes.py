@@ -63,11 +63,20 @@ def float_named(text: str) -> str:
     Raises:
         UsageError: it is none of the float dtypes.
     """
-    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32", "fp64": "float64"}
+    short = {
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "half": "float16",
+        "fp32": "float32",
+        "float": "float32",
+        "fp64": "float64",
+    }
     name = text.removeprefix("torch.").lower()
     name = short.get(name, name)
     if name not in FLOATS:
-        raise UsageError(f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}")
+        raise UsageError(
+            f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}"
+        )
     return name
 
 

@@ -22,7 +22,9 @@ STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)")
+SHARD = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)"
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,7 +75,9 @@ def inside(folder: Path, name: str) -> Path:
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     target = (root / name).resolve()
     if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-        raise CheckpointError(f"{folder / name}: is a link that leaves its folder, to {target}. Refused: put the file itself there.")
+        raise CheckpointError(
+            f"{folder / name}: is a link that leaves its folder, to {target}. Refused: put the file itself there."
+        )
     return root / name
 
 
@@ -87,14 +91,20 @@ def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
         if not isinstance(target, str) or Path(target).name != target or not target.endswith(WEIGHT_SUFFIXES)
     ]
     if bad:
-        raise CheckpointError(listing(f"{folder / index_name}: names files that are not weight files of this folder", bad))
+        raise CheckpointError(
+            listing(f"{folder / index_name}: names files that are not weight files of this folder", bad)
+        )
     return weight_map
 
 
 def _unindexed(folder: Path) -> list[str]:
     """Weight files under other than the standard names: one file, or a complete set of numbered shards."""
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes and path.name != "training_args.bin")
+        names = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in suffixes and path.name != "training_args.bin"
+        )
         if not names:
             continue
         shards = [SHARD.fullmatch(name) for name in names]
@@ -105,7 +115,10 @@ def _unindexed(folder: Path) -> list[str]:
             stem, count, suffix = sets.pop()
             return [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
         raise CheckpointError(
-            listing(f"{folder}: has no model.safetensors and several weight files; name the one that is meant", names)
+            listing(
+                f"{folder}: has no model.safetensors and several weight files; name the one that is meant",
+                names,
+            )
         )
     raise CheckpointError(
         f"{folder}: holds no weights (looked for {', '.join(STANDARD)}, or one {' / '.join(WEIGHT_SUFFIXES)} file)."

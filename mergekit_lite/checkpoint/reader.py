@@ -80,7 +80,9 @@ class Reader:
             try:
                 got = os.preadv(descriptor, [buffer], offset)
             except OSError as error:
-                raise RunError(f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}") from error
+                raise RunError(
+                    f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}"
+                ) from error
             if got == 0:
                 raise RunError(
                     f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes on at "
@@ -89,7 +91,7 @@ class Reader:
             offset, buffer = offset + got, buffer[got:]
 
     def _read_strided(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
-        """A tensor that is not laid out row by row: read the span its elements lie in, and pick them."""
+        """A tensor that is not laid out row by row: its elements are scattered, so they are picked from a mapping."""
         import torch
 
         assert spec.strides is not None
@@ -98,15 +100,10 @@ class Reader:
         for length, stride in zip(reversed(spec.shape), reversed(spec.strides), strict=True):
             position += index % length * stride
             index = index // length
-        for part in range(0, out.numel(), STRIDED_PART):
-            wanted = position[part : part + STRIDED_PART]
-            first, last = int(wanted.min()), int(wanted.max())
-            span = torch.empty(last - first + 1, dtype=out.dtype)
-            self._fill(spec.file, spec.offset + first * out.element_size(), bytes_of(span), spec.name)
-            out[part : part + STRIDED_PART] = span[wanted - first]
-
-
-STRIDED_PART = 4096
+        mapped = torch.from_file(str(spec.file), size=spec.file.stat().st_size, dtype=torch.uint8)
+        reach = 1 + int(position.max()) if len(position) else 0
+        stored = mapped[spec.offset : spec.offset + reach * out.element_size()].view(out.dtype)
+        torch.index_select(stored, 0, position, out=out)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
