@@ -6,6 +6,7 @@ and the size of an element in bytes. torch itself is imported only when a tensor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.errors import UsageError, nearest
@@ -74,18 +75,18 @@ def float_named(text: str) -> str:
     name = text.removeprefix("torch.").lower()
     name = short.get(name, name)
     if name not in FLOATS:
-        raise UsageError(
-            f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}"
-        )
+        raise UsageError(f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}")
     return name
 
 
-def working(output: str) -> str:
-    """The dtype arithmetic runs in: float32 for a 16-bit output, float64 where the output itself holds 24 bits or more.
+def working(inputs: Sequence[torch.dtype], output: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic runs in: float32 where all that goes in and comes out has 16 bits, else float64.
 
-    So the rounding to the output dtype is the only one that shows.
+    So that the rounding to the output dtype is the only one that shows.
     """
-    return "float32" if size(output) <= 2 else "float64"
+    import torch
+
+    return torch.float32 if max(dtype.itemsize for dtype in (*inputs, output)) <= 2 else torch.float64
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -22,9 +22,7 @@ STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SHARD = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)"
-)
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,20 +89,14 @@ def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
         if not isinstance(target, str) or Path(target).name != target or not target.endswith(WEIGHT_SUFFIXES)
     ]
     if bad:
-        raise CheckpointError(
-            listing(f"{folder / index_name}: names files that are not weight files of this folder", bad)
-        )
+        raise CheckpointError(listing(f"{folder / index_name}: names files that are not weight files of this folder", bad))
     return weight_map
 
 
 def _unindexed(folder: Path) -> list[str]:
     """Weight files under other than the standard names: one file, or a complete set of numbered shards."""
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        names = sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.suffix in suffixes and path.name != "training_args.bin"
-        )
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes and path.name != "training_args.bin")
         if not names:
             continue
         shards = [SHARD.fullmatch(name) for name in names]

@@ -58,9 +58,7 @@ class Reader:
         """Tell the kernel that these elements are wanted soon."""
         if hasattr(os, "posix_fadvise") and spec.strides is None:
             size = dtypes.size(spec.stored_dtype)
-            os.posix_fadvise(
-                self._descriptor(spec.file), spec.offset + start * size, count * size, os.POSIX_FADV_WILLNEED
-            )
+            os.posix_fadvise(self._descriptor(spec.file), spec.offset + start * size, count * size, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self, path: Path) -> int:
         descriptor = self._descriptors.get(path)
@@ -80,9 +78,7 @@ class Reader:
             try:
                 got = os.preadv(descriptor, [buffer], offset)
             except OSError as error:
-                raise RunError(
-                    f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}"
-                ) from error
+                raise RunError(f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}") from error
             if got == 0:
                 raise RunError(
                     f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes on at "

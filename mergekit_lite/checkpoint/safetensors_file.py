@@ -70,13 +70,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: its header is not valid JSON ({error}). Download the file again."
-        ) from error
+        raise CheckpointError(f"{path}: its header is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{path}: its header should be a JSON object, but is a {type(entries).__name__}."
-        )
+        raise CheckpointError(f"{path}: its header should be a JSON object, but is a {type(entries).__name__}.")
     return entries
 
 
@@ -95,18 +91,14 @@ def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = dtypes.BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise CheckpointError(
-            f"{path}: tensor {name!r}: dtype {code!r} is not supported. Known: {', '.join(dtypes.BY_CODE)}."
-        )
+        raise CheckpointError(f"{path}: tensor {name!r}: dtype {code!r} is not supported. Known: {', '.join(dtypes.BY_CODE)}.")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise damaged(f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMENSIONS} sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise damaged(f"data_offsets {str(offsets)[:80]} is not a begin and an end")
     expected = math.prod(shape) * dtype.size
     if expected > MAX_BYTES or offsets[1] - offsets[0] != expected:
-        raise damaged(
-            f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
-        )
+        raise damaged(f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}")
     return TensorSpec(name, dtype.name, tuple(shape), path, start + offsets[0])
 
 

@@ -57,9 +57,7 @@ def _check_container(path: Path) -> bytes:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise CheckpointError(f"{path}: is a compressed zip; torch.save never writes one. Refused.")
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-                raise CheckpointError(
-                    f"{path}: was written on a big-endian machine. Save it again on a little-endian one."
-                )
+                raise CheckpointError(f"{path}: was written on a big-endian machine. Save it again on a little-endian one.")
             return archive.read(members["data.pkl"])
     except (zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(
@@ -95,11 +93,7 @@ def _tensors(content: object) -> dict[str, torch.Tensor]:
 
     if not isinstance(content, Mapping):
         return {}
-    return {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
 def _nest_key(content: object) -> str | None:
@@ -112,11 +106,7 @@ def _nest_key(content: object) -> str | None:
 def _spec(path: Path, name: str, tensor: torch.Tensor) -> TensorSpec:
     import torch
 
-    offset = (
-        getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if tensor.layout == torch.strided
-        else None
-    )
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.layout == torch.strided else None
     dtype = dtypes.BY_NAME.get(dtypes.name_of(tensor.dtype))
     if offset is None or dtype is None or tensor.is_quantized:
         raise CheckpointError(
@@ -128,7 +118,5 @@ def _spec(path: Path, name: str, tensor: torch.Tensor) -> TensorSpec:
     spec = TensorSpec(name, dtype.name, tuple(tensor.shape), path, start, strides)
     reach = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() and start + reach * dtype.size > path.stat().st_size:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} reaches past the end of the file. It is cut short: copy it again."
-        )
+        raise CheckpointError(f"{path}: tensor {name!r} reaches past the end of the file. It is cut short: copy it again.")
     return spec

@@ -1,0 +1,5 @@
+"""`python -m mergekit_lite` is the command `mergekit-lite`."""
+
+from mergekit_lite.commands import main
+
+main(prog_name="mergekit-lite")

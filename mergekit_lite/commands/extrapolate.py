@@ -1,0 +1,189 @@
+"""``mergekit-lite extrapolate``: ExPO on two checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_lite.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergekit_lite.plan import Plan
+
+UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
+
+
+class Alphas(click.ParamType):
+    """One number, or several with commas."""
+
+    name = "A[,B…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[float, ...]:
+        """Parse the list."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(_number(part, lambda message: self.fail(message, param, context)) for part in value.split(","))
+
+
+class TensorAlpha(click.ParamType):
+    """A regular expression, an equals sign, and a number."""
+
+    name = "REGEX=A"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[str, float]:
+        """Split at the last equals sign."""
+        pattern, equals, number = value.rpartition("=")
+        if not equals:
+            self.fail(f"{value!r} should be REGEX=ALPHA, for instance 'norm=0'.", param, context)
+        return pattern, _number(number, lambda message: self.fail(message, param, context))
+
+
+class Size(click.ParamType):
+    """A number of bytes, with or without a unit."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        """Parse 5GB, 500MB, 2GiB, 1000000."""
+        digits = value.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+        unit = UNITS.get(value[len(digits) :].strip().lower())
+        try:
+            size = int(float(digits) * unit) if unit else 0
+        except (ValueError, OverflowError):
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is not a size; expected for instance 5GB, 500MB or 2GiB.", param, context)
+        return size
+
+
+def _number(text: str, fail: Any) -> float:
+    import math
+
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        fail(f"{text!r} is not a number.")
+    return number
+
+
+@click.command(
+    name="extrapolate",
+    epilog="""\b
+Examples:
+  mergekit-lite extrapolate sft.pt dpo.pt --alpha 0.3 -o boosted.pt
+  mergekit-lite extrapolate ./tulu-2-7b ./tulu-2-dpo-7b --alpha 0.5 -o ./tulu-2-dpo-7b-expo
+  mergekit-lite extrapolate ./sft ./dpo --alpha 0.1,0.3,0.5 -o './expo-{alpha}'   (one read of the inputs)
+  mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --alpha-for 'norm|embed=0' -o ./expo --dry-run
+""",
+)
+@click.argument("sft")
+@click.argument("aligned")
+@click.option("-a", "--alpha", type=Alphas(), required=True, help="How far past ALIGNED to go; 0 is ALIGNED, -1 is SFT.")
+@click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha.")
+@click.option(
+    "--alpha-for", type=TensorAlpha(), multiple=True, help="Another alpha for tensors whose name matches; first match wins."
+)
+@click.option("--include", metavar="REGEX", multiple=True, help="Extrapolate only tensors whose name matches; copy the others.")
+@click.option("--exclude", metavar="REGEX", multiple=True, help="Copy tensors whose name matches from ALIGNED.")
+@click.option(
+    "--new-rows",
+    type=click.Choice(["refuse", "copy"]),
+    default="refuse",
+    show_default=True,
+    help="Vocabulary rows that only ALIGNED has.",
+)
+@click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@click.option("--shard-size", type=Size(), help="Most bytes in one file, for instance 5GB; shards as in ALIGNED by default.")
+@click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, read no weights but a sample, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")  # fmt: skip
+def command(
+    sft: str,
+    aligned: str,
+    output: str,
+    alpha: tuple[float, ...],
+    alpha_for: tuple[tuple[str, float], ...],
+    resume: bool,
+    force: bool,
+    allow_nonfinite: bool,
+    threads: int | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
+
+    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors or .pt / .bin files,
+    or hub repositories (org/name, org/name@revision).
+    """
+    from mergekit_lite.commands import show
+    from mergekit_lite.extrapolation import plan_extrapolation
+
+    screen = show.Screen(quiet=quiet or as_json, verbose=verbose)
+    plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=dict(alpha_for), **options)
+    from mergekit_lite.engine.run import check_outputs, run
+    from mergekit_lite.engine.sample import delta_warning
+
+    check_outputs(plan, resume=resume, force=force)
+    _check_room(plan, resume)
+    warning = delta_warning(plan)
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(show.plan_as_data(plan, threads), indent=1))
+        else:
+            screen.plan(plan, threads)
+        screen.warn(warning)
+        return
+    screen.headline(plan)
+    screen.warn(warning)
+    with screen.progress() as progress:
+        finished = run(
+            plan,
+            threads=threads,
+            device=device,
+            resume=resume,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(show.finished_as_data(finished), indent=1))
+    screen.finished(plan, finished)
+
+
+def _check_room(plan: Plan, resume: bool) -> None:
+    """Refuse before the start what can't fit on the disk."""
+    import shutil
+
+    if resume:
+        return
+    parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < plan.bytes_to_write:
+        raise UsageError(
+            f"{Path(parent)}: has {free / 1e9:.2f} GB free, the output needs {plan.bytes_to_write / 1e9:.2f} GB. "
+            "Make room or choose another disk."
+        )

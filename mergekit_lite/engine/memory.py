@@ -1,0 +1,19 @@
+"""How much memory a run will take: known before it starts, and not a function of the model's size."""
+
+from __future__ import annotations
+
+from mergekit_lite.engine.spans import BLOCK, CHUNK
+from mergekit_lite.plan import Plan
+
+RUNTIME = 300_000_000  # Python and torch, measured on Linux
+WIDTHS = 6  # widened inputs, result and temporaries of one block, in units of 8-byte elements
+PER_TENSOR = 4_000  # the plan and the journal
+
+
+def memory_estimate(plan: Plan, threads: int | None) -> int:
+    """Bytes of resident memory a run on the CPU is expected to take at most."""
+    from mergekit_lite.engine.work import available_cores
+
+    inputs = max((len(job.inputs) for job in plan.jobs), default=1)
+    lane = ((inputs + 1) * CHUNK + WIDTHS * BLOCK) * 8
+    return RUNTIME + (threads or available_cores()) * lane + PER_TENSOR * len(plan.jobs)

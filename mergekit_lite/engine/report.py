@@ -1,0 +1,119 @@
+"""What a run did to the weights, from the sums in its journal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xxhash
+
+from mergekit_lite.output.journal import Record
+from mergekit_lite.plan import Job, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEffect:
+    """One merged tensor: the alpha asked for, the alpha its written bytes have, and RMS(delta).
+
+    ``effective`` is None where nothing was seen to change between the inputs.
+    """
+
+    name: str
+    asked: float
+    effective: float | None
+    rms_delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One output.
+
+    Attributes:
+        merged, copied: how many tensors.
+        identical: merged tensors whose bytes are the same in both inputs.
+        asked, effective: alpha over all merged tensors, weighted by ⟨delta, delta⟩; None where there is no delta.
+        rms_delta: root mean square of an element's change between the inputs.
+        exact: whether every element was looked at, or a fixed sample of them.
+        tensors: the merged tensors one by one.
+    """
+
+    merged: int
+    copied: int
+    identical: int
+    asked: float | None
+    effective: float | None
+    rms_delta: float
+    exact: bool
+    tensors: tuple[TensorEffect, ...]
+
+    @property
+    def worst(self) -> list[TensorEffect]:
+        """The tensors whose effective alpha is furthest from the asked one, furthest first."""
+        told = [tensor for tensor in self.tensors if tensor.effective is not None]
+        return sorted(told, key=lambda tensor: -abs((tensor.effective or 0.0) - tensor.asked))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Report:
+        """The report that ``to_json`` gave."""
+        return cls(**{**content, "tensors": tuple(TensorEffect(**tensor) for tensor in content["tensors"])})
+
+
+def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) -> Report:
+    """Sum up one variant. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
+    by_job: dict[int, list[Record]] = {}
+    for key in sorted(records):
+        by_job.setdefault(key[0], []).append(records[key])
+    effects: list[TensorEffect] = []
+    moved: list[float] = []  # ⟨out − aligned, delta⟩ of each tensor, scaled up from the sample
+    deltas: list[float] = []  # ⟨delta, delta⟩ likewise
+    identical = seen_all = 0
+    for index, job in enumerate(plan.jobs):
+        if not job.merged:
+            continue
+        of_job = [record for record in by_job.get(index, []) if record.sums]
+        dot, square, seen = (math.fsum(record.sums[k] for record in of_job) for k in range(3))
+        identical += all(len(set(record.inputs)) == 1 for record in of_job)
+        seen_all += seen == job.merged
+        asked = job.parameters[variant].get("alpha", 0.0)
+        effects.append(
+            TensorEffect(job.name, asked, dot / square if square else None, math.sqrt(square / seen) if seen else 0.0)
+        )
+        moved.append(dot * job.merged / seen if seen else 0.0)
+        deltas.append(square * job.merged / seen if seen else 0.0)
+    total = math.fsum(deltas)
+    elements = sum(job.merged for job in plan.merged)
+    return Report(
+        merged=len(effects),
+        copied=len(plan.copied),
+        identical=identical,
+        asked=math.fsum(e.asked * d for e, d in zip(effects, deltas, strict=True)) / total if total else None,
+        effective=math.fsum(moved) / total if total else None,
+        rms_delta=math.sqrt(total / elements) if elements else 0.0,
+        exact=seen_all == len(effects),
+        tensors=tuple(effects),
+    )
+
+
+def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:
+    """For each output tensor the digests of its own bytes and of its inputs': xxh3-128 over the digests of its spans."""
+    spans: dict[int, list[Record]] = {index: [] for index in range(len(plan.jobs))}
+    for key in sorted(records):
+        spans[key[0]].append(records[key])
+    return {job.name: _digests(job, spans[index]) for index, job in enumerate(plan.jobs)}
+
+
+def _digests(job: Job, records: list[Record]) -> dict[str, Any]:
+    inputs = [
+        _joined(record.inputs[number] for record in records if number < len(record.inputs)) for number in range(len(job.inputs))
+    ]
+    return {"output": _joined(record.output for record in records), "inputs": inputs}
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode())

@@ -1,0 +1,141 @@
+"""Run a plan: take the working folders, let the workers fill them, and publish what they made."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mergekit_lite.engine.report import Report, report, tensor_digests
+from mergekit_lite.engine.spans import BLOCK, GRAIN
+from mergekit_lite.engine.work import Progress, Work, available_cores
+from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
+from mergekit_lite.output.beside import write_beside
+from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path
+from mergekit_lite.plan import Plan
+
+GPU_LANES = 6
+GPU_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run made: a path and a report for each variant, in the order of the plan's outputs."""
+
+    outputs: tuple[Path, ...]
+    reports: tuple[Report, ...]
+    seconds: float
+
+
+def run(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    block: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Finished:
+    """Carry out a plan.
+
+    Args:
+        plan: from ``plan(...)``.
+        threads: workers; by default one for each core, or enough to keep a GPU's copies going.
+        device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where there is one).
+        block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
+        resume: go on with what an earlier run of the same plan left.
+        force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
+        allow_nonfinite: publish even where weights are NaN or infinite.
+        progress: called with (bytes read, bytes in all) after each span, from the workers' threads.
+
+    Raises:
+        UsageError: an output exists, or lies in an input; the device is not there.
+        CheckpointError: an input changed since it was planned.
+        RunError: reading or writing failed; the journal is kept for ``resume``.
+        NonFiniteError: weights are NaN or infinite; everything is kept for ``resume`` with ``allow_nonfinite``.
+    """
+    started = time.monotonic()
+    place = chosen_device(device)
+    on_gpu = place.type == "cuda"
+    lanes = threads or (GPU_LANES if on_gpu else available_cores())
+    grains = -(-(block or (GPU_BLOCK if on_gpu else BLOCK)) // GRAIN)
+    check_outputs(plan, resume=resume, force=force)
+    unfinished = [v for v, done in enumerate(_finished(plan, resume)) if not done]
+    made: dict[int, Report] = {}
+    with ExitStack() as stack:
+        workspaces: dict[int, Workspace] = {}
+        for v in unfinished:
+            workspaces[v] = Workspace(plan.outputs[v], plan.layout, plan.digest(v), fresh=force and not resume)
+            stack.callback(workspaces[v].close)
+        _check_inputs(plan)
+        Work(plan, workspaces, place, grains * GRAIN, progress).run(lanes)
+        _check_inputs(plan)
+        if not allow_nonfinite:
+            _refuse_nonfinite(plan, workspaces)
+        for v, workspace in workspaces.items():
+            records = workspace.journal.records
+            made[v] = report(plan, v, records)
+            write_beside(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
+            workspace.publish()
+    reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
+    return Finished(plan.outputs, reports, time.monotonic() - started)
+
+
+def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
+    """Raise UsageError where an output path would touch an input or something that exists."""
+    sources = [checkpoint.path for checkpoint in plan.inputs]
+    if len(set(plan.outputs)) < len(plan.outputs):
+        raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
+    for output, finished in zip(plan.outputs, _finished(plan, resume), strict=True):
+        if not finished:
+            check_target(output, sources, resume=resume, force=force)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of this name. Raises UsageError where it is unknown or not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:0 … or auto.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Device {name!r} is not supported: expected cpu, cuda, cuda:0 … or auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}.")
+    return device
+
+
+def _finished(plan: Plan, resume: bool) -> list[bool]:
+    return [resume and is_finished(output, plan.digest(v)) for v, output in enumerate(plan.outputs)]
+
+
+def _check_inputs(plan: Plan) -> None:
+    for checkpoint in plan.inputs:
+        checkpoint.check_unchanged()
+
+
+def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, Workspace]) -> None:
+    found: dict[str, None] = {}
+    for workspace in workspaces.values():
+        for record in workspace.journal.records.values():
+            job = plan.jobs[record.job]
+            for number in record.bad:
+                where = plan.recipe.models[number] if number >= 0 else f"the output ({job.dtype} can't hold the result)"
+                found[f"{job.name} in {where}"] = None
+    if found:
+        raise NonFiniteError(
+            listing(f"NaN or infinity in {counted(len(found), 'tensor')}", sorted(found))
+            + "\nNothing was published. If that is wanted, --resume --allow-nonfinite publishes what was made."
+        )
+
+
+def _reported(output: Path) -> Report:
+    return Report.from_json(json.loads(manifest_path(output).read_bytes())["effect"])

@@ -1,0 +1,58 @@
+"""How a plan is cut: spans ▸ chunks ▸ blocks ▸ grains.
+
+span: what one worker takes at a time, journals and digests. Its length is part of the output's manifest, so it is fixed.
+chunk: what is read and written at once. A page-cache write of 2 MB costs half of one of 256 kB (measured: 6.8 against 3.8 GB/s).
+block: what is computed at once, small enough for its temporaries to stay in cache.
+grain: what one partial sum covers.
+
+No output byte depends on chunks and blocks: any multiples of the grain will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mergekit_lite.plan import Job, Plan
+
+SPAN = 1 << 23
+CHUNK = 1 << 20
+BLOCK = 1 << 17
+GRAIN = 1 << 15
+SAMPLED = 64  # every sixty-fourth grain of a tensor is observed, the first one always
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The elements ``begin … end`` of one job; ``merged`` says whether they go through the method."""
+
+    index: int
+    job: Job
+    begin: int
+    end: int
+    merged: bool
+
+
+def spans(plan: Plan) -> list[Span]:
+    """All spans of a plan, in the order of the output's bytes."""
+    return [span for index, job in enumerate(plan.jobs) for span in _of_job(index, job)]
+
+
+def _of_job(index: int, job: Job) -> Iterator[Span]:
+    for merged, first, last in ((True, 0, job.merged), (False, job.merged, job.numel)):
+        for begin in range(first, last, SPAN):
+            yield Span(index, job, begin, min(begin + SPAN, last), merged)
+
+
+def cut(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:
+    """The (start, count) of each piece of ``begin … end``, all but the last ``length`` long."""
+    for start in range(begin, end, length):
+        yield start, min(length, end - start)
+
+
+def sampled_grains(begin: int, start: int, count: int) -> Iterator[slice]:
+    """The grains of a block that are observed, as slices of the block. Grains are counted from the span's begin."""
+    for grain in range((start - begin) // GRAIN, -(-(start - begin + count) // GRAIN)):
+        if grain % SAMPLED == 0:
+            first = grain * GRAIN - (start - begin)
+            yield slice(first, min(first + GRAIN, count))

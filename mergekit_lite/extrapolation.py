@@ -1,0 +1,86 @@
+"""Extrapolate in one call: what the command ``extrapolate`` does, for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lite import dtypes
+from mergekit_lite.errors import UsageError
+from mergekit_lite.plan import Plan, plan
+from mergekit_lite.recipe import Recipe, Setting
+
+if TYPE_CHECKING:
+    from mergekit_lite.engine.run import Finished
+
+
+def plan_extrapolation(
+    sft: str | Path,
+    aligned: str | Path,
+    output: str | Path,
+    alpha: float | Sequence[float],
+    *,
+    alpha_for: Mapping[str, float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out_dtype: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    new_rows: str = "refuse",
+    shard_size: int | None = None,
+) -> Plan:
+    """Plan ``out = aligned + alpha·(aligned − sft)``; see ``extrapolate`` for the arguments and errors."""
+    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
+    if not alphas:
+        raise UsageError("No alpha was given.")
+    rules = tuple((alpha_for or {}).items())
+    recipe = Recipe(
+        merge_method="expo",
+        models=(str(aligned), str(sft)),
+        variants=tuple({"alpha": Setting(value, rules)} for value in alphas),
+        include=tuple(include),
+        exclude=tuple(exclude),
+        out_dtype=dtypes.float_named(out_dtype) if out_dtype else None,
+        rounding=rounding,
+        seed=seed,
+        new_rows=new_rows,
+        shard_size=shard_size,
+    )
+    return plan(recipe, named_outputs(str(output), alphas))
+
+
+def extrapolate(
+    sft: str | Path, aligned: str | Path, output: str | Path, alpha: float | Sequence[float], **options: Any
+) -> Finished:
+    """Make the models ``aligned + alpha·(aligned − sft)`` (ExPO, arXiv 2404.16792).
+
+    Args:
+        sft: the model before alignment: a path or hub reference.
+        aligned: the model after; it gives the output its tensors, shards, dtypes, config and tokenizer.
+        output: a folder, or a ``.safetensors`` / ``.pt`` file. ``{alpha}`` in it becomes the alpha; needed for several alphas.
+        alpha: one number, or several for as many outputs from one read of the inputs. 0 is ``aligned``, −1 is ``sft``.
+        options: of ``plan_extrapolation`` (``alpha_for`` {regex: alpha}, ``include``, ``exclude``, ``out_dtype``, ``rounding``
+            ``nearest`` | ``stochastic``, ``seed``, ``new_rows`` ``refuse`` | ``copy``, ``shard_size`` in bytes) and of ``run``
+            (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``).
+
+    Returns:
+        The outputs' paths, and for each a report with the effective alpha.
+
+    Raises:
+        MergekitLiteError: one of its kinds, as ``plan`` and ``run`` say.
+    """
+    from mergekit_lite.engine.run import run
+
+    of_run = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress")
+    how = {name: options.pop(name) for name in of_run if name in options}
+    return run(plan_extrapolation(sft, aligned, output, alpha, **options), **how)
+
+
+def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
+    """The path of each alpha's output. Raises UsageError where several would have the same."""
+    if len(set(alphas)) < len(alphas):
+        raise UsageError("The same alpha was given twice.")
+    if len(alphas) > 1 and "{alpha}" not in output:
+        raise UsageError(f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}.")
+    return [Path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]

@@ -1,0 +1,140 @@
+"""Where every byte of the output will lie, known before any weight is read.
+
+A safetensors header holds names, dtypes, shapes and offsets only, so it can be written first and the data put in place in any
+order. A torch file is a zip whose records torch itself can lay out without their contents.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_lite import dtypes
+
+ALIGNMENT = 8
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return math.prod(self.shape) * dtypes.size(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file to be written: its name, what stands before the data, its size, and its tensors in order."""
+
+    name: str
+    header: bytes
+    size: int
+    tensors: tuple[OutputTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All files of one output, and each tensor's place: (index of its file, byte offset in it).
+
+    ``nest`` is set for a torch file only: the keys its tensors are nested under.
+    """
+
+    files: tuple[OutputFile, ...]
+    places: dict[str, tuple[int, int]]
+    nest: tuple[str, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def safetensors_layout(groups: Sequence[Sequence[OutputTensor]], name: str | None = None) -> Layout:
+    """Lay out safetensors files, one for each group of tensors.
+
+    Args:
+        groups: the tensors of each file, in the wished order; wider dtypes are put first so that all stay aligned.
+        name: file name of a single output; by default ``model.safetensors`` or ``model-00001-of-0000n.safetensors``.
+    """
+    files: list[OutputFile] = []
+    places: dict[str, tuple[int, int]] = {}
+    for number, group in enumerate(groups):
+        tensors = tuple(sorted(group, key=lambda tensor: -dtypes.size(tensor.dtype)))
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in tensors:
+            begin, end = end, end + tensor.nbytes
+            code = dtypes.BY_NAME[tensor.dtype].code
+            entries[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % ALIGNMENT)
+        header = len(text).to_bytes(8, "little") + text
+        offset = len(header)
+        for tensor in tensors:
+            places[tensor.name] = (number, offset)
+            offset += tensor.nbytes
+        files.append(OutputFile(name or _shard_name(number, len(groups)), header, offset, tensors))
+    return Layout(tuple(files), places)
+
+
+def torch_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+    """Lay out a torch file. torch writes it once without data, as a sparse temporary file, and tells where the data belong."""
+    from mergekit_lite.checkpoint import torch_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name  # torch writes the file's name into it, so even its length matters
+        write_torch_skeleton(path, tensors, nest)
+        _, specs, _, _ = torch_file.read_layout(path)
+        size = path.stat().st_size
+    places = {spec.name: (0, spec.offset) for spec in specs.values()}
+    return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
+
+
+def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
+    """Write a torch file that has everything but the tensors' data."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        content: dict[str, object] = {
+            tensor.name: torch.empty(tensor.shape, dtype=dtypes.torch_dtype(tensor.dtype)) for tensor in tensors
+        }
+    for key in reversed(nest):
+        content = {key: content}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(content, path)
+
+
+def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:
+    """Cut the sequence of tensors into groups of at most ``limit`` bytes; a larger tensor stands alone."""
+    groups: list[list[OutputTensor]] = []
+    room = -1
+    for tensor in tensors:
+        if tensor.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return groups
+
+
+def index_json(layout: Layout) -> dict[str, object]:
+    """The index of a sharded folder, as transformers reads it."""
+    weight_map = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
+    total = sum(tensor.nbytes for file in layout.files for tensor in file.tensors)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,195 @@
+"""The working folder of one output, beside it, and the step that makes it the output.
+
+    .NAME.partial/journal.jsonl    what is done
+    .NAME.partial/lock             held by the process that works here
+    .NAME.partial/result/…         the files, complete only when every span is journalled
+
+Publishing is a rename of ``result`` (or of the one file in it): under the output's own name there is nothing, or all of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.output.journal import Journal, Record
+from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
+
+MANIFEST_NAME = "mergekit_lite_manifest.json"
+
+
+def is_single_file(output: Path) -> bool:
+    """Whether an output path names one file rather than a folder."""
+    return output.suffix in (".safetensors", ".pt", ".pth", ".bin")
+
+
+def working_folder(output: Path) -> Path:
+    """Where an output is made."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def manifest_path(output: Path) -> Path:
+    """Where a finished output's manifest is."""
+    return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
+
+
+def is_finished(output: Path, plan_digest: str) -> bool:
+    """Whether the output exists already, made by this very plan."""
+    try:
+        manifest = json.loads(manifest_path(output).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return output.exists() and isinstance(manifest, dict) and manifest.get("plan") == plan_digest
+
+
+def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
+    """Refuse an output path that would touch an input or something that exists. Raises UsageError."""
+    target = output.resolve()
+    for path in inputs:
+        if target == path or target.is_relative_to(path) or path.is_relative_to(target):
+            raise UsageError(
+                f"{output}: lies in, around or at the input {path}. Inputs are never touched: choose another path."
+            )
+    if is_single_file(output) and output.is_dir():
+        raise UsageError(f"{output}: is a folder, but its name ends like a file of weights. Choose another path.")
+    if output.exists() and not is_single_file(output) and not output.is_dir():
+        raise UsageError(f"{output}: is a file, not a folder. Choose another path.")
+    if force or resume:
+        if output.exists() and not force:
+            raise UsageError(f"{output}: exists, and is not the result of this run. --force replaces it.")
+        return
+    if output.exists():
+        raise UsageError(f"{output}: exists. --force replaces it.")
+    if working_folder(output).exists():
+        raise UsageError(
+            f"{output}: an earlier run was not finished ({working_folder(output)}). "
+            "--resume goes on with it, --force starts over."
+        )
+
+
+class Workspace:
+    """The files of one output while they are being made. Writes go to their final offsets, from any thread."""
+
+    def __init__(self, output: Path, layout: Layout, plan_digest: str, *, fresh: bool) -> None:
+        """Take the working folder, or make it.
+
+        Args:
+            output: the final path.
+            layout: the output's files.
+            plan_digest: what the journal must belong to.
+            fresh: drop what an earlier run left.
+
+        Raises:
+            RunError: another process works here, the folder belongs to another plan, or can't be written.
+        """
+        self.output = output
+        self.folder = working_folder(output)
+        self.result = self.folder / "result"
+        self.layout = layout
+        self._descriptors: list[int] = []
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.folder}: another process is making this output. Wait for it, or stop it.") from error
+            if fresh:
+                shutil.rmtree(self.result, ignore_errors=True)
+                (self.folder / "journal.jsonl").unlink(missing_ok=True)
+            self.result.mkdir(exist_ok=True)
+            self.journal = Journal(self.folder / "journal.jsonl", plan_digest)
+            self._descriptors = [self._open(file) for file in layout.files]
+        except OSError as error:
+            raise RunError(_described(error, self.folder)) from error
+
+    def _open(self, file: OutputFile) -> int:
+        path = self.result / file.name
+        whole = path.exists() and path.stat().st_size == file.size
+        if not whole:
+            self.journal.records.clear()
+        if not whole and self.layout.nest is not None:
+            write_torch_skeleton(path, file.tensors, self.layout.nest)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if self.layout.nest is None:
+            os.ftruncate(descriptor, file.size)
+            os.pwrite(descriptor, file.header, 0)
+        _reserve(descriptor, file.size)
+        return descriptor
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Put bytes in their place: ``offset`` bytes into a tensor. Raises RunError (disk full, file limit, I/O error)."""
+        number, start = self.layout.places[tensor]
+        position = start + offset
+        try:
+            while data:
+                written = os.pwrite(self._descriptors[number], data, position)
+                position, data = position + written, data[written:]
+        except OSError as error:
+            raise RunError(_described(error, self.result / self.layout.files[number].name)) from error
+
+    def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
+        """Read back what an earlier run wrote; False where it is not all there."""
+        number, start = self.layout.places[tensor]
+        return os.preadv(self._descriptors[number], [buffer], start + offset) == len(buffer)
+
+    def done(self, record: Record) -> None:
+        """Note that a span's bytes are written."""
+        try:
+            self.journal.add(record)
+        except OSError as error:
+            raise RunError(_described(error, self.folder / "journal.jsonl")) from error
+
+    def publish(self) -> None:
+        """Give the finished result its name, and remove the working folder."""
+        replaced = self.folder / "replaced"
+        try:
+            if is_single_file(self.output):
+                manifest = manifest_path(self.output)
+                (self.result / manifest.name).replace(manifest)
+                (self.result / self.output.name).replace(self.output)
+            else:
+                if self.output.exists():
+                    self.output.rename(replaced)
+                self.result.rename(self.output)
+        except OSError as error:
+            raise RunError(_described(error, self.output)) from error
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files and let go of the folder."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+        self.journal.close()
+        os.close(self._lock)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the file's room on the disk at once, so that a full disk shows before the work, and writing costs less.
+
+    Through the system call: the C library's stand-in for file systems that can't do it would write the whole file.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "fallocate64") and libc.fallocate64(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))
+
+
+def _described(error: OSError, path: Path) -> str:
+    kept = "What was finished is kept: make room and run again with --resume."
+    match error.errno:
+        case errno.ENOSPC:
+            return f"{path}: the disk is full. {kept}"
+        case errno.EDQUOT:
+            return f"{path}: the disk quota is used up. {kept}"
+        case errno.EFBIG:
+            return f"{path}: the file would be larger than this system or its limits allow (see ulimit -f). {kept}"
+    return f"{path}: can't be written: {error.strerror or error}. What was finished is kept; --resume goes on with it."
