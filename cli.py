@@ -1,3 +1,3 @@
-from mergekit_lite.commands import main
+from mergekit_lite.commands import start
 
-main(prog_name="mergekit-lite")
+start()

@@ -1,5 +1,5 @@
 """`python -m mergekit_lite` is the command `mergekit-lite`."""
 
-from mergekit_lite.commands import main
+from mergekit_lite.commands import start
 
-main(prog_name="mergekit-lite")
+start()

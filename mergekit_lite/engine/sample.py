@@ -35,8 +35,7 @@ def delta_rms(plan: Plan) -> float | None:
             blocks = [torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype)) for spec in job.inputs[:2]]
             for spec, block in zip(job.inputs, blocks, strict=False):
                 reader.read(spec, start, block)
-            delta = blocks[0].double() - blocks[-1].double()
-            square += torch.dot(delta, delta).item()
+            square += (blocks[0].double() - blocks[-1].double()).square_().sum().item()
             elements += count
     return math.sqrt(square / elements) if elements else None
 
