@@ -74,9 +74,7 @@ def float_named(text: str) -> str:
     name = text.removeprefix("torch.").lower()
     name = short.get(name, name)
     if name not in FLOATS:
-        raise UsageError(
-            f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}"
-        )
+        raise UsageError(f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}")
     return name
 
 

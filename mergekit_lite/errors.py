@@ -32,9 +32,7 @@ class PlanError(MergekitLiteError):
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
-        super().__init__(
-            listing(f"{counted(len(problems), 'problem')} in the plan, nothing was written", problems)
-        )
+        super().__init__(listing(f"{counted(len(problems), 'problem')} in the plan, nothing was written", problems))
 
 
 class NonFiniteError(MergekitLiteError):

@@ -83,9 +83,7 @@ def _open_file(reference: str, path: Path) -> Checkpoint:
 
 def _open_folder(reference: str, folder: Path, revision: str | None = None) -> Checkpoint:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder}: is a LoRA adapter, not a model. Adapters can't be opened on their own."
-        )
+        raise CheckpointError(f"{folder}: is a LoRA adapter, not a model. Adapters can't be opened on their own.")
     files, index = folders.weight_files(folder)
     config_path = folder / "config.json"
     config = folders.read_json(folders.inside(folder, "config.json")) if config_path.exists() else None
@@ -111,15 +109,11 @@ def _assemble(
         else:
             identity, found, nest, others = torch_file.read_layout(file)
             left_out |= {name: "not a tensor of the model's state" for name in others}
-        twice += [
-            f"{name} (in {tensors[name].file.name} and {file.name})" for name in found if name in tensors
-        ]
+        twice += [f"{name} (in {tensors[name].file.name} and {file.name})" for name in found if name in tensors]
         files.append(identity)
         tensors |= found
     if twice:
-        raise CheckpointError(
-            listing(f"{path}: these tensors are stored twice; it is not clear which is meant", twice)
-        )
+        raise CheckpointError(listing(f"{path}: these tensors are stored twice; it is not clear which is meant", twice))
     if index is not None:
         _check_index(path, index, tensors)
     logical, hidden = quantised.present(path, tensors, config)
@@ -134,11 +128,7 @@ def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, T
         if name not in tensors or tensors[name].file.name != file
     ]
     wrong += [
-        f"{name}: is in {spec.file.name}, the index lacks it"
-        for name, spec in tensors.items()
-        if name not in index
+        f"{name}: is in {spec.file.name}, the index lacks it" for name, spec in tensors.items() if name not in index
     ]
     if wrong:
-        raise CheckpointError(
-            listing(f"{folder}: index and shards don't agree; download the folder again", wrong)
-        )
+        raise CheckpointError(listing(f"{folder}: index and shards don't agree; download the folder again", wrong))

@@ -22,9 +22,7 @@ STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SHARD = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)"
-)
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,9 +99,7 @@ def _unindexed(folder: Path) -> list[str]:
     """Weight files under other than the standard names: one file, or a complete set of numbered shards."""
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         names = sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.suffix in suffixes and path.name != "training_args.bin"
+            path.name for path in folder.iterdir() if path.suffix in suffixes and path.name != "training_args.bin"
         )
         if not names:
             continue

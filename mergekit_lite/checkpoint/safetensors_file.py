@@ -70,13 +70,9 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: its header is not valid JSON ({error}). Download the file again."
-        ) from error
+        raise CheckpointError(f"{path}: its header is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{path}: its header should be a JSON object, but is a {type(entries).__name__}."
-        )
+        raise CheckpointError(f"{path}: its header should be a JSON object, but is a {type(entries).__name__}.")
     return entries
 
 

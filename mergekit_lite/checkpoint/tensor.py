@@ -77,9 +77,7 @@ class WeightFile:
         try:
             status = self.path.stat()
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: was readable when planned, but now: {error.strerror}"
-            ) from error
+            raise CheckpointError(f"{self.path}: was readable when planned, but now: {error.strerror}") from error
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise CheckpointError(
                 f"{self.path}: changed since it was planned (size {self.size:,} then, {status.st_size:,} now). "

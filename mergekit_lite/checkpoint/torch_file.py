@@ -95,11 +95,7 @@ def _tensors(content: object) -> dict[str, torch.Tensor]:
 
     if not isinstance(content, Mapping):
         return {}
-    return {
-        key: value
-        for key, value in content.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
 def _nest_key(content: object) -> str | None:
@@ -112,11 +108,7 @@ def _nest_key(content: object) -> str | None:
 def _spec(path: Path, name: str, tensor: torch.Tensor) -> TensorSpec:
     import torch
 
-    offset = (
-        getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if tensor.layout == torch.strided
-        else None
-    )
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.layout == torch.strided else None
     dtype = dtypes.BY_NAME.get(dtypes.name_of(tensor.dtype))
     if offset is None or dtype is None or tensor.is_quantized:
         raise CheckpointError(
