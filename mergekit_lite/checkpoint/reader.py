@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Reader:
     """Keeps the files of checkpoints open and fills buffers from them. Safe to use from many threads at once.
 
-    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays what the
-    buffers are.
+    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays
+    what the buffers are.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Reader:
             RunError: the file can't be read, or ends before its header says it does.
         """
         if spec.scale is not None:
-            from mergekit_lite.checkpoint.quantised import dequantise
+            from mergekit_lite.checkpoint.dequantisation import dequantise
 
             dequantise(self, spec, start, out)
         elif spec.strides is not None:
@@ -85,8 +85,8 @@ class Reader:
                 ) from error
             if got == 0:
                 raise RunError(
-                    f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes on at "
-                    f"byte {offset:,}. It was cut short while it was read."
+                    f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes "
+                    f"on at byte {offset:,}. It was cut short while it was read."
                 )
             offset, buffer = offset + got, buffer[got:]
 

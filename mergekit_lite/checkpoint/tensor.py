@@ -12,25 +12,34 @@ from mergekit_lite import dtypes
 from mergekit_lite.errors import CheckpointError
 
 
+Block = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """How stored codes become values: value = code × scale, one scale for each block of the matrix.
 
-    ``block`` is the (rows, columns) that share one scale. (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row,
-    (rows, columns) one for the whole tensor.
+    ``codes`` is the dtype on disk and ``spec`` the scale tensor, which may lie in another file. ``block`` is the (rows,
+    columns) that share one scale: (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row, (rows, columns) one
+    a matrix. A scale of a single element is for the whole tensor, also where that is a stack of matrices.
     """
 
     codes: str
     spec: TensorSpec
-    block: tuple[int, int]
+    block: Block
+
+
+def grid(matrix: Block, block: Block) -> Block:
+    """How many rows and columns of blocks cover a matrix, ragged blocks at the edges included."""
+    return -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor: its name, dtype and shape, and where its bytes lie.
 
-    ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is not laid
-    out row by row; ``scale`` only for one that is stored quantised, whose ``dtype`` is then the dequantised one.
+    ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is
+    not laid out row by row; ``scale`` only for one that is stored quantised, whose ``dtype`` is then the dequantised one.
     """
 
     name: str
