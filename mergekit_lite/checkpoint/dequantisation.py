@@ -80,7 +80,7 @@ def _multiply(reader: Reader, spec: TensorSpec, row: int, column: int, values: t
     scales = _scale_rows(reader, spec.scale.spec, begin, end, grid_columns)[scale_rows - begin]
     if values.shape[1] == matrix[1]:
         whole = matrix[1] // width
-        values[:, : whole * width].unflatten(1, (whole, width)).mul_(scales[:, :whole, None])
+        values[:, : whole * width].view(-1, whole, width).mul_(scales[:, :whole, None])
         values[:, whole * width :].mul_(scales[:, whole:])  # the ragged last block
     else:
         values.mul_(scales[:, torch.arange(column, column + values.shape[1]) // width])

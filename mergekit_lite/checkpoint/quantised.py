@@ -60,8 +60,8 @@ def _dequantised(
         if spec.dtype in CODES:
             try:
                 scaled[name] = _with_scale(spec, tensors, blocks)
-            except CheckpointError as problem:
-                problems.append(str(problem))
+            except CheckpointError as error:
+                problems.append(str(error))
     for name, spec in scaled.items():
         assert spec.scale is not None
         hidden[spec.scale.spec.name] = f"scale of {name}, applied when that is read"
@@ -109,8 +109,8 @@ def _block_of(spec: TensorSpec, scale: TensorSpec, blocks: frozenset[Block]) -> 
     a_row, a_column = (1, matrix[1]), (matrix[0], 1)
     schemes = [((*stack, *grid(matrix, block)), block) for block in (*blocks, a_row, a_column, matrix)]
     schemes += [((*stack, rows), a_row), (tuple(stack), matrix)]
-    fitting = {(min(block[0], rows), min(block[1], columns)) for shape, block in schemes if shape == scale.shape}
-    if len(fitting) != 1:
+    fitting = {(min(block[0], matrix[0]), min(block[1], matrix[1])) for shape, block in schemes if shape == scale.shape}
+    if len(fitting) != 1 or len(spec.shape) < 2:
         known = " or ".join(f"{height} × {width}" for height, width in sorted(blocks)) or "none given"
         raise CheckpointError(
             f"{spec.name}: its scale {scale.name} has shape {scale.shape}, which doesn't fit a weight of {spec.shape}: "

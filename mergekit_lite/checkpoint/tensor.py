@@ -11,8 +11,7 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.errors import CheckpointError
 
-
-Block = tuple[int, int]
+Block = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class TensorSpec:
     """One tensor: its name, dtype and shape, and where its bytes lie.
 
     ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is
-    not laid out row by row; ``scale`` only for one that is stored quantised, whose ``dtype`` is then the dequantised one.
+    not laid out row by row; ``scale`` only for one that is stored quantised: its ``dtype`` is the dequantised one.
     """
 
     name: str
