@@ -56,13 +56,16 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
             ``org/name`` or ``org/name@revision``.
 
     Raises:
-        CheckpointError: it does not exist, is damaged or hostile, or its format is refused; the message says what to do.
+        CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return _open_folder(str(reference), path.resolve())
-    if path.is_file():
-        return _open_file(str(reference), path.resolve())
+    try:
+        path = Path(reference).expanduser()
+        if path.is_dir():
+            return _open_folder(str(reference), path.resolve())
+        if path.is_file():
+            return _open_file(str(reference), path.resolve())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
     from mergekit_lite.checkpoint import hub
 
     fetched = hub.fetch(str(reference))
@@ -108,7 +111,7 @@ def _assemble(
             identity, found, _ = safetensors_file.read_header(file)
         else:
             identity, found, nest, others = torch_file.read_layout(file)
-            left_out |= {name: "not a tensor of the model's state" for name in others}
+            left_out |= dict.fromkeys(others, "not a tensor of the model's state")
         twice += [f"{name} (in {tensors[name].file.name} and {file.name})" for name in found if name in tensors]
         files.append(identity)
         tensors |= found
