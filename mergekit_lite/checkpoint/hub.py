@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
 
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.errors import CheckpointError, listing, nearest
@@ -64,8 +63,10 @@ def fetch(reference: str) -> Fetched:
     except CheckpointError:
         raise
     except Exception as error:  # the client's errors have no common base, and differ between its versions
-        reason = _explained(reference, repo, revision, error)
-    return _cached(reference, repo, revision, reason)
+        if refusal := _refusal(reference, repo, revision, error):
+            raise CheckpointError(refusal) from error
+        trouble = _trouble(error)
+    return _cached(reference, repo, revision, trouble)
 
 
 def _parsed(reference: str) -> tuple[str, str | None]:
@@ -78,8 +79,8 @@ def _parsed(reference: str) -> tuple[str, str | None]:
     match = REPOSITORY.fullmatch(reference)
     if match is None or reference.endswith(folders.WEIGHT_SUFFIXES) or ".." in reference:
         raise CheckpointError(
-            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or org/name@revision)."
-            f"{_nearest_path(reference)}"
+            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
+            f"org/name@revision).{_nearest_path(reference)}"
         )
     return match["repo"], match["revision"]
 
@@ -117,8 +118,8 @@ def _is_beside(name: str) -> bool:
     )
 
 
-def _cached(reference: str, repo: str, revision: str | None, reason: str) -> Fetched:
-    """The repository as the cache has it. Raises CheckpointError, with the reason for looking there, if incomplete."""
+def _cached(reference: str, repo: str, revision: str | None, trouble: str) -> Fetched:
+    """The repository as the cache has it. Raises CheckpointError, with the trouble that led there, if incomplete."""
     from huggingface_hub import snapshot_download
 
     remedy = "Connect and run again, or name a folder on this machine."
@@ -128,51 +129,48 @@ def _cached(reference: str, repo: str, revision: str | None, reason: str) -> Fet
             repo, revision=revision, local_files_only=True, allow_patterns=list(BESIDE), ignore_patterns=["*/*"]
         )
     except Exception as error:
-        raise CheckpointError(f"{reference}: {reason}, and the local cache doesn't hold all of it. {remedy}") from error
+        raise CheckpointError(
+            f"{reference}: {trouble}, and the local cache doesn't hold all of it. {remedy}"
+        ) from error
     try:
         folders.weight_files(Path(found))
     except CheckpointError as error:
         raise CheckpointError(
-            f"{reference}: {reason}, and the local cache doesn't hold all of its weights. {remedy}\n{error}"
+            f"{reference}: {trouble}, and the local cache doesn't hold all of its weights. {remedy}\n{error}"
         ) from error
     return Fetched(Path(found), Path(found).name)
 
 
-def _explained(reference: str, repo: str, revision: str | None, error: Exception) -> str:
-    """Why the hub gave nothing, where the cache may help; raises CheckpointError where it is the request that is wrong."""
+def _refusal(reference: str, repo: str, revision: str | None, error: Exception) -> str | None:
+    """What is wrong with the request, or None where the hub couldn't be asked and the cache may serve."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page = f"{constants.ENDPOINT}/{repo}"
-    status = _status(error)
-    if any(isinstance(cause, GatedRepoError) for cause in _causes(error)) or status == 403:
-        _refuse(
-            f"{reference}: is gated or private. Ask for access on its page, {page}, and log in with: hf auth login",
-            error,
-        )
-    if any(isinstance(cause, RevisionNotFoundError) for cause in _causes(error)):
-        _refuse(f"{repo}: has no branch, tag or commit {revision!r}. They are listed at {page}/tree/main", error)
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)) or status in (401, 404):
-        _refuse(
-            f"{reference}: no such file or folder, and the hub has no such model, or it is private. Check the name at {page}; "
-            f"if it is private, log in with: hf auth login{_nearest_path(reference)}",
-            error,
+    page, status = f"{constants.ENDPOINT}/{repo}", _status(error)
+    if _is(error, GatedRepoError) or status == 403:
+        return f"{reference}: is gated or private. Ask for access on its page, {page}, and log in with: hf auth login"
+    if _is(error, RevisionNotFoundError):
+        return f"{repo}: has no branch, tag or commit {revision!r}. They are listed at {page}/tree/main"
+    if _is(error, RepositoryNotFoundError) or status in (401, 404):
+        return (
+            f"{reference}: no such file or folder, and the hub has no such model, or it is private. Check the name at "
+            f"{page}; if it is private, log in with: hf auth login{_nearest_path(reference)}"
         )
     if isinstance(error, HFValidationError):
-        _refuse(f"{reference}: not the name of a hub repository: {error}", error)
+        return f"{reference}: not the name of a hub repository: {error}"
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        _refuse(
-            f"{reference}: can't be kept in {constants.HF_HUB_CACHE}: {error.strerror}. Set HF_HOME elsewhere.", error
-        )
+        return f"{reference}: can't be kept in {constants.HF_HUB_CACHE}: {error.strerror}. Set HF_HOME elsewhere."
+    return None
+
+
+def _trouble(error: Exception) -> str:
+    """Why the hub couldn't be asked."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if status is not None:
-        return f"the hub answered {status}"
-    return f"the hub can't be reached ({type(error).__name__})"
-
-
-def _refuse(message: str, error: Exception) -> NoReturn:
-    raise CheckpointError(message) from error
+    status = _status(error)
+    return f"the hub answered {status}" if status else f"the hub can't be reached ({type(error).__name__})"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -180,6 +178,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _is(error: Exception, kind: type[Exception]) -> bool:
+    return any(isinstance(cause, kind) for cause in _causes(error))
 
 
 def _status(error: Exception) -> int | None:
