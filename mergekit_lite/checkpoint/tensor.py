@@ -9,9 +9,19 @@ from pathlib import Path
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.errors import CheckpointError, shortened
 
 Block = tuple[int, int]  # rows, columns
+MAX_NAME = 1000
+
+
+def check_name(file: Path, name: str) -> None:
+    """Raise CheckpointError where a tensor's name is endless, or has characters that play tricks on a terminal."""
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{file}: a tensor's name {shortened(repr(name), 80)} is longer than {MAX_NAME} characters or has "
+            "unprintable ones. The file is damaged or forged."
+        )
 
 
 @dataclass(frozen=True, slots=True)
