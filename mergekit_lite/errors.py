@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 SHOWN_PROBLEMS = 20
+SHOWN_CHARACTERS = 400
 
 
 class MergekitLiteError(Exception):
@@ -49,10 +50,16 @@ def counted(number: int, noun: str) -> str:
 
 
 def listing(title: str, lines: Sequence[str], shown: int = SHOWN_PROBLEMS) -> str:
-    """A title and an indented list under it, cut after ``shown`` lines with a count of the rest."""
+    """A title and an indented list under it, cut after ``shown`` lines with a count of the rest; so are long lines."""
     rest = len(lines) - shown
     tail = [f"  - … and {rest:,} more"] if rest > 0 else []
-    return "\n".join([f"{title}:", *(f"  - {line}" for line in lines[:shown]), *tail])
+    return "\n".join([f"{title}:", *(f"  - {shortened(line)}" for line in lines[:shown]), *tail])
+
+
+def shortened(text: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """The text, or its beginning where it is longer than a message has room for."""
+    text = str(text)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -82,5 +82,7 @@ def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
     if len(set(alphas)) < len(alphas):
         raise UsageError("The same alpha was given twice.")
     if len(alphas) > 1 and "{alpha}" not in output:
-        raise UsageError(f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}.")
+        raise UsageError(
+            f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}."
+        )
     return [Path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]

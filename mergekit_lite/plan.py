@@ -185,7 +185,9 @@ def _job(recipe: Recipe, spec: TensorSpec, counterparts: Sequence[TensorSpec | N
             raise _MismatchError(f"{spec.name}: is {spec.dtype} here, {counterpart.dtype} in {reference}")
         merged = min(merged, _shared_elements(recipe, spec, counterpart, reference))
         present.append(counterpart)
-    parameters = tuple({name: setting.value(spec.name) for name, setting in variant.items()} for variant in recipe.variants)
+    parameters = tuple(
+        {name: setting.value(spec.name) for name, setting in variant.items()} for variant in recipe.variants
+    )
     return Job(spec.name, spec.shape, copy.dtype, (spec, *present), parameters, merged)
 
 

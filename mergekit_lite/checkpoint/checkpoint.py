@@ -56,13 +56,16 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
             ``org/name`` or ``org/name@revision``.
 
     Raises:
-        CheckpointError: it does not exist, is damaged or hostile, or its format is refused; the message says what to do.
+        CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return _open_folder(str(reference), path.resolve())
-    if path.is_file():
-        return _open_file(str(reference), path.resolve())
+    try:
+        path = Path(reference).expanduser()
+        if path.is_dir():
+            return _open_folder(str(reference), path.resolve())
+        if path.is_file():
+            return _open_file(str(reference), path.resolve())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
     from mergekit_lite.checkpoint import hub
 
     fetched = hub.fetch(str(reference))
@@ -71,9 +74,13 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
 def _open_file(reference: str, path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{path}: GGUF holds requantised, renamed tensors. Use the safetensors the file was made from.")
+        raise CheckpointError(
+            f"{path}: GGUF holds requantised, renamed tensors. Use the safetensors the file was made from."
+        )
     if path.suffix not in folders.WEIGHT_SUFFIXES:
-        raise CheckpointError(f"{path}: not a weight file; expected one of {', '.join(folders.WEIGHT_SUFFIXES)}, or a folder.")
+        raise CheckpointError(
+            f"{path}: not a weight file; expected one of {', '.join(folders.WEIGHT_SUFFIXES)}, or a folder."
+        )
     return _assemble(reference, path, [path], index=None, config=None)
 
 
@@ -104,7 +111,7 @@ def _assemble(
             identity, found, _ = safetensors_file.read_header(file)
         else:
             identity, found, nest, others = torch_file.read_layout(file)
-            left_out |= {name: "not a tensor of the model's state" for name in others}
+            left_out |= dict.fromkeys(others, "not a tensor of the model's state")
         twice += [f"{name} (in {tensors[name].file.name} and {file.name})" for name in found if name in tensors]
         files.append(identity)
         tensors |= found
@@ -118,10 +125,13 @@ def _assemble(
 
 def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorSpec]) -> None:
     wrong = [
-        f"{name}: the index says {file}, " + (f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it")
+        f"{name}: the index says {file}, "
+        + (f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it")
         for name, file in index.items()
         if name not in tensors or tensors[name].file.name != file
     ]
-    wrong += [f"{name}: is in {spec.file.name}, the index lacks it" for name, spec in tensors.items() if name not in index]
+    wrong += [
+        f"{name}: is in {spec.file.name}, the index lacks it" for name, spec in tensors.items() if name not in index
+    ]
     if wrong:
         raise CheckpointError(listing(f"{folder}: index and shards don't agree; download the folder again", wrong))

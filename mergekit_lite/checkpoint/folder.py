@@ -1,14 +1,14 @@
 """Which files of a model folder hold its weights, and whether they may be opened.
 
-Names follow the Hugging Face layout. A path in an index or a link in the folder is never followed out of it, save into the blobs
-of the hub cache the folder itself belongs to.
+Names follow the Hugging Face layout. A path in an index or a link in the folder is never followed out of it, save into
+the blobs of the hub cache the folder itself belongs to.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,19 @@ STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+INDEX_ENDING = ".index.json"
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # what trainers leave beside them
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)")
+MAX_JSON_BYTES = 100_000_000  # an index of a million tensors is no larger
+MAX_FILE_NAME = 255  # of every common file system
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError where there is none."""
     try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: is {size:,} bytes long; more than {MAX_JSON_BYTES:,} of JSON is refused.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
@@ -47,28 +54,42 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     Raises:
         CheckpointError: no weights, more than one candidate, a shard that is missing, or a path that leaves the folder.
     """
-    standard = [name for name in STANDARD if (folder / name).exists()]
-    safetensors = [name for name in standard if "safetensors" in name]
-    chosen = safetensors or standard
-    if len(chosen) > 1:
-        raise CheckpointError(
-            f"{folder}: holds both {chosen[0]} and {chosen[1]}, and they may be different models. "
-            "Remove the stale one, or name one file instead of the folder."
-        )
-    if chosen and chosen[0].endswith(".index.json"):
-        index = _weight_map(folder, chosen[0])
+    try:
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: can't be read: {error.strerror}") from error
+    names = weight_names(folder, present)
+    index = None
+    if names[0].endswith(INDEX_ENDING):
+        index = weight_map(folder, names[0])
         names = sorted(set(index.values()))
-    else:
-        index = None
-        names = chosen or _unindexed(folder)
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(listing(f"{folder}: these shards are missing; download them again", missing))
     return [inside(folder, name) for name in names], index
 
 
+def weight_names(where: object, names: Collection[str]) -> list[str]:
+    """Which of a folder's or a repository's files are its weights.
+
+    Returns:
+        One file, an index (``….index.json``, which names the files), or all shards of a numbered set, there or not.
+
+    Raises:
+        CheckpointError: there are none, or it is not clear which are meant.
+    """
+    standard = [name for name in STANDARD if name in names]
+    chosen = [name for name in standard if "safetensors" in name] or standard
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{where}: holds both {chosen[0]} and {chosen[1]}, and they may be different models. "
+            "Remove the stale one, or name one file instead of the folder."
+        )
+    return chosen or _unindexed(where, names)
+
+
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file in ``folder``, or CheckpointError where a link leads out of it."""
+    """The path of a file in ``folder``. Raises CheckpointError where a link leads out of it or to no regular file."""
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     target = (root / name).resolve()
@@ -76,42 +97,52 @@ def inside(folder: Path, name: str) -> Path:
         raise CheckpointError(
             f"{folder / name}: is a link that leaves its folder, to {target}. Refused: put the file itself there."
         )
+    if not target.is_file():
+        raise CheckpointError(f"{folder / name}: is not a regular file.")
     return root / name
 
 
-def _weight_map(folder: Path, index_name: str) -> dict[str, str]:
+def weight_map(folder: Path, index_name: str) -> dict[str, str]:
+    """The index of a sharded checkpoint: tensor name → name of a file in the same folder, checked to be just that."""
     weight_map = read_json(inside(folder, index_name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / index_name}: has no weight_map. Download it again.")
     bad = [
-        f"{name!r} is said to be in {target!r}"
+        f"{name!r} is said to be in {str(target)[:80]!r}"
         for name, target in weight_map.items()
-        if not isinstance(target, str) or Path(target).name != target or not target.endswith(WEIGHT_SUFFIXES)
+        if not _is_weight_name(target)
     ]
     if bad:
-        raise CheckpointError(listing(f"{folder / index_name}: names files that are not weight files of this folder", bad))
+        raise CheckpointError(
+            listing(f"{folder / index_name}: names files that are not weight files of this folder", bad)
+        )
     return weight_map
 
 
-def _unindexed(folder: Path) -> list[str]:
+def _is_weight_name(name: object) -> bool:
+    """Whether this is the bare name of a weight file: no folder, nothing a terminal or file system would trip over."""
+    if not isinstance(name, str) or "/" in name or "\\" in name or not name.isprintable():
+        return False
+    return name.endswith(WEIGHT_SUFFIXES) and len(name.encode()) <= MAX_FILE_NAME
+
+
+def _unindexed(where: object, names: Collection[str]) -> list[str]:
     """Weight files under other than the standard names: one file, or a complete set of numbered shards."""
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        names = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes and path.name != "training_args.bin")
-        if not names:
+        found = sorted(name for name in names if name.endswith(suffixes) and name not in NOT_WEIGHTS)
+        if not found:
             continue
-        shards = [SHARD.fullmatch(name) for name in names]
-        if len(names) == 1 and shards[0] is None:
-            return names
-        sets = {(shard["stem"], shard["count"], shard["suffix"]) for shard in shards if shard}
-        if all(shards) and len(sets) == 1:
-            stem, count, suffix = sets.pop()
-            return [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+        shard = SHARD.fullmatch(found[0])
+        if shard is None and len(found) == 1:
+            return found
+        if shard is not None:
+            count, stem, suffix = shard["count"], shard["stem"], shard["suffix"]
+            numbered = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+            if set(found) <= set(numbered):
+                return numbered
         raise CheckpointError(
-            listing(
-                f"{folder}: has no model.safetensors and several weight files; name the one that is meant",
-                names,
-            )
+            listing(f"{where}: has no model.safetensors and several weight files; name the one that is meant", found)
         )
-    raise CheckpointError(
-        f"{folder}: holds no weights (looked for {', '.join(STANDARD)}, or one {' / '.join(WEIGHT_SUFFIXES)} file)."
-    )
+    looked_for = f"looked for {', '.join(STANDARD)}, or one {' / '.join(WEIGHT_SUFFIXES)} file"
+    gguf = " It holds GGUF files, which aren't read." if any(name.endswith(".gguf") for name in names) else ""
+    raise CheckpointError(f"{where}: holds no weights ({looked_for}).{gguf}")

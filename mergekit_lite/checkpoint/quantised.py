@@ -1,16 +1,165 @@
-"""Quantised weights shown as the tensors they stand for: code × scale, with the scales hidden."""
+"""Quantised weights shown as the tensors they stand for: code × scale, with the scales hidden.
+
+Read are the FP8 schemes, whose value is ``float32(code) * scale``:
+
+* block FP8 (DeepSeek-V3, Qwen): ``X.weight`` with ``X.weight_scale_inv``, one scale for each block of
+  ``weight_block_size`` in ``config.json``, with ragged blocks at the edges. compressed-tensors writes the same as
+  ``X.weight_scale`` and ``block_structure``.
+* one scale a tensor, a row or a column (compressed-tensors ``float-quantized``, fbgemm, static FP8, ModelOpt FP8).
+
+Stacked experts (experts, rows, columns) are matrices one after another. Every other format is refused by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.checkpoint import refused_formats
+from mergekit_lite.checkpoint.tensor import Block, Scale, TensorSpec, grid
+from mergekit_lite.errors import CheckpointError, counted, listing
+
+CODES = ("float8_e4m3fn", "float8_e5m2")
+SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")  # each is exact in float32
+ENDINGS = ("_scale_inv", "_scale")
+OF_ACTIVATIONS = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale")
+OF_CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 
 
 def present(
     path: Path, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Placeholder until the schemes are written."""
-    return dict(tensors), {}
+    """Show what quantised tensors stand for.
+
+    Returns:
+        The tensors, with dequantised weights as float32 and without their scales; and why each scale is left out.
+
+    Raises:
+        CheckpointError: some tensors are in a format that is refused, or a scale doesn't fit its weight. All are named.
+    """
+    quantization = _quantization(config)
+    method = str(quantization["quant_method"]).lower() if quantization.get("quant_method") else None
+    problems = refused_formats.refusals(tensors, method)
+    if not problems:
+        logical, hidden, problems = _dequantised(tensors, _blocks(quantization))
+    if problems:
+        raise CheckpointError(listing(f"{path}: {counted(len(problems), 'problem')} with quantised weights", problems))
+    return logical, hidden
+
+
+def _dequantised(
+    tensors: Mapping[str, TensorSpec], blocks: frozenset[Block]
+) -> tuple[dict[str, TensorSpec], dict[str, str], list[str]]:
+    """Pair codes with their scales: the logical tensors, the hidden ones, and what is wrong."""
+    scaled: dict[str, TensorSpec] = {}
+    hidden: dict[str, str] = {}
+    problems: list[str] = []
+    for name, spec in tensors.items():
+        if spec.dtype in CODES:
+            try:
+                scaled[name] = _with_scale(spec, tensors, blocks)
+            except CheckpointError as error:
+                problems.append(str(error))
+    for name, spec in scaled.items():
+        assert spec.scale is not None
+        hidden[spec.scale.spec.name] = f"scale of {name}, applied when that is read"
+    for name, spec in tensors.items():
+        if name in scaled or name in hidden or spec.dtype in CODES:
+            continue
+        if scaled and _is_runtime_scale(spec):
+            hidden[name] = "scale of activations or of the cache, which unquantised weights don't use"
+        elif problem := _stray(spec, tensors):
+            problems.append(problem)
+    logical = {name: scaled.get(name, spec) for name, spec in tensors.items() if name not in hidden}
+    return logical, hidden, problems
+
+
+def _with_scale(spec: TensorSpec, tensors: Mapping[str, TensorSpec], blocks: frozenset[Block]) -> TensorSpec:
+    """The logical tensor of some codes. Raises CheckpointError where their scale is missing or doesn't fit."""
+    found = [tensors[spec.name + ending] for ending in ENDINGS if spec.name + ending in tensors]
+    if not found:
+        raise CheckpointError(
+            f"{spec.name}: {spec.dtype} codes without a scale (looked for {spec.name}_scale_inv and _scale). If the "
+            "scale is in another file, name the folder; if these are plain values, save them as bfloat16 first."
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{spec.name}: has both {found[0].name} and {found[1].name}; it is not clear which is meant."
+        )
+    if spec.name + "_zero_point" in tensors:
+        raise CheckpointError(
+            f"{spec.name}: has a zero point, which no supported scheme uses. {refused_formats.ORIGINAL}."
+        )
+    if found[0].dtype not in SCALES:
+        raise CheckpointError(
+            f"{found[0].name}: a scale should be one of {', '.join(SCALES)}, but is {found[0].dtype}. "
+            f"{refused_formats.ORIGINAL}."
+        )
+    return replace(spec, dtype="float32", scale=Scale(spec.dtype, found[0], _block_of(spec, found[0], blocks)))
+
+
+def _block_of(spec: TensorSpec, scale: TensorSpec, blocks: frozenset[Block]) -> Block:
+    """The (rows, columns) that share a scale, from the shapes; the size of a true block comes from the config alone."""
+    *stack, rows, columns = (1, 1, *spec.shape)[-max(2, len(spec.shape)) :]
+    matrix = max(1, rows), max(1, columns)
+    if scale.numel == 1:
+        return matrix
+    a_row, a_column = (1, matrix[1]), (matrix[0], 1)
+    schemes = [((*stack, *grid(matrix, block)), block) for block in (*blocks, a_row, a_column, matrix)]
+    schemes += [((*stack, rows), a_row), (tuple(stack), matrix)]
+    fitting = {(min(block[0], matrix[0]), min(block[1], matrix[1])) for shape, block in schemes if shape == scale.shape}
+    if len(fitting) != 1 or len(spec.shape) < 2:
+        known = " or ".join(f"{height} × {width}" for height, width in sorted(blocks)) or "none given"
+        raise CheckpointError(
+            f"{spec.name}: its scale {scale.name} has shape {scale.shape}, which doesn't fit a weight of {spec.shape}: "
+            f"expected one scale a tensor, a row, or a block (block size in config.json: {known})."
+        )
+    return fitting.pop()
+
+
+def _is_runtime_scale(spec: TensorSpec) -> bool:
+    return spec.name.endswith(OF_ACTIVATIONS) or (spec.name.endswith(OF_CACHE) and spec.numel == 1)
+
+
+def _stray(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
+    """What is wrong with a scale that belongs to no codes, or with a scale's dtype where no scale is expected."""
+    for ending in ("_scale_inv", ".weight_scale"):
+        if spec.name.endswith(ending):
+            weight = tensors.get(spec.name.removesuffix("_inv").removesuffix("_scale"))
+            if weight is None:
+                return f"{spec.name}: is the scale of a weight that isn't here. Name the whole folder, or remove it."
+            return (
+                f"{spec.name}: is a scale, but {weight.name} is plain {weight.dtype}; it is not clear whether it is "
+                f"applied already. Remove the scale if it is; else {refused_formats.ORIGINAL.lower()}."
+            )
+    if spec.dtype == "float8_e8m0fnu":
+        return f"{spec.name}: holds scales (float8_e8m0fnu) of an unknown scheme. {refused_formats.ORIGINAL}."
+    return None
+
+
+def _quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The quantisation section of a config, or of its text model's config; empty where there is none."""
+    config = config or {}
+    for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(section.get(key), Mapping):
+                found: Mapping[str, Any] = section[key]
+                return found
+    return {}
+
+
+def _blocks(quantization: Mapping[str, Any]) -> frozenset[Block]:
+    """The block sizes that a config declares."""
+    sizes = [quantization.get("weight_block_size")]
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("strategy") == "block":
+            sizes.append(weights.get("block_structure"))
+    return frozenset(
+        (size[0], size[1])
+        for size in sizes
+        if isinstance(size, list) and len(size) == 2 and all(type(edge) is int and edge > 0 for edge in size)
+    )

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Reader:
     """Keeps the files of checkpoints open and fills buffers from them. Safe to use from many threads at once.
 
-    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays what the
-    buffers are.
+    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays
+    what the buffers are.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Reader:
             RunError: the file can't be read, or ends before its header says it does.
         """
         if spec.scale is not None:
-            from mergekit_lite.checkpoint.quantised import dequantise
+            from mergekit_lite.checkpoint.dequantisation import dequantise
 
             dequantise(self, spec, start, out)
         elif spec.strides is not None:
@@ -58,7 +58,9 @@ class Reader:
         """Tell the kernel that these elements are wanted soon."""
         if hasattr(os, "posix_fadvise") and spec.strides is None:
             size = dtypes.size(spec.stored_dtype)
-            os.posix_fadvise(self._descriptor(spec.file), spec.offset + start * size, count * size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                self._descriptor(spec.file), spec.offset + start * size, count * size, os.POSIX_FADV_WILLNEED
+            )
 
     def _descriptor(self, path: Path) -> int:
         descriptor = self._descriptors.get(path)
@@ -78,11 +80,13 @@ class Reader:
             try:
                 got = os.preadv(descriptor, [buffer], offset)
             except OSError as error:
-                raise RunError(f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}") from error
+                raise RunError(
+                    f"{path}: reading tensor {name!r} at byte {offset:,} failed: {error.strerror}"
+                ) from error
             if got == 0:
                 raise RunError(
-                    f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes on at "
-                    f"byte {offset:,}. It was cut short while it was read."
+                    f"{path}: ends at byte {os.fstat(descriptor).st_size:,}, but its header says tensor {name!r} goes "
+                    f"on at byte {offset:,}. It was cut short while it was read."
                 )
             offset, buffer = offset + got, buffer[got:]
 
@@ -106,4 +110,4 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     import torch
 
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
 """The header of a ``.safetensors`` file, checked in full before anything in it is believed.
 
-The format: 8 bytes little-endian header length, a JSON object (name → dtype, shape, begin and end offset), then the data without
-holes. See https://github.com/huggingface/safetensors (format section).
+The format: 8 bytes little-endian header length, a JSON object (name → dtype, shape, begin and end offset), then the
+data without holes. See https://github.com/huggingface/safetensors (format section).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile, check_name
+from mergekit_lite.errors import CheckpointError, shortened
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -29,8 +29,8 @@ def read_header(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], dict[str
         The file's identity, its tensors by name in the order of their bytes, and the free-form metadata.
 
     Raises:
-        CheckpointError: the header is longer than the file or than 100 MB, is not the JSON object it should be, names a tensor
-            twice, or its dtypes, shapes and offsets don't add up to exactly the data that is there.
+        CheckpointError: the header is longer than the file or than 100 MB, is not the JSON object it should be, names a
+            tensor twice, or its dtypes, shapes and offsets don't add up to exactly the data that is there.
     """
     try:
         with path.open("rb") as file:
@@ -64,11 +64,13 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         if len(members) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{path}: its header names {twice!r} twice. The file is damaged or forged.")
+            raise CheckpointError(
+                f"{path}: its header names {shortened(repr(twice))} twice. The file is damaged or forged."
+            )
         return members
 
     try:
-        entries = json.loads(raw, object_pairs_hook=unique)
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(entries, dict):
@@ -83,6 +85,8 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
 
 
 def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
+    check_name(path, name)
+
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r}: {what}. The file is damaged or forged.")
 
@@ -91,19 +95,24 @@ def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = dtypes.BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise CheckpointError(f"{path}: tensor {name!r}: dtype {code!r} is not supported. Known: {', '.join(dtypes.BY_CODE)}.")
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: dtype {shortened(repr(code), 80)} is not supported. "
+            f"Known: {', '.join(dtypes.BY_CODE)}."
+        )
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise damaged(f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMENSIONS} sizes")
+        raise damaged(f"shape {shortened(shape, 80)} is not a list of at most {MAX_DIMENSIONS} sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(f"data_offsets {str(offsets)[:80]} is not a begin and an end")
+        raise damaged(f"data_offsets {shortened(offsets, 80)} is not a begin and an end")
     expected = math.prod(shape) * dtype.size
     if expected > MAX_BYTES or offsets[1] - offsets[0] != expected:
-        raise damaged(f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}")
+        raise damaged(
+            f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+        )
     return TensorSpec(name, dtype.name, tuple(shape), path, start + offsets[0])
 
 
 def _naturals(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_BYTES for value in values)
 
 
 def _check_tiling(path: Path, specs: list[TensorSpec], start: int, total: int) -> None:

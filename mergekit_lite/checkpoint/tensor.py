@@ -9,28 +9,46 @@ from pathlib import Path
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.errors import CheckpointError, shortened
+
+Block = tuple[int, int]  # rows, columns
+MAX_NAME = 1000
+
+
+def check_name(file: Path, name: str) -> None:
+    """Raise CheckpointError where a tensor's name is endless, or has characters that play tricks on a terminal."""
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{file}: a tensor's name {shortened(repr(name), 80)} is longer than {MAX_NAME} characters or has "
+            "unprintable ones. The file is damaged or forged."
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
     """How stored codes become values: value = code × scale, one scale for each block of the matrix.
 
-    ``block`` is the (rows, columns) that share one scale. (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row,
-    (rows, columns) one for the whole tensor.
+    ``codes`` is the dtype on disk and ``spec`` the scale tensor, which may lie in another file. ``block`` is the (rows,
+    columns) that share one scale: (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row, (rows, columns) one
+    a matrix. A scale of a single element is for the whole tensor, also where that is a stack of matrices.
     """
 
     codes: str
     spec: TensorSpec
-    block: tuple[int, int]
+    block: Block
+
+
+def grid(matrix: Block, block: Block) -> Block:
+    """How many rows and columns of blocks cover a matrix, ragged blocks at the edges included."""
+    return -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor: its name, dtype and shape, and where its bytes lie.
 
-    ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is not laid
-    out row by row; ``scale`` only for one that is stored quantised, whose ``dtype`` is then the dequantised one.
+    ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is
+    not laid out row by row; ``scale`` only for one that is stored quantised: its ``dtype`` is the dequantised one.
     """
 
     name: str

@@ -1,91 +1,133 @@
 """Where the tensors lie in a ``.pt``, ``.pth`` or ``.bin`` file that ``torch.save`` wrote.
 
-The pickle inside is only ever read by torch's own restricted loader (``weights_only=True``), onto the ``meta`` device: it yields
-names, shapes and each storage's offset in the file without touching a weight. The weights are then read like any other file's.
+The pickle inside is only ever read by torch's own restricted loader (``weights_only=True``), onto the ``meta`` device:
+it yields names, shapes and each storage's offset in the file without touching a weight. Each offset is then checked
+against the zip's own records, and the weights are read like any other file's.
 """
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile, check_name
+from mergekit_lite.errors import CheckpointError, shortened
 
 if TYPE_CHECKING:
     import torch
 
 NESTS = ("state_dict", "model", "module", "state")
+MAX_NESTING = 4
+ZIP_MAGIC = b"PK\x03\x04"
+LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and extra field
+ALLOCATOR = re.compile(
+    rb"c(builtins|__builtin__)\nbytearray\n"
+)  # the loader lets a pickle allocate as much as it names
 
 
 def read_layout(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], tuple[str, ...], list[str]]:
     """Find every tensor of a torch file.
 
     Returns:
-        The file's identity, its tensors by name in the order of their bytes, the keys they are nested under (``("model",)`` for
-        ``{"model": {...}}``), and the names of what else the file holds and this package leaves out (an epoch, an optimizer).
+        The file's identity, its tensors by name in the order of their bytes, the keys they are nested under
+        (``("model",)`` for ``{"model": {...}}``), and the names of what else the file holds and this package leaves out
+        (an epoch, an optimizer).
 
     Raises:
         CheckpointError: not a torch zip file, refused by the restricted loader, or it holds no dictionary of tensors.
     """
-    pickled = _check_container(path)
-    content = _load_meta(path)
+    pickled, records = _check_container(path)
+    content = _load_meta(path, pickled)
     nest: tuple[str, ...] = ()
     others: list[str] = []
-    while (key := _nest_key(content)) is not None:
-        others += [".".join((*nest, str(other))) for other in content if other != key]
+    while (key := _nest_key(content)) is not None and len(nest) < MAX_NESTING:
+        others += [".".join((*nest, _label(other))) for other in content if other != key]
         nest, content = (*nest, key), content[key]
     tensors = _tensors(content)
     if not tensors:
         raise CheckpointError(
-            f"{path}: holds no dictionary of tensors (neither bare nor under {', '.join(NESTS)}). Save the model's state_dict."
+            f"{path}: holds no dictionary of tensors (neither bare nor under {', '.join(NESTS)}). "
+            "Save the model's state_dict."
         )
-    others += [".".join((*nest, str(key))) for key in content if key not in tensors]
-    specs = [_spec(path, name, tensor) for name, tensor in tensors.items()]
+    others += [".".join((*nest, _label(key))) for key in content if key not in tensors]
+    specs = [_spec(path, name, tensor, records) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: spec.offset)
     return WeightFile.identify(path, pickled), {spec.name: spec for spec in specs}, nest, others
 
 
-def _check_container(path: Path) -> bytes:
-    """Check the zip around the pickle, and give the pickle's bytes (what identifies the file's structure)."""
+def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
+    """Check the zip around the pickle.
+
+    Returns:
+        The pickle, which identifies the file's structure, and each record's length by the offset of its data.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.partition("/")[2]: name for name in archive.namelist()}
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise CheckpointError(f"{path}: is a compressed zip; torch.save never writes one. Refused.")
-            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-                raise CheckpointError(f"{path}: was written on a big-endian machine. Save it again on a little-endian one.")
-            return archive.read(members["data.pkl"])
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: not a file that torch.save (1.6 or later) wrote, or cut short. An older one can be converted: "
-            f'python -c "import torch; torch.save(torch.load({path.name!r}, weights_only=True), {path.stem + ".new.pt"!r})"'
-        ) from error
+        with path.open("rb") as file:
+            if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+                raise zipfile.BadZipFile("no zip file")
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                members = {entry.filename.partition("/")[2]: entry for entry in entries}
+                if len(members) != len(entries):
+                    raise zipfile.BadZipFile("two records have the same name")
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                    raise CheckpointError(f"{path}: is a compressed zip; torch.save never writes one. Refused.")
+                if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+                    raise CheckpointError(
+                        f"{path}: was written on a big-endian machine. Save it again on a little-endian one."
+                    )
+                return archive.read(members["data.pkl"]), dict(_record(file, entry) for entry in entries)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged zip makes zipfile raise nearly anything
+        raise CheckpointError(
+            f"{path}: not a file that torch.save (1.6 or later) wrote, or cut short. An older one can be converted: "
+            'python -c "import torch; '
+            f'torch.save(torch.load({path.name!r}, weights_only=True), {path.stem + ".new.pt"!r})"'
+        ) from error
 
 
-def _load_meta(path: Path) -> Any:
-    import pickle
+def _record(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where the data of a zip record begins in the file, and how many bytes it has."""
+    file.seek(entry.header_offset)
+    header = file.read(LOCAL_HEADER_BYTES)
+    if len(header) < LOCAL_HEADER_BYTES or header[:4] != ZIP_MAGIC or entry.compress_size != entry.file_size:
+        raise zipfile.BadZipFile("the directory and a record don't agree")
+    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return entry.header_offset + LOCAL_HEADER_BYTES + name_length + extra_length, entry.file_size
 
+
+def _load_meta(path: Path, pickled: bytes) -> Any:
     import torch
 
+    if ALLOCATOR.search(pickled):
+        raise CheckpointError(
+            f"{path}: asks for memory beside its tensors (a bytearray), which is refused. Keep tensors only."
+        )
     try:
         return torch.load(path, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError, EOFError) as error:
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # a damaged or forged pickle makes the loader raise nearly anything
+        reason = [line.strip() for line in str(error).strip().splitlines()]
         named = next(
             (line for line in reason if "GLOBAL" in line or "Unsupported" in line),
-            reason[0] if reason else "damaged",
+            reason[0] if reason else type(error).__name__,
         )
         raise CheckpointError(
-            f"{path}: refused by torch's restricted loader, and nothing in it was run: {named.strip()[:200]}\n"
+            f"{path}: refused by torch's restricted loader, and nothing in it was run: {shortened(named, 200)}\n"
             "If you trust where the file comes from, keep its tensors only, in an environment you can throw away: "
-            f"torch.save(model.state_dict(), 'clean.pt'), or safetensors.torch.save_file(...)."
+            "torch.save(model.state_dict(), 'clean.pt'), or safetensors.torch.save_file(...)."
         ) from error
+
+
+def _label(key: object) -> str:
+    """How a key of a pickled dictionary is shown; only text is safe to print."""
+    return shortened(key, 80) if isinstance(key, str) and key.isprintable() else f"<{type(key).__name__}>"
 
 
 def _tensors(content: object) -> dict[str, torch.Tensor]:
@@ -103,20 +145,23 @@ def _nest_key(content: object) -> str | None:
     return next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
 
 
-def _spec(path: Path, name: str, tensor: torch.Tensor) -> TensorSpec:
+def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorSpec:
     import torch
 
+    check_name(path, name)
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.layout == torch.strided else None
     dtype = dtypes.BY_NAME.get(dtypes.name_of(tensor.dtype))
-    if offset is None or dtype is None or tensor.is_quantized:
+    if offset is None or dtype is None or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         raise CheckpointError(
-            f"{path}: tensor {name!r} is a {tensor.layout} tensor of {tensor.dtype}, which is not supported. "
-            "Save it as a plain dense tensor."
+            f"{path}: tensor {name!r} is a {tensor.layout} tensor of {tensor.dtype}, or a view that is conjugated or "
+            "negated; that is not supported. Save it as a plain dense tensor."
+        )
+    start = tensor.storage_offset() * dtype.size
+    reach = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() and start + reach * dtype.size > records.get(offset, 0):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} takes bytes {start:,} to {start + reach * dtype.size:,} of a record of "
+            f"{records.get(offset, 0):,}. The file is damaged or forged, or its zip isn't torch's."
         )
     strides = None if tensor.is_contiguous() else tensor.stride()
-    start = offset + tensor.storage_offset() * dtype.size
-    spec = TensorSpec(name, dtype.name, tuple(tensor.shape), path, start, strides)
-    reach = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and start + reach * dtype.size > path.stat().st_size:
-        raise CheckpointError(f"{path}: tensor {name!r} reaches past the end of the file. It is cut short: copy it again.")
-    return spec
+    return TensorSpec(name, dtype.name, tuple(tensor.shape), path, offset + start, strides)

@@ -84,12 +84,21 @@ Examples:
 )
 @click.argument("sft")
 @click.argument("aligned")
-@click.option("-a", "--alpha", type=Alphas(), required=True, help="How far past ALIGNED to go; 0 is ALIGNED, -1 is SFT.")
-@click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha.")
 @click.option(
-    "--alpha-for", type=TensorAlpha(), multiple=True, help="Another alpha for tensors whose name matches; first match wins."
+    "-a", "--alpha", type=Alphas(), required=True, help="How far past ALIGNED to go; 0 is ALIGNED, -1 is SFT."
 )
-@click.option("--include", metavar="REGEX", multiple=True, help="Extrapolate only tensors whose name matches; copy the others.")
+@click.option(
+    "-o", "--output", required=True, help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha."
+)
+@click.option(
+    "--alpha-for",
+    type=TensorAlpha(),
+    multiple=True,
+    help="Another alpha for tensors whose name matches; first match wins.",
+)
+@click.option(
+    "--include", metavar="REGEX", multiple=True, help="Extrapolate only tensors whose name matches; copy the others."
+)
 @click.option("--exclude", metavar="REGEX", multiple=True, help="Copy tensors whose name matches from ALIGNED.")
 @click.option(
     "--new-rows",
@@ -107,7 +116,9 @@ Examples:
     help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
-@click.option("--shard-size", type=Size(), help="Most bytes in one file, for instance 5GB; shards as in ALIGNED by default.")
+@click.option(
+    "--shard-size", type=Size(), help="Most bytes in one file, for instance 5GB; shards as in ALIGNED by default."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")

@@ -50,7 +50,9 @@ class Screen:
                 f"[bold]input[/]   {source['reference']}  {counted(source['tensors'], 'tensor')}, {_size(source['bytes'])}"
             )
         for output in data["outputs"]:
-            self.out.print(f"[bold]output[/]  {output}  {counted(len(plan.layout.files), 'file')}, {_size(plan.layout.nbytes)}")
+            self.out.print(
+                f"[bold]output[/]  {output}  {counted(len(plan.layout.files), 'file')}, {_size(plan.layout.nbytes)}"
+            )
         self.out.print(
             f"reads {_size(data['bytes_to_read'])}, writes {_size(data['bytes_to_write'])}, "
             f"needs about {_size(data['memory'])} of memory"
@@ -85,7 +87,13 @@ class Screen:
         if self.quiet:
             yield None
         elif self.err.is_terminal:
-            columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("merging"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=self.err, transient=True) as bar:
                 task = bar.add_task("merging", total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -122,10 +130,17 @@ class Screen:
         shown = report.worst if self.verbose else report.worst[:SHOWN]
         if _is_far(report) or self.verbose:
             table = Table(box=None, pad_edge=False, header_style="dim")
-            for heading, justify in (("  tensor", "left"), ("asked", "right"), ("effective", "right"), ("RMS(delta)", "right")):
+            for heading, justify in (
+                ("  tensor", "left"),
+                ("asked", "right"),
+                ("effective", "right"),
+                ("RMS(delta)", "right"),
+            ):
                 table.add_column(heading, justify=justify)  # type: ignore[arg-type]
             for tensor in shown:
-                table.add_row(f"  {tensor.name}", f"{tensor.asked:g}", f"{tensor.effective:.4f}", f"{tensor.rms_delta:.2e}")
+                table.add_row(
+                    f"  {tensor.name}", f"{tensor.asked:g}", f"{tensor.effective:.4f}", f"{tensor.rms_delta:.2e}"
+                )
             self.out.print(table)
         self.warn(_advice(report, plan))
 
@@ -138,7 +153,11 @@ def plan_as_data(plan: Plan, threads: int | None) -> dict[str, Any]:
     copied, not_copied = files_beside(plan.inputs[0])
     return {
         "inputs": [
-            {"reference": c.reference, "tensors": len(c.tensors), "bytes": sum(spec.nbytes for spec in c.tensors.values())}
+            {
+                "reference": c.reference,
+                "tensors": len(c.tensors),
+                "bytes": sum(spec.nbytes for spec in c.tensors.values()),
+            }
             for c in plan.inputs
         ],
         "outputs": [str(output) for output in plan.outputs],
@@ -169,7 +188,8 @@ def finished_as_data(finished: Finished) -> dict[str, Any]:
     return {
         "seconds": round(finished.seconds, 3),
         "outputs": [
-            {"path": str(output), **report.to_json()} for output, report in zip(finished.outputs, finished.reports, strict=True)
+            {"path": str(output), **report.to_json()}
+            for output, report in zip(finished.outputs, finished.reports, strict=True)
         ],
     }
 
@@ -188,7 +208,9 @@ def _groups(plan: Plan) -> Table:
     groups: dict[tuple[str, str], list[Any]] = {}
     for job in plan.jobs:
         if job.merged:
-            numbers = " | ".join(", ".join(f"{k} {v:g}" for k, v in parameters.items()) for parameters in job.parameters)
+            numbers = " | ".join(
+                ", ".join(f"{k} {v:g}" for k, v in parameters.items()) for parameters in job.parameters
+            )
             what = f"{plan.recipe.merge_method}  {numbers}" + (" + new rows copied" if job.merged < job.numel else "")
         else:
             what = "copy" + (f" ({job.why})" if job.why else "")
@@ -232,7 +254,10 @@ def _plain_progress() -> Callable[[int, int], None]:
             last = now
             rate = done / (now - started)
             left = (total - done) / rate if rate else 0.0
-            print(f"{done / total:4.0%}  {_size(done)} of {_size(total)}  {_size(rate)}/s  {left:.0f} s left", file=sys.stderr)
+            print(
+                f"{done / total:4.0%}  {_size(done)} of {_size(total)}  {_size(rate)}/s  {left:.0f} s left",
+                file=sys.stderr,
+            )
 
     return tell
 

@@ -110,7 +110,8 @@ def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dic
 
 def _digests(job: Job, records: list[Record]) -> dict[str, Any]:
     inputs = [
-        _joined(record.inputs[number] for record in records if number < len(record.inputs)) for number in range(len(job.inputs))
+        _joined(record.inputs[number] for record in records if number < len(record.inputs))
+        for number in range(len(job.inputs))
     ]
     return {"output": _joined(record.output for record in records), "inputs": inputs}
 

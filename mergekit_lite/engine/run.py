@@ -109,7 +109,9 @@ def chosen_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"Device {name!r} is not supported: expected cpu, cuda, cuda:0 … or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}.")
+        raise UsageError(
+            f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}."
+        )
     return device
 
 

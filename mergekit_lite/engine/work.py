@@ -30,7 +30,12 @@ class Work:
     """One pass over a plan's spans for the variants that are still to be made."""
 
     def __init__(
-        self, plan: Plan, workspaces: Mapping[int, Workspace], device: torch.device, block: int, progress: Progress | None
+        self,
+        plan: Plan,
+        workspaces: Mapping[int, Workspace],
+        device: torch.device,
+        block: int,
+        progress: Progress | None,
     ) -> None:
         """Prepare; nothing is read yet."""
         self.plan = plan
@@ -91,7 +96,9 @@ class Work:
             self._stop.set()
 
     def _span(self, lane: Lane, reader: Reader, span: Span) -> None:
-        missing = {v: workspace for v, workspace in self.workspaces.items() if not self._is_written(lane, workspace, span)}
+        missing = {
+            v: workspace for v, workspace in self.workspaces.items() if not self._is_written(lane, workspace, span)
+        }
         if not missing:
             return
         sources = span.job.inputs if span.merged else span.job.inputs[:1]
@@ -113,7 +120,9 @@ class Work:
             done = made[v]
             workspace.done(Record(span.index, span.begin, read, done.digest.hexdigest(), done.sums, sorted(done.bad)))
 
-    def _chunk(self, lane: Lane, span: Span, variant: int, start: int, inputs: list[torch.Tensor], made: Made) -> torch.Tensor:
+    def _chunk(
+        self, lane: Lane, span: Span, variant: int, start: int, inputs: list[torch.Tensor], made: Made
+    ) -> torch.Tensor:
         """Compute one chunk of one variant, block by block. Returns it on the host, valid until the next chunk."""
         recipe, job = self.plan.recipe, span.job
         method = self.method if span.merged else None
@@ -127,7 +136,9 @@ class Work:
             if method is not None and method.observe is not None:
                 written = lane.fetch(out[place])
                 for grain in sampled_grains(span.begin, start + first, count):
-                    made.add(method.observe(written[grain], *(block[grain] for block in blocks)), grain.stop - grain.start)
+                    made.add(
+                        method.observe(written[grain], *(block[grain] for block in blocks)), grain.stop - grain.start
+                    )
         lane.wait()
         if not all_finite(out):
             made.bad |= {number for number, chunk in enumerate(inputs) if not all_finite(chunk)} or {-1}

@@ -19,7 +19,17 @@ from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.plan import Plan
 
 SMALL = 100_000_000  # tokenizers of large vocabularies come to some tens of megabytes
-FOREIGN_WEIGHTS = (*WEIGHT_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".ot", ".npz", ".safetensors.index.json")
+FOREIGN_WEIGHTS = (
+    *WEIGHT_SUFFIXES,
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".ckpt",
+    ".ot",
+    ".npz",
+    ".safetensors.index.json",
+)
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 REPLACED = ("config.json", "README.md", "mergekit_lite_manifest.json", "mergekit_config.yml")
 
@@ -146,7 +156,8 @@ def manifest_of(plan: Plan, variant: int, effect: Mapping[str, Any], digests: Ma
                 "reference": source.reference,
                 "revision": source.revision,
                 "files": [
-                    {"name": file.path.name, "size": file.size, "header_xxh3_128": file.header_digest} for file in source.files
+                    {"name": file.path.name, "size": file.size, "header_xxh3_128": file.header_digest}
+                    for file in source.files
                 ],
             }
             for source in plan.inputs

@@ -41,7 +41,10 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
     ]
     if effect["effective"] is not None and "alpha" in settings:
         sampled = "" if effect["exact"] else ", from a fixed sample of the weights"
-        lines += ["", f"Effective alpha after rounding: {effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}."]
+        lines += [
+            "",
+            f"Effective alpha after rounding: {effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -99,7 +99,9 @@ class Workspace:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(f"{self.folder}: another process is making this output. Wait for it, or stop it.") from error
+                raise RunError(
+                    f"{self.folder}: another process is making this output. Wait for it, or stop it."
+                ) from error
             if fresh:
                 shutil.rmtree(self.result, ignore_errors=True)
                 (self.folder / "journal.jsonl").unlink(missing_ok=True)

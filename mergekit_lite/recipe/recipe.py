@@ -55,7 +55,9 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check what can be checked without the models."""
         patterns = [*self.include, *self.exclude]
-        patterns += [pattern for variant in self.variants for setting in variant.values() for pattern, _ in setting.rules]
+        patterns += [
+            pattern for variant in self.variants for setting in variant.values() for pattern, _ in setting.rules
+        ]
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -67,7 +69,9 @@ class Recipe:
     @property
     def patterns(self) -> list[str]:
         """Every regular expression in the recipe, once."""
-        of_rules = [pattern for variant in self.variants for setting in variant.values() for pattern, _ in setting.rules]
+        of_rules = [
+            pattern for variant in self.variants for setting in variant.values() for pattern, _ in setting.rules
+        ]
         return list(dict.fromkeys([*self.include, *self.exclude, *of_rules]))
 
     def selects(self, tensor: str) -> bool:

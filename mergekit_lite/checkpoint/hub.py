@@ -1,0 +1,201 @@
+"""A hub repository as a local folder: only the files that are needed, at one commit, from the cache where it has them.
+
+Files land in the cache that all tools of the Hugging Face hub share, so nothing is downloaded twice.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from mergekit_lite.checkpoint import folder as folders
+from mergekit_lite.errors import CheckpointError, listing, nearest
+
+REPOSITORY = re.compile(
+    r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII
+)
+BESIDE = (  # the small files that travel with the weights; never code
+    "*config*.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*.j*",
+    "additional_chat_templates/*.jinja",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A repository's files on the local disk, and the commit they are of."""
+
+    folder: Path
+    revision: str | None
+
+
+def fetch(reference: str) -> Fetched:
+    """Download what a checkpoint needs of a repository, or find it in the cache.
+
+    Needed are one set of weights (safetensors before ``.bin``), their index, and the small files beside them. Without a
+    network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has them all.
+
+    Args:
+        reference: ``org/name`` or ``org/name@revision`` (a branch, tag or commit).
+
+    Raises:
+        CheckpointError: no such path or repository, no access to it, or no network and not in the cache.
+    """
+    repo, revision = _parsed(reference)
+    try:
+        return _downloaded(repo, revision)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the client's errors have no common base, and differ between its versions
+        if refusal := _refusal(reference, repo, revision, error):
+            raise CheckpointError(refusal) from error
+        trouble = _trouble(error)
+    return _cached(reference, repo, revision, trouble)
+
+
+def _parsed(reference: str) -> tuple[str, str | None]:
+    """The repository and revision that a reference names. Raises CheckpointError where it names none."""
+    if "+" in reference:
+        raise CheckpointError(
+            f"{reference}: a LoRA adapter on a base can't be opened yet. Merge the adapter into its base first "
+            "(peft: model.merge_and_unload()) and name the result."
+        )
+    match = REPOSITORY.fullmatch(reference)
+    if match is None or reference.endswith(folders.WEIGHT_SUFFIXES) or ".." in reference:
+        raise CheckpointError(
+            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
+            f"org/name@revision).{_nearest_path(reference)}"
+        )
+    return match["repo"], match["revision"]
+
+
+def _downloaded(repo: str, revision: str | None) -> Fetched:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(repo, revision=revision)
+    names = {file.rfilename for file in info.siblings or ()}
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise CheckpointError(f"{repo}: is a LoRA adapter, not a model. Adapters can't be opened on their own.")
+    wanted = [*_weights(repo, info.sha, names), *(name for name in names if _is_beside(name))]
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
+    if folder.name != info.sha:
+        raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
+    return Fetched(folder, info.sha)
+
+
+def _weights(repo: str, commit: str | None, names: set[str]) -> list[str]:
+    """The weight files of a repository; where it has an index, that and what it names."""
+    from huggingface_hub import hf_hub_download
+
+    files = folders.weight_names(repo, {name for name in names if "/" not in name})
+    if files[0].endswith(folders.INDEX_ENDING):
+        index = Path(hf_hub_download(repo, files[0], revision=commit))
+        files = [index.name, *sorted(set(folders.weight_map(index.parent, index.name).values()))]
+    if missing := [name for name in files if name not in names]:
+        raise CheckpointError(listing(f"{repo}: its upload is incomplete, these shards are missing", missing))
+    return files
+
+
+def _is_beside(name: str) -> bool:
+    return not name.endswith(folders.INDEX_ENDING) and any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in BESIDE
+    )
+
+
+def _cached(reference: str, repo: str, revision: str | None, trouble: str) -> Fetched:
+    """The repository as the cache has it. Raises CheckpointError, with the trouble that led there, if incomplete."""
+    from huggingface_hub import snapshot_download
+
+    remedy = "Connect and run again, or name a folder on this machine."
+    try:
+        # Where the cache knows the repository's files, the patterns make sure that all the small ones are there.
+        found = snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=list(BESIDE), ignore_patterns=["*/*"]
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{reference}: {trouble}, and the local cache doesn't hold all of it. {remedy}"
+        ) from error
+    try:
+        folders.weight_files(Path(found))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{reference}: {trouble}, and the local cache doesn't hold all of its weights. {remedy}\n{error}"
+        ) from error
+    return Fetched(Path(found), Path(found).name)
+
+
+def _refusal(reference: str, repo: str, revision: str | None, error: Exception) -> str | None:
+    """What is wrong with the request, or None where the hub couldn't be asked and the cache may serve."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    page, status = f"{constants.ENDPOINT}/{repo}", _status(error)
+    if _is(error, GatedRepoError) or status == 403:
+        return f"{reference}: is gated or private. Ask for access on its page, {page}, and log in with: hf auth login"
+    if _is(error, RevisionNotFoundError):
+        return f"{repo}: has no branch, tag or commit {revision!r}. They are listed at {page}/tree/main"
+    if _is(error, RepositoryNotFoundError) or status in (401, 404):
+        return (
+            f"{reference}: no such file or folder, and the hub has no such model, or it is private. Check the name at "
+            f"{page}; if it is private, log in with: hf auth login{_nearest_path(reference)}"
+        )
+    if isinstance(error, HFValidationError):
+        return f"{reference}: not the name of a hub repository: {error}"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return f"{reference}: can't be kept in {constants.HF_HUB_CACHE}: {error.strerror}. Set HF_HOME elsewhere."
+    return None
+
+
+def _trouble(error: Exception) -> str:
+    """Why the hub couldn't be asked."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    status = _status(error)
+    return f"the hub answered {status}" if status else f"the hub can't be reached ({type(error).__name__})"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it: the client hides some refusals behind 'not in the cache'."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is(error: Exception, kind: type[Exception]) -> bool:
+    return any(isinstance(cause, kind) for cause in _causes(error))
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error reports, if any."""
+    statuses: Iterable[int | None] = (
+        getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error)
+    )
+    return next((status for status in statuses if status is not None), None)
+
+
+def _nearest_path(reference: str) -> str:
+    """A hint at the file or folder beside which the user may have meant, or nothing."""
+    try:
+        path = Path(reference).expanduser()
+        return nearest(path.name, (sibling.name for sibling in path.parent.iterdir()))
+    except (OSError, RuntimeError, ValueError):
+        return ""
