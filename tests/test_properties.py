@@ -78,7 +78,7 @@ def test_equals_a_float64_reference_rounded_once(
     assert torch.all((got >= low) & (got <= high))
     clear = low == high
     assert torch.equal(got[clear], reference.to(of_output)[clear])
-    assert of_output == torch.float64 or clear.double().mean() > 0.9
+    assert of_output == torch.float64 or clear.double().mean() > 0.5
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

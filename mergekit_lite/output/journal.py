@@ -1,6 +1,6 @@
 """The journal: what is already safely written, so that a killed run can go on where it stopped.
 
-One JSON object a line. The first names the plan; each further one a span of elements whose output bytes were written
+One JSON value a line. The first names the plan; each further one is a span of elements whose output bytes were written
 before the line was. A line that was cut off by the kill is dropped. Bytes are trusted only after their digest is
 checked again, so it does not matter in which order the system brought data and journal to the disk.
 """
@@ -11,15 +11,13 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from mergekit_lite.errors import RunError
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One finished span of one output tensor.
 
     Attributes:
@@ -35,8 +33,8 @@ class Record:
     begin: int
     inputs: Sequence[str]
     output: str
-    sums: Sequence[float] = field(default_factory=tuple)
-    bad: Sequence[int] = field(default_factory=tuple)
+    sums: Sequence[float]
+    bad: Sequence[int]
 
 
 class Journal:
@@ -47,17 +45,18 @@ class Journal:
         self.records: dict[tuple[int, int], Record] = {}
         self._lock = threading.Lock()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        whole = [parsed for line in lines[:-1] if (parsed := _parsed(line)) is not None]
-        if whole and whole[0].get("plan") != plan_digest:
+        found = [_parsed(line) for line in lines[:-1]]
+        if found and found[0] != {"plan": plan_digest}:
             raise RunError(
                 f"{path.parent}: holds an unfinished run of another plan: other options, another version, or inputs "
                 "that changed since. Start afresh with --force, or remove the folder."
             )
-        for fields in whole[1:]:
-            record = Record(**fields)
-            self.records[record.job, record.begin] = record
+        for fields in found[1:]:
+            if isinstance(fields, list) and len(fields) == len(Record._fields):
+                record = Record(*fields)
+                self.records[record.job, record.begin] = record
         # Rewritten rather than cut at the damage: what follows a torn line would be unreadable next time.
-        text = "".join(json.dumps(line) + "\n" for line in [{"plan": plan_digest}, *map(asdict, self.records.values())])
+        text = "".join(json.dumps(line) + "\n" for line in [{"plan": plan_digest}, *self.records.values()])
         temporary = path.with_suffix(".new")
         temporary.write_text(text)
         temporary.replace(path)
@@ -65,7 +64,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Note a finished span."""
-        line = (json.dumps(asdict(record)) + "\n").encode()
+        line = (json.dumps(record) + "\n").encode()
         with self._lock:
             os.write(self._descriptor, line)
             self.records[record.job, record.begin] = record
@@ -75,9 +74,8 @@ class Journal:
         os.close(self._descriptor)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> object:
     try:
-        content = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None

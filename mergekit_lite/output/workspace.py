@@ -118,7 +118,10 @@ class Workspace:
         if not whole:
             self.journal.records.clear()
         if not whole and self.layout.nest is not None:
-            write_torch_skeleton(path, file.tensors, self.layout.nest)
+            try:
+                write_torch_skeleton(path, file.tensors, self.layout.nest)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise RunError(f"{path}: torch can't lay the file out: {str(error).splitlines()[0]}") from error
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if self.layout.nest is None:
             os.ftruncate(descriptor, file.size)
