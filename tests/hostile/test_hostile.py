@@ -46,7 +46,7 @@ def test_a_header_that_lies_is_refused(tmp_path, case):
     refusal(HEADERS[case](tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("case", [case for case in HEADERS if "100 MB" not in case])
+@pytest.mark.parametrize("case", [case for case in HEADERS if "100 MB" not in case and "many" not in case])
 def test_what_the_library_refuses_is_among_what_is_refused(tmp_path, case):
     """The other way round: no case here is one that only we find fault with, but those named."""
     path = HEADERS[case](tmp_path)
