@@ -1,6 +1,7 @@
 """mergekit_lite: arithmetic on the weights of language models, at the speed of a file copy.
 
-The public names. Those that need torch are imported when they are first used, so that importing the package costs little.
+The public names. Those that need torch are imported when they are first used, so that importing the package costs
+little.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random draws that depend on (seed, tensor name, stream, element index) and on nothing else.
 
-There is no generator to advance: element i of a tensor gets the same draw whichever thread, block or device computes it. Each
-draw hashes its index with a 32-bit mixer (two rounds of xor-shift and multiply, constants from C. Wellons' "lowbias32" search),
-with half of a 64-bit key entering before each multiplication.
+There is no generator to advance: element i of a tensor gets the same draw whichever thread, block or device computes
+it. Each draw hashes its index with a 32-bit mixer (two rounds of xor-shift and multiply, constants from C.
+Wellons' "lowbias32" search), with half of a 64-bit key entering before each multiplication.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one table of tensor element types.
 
-A dtype is named as in torch without its prefix ("bfloat16"). The table also gives the code that the safetensors format uses
-and the size of an element in bytes. torch itself is imported only when a tensor is made: planning needs names and sizes alone.
+A dtype is named as in torch without its prefix ("bfloat16"). The table also gives the code that the safetensors
+format uses and the size of an element in bytes. torch itself is imported only when a tensor is made: planning needs
+names and sizes alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class DType(NamedTuple):
     name: str
     code: str
     size: int
-    kind: str  # "float" (arithmetic allowed), "scaled" (a float that means nothing without its scale), "exact" (copied only)
+    kind: str  # "float": arithmetic allowed; "scaled": means nothing without its scale; "exact": copied only
 
 
 TABLE = (

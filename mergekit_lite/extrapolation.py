@@ -58,11 +58,12 @@ def extrapolate(
     Args:
         sft: the model before alignment: a path or hub reference.
         aligned: the model after; it gives the output its tensors, shards, dtypes, config and tokenizer.
-        output: a folder, or a ``.safetensors`` / ``.pt`` file. ``{alpha}`` in it becomes the alpha; needed for several alphas.
+        output: a folder, or a ``.safetensors`` / ``.pt`` file. ``{alpha}`` in it becomes the alpha; needed for
+            several alphas.
         alpha: one number, or several for as many outputs from one read of the inputs. 0 is ``aligned``, −1 is ``sft``.
-        options: of ``plan_extrapolation`` (``alpha_for`` {regex: alpha}, ``include``, ``exclude``, ``out_dtype``, ``rounding``
-            ``nearest`` | ``stochastic``, ``seed``, ``new_rows`` ``refuse`` | ``copy``, ``shard_size`` in bytes) and of ``run``
-            (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``).
+        options: of ``plan_extrapolation`` (``alpha_for`` {regex: alpha}, ``include``, ``exclude``, ``out_dtype``,
+            ``rounding`` ``nearest`` | ``stochastic``, ``seed``, ``new_rows`` ``refuse`` | ``copy``, ``shard_size`` in
+            bytes) and of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``).
 
     Returns:
         The outputs' paths, and for each a report with the effective alpha.

@@ -30,7 +30,8 @@ class Job:
 
     Attributes:
         name, shape, dtype: of the output.
-        inputs: the tensors it is made of, in the order of the method's arguments; the first is the one it is named after.
+        inputs: the tensors it is made of, in the order of the method's arguments; the first is the one it is named
+            after.
         parameters: the method's keyword arguments, once for each variant. Empty for a copy.
         merged: how many leading elements go through the method; the rest is copied from the first input. 0 for a copy.
         why: for a copy, the reason.
@@ -48,6 +49,11 @@ class Job:
     def numel(self) -> int:
         """Number of elements of the output."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output."""
+        return self.numel * dtypes.size(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ GRIDS = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24
 def stochastic(values: torch.Tensor, dtype: torch.dtype, key: int, start: int) -> torch.Tensor:
     """Round each value to one of its two neighbours in ``dtype``, up with the probability that makes the mean exact.
 
-    A step much smaller than the spacing of ``dtype`` so survives on average, where rounding to nearest would undo it. (Gupta et
-    al. 2015, "Deep Learning with Limited Numerical Precision".)
+    A step much smaller than the spacing of ``dtype`` so survives on average, where rounding to nearest would undo it.
+    (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision".)
 
     Args:
         values: 1-D, float32 or float64.
@@ -34,4 +34,4 @@ def stochastic(values: torch.Tensor, dtype: torch.dtype, key: int, start: int) -
     spacing = (torch.frexp(exact).exponent - precision).clamp_(min=smallest)
     up = draws.uniform(key, start, values.numel(), values.device)
     steps = torch.ldexp(exact, -spacing).add_(up).floor_()
-    return torch.ldexp(steps, spacing).to(dtype)
+    return torch.ldexp(steps, spacing).copysign_(exact).to(dtype)

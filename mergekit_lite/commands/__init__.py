@@ -53,7 +53,10 @@ def main() -> None:
 
 
 def start() -> None:
-    """The process's entry point. Leaves without tearing down the interpreter, which takes 0.3 s once torch is loaded."""
+    """The process's entry point.
+
+    Leaves without tearing down the interpreter, which takes 0.3 s once torch is loaded.
+    """
     code: object = 0
     try:
         main(prog_name="mergekit-lite")

@@ -8,68 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.commands import values
+from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
     from mergekit_lite.plan import Plan
-
-UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9,
-         "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
-
-
-class Alphas(click.ParamType):
-    """One number, or several with commas."""
-
-    name = "A[,B…]"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[float, ...]:
-        """Parse the list."""
-        if isinstance(value, tuple):
-            return value
-        return tuple(_number(part, lambda message: self.fail(message, param, context)) for part in value.split(","))
-
-
-class TensorAlpha(click.ParamType):
-    """A regular expression, an equals sign, and a number."""
-
-    name = "REGEX=A"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[str, float]:
-        """Split at the last equals sign."""
-        pattern, equals, number = value.rpartition("=")
-        if not equals:
-            self.fail(f"{value!r} should be REGEX=ALPHA, for instance 'norm=0'.", param, context)
-        return pattern, _number(number, lambda message: self.fail(message, param, context))
-
-
-class Size(click.ParamType):
-    """A number of bytes, with or without a unit."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
-        """Parse 5GB, 500MB, 2GiB, 1000000."""
-        digits = value.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-        unit = UNITS.get(value[len(digits) :].strip().lower())
-        try:
-            size = int(float(digits) * unit) if unit else 0
-        except (ValueError, OverflowError):
-            size = 0
-        if size <= 0:
-            self.fail(f"{value!r} is not a size; expected for instance 5GB, 500MB or 2GiB.", param, context)
-        return size
-
-
-def _number(text: str, fail: Any) -> float:
-    import math
-
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        fail(f"{text!r} is not a number.")
-    return number
 
 
 @click.command(
@@ -85,14 +28,20 @@ Examples:
 @click.argument("sft")
 @click.argument("aligned")
 @click.option(
-    "-a", "--alpha", type=Alphas(), required=True, help="How far past ALIGNED to go; 0 is ALIGNED, -1 is SFT."
+    "-a",
+    "--alpha",
+    metavar="A[,B…]",
+    callback=values.alphas,
+    required=True,
+    help="How far past ALIGNED to go; 0 is ALIGNED, -1 is SFT.",
 )
 @click.option(
     "-o", "--output", required=True, help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha."
 )
 @click.option(
     "--alpha-for",
-    type=TensorAlpha(),
+    metavar="REGEX=A",
+    callback=values.alphas_for,
     multiple=True,
     help="Another alpha for tensors whose name matches; first match wins.",
 )
@@ -117,7 +66,10 @@ Examples:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
 @click.option(
-    "--shard-size", type=Size(), help="Most bytes in one file, for instance 5GB; shards as in ALIGNED by default."
+    "--shard-size",
+    metavar="SIZE",
+    callback=values.size,
+    help="Most bytes in one file, for instance 5GB; shards as in ALIGNED by default.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
@@ -133,7 +85,7 @@ def command(
     aligned: str,
     output: str,
     alpha: tuple[float, ...],
-    alpha_for: tuple[tuple[str, float], ...],
+    alpha_for: dict[str, float],
     resume: bool,
     force: bool,
     allow_nonfinite: bool,
@@ -147,29 +99,32 @@ def command(
 ) -> None:
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
 
-    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors or .pt / .bin files,
-    or hub repositories (org/name, org/name@revision).
+    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors or .pt /
+    .bin files, or hub repositories (org/name, org/name@revision).
     """
-    from mergekit_lite.commands import show
+    from mergekit_lite.commands import facts
+    from mergekit_lite.commands.screen import Screen
     from mergekit_lite.extrapolation import plan_extrapolation
 
-    screen = show.Screen(quiet=quiet or as_json, verbose=verbose)
-    plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=dict(alpha_for), **options)
-    from mergekit_lite.engine.run import check_outputs, run
+    screen = Screen(quiet=quiet or as_json, verbose=verbose)
+    plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, **options)
+    from mergekit_lite.engine.run import (
+        check_outputs,
+        run,
+    )  # torch comes in here, once the request is known to be sound
     from mergekit_lite.engine.sample import delta_warning
 
     check_outputs(plan, resume=resume, force=force)
     _check_room(plan, resume)
-    warning = delta_warning(plan)
+    if dry_run and as_json:
+        click.echo(json.dumps(facts.of_plan(plan, threads), indent=1))
+    elif dry_run:
+        screen.plan(plan, threads)
+    else:
+        screen.headline(plan)
+    screen.warn(delta_warning(plan))
     if dry_run:
-        if as_json:
-            click.echo(json.dumps(show.plan_as_data(plan, threads), indent=1))
-        else:
-            screen.plan(plan, threads)
-        screen.warn(warning)
         return
-    screen.headline(plan)
-    screen.warn(warning)
     with screen.progress() as progress:
         finished = run(
             plan,
@@ -181,7 +136,7 @@ def command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(show.finished_as_data(finished), indent=1))
+        click.echo(json.dumps(facts.of_finished(finished), indent=1))
     screen.finished(plan, finished)
 
 
@@ -194,7 +149,7 @@ def _check_room(plan: Plan, resume: bool) -> None:
     parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.bytes_to_write:
-        raise UsageError(
+        raise RunError(
             f"{Path(parent)}: has {free / 1e9:.2f} GB free, the output needs {plan.bytes_to_write / 1e9:.2f} GB. "
             "Make room or choose another disk."
         )

@@ -1,8 +1,8 @@
 """A lane: the buffers of one worker, and the arithmetic on one block.
 
-On the CPU a lane is a few buffers that stay in cache. On a GPU its host buffers are pinned and it has a stream of its own:
-copies to the device, arithmetic and copies back are queued there without waiting, so that while one lane's block is on its way,
-another's is computed and a third is read or written.
+On the CPU a lane is a few buffers that stay in cache. On a GPU its host buffers are pinned and it has a stream of its
+own: copies to the device, arithmetic and copies back are queued there without waiting, so that while one lane's block
+is on its way, another's is computed and a third is read or written.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def combined(
 ) -> torch.Tensor:
     """Run the method on one block.
 
-    16-bit inputs of the output's own dtype go in as they are where the method rounds once by itself and ``direct`` is set. All
-    else is widened first. Without a method the first input is the result.
+    16-bit inputs of the output's own dtype go in as they are where the method rounds once by itself and ``direct`` is
+    set. All else is widened first. Without a method the first input is the result.
     """
     if method is None:
         return inputs[0]
-    if direct and method.rounds_once and all(block.dtype == dtype for block in inputs):
+    if direct and method.rounds_once and dtype.itemsize <= 2 and all(block.dtype == dtype for block in inputs):
         result: torch.Tensor = method.function(*inputs, **parameters)
         return result
     wide = dtypes.working([block.dtype for block in inputs], dtype)

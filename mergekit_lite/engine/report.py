@@ -101,7 +101,7 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
 
 
 def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:
-    """For each output tensor the digests of its own bytes and of its inputs': xxh3-128 over the digests of its spans."""
+    """For each output tensor the digests of its bytes and of its inputs': xxh3-128 over the digests of the spans."""
     spans: dict[int, list[Record]] = {index: [] for index in range(len(plan.jobs))}
     for key in sorted(records):
         spans[key[0]].append(records[key])

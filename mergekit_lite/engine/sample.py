@@ -13,8 +13,8 @@ from mergekit_lite.plan import Plan
 TENSORS = 128
 ELEMENTS = 1 << 14
 
-# RMS of an element's change, measured on zephyr-7b (ExPO paper, Table 1, divided by √numel): SFT→DPO 6.3e-6, extrapolates well;
-# pretraining→SFT 2.0e-4, collapses. The border is their geometric mean.
+# RMS of an element's change, measured on zephyr-7b (ExPO paper, Table 1, divided by √numel): SFT→DPO 6.3e-6,
+# extrapolates well; pretraining→SFT 2.0e-4, collapses. The border is their geometric mean.
 RMS_OF_ALIGNMENT = 6.348e-6
 RMS_OF_FINETUNING = 1.955e-4
 BORDER = math.sqrt(RMS_OF_ALIGNMENT * RMS_OF_FINETUNING)
@@ -47,13 +47,14 @@ def delta_warning(plan: Plan) -> str | None:
         return None
     if rms == 0:
         return (
-            "RMS(delta) is 0 in a sample of the weights: the two models seem to be the same one, and any alpha gives it back. "
-            "Check the two paths."
+            "RMS(delta) is 0 in a sample of the weights: the two models seem to be the same one, and any alpha gives "
+            "it back. Check the two paths."
         )
     if rms > BORDER:
         return (
-            f"RMS(delta) is {rms:.2g} in a sample of the weights: nearer to pretraining→SFT ({RMS_OF_FINETUNING:.1g} on a 7B model), "
-            f"where extrapolation is known to collapse, than to SFT→DPO ({RMS_OF_ALIGNMENT:.1g}). Is the first model really the SFT "
-            "start of the second? Small models and high learning rates have larger deltas: measure before you trust either."
+            f"RMS(delta) is {rms:.1e} in a sample of the weights: nearer to pretraining→SFT ({RMS_OF_FINETUNING:.0e} "
+            f"on a 7B model), where extrapolation is known to collapse, than to SFT→DPO ({RMS_OF_ALIGNMENT:.0e}). Is "
+            "the first model really the SFT start of the second? Small models and high learning rates have larger "
+            "deltas: measure before you trust either."
         )
     return None

@@ -162,8 +162,8 @@ class Work:
 def by_turns(plan: Plan, spans: Sequence[Span], files: int) -> Iterator[Span]:
     """The spans, alternating between as many output files as there are workers.
 
-    Two writers of one file wait for each other in the kernel; side by side in two files they don't. Each file is still written
-    from its begin to its end.
+    Two writers of one file wait for each other in the kernel; side by side in two files they don't. Each file is
+    still written from its begin to its end.
     """
     of_file: dict[int, list[Span]] = {}
     for span in spans:
@@ -198,8 +198,9 @@ def _cost(span: Span) -> int:
 def _keep_freed_memory() -> None:
     """Let glibc reuse the temporaries of the arithmetic.
 
-    By default it gives blocks over 128 KiB back to the system at once, and getting them again costs a page fault for every 4 KiB:
-    with plain tensor expressions that is three quarters of the time (measured: 2.69 against 0.72 ns an element).
+    By default it gives blocks over 128 KiB back to the system at once, and getting them again costs a page fault for
+    every 4 KiB: with plain tensor expressions that is three quarters of the time (measured: 2.69 against 0.72 ns an
+    element).
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

@@ -4,8 +4,9 @@ Paper: Zheng et al., "Model Extrapolation Expedites Alignment", ACL 2025, arXiv 
 
     out = aligned + alpha · (aligned − sft)
 
-alpha = 0 is the aligned model, alpha = −1 the SFT model. The same thing as task arithmetic on the base ``sft`` with the single
-weight 1 + alpha. The released script computes in bfloat16 (three roundings); here the sum is taken in float32 and rounded once.
+alpha = 0 is the aligned model, alpha = −1 the SFT model. The same thing as task arithmetic on the base ``sft`` with
+the single weight 1 + alpha. The released script computes in bfloat16 (three roundings); here the sum is taken in
+float32 and rounded once.
 It also has no remedy for what that rounding does to a small alpha: ``effect`` measures it.
 """
 
@@ -47,5 +48,6 @@ def expo(aligned: torch.Tensor, sft: torch.Tensor, *, alpha: float) -> torch.Ten
         return aligned
     if alpha == -1:
         return sft
-    # In this direction lerp is aligned − alpha·(sft − aligned): the small delta is scaled, not two large weights subtracted.
+    # In this direction lerp is aligned − alpha·(sft − aligned): the small delta is scaled, not two large weights
+    # subtracted.
     return torch.lerp(aligned, sft, -alpha)

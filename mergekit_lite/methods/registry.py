@@ -21,9 +21,10 @@ class Method:
         function: tensors of one block (flat, same length, same dtype) and keyword parameters in, merged block out.
         formula: one line for listings.
         source: the paper.
-        rounds_once: the function computes 16-bit inputs in float32 inside and rounds its result once, so it can be given them as
-            they are.
-        observe: optional; (merged block, *inputs) in, the sums the report is made of out. Called on a fixed sample of blocks.
+        rounds_once: the function computes 16-bit inputs in float32 inside and rounds its result once, so it can be
+            given them as they are.
+        observe: optional; (merged block, *inputs) in, the sums the report is made of out. Called on a fixed sample of
+            blocks.
     """
 
     name: str

@@ -29,15 +29,15 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
         "",
         f"# {name}",
         "",
-        f"Made from `{first.reference}` and {', '.join(f'`{other.reference}`' for other in others)} by arithmetic on their weights,",
-        f"with the method `{plan.recipe.merge_method}` of mergekit_lite. No training took place.",
+        f"Made from `{first.reference}` and {', '.join(f'`{other.reference}`' for other in others)}",
+        f"by arithmetic on their weights (method `{plan.recipe.merge_method}` of mergekit_lite), without training.",
         "",
         "```yaml",
         yaml.safe_dump(_recipe(plan, variant), sort_keys=False, allow_unicode=True).strip(),
         "```",
         "",
-        f"{effect['merged']:,} tensors were merged and {effect['copied']:,} copied from `{first.reference}`. Inputs, digests and",
-        "versions are in `mergekit_lite_manifest.json`.",
+        f"{effect['merged']:,} tensors were merged and {effect['copied']:,} copied from `{first.reference}`.",
+        "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]
     if effect["effective"] is not None and "alpha" in settings:
         sampled = "" if effect["exact"] else ", from a fixed sample of the weights"
@@ -69,7 +69,7 @@ def _recipe(plan: Plan, variant: int) -> dict[str, Any]:
 
 
 def _front_matter(source: Checkpoint) -> Mapping[str, Any]:
-    """The YAML between the first two ``---`` lines of a model's own card; empty where there is none that can be read."""
+    """The YAML between the first two ``---`` lines of a model's own card; empty where none can be read."""
     path = source.folder / "README.md" if source.folder else Path()
     try:
         _, text, _ = path.read_text(encoding="utf-8").split("---\n", 2)

@@ -1,8 +1,8 @@
 """The journal: what is already safely written, so that a killed run can go on where it stopped.
 
-One JSON object a line. The first names the plan; each further one a span of elements whose output bytes were written before the
-line was. A line that was cut off by the kill is dropped. Bytes are trusted only after their digest is checked again, so it does
-not matter in which order the system brought data and journal to the disk.
+One JSON object a line. The first names the plan; each further one a span of elements whose output bytes were written
+before the line was. A line that was cut off by the kill is dropped. Bytes are trusted only after their digest is
+checked again, so it does not matter in which order the system brought data and journal to the disk.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Journal:
         whole = [parsed for line in lines[:-1] if (parsed := _parsed(line)) is not None]
         if whole and whole[0].get("plan") != plan_digest:
             raise RunError(
-                f"{path.parent}: holds an unfinished run of another plan: other options, another version, or inputs that changed "
-                "since. Start afresh with --force, or remove the folder."
+                f"{path.parent}: holds an unfinished run of another plan: other options, another version, or inputs "
+                "that changed since. Start afresh with --force, or remove the folder."
             )
         for fields in whole[1:]:
             record = Record(**fields)

@@ -1,7 +1,7 @@
 """Where every byte of the output will lie, known before any weight is read.
 
-A safetensors header holds names, dtypes, shapes and offsets only, so it can be written first and the data put in place in any
-order. A torch file is a zip whose records torch itself can lay out without their contents.
+A safetensors header holds names, dtypes, shapes and offsets only, so it can be written first and the data put in
+place in any order. A torch file is a zip whose records torch itself can lay out without their contents.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ def safetensors_layout(groups: Sequence[Sequence[OutputTensor]], name: str | Non
 
 
 def torch_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
-    """Lay out a torch file. torch writes it once without data, as a sparse temporary file, and tells where the data belong."""
+    """Lay out a torch file.
+
+    torch writes it once without data, as a sparse temporary file, and tells where the data belong.
+    """
     from mergekit_lite.checkpoint import torch_file
 
     with tempfile.TemporaryDirectory() as folder:

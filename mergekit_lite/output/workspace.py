@@ -4,7 +4,8 @@
     .NAME.partial/lock             held by the process that works here
     .NAME.partial/result/…         the files, complete only when every span is journalled
 
-Publishing is a rename of ``result`` (or of the one file in it): under the output's own name there is nothing, or all of it.
+Publishing is a rename of ``result`` (or of the one file in it): under the output's own name there is nothing, or all
+of it.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ class Workspace:
         return descriptor
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Put bytes in their place: ``offset`` bytes into a tensor. Raises RunError (disk full, file limit, I/O error)."""
+        """Put bytes in their place: ``offset`` bytes into a tensor.
+
+        Raises RunError (disk full, file limit, I/O error).
+        """
         number, start = self.layout.places[tensor]
         position = start + offset
         try:

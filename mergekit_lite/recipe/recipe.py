@@ -14,7 +14,7 @@ NEW_ROWS = ("refuse", "copy")
 
 @dataclass(frozen=True)
 class Setting:
-    """A parameter's value for every tensor: the first rule whose pattern is found in the tensor's name, else the default."""
+    """A parameter's value for every tensor: the first rule whose pattern is in the tensor's name, else the default."""
 
     default: float
     rules: tuple[tuple[str, float], ...] = ()
@@ -30,10 +30,11 @@ class Recipe:
 
     Attributes:
         merge_method: the method's name.
-        models: references in the order of the method's inputs. The first one gives the output its tensors, shards, config and
-            tokenizer.
+        models: references in the order of the method's inputs. The first one gives the output its tensors, shards,
+            config and tokenizer.
         variants: the method's parameters, once for each output; all outputs are made in one pass over the inputs.
-        include, exclude: regular expressions; a tensor that is not included, or is excluded, is copied from the first model.
+        include, exclude: regular expressions; a tensor that is not included, or is excluded, is copied from the first
+            model.
         out_dtype: the dtype of all float tensors, or None for each as in the first model.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.

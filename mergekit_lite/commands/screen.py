@@ -1,0 +1,212 @@
+"""What the user sees: the plan, the progress, the result. Plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from mergekit_lite.commands import facts
+from mergekit_lite.errors import counted
+from mergekit_lite.output.beside import files_beside
+
+if TYPE_CHECKING:
+    from mergekit_lite.engine.report import Report
+    from mergekit_lite.engine.run import Finished
+    from mergekit_lite.plan import Job, Plan
+
+SHOWN = 5
+FAR = 0.1  # relative distance of the effective from the asked alpha that is worth a word
+PIPE_WIDTH = 200
+PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
+
+
+class Screen:
+    """Results go to standard output, all else to standard error."""
+
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        """``quiet`` leaves warnings and errors only; ``verbose`` shows every tensor."""
+        self.quiet = quiet
+        self.verbose = verbose
+        self.out = _console(sys.stdout)
+        self.err = _console(sys.stderr)
+
+    def warn(self, message: str | None) -> None:
+        """A warning, if there is one."""
+        if message:
+            self.err.print("[yellow bold]Warning:[/] ", end="")
+            self.err.print(message, markup=False)
+
+    def plan(self, plan: Plan, threads: int | None) -> None:
+        """The whole plan."""
+        told = facts.of_plan(plan, threads)
+        rows = [
+            ("input", source["reference"], counted(source["tensors"], "tensor"), size(source["bytes"]))
+            for source in told["inputs"]
+        ]
+        files = counted(len(plan.layout.files), "file")
+        rows += [("output", output, files, size(plan.layout.nbytes)) for output in told["outputs"]]
+        self.out.print(_table(("", "path", "", ">size"), rows))
+        self.out.print(
+            f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
+            f"takes about {size(told['memory'])} of memory\n"
+        )
+        if self.verbose:
+            jobs = [(job.name, _shape(job), job.dtype, facts.what_happens(plan, job)) for job in plan.jobs]
+            self.out.print(_table(("tensor", "shape", "dtype", "what happens"), jobs))
+        else:
+            self.out.print(_groups(plan))
+        left_out = [f"left out: {name} of {reference}: {why}" for reference, name, why in plan.left_out]
+        left_out += [f"not copied: {name}: {why}" for name, why in told["beside"]["not_copied"].items()]
+        self._lines(left_out)
+        for note in plan.notes:
+            self.warn(note)
+
+    def headline(self, plan: Plan) -> None:
+        """What is about to happen, in a line."""
+        if not self.quiet:
+            self.err.print(
+                f"{counted(len(plan.merged), 'tensor')} to merge, {len(plan.copied):,} to copy, "
+                f"{len(plan.left_out):,} left out; "
+                f"{size(plan.bytes_to_read)} to read, {size(plan.bytes_to_write)} to write"
+            )
+        for note in plan.notes:
+            self.warn(note)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[int, int], None] | None]:
+        """A bar with rate and time left on a terminal; elsewhere a line now and then."""
+        if self.quiet:
+            yield None
+        elif self.err.is_terminal:
+            columns = (
+                TextColumn("merging"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.err, transient=True) as bar:
+                task = bar.add_task("merging", total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+        else:
+            yield _plain_progress()
+
+    def finished(self, plan: Plan, finished: Finished) -> None:
+        """What was made, and what became of alpha."""
+        for output, report in zip(finished.outputs, finished.reports, strict=True):
+            if not self.quiet:
+                self.out.print(f"[bold green]made[/] {output}  {size(plan.layout.nbytes)}")
+                self._effect(report)
+            self.warn(_advice(report))
+        if self.quiet:
+            return
+        if any(output.is_dir() for output in finished.outputs):
+            not_copied = files_beside(plan.inputs[0])[1]
+            self._lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
+        rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
+        self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+
+    def _effect(self, report: Report) -> None:
+        if report.asked is None or report.effective is None:
+            self.out.print("  the models don't differ in what was merged: the output equals the aligned model")
+            return
+        how = "exact" if report.exact else "from a fixed sample of the weights"
+        self.out.print(
+            f"  alpha {report.asked:g}, effective {report.effective:.4f} after rounding ({how}); "
+            f"RMS(delta) {report.rms_delta:.1e}"
+        )
+        if report.identical:
+            self.out.print(f"  {report.identical:,} of {counted(report.merged, 'tensor')} identical in both models")
+        if self.verbose or _is_far(report):
+            worst = report.worst if self.verbose else report.worst[:SHOWN]
+            rows = [(f"  {t.name}", f"{t.asked:g}", f"{t.effective:.4f}", f"{t.rms_delta:.1e}") for t in worst]
+            self.out.print(_table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
+
+    def _lines(self, lines: Sequence[str]) -> None:
+        shown = lines if self.verbose else lines[:SHOWN]
+        for line in shown:
+            self.out.print(line, markup=False)
+        if len(lines) > len(shown):
+            self.out.print(f"… and {len(lines) - len(shown):,} more (-v shows all)")
+
+
+def _console(stream: TextIO) -> Console:
+    """A console that breaks no line; in a file or pipe tables take the room they need."""
+    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
+
+
+def size(count: float) -> str:
+    """A number of bytes, for people."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
+    return f"{count / 1000**power:.2f} {'kMG'[power - 1]}B"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table; a heading that starts with ``>`` has its column set flush right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _groups(plan: Plan) -> Table:
+    """The jobs grouped by what happens to them."""
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in plan.jobs:
+        stored = ", ".join(sorted({spec.stored_dtype for spec in job.inputs}))
+        groups.setdefault((facts.what_happens(plan, job), f"{stored} → {job.dtype}"), []).append(job)
+    rows = [
+        (what, f"{len(jobs):,}", size(sum(job.nbytes for job in jobs)), kinds, jobs[0].name)
+        for (what, kinds), jobs in groups.items()
+    ]
+    return _table(("what happens", ">tensors", ">size", "dtype", "for example"), rows)
+
+
+def _shape(job: Job) -> str:
+    return " × ".join(map(str, job.shape)) or "scalar"
+
+
+def _plain_progress() -> Callable[[int, int], None]:
+    started = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL:
+            last = now
+            rate = done / (now - started)
+            left = (total - done) / rate
+            print(
+                f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left",
+                file=sys.stderr,
+            )
+
+    return tell
+
+
+def _is_far(report: Report) -> bool:
+    if report.effective is None or not report.asked:
+        return False
+    return abs(report.effective - report.asked) > FAR * abs(report.asked)
+
+
+def _advice(report: Report) -> str | None:
+    """What to do where rounding took much of alpha away, or added to it."""
+    if not _is_far(report):
+        return None
+    return (
+        f"alpha {report.asked:g} became {report.effective:.4f}: many changes are smaller than the spacing of the "
+        "output's dtype, and rounding to nearest takes them away or doubles them. --rounding stochastic keeps them on "
+        "average, --out-dtype float32 keeps them all."
+    )

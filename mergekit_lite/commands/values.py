@@ -1,0 +1,57 @@
+"""Option values that the command line reads in a form of its own."""
+
+from __future__ import annotations
+
+import math
+
+from click import BadParameter
+
+BYTES = {"": 1, "b": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate(("k", "m", "g", "t"), start=1)
+    for unit, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+
+
+def number(text: str) -> float:
+    """A finite number. Raises BadParameter."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadParameter(f"{text!r} is not a number.")
+    return value
+
+
+def alphas(_context: object, _option: object, text: str) -> tuple[float, ...]:
+    """``0.3``, or several numbers with commas."""
+    return tuple(number(part) for part in text.split(","))
+
+
+def alphas_for(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, float]:
+    """``REGEX=ALPHA``, each; split at the last equals sign."""
+    rules: dict[str, float] = {}
+    for text in texts:
+        pattern, equals, alpha = text.rpartition("=")
+        if not equals or not pattern:
+            raise BadParameter(f"{text!r} should be REGEX=ALPHA, for instance 'norm=0'.")
+        if pattern in rules:
+            raise BadParameter(f"{pattern!r} is given twice.")
+        rules[pattern] = number(alpha)
+    return rules
+
+
+def size(_context: object, _option: object, text: str | None) -> int | None:
+    """``5GB``, ``500 MB``, ``2GiB``, ``1000000``: a number of bytes."""
+    if text is None:
+        return None
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = BYTES.get(text[len(digits) :].strip().lower())
+    try:
+        count = int(float(digits) * (unit or 0))
+    except (ValueError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise BadParameter(f"{text!r} is not a size; expected for instance 5GB, 500MB or 2GiB.")
+    return count
