@@ -82,10 +82,10 @@ def _format_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str 
     for known in FORMATS:
         if known.ending.search(spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
             return known.name, known.remedy
-    if spec.dtype in INTEGER_CODES and _has_scale(spec.name, tensors):
+    integers = spec.dtype in INTEGER_CODES and len(spec.shape) >= 2  # vectors are counters, positions and the like
+    if integers and _has_scale(spec.name, tensors):
         return INTEGERS_WITH_SCALE, ORIGINAL
-    codes = spec.dtype in FLOAT_CODES or (spec.dtype in INTEGER_CODES and len(spec.shape) >= 2)
-    if codes and method is not None and method not in SUPPORTED_METHODS:
+    if (integers or spec.dtype in FLOAT_CODES) and method is not None and method not in SUPPORTED_METHODS:
         return f"quant_method {method!r} of config.json", ORIGINAL
     return None
 

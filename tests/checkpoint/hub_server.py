@@ -14,11 +14,15 @@ from urllib.parse import unquote, urlparse
 
 @dataclass
 class Repository:
-    """Commits by revision name, and each commit's files. ``denied`` is the status and error code of every file."""
+    """Commits by revision name, and each commit's files.
+
+    ``denied`` is the status and error code of every file; ``pushed`` the commit that ``main`` moves to once looked up.
+    """
 
     revisions: dict[str, str]
     files: dict[str, dict[str, bytes]]
     denied: tuple[int, str | None] | None = None
+    pushed: str | None = None
 
 
 @dataclass
@@ -89,6 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, content in files.items()
             ]
             return self.send(json.dumps(entries).encode())
+        found.revisions["main"] = found.pushed or found.revisions["main"]
         siblings = [{"rfilename": name} for name in files]
         return self.send(json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
 

@@ -131,6 +131,12 @@ def test_a_revision_is_that_commit(tmp_path):
     assert "no branch, tag or commit 'v9'" in answers[3]["error"]
 
 
+def test_a_push_while_fetching_is_noticed(tmp_path):
+    with serve({"org/tiny": repository(pushed=OLD)}) as hub:
+        first, second = fetched(tmp_path, "org/tiny", "org/tiny", url=hub.url)
+    assert "was changed on the hub while it was fetched" in first["error"] and second["revision"] == OLD
+
+
 def test_torch_files_are_taken_where_there_is_nothing_better(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "weights")
     files = {"pytorch_model.bin": (tmp_path / "weights").read_bytes(), "config.json": b"{}", "model.gguf": b"no"}

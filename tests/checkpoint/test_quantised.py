@@ -199,6 +199,7 @@ def test_a_config_left_over_from_quantisation_does_not_refuse_plain_floats(tmp_p
 
 def test_scales_that_a_plain_model_learned_stay(tmp_path):
     tensors = {"logit_scale": torch.ones(1), "attn.k_scale": torch.ones(1), "mlp.input_scale": torch.ones(3)}
+    tensors |= {"step": i32(), "step_scale": torch.ones(())}
     assert set(open_checkpoint(write_model(tmp_path, tensors)).tensors) == set(tensors)
 
 

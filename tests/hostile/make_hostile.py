@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +280,14 @@ def pickles(touched: Path) -> dict[str, Builder]:
 
         return build
 
+    def two_pickles(folder: Path) -> Path:
+        """Two records of one name: which of them is read is up to the reader."""
+        torch.save(tensors, folder / "x.pt")
+        with zipfile.ZipFile(folder / "x.pt", "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            archive.writestr("x/data.pkl", pickle.dumps({"model": evil}, protocol=2))
+        return folder / "x.pt"
+
     def disguised(folder: Path) -> Path:
         """A plain pickle with a zip at its end: zip readers see the zip, pickle readers the pickle."""
         sound = io.BytesIO()
@@ -307,6 +316,7 @@ def pickles(touched: Path) -> dict[str, Builder]:
         "endless memory": with_pickle(pickle.dumps(Runs(bytearray, 10**14), protocol=2)),
         "itself": save_as(itself),
         "doubling": with_pickle(pickle.dumps({"model": deep}, protocol=2)),
+        "two pickles": two_pickles,
         "disguised": disguised,
         "bare pickle": bare,
     }

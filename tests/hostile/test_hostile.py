@@ -46,7 +46,7 @@ def test_a_header_that_lies_is_refused(tmp_path, case):
     refusal(HEADERS[case](tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("case", [case for case in HEADERS if "100 MB" not in case])
+@pytest.mark.parametrize("case", [case for case in HEADERS if "100 MB" not in case and "many" not in case])
 def test_what_the_library_refuses_is_among_what_is_refused(tmp_path, case):
     """The other way round: no case here is one that only we find fault with, but those named."""
     path = HEADERS[case](tmp_path)
@@ -92,6 +92,22 @@ def test_no_pickle_is_run(tmp_path, case):
     path = make_hostile.pickles(touched)[case](tmp_path)
     refusal(path, tmp_path)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("endless memory", "asks for memory"),
+        ("two pickles", "not a file that torch.save"),
+        ("disguised", "not a file that torch.save"),
+        ("legacy", "not a file that torch.save"),
+        ("nested", "nothing in it was run"),
+        ("itself", "no dictionary of tensors"),
+    ],
+)
+def test_each_trick_is_met_by_its_own_check(tmp_path, case, words):
+    """Not by luck, later, in code that another version of torch may change."""
+    assert words in refusal(make_hostile.pickles(tmp_path / "touched")[case](tmp_path), tmp_path)
 
 
 def test_the_pickles_would_run_if_they_were_let(tmp_path):
@@ -143,7 +159,7 @@ def damaged(draw, sound: bytes, within: int | None = None) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(damaged(make_hostile.GOOD))
 def test_any_damage_to_a_safetensors_file_is_success_or_a_clear_error(content):
     checkpoint = opened("x.safetensors", content)
@@ -151,7 +167,7 @@ def test_any_damage_to_a_safetensors_file_is_success_or_a_clear_error(content):
         assert sum(spec.nbytes for spec in checkpoint.tensors.values()) <= len(content)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_success_or_a_clear_error(content):
     opened("x.safetensors", len(content).to_bytes(8, "little") + content)
@@ -170,13 +186,13 @@ def torch_file() -> bytes:
 TORCH_FILE = torch_file()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(damaged(TORCH_FILE))
 def test_any_damage_to_a_torch_file_is_success_or_a_clear_error(content):
     opened("x.pt", content)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data())
 def test_any_damage_to_a_pickle_is_success_or_a_clear_error(data):
     """The damage is inside the pickle and the zip around it sound, so that it is the loader that meets it."""
