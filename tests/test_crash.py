@@ -196,7 +196,7 @@ MAIN = "import sys; from mergekit_lite.commands import start; sys.argv[0] = 'mer
 
 @pytest.mark.parametrize("moment", ["at the start", "under way"])
 def test_no_room_is_told_and_the_journal_kept(place: Path, moment: str) -> None:
-    """A file that may not grow beyond 20 MB: told when its room is reserved or, where that can't be done, when it is hit."""
+    """A file that may not grow beyond 20 MB: told when its room is reserved, or else when the limit is hit."""
     output = f"full-{moment[-3:]}"
     code = (NO_RESERVE if moment == "under way" else "") + MAIN
     limit = 20_000_000

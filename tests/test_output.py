@@ -67,8 +67,8 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
     mergekit_lite.extrapolate(*llamas, out, 0.5)
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert names == {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE",
-        "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
+        "LICENSE", "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
     }  # fmt: skip
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])

@@ -56,9 +56,9 @@ def test_equals_a_float64_reference_rounded_once(
 ) -> None:
     """For every pair of input dtypes and every output dtype.
 
-    16-bit outputs are computed in float32, the others in float64. Where the reference lies within a hair (4 units of that
-    dtype's last place, of the terms' size) of the border between two neighbours, either is right; every other element has
-    exactly the reference's bits.
+    16-bit outputs are computed in float32, the others in float64. Where the reference lies within a hair (4 units of
+    that dtype's last place, of the terms' size) of the border between two neighbours, either is right; every other
+    element has exactly the reference's bits.
     """
     of_sft, of_aligned, of_output = dtypes
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,142 @@
+"""The command line: help, exit codes, plain and machine-readable output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_lite.commands import COMMANDS, main
+from tests.models import state, tuned, write_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    sft = state(0)
+    write_folder(tmp_path / "sft", sft)
+    write_folder(tmp_path / "dpo", tuned(sft, 1, rms=1e-5))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_of_every_command_has_an_example() -> None:
+    for arguments in ([], *([name] for name in COMMANDS)):
+        code, told, _ = invoke(*arguments, "--help")
+        assert code == 0
+        assert "Example" in told and "mergekit-lite " in told.split("Example")[1]
+
+
+def test_help_and_a_refused_plan_import_neither_torch_nor_transformers(pair: Path) -> None:
+    for arguments in (
+        ["--help"],
+        ["extrapolate", "--help"],
+        ["extrapolate", "sft", "nowhere", "--alpha", "1", "-o", "x"],
+    ):
+        code = (
+            "import sys, atexit; from mergekit_lite.commands import main\n"
+            "try: main(sys.argv[1:])\n"
+            "except SystemExit: pass\n"
+            "assert not {'torch', 'transformers'} & sys.modules.keys()"
+        )
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+def test_a_run_never_imports_transformers(pair: Path) -> None:
+    code = (
+        "import sys, mergekit_lite; mergekit_lite.extrapolate('sft', 'dpo', 'out', 0.5)\n"
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("start", [[str(ROOT / "cli.py")], ["-m", "mergekit_lite"]])
+def test_the_three_ways_to_start_it(pair: Path, start: list[str]) -> None:
+    arguments = ["extrapolate", "sft", "dpo", "--alpha", "0.5", "-o", "out"]
+    result = subprocess.run(
+        [sys.executable, *start, *arguments], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "made out" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["sft", "dpo", "-o", "x"], 2, "Missing option"),
+        (["sft", "dpo", "--alpha", "much", "-o", "x"], 2, "'much' is not a number"),
+        (["sft", "dpo", "--alpha", "nan", "-o", "x"], 2, "'nan' is not a number"),
+        (["sft", "dpo", "--alpha", "1,1", "-o", "x{alpha}"], 2, "given twice"),
+        (["sft", "dpo", "--alpha", "1,2", "-o", "x"], 2, "{alpha}"),
+        (["sft", "dpo", "--alpha", "1", "-o", "x", "--alpha-for", "norm"], 2, "REGEX=ALPHA"),
+        (["sft", "dpo", "--alpha", "1", "-o", "x", "--shard-size", "5 apples"], 2, "is not a size"),
+        (["sft", "dpo", "--alpha", "1", "-o", "x", "--out-dtype", "bfloat61"], 2, "Did you mean 'bfloat16'"),
+        (["sft", "dpo", "--alpha", "1", "-o", "x", "--device", "abacus"], 2, "Unknown device"),
+        (["sft", "dpo", "--alpha", "1", "-o", "x", "--alfa", "1"], 2, "No such option"),
+        (["sft", "dop", "--alpha", "1", "-o", "x"], 1, "'dpo'"),
+        (["sft", "dpo", "--alpha", "1", "-o", "x", "--exclude", "nrom"], 1, "matches no tensor"),
+        (["sft", "dpo", "--alpha", "1", "-o", "sft"], 2, "Inputs are never touched"),
+    ],
+)
+def test_mistakes_give_one_message_and_the_right_code(pair: Path, arguments: list[str], code: int, told: str) -> None:
+    got, _, err = invoke("extrapolate", *arguments)
+    assert (got, told in err) == (code, True), err
+    assert sorted(path.name for path in pair.iterdir()) == ["dpo", "sft"]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(pair: Path) -> None:
+    code, told, _ = invoke(
+        "extrapolate", "sft", "dpo", "--alpha", "0.1,0.3", "-o", "x{alpha}", "--dry-run", "--exclude", "norm"
+    )
+    assert code == 0
+    for part in (
+        "x0.1",
+        "x0.3",
+        "expo alpha 0.1 | alpha 0.3",
+        "copy (not selected)",
+        "bfloat16 → bfloat16",
+        "of memory",
+    ):
+        assert part in told
+    code, told, _ = invoke("extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "x", "--dry-run", "--json")
+    assert len(json.loads(told)["tensors"]) == len(state(0))
+    assert sorted(path.name for path in pair.iterdir()) == ["dpo", "sft"]
+
+
+def test_json_result_and_quiet(pair: Path) -> None:
+    code, told, _ = invoke("extrapolate", "sft", "dpo", "--alpha", "0.5", "-o", "x", "--json")
+    (made,) = json.loads(told)["outputs"]
+    assert code == 0
+    assert made["path"] == "x" and made["asked"] == pytest.approx(0.5) and made["exact"] is True
+    assert len(made["tensors"]) == made["merged"] == len(state(0))
+    code, told, _ = invoke("extrapolate", "sft", "dpo", "--alpha", "0.5", "-o", "y", "-q")
+    assert (code, told) == (0, "")
+
+
+def test_the_effective_alpha_is_told_with_the_remedy(pair: Path) -> None:
+    _, told, err = invoke("extrapolate", "sft", "dpo", "--alpha", "0.1", "-o", "x")
+    assert "effective" in told and "exact" in told
+    assert "--rounding stochastic" in err and "--out-dtype float32" in err
+
+
+def test_deltas_of_the_wrong_size_are_warned_of(pair: Path) -> None:
+    write_folder(pair / "far", tuned(state(0), 2, rms=1e-3))
+    _, _, err = invoke("extrapolate", "sft", "far", "--alpha", "0.1", "-o", "x", "--dry-run")
+    assert "nearer to pretraining→SFT" in err
+    _, _, err = invoke("extrapolate", "sft", "sft", "--alpha", "0.1", "-o", "x", "--dry-run")
+    assert "RMS(delta) is 0" in err
+    _, _, err = invoke("extrapolate", "sft", "dpo", "--alpha", "0.1", "-o", "x", "--dry-run")
+    assert "Warning" not in err
