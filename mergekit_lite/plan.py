@@ -98,6 +98,17 @@ class Plan:
         """Bytes of weights that will be written, all variants together."""
         return self.layout.nbytes * len(self.outputs)
 
+    @property
+    def most_inputs(self) -> int:
+        """The largest number of tensors that go into one."""
+        return max((len(job.inputs) for job in self.jobs), default=1)
+
+    @property
+    def widest_element(self) -> int:
+        """Bytes of the widest element that is read or written."""
+        read = {spec.dtype for job in self.jobs for spec in job.inputs}
+        return max((dtypes.size(dtype) for dtype in read | {job.dtype for job in self.jobs}), default=1)
+
     def digest(self, variant: int) -> str:
         """Identifies one output: two plans with equal digests write the same bytes, from the same inputs."""
         described = [

@@ -18,18 +18,16 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.methods import Method
 
-WIDEST = 8  # bytes of the widest element
-
 
 class Lane:
-    """Host buffers for ``inputs`` tensors and one output, ``chunk`` elements each, and the device to compute on."""
+    """Host buffers for ``inputs`` tensors and one output, and the device to compute on."""
 
-    def __init__(self, device: torch.device, inputs: int, chunk: int) -> None:
-        """Allocate the buffers."""
+    def __init__(self, device: torch.device, inputs: int, nbytes: int) -> None:
+        """Allocate the buffers, ``nbytes`` each."""
         self.device = device
         pinned = device.type == "cuda"
-        self._inputs = [torch.empty(chunk * WIDEST, dtype=torch.uint8, pin_memory=pinned) for _ in range(inputs)]
-        self._output = torch.empty(chunk * WIDEST, dtype=torch.uint8, pin_memory=pinned)
+        self._inputs = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(inputs)]
+        self._output = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self._stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
 
     def working(self) -> AbstractContextManager[object]:

@@ -6,7 +6,7 @@ from mergekit_lite.engine.spans import BLOCK, CHUNK
 from mergekit_lite.plan import Plan
 
 RUNTIME = 300_000_000  # Python and torch, measured on Linux
-WIDTHS = 6  # widened inputs, result and temporaries of one block, in units of 8-byte elements
+TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 PER_TENSOR = 4_000  # the plan and the journal
 
 
@@ -14,6 +14,5 @@ def memory_estimate(plan: Plan, threads: int | None) -> int:
     """Bytes of resident memory a run on the CPU is expected to take at most."""
     from mergekit_lite.engine.work import available_cores
 
-    inputs = max((len(job.inputs) for job in plan.jobs), default=1)
-    lane = ((inputs + 1) * CHUNK + WIDTHS * BLOCK) * 8
+    lane = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
     return RUNTIME + (threads or available_cores()) * lane + PER_TENSOR * len(plan.jobs)

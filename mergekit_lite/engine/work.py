@@ -78,7 +78,7 @@ class Work:
 
     def _lane(self, reader: Reader, queue: Iterator[Span]) -> None:
         try:
-            lane = Lane(self.device, max((len(job.inputs) for job in self.plan.jobs), default=1), self.chunk)
+            lane = Lane(self.device, self.plan.most_inputs, self.chunk * self.plan.widest_element)
             with torch.inference_mode(), lane.working():
                 while not self._stop.is_set():
                     with self._lock:
