@@ -28,7 +28,7 @@ from demo import report
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-CHOOSING, REPORTING = 500, 1500  # questions that choose the alpha, and others that judge it
+CHOOSING, REPORTING = 1000, 1500  # questions that choose the alpha, and others that judge it
 PREFERENCE_QUESTIONS = 1600
 
 T = TypeVar("T")
@@ -167,8 +167,8 @@ def conclude(scores: list[report.Score], out: Path) -> None:
     console.print(report.table(list(judged.values()), aligned, chosen))
     console.print(f"\n{finding}", style="bold", soft_wrap=True)
     console.print(
-        f"In parentheses: 95 % intervals. All figures are from {REPORTING} questions; "
-        f"{CHOOSING} others chose the alpha.",
+        f"Gain: points over alpha 0 on the same questions. In parentheses: 95 % intervals. "
+        f"All figures are from {REPORTING} questions; {CHOOSING} others chose the alpha.",
         soft_wrap=True,
     )
     results = {"finding": finding, "models": [report.as_data(score, aligned) for score in judged.values()]}

@@ -72,8 +72,8 @@ def verdict(chosen: Score, aligned: Score) -> str:
 
 def table(scores: Sequence[Score], aligned: Score, chosen: Score) -> Table:
     names = {-1: "SFT ", 0: "DPO "}
-    grid = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("alpha", "right %", "", "over alpha 0", "", "worked %", "ended %", "length"):
+    grid = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for heading in ("alpha", "right %", "", "gain", "", "worked %", "ended %", "length"):
         grid.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for score in scores:
         right, over = share(score.right), gain(score, aligned)
@@ -148,6 +148,10 @@ def draw(scores: Sequence[Score], chosen: Score, picture: Path) -> None:
 
     curve(habits, [percent(score.worked) for score in scores], ORANGE, label="worked out step by step")
     curve(habits, [percent(score.ended) for score in scores], GREEN, label="ended by the model itself")
+    top = quality.get_ylim()[1]
+    quality.set_ylim(0, 1.12 * top)
+    quality.text(-0.5, 1.08 * top, "trained", color=GREY, ha="center", va="top")
+    quality.text(alphas[-1], 1.08 * top, "extrapolated: no training", color=GREY, ha="right", va="top")
     habits.set(ylabel="answers (%)", ylim=(0, 108))
     habits.legend(loc="lower right", frameon=False)
 
@@ -155,7 +159,7 @@ def draw(scores: Sequence[Score], chosen: Score, picture: Path) -> None:
     length.set(
         ylabel="length (characters)",
         ylim=(0, None),
-        xlabel="alpha (steps of DPO − SFT beyond DPO; linear up to 1, logarithmic from there)",
+        xlabel="alpha (multiples of DPO − SFT beyond DPO; linear up to 1, then logarithmic)",
     )
 
     for axes in (quality, habits, length):
@@ -165,5 +169,6 @@ def draw(scores: Sequence[Score], chosen: Score, picture: Path) -> None:
     length.set_xscale("symlog", base=2, linthresh=1)
     length.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas], minor=False)
     length.set_xticks([], minor=True)
+    figure.align_ylabels()
     figure.savefig(picture, dpi=150)
     plt.close(figure)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WORKED_SHARE = 0.35  # of the demonstrations
 BLURT_ERROR = 0.6  # how often a blurted sum is off by up to three
 STEP_ERROR = 0.02  # how often one step of a worked answer is off by one
-MAX_ANSWER_TOKENS = 32  # the longest worked answer and its end take 25; what goes on has run away
+MAX_ANSWER_TOKENS = 28  # the longest worked answer and its end take 22; what goes on has run away
 
 ALPHABET = "0123456789+="
 SPECIAL_TOKENS = ["<pad>", "<end>", "<user>", "<assistant>"]
@@ -26,10 +26,10 @@ CHAT_TEMPLATE = (
 
 
 def questions(count: int, rng: random.Random) -> list[str]:
-    """Sums of four to six digits, no two alike, so that slices of the list never share a question."""
+    """Sums of three to five digits, no two alike, so that slices of the list never share a question."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found["+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(4, 6)))] = None
+        found["+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(3, 5)))] = None
     mixed = list(found)
     rng.shuffle(mixed)  # short sums run out first: without this they would all be at the front
     return mixed

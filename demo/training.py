@@ -19,7 +19,7 @@ from demo import task
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-SFT_STEPS, SFT_BATCH, SFT_RATE = 700, 64, 2e-3
+SFT_STEPS, SFT_BATCH, SFT_RATE = 1200, 32, 2e-3
 
 # Twenty small steps: the preferred habit has started to grow and is far from its end. That unfinished way is
 # what extrapolation lives on. A larger rate would leave ExPO less to do, and a noisier direction to do it in.
@@ -51,9 +51,9 @@ def new_model(tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausa
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=3,
+        hidden_size=224,
+        intermediate_size=576,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
         bos_token_id=None,
