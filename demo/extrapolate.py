@@ -28,6 +28,7 @@ from demo import report
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+ALPHAS = (0.5, 1, 2, 4, 8, 16)
 CHOOSING, REPORTING = 1000, 1500  # questions that choose the alpha, and others that judge it
 PREFERENCE_QUESTIONS = 1600
 
@@ -37,9 +38,8 @@ console = Console(highlight=False)
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default="demo/out", show_default=True)
-@click.option("--alpha", default="0.5,1,2,4,8,16", show_default=True, help="How far to walk on, with commas.")
 @click.option("--seed", default=0, show_default=True, help="Of the data, the first weights and every sample.")
-def main(out: Path, alpha: str, seed: int) -> None:
+def main(out: Path, seed: int) -> None:
     """SFT, an early-stopped DPO, ExPO with several alphas, and a measurement of all of them."""
     from transformers.utils import logging
 
@@ -58,16 +58,15 @@ def main(out: Path, alpha: str, seed: int) -> None:
     imitate(list(pool), tokenizer, out / "sft", rng)
     align(compared, tokenizer, out / "sft", out / "dpo", rng)
 
-    command = ["mergekit_lite", "extrapolate", out / "sft", out / "dpo", "--alpha", alpha]
-    command += ["--output", out / "expo-{alpha}", "--force"]
-    with stage("ExPO: " + " ".join(map(str, ["mergekit-lite", *command[1:]]))):
-        subprocess.run([sys.executable, "-m", *map(str, command)], check=True)
+    command = ["extrapolate", str(out / "sft"), str(out / "dpo"), "--alpha", ",".join(map(str, ALPHAS))]
+    command += ["--output", str(out / "expo-{alpha}"), "--force"]
+    with stage(f"ExPO: mergekit-lite {' '.join(command)}"):
+        subprocess.run([sys.executable, "-m", "mergekit_lite", *command], check=True)
 
-    folders = {-1.0: out / "sft", 0.0: out / "dpo"}
-    folders |= {number: out / f"expo-{number:g}" for number in map(float, alpha.split(","))}
+    folders = {-1: out / "sft", 0: out / "dpo"} | {alpha: out / f"expo-{alpha}" for alpha in ALPHAS}
     with stage(f"Scoring {len(folders)} models on {len(held_out)} questions that none has seen"):
         scores = [
-            score_folder(folder, number, held_out, seed) for number, folder in shown(sorted(folders.items()))
+            score_folder(folder, alpha, held_out, seed) for alpha, folder in shown(sorted(folders.items()))
         ]
     conclude(scores, out)
     console.print(
@@ -123,7 +122,7 @@ def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder
     """An ordinary model folder, in bfloat16 as released models are.
 
     That has its price: early in DPO many weights have moved by less than bfloat16 can tell, so part of the
-    direction is lost before anybody can extrapolate it. To keep float32 here would be too kind to ExPO.
+    direction is lost before anybody can extrapolate it. What is left is what users of ExPO have, too.
     """
     import torch
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SFT_STEPS, SFT_BATCH, SFT_RATE = 1200, 32, 2e-3
 
 # Twenty small steps: the preferred habit has started to grow and is far from its end. That unfinished way is
-# what extrapolation lives on. A larger rate would leave ExPO less to do, and a noisier direction to do it in.
+# what extrapolation lives on: with a larger rate or more steps, the best alpha is a smaller one.
 DPO_STEPS, DPO_BATCH, DPO_RATE, DPO_BETA = 20, 64, 1.2e-5, 0.1
 SAMPLES_PER_QUESTION = 4
 
@@ -109,25 +109,21 @@ def prefer(
     """DPO, stopped early; yields the share of the batch's pairs whose right answer has gained more."""
     model.eval()
     batches = []
-    for start in range(0, DPO_STEPS * DPO_BATCH, DPO_BATCH):
+    for start in range(0, min(len(preferences), DPO_STEPS * DPO_BATCH), DPO_BATCH):
         pairs = preferences[start : start + DPO_BATCH]
-        batches.append(
-            batch_of(
-                [(pair.question, pair.right) for pair in pairs]
-                + [(pair.question, pair.wrong) for pair in pairs],
-                tokenizer,
-            )
-        )
+        right = [(pair.question, pair.right) for pair in pairs]
+        wrong = [(pair.question, pair.wrong) for pair in pairs]
+        batches.append(batch_of(right + wrong, tokenizer))
     with torch.no_grad():  # the model still is the reference: its log-probabilities are wanted once only
         reference = [answer_log_probs(model, batch) for batch in batches]
 
     optimizer = torch.optim.AdamW(model.parameters(), DPO_RATE, weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, total_iters=5)
     for batch, before in zip(batches, reference, strict=True):
-        right, wrong = (answer_log_probs(model, batch) - before).chunk(2)
-        descend(model, optimizer, -logsigmoid(DPO_BETA * (right - wrong)).mean())
+        right_gain, wrong_gain = (answer_log_probs(model, batch) - before).chunk(2)
+        descend(model, optimizer, -logsigmoid(DPO_BETA * (right_gain - wrong_gain)).mean())
         warm_up.step()
-        yield (right > wrong).float().mean().item()
+        yield (right_gain > wrong_gain).float().mean().item()
 
 
 def descend(model: "LlamaForCausalLM", optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -166,9 +162,9 @@ def preference_pairs(asked: list[str], given: list[Answer]) -> list[Preference]:
     pairs = []
     for start in range(0, len(asked), SAMPLES_PER_QUESTION):
         question = asked[start]
-        right, wrong = [], []
-        for answer in given[start : start + SAMPLES_PER_QUESTION]:
-            (right if answer.ended and task.is_right(question, answer.text) else wrong).append(answer.text)
+        texts = [answer.text for answer in given[start : start + SAMPLES_PER_QUESTION] if answer.ended]
+        right = [text for text in texts if task.is_right(question, text)]
+        wrong = [text for text in texts if not task.is_right(question, text)]
         if right and wrong:
             pairs.append(Preference(question, right[0], wrong[0]))
     return pairs
