@@ -141,10 +141,14 @@ def answers(
     seed: int,
     batch_size: int = 500,
 ) -> Iterator[Answer]:
-    """Each question's answer, sampled the way the model's own generation config says."""
+    """Each question's answer, sampled the way the model's own generation config says.
+
+    Every batch has its own seed: two models then draw the same random numbers for the same question, however
+    long their earlier answers were, and differ by as little luck as possible.
+    """
     model.eval()
-    torch.manual_seed(seed)
     for start in range(0, len(asked), batch_size):
+        torch.manual_seed(seed + start)
         prompts = [task.as_prompt(question, tokenizer) for question in asked[start : start + batch_size]]
         inputs = tokenizer(prompts, padding=True, return_tensors="pt")
         generated = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask)
