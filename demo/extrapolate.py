@@ -69,13 +69,9 @@ def main(out: Path, seed: int) -> None:
 
     folders = {-1: out / "sft", 0: out / "dpo"} | {alpha: out / f"expo-{alpha}" for alpha in ALPHAS}
     with stage(f"Scoring {len(folders)} models on {len(held_out)} questions that none has seen"):
-        scores = [
-            score_folder(folder, alpha, held_out, seed) for alpha, folder in shown(sorted(folders.items()))
-        ]
+        scores = [score_folder(folder, alpha, held_out, seed) for alpha, folder in shown(sorted(folders.items()))]
     conclude(scores, out)
-    console.print(
-        f"\nThe models, the picture and the numbers are in {out}; {perf_counter() - started:.0f} s in all."
-    )
+    console.print(f"\nThe models, the picture and the numbers are in {out}; {perf_counter() - started:.0f} s in all.")
 
 
 def imitate(asked: list[str], tokenizer: "PreTrainedTokenizerFast", folder: Path, rng: random.Random) -> None:
@@ -91,9 +87,7 @@ def imitate(asked: list[str], tokenizer: "PreTrainedTokenizerFast", folder: Path
     save(model, tokenizer, folder)
 
 
-def align(
-    asked: list[str], tokenizer: "PreTrainedTokenizerFast", sft: Path, dpo: Path, rng: random.Random
-) -> None:
+def align(asked: list[str], tokenizer: "PreTrainedTokenizerFast", sft: Path, dpo: Path, rng: random.Random) -> None:
     """DPO on the SFT model's own answers, of which the verifier says which was right."""
     from demo import training
 
@@ -106,12 +100,8 @@ def align(
     with stage(f"DPO: {training.DPO_STEPS} steps, stopped early"):
         agreement = list(shown(training.prefer(model, tokenizer, pairs), training.DPO_STEPS))
     save(model, tokenizer, dpo)
-    console.print(
-        f"  {agreement[-1]:.0%} of the last batch's pairs lean to the right answer more than before"
-    )
-    console.print(
-        f"  {unmoved(sft, dpo):.0%} of the weights are the same in both models, to bfloat16's precision"
-    )
+    console.print(f"  {agreement[-1]:.0%} of the last batch's pairs lean to the right answer more than before")
+    console.print(f"  {unmoved(sft, dpo):.0%} of the weights are the same in both models, to bfloat16's precision")
 
 
 def load(folder: Path) -> "LlamaForCausalLM":

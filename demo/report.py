@@ -41,9 +41,7 @@ def share(flags: Sequence[bool]) -> Interval:
     n, p = len(flags), fmean(flags)
     middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     reach = Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return Interval(
-        p, min(p, middle - reach), max(p, middle + reach)
-    )  # the bounds of 0 % and 100 % are exact
+    return Interval(p, min(p, middle - reach), max(p, middle + reach))  # the bounds of 0 % and 100 % are exact
 
 
 def mean(values: Sequence[float]) -> Interval:
