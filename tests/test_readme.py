@@ -1,0 +1,65 @@
+"""The README's commands, run as they stand there, on tiny models under the names it uses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import state, tuned, write_folder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (mergekit-lite .*?)(?:  +#.*)?$", README, re.MULTILINE)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    sft = state(0)
+    dpo = tuned(sft, 1)
+    write_folder(folder / "tulu-2-7b", sft)
+    write_folder(folder / "tulu-2-dpo-7b", dpo)
+    torch.save(sft, folder / "sft.pt")
+    torch.save(dpo, folder / "dpo.pt")
+    return folder
+
+
+def shell(command: str, place: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        command, shell=True, cwd=place, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command: str, place: Path) -> None:
+    shell(command, place)
+
+
+def test_the_commands_are_found() -> None:
+    assert len(COMMANDS) == 5 and len(PYTHON) == 1
+
+
+def test_from_a_checkout(place: Path) -> None:
+    (command,) = re.findall(r"`python (cli\.py extrapolate .*?)`", README)
+    shell(f"{sys.executable} {ROOT}/{command}", place)
+    assert (place / "boosted.pt").exists()
+
+
+def test_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    exec(PYTHON[0], {})
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
