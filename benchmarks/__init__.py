@@ -1,0 +1,1 @@
+"""The speed and memory tables of the README: ``python -m benchmarks.extrapolate``."""

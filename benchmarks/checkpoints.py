@@ -1,0 +1,176 @@
+"""Pairs of checkpoints to measure on: Llama's tensors filled with noise, and the same after a small step.
+
+Both are rounded from float32, as training with float32 master weights leaves them: the step is far below bfloat16's
+spacing, so that most weights are equal in both. They are made block by block in their files, whatever their size; one
+thread a shard.
+
+    python -m benchmarks.checkpoints FOLDER PARAMETERS shards|whole
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WEIGHT_RMS = 0.02
+DELTA_RMS = 6e-6  # of SFT → DPO on a 7B model
+MODELS = ("sft", "aligned")
+VOCABULARY = 32_000
+WIDTHS = {1e9: (2048, 5632), 0: (512, 1536)}  # parameters from which on: hidden size, MLP size
+BLOCK = 1 << 20  # elements
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints of one model.
+
+    Attributes:
+        folder: holds both and, once they are complete, ``pair.json``.
+        size: parameters wanted; ``parameters`` is what whole layers come to.
+        whole: one tensor in one file, instead of a model in two shards.
+    """
+
+    folder: Path
+    size: float
+    whole: bool = False
+
+    @property
+    def models(self) -> tuple[Path, Path]:
+        """The checkpoint before and the one after."""
+        before, after = (self.folder / (f"{model}.safetensors" if self.whole else model) for model in MODELS)
+        return before, after
+
+    @property
+    def shapes(self) -> Shapes:
+        """Every tensor of one checkpoint."""
+        return {"weight": (round(self.size / 4096), 4096)} if self.whole else _llama(**self._dimensions())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of one checkpoint."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one checkpoint's weights."""
+        return 2 * self.parameters
+
+    def is_made(self) -> bool:
+        """Whether the folder holds this very pair, complete."""
+        note = self.folder / "pair.json"
+        return note.exists() and json.loads(note.read_bytes()) == self._description()
+
+    def make(self) -> None:
+        """Write both checkpoints, and the note that says so last."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        if self.whole:
+            _fill(self.models, self.shapes, seed=0)
+        else:
+            self._make_folders()
+        (self.folder / "pair.json").write_text(json.dumps(self._description()))
+
+    def _make_folders(self) -> None:
+        shards = _halves(self.shapes)
+        names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+        index = {
+            "metadata": {"total_size": self.nbytes},
+            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        for model in self.models:
+            model.mkdir()
+            (model / "config.json").write_text(json.dumps(self._config(), indent=2))
+            (model / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        files = [[model / name for model in self.models] for name in names]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_fill, files, shards, range(len(shards))))
+
+    def _dimensions(self) -> dict[str, int]:
+        hidden, mlp = next(widths for least, widths in WIDTHS.items() if self.size >= least)
+        layers = (self.size - 2 * VOCABULARY * hidden) / (4 * hidden**2 + 3 * hidden * mlp)
+        return {"hidden": hidden, "mlp": mlp, "layers": max(1, round(layers))}
+
+    def _config(self) -> dict[str, Any]:
+        dimensions = self._dimensions()
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": dimensions["hidden"],
+            "intermediate_size": dimensions["mlp"],
+            "num_hidden_layers": dimensions["layers"],
+            "num_attention_heads": dimensions["hidden"] // 64,
+            "vocab_size": VOCABULARY,
+            "torch_dtype": "bfloat16",
+            "tie_word_embeddings": False,
+        }
+
+    def _description(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "whole": self.whole, "weight_rms": WEIGHT_RMS, "delta_rms": DELTA_RMS}
+
+
+def _llama(hidden: int, mlp: int, layers: int) -> Shapes:
+    shapes: Shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        shapes |= {f"{prefix}.mlp.{name}_proj.weight": (mlp, hidden) for name in ("gate", "up")}
+        shapes |= {f"{prefix}.mlp.down_proj.weight": (hidden, mlp)}
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+
+
+def _halves(shapes: Shapes) -> list[Shapes]:
+    """Two shards of nearly the same size."""
+    shards: list[Shapes] = [{}, {}]
+    whole, done = sum(map(math.prod, shapes.values())), 0
+    for name, shape in shapes.items():
+        shards[done >= whole / 2][name] = shape
+        done += math.prod(shape)
+    return shards
+
+
+def _fill(files: tuple[Path, ...] | list[Path], shapes: Shapes, seed: int) -> None:
+    """Write the same shard of both models."""
+    import torch
+
+    header = _header(shapes)
+    normal = torch.Generator().manual_seed(seed)
+    weight, delta = torch.empty(BLOCK), torch.empty(BLOCK)
+    with ExitStack() as stack:
+        before, after = (stack.enter_context(file.open("wb")) for file in files)
+        for file in (before, after):
+            file.write(header)
+        left = sum(map(math.prod, shapes.values()))
+        while left:
+            count = min(BLOCK, left)
+            weight.normal_(0, WEIGHT_RMS, generator=normal)
+            delta.normal_(0, DELTA_RMS, generator=normal)
+            for file, values in ((before, weight), (after, weight + delta)):
+                file.write(values[:count].bfloat16().view(torch.uint8).numpy().data)
+            left -= count
+
+
+def _header(shapes: Shapes) -> bytes:
+    """The beginning of a safetensors file, padded so that the weights are aligned."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+if __name__ == "__main__":  # in a process of its own, see processes.own_peak
+    Pair(Path(sys.argv[1]), float(sys.argv[2]), whole=sys.argv[3] == "whole").make()
