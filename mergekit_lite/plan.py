@@ -109,22 +109,25 @@ class Plan:
         read = {spec.dtype for job in self.jobs for spec in job.inputs}
         return max((dtypes.size(dtype) for dtype in read | {job.dtype for job in self.jobs}), default=1)
 
+    @property
+    def sources(self) -> list[tuple[str, int, int]]:
+        """Every input file with its size and time: what must not change until a run and its resumptions are done."""
+        return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files]
+
     def digest(self, variant: int) -> str:
-        """Identifies one output: two plans with equal digests write the same bytes, from the same inputs."""
+        """Identifies one output: plans with equal digests write the same bytes from equal files, wherever those lie."""
         described = [
             __version__,
-            self.recipe.merge_method,
-            self.recipe.rounding,
-            self.recipe.seed,
-            [[(str(file.path), file.size, file.mtime_ns, file.header_digest) for file in c.files] for c in self.inputs],
-            [
-                (job.name, job.shape, job.dtype, job.merged, job.inputs, job.parameters[variant : variant + 1])
-                for job in self.jobs
-            ],
+            (self.recipe.merge_method, self.recipe.models, self.recipe.rounding, self.recipe.seed),
+            [(file.path.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,
         ]
-        return xxhash.xxh3_128_hexdigest(repr(described).encode())
+        jobs = [
+            (job.name, job.shape, job.dtype, job.merged, job.parameters[variant : variant + 1]) for job in self.jobs
+        ]
+        read = [[(spec.name, spec.dtype, spec.file.name, spec.offset) for spec in job.inputs] for job in self.jobs]
+        return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
 
 
 def plan(recipe: Recipe, outputs: Sequence[str | Path]) -> Plan:

@@ -138,8 +138,9 @@ class Screen:
 
 
 def _console(stream: TextIO) -> Console:
-    """A console that breaks no line; in a file or pipe tables take the room they need."""
-    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
+    """A console that wraps words on a terminal, and breaks no line in a file or pipe."""
+    terminal = stream.isatty()
+    return Console(file=stream, highlight=False, soft_wrap=not terminal, width=None if terminal else PIPE_WIDTH)
 
 
 def size(count: float) -> str:

@@ -72,7 +72,7 @@ def run(
     with ExitStack() as stack:
         workspaces: dict[int, Workspace] = {}
         for v in unfinished:
-            workspaces[v] = Workspace(plan.outputs[v], plan.layout, plan.digest(v), fresh=force and not resume)
+            workspaces[v] = Workspace(plan, v, fresh=force and not resume)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
         Work(plan, workspaces, place, grains * GRAIN, progress).run(lanes)
@@ -116,7 +116,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def _finished(plan: Plan, resume: bool) -> list[bool]:
-    return [resume and is_finished(output, plan.digest(v)) for v, output in enumerate(plan.outputs)]
+    return [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
 
 
 def _check_inputs(plan: Plan) -> None:

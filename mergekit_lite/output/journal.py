@@ -1,8 +1,8 @@
 """The journal: what is already safely written, so that a killed run can go on where it stopped.
 
-One JSON value a line. The first names the plan; each further one is a span of elements whose output bytes were written
-before the line was. A line that was cut off by the kill is dropped. Bytes are trusted only after their digest is
-checked again, so it does not matter in which order the system brought data and journal to the disk.
+One JSON value a line. The first names the plan and the input files; each further one is a span of elements whose output
+bytes were written before the line was. A line that was cut off by the kill is dropped. Bytes are trusted only after
+their digest is checked again, so it does not matter in which order the system brought data and journal to the disk.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mergekit_lite.errors import RunError
+from mergekit_lite.errors import RunError, listing
 
 
 class Record(NamedTuple):
@@ -40,23 +40,30 @@ class Record(NamedTuple):
 class Journal:
     """The journal of one output, open for appending from many threads."""
 
-    def __init__(self, path: Path, plan_digest: str) -> None:
-        """Open or start the journal at ``path``. Raises RunError where it belongs to another plan."""
+    def __init__(self, path: Path, plan_digest: str, sources: Sequence[tuple[str, int, int]]) -> None:
+        """Open or start the journal at ``path``.
+
+        Args:
+            path: of the file.
+            plan_digest: what it must belong to.
+            sources: path, size and time of every input file, which must be as they were.
+
+        Raises:
+            RunError: it belongs to another plan, or an input changed since.
+        """
+        head = {"plan": plan_digest, "sources": [list(source) for source in sources]}
         self.records: dict[tuple[int, int], Record] = {}
         self._lock = threading.Lock()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         found = [_parsed(line) for line in lines[:-1]]
-        if found and found[0] != {"plan": plan_digest}:
-            raise RunError(
-                f"{path.parent}: holds an unfinished run of another plan: other options, another version, or inputs "
-                "that changed since. Start afresh with --force, or remove the folder."
-            )
+        if found:
+            _check_head(path, found[0], head)
         for fields in found[1:]:
             if isinstance(fields, list) and len(fields) == len(Record._fields):
                 record = Record(*fields)
                 self.records[record.job, record.begin] = record
         # Rewritten rather than cut at the damage: what follows a torn line would be unreadable next time.
-        text = "".join(json.dumps(line) + "\n" for line in [{"plan": plan_digest}, *self.records.values()])
+        text = "".join(json.dumps(line) + "\n" for line in [head, *self.records.values()])
         temporary = path.with_suffix(".new")
         temporary.write_text(text)
         temporary.replace(path)
@@ -72,6 +79,20 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+def _check_head(path: Path, found: object, head: dict[str, Any]) -> None:
+    """Raise RunError where a journal's first line is not the one this run would write."""
+    if not isinstance(found, dict) or found.get("plan") != head["plan"]:
+        raise RunError(
+            f"{path.parent}: holds an unfinished run of another plan (other models, options or version). "
+            "--force starts over."
+        )
+    changed = [source[0] for source in head["sources"] if source not in found.get("sources", ())]
+    if changed:
+        raise RunError(
+            listing(f"{path.parent}: inputs that changed since the run was stopped; --force starts over", changed)
+        )
 
 
 def _parsed(line: bytes) -> object:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.output.journal import Journal, Record
-from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
+from mergekit_lite.output.layout import OutputFile, write_torch_skeleton
+from mergekit_lite.plan import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
 
@@ -40,13 +41,20 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
 
 
-def is_finished(output: Path, plan_digest: str) -> bool:
-    """Whether the output exists already, made by this very plan."""
+def is_finished(output: Path, plan: Plan, variant: int) -> bool:
+    """Whether the output exists already, made by this very plan after its inputs were last changed."""
     try:
         manifest = json.loads(manifest_path(output).read_bytes())
+        made = manifest_path(output).stat().st_mtime_ns
     except (OSError, ValueError):
         return False
-    return output.exists() and isinstance(manifest, dict) and manifest.get("plan") == plan_digest
+    newest = max((time for _, _, time in plan.sources), default=0)
+    return (
+        output.exists()
+        and made >= newest
+        and isinstance(manifest, dict)
+        and manifest.get("plan") == plan.digest(variant)
+    )
 
 
 def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
@@ -77,22 +85,21 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
 class Workspace:
     """The files of one output while they are being made. Writes go to their final offsets, from any thread."""
 
-    def __init__(self, output: Path, layout: Layout, plan_digest: str, *, fresh: bool) -> None:
+    def __init__(self, plan: Plan, variant: int, *, fresh: bool) -> None:
         """Take the working folder, or make it.
 
         Args:
-            output: the final path.
-            layout: the output's files.
-            plan_digest: what the journal must belong to.
+            plan: the plan.
+            variant: which of its outputs.
             fresh: drop what an earlier run left.
 
         Raises:
             RunError: another process works here, the folder belongs to another plan, or can't be written.
         """
-        self.output = output
-        self.folder = working_folder(output)
+        self.output = plan.outputs[variant]
+        self.folder = working_folder(self.output)
         self.result = self.folder / "result"
-        self.layout = layout
+        self.layout = plan.layout
         self._descriptors: list[int] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +114,8 @@ class Workspace:
                 shutil.rmtree(self.result, ignore_errors=True)
                 (self.folder / "journal.jsonl").unlink(missing_ok=True)
             self.result.mkdir(exist_ok=True)
-            self.journal = Journal(self.folder / "journal.jsonl", plan_digest)
-            self._descriptors = [self._open(file) for file in layout.files]
+            self.journal = Journal(self.folder / "journal.jsonl", plan.digest(variant), plan.sources)
+            self._descriptors = [self._open(file) for file in plan.layout.files]
         except OSError as error:
             raise RunError(_described(error, self.folder)) from error
 
