@@ -54,14 +54,6 @@ class Reader:
         else:
             self._fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), bytes_of(out), spec.name)
 
-    def prefetch(self, spec: TensorSpec, start: int, count: int) -> None:
-        """Tell the kernel that these elements are wanted soon."""
-        if hasattr(os, "posix_fadvise") and spec.strides is None:
-            size = dtypes.size(spec.stored_dtype)
-            os.posix_fadvise(
-                self._descriptor(spec.file), spec.offset + start * size, count * size, os.POSIX_FADV_WILLNEED
-            )
-
     def _descriptor(self, path: Path) -> int:
         descriptor = self._descriptors.get(path)
         if descriptor is None:
