@@ -11,6 +11,7 @@ import yaml
 from safetensors import safe_open
 
 import mergekit_lite
+from mergekit_lite.output.beside import files_beside
 from tests.models import bytes_of, read_folder, same_bytes, state, tuned, write_folder
 
 transformers = pytest.importorskip("transformers")
@@ -70,6 +71,8 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
         "LICENSE", "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
     }  # fmt: skip
+    left_out = {"modeling_evil.py": "code", "onnx/model.onnx": "other weights", "training.gguf": "other weights"}
+    assert files_beside(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == [str(llamas[1]), str(llamas[0])]

@@ -28,10 +28,17 @@ FOREIGN_WEIGHTS = (
     ".ckpt",
     ".ot",
     ".npz",
-    ".safetensors.index.json",
+    ".index.json",
 )
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
-REPLACED = ("config.json", "README.md", "mergekit_lite_manifest.json", "mergekit_config.yml")
+REPLACED = (
+    "config.json",
+    "README.md",
+    "mergekit_lite_manifest.json",
+    "mergekit_config.yml",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 
 
 def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
@@ -44,11 +51,10 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
         return [], {}
     copied: list[str] = []
     left: dict[str, str] = {}
+    replaced = {*REPLACED, *(file.path.name for file in source.files)}
     for path in sorted(source.folder.rglob("*")):
         name = path.relative_to(source.folder).as_posix()
-        if not path.is_file() or name.endswith(FOREIGN_WEIGHTS) or ".index.json" in name or name in REPLACED:
-            continue
-        if any(part.startswith(".") for part in Path(name).parts):
+        if not path.is_file() or name in replaced or any(part.startswith(".") for part in Path(name).parts):
             continue
         try:
             inside(source.folder, name)
@@ -57,6 +63,8 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             continue
         if name.endswith(CODE_SUFFIXES):
             left[name] = "code"
+        elif name.endswith(FOREIGN_WEIGHTS):
+            left[name] = "other weights"
         elif path.stat().st_size > SMALL:
             left[name] = f"larger than {SMALL // 1_000_000} MB"
         else:
