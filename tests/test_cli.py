@@ -89,6 +89,9 @@ def test_the_three_ways_to_start_it(pair: Path, start: list[str]) -> None:
         (["sft", "dop", "--alpha", "1", "-o", "x"], 1, "'dpo'"),
         (["sft", "dpo", "--alpha", "1", "-o", "x", "--exclude", "nrom"], 1, "matches no tensor"),
         (["sft", "dpo", "--alpha", "1", "-o", "sft"], 2, "Inputs are never touched"),
+        (["sft", "dpo", "--alpha", "1", "-o", ".", "--force"], 2, "Inputs are never touched"),
+        (["sft", "dpo", "--alpha", "1", "-o", "/", "--force"], 2, "can't be an output"),
+        (["sft", "dpo", "--alpha", "1", "-o", "sft/config.json/x"], 2, "Inputs are never touched"),
     ],
 )
 def test_mistakes_give_one_message_and_the_right_code(pair: Path, arguments: list[str], code: int, told: str) -> None:

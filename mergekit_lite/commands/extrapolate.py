@@ -108,10 +108,8 @@ def command(
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, **options)
-    from mergekit_lite.engine.run import (
-        check_outputs,
-        run,
-    )  # torch comes in here, once the request is known to be sound
+    # torch comes in only here, once the request is known to be sound
+    from mergekit_lite.engine.run import check_outputs, run
     from mergekit_lite.engine.sample import delta_warning
 
     check_outputs(plan, resume=resume, force=force)

@@ -33,6 +33,7 @@ def is_single_file(output: Path) -> bool:
 
 def working_folder(output: Path) -> Path:
     """Where an output is made."""
+    output = output.absolute()
     return output.with_name(f".{output.name}.partial")
 
 
@@ -60,6 +61,8 @@ def is_finished(output: Path, plan: Plan, variant: int) -> bool:
 def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
     """Refuse an output path that would touch an input or something that exists. Raises UsageError."""
     target = output.resolve()
+    if not output.absolute().name or output.name == "..":
+        raise UsageError(f"{output}: can't be an output. Name the folder or file to be made.")
     for path in inputs:
         if target == path or target.is_relative_to(path) or path.is_relative_to(target):
             raise UsageError(
