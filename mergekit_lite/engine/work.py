@@ -16,7 +16,7 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.engine.lane import Lane, all_finite, combined, store
-from mergekit_lite.engine.spans import CHUNK, Span, cut, sampled_grains, spans
+from mergekit_lite.engine.spans import CHUNK, Span, cut, observed_grains, observed_share, spans
 from mergekit_lite.methods import method_named
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace
@@ -46,6 +46,7 @@ class Work:
         self.progress = progress
         self.method = method_named(plan.recipe.merge_method)
         self.spans = spans(plan)
+        self.share = observed_share(plan)
         self.bytes_in_all = sum(_cost(span) for span in self.spans)
         self.bytes_done = 0
         self._lock = threading.Lock()
@@ -135,7 +136,7 @@ class Work:
             store(result, out[place], recipe.rounding, recipe.seed, job.name, start + first)
             if method is not None and method.observe is not None:
                 written = lane.fetch(out[place])
-                for grain in sampled_grains(span.begin, start + first, count):
+                for grain in observed_grains(span.begin, start + first, count, self.share):
                     made.add(
                         method.observe(written[grain], *(block[grain] for block in blocks)), grain.stop - grain.start
                     )
