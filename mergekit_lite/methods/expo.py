@@ -30,6 +30,8 @@ def effect(out: torch.Tensor, aligned: torch.Tensor, sft: torch.Tensor) -> tuple
 @method(
     formula="aligned + alpha·(aligned − sft)",
     source="Zheng et al. 2025, arXiv 2404.16792",
+    models=(1, 1),
+    elementwise=True,
     rounds_once=True,
     observe=effect,
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from mergekit_lite.errors import UsageError, nearest
+from mergekit_lite.errors import UsageError, counted, nearest
+from mergekit_lite.methods import parameters
+from mergekit_lite.methods.passes import Combine, Passes, Subject
 
 METHODS: dict[str, Method] = {}
 
@@ -18,11 +20,18 @@ class Method:
 
     Attributes:
         name: as written in a recipe.
-        function: tensors of one block (flat, same length, same dtype) and keyword parameters in, merged block out.
+        function: ``(subject, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
+            Where ``elementwise``: the blocks themselves, each model's and last the base's, and parameters in, merged
+            block out.
         formula: one line for listings.
         source: the paper.
-        rounds_once: the function computes 16-bit inputs in float32 inside and rounds its result once, so it can be
-            given them as they are.
+        base: whether a base is ``required``, ``optional`` or must be ``none``.
+        models: the fewest and the most models without the base; None for any number.
+        elementwise: the function knows nothing but the block, and every element is merged by itself.
+        rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
+            gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
+        rounds_once: an elementwise function that computes 16-bit inputs in float32 inside and rounds its result once,
+            so it can be given them as they are.
         observe: optional; (merged block, *inputs) in, the sums the report is made of out. Called on a fixed sample of
             blocks.
     """
@@ -31,14 +40,47 @@ class Method:
     function: Callable[..., Any]
     formula: str
     source: str
+    base: Literal["required", "optional", "none"] = "required"
+    models: tuple[int, int | None] = (1, None)
+    elementwise: bool = False
+    rows: Callable[..., int] | None = None
     rounds_once: bool = False
     observe: Callable[..., tuple[float, ...]] | None = None
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The keyword parameters with their types and defaults, from the signature."""
-        signature = inspect.signature(self.function)
-        return {name: p for name, p in signature.parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        """The keyword parameters, by their names in a recipe, with types and defaults."""
+        return parameters.of_signature(self.function)
+
+    def resolve(self, given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:
+        """Keyword arguments for this many inputs, from what a user gave.
+
+        Raises:
+            UsageError: the method takes another number of inputs, or these are not its parameters.
+        """
+        if self.base == "required" and not has_base:
+            raise UsageError(f"{self.name} needs a base: give it a base_model.")
+        if self.base == "none" and has_base:
+            raise UsageError(f"{self.name} has no use for a base: list it among the models, or leave it out.")
+        fewest, most = self.models
+        if models < fewest or (most is not None and models > most):
+            wanted = f"{fewest} or more models" if most is None else f"{fewest} to {most} models"
+            wanted = counted(fewest, "model") if fewest == most else wanted
+            beside = " beside the base" if has_base else ""
+            raise UsageError(f"{self.name} merges {wanted}{beside}, got {models}.")
+        return parameters.resolved(self.name, self.parameters, given, models, has_base)
+
+    def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
+        """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
+        return self.rows(shape, **arguments) if self.rows is not None else 0
+
+    def start(self, subject: Subject, arguments: Mapping[str, Any]) -> Passes:
+        """Begin the passes over one tensor, with arguments from ``resolve``."""
+        if not self.elementwise:
+            return Passes(self.function(subject, **arguments))
+        first = int(subject.has_base)
+        combine: Combine = lambda block, _: self.function(*block[first:], *block[:first], **arguments)  # noqa: E731
+        return Passes(combine)
 
 
 def method(**about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -56,3 +98,8 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(f"Unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(sorted(METHODS))}.")
     return METHODS[name]
+
+
+def last_axis(shape: tuple[int, ...], **_: Any) -> int:
+    """Rows along the last axis; a vector is one row."""
+    return shape[-1] if shape else 1

@@ -1,0 +1,147 @@
+"""Merging tensors that are in memory already, block by block through the same passes as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+
+from mergekit_lite import dtypes
+from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.passes import Block, Passes, Subject, Sums
+from mergekit_lite.methods.registry import method_named
+
+BLOCK = 1 << 17
+GRAIN = 1 << 17  # statistics are always summed in blocks of this many elements, so that their last bits are fixed
+
+
+def merge_tensors(
+    name: str,
+    base: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    tensor_name: str = "",
+    seed: int = 0,
+    block: int = BLOCK,
+    **parameters: Any,
+) -> torch.Tensor:
+    """Merge one tensor by the method ``name``.
+
+    Args:
+        name: of the method.
+        base: where the method has one, else None.
+        tensors: one from each model, all of the base's shape and on its device; any float dtypes.
+        dtype: of the result; by default that to which the inputs promote.
+        tensor_name: enters the draws of random methods, and which group a tensor belongs to.
+        seed: of random methods.
+        block: elements merged at once; no bit of the result depends on it.
+        **parameters: the method's; what differs by model as a list, a single number serves all.
+
+    Returns:
+        The merged tensor: computed in float32, in float64 where an input or the result has more than 16 bits, and
+        rounded once.
+
+    Raises:
+        UsageError: unknown method or parameters, wrong number of inputs, inputs that don't fit together.
+    """
+    bases = None if base is None else {tensor_name: base}
+    models = [{tensor_name: tensor} for tensor in tensors]
+    return merge_states(name, bases, models, dtype=dtype, seed=seed, block=block, **parameters)[tensor_name]
+
+
+def merge_states(
+    name: str,
+    base: Mapping[str, torch.Tensor] | None,
+    models: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    block: int = BLOCK,
+    **parameters: Any,
+) -> dict[str, torch.Tensor]:
+    """Merge whole state dicts, so that statistics may span the model. Otherwise as ``merge_tensors``."""
+    method = method_named(name)
+    arguments = method.resolve(parameters, len(models), base is not None)
+    states = [*([] if base is None else [base]), *models]
+    merges: list[_Merge] = []
+    offset = 0
+    for tensor in states[0]:
+        if any(tensor not in state for state in states):
+            raise UsageError(f"Tensor {tensor!r} is not in every model.")
+        inputs = [state[tensor].detach() for state in states]
+        subject = Subject(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset)
+        _fit_together(subject, inputs)
+        row = method.row_length(subject.shape, arguments)
+        merges.append(_Merge(subject, inputs, row, dtype, method.start(subject, arguments)))
+        offset += subject.numel
+    with torch.no_grad():
+        while grouped := [merge for merge in merges if merge.group is not None]:
+            totals: dict[str, torch.Tensor] = {}
+            for merge in grouped:
+                if (total := merge.total()) is not None:
+                    group = str(merge.group)
+                    totals[group] = totals[group] + total if group in totals else total
+            for merge in grouped:
+                merge.passes.send(totals[str(merge.group)])
+        return {merge.subject.name: merge.result(block) for merge in merges}
+
+
+class _Merge:
+    """One tensor being merged in memory."""
+
+    def __init__(self, subject: Subject, inputs: Block, row: int, dtype: torch.dtype | None, passes: Passes) -> None:
+        self.subject, self.row, self.passes = subject, max(row, 1), passes
+        self.flat = [tensor.reshape(-1) for tensor in inputs]
+        self.two_dimensional = row > 0
+        self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
+        self.working = dtypes.working([tensor.dtype for tensor in inputs], self.dtype)
+
+    @property
+    def group(self) -> str | None:
+        return self.passes.request.group if self.passes.request is not None else None
+
+    def total(self) -> torch.Tensor | None:
+        """The requested sums over this tensor; None where none of its elements contributes."""
+        request = self.passes.request
+        assert isinstance(request, Sums)
+        begin, end = request.within or (0, self.subject.numel)
+        total: torch.Tensor | None = None
+        for start, blocks in self._blocks(GRAIN, begin, min(end, self.subject.numel)):
+            part = request.of(blocks, start)
+            total = part if total is None else total + part
+        return total
+
+    def result(self, block: int) -> torch.Tensor:
+        """Gather what statistics remain, and combine."""
+        out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)
+        if self.subject.numel:
+            while self.passes.request is not None:
+                total = self.total()
+                assert total is not None
+                self.passes.send(total)
+            assert self.passes.combine is not None
+            for start, blocks in self._blocks(block, 0, self.subject.numel):
+                merged = self.passes.combine(blocks, start).reshape(-1)
+                out[start : start + merged.numel()] = merged
+        return out.view(self.subject.shape)
+
+    def _blocks(self, length: int, begin: int, end: int) -> Iterator[tuple[int, Block]]:
+        """The blocks of about ``length`` that hold the elements ``begin … end``, each with its first index."""
+        length = max(1, length // self.row) * self.row
+        for start in range(begin // length * length, end, length):
+            blocks = [tensor[start : start + length].to(self.working) for tensor in self.flat]
+            yield start, [tensor.view(-1, self.row) for tensor in blocks] if self.two_dimensional else blocks
+
+
+def _fit_together(subject: Subject, inputs: Block) -> None:
+    for number, tensor in enumerate(inputs):
+        if tuple(tensor.shape) != subject.shape:
+            raise UsageError(
+                f"Tensor {subject.name!r}: expected shape {subject.shape} in every input, "
+                f"got {tuple(tensor.shape)} in input {number}."
+            )
+        if not dtypes.is_float(dtypes.name_of(tensor.dtype)):
+            raise UsageError(f"Tensor {subject.name!r}: {dtypes.name_of(tensor.dtype)} can't be merged, only floats.")

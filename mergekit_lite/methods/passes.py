@@ -1,0 +1,126 @@
+"""What a method is made of: passes over one tensor that gather statistics, then one that combines.
+
+A method that needs no statistic returns its ``Combine`` at once. One that does is a generator: it yields the ``Sums``
+it needs, is sent each one's total, and returns its ``Combine``. Sums over a group of tensors come before those over
+the tensor alone; tensors of one group ask for the same number of them, as each step follows from the totals alone.
+
+``Passes`` leads one tensor through this; who reads the blocks, and from where, is not the method's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+
+Block = list[torch.Tensor]  # the inputs of one block, the base's first where there is one; all of one shape and dtype
+Combine = Callable[[Block, int], torch.Tensor]  # (block, index of its first element) to the merged block
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a method may know of the tensor it merges.
+
+    Attributes:
+        name: of the output tensor.
+        shape: of the output tensor and of every input.
+        models: number of inputs without the base.
+        has_base: whether a block begins with the base.
+        seed: of everything random.
+        offset: elements in the tensors before this one, in the order of the plan: an element's place in the model.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    models: int
+    has_base: bool
+    seed: int = 0
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs, the base included."""
+        return self.models + self.has_base
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The one primitive statistic: a small tensor that is additive over blocks.
+
+    Attributes:
+        of: (block, index of its first element) to a tensor of fixed shape, float64 or int64. Totals of float64 depend
+            on the cut into blocks in their last bits, so it has to be the same in every run.
+        group: None for the sum over this tensor; else the sum over all tensors that ask for the same group.
+        within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
+            visited.
+    """
+
+    of: Callable[[Block, int], torch.Tensor]
+    group: str | None = None
+    within: tuple[int, int] | None = None
+
+
+Steps = Generator[Sums, torch.Tensor, Combine]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A ``Combine`` whose coefficients were found by statistics and are worth a report: one for each model."""
+
+    coefficients: tuple[float, ...]
+    combine: Combine
+
+    def __call__(self, block: Block, start: int) -> torch.Tensor:
+        """Merge one block."""
+        return self.combine(block, start)
+
+
+class Passes:
+    """One tensor on its way through a method.
+
+    Attributes:
+        request: the sums it waits for, or None when it has all it needs.
+        combine: what merges its blocks, once ``request`` is None.
+    """
+
+    def __init__(self, plan: Combine | Steps) -> None:
+        """Go as far as the first request."""
+        self.request: Sums | None = None
+        self.combine: Combine | None = None
+        self._steps: Steps | None = None
+        if isinstance(plan, Generator):
+            self._steps = plan
+            self._go_on(None)
+        else:
+            self.combine = plan
+
+    def send(self, total: torch.Tensor) -> None:
+        """Hand over the total of the requested sums and go as far as the next request."""
+        self._go_on(total)
+
+    def _go_on(self, total: torch.Tensor | None) -> None:
+        assert self._steps is not None
+        try:
+            self.request = self._steps.send(total)  # type: ignore[arg-type]  # None starts a generator
+        except StopIteration as finished:
+            self.request, self.combine = None, finished.value
+
+
+def deltas(block: Block) -> Block:
+    """What each model of a block adds to the base: new tensors, free to be changed in place."""
+    return [tensor - block[0] for tensor in block[1:]]
+
+
+def weighted_sum(tensors: Block, coefficients: tuple[float, ...] | list[float]) -> torch.Tensor:
+    """Σ coefficient·tensor over at least one tensor of one shape and dtype: a new tensor."""
+    total = tensors[0] * coefficients[0]
+    for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
+        total.add_(tensor, alpha=coefficient)
+    return total
