@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -30,8 +31,9 @@ class Job:
 
     Attributes:
         name, shape, dtype: of the output.
-        inputs: the tensors it is made of, in the order of the method's arguments; the first is the one it is named
-            after.
+        inputs: the tensors it is made of: the models', then the base's where there is one.
+        has_base: whether the last input is the base.
+        method: the method's name; empty for a copy.
         parameters: the method's keyword arguments, once for each variant. Empty for a copy.
         merged: how many leading elements go through the method; the rest is copied from the first input. 0 for a copy.
         why: for a copy, the reason.
@@ -41,7 +43,9 @@ class Job:
     shape: tuple[int, ...]
     dtype: str
     inputs: tuple[TensorSpec, ...]
-    parameters: tuple[Mapping[str, float], ...] = ()
+    has_base: bool = False
+    method: str = ""
+    parameters: tuple[Mapping[str, Any], ...] = ()
     merged: int = 0
     why: str = ""
 
@@ -124,7 +128,16 @@ class Plan:
             self.layout.nest,
         ]
         jobs = [
-            (job.name, job.shape, job.dtype, job.merged, job.parameters[variant : variant + 1]) for job in self.jobs
+            (
+                job.name,
+                job.shape,
+                job.dtype,
+                job.method,
+                job.has_base,
+                job.merged,
+                job.parameters[variant : variant + 1],
+            )
+            for job in self.jobs
         ]
         read = [[(spec.name, spec.dtype, spec.file.name, spec.offset) for spec in job.inputs] for job in self.jobs]
         return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
@@ -208,7 +221,16 @@ def _job(recipe: Recipe, spec: TensorSpec, counterparts: Sequence[TensorSpec | N
     parameters = tuple(
         {name: setting.value(spec.name) for name, setting in variant.items()} for variant in recipe.variants
     )
-    return Job(spec.name, spec.shape, copy.dtype, (spec, *present), parameters, merged)
+    return Job(
+        spec.name,
+        spec.shape,
+        copy.dtype,
+        (spec, *present),
+        has_base=True,
+        method=recipe.merge_method,
+        parameters=parameters,
+        merged=merged,
+    )
 
 
 def _shared_elements(recipe: Recipe, spec: TensorSpec, other: TensorSpec, reference: str) -> int:

@@ -8,7 +8,6 @@ is on its way, another's is computed and a third is read or written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,7 +15,6 @@ import torch
 from mergekit_lite import draws, dtypes, rounding
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.methods import Method
 
 
 class Lane:
@@ -56,24 +54,6 @@ class Lane:
         """Wait until what was queued on the device is done."""
         if self._stream is not None:
             self._stream.synchronize()
-
-
-def combined(
-    method: Method | None, parameters: Mapping[str, float], inputs: list[torch.Tensor], dtype: torch.dtype, direct: bool
-) -> torch.Tensor:
-    """Run the method on one block.
-
-    16-bit inputs of the output's own dtype go in as they are where the method rounds once by itself and ``direct`` is
-    set. All else is widened first. Without a method the first input is the result.
-    """
-    if method is None:
-        return inputs[0]
-    if direct and method.rounds_once and dtype.itemsize <= 2 and all(block.dtype == dtype for block in inputs):
-        result: torch.Tensor = method.function(*inputs, **parameters)
-        return result
-    wide = dtypes.working([block.dtype for block in inputs], dtype)
-    result = method.function(*(block.to(wide) for block in inputs), **parameters)
-    return result
 
 
 def store(result: torch.Tensor, out: torch.Tensor, how: str, seed: int, tensor: str, start: int) -> None:

@@ -12,7 +12,7 @@ PER_TENSOR = 4_000  # the plan and the journal
 
 def memory_estimate(plan: Plan, threads: int | None) -> int:
     """Bytes of resident memory a run on the CPU is expected to take at most."""
-    from mergekit_lite.engine.work import available_cores
+    from mergekit_lite.engine.pool import available_cores
 
     lane = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
     return RUNTIME + (threads or available_cores()) * lane + PER_TENSOR * len(plan.jobs)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.spans import BLOCK, GRAIN
-from mergekit_lite.engine.work import Progress, Work, available_cores
+from mergekit_lite.engine.work import Progress, Work
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.output.beside import write_beside
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path
@@ -75,7 +76,7 @@ def run(
             workspaces[v] = Workspace(plan, v, fresh=force and not resume)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        Work(plan, workspaces, place, grains * GRAIN, progress).run(lanes)
+        Work(plan, workspaces, place, lanes, grains * GRAIN, progress).run()
         _check_inputs(plan)
         if not allow_nonfinite:
             _refuse_nonfinite(plan, workspaces)
