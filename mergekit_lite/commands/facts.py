@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
     """Everything the plan decides."""
-    copied, not_copied = files_beside(plan.inputs[0])
+    copied, not_copied = files_beside(plan.source)
     return {
         "inputs": [
             {
@@ -50,7 +50,7 @@ def what_happens(plan: Plan, job: Job) -> str:
     if not job.merged:
         return f"copy ({job.why})" if job.why else "copy"
     numbers = " | ".join(", ".join(f"{k} {v:g}" for k, v in parameters.items()) for parameters in job.parameters)
-    return f"{plan.recipe.merge_method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
+    return f"{job.method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
 
 
 def _of_job(plan: Plan, job: Job) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _of_job(plan: Plan, job: Job) -> dict[str, Any]:
         "name": job.name,
         "shape": list(job.shape),
         "dtype": job.dtype,
-        "method": plan.recipe.merge_method if job.merged else "copy",
+        "method": job.method or "copy",
         "why": job.why,
         "parameters": [dict(parameters) for parameters in job.parameters],
         "copied_elements": job.numel - job.merged,

@@ -108,7 +108,7 @@ class Screen:
         if self.quiet:
             return
         if any(output.is_dir() for output in finished.outputs):
-            not_copied = files_beside(plan.inputs[0])[1]
+            not_copied = files_beside(plan.source)[1]
             self._lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
         rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
         self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")

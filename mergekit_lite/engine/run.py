@@ -131,7 +131,11 @@ def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, Workspace]) -> None:
         for record in workspace.journal.records.values():
             job = plan.jobs[record.job]
             for number in record.bad:
-                where = plan.recipe.models[number] if number >= 0 else f"the output ({job.dtype} can't hold the result)"
+                where = (
+                    plan.inputs[job.models[number]].reference
+                    if number >= 0
+                    else f"the output ({job.dtype} can't hold the result)"
+                )
                 found[f"{job.name} in {where}"] = None
     if found:
         raise NonFiniteError(

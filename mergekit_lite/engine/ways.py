@@ -91,7 +91,7 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
     for index, job in enumerate(plan.jobs):
         if job.merged:
             for variant in variants:
-                found[index, variant] = Way(job, variant, plan.recipe.seed, offset)
+                found[index, variant] = Way(job, variant, plan.seed, offset)
         offset += job.numel
     return found
 

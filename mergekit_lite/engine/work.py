@@ -110,16 +110,16 @@ class Work:
         self, lane: Lane, span: Span, way: Way | None, start: int, inputs: list[torch.Tensor], made: Made
     ) -> torch.Tensor:
         """Compute one chunk of one variant, block by block. Returns it on the host, valid until the next chunk."""
-        recipe, job = self.plan.recipe, span.job
+        plan, job = self.plan, span.job
         observe = way.method.observe if way is not None else None
         row = max(1, way.row if way is not None else 1)
         out = lane.output(job.dtype, inputs[0].numel())
         for first, count in cut(0, out.numel(), max(row, self.block // row * row)):
             place = slice(first, first + count)
             blocks = [lane.fetch(chunk[place]) for chunk in inputs]
-            direct = recipe.rounding == "nearest"
+            direct = plan.rounding == "nearest"
             result = blocks[0] if way is None else way.combine(blocks, start + first, direct)
-            store(result, out[place], recipe.rounding, recipe.seed, job.name, start + first)
+            store(result, out[place], plan.rounding, plan.seed, job.name, start + first)
             if observe is not None:
                 written = lane.fetch(out[place])
                 for grain in observed_grains(span.begin, start + first, count, self.share):

@@ -87,7 +87,7 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
     (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
     if is_single_file(output):
         return
-    source = plan.inputs[0]
+    source = plan.source
     if len(plan.layout.files) > 1:
         (folder / INDEX_NAME).write_text(json.dumps(index_json(plan.layout), indent=2) + "\n", encoding="utf-8")
     if source.config is not None:
@@ -103,7 +103,7 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
 
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     """The first model's config, true to what is written: its dtype, its tie, no quantisation that is gone."""
-    source = plan.inputs[0]
+    source = plan.source
     config = dict(source.config or {})
     if any(spec.scale for spec in source.tensors.values()):
         config.pop("quantization_config", None)
@@ -111,8 +111,8 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype)}
     if len(written) == 1:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
-    if plan.recipe.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
-        config["torch_dtype"] = plan.recipe.out_dtype
+    if plan.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
+        config["torch_dtype"] = plan.out_dtype
     if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config
@@ -139,26 +139,12 @@ def manifest_of(plan: Plan, variant: int, effect: Mapping[str, Any], digests: Ma
     """What made this output. Holds no times and no paths of this machine, so equal runs give equal manifests."""
     import torch
 
-    recipe = plan.recipe
     return {
         "tool": "mergekit_lite",
         "version": __version__,
         "torch": torch.__version__,
         "plan": plan.digest(variant),
-        "recipe": {
-            "merge_method": recipe.merge_method,
-            "models": list(recipe.models),
-            "parameters": {
-                name: {"default": setting.default, "rules": [list(rule) for rule in setting.rules]}
-                for name, setting in recipe.variants[variant].items()
-            },
-            "include": list(recipe.include),
-            "exclude": list(recipe.exclude),
-            "out_dtype": recipe.out_dtype,
-            "rounding": recipe.rounding,
-            "seed": recipe.seed,
-            "new_rows": recipe.new_rows,
-        },
+        "recipe": plan.recipes[variant],
         "inputs": [
             {
                 "reference": source.reference,

@@ -16,12 +16,12 @@ KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "
 
 def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
     """The README.md of one output, with the front matter the hub reads."""
-    first, *others = plan.inputs
+    first, others = plan.source, [source for source in plan.inputs if source is not plan.source]
     front = {key: value for key, value in _front_matter(first).items() if key in KEPT}
-    front |= {"base_model": [source.reference for source in plan.inputs], "tags": ["merge", "mergekit_lite"]}
+    front |= {"base_model": [source.reference for source in (first, *others)], "tags": ["merge", "mergekit_lite"]}
     front.setdefault("library_name", "transformers")
     name = plan.outputs[variant].name
-    settings = plan.recipe.variants[variant]
+    method = plan.recipes[variant]["merge_method"]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
@@ -30,42 +30,22 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
         f"# {name}",
         "",
         f"Made from `{first.reference}` and {', '.join(f'`{other.reference}`' for other in others)}",
-        f"by arithmetic on their weights (method `{plan.recipe.merge_method}` of mergekit_lite), without training.",
+        f"by arithmetic on their weights (method `{method}` of mergekit_lite), without training.",
         "",
         "```yaml",
-        yaml.safe_dump(_recipe(plan, variant), sort_keys=False, allow_unicode=True).strip(),
+        yaml.safe_dump(dict(plan.recipes[variant]), sort_keys=False, allow_unicode=True).strip(),
         "```",
         "",
         f"{effect['merged']:,} tensors were merged and {effect['copied']:,} copied from `{first.reference}`.",
         "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]
-    if effect["effective"] is not None and "alpha" in settings:
+    if effect["effective"] is not None:
         sampled = "" if effect["exact"] else ", from a fixed sample of the weights"
         lines += [
             "",
             f"Effective alpha after rounding: {effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _recipe(plan: Plan, variant: int) -> dict[str, Any]:
-    recipe = plan.recipe
-    parameters: dict[str, Any] = {}
-    for name, setting in recipe.variants[variant].items():
-        rules = [{"filter": f"regex:{pattern}", "value": value} for pattern, value in setting.rules]
-        parameters[name] = [*rules, {"value": setting.default}] if rules else setting.default
-    aligned, *others = recipe.models
-    text: dict[str, Any] = {
-        "merge_method": recipe.merge_method,
-        "base_model": others[0] if others else aligned,
-        "models": [{"model": aligned}],
-        "parameters": parameters,
-    }
-    if recipe.out_dtype:
-        text["out_dtype"] = recipe.out_dtype
-    if recipe.rounding != "nearest":
-        text |= {"rounding": recipe.rounding, "seed": recipe.seed}
-    return text
 
 
 def _front_matter(source: Checkpoint) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
@@ -66,6 +67,29 @@ class Recipe:
                 raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
         if self.out_dtype is not None and self.out_dtype not in dtypes.FLOATS:
             raise UsageError(f"Unknown output dtype {self.out_dtype!r}: expected one of {', '.join(dtypes.FLOATS)}.")
+
+    def as_data(self, variant: int) -> dict[str, Any]:
+        """One variant as a mergekit-like recipe, for the manifest and the model card."""
+        parameters: dict[str, Any] = {}
+        for name, setting in self.variants[variant].items():
+            rules = [{"filter": f"regex:{pattern}", "value": value} for pattern, value in setting.rules]
+            parameters[name] = [*rules, {"value": setting.default}] if rules else setting.default
+        data: dict[str, Any] = {
+            "merge_method": self.merge_method,
+            "base_model": self.models[-1],
+            "models": [{"model": model} for model in self.models[:-1]],
+            "parameters": parameters,
+        }
+        extras: dict[str, Any] = {
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "out_dtype": self.out_dtype,
+        }
+        if self.rounding != "nearest":
+            extras |= {"rounding": self.rounding, "seed": self.seed}
+        if self.new_rows != "refuse":
+            extras["new_rows"] = self.new_rows
+        return data | {name: value for name, value in extras.items() if value}
 
     @property
     def patterns(self) -> list[str]:
