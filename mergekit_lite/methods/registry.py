@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
 from mergekit_lite.methods.passes import Combine, Passes, Subject
 
 METHODS: dict[str, Method] = {}
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,10 @@ class Method:
         return Passes(combine)
 
 
-def method(**about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def method(**about: Any) -> Callable[[F], F]:
     """Register a function as the method of its name; ``about`` gives the other fields of ``Method``."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: F) -> F:
         METHODS[function.__name__] = Method(function.__name__, function, **about)
         return function
 

@@ -1,0 +1,103 @@
+"""Weighted sums of whole models: averages, soups, interpolations, and one tensor passed through.
+
+Papers: Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482; Wortsman et al., "Robust fine-tuning of zero-shot
+models" (WiSE-FT), CVPR 2022, arXiv 2109.01903; Huang et al., "Chat Vector", ACL 2024, arXiv 2310.04799.
+
+    out = Σ w·x   (divided by Σ w where normalised)
+
+mergekit's ``linear`` makes NaN where the weights sum to zero; here that is an error before anything is read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.parameters import PerInput
+from mergekit_lite.methods.passes import Combine, Subject, weighted_sum
+from mergekit_lite.methods.registry import method
+
+
+def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """The weights divided by their sum. Raises UsageError where that is zero."""
+    total = sum(weights)
+    if total == 0:
+        raise UsageError(f"The weights {', '.join(f'{w:g}' for w in weights)} sum to zero: there is no mean with them.")
+    return tuple(weight / total for weight in weights)
+
+
+@method(base="optional", formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
+def linear(subject: Subject, *, weight: PerInput, normalize: bool = True) -> Combine:
+    """Weighted sum of the inputs; a base is one of them.
+
+    Args:
+        subject: the tensor.
+        weight: of each input.
+        normalize: divide by the sum of the weights.
+    """
+    if not normalize:
+        return lambda block, _: weighted_sum(block, weight)
+    # Means of 16-bit values often lie halfway between two of them. Summed first and divided then they still do.
+    shares(weight)
+    weights = weight if len(set(weight)) > 1 else (1.0,) * len(weight)
+    divisor = sum(weights)
+    return lambda block, _: weighted_sum(block, weights).div_(divisor)
+
+
+@method(base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")
+def uniform_soup(subject: Subject) -> Combine:
+    """Plain mean of the inputs; a base is one of them."""
+    return linear(subject, weight=(1.0,) * subject.inputs)
+
+
+@method(base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
+def ema(subject: Subject, *, decay: float = 0.9) -> Combine:
+    """Exponential moving average of checkpoints in their order, beginning at the first one (the base, where given).
+
+    Args:
+        subject: the tensor.
+        decay: what an average keeps when the next checkpoint comes, from 0 to 1.
+    """
+    if not 0 <= decay <= 1:
+        raise UsageError(f"decay: expected 0 to 1, got {decay:g}.")
+    later = subject.inputs - 1
+    weights = (decay**later, *((1 - decay) * decay ** (later - i) for i in range(1, later + 1)))
+    return linear(subject, weight=weights, normalize=False)
+
+
+@method(
+    models=(1, 1), elementwise=True, formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903"
+)
+def wise_ft(tuned: torch.Tensor, base: torch.Tensor, *, alpha: float = 0.5) -> torch.Tensor:
+    """Interpolate between a base and its fine-tune.
+
+    Args:
+        tuned: the fine-tune, any float dtype.
+        base: what it was tuned from, same shape and dtype.
+        alpha: 0 is the base, 1 the fine-tune.
+    """
+    return torch.lerp(base, tuned, alpha)
+
+
+@method(models=(2, 2), elementwise=True, formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799")
+def chat_vector(target: torch.Tensor, chat: torch.Tensor, base: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+    """Add to a model, say one trained on in another language, what a chat model learnt over their common base.
+
+    Args:
+        target: the model that gains it (the first one listed), any float dtype.
+        chat: the second one; same shape and dtype.
+        base: of both.
+        scale: how much of it.
+    """
+    return target.add(chat - base, alpha=scale)
+
+
+@method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
+def passthrough(subject: Subject, *, scale: float = 1.0) -> Combine:
+    """One model's tensor as it is, or scaled.
+
+    Args:
+        subject: the tensor.
+        scale: a factor; 1 copies every bit.
+    """
+    return lambda block, _: block[0] if scale == 1 else block[0] * scale

@@ -1,0 +1,57 @@
+"""Model Stock: how far to trust the mean of several fine-tunes, from the angle between them.
+
+Paper: Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024, arXiv 2403.19522.
+
+    c = mean of cos(δᵢ, δⱼ) over pairs;   t = n·c / (1 + (n−1)·c);   out = base + t·mean(δ)
+
+mergekit computes this in the models' own dtype and takes the cosine as zero for deltas whose lengths multiply to less
+than 1e-6; here the deltas' inner products are summed in float64, and only a zero delta has cosine zero. Where
+1 + (n−1)·c vanishes, t is 0, as in mergekit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mergekit_lite.methods.passes import Block, Steps, Subject, deltas, weighted_sum
+from mergekit_lite.methods.registry import method
+from mergekit_lite.methods.statistics import gram
+
+
+def _trust(products: torch.Tensor) -> torch.Tensor:
+    """The factor t from the deltas' inner products, float64 of shape (…, n, n)."""
+    count = products.shape[-1]
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    lengths = (squares[..., :, None] * squares[..., None, :]).sqrt()
+    cosines = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
+    mean = cosines.triu(1).sum((-1, -2)) / (count * (count - 1) / 2)
+    divisor = 1 + (count - 1) * mean
+    vanishes = divisor.abs() < 1e-6
+    return torch.where(vanishes, 0.0, count * mean / divisor.masked_fill(vanishes, 1.0))
+
+
+def _filters(shape: tuple[int, ...], *, filter_wise: bool) -> int:
+    """A filter is all that one index of the first axis holds; a vector is a single one."""
+    return (torch.Size(shape[1:]) if len(shape) > 1 else torch.Size(shape)).numel() if filter_wise else 0
+
+
+@method(models=(2, None), rows=_filters, formula="base + t·mean(x − base)", source="Jang et al. 2024, arXiv 2403.19522")
+def model_stock(subject: Subject, *, filter_wise: bool = False) -> Steps:
+    """Mean of at least two fine-tunes, drawn back to their base the more, the wider the angle between them.
+
+    Args:
+        subject: the tensor.
+        filter_wise: an angle for each row instead of one for the tensor.
+    """
+    if filter_wise:
+
+        def by_rows(block: Block, _: int) -> torch.Tensor:
+            moved = deltas(block)
+            stacked = torch.stack(moved, 1).double()  # (rows, models, columns)
+            trust = _trust(stacked @ stacked.mT)[:, None].to(block[0].dtype)
+            return weighted_sum(moved, (1 / subject.models,) * subject.models).mul_(trust).add_(block[0])
+
+        return by_rows
+    products = yield from gram(deltas)
+    share = _trust(products).item() / subject.models
+    return lambda block, _: weighted_sum(deltas(block), (share,) * subject.models).add_(block[0])
