@@ -1,5 +1,29 @@
 """Recipes: what the user wants, as data."""
 
+from mergekit_lite.recipe.document import RecipeError
+from mergekit_lite.recipe.layers import Output, Outputs, outputs
+from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
+from mergekit_lite.recipe.parameters import MethodParameters, Parameter
 from mergekit_lite.recipe.recipe import Recipe, Setting
+from mergekit_lite.recipe.resolve import Numbers, Resolved, resolve
+from mergekit_lite.recipe.schema import load, parse
 
-__all__ = ["Recipe", "Setting"]
+__all__ = [
+    "MergeRecipe",
+    "MethodParameters",
+    "Numbers",
+    "Output",
+    "Outputs",
+    "Override",
+    "Parameter",
+    "Recipe",
+    "RecipeError",
+    "Resolved",
+    "Setting",
+    "Slice",
+    "Source",
+    "load",
+    "outputs",
+    "parse",
+    "resolve",
+]

@@ -1,0 +1,80 @@
+"""What must hold between the parts of a recipe: enough models, a base where one is needed, every parameter given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mergekit_lite.recipe.document import Mark, Remark
+from mergekit_lite.recipe.merge import MergeRecipe, Slice
+from mergekit_lite.recipe.parameters import MethodParameters
+from mergekit_lite.recipe.rules import Parameters
+
+Methods = Mapping[str, MethodParameters]
+
+
+def miscounted(recipe: MergeRecipe, methods: Methods) -> Iterator[Remark]:
+    """Slices with too few or too many models for their methods, without a base, or with ranges that differ."""
+    for part in (part for part in recipe.slices if part.sources):
+        where = _in_slice(recipe, part)
+        for name, _, at in _methods(recipe):
+            number = len(_merged(part, methods[name]))
+            if methods[name].base == "required" and part.base is None:
+                yield Remark(at, f"{name} needs a base_model{where}")
+            elif not methods[name].counts(number):
+                yield Remark(at, f"{name} merges {methods[name].expected}, got {number}{where}")
+        problem = uneven(part)
+        if problem is not None:
+            yield Remark(part.at, problem)
+
+
+def uneven(part: Slice) -> str | None:
+    """What to say about a slice whose sources have ranges of different lengths."""
+    ranges = [(source.model, source.layers) for source in part.sources if source.layers is not None]
+    if len({end - start for _, (start, end) in ranges}) <= 1:
+        return None
+    listed = ", ".join(f"{model} [{start}, {end}]" for model, (start, end) in ranges)
+    return f"all sources of a slice have the same number of layers, got {listed}"
+
+
+def lacking(recipe: MergeRecipe, methods: Methods) -> Iterator[Remark]:
+    """Parameters without a default that are given nowhere."""
+    for part in recipe.slices:
+        for name, over, at in _methods(recipe):
+            levels = (over, part.parameters, recipe.parameters)
+            required = {key for key, value in methods[name].all.items() if value.required}
+            for key in sorted(required - {key for level in levels for key in level}):
+                if key in methods[name].shared:
+                    yield Remark(at, f"{name} needs the parameter {key!r}{_in_slice(recipe, part)}")
+                else:
+                    yield from _lacking_of_models(recipe, part, methods[name], name, key, at)
+
+
+def _lacking_of_models(
+    recipe: MergeRecipe, part: Slice, takes: MethodParameters, name: str, key: str, at: Mark
+) -> Iterator[Remark]:
+    merged = _merged(part, takes)
+    # A source without a model has been complained about.
+    without = [index for index in merged if key not in part.sources[index].parameters and part.sources[index].model]
+    if len(without) == len(merged) > 1:
+        yield Remark(at, f"{name} needs the parameter {key!r} of each model{_in_slice(recipe, part)}")
+        return
+    for source in (part.sources[index] for index in without):
+        # A base that the recipe doesn't list has the place of the list.
+        unlisted = ": base_model is one of the models that are merged" if source.at == part.at else ""
+        yield Remark(source.at, f"{name} needs the parameter {key!r} of {source.model!r}{unlisted}")
+
+
+def _methods(recipe: MergeRecipe) -> Iterator[tuple[str, Parameters, Mark]]:
+    """Each method of the recipe with the parameters that an override gives it, and its place."""
+    yield recipe.merge_method, {}, recipe.at
+    for override in recipe.overrides:
+        yield override.merge_method, override.parameters, override.at
+
+
+def _merged(part: Slice, takes: MethodParameters) -> list[int]:
+    """The sources that a method merges: all but the base, where it has another use for that."""
+    return [index for index in range(len(part.sources)) if takes.base == "none" or index != part.base]
+
+
+def _in_slice(recipe: MergeRecipe, part: Slice) -> str:
+    return f" in the slice of line {part.at.line}" if len(recipe.slices) > 1 else ""

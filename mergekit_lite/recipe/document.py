@@ -1,0 +1,220 @@
+"""A YAML text as a tree in which every key and value knows its line and column.
+
+YAML is read as mergekit reads it (YAML 1.1, the safe tags) with these differences:
+
+- a key given twice is an error, not "the last one wins";
+- ``1e-5`` is a number, as everywhere but in YAML 1.1;
+- a date is text: nothing in a recipe is one, but a revision may look like it;
+- anchors, aliases and ``<<`` work, up to ``LIMIT`` values after expansion;
+- several documents in one text, and tags beyond the plain ones, are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import yaml
+
+from mergekit_lite.errors import UsageError, counted, listing, shortened
+
+LIMIT = 100_000  # values after aliases are expanded: a recipe for 1,000 models with 20 rules each has some 60,000
+SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+TAG = "tag:yaml.org,2002:"
+
+Value = bool | int | float | str
+
+
+class Mark(NamedTuple):
+    """A place in the text, both counted from 1."""
+
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.line}:{self.column}"
+
+
+class Remark(NamedTuple):
+    """Something to tell the user about a place in the recipe."""
+
+    at: Mark
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.text}"
+
+
+class RecipeError(UsageError):
+    """The recipe is wrong. Carries everything that was found, in the order of the text."""
+
+    def __init__(self, source: str, problems: Iterable[Remark]):
+        self.problems = tuple(sorted(set(problems)))
+        super().__init__(
+            listing(f"{source} has {counted(len(self.problems), 'problem')}", list(map(str, self.problems)))
+        )
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A single value; ``text`` is how it was written."""
+
+    value: Value | None
+    text: str
+    at: Mark
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list."""
+
+    items: tuple[Node, ...]
+    at: Mark
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A mapping; its keys are text and differ."""
+
+    entries: tuple[tuple[Scalar, Node], ...]
+    at: Mark
+
+
+Node = Scalar | Items | Fields
+
+
+def describe(node: Node) -> str:
+    """``the text 'high'``, ``the number 3``, ``a list``: for "expected …, got …"."""
+    if isinstance(node, Items):
+        return "a list" if node.items else "an empty list"
+    if isinstance(node, Fields):
+        return "a mapping" if node.entries else "an empty mapping"
+    if node.value is None:
+        return "nothing"
+    if isinstance(node.value, bool):
+        return node.text
+    return f"the text {shortened(node.value, 60)!r}" if isinstance(node.value, str) else f"the number {node.text}"
+
+
+def read(text: str, source: str) -> Node:
+    """The tree of a YAML text.
+
+    Raises:
+        RecipeError: it is no YAML, has several documents, or breaks one of the rules above.
+    """
+    try:
+        documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        if not documents or documents[0] is None:
+            raise RecipeError(source, [Remark(Mark(1, 1), "the recipe is empty: it needs merge_method and models")])
+        if len(documents) > 1:
+            second = _mark(documents[1].start_mark)
+            reason = (
+                "several documents in one file (mergekit-multi) are not supported yet: write one file for each merge"
+            )
+            raise RecipeError(source, [Remark(second, reason)])
+        reading = _Reading(source)
+        tree = reading.node(documents[0])
+    except yaml.MarkedYAMLError as error:
+        at = _mark(error.problem_mark or error.context_mark)
+        raise RecipeError(source, [Remark(at, f"this is not YAML: {error.problem or error.context}")]) from error
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        at = Mark(before.count("\n") + 1, error.position - (before.rfind("\n") + 1) + 1)
+        reason = f"this is not YAML: the character U+{ord(text[error.position]):04X} is not allowed"
+        raise RecipeError(source, [Remark(at, reason)]) from error
+    except RecursionError:
+        raise RecipeError(source, [Remark(Mark(1, 1), "the recipe is nested too deeply")]) from None
+    if reading.problems:
+        raise RecipeError(source, reading.problems)
+    return tree
+
+
+def _mark(mark: yaml.Mark | None) -> Mark:
+    return Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
+
+
+@dataclass
+class _Reading:
+    """The walk over PyYAML's nodes. A node that several aliases name is read once, but counted each time."""
+
+    source: str
+    problems: list[Remark] = field(default_factory=list)
+    done: dict[int, tuple[Node, int]] = field(default_factory=dict)  # with the number of values in it
+    open: set[int] = field(default_factory=set)
+    constructor: yaml.SafeLoader = field(default_factory=lambda: yaml.SafeLoader(""))
+
+    def node(self, node: yaml.Node) -> Node:
+        return self.sized(node)[0]
+
+    def sized(self, node: yaml.Node) -> tuple[Node, int]:
+        at = _mark(node.start_mark)
+        if id(node) in self.open:
+            raise RecipeError(self.source, [Remark(at, "an alias names a value that it is itself a part of")])
+        if id(node) not in self.done:
+            self.open.add(id(node))
+            self.done[id(node)] = self.read(node, at)
+            self.open.discard(id(node))
+        if self.done[id(node)][1] > LIMIT:
+            raise RecipeError(self.source, [Remark(at, f"aliases expand to more than {LIMIT:,} values")])
+        return self.done[id(node)]
+
+    def read(self, node: yaml.Node, at: Mark) -> tuple[Node, int]:
+        if isinstance(node, yaml.ScalarNode):
+            return Scalar(self.value(node, at), node.value, at), 1
+        if isinstance(node, yaml.SequenceNode):
+            self.check_tag(node, at, "seq")
+            parts = [self.sized(item) for item in node.value]
+            return Items(tuple(item for item, _ in parts), at), 1 + sum(size for _, size in parts)
+        self.check_tag(node, at, "map")
+        return self.mapping(node, at)
+
+    def check_tag(self, node: yaml.Node, at: Mark, *allowed: str) -> None:
+        if node.tag.removeprefix(TAG) not in allowed:
+            tag = node.tag.replace(TAG, "!!")
+            self.problems.append(Remark(at, f"the tag {tag} is refused: a recipe is plain text, numbers and lists"))
+
+    def value(self, node: yaml.ScalarNode, at: Mark) -> Value | None:
+        tag = node.tag.removeprefix(TAG)
+        if tag == "str" and node.style is None and SCIENTIFIC.fullmatch(node.value):
+            return float(node.value)
+        if tag in ("null", "bool", "int", "float"):
+            try:
+                value: Value | None = self.constructor.construct_object(node)
+            except (ValueError, KeyError):
+                self.problems.append(Remark(at, f"{shortened(node.value, 60)!r} is not a value of type {tag}"))
+                return None
+            return value
+        self.check_tag(node, at, "str", "timestamp", "value", "merge")
+        return str(node.value)
+
+    def mapping(self, node: yaml.Node, at: Mark) -> tuple[Node, int]:
+        own: dict[str, tuple[Scalar, Node]] = {}
+        merged: dict[str, tuple[Scalar, Node]] = {}
+        total = 1
+        for key, value in node.value:
+            place = _mark(key.start_mark)
+            if not isinstance(key, yaml.ScalarNode):
+                self.problems.append(Remark(place, "a key must be text"))
+                continue
+            child, size = self.sized(value)
+            total += size + 1
+            if key.tag == TAG + "merge":
+                self.merge(child, merged)
+            elif key.value in own:
+                first = own[key.value][0].at.line
+                self.problems.append(Remark(place, f"{key.value!r} is given twice, first in line {first}"))
+            else:
+                own[key.value] = (Scalar(key.value, key.value, place), child)
+        return Fields(tuple((merged | own).values()), at), total
+
+    def merge(self, node: Node, into: dict[str, tuple[Scalar, Node]]) -> None:
+        """What ``<<: *defaults`` or ``<<: [*a, *b]`` brings; of several, the first one wins."""
+        sources: Sequence[Node] = node.items if isinstance(node, Items) else (node,)
+        for part in sources:
+            if isinstance(part, Fields):
+                for key, value in part.entries:
+                    into.setdefault(key.text, (key, value))
+            else:
+                self.problems.append(Remark(part.at, f"'<<' takes a mapping, got {describe(part)}"))

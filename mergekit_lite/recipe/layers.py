@@ -1,0 +1,241 @@
+"""Which tensors belong to which layer, and what the layers of the output are made of.
+
+Layers are found from the tensors' names, not from a table of architectures. The first component of a name that is a
+number counts the layers: ``model.layers.7.mlp.up_proj.weight``, ``transformer.h.7.ln_1.bias``, ``blocks.7.ln1.weight``.
+Numbers further behind (experts, modules of a sequence) are part of the tensor's name within its layer. What stands
+before the numbers 0 to n − 1 is a *stack* of n layers; a model may have several (an encoder and a decoder, a vision
+tower). A number right before the last component (``classifier.0.weight``) counts no layers unless other names of the
+stack go deeper.
+
+In a frankenmerge the tensors before the layers (embeddings) come from the first slice and those behind them (the last
+norm, the head) from the last one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from mergekit_lite.errors import counted
+from mergekit_lite.recipe.checks import uneven
+from mergekit_lite.recipe.merge import Slice, Source
+from mergekit_lite.recipe.rules import Spot
+
+NUMBER = re.compile(r"0|[1-9][0-9]{0,6}")
+# Behind the layers. Embeddings have norms too (emb.norm), and a head may be called embed_out.
+HEAD = re.compile(r"embed_out|lm_head|(^|\.)(head|output|output_layer|score|classifier|logits?)(\.|$)")
+EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
+LAST_NORM = re.compile(r"norm|ln_f|ln_out|final")
+
+
+class Place(NamedTuple):
+    """A tensor's place within a stack: ``{stack}.{layer}.{rest}``."""
+
+    stack: str
+    layer: int
+    rest: str
+
+
+class Input(NamedTuple):
+    """A tensor of one of a slice's sources."""
+
+    source: int
+    spot: Spot
+
+
+class Output(NamedTuple):
+    """A tensor of the output.
+
+    Attributes:
+        spot: its name and layer in the output.
+        part: which slice it is from.
+        t: where it stands along the gradients of its slice.
+        inputs: what it is made of, in the order of the slice's sources; a source without such a tensor is left out.
+    """
+
+    spot: Spot
+    part: int
+    t: Fraction
+    inputs: tuple[Input, ...]
+
+
+class Outputs(NamedTuple):
+    """The tensors of the output, how many layers they have (None for as many as before), and what is wrong."""
+
+    tensors: tuple[Output, ...]
+    layers: int | None
+    problems: tuple[str, ...]
+
+
+def place(name: str) -> Place | None:
+    """Where the first number in a name puts it."""
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if NUMBER.fullmatch(part):
+            return Place(".".join(parts[:index]), int(part), ".".join(parts[index + 1 :]))
+    return None
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """The stacks of layers in a model, with their lengths.
+
+    >>> stacks(["embed.weight", "h.0.mlp.weight", "h.1.mlp.weight", "score.0.weight"])
+    {'h': 2}
+    """
+    numbers: dict[str, set[int]] = {}
+    deep = set()
+    for found in filter(None, map(place, names)):
+        numbers.setdefault(found.stack, set()).add(found.layer)
+        if "." in found.rest:
+            deep.add(found.stack)
+    return {stack: len(found) for stack, found in numbers.items() if stack in deep and max(found) == len(found) - 1}
+
+
+def depth(layer: int, layers: int) -> Fraction:
+    """t of one layer of several."""
+    return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
+
+
+def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Outputs:
+    """What each tensor of the output is made of.
+
+    Args:
+        slices: of a recipe.
+        names: each model's tensors, by its reference.
+    """
+    whole = all(source.layers is None for part in slices for source in part.sources)
+    if whole and len(slices) == 1:
+        return _merged(slices[0], names)
+    return _stacked(slices, names)
+
+
+def _merged(part: Slice, names: Mapping[str, Sequence[str]]) -> Outputs:
+    """``models:``: every name of every model, those of the base (or the first model) first."""
+    found = {source.model: stacks(names[source.model]) for source in part.sources}
+    order = sorted(range(len(part.sources)), key=lambda index: index != (part.base or 0))
+    lengths: dict[str, dict[int, str]] = {}
+    for index in order:
+        for stack, length in found[part.sources[index].model].items():
+            lengths.setdefault(stack, {}).setdefault(length, part.sources[index].model)
+    problems = [
+        f"{stack} has {' and '.join(f'{length} layers in {model}' for length, model in seen.items())}: "
+        "models with different numbers of layers are merged by 'slices', each with its layer_range"
+        for stack, seen in lengths.items()
+        if len(seen) > 1
+    ]
+    having: dict[str, list[int]] = {}
+    for index in order:
+        for name in names[part.sources[index].model]:
+            having.setdefault(name, []).append(index)
+    made = []
+    for name, sources in having.items():
+        at = place(name)
+        length = next(iter(lengths[at.stack])) if at and at.stack in lengths else 0
+        spot = Spot(name, at.layer if at and length else None)
+        t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)
+        made.append(Output(spot, 0, t, tuple(Input(index, spot) for index in sorted(sources))))
+    return Outputs(tuple(made), None, tuple(problems))
+
+
+class _Layered(NamedTuple):
+    """A model's tensors by layer."""
+
+    stack: str
+    layers: tuple[tuple[str, ...], ...]  # the rests of the names
+    others: tuple[str, ...]
+
+
+def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Outputs:
+    problems: list[str] = []
+    models = dict.fromkeys(source.model for part in slices for source in part.sources)
+    layered = {model: _layered(model, names[model], problems) for model in models}
+    known = {model: found for model, found in layered.items() if found is not None}
+    for part in slices:
+        problems += filter(None, [uneven(part)])
+        problems += [
+            problem
+            for source in part.sources
+            if source.model in known
+            for problem in _beyond(source, known[source.model])
+        ]
+    named = {found.stack for found in known.values()}
+    if len(named) > 1:
+        listed = ", ".join(f"{found.stack} in {model}" for model, found in known.items())
+        problems.append(f"the layers have different names, so they can't stand behind each other: {listed}")
+    if problems:
+        return Outputs((), None, tuple(problems))
+    stack = named.pop()
+    made = _outside(slices[0], 0, known, behind=False)
+    total = 0
+    for number, part in enumerate(slices):
+        starts = [source.layers[0] if source.layers else 0 for source in part.sources]
+        length = _length(part.sources[0], known)
+        for layer in range(length):
+            rests: dict[str, list[Input]] = {}
+            for index, source in enumerate(part.sources):
+                at = starts[index] + layer
+                for rest in known[source.model].layers[at]:
+                    rests.setdefault(rest, []).append(Input(index, Spot(_name(stack, at, rest), at)))
+            made += [
+                Output(
+                    Spot(_name(stack, total + layer, rest), total + layer), number, depth(layer, length), tuple(into)
+                )
+                for rest, into in rests.items()
+            ]
+        total += length
+    made += _outside(slices[-1], len(slices) - 1, known, behind=True)
+    return Outputs(tuple(made), total, ())
+
+
+def _name(stack: str, layer: int, rest: str) -> str:
+    return f"{stack}.{layer}.{rest}" if stack else f"{layer}.{rest}"
+
+
+def _length(source: Source, known: Mapping[str, _Layered]) -> int:
+    return source.layers[1] - source.layers[0] if source.layers else len(known[source.model].layers)
+
+
+def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered | None:
+    found = stacks(names)
+    if len(found) != 1:
+        listed = ", ".join(f"{stack} ({counted(length, 'layer')})" for stack, length in found.items())
+        got = f"has several: {listed}" if found else "has none whose numbers run from 0 to n − 1"
+        problems.append(f"slices need a model with one stack of layers, and {model} {got}")
+        return None
+    [(stack, length)] = found.items()
+    layers: list[list[str]] = [[] for _ in range(length)]
+    others = []
+    for name in names:
+        at = place(name)
+        if at and at.stack == stack:
+            layers[at.layer].append(at.rest)
+        else:
+            others.append(name)
+    return _Layered(stack, tuple(map(tuple, layers)), tuple(others))
+
+
+def _beyond(source: Source, found: _Layered) -> list[str]:
+    start, end = source.layers or (0, len(found.layers))
+    if start >= end:
+        return [f"line {source.at.line}: layer_range [{start}, {end}] of {source.model} is empty"]
+    if end > len(found.layers):
+        has = f"{source.model} has {counted(len(found.layers), 'layer')}"
+        return [f"line {source.at.line}: layer_range [{start}, {end}] goes too far, {has}"]
+    return []
+
+
+def _outside(part: Slice, number: int, known: Mapping[str, _Layered], behind: bool) -> list[Output]:
+    """The tensors before the layers or behind them, of one slice."""
+    having: dict[str, list[Input]] = {}
+    for index, source in enumerate(part.sources):
+        for name in known[source.model].others:
+            if is_behind(name) == behind:
+                having.setdefault(name, []).append(Input(index, Spot(name)))
+    return [Output(Spot(name), number, Fraction(0), tuple(inputs)) for name, inputs in having.items()]
+
+
+def is_behind(name: str) -> bool:
+    """Whether a tensor outside the layers stands behind them."""
+    return bool(HEAD.search(name)) or (not EMBEDDING.search(name) and bool(LAST_NORM.search(name)))

@@ -1,0 +1,141 @@
+"""The method and the numbers of every tensor.
+
+A parameter's value comes from the first of these levels in which a rule matches the tensor: the override, the model
+(for parameters that each model has), the slice, the recipe, the method's default. What models have each for themselves
+is looked up by the name and layer of *that model's* tensor, all else by those of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mergekit_lite.errors import counted
+from mergekit_lite.recipe.document import Remark, Value
+from mergekit_lite.recipe.layers import Output
+from mergekit_lite.recipe.merge import MergeRecipe
+from mergekit_lite.recipe.parameters import MethodParameters, Parameter
+from mergekit_lite.recipe.rules import Parameters, Rule, Spot, along, rule_for
+
+
+class Numbers(NamedTuple):
+    """What one tensor is made with.
+
+    Attributes:
+        merge_method: by which method.
+        shared: the values that hold for all models.
+        per_model: the values of each input, in the order of the output's inputs; none of a base that is no model to
+            merge.
+    """
+
+    merge_method: str
+    shared: Mapping[str, Value | None]
+    per_model: tuple[Mapping[str, Value | None], ...]
+
+
+class Resolved(NamedTuple):
+    """Numbers for each output (None: it is copied), what is wrong, and what the user should know."""
+
+    numbers: tuple[Numbers | None, ...]
+    problems: tuple[str, ...]
+    notes: tuple[Remark, ...]
+
+
+def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str, MethodParameters]) -> Resolved:
+    """The numbers of all tensors.
+
+    Args:
+        recipe: the recipe.
+        outputs: its tensors, from ``layers.outputs``.
+        methods: what each method takes.
+    """
+    resolving = _Resolving(recipe, methods)
+    numbers = tuple(None if recipe.excludes(output.spot) else resolving.numbers(output) for output in outputs)
+    spots = [output.spot for output in outputs]
+    return Resolved(numbers, tuple(resolving.problems()), tuple(sorted(_idle(recipe, resolving.used, spots))))
+
+
+@dataclass
+class _Resolving:
+    recipe: MergeRecipe
+    methods: Mapping[str, MethodParameters]
+    used: set[int] = field(default_factory=set)  # rules that decided something, by identity
+    wrong: dict[str, list[str]] = field(default_factory=dict)  # problem: the tensors that have it
+
+    def numbers(self, output: Output) -> Numbers:
+        part = self.recipe.slices[output.part]
+        override = self.recipe.override_for(output.spot)
+        name = override.merge_method if override else self.recipe.merge_method
+        takes = self.methods[name]
+        above: list[Parameters] = [override.parameters] if override else []
+        below = [part.parameters, self.recipe.parameters]
+        shared = {
+            key: self.value(name, key, parameter, [*above, *below], output, output.spot, None)
+            for key, parameter in takes.shared.items()
+        }
+        per_model = []
+        for index, spot in output.inputs:
+            source = part.sources[index]
+            merged = takes.base == "none" or index != part.base
+            levels = [*above, source.parameters, *below]
+            per_model.append(
+                {
+                    key: self.value(name, key, parameter, levels, output, spot, source.model)
+                    for key, parameter in (takes.per_model.items() if merged else ())
+                }
+            )
+        return Numbers(name, shared, tuple(per_model))
+
+    def value(
+        self,
+        method: str,
+        key: str,
+        parameter: Parameter,
+        levels: Sequence[Parameters],
+        output: Output,
+        spot: Spot,
+        model: str | None,
+    ) -> Value | None:
+        rule = rule_for(key, levels, spot)
+        whose = f" of {model}" if model else ""
+        if rule is None:
+            if parameter.required:
+                text = f"no filter gives {method} the parameter {key!r}{whose}"
+                self.wrong.setdefault(text, []).append(spot.name)
+            return parameter.default
+        self.used.add(id(rule))
+        value = along(rule.values, output.t)
+        if isinstance(value, float) and float not in parameter.types and int in parameter.types:
+            if value != int(value):
+                text = f"{rule.at}: {key!r}{whose} is a whole number, and its gradient gives {value:g}"
+                self.wrong.setdefault(text, []).append(spot.name)
+            return int(value)
+        return value
+
+    def problems(self) -> Iterator[str]:
+        for text, tensors in self.wrong.items():
+            more = f" and {counted(len(tensors) - 1, 'more tensor')}" if len(tensors) > 1 else ""
+            yield f"{text} for {tensors[0]}{more}"
+
+
+def _idle(recipe: MergeRecipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:
+    """Filters that do nothing: often a name misspelt."""
+    for parameters in _levels(recipe):
+        for name, rules in parameters.items():
+            for rule in rules:
+                if not rule.filter.matches_all and id(rule) not in used:
+                    yield Remark(rule.filter.at, f"the filter {rule.filter} of {name!r} decides for no tensor")
+    others = [("exclude", pattern) for pattern in recipe.exclude]
+    others += [("an override", override.filter) for override in recipe.overrides]
+    for name, pattern in others:
+        if not any(pattern.matches(spot) for spot in spots):
+            yield Remark(pattern.at, f"the filter {pattern} of {name} matches no tensor")
+
+
+def _levels(recipe: MergeRecipe) -> Iterator[Mapping[str, tuple[Rule, ...]]]:
+    yield recipe.parameters
+    for part in recipe.slices:
+        yield part.parameters
+        yield from (source.parameters for source in part.sources)
+    yield from (override.parameters for override in recipe.overrides)

@@ -1,0 +1,115 @@
+"""Which tensors a value is for, and how it runs along the layers.
+
+A parameter is written in one of three ways:
+
+    weight: 0.5                      one value
+    weight: [0, 0.5, 1]              a gradient along the layers of the slice
+    weight:                          the first entry that matches a tensor decides
+      - filter: self_attn            part of the tensor's name
+        value: [0, 0.5, 1]
+      - filter: "regex:(up|gate)_proj"
+        layers: [0, 8]               only in layers 0 to 7
+        value: 0.3
+      - value: 0.1                   all others
+
+``filter: "*"`` and no filter at all match every tensor. ``layers: [first, end)`` matches by the number of the layer and
+never matches a tensor outside the layers. Where an entry has both, both must match. ``regex:`` and ``layers:`` are
+additions to mergekit's language.
+
+A gradient has t = j/(n − 1) in layer j of n, t = 1 where n = 1, and t = 0 outside the layers (before and behind them,
+as in mergekit, so that lm_head and the last norm take the *first* value). Numbers are interpolated; truth values and
+texts step, to the value with index ⌊t·(m − 1)⌋ of m. t is an exact fraction: in floating point the 29 steps of 29
+layers would not all fall on their own layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import NamedTuple
+
+from mergekit_lite.recipe.document import Mark, Value
+
+REGEX = "regex:"
+NOWHERE = Mark(1, 1)
+
+
+class Spot(NamedTuple):
+    """What a filter looks at: a tensor's name, and its layer if it has one."""
+
+    name: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which tensors."""
+
+    text: str = "*"
+    layers: tuple[int, int] | None = None
+    at: Mark = field(default=NOWHERE, compare=False)
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """As a regular expression. Raises re.error."""
+        if self.text == "*":
+            return re.compile("")
+        return re.compile(self.text[len(REGEX) :] if self.text.startswith(REGEX) else re.escape(self.text))
+
+    @property
+    def matches_all(self) -> bool:
+        """Whether there is nothing that it does not match."""
+        return self.text == "*" and self.layers is None
+
+    def matches(self, spot: Spot) -> bool:
+        """Whether this tensor is meant."""
+        if self.layers is not None and (spot.layer is None or not self.layers[0] <= spot.layer < self.layers[1]):
+            return False
+        return self.text == "*" or self.pattern.search(spot.name) is not None
+
+    def __str__(self) -> str:
+        layers = f"layers [{self.layers[0]}, {self.layers[1]})" if self.layers else ""
+        return f"{self.text!r} in {layers}" if layers and self.text != "*" else layers or repr(self.text)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A value for the tensors of a filter: one for all of them, or several that run along the layers."""
+
+    values: tuple[Value, ...]
+    filter: Filter = Filter()
+    at: Mark = field(default=NOWHERE, compare=False)
+
+
+Rules = tuple[Rule, ...]
+Parameters = Mapping[str, Rules]
+
+
+def along(values: Sequence[Value], t: Fraction) -> Value:
+    """The value of a gradient at t, 0 ≤ t ≤ 1.
+
+    >>> along([0, 10, 30], Fraction(1, 4)), along([0, 10, 30], Fraction(3, 4))
+    (5.0, 20.0)
+    """
+    if len(values) == 1:
+        return values[0]
+    index, rest = divmod(t * (len(values) - 1), 1)
+    low, high = values[index], values[min(index + 1, len(values) - 1)]
+    if rest == 0 or isinstance(low, bool | str) or isinstance(high, bool | str):
+        return low
+    # In this form equal neighbours give themselves, to the bit.
+    return low + (high - low) * float(rest)
+
+
+def first(rules: Iterable[Rule], spot: Spot) -> Rule | None:
+    """The rule that decides for a tensor."""
+    return next((rule for rule in rules if rule.filter.matches(spot)), None)
+
+
+def rule_for(name: str, levels: Iterable[Parameters], spot: Spot) -> Rule | None:
+    """The rule that decides a parameter for a tensor: of the first level in which one matches."""
+    found = (first(level[name], spot) for level in levels if name in level)
+    return next((rule for rule in found if rule is not None), None)

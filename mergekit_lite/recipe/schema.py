@@ -1,0 +1,271 @@
+"""The recipe language: mergekit's YAML for one family of models, made strict, and extended.
+
+    merge_method: ties             # required
+    models:                        # or slices; exactly one of the two
+      - model: org/tuned@main      # a reference: path, org/name, @revision, +lora; or {model: {path, revision}, lora}
+        parameters: {weight: 0.5}  # of this model; precedence: model > slice > recipe > the method's default
+    slices:                        # layers of several models behind each other
+      - sources:
+          - {model: org/a, layer_range: [0, 24], parameters: {weight: 1}}
+        base_model: org/base       # for this slice
+        parameters: {weight: 1}
+    base_model: org/base
+    parameters: {normalize: true}
+    dtype: bfloat16                # inputs are cast to it
+    out_dtype: float32             # outputs are cast to it
+    tokenizer_source: base
+    chat_template: chatml          # auto, a name, or a template
+
+Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
+
+    exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors copied from the base
+    overrides:                     # for the tensors of a filter: other parameters, or another method
+      - filter: norm               # and/or layers: [first, end]; the first override that matches decides
+        merge_method: linear       # default: the recipe's
+        parameters: {weight: 1}    # before all other levels; for what they lack those hold too
+    seed: 0                        # of everything random (random_seed is read as well)
+    rounding: stochastic           # or nearest, the default
+
+Everything else is an error, and all errors are told at once. What mergekit has and this has not yet is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergekit_lite.errors import UsageError, nearest
+from mergekit_lite.recipe import settings
+from mergekit_lite.recipe.checks import lacking, miscounted
+from mergekit_lite.recipe.document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
+from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
+from mergekit_lite.recipe.parameters import MethodParameters, Parameter
+from mergekit_lite.recipe.rules import Filter, Parameters, Rules
+from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
+
+KEYS = (
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template", "exclude", "overrides", "seed", "random_seed", "rounding",
+)  # fmt: skip
+MODEL_KEYS = ("model", "parameters")
+SOURCE_KEYS = ("model", "layer_range", "parameters")
+SLICE_KEYS = ("sources", "base_model", "parameters")
+OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
+MIXTURE = "mixtures of experts made from dense models (mergekit-moe) are not supported yet"
+REFUSED = {
+    "modules": "modules (one merge for each part of a model) are not supported yet",
+    "name": "name (a stage of mergekit-multi) is not supported yet: write one file for each merge",
+    **{key: f"{key}: {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
+    **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
+}
+NO_EFFECT = {"int8_mask": "int8_mask has no effect and is ignored"}
+
+
+def load(path: Path, methods: Mapping[str, MethodParameters]) -> MergeRecipe:
+    """The recipe in a file. Raises RecipeError with every problem, or UsageError if the file can't be read."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Can't read the recipe {path}: {error}.") from error
+    return parse(content, methods, str(path))
+
+
+def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> MergeRecipe:
+    """The recipe in a YAML text.
+
+    Args:
+        content: the text.
+        methods: what each method takes.
+        source: where the text is from, for messages.
+
+    Raises:
+        RecipeError: with every problem and its place.
+    """
+    parser = _Parser(methods)
+    root = read(content, source)
+    if not isinstance(root, Fields):
+        expected = f"a recipe is a mapping with merge_method and models or slices, got {describe(root)}"
+        raise RecipeError(source, [Remark(root.at, expected)])
+    recipe = parser.recipe(root)
+    if parser.used:
+        parser.problems += miscounted(recipe, methods)
+        # A misspelt parameter is told once, not also as one that is lacking.
+        parser.problems += [] if parser.refused else lacking(recipe, methods)
+    if parser.problems:
+        raise RecipeError(source, parser.problems)
+    return recipe
+
+
+@dataclass
+class _Parser:
+    methods: Mapping[str, MethodParameters]
+    problems: list[Remark] = field(default_factory=list)
+    notes: list[Remark] = field(default_factory=list)
+    used: tuple[str, ...] = ()  # methods of the recipe; empty where one is unknown, so that no parameter is judged
+    base: str | None = None
+    refused: bool = False  # whether a parameter stands where it can't
+
+    def recipe(self, root: Node) -> MergeRecipe:
+        parts = fields(root, "the recipe", KEYS, self.problems, self.misplaced | REFUSED)
+        main = self.method(parts.get("merge_method"), root.at)
+        self.base = self.reference(parts, "base_model")
+        overridden = items(parts.get("overrides"), "overrides", self.problems)
+        overrides = [self.override(node, main) for node in overridden]
+        named = {main, *(override.merge_method for override, _ in overrides)}
+        self.used = tuple(dict.fromkeys([main, *(o.merge_method for o, _ in overrides)])) if "" not in named else ()
+        settings.check_tokenizer(parts, self.base, self.problems)
+        return MergeRecipe(
+            main,
+            self.slices(parts, root.at),
+            self.base,
+            self.parameters(parts, self.used),
+            tuple(
+                Override(made.filter, made.merge_method, self.parameters(keys, (made.merge_method,)), made.at)
+                for made, keys in overrides
+            ),
+            tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
+            settings.dtype(parts.get("dtype"), "dtype", self.problems),
+            settings.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
+            self.rounding(parts.get("rounding")),
+            settings.seed(parts, self.problems, self.notes),
+            settings.template(parts.get("chat_template"), self.problems),
+            tuple(self.notes),
+            parts["merge_method"].at if "merge_method" in parts else root.at,
+        )
+
+    @property
+    def misplaced(self) -> dict[str, str]:
+        """Parameters that stand beside 'parameters' instead of under it."""
+        names = {name for method in self.methods.values() for name in method.all} | NO_EFFECT.keys()
+        return {name: f"{name!r} is a parameter: put it under 'parameters'" for name in names}
+
+    def method(self, node: Node | None, at: Mark) -> str:
+        if node is None:
+            self.problems.append(Remark(at, "the recipe has no 'merge_method'"))
+            return ""
+        name = text(node, "merge_method", self.problems)
+        if name in self.methods or not name:
+            return name
+        hint = nearest(name, self.methods) or f" Known: {', '.join(sorted(self.methods))}."
+        self.problems.append(Remark(node.at, f"unknown merge_method {name!r}.{hint}"))
+        return ""
+
+    def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
+        """A reference; empty where it is wrong, None where there is none."""
+        return settings.reference(parts[name], name, self.problems) if name in parts else None
+
+    def slices(self, parts: Mapping[str, Node], at: Mark) -> tuple[Slice, ...]:
+        if ("models" in parts) == ("slices" in parts):
+            which = "both 'models' and 'slices'" if "models" in parts else "neither 'models' nor 'slices'"
+            self.problems.append(Remark(at, f"the recipe has {which}: it needs exactly one of them"))
+        if "models" in parts:
+            models = items(parts["models"], "models", self.problems)
+            sources = [self.source(node, "a model", MODEL_KEYS, self.base) for node in models]
+            return (self.completed(sources, self.base, {}, parts["models"].at),) if sources else ()
+        return tuple(self.slice(node) for node in items(parts.get("slices"), "slices", self.problems))
+
+    def slice(self, node: Node) -> Slice:
+        dead = {"residual_weight": "residual_weight has no effect in mergekit and is not supported: remove it"}
+        parts = fields(node, "a slice", SLICE_KEYS, self.problems, self.misplaced | dead)
+        if "sources" not in parts and isinstance(node, Fields):
+            self.problems.append(Remark(node.at, "the slice has no 'sources'"))
+        base = self.reference(parts, "base_model") or self.base
+        listed = items(parts.get("sources"), "sources", self.problems)
+        sources = [self.source(part, "a source", SOURCE_KEYS, base) for part in listed]
+        return self.completed(sources, base, self.parameters(parts, self.used), node.at)
+
+    def source(self, node: Node, what: str, known: tuple[str, ...], base: str | None) -> Source:
+        layered = {"layer_range": "layer_range is for the sources of slices: 'models' takes all layers of each model"}
+        parts = fields(node, what, known, self.problems, self.misplaced | layered)
+        for key in known:
+            if key != "parameters" and key not in parts and isinstance(node, Fields):
+                self.problems.append(Remark(node.at, f"{what} has no {key!r}"))
+        model = self.reference(parts, "model") or ""
+        layers = layer_range(parts["layer_range"], "layer_range", self.problems) if "layer_range" in parts else None
+        return Source(model, layers, self.parameters(parts, self.used, model, model == base), node.at)
+
+    def completed(self, sources: list[Source], base: str | None, parameters: Parameters, at: Mark) -> Slice:
+        """The slice with its base among the sources.
+
+        As in mergekit, ``models:`` merges a base that it doesn't list. Slices name their sources themselves: there the
+        base joins only where a method has a use for it.
+        """
+        for index, source in enumerate(sources):
+            if source.model and source.model in {earlier.model for earlier in sources[:index]}:
+                self.problems.append(Remark(source.at, f"{source.model!r} is listed twice: a model goes in once"))
+        listed = [source.model for source in sources]
+        ranges = {source.layers for source in sources}
+        wanted = ranges == {None} or any(self.methods[name].base != "none" for name in self.used)
+        if base is not None and base not in listed and wanted and sources:
+            if len(ranges) > 1:
+                differ = f"base_model {base!r} is not among the sources and their ranges differ: list it with its own"
+                self.problems.append(Remark(at, differ))
+            sources, listed = [*sources, Source(base, sources[0].layers, at=at)], [*listed, base]
+        return Slice(tuple(sources), listed.index(base) if base in listed else None, parameters, at)
+
+    def parameters(
+        self, parts: Mapping[str, Node], methods: tuple[str, ...], model: str | None = None, base: bool = False
+    ) -> dict[str, Rules]:
+        """The parameters of one level: of the model named, else of several."""
+        node = parts.get("parameters")
+        if node is None or not methods or "" in methods:
+            return {}
+        if not isinstance(node, Fields):
+            self.problems.append(Remark(node.at, f"'parameters' expects a mapping, got {describe(node)}"))
+            return {}
+        taken: dict[str, Parameter] = {}
+        for name in reversed(methods):
+            takes = self.methods[name]
+            apart = base and takes.base != "none"
+            taken |= {} if apart else takes.per_model if model is not None else takes.all
+        found = {}
+        for key, value in node.entries:
+            if key.text in NO_EFFECT:
+                self.notes.append(Remark(key.at, NO_EFFECT[key.text]))
+            elif key.text not in taken:
+                self.refused = True
+                self.problems.append(Remark(key.at, self.refusal(key.text, methods, model, base)))
+            elif isinstance(value, Scalar) and value.value is None:
+                self.problems.append(Remark(key.at, f"{key.text!r} has no value"))
+            else:
+                found[key.text] = rules(value, key.text, taken[key.text], self.problems, self.notes)
+        return found
+
+    def refusal(self, name: str, methods: tuple[str, ...], model: str | None, base: bool) -> str:
+        """Why a parameter can't stand where it does."""
+        who = " and ".join(methods)
+        verb = "takes" if len(methods) == 1 else "take"
+        if any(name in self.methods[method].shared for method in methods):
+            return f"{name!r} is one value for all models: put it under the recipe's 'parameters'"
+        if base and any(name in self.methods[method].per_model for method in methods):
+            return f"{who} {verb} no {name!r} of the base model {model!r}: remove it"
+        everything = {key for method in methods for key in self.methods[method].all}
+        hint = nearest(name, everything) or (f" Known: {', '.join(sorted(everything))}." if everything else "")
+        return f"{who} {verb} no parameter {name!r}.{hint}"
+
+    def override(self, node: Node, main: str) -> tuple[Override, dict[str, Node]]:
+        parts = fields(node, "an override", OVERRIDE_KEYS, self.problems, self.misplaced)
+        if not {"filter", "layers"} & parts.keys() and isinstance(node, Fields):
+            self.problems.append(Remark(node.at, "the override has neither 'filter' nor 'layers'"))
+        if not {"merge_method", "parameters"} & parts.keys() and isinstance(node, Fields):
+            self.problems.append(Remark(node.at, "the override has neither 'merge_method' nor 'parameters'"))
+        name = self.method(parts["merge_method"], node.at) if "merge_method" in parts else main
+        return Override(filter_of(parts, self.problems), name, at=node.at), parts
+
+    def several(self, node: Node | None) -> tuple[Node, ...]:
+        """A list, or one thing alone."""
+        return (node,) if isinstance(node, Scalar | Fields) else items(node, "filters", self.problems)
+
+    def pattern(self, node: Node) -> Filter:
+        """An entry of ``exclude``."""
+        if isinstance(node, Fields):
+            parts = fields(node, "a filter", ("filter", "layers"), self.problems)
+            if not parts:
+                self.problems.append(Remark(node.at, "the filter has neither 'filter' nor 'layers'"))
+            return filter_of(parts, self.problems)
+        return filter_of({"filter": node}, self.problems)
+
+    def rounding(self, node: Node | None) -> str:
+        known = ("nearest", "stochastic")
+        return "nearest" if node is None else choice(node, "rounding", known, self.problems) or "nearest"
