@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished, run
     from mergekit_lite.errors import MergekitLiteError
     from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
+    from mergekit_lite.merging import merge
+    from mergekit_lite.methods import merge_tensors
     from mergekit_lite.recipe import Recipe, Setting
 
 _HOMES = {
@@ -24,6 +26,8 @@ _HOMES = {
     "engine.run": ("Finished", "run"),
     "errors": ("MergekitLiteError",),
     "extrapolation": ("extrapolate", "plan_extrapolation"),
+    "merging": ("merge",),
+    "methods": ("merge_tensors",),
     "recipe": ("Recipe", "Setting"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

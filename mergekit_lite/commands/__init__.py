@@ -11,7 +11,7 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate",)
+COMMANDS = ("extrapolate", "merge", "plan", "methods")
 
 
 class Commands(click.Group):
@@ -46,9 +46,10 @@ class Commands(click.Group):
 def main() -> None:
     """Arithmetic on the weights of language models, at the speed of a file copy.
 
-    \b
-    Example:
-      mergekit-lite extrapolate ./model-sft ./model-dpo --alpha 0.3 -o ./model-expo
+      \b
+      Examples:
+        mergekit-lite extrapolate ./model-sft ./model-dpo --alpha 0.3 -o ./model-expo
+    mergekit-lite merge recipe.yml -o ./merged
     """
 
 

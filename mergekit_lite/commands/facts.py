@@ -49,8 +49,15 @@ def what_happens(plan: Plan, job: Job) -> str:
     """One job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
     if not job.merged:
         return f"copy ({job.why})" if job.why else "copy"
-    numbers = " | ".join(", ".join(f"{k} {v:g}" for k, v in parameters.items()) for parameters in job.parameters)
+    numbers = " | ".join(", ".join(f"{k} {_shown(v)}" for k, v in values.items()) for values in job.parameters)
     return f"{job.method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
+
+
+def _shown(value: Any) -> str:
+    """A parameter's value: one number, or one for each model."""
+    if isinstance(value, tuple):
+        return "/".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _of_job(plan: Plan, job: Job) -> dict[str, Any]:

@@ -114,6 +114,8 @@ class Screen:
         self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
 
     def _effect(self, report: Report) -> None:
+        if not report.tensors:
+            return
         if report.asked is None or report.effective is None:
             self.out.print("  the models don't differ in what was merged: the output equals the aligned model")
             return

@@ -33,10 +33,11 @@ class Report:
     Attributes:
         merged, copied: how many tensors.
         identical: merged tensors whose bytes are the same in both inputs.
-        asked, effective: alpha over all merged tensors, weighted by ⟨delta, delta⟩; None where there is no delta.
+        asked, effective: for ExPO, alpha over all merged tensors, weighted by ⟨delta, delta⟩; None where there is no
+            delta.
         rms_delta: root mean square of an element's change between the inputs.
         exact: whether every element was looked at, or a fixed sample of them.
-        tensors: the merged tensors one by one.
+        tensors: the tensors that were observed, one by one; none where the method observes nothing.
     """
 
     merged: int
@@ -77,6 +78,8 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
         if not job.merged:
             continue
         of_job = [record for record in by_job.get(index, []) if record.sums]
+        if not of_job:
+            continue
         dot, square, seen = (math.fsum(record.sums[k] for record in of_job) for k in range(3))
         identical += all(len(set(record.inputs)) == 1 for record in of_job)
         seen_all += seen == job.merged
@@ -87,9 +90,9 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
         moved.append(dot * job.merged / seen if seen else 0.0)
         deltas.append(square * job.merged / seen if seen else 0.0)
     total = math.fsum(deltas)
-    elements = sum(job.merged for job in plan.merged)
+    elements = sum(job.merged for job in plan.merged) if effects else 0
     return Report(
-        merged=len(effects),
+        merged=len(plan.merged),
         copied=len(plan.copied),
         identical=identical,
         asked=math.fsum(e.asked * d for e, d in zip(effects, deltas, strict=True)) / total if total else None,

@@ -42,6 +42,8 @@ def delta_rms(plan: Plan) -> float | None:
 
 def delta_warning(plan: Plan) -> str | None:
     """What the size of the delta suggests, where it suggests trouble."""
+    if any(job.method != "expo" for job in plan.merged):
+        return None  # the bands are those of alignment
     rms = delta_rms(plan)
     if rms is None or math.isnan(rms):
         return None

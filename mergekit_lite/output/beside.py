@@ -113,6 +113,8 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
     if plan.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
         config["torch_dtype"] = plan.out_dtype
+    if plan.layers is not None:
+        config = _with_value(config, ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), plan.layers)
     if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config

@@ -1,0 +1,32 @@
+"""``mergekit-lite merge``: run a merge recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mergekit_lite.commands import running
+
+
+@click.command(
+    name="merge",
+    epilog="""\b
+Examples:
+  mergekit-lite merge recipe.yml -o ./merged
+  mergekit-lite merge recipe.yml -o ./merged --dry-run
+  mergekit-lite merge recipe.yml -o merged.safetensors --threads 4
+""",
+)
+@click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file.")
+@running.options
+def command(recipe: Path, output: str, how: running.How) -> None:
+    """Merge models as RECIPE says, a YAML file in mergekit's language.
+
+    Everything is checked before a weight is read: the recipe, the models' names, shapes and dtypes, the room on the
+    disk. ``mergekit-lite methods`` lists the methods.
+    """
+    from mergekit_lite.merging import plan_merge_file
+
+    running.carry_out(plan_merge_file(recipe, output, shard_size=how.shard_size), how)

@@ -1,0 +1,56 @@
+"""``mergekit-lite methods``: the merge methods, from their signatures."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import click
+
+from mergekit_lite.errors import UsageError, nearest
+
+
+@click.command(
+    name="methods",
+    epilog="""\b
+Examples:
+  mergekit-lite methods
+  mergekit-lite methods ties
+""",
+)
+@click.argument("name", required=False)
+def command(name: str | None) -> None:
+    """List the merge methods, or tell of one: formula, parameters with defaults, source."""
+    from mergekit_lite.methods import METHODS
+
+    if name is None:
+        width = max(map(len, METHODS))
+        for method in sorted(METHODS.values(), key=lambda method: method.name):
+            click.echo(f"{method.name:<{width}}  {method.formula}")
+        return
+    if name not in METHODS:
+        raise UsageError(f"Unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(sorted(METHODS))}.")
+    method = METHODS[name]
+    least, most = method.models
+    count = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+    click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")
+    for key, parameter in method.parameters.items():
+        default = "required" if parameter.default is inspect.Parameter.empty else f"default {_shown(parameter.default)}"
+        click.echo(f"  {key}: {_kind(parameter.annotation)}, {default}")
+    click.echo(f"\n{inspect.getdoc(method.function)}")
+    about = inspect.getdoc(sys.modules[method.function.__module__])
+    click.echo(f"\n{about}")
+
+
+def _kind(annotation: object) -> str:
+    marks = getattr(annotation, "__metadata__", ())
+    if "input" in marks:
+        return "a number for each input, the base too"
+    if "model" in marks:
+        return "a number for each model"
+    choices = getattr(annotation, "__args__", ())
+    return " | ".join(map(str, choices)) if choices else getattr(annotation, "__name__", str(annotation))
+
+
+def _shown(default: object) -> object:
+    return default[0] if isinstance(default, tuple) and len(default) == 1 else default

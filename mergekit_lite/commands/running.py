@@ -1,0 +1,115 @@
+"""What all commands that write models have in common: how a plan is run, and what is shown of it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_lite.commands import values
+from mergekit_lite.errors import RunError
+
+if TYPE_CHECKING:
+    from mergekit_lite.plan import Plan
+
+
+@dataclass(frozen=True)
+class How:
+    """The options of ``options``, by their names."""
+
+    shard_size: int | None
+    threads: int | None
+    device: str
+    resume: bool
+    force: bool
+    allow_nonfinite: bool
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+
+OPTIONS = (
+    click.option(
+        "--shard-size",
+        metavar="SIZE",
+        callback=values.size,
+        help="Most bytes in one file, for instance 5GB; by default shards as in the model that gives the config.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
+    click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
+    click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
+    click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
+    click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every tensor."),
+)
+
+
+def options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of running a plan; the function gets them together as ``how``."""
+
+    @functools.wraps(function)
+    def with_how(**arguments: Any) -> None:
+        how = How(**{field.name: arguments.pop(field.name) for field in fields(How)})
+        function(how=how, **arguments)
+
+    for option in reversed(OPTIONS):
+        with_how = option(with_how)
+    return with_how
+
+
+def carry_out(plan: Plan, how: How) -> None:
+    """Show or run a plan."""
+    from mergekit_lite.commands import facts
+    from mergekit_lite.commands.screen import Screen
+
+    # torch comes in only here, once the request is known to be sound
+    from mergekit_lite.engine.run import check_outputs, run
+    from mergekit_lite.engine.sample import delta_warning
+
+    screen = Screen(quiet=how.quiet or how.as_json, verbose=how.verbose)
+    check_outputs(plan, resume=how.resume, force=how.force)
+    if not how.resume:
+        _check_room(plan)
+    if how.dry_run and how.as_json:
+        click.echo(json.dumps(facts.of_plan(plan, how.threads), indent=1))
+    elif how.dry_run:
+        screen.plan(plan, how.threads)
+    else:
+        screen.headline(plan)
+    screen.warn(delta_warning(plan))
+    if how.dry_run:
+        return
+    with screen.progress() as progress:
+        finished = run(
+            plan,
+            threads=how.threads,
+            device=how.device,
+            resume=how.resume,
+            force=how.force,
+            allow_nonfinite=how.allow_nonfinite,
+            progress=progress,
+        )
+    if how.as_json:
+        click.echo(json.dumps(facts.of_finished(finished), indent=1))
+    screen.finished(plan, finished)
+
+
+def _check_room(plan: Plan) -> None:
+    """Refuse before the start what can't fit on the disk."""
+    import shutil
+
+    parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < plan.bytes_to_write:
+        raise RunError(
+            f"{parent}: has {free / 1e9:.2f} GB free, the output needs {plan.bytes_to_write / 1e9:.2f} GB. "
+            "Make room or choose another disk."
+        )
