@@ -96,12 +96,12 @@ def along(values: Sequence[Value], t: Fraction) -> Value:
     """
     if len(values) == 1:
         return values[0]
-    index, rest = divmod(t * (len(values) - 1), 1)
+    index, rest = divmod(t.numerator * (len(values) - 1), t.denominator)
     low, high = values[index], values[min(index + 1, len(values) - 1)]
     if rest == 0 or isinstance(low, bool | str) or isinstance(high, bool | str):
         return low
     # In this form equal neighbours give themselves, to the bit.
-    return low + (high - low) * float(rest)
+    return low + (high - low) * (rest / t.denominator)
 
 
 def first(rules: Iterable[Rule], spot: Spot) -> Rule | None:
