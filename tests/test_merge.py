@@ -62,10 +62,26 @@ def merged(recipe: dict[str, Any], output: Path, **how: Any) -> State:
     return read_folder(output)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_streams_to_what_it_gives_in_memory(name: str, place: Path, tmp_path: Path) -> None:
+VARIANTS = [(name, {}) for name in sorted(METHODS)] + [
+    ("ties", {"trim": "global"}),
+    ("breadcrumbs", {"trim": "global"}),
+    ("varm", {"granularity": "layer"}),
+    ("varm", {"granularity": "model"}),
+    ("varm", {"granularity": "element"}),
+    ("sce", {"variant": "fusechat", "select_topk": 0.3}),
+    ("sce", {"variant": "paper", "select_topk": 0.3}),
+    ("model_stock", {"filter_wise": True}),
+    ("nuslerp", {"nuslerp_flatten": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "more"), VARIANTS)
+def test_every_method_streams_to_what_it_gives_in_memory(
+    name: str, more: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
     method = METHODS[name]
     recipe, parameters, count = recipe_for(method, place)
+    parameters |= more
     got = merged(recipe, tmp_path / "one", threads=1)
     again = merged(recipe, tmp_path / "five", threads=5, block=1 << 16)
     assert all(same_bytes(got[tensor], again[tensor]) for tensor in got)
@@ -89,7 +105,9 @@ def test_expo_as_a_recipe_is_extrapolate(place: Path, tmp_path: Path) -> None:
         "models": [{"model": str(place / "m1")}],
         "parameters": {"alpha": 0.3},
     }
+    (place / "m1" / "tokenizer.json").write_text("{}")
     got = merged(recipe, tmp_path / "recipe")
+    assert (tmp_path / "recipe" / "tokenizer.json").exists()
     mergekit_lite.extrapolate(place / "base", place / "m1", tmp_path / "command", 0.3)
     command = read_folder(tmp_path / "command")
     assert all(same_bytes(got[tensor], command[tensor]) for tensor in command)
