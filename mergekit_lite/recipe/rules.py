@@ -18,7 +18,7 @@ additions to mergekit's language.
 
 A gradient has t = j/(n − 1) in layer j of n, t = 1 where n = 1, and t = 0 outside the layers (before and behind them,
 as in mergekit, so that lm_head and the last norm take the *first* value). Numbers are interpolated; truth values and
-texts step, to the value with index ⌊t·(m − 1)⌋ of m. t is an exact fraction: in floating point the 29 steps of 29
+texts step, to the value with index ⌊t·(m − 1)⌋ of m. t is an exact fraction: in floating point the 48 steps of 48
 layers would not all fall on their own layer.
 """
 
