@@ -17,7 +17,8 @@ WITHOUT_EFFECT = "int8_mask"
 HEAD = """\
 # Methods
 
-Written by `python -m docs.methods` from the code's signatures and docstrings. `mergekit-lite methods NAME` prints the same in a terminal.
+Written by `python -m docs.methods` from the code's signatures and docstrings.
+`mergekit-lite methods NAME` prints the same in a terminal.
 
 ## Which one when
 """
@@ -42,8 +43,8 @@ No method is the best one everywhere: measure. `base` is whether a `base_model` 
 
 ## All methods
 
-*Each model* and *each input* mark parameters that each model may have its own value of (*input*: the base too); a value under the
-recipe's `parameters` serves all. `{effectless}` is accepted wherever mergekit has it, and has no effect.
+*Each model* and *each input* mark parameters that each model may have its own value of (*input*: the base too); a value
+under the recipe's `parameters` serves all. `{effectless}` is accepted wherever mergekit has it, and has no effect.
 
 | method | formula | base | models | parameters, defaults | source |
 | --- | --- | --- | --- | --- | --- |
@@ -102,7 +103,14 @@ def family(module: ModuleType) -> list[str]:
         if inspect.getmodule(method.function) is module:
             summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
             parameters = listed(method, arguments)
-            made += [f"### {method.name}", "", markdown(summary.strip()), "", *parameters, *([""] if parameters else [])]
+            made += [
+                f"### {method.name}",
+                "",
+                markdown(summary.strip()),
+                "",
+                *parameters,
+                *([""] if parameters else []),
+            ]
     return made
 
 

@@ -45,7 +45,9 @@ def test_the_examples_are_found() -> None:
 def test_examples_run_without_a_note(name: str, place: Path) -> None:
     assert mergekit_lite.plan_merge_file(name, "out").notes == ()
     mergekit_lite.merge(name, "out")
-    assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == (12 if "stack" in name else 8)
+    assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == (
+        12 if "stack" in name else 8
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,7 +6,6 @@ The numbers are what ``resolve`` gives for a model of 16 layers, not a formula o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -21,6 +20,7 @@ from mergekit_lite.recipe import outputs, parse, resolve
 
 HERE = Path(__file__).parent
 LAYERS = 16
+OUTSIDE = (-2, LAYERS + 1, LAYERS + 3)  # where embeddings, norm and head are drawn
 INSIDE = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
 NAMES = [
     "model.embed_tokens.weight",
@@ -49,13 +49,13 @@ def draw(axes: Axes, example: str, groups: dict[str, str]) -> None:
         inside = [found[f"model.layers.{layer}.{part or 'mlp'}"] for layer in range(LAYERS)]
         axes.plot(range(LAYERS), inside, "o-", markersize=4, color=COLOURS[part], label=label)
     outside = [found[name] for name in ("model.embed_tokens", "model.norm", "lm_head")]
-    axes.plot([-2, LAYERS + 1, LAYERS + 2], outside, "s", color="#555555", label="outside the layers")
-    places: Sequence[int] = [-2, *range(0, LAYERS, 3), LAYERS + 1, LAYERS + 2]
+    axes.plot(OUTSIDE, outside, "s", color="#555555", label="outside the layers")
+    places = [OUTSIDE[0], *range(0, LAYERS, 3), *OUTSIDE[1:]]
     axes.set_xticks(places, ["embed", *map(str, range(0, LAYERS, 3)), "norm", "head"])
     axes.tick_params("x", labelsize=8)
     axes.set(xlabel="layer", ylim=(-0.05, 1.05))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left" if len(groups) == 1 else "upper center")
 
 
 def values(example: str) -> dict[str, float]:
