@@ -11,8 +11,8 @@
         parameters: {weight: 1}
     base_model: org/base
     parameters: {normalize: true}
-    dtype: bfloat16                # inputs are cast to it
-    out_dtype: float32             # outputs are cast to it
+    dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
+    out_dtype: float32             # of the output, before dtype
     tokenizer_source: base
     chat_template: chatml          # auto, a name, or a template
 
