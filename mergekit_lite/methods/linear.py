@@ -93,11 +93,12 @@ def chat_vector(target: torch.Tensor, chat: torch.Tensor, base: torch.Tensor, *,
 
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
-def passthrough(subject: Subject, *, scale: float = 1.0) -> Combine:
+def passthrough(subject: Subject, *, scale: PerInput = (1.0,)) -> Combine:
     """One model's tensor as it is, or scaled.
 
     Args:
         subject: the tensor.
         scale: a factor; 1 copies every bit.
     """
-    return lambda block, _: block[0] if scale == 1 else block[0] * scale
+    [factor] = scale
+    return lambda block, _: block[0] if factor == 1 else block[0] * factor
