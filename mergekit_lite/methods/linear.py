@@ -100,5 +100,5 @@ def passthrough(subject: Subject, *, scale: PerInput = (1.0,)) -> Combine:
         subject: the tensor.
         scale: a factor; 1 copies every bit.
     """
-    (factor,) = scale
+    [factor] = scale
     return lambda block, _: block[0] if factor == 1 else block[0] * factor
