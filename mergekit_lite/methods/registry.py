@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
-from mergekit_lite.methods.passes import Combine, Passes, Subject
+from mergekit_lite.methods.passes import Block, Passes, Subject
 
 METHODS: dict[str, Method] = {}
 
@@ -85,7 +87,11 @@ class Method:
         if not self.elementwise:
             return Passes(self.function(subject, **arguments))
         first = int(subject.has_base)
-        combine: Combine = lambda block, _: self.function(*block[first:], *block[:first], **arguments)  # noqa: E731
+
+        def combine(block: Block, _: int) -> torch.Tensor:
+            merged: torch.Tensor = self.function(*block[first:], *block[:first], **arguments)
+            return merged
+
         return Passes(combine)
 
 
