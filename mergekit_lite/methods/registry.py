@@ -54,7 +54,7 @@ class Method:
     observe: Callable[..., tuple[float, ...]] | None = None
 
     @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The keyword parameters, by their names in a recipe, with types and defaults."""
         return parameters.of_signature(self.function)
 
