@@ -24,7 +24,7 @@ LOWER = 1 << 16
 BUCKETS = 1 << 12
 ALL = sys.maxsize  # an index beyond every element
 
-Quantities = Callable[[Block], Sequence[torch.Tensor]]
+Quantities = Callable[[Block, int], Sequence[torch.Tensor]]  # (block, index of its first element)
 
 
 def gram(vectors: Callable[[Block], Block]) -> Generator[Sums, torch.Tensor, torch.Tensor]:
@@ -80,7 +80,7 @@ def largest(
     """Find the k largest of several quantities at once, each for one k or more.
 
     Args:
-        quantities: a block to non-negative float32 tensors of its shape.
+        quantities: (block, index of its first element) to non-negative float32 tensors of its shape.
         counts: (number of the quantity, its elements, those that aren't zero) to the values of k.
         origin: the place of the tensor's first element, from which indices count.
         group: count over all tensors of this group instead of the tensor alone.
@@ -88,7 +88,7 @@ def largest(
     Returns:
         For each quantity a cut for each k.
     """
-    upper = (yield Sums(lambda block, _: torch.stack([_upper(q) for q in quantities(block)]), group)).cpu()
+    upper = (yield Sums(lambda block, start: torch.stack([_upper(q) for q in quantities(block, start)]), group)).cpu()
     elements = int(upper[0].sum())
     ks = [counts(number, elements, int(row[1:].sum())) for number, row in enumerate(upper)]
     searches = [_Search(number, k) for number, row in enumerate(ks) for k in row]
@@ -101,8 +101,8 @@ def largest(
         for search in inner:
             search.bits = ((search.bits - 1) << 16) + 1
 
-        def within_bins(block: Block, _: int) -> torch.Tensor:
-            made = quantities(block)
+        def within_bins(block: Block, start: int) -> torch.Tensor:
+            made = quantities(block, start)
             return torch.stack([_lower(made[search.number], search.bits) for search in inner])
 
         for search, row in zip(inner, (yield Sums(within_bins, group)).cpu(), strict=True):
@@ -172,7 +172,7 @@ def _narrow(
     step = -(-width // BUCKETS)
 
     def in_buckets(block: Block, start: int) -> torch.Tensor:
-        made = quantities(block)
+        made = quantities(block, start)
         counts = torch.zeros(len(searches), BUCKETS, dtype=torch.int64, device=block[0].device)
         first = max(begin, origin + start)
         stop = min(begin + width, origin + start + made[0].numel())

@@ -192,3 +192,218 @@ def model_stock(base: Tensor, models: list[Tensor], *, filter_wise: bool = False
     c = sum(((ds[i] * ds[j]).sum() / (ds[i].norm() * ds[j].norm())).item() for i, j in pairs) / len(pairs)
     t = n * c / (1 + (n - 1) * c)
     return t * torch.stack(models).mean(0) + (1 - t) * base
+
+
+# --- task vectors ---------------------------------------------------------------------------------------------------
+
+
+def near(quantity: Tensor, threshold: float) -> None:
+    """Note the elements a hair from a threshold, but for exact ties: both sides settle those by the index."""
+    hair = (quantity - threshold).abs() <= 1e-6 * abs(threshold)
+    if quantity[hair].unique().numel() > 1:
+        doubtful.append(hair)
+
+
+def top(quantity: Tensor, k: int) -> Tensor:
+    """Whether an element is among the k largest; of equal ones the lowest index is."""
+    order = quantity.flatten().sort(descending=True, stable=True).indices
+    kept = torch.zeros(quantity.numel(), dtype=torch.bool)
+    kept[order[:k]] = True
+    kept = kept.view(quantity.shape)
+    if 0 < k < quantity.numel():
+        near(quantity, quantity[kept].min().item())
+    return kept
+
+
+def magnitude(deltas: list[Tensor], density: list[float]) -> list[Tensor]:
+    return [
+        d if r >= 1 else d * top(d.abs(), max(1, int(r * d.numel())) if r > 0 else 0)
+        for d, r in zip(deltas, density, strict=True)
+    ]
+
+
+def inliers(deltas: list[Tensor], density: list[float], gamma: list[float]) -> list[Tensor]:
+    out = []
+    for d, r, g in zip(deltas, density, gamma, strict=True):
+        if r >= 1:
+            out.append(d)
+            continue
+        n = d.numel()
+        keep, outliers = int(r * n), int(g * n)
+        bottom = max(0, n - keep - outliers)
+        # of equal ones the lowest index is the largest, so the order is descending, ranks count from its end
+        order = d.abs().flatten().sort(descending=True, stable=True).indices.flip(0)
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[order[bottom : bottom + keep]] = True
+        top(d.abs(), n - bottom), top(d.abs(), n - bottom - keep)  # notes the doubtful ones
+        out.append(d * mask.view(d.shape))
+    return out
+
+
+def l1(before: list[Tensor], after: list[Tensor], rescale: Any, density: list[float]) -> list[Tensor]:
+    if rescale == "density":
+        return [a / r for a, r in zip(after, density, strict=True)]
+    if rescale:
+        return [a * b.abs().sum() / a.abs().sum() for b, a in zip(before, after, strict=True)]
+    return after
+
+
+def summed(ds: list[Tensor], w: list[float], normalize: bool) -> Tensor:
+    total = sum(x * d for x, d in zip(w, ds, strict=True))
+    return total / sum(w) if normalize else total
+
+
+def voted(ds: list[Tensor], w: list[float], normalize: bool) -> Tensor:
+    weighted = torch.stack([x * d for x, d in zip(w, ds, strict=True)])
+    total = weighted.sum(0)
+    doubtful.append((total.abs() <= 1e-6 * weighted.abs().sum(0)) & (total != 0))
+    sign = torch.where(total >= 0, 1.0, -1.0)
+    mask = weighted.sign() == sign
+    merged = (weighted * mask).sum(0)
+    if normalize:
+        divisor = (torch.tensor(w, dtype=torch.float64).view(-1, *[1] * sign.dim()) * mask).sum(0)
+        merged = merged / torch.where(divisor == 0, 1.0, divisor)
+    return merged
+
+
+def task_vectors(sparsifier: str, elect: bool, normalizes: bool) -> Callable[..., Tensor]:
+    def merge(
+        base: Tensor,
+        models: list[Tensor],
+        *,
+        weight: Any,
+        density: Any = 1.0,
+        gamma: Any = 0.01,
+        normalize: bool = normalizes,
+        rescale: Any = False,
+        trim: str = "tensor",
+        int8_mask: bool = False,
+        **scale: float,
+    ) -> Tensor:
+        ds = [x - base for x in models]
+        w, r, g = (spread(value, len(ds)) for value in (weight, density, gamma))
+        after = {"none": ds, "magnitude": magnitude(ds, r), "inliers": inliers(ds, r, g)}[sparsifier]
+        after = l1(ds, after, rescale, r)
+        merged = (voted if elect else summed)(after, w, normalize)
+        return base + scale.get("lambda", 1.0) * merged
+
+    return merge
+
+
+REFERENCES["task_arithmetic"] = task_vectors("none", False, False)
+REFERENCES["ties"] = task_vectors("magnitude", True, True)
+REFERENCES["breadcrumbs"] = task_vectors("inliers", False, False)
+REFERENCES["breadcrumbs_ties"] = task_vectors("inliers", True, False)
+
+
+# --- FuseChat -------------------------------------------------------------------------------------------------------
+
+
+@reference
+def sce(
+    base: Tensor, models: list[Tensor], *, select_topk: float = 1.0, variant: str = "mergekit", int8_mask: bool = False
+) -> Tensor:
+    full = torch.stack([x - base for x in models])
+    masked = full
+    if select_topk < 1:
+        variance = torch.stack(models).var(0, unbiased=False)
+        variance[(torch.stack(models) == models[0]).all(0)] = 0
+        masked = full * top(variance, int(select_topk * int((variance != 0).sum())))
+    eta = torch.stack([(d * d).mean() for d in masked])
+    eta = eta / eta.sum() if eta.sum() > 0 else torch.full_like(eta, 1 / len(models))
+    used = full if variant == "fusechat" else masked
+    total = used.sum(0)
+    doubtful.append((total.abs() <= 1e-6 * used.abs().sum(0)) & (total != 0))
+    agree = used.sign() == torch.where(total >= 0, 1.0, -1.0)
+    eta = eta.view(-1, *[1] * base.dim())
+    merged = (eta * used * agree).sum(0)
+    if variant != "paper":
+        divisor = (eta * agree).sum(0)
+        merged = merged / torch.where(divisor == 0, 1.0, divisor)
+    return base + merged
+
+
+@reference
+def varm(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    granularity: str = "tensor",
+    measure: str = "square",
+    temperature: float = 0.0,
+) -> Tensor:
+    """Of a tensor that is the whole model."""
+    ds = torch.stack([x - base for x in models])
+    change = ds**2 if measure == "square" else ds.abs()
+    if granularity == "layer":
+        change = torch.ones(len(models), *[1] * base.dim(), dtype=torch.float64)
+    elif granularity != "element":
+        change = change.flatten(1).mean(1).view(-1, *[1] * base.dim())
+    weights = (change / temperature).softmax(0) if temperature else change / change.sum(0)
+    return base + (weights.nan_to_num(0) * ds).sum(0)
+
+
+# --- element by element ---------------------------------------------------------------------------------------------
+
+
+@reference
+def nearswap(base: Tensor, models: list[Tensor], *, t: float) -> Tensor:
+    w = (t / (base - models[0]).abs().clamp(min=1e-30)).clamp(0, 1)
+    return w * models[0] + (1 - w) * base
+
+
+@reference
+def magmax(base: Tensor, models: list[Tensor], **scale: float) -> Tensor:
+    ds = torch.stack([x - base for x in models])
+    return base + scale.get("lambda", 1.0) * ds.gather(0, ds.abs().argmax(0, keepdim=True))[0]
+
+
+@reference
+def consensus(base: Tensor, models: list[Tensor], *, threshold: Any = 0.4, agree: int = 2, **scale: float) -> Tensor:
+    ds = [x - base for x in models]
+    total = sum(ds)
+    stakes = torch.zeros_like(base)
+    for d, f in zip(ds, spread(threshold, len(ds)), strict=True):
+        others = f * (total - d).abs()
+        doubtful.append(((d.abs() - others).abs() <= 1e-6 * others) & (others > 0))
+        stakes += d.abs() >= others
+    return base + scale.get("lambda", 1.0) * total * (stakes >= agree)
+
+
+def changed(deltas: list[Tensor], epsilon: float) -> Tensor:
+    ds = torch.stack(deltas)
+    doubtful.append(((ds.abs() - epsilon).abs() <= 1e-6 * epsilon).any(0))
+    return ds.abs() > epsilon
+
+
+@reference
+def ram(base: Tensor, models: list[Tensor], *, epsilon: float = 1e-5) -> Tensor:
+    ds = [x - base for x in models]
+    there = changed(ds, epsilon)
+    return base + (torch.stack(ds) * there).sum(0) / there.sum(0).clamp(min=1)
+
+
+@reference
+def ramplus_tl(
+    base: Tensor, models: list[Tensor], *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2
+) -> Tensor:
+    ds = [x - base for x in models]
+    there = changed(ds, epsilon)
+    count = there.sum(0)
+    out = base.clone()
+    for d, own in zip(ds, there, strict=True):
+        unique, shared = own & (count == 1), own & (count > 1)
+        rho = shared.sum().item() / max(unique.sum().item(), epsilon)
+        out += unique * d * (1 + r * min(max(rho, 0), alpha)) + shared * d / count.clamp(min=1)
+    return out
+
+
+@reference
+def arcee_fusion(base: Tensor, models: list[Tensor]) -> Tensor:
+    p, q = models[0].softmax(-1) + 1e-8, base.softmax(-1) + 1e-8
+    score = (models[0] - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    ranked = score.flatten().sort().values
+    q1, q2, q3 = (ranked[int(x * (len(ranked) - 1))].item() for x in (0.25, 0.5, 0.75))
+    threshold = q2 + 1.5 * (q3 - q1)
+    near(score, threshold)
+    return torch.where(score >= threshold, models[0], base)

@@ -1,0 +1,208 @@
+"""Sparsifiers: which elements of the models' deltas are kept, and how the rest makes up for what is lost.
+
+Each gathers the statistics it needs, if any, and returns a function of a block that gives the sparse deltas. A density
+of 1 keeps everything, 0 nothing.
+
+- ``magnitude`` (TIES, Yadav et al. 2023): the ⌊density·elements⌋ largest (mergekit: at least one).
+- ``inliers`` (Model Breadcrumbs, Davari & Belilovsky, ECCV 2024, arXiv 2312.06795): without the ⌊gamma·elements⌋
+  largest, then the ⌊density·elements⌋ largest.
+- ``chance`` (DARE, Yu et al., ICML 2024, arXiv 2311.03099): each with the probability ``density``.
+- ``ranked_chance`` (DELLA, Deep et al. 2024, arXiv 2406.11617): with a probability that rises with the rank of its
+  magnitude in its row, from density − epsilon to density + epsilon.
+
+Magnitudes are compared as float32; of equal ones the lowest index is the largest. Draws depend on the seed, the
+tensor's name, the model and the element alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from itertools import pairwise
+from typing import Literal, TypeVar
+
+import torch
+
+from mergekit_lite import draws
+from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
+from mergekit_lite.methods.statistics import largest
+
+Sparse = Callable[[Block, int], Block]  # (block, index of its first element) to the sparse deltas, new tensors
+Sparsifier = Generator[Sums, torch.Tensor, Sparse]
+Rescale = Literal["l1", "density", True, False]  # True is "l1"
+Trim = Literal["tensor", "global"]
+
+WORDS = 1 << 32  # of a draw; and one key's draws are counted up to here
+T = TypeVar("T", float, torch.Tensor)
+FIRST_STREAM = 1  # stream 0 of a tensor's draws is stochastic rounding's
+
+
+def magnitude(subject: Subject, density: tuple[float, ...], trim: Trim) -> Sparsifier:
+    """Keep the largest elements of each delta: of this tensor's, or (``trim`` global) of the whole model's."""
+
+    def counts(model: int, elements: int, _: int) -> list[int]:
+        return [max(1, int(density[model] * elements)) if density[model] > 0 else 0]
+
+    return (yield from _by_size(subject, density, counts, trim, f"magnitude {density}"))
+
+
+def inliers(subject: Subject, density: tuple[float, ...], gamma: tuple[float, ...], trim: Trim) -> Sparsifier:
+    """Keep the largest elements but the very largest ones. Where there are too few, the smallest are kept."""
+    _check_shares(gamma=gamma)
+
+    def counts(model: int, elements: int, _: int) -> list[int]:
+        kept, outliers = int(density[model] * elements), int(gamma[model] * elements)
+        small = max(0, elements - kept - outliers)
+        return [elements - small, elements - small - kept]
+
+    return (yield from _by_size(subject, density, counts, trim, f"inliers {density} {gamma}"))
+
+
+def _by_size(
+    subject: Subject,
+    density: tuple[float, ...],
+    counts: Callable[[int, int, int], list[int]],
+    trim: Trim,
+    group: str,
+) -> Sparsifier:
+    """Keep the k largest of each delta, without the largest of a second k where there is one."""
+    _check_shares(density=density)
+    trimmed = [model for model in range(subject.models) if density[model] < 1]
+    if not trimmed:
+        return lambda block, _: deltas(block)
+    origin = subject.offset if trim == "global" else 0
+    cuts = yield from largest(
+        lambda block, _: [(block[model + 1] - block[0]).abs_().float() for model in trimmed],
+        lambda number, elements, other: counts(trimmed[number], elements, other),
+        origin,
+        group if trim == "global" else None,
+    )
+
+    def sparse(block: Block, start: int) -> Block:
+        made = deltas(block)
+        for model, (cut, *without) in zip(trimmed, cuts, strict=True):
+            size = made[model].abs().float()
+            mask = cut.mask(size, origin + start)
+            for outliers in without:
+                mask.sub_(outliers.mask(size, origin + start))
+            made[model].mul_(mask)
+        return made
+
+    return sparse
+
+
+def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
+    """Keep each element with the probability ``density``."""
+    _check_shares(density=density)
+    keys = [draws.stream_key(subject.seed, subject.name, FIRST_STREAM + model) for model in range(subject.models)]
+
+    def sparse(block: Block, start: int) -> Block:
+        made = deltas(block)
+        for delta, key, share in zip(made, keys, density, strict=True):
+            if share < 1:
+                delta.mul_(_draws(key, start, delta).lt_(_limit(share)))
+        return made
+
+    return sparse
+
+
+def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Sparse:
+    """Keep each element with a probability that rises with the rank of its size in its row.
+
+    Args:
+        subject: the tensor; its blocks come as whole rows.
+        density: mean probability, for each model.
+        epsilon: how far the probability goes below and above it, for each model.
+        divide: divide what is kept by its probability, as in the paper.
+    """
+    _check_shares(density=density)
+    for share, reach in zip(density, epsilon, strict=True):
+        if share < 1 and not (share - reach > 0 and share + reach < 1 and reach >= 0):
+            raise UsageError(
+                f"density {share:g} and epsilon {reach:g}: probabilities from {share - reach:g} to {share + reach:g}"
+                " don't all lie between 0 and 1. Choose a smaller epsilon."
+            )
+    keys = [draws.stream_key(subject.seed, subject.name, FIRST_STREAM + model) for model in range(subject.models)]
+
+    def sparse(block: Block, start: int) -> Block:
+        made = deltas(block)
+        columns = block[0].shape[1]
+        for delta, key, share, reach in zip(made, keys, density, epsilon, strict=True):
+            if share >= 1:
+                continue
+            step = 2 * reach / (columns - 1) if columns > 1 else 0.0
+            ladder = torch.arange(columns, device=delta.device, dtype=torch.float32).mul_(step)
+            ladder.add_(share - reach if columns > 1 else share)
+            order = _ascending(delta)
+            chances = torch.empty_like(delta, dtype=torch.float32).scatter_(1, order, ladder.expand(delta.shape))
+            mask = _draws(key, start, delta).lt_(_limit(chances))
+            delta.mul_(mask.div_(chances) if divide else mask)
+        return made
+
+    return sparse
+
+
+def rescaled(sparse: Sparse, density: tuple[float, ...], rescale: Rescale) -> Sparsifier:
+    """Scale what is kept of each delta so that it makes up for what was dropped.
+
+    Args:
+        sparse: what gives the sparse deltas.
+        density: the share that is kept, for each model.
+        rescale: ``l1`` (or True): to the sum of magnitudes that the whole delta of this tensor had, as in mergekit;
+            ``density``: by 1/density, as in DARE; False: not at all.
+    """
+    if rescale is False or min(density) >= 1:
+        return sparse
+    if rescale == "density":
+        factors = [1 / share if share > 0 else 1.0 for share in density]
+    else:
+
+        def lengths(block: Block, start: int) -> torch.Tensor:
+            pairs = zip(deltas(block), sparse(block, start), strict=True)
+            return torch.stack([x.abs_().sum(dtype=torch.float64) for pair in pairs for x in pair]).view(-1, 2)
+
+        totals = (yield Sums(lengths)).tolist()
+        factors = [whole / kept if kept > 0 else 1.0 for whole, kept in totals]
+    return lambda block, start: [
+        delta.mul_(factor) for delta, factor in zip(sparse(block, start), factors, strict=True)
+    ]
+
+
+def _check_shares(**given: tuple[float, ...]) -> None:
+    for name, shares in given.items():
+        if not all(0 <= share <= 1 for share in shares):
+            raise UsageError(f"{name}: expected numbers from 0 to 1, got {', '.join(f'{x:g}' for x in shares)}.")
+
+
+def _draws(key: int, start: int, like: torch.Tensor) -> torch.Tensor:
+    """A draw for each element of a block, uniform over the 32-bit integers, as float32 of the block's shape."""
+    stop = start + like.numel()
+    edges = [start, *range((start // WORDS + 1) * WORDS, stop, WORDS), stop]
+    parts = [draws.bits(key, a, b - a, like.device).float() for a, b in pairwise(edges)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
+
+
+def _limit(probability: T) -> T:
+    """What a draw is below with this probability."""
+    return (probability - 0.5) * float(WORDS)
+
+
+def _ascending(delta: torch.Tensor) -> torch.Tensor:
+    """The columns of each row, by rising magnitude: int64 of the same shape.
+
+    Bits of the magnitude and column are packed into one integer and sorted: four times as fast as argsort, and ties are
+    settled by it. For 16-bit models the integer has 32 bits, and magnitudes are compared in bfloat16's precision.
+    """
+    bits = delta.abs().float().view(torch.int32)
+    columns = delta.shape[1]
+    last_first = torch.arange(columns - 1, -1, -1, device=delta.device)
+    if delta.dtype == torch.float32 and columns <= 1 << 16:
+        keys = (bits & -(1 << 16)) | last_first.int()
+    else:
+        keys = (bits.long() << 32) | last_first
+    if keys.device.type == "cpu":
+        keys.numpy().sort(axis=1)  # twice as fast as torch.sort
+    else:
+        keys = keys.sort(1).values
+    mask = (1 << 16) - 1 if keys.dtype == torch.int32 else (1 << 32) - 1
+    return (columns - 1) - (keys & mask).long()

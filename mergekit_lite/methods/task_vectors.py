@@ -1,0 +1,279 @@
+"""Task arithmetic and what grew out of it: sparse deltas, added up or put to an election of signs.
+
+Papers: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089; TIES, DARE, DELLA and
+Model Breadcrumbs (see ``sparsify``).
+
+    out = base + lambda · Σ w·S(δ)                               task_arithmetic, breadcrumbs, dare_linear, della_linear
+    out = base + lambda · Σ w·S(δ)·[sign = elected]              ties, breadcrumbs_ties, dare_ties, della
+    normalised: divided by Σ w, or by the Σ w of those that agree (1 where that is zero)
+
+S drops elements (and rescales the rest). Signs are elected by the weighted sparse deltas.
+
+Where others differ: the TIES paper trims over the whole model (``trim: global``), elects by unweighted deltas and takes
+the mean. mergekit rounds deltas, weights and result to the models' dtype; here they are float32. mergekit's DELLA ranks
+tensors of more than two axes along the second one, here it is always the last. mergekit breaks ties of magnitude as
+its sort happens to; here the lowest index wins. DARE and DELLA in their papers rescale by 1/probability
+(``rescale: density``), mergekit to the L1 length of the whole delta (``rescale: l1``, the default).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mergekit_lite.methods.election import elect, support
+from mergekit_lite.methods.parameters import PerModel
+from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, deltas, weighted_sum
+from mergekit_lite.methods.registry import last_axis, method
+from mergekit_lite.methods.sparsify import (
+    Rescale,
+    Sparse,
+    Trim,
+    chance,
+    inliers,
+    magnitude,
+    ranked_chance,
+    rescaled,
+)
+
+ADDED = "base + lambda·Σ w·{}(x − base)"
+ELECTED = "base + lambda·Σ w·{0}(x − base)·[sign elected]"
+TIES, CRUMBS = "Yadav et al. 2023, arXiv 2306.01708", "Davari & Belilovsky 2024, arXiv 2312.06795"
+DARE, DELLA = "Yu et al. 2024, arXiv 2311.03099", "Deep et al. 2024, arXiv 2406.11617"
+
+
+def _added(sparse: Sparse, weights: tuple[float, ...], normalize: bool, scale: float) -> Combine:
+    total = sum(weights) if normalize else 1.0
+    factor = scale / (total if abs(total) >= 1e-8 else 1.0)
+    coefficients = [weight * factor for weight in weights]
+    return lambda block, start: weighted_sum(sparse(block, start), coefficients).add_(block[0])
+
+
+def _elected(sparse: Sparse, weights: tuple[float, ...], normalize: bool, scale: float) -> Combine:
+    def combine(block: Block, start: int) -> torch.Tensor:
+        votes = [delta.mul_(weight) for delta, weight in zip(sparse(block, start), weights, strict=True)]
+        signs = elect(votes)
+        merged = signs.mul_(scale).mul_(weighted_sum(votes, [1.0] * len(votes)))
+        if normalize:
+            merged.div_(support(votes, weights))
+        return merged.add_(block[0])
+
+    return combine
+
+
+@method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
+def task_arithmetic(
+    subject: Subject, *, weight: PerModel, normalize: bool = False, lambda_: float = 1.0, int8_mask: bool = False
+) -> Combine:
+    """Add the models' deltas to the base.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        normalize: divide by the sum of the weights.
+        lambda_: scales what is added.
+        int8_mask: mergekit's, without effect.
+    """
+    return _added(lambda block, _: deltas(block), weight, normalize, lambda_)
+
+
+@method(formula=ELECTED.format("top"), source=TIES)
+def ties(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    normalize: bool = True,
+    rescale: Rescale = False,
+    lambda_: float = 1.0,
+    trim: Trim = "tensor",
+    int8_mask: bool = False,
+) -> Steps:
+    """Trim each delta to its largest elements, elect signs, average what agrees.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept.
+        normalize: divide by the weights of those that agree.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
+        lambda_: scales what is added.
+        trim: density counts in each tensor, or (global) in the whole model.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = yield from magnitude(subject, density, trim)
+    sparse = yield from rescaled(sparse, density, rescale)
+    return _elected(sparse, weight, normalize, lambda_)
+
+
+@method(formula=ADDED.format("inliers"), source=CRUMBS)
+def breadcrumbs(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    gamma: PerModel = (0.01,),
+    normalize: bool = False,
+    rescale: Rescale = False,
+    lambda_: float = 1.0,
+    trim: Trim = "tensor",
+    int8_mask: bool = False,
+) -> Steps:
+    """Drop each delta's largest and small elements, add the rest.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept.
+        gamma: share of each delta's elements, the largest, that is dropped.
+        normalize: divide by the weights.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
+        lambda_: scales what is added.
+        trim: density counts in each tensor, or (global) in the whole model.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = yield from inliers(subject, density, gamma, trim)
+    sparse = yield from rescaled(sparse, density, rescale)
+    return _added(sparse, weight, normalize, lambda_)
+
+
+@method(formula=ELECTED.format("inliers"), source=CRUMBS)
+def breadcrumbs_ties(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    gamma: PerModel = (0.01,),
+    normalize: bool = False,
+    rescale: Rescale = False,
+    lambda_: float = 1.0,
+    trim: Trim = "tensor",
+    int8_mask: bool = False,
+) -> Steps:
+    """Drop each delta's largest and small elements, elect signs, add what agrees.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept.
+        gamma: share of each delta's elements, the largest, that is dropped.
+        normalize: divide by the weights of those that agree.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
+        lambda_: scales what is added.
+        trim: density counts in each tensor, or (global) in the whole model.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = yield from inliers(subject, density, gamma, trim)
+    sparse = yield from rescaled(sparse, density, rescale)
+    return _elected(sparse, weight, normalize, lambda_)
+
+
+@method(formula=ADDED.format("drop"), source=DARE)
+def dare_linear(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    normalize: bool = False,
+    rescale: Rescale = "l1",
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Steps:
+    """Drop elements of each delta at random, add the rest, rescaled.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept (in the mean).
+        normalize: divide by the weights.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
+        lambda_: scales what is added.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = chance(subject, density)
+    sparse = yield from rescaled(sparse, density, rescale)
+    return _added(sparse, weight, normalize, lambda_)
+
+
+@method(formula=ELECTED.format("drop"), source=DARE)
+def dare_ties(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    normalize: bool = False,
+    rescale: Rescale = "l1",
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Steps:
+    """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept (in the mean).
+        normalize: divide by the weights of those that agree.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
+        lambda_: scales what is added.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = chance(subject, density)
+    sparse = yield from rescaled(sparse, density, rescale)
+    return _elected(sparse, weight, normalize, lambda_)
+
+
+@method(rows=last_axis, formula=ELECTED.format("drop"), source=DELLA)
+def della(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    epsilon: PerModel = (0.15,),
+    normalize: bool = True,
+    rescale: Rescale = "l1",
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Steps:
+    """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept (in the mean).
+        epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
+        normalize: divide by the weights of those that agree.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
+        lambda_: scales what is added.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = ranked_chance(subject, density, epsilon, divide=rescale == "density")
+    sparse = yield from rescaled(sparse, density, rescale if rescale != "density" else False)
+    return _elected(sparse, weight, normalize, lambda_)
+
+
+@method(rows=last_axis, formula=ADDED.format("drop"), source=DELLA)
+def della_linear(
+    subject: Subject,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    epsilon: PerModel = (0.15,),
+    normalize: bool = False,
+    rescale: Rescale = "l1",
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+) -> Steps:
+    """Drop elements of each delta at random, small ones more often, add the rest, rescaled.
+
+    Args:
+        subject: the tensor.
+        weight: of each model's delta.
+        density: share of each delta's elements that is kept (in the mean).
+        epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
+        normalize: divide by the weights.
+        rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
+        lambda_: scales what is added.
+        int8_mask: mergekit's, without effect.
+    """
+    sparse = ranked_chance(subject, density, epsilon, divide=rescale == "density")
+    sparse = yield from rescaled(sparse, density, rescale if rescale != "density" else False)
+    return _added(sparse, weight, normalize, lambda_)

@@ -1,0 +1,97 @@
+"""VaRM: each model's share is the share of change it brought, measured for one unit of the model at a time.
+
+Paper: Wan et al., "FuseChat: Knowledge Fusion of Chat Models" (first version), 2024, arXiv 2402.16107, Eq. 7.
+
+    w = mean(δ²) / (sum of it over the models), for each unit;   out = base + Σ w·δ
+
+A unit is a tensor (the paper's choice), a module (``model.layers.3.mlp``), a layer, the model, or a single element. As
+in the released code a module's or layer's figure is the sum of its tensors' means, the model's is the mean over all
+elements, and tensors outside the layers get equal weights where the unit is a layer. With a ``temperature`` the weights
+are the softmax of the figures divided by it.
+
+Where the released code differs: its documented use gives every model weight 1/n, as one analysis file is read for all
+of them. It gives all models equal weights in a unit that one of them leaves unchanged; here, as in the formula, that
+model gets none there (and all get the same only where none changed anything). By elements it weights the models
+instead of the deltas, and an element that no model changed becomes 0; here it stays what it was.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+
+from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Weighted, deltas, weighted_sum
+from mergekit_lite.methods.registry import method
+
+IN_LAYER = re.compile(r"(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<module>[^.]+)")
+
+Measure = Literal["square", "abs"]
+
+
+@method(formula="base + Σ w·δ, w ∝ mean δ²", source="Wan et al. 2024, arXiv 2402.16107")
+def varm(
+    subject: Subject,
+    *,
+    granularity: Literal["model", "layer", "module", "tensor", "element"] = "tensor",
+    measure: Measure = "square",
+    temperature: float = 0.0,
+) -> Combine | Steps:
+    """Add the models' deltas, each weighted by its share of the change.
+
+    Args:
+        subject: the tensor.
+        granularity: what one set of weights serves.
+        measure: of change: mean square or mean magnitude.
+        temperature: above 0, the weights are the softmax of the measures divided by it.
+    """
+    if temperature < 0:
+        raise UsageError(f"temperature: expected 0 or more, got {temperature:g}.")
+    if granularity == "element":
+        return lambda block, _: _by_element(block, measure, temperature)
+    return _by_unit(subject, granularity, measure, temperature)
+
+
+def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: float) -> Steps:
+    place = IN_LAYER.match(subject.name)
+    group = None
+    if granularity == "model":
+        group = f"varm {measure}"
+    elif place is not None and granularity == "layer":
+        group = f"varm {measure} {place['layer']}"
+    elif place is not None and granularity == "module":
+        group = f"varm {measure} {place[0]}"
+    if granularity == "layer" and group is None:
+        weights = torch.full((subject.models,), 1 / subject.models, dtype=torch.float64)
+    else:
+        per_element = granularity == "model"
+        tensor_share = 1.0 if per_element else 1 / subject.numel
+
+        def change(block: Block, _: int) -> torch.Tensor:
+            changed = [_change(delta, measure).sum(dtype=torch.float64) for delta in deltas(block)]
+            return torch.stack([*changed, changed[0].new_tensor(block[0].numel())]) * tensor_share
+
+        total = (yield Sums(change, group)).cpu()
+        weights = _shares(total[:-1] / total[-1] if per_element else total[:-1], temperature)
+    coefficients = tuple(weights.tolist())
+    return Weighted(coefficients, lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]))
+
+
+def _by_element(block: Block, measure: Measure, temperature: float) -> torch.Tensor:
+    moved = torch.stack(deltas(block))
+    weights = _shares(_change(moved, measure), temperature)
+    return moved.mul_(weights).sum(0).add_(block[0])
+
+
+def _change(delta: torch.Tensor, measure: Measure) -> torch.Tensor:
+    return delta.square() if measure == "square" else delta.abs()
+
+
+def _shares(changes: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Weights along the first axis that sum to 1."""
+    if temperature > 0:
+        return (changes / temperature).softmax(0)
+    total = changes.sum(0)
+    return torch.where(total > 0, changes / total, 1 / len(changes))
