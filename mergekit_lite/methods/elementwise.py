@@ -108,7 +108,7 @@ def ramplus_tl(subject: Subject, *, epsilon: float = 1e-5, r: float = 0.1, alpha
         return torch.stack([changed.flatten(1).sum(1) - unique, unique])
 
     shared, unique = (yield Sums(count)).double().cpu()
-    factors = 1 + r * (shared / unique.clamp(min=epsilon)).clamp(0, alpha)
+    factors = 1 + r * (shared / unique.clamp(min=1)).clamp(0, alpha)
     return lambda block, _: _shared_mean(block, epsilon, tuple(factors.tolist()))
 
 

@@ -116,16 +116,16 @@ class _Merge:
 
     def result(self, block: int) -> torch.Tensor:
         """Gather what statistics remain, and combine."""
+        while self.passes.request is not None:
+            total = self.total()
+            assert total is not None
+            self.passes.send(total)
+        combine = self.passes.combine
+        assert combine is not None
         out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)
-        if self.subject.numel:
-            while self.passes.request is not None:
-                total = self.total()
-                assert total is not None
-                self.passes.send(total)
-            assert self.passes.combine is not None
-            for start, blocks in self._blocks(block, 0, self.subject.numel):
-                merged = self.passes.combine(blocks, start).reshape(-1)
-                out[start : start + merged.numel()] = merged
+        for start, blocks in self._blocks(block, 0, self.subject.numel):
+            merged = combine(blocks, start).reshape(-1)
+            out[start : start + merged.numel()] = merged
         return out.view(self.subject.shape)
 
     def _blocks(self, length: int, begin: int, end: int) -> Iterator[tuple[int, Block]]:

@@ -77,7 +77,9 @@ class Method:
         return self.rows(shape, **arguments) if self.rows is not None else 0
 
     def start(self, subject: Subject, arguments: Mapping[str, Any]) -> Passes:
-        """Begin the passes over one tensor, with arguments from ``resolve``."""
+        """Begin the passes over one tensor, with arguments from ``resolve``. An empty tensor needs none."""
+        if subject.numel == 0:
+            return Passes(lambda block, _: block[0])
         if not self.elementwise:
             return Passes(self.function(subject, **arguments))
         first = int(subject.has_base)

@@ -158,8 +158,10 @@ def karcher(subject: Subject, *, weight: PerInput = (1.0,), max_iter: int = 10, 
     products = yield from gram(lambda block: block)
     lengths = products.diagonal().sqrt()
     there = lengths > 0  # a zero tensor has no direction
+    if not there.any():
+        return lambda block, _: torch.zeros_like(block[0])
     units = products[there][:, there] / torch.outer(lengths[there], lengths[there])
-    mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol) if there.any() else units[:0]
+    mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
     coefficients = torch.zeros_like(weights)
     coefficients[there] = mean * (weights @ lengths) / lengths[there]
     return lambda block, _: weighted_sum(block, coefficients.tolist())
