@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished, run
     from mergekit_lite.errors import MergekitLiteError
     from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
-    from mergekit_lite.merging import merge
+    from mergekit_lite.merging import merge, plan_merge_file
     from mergekit_lite.methods import merge_tensors
     from mergekit_lite.recipe import Recipe, Setting
 
@@ -26,7 +26,7 @@ _HOMES = {
     "engine.run": ("Finished", "run"),
     "errors": ("MergekitLiteError",),
     "extrapolation": ("extrapolate", "plan_extrapolation"),
-    "merging": ("merge",),
+    "merging": ("merge", "plan_merge_file"),
     "methods": ("merge_tensors",),
     "recipe": ("Recipe", "Setting"),
 }

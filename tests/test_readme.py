@@ -16,6 +16,7 @@ from tests.models import state, tuned, write_folder
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (mergekit-lite .*?)(?:  +#.*)?$", README, re.MULTILINE)
+YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -27,7 +28,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder / "tulu-2-7b", sft)
     write_folder(folder / "tulu-2-dpo-7b", dpo)
     torch.save(sft, folder / "sft.pt")
+    write_folder(folder / "expo", tuned(sft, 2))
     torch.save(dpo, folder / "dpo.pt")
+    (folder / "recipe.yml").write_text(YAML[0])
     return folder
 
 
@@ -41,11 +44,11 @@ def shell(command: str, place: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str, place: Path) -> None:
-    shell(command, place)
+    shell(command.replace("-o ./expo ", "-o ./expo-new "), place)
 
 
 def test_the_commands_are_found() -> None:
-    assert len(COMMANDS) == 5 and len(PYTHON) == 1
+    assert len(COMMANDS) == 8 and len(PYTHON) == len(YAML) == 1
 
 
 def test_from_a_checkout(place: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 
@@ -60,14 +59,16 @@ class Way:
         assert isinstance(request, Sums)
         begin, end = request.within or (0, self.job.numel)
         step = max(1, STATISTICS_BLOCK // max(1, self.row)) * max(1, self.row)
-        parts = []
+        total: torch.Tensor | None = None
         for start, count in cut(begin // step * step, min(end, self.job.numel), max(step, CHUNK // step * step)):
             count = min(-(-count // step) * step, self.job.numel - start)
             inputs = [lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.job.inputs)]
             for first, length in cut(0, count, step):
                 block = self._block([lane.fetch(chunk[first : first + length]) for chunk in inputs])
-                parts.append(request.of(block, start + first))
-        return reduce(torch.add, parts) if parts else None
+                part = request.of(block, start + first)
+                # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
+                total = part.clone() if total is None else total.add_(part)
+        return total
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing. Safe to call from many lanes; one does the work."""

@@ -33,6 +33,7 @@ def effect(out: torch.Tensor, aligned: torch.Tensor, sft: torch.Tensor) -> tuple
     models=(1, 1),
     elementwise=True,
     rounds_once=True,
+    donor="model",
     observe=effect,
 )
 def expo(aligned: torch.Tensor, sft: torch.Tensor, *, alpha: float) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Method:
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
         rounds_once: an elementwise function that computes 16-bit inputs in float32 inside and rounds its result once,
             so it can be given them as they are.
+        donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
         observe: optional; (merged block, *inputs) in, the sums the report is made of out. Called on a fixed sample of
             blocks.
     """
@@ -47,6 +48,7 @@ class Method:
     elementwise: bool = False
     rows: Callable[..., int] | None = None
     rounds_once: bool = False
+    donor: Literal["base", "model"] = "base"
     observe: Callable[..., tuple[float, ...]] | None = None
 
     @property

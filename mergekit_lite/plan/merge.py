@@ -76,7 +76,7 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
             jobs.append(_job(recipe, tensor, numbers, inputs, takes))
         except MismatchError as mismatch:
             problems.append(str(mismatch))
-    donor = recipe.models.index(recipe.donor)
+    donor = recipe.models.index(_donor(recipe))
     problems += _disagreements(MUST_AGREE, inputs, inputs[donor])
     if problems:
         raise PlanError(problems)
@@ -109,6 +109,13 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
         layers=found.layers,
         notes=tuple(notes),
     )
+
+
+def _donor(recipe: MergeRecipe) -> str:
+    """The model that gives config and tokenizer: the base, but for methods that only take a delta from it."""
+    if METHODS[recipe.merge_method].donor == "model":
+        return next((model for model in recipe.models if model != recipe.base_model), recipe.donor)
+    return recipe.donor
 
 
 def _with_ties(recipe: MergeRecipe, tensor: Output, inputs: Sequence[Checkpoint], tied: list[str]) -> Output:

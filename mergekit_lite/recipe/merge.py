@@ -65,8 +65,8 @@ class MergeRecipe:
         parameters: for all slices and models that say nothing else.
         overrides: the first one that matches a tensor decides.
         exclude: tensors that are copied from the base (or from the first model where there is none).
-        dtype: what the inputs are cast to as they are read, or None.
-        out_dtype: the dtype of the output, or None for that of the inputs.
+        dtype: the dtype of the output where ``out_dtype`` is None; None for that of the inputs.
+        out_dtype: the dtype of the output, or None for ``dtype``.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
         chat_template: ``auto``, the name of a template, or a template; None for the donor's.

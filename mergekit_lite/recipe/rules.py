@@ -18,7 +18,7 @@ additions to mergekit's language.
 
 A gradient has t = j/(n − 1) in layer j of n, t = 1 where n = 1, and t = 0 outside the layers (before and behind them,
 as in mergekit, so that lm_head and the last norm take the *first* value). Numbers are interpolated; truth values and
-texts step, to the value with index ⌊t·(m − 1)⌋ of m. t is an exact fraction: in floating point the 29 steps of 29
+texts step, to the value with index ⌊t·(m − 1)⌋ of m. t is an exact fraction: in floating point the 48 steps of 48
 layers would not all fall on their own layer.
 """
 
@@ -96,12 +96,12 @@ def along(values: Sequence[Value], t: Fraction) -> Value:
     """
     if len(values) == 1:
         return values[0]
-    index, rest = divmod(t * (len(values) - 1), 1)
+    index, rest = divmod(t.numerator * (len(values) - 1), t.denominator)
     low, high = values[index], values[min(index + 1, len(values) - 1)]
     if rest == 0 or isinstance(low, bool | str) or isinstance(high, bool | str):
         return low
     # In this form equal neighbours give themselves, to the bit.
-    return low + (high - low) * float(rest)
+    return low + (high - low) * (rest / t.denominator)
 
 
 def first(rules: Iterable[Rule], spot: Spot) -> Rule | None:

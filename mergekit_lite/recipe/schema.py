@@ -11,8 +11,8 @@
         parameters: {weight: 1}
     base_model: org/base
     parameters: {normalize: true}
-    dtype: bfloat16                # inputs are cast to it
-    out_dtype: float32             # outputs are cast to it
+    dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
+    out_dtype: float32             # of the output, before dtype
     tokenizer_source: base
     chat_template: chatml          # auto, a name, or a template
 
@@ -114,8 +114,7 @@ class _Parser:
         overrides = [self.override(node, main) for node in overridden]
         named = {main, *(override.merge_method for override, _ in overrides)}
         self.used = tuple(dict.fromkeys([main, *(o.merge_method for o, _ in overrides)])) if "" not in named else ()
-        settings.check_tokenizer(parts, self.base, self.problems)
-        return MergeRecipe(
+        recipe = MergeRecipe(
             main,
             self.slices(parts, root.at),
             self.base,
@@ -133,6 +132,8 @@ class _Parser:
             tuple(self.notes),
             parts["merge_method"].at if "merge_method" in parts else root.at,
         )
+        settings.check_tokenizer(parts, recipe.donor if recipe.models else None, self.problems)
+        return recipe
 
     @property
     def misplaced(self) -> dict[str, str]:

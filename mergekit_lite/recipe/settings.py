@@ -87,14 +87,14 @@ def template(node: Node | None, problems: Remarks) -> str | None:
     return None
 
 
-def check_tokenizer(parts: Mapping[str, Node], base: str | None, problems: Remarks) -> None:
-    """Only the base's tokenizer can be asked for, and it is what the output has anyway."""
+def check_tokenizer(parts: Mapping[str, Node], donor: str | None, problems: Remarks) -> None:
+    """Only the donor's tokenizer can be asked for, as ``base`` or by its name: what the output has anyway."""
     if "tokenizer" in parts and "tokenizer_source" in parts:
         problems.append(Remark(parts["tokenizer"].at, "'tokenizer' and 'tokenizer_source' exclude each other"))
     node = parts.get("tokenizer")
     if isinstance(node, Fields):
         keys = {key.text: value for key, value in node.entries}
-        _check_source(keys.get("source"), node, "tokenizer: source", base, problems)
+        _check_source(keys.get("source"), node, "tokenizer: source", donor, problems)
         for key in ("tokens", "pad_to_multiple_of"):
             if key in keys:
                 problems.append(Remark(keys[key].at, f"tokenizer: {key} is not supported yet"))
@@ -102,12 +102,12 @@ def check_tokenizer(parts: Mapping[str, Node], base: str | None, problems: Remar
     elif node is not None:
         problems.append(Remark(node.at, f"'tokenizer' expects a mapping with 'source', got {describe(node)}"))
     if "tokenizer_source" in parts:
-        _check_source(parts["tokenizer_source"], parts["tokenizer_source"], "tokenizer_source", base, problems)
+        _check_source(parts["tokenizer_source"], parts["tokenizer_source"], "tokenizer_source", donor, problems)
 
 
-def _check_source(node: Node | None, near: Node, name: str, base: str | None, problems: Remarks) -> None:
-    """``base``, or the base by its name. mergekit's default in a ``tokenizer`` block is ``union``."""
+def _check_source(node: Node | None, near: Node, name: str, donor: str | None, problems: Remarks) -> None:
+    """mergekit's default in a ``tokenizer`` block is ``union``."""
     written = reference(node, name, problems) if node is not None else "union"
-    if written and written != "base" and written != base:
+    if written and written not in ("base", donor):
         at = (node or near).at
         problems.append(Remark(at, f"{name}: {written} is not supported yet: only the base's tokenizer, 'base', is"))

@@ -167,6 +167,8 @@ def test_empty_keys_are_as_absent() -> None:
 @pytest.mark.parametrize("source", ["tokenizer_source: base", "tokenizer_source: m", "tokenizer: {source: base}"])
 def test_the_tokenizer_of_the_base(source: str) -> None:
     assert read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}").donor == "m"
+    without_base = f"merge_method: linear\nmodels: [{{model: m, parameters: {{weight: 1}}}}]\n{source}"
+    assert read(without_base).donor == "m"
 
 
 def test_notes() -> None:

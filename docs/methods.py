@@ -1,0 +1,153 @@
+"""Write ``docs/methods.md`` from the methods' signatures and docstrings: ``python -m docs.methods``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
+
+from mergekit_lite.methods import (  # fmt: skip
+    METHODS,
+    Method,
+    arcee,
+    election,
+    elementwise,
+    expo,
+    linear,
+    sce,
+    sparsify,
+    spherical,
+    stock,
+    task_vectors,
+    varm,
+)
+
+PAGE = Path(__file__).with_suffix(".md")
+FAMILIES = (linear, spherical, stock, task_vectors, sparsify, election, sce, varm, elementwise, arcee, expo)
+WITHOUT_EFFECT = "int8_mask"
+HEAD = """\
+# Methods
+
+Written by `python -m docs.methods` from the code's signatures and docstrings.
+`mergekit-lite methods NAME` prints the same in a terminal.
+
+## Which one when
+"""
+WHICH = {
+    "a model before and after alignment; you want more of the alignment": "expo",
+    "checkpoints of one run, or fine-tunes with other seeds": "uniform_soup, linear, ema, model_stock",
+    "one fine-tune that forgot too much of its base": "wise_ft",
+    "two models, one mixture": "slerp, nuslerp",
+    "several models, none of them the base": "linear, karcher, multislerp",
+    "several models, one of them odd": "geometric_median",
+    "skills from several fine-tunes of one base, few of them": "task_arithmetic, ties",
+    "skills from many fine-tunes that get in each other's way": "ties, della, breadcrumbs_ties, dare_ties",
+    "skills from several fine-tunes, coefficients found from the weights": "sce, varm",
+    "only what several fine-tunes agree on, or only the largest change": "consensus, magmax",
+    "fine-tunes by reinforcement learning, which change few weights": "ram, ramplus_tl",
+    "only what stands out in one fine-tune": "arcee_fusion, nearswap",
+    "the chat skill of one model for another with the same base": "chat_vector",
+    "layers of models behind each other": "passthrough",
+}
+TABLE = """
+No method is the best one everywhere: measure. `base` is whether a `base_model` is needed; `models` is how many there
+are besides it.
+
+## All methods
+
+*Each model* and *each input* mark parameters that each model may have its own value of (*input*: the base too); a value
+under the recipe's `parameters` serves all. `{effectless}` is accepted wherever mergekit has it, and has no effect.
+
+| method | formula | base | models | parameters, defaults | source |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    which = [f"- {when}: {', '.join(map(link, names.split(', ')))}" for when, names in WHICH.items()]
+    rows = [row(method) for _, method in sorted(METHODS.items())]
+    parts = [part for module in FAMILIES for part in family(module)]
+    table = TABLE.format(effectless=WITHOUT_EFFECT)
+    return "\n".join([HEAD, *which, table.rstrip(), *rows, "", *parts]).rstrip() + "\n"
+
+
+def link(name: str) -> str:
+    """A link to a method's paragraph."""
+    return f"[{name}](#{name})"
+
+
+def row(method: Method) -> str:
+    """A method's row in the table."""
+    formula = method.formula.replace("|", "\\|")
+    given = "<br>".join(
+        f"`{name}` {described(parameter)}"
+        for name, parameter in method.parameters.items()
+        if name != WITHOUT_EFFECT  # one sentence above the table tells of it
+    )
+    return f"| {link(method.name)} | `{formula}` | {method.base} | {count(method)} | {given or '–'} | {method.source} |"
+
+
+def count(method: Method) -> str:
+    """How many models it merges."""
+    least, most = method.models
+    return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def described(parameter: inspect.Parameter) -> str:
+    """A parameter's default and kind."""
+    default: Any = parameter.default
+    single = default[0] if isinstance(default, tuple) else default
+    shown = str(single).lower() if isinstance(single, bool) else f"{single:g}" if isinstance(single, float) else single
+    parts = ["**required**" if single is inspect.Parameter.empty else f"= {shown}"]
+    parts += [f"(each {mark})" for mark in getattr(parameter.annotation, "__metadata__", ())]
+    if get_origin(parameter.annotation) is Literal:
+        choices = [choice for choice in get_args(parameter.annotation) if isinstance(choice, str)]
+        parts.append(f"({', '.join(choices)})")
+    return " ".join(parts)
+
+
+def family(module: ModuleType) -> list[str]:
+    """A family's section: what its module tells, then its methods."""
+    title, _, about = (inspect.getdoc(module) or "").partition("\n")
+    made = [f"## {markdown(title).rstrip('.')}", "", markdown(about.strip()), ""]
+    for method in METHODS.values():
+        if inspect.getmodule(method.function) is module:
+            summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
+            parameters = listed(method, arguments)
+            made += [
+                f"### {method.name}",
+                "",
+                markdown(summary.strip()),
+                "",
+                *parameters,
+                *([""] if parameters else []),
+            ]
+    return made
+
+
+def listed(method: Method, arguments: str) -> list[str]:
+    """A method's parameters, from its docstring."""
+    text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
+    told = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
+    return [
+        f"- `{name.rstrip('_')}`: {markdown(' '.join(words.split()))}"
+        for name, words in told
+        if name.rstrip("_") in method.parameters and name != WITHOUT_EFFECT
+    ]
+
+
+def markdown(text: str) -> str:
+    """A docstring's text: tables are set as they are, names as code."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        plain = not paragraph.startswith(("===", "    "))
+        lines = paragraph if plain else "\n".join(f"    {line.removeprefix('    ')}" for line in paragraph.splitlines())
+        paragraphs.append(lines.replace("(see the module)", "(see above)") if plain else lines)
+    return "\n\n".join(paragraphs).replace("``", "`")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,113 @@
+"""The recipes in the repository are right, say how they are run, and comment every key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mergekit_lite.recipe import load, outputs, resolve
+from tests.recipe.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yml"))
+INSIDE = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
+NAMES = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.{layer}.{rest}.weight" for layer in range(32) for rest in INSIDE),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+MISTRAL, LLAMA3 = "alignment-handbook/zephyr-7b-sft-full", "princeton-nlp/Llama-3-Base-8B-SFT"
+# Table 7 of the paper, and the model cards: aligned model, SFT model, alpha.
+PUBLISHED = {
+    ("chujiezheng/zephyr_0.05", MISTRAL, 25.0),
+    ("chujiezheng/zephyr_0.1", MISTRAL, 8.0),
+    ("chujiezheng/zephyr_0.2", MISTRAL, 2.5),
+    ("chujiezheng/zephyr_0.4", MISTRAL, 0.5),
+    ("alignment-handbook/zephyr-7b-dpo-full", MISTRAL, 0.3),
+    ("HuggingFaceH4/zephyr-7b-alpha", "HuggingFaceH4/mistral-7b-sft-alpha", 0.3),
+    ("HuggingFaceH4/zephyr-7b-beta", "HuggingFaceH4/mistral-7b-sft-beta", 0.1),
+    ("allenai/tulu-2-dpo-7b", "allenai/tulu-2-7b", 0.5),
+    ("allenai/tulu-2-dpo-13b", "allenai/tulu-2-13b", 0.5),
+    ("allenai/tulu-2-dpo-70b", "allenai/tulu-2-70b", 0.5),
+    ("snorkelai/Snorkel-Mistral-PairRM-DPO", "mistralai/Mistral-7B-Instruct-v0.2", 0.3),
+    ("RLHFlow/LLaMA3-iterative-DPO-final", "RLHFlow/LLaMA3-SFT", 0.3),
+    ("berkeley-nest/Starling-LM-7B-alpha", "openchat/openchat_3.5", 0.2),
+    ("Nexusflow/Starling-LM-7B-beta", "openchat/openchat-3.5-0106", 0.5),
+    ("internlm/internlm2-chat-1_8b", "internlm/internlm2-chat-1_8b-sft", 0.5),
+    ("internlm/internlm2-chat-7b", "internlm/internlm2-chat-7b-sft", 0.5),
+    ("internlm/internlm2-chat-20b", "internlm/internlm2-chat-20b-sft", 0.5),
+    ("princeton-nlp/Mistral-7B-Base-SFT-RRHF", MISTRAL, 0.1),
+    ("princeton-nlp/Mistral-7B-Base-SFT-SLiC-HF", MISTRAL, 0.4),
+    ("princeton-nlp/Mistral-7B-Base-SFT-IPO", MISTRAL, 0.5),
+    ("princeton-nlp/Mistral-7B-Base-SFT-CPO", MISTRAL, 0.3),
+    ("princeton-nlp/Mistral-7B-Base-SFT-RDPO", MISTRAL, 0.3),
+    ("princeton-nlp/Mistral-7B-Base-SFT-SimPO", MISTRAL, 0.1),
+    ("princeton-nlp/Llama-3-Base-8B-RRHF", LLAMA3, 0.5),
+    ("princeton-nlp/Llama-3-Base-8B-SLiC-HF", LLAMA3, 0.5),
+    ("princeton-nlp/Llama-3-Base-8B-SFT-IPO", LLAMA3, 0.3),
+    ("princeton-nlp/Llama-3-Base-8B-SFT-CPO", LLAMA3, 0.5),
+    ("princeton-nlp/Llama-3-Base-8B-SFT-KTO", LLAMA3, 0.4),
+    ("princeton-nlp/Llama-3-Base-8B-SFT-RDPO", LLAMA3, 0.5),
+    ("princeton-nlp/Llama-3-Base-8B-SFT-SimPO", LLAMA3, 0.4),
+    ("princeton-nlp/Llama-3-Instruct-8B-SimPO", "meta-llama/Meta-Llama-3-8B-Instruct", 0.3),
+    ("abacusai/Smaug-Llama-3-70B-Instruct", "meta-llama/Meta-Llama-3-70B-Instruct", 0.3),
+    ("shenzhi-wang/Llama3-70B-Chinese-Chat", "meta-llama/Meta-Llama-3-70B-Instruct", 0.3),
+    ("shenzhi-wang/Llama3-8B-Chinese-Chat", "meta-llama/Meta-Llama-3-8B-Instruct", 0.3),
+    ("abacusai/Smaug-34B-v0.1", "jondurbin/bagel-34b-v0.2", 0.3),
+    ("m-a-p/neo_7b_instruct_v0.1", "m-a-p/neo_7b_sft_v0.1", 0.3),
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe(path: Path) -> None:
+    recipe = load(path, METHODS)
+    made = outputs(recipe.slices, dict.fromkeys(recipe.models, NAMES))
+    found = resolve(recipe, made.tensors, METHODS)
+    assert recipe.notes == made.problems == found.problems == found.notes == ()
+    assert len(found.numbers) == len(made.tensors) >= len(NAMES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_comments(path: Path) -> None:
+    head, body = path.read_text(encoding="utf-8").split("\n\n", 1)
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"mergekit-lite merge {path.relative_to(ROOT)} -o " in head
+    said: set[str] = set()
+    for line in body.splitlines():
+        key = re.match(r"[ -]*(\w+):", line)
+        if key and "#" in line:
+            said.add(key[1])
+        elif key and not line.rstrip().endswith(":"):
+            # Once said, or said of a line above it in the same entry.
+            assert key[1] in said | {"merge_method", "model", "value"}, f"{line!r} has no comment"
+    assert max(map(len, [*head.splitlines(), *body.splitlines()])) <= 125
+
+
+def test_each_method_has_a_recipe() -> None:
+    in_methods = {load(path, METHODS).merge_method for path in RECIPES if path.parent.name == "methods"}
+    assert in_methods == METHODS.keys()
+
+
+def test_expo_as_published() -> None:
+    recipes = [load(path, METHODS) for path in RECIPES if path.parent.name == "expo"]
+    assert {
+        (r.slices[0].sources[0].model, r.base_model, r.parameters["alpha"][0].values[0]) for r in recipes
+    } == PUBLISHED
+    assert len(recipes) == len(PUBLISHED)
+
+
+def test_fusechat_and_fuseo1_as_published() -> None:
+    first, second = (
+        load(ROOT / "recipes/fusechat" / f"fusechat-7b-{name}.yml", METHODS) for name in ("v1-varm", "v2-sce")
+    )
+    assert first.donor == second.donor == "openchat/openchat_3.5"
+    assert (len(first.models), len(second.models)) == (3, 6)
+    assert second.parameters["select_topk"][0].values == (0.1,)
+    others = [load(path, METHODS) for path in RECIPES if path.parent.name == "fuseo1"]
+    assert len(others) == 5
+    assert {(r.merge_method, r.dtype, r.parameters["select_topk"][0].values) for r in others} == {
+        ("sce", "bfloat16", (1.0,))
+    }

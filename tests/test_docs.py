@@ -1,0 +1,120 @@
+"""The pages under docs/ are true: their recipes run, their commands work, the generated one is up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mergekit_lite
+from docs import methods as page_of_methods
+from mergekit_lite.commands import main
+from mergekit_lite.methods import METHODS
+from tests.models import read_folder, same_bytes, state, tuned, write_folder
+
+DOCS = Path(__file__).parents[1] / "docs"
+RECIPES = (DOCS / "recipes.md").read_text(encoding="utf-8")
+MERGEKIT = (DOCS / "from-mergekit.md").read_text(encoding="utf-8")
+EXAMPLES = {name: text for text, name in re.findall(r"```yaml\n(# (\S+\.yml)\n.*?)```", RECIPES, re.DOTALL)}
+COMMANDS = re.findall(r"^    mergekit-lite (.*?)(?:  +#.*)?$", RECIPES, re.MULTILINE)
+CONFIG = {"model_type": "llama", "num_hidden_layers": 8, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the models and recipes that the page names."""
+    base = state(0, layers=8)
+    write_folder(tmp_path / "base", base, config=CONFIG)
+    write_folder(tmp_path / "math", tuned(base, 1), config=CONFIG)
+    write_folder(tmp_path / "code", tuned(base, 2), config=CONFIG)
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_examples_are_found() -> None:
+    assert len(EXAMPLES) == RECIPES.count("```yaml") == 6
+    assert len(COMMANDS) == 3
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run_without_a_note(name: str, place: Path) -> None:
+    assert mergekit_lite.plan_merge_file(name, "out").notes == ()
+    mergekit_lite.merge(name, "out")
+    assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == (
+        12 if "stack" in name else 8
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command: str, place: Path) -> None:
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 0, result.output
+
+
+def test_what_the_additions_say(place: Path) -> None:
+    mergekit_lite.merge("additions.yml", "out")
+    base, got = read_folder(place / "base"), read_folder(place / "out")
+    copied = {name for name in base if same_bytes(base[name], got[name])}
+    assert copied == {"lm_head.weight", *(f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))}
+    jobs = {job.name: job for job in mergekit_lite.plan_merge_file("additions.yml", "x").jobs}
+    assert jobs["model.layers.7.self_attn.q_proj.weight"].method == "task_arithmetic"
+    assert jobs["model.layers.7.mlp.up_proj.weight"].parameters[0]["density"] == (0.9, 0.9)
+    assert jobs["model.layers.7.mlp.up_proj.weight"].parameters[0]["weight"] == (0.5, 0.5)
+
+
+def test_the_errors_shown_are_those_of_the_program(place: Path) -> None:
+    wrong = EXAMPLES["ties.yml"].replace("weight: 0.6", "wieght: 0.6").replace("\ndtype", "\ndytpe")
+    (place / "ties.yml").write_text(wrong, encoding="utf-8")
+    result = CliRunner().invoke(main, ["plan", "ties.yml"])
+    shown = re.search(r"^    (Error: ties\.yml.*\n(?:    .*\n)+)", RECIPES, re.MULTILINE)
+    assert shown is not None and result.exit_code == 2
+    assert result.output.strip() == re.sub(r"^    ", "", shown[1], flags=re.MULTILINE).strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("modules: {}", "modules"),
+        ("tokenizer_source: union", "union is not supported yet"),
+        ("tokenizer: {source: base, pad_to_multiple_of: 64}", "pad_to_multiple_of is not supported yet"),
+        ("experts: []", "experts"),
+        ("genome: {}", "genome"),
+        ("chat_template: chatml", "chat_template is not supported yet"),
+        ("density: 0.5", "put it under 'parameters'"),
+        ("---\nmerge_method: linear", "several documents"),
+    ],
+)
+def test_what_is_refused(change: str, told: str, place: Path) -> None:
+    (place / "ties.yml").write_text(f"{EXAMPLES['ties.yml']}{change}\n", encoding="utf-8")
+    result = CliRunner().invoke(main, ["plan", "ties.yml"])
+    assert result.exit_code != 0 and told in str(result.output) + str(result.exception)
+
+
+def test_lora_references_are_refused(place: Path) -> None:
+    (place / "ties.yml").write_text(EXAMPLES["ties.yml"].replace("./math", "./math+./adapter"), encoding="utf-8")
+    with pytest.raises(mergekit_lite.MergekitLiteError, match="LoRA"):
+        mergekit_lite.plan_merge_file("ties.yml", "out")
+
+
+def test_the_page_of_methods_is_up_to_date() -> None:
+    assert page_of_methods.PAGE.read_text(encoding="utf-8") == page_of_methods.page(), "run: python -m docs.methods"
+
+
+def test_the_page_of_methods_tells_of_all() -> None:
+    page = page_of_methods.page()
+    assert all(f"\n### {name}\n" in page for name in METHODS)
+    named = {name for names in page_of_methods.WHICH.values() for name in names.split(", ")}
+    assert named <= METHODS.keys()
+
+
+def test_the_mergekit_page_names_real_options() -> None:
+    help_text = CliRunner().invoke(main, ["merge", "--help"]).output
+    commands = re.findall(r"mergekit-lite merge [^`\n|]*", MERGEKIT)
+    assert commands
+    for option in {option for command in commands for option in re.findall(r"--[a-z-]+", command)}:
+        assert option in help_text, option
