@@ -6,11 +6,12 @@ is found here from the formulas, in float64, on whole tensors.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from parity.both import State
+from parity.both import State, tensors_in
 
 HAIR = 1e-6
 ELECTED = ("ties", "breadcrumbs_ties", "dare_ties", "della", "sce")
@@ -19,14 +20,13 @@ ELECTED = ("ties", "breadcrumbs_ties", "dare_ties", "della", "sce")
 def borders(plan: Any) -> State:
     """For each tensor of a plan: which of its elements are at a border."""
     found: State = {}
+    states = [tensors_in(Path(source.reference)) for source in plan.inputs]
     for job in plan.jobs:
         parameters = job.parameters[0] if job.parameters else {}
         if not job.has_base:
             found[job.name] = torch.zeros(job.shape, dtype=torch.bool)
             continue
-        *models, base = [
-            plan.inputs[model].read(spec).double() for model, spec in zip(job.models, job.inputs, strict=True)
-        ]
+        *models, base = [states[model][spec.name].double() for model, spec in zip(job.models, job.inputs, strict=True)]
         found[job.name] = _of_tensor(job.method, parameters, base, [model - base for model in models], models)
     return found
 

@@ -11,45 +11,48 @@ from parity.both import State
 
 @dataclass(frozen=True)
 class Apart:
-    """Two models compared, element by element.
+    """Two outputs compared, element by element.
 
     Attributes:
         equal: share of the elements that are equal, bit by bit.
         most: the largest difference, in units of the last place (see ``unit``).
         mean: the mean difference, likewise.
-        where: the tensor with the largest difference.
-        names: tensors that only one of them has.
+        beyond: elements that are further apart than is allowed; ``unexplained`` of them are not at a border.
+        names: tensors that only one of the outputs has.
     """
 
     equal: float
     most: float
     mean: float
-    where: str
+    beyond: int
+    unexplained: int
     names: tuple[str, ...] = ()
 
 
-def apart(ours: State, theirs: State, dtype: torch.dtype) -> Apart:
-    """Compare after rounding both to ``dtype``."""
-    equal, total, sums, most, where = 0, 0, 0.0, 0.0, ""
+def apart(ours: State, theirs: State, dtype: torch.dtype, allowed: float, borders: State | None = None) -> Apart:
+    """Compare after rounding both to ``dtype``; elements at ``borders`` may be anything."""
+    equal, total, sums, most, beyond, unexplained = 0, 0, 0.0, 0.0, 0, 0
     for name in sorted(ours.keys() & theirs.keys()):
         a, b = (state[name].to(dtype) for state in (ours, theirs))
-        difference = (a.double() - b.double()).abs() / unit(b)
-        difference.nan_to_num_(nan=float("inf")).masked_fill_((a == b) | (a.isnan() & b.isnan()), 0)
-        equal += int((difference == 0).sum())
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = ((a.double() - b.double()).abs() / unit(b)).nan_to_num(nan=torch.inf).masked_fill(same, 0)
+        far = difference > allowed
+        equal += int(same.sum())
         total += a.numel()
         sums += float(difference.sum())
-        if (largest := float(difference.max())) > most:
-            most, where = largest, name
-    return Apart(equal / total, most, sums / total, where, tuple(sorted(ours.keys() ^ theirs.keys())))
+        most = max(most, float(difference.max()))
+        beyond += int(far.sum())
+        unexplained += int((far & ~borders[name]).sum() if borders else far.sum())
+    return Apart(equal / total, most, sums / total, beyond, unexplained, tuple(sorted(ours.keys() ^ theirs.keys())))
 
 
 def unit(tensor: torch.Tensor) -> torch.Tensor:
-    """The spacing of the dtype at each element, but at least that at a thousandth of the tensor's rms.
+    """The spacing of the dtype at each element, but at least that at the tensor's rms.
 
-    A result that is zero but for the errors of its terms has no last place worth the name.
+    The last place of an element that happens to be nearly zero says nothing: errors are those of the terms it is made of.
     """
     wide = tensor.double()
-    size = wide.abs().clamp(min=1e-3 * float(wide.square().mean().sqrt()) or 1e-30)
+    size = wide.abs().clamp(min=float(wide.square().mean().sqrt()) or 1e-30)
     return torch.exp2(size.log2().floor()) * torch.finfo(tensor.dtype).eps
 
 

@@ -49,6 +49,7 @@ def make(folder: Path, name: str, dtype: str) -> Path:
     home = folder / f"{name}-{dtype}"
     if (home / "done").exists():
         return home
+    transformers.utils.logging.disable_progress_bar()
     family = FAMILIES[name]
     sizes = {
         "vocab_size": 320,
@@ -88,6 +89,4 @@ def _tokenizer() -> Any:
     words = ("<unk>", "<s>", "</s>", *WORDS)
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

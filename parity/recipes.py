@@ -29,6 +29,7 @@ class Recipe:
         family: of the models.
         dtypes: of the models.
         reason: why the outputs may differ; said where they do.
+        where: parts of the names of the tensors for which the reason holds; without any, all.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Recipe:
     family: str = "llama"
     dtypes: tuple[str, ...] = DTYPES
     reason: str = ""
+    where: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -118,8 +120,7 @@ def examples() -> Iterator[Recipe]:
 
 def _called(method: str, count: int, base: bool, each: Yaml | None, shared: Yaml | None = None) -> Yaml:
     models = [
-        {"model": model}
-        | ({"parameters": {key: values[number] for key, values in each.items()}} if each else {})
+        {"model": model} | ({"parameters": {key: values[number] for key, values in each.items()}} if each else {})
         for number, model in enumerate(MODEL_NAMES[:count])
     ]
     body: Yaml = {"merge_method": method, "models": models}
