@@ -49,7 +49,7 @@ def apart(ours: State, theirs: State, dtype: torch.dtype, allowed: float, border
 def unit(tensor: torch.Tensor) -> torch.Tensor:
     """The spacing of the dtype at each element, but at least that at the tensor's rms.
 
-    The last place of an element that happens to be nearly zero says nothing: errors are those of the terms it is made of.
+    The last place of an element that happens to be nearly zero says nothing: errors are those of its terms.
     """
     wide = tensor.double()
     size = wide.abs().clamp(min=float(wide.square().mean().sqrt()) or 1e-30)
