@@ -59,7 +59,7 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(body))
     at = borders(plan_merge_file(path, folder / "none"))
-    with_mergekit = apart(ours, theirs, rounded, SAME_FLOAT32 if kind == "float32" else ALLOWED)
+    with_mergekit = apart(ours, theirs, rounded, SAME_FLOAT32 if kind == "float32" else ALLOWED, at)
     with_exact = apart(ours, exact, rounded, ALLOWED, at)
     cells = [
         f"{elements:,}",
@@ -72,8 +72,9 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
     leak = f"; mergekit writes {', '.join(leaks)}" if leaks else ""
     if with_mergekit.names:
         return _row(recipe, dtype, cells, f"**differs**: tensors {', '.join(with_mergekit.names)}", wrong=True)
-    if with_mergekit.beyond == 0:
-        return _row(recipe, dtype, cells, f"same{leak}")
+    if with_mergekit.unexplained == 0:
+        border = f", but {with_mergekit.beyond} at a border" if with_mergekit.beyond else ""
+        return _row(recipe, dtype, cells, f"same{border}{leak}")
     if with_exact.unexplained == 0:
         border = f"; {with_exact.beyond} at a border" if with_exact.beyond else ""
         return _row(recipe, dtype, cells, f"on purpose: {ON_THE_WAY.format(body['dtype'])}{border}{leak}")
