@@ -6,8 +6,10 @@ Paper: Zheng et al., "Model Extrapolation Expedites Alignment", ACL 2025, arXiv 
 
 alpha = 0 is the aligned model, alpha = −1 the SFT model. The same thing as task arithmetic on the base ``sft`` with
 the single weight 1 + alpha. The released script computes in bfloat16 (three roundings); here the sum is taken in
-float32 and rounded once.
-It also has no remedy for what that rounding does to a small alpha: ``effect`` measures it.
+float32 and rounded once. It also has no remedy for what that rounding does to a small alpha: ``effect`` measures it.
+
+Taken from one iterate of a training run to the next (base: the previous one before it was extrapolated; alpha: the
+momentum), the same step is Nesterov's, the way of APO (arXiv 2410.06293).
 """
 
 from __future__ import annotations

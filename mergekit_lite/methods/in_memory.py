@@ -14,7 +14,7 @@ from mergekit_lite.methods.passes import Block, Passes, Subject, Sums
 from mergekit_lite.methods.registry import method_named
 
 BLOCK = 1 << 17
-GRAIN = 1 << 17  # statistics are always summed in blocks of this many elements, so that their last bits are fixed
+GRAIN = 1 << 18  # statistics are always summed over this many elements at once, so that their last bits are fixed
 
 
 def merge_tensors(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mergekit_lite.errors import UsageError, listing, nearest
@@ -13,10 +15,12 @@ PerModel = Annotated[tuple[float, ...], "model"]  # a number for each model; a s
 PerInput = Annotated[tuple[float, ...], "input"]  # the same, and one for the base, first, where there is one
 
 
-def of_signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+@cache
+def of_signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The keyword parameters by their names in a recipe: a trailing underscore (``lambda_``) is Python's need only."""
     signature = inspect.signature(function, eval_str=True)
-    return {name.rstrip("_"): p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = {name.rstrip("_"): p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return MappingProxyType(known)
 
 
 def resolved(

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
-from mergekit_lite.methods.passes import Combine, Passes, Subject
+from mergekit_lite.methods.passes import Block, Passes, Subject
 
 METHODS: dict[str, Method] = {}
 
@@ -52,7 +54,7 @@ class Method:
     observe: Callable[..., tuple[float, ...]] | None = None
 
     @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The keyword parameters, by their names in a recipe, with types and defaults."""
         return parameters.of_signature(self.function)
 
@@ -85,7 +87,11 @@ class Method:
         if not self.elementwise:
             return Passes(self.function(subject, **arguments))
         first = int(subject.has_base)
-        combine: Combine = lambda block, _: self.function(*block[first:], *block[:first], **arguments)  # noqa: E731
+
+        def combine(block: Block, _: int) -> torch.Tensor:
+            merged: torch.Tensor = self.function(*block[first:], *block[:first], **arguments)
+            return merged
+
         return Passes(combine)
 
 

@@ -98,7 +98,7 @@ def nuslerp(
 
     def at(block: Block, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         first, second = vectors(block)
-        merged = first * a.to(first.dtype) + second * b.to(first.dtype)
+        merged = first * a.to(first) + second * b.to(first)
         return merged.add_(block[0]) if subject.has_base else merged
 
     if nuslerp_flatten or not subject.shape:

@@ -9,11 +9,12 @@ Model Breadcrumbs (see ``sparsify``).
 
 S drops elements (and rescales the rest). Signs are elected by the weighted sparse deltas.
 
-Where others differ: the TIES paper trims over the whole model (``trim: global``), elects by unweighted deltas and takes
-the mean. mergekit rounds deltas, weights and result to the models' dtype; here they are float32. mergekit's DELLA ranks
-tensors of more than two axes along the second one, here it is always the last. mergekit breaks ties of magnitude as
-its sort happens to; here the lowest index wins. DARE and DELLA in their papers rescale by 1/probability
-(``rescale: density``), mergekit to the L1 length of the whole delta (``rescale: l1``, the default).
+Where others differ. The TIES paper trims over the whole model (``trim: global``), elects by unweighted deltas and
+takes the mean. DARE and DELLA in their papers rescale by 1/probability (``rescale: density``), mergekit to the L1
+length of the whole delta (``rescale: l1``, the default). mergekit rounds deltas, weights and result to the models'
+dtype; here they are float32. Equal magnitudes, of which bfloat16 has many, it orders as its sort happens to: here the
+lowest index is kept, and in DELLA they share their mean rank. Its DELLA ranks tensors of more than two axes along the
+second one; here it is always the last.
 """
 
 from __future__ import annotations

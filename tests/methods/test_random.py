@@ -7,7 +7,7 @@ import torch
 
 from mergekit_lite import draws
 from mergekit_lite.methods import merge_tensors
-from mergekit_lite.methods.sparsify import WORDS, _ascending, _draws
+from mergekit_lite.methods.sparsify import LEVELS, WORDS, _chances, _draws, _levels
 
 METHODS = ["dare_linear", "dare_ties", "della", "della_linear"]
 ROWS, COLUMNS = 200, 1000
@@ -111,14 +111,33 @@ def test_della_keeps_large_elements_more_often(dtype: torch.dtype) -> None:
     torch.testing.assert_close(exact[merged != 0].double(), (delta.double() / chances)[merged != 0], rtol=5e-3, atol=0)
 
 
+@pytest.mark.parametrize("columns", [1, 2, 9, LEVELS // 4 - 1, LEVELS // 4, 999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ranks_are_those_of_a_stable_sort(dtype: torch.dtype) -> None:
-    """Of equal magnitudes the lowest index is the largest; 16-bit models are compared in bfloat16's precision."""
+def test_chances_follow_the_mean_rank(dtype: torch.dtype, columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    delta = torch.randn(50, 999, generator=generator).bfloat16().to(dtype)
-    delta[:, ::7] = 0
-    descending = delta.abs().sort(dim=1, descending=True, stable=True).indices
-    assert torch.equal(_ascending(delta), descending.flip(1))
+    delta = torch.randn(50, columns, generator=generator).to(dtype)
+    delta[:, 5::7] = 0
+    delta[3] = 0
+    levels = _levels(delta)
+    chances = _chances(levels, 0.3, 0.7)
+    less = (levels[:, :, None] > levels[:, None, :]).sum(2)
+    same = (levels[:, :, None] == levels[:, None, :]).sum(2)
+    rank = less + (same - 1) / 2
+    torch.testing.assert_close(
+        chances, 0.3 + 0.4 * rank / (columns - 1) if columns > 1 else torch.full_like(chances, 0.5)
+    )
+    torch.testing.assert_close(chances.mean(1), torch.full((50,), 0.5))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e30, 2.0**-100])
+def test_levels_order_like_magnitudes(scale: float) -> None:
+    """Within 1/64 of an octave, whatever the scale; nothing but what is 2⁻¹⁶ of the largest is lumped together."""
+    size = torch.logspace(-4.5, 0, 5000).flip(0)[None]
+    levels = _levels(size * scale)
+    assert (levels.diff() <= 0).all() and levels.max() == LEVELS - 1
+    for level in levels.unique()[1:]:
+        of_level = size[levels == level]
+        assert of_level.max() / of_level.min() <= 1 + 1 / 64 + 1e-6
 
 
 def test_a_row_of_one_element_is_kept_by_its_density() -> None:
