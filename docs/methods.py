@@ -37,7 +37,7 @@ Written by `python -m docs.methods` from the code's signatures and docstrings.
 """
 WHICH = {
     "a model before and after alignment; you want more of the alignment": "expo",
-    "checkpoints of one run, or fine-tunes with other seeds": "uniform_soup, linear, ema, model_stock",
+    "checkpoints of one run, or fine-tunes that differ in the seed": "uniform_soup, linear, ema, model_stock",
     "one fine-tune that forgot too much of its base": "wise_ft",
     "two models, one mixture": "slerp, nuslerp",
     "several models, none of them the base": "linear, karcher, multislerp",
@@ -52,13 +52,13 @@ WHICH = {
     "layers of models behind each other": "passthrough",
 }
 TABLE = """
-No method is the best one everywhere: measure. `base` is whether a `base_model` is needed; `models` is how many there
-are besides it.
+No method is the best one everywhere: measure.
 
 ## All methods
 
 *Each model* and *each input* mark parameters that each model may have its own value of (*input*: the base too); a value
 under the recipe's `parameters` serves all. `{effectless}` is accepted wherever mergekit has it, and has no effect.
+`base` is whether a `base_model` is needed, `models` is how many are merged besides it.
 
 | method | formula | base | models | parameters, defaults | source |
 | --- | --- | --- | --- | --- | --- |

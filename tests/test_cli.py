@@ -129,6 +129,23 @@ def test_json_result_and_quiet(pair: Path) -> None:
     assert (code, told) == (0, "")
 
 
+def test_merge_takes_its_output_as_mergekit_does(pair: Path) -> None:
+    (pair / "r.yml").write_text("merge_method: linear\nmodels: [{model: sft}, {model: dpo}]\nparameters: {weight: 1}\n")
+    assert invoke("merge", "r.yml", "a")[0] == invoke("merge", "r.yml", "-o", "b")[0] == 0
+    assert (pair / "a" / "config.json").exists() and (pair / "b" / "config.json").exists()
+    for arguments in ([], ["a", "-o", "b"]):
+        code, _, err = invoke("merge", "r.yml", *arguments)
+        assert code == 2 and "Name one output" in err
+    code, told, _ = invoke("plan", "r.yml")
+    assert code == 0 and "linear" in told
+    code, _, err = invoke("plan", "nothing.yml")
+    assert code == 2 and "nothing.yml" in err
+    code, told, _ = invoke("methods", "ties")
+    assert code == 0 and "density" in told and "Yadav" in told
+    code, _, err = invoke("methods", "tise")
+    assert code == 2 and "Did you mean 'ties'" in err
+
+
 def test_the_effective_alpha_is_told_with_the_remedy(pair: Path) -> None:
     _, told, err = invoke("extrapolate", "sft", "dpo", "--alpha", "0.1", "-o", "x")
     assert "effective" in told and "exact" in told

@@ -263,3 +263,23 @@ def test_an_existing_output_is_replaced_only_when_asked(place: Path) -> None:
     assert (place / "mine" / "precious.txt").read_text() == "x"
     assert run(place, "mine", "--force").returncode == 0
     assert same_as_whole(place, "mine")
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+def test_a_killed_merge_resumes_to_the_same_bytes(place: Path, method: str) -> None:
+    """Statistics are gathered again for what is left to do."""
+    models = "base_model: sft\nmodels: [{model: dpo}]"
+    parameters = "{t: 0.3}" if method == "slerp" else "{weight: 1, density: 0.4, trim: global}"
+    (place / f"{method}.yml").write_text(f"merge_method: {method}\n{models}\nparameters: {parameters}\n")
+    command = [sys.executable, "-m", "mergekit_lite", "merge", f"{method}.yml", "-o"]
+    subprocess.run([*command, f"{method}-whole"], cwd=place, check=True, capture_output=True)
+    process = subprocess.Popen([*command, method, "--threads", "1"], cwd=place, stderr=subprocess.DEVNULL)
+    wait_for_spans(place, method, 3)
+    process.kill()
+    process.wait()
+    assert not (place / method).exists()
+    subprocess.run([*command, method, "--resume"], cwd=place, check=True, capture_output=True)
+    whole, got = (tree_bytes(place / name) for name in (f"{method}-whole", method))
+    for tree in (whole, got):
+        tree.pop("README.md")
+    assert whole == got

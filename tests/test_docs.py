@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 import mergekit_lite
 from docs import methods as page_of_methods
@@ -99,6 +100,15 @@ def test_lora_references_are_refused(place: Path) -> None:
     (place / "ties.yml").write_text(EXAMPLES["ties.yml"].replace("./math", "./math+./adapter"), encoding="utf-8")
     with pytest.raises(mergekit_lite.MergekitLiteError, match="LoRA"):
         mergekit_lite.plan_merge_file("ties.yml", "out")
+
+
+def test_files_merge_into_a_file(place: Path) -> None:
+    text = re.sub(r"\./(\w+)", r"./\1/model.safetensors", EXAMPLES["layers.yml"])
+    (place / "files.yml").write_text(text, encoding="utf-8")
+    mergekit_lite.merge("files.yml", "out.safetensors")
+    mergekit_lite.merge("layers.yml", "out")
+    one, folder = load_file("out.safetensors"), read_folder(place / "out")
+    assert one.keys() == folder.keys() and all(same_bytes(one[name], folder[name]) for name in one)
 
 
 def test_the_page_of_methods_is_up_to_date() -> None:

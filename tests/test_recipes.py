@@ -53,7 +53,7 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     plan = mergekit_lite.plan_merge_file(file, "out")
     assert plan.notes == ()
-    assert not plan.left_out or len(recipe.slices) > 1
+    assert not plan.left_out or len(recipe.slices) > 1 or recipe.exclude
     mergekit_lite.merge(file, "out")
     merged = read_folder(tmp_path / "out")
     assert merged.keys() == {job.name for job in plan.jobs}

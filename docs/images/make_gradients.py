@@ -53,9 +53,9 @@ def draw(axes: Axes, example: str, groups: dict[str, str]) -> None:
     places = [OUTSIDE[0], *range(0, LAYERS, 3), *OUTSIDE[1:]]
     axes.set_xticks(places, ["embed", *map(str, range(0, LAYERS, 3)), "norm", "head"])
     axes.tick_params("x", labelsize=8)
-    axes.set(xlabel="layer", ylim=(-0.05, 1.05))
+    axes.set(xlabel="layer", ylim=(-0.05, 1.32), yticks=[0, 0.25, 0.5, 0.75, 1])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left" if len(groups) == 1 else "upper center")
+    axes.legend(fontsize=8, loc="upper center", ncols=2)
 
 
 def values(example: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mergekit_lite.commands import running
+from mergekit_lite.errors import UsageError
 
 
 @click.command(
@@ -19,9 +20,10 @@ Examples:
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file.")
+@click.argument("out", required=False)
+@click.option("-o", "--output", help="A folder, or a .safetensors or .pt file; the same as OUT.")
 @running.options
-def command(recipe: Path, output: str, how: running.How) -> None:
+def command(recipe: Path, out: str | None, output: str | None, how: running.How) -> None:
     """Merge models as RECIPE says, a YAML file in mergekit's language.
 
     Everything is checked before a weight is read: the recipe, the models' names, shapes and dtypes, the room on the
@@ -29,4 +31,7 @@ def command(recipe: Path, output: str, how: running.How) -> None:
     """
     from mergekit_lite.merging import plan_merge_file
 
+    output = output or out
+    if output is None or (out is not None and output != out):
+        raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
     running.carry_out(plan_merge_file(recipe, output, shard_size=how.shard_size), how)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.parameters import PerInput, PerModel
+from mergekit_lite.methods.parameters import PerInput
 from mergekit_lite.methods.passes import Combine, Subject, weighted_sum
 from mergekit_lite.methods.registry import method
 
@@ -93,12 +93,12 @@ def chat_vector(target: torch.Tensor, chat: torch.Tensor, base: torch.Tensor, *,
 
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
-def passthrough(subject: Subject, *, scale: PerModel = (1.0,)) -> Combine:
+def passthrough(subject: Subject, *, scale: PerInput = (1.0,)) -> Combine:
     """One model's tensor as it is, or scaled.
 
     Args:
         subject: the tensor.
-        scale: a factor; 1 copies every bit. It belongs to the model, as in mergekit: each source may have its own.
+        scale: a factor; 1 copies every bit.
     """
     [factor] = scale
     return lambda block, _: block[0] if factor == 1 else block[0] * factor

@@ -19,6 +19,7 @@ from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.layers import Input
 from mergekit_lite.recipe.rules import Spot
 
+EXCLUDED = "excluded by the recipe"
 SHARD_SIZE = 5_000_000_000
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
@@ -84,8 +85,9 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
     moved = any(job.name not in inputs[donor].tensors for job in jobs)
     layout = arranged(jobs, inputs[donor], path, shard_size or (SHARD_SIZE if moved else None))
     read = {(model, spec.name) for job in jobs for model, spec in zip(job.models, job.inputs, strict=True)}
+    excluded = {job.name for job in jobs if job.why == EXCLUDED}
     left_out = [
-        (source.reference, name, "no tensor of the output is made of it")
+        (source.reference, name, EXCLUDED if name in excluded else "no tensor of the output is made of it")
         for number, source in enumerate(inputs)
         for name in source.tensors
         if (number, name) not in read
@@ -149,7 +151,7 @@ def _job(
         return replace(copied(spec, models[first], output_dtype(spec, asked), why), name=name)
 
     if numbers is None:
-        return copy("excluded")
+        return copy(EXCLUDED)
     if not dtypes.is_float(spec.dtype):
         return copy(f"{spec.dtype} is not for arithmetic")
     missing = [inputs[models[index]].reference for index in range(len(models)) if index not in specs]
