@@ -1,6 +1,7 @@
 # make demo    train a small pair, extrapolate it, score it, draw the curve (minutes)
 # make test    the whole test suite
 # make bench   the speed and memory tables (needs about 60 GB of disk; SIZE and BENCH override)
+# make parity  the same recipes through mergekit and through ours, compared in docs/parity.md (minutes)
 # make check   formatting, lint, types
 
 PYTHON ?= python3
@@ -9,10 +10,12 @@ VENV ?= .venv
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cu128"
 TORCH ?= torch==2.13.0
 BENCH ?=
+PARITY ?=
+PARITY_VENV ?= .venv-parity
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench check clean
+.PHONY: demo test bench parity check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -22,6 +25,9 @@ test: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.extrapolate $(BENCH)
+
+parity: $(PARITY_VENV)/.ready
+	$(PARITY_VENV)/bin/python -m parity.compare $(PARITY)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -35,5 +41,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
+# mergekit by itself: its dependencies are pinned closely. torch comes first, from the same place as ours.
+$(PARITY_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/pip install --quiet --upgrade pip
+	$(PARITY_VENV)/bin/pip install --quiet $(TORCH)
+	$(PARITY_VENV)/bin/pip install --quiet mergekit==0.1.5 "transformers>=5" -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo/out benchmarks/out
+	rm -rf $(VENV) $(PARITY_VENV) demo/out benchmarks/out parity/out

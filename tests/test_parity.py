@@ -1,0 +1,53 @@
+"""The comparison with mergekit, as far as it goes without mergekit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mergekit_lite.plan.merge import method_parameters
+from mergekit_lite.recipe import parse
+from parity.borders import _of_tensor
+from parity.measures import apart, unit
+from parity.recipes import Recipe, placed, recipes
+
+
+@pytest.mark.parametrize("recipe", list(recipes()), ids=lambda recipe: recipe.name)
+def test_recipes_are_ours_too(recipe: Recipe) -> None:
+    parse(yaml.safe_dump(placed(recipe.body, Path("models"))), method_parameters())
+
+
+def test_names_are_unique() -> None:
+    names = [recipe.name for recipe in recipes()]
+    assert len(names) == len(set(names))
+
+
+def test_unit_is_the_spacing() -> None:
+    x = torch.tensor([1.0, 1.5, 2.0], dtype=torch.bfloat16)
+    assert unit(x).tolist() == [2**-7, 2**-7, 2**-6]
+    assert unit(torch.tensor([1.0, 0.0]))[1] == 2**-24  # at the rms, 0.7
+
+
+def test_apart_counts_in_units() -> None:
+    ours, theirs = {"x": torch.tensor([1.0, 1.0 + 2**-6])}, {"x": torch.tensor([1.0, 1.0])}
+    found = apart(ours, theirs, torch.bfloat16, allowed=1)
+    assert (found.equal, found.most, found.beyond, found.unexplained) == (0.5, 2.0, 1, 1)
+    assert apart(ours, theirs, torch.bfloat16, 1, {"x": torch.tensor([False, True])}).unexplained == 0
+    nothing = {"x": torch.tensor([torch.nan, 1.0])}
+    assert apart(nothing, theirs, torch.bfloat16, 1).most == torch.inf
+
+
+def test_equal_magnitudes_are_at_the_border() -> None:
+    delta = torch.tensor([4.0, 2.0, -2.0, 1.0], dtype=torch.float64)
+    parameters = {"density": (0.5,), "weight": (1.0,)}
+    found = _of_tensor("ties", parameters, torch.zeros(4, dtype=torch.float64), [delta], [delta])
+    assert found.tolist() == [False, True, True, False]
+
+
+def test_level_elections_are_at_the_border() -> None:
+    deltas = [torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([-1.0, 1.0], dtype=torch.float64)]
+    found = _of_tensor("ties", {"weight": (0.5, 0.5)}, torch.zeros(2, dtype=torch.float64), deltas, deltas)
+    assert found.tolist() == [True, False]
