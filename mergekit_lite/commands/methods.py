@@ -7,8 +7,6 @@ import sys
 
 import click
 
-from mergekit_lite.errors import UsageError, nearest
-
 
 @click.command(
     name="methods",
@@ -21,16 +19,14 @@ Examples:
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
     """List the merge methods, or tell of one: formula, parameters with defaults, source."""
-    from mergekit_lite.methods import METHODS
+    from mergekit_lite.methods import METHODS, method_named
 
     if name is None:
         width = max(map(len, METHODS))
         for method in sorted(METHODS.values(), key=lambda method: method.name):
             click.echo(f"{method.name:<{width}}  {method.formula}")
         return
-    if name not in METHODS:
-        raise UsageError(f"Unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(sorted(METHODS))}.")
-    method = METHODS[name]
+    method = method_named(name)
     least, most = method.models
     count = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
     click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")

@@ -30,6 +30,7 @@ FOREIGN_WEIGHTS = (
     ".npz",
     ".index.json",
 )
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 REPLACED = (
     "config.json",
@@ -114,7 +115,7 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     if plan.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
         config["torch_dtype"] = plan.out_dtype
     if plan.layers is not None:
-        config = _with_value(config, ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), plan.layers)
+        config = _with_value(config, LAYER_COUNTS, plan.layers)
     if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config

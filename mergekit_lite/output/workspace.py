@@ -18,6 +18,7 @@ import os
 import shutil
 from pathlib import Path
 
+from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.output.layout import OutputFile, write_torch_skeleton
@@ -28,7 +29,7 @@ MANIFEST_NAME = "mergekit_lite_manifest.json"
 
 def is_single_file(output: Path) -> bool:
     """Whether an output path names one file rather than a folder."""
-    return output.suffix in (".safetensors", ".pt", ".pth", ".bin")
+    return output.suffix in WEIGHT_SUFFIXES
 
 
 def working_folder(output: Path) -> Path:

@@ -20,7 +20,6 @@ from mergekit_lite.recipe.layers import Input
 from mergekit_lite.recipe.rules import Spot
 
 SHARD_SIZE = 5_000_000_000
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "rms_norm_eps",
                 "tie_word_embeddings", "vocab_size", "hidden_act", "bos_token_id", "eos_token_id")  # fmt: skip
@@ -54,7 +53,7 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
         recipe: the recipe.
         output: a folder, or a ``.safetensors`` or ``.pt`` file.
         shard_size: most bytes of data in one file; by default the shards of the donor, or 5 GB where layers were moved.
-        text: the recipe's own text, which enters the manifest; a summary by default.
+        text: the recipe's own text, which enters the manifest and the model card.
 
     Raises:
         CheckpointError: a model can't be opened.
