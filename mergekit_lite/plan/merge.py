@@ -64,7 +64,8 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
     takes = method_parameters()
     found = outputs_of(recipe.slices, {model: list(source.tensors) for model, source in by_reference.items()})
     tied: list[str] = []
-    tensors = [_with_ties(recipe, tensor, inputs, tied) for tensor in found.tensors]
+    parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
+    tensors = [_with_ties(tensor, parts[tensor.part], inputs, tied) for tensor in found.tensors]
     resolved = resolve(recipe, tensors, takes)
     problems = [*found.problems, *resolved.problems]
     if recipe.chat_template is not None:
@@ -72,7 +73,7 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
     jobs: list[Job] = []
     for tensor, numbers in zip(tensors, resolved.numbers, strict=True):
         try:
-            jobs.append(_job(recipe, tensor, numbers, inputs, takes))
+            jobs.append(_job(recipe, tensor, parts[tensor.part], numbers, inputs, takes))
         except MismatchError as mismatch:
             problems.append(str(mismatch))
     donor = recipe.models.index(_donor(recipe))
@@ -118,28 +119,31 @@ def _donor(recipe: MergeRecipe) -> str:
     return recipe.donor
 
 
-def _with_ties(recipe: MergeRecipe, tensor: Output, inputs: Sequence[Checkpoint], tied: list[str]) -> Output:
-    """The output tensor with the embedding of each source that ties its head to it; noted in ``tied``."""
-    sources = recipe.slices[tensor.part].sources
+def _with_ties(tensor: Output, models: Sequence[int], inputs: Sequence[Checkpoint], tied: list[str]) -> Output:
+    """The output tensor with the embedding of each source that ties its head to it; noted in ``tied``.
+
+    ``models`` says for each source of the tensor's slice which of the inputs it is.
+    """
     found = {made.source: made for made in tensor.inputs}
-    for index, source in enumerate(sources):
-        embedding = ties.tied_to(tensor.spot.name, inputs[recipe.models.index(source.model)].tensors)
+    for index, model in enumerate(models):
+        embedding = ties.tied_to(tensor.spot.name, inputs[model].tensors)
         if index not in found and embedding is not None:
             found[index] = Input(index, Spot(embedding.name))
-            tied.append(f"{source.model} ties {tensor.spot.name} to {embedding.name}, other models don't")
+            reference = inputs[model].reference
+            tied.append(f"{reference} ties {tensor.spot.name} to {embedding.name}, other models don't")
     return tensor._replace(inputs=tuple(found[index] for index in sorted(found)))
 
 
 def _job(
     recipe: MergeRecipe,
     tensor: Output,
+    models: Sequence[int],
     numbers: Numbers | None,
     inputs: Sequence[Checkpoint],
     takes: Mapping[str, MethodParameters],
 ) -> Job:
     """The job of one output tensor. Raises MismatchError where its inputs don't agree."""
     part, name = recipe.slices[tensor.part], tensor.spot.name
-    models = [recipe.models.index(source.model) for source in part.sources]
     specs = {made.source: inputs[models[made.source]].tensors[made.spot.name] for made in tensor.inputs}
     first = part.base if part.base is not None and part.base in specs else min(specs)
     spec = specs[first]
