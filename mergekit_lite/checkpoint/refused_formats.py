@@ -57,6 +57,7 @@ FORMATS = (
     Format("quanto", re.compile(r"\.weight\._(data|scale)$"), ORIGINAL),
     Format("torchao", re.compile(r"_weight_qdata$"), ORIGINAL),
 )
+ANY_FORMAT = re.compile("|".join(known.ending.pattern for known in FORMATS))
 INTEGERS_WITH_SCALE = "integer codes with a scale (int8 or packed)"
 SCALE_ENDINGS = ("_scale", "_scale_inv", "_scales", "_scale_2")
 
@@ -79,7 +80,7 @@ def refusals(tensors: Mapping[str, TensorSpec], method: str | None) -> list[str]
 
 
 def _format_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str | None) -> tuple[str, str] | None:
-    for known in FORMATS:
+    for known in FORMATS if ANY_FORMAT.search(spec.name) else ():
         if known.ending.search(spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
             return known.name, known.remedy
     integers = spec.dtype in INTEGER_CODES and len(spec.shape) >= 2  # vectors are counters, positions and the like

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
@@ -23,7 +24,7 @@ from mergekit_lite.recipe.checks import uneven
 from mergekit_lite.recipe.merge import Slice, Source
 from mergekit_lite.recipe.rules import Spot
 
-NUMBER = re.compile(r"0|[1-9][0-9]{0,6}")
+FIRST_NUMBER = re.compile(r"(?:(.*?)\.)??(0|[1-9][0-9]{0,6})\.(.*)", re.DOTALL)
 # Behind the layers. Embeddings have norms too (emb.norm), and a head may be called embed_out.
 HEAD = re.compile(r"embed_out|lm_head|(^|\.)(head|output|output_layer|score|classifier|logits?)(\.|$)")
 EMBEDDING = re.compile(r"emb|wte|wpe", re.IGNORECASE)
@@ -69,13 +70,11 @@ class Outputs(NamedTuple):
     problems: tuple[str, ...]
 
 
+@lru_cache(maxsize=1 << 17)
 def place(name: str) -> Place | None:
     """Where the first number in a name puts it."""
-    parts = name.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if NUMBER.fullmatch(part):
-            return Place(".".join(parts[:index]), int(part), ".".join(parts[index + 1 :]))
-    return None
+    found = FIRST_NUMBER.fullmatch(name)
+    return Place(found[1] or "", int(found[2]), found[3]) if found else None
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
@@ -93,6 +92,7 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
     return {stack: len(found) for stack, found in numbers.items() if stack in deep and max(found) == len(found) - 1}
 
 
+@cache
 def depth(layer: int, layers: int) -> Fraction:
     """t of one layer of several."""
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
@@ -16,7 +17,17 @@ from mergekit_lite.recipe.document import Remark, Value
 from mergekit_lite.recipe.layers import Output
 from mergekit_lite.recipe.merge import MergeRecipe
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
-from mergekit_lite.recipe.rules import Parameters, Rule, Spot, along, rule_for
+from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Spot, along, rule_for
+
+
+class _Asked(NamedTuple):
+    """A parameter of a method for a tensor; of one model, where each has its own."""
+
+    method: str
+    key: str
+    parameter: Parameter
+    spot: Spot
+    model: str | None = None
 
 
 class Numbers(NamedTuple):
@@ -50,7 +61,7 @@ def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str
         outputs: its tensors, from ``layers.outputs``.
         methods: what each method takes.
     """
-    resolving = _Resolving(recipe, methods)
+    resolving = _Resolving(recipe, methods, tuple(_filters(recipe)))
     numbers = tuple(None if recipe.excludes(output.spot) else resolving.numbers(output) for output in outputs)
     spots = [output.spot for output in outputs]
     return Resolved(numbers, tuple(resolving.problems()), tuple(sorted(_idle(recipe, resolving.used, spots))))
@@ -58,12 +69,34 @@ def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str
 
 @dataclass
 class _Resolving:
+    """Tensors for which the same filters match, at the same point of the gradients, share their numbers."""
+
     recipe: MergeRecipe
     methods: Mapping[str, MethodParameters]
+    filters: tuple[Filter, ...]
     used: set[int] = field(default_factory=set)  # rules that decided something, by identity
     wrong: dict[str, list[str]] = field(default_factory=dict)  # problem: the tensors that have it
+    known: dict[object, tuple[Numbers, tuple[str, ...]]] = field(default_factory=dict)  # with what is wrong about them
+    matches: dict[Spot, tuple[bool, ...]] = field(default_factory=dict)
 
     def numbers(self, output: Output) -> Numbers:
+        inputs = tuple([(index, self.matching(spot)) for index, spot in output.inputs])
+        key = (output.part, output.t, self.matching(output.spot), inputs)
+        if key not in self.known:
+            problems: list[str] = []
+            self.known[key] = self.looked_up(output, problems), tuple(problems)
+        numbers, wrong = self.known[key]
+        for text in wrong:
+            self.wrong.setdefault(text, []).append(output.spot.name)
+        return numbers
+
+    def matching(self, spot: Spot) -> tuple[bool, ...]:
+        """Which of the recipe's filters match."""
+        if spot not in self.matches:
+            self.matches[spot] = tuple([pattern.matches(spot) for pattern in self.filters])
+        return self.matches[spot]
+
+    def looked_up(self, output: Output, problems: list[str]) -> Numbers:
         part = self.recipe.slices[output.part]
         override = self.recipe.override_for(output.spot)
         name = override.merge_method if override else self.recipe.merge_method
@@ -71,7 +104,7 @@ class _Resolving:
         above: list[Parameters] = [override.parameters] if override else []
         below = [part.parameters, self.recipe.parameters]
         shared = {
-            key: self.value(name, key, parameter, [*above, *below], output, output.spot, None)
+            key: self.value(_Asked(name, key, parameter, output.spot), [*above, *below], output.t, problems)
             for key, parameter in takes.shared.items()
         }
         per_model = []
@@ -81,35 +114,25 @@ class _Resolving:
             levels = [*above, source.parameters, *below]
             per_model.append(
                 {
-                    key: self.value(name, key, parameter, levels, output, spot, source.model)
+                    key: self.value(_Asked(name, key, parameter, spot, source.model), levels, output.t, problems)
                     for key, parameter in (takes.per_model.items() if merged else ())
                 }
             )
         return Numbers(name, shared, tuple(per_model))
 
-    def value(
-        self,
-        method: str,
-        key: str,
-        parameter: Parameter,
-        levels: Sequence[Parameters],
-        output: Output,
-        spot: Spot,
-        model: str | None,
-    ) -> Value | None:
+    def value(self, asked: _Asked, levels: Sequence[Parameters], t: Fraction, problems: list[str]) -> Value | None:
+        method, key, parameter, spot, model = asked
         rule = rule_for(key, levels, spot)
         whose = f" of {model}" if model else ""
         if rule is None:
             if parameter.required:
-                text = f"no filter gives {method} the parameter {key!r}{whose}"
-                self.wrong.setdefault(text, []).append(spot.name)
+                problems.append(f"no filter gives {method} the parameter {key!r}{whose}")
             return parameter.default
         self.used.add(id(rule))
-        value = along(rule.values, output.t)
+        value = along(rule.values, t)
         if isinstance(value, float) and float not in parameter.types and int in parameter.types:
             if value != int(value):
-                text = f"{rule.at}: {key!r}{whose} is a whole number, and its gradient gives {value:g}"
-                self.wrong.setdefault(text, []).append(spot.name)
+                problems.append(f"{rule.at}: {key!r}{whose} is a whole number, and its gradient gives {value:g}")
             return int(value)
         return value
 
@@ -131,6 +154,13 @@ def _idle(recipe: MergeRecipe, used: set[int], spots: Sequence[Spot]) -> Iterato
     for name, pattern in others:
         if not any(pattern.matches(spot) for spot in spots):
             yield Remark(pattern.at, f"the filter {pattern} of {name} matches no tensor")
+
+
+def _filters(recipe: MergeRecipe) -> Iterator[Filter]:
+    """All that look at a tensor before its numbers are known."""
+    yield from (override.filter for override in recipe.overrides)
+    for parameters in _levels(recipe):
+        yield from (rule.filter for rules in parameters.values() for rule in rules if not rule.filter.matches_all)
 
 
 def _levels(recipe: MergeRecipe) -> Iterator[Mapping[str, tuple[Rule, ...]]]:
