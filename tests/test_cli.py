@@ -110,7 +110,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pair: Path) -> None:
         "x0.3",
         "expo alpha 0.1 | alpha 0.3",
         "copy (not selected)",
-        "bfloat16 → bfloat16",
+        "bfloat16",
         "of memory",
     ):
         assert part in told

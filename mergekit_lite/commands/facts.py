@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.memory import memory_estimate
-from mergekit_lite.output.beside import files_beside
+from mergekit_lite.output.beside import travelling
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
     """Everything the plan decides."""
-    copied, not_copied = files_beside(plan.source)
+    copied, not_copied = travelling(plan)
     return {
         "inputs": [
             {
@@ -31,7 +31,7 @@ def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
         "memory": memory_estimate(plan, threads),
         "tensors": [_of_job(plan, job) for job in plan.jobs],
         "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
-        "beside": {"copied": copied, "not_copied": not_copied},
+        "beside": {"copied": sorted(copied), "not_copied": not_copied},
         "notes": list(plan.notes),
     }
 
@@ -49,14 +49,14 @@ def what_happens(plan: Plan, job: Job) -> str:
     """One job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
     if not job.merged:
         return f"copy ({job.why})" if job.why else "copy"
-    numbers = " | ".join(", ".join(f"{k} {_shown(v)}" for k, v in values.items()) for values in job.parameters)
+    numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)
     return f"{job.method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A parameter's value: one number, or one for each model."""
     if isinstance(value, tuple):
-        return "/".join(map(_shown, value))
+        return "/".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 

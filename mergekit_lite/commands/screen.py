@@ -6,15 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mergekit_lite.commands import facts
+from mergekit_lite.commands.groups import Group, groups
+from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
-from mergekit_lite.output.beside import files_beside
+from mergekit_lite.output.beside import travelling
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 FAR = 0.1  # relative distance of the effective from the asked alpha that is worth a word
-PIPE_WIDTH = 200
+PIPE_WIDTH = 160
 PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
 
@@ -45,25 +48,29 @@ class Screen:
 
     def plan(self, plan: Plan, threads: int | None) -> None:
         """The whole plan."""
-        told = facts.of_plan(plan, threads)
         rows = [
-            ("input", source["reference"], counted(source["tensors"], "tensor"), size(source["bytes"]))
-            for source in told["inputs"]
+            (
+                "input",
+                source.reference,
+                counted(len(source.tensors), "tensor"),
+                size(sum(spec.nbytes for spec in source.tensors.values())),
+            )
+            for source in plan.inputs
         ]
         files = counted(len(plan.layout.files), "file")
-        rows += [("output", output, files, size(plan.layout.nbytes)) for output in told["outputs"]]
+        rows += [("output", str(output), files, size(plan.layout.nbytes)) for output in plan.outputs]
         self.out.print(_table(("", "path", "", ">size"), rows))
         self.out.print(
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
-            f"takes about {size(told['memory'])} of memory\n"
+            f"takes about {size(memory_estimate(plan, threads))} of memory\n"
         )
         if self.verbose:
             jobs = [(job.name, _shape(job), job.dtype, facts.what_happens(plan, job)) for job in plan.jobs]
             self.out.print(_table(("tensor", "shape", "dtype", "what happens"), jobs))
         else:
-            self.out.print(_groups(plan))
+            self.out.print(_table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))
         left_out = [f"left out: {name} of {reference}: {why}" for reference, name, why in plan.left_out]
-        left_out += [f"not copied: {name}: {why}" for name, why in told["beside"]["not_copied"].items()]
+        left_out += [f"not copied: {name}: {why}" for name, why in travelling(plan)[1].items()]
         self._lines(left_out)
         for note in plan.notes:
             self.warn(note)
@@ -108,7 +115,7 @@ class Screen:
         if self.quiet:
             return
         if any(output.is_dir() for output in finished.outputs):
-            not_copied = files_beside(plan.source)[1]
+            not_copied = travelling(plan)[1]
             self._lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
         rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
         self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
@@ -153,27 +160,22 @@ def size(count: float) -> str:
     return f"{count / 1000**power:.2f} {'kMG'[power - 1]}B"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table; a heading that starts with ``>`` has its column set flush right."""
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """A plain table; headings that start with ``>`` have their columns flush right. Lines break, nothing is cut off."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:
-        table.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
+        right = heading.startswith(">")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(heading.lstrip(">"), justify=justify, no_wrap=right, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def _groups(plan: Plan) -> Table:
-    """The jobs grouped by what happens to them."""
-    groups: dict[tuple[str, str], list[Job]] = {}
-    for job in plan.jobs:
-        stored = ", ".join(sorted({spec.stored_dtype for spec in job.inputs}))
-        groups.setdefault((facts.what_happens(plan, job), f"{stored} → {job.dtype}"), []).append(job)
-    rows = [
-        (what, f"{len(jobs):,}", size(sum(job.nbytes for job in jobs)), kinds, jobs[0].name)
-        for (what, kinds), jobs in groups.items()
-    ]
-    return _table(("what happens", ">tensors", ">size", "dtype", "for example"), rows)
+def _row(group: Group) -> tuple[str, str, str, Text]:
+    what = Text(group.what)
+    what.append(f"\nfor example {group.example}", "dim")
+    return f"{group.tensors:,}", size(group.nbytes), group.dtype, what
 
 
 def _shape(job: Job) -> str:
