@@ -69,7 +69,8 @@ class MergeRecipe:
         out_dtype: the dtype of the output, or None for ``dtype``.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
-        chat_template: ``auto``, the name of a template, or a template; None for the donor's.
+        chat_template: ``auto``, the name of a template, or a template; None for the tokenizer's own.
+        tokenizer: ``base``, or the model that gives the tokenizer; None for the donor.
         notes: what the user should know though it is no error.
     """
 
@@ -84,6 +85,7 @@ class MergeRecipe:
     rounding: str = "nearest"
     seed: int = 0
     chat_template: str | None = None
+    tokenizer: str | None = None
     notes: tuple[Remark, ...] = field(default=(), compare=False)
     at: Mark = field(default=NOWHERE, compare=False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -25,12 +25,14 @@ class Parameter:
         default: where the recipe gives no value.
         required: the recipe must give a value.
         choices: the texts that are allowed, where not all are.
+        objection: what the method has against a value of the right type, or None.
     """
 
     types: tuple[type, ...] = (float,)
     default: Value | None = None
     required: bool = False
     choices: tuple[str, ...] = ()
+    objection: Callable[[Value], str | None] = field(default=lambda value: None, compare=False, repr=False)
 
     @classmethod
     def of(cls, hint: Any, default: Any = inspect.Parameter.empty) -> Parameter:
@@ -39,7 +41,8 @@ class Parameter:
         choices = [choice for arm in arms if get_origin(arm) is Literal for choice in get_args(arm)]
         kinds = [arm for arm in arms if arm in (float, int, bool, str)] + [type(choice) for choice in choices]
         required = default is inspect.Parameter.empty
-        return cls(tuple(dict.fromkeys(kinds)), None if required else default, required, tuple(map(str, choices)))
+        texts = tuple(choice for choice in choices if isinstance(choice, str))
+        return cls(tuple(dict.fromkeys(kinds)), None if required else default, required, texts)
 
     @property
     def expected(self) -> str:

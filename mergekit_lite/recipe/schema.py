@@ -13,7 +13,7 @@
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
     out_dtype: float32             # of the output, before dtype
-    tokenizer_source: base
+    tokenizer_source: base         # or one of the models; or tokenizer: {source: base}
     chat_template: chatml          # auto, a name, or a template
 
 Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
@@ -32,7 +32,7 @@ Everything else is an error, and all errors are told at once. What mergekit has 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_lite.errors import UsageError, nearest
@@ -129,11 +129,10 @@ class _Parser:
             self.rounding(parts.get("rounding")),
             settings.seed(parts, self.problems, self.notes),
             settings.template(parts.get("chat_template"), self.problems),
-            tuple(self.notes),
-            parts["merge_method"].at if "merge_method" in parts else root.at,
+            notes=tuple(self.notes),
+            at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
-        settings.check_tokenizer(parts, recipe.donor if recipe.models else None, self.problems)
-        return recipe
+        return replace(recipe, tokenizer=settings.tokenizer(parts, recipe.models, self.problems))
 
     @property
     def misplaced(self) -> dict[str, str]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.recipe.document import Fields, Node, Remark, Scalar, describe
+from mergekit_lite.recipe.templates import TEMPLATES
 from mergekit_lite.recipe.values import Remarks, fields, text
 
-TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 ARCHITECTURE = {
     "override_architecture": "override_architecture is not supported: names come from the model's files, no table of "
     "architectures is used"
@@ -80,34 +80,45 @@ def template(node: Node | None, problems: Remarks) -> str | None:
     if node is None:
         return None
     written = text(node, "chat_template", problems)
-    if not written or written in TEMPLATES or ("{" in written and len(written) >= 20):
+    known = ("auto", *TEMPLATES)
+    if not written or written in known or ("{" in written and len(written) >= 20):
         return written or None
-    known = f"'chat_template' expects {', '.join(TEMPLATES)} or a Jinja template, got {describe(node)}."
-    problems.append(Remark(node.at, known + nearest(written, TEMPLATES)))
+    expected = f"'chat_template' expects {', '.join(known)} or a Jinja template, got {describe(node)}."
+    problems.append(Remark(node.at, expected + nearest(written, known)))
     return None
 
 
-def check_tokenizer(parts: Mapping[str, Node], donor: str | None, problems: Remarks) -> None:
-    """Only the donor's tokenizer can be asked for, as ``base`` or by its name: what the output has anyway."""
+def tokenizer(parts: Mapping[str, Node], models: tuple[str, ...], problems: Remarks) -> str | None:
+    """Whose tokenizer is asked for: ``base``, one of the models, or None where the recipe doesn't say."""
     if "tokenizer" in parts and "tokenizer_source" in parts:
         problems.append(Remark(parts["tokenizer"].at, "'tokenizer' and 'tokenizer_source' exclude each other"))
+    if "tokenizer_source" in parts:
+        source = parts["tokenizer_source"]
+        return _tokenizer_source(source, source, "tokenizer_source", models, problems)
     node = parts.get("tokenizer")
     if isinstance(node, Fields):
-        keys = {key.text: value for key, value in node.entries}
-        _check_source(keys.get("source"), node, "tokenizer: source", donor, problems)
+        keys = fields(node, "the tokenizer", ("source", "tokens", "pad_to_multiple_of"), problems)
         for key in ("tokens", "pad_to_multiple_of"):
             if key in keys:
                 problems.append(Remark(keys[key].at, f"tokenizer: {key} is not supported yet"))
-        fields(node, "the tokenizer", ("source", "tokens", "pad_to_multiple_of"), problems)
-    elif node is not None:
+        return _tokenizer_source(keys.get("source"), node, "tokenizer: source", models, problems)
+    if node is not None:
         problems.append(Remark(node.at, f"'tokenizer' expects a mapping with 'source', got {describe(node)}"))
-    if "tokenizer_source" in parts:
-        _check_source(parts["tokenizer_source"], parts["tokenizer_source"], "tokenizer_source", donor, problems)
+    return None
 
 
-def _check_source(node: Node | None, near: Node, name: str, donor: str | None, problems: Remarks) -> None:
+def _tokenizer_source(
+    node: Node | None, near: Node, name: str, models: tuple[str, ...], problems: Remarks
+) -> str | None:
     """mergekit's default in a ``tokenizer`` block is ``union``."""
     written = reference(node, name, problems) if node is not None else "union"
-    if written and written not in ("base", donor):
-        at = (node or near).at
-        problems.append(Remark(at, f"{name}: {written} is not supported yet: only the base's tokenizer, 'base', is"))
+    if not written or written == "base" or written in models:
+        return written or None
+    at = (node or near).at
+    if written == "union":
+        remedy = "give 'base' or one of the models, all with the same vocabulary"
+        problems.append(Remark(at, f"{name}: union is not supported yet: {remedy}"))
+    else:
+        expected = f"{name} expects 'base' or one of the recipe's models, got {written!r}."
+        problems.append(Remark(at, expected + nearest(written, ("base", *models))))
+    return None

@@ -160,8 +160,10 @@ def _rule(node: Node, which: Filter, name: str, parameter: Parameter, problems: 
         value = _converted(part.value, parameter) if isinstance(part, Scalar) else None
         if value is None:
             problems.append(Remark(part.at, f"{name!r} expects {parameter.expected}, got {describe(part)}"))
-        else:
-            found.append(value)
+            continue
+        found.append(value)
+        if objection := parameter.objection(value):
+            problems.append(Remark(part.at, f"{name!r}: {objection}"))
     if len({type(value) for value in found}) > 1:
         problems.append(Remark(node.at, f"{name!r} is a gradient of mixed kinds: numbers, truth values or texts alone"))
         return ()

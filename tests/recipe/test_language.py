@@ -77,6 +77,7 @@ def test_everything() -> None:
         "stochastic",
         7,
         "chatml",
+        "base",
     )
     assert [str(note) for note in recipe.notes] == ["14:3: int8_mask has no effect and is ignored"]
     assert recipe.models == ("a", "base", "b@main+lora", "other")
@@ -228,12 +229,17 @@ def test_parameters_from_a_signature() -> None:
 
 NUMBERS = st.floats(-10, 10) | st.integers(-10, 10)
 RANGES = st.tuples(st.integers(0, 9), st.integers(1, 9)).map(lambda span: [span[0], span[0] + span[1]])
-ENTRIES = st.fixed_dictionaries(
-    {"value": NUMBERS | st.lists(NUMBERS, min_size=1, max_size=4)},
-    optional={"filter": st.sampled_from(["*", "mlp", "regex:q|k"]), "layers": RANGES},
-)
-SETTINGS = NUMBERS | st.lists(NUMBERS, min_size=1, max_size=4) | st.lists(ENTRIES, min_size=1, max_size=3) | ENTRIES
-WEIGHTS = st.fixed_dictionaries({}, optional={"weight": SETTINGS, "density": SETTINGS})
+
+
+def settings(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[Any]:
+    values = numbers | st.lists(numbers, min_size=1, max_size=4)
+    optional = {"filter": st.sampled_from(["*", "mlp", "regex:q|k"]), "layers": RANGES}
+    entries = st.fixed_dictionaries({"value": values}, optional=optional)
+    return values | st.lists(entries, min_size=1, max_size=3) | entries
+
+
+SHARES = st.floats(0, 1) | st.integers(0, 1)
+WEIGHTS = st.fixed_dictionaries({}, optional={"weight": settings(NUMBERS), "density": settings(SHARES)})
 
 
 def rules_of(setting: Any) -> tuple[Rule, ...]:

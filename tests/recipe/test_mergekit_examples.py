@@ -110,7 +110,7 @@ def test_orcamini_platy() -> None:
     assert {o.spot.name: o.part for o in made if o.spot.layer is None} == {
         "model.embed_tokens.weight": 0, "model.norm.weight": 1, "lm_head.weight": 1,
     }  # fmt: skip
-    assert weights(found, "scale") == {(None,)}
+    assert weights(found, "scale") == {(1.0,)}
 
 
 def test_arcee_fusion() -> None:
