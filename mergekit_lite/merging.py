@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def plan_merge_file(recipe: str | Path, output: str | Path, *, shard_size: int | None = None) -> Plan:
     """Plan the recipe in a YAML file; see ``merge`` for the arguments and errors."""
     path = Path(recipe)
-    return plan_merge(load(path, method_parameters()), output, shard_size=shard_size, text=path.read_text("utf-8-sig"))
+    loaded = load(path, method_parameters())
+    return plan_merge(loaded, output, shard_size=shard_size, text=path.read_bytes().decode("utf-8-sig"))
 
 
 def merge(recipe: str | Path, output: str | Path, *, shard_size: int | None = None, **how: Any) -> Finished:

@@ -85,7 +85,6 @@ def test_the_errors_shown_are_those_of_the_program(place: Path) -> None:
         ("tokenizer: {source: base, pad_to_multiple_of: 64}", "pad_to_multiple_of is not supported yet"),
         ("experts: []", "experts"),
         ("genome: {}", "genome"),
-        ("chat_template: chatml", "chat_template is not supported yet"),
         ("density: 0.5", "put it under 'parameters'"),
         ("---\nmerge_method: linear", "several documents"),
     ],

@@ -158,7 +158,7 @@ def test_all_that_does_not_fit_is_told_together(place: Path, tmp_path: Path) -> 
         "merge_method": "linear",
         "models": [{"model": str(place / "base")}, {"model": str(tmp_path / "other")}],
         "parameters": {"weight": 1},
-        "chat_template": "chatml",
+        "chat_template": "auto",
     }
     with pytest.raises(PlanError) as raised:
         merged(recipe, tmp_path / "out")

@@ -17,6 +17,7 @@ from mergekit_lite.output.card import model_card
 from mergekit_lite.output.layout import INDEX_NAME, index_json
 from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.plan import Plan
+from mergekit_lite.plan.tokenizers import is_template_file, is_tokenizer_file
 
 SMALL = 100_000_000  # tokenizers of large vocabularies come to some tens of megabytes
 FOREIGN_WEIGHTS = (
@@ -30,7 +31,6 @@ FOREIGN_WEIGHTS = (
     ".npz",
     ".index.json",
 )
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 REPLACED = (
     "config.json",
@@ -73,6 +73,24 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
     return copied, left
 
 
+def travelling(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
+    """Which files are copied beside the weights of a plan: the donor's, and those of the tokenizer it was given.
+
+    Returns:
+        The files by the names they get, and for every other file the reason why not.
+    """
+    names, left = files_beside(plan.source)
+    found = dict.fromkeys(names, plan.source)
+    if plan.tokenizer is not None:
+        giver = plan.inputs[plan.tokenizer]
+        kept = {name: source for name, source in found.items() if not is_tokenizer_file(name)}
+        found = kept | {name: giver for name in files_beside(giver)[0] if is_tokenizer_file(name)}
+    if plan.chat_template is not None:
+        left |= dict.fromkeys(filter(is_template_file, found), "the recipe has a chat_template")
+        found = {name: source for name, source in found.items() if not is_template_file(name)}
+    return {name: source.folder / name for name, source in found.items() if source.folder is not None}, left
+
+
 def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
     """Write everything but the weights into ``folder``.
 
@@ -94,18 +112,30 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
     if source.config is not None:
         text = json.dumps(written_config(plan, digests), indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-    for name in files_beside(source)[0]:
+    for name, path in travelling(plan)[0].items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        assert source.folder is not None
-        shutil.copyfile(source.folder / name, target)
+        shutil.copyfile(path, target)
+    if plan.chat_template is not None:
+        _write_template(folder, plan.chat_template)
+    if plan.text:
+        (folder / "mergekit_config.yml").write_bytes(plan.text.encode())
     (folder / "README.md").write_text(model_card(plan, variant, effect), encoding="utf-8")
 
 
+def _write_template(folder: Path, template: str) -> None:
+    """Write a chat template where transformers looks for it, and into the tokenizer's config, where older ones do."""
+    (folder / "chat_template.jinja").write_bytes(template.encode())
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        config = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
-    """The first model's config, true to what is written: its dtype, its tie, no quantisation that is gone."""
+    """The donor's config, true to what is written: its dtype, its tie, no quantisation that is gone."""
     source = plan.source
-    config = dict(source.config or {})
+    config = dict(plan.config or source.config or {})
     if any(spec.scale for spec in source.tensors.values()):
         config.pop("quantization_config", None)
         config.pop("compression_config", None)
@@ -114,8 +144,6 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
     if plan.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
         config["torch_dtype"] = plan.out_dtype
-    if plan.layers is not None:
-        config = _with_value(config, LAYER_COUNTS, plan.layers)
     if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config

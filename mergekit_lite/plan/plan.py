@@ -71,7 +71,10 @@ class Plan:
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
         out_dtype: the dtype asked for, if one was.
-        layers: how many layers the output has, where that differs from the donor.
+        config: the output's config but for dtype and tie, where layers were moved; None for the donor's.
+        tokenizer: which of the inputs gives the tokenizer, where that is not the donor.
+        chat_template: the output's, as text; None for the tokenizer's own.
+        text: the recipe as it was written, where it was a file.
         notes: what the user should know before it runs.
     """
 
@@ -85,7 +88,10 @@ class Plan:
     rounding: str = "nearest"
     seed: int = 0
     out_dtype: str | None = None
-    layers: int | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer: int | None = None
+    chat_template: str | None = None
+    text: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -133,7 +139,8 @@ class Plan:
         """Identifies one output: plans with equal digests write the same bytes from equal files, wherever those lie."""
         described = [
             __version__,
-            (self.recipes[variant], self.rounding, self.seed, self.layers, self.donor),
+            (self.recipes[variant], self.text, self.rounding, self.seed, self.donor),
+            (self.config, self.tokenizer, self.chat_template),
             [(file.path.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,

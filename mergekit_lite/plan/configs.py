@@ -1,0 +1,127 @@
+"""The output's config: where the models' configs disagree, and what becomes of the donor's where layers were moved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mergekit_lite.checkpoint import Checkpoint
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")  # lists of the layers that are special
+# Settings that pick layers by their number and can't be carried over, with the value that picks none.
+BY_NUMBER: Mapping[str, object] = {
+    "attn_layer_offset": None,
+    "attn_layer_period": None,
+    "decoder_sparse_step": 1,
+    "expert_layer_offset": None,
+    "expert_layer_period": None,
+    "first_k_dense_replace": 0,
+    "full_attention_interval": None,
+    "global_attn_every_n_layers": None,
+    "interleave_moe_layer_step": 1,
+    "max_window_layers": None,
+    "moe_layer_freq": 1,
+    "no_rope_layer_interval": None,
+    "num_kv_shared_layers": 0,
+    "num_nextn_predict_layers": 0,
+    "sliding_window_pattern": None,
+}
+NOT_TEXT = ("vision_config", "audio_config")  # towers have layers of their own
+
+Config = Mapping[str, Any]
+Origin = tuple[int, int]  # which of the inputs a layer is from, and its number there
+
+
+def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
+    """Where the inputs' configs differ from the donor's, which the output takes over."""
+    own = donor.config or {}
+    return [
+        f"{key}: {json.dumps(own[key])} in {donor.reference}, {json.dumps(source.config[key])} in {source.reference}"
+        for source in inputs
+        for key in keys
+        if source.config is not None and key in own and key in source.config and source.config[key] != own[key]
+    ]
+
+
+def relayered(inputs: Sequence[Checkpoint], donor: int, layers: Sequence[Origin]) -> tuple[Config | None, list[str]]:
+    """The donor's config for layers in another order, and what the user should know about it.
+
+    Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are made
+    anew from the configs of the models that the layers come from; nested text configs too.
+
+    Args:
+        inputs: the models.
+        donor: which of them gives the config.
+        layers: where each layer of the output is from.
+    """
+    own = inputs[donor].config
+    if own is None:
+        return None, []
+    notes: list[str] = []
+    configs = [source.config or {} for source in inputs]
+    made = _section(own, configs, donor, layers, notes)
+    return made, [f"config: {note}" for note in notes]
+
+
+def _section(
+    own: Config, configs: Sequence[Config], donor: int, layers: Sequence[Origin], notes: list[str]
+) -> dict[str, Any]:
+    """A config, or a nested one, with what goes by layers; ``configs`` are the same section of each input."""
+    made = dict(own)
+    moved = list(layers) != [(donor, layer) for layer in range(len(layers))]
+    for key, value in own.items():
+        if key in LAYER_COUNTS:
+            made[key] = len(layers)
+        elif isinstance(value, dict) and key.endswith("_config") and key not in NOT_TEXT:
+            nested = [config.get(key) for config in configs]
+            made[key] = _section(value, [n if isinstance(n, dict) else {} for n in nested], donor, layers, notes)
+        elif key in LAYER_NUMBERS and isinstance(value, list) and moved:
+            made[key] = [at for at, (model, layer) in enumerate(layers) if layer in _listed(configs[model], key)]
+        elif _is_by_layer(key, value, own):
+            made[key] = list(_by_layer(key, configs, donor, layers, notes))
+        elif moved and _picks_layers(key, value, own):
+            notes.append(
+                f"{key}: {json.dumps(value)} goes by the layers' numbers, and layers were moved: "
+                "see whether it still says what is meant"
+            )
+    return made
+
+
+def _is_by_layer(key: str, value: object, config: Config) -> bool:
+    """Whether a setting is a list with an entry for each layer."""
+    counts = [config[name] for name in LAYER_COUNTS if name in config]
+    ids = key == "architectures" or key.endswith(("token_id", "token_ids"))
+    return isinstance(value, list) and len(value) in counts and not ids
+
+
+def _by_layer(
+    key: str, configs: Sequence[Config], donor: int, layers: Sequence[Origin], notes: list[str]
+) -> Iterator[object]:
+    """The entry of each layer, from its own model's config; where that has none, the donor's of that number."""
+    lacking: dict[int, int] = {}
+    for model, layer in layers:
+        listed = configs[model].get(key)
+        if isinstance(listed, list) and layer < len(listed):
+            yield listed[layer]
+        else:
+            lacking[model] = lacking.get(model, 0) + 1
+            yield configs[donor][key][min(layer, len(configs[donor][key]) - 1)]
+    if lacking:
+        number = sum(lacking.values())
+        notes.append(f"{key}: the models of {number} moved layers don't list it, the donor's entry is taken for them")
+
+
+def _listed(config: Config, key: str) -> Sequence[object]:
+    listed = config.get(key)
+    return listed if isinstance(listed, list) else ()
+
+
+def _picks_layers(key: str, value: object, config: Config) -> bool:
+    """Whether a setting picks layers by their number, and picks any."""
+    if key not in BY_NUMBER or value is None or isinstance(value, list) or value == BY_NUMBER[key]:
+        return False
+    if key == "sliding_window_pattern" and "layer_types" in config:
+        return False  # the list decides
+    return key != "max_window_layers" or bool(config.get("use_sliding_window"))

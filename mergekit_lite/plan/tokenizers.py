@@ -1,0 +1,129 @@
+"""The output's tokenizer and chat template: whose they are, and whether the models' vocabularies fit each other."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.folder import read_json
+from mergekit_lite.errors import CheckpointError, counted, shortened
+from mergekit_lite.recipe.templates import TEMPLATES
+
+# What a model folder calls the parts of its tokenizer.
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+MORE_TEMPLATES = "additional_chat_templates/"
+
+
+def is_template_file(name: str) -> bool:
+    """Whether a file of a model folder holds a chat template and nothing else."""
+    return name in TEMPLATE_FILES or name.startswith(MORE_TEMPLATES)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model folder is a part of its tokenizer, its chat template included."""
+    return name in TOKENIZER_FILES or is_template_file(name)
+
+
+def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
+    """The template that a recipe asks for: its text.
+
+    Args:
+        asked: ``auto`` (the one that most models have; of several the one listed first), a name, or a template.
+        inputs: the models, as listed.
+
+    Returns:
+        The text; None for ``auto`` where no model has a template.
+    """
+    if asked != "auto":
+        return TEMPLATES.get(asked, asked)
+    found = Counter(template for source in inputs if (template := template_of(source)) is not None)
+    return found.most_common(1)[0][0] if found else None  # most_common keeps the order of equal counts
+
+
+def template_of(source: Checkpoint) -> str | None:
+    """A model's own chat template, found as transformers finds it."""
+    if source.folder is None:
+        return None
+    path = source.folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        found = _json(source.folder / name).get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> tuple[list[str], list[str]]:
+    """How the models' vocabularies differ from that of the output's tokenizer.
+
+    Returns:
+        Models in which some rows stand for other tokens, and models that have tokens more, each as a message.
+    """
+    if not (own := _file(tokenizer)):
+        return [], []
+    content = own.read_bytes()
+    contrary: list[str] = []
+    more: list[str] = []
+    vocabulary: Mapping[int, str] | None = None
+    for source in inputs:
+        path = _file(source)
+        if path is None or path == own or path.read_bytes() == content:
+            continue
+        vocabulary = _vocabulary(own) if vocabulary is None else vocabulary
+        other = _vocabulary(path)
+        wrong = [number for number, token in other.items() if vocabulary.get(number, token) != token]
+        if wrong:
+            example = f"{wrong[0]} is {_quoted(vocabulary[wrong[0]])}, but {_quoted(other[wrong[0]])}"
+            contrary.append(
+                f"{counted(len(wrong), 'token')} differ between the tokenizers: {example} in {source.reference}"
+            )
+        if new := [token for number, token in other.items() if number not in vocabulary]:
+            listed = ", ".join(map(_quoted, new[:3])) + (" …" if len(new) > 3 else "")
+            more.append(
+                f"{source.reference} has {counted(len(new), 'token')} that the output's tokenizer lacks: {listed}"
+            )
+    return contrary, more
+
+
+def _file(source: Checkpoint) -> Path | None:
+    path = source.folder / "tokenizer.json" if source.folder else None
+    return path if path is not None and path.is_file() else None
+
+
+def _vocabulary(path: Path) -> dict[int, str]:
+    """The tokens of a ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
+    content = _json(path)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found: dict[int, str] = {}
+    if isinstance(vocabulary, dict):
+        found = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
+    elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
+        found = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            found[token["id"]] = str(token.get("content"))
+    return found
+
+
+def _json(path: Path) -> dict[str, object]:
+    """A JSON object; empty where there is none: the file travels as it is, this only looks into it."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:
+        return {}
+
+
+def _quoted(token: str) -> str:
+    return json.dumps(shortened(token, 30), ensure_ascii=False)
