@@ -75,7 +75,8 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
     assert files_beside(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == [str(llamas[1]), str(llamas[0])]
+    assert front["tags"] == ["mergekit-lite", "merge"] and "base_model" not in front  # paths mean nothing on the hub
+    assert f"- `{llamas[1]}` (config, tokenizer)\n- `{llamas[0]}`\n" in card
     assert front["license"] == "apache-2.0"
     assert "alpha: 0.5" in card and "merge_method: expo" in card
 

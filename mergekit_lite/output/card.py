@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.errors import counted
 from mergekit_lite.plan import Plan
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -16,27 +17,31 @@ KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "
 
 def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
     """The README.md of one output, with the front matter the hub reads."""
-    first, others = plan.source, [source for source in plan.inputs if source is not plan.source]
-    front = {key: value for key, value in _front_matter(first).items() if key in KEPT}
-    front |= {"base_model": [source.reference for source in (first, *others)], "tags": ["merge", "mergekit_lite"]}
+    sources = [plan.source, *(source for source in plan.inputs if source is not plan.source)]
+    front = {key: value for key, value in _front_matter(plan.source).items() if key in KEPT}
+    if on_hub := [repository for source in sources if (repository := _repository(source))]:
+        front["base_model"] = on_hub
+    front["tags"] = ["mergekit-lite", "merge"]
     front.setdefault("library_name", "transformers")
-    name = plan.outputs[variant].name
-    method = plan.recipes[variant]["merge_method"]
+    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[variant]), sort_keys=False, allow_unicode=True)
+    fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {name}",
+        f"# {plan.outputs[variant].name}",
         "",
-        f"Made from `{first.reference}` and {', '.join(f'`{other.reference}`' for other in others)}",
-        f"by arithmetic on their weights (method `{method}` of mergekit_lite), without training.",
+        f"Made from other models by arithmetic on their weights (method `{plan.recipes[variant]['merge_method']}` of "
+        "mergekit_lite), without training:",
         "",
-        "```yaml",
-        yaml.safe_dump(dict(plan.recipes[variant]), sort_keys=False, allow_unicode=True).strip(),
-        "```",
+        *(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
         "",
-        f"{effect['merged']:,} tensors were merged and {effect['copied']:,} copied from `{first.reference}`.",
+        f"{fence}yaml",
+        recipe.strip(),
+        fence,
+        "",
+        f"Merged: {counted(effect['merged'], 'tensor')}. Copied: {effect['copied']:,}. "
         "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]
     if effect["effective"] is not None:
@@ -46,6 +51,25 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
             f"Effective alpha after rounding: {effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _repository(source: Checkpoint) -> str | None:
+    """The hub repository that a model was fetched from: a path is no use to whoever reads the card."""
+    return source.reference.partition("@")[0] if source.revision else None
+
+
+def _linked(source: Checkpoint) -> str:
+    repository = _repository(source)
+    return f"[{source.reference}](https://huggingface.co/{repository})" if repository else f"`{source.reference}`"
+
+
+def _gives(plan: Plan, source: Checkpoint) -> str:
+    """What a model gives beside weights."""
+    if plan.tokenizer is not None and source is plan.inputs[plan.tokenizer]:
+        return " (tokenizer)"
+    if source is plan.source:
+        return " (config)" if plan.tokenizer is not None else " (config, tokenizer)"
+    return ""
 
 
 def _front_matter(source: Checkpoint) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing
 from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.plan.configs import Origin, disagreements, relayered
@@ -134,6 +135,8 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
     differing = disagreements(SHOULD_AGREE, inputs, inputs[donor])
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
+    if path.suffix in WEIGHT_SUFFIXES and (template is not None or recipe.tokenizer is not None):
+        notes.append("a single file has no tokenizer beside it: chat_template and tokenizer_source do nothing")
     return Plan(
         recipes=({"merge_method": recipe.merge_method, "text": text},),
         inputs=inputs,

@@ -195,3 +195,28 @@ def test_default_and_choice(default: str) -> None:
     line = "" if default == "mergekit" else f"parameters: {{variant: {default}}}\n"
     _, _, numbers = resolved(f"merge_method: sce\nbase_model: base\nmodels: [{{model: a}}]\n{line}")
     assert numbers["lm_head.weight"].shared == {"select_topk": 1.0, "variant": default}
+
+
+def test_numbers_that_are_shared_are_those_of_each_tensor_alone() -> None:
+    """Tensors alike in all filters are looked up once; one tensor at a time, where nothing is shared, it is the same."""
+    recipe = parse(
+        dedent("""\
+        merge_method: ties
+        base_model: base
+        slices:
+          - sources:
+              - model: a
+                layer_range: [0, 5]
+                parameters: {weight: [{filter: "layers.3.", value: 7}, {value: [0, 1]}]}
+              - {model: b, layer_range: [0, 5], parameters: {weight: {value: 1, layers: [2, 4]}}}
+          - sources: [{model: b, layer_range: [2, 5], parameters: {density: [0.5, 1]}}]
+        parameters: {weight: 3, normalize: [true, false], lambda: [{filter: norm, value: [1, 2]}, {value: 4}]}
+        overrides: [{filter: up_proj, layers: [6, 8], merge_method: sce}]
+        exclude: ["regex:^lm"]
+        """),
+        METHODS,
+    )
+    made = outputs(recipe.slices, {model: llama(LAYERS) for model in recipe.models}).tensors
+    alone = [resolve(recipe, [output], METHODS).numbers[0] for output in made]
+    assert list(resolve(recipe, made, METHODS).numbers) == alone
+    assert len({str(numbers) for numbers in alone}) > 10
