@@ -19,7 +19,7 @@ from mergekit_lite.plan.jobs import Jobs, WrongNumbersError, check_arguments
 from mergekit_lite.plan.matching import MismatchError, arranged
 from mergekit_lite.plan.plan import Job, Plan
 from mergekit_lite.plan.tokenizers import chat_template, foreign_vocabularies
-from mergekit_lite.recipe import MergeRecipe, MethodParameters, Output, Parameter, resolve
+from mergekit_lite.recipe import MergeRecipe, MethodParameters, Numbers, Output, Parameter, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.document import Value
 from mergekit_lite.recipe.schema import NO_EFFECT
@@ -100,19 +100,8 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
     making = Jobs(recipe, inputs, takes, parts)
     tensors = [making.with_ties(tensor) for tensor in found.tensors]
     resolved = resolve(recipe, tensors, takes)
-    problems = [*found.problems, *resolved.problems]
-    jobs: list[Job] = []
-    refused: dict[str, list[str]] = {}  # what a method says: the tensors
-    for tensor, numbers in zip(tensors, resolved.numbers, strict=True):
-        try:
-            jobs.append(making.job(tensor, numbers))
-        except MismatchError as mismatch:
-            problems.append(str(mismatch))
-        except WrongNumbersError as wrong:
-            refused.setdefault(str(wrong), []).append(tensor.spot.name)
-    for reason, names in refused.items():
-        more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
-        problems.append(f"{names[0]}{more}: {reason}")
+    jobs, misfits = _jobs(making, tensors, resolved.numbers)
+    problems = [*found.problems, *resolved.problems, *misfits]
     donor = recipe.models.index(_donor(recipe))
     problems += disagreements(MUST_AGREE, inputs, inputs[donor])
     tokenizer = _tokenizer(recipe, donor)
@@ -170,6 +159,24 @@ def _opened(references: Sequence[str]) -> tuple[Checkpoint, ...]:
     if wrong:
         raise wrong[0]
     return tuple(opened)
+
+
+def _jobs(making: Jobs, tensors: Sequence[Output], numbers: Sequence[Numbers | None]) -> tuple[list[Job], list[str]]:
+    """The jobs of all tensors, and what is wrong; what a method says of many tensors is told once."""
+    jobs: list[Job] = []
+    problems: list[str] = []
+    refused: dict[str, list[str]] = {}
+    for tensor, made_with in zip(tensors, numbers, strict=True):
+        try:
+            jobs.append(making.job(tensor, made_with))
+        except MismatchError as mismatch:
+            problems.append(str(mismatch))
+        except WrongNumbersError as wrong:
+            refused.setdefault(str(wrong), []).append(tensor.spot.name)
+    for reason, names in refused.items():
+        more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
+        problems.append(f"{names[0]}{more}: {reason}")
+    return jobs, problems
 
 
 def _donor(recipe: MergeRecipe) -> str:

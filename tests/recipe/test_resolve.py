@@ -198,7 +198,7 @@ def test_default_and_choice(default: str) -> None:
 
 
 def test_numbers_that_are_shared_are_those_of_each_tensor_alone() -> None:
-    """Tensors alike in all filters are looked up once; one tensor at a time, where nothing is shared, it is the same."""
+    """Tensors alike in all filters are looked up once; one at a time, where nothing is shared, it is the same."""
     recipe = parse(
         dedent("""\
         merge_method: ties
