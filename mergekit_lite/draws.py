@@ -7,12 +7,17 @@ Wellons' "lowbias32" search), with half of a 64-bit key entering before each mul
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import xxhash
 
 if TYPE_CHECKING:
     import torch
+
+
+WORDS = 1 << 32  # indices that one key's draws are counted up to before the next one enters it
 
 
 def stream_key(seed: int, tensor: str, stream: int = 0) -> int:
@@ -33,15 +38,39 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
     import torch
 
     key ^= xxhash.xxh3_64_intdigest((start >> 32).to_bytes(8, "little")) if start >> 32 else 0
-    x = torch.arange(count, dtype=torch.int32, device=device)
-    x += _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
-    x ^= (x >> 16) & 0xFFFF
-    x *= _signed(0x7FEB352D)
-    x ^= _signed(key >> 32)
-    x ^= (x >> 15) & 0x1FFFF
-    x *= _signed(0x846CA68B)
-    x ^= (x >> 16) & 0xFFFF
+    x = _indices(count, str(device)) + _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
+    shifted = torch.empty_like(x)
+
+    def fold(by: int) -> None:
+        torch.bitwise_right_shift(x, by, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - by)) - 1))
+
+    fold(16)
+    x.mul_(_signed(0x7FEB352D))
+    x.bitwise_xor_(_signed(key >> 32))
+    fold(15)
+    x.mul_(_signed(0x846CA68B))
+    fold(16)
     return x
+
+
+def halves(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """16 random bits for each of the elements ``start … start + count``, at half the cost: two share a draw.
+
+    Args:
+        key: from ``stream_key``.
+        start: index of the first element, any at all.
+
+    Returns:
+        int16 tensor of shape (count,).
+    """
+    import torch
+
+    first, stop = start // 2, -(-(start + count) // 2)
+    edges = [first, *range((first // WORDS + 1) * WORDS, stop, WORDS), stop]
+    drawn = [bits(key, begin, end - begin, device) for begin, end in pairwise(edges)]
+    words = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+    return words.view(torch.int16)[start - 2 * first :][:count]
 
 
 def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -49,6 +78,15 @@ def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu"
     import torch
 
     return (bits(key, start, count, device) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+@lru_cache(maxsize=8)
+def _indices(count: int, device: str) -> torch.Tensor:
+    """0 … count: kept, as making it takes a fifth of a draw's time and blocks are nearly all of one length."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _signed(word: int) -> int:

@@ -8,6 +8,7 @@ is on its way, another's is computed and a third is read or written.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,6 +38,15 @@ class Lane:
         chunk = _view(self._inputs[index], spec.dtype, count)
         reader.read(spec, start, chunk)
         return chunk
+
+    def gather(self, reader: Reader, index: int, spec: TensorSpec, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Read some pieces, each (start, count), of the ``index``-th input, side by side; otherwise as ``read``."""
+        picked = _view(self._inputs[index], spec.dtype, sum(count for _, count in pieces))
+        place = 0
+        for start, count in pieces:
+            reader.read(spec, start, picked[place : place + count])
+            place += count
+        return picked
 
     def output(self, dtype: str, count: int) -> torch.Tensor:
         """Room for a chunk of the output: 1-D host tensor, valid until the next call."""

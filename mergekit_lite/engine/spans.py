@@ -20,7 +20,6 @@ from mergekit_lite.plan import Job, Plan
 SPAN = 1 << 23
 CHUNK = 1 << 20
 BLOCK = 1 << 17
-STATISTICS_BLOCK = 1 << 17  # fixed: the last bits of float64 sums depend on it
 GRAIN = 1 << 15
 OBSERVED_WHOLE = 1 << 26  # elements; observing up to so many takes less than a tenth of the process's time
 SAMPLED = 64  # in larger models every sixty-fourth grain of a tensor is observed, the first one always

@@ -10,23 +10,23 @@ import torch
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.lane import Lane
-from mergekit_lite.engine.spans import CHUNK, STATISTICS_BLOCK, cut
+from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
-from mergekit_lite.methods.passes import Block, Passes, Subject, Sums
+from mergekit_lite.methods.passes import SAMPLE_PIECE, STATISTICS_BLOCK, Block, Passes, Subject, Sums, sample
 from mergekit_lite.plan import Job, Plan
 
 
 class Way:
     """One merged job of one variant on its way through its method."""
 
-    def __init__(self, job: Job, variant: int, seed: int, offset: int) -> None:
+    def __init__(self, job: Job, variant: int, seed: int, offset: int, extent: int) -> None:
         """Go as far as the method's first request."""
         self.job = job
         self.method: Method = method_named(job.method)
         models = len(job.inputs) - job.has_base
         self.arguments = self.method.resolve(job.parameters[variant], models, job.has_base)
         self.row = self.method.row_length(job.shape, self.arguments)
-        subject = Subject(job.name, job.shape, models, job.has_base, seed, offset)
+        subject = Subject(job.name, job.shape, models, job.has_base, seed, offset, extent)
         self.passes: Passes = self.method.start(subject, self.arguments)
         self.lock = threading.Lock()
         dtypes_in = [dtypes.torch_dtype(spec.dtype) for spec in job.inputs]
@@ -57,6 +57,8 @@ class Way:
         """One pass over the tensor for the requested sums; None where none of its elements contributes."""
         request = self.passes.request
         assert isinstance(request, Sums)
+        if request.sampled:
+            return self._of_sample(request, lane, reader)
         begin, end = request.within or (0, self.job.numel)
         step = max(1, STATISTICS_BLOCK // max(1, self.row)) * max(1, self.row)
         total: torch.Tensor | None = None
@@ -68,6 +70,18 @@ class Way:
                 part = request.of(block, start + first)
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = part.clone() if total is None else total.add_(part)
+        return total
+
+    def _of_sample(self, request: Sums, lane: Lane, reader: Reader) -> torch.Tensor | None:
+        """The requested sums over the tensor's sample, as many pieces at once as the buffers hold."""
+        total: torch.Tensor | None = None
+        pieces = list(sample(self.job.numel))
+        at_once = STATISTICS_BLOCK // SAMPLE_PIECE
+        for first in range(0, len(pieces), at_once):
+            here = pieces[first : first + at_once]
+            inputs = [lane.gather(reader, n, spec, here) for n, spec in enumerate(self.job.inputs)]
+            part = request.of(self._block([lane.fetch(picked) for picked in inputs]), 0)
+            total = part.clone() if total is None else total.add_(part)
         return total
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
@@ -88,11 +102,11 @@ class Way:
 def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
     """The ways of all merged jobs, by (job, variant)."""
     found: dict[tuple[int, int], Way] = {}
-    offset = 0
+    offset, extent = 0, sum(job.numel for job in plan.jobs)
     for index, job in enumerate(plan.jobs):
         if job.merged:
             for variant in variants:
-                found[index, variant] = Way(job, variant, plan.seed, offset)
+                found[index, variant] = Way(job, variant, plan.seed, offset, extent)
         offset += job.numel
     return found
 

@@ -51,7 +51,7 @@ def arcee_fusion(subject: Subject) -> Steps:
     def counts(_: int, elements: int, __: int) -> list[int]:
         return [elements - int(quarter * (elements - 1)) for quarter in (0.25, 0.5, 0.75)]
 
-    [quartiles] = yield from largest(lambda block, start: [scores(block, start)], counts)
+    [quartiles] = yield from largest(subject, lambda block, start: [scores(block, start)], counts, sampled=False)
     first, median, third = (cut.threshold for cut in quartiles)
     outstanding = median + 1.5 * (third - first)
 

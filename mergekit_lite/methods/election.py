@@ -20,8 +20,8 @@ def elect(votes: Block) -> torch.Tensor:
     Returns:
         The elected signs, +1 or −1, in the same shape and dtype.
     """
-    total = votes[0].clone()
-    for vote in votes[1:]:
+    total = votes[0] + votes[1] if len(votes) > 1 else votes[0].clone()
+    for vote in votes[2:]:
         total.add_(vote)
     signs = total.ge_(0).mul_(2).sub_(1)
     for vote in votes:
@@ -30,14 +30,18 @@ def elect(votes: Block) -> torch.Tensor:
 
 
 def support(sizes: Block, weights: tuple[float, ...]) -> torch.Tensor:
-    """Per element the sum of the weights of those that agree, 1 where it is zero.
+    """Per element the sum of the weights of those that agree; never zero, so that it can divide.
+
+    Where no weight is below zero, a sum of zero divides nothing but zeros, and becomes the smallest number; else 1.
 
     Args:
         sizes: what ``elect`` made of the votes.
         weights: one for each.
     """
-    total = torch.zeros_like(sizes[0])
+    total = torch.gt(sizes[0], 0, out=torch.empty_like(sizes[0])).mul_(weights[0])
     mask = torch.empty_like(total)
-    for size, weight in zip(sizes, weights, strict=True):
+    for size, weight in zip(sizes[1:], weights[1:], strict=True):
         total.add_(torch.gt(size, 0, out=mask), alpha=weight)
+    if min(weights) >= 0:
+        return total.clamp_(min=torch.finfo(total.dtype).tiny)
     return total.add_(torch.eq(total, 0, out=mask))

@@ -10,11 +10,10 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import Block, Passes, Subject, Sums
+from mergekit_lite.methods.passes import STATISTICS_BLOCK, Block, Passes, Subject, Sums, sample
 from mergekit_lite.methods.registry import method_named
 
 BLOCK = 1 << 17
-GRAIN = 1 << 18  # statistics are always summed over this many elements at once, so that their last bits are fixed
 
 
 def merge_tensors(
@@ -67,12 +66,12 @@ def merge_states(
     arguments = method.resolve(parameters, len(models), base is not None)
     states = [*([] if base is None else [base]), *models]
     merges: list[_Merge] = []
-    offset = 0
+    offset, extent = 0, sum(tensor.numel() for tensor in states[0].values())
     for tensor in states[0]:
         if any(tensor not in state for state in states):
             raise UsageError(f"Tensor {tensor!r} is not in every model.")
         inputs = [state[tensor].detach() for state in states]
-        subject = Subject(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset)
+        subject = Subject(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset, extent)
         _fit_together(subject, inputs)
         row = method.row_length(subject.shape, arguments)
         merges.append(_Merge(subject, inputs, row, dtype, method.start(subject, arguments)))
@@ -109,7 +108,11 @@ class _Merge:
         assert isinstance(request, Sums)
         begin, end = request.within or (0, self.subject.numel)
         total: torch.Tensor | None = None
-        for start, blocks in self._blocks(GRAIN, begin, min(end, self.subject.numel)):
+        if request.sampled:
+            pieces = [torch.arange(start, start + count) for start, count in sample(self.subject.numel)]
+            picked = torch.cat(pieces).to(self.flat[0].device)
+            return request.of([tensor[picked].to(self.working) for tensor in self.flat], 0)
+        for start, blocks in self._blocks(STATISTICS_BLOCK, begin, min(end, self.subject.numel)):
             part = request.of(blocks, start)
             total = part if total is None else total + part
         return total

@@ -10,10 +10,13 @@ the tensor alone; tensors of one group ask for the same number of them, as each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
+
+STATISTICS_BLOCK = 1 << 17  # elements summed at once: fixed, as the last bits of float64 sums depend on it
+SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so many elements, the first one always
 
 Block = list[torch.Tensor]  # the inputs of one block, the base's first where there is one; all of one shape and dtype
 Combine = Callable[[Block, int], torch.Tensor]  # (block, index of its first element) to the merged block
@@ -30,6 +33,7 @@ class Subject:
         has_base: whether a block begins with the base.
         seed: of everything random.
         offset: elements in the tensors before this one, in the order of the plan: an element's place in the model.
+        extent: elements in all tensors of the plan.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Subject:
     has_base: bool
     seed: int = 0
     offset: int = 0
+    extent: int = 0
 
     @property
     def numel(self) -> int:
@@ -60,11 +65,13 @@ class Sums:
         group: None for the sum over this tensor; else the sum over all tensors that ask for the same group.
         within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
             visited.
+        sampled: only a sample of the elements contributes, whose blocks begin at no index in particular.
     """
 
     of: Callable[[Block, int], torch.Tensor]
     group: str | None = None
     within: tuple[int, int] | None = None
+    sampled: bool = False
 
 
 Steps = Generator[Sums, torch.Tensor, Combine]
@@ -111,6 +118,12 @@ class Passes:
             self.request = self._steps.send(total)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as finished:
             self.request, self.combine = None, finished.value
+
+
+def sample(elements: int) -> Iterator[tuple[int, int]]:
+    """The (start, count) of each piece of a tensor's sample."""
+    for start in range(0, elements, SAMPLE_PIECE * SAMPLE_EVERY):
+        yield start, min(SAMPLE_PIECE, elements - start)
 
 
 def deltas(block: Block) -> Block:

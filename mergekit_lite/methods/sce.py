@@ -60,7 +60,7 @@ def sce(
     cut = None
     if select_topk < 1:
         [[cut]] = yield from largest(
-            lambda block, _: [_variance(block[1:])], lambda _, elements, vary: [int(select_topk * vary)]
+            subject, lambda block, _: [_variance(block[1:])], lambda _, elements, vary: [int(select_topk * vary)]
         )
 
     def selected(block: Block, start: int, cut: Cut | None = cut) -> Block:

@@ -12,13 +12,13 @@ of 1 keeps everything, 0 nothing.
   ones share their mean rank: the rank is then a matter of counting, and the mean of the row stays exact.
 
 Where the k largest are kept, magnitudes are compared as float32; of equal ones the lowest index is the largest. Draws
-depend on the seed, the tensor's name, the model and the element alone.
+depend on the seed, the tensor's name, the model and the element alone; they have 16 bits, so probabilities are met to
+the nearest of 65,536 steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -26,14 +26,13 @@ import torch
 from mergekit_lite import draws
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
-from mergekit_lite.methods.statistics import largest
+from mergekit_lite.methods.statistics import largest, length
 
 Sparse = Callable[[Block, int], Block]  # (block, index of its first element) to the sparse deltas, new tensors
 Sparsifier = Generator[Sums, torch.Tensor, Sparse]
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
 
-WORDS = 1 << 32  # of a draw; and one key's draws are counted up to here
 T = TypeVar("T", float, torch.Tensor)
 LEVELS = 1025  # of magnitude, by which DELLA ranks
 FIRST_STREAM = 1  # stream 0 of a tensor's draws is stochastic rounding's
@@ -74,20 +73,19 @@ def _by_size(
         return lambda block, _: deltas(block)
     origin = subject.offset if trim == "global" else 0
     cuts = yield from largest(
+        subject,
         lambda block, _: [(block[model + 1] - block[0]).abs_().float() for model in trimmed],
         lambda number, elements, other: counts(trimmed[number], elements, other),
-        origin,
         group if trim == "global" else None,
     )
 
     def sparse(block: Block, start: int) -> Block:
         made = deltas(block)
         for model, (cut, *without) in zip(trimmed, cuts, strict=True):
-            size = made[model].abs().float()
-            mask = cut.mask(size, origin + start)
+            kept = cut.largest(made[model], origin + start)
             for outliers in without:
-                mask.sub_(outliers.mask(size, origin + start))
-            made[model].mul_(mask)
+                kept.sub_(outliers.largest(made[model], origin + start))
+            made[model] = kept
         return made
 
     return sparse
@@ -155,7 +153,7 @@ def rescaled(sparse: Sparse, density: tuple[float, ...], rescale: Rescale) -> Sp
 
         def lengths(block: Block, start: int) -> torch.Tensor:
             pairs = zip(deltas(block), sparse(block, start), strict=True)
-            return torch.stack([x.abs_().sum(dtype=torch.float64) for pair in pairs for x in pair]).view(-1, 2)
+            return torch.stack([length(delta) for pair in pairs for delta in pair]).view(-1, 2)
 
         totals = (yield Sums(lengths)).tolist()
         factors = [whole / kept if kept > 0 else 1.0 for whole, kept in totals]
@@ -171,16 +169,13 @@ def _check_shares(**given: tuple[float, ...]) -> None:
 
 
 def _draws(key: int, start: int, like: torch.Tensor) -> torch.Tensor:
-    """A draw for each element of a block, uniform over the 32-bit integers, as float32 of the block's shape."""
-    stop = start + like.numel()
-    edges = [start, *range((start // WORDS + 1) * WORDS, stop, WORDS), stop]
-    parts = [draws.bits(key, a, b - a, like.device).float() for a, b in pairwise(edges)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
+    """A draw for each element of a block, uniform over the 16-bit integers, of the block's shape and dtype."""
+    return draws.halves(key, start, like.numel(), like.device).to(like.dtype).view(like.shape)
 
 
 def _limit(probability: T) -> T:
-    """What a draw is below with this probability."""
-    return (probability - 0.5) * float(WORDS)
+    """What a draw is below with this probability, to the nearest of 65,536 steps."""
+    return (probability - 0.5) * 65536 - 0.5
 
 
 def _levels(delta: torch.Tensor) -> torch.Tensor:

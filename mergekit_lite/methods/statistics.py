@@ -3,8 +3,12 @@
 The bit pattern of a non-negative float32, read as an integer, orders like the value. So one pass counts the upper 16
 bits, which tells the bin of the k-th largest, and a second one the lower 16 bits within that bin: the threshold is
 exact, for any number of elements, with a fixed amount of memory. Where only some of the elements equal to the threshold
-are among the k, those with the lowest index are. A third pass counts them in buckets of indices; the ones after it
+are among the k, those with the lowest index are: they are counted in buckets of indices, and the passes after that
 visit nothing but the bucket that holds the last of them.
+
+Counting bits costs ten times as much as comparing. Weights of 16 bits differ by few different amounts, so the threshold
+of a small sample is nearly always that of the whole: one pass of comparisons proves it. Where it does not, the bits are
+counted after all. The sample decides how long it takes, never what is found.
 """
 
 from __future__ import annotations
@@ -15,16 +19,19 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import hardshrink
 
-from mergekit_lite.methods.passes import Block, Sums
+from mergekit_lite.methods.passes import Block, Subject, Sums
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
 LOWER = 1 << 16
 BUCKETS = 1 << 12
 ALL = sys.maxsize  # an index beyond every element
+RUN = 128
+WORTH_SAMPLING = 1 << 20  # elements
 
 Quantities = Callable[[Block, int], Sequence[torch.Tensor]]  # (block, index of its first element)
+Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
 
 
 def gram(vectors: Callable[[Block], Block]) -> Generator[Sums, torch.Tensor, torch.Tensor]:
@@ -47,6 +54,17 @@ def gram(vectors: Callable[[Block], Block]) -> Generator[Sums, torch.Tensor, tor
     return products
 
 
+def length(values: torch.Tensor) -> torch.Tensor:
+    """The sum of magnitudes (L1 length): float64 scalar.
+
+    Many float32 magnitudes are summed in it by runs of 128, and beyond in float64: that costs a third of float64
+    throughout, and what it leaves out is a few billionths of the sum.
+    """
+    sizes = values.flatten().abs()
+    runs = sizes.numel() // RUN * RUN if sizes.dtype == torch.float32 and sizes.numel() >= RUN**2 else 0
+    return sizes[:runs].view(-1, RUN).sum(1).double().sum() + sizes[runs:].double().sum()
+
+
 @dataclass(frozen=True)
 class Cut:
     """The k largest: those above ``threshold``, and of those equal to it the ones whose index is below ``end``."""
@@ -62,7 +80,7 @@ class Cut:
             start: the index of its first element.
         """
         mask = torch.empty_like(quantity)  # comparing into floats: bool tensors cost four times as much
-        equal = min(max(self.end - start, 0), quantity.numel())
+        equal = self._equal(quantity, start)
         if equal == quantity.numel():
             return torch.ge(quantity, self.threshold, out=mask)
         torch.gt(quantity, self.threshold, out=mask)
@@ -70,57 +88,77 @@ class Cut:
             torch.ge(quantity.view(-1)[:equal], self.threshold, out=mask.view(-1)[:equal])
         return mask
 
+    def largest(self, delta: torch.Tensor, start: int) -> torch.Tensor:
+        """The block with all but its elements of the k largest magnitudes zeroed, where magnitudes are the quantity.
+
+        Args:
+            delta: one block of what the magnitudes are of, float32 or float64.
+            start: the index of its first element.
+        """
+        if delta.dtype != torch.float32:  # magnitudes are compared as float32
+            return delta * self.mask(delta.abs().float(), start)
+        equal = self._equal(delta, start)
+        if equal == delta.numel():
+            return hardshrink(delta, _below(self.threshold))
+        above = hardshrink(delta, self.threshold)
+        if equal:
+            above.view(-1)[:equal] = hardshrink(delta.view(-1)[:equal], _below(self.threshold))
+        return above
+
+    def _equal(self, block: torch.Tensor, start: int) -> int:
+        """How many of the block's elements, from the first one on, are kept when equal to the threshold."""
+        return min(max(self.end - start, 0), block.numel())
+
 
 def largest(
+    subject: Subject,
     quantities: Quantities,
-    counts: Callable[[int, int, int], Sequence[int]],
-    origin: int = 0,
+    counts: Counts,
     group: str | None = None,
+    sampled: bool = True,
 ) -> Generator[Sums, torch.Tensor, list[list[Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
     Args:
+        subject: the tensor.
         quantities: (block, index of its first element) to non-negative float32 tensors of its shape.
         counts: (number of the quantity, its elements, those that aren't zero) to the values of k.
-        origin: the place of the tensor's first element, from which indices count.
-        group: count over all tensors of this group instead of the tensor alone.
+        group: count over all tensors of this group instead of the tensor alone; indices are then the model's.
+        sampled: whether the quantities can be had of elements picked from anywhere, so that a sample may be tried.
 
     Returns:
         For each quantity a cut for each k.
     """
-    upper = (yield Sums(lambda block, start: torch.stack([_upper(q) for q in quantities(block, start)]), group)).cpu()
-    elements = int(upper[0].sum())
-    ks = [counts(number, elements, int(row[1:].sum())) for number, row in enumerate(upper)]
-    searches = [_Search(number, k) for number, row in enumerate(ks) for k in row]
-    active = [search for search in searches if search.wanted > 0]
-    for search in active:
-        search.descend(upper[search.number], first=0)
-
-    # within the bin; zeros have theirs for themselves
-    if inner := [search for search in active if search.bits > 0]:
-        for search in inner:
-            search.bits = ((search.bits - 1) << 16) + 1
-
-        def within_bins(block: Block, start: int) -> torch.Tensor:
-            made = quantities(block, start)
-            return torch.stack([_lower(made[search.number], search.bits) for search in inner])
-
-        for search, row in zip(inner, (yield Sums(within_bins, group)).cpu(), strict=True):
-            search.descend(row, first=search.bits)
+    origin, extent = (subject.offset, subject.extent) if group is not None else (0, subject.numel)
+    place = _Place(quantities, group, origin)
+    found: list[list[_Search]] | None = None
+    if sampled and (group is not None or subject.numel >= WORTH_SAMPLING):
+        guesses = yield from _by_bits(place, counts, sampled=True)
+        found = yield from _proven(place, counts, guesses, extent)
+    if found is None:
+        found = yield from _by_bits(place, counts)
 
     # ties that have to be split: first for all at once, then each within its bucket
-    tied = [search for search in active if search.wanted < search.equal]
-    if tied:
-        for search in tied:
-            search.width = elements
-        yield from _narrow(tied, quantities, origin, group)
-        for search in tied:
-            while search.width > 1:
-                yield from _narrow([search], quantities, origin, group)
-            search.end = search.begin + 1
+    tied = [search for row in found for search in row if search.is_tied]
+    wide = [search for search in tied if search.width == 0]
+    if wide:
+        for search in wide:
+            search.width = extent
+        yield from _narrow(wide, place)
+    for search in tied:
+        while search.width > 1:
+            yield from _narrow([search], place)
+        search.end = search.begin + 1
+    return [[Cut(search.threshold, search.end) for search in row] for row in found]
 
-    cuts = iter([Cut(search.threshold, search.end) for search in searches])
-    return [[next(cuts) for _ in row] for row in ks]
+
+@dataclass(frozen=True)
+class _Place:
+    """What is counted: the quantities of a tensor or of a group, and the place of the tensor's first element."""
+
+    quantities: Quantities
+    group: str | None
+    origin: int
 
 
 @dataclass
@@ -128,7 +166,7 @@ class _Search:
     """The search for one cut: the ``wanted`` largest of what is left.
 
     ``bits`` is what is known of the threshold's bit pattern, ``equal`` the number of elements that share it, and
-    ``begin``, ``width`` the range of indices in which the last wanted one of them lies.
+    ``begin``, ``width`` the range of indices in which the last wanted one of them lies; a width of 0 is all.
     """
 
     number: int  # of the quantity
@@ -144,6 +182,10 @@ class _Search:
         if self.bits < 0:
             return math.inf  # k = 0: nothing is above it, and no finite number equals it
         return torch.tensor(self.bits, dtype=torch.int32).view(torch.float32).item()
+
+    @property
+    def is_tied(self) -> bool:
+        return 0 < self.wanted < self.equal
 
     def descend(self, histogram: torch.Tensor, first: int) -> None:
         """Take the bin of the k-th largest, of those whose counts are given from the bits ``first`` on."""
@@ -164,33 +206,110 @@ class _Search:
         self.width = step
 
 
-def _narrow(
-    searches: list[_Search], quantities: Quantities, origin: int, group: str | None
-) -> Generator[Sums, torch.Tensor, None]:
+def _by_bits(
+    place: _Place, counts: Counts, sampled: bool = False
+) -> Generator[Sums, torch.Tensor, list[list[_Search]]]:
+    """Find the thresholds by counting bit patterns: for each quantity a search for each k."""
+
+    def upper_bits(block: Block, start: int) -> torch.Tensor:
+        return torch.stack([_upper(quantity) for quantity in place.quantities(block, start)])
+
+    upper = (yield Sums(upper_bits, place.group, sampled=sampled)).cpu()
+    elements = int(upper[0].sum())
+    found = [
+        [_Search(number, k) for k in counts(number, elements, int(row[1:].sum()))] for number, row in enumerate(upper)
+    ]
+    active = [search for row in found for search in row if search.wanted > 0]
+    for search in active:
+        search.descend(upper[search.number], first=0)
+
+    # within the bin; zeros have theirs for themselves
+    if inner := [search for search in active if search.bits > 0]:
+        for search in inner:
+            search.bits = ((search.bits - 1) << 16) + 1
+
+        def within_bins(block: Block, start: int) -> torch.Tensor:
+            made = place.quantities(block, start)
+            return torch.stack([_lower(made[search.number], search.bits) for search in inner])
+
+        for search, row in zip(inner, (yield Sums(within_bins, place.group, sampled=sampled)).cpu(), strict=True):
+            search.descend(row, first=search.bits)
+    return found
+
+
+def _proven(
+    place: _Place, counts: Counts, guesses: list[list[_Search]], extent: int
+) -> Generator[Sums, torch.Tensor, list[list[_Search]] | None]:
+    """Count what is above and what equals the thresholds of a sample; None where one of them isn't the whole's."""
+    step = -(-extent // BUCKETS)
+
+    def compared(block: Block, start: int) -> torch.Tensor:
+        made = place.quantities(block, start)
+        mask = torch.empty_like(made[0])
+        total = torch.zeros(len(guesses), 2 + most * (1 + BUCKETS), dtype=torch.int64, device=mask.device)
+        for row, quantity, searches in zip(total, made, guesses, strict=True):
+            row[0] = quantity.numel()
+            row[1] = torch.gt(quantity, 0, out=mask).sum()  # whole numbers up to 2²⁴ are exact in float32
+            for search, counted in zip(searches, row[2:].view(most, 1 + BUCKETS), strict=False):
+                counted[0] = torch.gt(quantity, search.threshold, out=mask).sum()
+                torch.eq(quantity, search.threshold, out=mask)
+                _add_to_buckets(counted[1:], mask.view(-1), place.origin + start, step)
+        return total
+
+    most = max(len(searches) for searches in guesses)
+    totals = (yield Sums(compared, place.group)).cpu()
+    found: list[list[_Search]] = []
+    for number, (searches, row) in enumerate(zip(guesses, totals, strict=True)):
+        of_guess = row[2:].view(most, 1 + BUCKETS)
+        found.append([])
+        for k, guess, counted in zip(counts(number, int(row[0]), int(row[1])), searches, of_guess, strict=False):
+            above, equal = int(counted[0]), int(counted[1:].sum())
+            search = _Search(number, k - above if k > 0 else 0, guess.bits if k > 0 else -1, equal)
+            if k > 0 and not 0 < search.wanted <= equal:
+                return None
+            if search.is_tied:
+                search.ascend(counted[1:], step)
+            found[-1].append(search)
+    return found
+
+
+def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, torch.Tensor, None]:
     """Narrow the ranges of indices, which must be the same in all the searches, to one bucket each."""
     begin, width = searches[0].begin, searches[0].width
     step = -(-width // BUCKETS)
 
     def in_buckets(block: Block, start: int) -> torch.Tensor:
-        made = quantities(block, start)
+        made = place.quantities(block, start)
         counts = torch.zeros(len(searches), BUCKETS, dtype=torch.int64, device=block[0].device)
-        first = max(begin, origin + start)
-        stop = min(begin + width, origin + start + made[0].numel())
-        if first >= stop:
-            return counts
-        lead = (first - begin) % step
-        tail = -(stop - begin) % step
-        bucket = (first - begin) // step
+        first = place.origin + start
+        wanted = slice(max(begin - first, 0), max(begin + width - first, 0))
         for row, search in zip(counts, searches, strict=True):
-            part = made[search.number].flatten()[first - origin - start : stop - origin - start]
+            part = made[search.number].flatten()[wanted]
             equal = torch.eq(part, search.threshold, out=torch.empty_like(part))
-            inside = pad(equal, (lead, tail)).view(-1, step).sum(1)
-            row[bucket : bucket + len(inside)] = inside.long()
+            _add_to_buckets(row, equal, first + wanted.start - begin, step)
         return counts
 
-    within = (max(begin - origin, 0), max(begin + width - origin, 0))
-    for search, row in zip(searches, (yield Sums(in_buckets, group, within)).cpu(), strict=True):
+    within = (max(begin - place.origin, 0), max(begin + width - place.origin, 0))
+    for search, row in zip(searches, (yield Sums(in_buckets, place.group, within)).cpu(), strict=True):
         search.ascend(row, step)
+
+
+def _add_to_buckets(counts: torch.Tensor, ones: torch.Tensor, first: int, step: int) -> None:
+    """Add up ones, of which the first has the index ``first``, by index: bucket i holds those from i·step on."""
+    stop = first + len(ones)
+    inner = min(-(-first // step) * step, stop)  # from here on, whole buckets
+    outer = max(stop // step * step, inner)  # up to here
+    if first < inner:
+        counts[first // step] += ones[: inner - first].sum().long()
+    if inner < outer:
+        counts[inner // step : outer // step] += ones[inner - first : outer - first].view(-1, step).sum(1).long()
+    if outer < stop:
+        counts[outer // step] += ones[outer - first :].sum().long()
+
+
+def _below(threshold: float) -> float:
+    """The float32 before a threshold: what ``hardshrink`` has to zero so that the threshold itself is kept."""
+    return torch.nextafter(torch.tensor(threshold), torch.tensor(-math.inf)).item()
 
 
 def _upper(quantity: torch.Tensor) -> torch.Tensor:

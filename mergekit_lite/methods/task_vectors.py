@@ -53,9 +53,13 @@ def _elected(sparse: Sparse, weights: tuple[float, ...], normalize: bool, scale:
     def combine(block: Block, start: int) -> torch.Tensor:
         votes = [delta.mul_(weight) for delta, weight in zip(sparse(block, start), weights, strict=True)]
         signs = elect(votes)
-        merged = signs.mul_(scale).mul_(weighted_sum(votes, [1.0] * len(votes)))
-        if normalize:
-            merged.div_(support(votes, weights))
+        divisor = support(votes, weights) if normalize else None
+        merged, *others = votes
+        for size in others:
+            merged.add_(size)
+        merged.mul_(signs if scale == 1 else signs.mul_(scale))
+        if divisor is not None:
+            merged.div_(divisor)
         return merged.add_(block[0])
 
     return combine

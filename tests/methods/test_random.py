@@ -7,7 +7,7 @@ import torch
 
 from mergekit_lite import draws
 from mergekit_lite.methods import merge_tensors
-from mergekit_lite.methods.sparsify import LEVELS, WORDS, _chances, _draws, _levels
+from mergekit_lite.methods.sparsify import LEVELS, _chances, _levels
 
 METHODS = ["dare_linear", "dare_ties", "della", "della_linear"]
 ROWS, COLUMNS = 200, 1000
@@ -147,8 +147,26 @@ def test_a_row_of_one_element_is_kept_by_its_density() -> None:
 
 
 def test_draws_go_on_beyond_the_32nd_bit() -> None:
-    key, like = draws.stream_key(1, "w", 1), torch.empty(100)
-    across = _draws(key, WORDS - 50, like)
-    assert torch.equal(across[:50], _draws(key, WORDS - 50, like[:50]))
-    assert torch.equal(across[50:], _draws(key, WORDS, like[:50]))
-    assert not torch.equal(across[50:], _draws(key, 0, like[:50]))
+    key, edge = draws.stream_key(1, "w", 1), 2 * draws.WORDS  # two elements share a word
+    across = draws.halves(key, edge - 50, 100)
+    assert torch.equal(across[:50], draws.halves(key, edge - 50, 50))
+    assert torch.equal(across[50:], draws.halves(key, edge, 50))
+    assert not torch.equal(across[50:], draws.halves(key, 0, 50))
+
+
+def test_draws_are_the_same_wherever_a_block_begins() -> None:
+    key = draws.stream_key(1, "w", 1)
+    whole = draws.halves(key, 0, 1000)
+    for start, count in ((0, 1), (1, 1), (1, 2), (7, 100), (500, 500), (999, 1), (3, 0)):
+        assert torch.equal(whole[start : start + count], draws.halves(key, start, count)), (start, count)
+
+
+def test_the_two_elements_of_a_word_are_drawn_independently() -> None:
+    """So are neighbours of different words, and the values fill their range evenly."""
+    drawn = draws.halves(draws.stream_key(3, "w", 1), 0, 1 << 20).double()
+    assert drawn.min() == -32768 and drawn.max() == 32767
+    steps = torch.histc(drawn, 256, -32768, 32768)
+    assert ((steps - 4096) ** 2 / 4096).sum() < 256 + 6 * 512**0.5  # chi² with 255 degrees of freedom
+    for lag in (1, 2, 3, 64):
+        correlation = (drawn[lag:] * drawn[:-lag]).mean() / drawn.var()
+        assert abs(correlation) < 5 / 2**10, lag
