@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 
 import torch
 
@@ -12,8 +13,10 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.lane import Lane
 from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
-from mergekit_lite.methods.passes import SAMPLE_PIECE, STATISTICS_BLOCK, Block, Passes, Subject, Sums, sample
+from mergekit_lite.methods.passes import SAMPLE_EVERY, Block, Passes, Subject, Sums, sample, sections, statistics_block
 from mergekit_lite.plan import Job, Plan
+
+Section = tuple[int, int, int]  # number of the way, begin, end
 
 
 class Way:
@@ -28,7 +31,10 @@ class Way:
         self.row = self.method.row_length(job.shape, self.arguments)
         subject = Subject(job.name, job.shape, models, job.has_base, seed, offset, extent)
         self.passes: Passes = self.method.start(subject, self.arguments)
-        self.lock = threading.Lock()
+        self._turn = threading.Condition()
+        self._left: list[tuple[int, int]] = []  # sections of the pass under way that no lane has taken
+        self._parts: dict[tuple[int, int], torch.Tensor] = {}  # those that are done
+        self._count = 0  # all of them; 0 before the pass begins
         dtypes_in = [dtypes.torch_dtype(spec.dtype) for spec in job.inputs]
         self.output = dtypes.torch_dtype(job.dtype)
         self.working = dtypes.working(dtypes_in, self.output)
@@ -53,44 +59,70 @@ class Way:
         assert self.passes.combine is not None
         return self.passes.combine(self._block(inputs), start).reshape(-1)
 
-    def total(self, lane: Lane, reader: Reader) -> torch.Tensor | None:
-        """One pass over the tensor for the requested sums; None where none of its elements contributes."""
+    def sections(self) -> list[tuple[int, int]]:
+        """The (begin, end) of each section of the tensor that the requested sums need."""
+        assert self.passes.request is not None
+        return sections(self.passes.request, self.job.numel, self.row)
+
+    def bytes_to_sum(self, begin: int, end: int) -> int:
+        """Bytes read for one section of the requested sums."""
+        assert self.passes.request is not None
+        share = SAMPLE_EVERY if self.passes.request.sampled else 1
+        return (end - begin) * sum(dtypes.size(spec.stored_dtype) for spec in self.job.inputs) // share
+
+    def sum(self, lane: Lane, reader: Reader, begin: int, end: int) -> torch.Tensor:
+        """The requested sums over one section."""
         request = self.passes.request
-        assert isinstance(request, Sums)
+        assert request is not None
         if request.sampled:
-            return self._of_sample(request, lane, reader)
-        begin, end = request.within or (0, self.job.numel)
-        step = max(1, STATISTICS_BLOCK // max(1, self.row)) * max(1, self.row)
+            return self._sum_of_sample(request, lane, reader, sample(begin, end))
         total: torch.Tensor | None = None
-        for start, count in cut(begin // step * step, min(end, self.job.numel), max(step, CHUNK // step * step)):
-            count = min(-(-count // step) * step, self.job.numel - start)
+        block = statistics_block(self.row)
+        for start, count in cut(begin, end, max(block, CHUNK // block * block)):
             inputs = [lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.job.inputs)]
-            for first, length in cut(0, count, step):
-                block = self._block([lane.fetch(chunk[first : first + length]) for chunk in inputs])
-                part = request.of(block, start + first)
+            for first, length in cut(0, count, block):
+                part = request.of(
+                    self._block([lane.fetch(chunk[first : first + length]) for chunk in inputs]), start + first
+                )
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = part.clone() if total is None else total.add_(part)
+        assert total is not None
         return total
 
-    def _of_sample(self, request: Sums, lane: Lane, reader: Reader) -> torch.Tensor | None:
-        """The requested sums over the tensor's sample, as many pieces at once as the buffers hold."""
-        total: torch.Tensor | None = None
-        pieces = list(sample(self.job.numel))
-        at_once = STATISTICS_BLOCK // SAMPLE_PIECE
-        for first in range(0, len(pieces), at_once):
-            here = pieces[first : first + at_once]
-            inputs = [lane.gather(reader, n, spec, here) for n, spec in enumerate(self.job.inputs)]
-            part = request.of(self._block([lane.fetch(picked) for picked in inputs]), 0)
-            total = part.clone() if total is None else total.add_(part)
-        return total
+    def _sum_of_sample(
+        self, request: Sums, lane: Lane, reader: Reader, pieces: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        inputs = [lane.gather(reader, n, spec, pieces) for n, spec in enumerate(self.job.inputs)]
+        return request.of(self._block([lane.fetch(picked) for picked in inputs]), 0)
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
-        """Gather what statistics of the tensor itself are missing. Safe to call from many lanes; one does the work."""
-        with self.lock:
+        """Gather what statistics of the tensor itself are missing. Lanes that need them at once share the sections."""
+        while (section := self._next_section()) is not None:
+            try:
+                part = self.sum(lane, reader, *section)
+            except BaseException:
+                with self._turn:  # for another lane, which may be waiting for it
+                    self._left.append(section)
+                    self._turn.notify_all()
+                raise
+            with self._turn:
+                self._parts[section] = part
+                if len(self._parts) == self._count:
+                    self.passes.send(joined(self._parts[begin] for begin in sorted(self._parts)))
+                    self._count = 0
+                    self._turn.notify_all()
+
+    def _next_section(self) -> tuple[int, int] | None:
+        """A section that no lane has taken, once there is one; None when all statistics are gathered."""
+        with self._turn:
             while self.passes.request is not None:
-                total = self.total(lane, reader)
-                assert total is not None
-                self.passes.send(total)
+                if self._count == 0:
+                    self._left, self._parts = self.sections(), {}
+                    self._count = len(self._left)
+                if self._left:
+                    return self._left.pop(0)
+                self._turn.wait()
+            return None
 
     def _block(self, inputs: list[torch.Tensor]) -> Block:
         """The inputs as a method wants them: the base first, in the working dtype, whole rows where it needs them."""
@@ -111,19 +143,27 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
     return found
 
 
-def gather_groups(pending: list[Way], everywhere: Callable[[list[Way]], dict[int, torch.Tensor | None]]) -> None:
+def gather_groups(
+    pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, torch.Tensor]]
+) -> None:
     """Gather the sums that span several tensors, as long as any tensor waits for one.
 
     Args:
         pending: all ways.
-        everywhere: makes one pass over the tensors of some ways, and gives each one's total by its place in the list.
+        everywhere: sums some sections, each (number of the way, begin, end).
     """
-    while waiting := [way for way in pending if way.group is not None]:
-        parts = everywhere(waiting)
-        totals: dict[str, torch.Tensor] = {}
-        for number, way in enumerate(waiting):  # in the plan's order, so that the last bits are the same in every run
-            if (part := parts[number]) is not None:
-                group = str(way.group)
-                totals[group] = totals[group] + part if group in totals else part
-        for way in waiting:
-            way.passes.send(totals[str(way.group)])
+    while waiting := [number for number, way in enumerate(pending) if way.group is not None]:
+        wanted = {number: [(number, *section) for section in pending[number].sections()] for number in waiting}
+        parts = everywhere([section for of_way in wanted.values() for section in of_way])
+        of_group: dict[str, list[torch.Tensor]] = {}
+        for number, of_way in wanted.items():  # in the plan's order, so that the last bits are the same in every run
+            if of_way:
+                of_group.setdefault(str(pending[number].group), []).append(joined(parts[part] for part in of_way))
+        totals = {group: joined(of_ways) for group, of_ways in of_group.items()}
+        for number in waiting:
+            pending[number].passes.send(totals[str(pending[number].group)])
+
+
+def joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of some parts, in their order."""
+    return reduce(torch.add, parts)

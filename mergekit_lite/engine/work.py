@@ -14,7 +14,7 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.engine.lane import Lane, all_finite, store
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.spans import CHUNK, Span, cut, observed_grains, observed_share, spans
-from mergekit_lite.engine.ways import Way, gather_groups, ways
+from mergekit_lite.engine.ways import Section, Way, gather_groups, ways
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace
 from mergekit_lite.plan import Plan
@@ -53,17 +53,22 @@ class Work:
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
         with tuned_process():
-            gather_groups(list(self.ways.values()), self._totals)
+            gather_groups(list(self.ways.values()), self._sums)
             self.pool.run(by_turns(self.plan, self.spans, self.pool.workers), self._span)
 
-    def _totals(self, waiting: list[Way]) -> dict[int, torch.Tensor | None]:
-        totals: dict[int, torch.Tensor | None] = {}
+    def _sums(self, wanted: Sequence[Section]) -> dict[Section, torch.Tensor]:
+        """The requested sums over some sections of the ways. Their reading is added to what progress counts."""
+        ways = list(self.ways.values())
+        sums: dict[Section, torch.Tensor] = {}
 
-        def total(lane: Lane, reader: Reader, number: int) -> None:
-            totals[number] = waiting[number].total(lane, reader)
+        def add(lane: Lane, reader: Reader, section: Section) -> None:
+            number, begin, end = section
+            sums[section] = ways[number].sum(lane, reader, begin, end)
+            self._advance(ways[number].bytes_to_sum(begin, end))
 
-        self.pool.run(range(len(waiting)), total)
-        return totals
+        self.bytes_in_all += sum(ways[number].bytes_to_sum(begin, end) for number, begin, end in wanted)
+        self.pool.run(wanted, add)
+        return sums
 
     def _span(self, lane: Lane, reader: Reader, span: Span) -> None:
         missing = {
@@ -73,8 +78,11 @@ class Work:
             self._make(lane, reader, span, missing)
         if self.pool.stopped:
             return
+        self._advance(_cost(span))
+
+    def _advance(self, nbytes: int) -> None:
         with self._lock:
-            self.bytes_done += _cost(span)
+            self.bytes_done += nbytes
             if self.progress is not None:
                 self.progress(self.bytes_done, self.bytes_in_all)
 

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import STATISTICS_BLOCK, Block, Passes, Subject, Sums, sample
+from mergekit_lite.methods.passes import Block, Passes, Subject, Sums, sample, sections, statistics_block
 from mergekit_lite.methods.registry import method_named
 
 BLOCK = 1 << 17
@@ -106,16 +106,16 @@ class _Merge:
         """The requested sums over this tensor; None where none of its elements contributes."""
         request = self.passes.request
         assert isinstance(request, Sums)
-        begin, end = request.within or (0, self.subject.numel)
-        total: torch.Tensor | None = None
+        parts = [self._sum(request, begin, end) for begin, end in sections(request, self.subject.numel, self.row)]
+        return reduce(torch.add, parts) if parts else None
+
+    def _sum(self, request: Sums, begin: int, end: int) -> torch.Tensor:
+        """The requested sums over one section."""
         if request.sampled:
-            pieces = [torch.arange(start, start + count) for start, count in sample(self.subject.numel)]
-            picked = torch.cat(pieces).to(self.flat[0].device)
-            return request.of([tensor[picked].to(self.working) for tensor in self.flat], 0)
-        for start, blocks in self._blocks(STATISTICS_BLOCK, begin, min(end, self.subject.numel)):
-            part = request.of(blocks, start)
-            total = part if total is None else total + part
-        return total
+            pieces = sample(begin, end)
+            return request.of([torch.cat([t[s : s + n] for s, n in pieces]).to(self.working) for t in self.flat], 0)
+        blocks = self._blocks(statistics_block(self.row), begin, end)
+        return reduce(torch.add, (request.of(block, start) for start, block in blocks))
 
     def result(self, block: int) -> torch.Tensor:
         """Gather what statistics remain, and combine."""

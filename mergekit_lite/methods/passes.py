@@ -10,12 +10,14 @@ the tensor alone; tensors of one group ask for the same number of them, as each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
 
-STATISTICS_BLOCK = 1 << 17  # elements summed at once: fixed, as the last bits of float64 sums depend on it
+# The last bits of float64 sums depend on how they are cut: blocks are summed to sections, sections to the total.
+STATISTICS_BLOCK = 1 << 17  # elements
+SECTION = 1 << 23  # elements; what one worker sums at a time
 SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so many elements, the first one always
 
 Block = list[torch.Tensor]  # the inputs of one block, the base's first where there is one; all of one shape and dtype
@@ -120,10 +122,26 @@ class Passes:
             self.request, self.combine = None, finished.value
 
 
-def sample(elements: int) -> Iterator[tuple[int, int]]:
-    """The (start, count) of each piece of a tensor's sample."""
-    for start in range(0, elements, SAMPLE_PIECE * SAMPLE_EVERY):
-        yield start, min(SAMPLE_PIECE, elements - start)
+def statistics_block(row: int) -> int:
+    """Elements summed at once, in whole rows where blocks must not split them."""
+    return max(1, STATISTICS_BLOCK // max(1, row)) * max(1, row)
+
+
+def sections(request: Sums, elements: int, row: int) -> list[tuple[int, int]]:
+    """The (begin, end) of each section of a tensor that contributes to the requested sums."""
+    block = statistics_block(row)
+    length = max(1, SECTION // block) * block
+    begin, end = request.within or (0, elements)
+    end = min(end, elements)
+    return [
+        (max(first, begin // block * block), min(first + length, -(-end // block) * block, elements))
+        for first in range(begin // length * length, end if begin < end else 0, length)
+    ]
+
+
+def sample(begin: int, end: int) -> list[tuple[int, int]]:
+    """The (start, count) of each piece of a tensor's sample in the section ``begin … end``."""
+    return [(start, min(SAMPLE_PIECE, end - start)) for start in range(begin, end, SAMPLE_PIECE * SAMPLE_EVERY)]
 
 
 def deltas(block: Block) -> Block:

@@ -44,7 +44,7 @@ def steps(subject: Subject, ks: list[int], group: str | None, whole: int) -> Ite
 
 def total(request: Sums, tensor: torch.Tensor) -> torch.Tensor:
     if request.sampled:
-        picked: Block = [torch.cat([tensor[start : start + count] for start, count in sample(len(tensor))])]
+        picked: Block = [torch.cat([tensor[start : start + count] for start, count in sample(0, len(tensor))])]
         return request.of(picked, 0)
     return torch.stack(
         [request.of([tensor[start : start + 100_000]], start) for start in range(0, len(tensor), 100_000)]
@@ -84,7 +84,7 @@ def test_all_values_different() -> None:
 def test_a_sample_that_misleads() -> None:
     """All that is large lies between the sample's pieces."""
     tensor = torch.ones(ELEMENTS)
-    for start, count in sample(ELEMENTS):
+    for start, count in sample(0, ELEMENTS):
         tensor[start : start + count] = 0
     for k in (5, ELEMENTS // 2):
         [cut], full = cuts([tensor], [k])
