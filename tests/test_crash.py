@@ -265,11 +265,13 @@ def test_an_existing_output_is_replaced_only_when_asked(place: Path) -> None:
     assert same_as_whole(place, "mine")
 
 
-@pytest.mark.parametrize("method", ["slerp", "ties"])
-def test_a_killed_merge_resumes_to_the_same_bytes(place: Path, method: str) -> None:
-    """Statistics are gathered again for what is left to do."""
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("slerp", "{t: 0.3}"), ("ties", "{weight: 1, density: 0.4, trim: global}"), ("varm", "{granularity: tensor}")],
+)
+def test_a_killed_merge_resumes_to_the_same_bytes(place: Path, method: str, parameters: str) -> None:
+    """Statistics are gathered again for what is left to do; coefficients of what was done are in the journal."""
     models = "base_model: sft\nmodels: [{model: dpo}]"
-    parameters = "{t: 0.3}" if method == "slerp" else "{weight: 1, density: 0.4, trim: global}"
     (place / f"{method}.yml").write_text(f"merge_method: {method}\n{models}\nparameters: {parameters}\n")
     command = [sys.executable, "-m", "mergekit_lite", "merge", f"{method}.yml", "-o"]
     subprocess.run([*command, f"{method}-whole"], cwd=place, check=True, capture_output=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +197,35 @@ def test_equal_runs_give_equal_folders(place: Path, tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         merged(recipe, tmp_path / str(number) / "out")
     assert tree_bytes(tmp_path / "1" / "out") == tree_bytes(tmp_path / "2" / "out")
+
+
+@pytest.mark.parametrize(("name", "more"), [("varm", {}), ("varm", {"granularity": "model"}), ("sce", {})])
+def test_coefficients_are_printed_and_kept(name: str, more: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    """Those of each tensor by model, as worked out from the deltas in float64."""
+    recipe, _, _ = recipe_for(METHODS[name], place)
+    recipe["parameters"] |= more
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    told = subprocess.run(
+        [sys.executable, "-m", "mergekit_lite", "merge", "recipe.yml", "-o", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    kept = json.loads((tmp_path / "out" / "mergekit_lite_coefficients.json").read_bytes())
+    base = read_folder(place / "base")
+    models = [str(place / f"m{n}") for n in (1, 2, 3)]
+    squares = {
+        name: [(read_folder(model)[name].double() - tensor.double()).square().mean() for model in map(Path, models)]
+        for name, tensor in base.items()
+    }
+    of_model = [
+        sum(row[n] * base[name].numel() for name, row in squares.items()) for n in range(3)
+    ]  # what granularity `model` measures
+    for tensor, row in squares.items():
+        changes = of_model if more else row
+        expected = {model: float(change / sum(changes)) for model, change in zip(models, changes, strict=True)}
+        assert kept[tensor] == pytest.approx(expected, rel=1e-6), tensor
+    means = {model: sum(of[model] for of in kept.values()) / len(kept) for model in models}
+    for model in models:
+        assert f"{means[model]:.4f}" in next(line for line in told.splitlines() if line.split()[:1] == [model])

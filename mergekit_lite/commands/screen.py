@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.console import Console
@@ -111,6 +112,7 @@ class Screen:
             if not self.quiet:
                 self.out.print(f"[bold green]made[/] {output}  {size(plan.layout.nbytes)}")
                 self._effect(report)
+                self._coefficients(report)
             self.warn(_advice(report))
         if self.quiet:
             return
@@ -137,6 +139,22 @@ class Screen:
             worst = report.worst if self.verbose else report.worst[:SHOWN]
             rows = [(f"  {t.name}", f"{t.asked:g}", f"{t.effective:.4f}", f"{t.rms_delta:.1e}") for t in worst]
             self.out.print(_table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
+
+    def _coefficients(self, report: Report) -> None:
+        """What each model counted for: over all tensors, or one by one."""
+        if not report.coefficients:
+            return
+        models = list(dict.fromkeys(model for of_tensor in report.coefficients.values() for model in of_tensor))
+        by_model = {m: [row[m] for row in report.coefficients.values() if m in row] for m in models}
+        self.out.print(f"  coefficients over {counted(len(report.coefficients), 'tensor')}")
+        rows = [(f"  {m}", *(f"{x:.4f}" for x in (min(of), fmean(of), max(of)))) for m, of in by_model.items()]
+        self.out.print(_table(("  model", ">least", ">mean", ">most"), rows))
+        if self.verbose:
+            of_tensors = [
+                (f"  {name}", *(f"{row[m]:.4f}" if m in row else "" for m in models))
+                for name, row in report.coefficients.items()
+            ]
+            self.out.print(_table(("  tensor", *(f">{model}" for model in models)), of_tensors))
 
     def _lines(self, lines: Sequence[str]) -> None:
         shown = lines if self.verbose else lines[:SHOWN]

@@ -38,6 +38,7 @@ class Report:
         rms_delta: root mean square of an element's change between the inputs.
         exact: whether every element was looked at, or a fixed sample of them.
         tensors: the tensors that were observed, one by one; none where the method observes nothing.
+        coefficients: where a method finds them by statistics, those of each tensor by model.
     """
 
     merged: int
@@ -48,6 +49,7 @@ class Report:
     rms_delta: float
     exact: bool
     tensors: tuple[TensorEffect, ...]
+    coefficients: Mapping[str, Mapping[str, float]]
 
     @property
     def worst(self) -> list[TensorEffect]:
@@ -100,7 +102,22 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
         rms_delta=math.sqrt(total / elements) if elements else 0.0,
         exact=seen_all == len(effects),
         tensors=tuple(effects),
+        coefficients=_coefficients(plan, records),
     )
+
+
+def _coefficients(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, float]]:
+    """By tensor and model; those of a model that is listed twice are added up."""
+    found: dict[str, dict[str, float]] = {}
+    for index, job in enumerate(plan.jobs):
+        record = records.get((index, 0))
+        if record is None or not record.coefficients:
+            continue
+        of_tensor = found.setdefault(job.name, {})
+        for model, coefficient in zip(job.models, record.coefficients, strict=False):  # a base comes last, without one
+            reference = plan.inputs[model].reference
+            of_tensor[reference] = of_tensor.get(reference, 0.0) + coefficient
+    return found
 
 
 def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:

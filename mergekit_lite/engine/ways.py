@@ -13,7 +13,17 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.lane import Lane
 from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
-from mergekit_lite.methods.passes import SAMPLE_EVERY, Block, Passes, Subject, Sums, sample, sections, statistics_block
+from mergekit_lite.methods.passes import (
+    SAMPLE_EVERY,
+    Block,
+    Passes,
+    Subject,
+    Sums,
+    Weighted,
+    sample,
+    sections,
+    statistics_block,
+)
 from mergekit_lite.plan import Job, Plan
 
 Section = tuple[int, int, int]  # number of the way, begin, end
@@ -46,6 +56,11 @@ class Way:
     def group(self) -> str | None:
         """The group of tensors whose sums it waits for."""
         return self.passes.request.group if self.passes.request is not None else None
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """What its statistics gave each model, where that is worth a report."""
+        return self.passes.combine.coefficients if isinstance(self.passes.combine, Weighted) else ()
 
     def combine(self, inputs: list[torch.Tensor], start: int, direct: bool) -> torch.Tensor:
         """Merge one block (inputs in the job's order), once all statistics are there.

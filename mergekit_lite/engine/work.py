@@ -112,7 +112,9 @@ class Work:
         read = [digest.hexdigest() for digest in read_digests]
         for v, workspace in missing.items():
             done = made[v]
-            workspace.done(Record(span.index, span.begin, read, done.digest.hexdigest(), done.sums, sorted(done.bad)))
+            output, bad = done.digest.hexdigest(), sorted(done.bad)
+            coefficients = through[v].coefficients if v in through and span.begin == 0 else ()
+            workspace.done(Record(span.index, span.begin, read, output, done.sums, bad, coefficients))
 
     def _chunk(
         self, lane: Lane, span: Span, way: Way | None, start: int, inputs: list[torch.Tensor], made: Made

@@ -32,11 +32,13 @@ FOREIGN_WEIGHTS = (
     ".index.json",
 )
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
+COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
 REPLACED = (
     "config.json",
     "README.md",
     "mergekit_lite_manifest.json",
     "mergekit_config.yml",
+    COEFFICIENTS_NAME,
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
@@ -120,6 +122,9 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
         _write_template(folder, plan.chat_template)
     if plan.text:
         (folder / "mergekit_config.yml").write_bytes(plan.text.encode())
+    if effect["coefficients"]:
+        text = json.dumps(effect["coefficients"], indent=1, ensure_ascii=False) + "\n"
+        (folder / COEFFICIENTS_NAME).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan, variant, effect), encoding="utf-8")
 
 

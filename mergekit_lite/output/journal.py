@@ -27,6 +27,7 @@ class Record(NamedTuple):
         output: digest of the span's bytes in the output.
         sums: what the method observed, and last how many elements it looked at.
         bad: indices of the inputs that held NaN or infinity; -1 where only the output did.
+        coefficients: what the method's statistics gave each model, in a tensor's first span.
     """
 
     job: int
@@ -35,6 +36,7 @@ class Record(NamedTuple):
     output: str
     sums: Sequence[float]
     bad: Sequence[int]
+    coefficients: Sequence[float] = ()
 
 
 class Journal:
