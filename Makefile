@@ -1,6 +1,8 @@
 # make demo    train a small pair, extrapolate it, score it, draw the curve (minutes)
 # make test    the whole test suite
-# make bench   the speed and memory tables (needs about 60 GB of disk; SIZE and BENCH override)
+# make bench   the speed and memory tables of extrapolate and merge (needs 45 GB of disk, removes what it makes)
+#              SIZE=1e9 other models; BENCH="--runs 5 --folder DIR" what both take; beside mergekit after `make parity`,
+#              unless MERGEKIT=
 # make parity  the same recipes through mergekit and through ours, compared in docs/parity.md (minutes)
 # make check   formatting, lint, types
 
@@ -9,9 +11,11 @@ VENV ?= .venv
 # Where torch comes from. Anything pip understands: another version, or for a GPU build
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cu128"
 TORCH ?= torch==2.13.0
+SIZE ?=
 BENCH ?=
 PARITY ?=
 PARITY_VENV ?= .venv-parity
+MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
@@ -23,8 +27,10 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
+bench: MEASURED = $(addprefix --size ,$(SIZE)) $(addprefix --mergekit ,$(MERGEKIT)) $(BENCH)
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.extrapolate $(BENCH)
+	$(BIN)/python -m benchmarks.extrapolate $(MEASURED)
+	$(BIN)/python -m benchmarks.merge $(MEASURED)
 
 parity: $(PARITY_VENV)/.ready
 	$(PARITY_VENV)/bin/python -m parity.compare $(PARITY)

@@ -1,10 +1,11 @@
-"""Pairs of checkpoints to measure on: Llama's tensors filled with noise, and the same after a small step.
+"""Checkpoints to measure on: tensors filled with noise, and the same after small steps.
 
-Both are rounded from float32, as training with float32 master weights leaves them: the step is far below bfloat16's
-spacing, so that most weights are equal in both. They are made block by block in their files, whatever their size; one
-thread a shard.
+All are rounded from float32, as training with float32 master weights leaves them. After steps as small as those of
+DPO, far below bfloat16's spacing, most weights are equal in all of them; after steps like those of supervised
+fine-tuning few are, and the differences are small multiples of the spacing, so that many are equal in size. They are
+made block by block in their files, whatever their size; one thread a shard.
 
-    python -m benchmarks.checkpoints FOLDER PARAMETERS shards|whole
+    python -m benchmarks.checkpoints FAMILY_AS_JSON
 """
 
 from __future__ import annotations
@@ -16,44 +17,51 @@ import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 WEIGHT_RMS = 0.02
-DELTA_RMS = 6e-6  # of SFT → DPO on a 7B model
-MODELS = ("sft", "aligned")
+DPO_RMS = 6e-6  # of SFT → DPO on a 7B model
+SFT_RMS = 1e-4  # of base → SFT
 VOCABULARY = 32_000
 WIDTHS = {1e9: (2048, 5632), 0: (512, 1536)}  # parameters from which on: hidden size, MLP size
+EXPERTS = (60, 250, 8)  # layers, experts in each, hidden size: 45,000 small tensors
+SHARDS = {"model": 2, "experts": 100}
 BLOCK = 1 << 20  # elements
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two checkpoints of one model.
+class Family:
+    """Checkpoints of one model.
 
     Attributes:
-        folder: holds both and, once they are complete, ``pair.json``.
+        folder: holds them and, once they are complete, ``family.json``.
+        names: of the checkpoints. The first is where all others started from.
+        step: rms of the others' differences from it, each drawn by itself.
         size: parameters wanted; ``parameters`` is what whole layers come to.
-        whole: one tensor in one file, instead of a model in two shards.
+        kind: ``model``, a Llama in two shards; ``tensor``, one in one file; ``experts``, many, whatever the size.
     """
 
     folder: Path
+    names: tuple[str, ...]
+    step: float
     size: float
-    whole: bool = False
+    kind: str = "model"
 
     @property
-    def models(self) -> tuple[Path, Path]:
-        """The checkpoint before and the one after."""
-        before, after = (self.folder / (f"{model}.safetensors" if self.whole else model) for model in MODELS)
-        return before, after
+    def models(self) -> tuple[Path, ...]:
+        """The checkpoints."""
+        return tuple(self.folder / (f"{name}.safetensors" if self.kind == "tensor" else name) for name in self.names)
 
     @property
     def shapes(self) -> Shapes:
         """Every tensor of one checkpoint."""
-        return {"weight": (round(self.size / 4096), 4096)} if self.whole else _llama(**self._dimensions())
+        if self.kind == "tensor":
+            return {"weight": (round(self.size / 4096), 4096)}
+        return _experts(*EXPERTS) if self.kind == "experts" else _llama(**self._dimensions())
 
     @property
     def parameters(self) -> int:
@@ -66,22 +74,36 @@ class Pair:
         return 2 * self.parameters
 
     def is_made(self) -> bool:
-        """Whether the folder holds this very pair, complete."""
-        note = self.folder / "pair.json"
-        return note.exists() and json.loads(note.read_bytes()) == self._description()
+        """Whether the folder holds this very family, complete."""
+        note = self.folder / "family.json"
+        return note.exists() and note.read_text() == self.as_json()
 
     def make(self) -> None:
-        """Write both checkpoints, and the note that says so last."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Write all checkpoints, and the note that says so last."""
+        self.remove()
         self.folder.mkdir(parents=True)
-        if self.whole:
-            _fill(self.models, self.shapes, seed=0)
+        if self.kind == "tensor":
+            self._fill(self.models, self.shapes, seed=0)
         else:
             self._make_folders()
-        (self.folder / "pair.json").write_text(json.dumps(self._description()))
+        (self.folder / "family.json").write_text(self.as_json())
+
+    def remove(self) -> None:
+        """Remove all checkpoints."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def as_json(self) -> str:
+        """All attributes."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Family:
+        """What ``as_json`` wrote."""
+        data = json.loads(text)
+        return cls(**data | {"folder": Path(data["folder"]), "names": tuple(data["names"])})
 
     def _make_folders(self) -> None:
-        shards = _halves(self.shapes)
+        shards = _shards(self.shapes, SHARDS[self.kind])
         names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
         index = {
             "metadata": {"total_size": self.nbytes},
@@ -91,9 +113,29 @@ class Pair:
             model.mkdir()
             (model / "config.json").write_text(json.dumps(self._config(), indent=2))
             (model / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        files = [[model / name for model in self.models] for name in names]
+        files = [tuple(model / name for model in self.models) for name in names]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(_fill, files, shards, range(len(shards))))
+            list(pool.map(self._fill, files, shards, range(len(shards))))
+
+    def _fill(self, files: tuple[Path, ...], shapes: Shapes, seed: int) -> None:
+        """Write the same shard of all checkpoints."""
+        import torch
+
+        header = _header(shapes)
+        normal = torch.Generator().manual_seed(seed)
+        weight, delta = torch.empty(BLOCK), torch.empty(BLOCK)
+        with ExitStack() as stack:
+            first, *others = (stack.enter_context(file.open("wb")) for file in files)
+            for file in (first, *others):
+                file.write(header)
+            left = sum(map(math.prod, shapes.values()))
+            while left:
+                count = min(BLOCK, left)
+                weight.normal_(0, WEIGHT_RMS, generator=normal)
+                first.write(_bytes(weight[:count]))
+                for file in others:
+                    file.write(_bytes((weight + delta.normal_(0, self.step, generator=normal))[:count]))
+                left -= count
 
     def _dimensions(self) -> dict[str, int]:
         hidden, mlp = next(widths for least, widths in WIDTHS.items() if self.size >= least)
@@ -101,21 +143,19 @@ class Pair:
         return {"hidden": hidden, "mlp": mlp, "layers": max(1, round(layers))}
 
     def _config(self) -> dict[str, Any]:
-        dimensions = self._dimensions()
+        layers, _, hidden = EXPERTS
+        dimensions = self._dimensions() if self.kind == "model" else {"hidden": hidden, "mlp": hidden, "layers": layers}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": dimensions["hidden"],
             "intermediate_size": dimensions["mlp"],
             "num_hidden_layers": dimensions["layers"],
-            "num_attention_heads": dimensions["hidden"] // 64,
+            "num_attention_heads": max(1, dimensions["hidden"] // 64),
             "vocab_size": VOCABULARY,
             "torch_dtype": "bfloat16",
             "tie_word_embeddings": False,
         }
-
-    def _description(self) -> dict[str, Any]:
-        return {"parameters": self.parameters, "whole": self.whole, "weight_rms": WEIGHT_RMS, "delta_rms": DELTA_RMS}
 
 
 def _llama(hidden: int, mlp: int, layers: int) -> Shapes:
@@ -129,35 +169,26 @@ def _llama(hidden: int, mlp: int, layers: int) -> Shapes:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
 
 
-def _halves(shapes: Shapes) -> list[Shapes]:
-    """Two shards of nearly the same size."""
-    shards: list[Shapes] = [{}, {}]
+def _experts(layers: int, experts: int, hidden: int) -> Shapes:
+    names = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in range(layers) for expert in range(experts)]
+    return {f"{name}.{part}_proj.weight": (hidden, hidden) for name in names for part in ("gate", "up", "down")}
+
+
+def _shards(shapes: Shapes, count: int) -> list[Shapes]:
+    """Shards of nearly the same size."""
+    shards: list[Shapes] = [{} for _ in range(count)]
     whole, done = sum(map(math.prod, shapes.values())), 0
     for name, shape in shapes.items():
-        shards[done >= whole / 2][name] = shape
+        shards[count * done // whole][name] = shape
         done += math.prod(shape)
     return shards
 
 
-def _fill(files: tuple[Path, ...] | list[Path], shapes: Shapes, seed: int) -> None:
-    """Write the same shard of both models."""
+def _bytes(values: Any) -> memoryview:
     import torch
 
-    header = _header(shapes)
-    normal = torch.Generator().manual_seed(seed)
-    weight, delta = torch.empty(BLOCK), torch.empty(BLOCK)
-    with ExitStack() as stack:
-        before, after = (stack.enter_context(file.open("wb")) for file in files)
-        for file in (before, after):
-            file.write(header)
-        left = sum(map(math.prod, shapes.values()))
-        while left:
-            count = min(BLOCK, left)
-            weight.normal_(0, WEIGHT_RMS, generator=normal)
-            delta.normal_(0, DELTA_RMS, generator=normal)
-            for file, values in ((before, weight), (after, weight + delta)):
-                file.write(values[:count].bfloat16().view(torch.uint8).numpy().data)
-            left -= count
+    view: memoryview = values.bfloat16().view(torch.uint8).numpy().data
+    return view
 
 
 def _header(shapes: Shapes) -> bytes:
@@ -173,4 +204,4 @@ def _header(shapes: Shapes) -> bytes:
 
 
 if __name__ == "__main__":  # in a process of its own, see processes.own_peak
-    Pair(Path(sys.argv[1]), float(sys.argv[2]), whole=sys.argv[3] == "whole").make()
+    Family.from_json(sys.argv[1]).make()

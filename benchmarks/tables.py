@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
+
+import click
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,17 @@ class Table:
         lines = [f"| {' | '.join(row)} |" for row in (self.columns, ruler, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *lines, ""])
 
-    def show(self) -> None:
-        """On the screen."""
-        from rich.console import Console
-        from rich.table import Table as Screen
 
-        screen = Screen(title=self.title, title_justify="left")
-        for number, column in enumerate(self.columns):
-            screen.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
-        for row in self.rows:
-            screen.add_row(*row)
-        Console(highlight=False).print(screen)
+def publish(
+    folder: Path, name: str, heading: str, tables: Sequence[Table], notes: Sequence[str], data: Mapping[str, object]
+) -> None:
+    """Print the tables, and write them to ``NAME.md``, with all figures to ``NAME.json``."""
+    text = "\n".join([heading, "", *(table.markdown() for table in tables), *(f"- {note}" for note in notes)])
+    click.echo(text)
+    (folder / f"{name}.md").write_text(f"{text}\n")
+    everything = {**data, "tables": [asdict(table) for table in tables], "notes": notes}
+    (folder / f"{name}.json").write_text(json.dumps(everything, indent=1))
+    click.echo(f"Written: {folder / name}.md and .json.", err=True)
 
 
 def size(nbytes: float) -> str:
