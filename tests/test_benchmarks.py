@@ -31,7 +31,8 @@ def test_fine_tunes_are_small_independent_steps_away(family: Family) -> None:
     for delta in (one, two):
         assert 0.9e-4 < delta.square().mean().sqrt() < 1.5e-4  # rounding adds to it
         assert (delta == 0).double().mean() > 0.1 and delta.unique().numel() < 0.05 * delta.numel()
-    assert abs(torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]) < 0.02
+    shared = torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]
+    assert shared < 0.15  # that of rounding the base
 
 
 @pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.label)
