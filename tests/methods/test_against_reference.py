@@ -1,15 +1,19 @@
-"""Each deterministic method, with defaults and with every parameter set, against the naive reference in float64."""
+"""Each deterministic method against its naive reference: with defaults, with all parameters set, along the layers."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+import mergekit_lite
 from mergekit_lite.methods import METHODS, merge_tensors
 from tests.methods import reference
 from tests.methods.reference import REFERENCES
+from tests.models import read_folder, write_folder
 
 UNUSED = {"int8_mask"}
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
@@ -95,13 +99,28 @@ CASES = [
 ]
 
 
-def tensors(case: Case, count: int, dtype: torch.dtype, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    """Fine-tunes of one base; for methods of whole models also unlike each other enough for angles to matter."""
-    generator = torch.Generator().manual_seed(count)
-    apart = 0.02 if case.method in {"slerp", "karcher", "geometric_median"} else 0.002
+def fine_tunes(
+    method: str, count: int, dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0
+) -> list[torch.Tensor]:
+    """A base and its fine-tunes; for methods of whole models also unlike each other enough for angles to matter."""
+    generator = torch.Generator().manual_seed(1000 * seed + count)
+    apart = 0.02 if method in {"slerp", "karcher", "geometric_median"} else 0.002
     base = torch.randn(shape, generator=generator) * 0.02
     models = [base + torch.randn(shape, generator=generator) * apart * (1 + i / 2) for i in range(count)]
     return [tensor.to(dtype) for tensor in [base, *models]]
+
+
+def by_reference(
+    method: str, base: torch.Tensor | None, models: list[torch.Tensor], parameters: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference gives, and for which elements it is sure."""
+    reference.doubtful.clear()
+    wide = None if base is None else base.double()
+    expected = REFERENCES[method](wide, [model.double() for model in models], **parameters)
+    sure = torch.ones(expected.shape, dtype=torch.bool)
+    for doubt in reference.doubtful:
+        sure &= ~doubt
+    return expected, sure
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (401,)], ids=["matrix", "vector"])
@@ -115,26 +134,26 @@ def tensors(case: Case, count: int, dtype: torch.dtype, shape: tuple[int, ...]) 
     ],
 )
 def test_equals_the_reference(case: Case, count: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    base, *models = tensors(case, count, dtype, shape)
+    base, *models = fine_tunes(case.method, count, dtype, shape)
     kinds = {name: str(p.annotation) for name, p in METHODS[case.method].parameters.items()}
     parameters = {
         name: value[: count + (case.base and "input" in kinds[name])] if isinstance(value, list) else value
         for name, value in case.parameters.items()
     }
-    got = merge_tensors(case.method, base if case.base else None, models, block=500, **parameters)
-    reference.doubtful.clear()
-    expected = REFERENCES[case.method](
-        base.double() if case.base else None, [model.double() for model in models], **parameters
-    )
-    sure = torch.ones(shape, dtype=torch.bool)
-    for doubt in reference.doubtful:
-        sure &= ~doubt
+    start = base if case.base else None
+    got = merge_tensors(case.method, start, models, block=500, **parameters)
+    expected, sure = by_reference(case.method, start, models, parameters)
+    assert_equal(got, expected, sure, [base, *models])
+
+
+def assert_equal(got: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """To a relative 1e-6 in float32, once rounded in bfloat16, where the reference is sure."""
     assert (~sure).sum() <= 0.02 * sure.numel(), "the reference is in doubt about too many elements"
-    assert got.dtype == dtype
-    if dtype == torch.float32:
+    assert got.dtype == inputs[0].dtype
+    if got.dtype == torch.float32:
         assert ((got - expected).abs() <= 1e-6 * expected.abs())[sure].all()
     else:
-        size = torch.stack([base, *models]).double().abs().amax(0)
+        size = torch.stack(inputs).double().abs().amax(0)
         same_once_rounded(got[sure], expected[sure], size[sure])
 
 
@@ -149,6 +168,92 @@ def same_once_rounded(got: torch.Tensor, expected: torch.Tensor, size: torch.Ten
     border = (got[off].double() + rounded[off].double()) / 2
     assert off.sum() <= 0.05 * off.numel(), f"{int(off.sum())} of {off.numel()} differ"
     assert ((border - expected[off]).abs() <= 1e-6 * size[off]).all()
+
+
+# --- whole recipes: numbers along the layers, by filters ------------------------------------------------------------
+
+# in the first, the second and the third layer
+ALONG: dict[str, tuple[float, float, float]] = {
+    "weight": (0.3, 0.9, 0.5), "density": (0.3, 1.0, 0.6), "gamma": (0.02, 0.0, 0.1), "lambda": (0.5, 1.0, 0.7),
+    "t": (0.2, 1.3, 0.6), "alpha": (0.3, 0.9, 0.1), "scale": (0.7, 1.0, -0.4), "decay": (0.4, 0.9, 0.6),
+    "select_topk": (0.2, 1.0, 0.5), "temperature": (4e-6, 9e-6, 2e-6), "threshold": (0.2, 0.6, 0.4),
+    "epsilon": (1e-3, 2e-3, 5e-4), "r": (0.1, 0.5, 0.3),
+}  # fmt: skip
+FIXED = {"eps", "tol", "max_iter", "agree"}  # whole numbers and tolerances, set above
+LAYERS = 3
+RESTS = {"self_attn.q_proj.weight": (24, 24), "mlp.up_proj.weight": (40, 24), "input_layernorm.weight": (24,)}
+TENSORS = {
+    **{f"model.layers.{layer}.{rest}": shape for layer in range(LAYERS) for rest, shape in RESTS.items()},
+    "model.embed_tokens.weight": (31, 24),
+    "model.norm.weight": (24,),
+    "lm_head.weight": (31, 24),
+}
+
+
+def rule(values: tuple[Any, Any, Any]) -> list[dict[str, Any]]:
+    """Along the layers in MLPs, backwards in attention, one value elsewhere."""
+    mlp, attention = {"filter": "mlp", "value": list(values)}, {"filter": "self_attn", "value": [*values][::-1]}
+    return [mlp, attention, {"value": values[1]}]
+
+
+def by_rule(values: tuple[Any, Any, Any], name: str) -> Any:
+    """What the rule means for a tensor."""
+    if "mlp" not in name and "self_attn" not in name:
+        return values[1]
+    layer = int(name.split(".")[2])
+    return values[layer] if "mlp" in name else values[LAYERS - 1 - layer]
+
+
+def rules(method: str, count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The values along the layers of the parameters that all models share, and of each model's own."""
+    shared: dict[str, Any] = {}
+    each: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, about in METHODS[method].parameters.items():
+        kind = str(about.annotation)
+        if "bool" in kind and "Literal" not in kind and name not in UNUSED:
+            shared[name] = (True, False, True)
+        elif "tuple" in kind:
+            for number, own in enumerate(each):
+                own[name] = tuple(value * (1 - number / 10) for value in ALONG[name])
+        elif about.annotation in (float, int) and name not in FIXED:
+            shared[name] = tuple(value / 1000 for value in ALONG[name]) if method == "nearswap" else ALONG[name]
+    return shared, each
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "count"),
+    sorted({(case.method, count) for case in CASES for count in case.models}),
+)
+def test_gradients_and_filters(method: str, count: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    has_base = METHODS[method].base == "required"
+    drawn = {name: fine_tunes(method, count, dtype, shape, i) for i, (name, shape) in enumerate(TENSORS.items())}
+    places = [tmp_path / f"m{number}" for number in range(count + 1)]
+    for number, place in enumerate(places):
+        write_folder(place, {name: tensors[number] for name, tensors in drawn.items()})
+    shared, each = rules(method, count)
+    recipe: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": str(place), "parameters": {name: rule(values) for name, values in own.items()}}
+            for place, own in zip(places[1:], each, strict=True)
+        ],
+        "parameters": {name: rule(values) for name, values in shared.items()},
+    } | ({"base_model": str(places[0])} if has_base else {})
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    mergekit_lite.merge(tmp_path / "recipe.yml", tmp_path / "out", threads=2, block=500)
+    merged = read_folder(tmp_path / "out")
+    assert merged.keys() == TENSORS.keys()
+    results = []
+    for name, (base, *models) in drawn.items():
+        parameters = {key: by_rule(values, name) for key, values in shared.items()}
+        for key in each[0]:
+            values = [by_rule(own[key], name) for own in each]
+            parameters[key] = values[0] if method == "passthrough" else values
+        results.append((merged[name], *by_reference(method, base if has_base else None, models, parameters)))
+    got, expected, sure = (torch.cat([tensor.flatten() for tensor in kind]) for kind in zip(*results, strict=True))
+    inputs = [torch.cat([tensors[number].flatten() for tensors in drawn.values()]) for number in range(count + 1)]
+    assert_equal(got, expected, sure, inputs)
 
 
 def test_the_table_is_complete() -> None:

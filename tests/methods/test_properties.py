@@ -71,6 +71,8 @@ SYMMETRIC = [
     "multislerp", "nuslerp", "ram", "ramplus_tl", "sce", "task_arithmetic", "ties", "uniform_soup", "varm",
 ]  # fmt: skip
 
+ABSOLUTE = {"arcee_fusion", "multislerp", "nearswap", "ram", "ramplus_tl"}  # a parameter or a softmax has their scale
+
 
 def models_of(method: str, most: int = 3) -> int:
     fewest, limit = METHODS[method].models
@@ -144,6 +146,18 @@ def test_scaling_all_deltas_leaves_coefficients(method: str, seed: int, power: i
     assert once == pytest.approx(coefficients(method, zero, [delta * 1e-3 for delta in deltas]))
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - ABSOLUTE))
+@settings(max_examples=5, deadline=None)
+@given(seed=seeds, power=st.integers(-30, 30))
+def test_scaling_the_models_scales_the_merge(method: str, seed: int, power: int) -> None:
+    """To the bit: no threshold, draw or tolerance depends on how large the weights and the deltas are."""
+    base, *models = drawn(seed, models_of(method), dtype=torch.float32)
+    for parameters in (IDENTITY[method], {**IDENTITY[method], **BUSY.get(method, {})}):
+        once = merge(method, base, models, **parameters)
+        scaled = merge(method, base * 2.0**power, [model * 2.0**power for model in models], **parameters)
+        assert torch.equal(scaled, once * 2.0**power), parameters
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if "weight" in METHODS[name].parameters])
 def test_weight_zero_leaves_a_model_out(method: str) -> None:
     base, *models = drawn(3, 2, dtype=torch.float32)
@@ -155,7 +169,7 @@ def test_weight_zero_leaves_a_model_out(method: str) -> None:
         assert torch.equal(both, alone)
 
 
-@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"])
+@pytest.mark.parametrize("method", [name for name in METHODS if "density" in METHODS[name].parameters])
 def test_density_one_drops_nothing(method: str) -> None:
     base, *models = drawn(4, 3)
     plain = "ties" if METHODS[method].function.__name__ in ("ties", "breadcrumbs_ties", "dare_ties", "della") else None
@@ -202,20 +216,32 @@ def test_empty_tensors_stay_empty() -> None:
 # --- selection ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
+    method=st.sampled_from(["ties", "breadcrumbs", "sce"]),
     values=st.lists(st.integers(-4, 4), min_size=1, max_size=60),
-    density=st.floats(0, 1),
+    share=st.floats(0, 1),
     block=st.integers(1, 70),
-    scale=st.sampled_from([1.0, 1e-3, 1e-20]),
+    scale=st.sampled_from([1.0, 1e-3, 1e-15]),
 )
-def test_trim_keeps_the_lowest_indices_of_a_tie(values: list[int], density: float, block: int, scale: float) -> None:
+def test_the_lowest_indices_of_a_tie_are_the_largest(
+    method: str, values: list[int], share: float, block: int, scale: float
+) -> None:
     delta = torch.tensor(values, dtype=torch.float32) * scale
-    kept = merge_tensors("ties", torch.zeros_like(delta), [delta], weight=1.0, density=density, block=block)
-    ranked = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))
-    chosen = set(ranked[: max(1, int(density * len(values))) if density > 0 else 0])
-    expected = torch.tensor([delta[i] if i in chosen else 0.0 for i in range(len(values))])
-    assert torch.equal(kept, expected)
+    nothing, count = torch.zeros_like(delta), len(values)
+    ranked = sorted(range(count), key=lambda i: (-abs(values[i]), i))
+    if method == "sce":  # of those that differ
+        merged = merge_tensors("sce", nothing, [delta, nothing], select_topk=share, block=block)
+        chosen = ranked[: int(share * sum(map(bool, values))) if share < 1 else count]
+    elif method == "ties":
+        merged = merge_tensors("ties", nothing, [delta], weight=1.0, density=share, block=block)
+        chosen = ranked[: max(1, int(share * count)) if share > 0 else 0]
+    else:
+        merged = merge_tensors("breadcrumbs", nothing, [delta], weight=1.0, density=share, gamma=0.2, block=block)
+        kept = int(share * count)
+        last = min(count, kept + int(0.2 * count))
+        chosen = ranked[last - kept : last]
+    assert torch.equal(merged, torch.tensor([delta[i] if i in chosen else 0.0 for i in range(count)]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -245,7 +271,8 @@ def test_select_nothing() -> None:
     base, *models = drawn(6, 3)
     assert torch.equal(merge_tensors("sce", base, models, select_topk=0.0), base)
     assert torch.equal(merge_tensors("ties", base, models, weight=1.0, density=0.0), base)
-    assert torch.equal(merge_tensors("breadcrumbs", base, models, weight=1.0, density=0.0), base)
+    for method in ("breadcrumbs", "breadcrumbs_ties"):
+        assert torch.equal(merge_tensors(method, base, models, weight=1.0, density=0.0), base)
 
 
 def test_geometric_median_is_the_point_that_holds_on() -> None:
