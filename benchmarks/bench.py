@@ -119,6 +119,16 @@ class Bench:
                     kept[label].append(run)
         return kept
 
+    def run_mergekit(self, mergekit: str, label: str, recipe: Path, family: Family, notes: list[str]) -> list[Run]:
+        """Measure what mergekit does for a recipe, and nothing beside, once; where it fails that is noted."""
+        warm(family)  # the memory of an earlier run may have driven it out
+        asked = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
+        try:
+            return [self.run(label, [mergekit, str(recipe), str(self.output / "mergekit"), *asked])]
+        except click.ClickException as error:
+            notes.append(f"'{label}' failed: {error.message.splitlines()[-1]}")
+            return []
+
     def copying(self, family: Family) -> list[str]:
         """``cp`` of one checkpoint, to compare with."""
         return ["cp", "-r", str(family.models[-1]), str(self.output / "copy")]
@@ -126,11 +136,6 @@ class Bench:
     def clear(self) -> None:
         """Remove the outputs."""
         shutil.rmtree(self.output, ignore_errors=True)
-
-
-def by_mergekit(mergekit: str, recipe: Path, output: Path) -> list[str]:
-    """The command that makes mergekit do what it does for a recipe, and nothing beside."""
-    return [mergekit, str(recipe), str(output), "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
 
 
 def warm(family: Family) -> None:
@@ -164,6 +169,11 @@ def disturbance(results: Mapping[str, Sequence[Run]], cores: int) -> list[str]:
     line = f"Meanwhile everything else on the machine kept {spread(others)} of {cores} cores busy."
     too_busy = median(others) > DISTURBED * cores
     return [f"{line} The times are too long: measure again when it is idle." if too_busy else line]
+
+
+def named(kind: str, parameters: float) -> str:
+    """``model-1500M``. No ``1.5e+09``: mergekit takes what follows a plus for an adapter."""
+    return f"{kind}-{parameters / 1e6:.0f}M"
 
 
 def say(line: str) -> None:

@@ -17,7 +17,7 @@ from statistics import median
 
 import click
 
-from benchmarks.bench import COPY, Bench, by_mergekit, disturbance, options, say
+from benchmarks.bench import COPY, Bench, disturbance, named, options, say
 from benchmarks.checkpoints import DPO_RMS, Family
 from benchmarks.machine import available_memory, this_machine
 from benchmarks.processes import Run, own_peak
@@ -56,7 +56,7 @@ def main(parameters: float, runs: int, folder: Path, keep: bool, quick: bool, me
     if quick:
         parameters, runs = QUICK_SIZE, QUICK_RUNS
     bench = Bench(folder)
-    pair = _pair(bench, f"model-{parameters:g}", parameters)
+    pair = _pair(bench, parameters)
     bench.demand_room(pair, outputs=3)
     machine = this_machine()
     say(str(machine))
@@ -102,8 +102,8 @@ def main(parameters: float, runs: int, folder: Path, keep: bool, quick: bool, me
     publish(folder, "extrapolate", heading, tables, notes, data)
 
 
-def _pair(bench: Bench, name: str, parameters: float, kind: str = "model") -> Family:
-    return Family(bench.folder / name, MODELS, DPO_RMS, parameters, kind)
+def _pair(bench: Bench, parameters: float, kind: str = "model") -> Family:
+    return Family(bench.folder / named(kind, parameters), MODELS, DPO_RMS, parameters, kind)
 
 
 def _extrapolate(bench: Bench, pair: Family, *options: str, alpha: str = ALPHA) -> list[str]:
@@ -147,14 +147,15 @@ def _compared(bench: Bench, pair: Family, mergekit: str | None, notes: list[str]
         needed = size(WHOLE_MODELS * pair.nbytes)
         notes.append(f"'{PLAIN}' was not run: it needs {needed} of memory, {size(memory)} are available.")
     if mergekit:
-        recipe = bench.folder / "mergekit.yaml"
+        recipe = pair.folder / "mergekit.yml"
         model = {"model": after, "parameters": {"weight": 1 + float(ALPHA)}}
         recipe.write_text(  # JSON is YAML
             json.dumps(
                 {"merge_method": "task_arithmetic", "base_model": before, "models": [model], "dtype": "bfloat16"}
             )
         )
-        runs[MERGEKIT] = [bench.run(MERGEKIT, by_mergekit(mergekit, recipe, bench.output / "mergekit"))]
+        if done := bench.run_mergekit(mergekit, MERGEKIT, recipe, pair, notes):
+            runs[MERGEKIT] = done
     else:
         notes.append("mergekit was not run: --mergekit PATH names its mergekit-yaml.")
     return runs
@@ -163,8 +164,8 @@ def _compared(bench: Bench, pair: Family, mergekit: str | None, notes: list[str]
 def _peaks(bench: Bench, pair: Family, runs: Sequence[Run], notes: list[str]) -> dict[str, int]:
     """Peak memory of one extrapolation: of the measured pair, of a larger model, of a model in one tensor."""
     peaks = {f"{size(pair.nbytes)} in two shards": round(median(run.peak for run in runs))}
-    lone = _pair(bench, f"tensor-{pair.size:g}", LONE_TENSOR * pair.size, kind="tensor")
-    larger = _pair(bench, f"model-{LARGER * pair.size:g}", LARGER * pair.size)
+    lone = _pair(bench, LONE_TENSOR * pair.size, "tensor")
+    larger = _pair(bench, LARGER * pair.size)
     for label, other in (
         (f"one tensor of {size(lone.nbytes)}", lone),
         (f"{size(larger.nbytes)} in two shards", larger),

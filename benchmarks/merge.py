@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from benchmarks.bench import COPY, Bench, by_mergekit, crowded, disturbance, options, say, warm
+from benchmarks.bench import COPY, Bench, crowded, disturbance, named, options, say
 from benchmarks.checkpoints import SFT_RMS, Family
 from benchmarks.machine import this_machine
 from benchmarks.processes import Run
@@ -166,10 +166,10 @@ def _chosen(only: str | None) -> list[Merge]:
 
 def _family(bench: Bench, name: str, parameters: float, tuned: int, kind: str = "model") -> Family:
     names = ("base", *(f"tuned-{number + 1}" for number in range(tuned)))
-    return Family(bench.folder / f"{name}-{parameters:g}", names, SFT_RMS, parameters, kind)
+    return Family(bench.folder / named(name, parameters), names, SFT_RMS, parameters, kind)
 
 
-def _written(bench: Bench, merge: Merge, family: Family) -> Path:
+def _written(merge: Merge, family: Family) -> Path:
     """The file with its recipe. JSON is YAML."""
     path = family.folder / f"{merge.label.replace(', ', '-').replace(' ', '-')}.yml"
     path.write_text(json.dumps(merge.recipe(family), indent=1))
@@ -179,7 +179,7 @@ def _written(bench: Bench, merge: Merge, family: Family) -> Path:
 def _merge(bench: Bench, merge: Merge, family: Family) -> list[str]:
     """The command under test."""
     output = bench.output / f"merged{family.models[0].suffix}"
-    return [bench.program, "merge", str(_written(bench, merge, family)), "-o", str(output), "--quiet"]
+    return [bench.program, "merge", str(_written(merge, family)), "-o", str(output), "--quiet"]
 
 
 def _by_mergekit(
@@ -193,12 +193,9 @@ def _by_mergekit(
     for merge in merges:
         if not merge.known:
             continue
-        warm(family)  # mergekit's memory may have driven it out
-        try:
-            command = by_mergekit(mergekit, _written(bench, merge, family), bench.output / "mergekit")
-            runs[merge.label] = bench.run(f"mergekit, {merge.label}", command)
-        except click.ClickException as error:
-            notes.append(f"mergekit failed at {merge.label}: {error.message.splitlines()[-1]}")
+        recipe = _written(merge, family)
+        if done := bench.run_mergekit(mergekit, f"mergekit, {merge.label}", recipe, family, notes):
+            [runs[merge.label]] = done
     return runs
 
 
@@ -237,7 +234,7 @@ def _planning(bench: Bench, merge: Merge) -> dict[str, list[Run]]:
     label = PLAN.format(len(family.shapes))
     try:
         bench.prepare(family)
-        return bench.rounds({label: [bench.program, "plan", str(_written(bench, merge, family))]}, 3)
+        return bench.rounds({label: [bench.program, "plan", str(_written(merge, family))]}, 3)
     finally:
         bench.clear()
         family.remove()
