@@ -41,7 +41,7 @@ def _of_tensor(
         ranked = scores.flatten().sort().values
         first, median, third = (ranked[int(share * (total - 1))] for share in (0.25, 0.5, 0.75))
         return _near(scores, median + 1.5 * (third - first))
-    if method == "sce" and parameters.get("select_topk", 1.0) < 1:
+    if method == "sce" and parameters["select_topk"] < 1 and parameters["variant"] != "fusechat":
         variance = torch.stack(deltas).var(0, unbiased=False)
         kept = int(parameters["select_topk"] * int((variance > 0).sum()))
         edge = _kth_largest(variance, kept)

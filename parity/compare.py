@@ -26,6 +26,7 @@ HOME = Path(__file__).parent
 ALLOWED = 1.0  # units of the last place, against float64
 SAME_FLOAT32 = 8.0  # a relative difference of 1e-6
 ALIKE = 0.02  # of two statistics of random methods
+PROMOTED = "float32"  # what float16, bfloat16 and float32 have in common
 ON_THE_WAY = "mergekit rounds to {} on the way"
 HEADER = ("recipe", "method", "models", "dtype", "elements", "equal bits", "largest", "mean", "as exact", "verdict")
 
@@ -43,14 +44,19 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
     from mergekit_lite.merging import plan_merge_file
     from parity import both, models
     from parity.borders import borders
+    from parity.fusechat import by_formulas
     from parity.measures import apart
 
     home = models.make(folder, recipe.family, dtype)
-    body = placed({"dtype": dtype} | recipe.body, home)
-    kind = str(body.get("out_dtype", body["dtype"]))
+    body = {key: value for key, value in placed({"dtype": dtype} | recipe.body, home).items() if value is not None}
+    kind = str(body.get("out_dtype") or body.get("dtype") or PROMOTED)
     rounded = getattr(torch, kind)
     try:
-        theirs, exact, ours = both.by_mergekit(body), both.in_float64(body), both.by_mergekit_lite(body)
+        ours = both.by_mergekit_lite(body)
+        if recipe.formulas:
+            theirs = exact = by_formulas(body)
+        else:
+            theirs, exact = both.by_mergekit(body), both.in_float64(body)
     except Exception as error:
         return _row(recipe, dtype, [""] * 5, f"**fails**: {str(error).splitlines()[0]}", wrong=True)
     elements = sum(tensor.numel() for tensor in ours.values())
@@ -69,6 +75,8 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
         _share(with_exact.equal),
     ]
     leaks = {str(tensor.dtype).removeprefix("torch.") for tensor in theirs.values()} - {kind}
+    if recipe.formulas and not with_exact.names and with_exact.unexplained == 0:
+        return _row(recipe, dtype, cells, "same as FuseChat's formulas")
     leak = f"; mergekit writes {', '.join(leaks)}" if leaks else ""
     if with_mergekit.names:
         return _row(recipe, dtype, cells, f"**differs**: tensors {', '.join(with_mergekit.names)}", wrong=True)
@@ -77,7 +85,7 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
         return _row(recipe, dtype, cells, f"same{border}{leak}")
     if with_exact.unexplained == 0:
         border = f"; {with_exact.beyond} at a border" if with_exact.beyond else ""
-        return _row(recipe, dtype, cells, f"on purpose: {ON_THE_WAY.format(body['dtype'])}{border}{leak}")
+        return _row(recipe, dtype, cells, f"on purpose: {ON_THE_WAY.format(kind)}{border}{leak}")
     rest = {name: tensor for name, tensor in ours.items() if not any(part in name for part in recipe.where or ("",))}
     if recipe.reason and (not rest or apart(rest, exact, rounded, ALLOWED, at).unexplained == 0):
         return _row(recipe, dtype, cells, f"on purpose: {recipe.reason}{leak}")

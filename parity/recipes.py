@@ -1,6 +1,6 @@
 """The recipes: each method bare and with everything set, then well-known shapes of recipes (``examples``).
 
-``base``, ``a``, ``b`` and ``c`` stand for a family's models. dtype is that of the models, where a recipe has none.
+``base`` and ``a`` to ``e`` stand for a family's models. dtype is that of the models, where a recipe has none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 DTYPES = ("float32", "bfloat16")
-MODEL_NAMES = ("a", "b", "c")
+MODEL_NAMES = ("a", "b", "c", "d", "e")
 EXAMPLES = Path(__file__).parent / "examples"
 
 Yaml = dict[str, Any]
@@ -30,6 +30,7 @@ class Recipe:
         dtypes: of the models.
         reason: why the outputs may differ; said where they do.
         where: parts of the names of the tensors for which the reason holds; without any, all.
+        formulas: whether FuseChat's own formulas stand in for mergekit, which has none or others.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Recipe:
     dtypes: tuple[str, ...] = DTYPES
     reason: str = ""
     where: tuple[str, ...] = ()
+    formulas: bool = False
 
     @property
     def method(self) -> str:
@@ -56,20 +58,20 @@ class Case:
         shared: all others.
     """
 
-    counts: tuple[int, ...] = (2, 3)
+    counts: tuple[int, ...] = (2, 3, 5)
     base: bool = True
     needs: Yaml | None = None
     each: Yaml | None = None
     shared: Yaml | None = None
 
 
-WEIGHT = {"weight": [0.6, 0.3, 0.45]}
-UNEQUAL = {"weight": [0.7, 0.4, -0.2]}
-SPARSE = UNEQUAL | {"density": [0.5, 0.3, 0.8]}
+WEIGHT = {"weight": [0.6, 0.3, 0.45, 0.2, 0.7]}
+UNEQUAL = {"weight": [0.7, 0.4, -0.2, 0.55, 0.35]}
+SPARSE = UNEQUAL | {"density": [0.5, 0.3, 0.8, 0.4, 0.6]}
 SUMMED = {"normalize": True, "lambda": 0.8}
 ARITHMETIC = {"normalize": True, "rescale": True, "lambda": 0.8, "int8_mask": True}
-CRUMBS = SPARSE | {"gamma": [0.05, 0.02, 0.1]}
-RANKED = SPARSE | {"epsilon": [0.2, 0.1, 0.15]}
+CRUMBS = SPARSE | {"gamma": [0.05, 0.02, 0.1, 0.0, 0.03]}
+RANKED = SPARSE | {"epsilon": [0.2, 0.1, 0.15, 0.3, 0.05]}
 
 METHODS = {
     "linear": Case(base=False, needs=WEIGHT, each=UNEQUAL, shared={"normalize": False}),

@@ -11,6 +11,7 @@ import yaml
 from mergekit_lite.plan.merge import method_parameters
 from mergekit_lite.recipe import parse
 from parity.borders import _of_tensor
+from parity.fusechat import _sce, _varm
 from parity.measures import apart, unit
 from parity.recipes import Recipe, placed, recipes
 
@@ -51,3 +52,18 @@ def test_level_elections_are_at_the_border() -> None:
     deltas = [torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([-1.0, 1.0], dtype=torch.float64)]
     found = _of_tensor("ties", {"weight": (0.5, 0.5)}, torch.zeros(2, dtype=torch.float64), deltas, deltas)
     assert found.tolist() == [True, False]
+
+
+def test_fusechats_formulas() -> None:
+    """The numbers that the released code gave."""
+    first, second, third = [0.4, -0.2, 0, 0.1, 0.3, -0.1], [0.2, 0.2, 0, -0.3, 0.3, -0.1], [-0.1, 0.4, 0, 0.2, 0.3, 0.5]
+    deltas = torch.tensor([first, second, third], dtype=torch.float64)
+    for topk, expected in (
+        (1.0, [0.30689655, 0.33414634, 0, 0.16395349, 0.3, 0.5]),
+        (0.5, [0.3, 0.37826087, 0, 0.18913043, 0.3, 0.5]),
+        (0.25, [0.3, 0.39230769, 0, 0.19615385, 0.3, 0.5]),
+        (0.2, [0.3, 0.3, 0, 0.15, 0.3, 0.5]),
+    ):
+        torch.testing.assert_close(_sce(deltas, topk), torch.tensor(expected).double(), atol=6e-8, rtol=0)
+    q = torch.tensor([[0.1, 0, 0, -0.1], [0.2, 0.2, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(_varm(q), torch.tensor([0.18, 0.16, 0, -0.02]).double())
