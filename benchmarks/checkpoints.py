@@ -26,8 +26,6 @@ DPO_RMS = 6e-6  # of SFT → DPO on a 7B model
 SFT_RMS = 1e-4  # of base → SFT
 VOCABULARY = 32_000
 WIDTHS = {1e9: (2048, 5632), 0: (512, 1536)}  # parameters from which on: hidden size, MLP size
-EXPERTS = (60, 250, 8)  # layers, experts in each, hidden size: 45,000 small tensors
-SHARDS = {"model": 2, "experts": 100}
 BLOCK = 1 << 20  # elements
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,7 +40,7 @@ class Family:
         names: of the checkpoints. The first is where all others started from.
         step: rms of the others' differences from it, each drawn by itself.
         size: parameters wanted; ``parameters`` is what whole layers come to.
-        kind: ``model``, a Llama in two shards; ``tensor``, one in one file; ``experts``, many, whatever the size.
+        kind: ``model``, a Llama in two shards; ``tensor``, a single one in one file.
     """
 
     folder: Path
@@ -61,7 +59,7 @@ class Family:
         """Every tensor of one checkpoint."""
         if self.kind == "tensor":
             return {"weight": (round(self.size / 4096), 4096)}
-        return _experts(*EXPERTS) if self.kind == "experts" else _llama(**self._dimensions())
+        return _llama(**self._dimensions())
 
     @property
     def parameters(self) -> int:
@@ -103,7 +101,7 @@ class Family:
         return cls(**data | {"folder": Path(data["folder"]), "names": tuple(data["names"])})
 
     def _make_folders(self) -> None:
-        shards = _shards(self.shapes, SHARDS[self.kind])
+        shards = _halves(self.shapes)
         names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
         index = {
             "metadata": {"total_size": self.nbytes},
@@ -143,15 +141,14 @@ class Family:
         return {"hidden": hidden, "mlp": mlp, "layers": max(1, round(layers))}
 
     def _config(self) -> dict[str, Any]:
-        layers, _, hidden = EXPERTS
-        dimensions = self._dimensions() if self.kind == "model" else {"hidden": hidden, "mlp": hidden, "layers": layers}
+        dimensions = self._dimensions()
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": dimensions["hidden"],
             "intermediate_size": dimensions["mlp"],
             "num_hidden_layers": dimensions["layers"],
-            "num_attention_heads": max(1, dimensions["hidden"] // 64),
+            "num_attention_heads": dimensions["hidden"] // 64,
             "vocab_size": VOCABULARY,
             "torch_dtype": "bfloat16",
             "tie_word_embeddings": False,
@@ -169,17 +166,12 @@ def _llama(hidden: int, mlp: int, layers: int) -> Shapes:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
 
 
-def _experts(layers: int, experts: int, hidden: int) -> Shapes:
-    names = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in range(layers) for expert in range(experts)]
-    return {f"{name}.{part}_proj.weight": (hidden, hidden) for name in names for part in ("gate", "up", "down")}
-
-
-def _shards(shapes: Shapes, count: int) -> list[Shapes]:
-    """Shards of nearly the same size."""
-    shards: list[Shapes] = [{} for _ in range(count)]
+def _halves(shapes: Shapes) -> list[Shapes]:
+    """Two shards of nearly the same size."""
+    shards: list[Shapes] = [{}, {}]
     whole, done = sum(map(math.prod, shapes.values())), 0
     for name, shape in shapes.items():
-        shards[count * done // whole][name] = shape
+        shards[done >= whole / 2][name] = shape
         done += math.prod(shape)
     return shards
 

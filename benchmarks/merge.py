@@ -9,6 +9,7 @@ A base and two fine-tunes that differ from it as supervised fine-tuning leaves t
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -128,7 +129,7 @@ def main(
         ours = {merge.label: _merge(bench, merge, family) for merge in merges}
         results = bench.rounds({COPY: bench.copying(family)} | ours, runs)
         peaks = _peaks(bench, merges, parameters, notes)
-        results |= _planning(bench, merges[0])
+        results |= _planning(bench)
         theirs = _by_mergekit(bench, merges, family, mergekit, notes)
     finally:
         bench.clear()
@@ -228,16 +229,13 @@ def _peaks(bench: Bench, merges: Sequence[Merge], parameters: float, notes: list
     return peaks
 
 
-def _planning(bench: Bench, merge: Merge) -> dict[str, list[Run]]:
-    """Planning of a model with very many tensors."""
-    family = _family(bench, "experts", 0, 2, "experts")
-    label = PLAN.format(len(family.shapes))
-    try:
-        bench.prepare(family)
-        return bench.rounds({label: [bench.program, "plan", str(_written(merge, family))]}, 3)
-    finally:
-        bench.clear()
-        family.remove()
+def _planning(bench: Bench) -> dict[str, list[Run]]:
+    """Planning of models with very many tensors."""
+    from benchmarks.plan import prepare, tensors
+
+    label = PLAN.format(len(tensors()))
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        return bench.rounds({label: [bench.program, "plan", str(prepare(Path(folder)))]}, 3)
 
 
 def _speeds(
