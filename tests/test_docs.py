@@ -14,6 +14,7 @@ import mergekit_lite
 from docs import methods as page_of_methods
 from mergekit_lite.commands import main
 from mergekit_lite.methods import METHODS
+from tests.adapters import lora, write_adapter
 from tests.models import read_folder, same_bytes, state, tuned, write_folder
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,6 +32,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_folder(tmp_path / "base", base, config=CONFIG)
     write_folder(tmp_path / "math", tuned(base, 1), config=CONFIG)
     write_folder(tmp_path / "code", tuned(base, 2), config=CONFIG)
+    q_proj = "model.layers.3.self_attn.q_proj"
+    write_adapter(tmp_path / "adapter", lora(q_proj, *base[f"{q_proj}.weight"].shape))
     for name, text in EXAMPLES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -93,12 +96,6 @@ def test_what_is_refused(change: str, told: str, place: Path) -> None:
     (place / "ties.yml").write_text(f"{EXAMPLES['ties.yml']}{change}\n", encoding="utf-8")
     result = CliRunner().invoke(main, ["plan", "ties.yml"])
     assert result.exit_code != 0 and told in str(result.output) + str(result.exception)
-
-
-def test_lora_references_are_refused(place: Path) -> None:
-    (place / "ties.yml").write_text(EXAMPLES["ties.yml"].replace("./math", "./math+./adapter"), encoding="utf-8")
-    with pytest.raises(mergekit_lite.MergekitLiteError, match="LoRA"):
-        mergekit_lite.plan_merge_file("ties.yml", "out")
 
 
 def test_files_merge_into_a_file(place: Path) -> None:

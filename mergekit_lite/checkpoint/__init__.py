@@ -1,6 +1,7 @@
 """Checkpoints: the only code that opens an input weight file."""
 
-from mergekit_lite.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint.checkpoint import Checkpoint, open_adapter, open_checkpoint
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
 
-__all__ = ["Checkpoint", "TensorSpec", "WeightFile", "open_checkpoint"]
+__all__ = ["Adapter", "Checkpoint", "TensorSpec", "WeightFile", "open_adapter", "open_checkpoint"]

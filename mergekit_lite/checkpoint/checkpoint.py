@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint import adapter as adapters
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import quantised, safetensors_file, torch_file
+from mergekit_lite.checkpoint.adapter import Adapter
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
 from mergekit_lite.errors import CheckpointError, listing
 
@@ -26,6 +30,7 @@ class Checkpoint:
         nest: the keys a torch file keeps its tensors under.
         left_out: what the files hold beside tensors that can be merged, and why it is left out.
         revision: the commit a hub repository was fetched at.
+        adapter: the LoRA adapter that is folded in, if any.
     """
 
     reference: str
@@ -36,6 +41,12 @@ class Checkpoint:
     nest: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every folder or file that is read."""
+        return (self.path, self.adapter.path) if self.adapter else (self.path,)
 
     @property
     def folder(self) -> Path | None:
@@ -53,23 +64,83 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, a folder with such files, or a hub repository
-            ``org/name`` or ``org/name@revision``.
+            ``org/name`` or ``org/name@revision``; or one of these, ``+``, and the folder or hub repository of a LoRA
+            adapter, which is folded in when weights are read.
 
     Raises:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
     """
-    try:
+    text = str(reference)
+    with _opening(text):
         path = Path(reference).expanduser()
         if path.is_dir():
-            return _open_folder(str(reference), path.resolve())
+            return _open_folder(text, path.resolve())
         if path.is_file():
-            return _open_file(str(reference), path.resolve())
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
+            return _open_file(text, path.resolve())
+    if "+" in text:
+        return _with_adapter(text)
     from mergekit_lite.checkpoint import hub
 
-    fetched = hub.fetch(str(reference))
-    return _open_folder(str(reference), fetched.folder, fetched.revision)
+    fetched = hub.fetch(text)
+    return _open_folder(text, fetched.folder, fetched.revision)
+
+
+def open_adapter(reference: str) -> Adapter:
+    """Open a LoRA adapter, a folder or a hub repository; only its config and headers are read.
+
+    Raises:
+        CheckpointError: it doesn't exist, is damaged or hostile, or of a kind that is refused.
+    """
+    with _opening(reference):
+        path = Path(reference).expanduser()
+        if path.exists():
+            return adapters.read_adapter(reference, path.resolve())
+    from mergekit_lite.checkpoint import hub
+
+    fetched = hub.fetch(reference, adapter=True)
+    return adapters.read_adapter(reference, fetched.folder, fetched.revision)
+
+
+@contextmanager
+def _opening(reference: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _with_adapter(reference: str) -> Checkpoint:
+    """Open ``base+adapter``."""
+    base_reference, adapter_reference = _halves(reference)
+    base, adapter = open_checkpoint(base_reference), open_adapter(adapter_reference)
+    if base.adapter is not None:
+        raise CheckpointError(f"{reference}: folds in two adapters; expected BASE+ADAPTER. Make the first model first.")
+    tensors, left_out = adapter.over(base.tensors, base.config)
+    return replace(
+        base,
+        reference=reference,
+        files=(*base.files, adapter.file),
+        tensors=tensors,
+        left_out={**base.left_out, **left_out},
+        adapter=adapter,
+    )
+
+
+def _halves(reference: str) -> tuple[str, str]:
+    """Base and adapter: where a path has a plus of its own, the cut that leaves two things that can be opened."""
+    from mergekit_lite.checkpoint import hub
+
+    cuts = [match.start() for match in re.finditer(r"\+", reference)]
+    halves = [(reference[:cut], reference[cut + 1 :]) for cut in cuts]
+    with _opening(reference):
+        sound = [p for p in halves if all(Path(half).expanduser().exists() or hub.is_repository(half) for half in p)]
+    if len(halves) > 1 and not sound:
+        raise CheckpointError(f"{reference}: no such file or folder, and no BASE+ADAPTER of which both are there.")
+    if len(sound) > 1:
+        raise CheckpointError(
+            f"{reference}: can be cut at several pluses into a base and an adapter. Rename a folder, or link to it."
+        )
+    return (sound or halves)[0]
 
 
 def _open_file(reference: str, path: Path) -> Checkpoint:
@@ -86,7 +157,9 @@ def _open_file(reference: str, path: Path) -> Checkpoint:
 
 def _open_folder(reference: str, folder: Path, revision: str | None = None) -> Checkpoint:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: is a LoRA adapter, not a model. Adapters can't be opened on their own.")
+        raise CheckpointError(
+            f"{folder}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
+        )
     files, index = folders.weight_files(folder)
     config_path = folder / "config.json"
     config = folders.read_json(folders.inside(folder, "config.json")) if config_path.exists() else None

@@ -6,19 +6,17 @@ https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/kernel.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.tensor import TensorSpec, grid
 
 if TYPE_CHECKING:
     import torch
 
     from mergekit_lite.checkpoint.reader import Reader
-
-PIECE = 1 << 20  # elements at a time: the codes and scales of one piece are all the memory that is needed
 
 
 def dequantise(reader: Reader, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
@@ -31,36 +29,15 @@ def dequantise(reader: Reader, spec: TensorSpec, start: int, out: torch.Tensor) 
 
     assert spec.scale is not None
     stored = replace(spec, dtype=spec.scale.codes, scale=None)
-    buffer = torch.empty(min(PIECE, out.numel()), dtype=dtypes.torch_dtype(spec.scale.codes))
-    for begin, piece in _pieces(start, out):
-        codes = buffer[: piece.numel()]
+    for begin, piece in pieces(start, out):
+        codes = torch.empty(piece.numel(), dtype=dtypes.torch_dtype(spec.scale.codes))
         reader.read(stored, begin, codes)
         piece.copy_(codes)
         if spec.scale.spec.numel == 1:
             piece.mul_(_scale_rows(reader, spec.scale.spec, 0, 1, columns=1).reshape(()))
             continue
-        for row, column, part in _by_rows(begin, piece, spec.shape[-1]):
+        for row, column, part in by_rows(begin, piece, spec.shape[-1]):
             _multiply(reader, spec, row, column, part)
-
-
-def _pieces(start: int, out: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    for done in range(0, out.numel(), PIECE):
-        yield start + done, out[done : done + PIECE]
-
-
-def _by_rows(start: int, piece: torch.Tensor, columns: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Cut a run of elements into a partial first row, whole rows, and a partial last row.
-
-    Yields:
-        The row and column a part begins at, and the part as a matrix.
-    """
-    done, total = 0, piece.numel()
-    while done < total:
-        row, column = divmod(start + done, columns)
-        width = min(columns - column, total - done)
-        length = (total - done) // columns * columns if width == columns else width
-        yield row, column, piece[done : done + length].view(-1, width)
-        done += length
 
 
 def _multiply(reader: Reader, spec: TensorSpec, row: int, column: int, values: torch.Tensor) -> None:

@@ -22,6 +22,8 @@ STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX_ENDING = ".index.json"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # what trainers leave beside them
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)")
@@ -86,6 +88,16 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
             "Remove the stale one, or name one file instead of the folder."
         )
     return chosen or _unindexed(where, names)
+
+
+def adapter_weights(where: object, names: Collection[str]) -> str:
+    """The weight file of an adapter's folder or repository. Raises CheckpointError where there is none."""
+    if ADAPTER_CONFIG not in names:
+        raise CheckpointError(f"{where}: is not an adapter: it has no {ADAPTER_CONFIG}. Name a folder that peft saved.")
+    found = [name for name in ADAPTER_WEIGHTS if name in names]
+    if not found:
+        raise CheckpointError(f"{where}: holds no {' or '.join(ADAPTER_WEIGHTS)}. Download the adapter again.")
+    return found[0]
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -45,39 +45,41 @@ class Fetched:
     revision: str | None
 
 
-def fetch(reference: str) -> Fetched:
-    """Download what a checkpoint needs of a repository, or find it in the cache.
+def is_repository(reference: str) -> bool:
+    """Whether a reference has the form of a repository's name."""
+    match = REPOSITORY.fullmatch(reference)
+    return match is not None and not reference.endswith(folders.WEIGHT_SUFFIXES) and ".." not in reference
 
-    Needed are one set of weights (safetensors before ``.bin``), their index, and the small files beside them. Without a
-    network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has them all.
+
+def fetch(reference: str, *, adapter: bool = False) -> Fetched:
+    """Download what a checkpoint or an adapter needs of a repository, or find it in the cache.
+
+    Needed are one set of weights (safetensors before ``.bin``), their index, and the small files beside them; of an
+    adapter its weights and config. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has all.
 
     Args:
         reference: ``org/name`` or ``org/name@revision`` (a branch, tag or commit).
+        adapter: whether an adapter is wanted, not a model.
 
     Raises:
         CheckpointError: no such path or repository, no access to it, or no network and not in the cache.
     """
     repo, revision = _parsed(reference)
     try:
-        return _downloaded(repo, revision)
+        return _downloaded(repo, revision, adapter)
     except CheckpointError:
         raise
     except Exception as error:  # the client's errors have no common base, and differ between its versions
         if refusal := _refusal(reference, repo, revision, error):
             raise CheckpointError(refusal) from error
         trouble = _trouble(error)
-    return _cached(reference, repo, revision, trouble)
+    return _cached(reference, repo, revision, adapter, trouble)
 
 
 def _parsed(reference: str) -> tuple[str, str | None]:
     """The repository and revision that a reference names. Raises CheckpointError where it names none."""
-    if "+" in reference:
-        raise CheckpointError(
-            f"{reference}: a LoRA adapter on a base can't be opened yet. Merge the adapter into its base first "
-            "(peft: model.merge_and_unload()) and name the result."
-        )
     match = REPOSITORY.fullmatch(reference)
-    if match is None or reference.endswith(folders.WEIGHT_SUFFIXES) or ".." in reference:
+    if match is None or not is_repository(reference):
         raise CheckpointError(
             f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
             f"org/name@revision).{_nearest_path(reference)}"
@@ -85,14 +87,19 @@ def _parsed(reference: str) -> tuple[str, str | None]:
     return match["repo"], match["revision"]
 
 
-def _downloaded(repo: str, revision: str | None) -> Fetched:
+def _downloaded(repo: str, revision: str | None, adapter: bool) -> Fetched:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repo, revision=revision)
-    names = {file.rfilename for file in info.siblings or ()}
-    if "adapter_config.json" in names and "config.json" not in names:
-        raise CheckpointError(f"{repo}: is a LoRA adapter, not a model. Adapters can't be opened on their own.")
-    wanted = [*_weights(repo, info.sha, names), *(name for name in names if _is_beside(name))]
+    listed = {file.rfilename for file in info.siblings or ()}
+    if adapter:
+        wanted = [folders.adapter_weights(repo, listed), folders.ADAPTER_CONFIG]
+    elif folders.ADAPTER_CONFIG in listed and "config.json" not in listed:
+        raise CheckpointError(
+            f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
+        )
+    else:
+        wanted = [*_weights(repo, info.sha, listed), *(name for name in listed if _is_beside(name))]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
     if folder.name != info.sha:
         raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
@@ -118,22 +125,26 @@ def _is_beside(name: str) -> bool:
     )
 
 
-def _cached(reference: str, repo: str, revision: str | None, trouble: str) -> Fetched:
+def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trouble: str) -> Fetched:
     """The repository as the cache has it. Raises CheckpointError, with the trouble that led there, if incomplete."""
     from huggingface_hub import snapshot_download
 
+    beside = [folders.ADAPTER_CONFIG] if adapter else list(BESIDE)
     remedy = "Connect and run again, or name a folder on this machine."
     try:
         # Where the cache knows the repository's files, the patterns make sure that all the small ones are there.
         found = snapshot_download(
-            repo, revision=revision, local_files_only=True, allow_patterns=list(BESIDE), ignore_patterns=["*/*"]
+            repo, revision=revision, local_files_only=True, allow_patterns=beside, ignore_patterns=["*/*"]
         )
     except Exception as error:
         raise CheckpointError(
             f"{reference}: {trouble}, and the local cache doesn't hold all of it. {remedy}"
         ) from error
     try:
-        folders.weight_files(Path(found))
+        if adapter:
+            folders.adapter_weights(found, {path.name for path in Path(found).iterdir()})
+        else:
+            folders.weight_files(Path(found))
     except CheckpointError as error:
         raise CheckpointError(
             f"{reference}: {trouble}, and the local cache doesn't hold all of its weights. {remedy}\n{error}"

@@ -97,7 +97,8 @@ def _with_scale(spec: TensorSpec, tensors: Mapping[str, TensorSpec], blocks: fro
             f"{found[0].name}: a scale should be one of {', '.join(SCALES)}, but is {found[0].dtype}. "
             f"{refused_formats.ORIGINAL}."
         )
-    return replace(spec, dtype="float32", scale=Scale(spec.dtype, found[0], _block_of(spec, found[0], blocks)))
+    scale = Scale(spec.dtype, found[0], _block_of(spec, found[0], blocks))
+    return replace(spec, dtype="float32", scale=scale, written_as="bfloat16")
 
 
 def _block_of(spec: TensorSpec, scale: TensorSpec, blocks: frozenset[Block]) -> Block:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.tensor import TensorSpec
@@ -13,6 +15,9 @@ from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
     import torch
+
+REMEMBERED = 16
+T = TypeVar("T")
 
 
 class Reader:
@@ -24,6 +29,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._remembered: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
@@ -45,7 +51,11 @@ class Reader:
         Raises:
             RunError: the file can't be read, or ends before its header says it does.
         """
-        if spec.scale is not None:
+        if spec.low_rank is not None:
+            from mergekit_lite.checkpoint.folding import fold
+
+            fold(self, spec, start, out)
+        elif spec.scale is not None:
             from mergekit_lite.checkpoint.dequantisation import dequantise
 
             dequantise(self, spec, start, out)
@@ -53,6 +63,20 @@ class Reader:
             self._read_strided(spec, start, out)
         else:
             self._fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), bytes_of(out), spec.name)
+
+    def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make()`` gives, kept until so many others were asked for: for what is read again and again."""
+        with self._lock:
+            if key in self._remembered:
+                self._remembered.move_to_end(key)
+                found: T = self._remembered[key]
+                return found
+        made = make()
+        with self._lock:
+            self._remembered[key] = made
+            if len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return made
 
     def _descriptor(self, path: Path) -> int:
         descriptor = self._descriptors.get(path)
@@ -94,7 +118,10 @@ class Reader:
             index = index // length
         mapped = torch.from_file(str(spec.file), size=spec.file.stat().st_size, dtype=torch.uint8)
         reach = 1 + int(position.max()) if len(position) else 0
-        stored = mapped[spec.offset : spec.offset + reach * out.element_size()].view(out.dtype)
+        stored = mapped[spec.offset : spec.offset + reach * out.element_size()]
+        if spec.offset % out.element_size():
+            stored = stored.clone()  # no view begins between two elements
+        stored = stored.view(out.dtype)
         torch.index_select(stored, 0, position, out=out)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -38,6 +38,19 @@ class Scale:
     block: Block
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a tensor: value = base + scale · left · right.
+
+    ``left`` is (rows, rank) and ``right`` (rank, columns), in the orientation of the base, as a view of what is stored.
+    """
+
+    base: TensorSpec
+    left: TensorSpec
+    right: TensorSpec
+    scale: float
+
+
 def grid(matrix: Block, block: Block) -> Block:
     """How many rows and columns of blocks cover a matrix, ragged blocks at the edges included."""
     return -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
@@ -48,7 +61,9 @@ class TensorSpec:
     """One tensor: its name, dtype and shape, and where its bytes lie.
 
     ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is
-    not laid out row by row; ``scale`` only for one that is stored quantised: its ``dtype`` is the dequantised one.
+    not laid out row by row; ``scale`` only for one that is stored quantised: its ``dtype`` is the dequantised one;
+    ``low_rank`` only for one that an adapter adds to: it lies where its base lies. ``written_as`` is the dtype it takes
+    in an output unless another is asked for, where that is not ``dtype``.
     """
 
     name: str
@@ -58,6 +73,8 @@ class TensorSpec:
     offset: int
     strides: tuple[int, ...] | None = None
     scale: Scale | None = None
+    low_rank: LowRank | None = None
+    written_as: str | None = None
 
     @property
     def numel(self) -> int:
@@ -67,12 +84,25 @@ class TensorSpec:
     @property
     def stored_dtype(self) -> str:
         """The dtype of the bytes on disk."""
+        if self.low_rank:
+            return self.low_rank.base.stored_dtype
         return self.scale.codes if self.scale else self.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.numel * dtypes.size(self.stored_dtype)
+        """Bytes on disk, those of an adapter included."""
+        own = self.numel * dtypes.size(self.stored_dtype)
+        return own + (self.low_rank.left.nbytes + self.low_rank.right.nbytes if self.low_rank else 0)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is dequantised when it is read."""
+        return self.low_rank.base.quantised if self.low_rank else self.scale is not None
+
+    def transposed(self) -> TensorSpec:
+        """The same matrix seen with its rows as columns."""
+        rows, columns = self.shape
+        return replace(self, shape=(columns, rows), strides=(self.strides or (columns, 1))[::-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def run(
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
     """Raise UsageError where an output path would touch an input or something that exists."""
-    sources = [checkpoint.path for checkpoint in plan.inputs]
+    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
     for output, finished in zip(plan.outputs, _finished(plan, resume), strict=True):

@@ -141,7 +141,7 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     """The donor's config, true to what is written: its dtype, its tie, no quantisation that is gone."""
     source = plan.source
     config = dict(plan.config or source.config or {})
-    if any(spec.scale for spec in source.tensors.values()):
+    if any(spec.quantised for spec in source.tensors.values()):
         config.pop("quantization_config", None)
         config.pop("compression_config", None)
     written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype)}
@@ -185,6 +185,7 @@ def manifest_of(plan: Plan, variant: int, effect: Mapping[str, Any], digests: Ma
             {
                 "reference": source.reference,
                 "revision": source.revision,
+                **_adapter_of(source),
                 "files": [
                     {"name": file.path.name, "size": file.size, "header_xxh3_128": file.header_digest}
                     for file in source.files
@@ -197,3 +198,10 @@ def manifest_of(plan: Plan, variant: int, effect: Mapping[str, Any], digests: Ma
         "left_out": [list(entry) for entry in plan.left_out],
         "effect": effect,
     }
+
+
+def _adapter_of(source: Checkpoint) -> dict[str, Any]:
+    """The adapter that is folded into an input; nothing where there is none."""
+    if (adapter := source.adapter) is None:
+        return {}
+    return {"adapter": {"reference": adapter.reference, "revision": adapter.revision, "file": adapter.file.path.name}}

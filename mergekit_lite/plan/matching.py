@@ -47,10 +47,10 @@ def shared_elements(spec: TensorSpec, other: TensorSpec, reference: str, copy_ne
 
 
 def output_dtype(spec: TensorSpec, asked: str | None) -> str:
-    """The dtype a tensor is written in: a float in the one asked for, else its own; bfloat16 if it was quantised."""
+    """The dtype a tensor is written in: a float in the one asked for, else as the checkpoint would be written."""
     if not dtypes.is_float(spec.dtype):
         return spec.dtype
-    return asked or ("bfloat16" if spec.scale else spec.dtype)
+    return asked or spec.written_as or spec.dtype
 
 
 def copied(spec: TensorSpec, model: int, dtype: str, why: str) -> Job:

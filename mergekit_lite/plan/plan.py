@@ -157,5 +157,14 @@ class Plan:
             )
             for job in self.jobs
         ]
-        read = [[(spec.name, spec.dtype, spec.file.name, spec.offset) for spec in job.inputs] for job in self.jobs]
+        read = [[_place(spec) for spec in job.inputs] for job in self.jobs]
         return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
+
+
+def _place(spec: TensorSpec) -> tuple[object, ...]:
+    """Which bytes a tensor is read from, and what they are made into."""
+    own = (spec.name, spec.dtype, spec.file.name, spec.offset)
+    if (added := spec.low_rank) is None:
+        return own
+    factors = [(factor.file.name, factor.offset, factor.strides) for factor in (added.left, added.right)]
+    return (*own, _place(added.base), factors, added.scale)

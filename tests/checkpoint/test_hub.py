@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from mergekit_lite.checkpoint.hub import fetch
 from mergekit_lite.errors import CheckpointError
+from tests.adapters import CONFIG, lora
 from tests.checkpoint.hub_server import Repository, serve
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -187,7 +188,7 @@ def test_what_the_hub_lacks_or_can_not_tell(tmp_path):
         answers = fetched(tmp_path, *(f"org/{name}" for name in names), url=hub.url)
     expected = {
         "none": "has no such model, or it is private",
-        "adapter": "is a LoRA adapter",
+        "adapter": "BASE+org/adapter",
         "ambiguous": "holds both",
         "missing": "upload is incomplete",
         "hostile": "not weight files of this folder",
@@ -230,6 +231,24 @@ def test_the_nearest_sibling_is_suggested(tmp_path):
         fetch(str(tmp_path / "llama-tune"))
 
 
-def test_an_adapter_on_a_base_is_refused_by_name():
-    with pytest.raises(CheckpointError, match="LoRA adapter on a base can't be opened yet"):
-        fetch("org/base+org/adapter")
+def test_an_adapter_and_its_base(tmp_path):
+    adapter = {
+        "adapter_config.json": json.dumps(CONFIG).encode(),
+        "adapter_model.safetensors": save(lora("b", 1, 1)),
+        "adapter_model.bin": b"no",
+        "tokenizer.json": b"{}",
+        "optimizer.pt": b"no",
+    }
+    base = {"config.json": b"{}", "model.safetensors": save({"b.weight": torch.ones(1, 1)})}
+    repositories = {
+        "org/base": Repository({"main": NEW}, {NEW: base}),
+        "org/lora": Repository({"main": NEW, "v1": OLD}, {NEW: {}, OLD: adapter}),
+    }
+    with serve(repositories) as hub:
+        [answer, bare] = fetched(tmp_path, "org/base+org/lora@v1", "org/base+org/lora", url=hub.url)
+        assert hub.downloads == {*base, "adapter_config.json", "adapter_model.safetensors"}
+    assert answer["tensors"] == ["b.weight"] and "is not an adapter" in bare["error"]
+    assert fetched(tmp_path, "org/base+org/lora@v1", offline=True) == [answer]
+    next(tmp_path.rglob("snapshots/*/adapter_config.json")).unlink()
+    [refused] = fetched(tmp_path, "org/base+org/lora@v1", offline=True)
+    assert "cache doesn't hold all" in refused["error"]

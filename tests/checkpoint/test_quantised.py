@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mergekit_lite.checkpoint import dequantisation, open_checkpoint
+from mergekit_lite.checkpoint import open_checkpoint, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def test_any_part_of_a_block_scaled_tensor_is_that_part_of_the_naive_whole(data)
     weight, scale = codes(*stack, rows, columns), torch.rand(*stack, *grid).add(0.5).to(dtype)
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(dequantisation, "PIECE", data.draw(st.integers(1, 200))),
+        mock.patch.object(pieces, "PIECE", data.draw(st.integers(1, 200))),
     ):
         model = write_model(
             Path(folder),

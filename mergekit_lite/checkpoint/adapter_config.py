@@ -1,0 +1,179 @@
+"""The ``adapter_config.json`` of a PEFT LoRA: the scale of each module, and what is refused by name.
+
+scale = alpha / r, or alpha / √r with ``use_rslora`` (Kalajdzievski 2023, arXiv 2312.03732). ``rank_pattern`` and
+``alpha_pattern`` give some modules numbers of their own: the first pattern decides that is the end of the module's
+path, as a regular expression behind the beginning or a dot.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mergekit_lite.checkpoint.folder import read_json
+from mergekit_lite.errors import CheckpointError, listing, shortened
+
+MAX_RANK = 4096  # beyond it the fixed point of the factors would have fewer digits than float32 needs
+MAX_ALPHA = 1e30
+MERGE_IT = "Merge it with peft (model.merge_and_unload()), save that, and name the result"
+PLAIN = (  # how it was trained, or what the tensors' names and shapes tell anyway
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
+REFUSED = {
+    "use_dora": "DoRA, which scales every row to a length of its own",
+    "lora_bias": "a bias in the LoRA layers",
+    "layer_replication": "layers that are replicated",
+    "trainable_token_indices": "single rows of the vocabulary trained apart",
+    "target_parameters": "a LoRA on parameters that are no layers (experts)",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "an activated LoRA, which is on for some tokens only and can't be folded in",
+}
+KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
+MAX_PATTERN = 200
+REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
+N = TypeVar("N")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What the config of a LoRA says of its numbers."""
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool = False
+    transposed: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's LoRA."""
+        return _matching(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What the product of a module's factors is multiplied by."""
+        rank = self.rank_of(module)
+        return _matching(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Read and check an ``adapter_config.json``. Raises CheckpointError with every problem."""
+    config = read_json(path)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{path}: its peft_type is {_shown(kind)}; only LORA can be folded in. {MERGE_IT}.")
+    problems = [*_unsupported(config), *_unsound(config)]
+    if problems:
+        raise CheckpointError(listing(f"{path}: this adapter can't be used", problems))
+    return AdapterConfig(
+        config["r"],
+        config["lora_alpha"],
+        bool(config.get("use_rslora")),
+        bool(config.get("fan_in_fan_out")),
+        config.get("rank_pattern") or {},
+        config.get("alpha_pattern") or {},
+    )
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """What the config asks for that is refused, by name."""
+    problems = [f"{key}: {what} can't be folded in. {MERGE_IT}" for key, what in REFUSED.items() if config.get(key)]
+    problems += [
+        f"{_shown(key)}: {_shown(value)} is not known here, and may change what the weights mean. {MERGE_IT}"
+        for key, value in config.items()
+        if value and key not in PLAIN and key not in REFUSED
+    ]
+    if config.get("init_lora_weights") not in KEPT_BASE:
+        problems.append(
+            f"init_lora_weights: {_shown(config['init_lora_weights'])} changes the base before training, so the "
+            "adapter doesn't fit the original. Save it with peft's path_initial_model_for_weight_conversion. "
+            f"{MERGE_IT}"
+        )
+    return problems
+
+
+def _unsound(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the config's numbers."""
+    problems = [
+        f"{key}: expected true or false, got {_shown(config[key])}"
+        for key in ("use_rslora", "fan_in_fan_out")
+        if not isinstance(config.get(key), bool | None)
+    ]
+    numbers = (
+        ("r", "rank_pattern", _is_rank, f"a whole number of 1 to {MAX_RANK}"),
+        ("lora_alpha", "alpha_pattern", _is_alpha, "a number"),
+    )
+    for key, pattern_key, is_sound, expected in numbers:
+        if not is_sound(config.get(key)):
+            problems.append(f"{key}: expected {expected}, got {_shown(config.get(key))}")
+        patterns = config.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            problems.append(f"{pattern_key}: expected patterns with numbers, got {_shown(patterns)}")
+            continue
+        for pattern, number in patterns.items():
+            problem = _pattern_problem(pattern)
+            if problem is None and not is_sound(number):
+                problem = f"expected {expected}, got {_shown(number)}"
+            if problem is not None:
+                problems.append(f"{pattern_key}: {_shown(pattern)}: {problem}")
+    return problems
+
+
+def _matching(patterns: Mapping[str, N], module: str, default: N) -> N:
+    found = (number for pattern, number in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(found, default)
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < MAX_ALPHA  # type: ignore[arg-type]
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    """What is wrong with a pattern, which comes from a stranger and must not keep the matching busy for ever."""
+    try:
+        re.compile(f"({pattern})")
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is not a regular expression ({error})"
+    if len(pattern) > MAX_PATTERN or len(REPEAT.findall(pattern)) > 2 or REPEATED_GROUP.search(pattern):
+        return "repeats too much to be matched safely. Write the modules' names out"
+    return None
+
+
+def _shown(value: object) -> str:
+    return shortened(repr(value), 80)

@@ -1,0 +1,431 @@
+"""A LoRA over a base: what is read equals the fold made by hand, however it is cut; all else is refused by name."""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import folding, open_adapter, open_checkpoint, pieces
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import CheckpointError
+from tests.adapters import PREFIX, folded, lora, write_adapter
+from tests.checkpoint.reading import bits, read_all
+from tests.models import State, same_bytes, state, write_folder
+
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+UNTIED = {"tie_word_embeddings": False}
+
+
+def over(tmp_path: Path, base: State, tensors: State, **changes: object) -> dict[str, torch.Tensor]:
+    write_folder(tmp_path / "base", base)
+    write_adapter(tmp_path / "adapter", tensors, **changes)
+    return read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))
+
+
+def refusal(tmp_path: Path, tensors: State, base: State | None = None, **changes: object) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        over(tmp_path, base or state(0), tensors, **changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_the_fold_is_the_naive_one(tmp_path, base_dtype, dtype, file):
+    base = state(0, base_dtype)
+    tensors = lora(Q, 8, 8, dtype=dtype) | lora(UP, 16, 8, seed=1, dtype=dtype)
+    found = over(tmp_path, base, tensors, file=file)
+    expected = folded(base, tensors)
+    assert found.keys() == base.keys()
+    for name, tensor in found.items():
+        if name.removesuffix(".weight") not in (Q, UP):
+            assert same_bytes(tensor, base[name])
+            continue
+        assert tensor.dtype == (torch.float64 if base_dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-7, atol=2e-9)
+        assert not torch.equal(tensor.double(), base[name].double())
+
+
+def test_bfloat16_factors_fold_exactly(tmp_path):
+    base, tensors = state(0), lora(Q, 8, 8, dtype=torch.bfloat16)
+    found, expected = over(tmp_path, base, tensors), folded(base, tensors)
+    assert torch.equal(found[f"{Q}.weight"], expected[f"{Q}.weight"].float())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 64, 300])
+def test_any_rank_and_factors_of_any_size(tmp_path, rank):
+    tensors = lora(Q, 8, 8, rank=rank)
+    for number, (name, tensor) in enumerate(tensors.items()):
+        sizes = torch.logspace(-6, 6, rank) ** (1 - 2 * number)  # what one factor gains along the rank the other loses
+        tensors[name] = tensor * (sizes[:, None] if "lora_A" in name else sizes)
+    base = {name: tensor * 0 for name, tensor in state(0, torch.float32).items()}
+    found, expected = over(tmp_path, base, tensors, r=rank), folded(base, tensors)
+    difference = (found[f"{Q}.weight"].double() - expected[f"{Q}.weight"]).abs().max()
+    assert difference <= 2e-6 * expected[f"{Q}.weight"].abs().max()
+
+
+def spec_of(tmp_path: Path, rank: int, rows: int, columns: int, turned: bool) -> TensorSpec:
+    base = {"h.0.c.weight": torch.randn(rows, columns).bfloat16()}
+    write_folder(tmp_path / "base", base)
+    shape = (columns, rows) if turned else (rows, columns)
+    write_adapter(tmp_path / "adapter", lora("h.0.c", *shape, rank=rank), r=rank, fan_in_fan_out=turned)
+    return open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}").tensors["h.0.c.weight"]
+
+
+def read(spec: TensorSpec, start: int, count: int) -> torch.Tensor:
+    out = torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype))
+    with Reader() as reader:
+        reader.read(spec, start, out)
+    return out
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_cut_gives_the_same_bits(tmp_path_factory, turned, data):
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    rank = data.draw(st.integers(1, 9))
+    torch.manual_seed(rank)
+    spec = spec_of(tmp_path_factory.mktemp("cut"), rank, rows, columns, turned)
+    with mock.patch.object(folding, "FACTOR", data.draw(st.sampled_from([1, 30, 1 << 19]))):
+        whole = read(spec, 0, rows * columns)
+        start = data.draw(st.integers(0, rows * columns - 1))
+        count = data.draw(st.integers(1, rows * columns - start))
+        with mock.patch.object(pieces, "PIECE", data.draw(st.integers(1, 200))):
+            part = read(spec, start, count)
+    assert bits(part) == bits(whole[start : start + count])
+
+
+def test_many_threads_and_a_library_with_many_give_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    spec = spec_of(tmp_path, 24, 700, 900, False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = read(spec, 0, spec.numel)
+        torch.set_num_threads(4)
+        out = torch.empty_like(whole)
+        with Reader() as reader:
+            starts = range(0, spec.numel, 50_001)
+            tasks = [threading.Thread(target=reader.read, args=(spec, s, out[s : s + 50_001])) for s in starts]
+            for task in tasks:
+                task.start()
+            for task in tasks:
+                task.join()
+    finally:
+        torch.set_num_threads(before)
+    assert bits(out) == bits(whole)
+
+
+def test_the_order_of_the_rank_does_not_show(tmp_path):
+    """The products are summed exactly: turning the order round changes nothing."""
+    base, tensors = {f"{Q}.weight": torch.zeros(50, 60)}, lora(Q, 50, 60, rank=64)
+    turned = {name: tensor.flip(0 if "lora_A" in name else 1) for name, tensor in tensors.items()}
+    one = over(tmp_path / "1", base, tensors, r=64)
+    other = over(tmp_path / "2", base, turned, r=64)
+    assert same_bytes(one[f"{Q}.weight"], other[f"{Q}.weight"])
+
+
+def test_scales(tmp_path):
+    base = state(0, torch.float32)
+    tensors = lora(Q, 8, 8, rank=4) | lora(UP, 16, 8, rank=2, seed=1)
+    patterns = {
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {r"layers\.1\.mlp\.(up|down)_proj": 3, "mlp.up_proj": 99},
+    }
+    for stabilised in (False, True):
+        found = over(tmp_path / str(stabilised), base, tensors, use_rslora=stabilised, **patterns)
+        root = math.sqrt if stabilised else float
+        for module, scale in ((Q, 8 / root(4)), (UP, 3 / root(2))):
+            a, b = (tensors[f"{PREFIX}{module}.lora_{letter}.weight"].double() for letter in "AB")
+            expected = base[f"{module}.weight"].double() + scale * (b @ a)
+            torch.testing.assert_close(found[f"{module}.weight"].double(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_pattern_must_reach_from_a_dot_to_the_end(tmp_path):
+    tensors = lora(Q, 8, 8)
+    plain = over(tmp_path / "1", state(0), tensors)[f"{Q}.weight"]
+    for number, pattern in enumerate(("proj", "self_attn", "0.self_attn.q_pro")):
+        other = over(tmp_path / f"x{number}", state(0), tensors, alpha_pattern={pattern: 1})
+        assert same_bytes(other[f"{Q}.weight"], plain)
+    assert not same_bytes(over(tmp_path / "2", state(0), tensors, alpha_pattern={"q_proj": 1})[f"{Q}.weight"], plain)
+
+
+def test_a_square_weight_is_turned_by_the_config_any_other_by_its_shape(tmp_path):
+    a, b = torch.randn(4, 8), torch.randn(8, 4)
+    tensors = {f"{PREFIX}{Q}.lora_A.weight": a, f"{PREFIX}{Q}.lora_B.weight": b}
+    tensors |= lora("c", 5, 7)
+    base = {f"{Q}.weight": torch.zeros(8, 8), "c.weight": torch.zeros(7, 5)}
+    straight, turned = over(tmp_path / "1", base, tensors), over(tmp_path / "2", base, tensors, fan_in_fan_out=True)
+    torch.testing.assert_close(straight[f"{Q}.weight"], 2 * b @ a)
+    torch.testing.assert_close(turned[f"{Q}.weight"], (2 * b @ a).T)
+    assert same_bytes(straight["c.weight"], turned["c.weight"])
+
+
+def test_embeddings(tmp_path):
+    base, name = state(0, torch.float32), "model.embed_tokens"
+    a, b = torch.randn(4, 16), torch.randn(8, 4)
+    tensors = {f"{PREFIX}{name}.lora_embedding_A": a, f"{PREFIX}{name}.lora_embedding_B": b}
+    trained = torch.randn(16, 8)
+    found = over(tmp_path / "1", base, tensors)[f"{name}.weight"]
+    torch.testing.assert_close(found, base[f"{name}.weight"] + 2 * (b @ a).T)
+    tensors[f"{PREFIX}{name}.base_layer.weight"] = trained
+    torch.testing.assert_close(over(tmp_path / "2", base, tensors)[f"{name}.weight"], trained + 2 * (b @ a).T)
+
+
+def test_full_tensors_replace_those_of_the_base(tmp_path):
+    base, head, norm = state(0), torch.randn(16, 8), torch.randn(8).bfloat16()
+    tensors = lora(Q, 8, 8) | {f"{PREFIX}lm_head.weight": head, f"{PREFIX}model.norm.weight": norm}
+    tensors |= {f"{PREFIX}lm_head.original_module.weight": base["lm_head.weight"]}
+    tensors |= {f"{PREFIX}lm_head.modules_to_save.weight": head.clone()}
+    found = over(tmp_path, base, tensors)
+    assert same_bytes(found["lm_head.weight"], head) and same_bytes(found["model.norm.weight"], norm)
+    opened = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    assert opened.tensors["lm_head.weight"].written_as == "bfloat16"
+    assert len(opened.files) == 2 and opened.adapter is not None
+    told = "".join(f"{name}: {why}\n" for name, why in opened.left_out.items())
+    for part in ("lm_head.weight of the base: replaced", "original_module", "saved twice"):
+        assert part in told
+
+
+def test_a_tied_head_of_its_own(tmp_path):
+    base = state(0, torch.float32)
+    del base["lm_head.weight"]
+    tensors = lora("lm_head", 16, 8)
+    found, expected = (
+        over(tmp_path / "1", base, tensors),
+        folded(base | {"lm_head.weight": base["model.embed_tokens.weight"]}, tensors),
+    )
+    assert same_bytes(found["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    torch.testing.assert_close(found["lm_head.weight"].double(), expected["lm_head.weight"], rtol=1e-6, atol=1e-9)
+    both = {f"{PREFIX}lm_head.weight": torch.ones(16, 8), f"{PREFIX}model.embed_tokens.weight": torch.zeros(16, 8)}
+    found = over(tmp_path / "2", base, both)
+    assert found["lm_head.weight"].all() and not found["model.embed_tokens.weight"].any()
+
+
+def test_an_embedding_that_a_head_is_tied_to_is_refused(tmp_path):
+    base = state(0)
+    del base["lm_head.weight"]
+    tensors = {f"{PREFIX}model.embed_tokens.weight": torch.zeros(16, 8)}
+    write_folder(tmp_path / "base", base, config={"tie_word_embeddings": True})
+    write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(CheckpointError, match="Untie the base first"):
+        open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+@pytest.mark.parametrize("cut", ["transformer.", ""])
+def test_a_front_that_only_one_has(tmp_path, cut):
+    add = "" if cut else "transformer."
+    base = {f"{add}h.{n}.c.weight": torch.zeros(4, 4) for n in range(2)}
+    tensors = lora(f"{cut}h.0.c", 4, 4) | lora(f"{cut}h.1.c", 4, 4, seed=1)
+    found = over(tmp_path, base, tensors)
+    assert found.keys() == base.keys() and all(tensor.any() for tensor in found.values())
+
+
+def test_over_dequantised_weights(tmp_path):
+    codes = torch.randn(8, 8).to(torch.float8_e4m3fn)
+    scale = torch.rand(8, 1)
+    base = {f"{Q}.weight": codes, f"{Q}.weight_scale": scale}
+    tensors = lora(Q, 8, 8)
+    found = over(tmp_path, base, tensors)[f"{Q}.weight"]
+    expected = folded({f"{Q}.weight": codes.float() * scale}, tensors)[f"{Q}.weight"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-9)
+    spec = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}").tensors[f"{Q}.weight"]
+    assert spec.quantised and spec.written_as == "bfloat16"
+
+
+def test_a_header_that_puts_tensors_at_odd_bytes(tmp_path):
+    base, tensors = {"c.weight": torch.zeros(6, 5)}, lora("c", 5, 6)
+    write_adapter(tmp_path / "adapter", tensors)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    data = file.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    file.write_bytes(struct.pack("<Q", length + 1) + data[8 : 8 + length] + b" " + data[8 + length :])
+    write_folder(tmp_path / "base", base)
+    found = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))["c.weight"]
+    torch.testing.assert_close(
+        found.double(), folded({"c.weight": torch.zeros(5, 6)}, tensors)["c.weight"].T, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_what_matches_nothing_is_named_all_at_once(tmp_path):
+    tensors = lora(Q, 8, 8) | lora("model.layers.7.self_attn.q_proj", 8, 8) | lora(UP, 9, 8, seed=1)
+    tensors[f"{PREFIX}model.norm.weight"] = torch.ones(7)
+    tensors[f"{PREFIX}model.extra.weight"] = torch.ones(7)
+    message = refusal(tmp_path, tensors)
+    assert "4 problems" in message
+    for part in (
+        "model.layers.7.self_attn.q_proj.lora_A",
+        "[9, 8]",
+        "[16, 8]",
+        "model.norm.weight",
+        "model.extra.weight",
+    ):
+        assert part in message
+
+
+def test_a_resized_vocabulary_is_refused_with_the_remedy(tmp_path):
+    tensors = lora(Q, 8, 8) | {f"{PREFIX}lm_head.weight": torch.ones(18, 8)}
+    assert "model.resize_token_embeddings(18)" in refusal(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"peft_type": "LOHA"}, "'LOHA'"),
+        ({"peft_type": None}, "None"),
+        ({"peft_type": ["LORA"]}, "['LORA']"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "replicated"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts"]}, "experts"),
+        ({"alora_invocation_tokens": [1]}, "activated"),
+        ({"use_something_new": {"a": 1}}, "use_something_new"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "changes the base"),
+        ({"r": 0}, "r: expected"),
+        ({"r": -4}, "r: expected"),
+        ({"r": 4.0}, "r: expected"),
+        ({"r": True}, "r: expected"),
+        ({"r": 10**400}, "r: expected"),
+        ({"r": 5000}, "4096"),
+        ({"r": None}, "r: expected"),
+        ({"r": 8}, "has rank 4"),
+        ({"lora_alpha": math.nan}, "lora_alpha: expected"),
+        ({"lora_alpha": math.inf}, "lora_alpha: expected"),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected"),
+        ({"lora_alpha": "8"}, "lora_alpha: expected"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
+        ({"alpha_pattern": {"(a+)+x": 1}}, "repeats too much"),
+        ({"alpha_pattern": {".*.*.*x": 1}}, "repeats too much"),
+        ({"alpha_pattern": {"a" * 300: 1}}, "repeats too much"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_refused(tmp_path, changes, told):
+    assert told in refusal(tmp_path, lora(Q, 8, 8), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (f"{Q}.lora_magnitude_vector", "DoRA"),
+        (f"{Q}.lora_B.bias", "bias"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "single rows"),
+        (f"{Q}.hada_w1_a", "LoHa"),
+        (f"{Q}.ia3_l", "IA3"),
+        (f"{Q}.lora_X.weight", "unknown kind"),
+        (f"{UP}.lora_A.weight", "expected one lora_A and one lora_B"),
+        (f"{Q}.lora_embedding_A", "expected one lora_A and one lora_B"),
+    ],
+)
+def test_tensors_that_are_refused(tmp_path, name, told):
+    message = refusal(tmp_path, lora(Q, 8, 8) | {PREFIX + name: torch.ones(4, 8)})
+    assert told in message and name in message
+
+
+def test_hostile_shapes_and_dtypes(tmp_path):
+    a, b = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
+    good = lora(Q, 8, 8)
+    for number, (changes, told) in enumerate(
+        [
+            ({a: torch.ones(4, 8, 1, 1)}, "convolution"),
+            ({a: torch.ones(4, 0)}, "expected a matrix"),
+            ({a: torch.ones(4, 8, dtype=torch.int8)}, "is int8"),
+            ({b: torch.ones(8, 3)}, "don't belong together"),
+            ({Q + ".lora_A.weight": good[a].clone()}, "for the same place"),
+            ({f"{PREFIX}lm_head.weight": torch.ones(16, 8, dtype=torch.int32)}, "is int32"),
+        ]
+    ):
+        assert told in refusal(tmp_path / str(number), good | changes), told
+    base = state(0) | {f"{Q}.weight": torch.ones(8, 8, dtype=torch.int64)}
+    assert "not for arithmetic" in refusal(tmp_path / "int", good, base)
+
+
+def test_files_that_are_missing_or_leave_the_folder(tmp_path):
+    write_folder(tmp_path / "base", state(0))
+    adapter = write_adapter(tmp_path / "adapter", lora(Q, 8, 8))
+    file = adapter / "adapter_model.safetensors"
+    outside = tmp_path / "outside.safetensors"
+    file.rename(outside)
+    reference = f"{tmp_path / 'base'}+{adapter}"
+
+    def told() -> str:
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(reference)
+        return str(caught.value)
+
+    assert "holds no adapter_model" in told()
+    file.symlink_to(outside)
+    assert "leaves its folder" in told()
+    file.unlink()
+    file.write_bytes(outside.read_bytes()[:-1])
+    assert "cut short" in told()
+    (adapter / "adapter_config.json").write_text("[]")
+    assert "JSON object" in told()
+    (adapter / "adapter_config.json").unlink()
+    assert "is not an adapter" in told()
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'none'}")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        open_checkpoint(f"{tmp_path / 'none'}+{tmp_path / 'base'}")
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    write_folder(tmp_path / "base", state(0))
+    adapter = write_adapter(tmp_path / "adapter", {})
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"a": Trap()}, adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="restricted loader"):
+        open_checkpoint(f"{tmp_path / 'base'}+{adapter}")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_paths_with_a_plus_of_their_own(tmp_path):
+    base, adapter = write_folder(tmp_path / "a+b", state(0)), write_adapter(tmp_path / "c+d", lora(Q, 8, 8))
+    assert open_checkpoint(base).adapter is None
+    opened = open_checkpoint(f"{base}+{adapter}")
+    assert opened.paths == (base.resolve(), adapter.resolve())
+    with pytest.raises(CheckpointError, match="no BASE"):
+        open_checkpoint(f"{base}+{adapter}+{adapter}")
+    with pytest.raises(CheckpointError, match=r"BASE\+"):
+        open_checkpoint(adapter)
+
+
+def test_an_adapter_alone_tells_its_factors(tmp_path):
+    opened = open_adapter(str(write_adapter(tmp_path / "adapter", lora(Q, 8, 8))))
+    [(name, factors)] = opened.factors.items()
+    assert name == f"{Q}.weight" and factors.scale == 2
+    assert (factors.a.shape, factors.b.shape) == ((4, 8), (8, 4))
+
+
+def test_a_changed_adapter_is_noticed(tmp_path):
+    write_folder(tmp_path / "base", state(0))
+    adapter = write_adapter(tmp_path / "adapter", lora(Q, 8, 8))
+    opened = open_checkpoint(f"{tmp_path / 'base'}+{adapter}")
+    opened.check_unchanged()
+    save_file(
+        load_file(adapter / "adapter_model.safetensors") | {"x": torch.ones(1)}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="changed since it was planned"):
+        opened.check_unchanged()
