@@ -117,7 +117,12 @@ class Adapter:
                 tensors[name_in(name)] = _folded(own, factors, name_in(name))
             except CheckpointError as problem:
                 problems.append(str(problem))
-        changed = {*map(name_in, self.factors), *map(name_in, self.replacements)}
+        for names in (self.factors, self.replacements):
+            twice = [name for name, count in Counter(map(name_in, names)).items() if count > 1]
+            problems += [
+                f"{name}: two tensors of the adapter are for it; it is not clear which is meant" for name in twice
+            ]
+        changed = {name_in(name) for name in (*self.factors, *self.replacements)}
         problems += _ties_broken(changed, tensors, config)
         if problems:
             title = f"{self.reference}: {counted(len(problems), 'problem')} with this adapter on its base"

@@ -233,6 +233,12 @@ def test_a_front_that_only_one_has(tmp_path, cut):
     assert found.keys() == base.keys() and all(tensor.any() for tensor in found.values())
 
 
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    base = {f"h.{n}.c.weight": torch.zeros(4, 4) for n in range(3)}
+    tensors = lora("transformer.h.0.c", 4, 4) | lora("transformer.h.1.c", 4, 4) | lora("h.1.c", 4, 4)
+    assert "h.1.c.weight: two tensors of the adapter" in refusal(tmp_path, tensors, base)
+
+
 def test_over_dequantised_weights(tmp_path):
     codes = torch.randn(8, 8).to(torch.float8_e4m3fn)
     scale = torch.rand(8, 1)
