@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 import mergekit_lite
 from mergekit_lite.commands import main
 from mergekit_lite.errors import MergekitLiteError, UsageError
+from mergekit_lite.output.card import model_card
 from tests.adapters import PREFIX, folded, lora, write_adapter
 from tests.models import State, bytes_of, read_folder, same_bytes, state, tuned, write_folder
 
@@ -106,6 +108,22 @@ def test_plan_and_manifest_name_both(place: Path) -> None:
     assert tuned_model["reference"] == "base+adapter" and "adapter" not in plain
     assert tuned_model["adapter"] == {"reference": "adapter", "revision": None, "file": "adapter_model.safetensors"}
     assert [file["name"] for file in tuned_model["files"]][-1] == "adapter_model.safetensors"
+
+
+def test_the_card_links_the_base(place: Path) -> None:
+    recipe = {"merge_method": "passthrough", "models": [{"model": "./base+./adapter"}]}
+    (place / "r.yml").write_text(yaml.safe_dump(recipe))
+    plan = mergekit_lite.plan_merge_file("r.yml", "out")
+    [source] = plan.inputs
+    assert source.adapter is not None
+    fetched = replace(
+        source,
+        reference="org/base@main+org/lora@v1",
+        revision="a" * 40,
+        adapter=replace(source.adapter, reference="org/lora@v1", revision="b" * 40),
+    )
+    card = model_card(replace(plan, inputs=(fetched,)), 0, {"merged": 1, "copied": 0, "effective": None})
+    assert "base_model:\n- org/base\n" in card and "](https://huggingface.co/org/base)" in card
 
 
 def test_another_scale_or_adapter_is_another_plan(place: Path) -> None:

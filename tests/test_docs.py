@@ -41,7 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_examples_are_found() -> None:
-    assert len(EXAMPLES) == RECIPES.count("```yaml") == 7
+    assert len(EXAMPLES) == RECIPES.count("```yaml") == 8
     assert len(COMMANDS) == 3
 
 
