@@ -26,9 +26,9 @@ import torch
 from mergekit_lite import draws
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
-from mergekit_lite.methods.statistics import largest, length
+from mergekit_lite.methods.statistics import largest, total
 
-Sparse = Callable[[Block, int], Block]  # (block, index of its first element) to the sparse deltas, new tensors
+Sparse = Callable[[Block, int], Block]  # (deltas, index of their first element) to the sparse ones, maybe in place
 Sparsifier = Generator[Sums, torch.Tensor, Sparse]
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
@@ -70,7 +70,7 @@ def _by_size(
     _check_shares(density=density)
     trimmed = [model for model in range(subject.models) if density[model] < 1]
     if not trimmed:
-        return lambda block, _: deltas(block)
+        return lambda made, _: made
     origin = subject.offset if trim == "global" else 0
     cuts = yield from largest(
         subject,
@@ -79,8 +79,7 @@ def _by_size(
         group if trim == "global" else None,
     )
 
-    def sparse(block: Block, start: int) -> Block:
-        made = deltas(block)
+    def sparse(made: Block, start: int) -> Block:
         for model, (cut, *without) in zip(trimmed, cuts, strict=True):
             kept = cut.largest(made[model], origin + start)
             for outliers in without:
@@ -96,8 +95,7 @@ def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
     _check_shares(density=density)
     keys = [draws.stream_key(subject.seed, subject.name, FIRST_STREAM + model) for model in range(subject.models)]
 
-    def sparse(block: Block, start: int) -> Block:
-        made = deltas(block)
+    def sparse(made: Block, start: int) -> Block:
         for delta, key, share in zip(made, keys, density, strict=True):
             if share < 1:
                 delta.mul_(_draws(key, start, delta).lt_(_limit(share)))
@@ -124,8 +122,7 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
             )
     keys = [draws.stream_key(subject.seed, subject.name, FIRST_STREAM + model) for model in range(subject.models)]
 
-    def sparse(block: Block, start: int) -> Block:
-        made = deltas(block)
+    def sparse(made: Block, start: int) -> Block:
         for delta, key, share, reach in zip(made, keys, density, epsilon, strict=True):
             if share < 1:
                 chances = _chances(_levels(delta), share - reach, share + reach)
@@ -136,8 +133,10 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
     return sparse
 
 
-def rescaled(sparse: Sparse, density: tuple[float, ...], rescale: Rescale) -> Sparsifier:
-    """Scale what is kept of each delta so that it makes up for what was dropped.
+def rescaling(
+    sparse: Sparse, density: tuple[float, ...], rescale: Rescale
+) -> Generator[Sums, torch.Tensor, tuple[float, ...]]:
+    """Find the factor for what is kept of each delta that makes up for what was dropped.
 
     Args:
         sparse: what gives the sparse deltas.
@@ -146,20 +145,17 @@ def rescaled(sparse: Sparse, density: tuple[float, ...], rescale: Rescale) -> Sp
             ``density``: by 1/density, as in DARE; False: not at all.
     """
     if rescale is False or min(density) >= 1:
-        return sparse
+        return (1.0,) * len(density)
     if rescale == "density":
-        factors = [1 / share if share > 0 else 1.0 for share in density]
-    else:
+        return tuple(1 / share if share > 0 else 1.0 for share in density)
 
-        def lengths(block: Block, start: int) -> torch.Tensor:
-            pairs = zip(deltas(block), sparse(block, start), strict=True)
-            return torch.stack([length(delta) for pair in pairs for delta in pair]).view(-1, 2)
+    def lengths(block: Block, start: int) -> torch.Tensor:
+        sizes = [delta.abs_() for delta in deltas(block)]
+        whole = [total(size) for size in sizes]
+        return torch.stack([*whole, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
 
-        totals = (yield Sums(lengths)).tolist()
-        factors = [whole / kept if kept > 0 else 1.0 for whole, kept in totals]
-    return lambda block, start: [
-        delta.mul_(factor) for delta, factor in zip(sparse(block, start), factors, strict=True)
-    ]
+    whole, kept = (yield Sums(lengths)).tolist()
+    return tuple(a / b if b > 0 else 1.0 for a, b in zip(whole, kept, strict=True))
 
 
 def _check_shares(**given: tuple[float, ...]) -> None:

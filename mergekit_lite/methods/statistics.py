@@ -54,15 +54,15 @@ def gram(vectors: Callable[[Block], Block]) -> Generator[Sums, torch.Tensor, tor
     return products
 
 
-def length(values: torch.Tensor) -> torch.Tensor:
-    """The sum of magnitudes (L1 length): float64 scalar.
+def total(sizes: torch.Tensor) -> torch.Tensor:
+    """The sum of numbers that are not negative: float64 scalar.
 
-    Many float32 magnitudes are summed in it by runs of 128, and beyond in float64: that costs a third of float64
-    throughout, and what it leaves out is a few billionths of the sum.
+    Many in float32 are summed in it by runs of 128, and beyond in float64: that costs a third of float64 throughout,
+    and what it leaves out is a few billionths of the sum.
     """
-    sizes = values.flatten().abs()
-    runs = sizes.numel() // RUN * RUN if sizes.dtype == torch.float32 and sizes.numel() >= RUN**2 else 0
-    return sizes[:runs].view(-1, RUN).sum(1).double().sum() + sizes[runs:].double().sum()
+    flat = sizes.flatten()
+    runs = flat.numel() // RUN * RUN if flat.dtype == torch.float32 and flat.numel() >= RUN**2 else 0
+    return flat[:runs].view(-1, RUN).sum(1).double().sum() + flat[runs:].double().sum()
 
 
 @dataclass(frozen=True)

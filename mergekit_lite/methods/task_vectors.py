@@ -23,7 +23,7 @@ import torch
 
 from mergekit_lite.methods.election import elect, support
 from mergekit_lite.methods.parameters import PerModel
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, deltas
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.sparsify import (
     Rescale,
@@ -33,7 +33,7 @@ from mergekit_lite.methods.sparsify import (
     inliers,
     magnitude,
     ranked_chance,
-    rescaled,
+    rescaling,
 )
 
 ADDED = "base + lambda·Σ w·{}(x − base)"
@@ -42,16 +42,30 @@ TIES, CRUMBS = "Yadav et al. 2023, arXiv 2306.01708", "Davari & Belilovsky 2024,
 DARE, DELLA = "Yu et al. 2024, arXiv 2311.03099", "Deep et al. 2024, arXiv 2406.11617"
 
 
-def _added(sparse: Sparse, weights: tuple[float, ...], normalize: bool, scale: float) -> Combine:
-    total = sum(weights) if normalize else 1.0
-    factor = scale / (total if abs(total) >= 1e-8 else 1.0)
-    coefficients = [weight * factor for weight in weights]
-    return lambda block, start: weighted_sum(sparse(block, start), coefficients).add_(block[0])
+def _added(
+    sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
+) -> Combine:
+    divisor = sum(weights) if normalize else 1.0
+    scale = scale / (divisor if abs(divisor) >= 1e-8 else 1.0)
+    first, *others = [weight * factor * scale for weight, factor in zip(weights, factors, strict=True)]
 
-
-def _elected(sparse: Sparse, weights: tuple[float, ...], normalize: bool, scale: float) -> Combine:
     def combine(block: Block, start: int) -> torch.Tensor:
-        votes = [delta.mul_(weight) for delta, weight in zip(sparse(block, start), weights, strict=True)]
+        merged, *more = sparse(deltas(block), start)
+        merged.mul_(first)
+        for delta, coefficient in zip(more, others, strict=True):
+            merged.add_(delta, alpha=coefficient)
+        return merged.add_(block[0])
+
+    return combine
+
+
+def _elected(
+    sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
+) -> Combine:
+    coefficients = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+
+    def combine(block: Block, start: int) -> torch.Tensor:
+        votes = [delta.mul_(c) for delta, c in zip(sparse(deltas(block), start), coefficients, strict=True)]
         signs = elect(votes)
         divisor = support(votes, weights) if normalize else None
         merged, *others = votes
@@ -78,7 +92,7 @@ def task_arithmetic(
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    return _added(lambda block, _: deltas(block), weight, normalize, lambda_)
+    return _added(lambda made, _: made, (1.0,) * subject.models, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("top"), source=TIES)
@@ -106,8 +120,8 @@ def ties(
         int8_mask: mergekit's, without effect.
     """
     sparse = yield from magnitude(subject, density, trim)
-    sparse = yield from rescaled(sparse, density, rescale)
-    return _elected(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale)
+    return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("inliers"), source=CRUMBS)
@@ -137,8 +151,8 @@ def breadcrumbs(
         int8_mask: mergekit's, without effect.
     """
     sparse = yield from inliers(subject, density, gamma, trim)
-    sparse = yield from rescaled(sparse, density, rescale)
-    return _added(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale)
+    return _added(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("inliers"), source=CRUMBS)
@@ -168,8 +182,8 @@ def breadcrumbs_ties(
         int8_mask: mergekit's, without effect.
     """
     sparse = yield from inliers(subject, density, gamma, trim)
-    sparse = yield from rescaled(sparse, density, rescale)
-    return _elected(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale)
+    return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("drop"), source=DARE)
@@ -195,8 +209,8 @@ def dare_linear(
         int8_mask: mergekit's, without effect.
     """
     sparse = chance(subject, density)
-    sparse = yield from rescaled(sparse, density, rescale)
-    return _added(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale)
+    return _added(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("drop"), source=DARE)
@@ -222,8 +236,8 @@ def dare_ties(
         int8_mask: mergekit's, without effect.
     """
     sparse = chance(subject, density)
-    sparse = yield from rescaled(sparse, density, rescale)
-    return _elected(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale)
+    return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(rows=last_axis, formula=ELECTED.format("drop"), source=DELLA)
@@ -251,8 +265,8 @@ def della(
         int8_mask: mergekit's, without effect.
     """
     sparse = ranked_chance(subject, density, epsilon, divide=rescale == "density")
-    sparse = yield from rescaled(sparse, density, rescale if rescale != "density" else False)
-    return _elected(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
+    return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(rows=last_axis, formula=ADDED.format("drop"), source=DELLA)
@@ -280,5 +294,5 @@ def della_linear(
         int8_mask: mergekit's, without effect.
     """
     sparse = ranked_chance(subject, density, epsilon, divide=rescale == "density")
-    sparse = yield from rescaled(sparse, density, rescale if rescale != "density" else False)
-    return _added(sparse, weight, normalize, lambda_)
+    factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
+    return _added(sparse, factors, weight, normalize, lambda_)

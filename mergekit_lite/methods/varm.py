@@ -25,6 +25,7 @@ import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Weighted, deltas, weighted_sum
 from mergekit_lite.methods.registry import method
+from mergekit_lite.methods.statistics import total
 
 IN_LAYER = re.compile(r"(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<module>[^.]+)")
 
@@ -70,11 +71,11 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
         tensor_share = 1.0 if per_element else 1 / subject.numel
 
         def change(block: Block, _: int) -> torch.Tensor:
-            changed = [_change(delta, measure).sum(dtype=torch.float64) for delta in deltas(block)]
+            changed = [total(_change(delta, measure)) for delta in deltas(block)]
             return torch.stack([*changed, changed[0].new_tensor(block[0].numel())]) * tensor_share
 
-        total = (yield Sums(change, group)).cpu()
-        weights = _shares(total[:-1] / total[-1] if per_element else total[:-1], temperature)
+        changes = (yield Sums(change, group)).cpu()
+        weights = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
     coefficients = tuple(weights.tolist())
     return Weighted(coefficients, lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mergekit_lite.methods.passes import Block, Passes, Subject, Sums, sample
-from mergekit_lite.methods.statistics import WORTH_SAMPLING, Cut, largest, length
+from mergekit_lite.methods.statistics import WORTH_SAMPLING, Cut, largest
+from mergekit_lite.methods.statistics import total as summed
 
 ELEMENTS = WORTH_SAMPLING + 777
 
@@ -132,7 +133,7 @@ def test_a_block_that_holds_the_last_tie(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 100_001])
-def test_lengths(count: int) -> None:
+def test_totals(count: int) -> None:
     for dtype in (torch.float32, torch.float64):
         values = noise(count, count).to(dtype)
-        assert length(values).item() == pytest.approx(values.double().abs().sum().item(), rel=1e-8)
+        assert summed(values.abs()).item() == pytest.approx(values.double().abs().sum().item(), rel=1e-8)
