@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def carry_out(plan: Plan, how: How) -> None:
             force=how.force,
             allow_nonfinite=how.allow_nonfinite,
             progress=progress,
+            processes=sys.platform == "linux",  # elsewhere system libraries don't survive a fork
         )
     if how.as_json:
         click.echo(json.dumps(facts.of_finished(finished), indent=1))

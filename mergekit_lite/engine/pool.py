@@ -1,4 +1,4 @@
-"""The workers of a run: each a thread with a lane of its own, taking tasks from a common list."""
+"""The workers of a run, each with a lane of its own, taking tasks from a common list."""
 
 from __future__ import annotations
 
@@ -6,69 +6,96 @@ import ctypes
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
 
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.engine.forked import forked
 from mergekit_lite.engine.lane import Lane
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class Pool:
     """Runs tasks on lanes until none is left, one fails, or the run is interrupted."""
 
-    def __init__(self, workers: int, device: torch.device, inputs: int, nbytes: int) -> None:
-        """``workers`` lanes, each with buffers of ``nbytes`` for so many inputs and an output."""
+    def __init__(
+        self, workers: int, device: torch.device, inputs: int, nbytes: int, *, processes: bool = False
+    ) -> None:
+        """``workers`` lanes, each with buffers of ``nbytes`` for so many inputs and an output.
+
+        A lane has a thread, or where ``processes`` is set a process of its own, which gets a copy of all there is when
+        the tasks begin: only what a task returns comes back.
+        """
         self.workers = workers
+        self.processes = processes and workers > 1 and device.type == "cpu"
         self._lane = (device, inputs, nbytes)
-        self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._failure: BaseException | None = None
 
     @property
     def stopped(self) -> bool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Iterable[Task], do: Callable[[Lane, Reader, Task], None]) -> None:
-        """Do all tasks. Raises what the first failing one raised."""
-        queue = iter(tasks)
-        with Reader() as reader:
-            pool = [
-                threading.Thread(target=self._work, args=(reader, queue, do), daemon=True) for _ in range(self.workers)
-            ]
-            for worker in pool:
-                worker.start()
-            try:
-                for worker in pool:
-                    worker.join()
-            finally:  # on Ctrl-C the lanes finish their chunk before the files under them are closed
-                if any(worker.is_alive() for worker in pool):
-                    self._stop.set()
-                for worker in pool:
-                    worker.join()
-        if self._failure is not None:
-            raise self._failure
+    def run(self, tasks: Sequence[Task], do: Callable[[Lane, Reader, Task], Result]) -> Iterator[Result]:
+        """Do all tasks and give what each one made, as they get done. Raises what the first failing one raised."""
+        if self.processes and len(tasks) > 1:
+            return forked(self.workers, tasks, lambda: self._worker(do))
+        return self._threaded(tasks, do)
 
-    def _work(self, reader: Reader, queue: Iterator[Task], do: Callable[[Lane, Reader, Task], None]) -> None:
+    def _worker(self, do: Callable[[Lane, Reader, Task], Result]) -> Callable[[Task], Result]:
+        """What does the tasks of one process."""
+        lane, reader = Lane(*self._lane), Reader()
+
+        def done(task: Task) -> Result:
+            with torch.inference_mode():
+                return do(lane, reader, task)
+
+        return done
+
+    def _threaded(self, tasks: Sequence[Task], do: Callable[[Lane, Reader, Task], Result]) -> Iterator[Result]:
+        todo: SimpleQueue[Task] = SimpleQueue()
+        for task in tasks:
+            todo.put(task)
+        made: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
+        with Reader() as reader:
+            threads = [threading.Thread(target=self._work, args=(reader, todo, made, do)) for _ in range(self.workers)]
+            for thread in threads:
+                thread.start()
+            try:
+                for _ in tasks:
+                    result, failure = made.get()
+                    if failure is not None:
+                        raise failure
+                    yield result  # type: ignore[misc]  # None only where do gives it
+            finally:  # also on Ctrl-C: the lanes finish their chunk before the files under them are closed
+                self._stop.set()
+                for thread in threads:
+                    thread.join()
+                self._stop.clear()
+
+    def _work(
+        self,
+        reader: Reader,
+        todo: SimpleQueue[Task],
+        made: SimpleQueue[tuple[Result | None, BaseException | None]],
+        do: Callable[[Lane, Reader, Task], Result],
+    ) -> None:
         try:
             lane = Lane(*self._lane)
             with torch.inference_mode(), lane.working():
                 while not self._stop.is_set():
-                    with self._lock:
-                        task = next(queue, None)
-                    if task is None:
-                        return
-                    do(lane, reader, task)
-        except BaseException as error:
-            with self._lock:
-                self._failure = self._failure or error
-            self._stop.set()
+                    made.put((do(lane, reader, todo.get_nowait()), None))
+        except Empty:
+            return
+        except BaseException as failure:
+            made.put((None, failure))
 
 
 @contextmanager

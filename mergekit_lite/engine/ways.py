@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 
@@ -26,6 +25,7 @@ from mergekit_lite.methods.passes import (
 )
 from mergekit_lite.plan import Job, Plan
 
+LARGE = 1 << 26  # elements; smaller tensors are gathered by the worker that merges them, while they are in the cache
 Section = tuple[int, int, int]  # number of the way, begin, end
 
 
@@ -41,10 +41,6 @@ class Way:
         self.row = self.method.row_length(job.shape, self.arguments)
         subject = Subject(job.name, job.shape, models, job.has_base, seed, offset, extent)
         self.passes: Passes = self.method.start(subject, self.arguments)
-        self._turn = threading.Condition()
-        self._left: list[tuple[int, int]] = []  # sections of the pass under way that no lane has taken
-        self._parts: dict[tuple[int, int], torch.Tensor] = {}  # those that are done
-        self._count = 0  # all of them; 0 before the pass begins
         dtypes_in = [dtypes.torch_dtype(spec.dtype) for spec in job.inputs]
         self.output = dtypes.torch_dtype(job.dtype)
         self.working = dtypes.working(dtypes_in, self.output)
@@ -56,6 +52,11 @@ class Way:
     def group(self) -> str | None:
         """The group of tensors whose sums it waits for."""
         return self.passes.request.group if self.passes.request is not None else None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the sums it waits for are not for one worker alone."""
+        return self.passes.request is not None and (self.group is not None or self.job.numel > LARGE)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -111,33 +112,9 @@ class Way:
         return request.of(self._block([lane.fetch(picked) for picked in inputs]), 0)
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
-        """Gather what statistics of the tensor itself are missing. Lanes that need them at once share the sections."""
-        while (section := self._next_section()) is not None:
-            try:
-                part = self.sum(lane, reader, *section)
-            except BaseException:
-                with self._turn:  # for another lane, which may be waiting for it
-                    self._left.append(section)
-                    self._turn.notify_all()
-                raise
-            with self._turn:
-                self._parts[section] = part
-                if len(self._parts) == self._count:
-                    self.passes.send(joined(self._parts[begin] for begin in sorted(self._parts)))
-                    self._count = 0
-                    self._turn.notify_all()
-
-    def _next_section(self) -> tuple[int, int] | None:
-        """A section that no lane has taken, once there is one; None when all statistics are gathered."""
-        with self._turn:
-            while self.passes.request is not None:
-                if self._count == 0:
-                    self._left, self._parts = self.sections(), {}
-                    self._count = len(self._left)
-                if self._left:
-                    return self._left.pop(0)
-                self._turn.wait()
-            return None
+        """Gather what statistics of the tensor itself are missing."""
+        while self.passes.request is not None:
+            self.passes.send(joined(self.sum(lane, reader, *section) for section in self.sections()))
 
     def _block(self, inputs: list[torch.Tensor]) -> Block:
         """The inputs as a method wants them: the base first, in the working dtype, whole rows where it needs them."""
@@ -158,25 +135,24 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
     return found
 
 
-def gather_groups(
-    pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, torch.Tensor]]
-) -> None:
-    """Gather the sums that span several tensors, as long as any tensor waits for one.
+def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, torch.Tensor]]) -> None:
+    """Gather the sums that span several tensors, and those of large tensors, which are work for several workers.
 
     Args:
         pending: all ways.
         everywhere: sums some sections, each (number of the way, begin, end).
     """
-    while waiting := [number for number, way in enumerate(pending) if way.group is not None]:
+    while waiting := [number for number, way in enumerate(pending) if way.is_shared]:
         wanted = {number: [(number, *section) for section in pending[number].sections()] for number in waiting}
         parts = everywhere([section for of_way in wanted.values() for section in of_way])
-        of_group: dict[str, list[torch.Tensor]] = {}
+        of_group: dict[str | int, list[torch.Tensor]] = {}
         for number, of_way in wanted.items():  # in the plan's order, so that the last bits are the same in every run
             if of_way:
-                of_group.setdefault(str(pending[number].group), []).append(joined(parts[part] for part in of_way))
+                group = pending[number].group or number
+                of_group.setdefault(group, []).append(joined(parts[part] for part in of_way))
         totals = {group: joined(of_ways) for group, of_ways in of_group.items()}
         for number in waiting:
-            pending[number].passes.send(totals[str(pending[number].group)])
+            pending[number].passes.send(totals[pending[number].group or number])
 
 
 def joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:

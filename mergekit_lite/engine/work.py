@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
@@ -14,7 +13,7 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.engine.lane import Lane, all_finite, store
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.spans import CHUNK, Span, cut, observed_grains, observed_share, spans
-from mergekit_lite.engine.ways import Section, Way, gather_groups, ways
+from mergekit_lite.engine.ways import Section, Way, gather, ways
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace
 from mergekit_lite.plan import Plan
@@ -33,6 +32,7 @@ class Work:
         workers: int,
         block: int,
         progress: Progress | None,
+        processes: bool,
     ) -> None:
         """Prepare; nothing is read yet."""
         self.plan = plan
@@ -45,48 +45,63 @@ class Work:
         self.ways = ways(plan, list(workspaces))
         self.bytes_in_all = sum(_cost(span) for span in self.spans)
         self.bytes_done = 0
-        self._lock = threading.Lock()
         rows = max((way.row for way in self.ways.values()), default=0)
         room = max(self.chunk, CHUNK) + 2 * rows
-        self.pool = Pool(workers, device, plan.most_inputs, room * plan.widest_element)
+        self.pool = Pool(workers, device, plan.most_inputs, room * plan.widest_element, processes=processes)
 
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
         with tuned_process():
-            gather_groups(list(self.ways.values()), self._sums)
-            self.pool.run(by_turns(self.plan, self.spans, self.pool.workers), self._span)
+            gather(list(self.ways.values()), self._sums)
+            for spans, records in self.pool.run(self._tasks(), self._carry_out):
+                for v, record in records:
+                    self.workspaces[v].done(record)
+                self._advance(sum(map(_cost, spans)))
+
+    def _tasks(self) -> list[list[Span]]:
+        """The spans that one worker takes at a time: those of a tensor together where it has statistics to gather."""
+        waiting = {index for (index, _), way in self.ways.items() if way.passes.request is not None}
+        tasks: dict[tuple[int, int], list[Span]] = {}
+        for span in by_turns(self.plan, self.spans, self.pool.workers):
+            tasks.setdefault((span.index, 0 if span.index in waiting else span.begin), []).append(span)
+        return list(tasks.values())
 
     def _sums(self, wanted: Sequence[Section]) -> dict[Section, torch.Tensor]:
         """The requested sums over some sections of the ways. Their reading is added to what progress counts."""
         ways = list(self.ways.values())
         sums: dict[Section, torch.Tensor] = {}
 
-        def add(lane: Lane, reader: Reader, section: Section) -> None:
+        def add(lane: Lane, reader: Reader, section: Section) -> tuple[Section, torch.Tensor]:
             number, begin, end = section
-            sums[section] = ways[number].sum(lane, reader, begin, end)
-            self._advance(ways[number].bytes_to_sum(begin, end))
+            return section, ways[number].sum(lane, reader, begin, end)
 
         self.bytes_in_all += sum(ways[number].bytes_to_sum(begin, end) for number, begin, end in wanted)
-        self.pool.run(wanted, add)
+        for section, part in self.pool.run(wanted, add):
+            sums[section] = part
+            self._advance(ways[section[0]].bytes_to_sum(*section[1:]))
         return sums
 
-    def _span(self, lane: Lane, reader: Reader, span: Span) -> None:
-        missing = {
-            v: workspace for v, workspace in self.workspaces.items() if not self._is_written(lane, workspace, span)
-        }
-        if missing:
-            self._make(lane, reader, span, missing)
-        if self.pool.stopped:
-            return
-        self._advance(_cost(span))
-
     def _advance(self, nbytes: int) -> None:
-        with self._lock:
-            self.bytes_done += nbytes
-            if self.progress is not None:
-                self.progress(self.bytes_done, self.bytes_in_all)
+        self.bytes_done += nbytes
+        if self.progress is not None:
+            self.progress(self.bytes_done, self.bytes_in_all)
 
-    def _make(self, lane: Lane, reader: Reader, span: Span, missing: Mapping[int, Workspace]) -> None:
+    def _carry_out(
+        self, lane: Lane, reader: Reader, spans: Sequence[Span]
+    ) -> tuple[Sequence[Span], list[tuple[int, Record]]]:
+        """Make what is missing of some spans: what to journal, by variant."""
+        records: list[tuple[int, Record]] = []
+        for span in spans:
+            missing = {
+                v: workspace for v, workspace in self.workspaces.items() if not self._is_written(lane, workspace, span)
+            }
+            if missing:
+                records += self._make(lane, reader, span, missing)
+        return spans, records
+
+    def _make(
+        self, lane: Lane, reader: Reader, span: Span, missing: Mapping[int, Workspace]
+    ) -> list[tuple[int, Record]]:
         job = span.job
         through = {v: self.ways[span.index, v] for v in missing} if span.merged else {}
         for way in through.values():
@@ -97,7 +112,7 @@ class Work:
         made = {v: Made() for v in missing}
         for start, count in cut(span.begin, span.end, self.chunk):
             if self.pool.stopped:
-                return
+                return []
             first = start // row * row  # whole rows are read and computed; what lies outside the span is not used
             last = min(-(-(start + count) // row) * row, job.numel)
             inputs = [lane.read(reader, number, spec, first, last - first) for number, spec in enumerate(sources)]
@@ -110,11 +125,12 @@ class Work:
                 workspace.write(job.name, start * out.element_size(), data)
                 made[v].digest.update(data)
         read = [digest.hexdigest() for digest in read_digests]
-        for v, workspace in missing.items():
-            done = made[v]
+        records: list[tuple[int, Record]] = []
+        for v, done in made.items():
             output, bad = done.digest.hexdigest(), sorted(done.bad)
             coefficients = through[v].coefficients if v in through and span.begin == 0 else ()
-            workspace.done(Record(span.index, span.begin, read, output, done.sums, bad, coefficients))
+            records.append((v, Record(span.index, span.begin, read, output, done.sums, bad, coefficients)))
+        return records
 
     def _chunk(
         self, lane: Lane, span: Span, way: Way | None, start: int, inputs: list[torch.Tensor], made: Made
