@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -156,6 +156,12 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
                 found[index, variant] = Way(job, variant, plan.seed, offset, extent)
         offset += job.numel
     return found
+
+
+def needed(found: Mapping[tuple[int, int], Way], jobs: Collection[int]) -> dict[tuple[int, int], Way]:
+    """The ways of some jobs, and of those whose sums they wait for: all tensors of their groups."""
+    groups = {way.group for (job, _), way in found.items() if job in jobs} - {None}
+    return {key: way for key, way in found.items() if key[0] in jobs or way.group in groups}
 
 
 def gather_groups(

@@ -159,6 +159,10 @@ class Workspace:
         number, start = self.layout.places[tensor]
         return os.preadv(self._descriptors[number], [buffer], start + offset) == len(buffer)
 
+    def record(self, job: int, begin: int) -> Record | None:
+        """What an earlier run noted of a span."""
+        return self.journal.records.get((job, begin))
+
     def done(self, record: Record) -> None:
         """Note that a span's bytes are written."""
         try:
