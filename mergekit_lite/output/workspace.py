@@ -177,7 +177,7 @@ class Workspace:
             if is_single_file(self.output):
                 manifest = manifest_path(self.output)
                 (self.result / manifest.name).replace(manifest)
-                (self.result / self.output.name).replace(self.output)
+                (self.result / self.layout.files[0].name).replace(self.output)  # named as the first variant's
             else:
                 if self.output.exists():
                     self.output.rename(replaced)
