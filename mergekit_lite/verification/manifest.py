@@ -36,6 +36,12 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _distinct(files: list[WrittenFile]) -> list[WrittenFile]:
+    if len({file.name for file in files}) < len(files):
+        raise ValueError("should name each file once")
+    return files
+
+
 Text = Annotated[str, AfterValidator(_printable)]
 Digest = Annotated[str, Field(pattern=f"^[0-9a-f]{{{DIGEST}}}$")]
 Digests = Annotated[str, Field(pattern=f"^([0-9a-f]{{{DIGEST}}})+$")]  # one behind the other
@@ -96,7 +102,7 @@ class Manifest(_Part):
     seed: int
     shard_size: Annotated[int, Field(gt=0, le=MAX_BYTES)] | None
     inputs: list[Input]
-    files: Annotated[list[WrittenFile], Field(min_length=1)]
+    files: Annotated[list[WrittenFile], Field(min_length=1), AfterValidator(_distinct)]
     beside: dict[Annotated[str, AfterValidator(_file_name)], Digest]
     tensors: dict[Text, Tensor]
     effect: dict[str, Any]
