@@ -22,6 +22,7 @@ from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.output.manifest import SEAL, seal
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.verification import Finding
+from tests.adapters import lora, write_adapter
 from tests.models import state, tuned, write_folder
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
@@ -314,6 +315,20 @@ def test_inputs_that_are_gone_or_moved(place: Path) -> None:
     assert found.file == "a: model.safetensors" and found.tensor is not None  # of the same shapes, with other bytes
     code, text = invoke("out", "--input", "a=out/config.json")
     assert code == 1 and "can't be read" in text
+
+
+def test_adapters_are_a_part_of_their_input(place: Path) -> None:
+    module = "model.layers.1.self_attn.q_proj"
+    write_adapter(place / "lora", lora(module, 16, 16))
+    mergekit_lite.extrapolate("a", "a+lora", "out", 0.5)
+    assert mergekit_lite.verify("out", samples="all").findings == ()
+    write_adapter(place / "lora", lora(module, 16, 16, seed=1))
+    (found,) = mergekit_lite.verify("out", samples="all").findings
+    assert found.tensor == f"{module}.weight" and "its adapter" in found.what
+    Path("lora").rename("moved")
+    assert "a+lora: is not there" in mergekit_lite.verify("out").unchecked[0]
+    write_adapter(place / "moved", lora(module, 16, 16))
+    assert mergekit_lite.verify("out", inputs={"a+lora": "a+moved"}, samples="all").sound
 
 
 def test_an_input_of_other_shapes_is_told_by_its_header(place: Path) -> None:

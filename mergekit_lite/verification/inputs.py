@@ -51,30 +51,40 @@ def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> Inputs:
 
 def _open(recorded: Input, place: str | None, inputs: Inputs) -> None:
     reference = recorded.reference
-    there = place or reference
-    if place is None and recorded.revision is not None:
-        there = f"{reference.partition('@')[0]}@{recorded.revision}"
-    elif place is None and not _is_here(reference):
+    parts = _parts(recorded)
+    if place is None and not all(revision or _is_here(part) for part, revision in parts):
         inputs.gone[reference] = "is not there, seen from this folder"
         return
     try:
-        found = replace(open_checkpoint(there), reference=reference)
+        found = open_checkpoint(place or "+".join(_pinned(*part) for part in parts))
     except CheckpointError as error:
-        if place is not None and not Path(place).expanduser().exists():
+        if place is not None and not _is_here(place):
             raise UsageError(f"--input {reference}={place}: {error}") from error
-        if recorded.revision is not None:
+        if any(revision for _, revision in parts):
             inputs.gone[reference] = str(error)
         else:
             inputs.findings.append(Finding(reference, f"is an input that can't be read any more: {error}"))
         return
-    inputs.opened[reference] = found
+    inputs.opened[reference] = replace(found, reference=reference)
     _compare(recorded, found, inputs)
 
 
+def _parts(recorded: Input) -> list[tuple[str, str | None]]:
+    """The model and the adapter folded into it, each with the commit of the hub repository that it was."""
+    if (adapter := recorded.adapter) is None:
+        return [(recorded.reference, recorded.revision)]
+    base = recorded.reference.removesuffix(f"+{adapter.reference}")
+    return [(base, recorded.revision), (adapter.reference, adapter.revision)]
+
+
+def _pinned(reference: str, revision: str | None) -> str:
+    return f"{reference.partition('@')[0]}@{revision}" if revision else reference
+
+
 def _is_here(reference: str) -> bool:
-    """Whether a local model is where it was: a reference that looks like a hub repository must not be fetched."""
+    """Whether something local is where it was: what only looks like a hub repository must not be fetched."""
     try:
-        return any(Path(part).expanduser().exists() for part in (reference, reference.partition("+")[0]))
+        return Path(reference).expanduser().exists()
     except (OSError, RuntimeError):  # too long a name, a home of nobody
         return False
 

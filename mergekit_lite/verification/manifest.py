@@ -60,11 +60,19 @@ class InputFile(_Part):
     header_xxh3_128: Digest
 
 
+class Adapter(_Part):
+    """An adapter that was folded into an input."""
+
+    reference: Text
+    revision: Text | None
+
+
 class Input(_Part):
     """A model that went in."""
 
     reference: Text
     revision: Text | None
+    adapter: Adapter | None = None
     files: list[InputFile]
 
 

@@ -109,8 +109,7 @@ class Recomputation:
                 changed = True
                 reference = self.plan.inputs[job.models[number]].reference
                 place = None if span is None or not cuts else _place(spec, *cuts[span])
-                what = "an input that changed: not the bytes that were read when the output was made"
-                yield Finding(f"{reference}: {spec.file.name}", what, spec.name, place)
+                yield Finding(f"{reference}: {spec.file.name}", _what_changed(spec), spec.name, place)
         found = [record.output for record in records]
         if not changed and differing(found, recorded.output, recorded.spans.output if recorded.spans else None) != []:
             yield Finding("manifest", self._why_other(index), job.name)
@@ -130,7 +129,14 @@ class Recomputation:
             yield Finding("manifest", "the figures under 'effect' are not those that its inputs give")
 
 
+def _what_changed(spec: TensorSpec) -> str:
+    others = " and its scales" * spec.quantised + " and its adapter" * (spec.low_rank is not None)
+    return f"an input that changed: not what was read{f' from it{others}' if others else ''} when the output was made"
+
+
 def _place(spec: TensorSpec, begin: int, end: int) -> tuple[int, int] | None:
-    """The bytes of some elements in their file, where they lie one behind the other."""
-    size = dtypes.size(spec.stored_dtype)
-    return None if spec.strides is not None else (spec.offset + begin * size, spec.offset + end * size)
+    """The bytes of some elements in their file, where they are just these bytes."""
+    if spec.strides is not None or spec.quantised or spec.low_rank is not None:
+        return None
+    size = dtypes.size(spec.dtype)
+    return spec.offset + begin * size, spec.offset + end * size
