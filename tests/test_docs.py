@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,15 @@ def test_the_mergekit_page_names_real_options() -> None:
     assert commands
     for option in {option for command in commands for option in re.findall(r"--[a-z-]+", command)}:
         assert option in help_text, option
+
+
+VERIFY = re.findall(r"^    mergekit-lite (verify .*?)(?:  +#.*| #.*)?$", (DOCS / "verify.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", VERIFY)
+def test_verify_commands(command: str, place: Path) -> None:
+    (place / "r.yml").write_text(EXAMPLES["ties.yml"], encoding="utf-8")
+    mergekit_lite.merge("r.yml", "merged")
+    shutil.copytree("base", place / "models" / "base")
+    result = CliRunner().invoke(main, command.replace("=/models", f"={place}/models").split())
+    assert result.exit_code == 0 and len(VERIFY) == 4, result.output

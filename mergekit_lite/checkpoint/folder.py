@@ -122,7 +122,7 @@ def weight_map(folder: Path, index_name: str) -> dict[str, str]:
     bad = [
         f"{name!r} is said to be in {str(target)[:80]!r}"
         for name, target in weight_map.items()
-        if not _is_weight_name(target)
+        if not is_weight_name(target)
     ]
     if bad:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def weight_map(folder: Path, index_name: str) -> dict[str, str]:
     return weight_map
 
 
-def _is_weight_name(name: object) -> bool:
+def is_weight_name(name: object) -> bool:
     """Whether this is the bare name of a weight file: no folder, nothing a terminal or file system would trip over."""
     if not isinstance(name, str) or "/" in name or "\\" in name or not name.isprintable():
         return False

@@ -11,7 +11,9 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate", "merge", "plan", "methods")
+COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods")
+
+WRITING = ("extrapolate", "merge")  # and can go on where they stopped
 
 
 class Commands(click.Group):
@@ -37,7 +39,9 @@ class Commands(click.Group):
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("\nInterrupted. What was finished is kept: the same command with --resume goes on.", err=True)
+            kept = " What was finished is kept: the same command with --resume goes on."
+            writes = context.invoked_subcommand in WRITING
+            click.echo(f"\nInterrupted.{kept if writes else ''}", err=True)
             sys.exit(1)
 
 

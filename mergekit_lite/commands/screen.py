@@ -88,20 +88,20 @@ class Screen:
             self.warn(note)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[int, int], None] | None]:
+    def progress(self, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
         """A bar with rate and time left on a terminal; elsewhere a line now and then."""
         if self.quiet:
             yield None
         elif self.err.is_terminal:
             columns = (
-                TextColumn("merging"),
+                TextColumn(what),
                 BarColumn(),
                 DownloadColumn(),
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.err, transient=True) as bar:
-                task = bar.add_task("merging", total=None)
+                task = bar.add_task(what, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         else:
             yield _plain_progress()

@@ -42,6 +42,19 @@ def alphas_for(_context: object, _option: object, texts: tuple[str, ...]) -> dic
     return rules
 
 
+def moved(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, str]:
+    """``OLD=NEW``, each; split at the first equals sign."""
+    places: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not (old and equals and new):
+            raise BadParameter(f"{text!r} should be OLD=NEW, for instance './base=/models/base'.")
+        if old in places:
+            raise BadParameter(f"{old!r} is given twice.")
+        places[old] = new
+    return places
+
+
 def size(_context: object, _option: object, text: str | None) -> int | None:
     """``5GB``, ``500 MB``, ``2GiB``, ``1000000``: a number of bytes."""
     if text is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,7 +121,11 @@ def _coefficients(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict
 
 
 def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:
-    """For each output tensor the digests of its bytes and of its inputs': xxh3-128 over the digests of the spans."""
+    """For each output tensor the digests of its bytes and of its inputs': xxh3-128 over the digests of the spans.
+
+    Where there are several spans, theirs too, one behind the other; and how many elements went through the method where
+    the rest was copied, as the two parts have spans of their own.
+    """
     spans: dict[int, list[Record]] = {index: [] for index in range(len(plan.jobs))}
     for key in sorted(records):
         spans[key[0]].append(records[key])
@@ -129,12 +133,19 @@ def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dic
 
 
 def _digests(job: Job, records: list[Record]) -> dict[str, Any]:
+    output = "".join(record.output for record in records)
     inputs = [
-        _joined(record.inputs[number] for record in records if number < len(record.inputs))
+        "".join(record.inputs[number] for record in records if number < len(record.inputs))
         for number in range(len(job.inputs))
     ]
-    return {"output": _joined(record.output for record in records), "inputs": inputs}
+    digests: dict[str, Any] = {"output": of_spans(output), "inputs": [of_spans(each) for each in inputs]}
+    if len(records) > 1:
+        digests["spans"] = {"output": output, "inputs": inputs}
+    if 0 < job.merged < job.numel:
+        digests["merged"] = job.merged
+    return digests
 
 
-def _joined(digests: Iterable[str]) -> str:
-    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
+def of_spans(digests: str) -> str:
+    """A tensor's digest from the hex digests of its spans, one behind the other."""
+    return xxhash.xxh3_128_hexdigest(digests.encode())

@@ -42,9 +42,15 @@ def spans(plan: Plan) -> list[Span]:
 
 
 def _of_job(index: int, job: Job) -> Iterator[Span]:
-    for merged, first, last in ((True, 0, job.merged), (False, job.merged, job.numel)):
+    for begin, end in bounds(job.numel, job.merged):
+        yield Span(index, job, begin, end, end <= job.merged)
+
+
+def bounds(numel: int, merged: int) -> Iterator[tuple[int, int]]:
+    """The (begin, end) of each span of a tensor whose first ``merged`` elements go through a method."""
+    for first, last in ((0, merged), (merged, numel)):
         for begin in range(first, last, SPAN):
-            yield Span(index, job, begin, min(begin + SPAN, last), merged)
+            yield begin, min(begin + SPAN, last)
 
 
 def cut(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:

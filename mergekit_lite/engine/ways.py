@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -133,6 +133,12 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
                 found[index, variant] = Way(job, variant, plan.seed, offset, extent)
         offset += job.numel
     return found
+
+
+def needed(found: Mapping[tuple[int, int], Way], jobs: Collection[int]) -> dict[tuple[int, int], Way]:
+    """The ways of some jobs, and of those whose sums they wait for: all tensors of their groups."""
+    groups = {way.group for (job, _), way in found.items() if job in jobs} - {None}
+    return {key: way for key, way in found.items() if key[0] in jobs or way.group in groups}
 
 
 def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, torch.Tensor]]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from typing import Protocol
 
 import torch
 import xxhash
@@ -13,12 +14,27 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.engine.lane import Lane, all_finite, store
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.spans import CHUNK, Span, cut, observed_grains, observed_share, spans
-from mergekit_lite.engine.ways import Section, Way, gather, ways
+from mergekit_lite.engine.ways import Section, Way, gather, needed, ways
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.workspace import Workspace
 from mergekit_lite.plan import Plan
 
 Progress = Callable[[int, int], None]
+
+
+class Destination(Protocol):
+    """Where the bytes of one variant go: a ``Workspace``, or what only looks at them."""
+
+    def record(self, job: int, begin: int) -> Record | None:
+        """What is known of a span that was written earlier."""
+
+    def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
+        """Read back what was written earlier; False where it is not all there."""
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Take bytes, ``offset`` bytes into a tensor."""
+
+    def done(self, record: Record) -> None:
+        """Take note that all of a span's bytes are written."""
 
 
 class Work:
@@ -27,22 +43,25 @@ class Work:
     def __init__(
         self,
         plan: Plan,
-        workspaces: Mapping[int, Workspace],
+        workspaces: Mapping[int, Destination],
         device: torch.device,
         workers: int,
         block: int,
         progress: Progress | None,
-        processes: bool,
+        processes: bool = False,
+        only: Collection[int] | None = None,
     ) -> None:
-        """Prepare; nothing is read yet."""
+        """Prepare; nothing is read yet. ``only`` are the indices of the jobs to do, by default all."""
         self.plan = plan
         self.workspaces = workspaces
         self.block = block
         self.chunk = max(block, CHUNK // block * block)
         self.progress = progress
-        self.spans = spans(plan)
+        self.spans = [span for span in spans(plan) if only is None or span.index in only]
         self.share = observed_share(plan)
         self.ways = ways(plan, list(workspaces))
+        if only is not None:
+            self.ways = needed(self.ways, only)
         self.bytes_in_all = sum(_cost(span) for span in self.spans)
         self.bytes_done = 0
         rows = max((way.row for way in self.ways.values()), default=0)
@@ -100,7 +119,7 @@ class Work:
         return spans, records
 
     def _make(
-        self, lane: Lane, reader: Reader, span: Span, missing: Mapping[int, Workspace]
+        self, lane: Lane, reader: Reader, span: Span, missing: Mapping[int, Destination]
     ) -> list[tuple[int, Record]]:
         job = span.job
         through = {v: self.ways[span.index, v] for v in missing} if span.merged else {}
@@ -156,9 +175,9 @@ class Work:
             made.bad |= {number for number, chunk in enumerate(inputs) if not all_finite(chunk)} or {-1}
         return out
 
-    def _is_written(self, lane: Lane, workspace: Workspace, span: Span) -> bool:
+    def _is_written(self, lane: Lane, workspace: Destination, span: Span) -> bool:
         """Whether an earlier run wrote this span and its bytes are still what it wrote."""
-        record = workspace.journal.records.get((span.index, span.begin))
+        record = workspace.record(span.index, span.begin)
         if record is None:
             return False
         digest = xxhash.xxh3_128()

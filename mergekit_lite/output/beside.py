@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, ties
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES, inside
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.layout import INDEX_NAME, index_json
+from mergekit_lite.output.manifest import manifest_of
 from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.plan import Plan
 from mergekit_lite.plan.tokenizers import is_template_file, is_tokenizer_file
@@ -104,10 +104,14 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
         digests: for each tensor those of its output and inputs.
     """
     output = plan.outputs[variant]
-    manifest = json.dumps(manifest_of(plan, variant, effect, digests), indent=1, ensure_ascii=False) + "\n"
+    if not is_single_file(output):
+        _write_model(plan, variant, folder, effect, digests)
+    manifest = json.dumps(manifest_of(plan, variant, folder, effect, digests), indent=1, ensure_ascii=False) + "\n"
     (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
-    if is_single_file(output):
-        return
+
+
+def _write_model(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+    """Write what makes a folder of weights a model."""
     source = plan.source
     if len(plan.layout.files) > 1:
         (folder / INDEX_NAME).write_text(json.dumps(index_json(plan.layout), indent=2) + "\n", encoding="utf-8")
@@ -169,39 +173,3 @@ def _has_own_head(plan: Plan, digests: Mapping[str, Any]) -> bool:
     """Whether an output head is written that differs from the embedding, so that loading must not tie them."""
     embeddings = {digests[job.name]["output"] for job in plan.jobs if ties.is_embedding(job.name)}
     return any(ties.is_head(job.name) and digests[job.name]["output"] not in embeddings for job in plan.jobs)
-
-
-def manifest_of(plan: Plan, variant: int, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> dict[str, Any]:
-    """What made this output. Holds no times and no paths of this machine, so equal runs give equal manifests."""
-    import torch
-
-    return {
-        "tool": "mergekit_lite",
-        "version": __version__,
-        "torch": torch.__version__,
-        "plan": plan.digest(variant),
-        "recipe": plan.recipes[variant],
-        "inputs": [
-            {
-                "reference": source.reference,
-                "revision": source.revision,
-                **_adapter_of(source),
-                "files": [
-                    {"name": file.path.name, "size": file.size, "header_xxh3_128": file.header_digest}
-                    for file in source.files
-                ],
-            }
-            for source in plan.inputs
-        ],
-        "digest": "xxh3-128 of the hex xxh3-128 digests of every 8,388,608 elements",
-        "tensors": digests,
-        "left_out": [list(entry) for entry in plan.left_out],
-        "effect": effect,
-    }
-
-
-def _adapter_of(source: Checkpoint) -> dict[str, Any]:
-    """The adapter that is folded into an input; nothing where there is none."""
-    if (adapter := source.adapter) is None:
-        return {}
-    return {"adapter": {"reference": adapter.reference, "revision": adapter.revision, "file": adapter.file.path.name}}

@@ -159,6 +159,10 @@ class Workspace:
         number, start = self.layout.places[tensor]
         return os.preadv(self._descriptors[number], [buffer], start + offset) == len(buffer)
 
+    def record(self, job: int, begin: int) -> Record | None:
+        """What an earlier run noted of a span."""
+        return self.journal.records.get((job, begin))
+
     def done(self, record: Record) -> None:
         """Note that a span's bytes are written."""
         try:
@@ -173,7 +177,7 @@ class Workspace:
             if is_single_file(self.output):
                 manifest = manifest_path(self.output)
                 (self.result / manifest.name).replace(manifest)
-                (self.result / self.output.name).replace(self.output)
+                (self.result / self.layout.files[0].name).replace(self.output)  # named as the first variant's
             else:
                 if self.output.exists():
                     self.output.rename(replaced)

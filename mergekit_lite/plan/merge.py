@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -79,7 +79,14 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | None = None, text: str = "") -> Plan:
+def plan_merge(
+    recipe: MergeRecipe,
+    output: str | Path,
+    *,
+    shard_size: int | None = None,
+    text: str = "",
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
     """Resolve a merge recipe against its models' headers.
 
     Args:
@@ -87,12 +94,13 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
         output: a folder, or a ``.safetensors`` or ``.pt`` file.
         shard_size: most bytes of data in one file; by default the shards of the donor, or 5 GB where layers were moved.
         text: the recipe's own text, which travels with the output.
+        opened: models that are open already, by reference.
 
     Raises:
         CheckpointError: models can't be opened.
         PlanError: the models or the recipe don't fit together; every problem is named.
     """
-    inputs = _opened(recipe.models)
+    inputs = _opened(recipe.models, opened or {})
     by_reference = dict(zip(recipe.models, inputs, strict=True))
     takes = method_parameters()
     found = outputs_of(recipe.slices, {model: list(source.tensors) for model, source in by_reference.items()})
@@ -141,17 +149,18 @@ def plan_merge(recipe: MergeRecipe, output: str | Path, *, shard_size: int | Non
         tokenizer=None if tokenizer == donor else tokenizer,
         chat_template=template,
         text=text,
+        shard_size=shard_size,
         notes=tuple(notes),
     )
 
 
-def _opened(references: Sequence[str]) -> tuple[Checkpoint, ...]:
+def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:
     """Every model. Raises CheckpointError that tells of all that can't be opened."""
     opened: list[Checkpoint] = []
     wrong: list[CheckpointError] = []
     for reference in references:
         try:
-            opened.append(open_checkpoint(reference))
+            opened.append(already.get(reference) or open_checkpoint(reference))
         except CheckpointError as error:
             wrong.append(error)
     if len(wrong) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_lite import dtypes
@@ -14,18 +14,19 @@ from mergekit_lite.plan.plan import Job, Plan
 from mergekit_lite.recipe.recipe import Recipe
 
 
-def plan(recipe: Recipe, outputs: Sequence[str | Path]) -> Plan:
+def plan(recipe: Recipe, outputs: Sequence[str | Path], *, opened: Mapping[str, Checkpoint] | None = None) -> Plan:
     """Resolve a recipe against its models' headers.
 
     Args:
         recipe: the recipe.
         outputs: a path for each of its variants: ``*.safetensors``, ``*.pt`` / ``*.pth`` / ``*.bin``, or a folder.
+        opened: models that are open already, by reference.
 
     Raises:
         CheckpointError: a model can't be opened.
         PlanError: the models don't fit together; every problem is named.
     """
-    inputs = tuple(open_checkpoint(model) for model in recipe.models)
+    inputs = tuple((opened or {}).get(model) or open_checkpoint(model) for model in recipe.models)
     jobs, left_out, problems = _jobs(recipe, inputs)
     problems += [
         f"the pattern {pattern!r} matches no tensor of {inputs[0].reference}"
@@ -47,6 +48,7 @@ def plan(recipe: Recipe, outputs: Sequence[str | Path]) -> Plan:
         rounding=recipe.rounding,
         seed=recipe.seed,
         out_dtype=recipe.out_dtype,
+        shard_size=recipe.shard_size,
         notes=tuple(_notes(jobs, left_out)),
     )
 

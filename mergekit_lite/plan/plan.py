@@ -75,6 +75,7 @@ class Plan:
         tokenizer: which of the inputs gives the tokenizer, where that is not the donor.
         chat_template: the output's, as text; None for the tokenizer's own.
         text: the recipe as it was written, where it was a file.
+        shard_size: most bytes of data in one file, if that was asked for.
         notes: what the user should know before it runs.
     """
 
@@ -92,6 +93,7 @@ class Plan:
     tokenizer: int | None = None
     chat_template: str | None = None
     text: str = ""
+    shard_size: int | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,0 +1,154 @@
+"""A manifest as it is read back: by a stranger's hand until proven otherwise."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_lite.checkpoint.folder import MAX_FILE_NAME, is_weight_name, read_json
+from mergekit_lite.errors import CheckpointError, MergekitLiteError, listing
+from mergekit_lite.output.manifest import SEAL, seal
+from mergekit_lite.output.workspace import manifest_path
+
+DIGEST = 32  # hexadecimal digits
+MAX_TEXT = 1000  # characters of a name or path
+MAX_BYTES = 2**63 - 1
+
+
+def _printable(text: str) -> str:
+    if len(text) > MAX_TEXT or not text.isprintable():
+        raise ValueError(f"should be at most {MAX_TEXT:,} printable characters")
+    return text
+
+
+def _weight_name(name: str) -> str:
+    if not is_weight_name(name):
+        raise ValueError("should be the name of a file of weights, without a folder")
+    return name
+
+
+def _file_name(name: str) -> str:
+    if any(len(part.encode()) > MAX_FILE_NAME for part in _printable(name).split("/")):
+        raise ValueError(f"should be the name of a file, of at most {MAX_FILE_NAME} bytes")
+    return name
+
+
+def _distinct(files: list[WrittenFile]) -> list[WrittenFile]:
+    if len({file.name for file in files}) < len(files):
+        raise ValueError("should name each file once")
+    return files
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+Digest = Annotated[str, Field(pattern=f"^[0-9a-f]{{{DIGEST}}}$")]
+Digests = Annotated[str, Field(pattern=f"^([0-9a-f]{{{DIGEST}}})+$")]  # one behind the other
+Size = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class InputFile(_Part):
+    """A weight file of an input."""
+
+    name: Text
+    size: Size
+    header_xxh3_128: Digest
+
+
+class Adapter(_Part):
+    """An adapter that was folded into an input."""
+
+    reference: Text
+    revision: Text | None
+
+
+class Input(_Part):
+    """A model that went in."""
+
+    reference: Text
+    revision: Text | None
+    adapter: Adapter | None = None
+    files: list[InputFile]
+
+
+class WrittenFile(_Part):
+    """A weight file of the output; the digest is of what lies around its tensors."""
+
+    name: Annotated[str, AfterValidator(_weight_name)]
+    size: Size
+    frame_xxh3_128: Digest
+
+
+class Spans(_Part):
+    """The digests of a tensor's spans, in the output and in each input."""
+
+    output: Digests
+    inputs: list[Annotated[str, Field(pattern=f"^([0-9a-f]{{{DIGEST}}})*$")]]
+
+
+class Tensor(_Part):
+    """A tensor's digests; ``merged`` where its other elements were copied."""
+
+    output: Digest
+    inputs: list[Digest]
+    spans: Spans | None = None
+    merged: Size | None = None
+
+
+class Manifest(_Part):
+    """All of a manifest that verification needs."""
+
+    version: Text
+    torch: Text
+    plan: Digest
+    recipe: dict[str, Any]
+    seed: int
+    shard_size: Annotated[int, Field(gt=0, le=MAX_BYTES)] | None
+    inputs: list[Input]
+    files: Annotated[list[WrittenFile], Field(min_length=1), AfterValidator(_distinct)]
+    beside: dict[Annotated[str, AfterValidator(_file_name)], Digest]
+    tensors: dict[Text, Tensor]
+    effect: dict[str, Any]
+
+    @cached_property
+    def references(self) -> list[str]:
+        """The inputs' references."""
+        return [source.reference for source in self.inputs]
+
+
+def read_manifest(output: Path) -> tuple[Manifest, bool]:
+    """The manifest of an output.
+
+    Returns:
+        The manifest, and whether it is as it was written, by its own digest.
+
+    Raises:
+        MergekitLiteError: there is none, or it can't be used; every problem is named.
+    """
+    path = manifest_path(output)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: is missing. Without it nothing is known of how {output.name} was made: it is not an output of "
+            "mergekit_lite, or the manifest was lost. Make it again."
+        )
+    content = read_json(path)
+    try:
+        return Manifest.model_validate(content), content.get(SEAL) == seal(content)
+    except ValidationError as wrong:
+        told = wrong.errors(include_url=False, include_input=False)
+        problems = [f"{'.'.join(map(_shown, error['loc']))}: {error['msg']}" for error in told]
+    except RecursionError:
+        problems = ["it is nested too deeply"]
+    raise MergekitLiteError(
+        listing(f"{path}: is damaged, forged, or of a version before this check; make the output again", problems)
+    )
+
+
+def _shown(part: object) -> str:
+    text = str(part)
+    return text if text.isprintable() and len(text) < 200 else ascii(text[:80])

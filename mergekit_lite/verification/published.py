@@ -1,0 +1,205 @@
+"""The output's own files: whether they are all there, nothing else is, and every byte is the one that was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import xxhash
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import TensorSpec, safetensors_file, torch_file
+from mergekit_lite.checkpoint.folder import NOT_WEIGHTS, WEIGHT_SUFFIXES, inside, weight_map
+from mergekit_lite.checkpoint.reader import Reader, bytes_of
+from mergekit_lite.engine.lane import Lane
+from mergekit_lite.engine.pool import Pool, tuned_process
+from mergekit_lite.engine.report import of_spans
+from mergekit_lite.engine.spans import CHUNK, bounds, cut
+from mergekit_lite.errors import CheckpointError, RunError
+from mergekit_lite.output.layout import INDEX_NAME
+from mergekit_lite.output.manifest import file_digest, frame_digest
+from mergekit_lite.output.workspace import is_single_file
+from mergekit_lite.verification.manifest import DIGEST, Manifest, Tensor, WrittenFile
+from mergekit_lite.verification.verdict import Finding
+
+WIDEST = 8  # bytes of an element
+
+
+@dataclass(frozen=True)
+class Published:
+    """The output's tensors, as far as their files can be read, and what is wrong with the files."""
+
+    tensors: Mapping[str, TensorSpec]
+    findings: tuple[Finding, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+class _Span(NamedTuple):
+    """A span of one tensor of the output; ``number`` counts from the tensor's begin."""
+
+    spec: TensorSpec
+    number: int
+    begin: int
+    end: int
+
+
+def open_published(output: Path, manifest: Manifest) -> Published:
+    """Read the headers of an output's weight files, and all of the small files beside them."""
+    tensors: dict[str, TensorSpec] = {}
+    findings: list[Finding] = []
+    for file in manifest.files:
+        try:
+            found = _opened(output if is_single_file(output) else inside(output, file.name), file)
+        except (CheckpointError, OSError) as error:
+            findings.append(Finding(file.name, _reason(error, output / file.name)))
+            continue
+        findings += [Finding(file.name, "is in another file too", name) for name in found.keys() & tensors.keys()]
+        tensors |= found
+    if not findings:  # else it is known already why tensors are missing
+        findings += [Finding(output.name, "is missing", name) for name in manifest.tensors.keys() - tensors.keys()]
+    findings += [
+        Finding(tensors[name].file.name, "is not in the manifest", name)
+        for name in sorted(tensors.keys() - manifest.tensors.keys())
+    ]
+    if not is_single_file(output):
+        findings += _folder(output, manifest, tensors)
+    return Published({name: spec for name, spec in tensors.items() if name in manifest.tensors}, tuple(findings))
+
+
+def _opened(path: Path, file: WrittenFile) -> dict[str, TensorSpec]:
+    """The tensors of one file. Raises CheckpointError where the file as a whole is not what was written."""
+    size = path.stat().st_size
+    if size != file.size:
+        how = "was cut short" if size < file.size else "is longer than it was"
+        raise CheckpointError(f"{how}: {size:,} bytes, {file.size:,} were written")
+    header = safetensors_file.read_header if path.suffix == ".safetensors" else torch_file.read_layout
+    specs = header(path)[1]
+    if any(spec.strides is not None for spec in specs.values()):
+        raise CheckpointError("holds a tensor that is not laid out as it was written")
+    extents = [(spec.offset, spec.offset + spec.nbytes) for spec in specs.values()]
+    if frame_digest(path, extents) != file.frame_xxh3_128:
+        raise CheckpointError("what lies around its tensors (the header) is not what was written")
+    return specs
+
+
+def _reason(error: CheckpointError | OSError, path: Path) -> str:
+    if isinstance(error, FileNotFoundError) or not path.exists():
+        return "is missing"
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return text.removeprefix(f"{path.resolve()}: ").removeprefix(f"{path}: ")
+
+
+def _folder(folder: Path, manifest: Manifest, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+    """What is wrong with the files beside the weights, and weights that don't belong there."""
+    known = {file.name for file in manifest.files} | manifest.beside.keys()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        weights = path.name.endswith(WEIGHT_SUFFIXES) and path.name not in NOT_WEIGHTS
+        if (weights or name == INDEX_NAME) and name not in known:
+            yield Finding(name, "is not a part of this output: whoever loads the folder may take it for one")
+    for name, digest in manifest.beside.items():
+        try:
+            if file_digest(inside(folder, name)) != digest:
+                yield Finding(name, "is not what was written")
+        except (CheckpointError, OSError) as error:
+            yield Finding(name, _reason(error, folder / name))
+    if len(manifest.files) > 1 and INDEX_NAME not in manifest.beside:
+        yield Finding(INDEX_NAME, "is not in the manifest, but there are several files of weights")
+    elif len(manifest.files) > 1 and (folder / INDEX_NAME).exists():
+        yield from _index(folder, tensors)
+
+
+def _index(folder: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+    try:
+        told = weight_map(folder, INDEX_NAME)
+    except CheckpointError as error:
+        yield Finding(INDEX_NAME, _reason(error, folder / INDEX_NAME))
+        return
+    for name, spec in tensors.items():
+        if told.get(name) != spec.file.name:
+            yield Finding(INDEX_NAME, f"is in {spec.file.name}, the index says {told.get(name, 'nothing of it')}", name)
+
+
+def check_digests(
+    published: Published, manifest: Manifest, workers: int, advance: Callable[[int], None]
+) -> list[Finding]:
+    """Read every tensor of the output and compare its spans' digests with the manifest's.
+
+    Args:
+        published: the output.
+        manifest: of it.
+        workers: threads.
+        advance: is told of bytes that were read.
+    """
+    found: dict[tuple[str, int], str] = {}
+    failed: dict[str, Finding] = {}
+    spans: dict[str, list[_Span]] = {}
+    for name, spec in published.tensors.items():
+        merged = manifest.tensors[name].merged
+        cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel))
+        spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
+    pool = Pool(workers, torch.device("cpu"), 1, CHUNK * WIDEST)
+
+    def digest(lane: Lane, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
+        made = xxhash.xxh3_128()
+        try:
+            for start, count in cut(span.begin, span.end, CHUNK):
+                if pool.stopped:
+                    break
+                made.update(bytes_of(lane.read(reader, 0, span.spec, start, count)))
+        except RunError as error:
+            return span, _finding(span, str(error))
+        return span, made.hexdigest()
+
+    with tuned_process():
+        for span, made in pool.run([span for of_tensor in spans.values() for span in of_tensor], digest):
+            if isinstance(made, Finding):
+                failed[span.spec.name] = made
+            else:
+                found[span.spec.name, span.number] = made
+            advance((span.end - span.begin) * dtypes.size(span.spec.dtype))
+    findings = list(failed.values())
+    for name, of_tensor in spans.items():
+        if name not in failed:
+            digests = [found[name, span.number] for span in of_tensor]
+            findings += _differing(of_tensor, digests, manifest.tensors[name], published.tensors[name])
+    return findings
+
+
+def _differing(spans: list[_Span], digests: list[str], recorded: Tensor, spec: TensorSpec) -> Iterator[Finding]:
+    if (wrong := differing(digests, recorded.output, recorded.spans.output if recorded.spans else None)) is None:
+        yield Finding(spec.file.name, "the manifest's digests of its spans don't fit it or each other", spec.name)
+    elif spans:
+        yield from (_finding(spans[number], "not the bytes that were written") for number in wrong)
+    elif wrong:
+        yield Finding(spec.file.name, "is empty, the manifest's digest is of something else", spec.name)
+
+
+def differing(found: list[str], recorded: str, spans: str | None) -> list[int] | None:
+    """Which spans of a tensor have other digests than recorded; None where the records are at odds with each other.
+
+    Args:
+        found: the spans' digests.
+        recorded: the tensor's.
+        spans: the spans' as recorded, where there are several.
+    """
+    if spans is None:
+        if len(found) > 1:
+            return None
+        return [] if of_spans("".join(found)) == recorded else [0]
+    if of_spans(spans) != recorded or len(spans) != DIGEST * len(found):
+        return None
+    return [number for number, digest in enumerate(found) if spans[DIGEST * number :][:DIGEST] != digest]
+
+
+def _finding(span: _Span, what: str) -> Finding:
+    size = dtypes.size(span.spec.dtype)
+    place = (span.spec.offset + span.begin * size, span.spec.offset + span.end * size)
+    return Finding(span.spec.file.name, what, span.spec.name, place)

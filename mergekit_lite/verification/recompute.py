@@ -1,0 +1,139 @@
+"""Tensors made again from the inputs, by the plan and the engine that made them, and held to what was recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+
+import torch
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.engine.report import report
+from mergekit_lite.engine.spans import bounds
+from mergekit_lite.engine.work import Progress, Work
+from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.output.journal import Record
+from mergekit_lite.plan import Plan
+from mergekit_lite.verification.manifest import Manifest
+from mergekit_lite.verification.published import differing
+from mergekit_lite.verification.verdict import Finding
+
+
+class Records:
+    """Takes a workspace's place in the engine: keeps the digests of what is made, and none of the bytes."""
+
+    def __init__(self) -> None:
+        """Nothing made yet."""
+        self.made: dict[tuple[int, int], Record] = {}
+
+    def record(self, job: int, begin: int) -> Record | None:
+        """Nothing was made earlier."""
+        return None
+
+    def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
+        """Nothing can be read back."""
+        return False
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Bytes are known by their digest, which comes with ``done``."""
+
+    def done(self, record: Record) -> None:
+        """Keep what was made of a span."""
+        self.made[record.job, record.begin] = record
+
+
+class Recomputation:
+    """Some tensors of a plan, to be made again."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifest: Manifest,
+        jobs: Collection[int],
+        device: torch.device,
+        workers: int,
+        block: int,
+        progress: Progress,
+    ) -> None:
+        """Prepare; nothing is read yet."""
+        self.plan = plan
+        self.manifest = manifest
+        self.device = device
+        self.jobs = sorted(jobs)
+        self.records = Records()
+        self.work = Work(plan, {0: self.records}, device, workers, block, progress, only=set(jobs))
+        self.grouped = {index for (index, _), way in self.work.ways.items() if way.group is not None}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors to be made."""
+        return tuple(self.plan.jobs[index].name for index in self.jobs)
+
+    @property
+    def beyond(self) -> int:
+        """How many other tensors have to be read, as thresholds or coefficients span them."""
+        return len({index for index, _ in self.work.ways} - set(self.jobs))
+
+    def run(self) -> list[Finding]:
+        """Make the tensors and compare them."""
+        try:
+            self.work.run()
+            for source in self.plan.inputs:
+                source.check_unchanged()
+        except MergekitLiteError as error:
+            return [Finding("inputs", f"can't be read to the end: {error}")]
+        findings = [finding for index in self.jobs for finding in self._of_tensor(index)]
+        if not findings and len(self.jobs) == len(self.plan.jobs):
+            findings += self._effect()
+        return findings
+
+    def _of_tensor(self, index: int) -> Iterator[Finding]:
+        job = self.plan.jobs[index]
+        recorded = self.manifest.tensors.get(job.name)
+        cut = job.merged if 0 < job.merged < job.numel else None
+        if recorded is None or len(recorded.inputs) != len(job.inputs) or recorded.merged != cut:
+            yield Finding("manifest", "has no digests of it, or of other inputs or spans than it has", job.name)
+            return
+        cuts = list(bounds(job.numel, job.merged))
+        records = [self.records.made[index, begin] for begin, _ in cuts]
+        changed = False
+        for number, spec in enumerate(job.inputs):
+            found = [record.inputs[number] for record in records if number < len(record.inputs)]
+            spans = recorded.spans.inputs[number : number + 1] if recorded.spans else []
+            wrong = differing(found, recorded.inputs[number], spans[0] if spans else None)
+            for span in [None] if wrong is None else wrong:
+                changed = True
+                reference = self.plan.inputs[job.models[number]].reference
+                place = None if span is None or not cuts else _place(spec, *cuts[span])
+                yield Finding(f"{reference}: {spec.file.name}", _what_changed(spec), spec.name, place)
+        found = [record.output for record in records]
+        if not changed and differing(found, recorded.output, recorded.spans.output if recorded.spans else None) != []:
+            yield Finding("manifest", self._why_other(index), job.name)
+
+    def _why_other(self, index: int) -> str:
+        text = "its inputs are the same, but now give other bytes than those recorded"
+        if index in self.grouped and len(self.jobs) < len(self.plan.jobs):
+            text += "; another tensor that its thresholds or coefficients span may have changed: --all finds it"
+        return text
+
+    def _effect(self) -> Iterator[Finding]:
+        """Whether the figures of the report come out as well: those of all tensors, on the CPU."""
+        if self.device.type != "cpu":
+            return
+        effect = report(self.plan, 0, self.records.made).to_json()
+        if json.dumps(effect, sort_keys=True) != json.dumps(self.manifest.effect, sort_keys=True):
+            yield Finding("manifest", "the figures under 'effect' are not those that its inputs give")
+
+
+def _what_changed(spec: TensorSpec) -> str:
+    others = " and its scales" * spec.quantised + " and its adapter" * (spec.low_rank is not None)
+    return f"an input that changed: not what was read{f' from it{others}' if others else ''} when the output was made"
+
+
+def _place(spec: TensorSpec, begin: int, end: int) -> tuple[int, int] | None:
+    """The bytes of some elements in their file, where they are just these bytes."""
+    if spec.strides is not None or spec.quantised or spec.low_rank is not None:
+        return None
+    size = dtypes.size(spec.dtype)
+    return spec.offset + begin * size, spec.offset + end * size
