@@ -1,4 +1,8 @@
-"""One whole process, measured from its start to its end: wall time, processor time, peak memory."""
+"""One whole command, measured from its start to its end: wall time, processor time, peak memory.
+
+Memory that processes share is counted once: a command's is the sum of its processes' proportional sets (PSS), looked at
+ten times a second, or its largest process's peak where that is more.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +19,7 @@ from pathlib import Path
 
 import click
 
+LOOK_EVERY = 0.1  # seconds
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
@@ -24,7 +30,7 @@ class Run:
     Attributes:
         wall: seconds from its start until it was gone.
         user, system: seconds of processor time, in the program and in the kernel for it.
-        peak: most bytes resident at one time; never below ``own_peak()``, since a child inherits its parent's.
+        peak: most bytes in memory at one time; never below ``own_peak()``, since a child inherits its parent's.
         others: cores that everything else on the machine kept busy meanwhile; None where the system doesn't tell.
     """
 
@@ -41,12 +47,15 @@ def measured(command: Sequence[str]) -> Run:
         busy = _busy_seconds()
         started = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages)
+        together = _Together(process.pid)
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:
             process.kill()
             process.wait()
             raise
+        finally:
+            together.stop()
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -55,7 +64,39 @@ def measured(command: Sequence[str]) -> Run:
             raise click.ClickException(f"This ended with exit code {process.returncode}: {' '.join(command)}\n{said}")
         cpu = usage.ru_utime + usage.ru_stime
         others = None if busy is None else max(0.0, ((_busy_seconds() or 0.0) - busy - cpu) / wall)
-    return Run(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss * RSS_UNIT, others)
+    return Run(wall, usage.ru_utime, usage.ru_stime, max(usage.ru_maxrss * RSS_UNIT, together.peak), others)
+
+
+class _Together:
+    """Looks at the memory of a process and of those it started, until it is stopped."""
+
+    def __init__(self, pid: int) -> None:
+        self.peak = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(pid,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _look(self, pid: int) -> None:
+        while not self._stopped.wait(LOOK_EVERY):
+            self.peak = max(self.peak, _memory(pid))
+
+
+def _memory(pid: int) -> int:
+    """Bytes of a process and of all it started; 0 where the system doesn't tell, or they are gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        own = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        children = [
+            child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+        ]
+    except (OSError, StopIteration):
+        return 0
+    return own + sum(map(_memory, map(int, children)))
 
 
 def own_peak() -> int:
