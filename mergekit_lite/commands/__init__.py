@@ -11,7 +11,7 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods")
+COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare")
 
 WRITING = ("extrapolate", "merge")  # and can go on where they stopped
 
@@ -54,6 +54,7 @@ def main() -> None:
       Examples:
         mergekit-lite extrapolate ./model-sft ./model-dpo --alpha 0.3 -o ./model-expo
     mergekit-lite merge recipe.yml -o ./merged
+        mergekit-lite compare ./base ./math ./code
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from click import BadParameter
 
@@ -68,3 +69,9 @@ def size(_context: object, _option: object, text: str | None) -> int | None:
     if count <= 0:
         raise BadParameter(f"{text!r} is not a size; expected for instance 5GB, 500MB or 2GiB.")
     return count
+
+
+def check_folder(path: Path | None) -> None:
+    """Raise BadParameter where a file can't be written because its folder is not there."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise BadParameter(f"{path}: there is no folder {path.parent}. Make it first.")

@@ -1,0 +1,196 @@
+"""``mergekit-lite compare``: what models changed in their common base."""
+
+from __future__ import annotations
+
+import io
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_lite import dtypes
+from mergekit_lite.commands import values
+
+if TYPE_CHECKING:
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.vectors.comparison import Comparison, Figures
+
+SHOWN = 10
+WRITABLE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command(
+    name="compare",
+    epilog="""\b
+Examples:
+  mergekit-lite compare ./base ./math ./code
+  mergekit-lite compare ./sft ./dpo --alpha 0.1,0.3 --dtype bfloat16 --plot changes.png
+  mergekit-lite compare ./base ./math ./code --html report.html --csv figures.csv
+""",
+)
+@click.argument("base")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--top-k", default=0.2, show_default=True, help="Share of the weights in a mask of the largest changes.")
+@click.option(
+    "-a",
+    "--alpha",
+    metavar="A[,B…]",
+    callback=values.alphas,
+    default="0.1,0.3,0.5",
+    show_default=True,
+    help="Alphas whose effect after rounding is told.",
+)
+@click.option(
+    "--dtype", multiple=True, default=("bfloat16", "float16"), show_default=True, help="To round to; may be repeated."
+)
+@click.option("--select-topk", default=1.0, show_default=True, help="SCE's share of the weights to select.")
+@click.option("--csv", "csv_path", type=WRITABLE, help="Write all figures as a table of plain text.")
+@click.option("--plot", type=WRITABLE, help="Draw a .png, .svg or .pdf: layers × modules, cosines, sizes.")
+@click.option("--html", "html_path", type=WRITABLE, help="Write one page with plots, tables that sort, and a summary.")
+@click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
+def command(
+    base: str,
+    models: tuple[str, ...],
+    top_k: float,
+    alpha: tuple[float, ...],
+    dtype: tuple[str, ...],
+    select_topk: float,
+    csv_path: Path | None,
+    plot: Path | None,
+    html_path: Path | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Show what MODELS, all tuned from BASE, changed in it, where, and whether they agree. Each is read once.
+
+    For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
+    largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
+    """
+    named = tuple(dtypes.float_named(name) for name in dtype)
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.vectors import export, plots
+    from mergekit_lite.vectors.comparison import compare
+    from mergekit_lite.vectors.deltas import Settings
+
+    settings = Settings(top_k, alpha, named, select_topk)
+    if plot is not None or html_path is not None:
+        plots.check_drawable(plot)
+    for path in (csv_path, plot, html_path):
+        values.check_folder(path)
+    screen = Screen(quiet=quiet or as_json, verbose=verbose)
+    with screen.progress("comparing") as progress:
+        comparison = compare(base, models, settings=settings, threads=threads, progress=progress)
+    if csv_path is not None:
+        table = io.StringIO()
+        export.write_csv(comparison, table)
+        csv_path.write_text(table.getvalue(), encoding="utf-8")
+    if plot is not None:
+        plots.save(comparison, plot)
+    if html_path is not None:
+        from mergekit_lite.vectors.page import page
+
+        html_path.write_text(page(comparison), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(export.as_data(comparison), indent=1))
+    elif not quiet:
+        _show(screen, comparison)
+    for name in comparison.nonfinite:
+        screen.warn(f"{name} has NaN or infinity; it is left out of layers and totals.")
+    if not screen.quiet:
+        for written in filter(None, (csv_path, plot, html_path)):
+            screen.err.print(f"[bold green]made[/] {written}")
+
+
+def _show(screen: Screen, comparison: Comparison) -> None:
+    from mergekit_lite.commands.screen import table
+    from mergekit_lite.vectors.comparison import letter
+    from mergekit_lite.vectors.words import suggestions
+
+    letters = [letter(number) for number in range(len(comparison.models))]
+    rows = zip(["base", *letters], [comparison.base, *comparison.models], strict=True)
+    screen.out.print(table(("", "model"), list(rows)))
+    for made in _overall(comparison, letters):
+        screen.out.print("", made, sep="\n")
+    units = [(name, figures) for name, figures in comparison.layers.items()]
+    screen.out.print("", _units("layer", letters, units), sep="\n")
+    found = sorted(comparison.findings, key=lambda finding: -float(finding.tally.sums["means"].max()))
+    shown = comparison.findings if screen.verbose else found[:SHOWN]
+    title = "tensor" if screen.verbose else "tensors that changed most"
+    screen.out.print("", _units(title, letters, [(one.match.name, comparison.of(one)) for one in shown]), sep="\n")
+    if len(found) > len(shown):
+        screen.out.print(f"… and {len(found) - len(shown):,} more (-v shows all)")
+    screen.out.print()
+    for said in suggestions(comparison):
+        screen.out.print(f"• {said}", markup=False)
+    screen.lines([f"not compared: {one.name} of {one.model}: {one.why}" for one in comparison.unmatched])
+
+
+def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
+    from mergekit_lite.commands.screen import table
+    from mergekit_lite.vectors.comparison import looks_like
+    from mergekit_lite.vectors.words import percent
+
+    all_of, settings = comparison.overall, comparison.settings
+    of_models = [
+        (
+            name,
+            number(all_of.rms[n], ".1e"),
+            number(all_of.norm[n], ".3g"),
+            percent(all_of.changed[n]),
+            number(all_of.varm[n], ".3f"),
+            number(all_of.sce[n], ".3f"),
+            number(all_of.stable_rank[n], ".1f"),
+            looks_like(all_of.rms[n]),
+        )
+        for n, name in enumerate(letters)
+    ]
+    heads = ("", ">RMS(delta)", ">norm", ">changed", ">VaRM", ">SCE", ">rank", "looks (by size)")
+    tables = [table(heads, of_models)]
+    if len(letters) > 1:
+        pairs = [
+            (
+                f"{letters[i]} {letters[j]}",
+                number(all_of.cosine[i][j], ".3f"),
+                *(percent(of[i][j]) for of in (all_of.both, all_of.agree, all_of.conflict, all_of.overlap)),
+            )
+            for i, j in combinations(range(len(letters)), 2)
+        ]
+        overlap = f">top {100 * settings.top_k:g} % shared"
+        tables.append(table(("", ">cosine", ">both changed", ">same sign", ">opposite", overlap), pairs))
+    alphas = [
+        (dtype, f"{alpha:g}", *(number(value, ".4f") for value in row))
+        for dtype, of_dtype in zip(settings.dtypes, all_of.effective, strict=True)
+        for alpha, row in zip(settings.alphas, of_dtype, strict=True)
+    ]
+    return [*tables, table(("rounded to", ">alpha", *(f">{name}" for name in letters)), alphas)]
+
+
+def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
+    from mergekit_lite.commands.screen import table
+    from mergekit_lite.vectors.words import percent
+
+    several = len(letters) > 1
+    rows = [
+        (
+            name,
+            *(number(rms, ".1e") for rms in figures.rms),
+            *([number(figures.cosine[0][1], ".2f")] if len(letters) == 2 else []),
+            percent(figures.split) if several else percent(figures.changed[0]),
+        )
+        for name, figures in units
+    ]
+    heads = [title, *(f">RMS {name}" for name in letters)]
+    heads += [">cosine"] if len(letters) == 2 else []
+    return table([*heads, ">signs split" if several else ">changed"], rows)
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,1 @@
+"""Task vectors, what a tuned model adds to its base: looked at, compared."""
