@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +19,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 # In a container Chromium's own sandbox and its shared memory are not to be had.
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
 PATIENCE = 60.0  # seconds
+# The browser reads from descriptor 3 and writes to 4.
+LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -34,9 +43,9 @@ class Browser:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         its_input, self._out = os.pipe()
         self._in, its_output = os.pipe()
-        command = f'exec "$0" "$@" 3<&{its_input} 4>&{its_output}'
+        command = [program, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", command, program, *FLAGS, f"--user-data-dir={self._folder.name}"],
+            [sys.executable, "-c", LAUNCH, str(its_input), str(its_output), *command],
             pass_fds=(its_input, its_output),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

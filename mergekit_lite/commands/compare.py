@@ -105,7 +105,8 @@ def command(
         screen.warn(f"{name} has NaN or infinity; it is left out of layers and totals.")
     if not screen.quiet:
         for written in filter(None, (csv_path, plot, html_path)):
-            screen.err.print(f"[bold green]made[/] {written}")
+            screen.err.print("[bold green]made[/] ", end="")
+            screen.err.print(str(written), markup=False)
 
 
 def _show(screen: Screen, comparison: Comparison) -> None:

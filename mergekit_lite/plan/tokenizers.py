@@ -63,6 +63,12 @@ def template_of(source: Checkpoint) -> str | None:
     return None
 
 
+def vocabulary_of(source: Checkpoint) -> dict[int, str]:
+    """The tokens of a model's ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
+    path = _file(source)
+    return _vocabulary(path) if path is not None else {}
+
+
 def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> tuple[list[str], list[str]]:
     """How the models' vocabularies differ from that of the output's tokenizer.
 

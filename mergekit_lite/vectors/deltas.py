@@ -23,7 +23,7 @@ from mergekit_lite.methods.passes import Block, Subject, Weighted
 from mergekit_lite.methods.passes import Sums as Request
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.vectors.matching import Match
-from mergekit_lite.vectors.survey import Sums, is_whole
+from mergekit_lite.vectors.survey import Sums
 
 Numbers = npt.NDArray[np.float64]
 Answer = TypeVar("Answer")
@@ -122,7 +122,7 @@ class Deltas:
         """Sums over one block (1 + models, elements), the base's first."""
         moved = block[1:] - block[0]
         wide = moved.double()
-        signs = moved.sign_()
+        signs = moved.sign()
         balance = signs.sum(0).abs_()
         changed = signs.abs()
         votes = changed.sum(0)
@@ -148,12 +148,14 @@ class Deltas:
         sampled = {
             "kept": self._kept(match, sample, flat),
             "moved": self._extrapolated(sample[1:].flatten(1), flat),
-            "squares": flat.double().square_().sum(1),
+            "squares": flat.double().square().sum(1),
             "sizes": _sizes(flat),
         }
         exact |= {name: part.double().numpy() * scale for name, part in sampled.items()}
         rank = stable_rank(moved) if len(match.shape) == 2 and finite else ()
-        return Finding(match, Tally(match.numel, exact), self._sce(match, exact, sample), rank, is_whole(match))
+        return Finding(
+            match, Tally(match.numel, exact), self._sce(match, exact, sample), rank, moved[0].numel() == match.numel
+        )
 
     def _kept(self, match: Match, sample: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
         """How many elements are in both masks, of each two models. Ties go to the lowest index, zeros to none."""
@@ -216,7 +218,7 @@ def stable_rank(matrices: torch.Tensor) -> tuple[float, ...]:
 
 def _sizes(flat: torch.Tensor) -> torch.Tensor:
     """How many elements of each model didn't change, and how many changed by each power of two."""
-    exponents = (flat.float().abs_().view(torch.int32) >> FLOAT32_FRACTION) - (FLOAT32_BIAS + SMALLEST - 1)
+    exponents = (flat.float().abs().view(torch.int32) >> FLOAT32_FRACTION) - (FLOAT32_BIAS + SMALLEST - 1)
     bins = exponents.clamp_(1, BINS).mul_(flat.sign().abs_().int())
     return torch.stack([torch.bincount(row, minlength=BINS + 1) for row in bins])
 

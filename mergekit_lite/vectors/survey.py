@@ -7,6 +7,7 @@ columns, evenly spaced; a tensor that is no larger than the sample is looked at 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -21,9 +22,13 @@ from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods.passes import SECTION, STATISTICS_BLOCK
 from mergekit_lite.vectors.matching import Match
 
-SAMPLE_ROWS, SAMPLE_COLUMNS = 256, 512
+SAMPLE_ROWS, SAMPLE_COLUMNS = 256, 512  # of the largest sample of a tensor
+SAMPLED = 32  # in large models a sample is one element in so many
+LEAST_SAMPLE = 1 << 14  # but not fewer than these
+SMALL_MODEL = 1 << 23  # elements up to which every tensor has the largest sample
 WIDEST_ROW = CHUNK  # longer rows are not kept together
 
+LARGEST = "largest"  # the one that is no sum: of two parts the larger one counts
 Sums = Mapping[str, torch.Tensor]  # each additive over blocks, on the CPU
 Finding = TypeVar("Finding")
 Result = TypeVar("Result", covariant=True)
@@ -61,7 +66,8 @@ def survey(
     Raises:
         RunError: a file can't be read.
     """
-    under_way = [_UnderWay(match, study) for match in matches]
+    small = sum(match.numel for match in matches) <= SMALL_MODEL
+    under_way = [_UnderWay(match, study, grid(match, small)) for match in matches]
     tasks = [(tensor, begin, end) for tensor in under_way for begin, end in tensor.sections]
     widest = max((dtypes.size(spec.dtype) for match in matches for spec in match.specs), default=1)
     inputs = max((len(match.specs) for match in matches), default=0)
@@ -78,24 +84,24 @@ def survey(
                 done += tensor.match.nbytes * (end - begin) // tensor.match.numel
                 progress(done, total)
 
+    room = max((tensor.chunk for tensor in under_way), default=0) * widest
     with tuned_process():
-        Pool(threads or available_cores(), torch.device("cpu"), inputs, CHUNK * widest).run(tasks, look)
+        Pool(threads or available_cores(), torch.device("cpu"), inputs, room).run(tasks, look)
     found = [tensor.finding for tensor in under_way]
     return [one for one in found if one is not None]
 
 
-def grid(match: Match) -> tuple[range, range]:
-    """The rows and columns of a tensor's sample. What has more than two dimensions is rows one below the other."""
-    if len(match.shape) < 2:  # a vector is one row, of which as many elements are taken as of a matrix
-        return range(1), _spread(match.numel, SAMPLE_ROWS * SAMPLE_COLUMNS)
-    rows = _spread(match.numel // match.row, max(SAMPLE_ROWS, SAMPLE_ROWS * SAMPLE_COLUMNS // match.row))
-    return rows, _spread(match.row, max(SAMPLE_COLUMNS, SAMPLE_ROWS * SAMPLE_COLUMNS // len(rows)))
+def grid(match: Match, small: bool) -> tuple[range, range]:
+    """The rows and columns of a tensor's sample; ``small`` for the largest sample, as in small models.
 
-
-def is_whole(match: Match) -> bool:
-    """Whether the sample is the whole tensor."""
-    rows, columns = grid(match)
-    return len(rows) * len(columns) == match.numel
+    A vector is one row. What has more than two dimensions is rows one below the other.
+    """
+    most = SAMPLE_ROWS * SAMPLE_COLUMNS
+    wanted = most if small else min(most, max(LEAST_SAMPLE, match.numel // SAMPLED))
+    rows, columns = (1, match.numel) if len(match.shape) < 2 else (match.numel // match.row, match.row)
+    square = math.isqrt(wanted // 2)  # twice as many columns as rows, or all there are of one of them
+    taken = _spread(rows, max(square, wanted // columns))
+    return taken, _spread(columns, max(2 * square, wanted // len(taken)))
 
 
 def _spread(count: int, most: int) -> range:
@@ -106,11 +112,12 @@ def _spread(count: int, most: int) -> range:
 class _UnderWay(Generic[Finding]):
     """One tensor of which some sections are read. The lane that reads the last one draws the conclusion."""
 
-    def __init__(self, match: Match, study: Study[Finding]) -> None:
-        self.match, self.study = match, study
+    def __init__(self, match: Match, study: Study[Finding], sample: tuple[range, range]) -> None:
+        self.match, self.study, self._sample = match, study, sample
         self.finding: Finding | None = None
         row = match.row if 0 < match.row <= WIDEST_ROW else 1
         self._block = max(1, STATISTICS_BLOCK // row) * row
+        self.chunk = min(max(self._block, CHUNK // self._block * self._block), match.numel)
         section = max(1, SECTION // self._block) * self._block
         self.sections = [(begin, begin + count) for begin, count in cut(0, match.numel, section)]
         self.working = dtypes.working([dtypes.torch_dtype(spec.dtype) for spec in match.specs], torch.bfloat16)
@@ -121,7 +128,7 @@ class _UnderWay(Generic[Finding]):
         """Look at one section."""
         sums: dict[str, torch.Tensor] = {}
         picked: list[torch.Tensor] = []
-        for start, count in cut(begin, end, max(self._block, CHUNK // self._block * self._block)):
+        for start, count in cut(begin, end, self.chunk):
             chunks = [lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.match.specs)]
             if self.study.sampled:
                 picked.append(self._picked(chunks, start, count))
@@ -130,7 +137,7 @@ class _UnderWay(Generic[Finding]):
                 for wide, chunk in zip(block, chunks, strict=True):
                     wide.copy_(chunk[first : first + length])
                 for name, part in self.study.look(self.match, block).items():
-                    sums[name] = part.clone() if name not in sums else sums[name].add_(part)
+                    sums[name] = part.clone() if name not in sums else _joined(name, sums[name], part)
         sample = torch.cat(picked, 1) if picked else torch.empty(0)
         with self._turn:
             self._parts[begin] = sums, sample
@@ -140,10 +147,10 @@ class _UnderWay(Generic[Finding]):
 
     def _picked(self, chunks: Sequence[torch.Tensor], start: int, count: int) -> torch.Tensor:
         """The sample's elements in a chunk: (models, elements)."""
-        rows, columns = grid(self.match)
+        rows, columns = self._sample
         row = self.match.row
         first = -(-(start // row) // rows.step) * rows.step
-        near = torch.arange(first, -(-(start + count) // row), rows.step)
+        near = torch.arange(first, max(first, -(-(start + count) // row)), rows.step)
         index = (near[:, None] * row + torch.arange(0, row, columns.step)).flatten() - start
         inside = index[torch.searchsorted(index, 0) : torch.searchsorted(index, count)]
         return torch.stack([chunk.index_select(0, inside).to(self.working) for chunk in chunks])
@@ -154,9 +161,13 @@ class _UnderWay(Generic[Finding]):
         sums = parts[0][0]
         for others, _ in parts[1:]:
             for name, part in others.items():
-                sums[name] += part
-        rows, columns = grid(self.match)
+                sums[name] = _joined(name, sums[name], part)
+        rows, columns = self._sample
         sample = parts[0][1]
         if self.study.sampled:
             sample = torch.cat([part for _, part in parts], 1).view(-1, len(rows), len(columns))
         self.finding = self.study.conclude(self.match, sums, sample)
+
+
+def _joined(name: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(one, other) if name == LARGEST else one.add_(other)

@@ -7,7 +7,7 @@ from itertools import combinations
 
 from mergekit_lite.errors import counted
 from mergekit_lite.vectors.comparison import BANDS, Comparison, letter, looks_like
-from mergekit_lite.vectors.survey import SAMPLE_COLUMNS, SAMPLE_ROWS
+from mergekit_lite.vectors.survey import LEAST_SAMPLE, SAMPLE_COLUMNS, SAMPLE_ROWS
 
 ALIKE, RELATED, APART = 0.9, 0.3, 0.1  # cosines
 KEPT = 0.2  # relative distance of the effective from the asked alpha that is worth a word
@@ -39,9 +39,9 @@ def how(comparison: Comparison) -> str:
         return "All figures are from every weight."
     return (
         "Norms, RMS, shares of changed elements, cosines, signs and VaRM are from every weight. Overlap, effective "
-        f"alpha, sizes, stable rank, and SCE where it selects, are from a fixed grid of about {SAMPLE_ROWS} rows × "
-        f"{SAMPLE_COLUMNS} columns of each larger tensor; the stable rank is that of the grid, which is smaller than "
-        "the whole tensor's where that is high."
+        "alpha, sizes, stable rank, and SCE where it selects, are from a fixed grid of rows and columns, "
+        f"{LEAST_SAMPLE:,} to {SAMPLE_ROWS * SAMPLE_COLUMNS:,} weights of each larger tensor. The stable rank is that "
+        "of the grid, which is smaller than the whole tensor's where that is high."
     )
 
 
