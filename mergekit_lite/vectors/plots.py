@@ -122,7 +122,7 @@ def cosine_matrix(figure: FigureBase, comparison: Comparison) -> None:
     """The cosine between each two deltas, as colours and as numbers."""
     cosines = np.array(comparison.overall.cosine, dtype=float)
     names = [letter(number) for number in range(len(cosines))]
-    axes = figure.subplots()
+    axes, beside = figure.subplots(1, 2)
     drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     axes.set_box_aspect(1)
     for row, column in np.ndindex(*cosines.shape):
@@ -134,6 +134,10 @@ def cosine_matrix(figure: FigureBase, comparison: Comparison) -> None:
     axes.set(title="Cosine between the deltas", xlabel="model", ylabel="model")
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.04)
     bar.set_label("cosine")
+    beside.set_axis_off()
+    listed = [f"base  {_end(comparison.base)}"]
+    listed += [f"{name}  {_end(model)}" for name, model in zip(names, comparison.models, strict=True)]
+    beside.text(0, 0.5, "\n".join(listed), va="center", fontsize=8, parse_math=False)
 
 
 def histogram(figure: FigureBase, comparison: Comparison) -> None:
@@ -202,6 +206,11 @@ def _ticks(axes: Any, columns: list[str], rows: list[Any], first: bool) -> None:
     axes.set_yticks(range(0, len(named), every), named[::every], fontsize=7)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
+
+
+def _end(reference: str) -> str:
+    """The end of a reference, which tells more than its beginning."""
+    return reference if len(reference) <= MOST_LETTERS else f"…{reference[-MOST_LETTERS:]}"
 
 
 def _height(comparison: Comparison, draw: Draw) -> float:
