@@ -121,7 +121,7 @@ def _show(screen: Screen, comparison: Comparison) -> None:
         screen.out.print("", made, sep="\n")
     units = [(name, figures) for name, figures in comparison.layers.items()]
     screen.out.print("", _units("layer", letters, units), sep="\n")
-    found = sorted(comparison.findings, key=lambda finding: -float(finding.tally.sums["means"].max()))
+    found = sorted(comparison.findings, key=lambda finding: -float(finding.tally["means"].max()))
     shown = comparison.findings if screen.verbose else found[:SHOWN]
     title = "tensor" if screen.verbose else "tensors that changed most"
     screen.out.print("", _units(title, letters, [(one.match.name, comparison.of(one)) for one in shown]), sep="\n")

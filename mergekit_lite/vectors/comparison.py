@@ -115,11 +115,10 @@ class Comparison:
         return self._figures(tally, weighing, finite or findings)
 
     def _figures(self, tally: Tally, weighing: str, findings: Iterable[Finding]) -> Figures:
-        sums = tally.sums
-        norms = np.sqrt(np.diag(sums["products"]))
-        both, elements = sums["both"], tally.elements
-        weighed = np.diag(sums["products"]) if weighing == "products" else sums["means"]
-        kept = np.diag(sums["kept"])
+        norms = np.sqrt(np.diag(tally["products"]))
+        both, elements = tally["both"], tally.elements
+        weighed = np.diag(tally["products"]) if weighing == "products" else tally["means"]
+        kept = np.diag(tally["kept"])
         sce = np.array([finding.sce for finding in findings])
         ranks = [finding.stable_rank for finding in findings if finding.stable_rank]
         return Figures(
@@ -127,17 +126,17 @@ class Comparison:
             norm=_row(norms),
             rms=_row(norms / math.sqrt(elements)),
             changed=_row(np.diag(both) / elements),
-            cosine=_square(_cosines(sums["products"])),
+            cosine=_square(_cosines(tally["products"])),
             both=_square(both / elements),
-            agree=_square(_ratio((both + sums["signs"]) / 2, both)),
-            conflict=_square(_ratio((both - sums["signs"]) / 2, both)),
-            split=_row(_ratio(sums["split"], sums["touched"]).reshape(1))[0],
-            overlap=_square(_ratio(sums["kept"], np.minimum.outer(kept, kept))),
+            agree=_square(_ratio((both + tally["signs"]) / 2, both)),
+            conflict=_square(_ratio((both - tally["signs"]) / 2, both)),
+            split=_row(_ratio(tally["split"], tally["touched"]).reshape(1))[0],
+            overlap=_square(_ratio(tally["kept"], np.minimum.outer(kept, kept))),
             varm=_row(np.array(shares(weighed))),
             sce=_row(sce.mean(0)),
-            effective=tuple(_square(_ratio(of_dtype, sums["squares"])) for of_dtype in sums["moved"]),
+            effective=tuple(_square(_ratio(of_dtype, tally["squares"])) for of_dtype in tally["moved"]),
             stable_rank=tuple(_median(of_model) for of_model in zip(*ranks, strict=True)) or (None,) * len(self.models),
-            sizes=_square(sums["sizes"] / elements),
+            sizes=_square(tally["sizes"] / elements),
         )
 
 
@@ -168,7 +167,7 @@ def compare(
         raise UsageError("Name at least one model to compare with the base.")
     opened = [open_checkpoint(reference) for reference in (base, *models)]
     matches, unmatched, notes = match(opened)
-    found = survey(matches, Deltas(settings or Settings()), threads, progress)
+    found = survey(matches, Deltas(settings or Settings(), len(models), len(matches)), threads, progress)
     for checkpoint in opened:
         checkpoint.check_unchanged()
     return Comparison(

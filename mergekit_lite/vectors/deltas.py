@@ -59,35 +59,51 @@ class Settings:
             raise UsageError("An alpha has to be a finite number.")
 
 
-@dataclass(frozen=True)
-class Tally:
-    """The sums of one tensor, or of several together.
+class Shapes:
+    """The sums by name, each additive over tensors, and where each lies in a row of numbers.
 
-    Attributes:
-        elements: how many.
-        sums: by name, each additive over tensors; those of a sample are scaled up to the tensor.
-
-            products (n, n): ⟨δᵢ, δⱼ⟩. means (n,): ⟨δᵢ, δᵢ⟩ / elements, added up over tensors.
-            both (n, n): elements changed in both. signs (n, n): those of one sign less those of opposite signs.
-            touched, split: elements that any model changed, and those of them where the signs differ.
-            kept (n, n): elements in both masks of the largest changes.
-            moved (dtypes, alphas, n), squares (n,): ⟨out − model, δ⟩ and ⟨δ, δ⟩ of the sample.
-            sizes (n, BINS + 1): elements that didn't change, then those of each size.
+    products (n, n): ⟨δᵢ, δⱼ⟩. means (n,): ⟨δᵢ, δᵢ⟩ / elements, added up over tensors.
+    both (n, n): elements changed in both. signs (n, n): those of one sign less those of opposite signs.
+    touched, split: elements that any model changed, and those of them where the signs differ.
+    kept (n, n): elements in both masks of the largest changes.
+    moved (dtypes, alphas, n), squares (n,): ⟨out − model, δ⟩ and ⟨δ, δ⟩ of the sample.
+    sizes (n, BINS + 1): elements that didn't change, then those of each size.
     """
 
+    def __init__(self, models: int, settings: Settings) -> None:
+        """For so many models."""
+        pairs = (models, models)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("products", "both", "signs", "kept"), pairs)
+        shapes |= {"means": (models,), "squares": (models,), "touched": (), "split": ()}
+        shapes |= {"moved": (len(settings.dtypes), len(settings.alphas), models), "sizes": (models, BINS + 1)}
+        self.places: dict[str, tuple[slice, tuple[int, ...]]] = {}
+        self.width = 0
+        for name, shape in shapes.items():
+            self.places[name] = slice(self.width, self.width + math.prod(shape)), shape
+            self.width += math.prod(shape)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The sums of one tensor, or of several together; those of a sample are scaled up to the tensor."""
+
     elements: int
-    sums: dict[str, Numbers]
+    row: Numbers
+    shapes: Shapes
 
     def __add__(self, other: Tally) -> Tally:
         """Of both together."""
-        return Tally(
-            self.elements + other.elements, {name: sums + other.sums[name] for name, sums in self.sums.items()}
-        )
+        return Tally(self.elements + other.elements, self.row + other.row, self.shapes)
+
+    def __getitem__(self, name: str) -> Numbers:
+        """The sums of this name."""
+        place, shape = self.shapes.places[name]
+        return self.row[place].reshape(shape)
 
     @property
     def finite(self) -> bool:
         """Whether no weight was NaN or infinite."""
-        return bool(np.isfinite(self.sums["products"]).all())
+        return bool(np.isfinite(self["products"]).all())
 
 
 @dataclass(frozen=True)
@@ -114,9 +130,16 @@ class Deltas:
 
     sampled = True
 
-    def __init__(self, settings: Settings) -> None:
-        """With these choices."""
+    def __init__(self, settings: Settings, models: int, tensors: int) -> None:
+        """With these choices, for so many models (without the base) and tensors.
+
+        The sums of all tensors lie in one piece of memory: small ones, kept one by one between freed temporaries, made
+        the heap grow by 0.2 MB with every tensor.
+        """
         self.settings = settings
+        self._shapes = Shapes(models, settings)
+        self._rows = np.zeros((tensors, self._shapes.width))
+        self._free = iter(range(tensors))
 
     def look(self, match: Match, block: torch.Tensor) -> Sums:
         """Sums over one block (1 + models, elements), the base's first."""
@@ -137,27 +160,27 @@ class Deltas:
 
     def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Finding:
         """The finding of one tensor."""
-        exact = {name: part.numpy().astype(np.float64) for name, part in sums.items()}
-        exact["means"] = np.diag(exact["products"]) / match.numel
+        tally = Tally(match.numel, self._rows[next(self._free)], self._shapes)
+        for name, part in sums.items():
+            tally[name][...] = part.numpy()
+        tally["means"][...] = np.diag(tally["products"]) / match.numel
         moved = sample[1:] - sample[0]
-        scale = match.numel / moved[0].numel()
-        finite = bool(np.isfinite(exact["products"]).all())
-        if not finite:
+        if not tally.finite:
             moved = torch.zeros_like(moved)  # such a tensor is named, and counts for nothing
         flat = moved.flatten(1)
         sampled = {
-            "kept": self._kept(match, sample, flat),
+            "kept": self._kept(match, flat),
             "moved": self._extrapolated(sample[1:].flatten(1), flat),
             "squares": flat.double().square().sum(1),
             "sizes": _sizes(flat),
         }
-        exact |= {name: part.double().numpy() * scale for name, part in sampled.items()}
-        rank = stable_rank(moved) if len(match.shape) == 2 and finite else ()
-        return Finding(
-            match, Tally(match.numel, exact), self._sce(match, exact, sample), rank, moved[0].numel() == match.numel
-        )
+        for name, part in sampled.items():
+            tally[name][...] = part.numpy()
+            tally[name][...] *= match.numel / flat[0].numel()
+        rank = stable_rank(moved) if len(match.shape) == 2 and tally.finite else ()
+        return Finding(match, tally, self._sce(match, tally, sample), rank, flat[0].numel() == match.numel)
 
-    def _kept(self, match: Match, sample: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    def _kept(self, match: Match, flat: torch.Tensor) -> torch.Tensor:
         """How many elements are in both masks, of each two models. Ties go to the lowest index, zeros to none."""
         count = int(self.settings.top_k * flat[0].numel())
         subject = Subject(match.name, (flat[0].numel(),), len(flat), has_base=False)
@@ -176,11 +199,11 @@ class Deltas:
                 out.copy_(written.sub_(models).mul_(flat).sum(1, dtype=torch.float64))
         return found
 
-    def _sce(self, match: Match, exact: dict[str, Numbers], sample: torch.Tensor) -> tuple[float, ...]:
+    def _sce(self, match: Match, tally: Tally, sample: torch.Tensor) -> tuple[float, ...]:
         """What SCE would weight each model by, found by the method itself; without selection from every element."""
         if self.settings.select_topk == 1:
-            return shares(np.diag(exact["products"]))
-        if not np.isfinite(exact["products"]).all():
+            return shares(np.diag(tally["products"]))
+        if not tally.finite:
             return (math.nan,) * (len(sample) - 1)
         block = list(sample.flatten(1))
         subject = Subject(match.name, (block[0].numel(),), len(block) - 1, has_base=True)

@@ -142,7 +142,7 @@ def _sections(comparison: Comparison) -> Iterator[Markup]:
 def _tensors(comparison: Comparison, letters: Sequence[str]) -> Iterator[Markup]:
     found = list(comparison.findings)
     if len(found) > MOST_ROWS:
-        found.sort(key=lambda finding: -float(finding.tally.sums["means"].max()))
+        found.sort(key=lambda finding: -float(finding.tally["means"].max()))
         told = f"The {MOST_ROWS:,} of {len(found):,} tensors that changed most; --json and --csv have all."
         yield element("p", told, class_="soft")
     heads = ["tensor", "weights", *_heads(letters)]

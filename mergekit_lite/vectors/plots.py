@@ -186,7 +186,7 @@ def _rms(comparison: Comparison, number: int) -> dict[tuple[object, str], float]
         members.setdefault((place, match.module), []).append(finding)
     found = {}
     for cell, findings in members.items():
-        square = sum(float(finding.tally.sums["products"][number, number]) for finding in findings)
+        square = sum(float(finding.tally["products"][number, number]) for finding in findings)
         found[cell] = math.sqrt(square / sum(finding.match.numel for finding in findings))
     return found
 
