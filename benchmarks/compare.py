@@ -5,7 +5,7 @@ python -m benchmarks.compare
 
 from __future__ import annotations
 
-import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,8 +13,8 @@ from statistics import median
 
 import click
 
-from benchmarks.checkpoints import Pair
-from benchmarks.processes import Run, measured, own_peak
+from benchmarks.checkpoints import SFT_RMS, Family
+from benchmarks.processes import Run, measured
 from benchmarks.tables import Table, size, spread
 
 AIM_TIMES, AIM_PEAK = 2.5, 700e6
@@ -29,11 +29,9 @@ def main(parameters: float, runs: int, folder: Path | None) -> None:
     """Time both in turns, then compare eight models, and one large tensor, for the memory."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         place = Path(made)
-        pair = Pair(place / "model", parameters)
-        pair.make()
-        base, first = pair.models
-        second = place / "second"
-        shutil.copytree(first, second)  # what the weights are changes no time
+        family = Family(place / "model", ("base", "math", "code"), SFT_RMS, parameters)
+        _make(family)
+        base, first, second = family.models
         recipe = place / "linear.yml"
         recipe.write_text(RECIPE.format(models=", ".join(f"{{model: {model}}}" for model in (base, first, second))))
         merge = ["merge", str(recipe), "-o", str(place / "merged"), "--force"]
@@ -42,18 +40,21 @@ def main(parameters: float, runs: int, folder: Path | None) -> None:
         for _ in range(runs):
             merged.append(_measured(merge))
             compared.append(_measured(compare))
-        shutil.rmtree(place / "merged")
-        eight = _measured(["compare", str(base), *[str(first)] * 8])
-        large = Pair(place / "large", 1e9, whole=True)
-        large.make()
+        eight = _measured(["compare", str(base), *[str(first), str(second)] * 4])
+        large = Family(place / "large", ("base", "tuned"), SFT_RMS, 1e9, "tensor")
+        _make(large)
         one = _measured(["compare", *map(str, large.models)])
     times = median(run.wall for run in compared) / median(run.wall for run in merged)
     rows = [_row("linear merge of three models", merged), _row("compare a base and two", compared)]
     rows += [_row("compare a base and eight", [eight]), _row("compare a pair, one tensor of 2 GB", [one])]
-    Table(f"{size(pair.nbytes)} a model", ["", "wall, s", "processor, s", "peak"], rows).show()
+    click.echo(Table(f"{size(family.nbytes)} a model", ["", "wall, s", "processor, s", "peak"], rows).markdown())
     peak = max(run.peak for run in (*compared, eight, one))
     click.echo(f"compare takes {times:.2f} × the merge (aim {AIM_TIMES}), at most {size(peak)} (aim {size(AIM_PEAK)})")
-    click.echo(f"this process: {size(own_peak())}")
+
+
+def _make(family: Family) -> None:
+    """In a process of its own, so that this one stays small: a child's peak is never below its parent's."""
+    subprocess.run([sys.executable, "-m", "benchmarks.checkpoints", family.as_json()], check=True)
 
 
 def _measured(arguments: list[str]) -> Run:

@@ -17,6 +17,7 @@ from mergekit_lite.vectors import deltas, survey
 from mergekit_lite.vectors.comparison import Comparison, compare, looks_like
 from mergekit_lite.vectors.deltas import Settings
 from mergekit_lite.vectors.export import as_data
+from tests.adapters import lora, write_adapter
 from tests.models import State, state, tuned, write_folder
 from tests.vectors import naive
 
@@ -228,6 +229,19 @@ def test_what_does_not_fit_is_named_and_the_rest_compared(tmp_path: Path) -> Non
     head = next(finding for finding in comparison.findings if finding.match.name == "lm_head.weight")
     wanted = tied["model.embed_tokens.weight"][:16].double() - base["lm_head.weight"].double()
     assert comparison.of(head).norm[0] == pytest.approx(float(wanted.norm()))
+
+
+def test_an_adapter_is_compared_as_the_model_it_makes(tmp_path: Path) -> None:
+    base = state(0, torch.float32)
+    name = "model.layers.0.self_attn.q_proj"
+    path, tensors = write_folder(tmp_path / "base", base), lora(name, 8, 8)
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    comparison = compare(path, [f"{path}+{adapter}"])
+    changed = [finding for finding in comparison.findings if comparison.of(finding).norm[0]]
+    a, b = (tensors[key].double() for key in sorted(tensors))
+    [finding] = changed
+    assert finding.match.name == f"{name}.weight" and finding.stable_rank[0] <= 4.001
+    assert comparison.of(finding).norm[0] == pytest.approx(float((2 * b @ a).norm()), rel=1e-5)
 
 
 def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
