@@ -155,7 +155,7 @@ def compare(
         models: one or more, tuned from it.
         settings: shares, alphas and dtypes that figures are told for.
         threads: workers, one for each core by default.
-        progress: called with (bytes read, bytes in all), from the workers' threads.
+        progress: called with (bytes read, bytes in all).
 
     Raises:
         UsageError: no model is given.

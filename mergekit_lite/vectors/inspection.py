@@ -109,7 +109,7 @@ def inspect(
         model: a path or hub reference.
         stats: read the weights too, once.
         threads: workers, one for each core by default.
-        progress: called with (bytes read, bytes in all), from the workers' threads.
+        progress: called with (bytes read, bytes in all).
 
     Raises:
         CheckpointError: it can't be opened.

@@ -58,7 +58,7 @@ def survey(
         matches: the tensors; all of the same number of models.
         study: what is looked for.
         threads: workers, one for each core by default.
-        progress: called with (bytes read, bytes in all), from the workers' threads.
+        progress: called with (bytes read, bytes in all).
 
     Returns:
         What was found in each.
@@ -73,20 +73,18 @@ def survey(
     inputs = max((len(match.specs) for match in matches), default=0)
     total = sum(match.nbytes for match in matches)
     done = 0
-    turn = threading.Lock()
 
-    def look(lane: Lane, reader: Reader, task: tuple[_UnderWay[Finding], int, int]) -> None:
-        nonlocal done
+    def look(lane: Lane, reader: Reader, task: tuple[_UnderWay[Finding], int, int]) -> int:
         tensor, begin, end = task
         tensor.read(lane, reader, begin, end)
-        if progress is not None:
-            with turn:
-                done += tensor.match.nbytes * (end - begin) // tensor.match.numel
-                progress(done, total)
+        return tensor.match.nbytes * (end - begin) // tensor.match.numel
 
     room = max((tensor.chunk for tensor in under_way), default=0) * widest
     with tuned_process():
-        Pool(threads or available_cores(), torch.device("cpu"), inputs, room).run(tasks, look)
+        for nbytes in Pool(threads or available_cores(), torch.device("cpu"), inputs, room).run(tasks, look):
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
     found = [tensor.finding for tensor in under_way]
     return [one for one in found if one is not None]
 
