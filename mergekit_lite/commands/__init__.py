@@ -11,9 +11,9 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods")
+COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "vector")
 
-WRITING = ("extrapolate", "merge")  # and can go on where they stopped
+WRITING = ("extrapolate", "merge", "vector")  # and can go on where they stopped
 
 
 class Commands(click.Group):

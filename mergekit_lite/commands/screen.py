@@ -60,16 +60,16 @@ class Screen:
         ]
         files = counted(len(plan.layout.files), "file")
         rows += [("output", str(output), files, size(plan.layout.nbytes)) for output in plan.outputs]
-        self.out.print(_table(("", "path", "", ">size"), rows))
+        self.out.print(table(("", "path", "", ">size"), rows))
         self.out.print(
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
             f"takes about {size(memory_estimate(plan, threads))} of memory\n"
         )
         if self.verbose:
             jobs = [(job.name, _shape(job), job.dtype, facts.what_happens(plan, job)) for job in plan.jobs]
-            self.out.print(_table(("tensor", "shape", "dtype", "what happens"), jobs))
+            self.out.print(table(("tensor", "shape", "dtype", "what happens"), jobs))
         else:
-            self.out.print(_table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))
+            self.out.print(table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))
         left_out = [f"left out: {name} of {reference}: {why}" for reference, name, why in plan.left_out]
         left_out += [f"not copied: {name}: {why}" for name, why in travelling(plan)[1].items()]
         self._lines(left_out)
@@ -138,7 +138,7 @@ class Screen:
         if self.verbose or _is_far(report):
             worst = report.worst if self.verbose else report.worst[:SHOWN]
             rows = [(f"  {t.name}", f"{t.asked:g}", f"{t.effective:.4f}", f"{t.rms_delta:.1e}") for t in worst]
-            self.out.print(_table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
+            self.out.print(table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
 
     def _coefficients(self, report: Report) -> None:
         """What each model counted for: over all tensors, or one by one."""
@@ -148,13 +148,13 @@ class Screen:
         by_model = {m: [row[m] for row in report.coefficients.values() if m in row] for m in models}
         self.out.print(f"  coefficients over {counted(len(report.coefficients), 'tensor')}")
         rows = [(f"  {m}", *(f"{x:.4f}" for x in (min(of), fmean(of), max(of)))) for m, of in by_model.items()]
-        self.out.print(_table(("  model", ">least", ">mean", ">most"), rows))
+        self.out.print(table(("  model", ">least", ">mean", ">most"), rows))
         if self.verbose:
             of_tensors = [
                 (f"  {name}", *(f"{row[m]:.4f}" if m in row else "" for m in models))
                 for name, row in report.coefficients.items()
             ]
-            self.out.print(_table(("  tensor", *(f">{model}" for model in models)), of_tensors))
+            self.out.print(table(("  tensor", *(f">{model}" for model in models)), of_tensors))
 
     def _lines(self, lines: Sequence[str]) -> None:
         shown = lines if self.verbose else lines[:SHOWN]
@@ -178,7 +178,7 @@ def size(count: float) -> str:
     return f"{count / 1000**power:.2f} {'kMG'[power - 1]}B"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
     """A plain table; headings that start with ``>`` have their columns flush right. Lines break, nothing is cut off."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:

@@ -1,0 +1,1 @@
+"""Task vectors as files: made from two models, added to models, combined with each other."""
