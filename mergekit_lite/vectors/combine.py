@@ -46,10 +46,12 @@ def plan_combine(
     opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in _files(named)]
     if not rebase:
         _check_one_base(opened)
-    base = None if (takes := method_parameters()).get(method) and takes[method].base == "none" else ZERO
+    takes = method_parameters()
+    base = None if method in takes and takes[method].base == "none" else ZERO
+    weighted = method in takes and "weight" in takes[method].per_model and "weight" not in (parameters or {})
     recipe: dict[str, Any] = {
         "merge_method": method,
-        "models": [_model(one) for one in named],
+        "models": [_model(one, weighted) for one in named],
         "parameters": dict(parameters or {}),
         "out_dtype": dtypes.float_named(dtype),
         "seed": seed,
@@ -100,8 +102,9 @@ def _files(named: Sequence[Addend]) -> Sequence[Addend]:
     return named
 
 
-def _model(one: Addend) -> dict[str, Any]:
-    return {"model": one.path} | ({"parameters": {"weight": one.scale}} if one.scale != 1 else {})
+def _model(one: Addend, weighted: bool) -> dict[str, Any]:
+    """A recipe's entry. Where the method gives models weights and no common one is given, each counts once."""
+    return {"model": one.path} | ({"parameters": {"weight": one.scale}} if weighted or one.scale != 1 else {})
 
 
 def _check_one_base(vectors: Sequence[Vector]) -> None:
