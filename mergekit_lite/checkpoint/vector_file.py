@@ -25,18 +25,20 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import safetensors_file, ties
 from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs, Sparse, Term, changed, scaled
 from mergekit_lite.checkpoint.identity import Identity
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+from mergekit_lite.checkpoint.tensor import MAX_NAME, TensorSpec, WeightFile, check_name
 from mergekit_lite.errors import CheckpointError, counted, listing, shortened
 
 KEY = "task_vector"
 VERSION = 1
-FORMATS = ("dense", "sparse", "lowrank", "sign")
 KINDS: Mapping[tuple[str, ...], Callable[..., Term]] = {
     ("",): Dense,
     ("starts", "places", "values"): Sparse,
     ("left", "right"): LowRank,
     ("bits", "sizes"): Signs,
 }
+EXACT: tuple[list[type], ...] = ([Dense], [Dense, Sparse])
+WAYS = {"dense": EXACT, "sparse": ([Sparse],), "lowrank": ([LowRank], *EXACT), "sign": ([Signs], *EXACT)}
+FORMATS = tuple(WAYS)
 PARTS = ("starts", "places", "values", "left", "right", "bits", "sizes", "whole")
 MAX_RANK = 4096  # as for adapters
 
@@ -153,7 +155,7 @@ def read_vector(reference: str, path: Path) -> Vector:
     deltas: dict[str, Delta] = {}
     for name, described in about["tensors"].items():
         try:
-            deltas[name] = _delta(name, described, parts.get(name, {}))
+            deltas[name] = _delta(about["format"], name, described, parts.get(name, {}))
         except CheckpointError as problem:
             problems.append(str(problem))
     if problems:
@@ -190,14 +192,20 @@ def _about(path: Path, text: str) -> dict[str, Any]:
     base = about.get("base")
     if not isinstance(base, dict) or set(base) != set(Identity._fields):
         refuse(f"of the base should hold {', '.join(Identity._fields)}")
-    if not all(isinstance(v, str) or (key == "revision" and v is None) for key, v in base.items()):
-        refuse("of the base should hold text")
+    if not all(_is_text(value) or (key == "revision" and value is None) for key, value in base.items()):
+        refuse("of the base should hold printable text")
     if not isinstance(about.get("tensors"), dict):
         refuse("lacks its tensors")
+    for name in about["tensors"]:
+        check_name(path, name)
     return about
 
 
-def _delta(name: str, described: object, parts: Mapping[str, TensorSpec]) -> Delta:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= MAX_NAME
+
+
+def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSpec]) -> Delta:
     """One tensor, its parts checked against its shape."""
     if not (
         isinstance(described, list)
@@ -219,9 +227,11 @@ def _delta(name: str, described: object, parts: Mapping[str, TensorSpec]) -> Del
     for keys, kind in KINDS.items():
         if left.keys() >= set(keys):
             terms.append(kind(*(left.pop(key) for key in keys)))
-    if left or [type(term) for term in terms] not in ([Dense], [Dense, Sparse], [Sparse], [LowRank], [Signs]):
+    if left or [type(term) for term in terms] not in WAYS[form]:
         found = ", ".join(sorted(spec.name for spec in parts.values())) or "nothing"
         raise CheckpointError(f"{shortened(name)}: found {found}, which is no way to store a difference")
+    if not dtypes.is_float(dtype):
+        raise CheckpointError(f"{shortened(name)}: has differences, but is {dtype}, which is not for arithmetic")
     for term in terms:
         _check(name, term, shape)
     return Delta(name, dtype, shape, tuple(terms))

@@ -244,7 +244,6 @@ class _Making:
                 return
             encoder = self._encoder(pair)
             square = math.fsum(delta.square_().sum().item() for _, delta in difference.deltas())
-            encoder = Sparse(threshold=1.0) if square == 0 and not isinstance(encoder, Dense | Whole) else encoder
             sketch = encoder.measure(difference)
             if self.settings.format == "lowrank" and _nbytes(sketch) >= pair.tuned.numel * dtypes.size(pair.stored):
                 encoder, sketch = Dense(), Dense().measure(difference)  # factors that save nothing
