@@ -152,4 +152,4 @@ def test_the_page_of_vectors_runs(place: Path) -> None:
         assert same_bytes(read_folder(place / "math-again")[name], tensor)
     [recipe] = re.findall(r"```yaml\n(.*?)```", VECTORS, re.DOTALL)
     (place / "vectors.yml").write_text(recipe)
-    mergekit_lite.merge("vectors.yml", "merged")
+    mergekit_lite.merge("vectors.yml", "of-vectors")

@@ -447,3 +447,17 @@ def test_applying_goes_on_after_a_stop(place: Path) -> None:
         tree.pop("README.md")
     assert trees[0] == trees[1]
     assert bytes_of(read_folder(place / "out")[BIG]) != bytes_of(read_folder(place / "base")[BIG])
+
+
+def test_what_is_made_verifies(place: Path) -> None:
+    for name in ("math", "code"):
+        extract("base", name, f"{name}.safetensors")
+    write_adapter(place / "adapter", lora(Q, 64, 64))
+    apply("base", ["math.safetensors:0.5", "adapter:-2"], "out")
+    sound = CliRunner().invoke(main, ["verify", "out", "--all"])
+    assert sound.exit_code == 0, sound.output
+    extract("base", "code", "math.safetensors", force=True)
+    assert CliRunner().invoke(main, ["verify", "out", "--all"]).exit_code == 1
+    combine(["math.safetensors", "code.safetensors"], "v.safetensors", "ties", {"density": 0.5})
+    told = CliRunner().invoke(main, ["verify", "v.safetensors"])
+    assert "not made again" in told.output

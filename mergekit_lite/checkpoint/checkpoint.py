@@ -20,10 +20,10 @@ from mergekit_lite.errors import CheckpointError, listing
 
 
 class Added(NamedTuple):
-    """An adapter or a task vector that is added to a base, and what it is multiplied by."""
+    """An adapter or a task vector that is added to a base, and how it was named, with its scale."""
 
     source: Adapter | Vector
-    scale: float = 1.0
+    addend: Addend
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _with_added(reference: str) -> Checkpoint:
             check_base(source, identity)
         tensors, unread = source.over(tensors, base.config, addend.scale)
         left_out |= unread
-        found.append(Added(source, addend.scale))
+        found.append(Added(source, addend))
     return replace(
         base,
         reference=reference,

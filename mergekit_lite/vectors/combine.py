@@ -67,7 +67,8 @@ def plan_combine(
     written = _written(opened)
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}
     metadata = described("dense", opened[0].base, about)
-    return replace(plan, layout=safetensors_layout([tensors], path.name, metadata))
+    recipe_told = {**plan.recipes[0], "combines": [str(one) for one in named]}
+    return replace(plan, recipes=(recipe_told,), layout=safetensors_layout([tensors], path.name, metadata))
 
 
 def combine(

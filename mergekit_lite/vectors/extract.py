@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,7 +22,6 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, ties
 from mergekit_lite.checkpoint.adapter_config import MAX_RANK
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import described
-from mergekit_lite.engine.lane import Lane
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.errors import PlanError, UsageError
@@ -35,6 +34,7 @@ from mergekit_lite.vectors.pairs import Difference, Pair, paired
 
 FORMATS = ("dense", "sparse", "lowrank", "sign", "lora")
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def extract(
         threads: workers; one for each core by default.
         device: where low-rank factors are computed.
         force: replace an existing output.
-        progress: called with (bytes read, bytes in all), from the workers' threads.
+        progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
         UsageError: the output exists, or its name doesn't fit the format.
@@ -189,8 +189,8 @@ class _Making:
         if self.settings.energy is not None:
             self.spill.mkdir(parents=True, exist_ok=True)
         self.in_all = 2 * sum(pair.nbytes for pair in pairs)
-        found: dict[str, tuple[Encoder, Sketch, float]] = {}
-        self._each(pairs, lambda reader, pair: self._measure(Difference(pair, reader), found))
+        measured = dict(self._each(pairs, lambda reader, pair: (pair.name, self._measure(Difference(pair, reader)))))
+        found = {name: one for name, one in measured.items() if one is not None}
         changed = [pair for pair in pairs if pair.name in found]
         if self.settings.format == "lora":
             peft_folder.check_changed(changed, self.before)
@@ -198,9 +198,8 @@ class _Making:
         layout, named = self._laid_out(output, changed, sketches)
         sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
         workspace = Workspace(output, layout, repr(self.settings), sources, fresh=True)
-        lost: dict[str, float] = {}
 
-        def write(reader: Reader, pair: Pair) -> None:
+        def write(reader: Reader, pair: Pair) -> tuple[str, float]:
             encoder, sketch, _ = found[pair.name]
 
             def put(part: str, start: int, values: torch.Tensor) -> None:
@@ -208,10 +207,10 @@ class _Making:
                 if len(data):
                     workspace.write(named(pair.name, part), start * values.element_size(), data)
 
-            lost[pair.name] = encoder.write(Difference(pair, reader), sketch, put)
+            return pair.name, encoder.write(Difference(pair, reader), sketch, put)
 
         try:
-            self._each(changed, write)
+            lost = dict(self._each(changed, write))
             for model in (self.before, self.after):
                 model.check_unchanged()
             kept = [
@@ -225,29 +224,29 @@ class _Making:
             workspace.close()
         return made
 
-    def _each(self, pairs: list[Pair], do: Callable[[Reader, Pair], None]) -> None:
-        def one(_: Lane, reader: Reader, pair: Pair) -> None:
-            do(reader, pair)
-            self.done += pair.nbytes
+    def _each(self, pairs: list[Pair], do: Callable[[Reader, Pair], tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """Do something for each pair, on all threads; what it made, by the tensor's name."""
+        nbytes = {pair.name: pair.nbytes for pair in pairs}
+        pool = Pool(self.threads, torch.device("cpu"), 0, 0)
+        for name, made in pool.run(pairs, lambda _, reader, pair: do(reader, pair)):
+            self.done += nbytes[name]
             if self.progress is not None:
-                self.progress(min(self.done, self.in_all), self.in_all)
+                self.progress(self.done, self.in_all)
+            yield name, made
 
-        Pool(self.threads, torch.device("cpu"), 0, 0).run(pairs, one)
-
-    def _measure(self, difference: Difference, found: dict[str, tuple[Encoder, Sketch, float]]) -> None:
+    def _measure(self, difference: Difference) -> tuple[Encoder, Sketch, float] | None:
+        """How a tensor is stored, and ‖difference‖²; None where there is none."""
         pair = difference.pair
-        if pair.base is None:
-            found[pair.name] = Whole(), Whole().measure(difference), 0.0
-        elif not difference.is_nothing:
-            if not dtypes.is_float(pair.tuned.dtype):
-                found[pair.name] = Whole(), Whole().measure(difference), 0.0
-                return
-            encoder = self._encoder(pair)
-            square = math.fsum(delta.square_().sum().item() for _, delta in difference.deltas())
-            sketch = encoder.measure(difference)
-            if self.settings.format == "lowrank" and _nbytes(sketch) >= pair.tuned.numel * dtypes.size(pair.stored):
-                encoder, sketch = Dense(), Dense().measure(difference)  # factors that save nothing
-            found[pair.name] = encoder, sketch, square
+        if pair.base is not None and difference.is_nothing:
+            return None
+        if pair.base is None or not dtypes.is_float(pair.tuned.dtype):
+            return Whole(), Whole().measure(difference), 0.0
+        encoder = self._encoder(pair)
+        square = math.fsum(delta.square_().sum().item() for _, delta in difference.deltas())
+        sketch = encoder.measure(difference)
+        if self.settings.format == "lowrank" and _nbytes(sketch) >= pair.tuned.numel * dtypes.size(pair.stored):
+            encoder, sketch = Dense(), Dense().measure(difference)  # factors that save nothing
+        return encoder, sketch, square
 
     def _encoder(self, pair: Pair) -> Encoder:
         """How a tensor is stored that both models have."""
