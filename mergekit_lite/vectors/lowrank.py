@@ -22,7 +22,7 @@ from mergekit_lite.vectors.encoders import Part, Put, Sketch
 from mergekit_lite.vectors.pairs import BLOCK, Difference, read
 
 OVERSAMPLING, ITERATIONS = 10, 2
-KEPT = 1 << 26  # elements; smaller matrices stay in memory, as float32
+KEPT = 1 << 25  # elements; smaller matrices stay in memory, as float32
 FIRST_RANK = 16
 STREAM = 7  # of a tensor's draws
 
