@@ -13,7 +13,7 @@ from mergekit_lite.errors import MergekitLiteError
 
 COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "vector")
 
-WRITING = ("extrapolate", "merge", "vector")  # and can go on where they stopped
+WRITING = ("extrapolate", "merge")  # and can go on where they stopped
 
 
 class Commands(click.Group):
