@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 import mergekit_lite
+from mergekit_lite.checkpoint.checkpoint import Added
 from mergekit_lite.commands import main
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.output.card import model_card
@@ -105,8 +106,9 @@ def test_plan_and_manifest_name_both(place: Path) -> None:
     mergekit_lite.extrapolate("base", "base+adapter", "out", 1)
     manifest = json.loads((place / "out" / "mergekit_lite_manifest.json").read_text())
     tuned_model, plain = manifest["inputs"]
-    assert tuned_model["reference"] == "base+adapter" and "adapter" not in plain
-    assert tuned_model["adapter"] == {"reference": "adapter", "revision": None, "file": "adapter_model.safetensors"}
+    assert tuned_model["reference"] == "base+adapter" and "added" not in plain
+    assert tuned_model["base"] == "base"
+    assert tuned_model["added"] == [{"reference": "adapter", "revision": None, "scale": 1.0, "rebase": False}]
     assert [file["name"] for file in tuned_model["files"]][-1] == "adapter_model.safetensors"
 
 
@@ -115,12 +117,12 @@ def test_the_card_links_the_base(place: Path) -> None:
     (place / "r.yml").write_text(yaml.safe_dump(recipe))
     plan = mergekit_lite.plan_merge_file("r.yml", "out")
     [source] = plan.inputs
-    assert source.adapter is not None
+    [(adapter, addend)] = source.added
     fetched = replace(
         source,
         reference="org/base@main+org/lora@v1",
         revision="a" * 40,
-        adapter=replace(source.adapter, reference="org/lora@v1", revision="b" * 40),
+        added=(Added(replace(adapter, reference="org/lora@v1", revision="b" * 40), addend),),
     )
     card = model_card(replace(plan, inputs=(fetched,)), 0, {"merged": 1, "copied": 0, "effective": None})
     assert "base_model:\n- org/base\n" in card and "](https://huggingface.co/org/base)" in card

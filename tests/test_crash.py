@@ -285,3 +285,32 @@ def test_a_killed_merge_resumes_to_the_same_bytes(place: Path, method: str, para
     for tree in (whole, got):
         tree.pop("README.md")
     assert whole == got
+
+
+def test_vectors_killed_while_they_are_made_or_applied(place: Path) -> None:
+    """Nothing bears the name of an unfinished vector; an interrupted apply goes on to the same bytes."""
+    command = [sys.executable, "-m", "mergekit_lite", "vector"]
+
+    def vector(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=place, capture_output=True, text=True, check=False)
+
+    assert vector("extract", "sft", "dpo", "-o", "v.safetensors").returncode == 0
+    making = subprocess.Popen([*command, "extract", "sft", "dpo", "-o", "k.safetensors"], cwd=place)
+    until = time.monotonic() + 60
+    while not (place / ".k.safetensors.partial" / "result" / "k.safetensors").exists():
+        assert time.monotonic() < until and making.poll() is None
+        time.sleep(0.002)
+    making.kill()
+    making.wait()
+    assert not (place / "k.safetensors").exists()
+    assert vector("extract", "sft", "dpo", "-o", "k.safetensors").returncode == 0
+    assert (place / "k.safetensors").read_bytes() == (place / "v.safetensors").read_bytes()
+    options = ["-o", "applied", "--threads", "1"]
+    applying = subprocess.Popen([*command, "apply", "sft", "v.safetensors", *options], cwd=place)
+    wait_for_spans(place, "applied", 3)
+    applying.kill()
+    applying.wait()
+    assert not (place / "applied").exists()
+    assert vector("apply", "sft", "v.safetensors", "-o", "applied", "--resume").returncode == 0
+    made, wanted = read_folder(place / "applied"), read_folder(place / "dpo")
+    assert made.keys() == wanted.keys() and all(torch.equal(made[name], wanted[name]) for name in wanted)

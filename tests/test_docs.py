@@ -20,6 +20,7 @@ from tests.models import read_folder, same_bytes, state, tuned, write_folder
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECIPES = (DOCS / "recipes.md").read_text(encoding="utf-8")
+VECTORS = (DOCS / "vectors.md").read_text(encoding="utf-8")
 MERGEKIT = (DOCS / "from-mergekit.md").read_text(encoding="utf-8")
 EXAMPLES = {name: text for text, name in re.findall(r"```yaml\n(# (\S+\.yml)\n.*?)```", RECIPES, re.DOTALL)}
 COMMANDS = re.findall(r"^    mergekit-lite (.*?)(?:  +#.*)?$", RECIPES, re.MULTILINE)
@@ -137,3 +138,18 @@ def test_verify_commands(command: str, place: Path) -> None:
     shutil.copytree("base", place / "models" / "base")
     result = CliRunner().invoke(main, command.replace("=/models", f"={place}/models").split())
     assert result.exit_code == 0 and len(VERIFY) == 4, result.output
+
+
+def test_the_page_of_vectors_runs(place: Path) -> None:
+    """Its commands in their order, then its recipe."""
+    commands = re.findall(r"^    mergekit-lite (.*?)(?:  +#.*)?$", VECTORS, re.MULTILINE)
+    assert len(commands) == 8
+    runs = [commands[0], commands[0].replace("math", "code"), *commands[1:]]
+    for command in runs:
+        result = CliRunner().invoke(main, command.replace("rank 32", "rank 2").split())
+        assert result.exit_code == 0, result.output
+    for name, tensor in read_folder(place / "math").items():
+        assert same_bytes(read_folder(place / "math-again")[name], tensor)
+    [recipe] = re.findall(r"```yaml\n(.*?)```", VECTORS, re.DOTALL)
+    (place / "vectors.yml").write_text(recipe)
+    mergekit_lite.merge("vectors.yml", "of-vectors")

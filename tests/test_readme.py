@@ -48,7 +48,7 @@ def test_commands(command: str, place: Path) -> None:
 
 
 def test_the_commands_are_found() -> None:
-    assert len(COMMANDS) == 10 and len(PYTHON) == len(YAML) == 1
+    assert len(COMMANDS) == 14 and len(PYTHON) == len(YAML) == 1
 
 
 def test_from_a_checkout(place: Path) -> None:

@@ -324,7 +324,7 @@ def test_adapters_are_a_part_of_their_input(place: Path) -> None:
     assert mergekit_lite.verify("out", samples="all").findings == ()
     write_adapter(place / "lora", lora(module, 16, 16, seed=1))
     (found,) = mergekit_lite.verify("out", samples="all").findings
-    assert found.tensor == f"{module}.weight" and "its adapter" in found.what
+    assert found.tensor == f"{module}.weight" and "what is added" in found.what
     Path("lora").rename("moved")
     assert "a+lora: is not there" in mergekit_lite.verify("out").unchecked[0]
     write_adapter(place / "moved", lora(module, 16, 16))

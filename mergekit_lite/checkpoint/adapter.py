@@ -19,7 +19,8 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import safetensors_file, ties, torch_file
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, read_config
-from mergekit_lite.checkpoint.tensor import LowRank, TensorSpec, WeightFile
+from mergekit_lite.checkpoint.change import LowRank, Towards, changed, origin
+from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
 from mergekit_lite.errors import CheckpointError, counted, listing, shortened
 
 PREFIX = "base_model.model."
@@ -61,8 +62,8 @@ class Factors:
                 f"{base.name} of the base is {list(base.shape)}"
             )
         if fitting[0]:
-            return LowRank(base, self.a.transposed(), self.b.transposed(), self.scale)
-        return LowRank(base, self.b, self.a, self.scale)
+            return LowRank(self.a.transposed(), self.b.transposed(), self.scale)
+        return LowRank(self.b, self.a, self.scale)
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Adapter:
     revision: str | None = None
 
     def over(
-        self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
+        self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
     ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """The tensors of a base with the adapter folded in.
+        """The tensors of a base with the adapter, times ``scale``, folded in.
 
         Returns:
             The tensors, those that are added to as float32 (float64 where the base is); and why each tensor of the
@@ -105,16 +106,18 @@ class Adapter:
         for name, spec in self.replacements.items():
             try:
                 own = _counterpart(name_in(name), spec.name, base, base)
-                tensors[name_in(name)] = _replacement(own, spec, name_in(name))
+                tensors[name_in(name)] = _replacement(own, spec, name_in(name), scale)
             except CheckpointError as problem:
                 problems.append(str(problem))
                 continue
-            if own.name == name_in(name):
+            if own.name == name_in(name) and tensors[own.name].change is None:
                 left_out[f"{own.name} of the base"] = f"replaced by the adapter's {spec.name}"
         for name, factors in self.factors.items():
             try:
                 own = _counterpart(name_in(name), factors.a.name, tensors, base)
-                tensors[name_in(name)] = _folded(own, factors, name_in(name))
+                low_rank = factors.over(own)
+                low_rank = replace(low_rank, scale=low_rank.scale * scale)
+                tensors[name_in(name)] = changed(own, (low_rank,), name_in(name))
             except CheckpointError as problem:
                 problems.append(str(problem))
         for names in (self.factors, self.replacements):
@@ -122,8 +125,8 @@ class Adapter:
             problems += [
                 f"{name}: two tensors of the adapter are for it; it is not clear which is meant" for name in twice
             ]
-        changed = {name_in(name) for name in (*self.factors, *self.replacements)}
-        problems += _ties_broken(changed, tensors, config)
+        touched = {name_in(name) for name in (*self.factors, *self.replacements)}
+        problems += _ties_broken(touched, tensors, config)
         if problems:
             title = f"{self.reference}: {counted(len(problems), 'problem')} with this adapter on its base"
             raise CheckpointError(listing(title, problems))
@@ -250,14 +253,8 @@ def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Ma
     return found
 
 
-def _folded(own: TensorSpec, factors: Factors, name: str) -> TensorSpec:
-    dtype = "float64" if own.dtype == "float64" else "float32"
-    low_rank = factors.over(own)
-    written_as = own.written_as or own.dtype
-    return replace(own, name=name, dtype=dtype, strides=None, scale=None, low_rank=low_rank, written_as=written_as)
-
-
-def _replacement(own: TensorSpec, spec: TensorSpec, name: str) -> TensorSpec:
+def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> TensorSpec:
+    """The tensor in place of the base's; where it is scaled or not alone, its distance from the base is added."""
     if not dtypes.is_float(spec.dtype):
         raise CheckpointError(f"{spec.name}: is {spec.dtype}, which is not for arithmetic")
     if spec.shape != own.shape:
@@ -271,6 +268,8 @@ def _replacement(own: TensorSpec, spec: TensorSpec, name: str) -> TensorSpec:
         raise CheckpointError(
             f"{spec.name}: has shape {list(spec.shape)}, but {own.name} of the base {list(own.shape)}{hint}"
         )
+    if scale != 1 or own.change is not None:
+        return changed(own, (Towards(spec, origin(own), scale),), name)
     return replace(spec, name=name, written_as=own.written_as or own.dtype)
 
 

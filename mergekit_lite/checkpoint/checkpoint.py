@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import adapter as adapters
+from mergekit_lite.checkpoint import addends, quantised, safetensors_file, torch_file, vector_file
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import quantised, safetensors_file, torch_file
 from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint.addends import Addend
+from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
+
+
+class Added(NamedTuple):
+    """An adapter or a task vector that is added to a base, and how it was named, with its scale."""
+
+    source: Adapter | Vector
+    addend: Addend
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Checkpoint:
         nest: the keys a torch file keeps its tensors under.
         left_out: what the files hold beside tensors that can be merged, and why it is left out.
         revision: the commit a hub repository was fetched at.
-        adapter: the LoRA adapter that is folded in, if any.
+        added: the adapters and task vectors that are added when weights are read.
     """
 
     reference: str
@@ -41,12 +50,21 @@ class Checkpoint:
     nest: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
-    adapter: Adapter | None = None
+    added: tuple[Added, ...] = ()
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """Every folder or file that is read."""
-        return (self.path, self.adapter.path) if self.adapter else (self.path,)
+        return (self.path, *(each.source.path for each in self.added))
+
+    @property
+    def base_reference(self) -> str:
+        """The reference less what is added."""
+        return addends.parted(self.reference)[0] if self.added else self.reference
+
+    def identity(self) -> Identity:
+        """How a task vector knows it again; some kilobytes of each tensor are read."""
+        return identify(self.reference, self.revision, self.tensors)
 
     @property
     def folder(self) -> Path | None:
@@ -64,8 +82,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, a folder with such files, or a hub repository
-            ``org/name`` or ``org/name@revision``; or one of these, ``+``, and the folder or hub repository of a LoRA
-            adapter, which is folded in when weights are read.
+            ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
+            ``+``: LoRA adapters and task vectors (see ``addends``).
 
     Raises:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
@@ -77,8 +95,10 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
             return _open_folder(text, path.resolve())
         if path.is_file():
             return _open_file(text, path.resolve())
+    if addends.names_vector(text):
+        raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
-        return _with_adapter(text)
+        return _with_added(text)
     from mergekit_lite.checkpoint import hub
 
     fetched = hub.fetch(text)
@@ -109,38 +129,48 @@ def _opening(reference: str) -> Iterator[None]:
         raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _with_adapter(reference: str) -> Checkpoint:
-    """Open ``base+adapter``."""
-    base_reference, adapter_reference = _halves(reference)
-    base, adapter = open_checkpoint(base_reference), open_adapter(adapter_reference)
-    if base.adapter is not None:
-        raise CheckpointError(f"{reference}: folds in two adapters; expected BASE+ADAPTER. Make the first model first.")
-    tensors, left_out = adapter.over(base.tensors, base.config)
+def open_addend(addend: Addend) -> Adapter | Vector:
+    """Open a task vector or an adapter. Raises CheckpointError as ``read_vector`` and ``open_adapter`` do."""
+    path = Path(addend.path).expanduser()
+    with _opening(addend.path):
+        if path.is_file() or addend.is_vector:
+            return vector_file.read_vector(addend.path, path.resolve())
+    return open_adapter(addend.path)
+
+
+def _with_added(reference: str) -> Checkpoint:
+    """Open ``base+adapter``, ``base+vector:0.5+…``."""
+    base_reference, added = addends.parted(reference)
+    base = open_checkpoint(base_reference)
+    tensors, left_out, found = dict(base.tensors), dict(base.left_out), [*base.added]
+    identity: Identity | None = None
+    for addend in added:
+        source = open_addend(addend)
+        if isinstance(source, Vector) and not addend.rebase:
+            identity = identity or base.identity()
+            check_base(source, identity)
+        tensors, unread = source.over(tensors, base.config, addend.scale)
+        left_out |= unread
+        found.append(Added(source, addend))
     return replace(
         base,
         reference=reference,
-        files=(*base.files, adapter.file),
+        files=(*base.files, *(each.source.file for each in found)),
         tensors=tensors,
-        left_out={**base.left_out, **left_out},
-        adapter=adapter,
+        left_out=left_out,
+        added=tuple(found),
     )
 
 
-def _halves(reference: str) -> tuple[str, str]:
-    """Base and adapter: where a path has a plus of its own, the cut that leaves two things that can be opened."""
-    from mergekit_lite.checkpoint import hub
-
-    cuts = [match.start() for match in re.finditer(r"\+", reference)]
-    halves = [(reference[:cut], reference[cut + 1 :]) for cut in cuts]
-    with _opening(reference):
-        sound = [p for p in halves if all(Path(half).expanduser().exists() or hub.is_repository(half) for half in p)]
-    if len(halves) > 1 and not sound:
-        raise CheckpointError(f"{reference}: no such file or folder, and no BASE+ADAPTER of which both are there.")
-    if len(sound) > 1:
+def check_base(vector: Vector, base: Identity) -> None:
+    """Raise CheckpointError where a task vector was made from another base."""
+    if not vector.base.is_of(base):
+        differ = "weights" if vector.base.header == base.header else "tensors"
         raise CheckpointError(
-            f"{reference}: can be cut at several pluses into a base and an adapter. Rename a folder, or link to it."
+            f"{vector.reference}: was made from {vector.base.reference}, whose {differ} are not those of "
+            f"{base.reference}. Name that base; or, if the two models are close, add it all the same: "
+            f"rebase:{vector.reference} in a reference or recipe, --rebase on the command line."
         )
-    return (sound or halves)[0]
 
 
 def _open_file(reference: str, path: Path) -> Checkpoint:
@@ -181,7 +211,11 @@ def _assemble(
     twice: list[str] = []
     for file in paths:
         if file.suffix == ".safetensors":
-            identity, found, _ = safetensors_file.read_header(file)
+            identity, found, metadata = safetensors_file.read_header(file)
+            if vector_file.is_vector(metadata):
+                raise CheckpointError(
+                    f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}"
+                )
         else:
             identity, found, nest, others = torch_file.read_layout(file)
             left_out |= dict.fromkeys(others, "not a tensor of the model's state")

@@ -1,10 +1,10 @@
-"""A LoRA added to its base, for any run of elements: ``base + scale · left · right`` (Hu et al., arXiv 2106.09685).
+"""A LoRA added to its base, for any run of elements: ``+ scale · left · right`` (Hu et al., arXiv 2106.09685).
 
 A matrix product sums in an order that depends on the shapes it is given, on the library and on the machine; the bytes
 must not. So the factors are first rounded to fixed point, with so few digits that every product and every sum of them
 is exact in float64: then no order and no cut shows. 24 binary digits are left to each factor at rank 32, 21 at rank
 1024, counted from the largest value of a row of ``left`` and from the largest of all columns of a strip of ``right``:
-about what float32 factors hold. The sum with the base is made in float64 and rounded once, to the tensor's dtype.
+about what float32 factors hold.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.pieces import by_rows, pieces
-from mergekit_lite.checkpoint.tensor import LowRank, TensorSpec
+from mergekit_lite.checkpoint.change import LowRank
+from mergekit_lite.checkpoint.pieces import by_rows
+from mergekit_lite.checkpoint.tensor import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -25,23 +26,14 @@ DIGITS = 53  # binary digits of a float64
 LEAST_EXPONENT, MOST_EXPONENT = -1000, 1000
 
 
-def fold(reader: Reader, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
-    """Fill ``out`` (``spec.dtype``) with the elements ``start …`` of a tensor that an adapter adds to.
+def add_product(reader: Reader, low_rank: LowRank, start: int, total: torch.Tensor) -> None:
+    """Add a product of factors, times its scale, to ``total`` (1-D, float64), the elements ``start …`` of a matrix.
 
     Raises:
         RunError: a file can't be read.
     """
-    import torch
-
-    assert spec.low_rank is not None
-    base = spec.low_rank.base
-    for begin, piece in pieces(start, out):
-        stored = torch.empty(piece.numel(), dtype=dtypes.torch_dtype(base.dtype))
-        reader.read(base, begin, stored)
-        total = stored.double()
-        for row, column, part in by_rows(begin, total, spec.shape[-1]):
-            _add(reader, spec.low_rank, row, column, part)
-        piece.copy_(total)
+    for row, column, part in by_rows(start, total, low_rank.right.shape[-1]):
+        _add(reader, low_rank, row, column, part)
 
 
 def _add(reader: Reader, low_rank: LowRank, row: int, column: int, part: torch.Tensor) -> None:

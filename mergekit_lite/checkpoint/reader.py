@@ -51,10 +51,10 @@ class Reader:
         Raises:
             RunError: the file can't be read, or ends before its header says it does.
         """
-        if spec.low_rank is not None:
-            from mergekit_lite.checkpoint.folding import fold
+        if spec.change is not None:
+            from mergekit_lite.checkpoint.summing import add_up
 
-            fold(self, spec, start, out)
+            add_up(self, spec, start, out)
         elif spec.scale is not None:
             from mergekit_lite.checkpoint.dequantisation import dequantise
 

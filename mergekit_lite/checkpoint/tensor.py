@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import CheckpointError, shortened
+
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.change import Change
 
 Block = tuple[int, int]  # rows, columns
 MAX_NAME = 1000
@@ -38,19 +42,6 @@ class Scale:
     block: Block
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What an adapter adds to a tensor: value = base + scale · left · right.
-
-    ``left`` is (rows, rank) and ``right`` (rank, columns), in the orientation of the base, as a view of what is stored.
-    """
-
-    base: TensorSpec
-    left: TensorSpec
-    right: TensorSpec
-    scale: float
-
-
 def grid(matrix: Block, block: Block) -> Block:
     """How many rows and columns of blocks cover a matrix, ragged blocks at the edges included."""
     return -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
@@ -62,8 +53,8 @@ class TensorSpec:
 
     ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is
     not laid out row by row; ``scale`` only for one that is stored quantised: its ``dtype`` is the dequantised one;
-    ``low_rank`` only for one that an adapter adds to: it lies where its base lies. ``written_as`` is the dtype it takes
-    in an output unless another is asked for, where that is not ``dtype``.
+    ``change`` only for one that adapters or task vectors add to: it lies where its base lies. ``written_as`` is the
+    dtype it takes in an output unless another is asked for, where that is not ``dtype``.
     """
 
     name: str
@@ -73,7 +64,7 @@ class TensorSpec:
     offset: int
     strides: tuple[int, ...] | None = None
     scale: Scale | None = None
-    low_rank: LowRank | None = None
+    change: Change | None = None
     written_as: str | None = None
 
     @property
@@ -84,20 +75,23 @@ class TensorSpec:
     @property
     def stored_dtype(self) -> str:
         """The dtype of the bytes on disk."""
-        if self.low_rank:
-            return self.low_rank.base.stored_dtype
+        if self.change:
+            return self.change.base.stored_dtype if self.change.base else self.dtype
         return self.scale.codes if self.scale else self.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, those of an adapter included."""
-        own = self.numel * dtypes.size(self.stored_dtype)
-        return own + (self.low_rank.left.nbytes + self.low_rank.right.nbytes if self.low_rank else 0)
+        """Bytes on disk, those of what is added to it included."""
+        if self.change:
+            return sum(part.nbytes for part in self.change.parts)
+        return self.numel * dtypes.size(self.stored_dtype)
 
     @property
     def quantised(self) -> bool:
         """Whether it is dequantised when it is read."""
-        return self.low_rank.base.quantised if self.low_rank else self.scale is not None
+        if self.change:
+            return self.change.base is not None and self.change.base.quantised
+        return self.scale is not None
 
     def transposed(self) -> TensorSpec:
         """The same matrix seen with its rows as columns."""

@@ -11,7 +11,7 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare")
+COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
 
 WRITING = ("extrapolate", "merge")  # and can go on where they stopped
 

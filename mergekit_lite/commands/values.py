@@ -56,6 +56,22 @@ def moved(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str
     return places
 
 
+def parameters(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, object]:
+    """``NAME=VALUE``, each; a value is read as YAML: ``0.5``, ``true``, ``l1``."""
+    import yaml
+
+    found: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in found:
+            raise BadParameter(f"{text!r} should be NAME=VALUE, each name once, for instance 'density=0.2'.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadParameter(f"{text!r}: the value can't be read: {error}") from error
+    return found
+
+
 def size(_context: object, _option: object, text: str | None) -> int | None:
     """``5GB``, ``500 MB``, ``2GiB``, ``1000000``: a number of bytes."""
     if text is None:

@@ -7,7 +7,7 @@ from mergekit_lite.plan import Plan
 
 RUNTIME = 300_000_000  # Python and torch, measured on Linux
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
-FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which an adapter adds, for each lane
+FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each lane
 REMEMBERED_FACTORS = 64 << 20
 PER_TENSOR = 4_000  # the plan and the journal
 
@@ -17,7 +17,7 @@ def memory_estimate(plan: Plan, threads: int | None) -> int:
     from mergekit_lite.engine.pool import available_cores
 
     lane = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
-    folds = any(source.adapter is not None for source in plan.inputs)
+    folds = any(spec.change is not None for job in plan.jobs for spec in job.inputs)
     kept = REMEMBERED_FACTORS if folds else 0
     lane += FOLDING if folds else 0
     return RUNTIME + kept + (threads or available_cores()) * lane + PER_TENSOR * len(plan.jobs)

@@ -76,7 +76,9 @@ def run(
     with ExitStack() as stack:
         workspaces: dict[int, Workspace] = {}
         for v in unfinished:
-            workspaces[v] = Workspace(plan, v, fresh=force and not resume)
+            workspaces[v] = Workspace(
+                plan.outputs[v], plan.layout, plan.digest(v), plan.sources, fresh=force and not resume
+            )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
         Work(plan, workspaces, place, lanes, grains * GRAIN, progress, processes).run()

@@ -54,9 +54,8 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
 
 
 def _repository(source: Checkpoint) -> str | None:
-    """The hub repository that a model, less its adapter, is from: a path is no use to whoever reads the card."""
-    base = source.reference.removesuffix(f"+{source.adapter.reference}") if source.adapter else source.reference
-    return base.partition("@")[0] if source.revision else None
+    """The hub repository that a model, less what is added, is from: a path is no use to whoever reads the card."""
+    return source.base_reference.partition("@")[0] if source.revision else None
 
 
 def _linked(source: Checkpoint) -> str:

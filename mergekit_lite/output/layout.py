@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,18 +60,21 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
-def safetensors_layout(groups: Sequence[Sequence[OutputTensor]], name: str | None = None) -> Layout:
+def safetensors_layout(
+    groups: Sequence[Sequence[OutputTensor]], name: str | None = None, metadata: Mapping[str, str] | None = None
+) -> Layout:
     """Lay out safetensors files, one for each group of tensors.
 
     Args:
         groups: the tensors of each file, in the wished order; wider dtypes are put first so that all stay aligned.
         name: file name of a single output; by default ``model.safetensors`` or ``model-00001-of-0000n.safetensors``.
+        metadata: free-form text for the header.
     """
     files: list[OutputFile] = []
     places: dict[str, tuple[int, int]] = {}
     for number, group in enumerate(groups):
         tensors = tuple(sorted(group, key=lambda tensor: -dtypes.size(tensor.dtype)))
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         end = 0
         for tensor in tensors:
             begin, end = end, end + tensor.nbytes

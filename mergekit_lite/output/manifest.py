@@ -46,7 +46,7 @@ def manifest_of(
             {
                 "reference": source.reference,
                 "revision": source.revision,
-                **_adapter_of(source),
+                **_added_to(source),
                 "files": [
                     {"name": file.path.name, "size": file.size, "header_xxh3_128": file.header_digest}
                     for file in source.files
@@ -67,11 +67,15 @@ def manifest_of(
     return content | {SEAL: seal(content)}
 
 
-def _adapter_of(source: Checkpoint) -> dict[str, Any]:
-    """The adapter that is folded into an input; nothing where there is none."""
-    if (adapter := source.adapter) is None:
+def _added_to(source: Checkpoint) -> dict[str, Any]:
+    """The base of an input and the adapters and task vectors that are added to it; nothing where there are none."""
+    if not source.added:
         return {}
-    return {"adapter": {"reference": adapter.reference, "revision": adapter.revision, "file": adapter.file.path.name}}
+    added = [
+        {"reference": addend.path, "revision": each.revision, "scale": addend.scale, "rebase": addend.rebase}
+        for each, addend in source.added
+    ]
+    return {"base": source.base_reference, "added": added}
 
 
 def seal(content: Mapping[str, Any]) -> str:

@@ -16,12 +16,13 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.output.journal import Journal, Record
-from mergekit_lite.output.layout import OutputFile, write_torch_skeleton
+from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
 from mergekit_lite.plan import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
@@ -89,21 +90,25 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
 class Workspace:
     """The files of one output while they are being made. Writes go to their final offsets, from any thread."""
 
-    def __init__(self, plan: Plan, variant: int, *, fresh: bool) -> None:
+    def __init__(
+        self, output: Path, layout: Layout, digest: str, sources: Sequence[tuple[str, int, int]], *, fresh: bool
+    ) -> None:
         """Take the working folder, or make it.
 
         Args:
-            plan: the plan.
-            variant: which of its outputs.
+            output: the path to be made.
+            layout: of its files.
+            digest: of the plan, as the journal will name it.
+            sources: path, size and time of every input file.
             fresh: drop what an earlier run left.
 
         Raises:
             RunError: another process works here, the folder belongs to another plan, or can't be written.
         """
-        self.output = plan.outputs[variant]
+        self.output = output
         self.folder = working_folder(self.output)
         self.result = self.folder / "result"
-        self.layout = plan.layout
+        self.layout = layout
         self._descriptors: list[int] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +123,8 @@ class Workspace:
                 shutil.rmtree(self.result, ignore_errors=True)
                 (self.folder / "journal.jsonl").unlink(missing_ok=True)
             self.result.mkdir(exist_ok=True)
-            self.journal = Journal(self.folder / "journal.jsonl", plan.digest(variant), plan.sources)
-            self._descriptors = [self._open(file) for file in plan.layout.files]
+            self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
+            self._descriptors = [self._open(file) for file in layout.files]
         except OSError as error:
             raise RunError(_described(error, self.folder)) from error
 

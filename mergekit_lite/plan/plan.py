@@ -166,7 +166,8 @@ class Plan:
 def _place(spec: TensorSpec) -> tuple[object, ...]:
     """Which bytes a tensor is read from, and what they are made into."""
     own = (spec.name, spec.dtype, spec.file.name, spec.offset)
-    if (added := spec.low_rank) is None:
-        return own
-    factors = [(factor.file.name, factor.offset, factor.strides) for factor in (added.left, added.right)]
-    return (*own, _place(added.base), factors, added.scale)
+    if spec.change is None:
+        return (*own, spec.strides)
+    base = _place(spec.change.base) if spec.change.base else None
+    terms = [(type(term).__name__, term.scale, [_place(part) for part in term.parts]) for term in spec.change.terms]
+    return (*own, base, terms)

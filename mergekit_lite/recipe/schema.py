@@ -9,7 +9,7 @@
           - {model: org/a, layer_range: [0, 24], parameters: {weight: 1}}
         base_model: org/base       # for this slice
         parameters: {weight: 1}
-    base_model: org/base
+    base_model: org/base           # beside it a model may be vector:v.safetensors, a task vector added to it
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
     out_dtype: float32             # of the output, before dtype
@@ -53,6 +53,7 @@ SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
 MIXTURE = "mixtures of experts made from dense models (mergekit-moe) are not supported yet"
+VECTORS = ("vector:", "rebase:")  # what references begin with that are added to the base
 REFUSED = {
     "modules": "modules (one merge for each part of a model) are not supported yet",
     "name": "name (a stage of mergekit-multi) is not supported yet: write one file for each merge",
@@ -109,7 +110,7 @@ class _Parser:
     def recipe(self, root: Node) -> MergeRecipe:
         parts = fields(root, "the recipe", KEYS, self.problems, self.misplaced | REFUSED)
         main = self.method(parts.get("merge_method"), root.at)
-        self.base = self.reference(parts, "base_model")
+        self.base = self.base_model(parts)
         overridden = items(parts.get("overrides"), "overrides", self.problems)
         overrides = [self.override(node, main) for node in overridden]
         named = {main, *(override.merge_method for override, _ in overrides)}
@@ -155,6 +156,14 @@ class _Parser:
         """A reference; empty where it is wrong, None where there is none."""
         return settings.reference(parts[name], name, self.problems) if name in parts else None
 
+    def base_model(self, parts: Mapping[str, Node]) -> str | None:
+        """The base, which can't be a task vector; empty where it is wrong, None where there is none."""
+        name = self.reference(parts, "base_model")
+        if name is not None and name.startswith(VECTORS):
+            self.problems.append(Remark(parts["base_model"].at, f"base_model {name!r} is a task vector, not a model"))
+            return ""
+        return name
+
     def slices(self, parts: Mapping[str, Node], at: Mark) -> tuple[Slice, ...]:
         if ("models" in parts) == ("slices" in parts):
             which = "both 'models' and 'slices'" if "models" in parts else "neither 'models' nor 'slices'"
@@ -170,7 +179,7 @@ class _Parser:
         parts = fields(node, "a slice", SLICE_KEYS, self.problems, self.misplaced | dead)
         if "sources" not in parts and isinstance(node, Fields):
             self.problems.append(Remark(node.at, "the slice has no 'sources'"))
-        base = self.reference(parts, "base_model") or self.base
+        base = self.base_model(parts) or self.base
         listed = items(parts.get("sources"), "sources", self.problems)
         sources = [self.source(part, "a source", SOURCE_KEYS, base) for part in listed]
         return self.completed(sources, base, self.parameters(parts, self.used), node.at)
@@ -182,6 +191,11 @@ class _Parser:
             if key != "parameters" and key not in parts and isinstance(node, Fields):
                 self.problems.append(Remark(node.at, f"{what} has no {key!r}"))
         model = self.reference(parts, "model") or ""
+        if model.startswith(VECTORS):
+            if not base:
+                needs = f"{model!r} is a task vector: it needs a base_model to be added to"
+                self.problems.append(Remark(node.at, needs))
+            model = f"{base}+{model}"
         layers = layer_range(parts["layer_range"], "layer_range", self.problems) if "layer_range" in parts else None
         return Source(model, layers, self.parameters(parts, self.used, model, model == base), node.at)
 

@@ -1,1 +1,1 @@
-"""Task vectors, what a tuned model adds to its base: looked at, compared."""
+"""Task vectors, what a tuned model adds to its base: as files, looked at, compared."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.addends import Addend
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.output.workspace import is_single_file
 from mergekit_lite.plan import Plan, plan
@@ -15,6 +16,8 @@ from mergekit_lite.recipe import parse
 from mergekit_lite.verification.manifest import Input, Manifest
 from mergekit_lite.verification.pair import pair_recipe
 from mergekit_lite.verification.verdict import Finding
+
+COMBINES = "combines"  # in the recipe of a combination of task vectors
 
 
 @dataclass
@@ -44,6 +47,10 @@ def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> Inputs:
                 f"{reference} is no input of this output: {known}.{nearest(reference, manifest.references)}"
             )
     inputs = Inputs()
+    if COMBINES in manifest.recipe:
+        why = "is a task vector, and combinations of those are held to their digests but not made again"
+        inputs.gone = dict.fromkeys(manifest.references, why)
+        return inputs
     for recorded in manifest.inputs:
         _open(recorded, moved.get(recorded.reference), inputs)
     return inputs
@@ -56,7 +63,7 @@ def _open(recorded: Input, place: str | None, inputs: Inputs) -> None:
         inputs.gone[reference] = "is not there, seen from this folder"
         return
     try:
-        found = open_checkpoint(place or "+".join(_pinned(*part) for part in parts))
+        found = open_checkpoint(place or _pinned(recorded))
     except CheckpointError as error:
         if place is not None and not _is_here(place):
             raise UsageError(f"--input {reference}={place}: {error}") from error
@@ -70,15 +77,16 @@ def _open(recorded: Input, place: str | None, inputs: Inputs) -> None:
 
 
 def _parts(recorded: Input) -> list[tuple[str, str | None]]:
-    """The model and the adapter folded into it, each with the commit of the hub repository that it was."""
-    if (adapter := recorded.adapter) is None:
-        return [(recorded.reference, recorded.revision)]
-    base = recorded.reference.removesuffix(f"+{adapter.reference}")
-    return [(base, recorded.revision), (adapter.reference, adapter.revision)]
+    """The base and what is added to it, each with the commit of the hub repository that it was."""
+    base = recorded.base or recorded.reference
+    return [(base, recorded.revision), *((each.reference, each.revision) for each in recorded.added)]
 
 
-def _pinned(reference: str, revision: str | None) -> str:
-    return f"{reference.partition('@')[0]}@{revision}" if revision else reference
+def _pinned(recorded: Input) -> str:
+    """The reference, each hub repository in it at the commit that it was."""
+    base, *added = (f"{part.partition('@')[0]}@{commit}" if commit else part for part, commit in _parts(recorded))
+    addends = [Addend(path, each.scale, each.rebase) for path, each in zip(added, recorded.added, strict=True)]
+    return "+".join([base, *map(str, addends)])
 
 
 def _is_here(reference: str) -> bool:

@@ -60,11 +60,13 @@ class InputFile(_Part):
     header_xxh3_128: Digest
 
 
-class Adapter(_Part):
-    """An adapter that was folded into an input."""
+class Added(_Part):
+    """An adapter or a task vector that was added to an input."""
 
     reference: Text
     revision: Text | None
+    scale: float
+    rebase: bool
 
 
 class Input(_Part):
@@ -72,7 +74,8 @@ class Input(_Part):
 
     reference: Text
     revision: Text | None
-    adapter: Adapter | None = None
+    base: Text | None = None
+    added: list[Added] = []
     files: list[InputFile]
 
 

@@ -127,13 +127,13 @@ class Recomputation:
 
 
 def _what_changed(spec: TensorSpec) -> str:
-    others = " and its scales" * spec.quantised + " and its adapter" * (spec.low_rank is not None)
+    others = " and its scales" * spec.quantised + " and what is added to it" * (spec.change is not None)
     return f"an input that changed: not what was read{f' from it{others}' if others else ''} when the output was made"
 
 
 def _place(spec: TensorSpec, begin: int, end: int) -> tuple[int, int] | None:
     """The bytes of some elements in their file, where they are just these bytes."""
-    if spec.strides is not None or spec.quantised or spec.low_rank is not None:
+    if spec.strides is not None or spec.quantised or spec.change is not None:
         return None
     size = dtypes.size(spec.dtype)
     return spec.offset + begin * size, spec.offset + end * size

@@ -193,7 +193,7 @@ def test_full_tensors_replace_those_of_the_base(tmp_path):
     assert same_bytes(found["lm_head.weight"], head) and same_bytes(found["model.norm.weight"], norm)
     opened = open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
     assert opened.tensors["lm_head.weight"].written_as == "bfloat16"
-    assert len(opened.files) == 2 and opened.adapter is not None
+    assert len(opened.files) == 2 and len(opened.added) == 1
     told = "".join(f"{name}: {why}\n" for name, why in opened.left_out.items())
     for part in ("lm_head.weight of the base: replaced", "original_module", "saved twice"):
         assert part in told
@@ -409,11 +409,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_paths_with_a_plus_of_their_own(tmp_path):
     base, adapter = write_folder(tmp_path / "a+b", state(0)), write_adapter(tmp_path / "c+d", lora(Q, 8, 8))
-    assert open_checkpoint(base).adapter is None
+    assert not open_checkpoint(base).added
     opened = open_checkpoint(f"{base}+{adapter}")
     assert opened.paths == (base.resolve(), adapter.resolve())
     with pytest.raises(CheckpointError, match="no BASE"):
-        open_checkpoint(f"{base}+{adapter}+{adapter}")
+        open_checkpoint(f"{base}+{adapter}+{adapter}-gone")
+    assert open_checkpoint(f"{base}+{adapter}:0.5+{adapter}:-2").paths == (base.resolve(), *[adapter.resolve()] * 2)
     with pytest.raises(CheckpointError, match=r"BASE\+"):
         open_checkpoint(adapter)
 

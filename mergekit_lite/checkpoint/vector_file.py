@@ -1,0 +1,284 @@
+"""A task vector in a safetensors file: for each tensor that tuning changed, what was added to the base.
+
+The metadata's entry ``task_vector`` is JSON: ``version``, ``format``, the ``base``'s identity, and under ``tensors``
+for each name the dtype it is written in and its shape. The tensor ``NAME`` is stored as one of
+
+    NAME                                    every difference (dense); another tool reads the file as a model of them
+    NAME:starts, NAME:places, NAME:values   some of them (sparse); beside ``NAME`` what rounding it left out
+    NAME:left, NAME:right                   factors of low rank
+    NAME:bits, NAME:sizes                   signs, and a size for each row
+    NAME:whole                              no difference but the tensor itself: one that the base lacks, or has in
+                                            another shape, or that is not for arithmetic
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import safetensors_file, ties
+from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs, Sparse, Term, changed, scaled
+from mergekit_lite.checkpoint.identity import Identity
+from mergekit_lite.checkpoint.tensor import MAX_NAME, TensorSpec, WeightFile, check_name
+from mergekit_lite.errors import CheckpointError, counted, listing, shortened
+
+KEY = "task_vector"
+VERSION = 1
+KINDS: Mapping[tuple[str, ...], Callable[..., Term]] = {
+    ("",): Dense,
+    ("starts", "places", "values"): Sparse,
+    ("left", "right"): LowRank,
+    ("bits", "sizes"): Signs,
+}
+EXACT: tuple[list[type], ...] = ([Dense], [Dense, Sparse])
+WAYS = {"dense": EXACT, "sparse": ([Sparse],), "lowrank": ([LowRank], *EXACT), "sign": ([Signs], *EXACT)}
+FORMATS = tuple(WAYS)
+PARTS = ("starts", "places", "values", "left", "right", "bits", "sizes", "whole")
+MAX_RANK = 4096  # as for adapters
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a task vector says of one tensor: the dtype it is written in, and terms to add or the ``whole`` tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    terms: tuple[Term, ...] = ()
+    whole: TensorSpec | None = None
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A task vector, known from its header alone.
+
+    Attributes:
+        reference: the text it was opened by.
+        path: of its file.
+        file: the file's identity.
+        format: one of ``FORMATS``.
+        base: the model it is the distance from.
+        deltas: by the name of the tensor.
+        revision: always None: vectors are local files.
+    """
+
+    reference: str
+    path: Path
+    file: WeightFile
+    format: str
+    base: Identity
+    deltas: Mapping[str, Delta]
+    revision: str | None = None
+
+    def over(
+        self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
+    ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+        """The tensors of a base with the vector, times ``scale``, added; and why each that is not read is left out.
+
+        Raises:
+            CheckpointError: a tensor is missing in the base or has another shape there; or one that is stored whole
+                should be scaled. All are named.
+        """
+        tensors, left_out = dict(base), {}
+        problems: list[str] = []
+        for name, delta in self.deltas.items():
+            own = base.get(name) or ties.tied_to(name, base)
+            if delta.whole is not None:
+                if scale != 1:
+                    problems.append(f"{name}: is stored whole (the base lacks it or differs); it can't be scaled")
+                elif own is not None and own.name == name:
+                    left_out[f"{name} of the base"] = f"replaced by {self.reference}"
+                tensors[name] = replace(delta.whole, name=name)
+            elif own is None:
+                problems.append(f"{name}: the base has no such tensor. Is it the right base?")
+            elif own.shape != delta.shape or not dtypes.is_float(own.dtype):
+                found = f"{own.dtype} {list(own.shape)}"
+                problems.append(f"{name}: is {found} in the base, expected a float of {list(delta.shape)}")
+            else:
+                written = delta.dtype if own.change is None or own.written_as == delta.dtype else own.written_as
+                tensors[name] = replace(
+                    changed(own, scaled(delta.terms, scale), name, delta.dtype == "float64"), written_as=written
+                )
+        if problems:
+            title = f"{self.reference}: {counted(len(problems), 'problem')} with this task vector on its base"
+            raise CheckpointError(listing(title, problems))
+        return tensors, left_out
+
+    def over_zero(self) -> dict[str, TensorSpec]:
+        """The differences as tensors by themselves.
+
+        Raises:
+            CheckpointError: some tensors are stored whole, which are no differences.
+        """
+        whole = [f"{name}: is stored whole, which is no difference" for name, d in self.deltas.items() if d.whole]
+        if whole:
+            raise CheckpointError(listing(f"{self.reference}: can't be combined", whole))
+        return {name: from_zero(delta, self.path) for name, delta in self.deltas.items()}
+
+
+def from_zero(delta: Delta, path: Path) -> TensorSpec:
+    """A difference as a tensor; without terms it is zero everywhere."""
+    change = Change(None, delta.terms)
+    wide = any(part.dtype == "float64" for part in change.parts)
+    return TensorSpec(delta.name, "float64" if wide else "float32", delta.shape, path, 0, change=change)
+
+
+def is_vector(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata of a safetensors file say that it holds a task vector."""
+    return KEY in metadata
+
+
+def read_vector(reference: str, path: Path) -> Vector:
+    """Open a task vector; only its header is read, and the ends of its indices.
+
+    Raises:
+        CheckpointError: it is none, is damaged or hostile, or of an unknown version or format. All problems are named.
+    """
+    identity, stored, metadata = safetensors_file.read_header(path)
+    if not is_vector(metadata):
+        raise CheckpointError(
+            f"{path}: is not a task vector (its metadata has no {KEY!r}). "
+            "Make one: mergekit-lite vector extract BASE TUNED -o v.safetensors"
+        )
+    about = _about(path, metadata[KEY])
+    parts: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in stored.items():
+        whose, _, part = name.rpartition(":") if name.endswith(tuple(f":{part}" for part in PARTS)) else (name, "", "")
+        parts.setdefault(whose, {})[part] = spec
+    problems = [f"{name}: is stored, but not described" for name in parts if name not in about["tensors"]]
+    deltas: dict[str, Delta] = {}
+    for name, described in about["tensors"].items():
+        try:
+            deltas[name] = _delta(about["format"], name, described, parts.get(name, {}))
+        except CheckpointError as problem:
+            problems.append(str(problem))
+    if problems:
+        title = f"{path}: {counted(len(problems), 'problem')} with this task vector. It is damaged or forged"
+        raise CheckpointError(listing(title, problems))
+    return Vector(reference, path, identity, about["format"], Identity(**about["base"]), deltas)
+
+
+def described(form: str, base: Identity, deltas: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+    """The metadata of a task vector, from each tensor's dtype and shape."""
+    tensors = {name: [dtype, list(shape)] for name, (dtype, shape) in deltas.items()}
+    about = {"version": VERSION, "format": form, "base": base._asdict(), "tensors": tensors}
+    return {KEY: json.dumps(about, separators=(",", ":"), ensure_ascii=False)}
+
+
+def _about(path: Path, text: str) -> dict[str, Any]:
+    """The description in the metadata, checked but for its tensors."""
+
+    def refuse(what: str) -> NoReturn:
+        raise CheckpointError(f"{path}: its description {what}. It is damaged, forged, or of another program.")
+
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        refuse("is not valid JSON")
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        version = about.get("version") if isinstance(about, dict) else about
+        raise CheckpointError(
+            f"{path}: is a task vector of version {shortened(repr(version), 40)}, this program reads {VERSION}. "
+            "Update mergekit-lite, or extract the vector again."
+        )
+    if about.get("format") not in FORMATS:
+        refuse(f"has format {shortened(repr(about.get('format')), 40)}, expected one of {', '.join(FORMATS)}")
+    base = about.get("base")
+    if not isinstance(base, dict) or set(base) != set(Identity._fields):
+        refuse(f"of the base should hold {', '.join(Identity._fields)}")
+    if not all(_is_text(value) or (key == "revision" and value is None) for key, value in base.items()):
+        refuse("of the base should hold printable text")
+    if not isinstance(about.get("tensors"), dict):
+        refuse("lacks its tensors")
+    for name in about["tensors"]:
+        check_name(path, name)
+    return about
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= MAX_NAME
+
+
+def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSpec]) -> Delta:
+    """One tensor, its parts checked against its shape."""
+    if not (
+        isinstance(described, list)
+        and len(described) == 2
+        and isinstance(described[0], str)
+        and described[0] in dtypes.BY_NAME
+        and isinstance(described[1], list)
+        and all(type(size) is int and 0 <= size < 2**63 for size in described[1])
+    ):
+        raise CheckpointError(f"{shortened(name)}: expected a dtype and a shape, got {shortened(described, 80)}")
+    dtype, shape = described[0], tuple(described[1])
+    if "whole" in parts:
+        whole = parts["whole"]
+        if len(parts) > 1 or (whole.dtype, whole.shape) != (dtype, shape):
+            raise CheckpointError(f"{whole.name}: is {whole.dtype} {list(whole.shape)}, expected {dtype} {list(shape)}")
+        return Delta(name, dtype, shape, (), whole)
+    terms: list[Term] = []
+    left = dict(parts)
+    for keys, kind in KINDS.items():
+        if left.keys() >= set(keys):
+            terms.append(kind(*(left.pop(key) for key in keys)))
+    if left or [type(term) for term in terms] not in WAYS[form]:
+        found = ", ".join(sorted(spec.name for spec in parts.values())) or "nothing"
+        raise CheckpointError(f"{shortened(name)}: found {found}, which is no way to store a difference")
+    if not dtypes.is_float(dtype):
+        raise CheckpointError(f"{shortened(name)}: has differences, but is {dtype}, which is not for arithmetic")
+    for term in terms:
+        _check(name, term, shape)
+    return Delta(name, dtype, shape, tuple(terms))
+
+
+def _check(name: str, term: Term, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError where a term's parts don't fit a tensor of this shape."""
+    numel = math.prod(shape)
+    match term:
+        case Dense(values):
+            expected = {values: (shape, dtypes.FLOATS)}
+        case Sparse(starts, places, values):
+            kept = values.shape[:1] if values.shape[:1] <= (numel,) else (numel,)
+            expected = {
+                starts: ((-(-numel // CHUNK) + 1,), ("int64",)),
+                places: (kept, ("uint16",)),
+                values: (kept, dtypes.FLOATS),
+            }
+        case LowRank(left, right):
+            rank = min(left.shape[-1], MAX_RANK) if left.shape else 0
+            expected = {left: ((*shape[:-1], rank), dtypes.FLOATS), right: ((rank, *shape[-1:]), dtypes.FLOATS)}
+            if len(shape) != 2 or rank == 0:
+                raise CheckpointError(
+                    f"{name}: factors of a tensor of shape {list(shape)}, expected a matrix, rank ≥ 1"
+                )
+        case Signs(bits, sizes):
+            rows = math.prod(shape[:-1])
+            expected = {bits: ((-(-numel // 8),), ("uint8",)), sizes: ((rows,), dtypes.FLOATS)}
+        case _:
+            raise AssertionError(term)
+    for spec, (wanted, kinds) in expected.items():
+        if spec.shape != wanted or spec.dtype not in kinds:
+            raise CheckpointError(
+                f"{spec.name}: is {spec.dtype} {list(spec.shape)}, expected {' or '.join(kinds)} {list(wanted)}"
+            )
+    if isinstance(term, Sparse):
+        _check_ends(term)
+
+
+def _check_ends(term: Sparse) -> None:
+    """Raise CheckpointError where an index doesn't begin at 0 and end at the number of values."""
+    with term.starts.file.open("rb") as file:
+        ends = [
+            int.from_bytes(os.pread(file.fileno(), 8, term.starts.offset + 8 * at), "little", signed=True)
+            for at in (0, term.starts.numel - 1)
+        ]
+    if ends != [0, term.values.numel]:
+        raise CheckpointError(
+            f"{term.starts.name}: counts from {ends[0]} to {ends[1]}, expected 0 to {term.values.numel}"
+        )

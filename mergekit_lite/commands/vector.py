@@ -1,0 +1,195 @@
+"""``mergekit-lite vector``: task vectors as files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_lite.commands import running, values
+from mergekit_lite.errors import counted
+
+if TYPE_CHECKING:
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.vectors.extract import Extracted
+
+
+class Signed(click.Command):
+    """Takes ``+a -b`` as arguments, where a and b are there: ``-b`` is b times −1, not an option."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Rewrite them before options are looked for."""
+        return super().parse_args(context, [_signed(argument) for argument in arguments])
+
+
+def _signed(argument: str) -> str:
+    from mergekit_lite.checkpoint.addends import addend
+
+    rest = argument[1:]
+    if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():
+        return argument
+    found = addend(rest)
+    if not Path(found.path).expanduser().exists():
+        return argument
+    return str(found._replace(scale=-found.scale)) if argument.startswith("-") else rest
+
+
+@click.group(name="vector")
+def command() -> None:
+    """Task vectors, tuned − base, as files: extract, apply, combine.
+
+    \b
+    Examples:
+      mergekit-lite vector extract ./base ./tuned -o v.safetensors
+      mergekit-lite vector apply ./base v.safetensors:0.5 -o ./half-tuned
+      mergekit-lite vector combine --method ties math.safetensors code.safetensors -o both.safetensors
+    """
+
+
+@command.command(
+    name="extract",
+    epilog="""\b
+Examples:
+  mergekit-lite vector extract ./base ./tuned -o v.safetensors
+  mergekit-lite vector extract ./base ./tuned -o v.safetensors --format sparse --density 0.1
+  mergekit-lite vector extract ./base ./tuned -o v.safetensors --format sign
+  mergekit-lite vector extract ./base ./tuned -o v.safetensors --format lowrank --energy 0.9
+  mergekit-lite vector extract ./base ./tuned -o ./adapter --format lora --rank 32
+""",
+)
+@click.argument("base")
+@click.argument("tuned")
+@click.option("-o", "--output", required=True, help="A .safetensors file; for the format lora a folder.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["dense", "sparse", "lowrank", "sign", "lora"]),
+    default="dense",
+    show_default=True,
+    help="dense is exact; the others throw some of it away and tell how much.",
+)
+@click.option("--density", type=float, help="sparse: the share of each tensor that is kept, its largest differences.")
+@click.option("--threshold", type=float, help="sparse: keep differences from this size on.")
+@click.option("--rank", type=int, help="lowrank, lora: of the factors.")
+@click.option("--energy", type=float, help="lowrank, lora: the least rank that keeps this share of ‖difference‖².")
+@click.option("--seed", type=int, default=0, show_default=True, help="lowrank, lora: of the random projections.")
+@click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
+@click.option("--device", default="cpu", show_default=True, help="lowrank, lora: cpu, cuda, cuda:1 … or auto.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
+def extract(
+    base: str,
+    tuned: str,
+    output: str,
+    form: str,
+    threads: int | None,
+    device: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **numbers: Any,
+) -> None:
+    """Make the task vector of TUNED: what was added to BASE. Prints what it takes and what it throws away.
+
+    BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
+    """
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.vectors.extract import Settings
+    from mergekit_lite.vectors.extract import extract as made_by
+
+    screen = Screen(quiet=quiet or as_json, verbose=verbose)
+    settings = Settings(form, **numbers)
+    with screen.progress() as progress:
+        made = made_by(base, tuned, output, settings, threads=threads, device=device, force=force, progress=progress)
+    for note in made.notes:
+        screen.warn(note)
+    if as_json:
+        click.echo(json.dumps(made.to_json(), indent=1))
+    elif not quiet:
+        _show(made, screen)
+
+
+def _show(made: Extracted, screen: Screen) -> None:
+    from mergekit_lite.commands.screen import size, table
+
+    if screen.verbose:
+        rows = [
+            (kept.name, kept.how, size(kept.nbytes), f"{math.sqrt(kept.square):.3g}", f"{kept.error:.4f}")
+            for kept in made.tensors
+        ]
+        screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
+    screen.out.print(f"[bold green]made[/] {made.output}  {size(made.nbytes)}")
+    differ = f"{counted(len(made.tensors), 'tensor')} differ, {made.unchanged:,} don't"
+    exact = not any(kept.lost for kept in made.tensors)
+    told = "nothing thrown away" if exact else f"thrown away: {made.error:.4f} of ‖difference‖"
+    screen.out.print(f"  {differ}; {told}")
+
+
+@command.command(
+    name="apply",
+    cls=Signed,
+    epilog="""\b
+Examples:
+  mergekit-lite vector apply ./base v.safetensors -o ./tuned-again
+  mergekit-lite vector apply ./base math.safetensors:0.5 code.safetensors:0.5 -o ./both
+  mergekit-lite vector apply ./model toxic.safetensors:-0.3 -o ./milder         (forgetting)
+  mergekit-lite vector apply ./base +a.safetensors -b.safetensors -o ./analogy
+  mergekit-lite vector apply ./base ./adapter:0.7 -o ./merged
+""",
+)
+@click.argument("base")
+@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR[:SCALE]…")
+@click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file.")
+@click.option("--rebase", is_flag=True, help="Add vectors to another base than the one they were made from.")
+@click.option("--dtype", help="float32, bfloat16, float16 or float64; that of the tuned model by default.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@running.options
+def apply(base: str, vectors: tuple[str, ...], output: str, how: running.How, **options: Any) -> None:
+    """Add task vectors to BASE: base + Σ scale · vector, summed in float64 and rounded once.
+
+    A VECTOR is a file made by extract or combine, or a LoRA adapter (a folder or a hub repository). A scale below 0
+    takes it away; so does a minus before its name.
+    """
+    from mergekit_lite.vectors.apply import plan_apply
+
+    running.carry_out(plan_apply(base, vectors, output, shard_size=how.shard_size, **options), how)
+
+
+@command.command(
+    name="combine",
+    epilog="""\b
+Examples:
+  mergekit-lite vector combine --method ties -p density=0.2 math.safetensors code.safetensors -o both.safetensors
+  mergekit-lite vector combine --method linear -p normalize=false a.safetensors:0.7 b.safetensors:0.3 -o v.safetensors
+""",
+)
+@click.argument("vectors", nargs=-1, required=True, metavar="VECTOR[:WEIGHT]…")
+@click.option("--method", required=True, help="Any method of the recipes (mergekit-lite methods).")
+@click.option(
+    "-p", "--parameter", "parameters", metavar="NAME=VALUE", callback=values.parameters, multiple=True, help="Of it."
+)
+@click.option("-o", "--output", required=True, help="A .safetensors file.")
+@click.option("--rebase", is_flag=True, help="Take vectors of different bases for vectors of the first one's.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the result.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw.")
+@running.options
+def combine(
+    vectors: tuple[str, ...], output: str, method: str, parameters: dict[str, Any], how: running.How, **options: Any
+) -> None:
+    """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero."""
+    from mergekit_lite.vectors.combine import plan_combine
+
+    running.carry_out(plan_combine(vectors, output, method, parameters, **options), how)

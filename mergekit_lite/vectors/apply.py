@@ -1,0 +1,69 @@
+"""Add task vectors and adapters to a model: a recipe of one line, that goes the road of every merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.addends import addend
+from mergekit_lite.errors import UsageError
+from mergekit_lite.plan import Plan
+from mergekit_lite.plan.merge import method_parameters, plan_merge
+from mergekit_lite.recipe import parse
+
+if TYPE_CHECKING:
+    from mergekit_lite.engine.run import Finished
+
+
+def plan_apply(
+    base: str | Path,
+    vectors: Sequence[str],
+    output: str | Path,
+    *,
+    rebase: bool = False,
+    dtype: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    shard_size: int | None = None,
+) -> Plan:
+    """Plan ``base + Σ scale · vector``; see ``apply`` for the arguments and errors."""
+    if not vectors:
+        raise UsageError("No task vector was given: mergekit-lite vector apply BASE v.safetensors:0.5 -o OUT.")
+    added = [addend(str(text)) for text in vectors]
+    if rebase:
+        added = [one._replace(rebase=True) if Path(one.path).expanduser().is_file() else one for one in added]
+    recipe: dict[str, Any] = {
+        "merge_method": "passthrough",
+        "models": [{"model": "+".join([str(base), *map(str, added)])}],
+    }
+    if dtype is not None:
+        recipe["out_dtype"] = dtypes.float_named(dtype)
+    if rounding != "nearest":
+        recipe |= {"rounding": rounding, "seed": seed}
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
+    return plan_merge(parse(text, method_parameters()), output, shard_size=shard_size, text=text)
+
+
+def apply(base: str | Path, vectors: Sequence[str], output: str | Path, **options: Any) -> Finished:
+    """Make the model ``base + Σ scale · vector``: summed in float64, rounded once.
+
+    Args:
+        base: the model: any reference.
+        vectors: task vectors (files) and LoRA adapters (folders, hub repositories), each ``PATH`` or ``PATH:SCALE``.
+        output: a folder, or a ``.safetensors`` / ``.pt`` file.
+        options: ``rebase`` (add vectors to another base than theirs), ``dtype``, ``rounding``, ``seed``,
+            ``shard_size``, and those of ``run``.
+
+    Raises:
+        CheckpointError: a vector can't be opened, doesn't fit, or was made from another base.
+        MergekitLiteError: others of its kinds, as ``plan_merge`` and ``run`` say.
+    """
+    from mergekit_lite.engine.run import run
+
+    of_run = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress")
+    how = {name: options.pop(name) for name in of_run if name in options}
+    return run(plan_apply(base, vectors, output, **options), **how)

@@ -1,0 +1,140 @@
+"""Which tensors of two models are the same one before and after tuning, and how to read what lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, ties
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.errors import NonFiniteError
+from mergekit_lite.plan.matching import is_buffer
+
+BLOCK = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor of the tuned model and the one it was made from; None where it is to be stored whole."""
+
+    name: str
+    tuned: TensorSpec
+    base: TensorSpec | None
+
+    @property
+    def written(self) -> str:
+        """The dtype the tensor has in the tuned model, or would be written in."""
+        return self.tuned.written_as or self.tuned.dtype
+
+    @property
+    def stored(self) -> str:
+        """The dtype that holds the difference: the models' own where they agree."""
+        assert self.base is not None
+        kinds = {self.tuned.dtype, self.base.dtype}
+        if len(kinds) == 1:
+            return self.tuned.dtype
+        return "float64" if "float64" in kinds else "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one reading takes."""
+        return self.tuned.nbytes + (self.base.nbytes if self.base else 0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What tuning added to a tensor, block by block."""
+
+    pair: Pair
+    reader: Reader
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The index of each block's first element, and base and tuned model there: 1-D, float64.
+
+        Raises:
+            RunError: a file can't be read.
+            NonFiniteError: a value is NaN or infinite.
+        """
+        assert self.pair.base is not None
+        for start in range(0, self.pair.tuned.numel, BLOCK):
+            count = min(BLOCK, self.pair.tuned.numel - start)
+            both = []
+            for spec in (self.pair.base, self.pair.tuned):
+                values = read(self.reader, spec, start, count).double()
+                if not bool(torch.isfinite(values).all()):
+                    raise NonFiniteError(f"NaN or infinity in {spec.name} ({spec.file}): it has no difference.")
+                both.append(values)
+            yield start, both[0], both[1]
+
+    def deltas(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The index of each block's first element, and tuned − base there: 1-D, float64."""
+        for start, base, tuned in self.blocks():
+            yield start, tuned.sub_(base)
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether both are the same bytes."""
+        assert self.pair.base is not None
+        if self.pair.base.dtype != self.pair.tuned.dtype or self.pair.written != self.pair.tuned.dtype:
+            return False
+        numel = self.pair.tuned.numel
+        for start in range(0, numel, BLOCK):
+            count = min(BLOCK, numel - start)
+            before, after = (read(self.reader, spec, start, count) for spec in (self.pair.base, self.pair.tuned))
+            if not torch.equal(bits(before), bits(after)):
+                return False
+        return True
+
+
+def read(reader: Reader, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
+    """Elements of a tensor: 1-D, of its dtype."""
+    out = torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype))
+    reader.read(spec, start, out)
+    return out
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """The bytes of a 1-D tensor."""
+    return values.contiguous().view(torch.uint8)
+
+
+def paired(base: Checkpoint, tuned: Checkpoint) -> tuple[list[Pair], list[str], list[str]]:
+    """Match the tensors of two models.
+
+    A head that one model ties to its embedding is compared with that embedding.
+
+    Returns:
+        The pairs in the order of the tuned model's files, notes for the user, and problems.
+    """
+    pairs: list[Pair] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    for name, spec in tuned.tensors.items():
+        own = base.tensors.get(name) or ties.tied_to(name, base.tensors)
+        if own is None:
+            notes.append(f"{name}: only {tuned.reference} has it; it is stored whole")
+        elif own.shape != spec.shape:
+            notes.append(
+                f"{name}: is {list(spec.shape)}, but {list(own.shape)} in {base.reference}; it is stored whole"
+            )
+        elif not (dtypes.is_float(spec.dtype) and dtypes.is_float(own.dtype)):
+            own = own if own.dtype == spec.dtype else None
+        elif own.name != name:
+            notes.append(f"{name}: {base.reference} ties it to {own.name}; the difference from that is stored")
+        whole = own is None or own.shape != spec.shape
+        pairs.append(Pair(name, spec, None if whole else own))
+    for name, own in base.tensors.items():
+        if name in tuned.tensors:
+            continue
+        tied = ties.tied_to(name, tuned.tensors)
+        if tied is not None and tied.shape == own.shape:
+            notes.append(f"{name}: {tuned.reference} ties it to {tied.name}; models made with the vector are untied")
+            pairs.append(Pair(name, tied, own))
+        elif is_buffer(name):
+            notes.append(f"{name}: a buffer that only {base.reference} has; models made with the vector keep it")
+        else:
+            problems.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
+    return pairs, notes, problems
