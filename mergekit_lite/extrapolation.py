@@ -63,7 +63,8 @@ def extrapolate(
         alpha: one number, or several for as many outputs from one read of the inputs. 0 is ``aligned``, −1 is ``sft``.
         options: of ``plan_extrapolation`` (``alpha_for`` {regex: alpha}, ``include``, ``exclude``, ``out_dtype``,
             ``rounding`` ``nearest`` | ``stochastic``, ``seed``, ``new_rows`` ``refuse`` | ``copy``, ``shard_size`` in
-            bytes) and of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``).
+            bytes) and of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``,
+            ``processes``).
 
     Returns:
         The outputs' paths, and for each a report with the effective alpha.
@@ -71,10 +72,9 @@ def extrapolate(
     Raises:
         MergekitLiteError: one of its kinds, as ``plan`` and ``run`` say.
     """
-    from mergekit_lite.engine.run import run
+    from mergekit_lite.engine.run import OPTIONS, run
 
-    of_run = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress")
-    how = {name: options.pop(name) for name in of_run if name in options}
+    how = {name: options.pop(name) for name in OPTIONS if name in options}
     return run(plan_extrapolation(sft, aligned, output, alpha, **options), **how)
 
 

@@ -27,7 +27,8 @@ def merge(recipe: str | Path, output: str | Path, *, shard_size: int | None = No
         recipe: a YAML file in mergekit's language.
         output: a folder, or a ``.safetensors`` or ``.pt`` file.
         shard_size: most bytes of data in one file.
-        how: of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``).
+        how: of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``,
+            ``processes``).
 
     Raises:
         MergekitLiteError: one of its kinds, as ``plan_merge`` and ``run`` say.

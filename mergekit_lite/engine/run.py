@@ -20,6 +20,7 @@ from mergekit_lite.output.beside import write_beside
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path
 from mergekit_lite.plan import Plan
 
+OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")  # of ``run``
 GPU_LANES = 6
 GPU_BLOCK = 1 << 22
 

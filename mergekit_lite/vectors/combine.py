@@ -88,10 +88,9 @@ def combine(
         CheckpointError: a vector can't be opened, holds tensors in full, or is of another base.
         MergekitLiteError: others of its kinds, as ``plan_merge`` and ``run`` say.
     """
-    from mergekit_lite.engine.run import run
+    from mergekit_lite.engine.run import OPTIONS, run
 
-    of_run = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress")
-    how = {name: options.pop(name) for name in of_run if name in options}
+    how = {name: options.pop(name) for name in OPTIONS if name in options}
     return run(plan_combine(vectors, output, method, parameters, **options), **how)
 
 
