@@ -43,3 +43,8 @@ def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == ending or name.endswith("." + ending) for ending in endings)
+
+
+def counterpart(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    """The tensor of this name in another model, or the embedding that it ties a head of this name to."""
+    return tensors.get(name) or tied_to(name, tensors)

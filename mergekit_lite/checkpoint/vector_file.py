@@ -88,7 +88,7 @@ class Vector:
         tensors, left_out = dict(base), {}
         problems: list[str] = []
         for name, delta in self.deltas.items():
-            own = base.get(name) or ties.tied_to(name, base)
+            own = ties.counterpart(name, base)
             if delta.whole is not None:
                 if scale != 1:
                     problems.append(f"{name}: is stored whole (the base lacks it or differs); it can't be scaled")

@@ -51,14 +51,7 @@ Examples:
     help="Vocabulary rows that only ALIGNED has.",
 )
 @click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
-@click.option(
-    "--rounding",
-    type=click.Choice(["nearest", "stochastic"]),
-    default="nearest",
-    show_default=True,
-    help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@running.rounding
 @running.options
 def command(
     sft: str,

@@ -66,6 +66,20 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
     return with_how
 
 
+def rounding(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of rounding, for methods that draw nothing else."""
+    function = click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")(
+        function
+    )
+    return click.option(
+        "--rounding",
+        type=click.Choice(["nearest", "stochastic"]),
+        default="nearest",
+        show_default=True,
+        help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
+    )(function)
+
+
 def carry_out(plan: Plan, how: How) -> None:
     """Show or run a plan."""
     from mergekit_lite.commands import facts

@@ -148,14 +148,7 @@ Examples:
 @click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file.")
 @click.option("--rebase", is_flag=True, help="Add vectors to another base than the one they were made from.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64; that of the tuned model by default.")
-@click.option(
-    "--rounding",
-    type=click.Choice(["nearest", "stochastic"]),
-    default="nearest",
-    show_default=True,
-    help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+@running.rounding
 @running.options
 def apply(base: str, vectors: tuple[str, ...], output: str, how: running.How, **options: Any) -> None:
     """Add task vectors to BASE: base + Σ scale · vector, summed in float64 and rounded once.

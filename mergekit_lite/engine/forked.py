@@ -49,7 +49,8 @@ def forked(workers: int, tasks: Sequence[Task], worker: Worker[Task, Result]) ->
                 assert isinstance(ready, Connection)
                 made = _received(ready, processes[ready])
                 if (number := next(todo, None)) is not None:
-                    ready.send(number)
+                    with suppress(ConnectionError):  # of a process that was killed meanwhile: the next look tells
+                        ready.send(number)
                 left -= 1
                 yield made
     finally:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -19,8 +18,10 @@ from mergekit_lite.methods.passes import (
     Subject,
     Sums,
     Weighted,
+    joined,
     sample,
     sections,
+    send_totals,
     statistics_block,
 )
 from mergekit_lite.plan import Job, Plan
@@ -49,14 +50,9 @@ class Way:
         )
 
     @property
-    def group(self) -> str | None:
-        """The group of tensors whose sums it waits for."""
-        return self.passes.request.group if self.passes.request is not None else None
-
-    @property
     def is_shared(self) -> bool:
         """Whether the sums it waits for are not for one worker alone."""
-        return self.passes.request is not None and (self.group is not None or self.job.numel > LARGE)
+        return self.passes.request is not None and (self.passes.group is not None or self.job.numel > LARGE)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -137,8 +133,8 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
 
 def needed(found: Mapping[tuple[int, int], Way], jobs: Collection[int]) -> dict[tuple[int, int], Way]:
     """The ways of some jobs, and of those whose sums they wait for: all tensors of their groups."""
-    groups = {way.group for (job, _), way in found.items() if job in jobs} - {None}
-    return {key: way for key, way in found.items() if key[0] in jobs or way.group in groups}
+    groups = {way.passes.group for (job, _), way in found.items() if job in jobs} - {None}
+    return {key: way for key, way in found.items() if key[0] in jobs or way.passes.group in groups}
 
 
 def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, torch.Tensor]]) -> None:
@@ -151,16 +147,7 @@ def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Map
     while waiting := [number for number, way in enumerate(pending) if way.is_shared]:
         wanted = {number: [(number, *section) for section in pending[number].sections()] for number in waiting}
         parts = everywhere([section for of_way in wanted.values() for section in of_way])
-        of_group: dict[str | int, list[torch.Tensor]] = {}
-        for number, of_way in wanted.items():  # in the plan's order, so that the last bits are the same in every run
-            if of_way:
-                group = pending[number].group or number
-                of_group.setdefault(group, []).append(joined(parts[part] for part in of_way))
-        totals = {group: joined(of_ways) for group, of_ways in of_group.items()}
-        for number in waiting:
-            pending[number].passes.send(totals[pending[number].group or number])
-
-
-def joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of some parts, in their order."""
-    return reduce(torch.add, parts)
+        send_totals(
+            [pending[number].passes for number in waiting],
+            [[parts[part] for part in of_way] for of_way in wanted.values()],
+        )

@@ -10,7 +10,17 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import Block, Passes, Subject, Sums, sample, sections, statistics_block
+from mergekit_lite.methods.passes import (
+    Block,
+    Passes,
+    Subject,
+    Sums,
+    joined,
+    sample,
+    sections,
+    send_totals,
+    statistics_block,
+)
 from mergekit_lite.methods.registry import method_named
 
 BLOCK = 1 << 17
@@ -77,14 +87,8 @@ def merge_states(
         merges.append(_Merge(subject, inputs, row, dtype, method.start(subject, arguments)))
         offset += subject.numel
     with torch.no_grad():
-        while grouped := [merge for merge in merges if merge.group is not None]:
-            totals: dict[str, torch.Tensor] = {}
-            for merge in grouped:
-                if (total := merge.total()) is not None:
-                    group = str(merge.group)
-                    totals[group] = totals[group] + total if group in totals else total
-            for merge in grouped:
-                merge.passes.send(totals[str(merge.group)])
+        while grouped := [merge for merge in merges if merge.passes.group is not None]:
+            send_totals([merge.passes for merge in grouped], [merge.sums() for merge in grouped])
         return {merge.subject.name: merge.result(block) for merge in merges}
 
 
@@ -98,16 +102,11 @@ class _Merge:
         self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
         self.working = dtypes.working([tensor.dtype for tensor in inputs], self.dtype)
 
-    @property
-    def group(self) -> str | None:
-        return self.passes.request.group if self.passes.request is not None else None
-
-    def total(self) -> torch.Tensor | None:
-        """The requested sums over this tensor; None where none of its elements contributes."""
+    def sums(self) -> list[torch.Tensor]:
+        """The requested sums over each section that contributes."""
         request = self.passes.request
         assert isinstance(request, Sums)
-        parts = [self._sum(request, begin, end) for begin, end in sections(request, self.subject.numel, self.row)]
-        return reduce(torch.add, parts) if parts else None
+        return [self._sum(request, begin, end) for begin, end in sections(request, self.subject.numel, self.row)]
 
     def _sum(self, request: Sums, begin: int, end: int) -> torch.Tensor:
         """The requested sums over one section."""
@@ -115,14 +114,12 @@ class _Merge:
             pieces = sample(begin, end)
             return request.of([torch.cat([t[s : s + n] for s, n in pieces]).to(self.working) for t in self.flat], 0)
         blocks = self._blocks(statistics_block(self.row), begin, end)
-        return reduce(torch.add, (request.of(block, start) for start, block in blocks))
+        return joined(request.of(block, start) for start, block in blocks)
 
     def result(self, block: int) -> torch.Tensor:
         """Gather what statistics remain, and combine."""
         while self.passes.request is not None:
-            total = self.total()
-            assert total is not None
-            self.passes.send(total)
+            self.passes.send(joined(self.sums()))
         combine = self.passes.combine
         assert combine is not None
         out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)

@@ -10,8 +10,9 @@ the tensor alone; tensors of one group ask for the same number of them, as each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -110,6 +111,11 @@ class Passes:
         else:
             self.combine = plan
 
+    @property
+    def group(self) -> str | None:
+        """The group of tensors whose sums it waits for."""
+        return self.request.group if self.request is not None else None
+
     def send(self, total: torch.Tensor) -> None:
         """Hand over the total of the requested sums and go as far as the next request."""
         self._go_on(total)
@@ -120,6 +126,28 @@ class Passes:
             self.request = self._steps.send(total)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as finished:
             self.request, self.combine = None, finished.value
+
+
+def joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of some parts, in their order."""
+    return reduce(torch.add, parts)
+
+
+def send_totals(waiting: Sequence[Passes], parts: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Send each the total of its group, or its own where it has none.
+
+    Args:
+        waiting: passes with a request, in the order of the plan: it fixes the last bits.
+        parts: for each the sums over its sections; none where nothing of it contributes to its group.
+    """
+    groups = [passes.group or number for number, passes in enumerate(waiting)]
+    sums: dict[str | int, list[torch.Tensor]] = {}
+    for group, of_one in zip(groups, parts, strict=True):
+        if of_one:
+            sums.setdefault(group, []).append(joined(of_one))
+    totals = {group: joined(of_group) for group, of_group in sums.items()}
+    for passes, group in zip(waiting, groups, strict=True):
+        passes.send(totals[group])
 
 
 def statistics_block(row: int) -> int:

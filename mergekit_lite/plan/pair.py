@@ -59,7 +59,7 @@ def _jobs(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> tuple[list[Job], li
     problems: list[str] = []
     used: list[set[str]] = [set() for _ in others]
     for spec in first.tensors.values():
-        counterparts = [other.tensors.get(spec.name) or ties.tied_to(spec.name, other.tensors) for other in others]
+        counterparts = [ties.counterpart(spec.name, other.tensors) for other in others]
         for names, counterpart in zip(used, counterparts, strict=True):
             if counterpart is not None:
                 names.add(counterpart.name)

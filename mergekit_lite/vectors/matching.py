@@ -80,7 +80,7 @@ def match(models: Sequence[Checkpoint]) -> tuple[list[Match], list[Unmatched], l
     notes: list[str] = []
     used: list[set[str]] = [set() for _ in others]
     for spec in first.tensors.values():
-        counterparts = [other.tensors.get(spec.name) or ties.tied_to(spec.name, other.tensors) for other in others]
+        counterparts = [ties.counterpart(spec.name, other.tensors) for other in others]
         for names, other, counterpart in zip(used, others, counterparts, strict=True):
             if counterpart is not None:
                 names.add(counterpart.name)

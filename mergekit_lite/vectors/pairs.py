@@ -113,7 +113,7 @@ def paired(base: Checkpoint, tuned: Checkpoint) -> tuple[list[Pair], list[str], 
     notes: list[str] = []
     problems: list[str] = []
     for name, spec in tuned.tensors.items():
-        own = base.tensors.get(name) or ties.tied_to(name, base.tensors)
+        own = ties.counterpart(name, base.tensors)
         if own is None:
             notes.append(f"{name}: only {tuned.reference} has it; it is stored whole")
         elif own.shape != spec.shape:

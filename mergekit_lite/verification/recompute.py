@@ -63,7 +63,7 @@ class Recomputation:
         self.jobs = sorted(jobs)
         self.records = Records()
         self.work = Work(plan, {0: self.records}, device, workers, block, progress, only=set(jobs))
-        self.grouped = {index for (index, _), way in self.work.ways.items() if way.group is not None}
+        self.grouped = {index for (index, _), way in self.work.ways.items() if way.passes.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
