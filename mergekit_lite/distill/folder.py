@@ -1,0 +1,56 @@
+"""Where everything of one distillation lies. The stages know each other by these files only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one recipe.
+
+    ``samples`` and ``scores`` hold ledgers (``answers/ledger.py``):
+
+        prompts.jsonl                       {id, messages, domain, reference, tests}, in the order of the data
+        samples/SOURCE.jsonl                {prompt, source, index, text, finish, tokens}
+        scores/SCORER/SOURCE.jsonl          {prompt, index, score, why}: a score may be null, why tells the reason
+        pairs/sft.jsonl                     {prompt, domain, messages, response, source, index, score}
+        pairs/preference.jsonl              {prompt, domain, messages, chosen: [RESPONSE …],
+                                            rejected: [RESPONSE …], gap, rule}
+        pairs/dropped.jsonl                 {prompt, domain, stage: sft | preference, why}
+        pairs/table.json                    counts and losses by domain, as in the FuseChat-3.0 card
+        train/sft/  train/preference/       model folders, with checkpoints and log while they are made
+        report/                             report.md, report.html, *.png, report.json
+
+    A RESPONSE is ``{text, source, index, score, role}`` with role ``source`` (a source model's) or ``target`` (the
+    target's own).
+    """
+
+    root: Path
+
+    @property
+    def prompts(self) -> Path:
+        """The prompts as they were when the first stage ran."""
+        return self.root / "prompts.jsonl"
+
+    def samples(self, source: str) -> Path:
+        """The answers of one source."""
+        return self.root / "samples" / f"{source}.jsonl"
+
+    def scores(self, scorer: str, source: str) -> Path:
+        """One scorer's verdicts on the answers of one source."""
+        return self.root / "scores" / scorer / f"{source}.jsonl"
+
+    def pairs(self, name: str) -> Path:
+        """``sft``, ``preference`` or ``dropped`` rows."""
+        return self.root / "pairs" / f"{name}.jsonl"
+
+    def trained(self, stage: str) -> Path:
+        """The model that ``sft`` or ``preference`` training ends with."""
+        return self.root / "train" / stage
+
+    @property
+    def report(self) -> Path:
+        """The pages and pictures."""
+        return self.root / "report"
