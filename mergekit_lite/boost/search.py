@@ -147,7 +147,7 @@ def _narrow(curve: _Curve, final_step: float | None) -> Search:
         if not open_gaps:
             return
         *_, other = max(open_gaps)
-        yield from curve.ask(_between(*sorted((best, other)), last))
+        yield from curve.ask(_between(min(best, other), max(best, other), last))
 
 
 def _between(low: float, high: float, step: float) -> float:
