@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_lite.boost.candidate import Bench, Numbers, Row, label
-from mergekit_lite.boost.point import Point, Settings, beyond, point, values
+from mergekit_lite.boost.point import Point, Settings, beyond, plain, point, values
 from mergekit_lite.boost.search import Outcome, Same, Search
 from mergekit_lite.boost.statistics import FIRST_LOOK, Interval, confidence_at_a_look, interval, looks, paired
 from mergekit_lite.boost.study import Study
@@ -70,6 +70,7 @@ def boost(
     apart = _held_out(len(study.items), settings.held_out)
     contest = Contest(study.items[apart:], bench, study, settings)
     search = searcher(contest.same)
+    contest.begin()
     outcome = None
     while True:
         try:
@@ -99,10 +100,14 @@ class Contest:
     def __init__(self, items: Sequence[str], bench: Bench, study: Study, settings: Settings):
         self.items, self.bench, self.study, self.settings = list(items), bench, study, settings
         self.points: dict[str, Point] = {}
-        rows = study.measured(settings.baseline, self.items, bench)
-        _check_scorers(rows, settings)
-        self.baseline = point(settings.baseline, self.items, study, settings)
-        self.best = self.baseline
+        self.baseline: Point
+        self.best: Point
+
+    def begin(self) -> None:
+        """Measure the baseline."""
+        rows = self.study.measured(self.settings.baseline, self.items, self.bench)
+        _check_scorers(rows, self.settings)
+        self.baseline = self.best = point(self.settings.baseline, self.items, self.study, self.settings)
 
     def outcome(self, numbers: Numbers) -> Outcome:
         """Measure a candidate, if it isn't the baseline or known, and tell the search."""
@@ -193,14 +198,8 @@ def _confirmed(items: Sequence[str], bench: Bench, study: Study, settings: Setti
 
 def _details(found: Point) -> dict[str, Any]:
     """What a dashboard may show beside the score."""
-    return {
-        "gain": found.gain._asdict(),
-        "beyond": list(found.beyond),
-        "dropped": found.dropped,
-        "guards": vars(found.guards),
-        "others": {name: gain._asdict() for name, gain in found.others.items()},
-        "facts": dict(found.facts),
-    }
+    shown = ("gain", "beyond", "dropped", "guards", "others", "facts")
+    return {name: plain(getattr(found, name)) for name in shown}
 
 
 def _check_scorers(rows: Mapping[str, Row], settings: Settings) -> None:

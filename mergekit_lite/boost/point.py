@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,19 @@ def beyond(numbers: Numbers, items: Sequence[str], study: Study, settings: Setti
     rows, base = study.rows(numbers, items), study.rows(settings.baseline, items)
     found, theirs = (guarding.guards(each, base, settings.score) for each in (rows, base))
     return guarding.beyond(found, theirs, settings.limits)
+
+
+def plain(found: Any) -> Any:
+    """Anything of this package as JSON may hold it: no number is infinite or not a number, but null."""
+    if isinstance(found, float):
+        return found if math.isfinite(found) else None
+    if isinstance(found, Mapping):
+        return {key: plain(value) for key, value in found.items()}
+    if hasattr(found, "_asdict"):
+        return plain(found._asdict())
+    if is_dataclass(found):
+        return {one.name: plain(getattr(found, one.name)) for one in fields(found)}
+    return [plain(value) for value in found] if isinstance(found, list | tuple) else found
 
 
 def values(rows: Mapping[str, Row], score: str) -> dict[str, float | None]:

@@ -54,16 +54,16 @@ def test_nothing_is_chosen_where_nothing_helps(tmp_path: Path) -> None:
 
 
 def test_nothing_is_chosen_where_there_is_only_noise(tmp_path: Path) -> None:
-    """Twelve equal candidates: one of them looks better by chance in half of the searches; held out it is not."""
-    alphas = {"alpha": [0.1 * step for step in range(1, 13)]}
+    """Nine equal candidates: one of them looks better by chance in a third of the searches; held out it is not."""
+    alphas = {"alpha": [0.1 * step for step in range(1, 10)]}
     wrong = looked_better = 0
-    for trial in range(15):
+    for trial in range(8):
         bench = SyntheticBench(lambda numbers: 0.0, items=200, noise=2.0)
         bench.items = [f"{trial} {item}" for item in bench.items]
         result = search(bench, tmp_path / str(trial), lambda same: grid(alphas))
         wrong += result.chosen is not None
         looked_better += result.picked is not None
-    assert wrong <= 2 < looked_better
+    assert wrong <= 1 < looked_better
 
 
 def test_a_plateau_gives_the_smallest_alpha(tmp_path: Path) -> None:
