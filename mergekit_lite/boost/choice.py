@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_lite.answers.statistics import Interval, interval, paired
 from mergekit_lite.boost.candidate import Bench, Numbers, Row, label
+from mergekit_lite.boost.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boost.point import Point, Settings, beyond, plain, point, values
 from mergekit_lite.boost.search import Outcome, Same, Search
-from mergekit_lite.boost.statistics import FIRST_LOOK, Interval, confidence_at_a_look, interval, looks, paired
 from mergekit_lite.boost.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
 
@@ -133,7 +134,7 @@ class Contest:
         """
         confidence = self.settings.confidence
         if corrected and self.points:
-            confidence = confidence_at_a_look(confidence, len(self.points))
+            confidence = shared_confidence(confidence, len(self.points))
         base = self.baseline.numbers
         allowed = [one for one in self.points.values() if one.allowed]
         better = [one for one in allowed if self._difference(one.numbers, base, self.items, confidence).above]
@@ -145,7 +146,7 @@ class Contest:
         sizes = looks(len(self.items), self.settings.batch)
         if not self.settings.stop_early or len(self.study.rows(numbers, self.items)) == len(self.items):
             sizes = [len(self.items)]  # nothing to save
-        confidence = confidence_at_a_look(self.settings.confidence, len(sizes))
+        confidence = shared_confidence(self.settings.confidence, len(sizes))
         why = ""
         for size in sizes:
             items = self.items[:size]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_lite.answers.statistics import Interval, interval, paired
 from mergekit_lite.boost import guards as guarding
 from mergekit_lite.boost.candidate import Numbers, Row, label
 from mergekit_lite.boost.guards import Guards, Limits
 from mergekit_lite.boost.length import Judgements, LengthControlled, LengthEffect, at_equal_length, length_controlled
-from mergekit_lite.boost.statistics import Interval, interval, paired
 from mergekit_lite.boost.study import Study
 
 

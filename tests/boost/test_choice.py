@@ -15,9 +15,9 @@ import pytest
 from mergekit_lite.boost.candidate import Numbers, Row
 from mergekit_lite.boost.choice import Result, Searcher, boost
 from mergekit_lite.boost.guards import Limits
+from mergekit_lite.boost.looks import looks
 from mergekit_lite.boost.point import Settings
 from mergekit_lite.boost.search import bracket, grid
-from mergekit_lite.boost.statistics import looks
 from mergekit_lite.boost.study import Study
 from mergekit_lite.boost.words import verdict
 from mergekit_lite.errors import MergekitLiteError, UsageError
