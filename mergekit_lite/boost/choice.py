@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from mergekit_lite.answers.statistics import Interval, interval, paired
@@ -68,8 +69,8 @@ def boost(
         MergekitLiteError: the baseline has no verdict of the deciding scorer.
         UsageError: a scorer that is named is not among those that gave verdicts.
     """
-    apart = _held_out(len(study.items), settings.held_out)
-    contest = Contest(study.items[apart:], bench, study, settings)
+    apart = _held_out(len(study.subjects), settings.held_out)
+    contest = Contest(study.subjects[apart:], bench, study, settings)
     search = searcher(contest.same)
     contest.begin()
     outcome = None
@@ -83,7 +84,7 @@ def boost(
         if len(contest.points) > before:
             progress(contest.points[label(numbers)])
     picked = contest.preferred(corrected=not apart)
-    confirmed = _confirmed(study.items[:apart], bench, study, settings, picked) if picked and apart else None
+    confirmed = _confirmed(_flat(study.subjects[:apart]), bench, study, settings, picked) if picked and apart else None
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
     chosen = picked.numbers if picked and not failed else None
     return Result(settings, contest.baseline, tuple(contest.points.values()), picked, confirmed, chosen)
@@ -98,8 +99,9 @@ def _held_out(total: int, share: float) -> int:
 class Contest:
     """Candidates measured on common items, and compared."""
 
-    def __init__(self, items: Sequence[str], bench: Bench, study: Study, settings: Settings):
-        self.items, self.bench, self.study, self.settings = list(items), bench, study, settings
+    def __init__(self, subjects: Sequence[Sequence[str]], bench: Bench, study: Study, settings: Settings):
+        self.subjects, self.items = subjects, _flat(subjects)
+        self.bench, self.study, self.settings = bench, study, settings
         self.points: dict[str, Point] = {}
         self.baseline: Point
         self.best: Point
@@ -143,22 +145,23 @@ class Contest:
         return min(close, key=self._distance, default=None)
 
     def _measured(self, numbers: Numbers) -> Point:
-        sizes = looks(len(self.items), self.settings.batch)
+        sizes = looks(len(self.subjects), self.settings.batch)
         if not self.settings.stop_early or len(self.study.rows(numbers, self.items)) == len(self.items):
-            sizes = [len(self.items)]  # nothing to save
+            sizes = [len(self.subjects)]  # nothing to save
         confidence = shared_confidence(self.settings.confidence, len(sizes))
         why = ""
         for size in sizes:
-            items = self.items[:size]
+            items = _flat(self.subjects[:size])
             self.study.measured(numbers, items, self.bench)
-            if size < len(self.items) and (why := self._hopeless(numbers, items, confidence)):
+            if size < len(self.subjects) and (why := self._hopeless(numbers, items, confidence)):
                 break
         return point(numbers, items, self.study, self.settings, why)
 
     def _hopeless(self, numbers: Numbers, items: Sequence[str], confidence: float) -> str:
         """Why no more of this candidate need be measured, or nothing."""
         for other in (self.baseline, self.best):
-            if self._difference(numbers, other.numbers, items, confidence).below:
+            lost = self._difference(numbers, other.numbers, items, confidence)
+            if lost.below and lost.items >= FIRST_LOOK:
                 return f"surely worse than {other.name}"
         parts = [items[part::PARTS] for part in range(PARTS)]
         found = [beyond(numbers, part, self.study, self.settings) for part in parts]
@@ -195,6 +198,10 @@ def _confirmed(items: Sequence[str], bench: Bench, study: Study, settings: Setti
     for numbers in (settings.baseline, picked.numbers):
         study.measured(numbers, items, bench)
     return point(picked.numbers, items, study, settings)
+
+
+def _flat(subjects: Sequence[Sequence[str]]) -> list[str]:
+    return list(chain.from_iterable(subjects))
 
 
 def _details(found: Point) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mergekit_lite.answers.statistics import Interval, interval, paired
 from mergekit_lite.boost import guards as guarding
-from mergekit_lite.boost.candidate import Numbers, Row, label
+from mergekit_lite.boost.candidate import Numbers, Row, label, subject
 from mergekit_lite.boost.guards import Guards, Limits
 from mergekit_lite.boost.length import Judgements, LengthControlled, LengthEffect, at_equal_length, length_controlled
 from mergekit_lite.boost.study import Study
@@ -120,16 +120,25 @@ def plain(found: Any) -> Any:
 
 
 def values(rows: Mapping[str, Row], score: str) -> dict[str, float | None]:
-    """A scorer's verdict on each item."""
-    return {item: row["values"].get(score) for item, row in rows.items()}
+    """A scorer's verdict on each subject: the mean over its items."""
+    return by_subject({item: row["values"].get(score) for item, row in rows.items()})
+
+
+def by_subject(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Means over the items of each subject that have a figure; None where none has."""
+    found: dict[str, list[float]] = {}
+    for item, figure in figures.items():
+        found.setdefault(subject(item), []).extend([] if figure is None else [figure])
+    return {name: sum(those) / len(those) if those else None for name, those in found.items()}
 
 
 def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: Settings) -> LengthEffect | None:
-    ours, theirs = values(rows, settings.score), values(base, settings.score)
     both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
-    kept = {item: ours[item] for item in both if ours[item] is not None and theirs[item] is not None}
-    longer = [len(rows[item]["text"]) - len(base[item]["text"]) for item in kept]
-    return at_equal_length(paired(kept, theirs), np.array(longer, dtype=np.float64), settings.confidence)
+    longer = by_subject({item: float(len(rows[item]["text"]) - len(base[item]["text"])) for item in both})
+    ours, theirs = (values({item: each[item] for item in both}, settings.score) for each in (rows, base))
+    told = [name for name in longer if ours[name] is not None and theirs[name] is not None]
+    gains = paired({name: ours[name] for name in told}, theirs)
+    return at_equal_length(gains, np.array([longer[name] for name in told], dtype=np.float64), settings.confidence)
 
 
 def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row]) -> LengthControlled | None:

@@ -17,13 +17,14 @@ import random
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
 import xxhash
 
 from mergekit_lite.answers.ledger import Ledger
-from mergekit_lite.boost.candidate import Bench, Numbers, Row, label
+from mergekit_lite.boost.candidate import Bench, Numbers, Row, label, subject
 from mergekit_lite.errors import UsageError, listing, shortened
 
 VERSION = 1
@@ -34,7 +35,8 @@ class Study:
     """The candidates of one search and their rows, in a folder that one process at a time works in: use it in ``with``.
 
     Attributes:
-        items: all items, shuffled by the seed: any first part of them is a fair sample.
+        subjects: the items of each subject, shuffled by the seed: any first part of them is a fair sample.
+        items: all items in this order.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], items: Sequence[str], seed: int = 0):
@@ -51,8 +53,12 @@ class Study:
                 process is at work in it.
         """
         self.folder = folder
-        self.items = list(items)
-        random.Random(seed).shuffle(self.items)
+        by_subject: dict[str, list[str]] = {}
+        for item in items:
+            by_subject.setdefault(subject(item), []).append(item)
+        self.subjects = list(by_subject.values())
+        random.Random(seed).shuffle(self.subjects)
+        self.items = list(chain.from_iterable(self.subjects))
         self._ledgers: dict[str, Ledger[str]] = {}
         order = xxhash.xxh3_128_hexdigest("\n".join(self.items).encode())
         self._lock = _locked(folder)

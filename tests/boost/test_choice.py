@@ -158,6 +158,24 @@ def test_several_numbers_and_the_nearest_to_the_baseline(tmp_path: Path) -> None
     assert len(result.points) == 8, "the baseline is not measured again"
 
 
+def test_several_answers_to_a_prompt_are_no_more_evidence_and_stay_together(tmp_path: Path) -> None:
+    """Eight answers that are alike to each of forty prompts: the interval is that of forty, not of 320."""
+    once, often = SyntheticBench(peak, items=40), SyntheticBench(peak, items=40)
+    often.items = [f"{item}#{number}" for item in once.items for number in range(8)]
+    plain = often.row
+    often.row = lambda n, item: plain(n, item.partition("#")[0]) | Row(item=item)  # type: ignore[method-assign]
+    one, several = (
+        search(bench, tmp_path / name, lambda same: grid({"alpha": [2.0]}))
+        for name, bench in [("1", once), ("8", often)]
+    )
+    ours, theirs = several.points[0].gain, one.points[0].gain
+    assert ours.items == theirs.items == 40
+    assert ours[:3] == pytest.approx(theirs[:3], abs=0.01)
+    with Study(tmp_path / "order", {}, often.items, seed=3) as study:
+        assert [len({item.partition("#")[0] for item in group}) for group in study.subjects] == [1] * 40
+        assert study.items != often.items and sorted(study.items) == sorted(often.items)
+
+
 def test_the_scorer_must_be_there_and_give_verdicts(tmp_path: Path) -> None:
     bench = SyntheticBench(peak, items=40)
     with pytest.raises(UsageError, match=r"No scorer is called 'reward'; there are: score, other\."):
