@@ -52,7 +52,7 @@ def _one(figure: FigureBase, result: Result, name: str) -> None:
     panels = figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=[GAIN_HEIGHT, GUARDS_HEIGHT][:rows])
     _gains(panels[0][0], result, points, xs)
     if rows == 2:
-        _guards(panels[1][0], points, xs)
+        _guards(panels[1][0], result, points, xs)
     for axes in panels[:, 0]:
         _spread(axes, xs)
         axes.grid(alpha=0.3)
@@ -173,13 +173,14 @@ def _guarded(result: Result) -> bool:
     return result.baseline.guards.answers > 0
 
 
-def _guards(axes: Axes, points: Sequence[Point], xs: Sequence[float]) -> None:
+def _guards(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
     """Shares of answers, and the growth in length on an axis of its own."""
     for number, share in enumerate(SHARES):
         told = [
             (x, 100 * value)
             for point, x in zip(points, xs, strict=True)
             if (value := getattr(point.guards, share)) is not None
+            and not (share == "unchanged" and point is result.baseline)
         ]
         if told:
             axes.plot(*zip(*told, strict=True), marker=".", linewidth=1, color=COLOURS[number + 1], label=share)
@@ -190,7 +191,7 @@ def _guards(axes: Axes, points: Sequence[Point], xs: Sequence[float]) -> None:
     if growth:
         beside.plot(*zip(*growth, strict=True), "--.", linewidth=1, color=COLOURS[0], label="length (right)")
     beside.set_ylabel("length over the baseline's")
-    beside.set_ylim(bottom=0)
+    beside.set_ylim(0, 1.15 * max((value for _, value in growth), default=1.0))
     lines, labels = axes.get_legend_handles_labels()
     more, names = beside.get_legend_handles_labels()
     axes.legend(lines + more, labels + names, fontsize=7, frameon=False, ncols=2)
