@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, get_args
 
-from mergekit_lite.distill.recipe import TARGET, DomainRule, Pairs, Prompts, Recipe, Scorer, Source
+from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.distill.recipe import TARGET, DomainRule, Pairs, Recipe, Scorer, Source
 from mergekit_lite.errors import UsageError, listing, nearest
 
 ON_POLICY = ("wrpo", "simplemix")  # rules that pair what the target itself answers
@@ -95,7 +96,8 @@ def _source(way: Way, source: Source) -> Iterator[Problem]:
     if source.domains is not None:
         for domain in source.samples_for:
             if domain not in source.domains:
-                text = f"samples for {domain!r}, which is not among the source's 'domains'.{nearest(domain, source.domains)}"
+                hint = nearest(domain, source.domains)
+                text = f"samples for {domain!r}, which is not among the source's 'domains'.{hint}"
                 yield Problem((*way, "samples_for", domain), text)
 
 
