@@ -21,7 +21,6 @@ from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.distill import prompts
-from mergekit_lite.distill.checks import ON_POLICY
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import TARGET, Recipe, Source
 from mergekit_lite.distill.telling import Tell
@@ -80,27 +79,21 @@ def plan(recipe: Recipe, asked: Sequence[Prompt]) -> list[Asked]:
 
 
 def waits_for(recipe: Recipe) -> str | None:
-    """Why the target can't answer for itself yet; None where it can, or needn't."""
+    """Why the target can't answer for itself yet; None where it can, or need not."""
     folder = Folder(recipe.folder)
     if recipe.target_source is None:
         return None
+    if not folder.pairs(TARGET).exists():
+        return f"{folder.pairs(TARGET)} will tell what it is asked: the stage `pair` writes it"
     if recipe.train.sft is not None and not (folder.trained("sft") / "config.json").exists():
-        return f"SFT makes it, {folder.trained('sft')} isn't there yet"
-    if any(rule == "wrpo" for rule in _rules(recipe)) and not folder.pairs("sft").exists():
-        return f"only prompts that SFT doesn't take are asked, {folder.pairs('sft')} isn't there yet"
+        return f"the stage `train` makes {folder.trained('sft')} first"
     return None
 
 
 def own_prompts(recipe: Recipe, asked: Iterable[Prompt]) -> list[Prompt]:
-    """What the target is asked: prompts under rules that pair its answers; for WRPO without those that SFT takes."""
-    taken = _taken_by_sft(Folder(recipe.folder))
-    found = []
-    for prompt in asked:
-        own = recipe.pairs.domains.get(prompt.domain)
-        rule = (own.rule if own else None) or recipe.pairs.rule
-        if rule in ON_POLICY and not (rule == "wrpo" and prompt.id in taken):
-            found.append(prompt)
-    return found
+    """What the target is asked: the prompts whose pairs wait for its own answers."""
+    waiting = {line.row.get("prompt") for line in read_rows(Folder(recipe.folder).pairs(TARGET), [])}
+    return [prompt for prompt in asked if prompt.id in waiting]
 
 
 def tasks_of(recipe: Recipe, source: Source, asked: Iterable[Prompt]) -> tuple[Task, ...]:
@@ -251,12 +244,3 @@ def _digest(model: Path) -> str:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest() if model.is_dir() else ""
-
-
-def _rules(recipe: Recipe) -> set[str]:
-    return {recipe.pairs.rule, *(own.rule for own in recipe.pairs.domains.values() if own.rule)}
-
-
-def _taken_by_sft(folder: Folder) -> set[str]:
-    path = folder.pairs("sft")
-    return {line.row["prompt"] for line in read_rows(path, [])} if path.exists() else set()
