@@ -62,7 +62,10 @@ class Respondent(Protocol):
     """A model that answers."""
 
     name: str
-    troubles: Troubles
+
+    @property
+    def troubles(self) -> Troubles:
+        """What went wrong so far."""
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """The answers to the ``wanted`` of the ``tasks``, as they come.

@@ -1,8 +1,8 @@
 """Prompts, as files and data sets of the hub have them.
 
-A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and where it has them ``id``,
-``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns with
-other names are mapped. What is wrong with a row is told with its place, and the other rows go on.
+A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and where it has them
+``id``, ``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns
+with other names are mapped. What is wrong with a row is told with its place, and the other rows go on.
 """
 
 from __future__ import annotations

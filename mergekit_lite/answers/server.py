@@ -1,8 +1,8 @@
 """Models behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, ``transformers serve``, a service.
 
 Requests fail, and most of them are worth repeating: no connection, a time-out, 408, 409, 429, any 5xx, a reply that is
-empty or can't be read. They are made again after a wait that doubles each time, or as long as ``Retry-After`` says, up to
-``retries`` times. Any other status is that request's own fault and is not repeated. A server that refuses everybody
+empty or can't be read. They are made again after a wait that doubles each time, or as long as ``Retry-After`` says, up
+to ``retries`` times. Any other status is that request's own fault and is not repeated. A server that refuses everybody
 (401, 403, 404), or from which nothing comes for many requests in a row, is asked no more.
 """
 
@@ -99,12 +99,13 @@ class Server:
         """The reply to a question, or None when it is lost."""
         seed = question.seed
         for attempt in range(self.retries + 1):
+            if self.stopped:
+                return None
             try:
                 reply = await self._request(client, question.messages, seed)
             except Failed as failed:
                 if failed.stop:
                     self.stopped = self.stopped or str(failed)
-                if self.stopped:
                     return None
                 if not failed.repeat or attempt == self.retries:
                     self._lose(question, str(failed))
@@ -112,7 +113,8 @@ class Server:
                 self.retried[str(failed)] += 1
                 if failed.fresh_seed:  # with the same one the same would come
                     seed = seed_of(seed, "again")
-                await asyncio.sleep(failed.wait or min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1))
+                wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
+                await self._pause(failed.wait or wait)
             else:
                 self.in_a_row = 0
                 return reply
@@ -128,7 +130,9 @@ class Server:
     async def _request(self, client: AsyncOpenAI, messages: Sequence[Message], seed: int) -> Reply:
         import openai
 
-        extra = {} if self.sampling.repetition_penalty == 1 else {"repetition_penalty": self.sampling.repetition_penalty}
+        extra = (
+            {} if self.sampling.repetition_penalty == 1 else {"repetition_penalty": self.sampling.repetition_penalty}
+        )
         asked: Any = [dict(message) for message in messages]
         try:
             # The client's own limit is between two pieces of a reply; a server that dribbles never reaches it.
@@ -153,6 +157,12 @@ class Server:
         except (openai.APIError, ValueError) as error:
             raise Failed("a reply that can't be read", repeat=True) from error
         return _read(completion)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not for a server that was given up meanwhile."""
+        until = time.monotonic() + seconds
+        while not self.stopped and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.5))
 
     def _of_status(self, error: APIStatusError) -> Failed:
         status = error.status_code
@@ -182,7 +192,8 @@ def _read(completion: Any) -> Reply:
         raise Failed("cut by the server's content filter", repeat=True, fresh_seed=True)
     if not isinstance(text, str) or not text.strip():
         raise Failed("an empty reply", repeat=True, fresh_seed=True)
-    return Reply(text, "length" if finish == "length" else "stop", tokens)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
+    return Reply(whole, "length" if finish == "length" else "stop", tokens)
 
 
 def _asked_wait(header: str | None) -> float:
@@ -280,5 +291,6 @@ def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -
         names[respondent.server] = respondent.name
         questions[respondent.server] = respondent.questions(tasks, wanted)
     for server, question, reply in ask(questions):
-        prompt, index = question.key  # type: ignore[misc]
-        yield Answer(prompt, names[server], index, reply.text, reply.finish, reply.tokens)
+        if isinstance(question.key, Key):
+            prompt, index = question.key
+            yield Answer(prompt, names[server], index, reply.text, reply.finish, reply.tokens)

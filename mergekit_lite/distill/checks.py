@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
-from mergekit_lite.distill.recipe import TARGET, DomainRule, Pairs, Prompts, Recipe, Scorer, Source
+from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.distill import protocols
+from mergekit_lite.distill.recipe import TARGET, Recipe, Scorer, Source
 from mergekit_lite.errors import UsageError, listing, nearest
-
-ON_POLICY = ("wrpo", "simplemix")  # rules that pair what the target itself answers
-RULES: tuple[str, ...] = get_args(Pairs.model_fields["rule"].annotation)
 
 # What each kind of scorer needs, and what it may have beside that.
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -42,7 +41,9 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _target_source(recipe)
     for way, prompts in _prompts(recipe):
         yield from _one_origin(way, prompts)
-    yield from _pairs(recipe)
+    yield from (Problem(way, text) for way, text in protocols.problems(recipe))
+    for number, name in enumerate(recipe.report.scores or ()):
+        yield from _known_scorer(recipe, ("report", "scores", number), name)
 
 
 def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
@@ -67,11 +68,18 @@ def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
 
 
 def _few(recipe: Recipe) -> Iterator[Problem]:
-    for key in ("prompts", "sources", "scorers"):
+    for key in ("prompts", "sources"):
         if not getattr(recipe, key):
             yield Problem((key,), f"{key!r} is an empty list: at least one is needed")
     if recipe.train.sft is None and recipe.train.preference is None:
         yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
+
+
+def _known_scorer(recipe: Recipe, way: Way, name: str) -> Iterator[Problem]:
+    known = [scorer.name for scorer in recipe.scorers]
+    if name not in known:
+        hint = nearest(name, known) or f" There are: {', '.join(known)}."
+        yield Problem(way, f"no scorer is named {name!r}.{hint}")
 
 
 def _names(key: str, names: Sequence[str]) -> Iterator[Problem]:
@@ -95,7 +103,8 @@ def _source(way: Way, source: Source) -> Iterator[Problem]:
     if source.domains is not None:
         for domain in source.samples_for:
             if domain not in source.domains:
-                text = f"samples for {domain!r}, which is not among the source's 'domains'.{nearest(domain, source.domains)}"
+                hint = nearest(domain, source.domains)
+                text = f"samples for {domain!r}, which is not among the source's 'domains'.{hint}"
                 yield Problem((*way, "samples_for", domain), text)
 
 
@@ -117,9 +126,6 @@ def _scorer(way: Way, scorer: Scorer) -> Iterator[Problem]:
 def _target_source(recipe: Recipe) -> Iterator[Problem]:
     own = recipe.target_source
     if own is None:
-        for way, rule in _rules(recipe):
-            if rule in ON_POLICY:
-                yield Problem(way, f"the rule {rule!r} pairs answers of the target itself: add 'target_source'")
         return
     if own.name != TARGET:
         yield Problem(("target_source", "name"), f"this source is always called {TARGET!r}: leave the name out")
@@ -145,51 +151,6 @@ def _one_origin(way: Way, prompts: Prompts) -> Iterator[Problem]:
         for key in ("config", "split"):
             if key in prompts.model_fields_set:
                 yield Problem((*way, key), f"{key!r} has no effect on a file: it is for a 'dataset'")
-
-
-def _rules(recipe: Recipe) -> Iterator[tuple[Way, str]]:
-    yield ("pairs", "rule"), recipe.pairs.rule
-    for domain, rule in recipe.pairs.domains.items():
-        if rule.rule is not None:
-            yield ("pairs", "domains", domain, "rule"), rule.rule
-
-
-def _pairs(recipe: Recipe) -> Iterator[Problem]:
-    known = [scorer.name for scorer in recipe.scorers]
-    for way, name in _named_scorers(recipe):
-        if name not in known:
-            yield Problem(way, f"no scorer is called {name!r}.{nearest(name, known) or _there_are(known)}")
-    for way, rule in _rules(recipe):
-        if rule not in RULES:
-            yield Problem(way, f"there is no rule {rule!r}.{nearest(rule, RULES) or _there_are(RULES)}")
-    yield from _gaps(("pairs",), recipe.pairs)
-    for domain, own in recipe.pairs.domains.items():
-        yield from _gaps(("pairs", "domains", domain), own)
-
-
-def _there_are(names: Iterable[str]) -> str:
-    return f" There are: {', '.join(names)}."
-
-
-def _gaps(way: Way, rule: Pairs | DomainRule) -> Iterator[Problem]:
-    if rule.gap is not None and rule.gap_quantiles is not None:
-        yield Problem((*way, "gap_quantiles"), "'gap' and 'gap_quantiles' bound the same: give one of them")
-    for key in ("gap", "gap_quantiles"):
-        least, most = getattr(rule, key) or (None, None)
-        if least is not None and most is not None and least > most:
-            yield Problem((*way, key), f"{key!r} starts at {least:g}, beyond its end {most:g}")
-
-
-def _named_scorers(recipe: Recipe) -> Iterator[tuple[Way, str]]:
-    rules: list[tuple[Way, Pairs | DomainRule]] = [(("pairs",), recipe.pairs)]
-    rules += [(("pairs", "domains", domain), rule) for domain, rule in recipe.pairs.domains.items()]
-    for way, rule in rules:
-        if rule.score is not None:
-            yield (*way, "score"), rule.score
-        if rule.correct is not None:
-            yield (*way, "correct"), rule.correct
-    for number, name in enumerate(recipe.report.scores or ()):
-        yield ("report", "scores", number), name
 
 
 def _named_domains(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
@@ -11,12 +12,25 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.distill.checks import contradictions
-from mergekit_lite.distill.recipe import TARGET, Prompts, Recipe, Scorer, Source
+from mergekit_lite.distill.recipe import TARGET, Recipe, Scorer, Source
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.recipe.document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 NEEDS = "folder, target, prompts, sources, scorers, pairs and train"
+EXPECTED = {  # for pydantic's words, which are a programmer's
+    "string_type": "text: put it in quotes, if it is one",
+    "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "path_type": "a path",
+}
 
 
 def load(path: Path) -> Recipe:
@@ -126,9 +140,9 @@ def _remark(root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
     if details["type"] == "missing":
         return place.node.at, f"{_owner(way[:-1])} has no {str(way[-1])!r}", ""
     got = describe(place.node)
-    expected = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    expected = expected.replace("valid ", "").replace("string", "text").replace("boolean", "true or false")
-    return place.node.at, f"{name!r} is {got}, expected " if place.key else f"{got}: expected ", expected
+    expected = EXPECTED.get(details["type"]) or details["msg"].removeprefix("Input should be ")
+    hint = nearest(place.node.text, re.findall("'([^']+)'", expected)) if isinstance(place.node, Scalar) else ""
+    return place.node.at, f"{name!r} is {got}, expected " if place.key else f"{got}: expected ", expected + hint
 
 
 def _owner(way: tuple[int | str, ...]) -> str:
