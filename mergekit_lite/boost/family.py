@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mergekit_lite.boost.candidate import Numbers
-from mergekit_lite.boost.tunable import Pair, Range, RecipeTuning, Tunable, layers_of
+from mergekit_lite.boost.trials import Range
+from mergekit_lite.boost.tunable import Pair, RecipeTuning, Tunable, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.errors import UsageError
 from mergekit_lite.extrapolation import plan_extrapolation
@@ -26,12 +27,14 @@ class Family(Protocol):
     """What makes a plan of numbers.
 
     Attributes:
-        ranges: the numbers, with their bounds.
+        ranges: the numbers by their names, with their bounds.
         baseline: the numbers that the others are compared with.
+        opened: the inputs by their references.
     """
 
-    ranges: Sequence[Range]
+    ranges: Mapping[str, Range]
     baseline: Numbers
+    opened: Mapping[str, Checkpoint]
 
     def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:
         """The plan of a candidate.
@@ -50,9 +53,14 @@ class PairFamily:
         self.aligned = aligned
         self.numbers = Pair(tunables)
         self.given = dict(options)
-        self.opened = {reference: open_checkpoint(reference) for reference in (sft, aligned)}
-        self.ranges: Sequence[Range] = [one for each in tunables for one in each.ranges]
-        self.baseline: Numbers = {one.name: 0.0 for one in self.ranges}
+        self.opened: Mapping[str, Checkpoint] = {reference: open_checkpoint(reference) for reference in (sft, aligned)}
+        self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
+        self.baseline: Numbers = dict.fromkeys(self.ranges, 0.0)
+
+    @property
+    def weak(self) -> Numbers:
+        """The model before alignment."""
+        return dict.fromkeys(self.ranges, -1.0)
 
     def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:
         """The plan that ``extrapolate`` makes for these alphas."""
@@ -77,9 +85,9 @@ class RecipeFamily:
         recipe = parse(content, method_parameters(), str(path))
         self.path = path
         self.shard_size = shard_size
-        self.opened: dict[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
+        self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
         self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.donor].config))
-        self.ranges: Sequence[Range] = [one for each in tunables for one in each.ranges]
+        self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
         self.baseline: Numbers = self.tuning.as_written
 
     def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:

@@ -55,7 +55,7 @@ def build(plan: Plan, device: torch.device) -> Built:
 
     config = _config(plan)
     blank = {job.name: torch.empty(job.shape, dtype=dtypes.torch_dtype(job.dtype)) for job in plan.jobs}
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _quiet():
         model, info = model_class.from_pretrained(
             None,
@@ -182,8 +182,9 @@ def _add_generation_config(plan: Plan, model: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bar and no report of what was loaded: nothing was, and what doesn't fit is told as an error."""
-    from transformers.utils import logging as their_logging
+    from transformers.utils import logging as _their_logging
 
+    their_logging: Any = _their_logging  # not all of it has types
     before, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
     their_logging.set_verbosity(logging.CRITICAL)
     their_logging.disable_progress_bar()

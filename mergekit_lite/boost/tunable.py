@@ -7,6 +7,7 @@
     parameters.t[filter=mlp,layers=0-7]=0:1     both
     parameters.t[gradient=3]=0:1                three numbers: a gradient along the layers
     parameters.t[groups=4]=0:1                  four numbers: one for each of four runs of layers, as equal as can be
+    parameters.t=0:1:0.05                       in steps of 0.05
 
 A filter is written as in recipes, ``regex:`` too. What no filter matches keeps what the recipe gives it. For the pair
 itself there are ``alpha=0:2`` and ``alpha[filter=mlp]=0:2``; all else takes a recipe (``merge_method: expo``).
@@ -14,34 +15,26 @@ itself there are ``alpha=0:2`` and ``alpha[filter=mlp]=0:2``; all else takes a r
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
+from mergekit_lite.boost.trials import Range, read_range
 from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.recipe.document import Fields, Items, Node, Scalar, Value, read
 from mergekit_lite.recipe.rules import REGEX
 
 Tree = Any  # of dicts, lists and values
-SHAPE = re.compile(r"(?P<path>[^\[\]=]+)(?:\[(?P<where>.+)\])?=(?P<low>[^:=\]]+):(?P<high>[^:=\]]+)")
+SHAPE = re.compile(r"(?P<path>[^\[\]=]+)(?:\[(?P<where>.+)\])?=(?P<range>[^=\]]+)")
 CONDITION = re.compile(r",(?=(?:filter|layers|gradient|groups)=)")
 LAYERS = re.compile(r"(\d+)-(\d+)")
 SPREAD = ("gradient", "groups")
 MOST_SPREAD = 64
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-
-
-class Range(NamedTuple):
-    """A number that is searched for: its name and bounds."""
-
-    name: str
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Tunable:
     Attributes:
         text: what was written before the equals sign.
         path: keys and, in lists, numbers.
-        low, high: bounds of each number.
+        range: of each number.
         filter: which tensors, by name; None for all.
         layers: the first and the one behind the last; None for all.
         gradient: how many numbers run along the layers; 0 where it is no gradient.
@@ -60,19 +53,17 @@ class Tunable:
 
     text: str
     path: tuple[str, ...]
-    low: float
-    high: float
+    range: Range
     filter: str | None = None
     layers: tuple[int, int] | None = None
     gradient: int = 0
     groups: int = 0
 
     @property
-    def ranges(self) -> list[Range]:
-        """The numbers to search for."""
+    def names(self) -> list[str]:
+        """Of the numbers to search for."""
         count = self.gradient or self.groups
-        names = [f"{self.text}.{number}" for number in range(count)] if count else [self.text]
-        return [Range(name, self.low, self.high) for name in names]
+        return [f"{self.text}.{number}" for number in range(count)] if count else [self.text]
 
 
 def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
@@ -86,7 +77,7 @@ def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
     for text in texts:
         try:
             found.append(_tunable(text))
-        except ValueError as error:
+        except (ValueError, UsageError) as error:
             problems.append(f"{text!r}: {error}")
     names = [tunable.text for tunable in found]
     problems += [f"{name!r} is tuned twice" for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -96,13 +87,10 @@ def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
 
 
 def _tunable(text: str) -> Tunable:
-    """Raises ValueError."""
+    """Raises ValueError or UsageError."""
     shape = SHAPE.fullmatch(text)
     if shape is None:
         raise ValueError("expected PATH=LOW:HIGH, for instance parameters.weight=0:1.5 or alpha[filter=mlp]=0:1")
-    low, high = _number(shape["low"]), _number(shape["high"])
-    if low >= high:
-        raise ValueError(f"{low:g} is not below {high:g}")
     where = _conditions(shape["where"])
     layers = None
     if "layers" in where:
@@ -115,7 +103,8 @@ def _tunable(text: str) -> Tunable:
         told = ", ".join(name for name in where if name != "groups")
         raise ValueError(f"groups can't be combined with {told}: write a --tune with layers= for each run")
     path = tuple(shape["path"].split("."))
-    return Tunable(text[: shape.start("low") - 1], path, low, high, where.get("filter"), layers, **spread)
+    name = text[: shape.start("range") - 1]
+    return Tunable(name, path, read_range(shape["range"]), where.get("filter"), layers, **spread)
 
 
 def _conditions(text: str | None) -> dict[str, str]:
@@ -135,16 +124,6 @@ def _count(name: str, text: str) -> int:
     if not text.isdecimal() or not 2 <= int(text) <= MOST_SPREAD:
         raise ValueError(f"{name}={text}: expected a whole number from 2 to {MOST_SPREAD}")
     return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not a number")
-    return value
 
 
 class Pair:
@@ -191,7 +170,7 @@ class RecipeTuning:
         problems = []
         for each in self.tunables:
             try:
-                self._put(plain(read(content, source)), each, [each.low] * len(each.ranges))
+                self._put(plain(read(content, source)), each, [each.range.low] * len(each.names))
             except LookupError as error:
                 problems.append(f"{each.text!r}: {error.args[0]}")
         if problems:
@@ -200,19 +179,19 @@ class RecipeTuning:
     @property
     def as_written(self) -> dict[str, float]:
         """The recipe's own numbers; the low bound of one that it doesn't have, or has for some filters only."""
-        found = {}
+        found: dict[str, float] = {}
         for each in self.tunables:
             within, last = _parent(_copied(self.tree), each.path)
             old = within.get(last) if isinstance(within, dict) else within[last]
-            number = each.low if isinstance(old, bool) or not isinstance(old, int | float) else float(old)
-            found |= {one.name: number for one in each.ranges}
+            number = each.range.low if isinstance(old, bool) or not isinstance(old, int | float) else float(old)
+            found |= dict.fromkeys(each.names, number)
         return found
 
     def text(self, numbers: Mapping[str, float]) -> str:
         """The recipe with these numbers, as YAML."""
         tree = _copied(self.tree)
         for each in self.tunables:
-            self._put(tree, each, [numbers[one.name] for one in each.ranges])
+            self._put(tree, each, [numbers[name] for name in each.names])
         text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
         return text
 

@@ -91,7 +91,7 @@ def _put(place: torch.Tensor, start: int, values: torch.Tensor) -> None:
         place.view(-1)[start : start + len(values)].copy_(values)
         return
     index = torch.arange(start, start + len(values), device=place.device)
-    position = torch.full_like(index, place.storage_offset())
+    position = torch.full_like(index, int(place.storage_offset()))
     for length, stride in zip(reversed(place.shape), reversed(place.stride()), strict=True):
         position += index % length * stride
         index = index // length
