@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -12,7 +13,7 @@ class Row(TypedDict, total=False):
     """One item of one candidate: a line of its ledger.
 
     Attributes:
-        item: the id of a prompt, a preference pair or a text.
+        item: the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt.
         values: by scorer, higher is better; None where no verdict can be given.
         text: the answer, where the item asks for one.
         finish: ``stop`` where the model ended by itself, ``length`` where the limit cut it.
@@ -46,6 +47,11 @@ class Bench(Protocol):
 
     def facts(self, numbers: Numbers) -> dict[str, Any]:
         """What else is told of the candidate that was measured last, such as its effective alpha. JSON."""
+
+
+def subject(item: str) -> str:
+    """What the item is about. Answers to one prompt are no independent evidence: they are counted as one."""
+    return re.sub(r"#\d+$", "", item)
 
 
 def label(numbers: Numbers) -> str:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from mergekit_lite.boost.candidate import Numbers
 
@@ -31,10 +32,17 @@ ROUND_STEPS = (5.0, 2.5, 1.0)  # times a power of ten
 
 
 class Outcome(NamedTuple):
-    """What a search is told of a candidate: its score, higher is better, 0 as good as the baseline."""
+    """What a search is told of a candidate.
+
+    Attributes:
+        score: higher is better, 0 as good as the baseline.
+        allowed: within all limits.
+        details: for those who look on, as JSON may hold it.
+    """
 
     score: float
-    allowed: bool = True  # within all limits
+    allowed: bool = True
+    details: Mapping[str, Any] = MappingProxyType({})
 
 
 Search = Generator[Numbers, Outcome, None]

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mergekit_lite.boost.statistics import confidence_at_a_look, interval, looks, paired
+from mergekit_lite.answers.statistics import interval, paired
+from mergekit_lite.boost.looks import looks, shared_confidence
 
 SIMULATIONS = 300
 
@@ -90,7 +91,7 @@ def test_peeking_errs_no_more_often_than_it_says() -> None:
     """A candidate as good as the best is dropped at one of the looks in at most 5 % of the searches."""
     rng = np.random.default_rng(5)
     sizes = looks(400)
-    level = confidence_at_a_look(0.95, len(sizes))
+    level = shared_confidence(0.95, len(sizes))
     errors = {"each look at 95 %": 0, "all looks together": 0}
     for _ in range(SIMULATIONS):
         values = draw("reward", rng, 400) - 0.2

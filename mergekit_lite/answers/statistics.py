@@ -1,6 +1,6 @@
-"""What can be said of two candidates that answered the same items: paired differences, and how sure they are.
+"""What can be said of models that answered the same items: paired differences, and how sure they are.
 
-All candidates are measured on the same items, in the same order, with the same draws. So the difference of two is
+All models are measured on the same items, in the same order, with the same draws. So the difference of two is
 taken item by item, and what is common to both, above all how hard an item is, drops out of its spread.
 
 Intervals are BCa bootstrap intervals (Efron, "Better bootstrap confidence intervals", 1987) of a mean over items:
@@ -21,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4000
-FIRST_LOOK = 32  # items, at least, before anything is said
-LOOKS = 4  # at an eighth, a quarter, half and all of the items
 CHUNK = 1 << 21  # resampled items at once
 
 Values: TypeAlias = Mapping[str, float | None]
@@ -95,27 +93,6 @@ def resampled_means(columns: Floats) -> Floats:
     """Means over resampled items: (n,) gives (RESAMPLES,), (n, k) gives (RESAMPLES, k)."""
     n = columns.shape[0]
     return np.concatenate([columns[chosen].mean(axis=1) for chosen in _draws(n)])
-
-
-def looks(total: int, batch: int = 1) -> list[int]:
-    """How many items are measured before each look at a candidate; the last is all.
-
-    Doubling from an eighth of the total, in whole batches, and not before ``FIRST_LOOK``.
-    """
-    sizes = {total}
-    for halvings in range(1, LOOKS):
-        size = -(-(total >> halvings) // batch) * batch
-        if FIRST_LOOK <= size < total:
-            sizes.add(size)
-    return sorted(sizes)
-
-
-def confidence_at_a_look(confidence: float, number: int) -> float:
-    """What each of ``number`` looks is held to so that all together err as seldom as one look at ``confidence``.
-
-    Bonferroni's bound: it holds whatever depends on what, and costs little for four looks.
-    """
-    return 1 - (1 - confidence) / number
 
 
 @lru_cache(maxsize=4)
