@@ -51,9 +51,7 @@ class Exact:
 
     def _found(self, answer: str) -> str | None:
         assert self.pattern is not None
-        last = None
-        for last in self.pattern.finditer(answer):  # noqa: B007: the last one is what is wanted
-            pass
-        if last is None:
+        matches = list(self.pattern.finditer(answer))
+        if not matches:
             return None
-        return str(last.group(1) or "") if self.pattern.groups else last.group()
+        return str(matches[-1].group(1) or "") if self.pattern.groups else matches[-1].group()

@@ -174,12 +174,12 @@ def _verdict(told: bytes) -> dict[str, Any] | None:
 def _ended(status: int | None, limits: Limits) -> str:
     if status is None:
         return f"not done after {PATIENCE * limits.seconds + 1} s"
-    return f"ended before its tests did, with status {status} (beyond {limits.seconds} s of processor time or another limit)"
+    return f"ended before its tests did, with status {status}: beyond a limit, or of its own will"
 
 
 def _no_walls(what: str) -> str:
     return (
         f"Can't fence in code that models wrote: {what}. It takes Linux 5.12 with namespaces that this user may make, "
-        f"and util-linux. Run the scorer on such a machine; or, where all that the user can reach may come to harm, set "
-        f"the option without_walls: true."
+        f"and util-linux. Run the scorer on such a machine; or, where all that the user can reach may come to harm, "
+        f"set the option without_walls: true."
     )

@@ -20,6 +20,7 @@ import resource
 import sys
 import traceback
 import types
+from pathlib import Path
 from typing import Any
 
 ROOT = "/tmp"  # any folder that exists: what is mounted on it here, nobody else sees
@@ -76,7 +77,7 @@ def build_walls(visible: list[str], scratch_bytes: int) -> None:
         show(path)
     for device in ("/dev/null", "/dev/urandom"):
         show(device)
-    os.mkdir(ROOT + SCRATCH)
+    Path(ROOT + SCRATCH).mkdir()
     make_read_only(ROOT)
     mount("tmpfs", ROOT + SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, f"size={scratch_bytes},nr_inodes=10000,mode=1777")
     os.chroot(ROOT)
@@ -85,16 +86,16 @@ def build_walls(visible: list[str], scratch_bytes: int) -> None:
 
 def show(path: str) -> None:
     """The same file or folder, or symbolic link, under the new root."""
-    inside = ROOT + path
-    os.makedirs(os.path.dirname(inside), exist_ok=True)
-    if os.path.islink(path):
-        os.symlink(os.readlink(path), inside)
+    inside = Path(ROOT + path)
+    inside.parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).is_symlink():
+        inside.symlink_to(Path(path).readlink())
         return
-    if os.path.isdir(path):
-        os.makedirs(inside, exist_ok=True)
+    if Path(path).is_dir():
+        inside.mkdir(exist_ok=True)
     else:
-        os.close(os.open(inside, os.O_CREAT))
-    mount(path, inside, None, MS_BIND | MS_REC)
+        inside.touch()
+    mount(path, str(inside), None, MS_BIND | MS_REC)
 
 
 def give_up_privileges(user: int | None) -> None:
