@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from mergekit_lite.errors import CheckpointError, shortened
+from mergekit_lite.errors import CheckpointError, listing, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Placed(NamedTuple):
-    """Where a model computes, and in what; ``auto`` is what its folder says."""
+    """Where a model computes, and in what.
+
+    Attributes:
+        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs.
+        dtype: auto is what the model's folder says.
+    """
 
     device: str
     dtype: torch.dtype | Literal["auto"]
@@ -49,14 +54,37 @@ def causal_model(path: str, place: Placed) -> PreTrainedModel:
     """A causal language model, ready to score text.
 
     Raises:
-        CheckpointError: it can't be loaded.
+        CheckpointError: it can't be loaded, or its weights are not all there.
     """
     from transformers import AutoModelForCausalLM
 
-    how: dict[str, Any] = {"dtype": place.dtype}
-    model = fetched(path, "a causal language model", lambda: AutoModelForCausalLM.from_pretrained(path, **how))
-    ready: PreTrainedModel = model.to(place.device).eval()
-    return ready
+    model, missing, _ = model_of(AutoModelForCausalLM, path, "a causal language model", place)
+    if missing:
+        raise CheckpointError(listing(f"{path} is no causal language model", [f"no {name}" for name in missing]))
+    return model
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, on its device."""
+
+    model: PreTrainedModel
+    missing: list[str]  # tensors that the weights don't have; they were drawn at random
+    unexpected: list[str]  # tensors of the weights that the model has no place for
+
+
+def model_of(auto: Any, path: str, expected: str, place: Placed, **how: Any) -> Loaded:
+    """What one of transformers' ``AutoModel…`` classes makes of a folder or of org/name on the hub.
+
+    Raises:
+        CheckpointError: it can't be loaded; ``expected`` says what it should be.
+    """
+    how |= {"dtype": place.dtype, "output_loading_info": True}
+    if place.device == "auto":
+        how["device_map"] = "auto"
+    model, told = fetched(path, expected, lambda: auto.from_pretrained(path, **how))
+    if place.device != "auto":
+        model = model.to(place.device)
+    return Loaded(model.eval(), sorted(told["missing_keys"]), sorted(told["unexpected_keys"]))
 
 
 def context_of(model: PreTrainedModel) -> int | None:

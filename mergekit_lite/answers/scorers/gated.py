@@ -11,16 +11,16 @@ Wang, Xiong, Xie, Zhao, Zhang, "Interpretable preferences via multi-objective re
 it as the start of the last ``<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n`` and so can be led astray by
 an answer that has such a header in it; here it is where the messages end. Names and shapes of the head's tensors are
 those of RLHFlow/ArmoRM-Llama3-8B-v0.1, read in its model class and headers; its weights were not run here. A folder
-with other names is refused. The head is computed in float32.
+with other names is refused. The head is small and computed on the CPU in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mergekit_lite.answers.loading import Placed, fetched
+from mergekit_lite.answers.loading import Placed, model_of
 from mergekit_lite.answers.template import Tokens
 from mergekit_lite.errors import CheckpointError, listing
 
@@ -78,7 +78,7 @@ class Gated:
         places = torch.arange(len(rows))
         last = hidden[places, [len(row.prompt) + len(row.response) - 1 for row in rows]]
         prompt = hidden[places, [len(row.prompt) - 1 for row in rows]]
-        rewards: list[float] = self.gate.score(last.float(), prompt.float()).double().tolist()
+        rewards: list[float] = self.gate.score(last.float().cpu(), prompt.float().cpu()).double().tolist()
         return rewards
 
 
@@ -95,17 +95,15 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
     """
     from transformers import AutoModel
 
-    how: dict[str, Any] = {"dtype": place.dtype, "output_loading_info": True}
-    model, told = fetched(path, "a reward model", lambda: AutoModel.from_pretrained(path, config=config, **how))
+    model, missing, unexpected = model_of(AutoModel, path, "a reward model", place, config=config)
     tensors = _head_tensors(path)
-    problems = [f"the weights have no {name}" for name in sorted(told["missing_keys"])]
-    stray = sorted(set(told["unexpected_keys"]) - set(tensors))
+    problems = [f"the weights have no {name}" for name in missing]
+    stray = [name for name in unexpected if name not in tensors]
     problems += [f"{name} in the weights belongs to nothing that is known" for name in stray]
     problems += _misfits(tensors, model.config.hidden_size, getattr(config, "num_objectives", None))
     if problems:
         raise CheckpointError(listing(f"{path} is no reward model of the ArmoRM family", problems))
-    gate = _gate(tensors, float(getattr(config, "gating_temperature", TEMPERATURE)), place.device)
-    return Gated(model.to(place.device).eval(), gate)
+    return Gated(model, _gate(tensors, float(getattr(config, "gating_temperature", TEMPERATURE))))
 
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
@@ -148,8 +146,7 @@ def _misfits(tensors: Mapping[str, Tensor], hidden: int, objectives: int | None)
     ]
 
 
-def _gate(tensors: Mapping[str, Tensor], temperature: float, device: str) -> Gate:
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+def _gate(tensors: Mapping[str, Tensor], temperature: float) -> Gate:
     depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
-    layers = tuple((on_device[f"{LAYER}{n}.weight"], on_device[f"{LAYER}{n}.bias"]) for n in range(depth))
-    return Gate(on_device[OBJECTIVES], on_device[TRANSFORM], layers, on_device[SCALE], temperature)
+    layers = tuple((tensors[f"{LAYER}{n}.weight"], tensors[f"{LAYER}{n}.bias"]) for n in range(depth))
+    return Gate(tensors[OBJECTIVES], tensors[TRANSFORM], layers, tensors[SCALE], temperature)

@@ -29,7 +29,7 @@ class Options(Strict):
     """``instructions``: c, put before the conversation that the strong model reads, as a system prompt."""
 
     instructions: str | None = None
-    device: str | None = None  # cpu, cuda, cuda:1 …; a GPU where there is one
+    device: str | None = None  # cpu, cuda, cuda:1 …; the first GPU by default; auto: all
     dtype: Dtype | None = None  # on a CPU float32, else the models' own by default
 
 

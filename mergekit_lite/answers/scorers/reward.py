@@ -12,9 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from mergekit_lite.answers.loading import Dtype, Placed, context_of, fetched, free_memory, placed, tokenizer_of
+from mergekit_lite.answers.loading import (
+    Dtype,
+    Placed,
+    context_of,
+    fetched,
+    free_memory,
+    model_of,
+    placed,
+    tokenizer_of,
+)
 from mergekit_lite.answers.rows import Message
 from mergekit_lite.answers.scorers import gated
 from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
@@ -30,7 +39,7 @@ class Options(Strict):
     """``max_length``: tokens of conversation and answer; as many as the model takes by default."""
 
     max_length: Positive | None = None
-    device: str | None = None  # cpu, cuda, cuda:1 …; a GPU where there is one
+    device: str | None = None  # cpu, cuda, cuda:1 …; the first GPU by default; auto: all
     dtype: Dtype | None = None  # on a CPU float32, else the model's own by default
 
 
@@ -164,15 +173,12 @@ def _head(path: str, place: Placed) -> Head:
     config = fetched(path, "a reward model", lambda: AutoConfig.from_pretrained(path))
     if gated.is_gated(config):
         return gated.load(path, config, place)
-    how: dict[str, Any] = {"dtype": place.dtype, "output_loading_info": True}
-    model, told = fetched(
-        path, "a reward model", lambda: AutoModelForSequenceClassification.from_pretrained(path, **how)
-    )
-    problems = [f"the weights have no {name}" for name in sorted(told["missing_keys"])]
-    problems += [f"{name} in the weights belongs to nothing that is known" for name in sorted(told["unexpected_keys"])]
+    model, missing, unexpected = model_of(AutoModelForSequenceClassification, path, "a reward model", place)
+    problems = [f"the weights have no {name}" for name in missing]
+    problems += [f"{name} in the weights belongs to nothing that is known" for name in unexpected]
     if not problems and model.config.num_labels != 1:
         problems = [f"it has {model.config.num_labels} logits, expected one"]
     if problems:
         remedy = "Name a model for sequence classification with one logit, or one of the ArmoRM family."
         raise CheckpointError(listing(f"{path} is no reward model. {remedy} What is wrong", problems))
-    return Classifier(model.to(place.device).eval())
+    return Classifier(model)
