@@ -215,7 +215,7 @@ def ask(questions: Mapping[Server, Iterable[Question]]) -> Iterator[tuple[Server
     arrived: queue.SimpleQueue[tuple[Server, Question, Reply] | BaseException | None] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
     work = loop.create_task(_all(questions, arrived.put))
-    thread = threading.Thread(target=_run, args=(loop, work, arrived.put), daemon=True)
+    thread = threading.Thread(target=_run, args=(loop, work, arrived.put), name="asking servers", daemon=True)
     thread.start()
     try:
         while (item := arrived.get()) is not None:

@@ -137,12 +137,15 @@ def _remark(root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
         parent = _place(root, way[:-1])
         inside = parent.key.text if parent.key else _owner(way[:-1])
         return (place.key.at if place.key else place.node.at), f"unknown key {key!r} in {inside}.", hint
+    if details["type"] == "missing" and isinstance(way[-1], int):
+        return place.node.at, f"{name!r} has too few values", ""
     if details["type"] == "missing":
         return place.node.at, f"{_owner(way[:-1])} has no {str(way[-1])!r}", ""
     got = describe(place.node)
     expected = EXPECTED.get(details["type"]) or details["msg"].removeprefix("Input should be ")
     hint = nearest(place.node.text, re.findall("'([^']+)'", expected)) if isinstance(place.node, Scalar) else ""
-    return place.node.at, f"{name!r} is {got}, expected " if place.key else f"{got}: expected ", expected + hint
+    expected += f".{hint}" if hint else ""
+    return place.node.at, f"{name!r} is {got}, expected " if place.key else f"{got}: expected ", expected
 
 
 def _owner(way: tuple[int | str, ...]) -> str:

@@ -76,8 +76,8 @@ def _changed(folder: Folder, then: Sequence[Prompt], now: Sequence[Prompt]) -> s
     gone = [name for name in before if name not in after]
     other = [name for name, prompt in after.items() if name in before and before[name] != prompt]
     told = [
-        f"{counted(len(names), 'prompt')} {what}, for instance {shortened(names[0], 60)!r}"
-        for names, what in ((new, "are new"), (gone, "are gone"), (other, "are not the same"))
+        f"{what}: {counted(len(names), 'prompt')}, for instance {shortened(names[0], 60)!r}"
+        for what, names in (("new", new), ("gone", gone), ("not the same", other))
         if names
     ]
     return listing(
