@@ -19,6 +19,13 @@ from mergekit_lite.errors import UsageError, counted, listing
 Role = Literal["source", "target"]
 
 
+class Turn(BaseModel):
+    """A ``Message``, checked."""
+
+    role: str
+    content: str
+
+
 class Response(BaseModel):
     """One of the chosen or rejected; what training doesn't need is passed over."""
 
@@ -30,14 +37,14 @@ class Response(BaseModel):
 class SftRow(BaseModel):
     """A line of ``pairs/sft.jsonl``."""
 
-    messages: list[Message]
+    messages: list[Turn]
     response: str
 
 
 class PreferenceRow(BaseModel):
     """A line of ``pairs/preference.jsonl``."""
 
-    messages: list[Message]
+    messages: list[Turn]
     chosen: list[Response]
     rejected: list[Response]
 
@@ -96,7 +103,7 @@ def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
     """
 
     def reading(row: SftRow, template: ChatTemplate) -> Row:
-        return Row((template.tokens(row.messages, row.response),), ("source",))
+        return Row((template.tokens(_talk(row.messages), row.response),), ("source",))
 
     return _read(path, SftRow, reading, template, limits)
 
@@ -113,9 +120,10 @@ def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
             raise TemplateError(f"expected one or more chosen responses and one rejected, got {shape}")
         responses = [*sorted(row.chosen, key=lambda response: response.role), *row.rejected]  # source before target
+        talk = _talk(row.messages)
         wins = tuple(response.win for response in responses if response.win is not None)
         return Row(
-            tuple(template.tokens(row.messages, response.text) for response in responses),
+            tuple(template.tokens(talk, response.text) for response in responses),
             tuple(response.role for response in responses),
             wins if len(wins) == len(responses) else None,
         )
@@ -126,6 +134,10 @@ def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
         listed = [f"{counted(number, 'row')} with {', '.join(shape)} chosen" for shape, number in shapes.items()]
         raise UsageError(listing(f"All rows of {path} must have as many chosen responses, got", listed))
     return found
+
+
+def _talk(turns: list[Turn]) -> list[Message]:
+    return [Message(role=turn.role, content=turn.content) for turn in turns]
 
 
 def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, limits: Limits) -> Rows:
