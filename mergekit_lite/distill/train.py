@@ -33,3 +33,58 @@ the tokens of a batch, preference training over its rows, without the model's dr
 
 A figure that no row of the step has (no response of that role, no reference) is left out.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergekit_lite.distill.folder import Folder
+from mergekit_lite.distill.recipe import Recipe
+from mergekit_lite.distill.training import arguments
+from mergekit_lite.distill.training.stage import Stage, objective_of
+from mergekit_lite.errors import UsageError, counted, listing
+
+if TYPE_CHECKING:
+    from mergekit_lite.distill.telling import Tell
+
+
+def train(recipe: Recipe, tell: Tell) -> None:
+    """Train what can be trained now: each stage whose rows are there and that isn't done.
+
+    Under ``accelerate launch`` every process calls this.
+
+    Raises:
+        UsageError: something in the recipe, its rows or its folder has to be seen to first.
+    """
+    check(recipe)
+    folder = Folder(recipe.folder)
+    start = recipe.target
+    for name, training in (("sft", recipe.train.sft), ("preference", recipe.train.preference)):
+        if training is None:
+            continue
+        stage = Stage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
+        if not stage.rows_path.exists() and not stage.final.exists():
+            if stage.is_main:
+                tell.line(f"{name}: waits for {stage.rows_path}")
+            return
+        stage.run(tell)
+        start = str(stage.final)
+
+
+def check(recipe: Recipe) -> None:
+    """Hold the recipe's ``train`` to the objectives' options and to transformers' arguments.
+
+    Raises:
+        UsageError: with all that is wrong.
+    """
+    problems: list[str] = []
+    for name, training in (("sft", recipe.train.sft), ("preference", recipe.train.preference)):
+        if training is None:
+            continue
+        problems += arguments.wrong_trainer_keys(training, name)
+        if training.max_prompt_length is not None and training.max_prompt_length >= training.max_length:
+            problems.append(f"train.{name}: max_prompt_length must be below max_length, or no response has room")
+    if recipe.train.preference is not None:
+        objective_of(recipe.train.preference, problems)
+    if problems:
+        raise UsageError(listing(f"{counted(len(problems), 'problem')} in the recipe's train", problems))

@@ -15,6 +15,7 @@ from mergekit_lite.errors import UsageError, listing
 
 SETTINGS = "training.json"
 LOG = "log.jsonl"
+TENSORBOARD = "runs"
 _ABSENT = object()
 WINDOWS, WINDOW = 16, 1 << 16  # of a file's content that its identity is made of
 
@@ -72,24 +73,26 @@ class Workspace:
             advice = f"Set the recipe back, or move {folder} away (or delete it) to train anew."
             raise UsageError(listing(f"{folder} {what} with other settings", differences) + f"\n{advice}")
 
-    def begin(self, record: Mapping[str, Any]) -> None:
-        """Make the folder and write down what is trained in it."""
+    def begin(self, record: Mapping[str, Any], step: int) -> None:
+        """Make the folder, write down what is trained in it, and drop what lies beyond the step to go on from."""
         self.root.mkdir(parents=True, exist_ok=True)
         partial = self.root / f"{SETTINGS}.writing"
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(self.root / SETTINGS)
+        self._clear(step)
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Step and folder of the last checkpoint that was written to its end."""
         complete = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
         return max(((step, folder) for step, folder in complete if step is not None), default=None)
 
-    def clear(self, step: int) -> None:
-        """Drop what was written beyond a step: torn checkpoints, a model half put together, rows of the log."""
+    def _clear(self, step: int) -> None:
+        """Drop torn checkpoints, a model half put together, and rows of the log beyond a step."""
         for folder in self.root.glob("checkpoint-*"):
             if self._step(folder) is None:
                 shutil.rmtree(folder)
-        shutil.rmtree(self.model, ignore_errors=True)
+        for folder in (self.model, self.root / "trained"):
+            shutil.rmtree(folder, ignore_errors=True)
         if self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -97,11 +100,16 @@ class Workspace:
 
     def publish(self) -> None:
         """Give the complete model its name, and drop the rest."""
-        for name in (SETTINGS, LOG, "runs"):
-            if (self.root / name).exists():
-                (self.root / name).rename(self.model / name)
+        for name in (SETTINGS, LOG):
+            shutil.copy(self.root / name, self.model / name)
+        if (self.root / TENSORBOARD).exists():
+            shutil.copytree(self.root / TENSORBOARD, self.model / TENSORBOARD)
         self.model.rename(self.final)
-        shutil.rmtree(self.root)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Drop what is left of a finished stage's making."""
+        shutil.rmtree(self.root, ignore_errors=True)
 
     @staticmethod
     def _step(folder: Path) -> int | None:
