@@ -12,6 +12,7 @@ from mergekit_lite.distill.objectives import OBJECTIVES, LogProbs, _log1mexp
 from mergekit_lite.distill.schedules import scheduled
 
 ALL = sorted(OBJECTIVES)
+FLOAT32 = 6e-8  # the published numbers were computed in it
 
 
 def exact(values) -> torch.Tensor:
@@ -77,7 +78,7 @@ def random_rows(seed: int, chosen: int = 2) -> LogProbs:
 )
 def test_wrpo_as_published(options, progress, losses):
     outcome = run("wrpo", replace(PUBLISHED, progress=progress), **options)
-    assert outcome.loss.tolist() == pytest.approx(losses, abs=5e-9)
+    assert outcome.loss.tolist() == pytest.approx(losses, abs=FLOAT32)
     assert outcome.accuracies.tolist() == [1.0, 1.0]
 
 
@@ -90,7 +91,7 @@ def test_wrpo_gradients_as_published():
 
 
 def test_two_dpo_losses_as_published():
-    assert run("dpo", PUBLISHED, beta=0.01).loss.tolist() == pytest.approx([0.59607083, 0.67339718], abs=5e-9)
+    assert run("dpo", PUBLISHED, beta=0.01).loss.tolist() == pytest.approx([0.59607083, 0.67339718], abs=FLOAT32)
 
 
 def test_schedules():
@@ -107,7 +108,7 @@ def test_schedules():
 )
 def test_length_normalised_dpo_as_published(column, beta, margin, loss):
     outcome = run("dpo_norm", one_chosen(PUBLISHED, column), beta=beta)
-    assert outcome.loss[0].item() == pytest.approx(loss, abs=5e-9)
+    assert outcome.loss[0].item() == pytest.approx(loss, abs=FLOAT32)
     if margin:
         assert outcome.margins[0].item() == pytest.approx(margin)
 
@@ -115,7 +116,7 @@ def test_length_normalised_dpo_as_published(column, beta, margin, loss):
 def test_length_normalised_wrpo_as_published():
     outcome = run("wrpo", replace(PUBLISHED, progress=1.0), beta=10, length_normalised=True)
     assert outcome.margins[0].item() == pytest.approx(1.28)
-    assert outcome.loss[0].item() == pytest.approx(0.24532554, abs=5e-9)
+    assert outcome.loss[0].item() == pytest.approx(0.24532554, abs=FLOAT32)
 
 
 def test_accuracies_of_the_published_example():
