@@ -101,7 +101,7 @@ class ResponseTrainer(Trainer):
         super().log(logs, *more, **named)
         if step_row and self.is_world_process_zero():
             epoch = self.epochs * self.state.global_step / self.state.max_steps
-            row = {"step": self.state.global_step, "epoch": epoch, **logs}
+            row = {"step": self.state.global_step, **logs, "epoch": epoch}
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(row)) + "\n")
 
