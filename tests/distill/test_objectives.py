@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -237,10 +236,3 @@ def test_options_are_held_to_the_signature():
     assert "no option 'aplha'. Did you mean 'alpha'?" in problems[0]
     assert "beta: Input should be greater than 0, got -1" in problems[1]
     assert "schedule: Input should be 'linear', 'constant' or 'cosine'" in problems[2]
-
-
-@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
-class TestBesideTrl:
-    """The same batch through TRL's own code."""
-
-    rows = one_chosen(random_rows(9))
