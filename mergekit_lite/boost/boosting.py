@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +61,14 @@ class Boosted:
 def boost(
     prepared: Prepared,
     measured: Callable[[Point], None] = lambda point: None,
-    writing: Progress | None = None,
+    writing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> Boosted:
     """Search, and write the model that was chosen.
 
     Args:
         prepared: from ``prepare``.
         measured: told of each candidate.
-        writing: told of bytes read while the model is made.
+        writing: gives what is told of bytes read while the model is made.
 
     Raises:
         MergekitLiteError: a candidate can't be made or asked, or the output not written. What was measured is kept.
@@ -77,8 +77,10 @@ def boost(
     with bench_of(prepared) as bench:
         study = Study(prepared.request.folder, prepared.identity(), bench.items, prepared.request.seed)
         result = choice.boost(prepared.begin(), bench, study, prepared.settings, measured)
-    finished = write(prepared, result.chosen, writing) if result.chosen is not None else None
-    return Boosted(result, study, finished)
+    if result.chosen is None:
+        return Boosted(result, study, None)
+    with writing() as progress:
+        return Boosted(result, study, write(prepared, result.chosen, progress))
 
 
 @contextmanager

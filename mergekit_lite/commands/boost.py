@@ -181,8 +181,7 @@ def _carry_out(prepared: Any, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boost.words import verdict
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
-    with screen.progress() as writing:
-        boosted = boost(prepared, _teller(screen), writing)
+    boosted = boost(prepared, _teller(screen), screen.progress)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return
