@@ -60,6 +60,7 @@ class Study:
         random.Random(seed).shuffle(self.subjects)
         self.items = list(chain.from_iterable(self.subjects))
         self._ledgers: dict[str, Ledger[str]] = {}
+        self._rows: dict[str, dict[str, Row]] = {}  # by candidate and item
         order = xxhash.xxh3_128_hexdigest("\n".join(self.items).encode())
         self._lock = _locked(folder)
         try:
@@ -77,18 +78,19 @@ class Study:
     def measured(self, numbers: Numbers, items: Sequence[str], bench: Bench) -> dict[str, Row]:
         """The rows of these items, in their order; the bench is asked for those that aren't there."""
         ledger = self._ledger(numbers)
-        wanted = frozenset(items) - ledger.rows.keys()
+        wanted = frozenset(item for item in items if item not in ledger)
         if wanted:
             self._measure(numbers, wanted, bench, ledger)
-        missing = [item for item in items if item not in ledger.rows]
+        missing = [item for item in items if item not in ledger]
         if missing:
             raise RuntimeError(f"{label(numbers)}: no row came for {missing[:3]}")
         return self.rows(numbers, items)
 
     def rows(self, numbers: Numbers, items: Sequence[str]) -> dict[str, Row]:
         """Those rows of these items that are there, in their order."""
-        rows = self._ledger(numbers).rows
-        return {item: cast(Row, rows[item]) for item in items if item in rows}
+        self._ledger(numbers)
+        rows = self._rows[label(numbers)]
+        return {item: rows[item] for item in items if item in rows}
 
     def about(self, numbers: Numbers) -> dict[str, Any]:
         """``facts`` and ``seconds`` of a candidate; empty and 0 before it is measured."""
@@ -100,6 +102,7 @@ class Study:
         started, before = time.monotonic(), self.about(numbers)["seconds"]
         for row in bench.measure(numbers, self.items, wanted):
             ledger.append([cast(dict[str, Any], row)])
+            self._rows[label(numbers)].setdefault(row["item"], row)
         seconds = before + time.monotonic() - started
         about = {"numbers": dict(numbers), "facts": bench.facts(numbers), "seconds": seconds}
         _write(self._path(numbers, "json"), about)
@@ -110,7 +113,8 @@ class Study:
         name = label(numbers)
         if name not in self._ledgers:
             path = self._path(numbers, "jsonl")
-            self._ledgers[name] = Ledger(path, self.items, lambda row: str(row["item"]))
+            self._ledgers[name] = ledger = Ledger(path, self.items, lambda row: str(row["item"]))
+            self._rows[name] = {row["item"]: cast(Row, row) for row in ledger.rows()}
         return self._ledgers[name]
 
     def _path(self, numbers: Numbers, kind: str) -> Path:
