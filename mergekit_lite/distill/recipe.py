@@ -50,6 +50,10 @@ class Source(Strict):
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
 
+    def answers_to(self, domain: str) -> int:
+        """How many answers it gives to a prompt of a domain."""
+        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
+
 
 class Scorer(Strict):
     """What judges answers."""
