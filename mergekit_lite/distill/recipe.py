@@ -160,12 +160,13 @@ class Train(Strict):
 
 
 class Report(Strict):
-    """What the models are compared on."""
+    """What the models are compared on: the target as it was, after SFT, and after preference training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
     samples: Positive = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
+    servers: dict[Literal["untrained", "sft", "preference"], str] = {}  # where a model is served, under this name
     examples: Positive = 4  # answers side by side
 
 
