@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.prompts import Prompts
 
 TARGET = "target"  # the source that stands for the trained SFT model, which answers for itself
 
@@ -23,18 +24,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Prompts(Strict):
-    """Where prompts come from: a JSONL or Parquet file, or a data set of the hub."""
-
-    path: Path | None = None
-    dataset: str | None = None  # org/name on the hub
-    config: str | None = None  # of the data set
-    split: str = "train"
-    domain: str = ""  # of prompts that don't say theirs
-    columns: dict[Literal["id", "prompt", "messages", "domain", "reference", "tests"], str] = {}  # ours: theirs
-    limit: Positive | None = None  # the first so many
-
-
 class Source(Strict):
     """A model that answers: served, or loaded into this process."""
 
@@ -43,7 +32,11 @@ class Source(Strict):
     server: str | None = None  # http://host:port/v1 of an OpenAI-compatible server
     api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
     concurrency: Positive = 32  # open requests
+    timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
+    retries: Annotated[int, Field(ge=0)] = 8  # of a request that failed
     batch_size: Positive = 16  # in process
+    device: str | None = None  # cpu, cuda, cuda:1 …; a GPU where there is one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # in process; the model's own by default
     samples: Positive = 5  # answers to each prompt
     samples_for: dict[str, Positive] = {}  # of a domain, where it differs
     domains: tuple[str, ...] | None = None  # only prompts of these
