@@ -8,9 +8,10 @@ from typing import Any
 from mergekit_lite.answers.rows import Key, Prompt, write_rows
 from mergekit_lite.distill import protocols
 from mergekit_lite.distill.folder import Folder
+from mergekit_lite.distill.prompts import stored
 from mergekit_lite.distill.recipe import TARGET, Pairs, Recipe, Source
 from mergekit_lite.distill.rules import Answers, Candidate, Pair
-from mergekit_lite.distill.scored import Reading, all_scores, candidates, prompts_of, texts
+from mergekit_lite.distill.scored import Reading, all_scores, candidates, texts
 from mergekit_lite.distill.split import Fate, Lost, Sft, Waiting, fates
 from mergekit_lite.distill.table import Table, table_of
 from mergekit_lite.distill.telling import Tell
@@ -36,7 +37,7 @@ def pair(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> Table:
     """
     folder, reading = Folder(recipe.folder), Reading()
     _check(protocols.problems(recipe))
-    prompts = {prompt.id: prompt for prompt in prompts_of(folder, reading.problems)}
+    prompts = {prompt.id: prompt for prompt in stored(folder)}
     domains = {prompt.domain: recipe.pairs.of(prompt.domain) for prompt in prompts.values()}
     _check(protocols.problems(recipe, domains))
     found = [candidates(folder, source, prompts, domains, reading) for source in recipe.sources]

@@ -18,7 +18,6 @@ from mergekit_lite.answers.rows import Key, Prompt, read_rows
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import Pairs, Scorer, Source
 from mergekit_lite.distill.rules import Candidate
-from mergekit_lite.errors import UsageError
 
 
 class Verdict(NamedTuple):
@@ -163,21 +162,6 @@ def all_scores(
                 if key in found:
                     found[key][scorer.name] = row["score"]
     return found
-
-
-def prompts_of(folder: Folder, problems: list[str]) -> list[Prompt]:
-    """The prompts that the first stage took up.
-
-    Raises:
-        UsageError: it has not run.
-    """
-    if not folder.prompts.exists():
-        raise UsageError(f"{folder.prompts} is not there: run `mergekit-lite distill sample` first.")
-    rows = _rows(folder.prompts, ("id", "messages", "domain"), problems)
-    return [
-        Prompt(row["id"], tuple(row["messages"]), row["domain"], row.get("reference"), tuple(row.get("tests") or ()))
-        for row in rows
-    ]
 
 
 def _rows(path: Path, keys: Collection[str], problems: list[str]) -> Iterator[dict[str, Any]]:

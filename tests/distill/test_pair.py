@@ -214,7 +214,7 @@ def test_what_is_missing_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_no_prompts(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="distill sample"):
+    with pytest.raises(UsageError, match="run the stage `sample` first"):
         pair(recipe(tmp_path), Silent())
 
 
