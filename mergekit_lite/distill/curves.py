@@ -13,6 +13,7 @@ import numpy as np
 from mergekit_lite.answers.rows import read_rows
 from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.distill.held_out import LENGTH, MODELS, Comparison
+from mergekit_lite.errors import shortened
 from mergekit_lite.pages.drawing import COLOURS
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Panel(NamedTuple):
 PANELS = {
     "sft": (
         Panel("Loss", "nats a token", {"loss": ""}),
-        Panel("Learning rate", "", {"learning_rate": ""}),
-        Panel("Norm of the gradient", "", {"grad_norm": ""}),
+        Panel("Learning rate", "a step", {"learning_rate": ""}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
         Panel("Length of the responses", "tokens", {"length/response": ""}),
     ),
     "preference": (
@@ -53,15 +54,15 @@ PANELS = {
             "share of rows",
             {"accuracy": "all chosen", "accuracy/source": "source", "accuracy/target": "target"},
         ),
-        Panel("Loss", "", {"loss": ""}),
+        Panel("Loss", "mean of the rows", {"loss": ""}),
         Panel("KL to the reference, estimate", "nats a response", {"kl": ""}),
-        Panel("Weight of the sources' answer, α", "", {"alpha": ""}),
+        Panel("Weight of the sources' answer, α", "share", {"alpha": ""}),
         Panel(
             "Length of the responses",
             "tokens",
             {"length/source": "source", "length/target": "target", "length/rejected": "rejected"},
         ),
-        Panel("Learning rate", "", {"learning_rate": ""}),
+        Panel("Learning rate", "a step", {"learning_rate": ""}),
     ),
 }
 
@@ -145,11 +146,11 @@ def held_out(comparison: Comparison) -> Picture:
             models = [model for model in MODELS if model in comparison.answered]
             means = {str(model): comparison.mean(model, name) for model in models}
             _intervals(row[0], means, COLOURS)
-            row[0].set_title(f"{name}: mean", fontsize=10, parse_math=False)
+            row[0].set_title(f"{shortened(name, 24)}: mean", fontsize=10, parse_math=False)
             of = {f"{one.after} − {one.before}": one.of for one in comparison.differences if one.figure == name}
             _intervals(row[1], of, ("#404040",) * len(of))
             row[1].axvline(0, color="#7f7f7f", linewidth=1, linestyle="--")
-            row[1].set_title(f"{name}: difference on the same prompts", fontsize=10, parse_math=False)
+            row[1].set_title("difference on the same prompts", fontsize=10)
             for axes in row:
                 axes.set_xlabel("characters" if name == LENGTH else "score", fontsize=8)
 

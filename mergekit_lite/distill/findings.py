@@ -93,18 +93,18 @@ def with_ends(of: Interval, signed: bool = False) -> str:
     """A mean and its interval, in as many digits as tell something."""
     if not math.isfinite(of.mean):
         return "–"
-    digits = _digits(of)
-    sign = "+" if signed else ""
-    mean = f"{of.mean:{sign},.{digits}f}"
-    return mean if not math.isfinite(of.low) else f"{mean} [{of.low:{sign},.{digits}f}, {of.high:{sign},.{digits}f}]"
+    ends = (of.mean, of.low, of.high) if math.isfinite(of.low) else (of.mean,)
+    mean, *around = (_number(end, of, "+" if signed else "") for end in ends)
+    return f"{mean} [{', '.join(around)}]" if around else mean
 
 
-def _digits(of: Interval) -> int:
-    """So that the interval's half width has two."""
+def _number(value: float, of: Interval, sign: str) -> str:
+    """With so many digits that the interval's half width has two."""
     half = (of.high - of.low) / 2
     if not math.isfinite(half) or half <= 0:
-        return 3
-    return min(max(1 - math.floor(math.log10(half)), 0), 6)
+        return f"{value:{sign},.4g}".replace("-", "−")
+    digits = min(max(1 - math.floor(math.log10(half)), 0), 6)
+    return f"{value:{sign},.{digits}f}".replace("-", "−")
 
 
 def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
@@ -125,10 +125,10 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
                 f"The answers of {NAMES[difference.after]} have {after / before:.2f} times the length of those of "
                 f"{NAMES[difference.before]} ({after:,.0f} and {before:,.0f} characters)."
             )
-    for model in comparison.answered:
-        share = comparison.mean(model, CUT).mean
-        if share > MANY_CUT:
-            yield f"{100 * share:.1f} % of the answers of {NAMES[model]} were cut off by the limit of tokens."
+    cut = {model: comparison.mean(model, CUT).mean for model in comparison.answered}
+    if max(cut.values()) > MANY_CUT:
+        shares = ", ".join(f"{100 * share:.1f} % of {NAMES[model]}" for model, share in cut.items())
+        yield f"Of the answers the limit of tokens cut off {shares}."
 
 
 def _ways(differences: list[Difference]) -> int:
