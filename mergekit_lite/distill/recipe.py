@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.scorers.settings import ScorerSettings
 
 TARGET = "target"  # the source that stands for the trained SFT model, which answers for itself
 
@@ -48,21 +49,10 @@ class Source(Strict):
         return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
 
 
-class Scorer(Strict):
-    """What judges answers."""
+class Scorer(ScorerSettings):
+    """What judges answers; for which domains."""
 
-    name: Name
-    kind: Literal["reward", "maths", "code", "judge", "log_ratio", "exact", "function"]
     domains: tuple[str, ...] | None = None  # only answers to prompts of these
-    model: str | None = None  # reward model, judge, or the function as module:function
-    strong: str | None = None  # log_ratio
-    weak: str | None = None
-    server: str | None = None  # of a judge
-    api_key_variable: str = "OPENAI_API_KEY"
-    concurrency: Positive = 32
-    batch_size: Positive = 8
-    allow_code: bool = False  # run model-written code, fenced in
-    options: dict[str, Any] = {}  # of this kind; checked by the scorer
 
 
 class Protocol(Strict):
