@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,10 +43,29 @@ class Task:
         return Key(self.prompt.id, self.index)
 
 
+@dataclass
+class Troubles:
+    """What went wrong while a model was asked.
+
+    Attributes:
+        retried: how often a request was made again, by what had happened to it.
+        lost: why a task got no answer, by its key.
+        stopped: why the model was asked no more, where it was not.
+    """
+
+    retried: Counter[str] = field(default_factory=Counter)
+    lost: dict[Key, str] = field(default_factory=dict)
+    stopped: str = ""
+
+
 class Respondent(Protocol):
     """A model that answers."""
 
     name: str
+
+    @property
+    def troubles(self) -> Troubles:
+        """What went wrong so far."""
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """The answers to the ``wanted`` of the ``tasks``, as they come.

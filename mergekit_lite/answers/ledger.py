@@ -7,21 +7,28 @@ ledger's bytes depend on its rows alone, not on who was killed when.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import fcntl
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from mergekit_lite.answers.rows import as_line, read_rows, write_rows
+from mergekit_lite.answers.rows import as_line, read_rows, write_lines
+from mergekit_lite.errors import RunError
 
 K = TypeVar("K", bound=Hashable)
+
+
+class _Place(NamedTuple):
+    file: Path
+    start: int  # in bytes
 
 
 class Ledger(Generic[K]):
     """The rows for the ``expected`` keys, in that order, at ``path`` (``….jsonl``).
 
     A row that is already there is never asked for again; rows that are no longer expected are left out of the finished
-    file. A torn last line, of a kill while it was written, is dropped.
+    file. What a kill left of a row it interrupted doesn't count. Memory holds the keys only, not the rows.
     """
 
     def __init__(self, path: Path, expected: Sequence[K], key: Callable[[dict[str, Any]], K]):
@@ -29,44 +36,98 @@ class Ledger(Generic[K]):
         self.partial = path.with_name(f"{path.stem}.partial.jsonl")
         self.expected = tuple(expected)
         self.key = key
-        self.rows: dict[K, dict[str, Any]] = {}
-        for file in (self.path, self.partial):
-            if file.exists():
-                self._take(file)
+        self._appending: BinaryIO | None = None
+        self._places: dict[K, _Place] = {}
+        self._finished = tuple(self._take(self.path))
+        self._take(self.partial)
+
+    def __contains__(self, key: K) -> bool:
+        """Whether there is a row for this key."""
+        return key in self._places
 
     @property
     def missing(self) -> list[K]:
         """The keys that have no row yet, in order."""
-        return [key for key in self.expected if key not in self.rows]
+        return [key for key in self.expected if key not in self._places]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the file has the expected rows, and nothing else is left of making it."""
+        return self._finished == self.expected and self.path.exists() and not self.partial.exists()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that are there, in order."""
+        yield from map(json.loads, self._lines())
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows; when this returns, a kill of the process doesn't lose them."""
-        new = [row for row in rows if self.key(row) not in self.rows]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial.open("a", encoding="utf-8") as file:
-            file.write("".join(as_line(row) for row in new))
-        self.rows.update((self.key(row), row) for row in new)
+        """Add rows; when this returns, a kill of the process doesn't lose them.
 
-    def finish(self) -> list[dict[str, Any]]:
-        """The rows in order, as the finished file now holds them. Only once none is missing."""
-        rows = [self.rows[key] for key in self.expected]
-        if self.partial.exists() or not self.path.exists():
-            write_rows(self.path, rows)
-            self.partial.unlink(missing_ok=True)
-        return rows
+        Raises:
+            RunError: another process makes the same file.
+        """
+        file = self._appending or self._open()
+        for row in rows:
+            key = self.key(row)
+            if key not in self._places:
+                self._places[key] = _Place(self.partial, file.tell())
+                file.write(as_line(row).encode())
+        file.flush()
 
-    def _take(self, file: Path) -> None:
-        self._drop_torn_line(file)
-        problems: list[str] = []
-        for line in read_rows(file, problems):
+    def finish(self, *, with_missing: bool = False) -> None:
+        """Put the finished file there. Only once no row is missing, or ``with_missing`` without those."""
+        if not with_missing and (missing := self.missing):
+            raise ValueError(f"{self.path}: {len(missing)} rows are missing")
+        if not self.is_finished:
+            write_lines(self.path, self._lines())
+        self.close()
+        self.partial.unlink(missing_ok=True)
+        self._places = {}
+        self._finished = tuple(self._take(self.path))
+
+    def close(self) -> None:
+        """Let another process go on."""
+        if self._appending is not None:
+            self._appending.close()
+            self._appending = None
+
+    def _lines(self) -> Iterator[bytes]:
+        files: dict[Path, BinaryIO] = {}
+        try:
+            for key in self.expected:
+                if key in self._places:
+                    path, start = self._places[key]
+                    file = files.get(path) or files.setdefault(path, path.open("rb"))
+                    file.seek(start)
+                    line = file.readline()
+                    yield line if line.endswith(b"\n") else line + b"\n"
+        finally:
+            for file in files.values():
+                file.close()
+
+    def _take(self, path: Path) -> list[K]:
+        """Note which rows a file has; all their keys, in the order of the file."""
+        found: list[K] = []
+        torn: list[str] = []  # what a kill left of a row is no row
+        for line in read_rows(path, torn) if path.exists() else ():
             try:
-                self.rows.setdefault(self.key(line.row), line.row)
+                found.append(self.key(line.row))
             except (KeyError, TypeError):
                 continue
+            self._places.setdefault(found[-1], _Place(path, line.start))
+        return found
 
-    @staticmethod
-    def _drop_torn_line(file: Path) -> None:
-        """Cut what follows the last line end, so that the next row begins a line of its own."""
-        content = file.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(file, content.rfind(b"\n") + 1)
+    def _open(self) -> BinaryIO:
+        """The partial file, at the begin of a line, for this process alone."""
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        file = self.partial.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise RunError(f"{self.partial}: another process is making this file. Wait for it, or stop it.") from error
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        self._appending = file
+        return file

@@ -82,6 +82,7 @@ class Line(NamedTuple):
 
     number: int  # from 1
     row: dict[str, Any]
+    start: int  # of the line, in bytes
 
 
 def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
@@ -94,9 +95,11 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
     Raises:
         UsageError: the file can't be read.
     """
+    end = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                start, end = end, end + len(line)
                 if not line.strip():
                     continue
                 try:
@@ -105,7 +108,7 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
                     problems.append(f"{path}:{number}: not JSON: {error}")
                     continue
                 if isinstance(row, dict):
-                    yield Line(number, row)
+                    yield Line(number, row, start)
                 else:
                     problems.append(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
     except OSError as error:
@@ -114,10 +117,15 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a JSON Lines file whole: under its name there is either what was there before or all the rows."""
+    write_lines(path, (as_line(row).encode() for row in rows))
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """The same of lines, with their ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.writing")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(as_line(row) for row in rows)
+    with partial.open("wb") as file:
+        file.writelines(lines)
     partial.replace(path)
 
 

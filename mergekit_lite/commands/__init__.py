@@ -11,9 +11,14 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
+COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector", "distill")
 
-WRITING = ("extrapolate", "merge")  # and can go on where they stopped
+RESUMED = " What was finished is kept: the same command with --resume goes on."
+KEPT = {  # by those that can go on where they stopped
+    "extrapolate": RESUMED,
+    "merge": RESUMED,
+    "distill": " What was finished is kept: the same command goes on.",
+}
 
 
 class Commands(click.Group):
@@ -39,9 +44,7 @@ class Commands(click.Group):
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            kept = " What was finished is kept: the same command with --resume goes on."
-            writes = context.invoked_subcommand in WRITING
-            click.echo(f"\nInterrupted.{kept if writes else ''}", err=True)
+            click.echo(f"\nInterrupted.{KEPT.get(context.invoked_subcommand or '', '')}", err=True)
             sys.exit(1)
 
 

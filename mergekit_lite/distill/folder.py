@@ -15,16 +15,19 @@ class Folder:
         prompts.jsonl                       {id, messages, domain, reference, tests}, in the order of the data
         samples/SOURCE.jsonl                {prompt, source, index, text, finish, tokens}
         scores/SCORER/SOURCE.jsonl          {prompt, index, score, why}: a score may be null, why tells the reason
-        pairs/sft.jsonl                     {prompt, domain, messages, response, source, index, score}
+        pairs/sft.jsonl                     {prompt, domain, messages, response, source, index, score, scores, rule,
+                                            why}
+        pairs/target.jsonl                  {prompt, domain}: what the target itself has to answer for its pairs
         pairs/preference.jsonl              {prompt, domain, messages, chosen: [RESPONSE …],
-                                            rejected: [RESPONSE …], gap, rule}
-        pairs/dropped.jsonl                 {prompt, domain, stage: sft | preference, why}
+                                            rejected: [RESPONSE …], gap, rule, why}
+        pairs/dropped.jsonl                 {prompt, domain, stage: sft | preference, why, detail}: detail may lack
         pairs/table.json                    counts and losses by domain, as in the FuseChat-3.0 card
         train/sft/  train/preference/       model folders, with checkpoints and log while they are made
-        report/                             report.md, report.html, *.png, report.json
+        report/                             report.md, report.html, *.png, report.json; and, as above, prompts.jsonl,
+                                            samples/ and scores/ of the held-out prompts, the models for sources
 
-    A RESPONSE is ``{text, source, index, score, role}`` with role ``source`` (a source model's) or ``target`` (the
-    target's own).
+    A RESPONSE is ``{text, source, index, score, scores, role}`` with role ``source`` (a source model's) or ``target``
+    (the target's own). ``score`` is what it was ranked by, ``scores`` is what every scorer said.
     """
 
     root: Path
@@ -43,7 +46,7 @@ class Folder:
         return self.root / "scores" / scorer / f"{source}.jsonl"
 
     def pairs(self, name: str) -> Path:
-        """``sft``, ``preference`` or ``dropped`` rows."""
+        """``sft``, ``preference``, ``dropped`` or ``target`` rows."""
         return self.root / "pairs" / f"{name}.jsonl"
 
     def trained(self, stage: str) -> Path:

@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.scorers.settings import ScorerSettings
 
 TARGET = "target"  # the source that stands for the trained SFT model, which answers for itself
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -22,18 +25,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Prompts(Strict):
-    """Where prompts come from: a JSONL or Parquet file, or a data set of the hub."""
-
-    path: Path | None = None
-    dataset: str | None = None  # org/name on the hub
-    config: str | None = None  # of the data set
-    split: str = "train"
-    domain: str = ""  # of prompts that don't say theirs
-    columns: dict[Literal["id", "prompt", "messages", "domain", "reference", "tests"], str] = {}  # ours: theirs
-    limit: Positive | None = None  # the first so many
-
-
 class Source(Strict):
     """A model that answers: served, or loaded into this process."""
 
@@ -42,55 +33,70 @@ class Source(Strict):
     server: str | None = None  # http://host:port/v1 of an OpenAI-compatible server
     api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
     concurrency: Positive = 32  # open requests
+    timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
+    retries: Annotated[int, Field(ge=0)] = 8  # of a request that failed
     batch_size: Positive = 16  # in process
+    device: str | None = None  # cpu, cuda, cuda:1 …; a GPU where there is one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # in process; the model's own by default
     samples: Positive = 5  # answers to each prompt
     samples_for: dict[str, Positive] = {}  # of a domain, where it differs
     domains: tuple[str, ...] | None = None  # only prompts of these
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
 
+    def answers_to(self, domain: str) -> int:
+        """How many answers it gives to a prompt of a domain."""
+        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
 
-class Scorer(Strict):
-    """What judges answers."""
 
-    name: Name
-    kind: Literal["reward", "maths", "code", "judge", "log_ratio", "exact", "function"]
+class Scorer(ScorerSettings):
+    """What judges answers; for which domains."""
+
     domains: tuple[str, ...] | None = None  # only answers to prompts of these
-    model: str | None = None  # reward model, judge, or the function as module:function
-    strong: str | None = None  # log_ratio
-    weak: str | None = None
-    server: str | None = None  # of a judge
-    api_key_variable: str = "OPENAI_API_KEY"
-    concurrency: Positive = 32
-    batch_size: Positive = 8
-    allow_code: bool = False  # run model-written code, fenced in
-    options: dict[str, Any] = {}  # of this kind; checked by the scorer
 
 
-class DomainRule(Strict):
-    """How the prompts of one domain become rows; what is not set comes from the recipe's ``pairs``."""
+class Protocol(Strict):
+    """How prompts become rows."""
 
-    rule: str | None = None
-    score: str | None = None  # the scorer that ranks
-    correct: str | None = None  # the scorer (0 or 1) that tells right from wrong
-    gap: tuple[float | None, float | None] | None = None  # least and most difference of scores in a pair
+    score: str | None = None  # the scorer that ranks; only as_is does without
+    correct: str | None = None  # the scorer that tells right (1) from wrong (less): only right ones are chosen
+    answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
+    gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
     gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
-    sft_share: Share | None = None
+    split: Literal["share", "availability"] = "share"  # availability: whatever has a pair is preference, the rest SFT
+    sft_share: Share = 0.4  # where split is share: of the prompts, rounded down to whole ones
+    rip: dict[Literal["rejected_score", "rejected_length", "gap"], float] = {}  # RIP's three thresholds
     options: dict[str, float] = {}  # of the rule
 
 
-class Pairs(Strict):
+class DomainProtocol(Protocol):
+    """How those of one domain do; what is not set holds as in the recipe's ``pairs``."""
+
+    rule: Rule | None = None
+
+
+class Pairs(Protocol):
     """From scores to training rows."""
 
-    rule: Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix"]
-    score: str
-    correct: str | None = None
-    gap: tuple[float | None, float | None] | None = None
-    gap_quantiles: tuple[Share, Share] | None = None
-    sft_share: Share = 0.4
-    rip: dict[Literal["rejected_score", "rejected_length", "gap"], float] = {}  # RIP's three thresholds
-    domains: dict[str, DomainRule] = {}
-    options: dict[str, float] = {}
+    rule: Rule
+    domains: dict[str, DomainProtocol] = {}
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The scorers without whose verdict an answer is of no use."""
+        return () if self.rule == "as_is" else tuple(filter(None, (self.score, self.correct)))
+
+    def of(self, domain: str) -> Pairs:
+        """What holds for one domain. Another rule starts without options, other bounds of gaps replace both kinds."""
+        own = self.domains.get(domain, DomainProtocol())
+        given = {name: getattr(own, name) for name in own.model_fields_set}
+        if given.get("rule") is None:
+            given["rule"] = self.rule
+        elif given["rule"] != self.rule:
+            given.setdefault("options", {})
+        if "gap" in given or "gap_quantiles" in given:
+            given = {"gap": (None, None), "gap_quantiles": None, **given}
+        return self.model_copy(update={**given, "domains": {}})
 
 
 class Lora(Strict):
@@ -137,12 +143,13 @@ class Train(Strict):
 
 
 class Report(Strict):
-    """What the models are compared on."""
+    """What the models are compared on: the target as it was, after SFT, and after preference training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
     samples: Positive = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
+    servers: dict[Literal["untrained", "sft", "preference"], str] = {}  # where a model is served, under this name
     examples: Positive = 4  # answers side by side
 
 

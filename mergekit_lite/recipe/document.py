@@ -98,8 +98,13 @@ def describe(node: Node) -> str:
     return f"the text {shortened(node.value, 60)!r}" if isinstance(node.value, str) else f"the number {node.text}"
 
 
-def read(text: str, source: str) -> Node:
+def read(text: str, source: str, needs: str = "merge_method and models") -> Node:
     """The tree of a YAML text.
+
+    Args:
+        text: the YAML.
+        source: where it is from, for messages.
+        needs: what an empty recipe is told it needs.
 
     Raises:
         RecipeError: it is no YAML, has several documents, or breaks one of the rules above.
@@ -107,7 +112,7 @@ def read(text: str, source: str) -> Node:
     try:
         documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         if not documents or documents[0] is None:
-            raise RecipeError(source, [Remark(Mark(1, 1), "the recipe is empty: it needs merge_method and models")])
+            raise RecipeError(source, [Remark(Mark(1, 1), f"the recipe is empty: it needs {needs}")])
         if len(documents) > 1:
             second = _mark(documents[1].start_mark)
             reason = (

@@ -1,0 +1,228 @@
+"""Models in this process, through transformers: batched, left-padded, under their own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_lite.answers.asking import Sampling, Task, Troubles
+from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
+from mergekit_lite.answers.template import ChatTemplate, TemplateError
+from mergekit_lite.errors import CheckpointError, RunError, shortened
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to answer."""
+
+    model: Any  # of transformers
+    device: torch.device
+    ends: frozenset[int]  # tokens that end an answer
+
+
+class _Work(NamedTuple):
+    task: Task
+    prompt: tuple[int, ...]  # tokens
+
+
+class Local:
+    """A respondent in this process.
+
+    Answers are drawn batch by batch, each batch with its own seed. Batches are cut from all tasks, so an answer depends
+    on the tasks, the batch size and the machine, not on where a run was stopped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        sampling: Sampling,
+        *,
+        system: str | None = None,
+        batch_size: int = 16,
+        device: str | None = None,
+        dtype: str | None = None,
+    ):
+        """A model that is loaded once it is needed.
+
+        Args:
+            name: the source's name.
+            model: a folder, or org/name on the hub. Code in it is never run.
+            sampling: how answers are drawn.
+            system: a system prompt put before each conversation.
+            batch_size: how many answers are made at once.
+            device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. By default the first GPU, else the CPU.
+            dtype: float32, bfloat16 or float16; by default float32 on a CPU, else the model's own.
+        """
+        self.name = name
+        self.path = model
+        self.sampling = sampling
+        self.system = system
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.troubles = Troubles()
+
+    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
+        """The answers to the ``wanted`` of the ``tasks``, batch by batch.
+
+        Raises:
+            CheckpointError: the model can't be loaded.
+            TemplateError: the chat template refuses the system prompt.
+            RunError: a batch doesn't fit into memory.
+        """
+        if not wanted:
+            return
+        work = self._work(tasks)
+        for start in range(0, len(work), self.batch_size):
+            batch = work[start : start + self.batch_size]
+            if any(task.key in wanted for task, _ in batch):
+                yield from (answer for answer in self._batch(batch) if answer.key in wanted)
+
+    def _work(self, tasks: Sequence[Task]) -> list[_Work]:
+        """All tasks that can be answered, longest prompts first: what lies side by side needs little padding, and what
+        doesn't fit into memory shows at once."""
+        prompts: dict[str, tuple[int, ...] | None] = {}
+        for task in tasks:
+            if task.prompt.id not in prompts:
+                prompts[task.prompt.id] = self._prompt(task)
+            if prompts[task.prompt.id] is None:
+                self.troubles.lost[task.key] = self.troubles.lost.get(task.key, self._refused[task.prompt.id])
+        found = [_Work(task, tokens) for task in tasks if (tokens := prompts[task.prompt.id]) is not None]
+        return sorted(found, key=lambda work: -len(work.prompt))
+
+    def _prompt(self, task: Task) -> tuple[int, ...] | None:
+        before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
+        try:
+            tokens = self.template.prompt((*before, *task.prompt.messages))
+        except TemplateError as error:
+            if self.system is not None:
+                raise TemplateError(
+                    f"{error} Leave `system` out, if it is the system prompt that is refused."
+                ) from error
+            self._refused[task.prompt.id] = str(error)
+            return None
+        if self._context is not None and len(tokens) >= self._context:
+            self._refused[task.prompt.id] = f"the prompt has {len(tokens):,} tokens, the model takes {self._context:,}"
+            return None
+        return tokens
+
+    def _batch(self, batch: Sequence[_Work]) -> Iterator[Answer]:
+        import torch
+
+        longest = max(len(work.prompt) for work in batch)
+        pad = (
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.loaded.ends, default=0)
+        )
+        ids = torch.full((len(batch), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, (_, prompt) in enumerate(batch):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        most = self.sampling.max_tokens
+        if self._context is not None:
+            most = min(most, self._context - longest)
+        torch.manual_seed(seed_of(*(work.task.seed for work in batch)))
+        model, device, _ = self.loaded
+        try:
+            with torch.inference_mode():
+                made = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=most)
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunError(
+                f"{self.path}: {len(batch)} answers at once to prompts of up to {longest:,} tokens don't fit into the "
+                f"memory of {device}. Lower `batch_size` of the source {self.name}."
+            ) from error
+        for work, tokens in zip(batch, made[:, longest:].tolist(), strict=True):
+            yield self._answer(work.task, tokens)
+
+    def _answer(self, task: Task, tokens: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(tokens) if token in self.loaded.ends), None)
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        finish = "length" if end is None else "stop"
+        return Answer(task.prompt.id, self.name, task.index, str(text), finish, len(tokens[:end]))
+
+    @cached_property
+    def _refused(self) -> dict[str, str]:
+        return {}
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate(self.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = _fetched(self.path, lambda: AutoTokenizer.from_pretrained(self.path))
+        return tokenizer
+
+    @cached_property
+    def _context(self) -> int | None:
+        """How many tokens the model takes, where it tells."""
+        most = getattr(self.loaded.model.config, "max_position_embeddings", None)
+        return most if isinstance(most, int) and most > 0 else None
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model, with nothing of its own on how to draw: what the sampling doesn't say is neutral."""
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        own = "float32" if device == "cpu" else "auto"
+        how: dict[str, Any] = {"dtype": getattr(torch, self.dtype) if self.dtype else own}
+        if device == "auto":
+            how["device_map"] = "auto"
+        model = _fetched(self.path, lambda: AutoModelForCausalLM.from_pretrained(self.path, **how))
+        if device != "auto":
+            model = model.to(device)
+        model.eval()
+        ends = _ends(model.generation_config.eos_token_id, self.tokenizer)
+        drawn = self.sampling.temperature > 0
+        warped: dict[str, Any] = (
+            {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0} if drawn else {}
+        )
+        settings: Any = GenerationConfig  # has no types
+        model.generation_config = settings(
+            do_sample=drawn,
+            repetition_penalty=self.sampling.repetition_penalty,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else min(ends, default=0),
+            **warped,
+        )
+        return Loaded(model, model.device, ends)
+
+
+def _ends(told: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model that are special tokens.
+
+    A configuration that says nothing has the family's default, which in another vocabulary may be any word.
+    """
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    by_model = {told} if isinstance(told, int) else set(told or ())
+    own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    return frozenset(own | (by_model & special))
+
+
+def _fetched(path: str, load: Any) -> Any:
+    """What transformers loads, or its complaint in a sentence."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        told = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        code = "trust_remote_code" in str(error)
+        remedy = (
+            "It comes with code of its own, which is never run here: serve it, and give the source a `server`."
+            if code
+            else "Expected is a folder with a causal language model and its tokenizer, or org/name on the hub."
+        )
+        raise CheckpointError(f"Can't load the model {path}: {told} {remedy}") from error

@@ -1,0 +1,202 @@
+"""Log-probabilities of responses, without the logits of a whole batch.
+
+The model's body gives hidden states; its head makes logits of a chunk of response positions at a time, from which the
+targets' log-probabilities are taken in float32, and which are made again in the backward pass. At a vocabulary of
+128,000 a batch of 2 × 3 sequences of 2048 tokens would need 6.3 GB of float32 logits for the forward pass alone; a
+chunk is 256 MB in float32, and never more than a sixteenth of it is in float32 where the model computes in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from mergekit_lite.answers.template import Tokens
+from mergekit_lite.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 1 << 26  # logits that are alive at once
+PARTS = 16  # a chunk is taken to float32 in so many parts
+CHECKED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences, padded on the right.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64; 0 at padding.
+        responses: (B, T) bool; where the tokens of the responses are.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    responses: Tensor
+
+
+@dataclass(frozen=True)
+class ResponseLogProbs:
+    """What the objectives know of responses.
+
+    Attributes:
+        sums: (B,) float32; Σ_t log π(y_t | x, y_<t).
+        lengths: (B,) int64; the number of tokens, the end of the turn included.
+        squares: (B,) float32, no gradient; mean_t log Σ_v π(v | x, y_<t)². None where not asked for.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    squares: Tensor | None = None
+
+
+def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "cpu") -> Batch:
+    """Prompts and responses as one batch. No position that counts ever sees the padding, so any id does."""
+    longest = max(len(row.prompt) + len(row.response) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    responses = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        end = len(row.prompt) + len(row.response)
+        input_ids[place, :end] = torch.tensor([*row.prompt, *row.response])
+        attention_mask[place, :end] = 1
+        responses[place, len(row.prompt) : end] = True
+    return Batch(input_ids.to(device), attention_mask.to(device), responses.to(device))
+
+
+def response_log_probs(model: PreTrainedModel, batch: Batch, squares: bool = False) -> ResponseLogProbs:
+    """Log-probabilities of the responses under a causal language model.
+
+    Differentiable in ``sums``. The first token of a sequence is never scored, for nothing predicts it.
+
+    Args:
+        model: with a head that ``check_head`` accepts.
+        batch: on the model's device.
+        squares: whether WPO's mean_t log Σ_v π² is wanted too.
+    """
+    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
+    scored = batch.responses[:, 1:]
+    states = hidden[:, :-1][scored]  # (R, H)
+    targets = batch.input_ids[:, 1:][scored]
+    shape = shape_of(model)
+    head = model.get_output_embeddings()
+    rows = max(1, CHUNK // head.weight.shape[0])
+    chunks = [
+        _chunk(head, part, target, shape, squares)
+        for part, target in zip(states.split(rows), targets.split(rows), strict=True)
+    ]
+    lengths = scored.sum(1)
+    sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), scored)
+    if not squares:
+        return ResponseLogProbs(sums, lengths)
+    return ResponseLogProbs(sums, lengths, _by_sequence(torch.cat([logs for _, logs in chunks]), scored) / lengths)
+
+
+class Shape(NamedTuple):
+    """What becomes of the head's output x: ``cap · tanh(scale · x / cap)``, or ``scale · x`` without a cap."""
+
+    scale: float
+    cap: float | None
+
+    def apply(self, head: Tensor) -> Tensor:
+        """Logits in float32."""
+        logits = head.float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """The derivative of ``apply``, from its result."""
+        return self.scale * (1 - (logits / self.cap) ** 2) if self.cap else self.scale
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """What the configuration asks for: Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return Shape(
+        scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(config, "final_logit_softcapping", None)
+    )
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Hold logits made as above to the model's own on a few tokens.
+
+    Raises:
+        UsageError: the model does something else between hidden states and logits.
+    """
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise UsageError(f"{type(model).__name__} has no language model head. Train a causal language model.")
+    ids = torch.arange(1, 1 + CHECKED_TOKENS, device=head.weight.device)[None]
+    training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = shape_of(model).apply(head(model.base_model(input_ids=ids, use_cache=False)[0]))
+    model.train(training)
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
+        raise UsageError(
+            f"{type(model).__name__} makes its logits in a way that this package doesn't know (not a linear head, "
+            f"a scale and a soft cap): log-probabilities would be wrong. Use another model."
+        )
+
+
+def _by_sequence(values: Tensor, scored: Tensor) -> Tensor:
+    """Sums of the scored positions' values (R,) for each sequence (B,), always in the same order."""
+    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values).sum(1)
+
+
+def _chunk(head: Any, states: Tensor, targets: Tensor, shape: Shape, squares: bool) -> tuple[Tensor, Tensor]:
+    def run(states: Tensor, targets: Tensor) -> Any:
+        return _TargetLogProbs.apply(head(states), targets, shape, squares)  # type: ignore[no-untyped-call]
+
+    if not torch.is_grad_enabled():
+        logps, logs = run(states, targets)
+    else:
+        logps, logs = checkpoint(run, states, targets, use_reentrant=False)
+    return logps, logs
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """A head's output (R, V) and targets (R,) to log p_target and log Σ_v p_v², both (R,) float32.
+
+    The gradient, softmax minus one at the target, is written over the head's output: nothing else needs that by then,
+    for ``checkpoint`` made it for this backward pass alone. ``log Σ p²`` has none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, targets: Tensor, shape: Shape, squares: bool) -> tuple[Tensor, Tensor]:
+        chosen, totals, logs = [], [], []
+        for part, target in zip(output.chunk(PARTS), targets.chunk(PARTS), strict=True):
+            logits = shape.apply(part)
+            chosen.append(logits.gather(1, target[:, None])[:, 0])
+            totals.append(logits.logsumexp(1))
+            logs.append((2 * logits).logsumexp(1) if squares else torch.zeros_like(totals[-1]))
+        total = torch.cat(totals)
+        ctx.save_for_backward(output, targets, total)
+        ctx.shape = shape
+        log_squares = torch.cat(logs) - 2 * total
+        ctx.mark_non_differentiable(log_squares)
+        return torch.cat(chosen) - total, log_squares
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        output, targets, total = (tensor.detach() for tensor in ctx.saved_tensors)
+        for part, target, log_z, weight in zip(
+            *(tensor.chunk(PARTS) for tensor in (output, targets, total, gradient)), strict=True
+        ):
+            logits = ctx.shape.apply(part)
+            slope = (logits - log_z[:, None]).exp_().mul_(-weight[:, None])
+            slope.scatter_add_(1, target[:, None], weight[:, None])
+            part.copy_(slope.mul_(ctx.shape.slope(logits)))
+        return output, None, None, None

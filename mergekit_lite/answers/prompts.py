@@ -1,0 +1,230 @@
+"""Prompts, as files and data sets of the hub have them.
+
+A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and where it has them
+``id``, ``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns
+with other names are mapped. What is wrong with a row is told with its place, and the other rows go on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from xxhash import xxh3_64_hexdigest
+
+from mergekit_lite.answers.rows import Message, Prompt, read_rows
+from mergekit_lite.errors import UsageError, nearest, shortened
+
+Column = Literal["id", "prompt", "messages", "domain", "reference", "tests"]
+COLUMNS: tuple[Column, ...] = ("id", "prompt", "messages", "domain", "reference", "tests")
+ROLES = ("system", "user", "assistant")
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = (".parquet", ".pq")
+
+
+class Prompts(BaseModel):
+    """Where prompts come from: a JSONL or Parquet file, or a data set of the hub."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path | None = None
+    dataset: str | None = None  # org/name on the hub, org/name@revision
+    config: str | None = None  # of the data set
+    split: str = "train"
+    domain: str = ""  # of prompts that don't say theirs
+    columns: dict[Column, str] = {}  # ours: theirs
+    limit: Annotated[int, Field(ge=1)] | None = None  # the first so many
+
+
+@dataclass
+class Loaded:
+    """What was read.
+
+    Attributes:
+        prompts: sound ones, each once, in the order of the data.
+        problems: of the rows that were left out, with their places.
+        repeated: how many rows ask what a row before them asked, and were left out.
+    """
+
+    prompts: list[Prompt] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    repeated: int = 0
+
+
+def load(sources: Iterable[Prompts]) -> Loaded:
+    """The prompts of all sources.
+
+    Raises:
+        UsageError: a file or data set can't be read, or has no column with prompts.
+    """
+    loaded = Loaded()
+    asked: set[str] = set()
+    places: dict[str, str] = {}  # of each id
+    for source in sources:
+        for row in _rows(source, loaded.problems):
+            try:
+                prompt = _prompt(row, source)
+            except ValueError as error:
+                loaded.problems.append(f"{row.place}: {error}")
+                continue
+            digest = digest_of(prompt.messages)
+            if digest in asked:
+                loaded.repeated += 1
+            elif prompt.id in places:
+                loaded.problems.append(
+                    f"{row.place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {places[prompt.id]}"
+                )
+            else:
+                asked.add(digest)
+                places[prompt.id] = row.place
+                loaded.prompts.append(prompt)
+    return loaded
+
+
+def digest_of(messages: Sequence[Message]) -> str:
+    """What stands for a conversation: equal for equal ones only, in practice."""
+    return xxh3_64_hexdigest(json.dumps([[m["role"], m["content"]] for m in messages]).encode())
+
+
+def as_row(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as a row of a JSON Lines file."""
+    return asdict(prompt)
+
+
+def from_row(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of such a row."""
+    return Prompt(
+        id=row["id"],
+        messages=tuple(row["messages"]),
+        domain=row["domain"],
+        reference=row["reference"],
+        tests=tuple(row["tests"]),
+    )
+
+
+class _Row(NamedTuple):
+    values: Mapping[Column, Any]
+    place: str  # file and line
+
+
+def _rows(source: Prompts, problems: list[str]) -> Iterator[_Row]:
+    names: dict[Column, str] = {column: source.columns.get(column, column) for column in COLUMNS}
+    found = _of_file(source.path, names, problems) if source.path else _of_dataset(source, names)
+    for number, (row, place) in enumerate(found):
+        if number == source.limit:
+            return
+        yield _Row({column: row[name] for column, name in names.items() if row.get(name) is not None}, place)
+
+
+Found = Iterator[tuple[Mapping[str, Any], str]]
+
+
+def _of_file(path: Path, names: Mapping[Column, str], problems: list[str]) -> Found:
+    if path.suffix in JSON_LINES:
+        return ((line.row, f"{path}:{line.number}") for line in read_rows(path, problems))
+    if path.suffix in PARQUET:
+        return _of_parquet(path, names)
+    raise UsageError(
+        f"{path}: prompts are read from {', '.join(JSON_LINES + PARQUET)} files, told by their ending. "
+        "Write one JSON object a line, for instance."
+    )
+
+
+def _of_parquet(path: Path, names: Mapping[Column, str]) -> Found:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = _readable(file.schema_arrow.names, names, str(path))
+            number = 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}: row {number:,}"
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"Can't read {path}: {error}.") from error
+
+
+def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Found:
+    from datasets import load_dataset
+
+    name, _, revision = str(source.dataset).partition("@")
+    try:
+        # A data set that comes as code is refused by the library.
+        data = load_dataset(name, source.config, split=source.split, revision=revision or None)
+    except Exception as error:  # the library raises what its many parts raise
+        raise UsageError(f"Can't load the data set {source.dataset}, split {source.split}: {error}") from error
+    data = data.select_columns(_readable(data.column_names, names, str(source.dataset)))
+    for number, row in enumerate(data, 1):
+        yield row, f"{source.dataset} ({source.split}): row {number:,}"
+
+
+def _readable(there: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
+    """Which of the columns that are there are read."""
+    if not {names["prompt"], names["messages"]} & set(there):
+        hint = nearest(names["prompt"], there) or nearest(names["messages"], there)
+        raise UsageError(
+            f"{where} has no column {names['prompt']!r} or {names['messages']!r}; it has {', '.join(there)}.{hint} "
+            "Map it with `columns: {prompt: THEIRS}`, or {messages: THEIRS}."
+        )
+    return [name for name in there if name in names.values()]
+
+
+def _prompt(row: _Row, source: Prompts) -> Prompt:
+    """A row's prompt. Raises ValueError with what is wrong with it."""
+    messages = _messages(row.values)
+    return Prompt(
+        id=_plain_text(row.values, "id") or digest_of(messages),
+        messages=messages,
+        domain=_plain_text(row.values, "domain") or source.domain,
+        reference=_plain_text(row.values, "reference"),
+        tests=_tests(row.values.get("tests", ())),
+    )
+
+
+def _messages(values: Mapping[Column, Any]) -> tuple[Message, ...]:
+    given = values.get("messages", values.get("prompt"))
+    if given is None:
+        raise ValueError("no 'prompt' and no 'messages'")
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"expected a text or a list of messages, got {shortened(given, 60)!r}")
+    messages = tuple(_message(number, message) for number, message in enumerate(given, 1))
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"the last message is of the role {messages[-1]['role']!r}, expected 'user': who is answered")
+    return messages
+
+
+def _message(number: int, given: object) -> Message:
+    if not isinstance(given, dict):
+        raise ValueError(f"message {number}: expected {{role, content}}, got {shortened(given, 60)!r}")
+    role, content = given.get("role"), given.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {number}: the role is {shortened(role, 60)!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f"message {number}: the content is {shortened(content, 60)!r}, expected a text")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise ValueError(f"message {number}: the content has half a surrogate pair, which no UTF-8 can tell")
+    return Message(role=role, content=content)
+
+
+def _plain_text(values: Mapping[Column, Any], column: Column) -> str | None:
+    value = values.get(column)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{column!r} is {shortened(value, 60)!r}, expected a text")
+
+
+def _tests(given: Any) -> tuple[str, ...]:
+    tests = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else (None,)
+    if not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"'tests' is {shortened(given, 60)!r}, expected a list of texts")
+    return tests

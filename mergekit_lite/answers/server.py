@@ -1,0 +1,296 @@
+"""Models behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, ``transformers serve``, a service.
+
+Requests fail, and most of them are worth repeating: no connection, a time-out, 408, 409, 429, any 5xx, a reply that is
+empty or can't be read. They are made again after a wait that doubles each time, or as long as ``Retry-After`` says, up
+to ``retries`` times. Any other status is that request's own fault and is not repeated. A server that refuses everybody
+(401, 403, 404), or from which nothing comes for many requests in a row, is asked no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mergekit_lite.answers.asking import Sampling, Task, Troubles
+from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
+from mergekit_lite.errors import shortened
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI
+
+FIRST_WAIT = 0.5  # seconds before the first repetition
+LONGEST_WAIT = 60.0
+LONGEST_ASKED_WAIT = 600.0  # that a server's Retry-After may ask for
+LOST_IN_A_ROW = 16  # requests, or as many as are open at once: then the server is given up
+REPEATED = (408, 409, 429)  # and from 500 on
+REFUSED = {
+    401: "Put the key into the environment variable {variable}.",
+    403: "Put a key that may do this into the environment variable {variable}.",
+    404: "Check `server` (as a rule it ends in /v1) and `model`.",
+}
+
+
+class Question(NamedTuple):
+    """What is asked; ``key`` is the asker's own."""
+
+    key: Hashable
+    messages: Sequence[Message]
+    seed: int
+
+
+class Reply(NamedTuple):
+    """What came back; see ``rows.Answer``."""
+
+    text: str
+    finish: str
+    tokens: int | None
+
+
+class Failed(Exception):
+    """A request got no reply. ``wait``: seconds that the server asked for."""
+
+    def __init__(self, why: str, *, repeat: bool, stop: bool = False, fresh_seed: bool = False, wait: float = 0.0):
+        super().__init__(why)
+        self.repeat = repeat
+        self.stop = stop
+        self.fresh_seed = fresh_seed
+        self.wait = wait
+
+
+@dataclass(eq=False)
+class Server:
+    """A model behind a URL, and how it is asked.
+
+    Attributes:
+        url: ``http://host:port/v1``.
+        model: the name it is served under.
+        sampling: how answers are drawn.
+        key_variable: the environment variable with the key, where the server wants one.
+        concurrency: how many requests are open at once.
+        timeout: seconds that a request may take.
+        retries: how often one is repeated.
+        retried: how often requests were, by what had happened.
+        lost: why a question got no reply, by its key.
+        stopped: why the server is asked no more.
+    """
+
+    url: str
+    model: str
+    sampling: Sampling
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 32
+    timeout: float = 600.0
+    retries: int = 8
+    retried: Counter[str] = field(default_factory=Counter)
+    lost: dict[Hashable, str] = field(default_factory=dict)
+    stopped: str = ""
+    in_a_row: int = 0  # questions lost since the last reply
+
+    async def reply(self, client: AsyncOpenAI, question: Question) -> Reply | None:
+        """The reply to a question, or None when it is lost."""
+        seed = question.seed
+        for attempt in range(self.retries + 1):
+            if self.stopped:
+                return None
+            try:
+                reply = await self._request(client, question.messages, seed)
+            except Failed as failed:
+                if failed.stop:
+                    self.stopped = self.stopped or str(failed)
+                    return None
+                if not failed.repeat or attempt == self.retries:
+                    self._lose(question, str(failed))
+                    return None
+                self.retried[str(failed)] += 1
+                if failed.fresh_seed:  # with the same one the same would come
+                    seed = seed_of(seed, "again")
+                wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
+                await self._pause(failed.wait or wait)
+            else:
+                self.in_a_row = 0
+                return reply
+        return None
+
+    def client(self) -> AsyncOpenAI:
+        """A client of this server; repeating is done here, where it is counted."""
+        from openai import AsyncOpenAI
+
+        key = os.environ.get(self.key_variable) or "none"
+        return AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
+
+    async def _request(self, client: AsyncOpenAI, messages: Sequence[Message], seed: int) -> Reply:
+        import openai
+
+        extra = (
+            {} if self.sampling.repetition_penalty == 1 else {"repetition_penalty": self.sampling.repetition_penalty}
+        )
+        asked: Any = [dict(message) for message in messages]
+        try:
+            # The client's own limit is between two pieces of a reply; a server that dribbles never reaches it.
+            completion = await asyncio.wait_for(
+                client.chat.completions.create(
+                    model=self.model,
+                    messages=asked,
+                    temperature=self.sampling.temperature,
+                    top_p=self.sampling.top_p,
+                    max_tokens=self.sampling.max_tokens,
+                    seed=seed,
+                    extra_body=extra,
+                ),
+                self.timeout,
+            )
+        except (openai.APITimeoutError, asyncio.TimeoutError) as error:
+            raise Failed(f"no reply within {self.timeout:g} s", repeat=True) from error
+        except openai.APIConnectionError as error:
+            raise Failed("no connection", repeat=True) from error
+        except openai.APIStatusError as error:
+            raise self._of_status(error) from error
+        except (openai.APIError, ValueError) as error:
+            raise Failed("a reply that can't be read", repeat=True) from error
+        return _read(completion)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not for a server that was given up meanwhile."""
+        until = time.monotonic() + seconds
+        while not self.stopped and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.5))
+
+    def _of_status(self, error: APIStatusError) -> Failed:
+        status = error.status_code
+        if status in REFUSED:
+            remedy = REFUSED[status].format(variable=self.key_variable)
+            return Failed(f"{self.url} says {status}: {shortened(error.message)} {remedy}", repeat=False, stop=True)
+        if status in REPEATED or status >= 500:
+            return Failed(f"HTTP {status}", repeat=True, wait=_asked_wait(error.response.headers.get("retry-after")))
+        return Failed(f"HTTP {status}: {shortened(error.message)}", repeat=False)
+
+    def _lose(self, question: Question, why: str) -> None:
+        self.lost[question.key] = why
+        self.in_a_row += 1
+        if self.in_a_row >= max(LOST_IN_A_ROW, self.concurrency):
+            self.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
+
+
+def _read(completion: Any) -> Reply:
+    """What a reply says; servers are not all as careful as the protocol."""
+    try:
+        choice = completion.choices[0]
+        text, finish = choice.message.content, choice.finish_reason
+        tokens = completion.usage.completion_tokens if completion.usage else None
+    except (AttributeError, IndexError, TypeError) as error:
+        raise Failed("a reply that can't be read", repeat=True) from error
+    if finish == "content_filter":
+        raise Failed("cut by the server's content filter", repeat=True, fresh_seed=True)
+    if not isinstance(text, str) or not text.strip():
+        raise Failed("an empty reply", repeat=True, fresh_seed=True)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
+    return Reply(whole, "length" if finish == "length" else "stop", tokens)
+
+
+def _asked_wait(header: str | None) -> float:
+    """The seconds of a Retry-After header, which has a number or a date."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_ASKED_WAIT)
+
+
+def ask(questions: Mapping[Server, Iterable[Question]]) -> Iterator[tuple[Server, Question, Reply]]:
+    """Ask several servers at once; replies as they come. What is lost stays in each server's ``lost``."""
+    arrived: queue.SimpleQueue[tuple[Server, Question, Reply] | BaseException | None] = queue.SimpleQueue()
+    loop = asyncio.new_event_loop()
+    work = loop.create_task(_all(questions, arrived.put))
+    thread = threading.Thread(target=_run, args=(loop, work, arrived.put), name="asking servers", daemon=True)
+    thread.start()
+    try:
+        while (item := arrived.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        if thread.is_alive():
+            loop.call_soon_threadsafe(work.cancel)
+        thread.join()
+        loop.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop, work: asyncio.Task[None], put: Callable[[Any], None]) -> None:
+    try:
+        loop.run_until_complete(work)
+        put(None)
+    except asyncio.CancelledError:
+        pass  # nobody listens any more
+    except BaseException as error:  # told where it is waited for
+        put(error)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+async def _all(questions: Mapping[Server, Iterable[Question]], put: Callable[[Any], None]) -> None:
+    await asyncio.gather(*(_one(server, iter(asked), put) for server, asked in questions.items()))
+
+
+async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any], None]) -> None:
+    async def work(client: AsyncOpenAI) -> None:
+        for question in questions:
+            if server.stopped:
+                return
+            reply = await server.reply(client, question)
+            if reply is not None:
+                put((server, question, reply))
+
+    async with server.client() as client:
+        await asyncio.gather(*(work(client) for _ in range(server.concurrency)))
+
+
+class Served:
+    """A respondent behind a server."""
+
+    def __init__(self, name: str, server: Server, system: str | None = None):
+        """``system`` is put before each conversation."""
+        self.name = name
+        self.server = server
+        self.system = system
+
+    @property
+    def troubles(self) -> Troubles:
+        """What went wrong so far."""
+        lost = {key: why for key, why in self.server.lost.items() if isinstance(key, Key)}
+        return Troubles(self.server.retried, lost, self.server.stopped)
+
+    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
+        """The answers to the ``wanted`` of the ``tasks``, as they come."""
+        return answers_of([(self, tasks, wanted)])
+
+    def questions(self, tasks: Iterable[Task], wanted: frozenset[Key]) -> Iterator[Question]:
+        """The requests for the ``wanted``."""
+        before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
+        return (Question(task.key, (*before, *task.prompt.messages), task.seed) for task in tasks if task.key in wanted)
+
+
+def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -> Iterator[Answer]:
+    """The answers of several served models, all asked at once; an answer's ``source`` tells whose it is."""
+    names: dict[Server, str] = {}
+    questions: dict[Server, Iterator[Question]] = {}
+    for respondent, tasks, wanted in asked:
+        names[respondent.server] = respondent.name
+        questions[respondent.server] = respondent.questions(tasks, wanted)
+    for server, question, reply in ask(questions):
+        if isinstance(question.key, Key):
+            prompt, index = question.key
+            yield Answer(prompt, names[server], index, reply.text, reply.finish, reply.tokens)

@@ -1,0 +1,212 @@
+"""Conversations as tokens: what a model reads before it answers, and what it is scored or trained on.
+
+The prompt is the conversation under the tokenizer's chat template with the header of the next turn. The response is
+what the template makes of the same conversation with the answer, beyond that prefix, up to the token that ends the
+turn. So no header is scored, a system prompt that the template adds is in the prompt, and a turn ends once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from mergekit_lite.answers.rows import Message
+from mergekit_lite.errors import MergekitLiteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QUESTION = (Message(role="user", content="?"),)
+PROBE = "Zq7kAnswer"  # an answer that no template writes by itself
+# Llama-3.2's template writes today's date where it isn't given one, and then its own default. Tokens must not depend
+# on the day: a stored log-probability would not be the row's any more.
+DATE = "26 Jul 2024"
+
+
+class TemplateError(MergekitLiteError):
+    """The template can't render this conversation, or not so that the answer can be told from the prompt."""
+
+
+class Tokens(NamedTuple):
+    """Token ids of a prompt and of one response to it, the token that ends the turn included."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a row may be, in tokens.
+
+    Attributes:
+        length: of the prompt and its longest response together.
+        prompt: of the prompt; None where only the whole is limited.
+        too_long: ``drop`` a row that is longer. Or ``cut`` it: the prompt keeps its last ``prompt`` tokens (where the
+            whole is too long and ``prompt`` is None: its last ``length // 2``), then each response its first, as many
+            as there is room for. A response that was cut has no end of turn.
+    """
+
+    length: int
+    prompt: int | None = None
+    too_long: Literal["drop", "cut"] = "drop"
+
+
+class Fitted(NamedTuple):
+    """The responses to one prompt within the limits; ``cut`` where something had to go."""
+
+    rows: tuple[Tokens, ...]
+    cut: bool
+
+
+def fitted(rows: Sequence[Tokens], limits: Limits) -> Fitted | None:
+    """The responses to one prompt, all with the same prompt tokens, cut where they are too long; None to drop them."""
+    prompt = rows[0].prompt
+    longest = max(len(row.response) for row in rows)
+    too_long = len(prompt) + longest > limits.length
+    if not too_long and (limits.prompt is None or len(prompt) <= limits.prompt):
+        return Fitted(tuple(rows), cut=False)
+    if limits.too_long == "drop":
+        return None
+    kept = prompt[-min(limits.prompt or limits.length // 2, len(prompt)) :]
+    return Fitted(tuple(Tokens(kept, row.response[: limits.length - len(kept)]) for row in rows), cut=True)
+
+
+class Frame(NamedTuple):
+    """What a template writes before and after an answer to ``QUESTION``."""
+
+    before: str
+    after: str
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer; where it has none, plain text.
+
+    Plain text is the contents of the messages, blank lines between them and after them, then the answer and the
+    tokenizer's end of text. ``note`` tells so; it is None where there is a template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.plain = not tokenizer.chat_template
+        self.note = f"{self.name} has no chat template: prompts are plain text." if self.plain else None
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """What the model reads before it answers.
+
+        Raises:
+            TemplateError: the template refuses these messages.
+        """
+        if self.plain:
+            return self._plain_ids(messages)
+        return self._ids(self._prompt_text(messages))
+
+    def tokens(self, messages: Sequence[Message], response: str) -> Tokens:
+        """The conversation so far, and the answer to it.
+
+        Raises:
+            TemplateError: the template refuses these messages or shows no answers; or the answer has an end of turn
+                inside.
+        """
+        if self.plain:
+            return Tokens(self._plain_ids(messages), self._ended(self._ids(response)))
+        prompt_text = self._prompt_text(messages)
+        response_text = self._response_text(messages, response, prompt_text)
+        prompt = self._ids(prompt_text)
+        whole = self._ids(prompt_text + response_text)
+        # A token that spans the border would be no token of the prompt: the model answers after the prompt's own.
+        joined = whole[: len(prompt)] == prompt
+        return Tokens(prompt, self._ended(whole[len(prompt) :] if joined else self._ids(response_text)))
+
+    def whole(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """A conversation as the template writes it, answers and all.
+
+        Raises:
+            TemplateError: the template refuses these messages.
+        """
+        return self._plain_ids(messages) if self.plain else self._ids(self._render(messages))
+
+    def _prompt_text(self, messages: Sequence[Message]) -> str:
+        return self._render(messages, header=True) + self._missing_header
+
+    def _response_text(self, messages: Sequence[Message], response: str, prompt: str) -> str:
+        """What follows the prompt, the end of the turn included.
+
+        Where the template shows the answer as it is, that is what it renders beyond the prompt. Some take parts away
+        from answers (thoughts), or put something else in the place of the header: there it is the answer itself and
+        what ends a turn, as the model would have written them after the prompt.
+        """
+        whole = self._render([*messages, Message(role="assistant", content=response)])
+        rest = whole.removeprefix(prompt).removesuffix(self._frame.after)
+        shown = whole.startswith(prompt) and whole.endswith(self._frame.after) and response.strip() in rest
+        return (rest if shown else response) + self._end
+
+    @cached_property
+    def _missing_header(self) -> str:
+        """The header of the assistant's turn where the template writes it with answers only, asked for or not."""
+        asked = self._render(QUESTION, header=True)
+        between = self._frame.before.removeprefix(asked)
+        silent = asked == self._render(QUESTION) and self._frame.before.startswith(asked)
+        return between if silent and between.strip() else ""
+
+    @cached_property
+    def _end(self) -> str:
+        """What ends a turn: what the template writes after an answer up to its first special token.
+
+        The rest (a line break, a second end) the model never writes.
+        """
+        for token in self._ids(self._frame.after):
+            if token in self._special:
+                name = str(self.tokenizer.convert_ids_to_tokens(token))
+                return self._frame.after.partition(name)[0] + name
+        return ""
+
+    @cached_property
+    def _frame(self) -> Frame:
+        whole = self._render([*QUESTION, Message(role="assistant", content=PROBE)])
+        before, found, after = whole.partition(PROBE)
+        if not found:
+            raise TemplateError(
+                f"The chat template of {self.name} doesn't show the assistant's answer, so its tokens can't be told "
+                f"from the prompt's. Use a tokenizer with another template."
+            )
+        return Frame(before, after)
+
+    def _render(self, messages: Sequence[Message], header: bool = False) -> str:
+        from jinja2 import TemplateError as JinjaError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=header, date_string=DATE
+            )
+        except (JinjaError, TypeError, ValueError, KeyError) as error:
+            raise TemplateError(
+                f"The chat template of {self.name} refuses a conversation of roles "
+                f"{', '.join(message['role'] for message in messages)}: {error}"
+            ) from error
+        return text
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """Tokens of text that already has all special tokens it is to have."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _plain_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        text = "".join(f"{message['content']}\n\n" for message in messages)
+        ids = tuple(self.tokenizer(text)["input_ids"])
+        # An end of text that a tokenizer adds by itself would stand between prompt and answer.
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _ended(self, response: tuple[int, ...]) -> tuple[int, ...]:
+        """The response with one token that ends its turn: the template's, or the end of text where it has none."""
+        if (not response or response[-1] not in self._special) and self.tokenizer.eos_token_id is not None:
+            response = (*response, self.tokenizer.eos_token_id)
+        if response and response[-1] in response[:-1] and response[-1] in self._special:
+            raise TemplateError(f"The answer holds the token that ends turns, {self.tokenizer.decode(response[-1])!r}.")
+        return response
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset({*self.tokenizer.all_special_ids, *(key for key, token in added.items() if token.special)})

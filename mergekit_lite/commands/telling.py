@@ -1,0 +1,109 @@
+"""What the stages of a distillation tell, on the screen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mergekit_lite.commands.screen import PLAIN_INTERVAL, console, table
+
+
+class Teller:
+    """Results go to standard output, all else to standard error. Progress is a bar for each task on a terminal,
+    elsewhere a line now and then."""
+
+    def __init__(self, *, quiet: bool = False):
+        """``quiet`` leaves warnings only."""
+        self.quiet = quiet
+        self.out = console(sys.stdout)
+        self.err = console(sys.stderr)
+        self._bars: Progress | None = None
+
+    def line(self, text: str) -> None:
+        """A result or a step."""
+        if not self.quiet:
+            self._print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """Something to look at."""
+        self.err.print(Text.assemble(("Warning: ", "yellow bold"), text))
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table."""
+        if not self.quiet:
+            self._print(table(headings, rows))
+
+    def _print(self, what: RenderableType) -> None:
+        # what is printed past bars that are on the screen would be drawn over
+        (self.err if self._bars else self.out).print(what)
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Progress with rate and time left."""
+        if self.quiet or not total:
+            yield lambda more: None
+        elif self.err.is_terminal:
+            with self._bar(what, total, done) as advance:
+                yield advance
+        else:
+            yield _plain(what, total, done)
+
+    @contextmanager
+    def _bar(self, what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+        outermost = self._bars is None
+        if self._bars is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeRemainingColumn(),
+            )
+            self._bars = Progress(*columns, console=self.err, transient=True)
+            self._bars.start()
+        bars = self._bars
+        task = bars.add_task(what, total=total, completed=done)
+        try:
+            yield lambda more: bars.advance(task, more)
+        finally:
+            if outermost:
+                bars.stop()
+                self._bars = None
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else rate(task.speed), "dim")
+
+
+def rate(speed: float) -> str:
+    """``12.3/s``, or ``4.2/min`` where it is slow."""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
+
+
+def _plain(what: str, total: int, done: int) -> Callable[[int], None]:
+    started = last = time.monotonic()
+    before = done
+
+    def advance(more: int) -> None:
+        nonlocal last, done
+        done += more
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL:
+            last = now
+            speed = max(done - before, 1e-9) / (now - started)
+            left = (total - done) / speed
+            print(
+                f"{what}  {done / total:4.0%}  {done:,} of {total:,}  {rate(speed)}  {left:,.0f} s left",
+                file=sys.stderr,
+            )
+
+    return advance

@@ -1,0 +1,150 @@
+"""An OpenAI-compatible server that answers by a formula, and misbehaves on request."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from mergekit_lite.answers.rows import seed_of
+
+Trouble = str | int | None  # drop, cut, hang, empty, none, filtered, garbage, page, or a status
+REASONS = {  # as the client counts them
+    "drop": "no connection",
+    "cut": "no connection",
+    "empty": "an empty reply",
+    "none": "an empty reply",
+    "filtered": "cut by the server's content filter",
+    "garbage": "a reply that can't be read",
+    "page": "a reply that can't be read",
+}
+
+
+def answer_to(text: str, seed: int) -> str:
+    """What the server says."""
+    return f"{text.upper()} {seed_of(text, seed):x}"
+
+
+@dataclass
+class Fake:
+    """The server's log and its mood.
+
+    ``mood`` is given the asked text and how often it was asked before, and says what goes wrong this time.
+    """
+
+    mood: Callable[[str, int], Trouble] = lambda text, before: None
+    on_request: Callable[[str], None] = lambda text: None
+    retry_after: str | None = None
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    asked: Counter[str] = field(default_factory=Counter)
+    given: Counter[Trouble] = field(default_factory=Counter)
+    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
+    open: int = 0
+    most_open: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    fake: Fake
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        fake = self.fake
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        name = f"{text}|{body['seed']}" if body["model"] == "by seed" else text
+        with fake.lock:
+            trouble = fake.mood(text, fake.asked[name])
+            fake.asked[name] += 1
+            fake.given[trouble] += 1
+            fake.bodies.append(body)
+            fake.headers.append({key.lower(): value for key, value in self.headers.items()})
+            fake.open += 1
+            fake.most_open = max(fake.most_open, fake.open)
+        try:
+            fake.on_request(text)
+            self._reply(trouble, text, body)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client was killed
+        finally:
+            with fake.lock:
+                fake.open -= 1
+
+    def _reply(self, trouble: Trouble, text: str, body: dict[str, Any]) -> None:
+        if trouble == "drop":
+            self.close_connection = True
+        elif trouble == "hang":
+            self.fake.closing.wait(30)
+            self.close_connection = True
+        elif isinstance(trouble, int):
+            self._send(trouble, json.dumps({"error": {"message": f"no luck: {trouble}"}}).encode())
+        elif trouble == "garbage":
+            self._send(200, b'{"id": "x", "choices": [{"mess')
+        elif trouble == "page":
+            self._send(200, b"<html>gateway</html>", kind="text/html")
+        else:
+            said = {"empty": "  ", "none": None}.get(str(trouble), answer_to(text, body["seed"]))
+            finish = "content_filter" if trouble == "filtered" else "length" if "long" in text else "stop"
+            reply = json.dumps(
+                {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [
+                        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": said}}
+                    ],
+                    "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
+                }
+            ).encode()
+            if trouble is None:
+                with self.fake.lock:
+                    self.fake.answered[text, body["seed"]] += 1
+            self._send(200, reply, cut=trouble == "cut")
+
+    def _send(self, status: int, body: bytes, *, kind: str = "application/json", cut: bool = False) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if status == 429 and self.fake.retry_after:
+            self.send_header("Retry-After", self.fake.retry_after)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: object, address: object) -> None:
+        pass
+
+
+@contextmanager
+def fake_server(fake: Fake | None = None) -> Iterator[Fake]:
+    """A server on a free port, until the block ends."""
+    fake = fake or Fake()
+    handler = type("Handler", (_Handler,), {"fake": fake})
+    with _Server(("127.0.0.1", 0), handler) as server:
+        fake.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield fake
+        finally:
+            fake.closing.set()
+            server.shutdown()
+            thread.join()

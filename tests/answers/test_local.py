@@ -1,0 +1,132 @@
+"""Models in this process: what they answer depends on the tasks alone, not on who lies beside whom or what was done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_lite.answers.asking import Sampling, Task
+from mergekit_lite.answers.local import Local
+from mergekit_lite.answers.rows import Answer, Key, Prompt
+from mergekit_lite.answers.template import TemplateError
+from mergekit_lite.errors import CheckpointError
+from tests.causal import causal_model
+from tests.tokenizers import tokenizer
+
+TEXTS = ("one", "two three four five six seven", "What is one and one?", "assistant user", "You are helpful.")
+DRAWN = Sampling(temperature=1.0, top_p=0.9, max_tokens=12)
+GREEDY = Sampling(temperature=0, max_tokens=12)
+
+
+def write_model(folder: Path, architecture: str = "llama", style: str | None = "chatml", seed: int = 0) -> Path:
+    model = causal_model(architecture, seed=seed)
+    model.save_pretrained(folder)
+    tokenizer(style).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def tasks_of(texts: tuple[str, ...] = TEXTS, samples: int = 3) -> list[Task]:
+    return [
+        Task(Prompt(text, ({"role": "user", "content": text},)), index, seed=1000 * number + index)
+        for number, text in enumerate(texts)
+        for index in range(samples)
+    ]
+
+
+def answers(local: Local, tasks: list[Task], wanted: frozenset[Key] | None = None) -> dict[Key, Answer]:
+    return {
+        answer.key: answer
+        for answer in local.answers(tasks, frozenset(task.key for task in tasks) if wanted is None else wanted)
+    }
+
+
+def local(model: Path, sampling: Sampling = DRAWN, **how: object) -> Local:
+    return Local("s", str(model), sampling, **({"batch_size": 4, "device": "cpu"} | how))  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_gives_the_answers_of_an_undisturbed_one(model: Path) -> None:
+    tasks = tasks_of()
+    whole = answers(local(model), tasks)
+    assert whole.keys() == {task.key for task in tasks}
+    assert len({answer.text for answer in whole.values()}) > len(TEXTS)
+    for first in (0, 1, 7, len(tasks) - 1):
+        rest = frozenset(task.key for task in tasks[first:])
+        assert answers(local(model), tasks, rest) == {key: whole[key] for key in rest}
+    assert answers(local(model), tasks, frozenset()) == {}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_greedy_answers_are_those_of_a_plain_loop(tmp_path: Path, architecture: str) -> None:
+    """Padding and batches change nothing: each prompt alone, token by token, says the same."""
+    folder = write_model(tmp_path, architecture)
+    found = answers(local(folder, GREEDY, batch_size=5), tasks_of(samples=1))
+    plain, words = causal_model(architecture), tokenizer()
+    for task in tasks_of(samples=1):
+        ids = words.apply_chat_template(list(task.prompt.messages), add_generation_prompt=True, return_dict=False)
+        made: list[int] = []
+        with torch.inference_mode():
+            while len(made) < 12 and (not made or made[-1] not in (words.eos_token_id, 0)):
+                made.append(int(plain(torch.tensor([ids + made])).logits[0, -1].argmax()))
+        ended = made[-1] in (words.eos_token_id, 0)
+        answer = found[task.key]
+        assert answer.text == words.decode(made, skip_special_tokens=True)
+        assert (answer.finish, answer.tokens) == ("stop" if ended else "length", len(made) - ended)
+
+
+def test_sampling_has_nothing_of_the_models_own_settings(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    own = {"do_sample": True, "temperature": 0.01, "top_k": 1, "min_p": 0.9, "eos_token_id": 0, "max_length": 20}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    assert answers(local(folder), tasks_of()) == answers(local(write_model(tmp_path / "plain")), tasks_of())
+
+
+def test_what_ends_an_answer_is_the_tokenizers_or_special(tmp_path: Path) -> None:
+    """Configurations that say nothing have their family's default, here any word of this vocabulary."""
+    folder = write_model(tmp_path)
+    for told, ends in ((300, {1}), ([300, 4], {1, 4}), (None, {1})):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": told}))
+        assert local(folder).loaded.ends == ends
+
+
+def test_prompts_that_do_not_fit_are_told_and_long_ones_leave_less_room(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    asked = local(folder, Sampling(temperature=0, max_tokens=500))
+    tasks = tasks_of(("one", "two " * 60), samples=2)
+    found = answers(asked, tasks)
+    assert {key.prompt for key in found} == {"one"}
+    assert all(answer.finish == "stop" or answer.tokens < 40 for answer in found.values())
+    assert asked.troubles.lost.keys() == {task.key for task in tasks[2:]}
+    assert all("the model takes 40" in why for why in asked.troubles.lost.values())
+
+
+def test_a_system_prompt_is_put_before_the_messages_or_refused(model: Path, tmp_path: Path) -> None:
+    tasks = tasks_of(samples=1)
+    briefed = answers(local(model, GREEDY, system="Be brief."), tasks)
+    assert briefed != answers(local(model, GREEDY), tasks)
+    gemma = write_model(tmp_path, style="gemma")
+    with pytest.raises(TemplateError, match=r"No system role.*Leave `system` out"):
+        answers(local(gemma, system="Be brief."), tasks)
+    own = Prompt("own", ({"role": "system", "content": "x"}, {"role": "user", "content": "y"}))
+    asked = local(gemma, GREEDY)
+    assert answers(asked, [*tasks, Task(own, 0, 0)]).keys() == {task.key for task in tasks}
+    assert "No system role" in asked.troubles.lost[Key("own", 0)]
+
+
+def test_what_is_no_model_is_told_in_a_sentence(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "a.B"}})
+    )
+    tokenizer().save_pretrained(tmp_path)
+    for path, told in ((tmp_path / "none", "Can't load the model"), (tmp_path, "Can't load the model")):
+        with pytest.raises(CheckpointError, match=told):
+            answers(local(path), tasks_of())

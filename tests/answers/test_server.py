@@ -1,0 +1,207 @@
+"""Servers that drop connections, fail, hang or say nothing: asked again and counted, nothing lost or doubled."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from email.utils import formatdate
+
+import pytest
+
+from mergekit_lite.answers import server as module
+from mergekit_lite.answers.asking import Sampling, Task
+from mergekit_lite.answers.rows import Key, Prompt, seed_of
+from mergekit_lite.answers.server import Question, Reply, Served, Server, ask
+from tests.answers.fake_server import REASONS, Fake, Trouble, answer_to, fake_server
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.002)
+
+
+def server_of(fake: Fake, **how: object) -> Server:
+    how = {"model": "m", "sampling": Sampling(), "concurrency": 8, "timeout": 20.0, "retries": 6} | how
+    return Server(fake.url, **how)  # type: ignore[arg-type]
+
+
+def questions(texts: list[str]) -> list[Question]:
+    return [Question(text, [{"role": "user", "content": text}], number) for number, text in enumerate(texts)]
+
+
+def replies(server: Server, asked: list[Question]) -> dict[object, Reply]:
+    """The replies by key; no key may come twice."""
+    found: dict[object, Reply] = {}
+    for of, question, reply in ask({server: asked}):
+        assert of is server and question.key not in found
+        found[question.key] = reply
+    return found
+
+
+def test_every_trouble_is_repeated_and_counted() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    troubles: list[Trouble] = [*REASONS, 408, 409, 429, 500, 503]
+    plans = {f"question {n}": [chance.choice(troubles) for _ in range(chance.randrange(4))] for n in range(60)}
+
+    def mood(text: str, before: int) -> Trouble:
+        return plans[text][before] if before < len(plans[text]) else None
+
+    with fake_server(Fake(mood)) as fake:
+        server = server_of(fake)
+        found = replies(server, questions(list(plans)))
+    given = Counter(fake.given)
+    del given[None]
+    expected: Counter[str] = Counter()
+    for trouble, count in given.items():
+        expected[REASONS.get(str(trouble), f"HTTP {trouble}")] += count
+    assert server.retried == expected and expected.total() > 0
+    assert not server.lost and not server.stopped
+    assert found.keys() == plans.keys()
+    for number, (text, plan) in enumerate(plans.items()):
+        drawn = number  # anew only where the same draw would end alike
+        for _ in range(sum(trouble in ("empty", "none", "filtered") for trouble in plan)):
+            drawn = seed_of(drawn, "again")
+        assert found[text] == Reply(answer_to(text, drawn), "stop", 3)
+        assert fake.asked[text] == len(plan) + 1
+
+
+def test_a_server_that_hangs_is_asked_again() -> None:
+    with fake_server(Fake(lambda text, before: "hang" if before == 0 else None)) as fake:
+        server = server_of(fake, timeout=0.3)
+        found = replies(server, questions(["a", "b"]))
+    assert found.keys() == {"a", "b"}
+    assert server.retried == {"no reply within 0.3 s": 2}
+
+
+def test_retry_after_is_waited_for() -> None:
+    times: list[float] = []
+    fake = Fake(
+        lambda text, before: 429 if before == 0 else None,
+        on_request=lambda text: times.append(time.monotonic()),
+        retry_after="0.4",
+    )
+    with fake_server(fake):
+        replies(server_of(fake), questions(["a"]))
+    assert times[1] - times[0] >= 0.4
+
+
+def test_retry_after_may_be_a_date() -> None:
+    assert 5 < module._asked_wait(formatdate(time.time() + 9, usegmt=True)) <= 9
+    assert module._asked_wait(formatdate(time.time() - 9, usegmt=True)) == 0
+    assert module._asked_wait("soon") == module._asked_wait(None) == module._asked_wait("-3") == 0
+    assert module._asked_wait("1e9") == module.LONGEST_ASKED_WAIT
+
+
+def test_what_stays_without_a_reply_is_told_and_the_others_go_on() -> None:
+    moods: dict[str, Trouble] = {"bad": 500, "wrong": 400}
+    with fake_server(Fake(lambda text, before: moods.get(text))) as fake:
+        server = server_of(fake, retries=3)
+        found = replies(server, questions(["a", "bad", "b", "wrong", "c long"]))
+    assert found.keys() == {"a", "b", "c long"}
+    assert found["c long"].finish == "length"
+    assert server.lost["bad"] == "HTTP 500"
+    assert "HTTP 400" in server.lost["wrong"] and "no luck" in server.lost["wrong"]
+    assert fake.asked["bad"] == 4 and fake.asked["wrong"] == 1
+    assert server.retried == {"HTTP 500": 3} and not server.stopped
+
+
+@pytest.mark.parametrize(("status", "remedy"), [(401, "MY_KEY"), (403, "MY_KEY"), (404, "/v1")])
+def test_a_server_that_refuses_everybody_is_asked_no_more(status: int, remedy: str) -> None:
+    with fake_server(Fake(lambda text, before: status)) as fake:
+        server = server_of(fake, key_variable="MY_KEY", concurrency=2)
+        assert not replies(server, questions([f"q{n}" for n in range(50)]))
+    assert remedy in server.stopped and str(status) in server.stopped and "no luck" in server.stopped
+    assert fake.asked.total() <= 2
+
+
+def test_a_server_that_is_not_there_is_given_up() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(f"http://127.0.0.1:{port}/v1", "m", Sampling(), concurrency=2, retries=1)
+    assert not replies(server, questions([f"q{n}" for n in range(200)]))
+    assert "no connection" in server.stopped and str(port) in server.stopped
+    assert len(server.lost) <= module.LOST_IN_A_ROW + 2
+
+
+def test_a_server_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others of its requests may be about to wait for minutes."""
+    monkeypatch.setattr(module, "FIRST_WAIT", 300.0)
+    with fake_server(Fake(lambda text, before: 404 if text == "last" else 503)) as fake:
+        fake.on_request = lambda text: time.sleep(0.2 if text == "last" else 0)
+        started = time.monotonic()
+        server = server_of(fake)
+        replies(server, questions(["a", "b", "last"]))
+    assert server.stopped and time.monotonic() - started < 30
+
+
+def test_no_more_requests_are_open_than_allowed() -> None:
+    with fake_server() as fake:
+        fake.on_request = lambda text: time.sleep(0.01)
+        found = replies(server_of(fake, concurrency=5), questions([f"q{n}" for n in range(40)]))
+    assert len(found) == 40 and fake.most_open == 5
+
+
+def test_several_servers_are_asked_at_once() -> None:
+    meeting = threading.Barrier(2, timeout=20)
+    with fake_server() as one, fake_server() as other:
+        one.on_request = other.on_request = lambda text: meeting.wait() and None
+        servers = [server_of(one, concurrency=1), server_of(other, concurrency=1)]
+        found = list(ask({server: questions(["a", "b", "c"]) for server in servers}))
+    assert Counter(server.url for server, *_ in found) == {one.url: 3, other.url: 3}
+
+
+def test_who_stops_listening_stops_the_asking() -> None:
+    with fake_server() as fake:
+        threads = threading.active_count()
+        fake.on_request = lambda text: time.sleep(0.01)
+        coming = ask({server_of(fake, concurrency=2): questions([f"q{n}" for n in range(500)])})
+        next(coming)
+        coming.close()  # type: ignore[attr-defined]
+        asked = fake.asked.total()
+        time.sleep(0.1)
+        assert fake.asked.total() <= asked + 2 < 100
+        assert not any(thread.name.startswith("asking") for thread in threading.enumerate()), threads
+
+
+def test_a_fault_of_the_program_is_raised_where_replies_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*arguments: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Server, "reply", broken)
+    with fake_server() as fake, pytest.raises(RuntimeError, match="a fault"):
+        replies(server_of(fake), questions(["a"]))
+
+
+def test_the_request_says_all_that_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sesame")
+    sampling = Sampling(temperature=0.7, top_p=0.8, repetition_penalty=1.05, max_tokens=77)
+    prompt = Prompt("p", ({"role": "user", "content": "hello"},))
+    with fake_server() as fake:
+        served = Served("s", server_of(fake, sampling=sampling, key_variable="MY_KEY"), system="Be brief.")
+        (answer,) = served.answers([Task(prompt, 0, 5), Task(prompt, 1, 6)], frozenset({Key("p", 1)}))
+        plain = server_of(fake)
+        replies(plain, questions(["x"]))
+    body, without = fake.bodies
+    assert (answer.prompt, answer.source, answer.index, answer.text) == ("p", "s", 1, answer_to("hello", 6))
+    assert (answer.finish, answer.tokens) == ("stop", 3)
+    system = {"role": "system", "content": "Be brief."}
+    expected = {"model": "m", "seed": 6, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05, "max_tokens": 77}
+    assert expected.items() <= body.items()
+    assert body["messages"] == [system, {"role": "user", "content": "hello"}]
+    assert fake.headers[0]["authorization"] == "Bearer sesame"
+    assert "repetition_penalty" not in without  # not all servers know it
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_run() -> None:
+    class Choice:
+        finish_reason = "stop"
+        message = type("Message", (), {"content": "a\ud83d b\ud83d\ude00"})
+
+    reply = module._read(type("Completion", (), {"choices": [Choice], "usage": None}))
+    assert reply == Reply("a� b😀", "stop", None)

@@ -1,0 +1,120 @@
+"""Killed at random moments: a rerun asks only for what is missing, and its files are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.answers.rows import write_rows
+from tests.answers.fake_server import Fake, fake_server
+from tests.answers.test_local import write_model
+from tests.distill.recipes import write_recipe
+from tests.models import tree_bytes
+
+PROMPTS = [{"id": f"p{n}", "prompt": f"question {'again ' * (n % 5)}{n}"} for n in range(24)]
+CONCURRENCY = 4
+
+
+def place(folder: Path, sources: list[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "prompts.jsonl", PROMPTS)
+    return write_recipe(folder, sources=sources)
+
+
+def start(recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mergekit_lite", "distill", "sample", str(recipe)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(recipe: Path) -> None:
+    process = start(recipe)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+
+
+def answers(folder: Path) -> int:
+    """How many there are, finished or not."""
+    found = 0
+    for path in (folder / "out" / "samples").glob("*.jsonl"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            found += path.read_bytes().count(b"\n")
+    return found
+
+
+def stop(process: subprocess.Popen[str], how: signal.Signals, when: Callable[[], bool]) -> str:
+    until = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None and time.monotonic() < until, "too late"
+        time.sleep(0.002)
+    process.send_signal(how)
+    return process.communicate(timeout=120)[1]
+
+
+def chance() -> random.Random:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def served(url: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "model": "by seed", "server": url, "samples": 3, "concurrency": CONCURRENCY} for name in "ab"
+    ]
+
+
+def test_killed_while_servers_are_asked(tmp_path: Path) -> None:
+    drawn, total, kills = chance(), 2 * 3 * len(PROMPTS), 4
+    moments = sorted(drawn.sample(range(total - 20), kills))
+    with fake_server(Fake(lambda text, before: 503 if text.endswith("7") and not before else None)) as fake:
+        fake.on_request = lambda text: time.sleep(drawn.uniform(0, 0.02))
+        recipe = place(tmp_path / "killed", served(fake.url))
+        for number, moment in enumerate(moments):
+            how = signal.SIGINT if number == 2 else signal.SIGKILL
+            told = stop(start(recipe), how, lambda moment=moment: answers(tmp_path / "killed") >= moment)  # type: ignore[misc]
+            assert how == signal.SIGKILL or "the same command goes on" in told
+            assert answers(tmp_path / "killed") < total
+        finish(recipe)
+        assert fake.answered.total() <= total + kills * 2 * CONCURRENCY  # only what was in flight was asked twice
+        whole = place(tmp_path / "whole", served(fake.url))
+        finish(whole)
+    assert answers(tmp_path / "killed") == total
+    assert tree_bytes(tmp_path / "killed" / "out") == tree_bytes(tmp_path / "whole" / "out")
+
+
+def test_killed_while_a_model_in_the_process_answers(tmp_path: Path) -> None:
+    drawn, total = chance(), 3 * len(PROMPTS)
+    write_model(tmp_path / "model")
+    source = {"name": "a", "model": "../model", "samples": 3, "batch_size": 4, "sampling": {"max_tokens": 40}}
+    recipe = place(tmp_path / "killed", [source])
+    for moment in sorted(drawn.sample(range(1, total // 2), 2)):
+        stop(start(recipe), signal.SIGKILL, lambda moment=moment: answers(tmp_path / "killed") >= moment)  # type: ignore[misc]
+        assert moment <= answers(tmp_path / "killed") < total
+    finish(recipe)
+    finish(place(tmp_path / "whole", [source]))
+    assert answers(tmp_path / "killed") == total
+    assert tree_bytes(tmp_path / "killed" / "out") == tree_bytes(tmp_path / "whole" / "out")
+
+
+def test_two_runs_of_one_recipe_do_not_ask_twice(tmp_path: Path) -> None:
+    with fake_server() as fake:
+        fake.on_request = lambda text: time.sleep(0.05)
+        recipe = place(tmp_path, served(fake.url)[:1])
+        first = start(recipe)
+        try:
+            until = time.monotonic() + 60
+            while answers(tmp_path) < 1:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            second = subprocess.run(first.args, capture_output=True, text=True, check=False)  # type: ignore[arg-type]
+        finally:
+            _, error = first.communicate(timeout=120)
+    if second.returncode:  # the first one may have been done by then
+        assert second.returncode == 1 and "another process" in second.stderr, second.stderr
+    assert first.returncode == 0, error
