@@ -54,11 +54,7 @@ def pair(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> Table:
             became = _fates(recipe, prompts, domains, found, own)
     for problem in reading.problems:
         tell.warn(problem)
-    _write(recipe, folder, prompts, became, bool(missing))
-    if waiting:
-        write_rows(folder.pairs(TARGET), ({"prompt": one, "domain": prompts[one].domain} for one in waiting))
-    else:
-        folder.pairs(TARGET).unlink(missing_ok=True)
+    _write(recipe, folder, prompts, became, waiting)
     table = table_of(became, prompts, reading.counts)
     table.write(folder.root / "pairs" / "table.json")
     table.show(tell)
@@ -106,21 +102,28 @@ def _fates(
 
 
 def _write(
-    recipe: Recipe, folder: Folder, prompts: Mapping[str, Prompt], became: Mapping[str, Fate], waiting: bool
+    recipe: Recipe, folder: Folder, prompts: Mapping[str, Prompt], became: Mapping[str, Fate], waiting: Sequence[str]
 ) -> None:
     responses = _responses(recipe, folder, became)
-    sft = ((prompts[one], fate) for one, fate in became.items() if isinstance(fate, Sft))
-    write_rows(
-        folder.pairs("sft"), (_sft_row(prompt, fate, recipe.pairs.of(prompt.domain), responses) for prompt, fate in sft)
-    )
-    lost = ((prompts[one], fate) for one, fate in became.items() if isinstance(fate, Lost))
-    write_rows(folder.pairs("dropped"), (_dropped_row(prompt, fate) for prompt, fate in lost))
-    if waiting:
-        folder.pairs("preference").unlink(missing_ok=True)  # of another recipe
-        return
-    pairs = ((prompts[one], fate) for one, fate in became.items() if isinstance(fate, Pair))
-    rows = (_preference_row(prompt, fate, recipe.pairs.of(prompt.domain).rule, responses) for prompt, fate in pairs)
-    write_rows(folder.pairs("preference"), rows)
+    protocol = {domain: recipe.pairs.of(domain) for domain in {prompt.domain for prompt in prompts.values()}}
+    rows: dict[str, list[dict[str, Any]]] = {"sft": [], "preference": [], "dropped": []}
+    for prompt, fate in ((prompts[one], fate) for one, fate in became.items()):
+        if isinstance(fate, Sft):
+            rows["sft"].append(_sft_row(prompt, fate, protocol[prompt.domain], responses))
+        elif isinstance(fate, Pair):
+            rows["preference"].append(_preference_row(prompt, fate, protocol[prompt.domain].rule, responses))
+        elif isinstance(fate, Lost):
+            rows["dropped"].append(_dropped_row(prompt, fate))
+    rows[TARGET] = [{"prompt": one, "domain": prompts[one].domain} for one in waiting]
+    if any(isinstance(fate, Waiting) for fate in became.values()):
+        del rows["preference"]  # it isn't known yet
+    if not waiting:
+        del rows[TARGET]
+    for name in ("sft", "preference", "dropped", TARGET):
+        if name in rows:
+            write_rows(folder.pairs(name), rows[name])
+        else:
+            folder.pairs(name).unlink(missing_ok=True)  # of another recipe
 
 
 Responses = Mapping[tuple[str, Key], dict[str, Any]]  # by source and key
