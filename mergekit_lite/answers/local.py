@@ -173,7 +173,9 @@ class Local:
         """The model, with nothing of its own on how to draw: what the sampling doesn't say is neutral."""
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # the stage has its own
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         own = "float32" if device == "cpu" else "auto"
         how: dict[str, Any] = {"dtype": getattr(torch, self.dtype) if self.dtype else own}
