@@ -120,6 +120,14 @@ class ChatTemplate:
         joined = whole[: len(prompt)] == prompt
         return Tokens(prompt, self._ended(whole[len(prompt) :] if joined else self._ids(response_text)))
 
+    def whole(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """A conversation as the template writes it, answers and all.
+
+        Raises:
+            TemplateError: the template refuses these messages.
+        """
+        return self._plain_ids(messages) if self.plain else self._ids(self._render(messages))
+
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         return self._render(messages, header=True) + self._missing_header
 

@@ -75,13 +75,14 @@ def command(
     """
     named = tuple(dtypes.float_named(name) for name in dtype)
     from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.pages.drawing import check_drawable
     from mergekit_lite.vectors import export, plots
     from mergekit_lite.vectors.comparison import compare
     from mergekit_lite.vectors.deltas import Settings
 
     settings = Settings(top_k, alpha, named, select_topk)
     if plot is not None or html_path is not None:
-        plots.check_drawable(plot)
+        check_drawable(plot)
     for path in (csv_path, plot, html_path):
         values.check_folder(path)
     screen = Screen(quiet=quiet or as_json, verbose=verbose)

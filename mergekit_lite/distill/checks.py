@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.scorers.opening import wrong_settings
 from mergekit_lite.distill import protocols
 from mergekit_lite.distill.recipe import TARGET, Recipe, Scorer, Source
 from mergekit_lite.errors import UsageError, listing, nearest
-
-# What each kind of scorer needs, and what it may have beside that.
-NEEDS: Mapping[str, tuple[str, ...]] = {
-    "reward": ("model",),
-    "judge": ("model", "server"),
-    "log_ratio": ("strong", "weak"),
-    "function": ("model",),
-}
-MODELS = ("model", "strong", "weak", "server")
 
 Way = tuple[int | str, ...]
 
@@ -109,18 +101,7 @@ def _source(way: Way, source: Source) -> Iterator[Problem]:
 
 
 def _scorer(way: Way, scorer: Scorer) -> Iterator[Problem]:
-    needs = NEEDS.get(scorer.kind, ())
-    for key in needs:
-        if not getattr(scorer, key):
-            yield Problem(way, f"a scorer of the kind {scorer.kind!r} needs {key!r}")
-    for key in MODELS:
-        if getattr(scorer, key) and key not in needs:
-            yield Problem((*way, key), f"{key!r} has no effect on a scorer of the kind {scorer.kind!r}")
-    if scorer.kind == "function" and scorer.model and ":" not in scorer.model:
-        yield Problem((*way, "model"), f"{scorer.model!r}: a function is given as module:function")
-    if scorer.kind == "code" and not scorer.allow_code:
-        text = "a scorer of the kind 'code' runs programs that a model wrote: say `allow_code: true` if that is wanted"
-        yield Problem(way, text)
+    yield from (Problem((*way, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
 
 
 def _target_source(recipe: Recipe) -> Iterator[Problem]:

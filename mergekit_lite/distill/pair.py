@@ -8,9 +8,10 @@ from typing import Any
 from mergekit_lite.answers.rows import Key, Prompt, write_rows
 from mergekit_lite.distill import protocols
 from mergekit_lite.distill.folder import Folder
+from mergekit_lite.distill.prompts import stored
 from mergekit_lite.distill.recipe import TARGET, Pairs, Recipe, Source
 from mergekit_lite.distill.rules import Answers, Candidate, Pair
-from mergekit_lite.distill.scored import Reading, all_scores, candidates, prompts_of, texts
+from mergekit_lite.distill.scored import Reading, all_scores, candidates, texts
 from mergekit_lite.distill.split import Fate, Lost, Sft, Waiting, fates
 from mergekit_lite.distill.table import Table, table_of
 from mergekit_lite.distill.telling import Tell
@@ -19,32 +20,36 @@ from mergekit_lite.errors import UsageError, counted, listing
 ByPrompt = Mapping[str, Sequence[Candidate]]
 
 
-def pair(recipe: Recipe, tell: Tell) -> Table:
+def pair(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> Table:
     """Write ``pairs/``: SFT and preference rows, what was dropped and why, and the table of their counts.
 
     Where pairs are made of the target's own answers it is run twice: once the sources are scored it writes the SFT
     rows, and in ``pairs/target.jsonl`` the prompts that the target has to answer; the preference rows once those
     answers are scored. The rows depend on recipe and scores alone, and are in the order of the prompts.
 
+    Args:
+        recipe: the recipe.
+        tell: who watches.
+        skip_missing: do without answers and scores that files lack, and count them as losses.
+
     Raises:
         UsageError: answers or scores of the sources are missing, or the recipe's pairs are wrong.
     """
     folder, reading = Folder(recipe.folder), Reading()
     _check(protocols.problems(recipe))
-    prompts = {prompt.id: prompt for prompt in prompts_of(folder, reading.problems)}
+    prompts = {prompt.id: prompt for prompt in stored(folder)}
     domains = {prompt.domain: recipe.pairs.of(prompt.domain) for prompt in prompts.values()}
     _check(protocols.problems(recipe, domains))
     found = [candidates(folder, source, prompts, domains, reading) for source in recipe.sources]
-    if reading.missing:
-        hint = "Run `mergekit-lite distill sample` and `mergekit-lite distill score` first; each goes on where it is."
-        raise UsageError(listing("The pair stage needs what is not there yet", [*reading.missing, hint]))
+    if missing := _missing(reading, skip_missing):
+        hint = "run the stages sample and score first: each goes on where it was"
+        raise UsageError(listing("The pair stage needs what is not there yet", [*missing, hint]))
     became = _fates(recipe, prompts, domains, found, None)
     waiting = [prompt for prompt, fate in became.items() if isinstance(fate, Waiting)]
-    missing: list[str] = []
     if waiting:
         asked = {one: prompts[one] for one in waiting}
         own = candidates(folder, _target(recipe), asked, domains, reading, own=True)
-        missing = reading.missing
+        missing = _missing(reading, skip_missing)
         if not missing:
             became = _fates(recipe, prompts, domains, found, own)
     for problem in reading.problems:
@@ -60,6 +65,12 @@ def pair(recipe: Recipe, tell: Tell) -> Table:
     if missing:
         tell.line(listing("The preference rows wait for the target's own answers and their scores", missing))
     return table
+
+
+def _missing(reading: Reading, skip_missing: bool) -> list[str]:
+    if skip_missing or not reading.absent:
+        return reading.missing
+    return [*reading.missing, *reading.absent, "with --skip-missing the stage does without such rows"]
 
 
 def _check(problems: Iterable[tuple[protocols.Way, str]]) -> None:

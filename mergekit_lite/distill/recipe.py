@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.scorers.settings import ScorerSettings
 
 TARGET = "target"  # the source that stands for the trained SFT model, which answers for itself
 
@@ -43,22 +44,15 @@ class Source(Strict):
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
 
+    def answers_to(self, domain: str) -> int:
+        """How many answers it gives to a prompt of a domain."""
+        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
 
-class Scorer(Strict):
-    """What judges answers."""
 
-    name: Name
-    kind: Literal["reward", "maths", "code", "judge", "log_ratio", "exact", "function"]
+class Scorer(ScorerSettings):
+    """What judges answers; for which domains."""
+
     domains: tuple[str, ...] | None = None  # only answers to prompts of these
-    model: str | None = None  # reward model, judge, or the function as module:function
-    strong: str | None = None  # log_ratio
-    weak: str | None = None
-    server: str | None = None  # of a judge
-    api_key_variable: str = "OPENAI_API_KEY"
-    concurrency: Positive = 32
-    batch_size: Positive = 8
-    allow_code: bool = False  # run model-written code, fenced in
-    options: dict[str, Any] = {}  # of this kind; checked by the scorer
 
 
 class Protocol(Strict):
@@ -149,12 +143,13 @@ class Train(Strict):
 
 
 class Report(Strict):
-    """What the models are compared on."""
+    """What the models are compared on: the target as it was, after SFT, and after preference training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
     samples: Positive = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
+    servers: dict[Literal["untrained", "sft", "preference"], str] = {}  # where a model is served, under this name
     examples: Positive = 4  # answers side by side
 
 

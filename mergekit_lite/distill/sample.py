@@ -101,8 +101,7 @@ def tasks_of(recipe: Recipe, source: Source, asked: Iterable[Prompt]) -> tuple[T
     return tuple(
         Task(prompt, index, seed_of(recipe.seed, source.name, prompt.id, index))
         for prompt in asked
-        if source.domains is None or prompt.domain in source.domains
-        for index in range(source.samples_for.get(prompt.domain, source.samples))
+        for index in range(source.answers_to(prompt.domain))
     )
 
 

@@ -1,27 +1,17 @@
-"""A comparison as one HTML page that needs nothing else: no network, no library.
-
-All text goes through ``element``, which escapes what is not ``Markup`` already. A policy in the page forbids every
-script but its own, told by its digest, and every request.
-"""
+"""A comparison as one HTML page."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from html import escape
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import NamedTuple
 
-from mergekit_lite._version import __version__
 from mergekit_lite.errors import counted
+from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 from mergekit_lite.vectors import plots
 from mergekit_lite.vectors.comparison import Comparison, Figures, letter, looks_like
 from mergekit_lite.vectors.words import CAN_NOT_TELL, how, percent, suggestions
 
 MOST_ROWS = 2000  # tensors in the table: those that changed most
-VOID = ("meta",)
 PICTURES = {
     "heat_map": "RMS of the change by layer and module",
     "cosine_matrix": "Cosine between the deltas of each two models",
@@ -29,72 +19,10 @@ PICTURES = {
 }
 
 
-class Markup(str):
-    """HTML, as against text."""
-
-    __slots__ = ()
-
-
-class Cell(NamedTuple):
-    """A figure as it is shown, and by which it is sorted."""
-
-    text: str
-    value: float | None
-
-
-Text = str | Cell
-
-
 def page(comparison: Comparison) -> str:
     """The whole page."""
-    style, script = (files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", f"What {counted(len(comparison.models), 'model')} changed in {comparison.base}"),
-        element("style", Markup(style)),
-    )
-    body = element("body", element("main", *_sections(comparison)), element("script", Markup(script)))
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
-
-
-def element(name: str, /, *children: str, **attributes: str) -> Markup:
-    """An element; text is escaped. ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``."""
-    written = "".join(
-        f' {key.strip("_").replace("_", "-")}="{escape(value, quote=True)}"' for key, value in attributes.items()
-    )
-    if name in VOID:
-        return Markup(f"<{name}{written}>")
-    inner = "".join(child if isinstance(child, Markup) else escape(child) for child in children)
-    return Markup(f"<{name}{written}>{inner}</{name}>")
-
-
-def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[Text]], tall: bool = False) -> Markup:
-    """A table that sorts by the buttons in its head; a row's first cell is its name."""
-    listed = list(rows)
-    words = [any(isinstance(row[column], str) for row in listed) for column in range(len(heads))]
-    top = [
-        element("th", element("button", head, type="button"), scope="col", class_="word" if word else "figure")
-        for head, word in zip(heads, words, strict=True)
-    ]
-    body = [element("tr", element("th", str(first), scope="row"), *map(_cell, others)) for first, *others in listed]
-    kind = "scroll tall" if tall else "scroll"
-    made = element("table", element("thead", element("tr", *top)), element("tbody", *body), aria_label=label)
-    return element("div", made, class_=kind, tabindex="0", role="region", aria_label=label)
-
-
-def _cell(cell: Text) -> Markup:
-    if isinstance(cell, Cell):
-        return element("td", cell.text, data_value="" if cell.value is None else repr(cell.value))
-    return element("td", cell, class_="word")
+    title = f"What {counted(len(comparison.models), 'model')} changed in {comparison.base}"
+    return document(title, _sections(comparison))
 
 
 def _sections(comparison: Comparison) -> Iterator[Markup]:
@@ -124,8 +52,7 @@ def _sections(comparison: Comparison) -> Iterator[Markup]:
     yield table("Alpha after rounding", ["dtype", "asked", *letters], _alphas(comparison))
     for draw in plots.panels(comparison):
         title = PICTURES[draw.__name__]
-        picture = element("div", Markup(plots.svg(comparison, draw, title)), class_="scroll plot", tabindex="0")
-        yield element("figure", picture, element("figcaption", title + ".", class_="soft"))
+        yield plot(plots.svg(comparison, draw, title), title)
     yield element("h2", "Layers")
     heads = ["layer", *_heads(letters)]
     rows = ([name, *_unit(figures)] for name, figures in comparison.layers.items())
@@ -136,7 +63,6 @@ def _sections(comparison: Comparison) -> Iterator[Markup]:
         yield element("h2", "Not compared")
         left = ((one.name, one.model, one.why) for one in comparison.unmatched[:MOST_ROWS])
         yield table("Not compared", ["tensor", "model", "why"], left, tall=True)
-    yield element("p", f"Made by mergekit_lite {__version__}.", class_="soft")
 
 
 def _tensors(comparison: Comparison, letters: Sequence[str]) -> Iterator[Markup]:

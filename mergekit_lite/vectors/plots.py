@@ -1,58 +1,41 @@
 """Pictures of a comparison: where the weights changed, which deltas are alike, how large the changes are.
 
-Drawn by matplotlib's objects, not pyplot: no window, no global state. Names of tensors are never read as formulas.
+Names of tensors are never read as formulas.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_lite.errors import UsageError, shortened
+from mergekit_lite.errors import shortened
+from mergekit_lite.pages import drawing
+from mergekit_lite.pages.drawing import COLOURS
 from mergekit_lite.vectors.comparison import Comparison, letter
 from mergekit_lite.vectors.deltas import BINS, SMALLEST, Finding
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import FigureBase
 
-FORMATS = (".png", ".svg", ".pdf")
 MOST_NAMES = 40  # labels along an axis that can still be read
 MOST_LETTERS = 34
-INK = "#123456"  # replaced by the page's text colour in an SVG
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
-WIDTH = 7.0  # inches, as the heights
-LABELS_HEIGHT, OUTSIDE_HEIGHT = 2.6, 0.3  # of a map: its titles and names, the row of what is outside the layers
+LABELS_HEIGHT, OUTSIDE_HEIGHT = 2.6, 0.3  # inches of a map: its titles and names, the row of what is outside the layers
 Draw = Callable[["FigureBase", Comparison], None]
-
-
-def check_drawable(path: Path | None) -> None:
-    """Raise UsageError where matplotlib is missing, or can't write a file of this name."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "Plots need matplotlib, which is not installed: pip install 'mergekit-lite[plot]' (or pip install "
-            "matplotlib). All figures are there without it: --json, --csv."
-        ) from error
-    if path is not None and path.suffix.lower() not in FORMATS:
-        raise UsageError(f"{path}: a plot is written as {', '.join(FORMATS)}, by the ending of its name.")
 
 
 def save(comparison: Comparison, path: Path) -> None:
     """Write one picture of three panels."""
     drawn = panels(comparison)
     heights = [_height(comparison, draw) for draw in drawn]
-    figure = _figure(WIDTH, sum(heights))
+    figure = drawing.new_figure(sum(heights))
     parts = figure.subfigures(len(drawn), 1, squeeze=False, height_ratios=heights)
     for part, draw in zip(parts[:, 0], drawn, strict=True):
         draw(part, comparison)
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    drawing.save(figure, path)
 
 
 def panels(comparison: Comparison) -> list[Draw]:
@@ -61,21 +44,8 @@ def panels(comparison: Comparison) -> list[Draw]:
 
 
 def svg(comparison: Comparison, draw: Draw, label: str) -> str:
-    """One panel as an SVG element that takes its text colour from the page."""
-    import matplotlib as mpl
-
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}
-    settings |= {f"{part}.color": INK for part in ("text", "xtick", "ytick")}
-    settings |= {"axes.edgecolor": INK, "axes.labelcolor": INK}
-    text = io.StringIO()
-    with mpl.rc_context(settings):
-        figure = _figure(WIDTH, _height(comparison, draw))
-        draw(figure, comparison)
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    drawn = text.getvalue()
-    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    return re.sub(r'^<svg ([^>]*?)width="[^"]*pt" ?', rf'<svg role="img" aria-label="{label}" \1', drawn, count=1)
+    """One panel as an SVG element."""
+    return drawing.svg(lambda figure: draw(figure, comparison), _height(comparison, draw), label)
 
 
 def heat_map(figure: FigureBase, comparison: Comparison) -> None:
@@ -155,12 +125,6 @@ def histogram(figure: FigureBase, comparison: Comparison) -> None:
     axes.set(title="Sizes of the changes", xlabel="|delta|, in steps of a factor of 2", ylabel="weights (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _cells(comparison: Comparison) -> tuple[list[tuple[str, int]], list[str], list[str]]:

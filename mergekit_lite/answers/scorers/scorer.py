@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -29,3 +30,8 @@ class Scorer(Protocol):
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
         """A verdict for each, in order."""
+
+
+def finite(value: float) -> Score:
+    """The value as a verdict; none where it is NaN or infinite."""
+    return Score(value) if math.isfinite(value) else Score(None, f"the score is {value}")

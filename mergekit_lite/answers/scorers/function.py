@@ -1,0 +1,66 @@
+"""Any Python function as a scorer.
+
+``module:function`` takes the prompt (``answers.rows.Prompt``) and the answer's text and returns a number, or None where
+it can't judge. The module is found as ``import`` finds it, and in the current folder. Its name only ever comes from the
+user's own recipe or command line: a model folder can't name code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
+from mergekit_lite.answers.scorers.settings import Strict
+from mergekit_lite.errors import UsageError
+
+Judge = Callable[[Any, str], float | None]
+
+
+class Options(Strict):
+    """None."""
+
+
+class Function:
+    """What the function returns; None, with its message, where it raises."""
+
+    def __init__(self, name: str, function: Judge):
+        self.name = name
+        self.function = function
+
+    def score(self, judged: Sequence[Judged]) -> list[Score]:
+        """A verdict for each."""
+        return [self._verdict(each) for each in judged]
+
+    def _verdict(self, judged: Judged) -> Score:
+        try:
+            value = self.function(judged.prompt, judged.answer)
+            return Score(None, "the function returned None") if value is None else finite(float(value))
+        except Exception as error:  # the function is not ours
+            return Score(None, f"{type(error).__name__}: {error}")
+
+
+def function_named(reference: str) -> Judge:
+    """The function called ``module:function``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    module_name, _, function_name = reference.partition(":")
+    if not module_name or not function_name:
+        raise UsageError(f"A function is named module:function, got {reference!r}.")
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        function = getattr(import_module(module_name), function_name, None)
+    except Exception as error:  # whatever importing a module of the user's raises
+        raise UsageError(f"Can't import {module_name!r} for {reference!r}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(function):
+        raise UsageError(f"Module {module_name!r} has no function {function_name!r}.")
+    judge: Judge = function
+    return judge

@@ -1,0 +1,108 @@
+"""How likely a model finds given texts: functions of a loaded model and rows, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.template import ChatTemplate, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LogProb(NamedTuple):
+    """Of some tokens, given what came before them: Σ_t log π(y_t | x, y_<t), and how many they are."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Length-normalised: of a token."""
+        return self.total / self.tokens
+
+
+class Pair(NamedTuple):
+    """A preference."""
+
+    messages: Sequence[Message]
+    chosen: str
+    rejected: str
+
+
+class Margin(NamedTuple):
+    """Length-normalised log-probabilities of the two responses of a pair."""
+
+    chosen: float
+    rejected: float
+
+    @property
+    def margin(self) -> float:
+        """How much likelier a token of the chosen one is, in nats."""
+        return self.chosen - self.rejected
+
+    @property
+    def accuracy(self) -> float:
+        """1 where the chosen one is likelier, 0 where the rejected one is, ½ where they are equal."""
+        return 0.5 if self.margin == 0 else float(self.margin > 0)
+
+
+def log_probs(model: PreTrainedModel, rows: Sequence[Tokens], batch_size: int = 8) -> list[LogProb]:
+    """Of each response given its prompt, in order.
+
+    Args:
+        model: a causal language model with a head that ``logprobs.check_head`` accepts.
+        rows: tokens, no more than the model takes; the first of a row is never scored, for nothing predicts it.
+        batch_size: rows that are read at once; those of like length are.
+    """
+    import torch
+
+    from mergekit_lite.answers.logprobs import padded, response_log_probs
+
+    order = sorted(range(len(rows)), key=lambda place: -sum(map(len, rows[place])))
+    found: dict[int, LogProb] = {}
+    with torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            places = order[start : start + batch_size]
+            batch = padded([rows[place] for place in places], device=model.device)
+            told = response_log_probs(model, batch)
+            values = zip(told.sums.double().tolist(), told.lengths.tolist(), strict=True)
+            found |= {place: LogProb(*value) for place, value in zip(places, values, strict=True)}
+    return [found[place] for place in range(len(rows))]
+
+
+def text_log_probs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int, batch_size: int = 8
+) -> list[LogProb]:
+    """Of plain texts, without a chat template; ``-mean`` is the negative log-likelihood per token.
+
+    A text longer than ``window`` tokens is cut into pieces of that length; each one's first token is predicted from the
+    last one of the piece before, so all but a text's first are scored, each once. A text of no more than one token has
+    none: its ``tokens`` is 0.
+    """
+    pieces: list[Tokens] = []
+    owners: list[int] = []
+    for place, text in enumerate(texts):
+        ids = tuple(tokenizer(text)["input_ids"])
+        for start in range(0, len(ids) - 1, window - 1):
+            piece = ids[start : start + window]
+            pieces.append(Tokens(piece[:1], piece[1:]))
+            owners.append(place)
+    totals, counts = [0.0] * len(texts), [0] * len(texts)
+    for owner, (total, count) in zip(owners, log_probs(model, pieces, batch_size), strict=True):
+        totals[owner] += total
+        counts[owner] += count
+    return [LogProb(total, count) for total, count in zip(totals, counts, strict=True)]
+
+
+def margins(model: PreTrainedModel, template: ChatTemplate, pairs: Sequence[Pair], batch_size: int = 8) -> list[Margin]:
+    """How a model ranks the responses of preference pairs by length-normalised log-probability.
+
+    Raises:
+        TemplateError: the template refuses a conversation.
+    """
+    rows = [template.tokens(pair.messages, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+    found = log_probs(model, rows, batch_size)
+    return [Margin(chosen.mean, rejected.mean) for chosen, rejected in zip(found[::2], found[1::2], strict=True)]

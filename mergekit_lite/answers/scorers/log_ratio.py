@@ -1,0 +1,116 @@
+"""CDR: how much likelier a strong model finds an answer than a weak one; needs no reward model.
+
+    score(x, y) = log π_strong(y | c, x) − log π_weak(y | x)
+
+summed over the tokens of the answer and the end of its turn. From "Dr. SoW: density ratio of strong-over-weak LLMs"
+(arXiv:2411.02481); the formula is known from a summary, not read in the paper. ``c`` customises the strong model's
+prompt by the domain. Each model reads the text through its own tokenizer and template, so they need not be of one
+family. The wider apart the two are, the better the score: a model and what it was tuned from, for instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from mergekit_lite.answers.loading import Dtype, causal_model, context_of, free_memory, placed, tokenizer_of
+from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs
+from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
+from mergekit_lite.answers.scorers.settings import ScorerSettings, Strict
+from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Options(Strict):
+    """``instructions``: c, put before the conversation that the strong model reads, as a system prompt."""
+
+    instructions: str | None = None
+    device: str | None = None  # cpu, cuda, cuda:1 …; the first GPU by default; auto: all
+    dtype: Dtype | None = None  # on a CPU float32, else the models' own by default
+
+
+class Reading(NamedTuple):
+    """A model and how it reads."""
+
+    model: PreTrainedModel
+    template: ChatTemplate
+    instructions: str | None = None
+
+    def log_probs(self, judged: Sequence[Judged], batch_size: int) -> list[LogProb | Score]:
+        """Of each answer; a verdict where there is none to be had."""
+        rows = [self._tokens(each) for each in judged]
+        found = iter(log_probs(self.model, [row for row in rows if isinstance(row, Tokens)], batch_size))
+        return [next(found) if isinstance(row, Tokens) else row for row in rows]
+
+    def _tokens(self, judged: Judged) -> Tokens | Score:
+        try:
+            tokens = self.template.tokens(self._messages(judged), judged.answer)
+        except TemplateError as error:
+            return Score(None, str(error))
+        length, most = sum(map(len, tokens)), context_of(self.model)
+        if most is not None and length > most:
+            return Score(None, f"{length:,} tokens are more than the {most:,} that {self.template.name} takes")
+        return tokens
+
+    def _messages(self, judged: Judged) -> Sequence[Message]:
+        messages = judged.prompt.messages
+        if self.instructions is None:
+            return messages
+        content = self.instructions
+        if messages[0]["role"] == "system":
+            content, messages = f"{content}\n\n{messages[0]['content']}", messages[1:]
+        return (Message(role="system", content=content), *messages)
+
+
+class LogRatio:
+    """The difference of two log-probabilities."""
+
+    def __init__(self, name: str, strong: Reading, weak: Reading, batch_size: int):
+        self.name = name
+        self.strong = strong
+        self.weak = weak
+        self.batch_size = batch_size
+
+    def score(self, judged: Sequence[Judged]) -> list[Score]:
+        """A verdict for each; None where a template refuses the conversation or it is too long."""
+        strong = self.strong.log_probs(judged, self.batch_size)
+        weak = self.weak.log_probs(judged, self.batch_size)
+        return [_ratio(*both) for both in zip(strong, weak, strict=True)]
+
+
+def _ratio(strong: LogProb | Score, weak: LogProb | Score) -> Score:
+    if isinstance(strong, Score):
+        return strong
+    return weak if isinstance(weak, Score) else finite(strong.total - weak.total)
+
+
+@contextmanager
+def comparing(settings: ScorerSettings, options: Options) -> Iterator[LogRatio]:
+    """The scorer; its models are freed with the context.
+
+    Raises:
+        CheckpointError: a model can't be loaded.
+        UsageError: one makes its logits in a way that isn't known.
+    """
+    assert settings.strong is not None and settings.weak is not None
+    strong = _reading(settings.strong, options, options.instructions)
+    weak = _reading(settings.weak, options, None)
+    ratio = LogRatio(settings.name, strong, weak, settings.batch_size)
+    try:
+        yield ratio
+    finally:
+        del ratio.strong, ratio.weak, strong, weak
+        free_memory()
+
+
+def _reading(path: str, options: Options, instructions: str | None) -> Reading:
+    from mergekit_lite.answers.logprobs import check_head
+
+    template = ChatTemplate(tokenizer_of(path))
+    model = causal_model(path, placed(options.device, options.dtype))
+    check_head(model)
+    return Reading(model, template, instructions)

@@ -1,0 +1,184 @@
+"""Reward models: a number for a conversation and its answer.
+
+Any model that transformers loads as ``AutoModelForSequenceClassification`` with one logit; and those of the ArmoRM
+family, see ``gated.py``. The conversation is written by the model's own chat template, as in its training. An answer
+with which it gets longer than the model takes has no score.
+
+Rows of like length are read together. Padding is masked, so a score depends on its row alone; the rounding of matrix
+products still differs in the last bits with the shape of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from mergekit_lite.answers.loading import (
+    Dtype,
+    Placed,
+    context_of,
+    fetched,
+    free_memory,
+    model_of,
+    placed,
+    tokenizer_of,
+)
+from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.scorers import gated
+from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
+from mergekit_lite.answers.scorers.settings import Positive, ScorerSettings, Strict
+from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
+from mergekit_lite.errors import CheckpointError, RunError, listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Options(Strict):
+    """``max_length``: tokens of conversation and answer; as many as the model takes by default."""
+
+    max_length: Positive | None = None
+    device: str | None = None  # cpu, cuda, cuda:1 …; the first GPU by default; auto: all
+    dtype: Dtype | None = None  # on a CPU float32, else the model's own by default
+
+
+class Head(Protocol):
+    """A model with its head."""
+
+    model: PreTrainedModel
+
+    def rewards(self, rows: Sequence[Tokens]) -> list[float]:
+        """One for each conversation, read as one batch."""
+
+
+class _Row(NamedTuple):
+    place: int
+    tokens: Tokens
+
+
+class Reward:
+    """The reward model's number."""
+
+    def __init__(self, name: str, head: Head, template: ChatTemplate, batch_size: int, max_length: int | None):
+        self.name = name
+        self.head = head
+        self.template = template
+        self.batch_size = batch_size
+        self.max_length = max_length
+
+    def score(self, judged: Sequence[Judged]) -> list[Score]:
+        """A verdict for each; None where the template refuses the conversation or it is too long."""
+        scores: dict[int, Score] = {}
+        rows: list[_Row] = []
+        for place, each in enumerate(judged):
+            tokens = self._tokens(each)
+            if isinstance(tokens, Score):
+                scores[place] = tokens
+            else:
+                rows.append(_Row(place, tokens))
+        rows.sort(key=lambda row: -sum(map(len, row.tokens)))
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            rewards = self._rewards([row.tokens for row in batch])
+            scores |= {row.place: finite(reward) for row, reward in zip(batch, rewards, strict=True)}
+        return [scores[place] for place in range(len(judged))]
+
+    def _tokens(self, judged: Judged) -> Tokens | Score:
+        """The conversation, parted behind the last token of what came before the answer."""
+        answer = Message(role="assistant", content=judged.answer)
+        try:
+            before = self.template.whole(judged.prompt.messages)
+            whole = self.template.whole([*judged.prompt.messages, answer])
+        except TemplateError as error:
+            return Score(None, str(error))
+        if whole[: len(before)] != before:
+            return Score(None, "the chat template writes what comes before an answer otherwise than without one")
+        if self.max_length is not None and len(whole) > self.max_length:
+            return Score(None, f"{len(whole):,} tokens are more than {self.max_length:,}")
+        return Tokens(before, whole[len(before) :])
+
+    def _rewards(self, rows: Sequence[Tokens]) -> list[float]:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                return self.head.rewards(rows)
+        except torch.cuda.OutOfMemoryError as error:
+            longest = max(sum(map(len, row)) for row in rows)
+            raise RunError(
+                f"{len(rows)} conversations of up to {longest:,} tokens don't fit into the memory of "
+                f"{self.head.model.device}. Lower `batch_size` of the scorer {self.name}, or its option max_length."
+            ) from error
+
+
+class Classifier:
+    """A model for sequence classification with one logit."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.pad: int | None = model.config.get_text_config().pad_token_id
+
+    def rewards(self, rows: Sequence[Tokens]) -> list[float]:
+        """The logits.
+
+        Which token is read is told by the configuration's padding token. Where it has none, the last one is: then a
+        token that is in none of the rows is the padding.
+        """
+        from mergekit_lite.answers.logprobs import padded
+
+        pad = self.pad
+        if pad is None:
+            used = {token for row in rows for part in row for token in part}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+            self.model.config.get_text_config().pad_token_id = pad
+        batch = padded(rows, pad, self.model.device)
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        rewards: list[float] = logits[:, 0].double().tolist()
+        return rewards
+
+
+@contextmanager
+def rewarding(settings: ScorerSettings, options: Options) -> Iterator[Reward]:
+    """The scorer; its model is freed with the context.
+
+    Raises:
+        CheckpointError: the model can't be loaded, or is no reward model.
+    """
+    assert settings.model is not None
+    template = _template(settings.model)
+    head = _head(settings.model, placed(options.device, options.dtype))
+    lengths = [length for length in (options.max_length, context_of(head.model)) if length is not None]
+    reward = Reward(settings.name, head, template, settings.batch_size, min(lengths, default=None))
+    try:
+        yield reward
+    finally:
+        del reward.head, head
+        free_memory()
+
+
+def _template(path: str) -> ChatTemplate:
+    template = ChatTemplate(tokenizer_of(path))
+    if template.plain:
+        raise CheckpointError(
+            f"The tokenizer of the reward model {path} has no chat template: it can't be told how the model wants a "
+            f"conversation written. Put the template of its training beside it as chat_template.jinja."
+        )
+    return template
+
+
+def _head(path: str, place: Placed) -> Head:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = fetched(path, "a reward model", lambda: AutoConfig.from_pretrained(path))
+    if gated.is_gated(config):
+        return gated.load(path, config, place)
+    model, missing, unexpected = model_of(AutoModelForSequenceClassification, path, "a reward model", place)
+    problems = [f"the weights have no {name}" for name in missing]
+    problems += [f"{name} in the weights belongs to nothing that is known" for name in unexpected]
+    if not problems and model.config.num_labels != 1:
+        problems = [f"it has {model.config.num_labels} logits, expected one"]
+    if problems:
+        remedy = "Name a model for sequence classification with one logit, or one of the ArmoRM family."
+        raise CheckpointError(listing(f"{path} is no reward model. {remedy} What is wrong", problems))
+    return Classifier(model)
