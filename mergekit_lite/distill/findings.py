@@ -14,6 +14,7 @@ from mergekit_lite.distill.curves import Log, Picture
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.held_out import CUT, LENGTH, Comparison, Model
 from mergekit_lite.distill.recipe import Recipe
+from mergekit_lite.errors import counted
 
 STAGES = ("sft", "preference")
 NAMES: Mapping[Model, str] = {
@@ -22,6 +23,7 @@ NAMES: Mapping[Model, str] = {
     "preference": "the preference model",
 }
 LONGER = 1.1  # times the length, from which it is told
+FEW = 30  # prompts
 MANY_CUT = 0.02  # share of answers
 CAN_NOT_TELL = (
     "An interval tells what other prompts of this kind would have given. It knows nothing of another run of training: "
@@ -108,6 +110,8 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
         return
     for scorer in comparison.scorers:
         yield from _winner(comparison, scorer)
+    if len(comparison.prompts) < FEW:
+        yield f"With only {counted(len(comparison.prompts), 'prompt')} all intervals are rough: too narrow, if anything."
     lengths = {model: comparison.mean(model, LENGTH).mean for model in comparison.answered}
     first, before = next(iter(lengths.items()))
     for model, length in lengths.items():
