@@ -215,14 +215,18 @@ def _ends(told: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> f
 
 def _fetched(path: str, load: Any) -> Any:
     """What transformers loads, or its complaint in a sentence."""
+    from transformers.utils import logging
+
+    told: Any = logging
+    told.disable_progress_bar()  # of the weights, in the middle of our own
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        told = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        reason = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         code = "trust_remote_code" in str(error)
         remedy = (
             "It comes with code of its own, which is never run here: serve it, and give the source a `server`."
             if code
             else "Expected is a folder with a causal language model and its tokenizer, or org/name on the hub."
         )
-        raise CheckpointError(f"Can't load the model {path}: {told} {remedy}") from error
+        raise CheckpointError(f"Can't load the model {path}: {reason} {remedy}") from error

@@ -86,18 +86,20 @@ def response_log_probs(model: PreTrainedModel, batch: Batch, squares: bool = Fal
     scored = batch.responses[:, 1:]
     states = hidden[:, :-1][scored]  # (R, H)
     targets = batch.input_ids[:, 1:][scored]
-    shape = shape_of(model)
-    head = model.get_output_embeddings()
+    shape, head = shape_of(model), head_of(model)
     rows = max(1, CHUNK // head.weight.shape[0])
-    chunks = [
-        _chunk(head, part, target, shape, squares)
-        for part, target in zip(states.split(rows), targets.split(rows), strict=True)
-    ]
+    parts = zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
+    chunks = [_chunk(head, part, target, shape, squares) for part, target in parts]
     lengths = scored.sum(1)
     sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), scored)
     if not squares:
         return ResponseLogProbs(sums, lengths)
     return ResponseLogProbs(sums, lengths, _by_sequence(torch.cat([logs for _, logs in chunks]), scored) / lengths)
+
+
+def head_of(model: PreTrainedModel) -> Any:
+    """The linear layer from hidden states to the vocabulary."""
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 class Shape(NamedTuple):
@@ -134,12 +136,12 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         UsageError: the model does something else between hidden states and logits.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     if head is None or getattr(head, "weight", None) is None:
         raise UsageError(f"{type(model).__name__} has no language model head. Train a causal language model.")
     ids = torch.arange(1, 1 + CHECKED_TOKENS, device=head.weight.device)[None]
     training = model.training
-    model.eval()
+    model.train(False)
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = shape_of(model).apply(head(model.base_model(input_ids=ids, use_cache=False)[0]))
     model.train(training)
@@ -189,7 +191,7 @@ class _TargetLogProbs(torch.autograd.Function):
         return torch.cat(chosen) - total, log_squares
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         output, targets, total = (tensor.detach() for tensor in ctx.saved_tensors)
         for part, target, log_z, weight in zip(

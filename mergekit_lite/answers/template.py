@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from mergekit_lite.answers.rows import Message
 from mergekit_lite.errors import MergekitLiteError
@@ -178,15 +178,18 @@ class ChatTemplate:
         from jinja2 import TemplateError as JinjaError
 
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=header, date_string=DATE
+            text = self.tokenizer.apply_chat_template(
+                cast("list[dict[str, str]]", list(messages)),
+                tokenize=False,
+                add_generation_prompt=header,
+                date_string=DATE,
             )
         except (JinjaError, TypeError, ValueError, KeyError) as error:
             raise TemplateError(
                 f"The chat template of {self.name} refuses a conversation of roles "
                 f"{', '.join(message['role'] for message in messages)}: {error}"
             ) from error
-        return text
+        return cast(str, text)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """Tokens of text that already has all special tokens it is to have."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import Pairs, Recipe, Scorer, Source
 from mergekit_lite.distill.sample import sample
 from mergekit_lite.distill.score import score
+from mergekit_lite.distill.scored import Reading, verdicts
 from mergekit_lite.distill.telling import Tell
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
@@ -82,12 +83,14 @@ class Comparison:
         there = [model for model in MODELS if model in self.answered]
         ways = [(after, before) for gap in (2, 1) for before, after in zip(there, there[gap:], strict=False)]
         return [
-            Difference(
-                after, before, figure, interval(paired(self._figures(after, figure), self._figures(before, figure)))
-            )
+            Difference(after, before, figure, self.against(after, before, figure))
             for figure in (*self.scorers, LENGTH)
             for after, before in ways
         ]
+
+    def against(self, ours: Model, theirs: Model, figure: str) -> Interval:
+        """Ours − theirs, prompt by prompt."""
+        return interval(paired(self._figures(ours, figure), self._figures(theirs, figure)))
 
     @property
     def domains(self) -> list[str]:
@@ -225,26 +228,17 @@ def _answered(folder: Folder, model: Model, scorers: Sequence[str]) -> Answered:
     texts = {row["prompt"]: row["text"] for row in sorted(rows, key=lambda row: -row["index"])}
     figures: dict[str, Mapping[str, float | None]] = {}
     for scorer in scorers:
-        verdicts = {
-            Key(line.row["prompt"], line.row["index"]): line.row["score"] for line in _scores(folder, scorer, model)
-        }
-        figures[scorer] = _by_prompt(rows, lambda row, of=verdicts: of.get(Key(row["prompt"], row["index"])))
-    figures[LENGTH] = _by_prompt(rows, lambda row: float(len(row["text"])))
-    figures[CUT] = _by_prompt(rows, lambda row: float(row["finish"] == "length"))
+        said = verdicts(folder, scorer, model, Reading())
+        keys = (Key(row["prompt"], row["index"]) for row in rows)
+        figures[scorer] = _by_prompt((key.prompt, said[key].value) for key in keys if key in said)
+    figures[LENGTH] = _by_prompt((row["prompt"], float(len(row["text"]))) for row in rows)
+    figures[CUT] = _by_prompt((row["prompt"], float(row["finish"] == "length")) for row in rows)
     return Answered(texts, figures)
 
 
-def _scores(folder: Folder, scorer: str, model: Model) -> Iterable[Any]:
-    path = folder.scores(scorer, model)
-    return read_rows(path, []) if path.exists() else ()
-
-
-def _by_prompt(
-    rows: Iterable[dict[str, Any]], figure: Callable[[dict[str, Any]], float | None]
-) -> dict[str, float | None]:
-    """The mean over the answers to each prompt that have the figure."""
+def _by_prompt(values: Iterable[tuple[str, float | None]]) -> dict[str, float | None]:
+    """The mean over the answers to each prompt that have a value."""
     found: defaultdict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        value = figure(row)
-        found[row["prompt"]] += [] if value is None else [value]
-    return {prompt: fmean(values) if values else None for prompt, values in found.items()}
+    for prompt, value in values:
+        found[prompt] += [] if value is None else [value]
+    return {prompt: fmean(of) if of else None for prompt, of in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ from tests.tokenizers import tokenizer
 TEXTS = ("one", "two three four five six seven", "What is one and one?", "assistant user", "You are helpful.")
 DRAWN = Sampling(temperature=1.0, top_p=0.9, max_tokens=12)
 GREEDY = Sampling(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write_model(folder: Path, architecture: str = "llama", style: str | None = "chatml", seed: int = 0) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mergekit_lite.answers.prompts import from_row
 from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.distill import curves
 from mergekit_lite.distill.findings import Findings
@@ -18,6 +19,7 @@ from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.held_out import MODELS
 from mergekit_lite.distill.recipe import Recipe
 from mergekit_lite.distill.report import report
+from mergekit_lite.distill.score import digest_of
 from mergekit_lite.distill.telling import Silent
 from mergekit_lite.errors import UsageError
 from tests.browser import Browser
@@ -93,8 +95,14 @@ def trained_folder(folder: Path) -> None:
         for scorer in ("armorm", "flat"):
             mean = MEANS[model] if scorer == "armorm" else 0.5
             verdicts = [
-                {"prompt": row["id"], "index": 0, "score": mean + easy + draw.gauss(0, 0.005), "why": ""}
-                for row, easy in zip(held_out, hard, strict=True)
+                {
+                    "prompt": row["id"],
+                    "index": 0,
+                    "score": mean + easy + draw.gauss(0, 0.005),
+                    "why": "",
+                    "judged": digest_of(from_row(row), answer["text"]),
+                }
+                for row, answer, easy in zip(held_out, answers, hard, strict=True)
             ]
             write_rows(inner.scores(scorer, model), verdicts)
 
@@ -145,7 +153,10 @@ def test_says_what_is_beyond_noise(findings: Findings) -> None:
         assert not flat.beyond_noise
     assert "other" not in findings.comparison.scorers  # it judges no held-out domain
     said = " ".join(findings.said)
-    assert "armorm, the preference model against the target as it was: +0.0591 [" in said
+    assert (
+        "By armorm, the preference model is first: +0.0591 [+0.0572, +0.0611] against the target as it was (beyond"
+        in said
+    )
     assert "times the length" in said and "2.5 % of the SFT model" in said and "100.0 % of the rows" in said
 
 

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from mergekit_lite.distill.recipe import Training
 from mergekit_lite.errors import UsageError, counted, nearest
 
@@ -105,6 +107,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         "save_total_limit": 2,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
         **training.trainer,
         "output_dir": str(folder),
         "max_steps": steps,

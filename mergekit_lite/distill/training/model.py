@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -64,9 +64,9 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     check_head(model)
     model.forward = MethodType(_log_probs, model)
     if not frozen:
-        return model
+        return cast("PreTrainedModel", model)
     torch.manual_seed(seed)
-    return with_adapter(model, training)
+    return cast("PreTrainedModel", with_adapter(model, training))
 
 
 def without_dropout(config: Any) -> Any:
@@ -90,7 +90,7 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
             model,
             peft.LoraConfig(
                 r=training.lora.rank,
-                lora_alpha=training.lora.alpha,
+                lora_alpha=training.lora.alpha,  # type: ignore[arg-type]  # it takes any number
                 lora_dropout=training.lora.dropout,
                 target_modules=modules if isinstance(modules, str) else list(modules),
                 task_type="CAUSAL_LM",
@@ -136,7 +136,7 @@ def write_model(saved: Path, start: str, training: Training, folder: Path) -> No
 
         base = AutoModelForCausalLM.from_pretrained(start, config=config, dtype=torch.float32)
         adapted = peft.PeftModel.from_pretrained(base, saved)
-        adapted.save_pretrained(folder / ADAPTER)
+        adapted.save_pretrained(str(folder / ADAPTER))
         model = adapted.merge_and_unload()
     model.to(getattr(torch, training.dtype)).save_pretrained(folder)
     tokenizer_of(start).save_pretrained(folder)

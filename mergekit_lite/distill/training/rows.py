@@ -66,7 +66,7 @@ class Row:
     @property
     def key(self) -> str:
         """A digest of all its tokens."""
-        return xxh3_128_hexdigest(repr([tuple(response) for response in self.responses]))
+        return xxh3_128_hexdigest(repr([tuple(response) for response in self.responses]).encode())
 
     @property
     def longest(self) -> int:

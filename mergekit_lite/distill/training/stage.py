@@ -161,9 +161,7 @@ class Stage:
         if not prefers:
             return SftTrainer(model, args, places, self.workspace.log, epochs)
         objective, options = self._objective
-        return PreferenceTrainer(
-            model, args, places, self.workspace.log, epochs, objective=objective, options=options, reference={}
-        )
+        return PreferenceTrainer(model, args, places, self.workspace.log, epochs, objective, options)
 
     def _hook(self, trainer: ResponseTrainer, found: Rows, tell: Tell, more: Callable[[int], None]) -> Any:
         from mergekit_lite.distill.training.trainer import Hook, PreferenceTrainer

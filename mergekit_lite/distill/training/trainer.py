@@ -80,6 +80,7 @@ class ResponseTrainer(Trainer):
     ):
         super().__init__(model=model, args=args, train_dataset=places, data_collator=self.batch)
         self.remove_callback(PrinterCallback)  # the stage tells
+        self.places = places
         self.log_file = log
         self.epochs = epochs
         self.means = Means(figures)
@@ -100,12 +101,12 @@ class ResponseTrainer(Trainer):
         super().log(logs, *more, **named)
         if step_row and self.is_world_process_zero():
             epoch = self.epochs * self.state.global_step / self.state.max_steps
-            row = {"step": self.state.global_step, "epoch": epoch, **logs}
+            row = {"step": self.state.global_step, **logs, "epoch": epoch}
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(row)) + "\n")
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.places)
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,8 +131,8 @@ class Hook(TrainerCallback):
 class SftTrainer(ResponseTrainer):
     """−log π(y | x) of the responses, averaged over all their tokens in a step's batch."""
 
-    def __init__(self, *given: Any, **named: Any):
-        super().__init__(*given, figures=("length/response",), **named)
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, places: Places, log: Path, epochs: float):
+        super().__init__(model, args, places, log, epochs, figures=("length/response",))
         # The trainer then counts the labels of a step over all processes, and leaves scaling to the loss.
         self.model_accepts_loss_kwargs = True
 
@@ -162,24 +163,28 @@ class PreferenceTrainer(ResponseTrainer):
     Args:
         objective: what is minimised.
         options: its keywords.
-        reference: of row keys: s_ref of the row's responses. Filled before the first step.
+
+    Attributes:
+        reference: s_ref of a row's responses, by the row's key. To be filled before the first step.
     """
 
     def __init__(
         self,
-        *given: Any,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        places: Places,
+        log: Path,
+        epochs: float,
         objective: Objective,
         options: Mapping[str, Any],
-        reference: Mapping[str, Sequence[float]],
-        **named: Any,
     ):
         by_role = [f"{what}/{role}" for what in ("length", "rewards") for role in (*ROLES, "rejected")]
         accuracies = ["accuracy", *(f"accuracy/{role}" for role in ROLES)]
-        super().__init__(*given, figures=(*by_role, *accuracies, "margin", "alpha", "kl"), **named)
+        super().__init__(model, args, places, log, epochs, (*by_role, *accuracies, "margin", "alpha", "kl"))
         self.model_accepts_loss_kwargs = False  # the mean over rows of equal parts: the trainer's to scale
         self.objective = objective
         self.options = options
-        self.reference = reference
+        self.reference: dict[str, Sequence[float]] = {}
 
     def batch(self, rows: Sequence[Row]) -> Inputs:
         """With roles, s_ref, and how probably responses win: the chosen surely, where a row doesn't tell."""
@@ -217,7 +222,8 @@ class PreferenceTrainer(ResponseTrainer):
         if self.objective.reference:
             own = inputs["roles"] == ROLES.index("target")
             self.means.add("kl", inputs["reference"] - found["sums"].view_as(inputs["reference"]), own)
-        return outcome.loss.mean()
+        loss: Tensor = outcome.loss.mean()
+        return loss
 
     @torch.no_grad()
     def reference_log_probs(self, rows: Sequence[Row]) -> list[list[float]]:

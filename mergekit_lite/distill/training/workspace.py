@@ -146,7 +146,7 @@ def identity(model: str) -> str:
     digest = xxh3_128()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}")
+        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
             for place in range(WINDOWS):
                 content.seek(max(0, (size - WINDOW) * place // (WINDOWS - 1)))

@@ -1,0 +1,272 @@
+"""The train stage on tiny models: what it writes, what it refuses, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from math import log as ln
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_lite.distill.telling import Silent
+from mergekit_lite.distill.train import check, train
+from mergekit_lite.errors import UsageError
+from tests.distill.training import log, recipe, target, weights, write_rows
+
+pytest.importorskip("accelerate")
+ROOT = Path(__file__).parents[2]
+
+
+class Told(Silent):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def line(self, text):
+        self.lines.append(text)
+
+    warn = line
+
+
+@pytest.fixture
+def folder(tmp_path):
+    target(tmp_path / "target")
+    write_rows(tmp_path)
+    return tmp_path
+
+
+def trained(folder, **stages) -> Told:
+    told = Told()
+    train(recipe(folder, folder / "target", **stages), told)
+    return told
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rtol: float = 0, atol: float = 0) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_both_stages(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stages = {"sft": {"epochs": 2}, "preference": {"epochs": 1, "log_to": ["tensorboard"]}}
+    told = trained(folder, **stages)
+    assert told.lines[0] == "sft: 24 rows; 2 epochs in 12 steps of 4"
+    sft, preference = folder / "train" / "sft", folder / "train" / "preference"
+    assert sorted(path.name for path in (folder / "train").iterdir()) == ["preference", "sft"]
+
+    sft_log = log(sft)
+    assert [row["step"] for row in sft_log] == list(range(1, 13))
+    assert sft_log[-1]["epoch"] == pytest.approx(2)
+    assert sft_log[-1]["loss"] < sft_log[0]["loss"] and sft_log[0]["length/response"] > 2
+    rows = log(preference)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[0]["loss"] == pytest.approx(ln(2)) and rows[0]["rewards/rejected"] == rows[0]["alpha"] == 0
+    assert rows[-1]["alpha"] == pytest.approx(0.1 * 5 / 6)
+    expected = {"step", "epoch", "loss", "grad_norm", "learning_rate", "accuracy", "margin", "alpha", "kl"}
+    expected |= {f"{what}/{role}" for what in ("length", "rewards") for role in ("source", "target", "rejected")}
+    assert rows[0].keys() == expected | {"accuracy/source", "accuracy/target"}
+    assert list((preference / "runs").iterdir())
+
+    for made in (sft, preference):
+        model = AutoModelForCausalLM.from_pretrained(made)
+        assert model.dtype == torch.float32
+        assert (
+            AutoTokenizer.from_pretrained(made).chat_template
+            == AutoTokenizer.from_pretrained(folder / "target").chat_template
+        )
+        assert json.loads((made / "training.json").read_text())["rows"]["kept"] == 24
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert trained(folder, **stages).lines == [f"sft: done, {sft}", f"preference: done, {preference}"]
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_sft_is_the_mean_over_the_tokens_of_a_batch(folder):
+    """A step with plain gradient descent, beside the same step done by hand on whole logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mergekit_lite.answers.template import ChatTemplate
+    from mergekit_lite.distill.training.rows import order
+
+    descent = {"optim": "sgd", "max_grad_norm": 0}
+    stage = {"epochs": 4 / 24, "learning_rate": 0.1, "warmup_ratio": 0, "scheduler": "constant", "trainer": descent}
+    trained(folder, sft=stage)
+    model = AutoModelForCausalLM.from_pretrained(folder / "target")
+    template = ChatTemplate(AutoTokenizer.from_pretrained(folder / "target"))
+    lines = (folder / "pairs" / "sft.jsonl").read_text().splitlines()
+    total, tokens = 0.0, 0
+    for place in order(24, 4, 0, "sft"):
+        row = json.loads(lines[place])
+        prompt, response = template.tokens(row["messages"], row["response"])
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum")
+        tokens += len(response)
+    (total / tokens).backward()
+    expected = {name: parameter - 0.1 * parameter.grad for name, parameter in model.named_parameters()}
+    same(expected, weights(folder / "train" / "sft"), rtol=1e-4, atol=1e-6)
+    assert log(folder / "train" / "sft")[0]["loss"] == pytest.approx((total / tokens).item(), rel=1e-4)
+
+
+def test_how_a_batch_is_cut_changes_nothing(folder, tmp_path):
+    """Rows one by one, or all at once, with activations kept or computed again."""
+    made = {}
+    for size, again in ((1, False), (4, True)):
+        stages = {"sft": {"epochs": 0.5}, "preference": {"epochs": 0.5}}
+        extra = {"per_device_batch_size": size, "gradient_checkpointing": again}
+        write_rows(tmp_path / str(size))
+        train(recipe(tmp_path / str(size), folder / "target", **{k: v | extra for k, v in stages.items()}), Silent())
+        made[size] = tmp_path / str(size) / "train"
+    for stage in ("sft", "preference"):
+        same(weights(made[1] / stage), weights(made[4] / stage), rtol=1e-3, atol=2e-5)
+
+
+def test_lora(folder):
+    """The adapter by itself on the model it started from is what the folder's weights are."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    trained(folder, sft={"lora": {"rank": 4, "alpha": 8}, "learning_rate": 1e-2})
+    made = folder / "train" / "sft"
+    base = AutoModelForCausalLM.from_pretrained(folder / "target")
+    merged = peft.PeftModel.from_pretrained(base, made / "adapter").merge_and_unload().state_dict()
+    found = weights(made)
+    same({name: merged[name] for name in found}, found, atol=1e-6)
+    started = weights(folder / "target")
+    changed = {name for name in found if not torch.equal(found[name], started[name])}
+    assert changed and all("proj" in name for name in changed)
+
+
+def test_a_preference_adapter_goes_on_from_merged_sft(folder):
+    trained(folder, sft={"lora": {"rank": 4}, "epochs": 0.5}, preference={"lora": {"rank": 4}, "epochs": 0.5})
+    assert log(folder / "train" / "preference")[0]["loss"] == pytest.approx(ln(2))
+
+
+def test_changed_settings_are_refused(folder):
+    trained(folder, sft={"epochs": 0.5})
+    trained(folder, sft={"epochs": 0.5, "per_device_batch_size": 1})  # decides nothing
+    with pytest.raises(
+        UsageError, match=r"(?s)trained with other settings.*learning_rate: 0.001 there, 0.002 now.*anew"
+    ):
+        trained(folder, sft={"epochs": 0.5, "learning_rate": 2e-3})
+    write_rows(folder, sft=23)
+    with pytest.raises(UsageError, match="rows: "):
+        trained(folder, sft={"epochs": 0.5})
+
+
+def test_all_that_is_wrong_is_told_at_once(folder):
+    stages = {
+        "sft": {"trainer": {"weight_decya": 0.1, "learning_rate": 1}, "max_prompt_length": 2048},
+        "preference": {"objective": "wrpo", "options": {"aplha": 1}},
+    }
+    with pytest.raises(UsageError) as caught:
+        check(recipe(folder, folder / "target", **stages))
+    text = str(caught.value)
+    assert "4 problems" in text
+    assert "TrainingArguments have no 'weight_decya'. Did you mean 'weight_decay'?" in text
+    assert "'learning_rate' can't be set here. Use 'learning_rate' of the recipe." in text
+    assert "max_prompt_length must be below max_length" in text
+    assert "no option 'aplha'. Did you mean 'alpha'?" in text
+    with pytest.raises(UsageError, match="no objective 'wropo'"):
+        check(recipe(folder, folder / "target", preference={"objective": "wropo"}))
+
+
+def test_rows_that_cannot_be_used_are_told_and_left_out(folder):
+    path = folder / "pairs" / "sft.jsonl"
+    good = path.read_text().splitlines(keepends=True)
+    long = json.dumps({"messages": [{"role": "user", "content": "one " * 100}], "response": "two"}) + "\n"
+    path.write_text("".join(good[:6]) + "{broken\n" + '{"messages": []}\n' + long + "".join(good[6:12]))
+    told = trained(folder, sft={"max_length": 90})
+    assert told.lines[1] == "sft: 12 rows, left out: 1 too long, 2 malformed; 1 epochs in 3 steps of 4"
+    assert f"{path}:7: not JSON" in told.lines[0] and f"{path}:8: response: Field required" in told.lines[0]
+
+
+def test_wrpo_needs_sources_and_the_target(folder):
+    write_rows(folder, chosen=("source",))
+    with pytest.raises(UsageError, match="wrpo needs sources' chosen responses and one of the target in every row"):
+        trained(folder, preference={})
+    with pytest.raises(UsageError, match="Set batch_size to 24 at most"):
+        trained(folder, preference={"objective": "dpo", "batch_size": 25})
+
+
+@pytest.mark.parametrize("objective", ["simpo", "wpo"])
+def test_objectives_that_need_less_or_more(folder, objective):
+    trained(folder, preference={"objective": objective, "epochs": 0.5})
+    rows = log(folder / "train" / "preference")
+    assert ("kl" in rows[0]) == (objective == "wpo")
+    assert not (folder / "train" / "preference.partial").exists()
+
+
+def test_waits_for_rows(folder):
+    (folder / "pairs" / "preference.jsonl").unlink()
+    told = trained(folder, sft={"epochs": 0.5}, preference={})
+    assert told.lines[-1].startswith("preference: waits for ")
+    assert not (folder / "train" / "preference").exists()
+
+
+def process(path: Path, *launcher: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *launcher, "tests.distill.training", str(path)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finished(running: subprocess.Popen) -> None:
+    output, _ = running.communicate()
+    assert running.returncode == 0, output.decode()
+
+
+def killed_once(running: subprocess.Popen, there: Path) -> None:
+    """Kill a process the moment a file or folder exists."""
+    while not there.exists():
+        assert running.poll() is None, running.stdout.read().decode()
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path):
+    """Killed while checkpoints are written, in both stages, and while the reference is computed."""
+    target(tmp_path / "target", "gpt2", resid_pdrop=0.2)  # dropout: the state of random numbers matters
+    stages = {"sft": {"dtype": "float32"}, "preference": {"save_steps": 1}}
+    for name in ("whole", "killed"):
+        write_rows(tmp_path / name)
+        (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
+    whole = process(tmp_path / "whole.json")
+    killed = tmp_path / "killed" / "train"
+    for there in (
+        "sft.partial/checkpoint-4/optimizer.pt",
+        "preference.partial/reference/0.jsonl",
+        "preference.partial/checkpoint-3/trainer_state.json",
+    ):
+        killed_once(process(tmp_path / "killed.json"), killed / there)
+    finished(process(tmp_path / "killed.json"))
+    finished(whole)
+    for stage in ("sft", "preference"):
+        same(weights(tmp_path / "whole" / "train" / stage), weights(killed / stage))
+        steps = [row["step"] for row in log(killed / stage)]
+        assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_are_as_good_as_one(tmp_path):
+    target(tmp_path / "target")
+    stages = {"sft": {}, "preference": {}}
+    for name in ("one", "two"):
+        write_rows(tmp_path / name)
+        (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
+    one = process(tmp_path / "one.json")
+    finished(process(tmp_path / "two.json", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"))
+    finished(one)
+    for stage in ("sft", "preference"):
+        first, second = tmp_path / "one" / "train" / stage, tmp_path / "two" / "train" / stage
+        same(weights(first), weights(second), rtol=1e-3, atol=2e-5)
+        for mine, other in zip(log(first), log(second), strict=True):
+            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)

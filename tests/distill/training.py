@@ -1,0 +1,95 @@
+"""A tiny target, rows to train it on, and a recipe; ``python -m tests.distill.training RECIPE`` trains in a process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_lite.distill.recipe import Recipe
+from tests.causal import causal_model
+from tests.tokenizers import tokenizer
+
+WORDS = ["one", "two", "three", "four", "five", "helpful", "user", "system", "assistant", "What", "is"]
+
+
+def target(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
+    """A model folder, complete with a ChatML tokenizer."""
+    model = causal_model(architecture)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    model.save_pretrained(folder)
+    tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+def write_rows(
+    folder: Path, sft: int = 24, preference: int = 24, chosen: tuple[str, ...] = ("source", "target")
+) -> None:
+    """``pairs/sft.jsonl`` and ``pairs/preference.jsonl`` of the distillation in a folder."""
+    draws = torch.Generator().manual_seed(0)
+
+    def text() -> str:
+        length = int(torch.randint(2, 12, (), generator=draws))
+        return " ".join(WORDS[int(word)] for word in torch.randint(0, len(WORDS), (length,), generator=draws))
+
+    def response(role: str) -> dict[str, Any]:
+        return {"text": text(), "source": role, "index": 0, "score": 1.0, "role": role}
+
+    def row(number: int) -> dict[str, Any]:
+        return {"prompt": str(number), "domain": "", "messages": [{"role": "user", "content": text()}]}
+
+    rows = {
+        "sft": [row(number) | {"response": text(), "source": "a", "index": 0, "score": 1.0} for number in range(sft)],
+        "preference": [
+            row(number) | {"chosen": [response(role) for role in chosen], "rejected": [response("target")]}
+            for number in range(preference)
+        ],
+    }
+    (folder / "pairs").mkdir(parents=True, exist_ok=True)
+    for name, lines in rows.items():
+        (folder / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+STAGE = {"learning_rate": 1e-3, "batch_size": 4, "per_device_batch_size": 2, "dtype": "float32", "save_steps": 2}
+
+
+def recipe(folder: Path, target: Path, sft: dict | None = None, preference: dict | None = None, **more: Any) -> Recipe:
+    """A recipe whose stages have what ``STAGE`` has, and what is given."""
+    train = {"sft": sft, "preference": preference}
+    if preference is not None:
+        train["preference"] = {"objective": "wrpo", **preference}
+    return Recipe.model_validate(
+        {
+            "folder": folder,
+            "target": str(target),
+            "prompts": [],
+            "sources": [],
+            "scorers": [],
+            "pairs": {"rule": "wrpo", "score": "any"},
+            "train": {name: STAGE | stage for name, stage in train.items() if stage is not None},
+            **more,
+        }
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a trained stage's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    from mergekit_lite.distill.telling import Silent
+    from mergekit_lite.distill.train import train
+
+    train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Silent())
