@@ -54,7 +54,7 @@ def write_rows(
         (folder / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-STAGE = {"learning_rate": 1e-3, "batch_size": 4, "per_device_batch_size": 2, "dtype": "float32", "save_steps": 2}
+STAGE = {"learning_rate": 1e-3, "batch_size": 4, "per_device_batch_size": 2, "dtype": "float32"}
 
 
 def recipe(folder: Path, target: Path, sft: dict | None = None, preference: dict | None = None, **more: Any) -> Recipe:
