@@ -221,18 +221,20 @@ def process(path: Path, *launcher: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finished(running: subprocess.Popen) -> None:
+def finished(running: subprocess.Popen) -> str:
+    """What it told."""
     output, _ = running.communicate()
     assert running.returncode == 0, output.decode()
+    return output.decode()
 
 
-def killed_once(running: subprocess.Popen, there: Path) -> None:
-    """Kill a process the moment a file or folder exists."""
+def killed_once(running: subprocess.Popen, there: Path) -> str:
+    """Kill a process the moment a file or folder exists; what it had told."""
     while not there.exists():
         assert running.poll() is None, running.stdout.read().decode()
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
-    running.communicate()
+    return running.communicate()[0].decode()
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
@@ -244,14 +246,17 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
     whole = process(tmp_path / "whole.json")
     killed = tmp_path / "killed" / "train"
-    for there in (
+    moments = (
         "sft.partial/checkpoint-4/optimizer.pt",
         "preference.partial/reference/0.jsonl",
         "preference.partial/checkpoint-3/trainer_state.json",
-    ):
-        killed_once(process(tmp_path / "killed.json"), killed / there)
-    finished(process(tmp_path / "killed.json"))
-    finished(whole)
+    )
+    told = [killed_once(process(tmp_path / "killed.json"), killed / there) for there in moments]
+    told.append(finished(process(tmp_path / "killed.json")))
+    assert "goes on" not in finished(whole) + told[0]
+    assert "sft: goes on after step 2 of 6" in told[1]
+    assert "sft: done" in told[2] and "goes on" not in told[2]
+    assert "preference: goes on after step" in told[3]
     for stage in ("sft", "preference"):
         same(weights(tmp_path / "whole" / "train" / stage), weights(killed / stage))
         steps = [row["step"] for row in log(killed / stage)]
