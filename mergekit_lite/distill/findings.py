@@ -12,8 +12,9 @@ from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.distill import curves
 from mergekit_lite.distill.curves import Log, Picture
 from mergekit_lite.distill.folder import Folder
-from mergekit_lite.distill.held_out import CUT, LENGTH, Comparison, Difference, Model
+from mergekit_lite.distill.held_out import CUT, LENGTH, Comparison, Model
 from mergekit_lite.distill.recipe import Recipe
+from mergekit_lite.errors import counted
 
 STAGES = ("sft", "preference")
 NAMES: Mapping[Model, str] = {
@@ -22,6 +23,7 @@ NAMES: Mapping[Model, str] = {
     "preference": "the preference model",
 }
 LONGER = 1.1  # times the length, from which it is told
+FEW = 30  # prompts
 MANY_CUT = 0.02  # share of answers
 CAN_NOT_TELL = (
     "An interval tells what other prompts of this kind would have given. It knows nothing of another run of training: "
@@ -84,13 +86,8 @@ def gathered(recipe: Recipe, comparison: Comparison | None) -> Findings:
     return Findings(recipe, {stage: log for stage, log in logs.items() if log}, table, comparison)
 
 
-def told(difference: Difference) -> str:
-    """``+0.012 [+0.010, +0.015]``."""
-    return with_ends(difference.of, signed=True)
-
-
 def with_ends(of: Interval, signed: bool = False) -> str:
-    """A mean and its interval, in as many digits as tell something."""
+    """``0.012 [0.010, 0.015]``: a mean and its interval, in as many digits as tell something."""
     if not math.isfinite(of.mean):
         return "–"
     ends = (of.mean, of.low, of.high) if math.isfinite(of.low) else (of.mean,)
@@ -111,19 +108,17 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
     if comparison is None:
         yield "No model was compared: the recipe has no held-out prompts (`report.prompts`)."
         return
-    differences = comparison.differences
-    for difference in differences:
-        if difference.figure != LENGTH and difference.of.items:
-            verdict = "beyond noise" if difference.beyond_noise else "within noise"
-            way = f"{NAMES[difference.after]} against {NAMES[difference.before]}"
-            yield f"{difference.figure}, {way}: {told(difference)} on {difference.of.items:,} prompts, {verdict}."
-    for difference in differences[-_ways(differences) :]:
-        before = comparison.mean(difference.before, LENGTH).mean
-        after = comparison.mean(difference.after, LENGTH).mean
-        if before > 0 and not 1 / LONGER < after / before < LONGER:
+    for scorer in comparison.scorers:
+        yield from _winner(comparison, scorer)
+    if len(comparison.prompts) < FEW:
+        yield f"With only {counted(len(comparison.prompts), 'prompt')} all intervals are rough: too narrow, if anything."
+    lengths = {model: comparison.mean(model, LENGTH).mean for model in comparison.answered}
+    first, before = next(iter(lengths.items()))
+    for model, length in lengths.items():
+        if model != first and before > 0 and not 1 / LONGER < length / before < LONGER:
             yield (
-                f"The answers of {NAMES[difference.after]} have {after / before:.2f} times the length of those of "
-                f"{NAMES[difference.before]} ({after:,.0f} and {before:,.0f} characters)."
+                f"The answers of {NAMES[model]} have {length / before:.2f} times the length of those of "
+                f"{NAMES[first]} ({length:,.0f} and {before:,.0f} characters)."
             )
     cut = {model: comparison.mean(model, CUT).mean for model in comparison.answered}
     if max(cut.values()) > MANY_CUT:
@@ -131,9 +126,21 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
         yield f"Of the answers the limit of tokens cut off {shares}."
 
 
-def _ways(differences: list[Difference]) -> int:
-    """How many pairs of models there are."""
-    return sum(difference.figure == LENGTH for difference in differences)
+def _winner(comparison: Comparison, scorer: str) -> Iterator[str]:
+    """Which model a scorer has in front, and by how much."""
+    means = {model: comparison.mean(model, scorer).mean for model in comparison.answered}
+    known = [model for model, mean in means.items() if math.isfinite(mean)]
+    if len(known) < 2:
+        yield f"{scorer} has no verdicts to compare."
+        return
+    best = max(known, key=lambda model: means[model])
+    parts = []
+    for other in known:
+        if other != best:
+            ahead = comparison.against(best, other, scorer)
+            noise = "beyond noise" if ahead.above else "within noise"
+            parts.append(f"{with_ends(ahead, signed=True)} against {NAMES[other]} ({noise})")
+    yield f"By {scorer}, {NAMES[best]} is first: {', '.join(parts)}."
 
 
 def _of_training(logs: Mapping[str, Log]) -> Iterator[str]:

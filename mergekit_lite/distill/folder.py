@@ -26,8 +26,9 @@ class Folder:
         report/                             report.md, report.html, *.png, report.json; and, as above, prompts.jsonl,
                                             samples/ and scores/ of the held-out prompts, the models for sources
 
-    A RESPONSE is ``{text, source, index, score, scores, role}`` with role ``source`` (a source model's) or ``target``
-    (the target's own). ``score`` is what it was ranked by, ``scores`` is what every scorer said.
+    A RESPONSE is ``{text, source, index, score, scores, role, win}`` with role ``source`` (a source model's) or
+    ``target`` (the target's own). ``score`` is what it was ranked by, ``scores`` is what every scorer said, ``win`` how
+    probably it beats the other answers of its role to the prompt.
     """
 
     root: Path

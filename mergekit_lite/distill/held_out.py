@@ -83,12 +83,14 @@ class Comparison:
         there = [model for model in MODELS if model in self.answered]
         ways = [(after, before) for gap in (2, 1) for before, after in zip(there, there[gap:], strict=False)]
         return [
-            Difference(
-                after, before, figure, interval(paired(self._figures(after, figure), self._figures(before, figure)))
-            )
+            Difference(after, before, figure, self.against(after, before, figure))
             for figure in (*self.scorers, LENGTH)
             for after, before in ways
         ]
+
+    def against(self, ours: Model, theirs: Model, figure: str) -> Interval:
+        """Ours − theirs, prompt by prompt."""
+        return interval(paired(self._figures(ours, figure), self._figures(theirs, figure)))
 
     @property
     def domains(self) -> list[str]:

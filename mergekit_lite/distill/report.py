@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mergekit_lite.distill import pages
+from mergekit_lite.distill import page
 from mergekit_lite.distill.findings import Findings, gathered
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.held_out import compare
@@ -33,8 +33,8 @@ def report(recipe: Recipe, tell: Tell) -> Findings:
         save(figure, partial)
         partial.replace(folder / picture.name)
     _write(folder / "report.json", json.dumps(findings.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(folder / "report.md", pages.markdown(findings))
-    _write(folder / "report.html", pages.page(findings))
+    _write(folder / "report.md", page.markdown(findings))
+    _write(folder / "report.html", page.page(findings))
     for sentence in findings.said:
         tell.line(sentence)
     tell.line(f"report: {folder / 'report.html'}")

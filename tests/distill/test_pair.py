@@ -265,3 +265,32 @@ def test_domains_that_no_scorer_judges(tmp_path: Path) -> None:
     pair(recipe(tmp_path, domains={"chinese": {"rule": "as_is"}}), Silent())
     chinese = [row for row in rows(tmp_path, "sft") if row["domain"] == "chinese"]
     assert [(row["source"], row["index"]) for row in chinese] == [("gemma", 0)] * 2
+
+
+@pytest.mark.parametrize("settings", [{"domains": MATHS}, WRPO], ids=["fusechat3", "wrpo"])
+def test_killed_between_any_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Whatever it was stopped at, and whatever an older recipe left: the next run makes the same files."""
+    prompts = write_all(tmp_path)
+    write_source(tmp_path, "target", prompts)
+    pair(recipe(tmp_path, **settings), Silent())
+    whole = contents(tmp_path)
+    for stop in range(len(whole)):
+        pair(recipe(tmp_path, **{**settings, "sft_share": 0.0}), Silent())  # leaves other files
+        replaced = 0
+
+        def replace(self: Path, target: Path, *, after: int = stop, real: Any = Path.replace) -> Path:
+            nonlocal replaced
+            if replaced == after:
+                raise KeyboardInterrupt
+            replaced += 1
+            moved: Path = real(self, target)
+            return moved
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                pair(recipe(tmp_path, **settings), Silent())
+        pair(recipe(tmp_path, **settings), Silent())
+        assert {name: text for name, text in contents(tmp_path).items() if not name.endswith(".writing")} == whole

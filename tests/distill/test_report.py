@@ -153,7 +153,10 @@ def test_says_what_is_beyond_noise(findings: Findings) -> None:
         assert not flat.beyond_noise
     assert "other" not in findings.comparison.scorers  # it judges no held-out domain
     said = " ".join(findings.said)
-    assert "armorm, the preference model against the target as it was: +0.0591 [" in said
+    assert (
+        "By armorm, the preference model is first: +0.0591 [+0.0572, +0.0611] against the target as it was (beyond"
+        in said
+    )
     assert "times the length" in said and "2.5 % of the SFT model" in said and "100.0 % of the rows" in said
 
 

@@ -24,6 +24,7 @@ from mergekit_lite.distill.rules import (
     rip,
     simplemix,
     sweet_spot,
+    win,
     wrpo,
 )
 from mergekit_lite.distill.split import Lost, Sft, Waiting, drawn, fates
@@ -127,6 +128,11 @@ class TestOtherRules:
         assert "score below" in published(pair(0.125, 1878, 0.15))
         assert "shorter than 1878" in published(pair(0.126, 1877, 0.15))
         assert "gap above" in published(pair(0.126, 1878, 0.17))
+
+    def test_win(self) -> None:
+        pool = answered({"A": (0.0, 1.0, 5000.0)})
+        assert [win(one, pool) for one in pool] == pytest.approx([0.7689414 / 3, 1.2310586 / 3, 2.5 / 3])
+        assert win(pool[0], pool[:1]) == 0.5
 
     def test_same_text_is_no_pair(self) -> None:
         twins = [Candidate("A", index, score, digest=7) for index, score in enumerate((0.2, 0.1))]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.distill.curves import Picture
-from mergekit_lite.distill.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, told, with_ends
+from mergekit_lite.distill.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
 from mergekit_lite.distill.held_out import CUT, LENGTH, Comparison, Model
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages import html
@@ -130,7 +130,13 @@ def _differences(comparison: Comparison) -> Iterator[Sequence[Text]]:
         if one.of.items:
             way = f"{NAMES[one.after]} − {NAMES[one.before]}"
             prompts = Cell(f"{one.of.items:,}", one.of.items)
-            yield [way, one.figure, Cell(told(one), one.of.mean), prompts, "yes" if one.beyond_noise else "no"]
+            yield [
+                way,
+                one.figure,
+                Cell(with_ends(one.of, signed=True), one.of.mean),
+                prompts,
+                "yes" if one.beyond_noise else "no",
+            ]
 
 
 def _log(findings: Findings, stage: str) -> Iterator[Block]:
