@@ -39,6 +39,7 @@ class Fake:
 
     mood: Callable[[str, int], Trouble] = lambda text, before: None
     on_request: Callable[[str], None] = lambda text: None
+    say: Callable[[str, int], str] = answer_to
     retry_after: str | None = None
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif trouble == "page":
             self._send(200, b"<html>gateway</html>", kind="text/html")
         else:
-            said = {"empty": "  ", "none": None}.get(str(trouble), answer_to(text, body["seed"]))
+            said = {"empty": "  ", "none": None}.get(str(trouble), self.fake.say(text, body["seed"]))
             finish = "content_filter" if trouble == "filtered" else "length" if "long" in text else "stop"
             reply = json.dumps(
                 {

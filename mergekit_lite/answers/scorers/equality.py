@@ -36,7 +36,8 @@ def compared(reference: str, answer: str, seconds: int) -> tuple[float | None, s
     from math_verify.errors import TimeoutException
 
     try:
-        golds = [*parsed(as_latex(reference), seconds), *parsed(reference, seconds)]
+        # As plain text only where it isn't LaTeX: there 2\pi would be 2.
+        golds = parsed(as_latex(reference), seconds) or parsed(reference, seconds)
     except (Exception, TimeoutException) as error:
         return None, f"the reference can't be read: {type(error).__name__}"
     if not golds:
