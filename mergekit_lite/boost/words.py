@@ -13,7 +13,7 @@ CAN_NOT_TELL = (
     "Other tasks. The score holds for items like these; what alignment cost elsewhere, more of it costs more. A test "
     "of that can be another scorer, with a limit to what may be lost.",
     "What the scorer doesn't see. A reward model likes some answers for their form; read the samples.",
-    "Other draws. Each candidate answered each item once, with the same seed; the intervals are about items.",
+    "Other draws. All candidates answered with the same seeds; the intervals are about other items, not other answers.",
     "Several peaks. The bracket climbs one hill; a grid sees more of them, at its price.",
 )
 
