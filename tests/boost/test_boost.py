@@ -89,11 +89,9 @@ def test_where_nothing_helps_there_is_no_model_and_no_error(models: Path, tmp_pa
 def test_a_second_boost_measures_nothing_and_makes_nothing(models: Path, tmp_path: Path) -> None:
     request = request_of(models, tmp_path / "out", "pairs", pairs=models / "pairs.jsonl", start=16.0, final_step=16.0)
     first = boost(prepare(request))
-    first.study.close()
     assert first.finished is not None
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     second = boost(prepare(request))
-    second.study.close()
     assert second.result.chosen == first.result.chosen
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -111,7 +109,6 @@ def test_a_recipe_is_tuned_and_merged(models: Path, tmp_path: Path) -> None:
         grid={"models.0.parameters.weight": (17.0, 33.0)},
     )  # fmt: skip
     boosted = boost(prepare(request))
-    boosted.study.close()
     assert boosted.result.baseline.numbers == {"models.0.parameters.weight": 1.0}
     assert boosted.finished is not None
     merge(tmp_path / "out.boost" / "recipe.yml", tmp_path / "same")
@@ -124,7 +121,6 @@ def test_several_numbers_by_optuna(models: Path, tmp_path: Path) -> None:
     prepared = prepare(request)
     assert prepared.search == "tpe"
     boosted = boost(prepared)
-    boosted.study.close()
     assert len(boosted.result.points) == 3
     assert (tmp_path / "out.boost" / "study.db").exists()
 
@@ -212,7 +208,6 @@ def test_a_candidate_that_overflows_is_out_and_the_search_goes_on(tmp_path: Path
     wide = {"tune": ("alpha=0:10000000",), "search": "grid", "grid": {"alpha": (1.0, 1e7)}}
     request = request_of(tmp_path, tmp_path / "out", "pairs", SPACES, **data, **wide)
     boosted = boost(prepare(request))
-    boosted.study.close()
     last = boosted.result.points[-1]
     assert last.facts["nonfinite"] and not last.score.items and not last.allowed
     assert boosted.result.points[0].score.items == 8
@@ -232,13 +227,14 @@ def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path:
         ((), {}, "What are candidates scored by?"),
         (("log-ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
         (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one of the two"),
-        (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is None"),
+        (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is 'None'"),
         (("judge:m",), {"prompts": (models / "prompts.jsonl",)}, "needs 'server'"),
         (("pairs",), {"pairs": models / "pairs.jsonl", "tune": ("alpha=0:1", "alpha[filter=a]=0:1"),
                       "search": "bracket"}, "The bracket searches one alpha"),
     ]:  # fmt: skip
-        with pytest.raises(UsageError, match=said.replace("?", "[?]").replace("[?][?]", "[?]")):
+        with pytest.raises(UsageError) as refused:
             prepare(request_of(models, tmp_path / "out", *scores, **options))
+        assert said in str(refused.value)
 
 
 def test_an_output_that_can_not_be_is_refused_before_the_search(models: Path, tmp_path: Path) -> None:
@@ -257,5 +253,5 @@ def test_a_dry_run_reads_headers_and_writes_nothing(models: Path, tmp_path: Path
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     told = json.loads(said.stdout)
-    assert (told["search"], told["prompts"], told["baseline"]) == ("bracket", 24, {"alpha": 0.0})
+    assert (told["search"], told["measured on"]) == ("bracket", "24 prompts")
     assert not list(tmp_path.iterdir())
