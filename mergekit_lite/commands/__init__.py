@@ -11,13 +11,14 @@ import click
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError
 
-COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector", "distill")
+COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector", "distill", "boost")
 
 RESUMED = " What was finished is kept: the same command with --resume goes on."
 KEPT = {  # by those that can go on where they stopped
     "extrapolate": RESUMED,
     "merge": RESUMED,
     "distill": " What was finished is kept: the same command goes on.",
+    "boost": " What was measured is kept: the same command goes on.",
 }
 
 

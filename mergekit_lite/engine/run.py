@@ -68,9 +68,8 @@ def run(
     """
     started = time.monotonic()
     place = chosen_device(device)
-    on_gpu = place.type == "cuda"
-    lanes = threads or (GPU_LANES if on_gpu else available_cores())
-    grains = -(-(block or (GPU_BLOCK if on_gpu else BLOCK)) // GRAIN)
+    lanes, usual_block = lanes_and_block(place, threads)
+    grains = -(-(block or usual_block) // GRAIN)
     check_outputs(plan, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(_finished(plan, resume)) if not done]
     made: dict[int, Report] = {}
@@ -120,6 +119,12 @@ def chosen_device(name: str) -> torch.device:
             f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}."
         )
     return device
+
+
+def lanes_and_block(device: torch.device, threads: int | None = None) -> tuple[int, int]:
+    """How many workers a device has use for, unless told, and how many elements each of them computes at once."""
+    lanes, block = (GPU_LANES, GPU_BLOCK) if device.type == "cuda" else (available_cores(), BLOCK)
+    return threads or lanes, block
 
 
 def _finished(plan: Plan, resume: bool) -> list[bool]:
