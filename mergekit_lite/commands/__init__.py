@@ -13,8 +13,6 @@ from mergekit_lite.errors import MergekitLiteError
 
 COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
 
-WRITING = ("extrapolate", "merge")  # and can go on where they stopped
-
 
 class Commands(click.Group):
     """Finds a command in the module of its name, and turns the package's errors into messages and exit codes."""
@@ -38,10 +36,8 @@ class Commands(click.Group):
             click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            kept = " What was finished is kept: the same command with --resume goes on."
-            writes = context.invoked_subcommand in WRITING
-            click.echo(f"\nInterrupted.{kept if writes else ''}", err=True)
+        except KeyboardInterrupt as interruption:
+            click.echo(f"\nInterrupted. {interruption}".rstrip(), err=True)
             sys.exit(1)
 
 
