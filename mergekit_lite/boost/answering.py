@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Protocol
 
 from mergekit_lite.answers.asking import Respondent, Task
-from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of
+from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
 from mergekit_lite.answers.scorers.likelihood import LogProb
 from mergekit_lite.answers.scorers.scorer import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
@@ -111,6 +111,11 @@ class Answering:
     def items(self) -> list[str]:
         """One for each answer that is asked for."""
         return list(self._tasks)
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """What the user said last, by item."""
+        return {item: user_text(task.prompt.messages) for item, task in self._tasks.items()}
 
     @property
     def names(self) -> list[str]:

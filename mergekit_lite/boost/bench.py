@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mergekit_lite.boost.candidate import Numbers, Row
@@ -16,6 +16,10 @@ class Measure(Protocol):
     @property
     def items(self) -> list[str]:
         """What it measures them on."""
+
+    @property
+    def asked(self) -> Mapping[str, str]:
+        """What items ask, where they ask something."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -41,9 +45,9 @@ class Bench:
         self.items: Sequence[str] = [item for measure in measures for item in measure.items]
 
     @property
-    def names(self) -> list[str]:
-        """All scores there are."""
-        return [name for measure in self.measures for name in measure.names]
+    def asked(self) -> dict[str, str]:
+        """What the items ask, where they ask something."""
+        return {item: text for measure in self.measures for item, text in measure.asked.items()}
 
     def measure(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
         """The rows of the wanted items. A candidate with weights that aren't finite has no verdict on any.

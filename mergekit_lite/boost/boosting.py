@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.scorers.opening import open_scorer
-from mergekit_lite.boost import choice
+from mergekit_lite.boost import choice, report
 from mergekit_lite.boost.answering import Answering, Likelihoods
 from mergekit_lite.boost.bench import Bench, Measure
 from mergekit_lite.boost.candidate import Numbers
@@ -16,13 +17,12 @@ from mergekit_lite.boost.choice import Result
 from mergekit_lite.boost.family import PairFamily, RecipeFamily
 from mergekit_lite.boost.given import Ranking, Reading
 from mergekit_lite.boost.point import Point
-from mergekit_lite.boost.request import Prepared
+from mergekit_lite.boost.request import Prepared, described
 from mergekit_lite.boost.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boost.stand import Stand
 from mergekit_lite.boost.study import Study
 from mergekit_lite.boost.tasks import Harness
 from mergekit_lite.boost.voices import Behind, InProcess
-from mergekit_lite.boost.words import verdict
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -37,24 +37,24 @@ class Boosted:
 
     Attributes:
         result: of the search.
-        study: with all that was measured; still open.
+        page: the report.
+        about: what was searched with, in words.
         finished: the chosen model as it was written; None where no candidate helps.
     """
 
     result: Result
-    study: Study
+    page: Path
+    about: Mapping[str, str]
     finished: Finished | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        finished = self.finished
+        """All figures, and what was made."""
+        made = self.finished
         return {
-            "chosen": dict(self.result.chosen) if self.result.chosen is not None else None,
-            "verdict": verdict(self.result),
-            "output": str(finished.outputs[0]) if finished is not None else None,
-            "effective": finished.reports[0].effective if finished is not None else None,
-            "seconds": seconds(self.result.points),
-            "points": [_of_point(point) for point in (self.result.baseline, *self.result.points)],
+            **report.as_json(self.result, self.about),
+            "output": str(made.outputs[0]) if made is not None else None,
+            "effective": made.reports[0].effective if made is not None else None,
+            "page": str(self.page),
         }
 
 
@@ -63,7 +63,7 @@ def boost(
     measured: Callable[[Point], None] = lambda point: None,
     writing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
 ) -> Boosted:
-    """Search, and write the model that was chosen.
+    """Search, report, and write the model that was chosen.
 
     Args:
         prepared: from ``prepare``.
@@ -74,13 +74,15 @@ def boost(
         MergekitLiteError: a candidate can't be made or asked, or the output not written. What was measured is kept.
     """
     check_output(prepared)
-    with bench_of(prepared) as bench:
-        study = Study(prepared.request.folder, prepared.identity(), bench.items, prepared.request.seed)
+    request = prepared.request
+    with bench_of(prepared) as bench, Study(request.folder, prepared.identity(), bench.items, request.seed) as study:
         result = choice.boost(prepared.begin(), bench, study, prepared.settings, measured)
+        about = described(prepared)
+        page = report.write(result, study, about, bench.asked)
     if result.chosen is None:
-        return Boosted(result, study, None)
+        return Boosted(result, page, about, None)
     with writing() as progress:
-        return Boosted(result, study, write(prepared, result.chosen, progress))
+        return Boosted(result, page, about, write(prepared, result.chosen, progress))
 
 
 @contextmanager
@@ -166,21 +168,3 @@ def write(prepared: Prepared, numbers: Numbers, progress: Progress | None = None
         force=request.force,
         progress=progress,
     )
-
-
-def _of_point(point: Point) -> dict[str, Any]:
-    return {
-        "numbers": dict(point.numbers),
-        "score": point.score._asdict(),
-        "gain": point.gain._asdict(),
-        "beyond": list(point.beyond),
-        "dropped": point.dropped,
-        "facts": dict(point.facts),
-        "seconds": point.seconds,
-    }
-
-
-def seconds(points: Sequence[Point]) -> dict[str, float]:
-    """What the search cost in all, and what of it was setting weights."""
-    setting = sum(point.facts.get("setting_seconds", 0.0) for point in points)
-    return {"measuring": sum(point.seconds for point in points), "setting_weights": setting}

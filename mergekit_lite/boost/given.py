@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
@@ -33,6 +34,7 @@ class Ranking:
     """
 
     names = (PAIRS, MARGIN)
+    asked: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, stand: Stand, pairs: Mapping[str, Pair], batch_size: int) -> None:
         """``pairs`` by their items."""
@@ -74,6 +76,7 @@ class Reading:
     """How likely a candidate finds texts: the mean log-probability of a token, which is −NLL."""
 
     names = (NLL,)
+    asked: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, stand: Stand, texts: Mapping[str, str], batch_size: int) -> None:
         """``texts`` by their items."""

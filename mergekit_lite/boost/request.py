@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +22,8 @@ from mergekit_lite.boost.scores import LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
 from mergekit_lite.boost.search import MOST, START, Same, Search, bracket, grid
 from mergekit_lite.boost.trials import SAMPLERS, Range, optuna_search
 from mergekit_lite.boost.tunable import Tunable, parse
-from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, listing, nearest
+from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
+from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +148,7 @@ def prepare(request: Request) -> Prepared:
     tunables = _try(problems, lambda: _tunables(request)) or ()
     found_limits = _try(problems, lambda: limits(request.limits))
     device = _try(problems, lambda: chosen_device(request.device))
+    _try(problems, lambda: drawing.check_drawable(None))
     problems += _missing(request, scores)
     problems += [f"{request.output}: lies in the folder of the search"] * (
         request.folder in (request.output, *request.output.parents)
@@ -289,23 +291,33 @@ def _even(of: Range) -> list[float]:
     return [float(f"{of.low + width * number:.6g}") for number in range(GRID_POINTS)]
 
 
-def described(prepared: Prepared) -> dict[str, Any]:
-    """What will be done, as plain data."""
+def described(prepared: Prepared) -> dict[str, str]:
+    """What is searched for, and with what, in words."""
     request = prepared.request
     plan = prepared.family.plan(prepared.family.baseline, request.output)
-    return {
-        "models": [source.reference for source in plan.inputs],
-        "tuned": {name: asdict(of) for name, of in prepared.family.ranges.items()},
-        "baseline": dict(prepared.family.baseline),
+    data = {"prompt": prepared.prompts, "pair": prepared.pairs, "text": prepared.texts}
+    told = {
+        "models": ", ".join(source.reference for source in plan.inputs),
+        "recipe": str(request.recipe or ""),
+        "tuned": ", ".join(f"{name} from {of.low:g} to {of.high:g}" for name, of in prepared.family.ranges.items()),
         "search": prepared.search,
-        "scores": [score.name for score in prepared.scores],
-        "prompts": len(prepared.prompts),
-        "pairs": len(prepared.pairs),
-        "texts": len(prepared.texts),
-        "limits": asdict(replace(prepared.settings.limits, loss=dict(prepared.settings.limits.loss))),
-        "model_bytes": plan.layout.nbytes,
+        "scores": ", ".join(request.scores),
+        "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
+        "answers": _told_of_answers(request) if prepared.prompts else "",
+        "dtype": ", ".join(sorted({job.dtype for job in plan.merged}))
+        + f", rounded {_told_of_rounding(plan.rounding)}",
         "device": str(prepared.device),
-        "folder": str(request.folder),
-        "output": str(request.output),
-        "notes": list(prepared.notes),
+        "seed": str(request.seed),
     }
+    return {name: text for name, text in told.items() if text}
+
+
+def _told_of_answers(request: Request) -> str:
+    sampling = request.sampling
+    drawn = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    by = f"by {request.serve_command}" if request.serve_command else "in process"
+    return f"{request.samples} each, {drawn}, at most {sampling.max_tokens:,} tokens, {by}"
+
+
+def _told_of_rounding(how: str) -> str:
+    return "to nearest" if how == "nearest" else "stochastically"

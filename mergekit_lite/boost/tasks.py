@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 from mergekit_lite.boost.candidate import Numbers, Row
@@ -18,6 +19,8 @@ from mergekit_lite.errors import UsageError, nearest
 
 class Harness:
     """One task of the harness."""
+
+    asked: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

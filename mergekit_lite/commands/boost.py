@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lite.commands import values
-from mergekit_lite.errors import UsageError, counted
+from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.boost.point import Point
+    from mergekit_lite.boost.request import Prepared, Request
     from mergekit_lite.commands.screen import Screen
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -148,10 +149,10 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
     elif as_json:
         click.echo(json.dumps(described(prepared), indent=1))
     else:
-        _show(described(prepared), screen)
+        _show(prepared, screen)
 
 
-def _request(sft: str | None, aligned: str | None, given: dict[str, Any]) -> Any:
+def _request(sft: str | None, aligned: str | None, given: dict[str, Any]) -> Request:
     from mergekit_lite.answers.asking import Sampling
     from mergekit_lite.boost.request import Request
 
@@ -176,7 +177,7 @@ def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def _carry_out(prepared: Any, screen: Screen, as_json: bool) -> None:
+def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boost.boosting import boost
     from mergekit_lite.boost.words import verdict
 
@@ -190,6 +191,7 @@ def _carry_out(prepared: Any, screen: Screen, as_json: bool) -> None:
     if boosted.finished is not None:
         for output in boosted.finished.outputs:
             screen.out.print(f"[bold green]made[/] {output}")
+    screen.out.print(f"report: {boosted.page}", markup=False)
 
 
 def _teller(screen: Screen) -> Callable[[Point], None]:
@@ -203,16 +205,10 @@ def _teller(screen: Screen) -> Callable[[Point], None]:
     return tell
 
 
-def _show(plan: Mapping[str, Any], screen: Screen) -> None:
-    from mergekit_lite.commands.screen import size, table
+def _show(prepared: Prepared, screen: Screen) -> None:
+    from mergekit_lite.boost.request import described
+    from mergekit_lite.commands.screen import table
 
-    rows = [("model", name) for name in plan["models"]]
-    rows += [("tuned", f"{name} from {of['low']:g} to {of['high']:g}") for name, of in plan["tuned"].items()]
-    rows += [("baseline", ", ".join(f"{name}={value:g}" for name, value in plan["baseline"].items()))]
-    rows += [("search", plan["search"]), ("decides", plan["scores"][0])]
-    rows += [("scored too", name) for name in plan["scores"][1:]]
-    data = [counted(plan[kind], kind[:-1]) for kind in ("prompts", "pairs", "texts") if plan[kind]]
-    rows += [("measured on", ", ".join(data) or "tasks of lm_eval")]
-    rows += [("in memory", f"{size(plan['model_bytes'])} on {plan['device']}, and up to 1 GB")]
-    rows += [("kept in", plan["folder"]), ("output", plan["output"])]
-    screen.out.print(table(("", ""), rows))
+    folder, output = prepared.request.folder, prepared.request.output
+    told = {**described(prepared), "kept in": str(folder), "output": str(output)}
+    screen.out.print(table(("", ""), told.items()))

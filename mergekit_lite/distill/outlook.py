@@ -12,7 +12,7 @@ from mergekit_lite.answers.rows import Key, Prompt
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import TARGET, Recipe, Source, Training
 from mergekit_lite.distill.sample import key_of, tasks_of
-from mergekit_lite.distill.split import needs_target
+from mergekit_lite.distill.split import needs_target, whole
 
 
 class OfDomain(NamedTuple):
@@ -83,7 +83,7 @@ def _domain(recipe: Recipe, domain: str, count: int) -> OfDomain:
     if pairs.rule == "as_is":
         preference = 0
     elif pairs.split == "share":
-        sft = math.floor(count * pairs.sft_share)
+        sft = whole(pairs.sft_share, count)
         preference = count - sft
     return OfDomain(domain, count, pairs.rule, sft, preference)
 
@@ -110,4 +110,4 @@ def _where(source: Source) -> str:
 
 
 def _stage(stage: str, how: Training, rows: int) -> OfStage:
-    return OfStage(stage, rows, math.ceil(math.ceil(rows / how.batch_size) * how.epochs))
+    return OfStage(stage, rows, math.floor(how.epochs * rows + 1e-9) // how.batch_size)
