@@ -64,7 +64,10 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run.")
+    from mergekit_lite.distill.train import check
+
     loaded, teller = _load(recipe), Teller(quiet=quiet or as_json)
+    check(loaded)  # what training would refuse hours later
     if dry_run:
         _show_plan(loaded, teller, as_json)
         return

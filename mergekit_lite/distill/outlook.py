@@ -110,4 +110,4 @@ def _where(source: Source) -> str:
 
 
 def _stage(stage: str, how: Training, rows: int) -> OfStage:
-    return OfStage(stage, rows, math.ceil(math.ceil(rows / how.batch_size) * how.epochs))
+    return OfStage(stage, rows, math.floor(how.epochs * rows + 1e-9) // how.batch_size)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from mergekit_lite.answers.asking import Respondent, Task
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
-from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of
+from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of, write_lines
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.distill import prompts
 from mergekit_lite.distill.folder import Folder
@@ -157,13 +157,14 @@ def _ask(recipe: Recipe, group: Sequence[Asked], tell: Tell) -> list[str]:
         }
         for ledger in ledgers.values():
             open_.callback(ledger.close)
-        for answer in _answers([(respondents[one.source.name], one) for one in group]):
-            ledgers[answer.source].append([asdict(answer)])
-            advance[answer.source](1)
-    return [line for one in group for line in _troubles(one, respondents[one.source.name], tell)]
+        with closing(_answers([(respondents[one.source.name], one) for one in group])) as answers:
+            for answer in answers:
+                ledgers[answer.source].append([asdict(answer)])
+                advance[answer.source](1)
+    return [line for one in group for line in _troubles(recipe, one, respondents[one.source.name], tell)]
 
 
-def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Iterator[Answer]:
+def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Generator[Answer]:
     wanted = [(who, one.tasks, frozenset(one.ledger.missing)) for who, one in group]
     for who, tasks, missing in wanted:
         if isinstance(who, Local):
@@ -171,13 +172,20 @@ def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Iterator[Answer]:
     yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
 
 
-def _troubles(one: Asked, who: Respondent, tell: Tell) -> Iterator[str]:
+def _to_serve(recipe: Recipe, source: Source) -> str:
+    if source.name != TARGET or source.server is None:
+        return ""
+    return f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
+
+
+def _troubles(recipe: Recipe, one: Asked, who: Respondent, tell: Tell) -> Iterator[str]:
     troubles = who.troubles
     if troubles.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in troubles.retried.most_common())
         tell.line(f"{one.source.name}: {counted(troubles.retried.total(), 'request')} made again: {reasons}")
     if missing := len(one.ledger.missing):
-        yield f"{one.source.name}: {missing:,} of {len(one.tasks):,}. {troubles.stopped or _reasons(troubles.lost)}"
+        why = troubles.stopped or _reasons(troubles.lost)
+        yield f"{one.source.name}: {missing:,} of {len(one.tasks):,}. {why}{_to_serve(recipe, one.source)}"
 
 
 def _reasons(lost: dict[Key, str]) -> str:
@@ -203,8 +211,7 @@ def _note_settings(recipe: Recipe, source: Source) -> None:
             )
         if not told:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    write_lines(path, [(json.dumps(now, indent=1) + "\n").encode()])
 
 
 def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -230,16 +237,19 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _model(recipe: Recipe, source: Source) -> str:
     if source.name != TARGET or source.server is not None:
         return source.model
+    return _trained(recipe)
+
+
+def _trained(recipe: Recipe) -> str:
+    """The model that stands for the target once its SFT is done."""
     return str(Folder(recipe.folder).trained("sft")) if recipe.train.sft is not None else recipe.target
 
 
 def _digest(model: Path) -> str:
-    """What tells a model that was trained again: a digest of its weights; empty where it lies on the hub."""
+    """What tells a model that was trained again: a digest of what lies beside its weights, the training's log too."""
     from xxhash import xxh3_128
 
     digest = xxh3_128()
-    for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest() if model.is_dir() else ""
+    for path in sorted(model.glob("*.json*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

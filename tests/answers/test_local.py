@@ -91,6 +91,21 @@ def test_greedy_answers_are_those_of_a_plain_loop(tmp_path: Path, architecture: 
         assert (answer.finish, answer.tokens) == ("stop" if ended else "length", len(made) - ended)
 
 
+def test_padding_brings_no_token_that_a_repetition_penalty_would_see(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's answer doesn't hang on how long its neighbours' prompts are."""
+    asked = local(model, Sampling(temperature=0, repetition_penalty=3.0, max_tokens=12), batch_size=2)
+    tasks = tasks_of(("two " * 30, "one"), samples=1)
+    alone = [answers(asked, [task]) for task in tasks]
+    seen: list[torch.Tensor] = []
+    generate = asked.loaded.model.generate
+    monkeypatch.setattr(asked.loaded.model, "generate", lambda ids, **how: seen.append(ids) or generate(ids, **how))
+    assert answers(asked, tasks) == alone[0] | alone[1]
+    for task, row in zip(tasks, seen[0].tolist(), strict=True):
+        assert set(row) == set(asked.template.prompt(task.prompt.messages))
+
+
 def test_sampling_has_nothing_of_the_models_own_settings(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     own = {"do_sample": True, "temperature": 0.01, "top_k": 1, "min_p": 0.9, "eos_token_id": 0, "max_length": 20}
