@@ -12,6 +12,7 @@ from mergekit_lite.plan import Plan, plan
 from mergekit_lite.recipe import Recipe, Setting
 
 if TYPE_CHECKING:
+    from mergekit_lite.checkpoint import Checkpoint
     from mergekit_lite.engine.run import Finished
 
 
@@ -29,8 +30,12 @@ def plan_extrapolation(
     seed: int = 0,
     new_rows: str = "refuse",
     shard_size: int | None = None,
+    opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
-    """Plan ``out = aligned + alpha·(aligned − sft)``; see ``extrapolate`` for the arguments and errors."""
+    """Plan ``out = aligned + alpha·(aligned − sft)``; see ``extrapolate`` for the arguments and errors.
+
+    ``opened`` are models that are open already, by reference.
+    """
     alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
     if not alphas:
         raise UsageError("No alpha was given.")
@@ -47,7 +52,7 @@ def plan_extrapolation(
         new_rows=new_rows,
         shard_size=shard_size,
     )
-    return plan(recipe, named_outputs(str(output), alphas))
+    return plan(recipe, named_outputs(str(output), alphas), opened=opened)
 
 
 def extrapolate(
@@ -72,10 +77,9 @@ def extrapolate(
     Raises:
         MergekitLiteError: one of its kinds, as ``plan`` and ``run`` say.
     """
-    from mergekit_lite.engine.run import OPTIONS, run
+    from mergekit_lite.engine.run import plan_and_run
 
-    how = {name: options.pop(name) for name in OPTIONS if name in options}
-    return run(plan_extrapolation(sft, aligned, output, alpha, **options), **how)
+    return plan_and_run(plan_extrapolation, sft, aligned, output, alpha, **options)
 
 
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:

@@ -166,9 +166,9 @@ class Local:
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The model, with nothing of its own on how to draw: what the sampling doesn't say is neutral."""
+        """The model, ready to answer."""
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         own = "float32" if device == "cpu" else "auto"
@@ -178,23 +178,26 @@ class Local:
         model = _fetched(self.path, lambda: AutoModelForCausalLM.from_pretrained(self.path, **how))
         if device != "auto":
             model = model.to(device)
-        model.eval()
-        ends = _ends(model.generation_config.eos_token_id, self.tokenizer)
-        drawn = self.sampling.temperature > 0
-        warped: dict[str, Any] = (
-            {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0} if drawn else {}
-        )
-        settings: Any = GenerationConfig  # has no types
-        model.generation_config = settings(
-            do_sample=drawn,
-            repetition_penalty=self.sampling.repetition_penalty,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else min(ends, default=0),
-            **warped,
-        )
-        return Loaded(model, model.device, ends)
+        return ready(model, self.tokenizer, self.sampling)
+
+
+def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Loaded:
+    """A model with nothing of its own on how to draw: what the sampling doesn't say is neutral."""
+    from transformers import GenerationConfig
+
+    model.eval()
+    ends = _ends(model.generation_config.eos_token_id, tokenizer)
+    drawn = sampling.temperature > 0
+    warped: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
+    settings: Any = GenerationConfig  # has no types
+    model.generation_config = settings(
+        do_sample=drawn,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
+        **warped,
+    )
+    return Loaded(model, model.device, ends)
 
 
 def _ends(told: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite import dtypes
-from mergekit_lite.commands import values
+from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
@@ -87,7 +87,9 @@ def command(
         values.check_folder(path)
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("comparing") as progress:
-        comparison = compare(base, models, settings=settings, threads=threads, progress=progress)
+        comparison = compare(
+            base, models, settings=settings, threads=threads, progress=progress, processes=running.PROCESSES
+        )
     if csv_path is not None:
         table = io.StringIO()
         export.write_csv(comparison, table)

@@ -11,8 +11,7 @@ from typing import Literal
 
 from mergekit_lite._version import __version__
 from mergekit_lite.engine.pool import available_cores
-from mergekit_lite.engine.run import GPU_BLOCK, GPU_LANES, chosen_device
-from mergekit_lite.engine.spans import BLOCK
+from mergekit_lite.engine.run import chosen_device, lanes_and_block
 from mergekit_lite.engine.work import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.output.workspace import is_single_file, manifest_path
@@ -36,6 +35,7 @@ def verify(
     threads: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    processes: bool = False,
 ) -> Verdict:
     """Check an output against its manifest, and make some of its tensors again from the inputs.
 
@@ -48,6 +48,7 @@ def verify(
         threads: workers; one for each core by default.
         device: for making tensors again, as for ``run``.
         progress: called with (bytes read, bytes in all), from the workers' threads.
+        processes: fork the workers that make tensors again, as for ``run``.
 
     Raises:
         UsageError: there is no such output, or an input or device is named that isn't there.
@@ -77,9 +78,9 @@ def verify(
     tally = _Tally(published.nbytes, progress)
     making = None
     if plan is not None:
-        lanes, block = (GPU_LANES, GPU_BLOCK) if place.type == "cuda" else (available_cores(), BLOCK)
+        lanes, block = lanes_and_block(place, threads)
         jobs = _chosen(plan, samples, seed)
-        making = Recomputation(plan, manifest, jobs, place, threads or lanes, block, tally.recomputed)
+        making = Recomputation(plan, manifest, jobs, place, lanes, block, tally.recomputed, processes)
         tally.to_recompute = making.work.bytes_in_all
     findings += check_digests(published, manifest, threads or available_cores(), tally.read)
     if making is not None:

@@ -149,8 +149,8 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         (tmp_path / "causal", "the weights have no score.weight"),
         (write_classifier(tmp_path / "two", num_labels=2), "it has 2 logits, expected one"),
         (write_classifier(tmp_path / "plain", style=None), "no chat template"),
-        (tmp_path / "empty", "Can't load"),
-        (tmp_path / "nowhere", "Can't load"),
+        (tmp_path / "empty", "Can't load the model"),
+        (tmp_path / "nowhere", "Can't load the model"),
     ):
         with pytest.raises(CheckpointError, match=why):
             rewards([judged("one")], settings(folder))

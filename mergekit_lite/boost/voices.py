@@ -1,0 +1,212 @@
+"""Candidates that answer: the model in this process, or a server of the user's own over a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from mergekit_lite.answers.asking import Respondent, Sampling, Task, Troubles
+from mergekit_lite.answers.local import Local, ready
+from mergekit_lite.answers.rows import Answer, Key
+from mergekit_lite.answers.server import Served, Server
+from mergekit_lite.boost.candidate import Numbers, label
+from mergekit_lite.boost.stand import Stand
+from mergekit_lite.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from mergekit_lite.answers.local import Loaded
+
+PLACES = ("{model}", "{port}")
+STOP_SECONDS = 20.0  # that a server gets to stop by itself
+LOOK_SECONDS = 0.2
+TOLD = 15  # lines of a server's output that an error shows
+
+
+class InProcess:
+    """The model on the stand answers."""
+
+    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int) -> None:
+        """``batch_size`` answers are made at once."""
+        self.stand = stand
+        self.local = _OnStand(stand, sampling, batch_size)
+
+    def speaking(self, numbers: Numbers) -> Respondent:
+        """The model with the candidate's weights."""
+        self.stand.put(numbers)
+        return self.local
+
+
+class _OnStand(Local):
+    """A respondent whose model is there already, in the dtype it will be written in."""
+
+    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int) -> None:
+        super().__init__("candidate", "the candidate", sampling, batch_size=batch_size)
+        self.stand = stand
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.stand.tokenizer
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        loaded = ready(self.stand.model, self.tokenizer, self.sampling)
+        # Far out candidates overflow; that shows in what they say, and is no reason for the search to end.
+        loaded.model.generation_config.remove_invalid_values = True
+        return loaded
+
+
+@dataclass
+class Behind:
+    """A server that is started for each candidate answers.
+
+    Attributes:
+        stand: of the family; its model is not built for this.
+        command: what starts the server, with ``{model}`` and ``{port}`` for folder and port. No shell reads it.
+        folder: of the candidates; each is removed with its server.
+        sampling: how answers are drawn.
+        concurrency: open requests.
+        patience: seconds that the server gets to load a model.
+    """
+
+    stand: Stand
+    command: str
+    folder: Path
+    sampling: Sampling
+    concurrency: int = 32
+    patience: float = 600.0
+    troubles: Troubles = field(default_factory=Troubles)
+    name: str = "candidate"
+
+    def __post_init__(self) -> None:
+        """Raises UsageError where the command can't be one."""
+        try:
+            self.words = shlex.split(self.command)
+        except ValueError as error:
+            raise UsageError(f"--serve-command {self.command!r}: {error}.") from error
+        missing = [place for place in PLACES if place not in self.command]
+        if missing or not self.words:
+            example = "'vllm serve {model} --port {port}'"
+            raise UsageError(f"--serve-command lacks {' and '.join(missing)}: expected for instance {example}.")
+        if shutil.which(self.words[0]) is None:
+            raise UsageError(f"--serve-command: there is no program {self.words[0]!r} here.")
+
+    def speaking(self, numbers: Numbers) -> Respondent:
+        """The server over the candidate, while its answers come."""
+        return _Spoken(self, numbers)
+
+    @contextmanager
+    def served(self, numbers: Numbers) -> Iterator[Server]:
+        """Write the candidate, start the command, wait for the model; then stop it and remove the candidate.
+
+        Raises:
+            RunError: the server ended, or didn't get ready in time; with the end of what it said.
+            NonFiniteError: the candidate's weights aren't finite.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a killed search
+        try:
+            model = self._written(numbers)
+            with _started(self.words, model, self.folder / "server.log") as (process, url):
+                served_as = _wait(process, url, self.patience, self.folder / "server.log")
+                yield Server(url, served_as, self.sampling, concurrency=self.concurrency)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _written(self, numbers: Numbers) -> Path:
+        from mergekit_lite.boost.weights import Rewritten
+        from mergekit_lite.engine.run import run
+
+        started = time.monotonic()
+        path = self.folder / "model"
+        finished = run(self.stand.family.plan(numbers, path), device=str(self.stand.device), threads=self.stand.threads)
+        self.stand.rewritten[label(numbers)] = Rewritten(finished.reports[0], ())
+        self.stand.seconds[label(numbers)] += time.monotonic() - started
+        return path
+
+
+class _Spoken:
+    """A respondent that is there while it is listened to."""
+
+    def __init__(self, behind: Behind, numbers: Numbers) -> None:
+        self.behind = behind
+        self.numbers = numbers
+        self.name = behind.name
+
+    @property
+    def troubles(self) -> Troubles:
+        return self.behind.troubles
+
+    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
+        with self.behind.served(self.numbers) as server:
+            served = Served(self.name, server)
+            with closing(served.answers(tasks, wanted)) as answers:  # type: ignore[type-var]  # is a generator
+                yield from answers
+            self.behind.troubles = served.troubles
+
+
+@contextmanager
+def _started(words: Sequence[str], model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The server's process, in a group of its own that ends with this context, and its URL."""
+    port = _free_port()
+    filled = [word.replace("{model}", str(model)).replace("{port}", str(port)) for word in words]
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                filled, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        except OSError as error:
+            raise RunError(f"--serve-command can't be started: {error.strerror}: {filled[0]}.") from error
+    try:
+        yield process, f"http://127.0.0.1:{port}/v1"
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and all it started, kindly first."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:
+    """Until the server tells its models: the name of the first one."""
+    import json
+
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RunError(f"The server ended with exit code {process.returncode} before it was ready.{_said(log)}")
+        unready = suppress(URLError, OSError, ValueError, LookupError, TypeError)
+        with unready, urlopen(f"{url}/models", timeout=5) as reply:
+            return str(json.load(reply)["data"][0]["id"])
+        time.sleep(LOOK_SECONDS)
+    raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
+
+
+def _said(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TOLD:]
+    return "\n".join([" It said:", *(f"  {line}" for line in lines)]) if lines else " It said nothing."
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

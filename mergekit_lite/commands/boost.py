@@ -1,0 +1,214 @@
+"""``mergekit-lite boost``: choose alpha, or any numbers of a merge recipe, by measuring."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_lite.commands import values
+from mergekit_lite.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergekit_lite.boost.point import Point
+    from mergekit_lite.boost.request import Prepared, Request
+    from mergekit_lite.commands.screen import Screen
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+Option = Callable[[Callable[..., None]], Callable[..., None]]
+
+WHAT: tuple[Option, ...] = (
+    click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The chosen model's folder."),
+    click.option("--recipe", type=FILE, help="Instead of SFT and ALIGNED: a merge recipe, with --tune."),
+    click.option(
+        "--tune",
+        metavar="PATH=LOW:HIGH",
+        multiple=True,
+        help="What is searched for, for instance parameters.weight=0:1.5, parameters.t[filter=mlp]=0:1 or alpha=0:8.",
+    ),
+    click.option(
+        "--score",
+        "scores",
+        metavar="KIND[:WHAT]",
+        multiple=True,
+        help="reward:MODEL, maths, exact, code, judge:MODEL,server=URL, function:MODULE:NAME, log-ratio, pairs, "
+        "nll:FILE or lm-eval:TASK. The first one decides.",
+    ),
+    click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer."),
+    click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs."),
+    click.option("--limit", type=click.IntRange(min=1), help="Only so many prompts, pairs and texts."),
+)
+SEARCH: tuple[Option, ...] = (
+    click.option(
+        "--search",
+        type=click.Choice(["bracket", "grid", "tpe", "cmaes"]),
+        help="bracket for one alpha (bracket, bisect, refine), else tpe.",
+    ),
+    click.option("--start", type=float, default=0.5, show_default=True, help="The bracket's first alpha."),
+    click.option("--step", type=float, help="The bracket's first step; --start by default."),
+    click.option("--final-step", type=float, help="The bracket's last step; by default goes by the best alpha."),
+    click.option("--grid", metavar="[NAME=]A,B…", multiple=True, help="The grid's values; NAME is alpha by default."),
+    click.option("--trials", type=click.IntRange(min=1), default=30, show_default=True, help="Of tpe and cmaes."),
+    click.option("--storage", metavar="URL", help="Optuna's database; SQLite in the search's folder by default."),
+    click.option(
+        "--limits",
+        metavar="NAME=MOST",
+        multiple=True,
+        help="What answers may become at most: growth, truncated, repetition, identical, unscored, kl, kl_per_token, "
+        "loss:SCORE; none is no limit.",
+    ),
+    click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True),
+    click.option(
+        "--held-out",
+        type=click.FloatRange(0, 0.9),
+        default=0.25,
+        show_default=True,
+        help="The share of items that takes no part in the search and confirms its choice.",
+    ),
+    click.option("--all-items", is_flag=True, help="Measure every candidate on all items, hopeless ones too."),
+    click.option("--study", type=click.Path(path_type=Path), help="The search's folder; OUTPUT.boost by default."),
+)
+ANSWERS: tuple[Option, ...] = (
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True),
+    click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer."),
+    click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
+    click.option("--no-kl", is_flag=True, help="Don't compute how likely answers are under candidate and baseline."),
+    click.option(
+        "--serve-command",
+        metavar="COMMAND",
+        help="A server of your own answers: started for each candidate over a temporary folder, with {model} and "
+        "{port} in its place, for instance 'vllm serve {model} --port {port}'.",
+    ),
+    click.option("--serve-patience", type=float, default=600.0, show_default=True, help="Seconds until it is ready."),
+    click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True, help="Open requests."),
+)
+MODEL: tuple[Option, ...] = (
+    click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate."),
+    click.option("--exclude", metavar="REGEX", multiple=True, help="As in extrapolate."),
+    click.option("--new-rows", type=click.Choice(["refuse", "copy"]), default="refuse", help="As in extrapolate."),
+    click.option("--out-dtype", help="As in extrapolate; candidates are judged in it."),
+    click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="Likewise."),
+    click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding."),
+    click.option("--threads", type=click.IntRange(min=1), help="That set weights; one for each core by default."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
+    click.option("--force", is_flag=True, help="Replace OUTPUT if it exists."),
+    click.option("--dry-run", is_flag=True, help="Check everything and print what would be done."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors, warnings and the verdict only."),
+)
+
+
+def options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give the command its options, in the order in which help shows them."""
+    for option in reversed((*WHAT, *SEARCH, *ANSWERS, *MODEL)):
+        function = option(function)
+    return function
+
+
+@click.command(
+    name="boost",
+    epilog="""\b
+Examples:
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score reward:./rm -o ./boosted
+  mergekit-lite boost ./sft ./dpo --pairs prefs.jsonl --score pairs -o ./boosted
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log-ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
+  mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
+      --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
+""",
+)
+@click.argument("sft", required=False)
+@click.argument("aligned", required=False)
+@options
+def command(sft: str | None, aligned: str | None, **given: Any) -> None:
+    """Choose how far to go past ALIGNED by measuring, and make that model.
+
+    The models are loaded once, as one; each candidate's weights are set in place, exactly as they would be written.
+    What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
+    candidate is sure to be better, that is the answer, and no model is made.
+    """
+    from mergekit_lite.boost.request import described, prepare
+    from mergekit_lite.commands.screen import Screen
+
+    as_json, dry_run = given.pop("as_json"), given.pop("dry_run")
+    screen = Screen(quiet=given.pop("quiet") or as_json, verbose=False)
+    if aligned is None and sft is not None:
+        raise UsageError("Name both models: mergekit-lite boost SFT ALIGNED …")
+    prepared = prepare(_request(sft, aligned, given))
+    for note in prepared.notes:
+        screen.warn(note)
+    if not dry_run:
+        _carry_out(prepared, screen, as_json)
+    elif as_json:
+        click.echo(json.dumps(described(prepared), indent=1))
+    else:
+        _show(prepared, screen)
+
+
+def _request(sft: str | None, aligned: str | None, given: dict[str, Any]) -> Request:
+    from mergekit_lite.answers.asking import Sampling
+    from mergekit_lite.boost.request import Request
+
+    given["sampling"] = Sampling(**{name: given.pop(name) for name in ("temperature", "top_p", "max_tokens")})
+    given["stop_early"] = not given.pop("all_items")
+    given["likelihoods"] = not given.pop("no_kl")
+    given["grid"] = _grid(given["grid"])
+    of_pair = {name: given.pop(name) for name in ("include", "exclude", "new_rows", "out_dtype", "rounding")}
+    of_pair |= {"shard_size": given.pop("shard_size")}
+    if sft is not None:
+        of_pair["seed"] = given["seed"]
+    usual = {"new_rows": "refuse", "rounding": "nearest"}
+    chosen = {name: value for name, value in of_pair.items() if value and value != usual.get(name)}
+    return Request(sft=sft, aligned=aligned, options=chosen, **given)
+
+
+def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    found: dict[str, tuple[float, ...]] = {}
+    for text in texts:
+        name, _, listed = text.rpartition("=")
+        found[name or "alpha"] = values.alphas(None, None, listed)
+    return found
+
+
+def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
+    from mergekit_lite.boost.boosting import boost
+    from mergekit_lite.boost.words import verdict
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
+    boosted = boost(prepared, _teller(screen), screen.progress)
+    if as_json:
+        click.echo(json.dumps(boosted.to_json(), indent=1))
+        return
+    for line in verdict(boosted.result):
+        screen.out.print(line, markup=False)
+    if boosted.finished is not None:
+        for output in boosted.finished.outputs:
+            screen.out.print(f"[bold green]made[/] {output}")
+    screen.out.print(f"report: {boosted.page}", markup=False)
+
+
+def _teller(screen: Screen) -> Callable[[Point], None]:
+    from mergekit_lite.boost.words import figures
+
+    def tell(point: Point) -> None:
+        if not screen.quiet:
+            why = point.dropped or ", ".join(point.beyond)
+            screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
+
+    return tell
+
+
+def _show(prepared: Prepared, screen: Screen) -> None:
+    from mergekit_lite.boost.request import described
+    from mergekit_lite.commands.screen import table
+
+    folder, output = prepared.request.folder, prepared.request.output
+    told = {**described(prepared), "kept in": str(folder), "output": str(output)}
+    screen.out.print(table(("", ""), told.items()))

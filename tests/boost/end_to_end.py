@@ -1,0 +1,52 @@
+"""Tiny models with tokenizers, prompts and pairs, for whole boosts; and scorers that are found by their names."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from tests.causal import causal_model
+from tests.tokenizers import tokenizer
+
+
+def write_models(root: Path, rms: float = 0.01, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """``sft`` and ``dpo`` with a chat template each."""
+    model = causal_model("llama").to(dtype)
+    for name in ("sft", "dpo"):
+        model.save_pretrained(root / name)
+        tokenizer("chatml").save_pretrained(root / name)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) * rms)
+    return root / "sft", root / "dpo"
+
+
+def write_prompts(root: Path, count: int = 24) -> Path:
+    path = root / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"q{i}", "prompt": f"What is {i}?"}) + "\n" for i in range(count)))
+    return path
+
+
+def write_pairs(root: Path, count: int = 24) -> Path:
+    path = root / "pairs.jsonl"
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "no no two"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spaces(prompt: object, answer: str) -> float:
+    """How often an answer has a blank: as good a score as any."""
+    return answer.count(" ")
+
+
+def slow_and_logged(prompt: object, answer: str) -> float:
+    """The same, written down, so that a test sees what was scored; slow, so that it can be killed meanwhile."""
+    with Path(os.environ["SCORED"]).open("a") as file:
+        file.write(json.dumps([prompt.id, answer]) + "\n")  # type: ignore[attr-defined]
+    time.sleep(0.02)
+    return answer.count(" ")

@@ -1,0 +1,52 @@
+"""A server for tests: ``python serving.py MODEL PORT [how]``. Its answers tell which model it was started over.
+
+``dies`` ends at once, ``silent`` never answers, ``stubborn`` ignores SIGTERM and starts a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._reply({"data": [{"id": "tiny"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        alpha = json.loads((Path(sys.argv[1]) / "mergekit_lite_manifest.json").read_text())["recipe"]["parameters"]
+        text = f"{asked['messages'][-1]['content']} alpha {alpha['alpha']:g}" + " word" * int(4 * alpha["alpha"])
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"completion_tokens": len(text.split()), "prompt_tokens": 1, "total_tokens": 1}
+        self._reply({"id": "1", "object": "chat.completion", "created": 1, "model": "tiny", "choices": [choice],
+                     "usage": usage})  # fmt: skip
+
+    def _reply(self, content: object) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    how = sys.argv[3] if len(sys.argv) > 3 else ""
+    if how == "dies":
+        sys.exit("no GPU here")
+    if how == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (Path(sys.argv[1]).parent.parent / "child").write_text(str(child.pid))
+    if how == "silent":
+        time.sleep(600)
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

@@ -1,0 +1,72 @@
+"""Scorers whose best is known, and what drives a search over them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mergekit_lite.boost.candidate import Numbers, Row, label
+from mergekit_lite.boost.search import Outcome, Search
+
+
+def tried(search: Search, score: Callable[[Numbers], float | Outcome | None]) -> list[Numbers]:
+    """The candidates a search asks for, where each is told its score; None is out of limits."""
+    asked: list[Numbers] = []
+    try:
+        numbers = next(search)
+        while True:
+            asked.append(dict(numbers))
+            value = score(numbers)
+            if value is None:
+                value = Outcome(0.0, allowed=False)
+            numbers = search.send(value if isinstance(value, Outcome) else Outcome(value))
+    except StopIteration:
+        return asked
+
+
+def alphas(search: Search, score: Callable[[float], float | None]) -> list[float]:
+    """The same for searches over alpha."""
+    return [numbers["alpha"] for numbers in tried(search, lambda numbers: score(numbers["alpha"]))]
+
+
+def best(asked: list[float], score: Callable[[float], float | None]) -> float:
+    """What an exact scorer chooses: the best of the asked and 0."""
+    known = {0.0: 0.0} | {alpha: value for alpha in asked if (value := score(alpha)) is not None}
+    return max(sorted(known), key=lambda alpha: known[alpha])
+
+
+class SyntheticBench:
+    """Items of different difficulty, answered by candidates of which the curve tells how good they are.
+
+    The noise is common in part, as with common prompts, and the rest is drawn for each candidate and item.
+    """
+
+    def __init__(
+        self,
+        curve: Callable[[Numbers], float],
+        items: int = 400,
+        noise: float = 0.5,
+        words: Callable[[Numbers, random.Random], int] = lambda numbers, rng: rng.randint(5, 30),
+    ):
+        self.items = [f"item {number}" for number in range(items)]
+        self.curve, self.noise, self.words = curve, noise, words
+        self.measured: list[tuple[str, str]] = []
+        self.fail_after: int | None = None
+
+    def measure(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        for item in items:
+            if item in wanted:
+                if self.fail_after is not None and len(self.measured) >= self.fail_after:
+                    raise KeyboardInterrupt
+                self.measured.append((label(numbers), item))
+                yield self.row(numbers, item)
+
+    def row(self, numbers: Numbers, item: str) -> Row:
+        common, own = random.Random(item), random.Random(f"{item} {label(numbers)}")
+        value = common.gauss(0, 2) + self.curve(numbers) + own.gauss(0, self.noise)
+        text = " ".join(own.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(self.words(numbers, own)))
+        return Row(item=item, values={"score": value, "other": -value}, text=text, finish="stop", tokens=len(text))
+
+    def facts(self, numbers: Numbers) -> dict[str, Any]:
+        return {"effective_alpha": 0.9 * next(iter(numbers.values()))}

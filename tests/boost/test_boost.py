@@ -1,0 +1,257 @@
+"""Whole boosts on tiny models: what is measured, kept, chosen and written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from mergekit_lite import extrapolate, merge
+from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.answers.template import ChatTemplate
+from mergekit_lite.boost.boosting import bench_of, boost
+from mergekit_lite.boost.request import Request, prepare
+from mergekit_lite.errors import UsageError
+from tests.boost.end_to_end import write_models, write_pairs, write_prompts
+from tests.models import tree_bytes
+from tests.tokenizers import tokenizer
+
+SPACES = "function:tests.boost.end_to_end:spaces"
+SHORT = Sampling(temperature=1.0, top_p=1.0, max_tokens=6)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_models(root)
+    write_prompts(root)
+    write_pairs(root)
+    (root / "texts.txt").write_text("It is one.\n\nIt is two, user.\n\n\n\nWhat is one?\n")
+    return root
+
+
+def request_of(models: Path, output: Path, *scores: str, **options: Any) -> Request:
+    usual = {"sft": str(models / "sft"), "aligned": str(models / "dpo"), "sampling": SHORT, "limits": ("growth=none",)}
+    return Request(output=output, scores=scores, **{**usual, **options})
+
+
+def command(models: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mergekit_lite", "boost", *map(str, arguments)],
+        capture_output=True, text=True, cwd=models, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+    )  # fmt: skip
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """By candidate and item."""
+    files = (folder / "candidates").glob("*.jsonl")
+    read = {file.name.split(".jsonl")[0].removesuffix(".partial"): file.read_text().splitlines() for file in files}
+    return {name: {row["item"]: row for row in map(json.loads, lines)} for name, lines in read.items()}
+
+
+def test_the_chosen_model_is_the_one_that_extrapolate_makes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = command(
+        models, "sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "--start", 8, "--final-step", 8,
+        "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    told = json.loads(said.stdout)
+    assert told["chosen"] and told["output"] == str(tmp_path / "out")
+    monkeypatch.chdir(models)
+    extrapolate("sft", "dpo", tmp_path / "same", told["chosen"]["alpha"])
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "same")
+
+
+def test_where_nothing_helps_there_is_no_model_and_no_error(models: Path, tmp_path: Path) -> None:
+    said = command(
+        models, "sft", "dpo", "--score", "nll:texts.txt", "--search", "grid", "--grid", "20,30", "-o", tmp_path / "out"
+    )
+    assert said.returncode == 0, said.stderr
+    assert "No candidate helps" in said.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_boost_measures_nothing_and_makes_nothing(models: Path, tmp_path: Path) -> None:
+    request = request_of(models, tmp_path / "out", "pairs", pairs=models / "pairs.jsonl", start=16.0, final_step=16.0)
+    first = boost(prepare(request))
+    assert first.finished is not None
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    second = boost(prepare(request))
+    assert second.result.chosen == first.result.chosen
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_recipe_is_tuned_and_merged(models: Path, tmp_path: Path) -> None:
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "models": [{"model": str(models / "dpo"), "parameters": {"weight": 1.0}}],
+        "base_model": str(models / "sft"),
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    request = request_of(
+        models, tmp_path / "out", "pairs", pairs=models / "pairs.jsonl", sft=None, aligned=None,
+        recipe=tmp_path / "recipe.yml", tune=("models.0.parameters.weight=1:33",), search="grid",
+        grid={"models.0.parameters.weight": (17.0, 33.0)},
+    )  # fmt: skip
+    boosted = boost(prepare(request))
+    assert boosted.result.baseline.numbers == {"models.0.parameters.weight": 1.0}
+    assert boosted.finished is not None
+    merge(tmp_path / "out.boost" / "recipe.yml", tmp_path / "same")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "same")
+
+
+def test_several_numbers_by_optuna(models: Path, tmp_path: Path) -> None:
+    request = request_of(models, tmp_path / "out", "nll", tune=("alpha=0:1", "alpha[filter=mlp]=0:1"), trials=3)
+    request = replace(request, scores=(f"nll:{models / 'texts.txt'}",))
+    prepared = prepare(request)
+    assert prepared.search == "tpe"
+    boosted = boost(prepared)
+    assert len(boosted.result.points) == 3
+    assert (tmp_path / "out.boost" / "study.db").exists()
+
+
+def test_likelihoods_are_those_of_the_models(models: Path, tmp_path: Path) -> None:
+    """log_prob, aligned_log_prob and the log-ratio of answers against models that transformers loads by itself."""
+    request = request_of(
+        models, tmp_path / "out", "log-ratio", prompts=(models / "prompts.jsonl",), limit=5, batch_size=2
+    )
+    extrapolate(models / "sft", models / "dpo", tmp_path / "written", 2.0)
+    with bench_of(prepare(request)) as bench:
+        rows = list(bench.measure({"alpha": 2.0}, bench.items, frozenset(bench.items)))
+        assert bench.facts({"alpha": 2.0})["effective"] == pytest.approx(2.0, abs=1e-4)
+    assert sorted(row["item"] for row in rows) == [f"q{i}" for i in range(5)]
+    for row in rows:
+        asked = Prompt(row["item"], ({"role": "user", "content": f"What is {row['item'][1:]}?"},))
+        own, aligned, sft = (
+            _log_prob(folder, asked, row["text"], row["finish"])
+            for folder in (tmp_path / "written", models / "dpo", models / "sft")
+        )
+        assert row["log_prob"] == pytest.approx(own, rel=1e-4)
+        assert row["aligned_log_prob"] == pytest.approx(aligned, rel=1e-4)
+        assert row["values"]["log-ratio"] == pytest.approx(aligned - sft, abs=1e-3)
+
+
+def _log_prob(folder: Path, prompt: Prompt, text: str, finish: str) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    before, response = ChatTemplate(tokenizer("chatml")).tokens(prompt.messages, text)
+    response = response if finish == "stop" else response[:-1]
+    ids = torch.tensor([[*before, *response]])
+    with torch.no_grad():
+        told = model(ids).logits.double().log_softmax(-1)[0]
+    return sum(float(told[len(before) + place - 1, token]) for place, token in enumerate(response))
+
+
+def test_answers_don_t_depend_on_what_was_measured_before(models: Path, tmp_path: Path) -> None:
+    """A candidate's rows are the same after another one, with the baseline put in between, and alone."""
+    request = request_of(models, tmp_path / "out", SPACES, "log-ratio", prompts=(models / "prompts.jsonl",))
+    request = replace(request, batch_size=5)
+
+    def rows(*alphas: float, wanted: frozenset[str] | None = None) -> dict[str, Any]:
+        with bench_of(prepare(request)) as bench:
+            for alpha in alphas:
+                found = list(bench.measure({"alpha": alpha}, bench.items, wanted or frozenset(bench.items)))
+        return {row["item"]: row for row in found}
+
+    alone = rows(1.5)
+    assert alone == rows(0.0, 4.0, 1.5)
+    few = frozenset(["q3", "q17"])
+    assert rows(1.5, wanted=few) == {item: alone[item] for item in few}
+
+
+def test_killed_and_run_again_no_row_is_measured_twice(models: Path, tmp_path: Path) -> None:
+    arguments = [
+        "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "function:tests.boost.end_to_end:slow_and_logged",
+        "--search", "grid", "--grid", "0.5,1,2", "--max-tokens", 6, "--all-items", "--batch-size", 4,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole = command(models, *arguments, "-o", tmp_path / "whole", SCORED=str(tmp_path / "scored-whole"))
+    assert whole.returncode == 0, whole.stderr
+
+    scored, folder = tmp_path / "scored", tmp_path / "killed.boost"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "mergekit_lite", "boost", *map(str, arguments), "-o", str(tmp_path / "killed")],
+        cwd=models, env={**environment, "SCORED": str(scored)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while running.poll() is None and (not scored.exists() or len(scored.read_text().splitlines()) < 40):
+        time.sleep(0.01)
+    running.kill()
+    assert running.wait() != 0
+    kept = {(name, item) for name, rows in rows_of(folder).items() for item in rows}
+    before = len(scored.read_text().splitlines())
+    assert 0 < len(kept) < 24 * 4
+
+    again = command(models, *arguments, "-o", tmp_path / "killed", SCORED=str(scored))
+    assert again.returncode == 0, again.stderr
+    assert rows_of(folder) == rows_of(tmp_path / "whole.boost")
+    after = Counter(json.loads(line)[0] for line in scored.read_text().splitlines()[before:])
+    assert sum(after.values()) == 24 * 4 - len(kept)
+
+
+def test_a_candidate_that_overflows_is_out_and_the_search_goes_on(tmp_path: Path) -> None:
+    write_models(tmp_path, rms=0.05, dtype=torch.float16)
+    data = {"pairs": write_pairs(tmp_path, 8), "prompts": (write_prompts(tmp_path, 8),)}
+    wide = {"tune": ("alpha=0:10000000",), "search": "grid", "grid": {"alpha": (1.0, 1e7)}}
+    request = request_of(tmp_path, tmp_path / "out", "pairs", SPACES, **data, **wide)
+    boosted = boost(prepare(request))
+    last = boosted.result.points[-1]
+    assert last.facts["nonfinite"] and not last.score.items and not last.allowed
+    assert boosted.result.points[0].score.items == 8
+
+
+def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path: Path) -> None:
+    request = request_of(
+        models, tmp_path / "out", "reward:./rm", "rewart:x", tune=("alpha=1:0",), limits=("grow=2",), device="cudo"
+    )
+    with pytest.raises(UsageError) as refused:
+        prepare(request)
+    for said in ("Did you mean 'reward'?", "alpha=1:0", "no such limit", "Unknown device 'cudo'"):
+        assert said in str(refused.value)
+    for scores, options, said in [
+        (("reward:./rm",), {}, "it needs --prompts"),
+        (("pairs",), {}, "needs --pairs"),
+        ((), {}, "What are candidates scored by?"),
+        (("log-ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
+        (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one of the two"),
+        (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is 'None'"),
+        (("judge:m",), {"prompts": (models / "prompts.jsonl",)}, "needs 'server'"),
+        (("pairs",), {"pairs": models / "pairs.jsonl", "tune": ("alpha=0:1", "alpha[filter=a]=0:1"),
+                      "search": "bracket"}, "The bracket searches one alpha"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError) as refused:
+            prepare(request_of(models, tmp_path / "out", *scores, **options))
+        assert said in str(refused.value)
+
+
+def test_an_output_that_can_not_be_is_refused_before_the_search(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    said = command(models, "sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "-o", tmp_path / "out")
+    assert said.returncode == 2 and "exists. --force replaces it." in said.stderr
+    said = command(models, "sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "-o", "dpo/out")
+    assert said.returncode == 2 and "Inputs are never touched" in said.stderr
+    assert not (models / "dpo" / "out.boost").exists()
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(models: Path, tmp_path: Path) -> None:
+    said = command(
+        models, "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log-ratio", "-o", tmp_path / "out", "--dry-run",
+        "--json",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    told = json.loads(said.stdout)
+    assert (told["search"], told["measured on"]) == ("bracket", "24 prompts")
+    assert not list(tmp_path.iterdir())

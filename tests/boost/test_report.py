@@ -1,0 +1,130 @@
+"""The report of synthetic searches: the page opens, asks for nothing, and says what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_lite.boost.candidate import Numbers, Row
+from mergekit_lite.boost.choice import Result, boost
+from mergekit_lite.boost.point import Settings
+from mergekit_lite.boost.report import write
+from mergekit_lite.boost.search import bracket, grid
+from mergekit_lite.boost.study import Study
+from tests.boost.synthetic import SyntheticBench
+from tests.boost.test_choice import peak
+from tests.browser import Browser
+
+HOSTILE = '<script>alert(1)</script> & "quoted" $x^2$ 好'
+
+
+class Answering(SyntheticBench):
+    """Answers with words in them that no page may take for its own; beyond alpha 3 they never end."""
+
+    def row(self, numbers: Numbers, item: str) -> Row:
+        made = super().row(numbers, item)
+        alpha = numbers.get("alpha", 0.0)
+        made["text"] = f"{HOSTILE} {made['text']}" + " and so on" * (60 if alpha > 3 else 0)
+        made["finish"] = "length" if alpha > 3 else "stop"
+        made["judged"] = 0.5 + 0.2 * bool(alpha)
+        return made
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    bench = Answering(peak, items=300)
+    folder = tmp_path_factory.mktemp("boosted.boost")
+    with Study(folder, {}, bench.items) as study:
+        result = boost(lambda same: bracket(same=same), bench, study, Settings(score="score"))
+        about = {"SFT": "org/sft", "aligned": "org/<dpo>"}
+        page = write(result, study, about, {item: f"What is {item}? {HOSTILE}" for item in bench.items})
+    assert page == folder / "report.html"
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def shown(reported: tuple[Path, Result]) -> Iterator[Browser]:
+    with Browser() as browser:
+        browser.open(reported[0] / "report.html")
+        yield browser
+
+
+def test_the_page_opens_without_errors_or_requests(shown: Browser) -> None:
+    assert shown.errors == []
+    assert all(url.startswith("file:") for url in shown.requests)
+
+
+def test_the_page_says_the_answer_first(reported: tuple[Path, Result], shown: Browser) -> None:
+    chosen = reported[1].chosen
+    assert chosen is not None
+    assert shown.run("document.querySelector('h1').textContent").startswith(f"alpha={chosen['alpha']:g} beats alpha=0:")
+    rows = shown.run("document.querySelectorAll('table tbody tr').length")
+    assert rows == len(reported[1].points) + 2, "the baseline, and the chosen one once more, held out"
+    assert "alpha=4, too much" in shown.run("document.body.textContent")
+
+
+def test_answers_are_shown_letter_by_letter(shown: Browser) -> None:
+    texts = shown.run("[...document.querySelectorAll('pre')].map(one => one.textContent)")
+    assert len(texts) == 4 * 4 and all(HOSTILE in text for text in texts)
+    assert shown.run("document.querySelectorAll('pre *').length") == 0
+
+
+def test_nothing_is_wider_than_a_phone(reported: tuple[Path, Result], shown: Browser) -> None:
+    shown.open(reported[0] / "report.html", width=380)
+    assert shown.run("document.documentElement.scrollWidth") <= 380
+    shown.open(reported[0] / "report.html")
+
+
+def test_a_table_sorts_by_a_click(shown: Browser) -> None:
+    gains = (
+        "[...document.querySelectorAll('tbody tr')].map(row => row.cells[3].dataset.value).filter(Boolean).map(Number)"
+    )
+    shown.click("document.querySelectorAll('thead button')[3]")
+    found = shown.run(gains)
+    assert len(found) > 4 and found in (sorted(found), sorted(found, reverse=True))
+
+
+def test_the_figures_are_there_for_machines(reported: tuple[Path, Result]) -> None:
+    folder, result = reported
+    found = json.loads((folder / "boost.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found["chosen"] == result.chosen and found["version"] == 1
+    assert [one["numbers"] for one in found["candidates"]] == [dict(point.numbers) for point in result.points]
+    assert found["held_out"]["gain"]["low"] == result.held_out.gain.low  # type: ignore[union-attr]
+    assert found["baseline"]["controlled"]["controlled"] == 50
+    assert found["settings"]["limits"]["growth"] == 2.5
+
+
+def test_the_picture_opens(reported: tuple[Path, Result]) -> None:
+    from matplotlib.image import imread
+
+    height, width, _ = imread(reported[0] / "curve.png").shape
+    assert width == 770 and 500 < height < 800
+    assert not list(reported[0].glob("*writing*"))
+
+
+@pytest.mark.parametrize("kind", ["nothing helps", "several numbers", "no answers", "nothing tried", "all beyond"])
+def test_every_kind_of_result_has_a_report(kind: str, tmp_path: Path) -> None:
+    bench = SyntheticBench(lambda numbers: sum(numbers.values()), items=40)
+    settings: dict[str, Any] = {}
+    points: dict[str, list[float]] = {"alpha": [0.1, 0.2]}
+    if kind == "nothing helps":
+        bench.curve = lambda numbers: -numbers["alpha"]
+    elif kind == "several numbers":
+        points = {name: [0.0, 1.0] for name in ("models[0].weight", "$b$", "c")}
+        settings["baseline"] = dict.fromkeys(points, 0.0)
+    elif kind == "no answers":
+        plain = bench.row
+        bench.row = lambda numbers, item: Row(item=item, values=plain(numbers, item)["values"])  # type: ignore[method-assign]
+    elif kind == "nothing tried":
+        points = {"alpha": []}
+    else:
+        bench.words = lambda numbers, rng: 20 if not numbers["alpha"] else 400
+    with Study(tmp_path, {}, bench.items) as study:
+        result = boost(lambda same: grid(points), bench, study, Settings(score="score", **settings))
+        page = write(result, study, {}, {})
+    assert page.stat().st_size > 10_000 and (tmp_path / "curve.png").exists()
+    json.loads((tmp_path / "boost.json").read_text())
