@@ -78,6 +78,9 @@ class Stage:
         Raises:
             UsageError: the rows can't be trained on as the recipe says, or the folder holds another training.
         """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the stage tells
         settings = self.settings()
         self.workspace.check(settings)
         if self.workspace.done:
