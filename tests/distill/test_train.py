@@ -166,6 +166,12 @@ def test_changed_settings_are_refused(folder):
         trained(folder, sft={"epochs": 0.5})
 
 
+def test_settings_are_the_same_when_they_come_from_a_file(folder):
+    stage = {"epochs": 0.5, "options": {"weights": [1]}, "lora": {"target_modules": ["q_proj", "v_proj"]}}
+    trained(folder, preference=stage)
+    assert trained(folder, preference=stage).lines == [f"preference: done, {folder / 'train' / 'preference'}"]
+
+
 def test_all_that_is_wrong_is_told_at_once(folder):
     stages = {
         "sft": {"trainer": {"weight_decya": 0.1, "learning_rate": 1}, "max_prompt_length": 2048},
