@@ -304,8 +304,8 @@ def described(prepared: Prepared) -> dict[str, str]:
         "scores": ", ".join(request.scores),
         "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
         "answers": _told_of_answers(request) if prepared.prompts else "",
-        "dtype": ", ".join(sorted({job.dtype for job in plan.merged}))
-        + f", rounded {_told_of_rounding(plan.rounding)}",
+        "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
+        "rounding": plan.rounding,
         "device": str(prepared.device),
         "seed": str(request.seed),
     }
@@ -317,7 +317,3 @@ def _told_of_answers(request: Request) -> str:
     drawn = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     by = f"by {request.serve_command}" if request.serve_command else "in process"
     return f"{request.samples} each, {drawn}, at most {sampling.max_tokens:,} tokens, {by}"
-
-
-def _told_of_rounding(how: str) -> str:
-    return "to nearest" if how == "nearest" else "stochastically"

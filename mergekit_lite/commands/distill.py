@@ -64,13 +64,15 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run.")
-    from mergekit_lite.distill.train import check
+    from mergekit_lite.distill.sample import check as sample_check
+    from mergekit_lite.distill.train import check as train_check
 
     loaded, teller = _load(recipe), Teller(quiet=quiet or as_json)
-    check(loaded)  # what training would refuse hours later
+    train_check(loaded)  # what training would refuse hours later
     if dry_run:
         _show_plan(loaded, teller, as_json)
         return
+    sample_check(loaded, and_target=True)
     for name in (*ROUND, *(ROUND if loaded.target_source is not None else ()), "report"):
         teller.line(f"[{name}]")
         _carry_out(name, loaded, teller, skip_missing=skip_missing)
@@ -141,3 +143,5 @@ def _print_plan(recipe: Recipe, plan: Outlook, teller: Teller) -> None:
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     teller.table(("training", ">rows ≤", ">steps ≤"), stages)
     teller.line(f"\neverything lies in {recipe.folder}")
+    for missing in plan.missing_models:
+        teller.warn(missing)

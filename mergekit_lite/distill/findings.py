@@ -111,8 +111,8 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
     for scorer in comparison.scorers:
         yield from _winner(comparison, scorer)
     if len(comparison.prompts) < FEW:
-        few = counted(len(comparison.prompts), "prompt")
-        yield f"With only {few} all intervals are rough: too narrow, if anything."
+        prompts = counted(len(comparison.prompts), "prompt")
+        yield f"With only {prompts} all intervals are rough: too narrow, if anything."
     lengths = {model: comparison.mean(model, LENGTH).mean for model in comparison.answered}
     first, before = next(iter(lengths.items()))
     for model, length in lengths.items():

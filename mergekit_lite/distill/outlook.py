@@ -11,7 +11,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import TARGET, Recipe, Source, Training
-from mergekit_lite.distill.sample import key_of, tasks_of
+from mergekit_lite.distill.sample import key_of, missing_models, tasks_of
 from mergekit_lite.distill.split import needs_target, whole
 
 
@@ -50,6 +50,7 @@ class Outlook(NamedTuple):
     sources: tuple[OfSource, ...]
     scorers: tuple[str, ...]
     training: tuple[OfStage, ...]
+    missing_models: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -58,6 +59,7 @@ class Outlook(NamedTuple):
             "sources": [source._asdict() for source in self.sources],
             "scorers": list(self.scorers),
             "training": [stage._asdict() for stage in self.training],
+            "missing_models": list(self.missing_models),
         }
 
 
@@ -74,7 +76,8 @@ def outlook(recipe: Recipe, prompts: Sequence[Prompt]) -> Outlook:
         for stage, how in (("sft", recipe.train.sft), ("preference", recipe.train.preference))
         if how is not None
     ]
-    return Outlook(domains, tuple(sources), tuple(scorer.name for scorer in recipe.scorers), tuple(training))
+    scorers = tuple(scorer.name for scorer in recipe.scorers)
+    return Outlook(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
 
 
 def _domain(recipe: Recipe, domain: str, count: int) -> OfDomain:

@@ -50,6 +50,7 @@ def sample(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> None:
         UsageError: the prompts or a source's settings are not those of the answers that are there.
         RunError: answers are missing at the end.
     """
+    check(recipe)
     asked = plan(recipe, prompts.kept(recipe, tell))
     for one in asked:
         _note_settings(recipe, one.source)
@@ -68,6 +69,37 @@ def sample(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> None:
         tell.line(f"{one.source.name}: {counted(answers, 'answer')} in {one.ledger.path}")
     if (why := waits_for(recipe)) is not None:
         tell.line(f"{TARGET}: answers later: {why}")
+
+
+def check(recipe: Recipe, *, and_target: bool = False) -> None:
+    """Look whether the sources that are still to be asked are there.
+
+    Args:
+        recipe: the recipe.
+        and_target: look for the target as well, which may be on another machine while sources are asked.
+
+    Raises:
+        UsageError: with all that are not.
+    """
+    if missing := missing_models(recipe, and_target=and_target):
+        raise UsageError(listing("Models are missing", missing))
+
+
+def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
+    """What is still needed and isn't there, as far as that shows without loading it."""
+    folder = Folder(recipe.folder)
+    models = {
+        f"the source {source.name}": source.model
+        for source in recipe.sources
+        if source.server is None and not folder.samples(source.name).exists()
+    }
+    if and_target:
+        models["the target"] = recipe.target
+    return [
+        f"{whose}: {model} is no folder"
+        for whose, model in models.items()
+        if Path(model).is_absolute() and not Path(model).is_dir()
+    ]
 
 
 def plan(recipe: Recipe, asked: Sequence[Prompt]) -> list[Asked]:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from mergekit_lite import extrapolate, merge
@@ -23,6 +23,7 @@ from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.boost.boosting import bench_of, boost
 from mergekit_lite.boost.request import Request, prepare
+from mergekit_lite.commands import main
 from mergekit_lite.errors import UsageError
 from tests.boost.end_to_end import write_models, write_pairs, write_prompts
 from tests.models import tree_bytes
@@ -48,11 +49,9 @@ def request_of(models: Path, output: Path, *scores: str, **options: Any) -> Requ
     return Request(output=output, scores=scores, **{**usual, **options})
 
 
-def command(models: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mergekit_lite", "boost", *map(str, arguments)],
-        capture_output=True, text=True, cwd=models, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-    )  # fmt: skip
+def command(*arguments: object) -> Result:
+    """The command, in this process and folder."""
+    return CliRunner().invoke(main, ["boost", *map(str, arguments)])
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -65,23 +64,26 @@ def rows_of(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def test_the_chosen_model_is_the_one_that_extrapolate_makes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = command(
-        models, "sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "--start", 8, "--final-step", 8,
-        "-o", tmp_path / "out", "--json",
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    told = json.loads(said.stdout)
-    assert told["chosen"] and told["output"] == str(tmp_path / "out")
     monkeypatch.chdir(models)
-    extrapolate("sft", "dpo", tmp_path / "same", told["chosen"]["alpha"])
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "same")
+    out = tmp_path / "out"
+    arguments = ["--score", "pairs", "--search", "grid", "--grid", "8,16", "-o", out, "--json"]
+    said = command("sft", "dpo", "--pairs", "pairs.jsonl", *arguments)
+    assert said.exit_code == 0, said.stderr
+    told = json.loads(said.stdout)
+    assert told["chosen"] and told["output"] == str(out)
+    made = tree_bytes(out)
+    extrapolate("sft", "dpo", out, told["chosen"]["alpha"], force=True)
+    assert made == tree_bytes(out)
 
 
-def test_where_nothing_helps_there_is_no_model_and_no_error(models: Path, tmp_path: Path) -> None:
+def test_where_nothing_helps_there_is_no_model_and_no_error(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
     said = command(
-        models, "sft", "dpo", "--score", "nll:texts.txt", "--search", "grid", "--grid", "20,30", "-o", tmp_path / "out"
+        "sft", "dpo", "--score", "nll:texts.txt", "--search", "grid", "--grid", "25,30", "-o", tmp_path / "out"
     )
-    assert said.returncode == 0, said.stderr
+    assert said.exit_code == 0, said.stderr
     assert "No candidate helps" in said.stdout
     assert not (tmp_path / "out").exists()
 
@@ -90,7 +92,8 @@ def test_a_second_boost_measures_nothing_and_makes_nothing(models: Path, tmp_pat
     request = request_of(models, tmp_path / "out", "pairs", pairs=models / "pairs.jsonl", start=16.0, final_step=16.0)
     first = boost(prepare(request))
     assert first.finished is not None
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
+    kept = [*(tmp_path / "out").iterdir(), *(tmp_path / "out.boost" / "candidates").iterdir()]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     second = boost(prepare(request))
     assert second.result.chosen == first.result.chosen
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -111,8 +114,9 @@ def test_a_recipe_is_tuned_and_merged(models: Path, tmp_path: Path) -> None:
     boosted = boost(prepare(request))
     assert boosted.result.baseline.numbers == {"models.0.parameters.weight": 1.0}
     assert boosted.finished is not None
-    merge(tmp_path / "out.boost" / "recipe.yml", tmp_path / "same")
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "same")
+    made = tree_bytes(tmp_path / "out")
+    merge(tmp_path / "out.boost" / "recipe.yml", tmp_path / "out", force=True)
+    assert made == tree_bytes(tmp_path / "out")
 
 
 def test_several_numbers_by_optuna(models: Path, tmp_path: Path) -> None:
@@ -173,33 +177,33 @@ def test_answers_don_t_depend_on_what_was_measured_before(models: Path, tmp_path
     assert rows(1.5, wanted=few) == {item: alone[item] for item in few}
 
 
-def test_killed_and_run_again_no_row_is_measured_twice(models: Path, tmp_path: Path) -> None:
+def test_killed_and_run_again_no_row_is_measured_twice(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
     arguments = [
         "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "function:tests.boost.end_to_end:slow_and_logged",
-        "--search", "grid", "--grid", "0.5,1,2", "--max-tokens", 6, "--all-items", "--batch-size", 4,
+        "--search", "grid", "--grid", "0.5,2", "--max-tokens", "6", "--all-items", "--batch-size", "8",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole = command(models, *arguments, "-o", tmp_path / "whole", SCORED=str(tmp_path / "scored-whole"))
-    assert whole.returncode == 0, whole.stderr
-
     scored, folder = tmp_path / "scored", tmp_path / "killed.boost"
     running = subprocess.Popen(
-        [sys.executable, "-m", "mergekit_lite", "boost", *map(str, arguments), "-o", str(tmp_path / "killed")],
-        cwd=models, env={**environment, "SCORED": str(scored)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "mergekit_lite", "boost", *arguments, "-o", str(tmp_path / "killed")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SCORED": str(scored)}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while running.poll() is None and (not scored.exists() or len(scored.read_text().splitlines()) < 40):
+    while running.poll() is None and (not scored.exists() or len(scored.read_text().splitlines()) < 30):
         time.sleep(0.01)
     running.kill()
     assert running.wait() != 0
     kept = {(name, item) for name, rows in rows_of(folder).items() for item in rows}
-    before = len(scored.read_text().splitlines())
-    assert 0 < len(kept) < 24 * 4
+    assert 0 < len(kept) < 24 * 3
 
-    again = command(models, *arguments, "-o", tmp_path / "killed", SCORED=str(scored))
-    assert again.returncode == 0, again.stderr
+    monkeypatch.setenv("SCORED", str(tmp_path / "scored-again"))
+    again = command(*arguments, "-o", tmp_path / "killed")
+    assert again.exit_code == 0, again.stderr
+    assert len((tmp_path / "scored-again").read_text().splitlines()) == 24 * 3 - len(kept)
+    whole = command(*arguments, "-o", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.stderr
     assert rows_of(folder) == rows_of(tmp_path / "whole.boost")
-    after = Counter(json.loads(line)[0] for line in scored.read_text().splitlines()[before:])
-    assert sum(after.values()) == 24 * 4 - len(kept)
 
 
 def test_a_candidate_that_overflows_is_out_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -237,21 +241,27 @@ def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path:
         assert said in str(refused.value)
 
 
-def test_an_output_that_can_not_be_is_refused_before_the_search(models: Path, tmp_path: Path) -> None:
+def test_an_output_that_can_not_be_is_refused_before_the_search(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
     (tmp_path / "out").mkdir()
-    said = command(models, "sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "-o", tmp_path / "out")
-    assert said.returncode == 2 and "exists. --force replaces it." in said.stderr
-    said = command(models, "sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "-o", "dpo/out")
-    assert said.returncode == 2 and "Inputs are never touched" in said.stderr
+    said = command("sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "-o", tmp_path / "out")
+    assert said.exit_code == 2 and "exists. --force replaces it." in said.stderr
+    said = command("sft", "dpo", "--pairs", "pairs.jsonl", "--score", "pairs", "-o", "dpo/out")
+    assert said.exit_code == 2 and "Inputs are never touched" in said.stderr
     assert not (models / "dpo" / "out.boost").exists()
 
 
-def test_a_dry_run_reads_headers_and_writes_nothing(models: Path, tmp_path: Path) -> None:
+def test_a_dry_run_reads_headers_and_writes_nothing(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models)
     said = command(
-        models, "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log-ratio", "-o", tmp_path / "out", "--dry-run",
+        "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log-ratio", "-o", tmp_path / "out", "--dry-run",
         "--json",
     )  # fmt: skip
-    assert said.returncode == 0, said.stderr
+    assert said.exit_code == 0, said.stderr
     told = json.loads(said.stdout)
     assert (told["search"], told["measured on"]) == ("bracket", "24 prompts")
     assert not list(tmp_path.iterdir())

@@ -69,9 +69,9 @@ def test_a_server_is_stopped_when_the_search_fails(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mergekit_lite.boost.answering.Answering._rows", failing)
-    with bench_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as bench:
-        with pytest.raises(KeyboardInterrupt):
-            list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+    prepared = prepare(request_of(models, tmp_path / "out", "stubborn"))
+    with bench_of(prepared) as bench, pytest.raises(KeyboardInterrupt):
+        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
     assert gone(int((tmp_path / "out.boost" / "child").read_text()))
     assert not (tmp_path / "out.boost" / "serving").exists()
 

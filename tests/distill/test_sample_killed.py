@@ -24,7 +24,7 @@ CONCURRENCY = 4
 
 
 def place(folder: Path, sources: list[dict[str, Any]]) -> Path:
-    folder.mkdir(exist_ok=True)
+    (folder / "target").mkdir(parents=True, exist_ok=True)
     write_rows(folder / "prompts.jsonl", PROMPTS)
     return write_recipe(folder, sources=sources)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.scorers.likelihood import LogProb, Margin, Pair, log_probs, margins, text_log_probs
+from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs, text_log_probs
 from mergekit_lite.answers.scorers.opening import open_scorer
 from mergekit_lite.answers.scorers.scorer import Judged, Score
 from mergekit_lite.answers.scorers.settings import ScorerSettings
@@ -61,23 +61,6 @@ def test_texts_are_scored_once_whatever_the_window() -> None:
     ids = tuple(words(texts[0])["input_ids"])
     pairs = [by_hand(model, (before,), (after,)) for before, after in itertools.pairwise(ids)]
     assert bigrams.total == pytest.approx(math.fsum(pairs), abs=1e-3)
-
-
-def test_margins_are_length_normalised_and_change_sign_with_the_pair() -> None:
-    model, template = causal_model(), ChatTemplate(tokenizer())
-    question = (Message(role="user", content="What?"),)
-    pairs = [Pair(question, one, other) for one, other in itertools.pairwise(ANSWERS)]
-    swapped = [Pair(question, pair.rejected, pair.chosen) for pair in pairs]
-    for pair, found, turned in zip(
-        pairs, margins(model, template, pairs, 3), margins(model, template, swapped), strict=True
-    ):
-        tokens = [template.tokens(question, text) for text in (pair.chosen, pair.rejected)]
-        chosen, rejected = (by_hand(model, *each) / len(each.response) for each in tokens)
-        assert (found.chosen, found.rejected) == pytest.approx((chosen, rejected), abs=1e-4)
-        assert found.margin == pytest.approx(-turned.margin, abs=1e-5)
-        assert found.accuracy == float(chosen > rejected) == 1 - turned.accuracy
-    assert Margin(-1, -1).accuracy == 0.5
-    assert margins(model, template, [Pair(question, "one", "one")])[0].margin == 0
 
 
 def test_means() -> None:
