@@ -15,7 +15,8 @@ from tests.models import state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    (mergekit-lite .*?)(?:  +#.*)?$", README, re.MULTILINE)
+# Those of boost are in tests/boost/test_commands.py.
+COMMANDS = re.findall(r"^    (mergekit-lite (?!boost ).*?)(?:  +#.*)?$", README, re.MULTILINE)
 YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
