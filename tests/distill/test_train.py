@@ -38,6 +38,15 @@ class Told(Silent):
     warn = line
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models as tiny as these only wait for a second one; and sums are then as in the processes below."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def folder(tmp_path):
     target(tmp_path / "target")
@@ -124,7 +133,7 @@ def test_how_a_batch_is_cut_changes_nothing(folder, tmp_path):
     """Rows one by one, or all at once, with activations kept or computed again."""
     made = {}
     for size, again in ((1, False), (4, True)):
-        stages = {"sft": {"epochs": 0.5}, "preference": {"epochs": 0.5}}
+        stages = {"sft": {"epochs": 1 / 3}, "preference": {"epochs": 1 / 3}}
         extra = {"per_device_batch_size": size, "gradient_checkpointing": again}
         write_rows(tmp_path / str(size))
         train(recipe(tmp_path / str(size), folder / "target", **{k: v | extra for k, v in stages.items()}), Silent())
@@ -229,11 +238,9 @@ def process(path: Path, *launcher: str) -> subprocess.Popen:
 
 
 def here(path: Path) -> list[str]:
-    """Train in this process, with one thread as the others; what it told."""
-    told, threads = Told(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Train in this process; what it told."""
+    told = Told()
     train(Recipe.model_validate_json(path.read_text()), told)
-    torch.set_num_threads(threads)
     return told.lines
 
 
