@@ -1,6 +1,6 @@
 """Candidates measured by what they answer: every candidate is asked the same prompts with the same seeds.
 
-Answers come in batches. After each ``CHUNK`` of them they are scored, and the baseline is put into the model to say how
+Answers come in batches. After each chunk of them they are scored, and the baseline is put into the model to say how
 likely it finds them, and the model before alignment where their log-ratio is a score; then the candidate is put back
 and goes on. So a killed search loses no more than a chunk, and no second model lies in memory.
 """
@@ -97,6 +97,7 @@ class Answering:
         voice: who answers.
         scorers: of the answers.
         likelihoods: of the answers under candidate and baseline; None where no model is in this process.
+        chunk: answers that are scored at once, no fewer than are made at once.
     """
 
     prompts: Sequence[Prompt]
@@ -105,6 +106,7 @@ class Answering:
     voice: Voice
     scorers: Sequence[Scorer]
     likelihoods: Likelihoods | None = None
+    chunk: int = CHUNK
     lost: dict[str, str] = field(default_factory=dict)  # why an item has no answer
 
     @property
@@ -140,7 +142,7 @@ class Answering:
         missing = set(wanted)
         keys = frozenset(self._tasks[item].key for item in wanted)
         with closing(respondent.answers(tasks, keys)) as answers:  # type: ignore[type-var]  # a generator: see it end
-            while chunk := list(islice(answers, CHUNK)):
+            while chunk := list(islice(answers, self.chunk)):
                 for row in self._rows(numbers, chunk, item_of):
                     missing.discard(row["item"])
                     yield row

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.scorers.opening import open_scorer
 from mergekit_lite.boost import choice, report
-from mergekit_lite.boost.answering import Answering, Likelihoods
+from mergekit_lite.boost.answering import CHUNK, Answering, Likelihoods
 from mergekit_lite.boost.bench import Bench, Measure
 from mergekit_lite.boost.candidate import Numbers
 from mergekit_lite.boost.choice import Result
@@ -103,6 +103,7 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
                     _voice(prepared, stand),
                     scorers,
                     _likelihoods(prepared, stand, LOG_RATIO in kinds),
+                    max(CHUNK, request.batch_size),
                 )
             )
         if PAIRS in kinds:
