@@ -90,19 +90,6 @@ class Behind:
     troubles: Troubles = field(default_factory=Troubles)
     name: str = "candidate"
 
-    def __post_init__(self) -> None:
-        """Raises UsageError where the command can't be one."""
-        try:
-            self.words = shlex.split(self.command)
-        except ValueError as error:
-            raise UsageError(f"--serve-command {self.command!r}: {error}.") from error
-        missing = [place for place in PLACES if place not in self.command]
-        if missing or not self.words:
-            example = "'vllm serve {model} --port {port}'"
-            raise UsageError(f"--serve-command lacks {' and '.join(missing)}: expected for instance {example}.")
-        if shutil.which(self.words[0]) is None:
-            raise UsageError(f"--serve-command: there is no program {self.words[0]!r} here.")
-
     def speaking(self, numbers: Numbers) -> Respondent:
         """The server over the candidate, while its answers come."""
         return _Spoken(self, numbers)
@@ -118,7 +105,7 @@ class Behind:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a killed search
         try:
             model = self._written(numbers)
-            with _started(self.words, model, self.folder / "server.log") as (process, url):
+            with _started(serve_words(self.command), model, self.folder / "server.log") as (process, url):
                 served_as = _wait(process, url, self.patience, self.folder / "server.log")
                 yield Server(url, served_as, self.sampling, concurrency=self.concurrency)
         finally:
@@ -134,6 +121,21 @@ class Behind:
         self.stand.rewritten[label(numbers)] = Rewritten(finished.reports[0], ())
         self.stand.seconds[label(numbers)] += time.monotonic() - started
         return path
+
+
+def serve_words(command: str) -> list[str]:
+    """A command's words. Raises UsageError where it can't start a server over a model."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"--serve-command {command!r}: {error}.") from error
+    missing = [place for place in PLACES if place not in command]
+    if missing:
+        example = "'vllm serve {model} --port {port}'"
+        raise UsageError(f"--serve-command lacks {' and '.join(missing)}: expected for instance {example}.")
+    if shutil.which(words[0]) is None:
+        raise UsageError(f"--serve-command: there is no program {words[0]!r} here.")
+    return words
 
 
 class _Spoken:
