@@ -7,7 +7,7 @@ names and sizes alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.errors import UsageError, nearest
@@ -78,6 +78,14 @@ def float_named(text: str) -> str:
     if name not in FLOATS:
         raise UsageError(f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}")
     return name
+
+
+def promoted(names: Iterable[str]) -> str:
+    """The float dtype that holds what all of these hold: their own where they agree, else float32 or float64."""
+    kinds = set(names)
+    if len(kinds) == 1:
+        return kinds.pop()
+    return "float64" if "float64" in kinds else "float32"
 
 
 def working(inputs: Sequence[torch.dtype], output: torch.dtype) -> torch.dtype:

@@ -77,10 +77,9 @@ def extrapolate(
     Raises:
         MergekitLiteError: one of its kinds, as ``plan`` and ``run`` say.
     """
-    from mergekit_lite.engine.run import OPTIONS, run
+    from mergekit_lite.engine.run import plan_and_run
 
-    how = {name: options.pop(name) for name in OPTIONS if name in options}
-    return run(plan_extrapolation(sft, aligned, output, alpha, **options), **how)
+    return plan_and_run(plan_extrapolation, sft, aligned, output, alpha, **options)
 
 
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.models import State
+from mergekit_lite.checkpoint import open_checkpoint
+from tests.checkpoint.reading import read_all
+from tests.models import State, write_folder
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
 PREFIX = "base_model.model."
@@ -48,3 +50,10 @@ def folded(base: State, tensors: State, alpha: float = 8, rank_stabilised: bool 
             target = name.removeprefix(PREFIX).replace("lora_A.", "")
             result[target] = result[target] + scale * (b.double() @ a.double())
     return result
+
+
+def over(tmp_path: Path, base: State, tensors: State, **changes: object) -> dict[str, torch.Tensor]:
+    """What is read of a base with an adapter over it, both written to ``tmp_path``; ``changes`` are of its config."""
+    write_folder(tmp_path / "base", base)
+    write_adapter(tmp_path / "adapter", tensors, **changes)
+    return read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))

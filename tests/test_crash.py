@@ -303,7 +303,9 @@ def test_vectors_killed_while_they_are_made_or_applied(place: Path) -> None:
     making.kill()
     making.wait()
     assert not (place / "k.safetensors").exists()
-    assert vector("extract", "sft", "dpo", "-o", "k.safetensors").returncode == 0
+    told = vector("extract", "sft", "dpo", "-o", "k.safetensors")
+    assert told.returncode == 2 and "--resume goes on with it, --force starts over" in told.stderr
+    assert vector("extract", "sft", "dpo", "-o", "k.safetensors", "--resume").returncode == 0
     assert (place / "k.safetensors").read_bytes() == (place / "v.safetensors").read_bytes()
     options = ["-o", "applied", "--threads", "1"]
     applying = subprocess.Popen([*command, "apply", "sft", "v.safetensors", *options], cwd=place)

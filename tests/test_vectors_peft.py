@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import PlanError
@@ -56,7 +57,8 @@ def save_pair(folder: Path, kind: str, matrices_only: bool = False) -> None:
 
 
 def merged_by_peft(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    base = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(folder / "base")
+    named = f"{kind}Model" if kind.endswith("Head") else f"{kind}ForCausalLM"
+    base = getattr(transformers, named).from_pretrained(folder / "base")
     loaded = peft.PeftModel.from_pretrained(base, folder / "adapter")
     loaded.merge_and_unload().save_pretrained(folder / "merged")
     return read_all(open_checkpoint(folder / "merged"))
@@ -113,6 +115,42 @@ def test_modules_of_lesser_rank_have_patterns(tmp_path: Path) -> None:
     theirs = merged_by_peft(tmp_path, "Llama")
     for name, tensor in read_all(open_checkpoint(tmp_path / "tuned")).items():
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("how", [{"rank": 4}, {"energy": 0.9999}], ids=str)
+def test_layers_that_store_their_weights_transposed(bare: bool, how: dict[str, Any], tmp_path: Path) -> None:
+    """GPT-2's: square and oblong ones, a table of positions; named as its first checkpoint names them or in full."""
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(config)
+    base.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if parameter.ndim == 2 and ".h." in name:
+                left, right = (torch.randn(size, 3, generator=generator) for size in parameter.shape)
+                parameter += 0.02 * left @ right.T
+            elif "wte" not in name:  # the head is tied to it
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    base.save_pretrained(tmp_path / "tuned")
+    if bare:
+        for name in ("base", "tuned"):
+            file = tmp_path / name / "model.safetensors"
+            tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", Settings("lora", **how))
+    assert made.error < (1e-3 if "rank" in how else 1e-2)
+    theirs = merged_by_peft(tmp_path, "GPT2LMHead")
+    ours = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))
+    wanted = read_all(open_checkpoint(tmp_path / "tuned"))
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        theirs_of_it = theirs["transformer." * bare + name]
+        torch.testing.assert_close(theirs_of_it, ours[name], rtol=2e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=3e-5 if "rank" in how else 5e-3, msg=name)
 
 
 def test_what_an_adapter_can_not_hold(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from mergekit_lite.answers.rows import as_line, read_rows, write_lines
+from mergekit_lite.answers.rows import as_line, not_written, read_rows, write_lines
 from mergekit_lite.errors import RunError
 
 K = TypeVar("K", bound=Hashable)
@@ -63,15 +64,18 @@ class Ledger(Generic[K]):
         """Add rows; when this returns, a kill of the process doesn't lose them.
 
         Raises:
-            RunError: another process makes the same file.
+            RunError: another process makes the same file, or it can't be written.
         """
-        file = self._appending or self._open()
-        for row in rows:
-            key = self.key(row)
-            if key not in self._places:
-                self._places[key] = _Place(self.partial, file.tell())
-                file.write(as_line(row).encode())
-        file.flush()
+        try:
+            file = self._appending or self._open()
+            for row in rows:
+                key = self.key(row)
+                if key not in self._places:
+                    self._places[key] = _Place(self.partial, file.tell())
+                    file.write(as_line(row).encode())
+            file.flush()
+        except OSError as error:
+            raise not_written(self.partial, error) from error
 
     def finish(self, *, with_missing: bool = False) -> None:
         """Put the finished file there. Only once no row is missing, or ``with_missing`` without those."""
@@ -87,7 +91,8 @@ class Ledger(Generic[K]):
     def close(self) -> None:
         """Let another process go on."""
         if self._appending is not None:
-            self._appending.close()
+            with suppress(OSError):  # was told when rows were added
+                self._appending.close()
             self._appending = None
 
     def _lines(self) -> Iterator[bytes]:

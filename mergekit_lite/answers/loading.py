@@ -94,22 +94,25 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 
 def fetched(path: str, expected: str, load: Callable[[], T]) -> T:
-    """What transformers loads, or its complaint.
+    """What transformers loads, or its complaint in a sentence.
 
     Raises:
         CheckpointError: what it said, and what was expected at ``path``.
     """
+    from transformers.utils import logging
+
+    told: Any = logging
+    told.disable_progress_bar()  # of the weights, in the middle of our own
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        own_code = "trust_remote_code" in str(error)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = (
-            "It comes with code of its own, which is never run here."
-            if own_code
+            "It comes with code of its own, which is never run here: serve it, and name the `server`."
+            if "trust_remote_code" in str(error)
             else f"Expected is a folder with {expected}, or org/name on the hub."
         )
-        raise CheckpointError(f"Can't load {path}: {shortened(told[0])} {remedy}") from error
+        raise CheckpointError(f"Can't load the model {path}: {shortened(lines[0])} {remedy}") from error
 
 
 def free_memory() -> None:

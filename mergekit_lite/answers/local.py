@@ -66,6 +66,7 @@ class Local:
         self.device = device
         self.dtype = dtype
         self.troubles = Troubles()
+        self._refused: dict[str, str] = {}  # why, by prompts that can't be asked
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """The answers to the ``wanted`` of the ``tasks``, batch by batch.
@@ -91,7 +92,7 @@ class Local:
             if task.prompt.id not in prompts:
                 prompts[task.prompt.id] = self._prompt(task)
             if prompts[task.prompt.id] is None:
-                self.troubles.lost[task.key] = self.troubles.lost.get(task.key, self._refused[task.prompt.id])
+                self.troubles.lost[task.key] = self._refused[task.prompt.id]
         found = [_Work(task, tokens) for task in tasks if (tokens := prompts[task.prompt.id]) is not None]
         return sorted(found, key=lambda work: -len(work.prompt))
 
@@ -115,12 +116,11 @@ class Local:
         import torch
 
         longest = max(len(work.prompt) for work in batch)
-        pad = (
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.loaded.ends, default=0)
-        )
-        ids = torch.full((len(batch), longest), pad)
+        ids = torch.zeros((len(batch), longest), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, (_, prompt) in enumerate(batch):
+            # Padded with a token of its own: a repetition penalty looks at all tokens, masked or not.
+            ids[row] = prompt[0]
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         most = self.sampling.max_tokens
@@ -144,10 +144,6 @@ class Local:
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         finish = "length" if end is None else "stop"
         return Answer(task.prompt.id, self.name, task.index, str(text), finish, len(tokens[:end]))
-
-    @cached_property
-    def _refused(self) -> dict[str, str]:
-        return {}
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -218,14 +214,18 @@ def _ends(told: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> f
 
 def _fetched(path: str, load: Any) -> Any:
     """What transformers loads, or its complaint in a sentence."""
+    from transformers.utils import logging
+
+    told: Any = logging
+    told.disable_progress_bar()  # of the weights, in the middle of our own
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        told = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        reason = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         code = "trust_remote_code" in str(error)
         remedy = (
             "It comes with code of its own, which is never run here: serve it, and give the source a `server`."
             if code
             else "Expected is a folder with a causal language model and its tokenizer, or org/name on the hub."
         )
-        raise CheckpointError(f"Can't load the model {path}: {told} {remedy}") from error
+        raise CheckpointError(f"Can't load the model {path}: {reason} {remedy}") from error

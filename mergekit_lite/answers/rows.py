@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from xxhash import xxh3_64_intdigest
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import RunError, UsageError
 
 
 class Message(TypedDict):
@@ -121,12 +121,24 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """The same of lines, with their ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The same of lines, with their ends.
+
+    Raises:
+        RunError: the file can't be written.
+    """
     partial = path.with_name(f"{path.name}.writing")
-    with partial.open("wb") as file:
-        file.writelines(lines)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.writelines(lines)
+        partial.replace(path)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> RunError:
+    """What to say where a file can't be written."""
+    return RunError(f"Can't write {path}: {error.strerror or error}. Once there is room, the same command goes on.")
 
 
 def as_line(row: dict[str, Any]) -> str:

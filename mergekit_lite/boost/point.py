@@ -50,7 +50,7 @@ class Point:
         beyond: the limits it passes; empty where it is allowed.
         dropped: why it was not measured on all items; empty where it was.
         length: the gain with what goes with length taken out, where there are answers.
-        controlled: win rates against the baseline, where a judge compared them.
+        controlled: win rates against the baseline, where there are answers.
         facts: what the bench tells, such as the effective alpha.
         seconds: of measuring.
     """
@@ -94,7 +94,7 @@ def point(numbers: Numbers, items: Sequence[str], study: Study, settings: Settin
         beyond=(*beyond(numbers, items, study, settings), *lost),
         dropped=dropped,
         length=_length_effect(rows, base, settings),
-        controlled=_controlled(rows, base),
+        controlled=_controlled(rows, base, settings.score),
         **study.about(numbers),
     )
 
@@ -141,10 +141,17 @@ def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: S
     return at_equal_length(gains, np.array([longer[name] for name in told], dtype=np.float64), settings.confidence)
 
 
-def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row]) -> LengthControlled | None:
-    judged = [item for item, row in rows.items() if "judged" in row and "text" in row and "text" in base.get(item, {})]
-    if not judged:
-        return None
-    columns = [[rows[i]["judged"], len(rows[i]["text"]), len(base[i]["text"])] for i in judged]
-    preferred, length, baseline_length = np.array(columns, dtype=np.float64).T
-    return length_controlled(Judgements(preferred, length, baseline_length))
+def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) -> LengthControlled | None:
+    """By a judge's comparisons where there are any, else by which of two answers scores higher."""
+    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
+    preferred = {item: _preferred(rows[item], base[item], score) for item in both}
+    told = [(value, len(rows[i]["text"]), len(base[i]["text"])) for i, value in preferred.items() if value is not None]
+    return length_controlled(Judgements(*np.array(told, dtype=np.float64).T)) if told else None
+
+
+def _preferred(ours: Row, theirs: Row, score: str) -> float | None:
+    """How sure our answer is the better one, from 0 to 1."""
+    if "judged" in ours:
+        return ours["judged"]
+    a, b = ours["values"].get(score), theirs["values"].get(score)
+    return None if a is None or b is None else (a > b) + (a == b) / 2

@@ -93,7 +93,10 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
 def adapter_weights(where: object, names: Collection[str]) -> str:
     """The weight file of an adapter's folder or repository. Raises CheckpointError where there is none."""
     if ADAPTER_CONFIG not in names:
-        raise CheckpointError(f"{where}: is not an adapter: it has no {ADAPTER_CONFIG}. Name a folder that peft saved.")
+        raise CheckpointError(
+            f"{where}: is not an adapter: it has no {ADAPTER_CONFIG}. Name a folder that peft saved; of a tuned model, "
+            "make a vector first: vector extract BASE TUNED -o v.safetensors"
+        )
     found = [name for name in ADAPTER_WEIGHTS if name in names]
     if not found:
         raise CheckpointError(f"{where}: holds no {' or '.join(ADAPTER_WEIGHTS)}. Download the adapter again.")

@@ -91,7 +91,10 @@ class Vector:
             own = ties.counterpart(name, base)
             if delta.whole is not None:
                 if scale != 1:
-                    problems.append(f"{name}: is stored whole (the base lacks it or differs); it can't be scaled")
+                    problems.append(
+                        f"{name}: is stored whole, as the base had none of this shape, so it can't be scaled by "
+                        f"{scale:g}. Apply the vector without a scale, or make one of models with the same tensors"
+                    )
                 elif own is not None and own.name == name:
                     left_out[f"{name} of the base"] = f"replaced by {self.reference}"
                 tensors[name] = replace(delta.whole, name=name)
@@ -116,7 +119,9 @@ class Vector:
         Raises:
             CheckpointError: some tensors are stored whole, which are no differences.
         """
-        whole = [f"{name}: is stored whole, which is no difference" for name, d in self.deltas.items() if d.whole]
+        whole = [
+            f"{name}: is stored whole, as its base had none of this shape" for name, d in self.deltas.items() if d.whole
+        ]
         if whole:
             raise CheckpointError(listing(f"{self.reference}: can't be combined", whole))
         return {name: from_zero(delta, self.path) for name, delta in self.deltas.items()}

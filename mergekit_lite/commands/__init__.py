@@ -13,12 +13,9 @@ from mergekit_lite.errors import MergekitLiteError
 
 COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector", "distill", "boost")
 
-RESUMED = " What was finished is kept: the same command with --resume goes on."
-KEPT = {  # by those that can go on where they stopped
-    "extrapolate": RESUMED,
-    "merge": RESUMED,
-    "distill": " What was finished is kept: the same command goes on.",
-    "boost": " What was measured is kept: the same command goes on.",
+KEPT = {  # what goes on by itself where it stopped; others tell more by their own interruption
+    "distill": "What was finished is kept: the same command goes on.",
+    "boost": "What was measured is kept: the same command goes on.",
 }
 
 
@@ -44,8 +41,9 @@ class Commands(click.Group):
             click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo(f"\nInterrupted.{KEPT.get(context.invoked_subcommand or '', '')}", err=True)
+        except KeyboardInterrupt as interruption:
+            kept = str(interruption) or KEPT.get(context.invoked_subcommand or "", "")
+            click.echo(f"\nInterrupted. {kept}".rstrip(), err=True)
             sys.exit(1)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite import dtypes
-from mergekit_lite.commands import values
+from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
@@ -87,7 +87,9 @@ def command(
         values.check_folder(path)
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("comparing") as progress:
-        comparison = compare(base, models, settings=settings, threads=threads, progress=progress)
+        comparison = compare(
+            base, models, settings=settings, threads=threads, progress=progress, processes=running.PROCESSES
+        )
     if csv_path is not None:
         table = io.StringIO()
         export.write_csv(comparison, table)
@@ -137,18 +139,18 @@ def _show(screen: Screen, comparison: Comparison) -> None:
 def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.vectors.comparison import looks_like
-    from mergekit_lite.vectors.words import percent
+    from mergekit_lite.vectors.words import figure, percent
 
     all_of, settings = comparison.overall, comparison.settings
     of_models = [
         (
             name,
-            number(all_of.rms[n], ".1e"),
-            number(all_of.norm[n], ".3g"),
+            figure(all_of.rms[n], ".1e"),
+            figure(all_of.norm[n], ".3g"),
             percent(all_of.changed[n]),
-            number(all_of.varm[n], ".3f"),
-            number(all_of.sce[n], ".3f"),
-            number(all_of.stable_rank[n], ".1f"),
+            figure(all_of.varm[n], ".3f"),
+            figure(all_of.sce[n], ".3f"),
+            figure(all_of.stable_rank[n], ".1f"),
             looks_like(all_of.rms[n]),
         )
         for n, name in enumerate(letters)
@@ -159,7 +161,7 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
         pairs = [
             (
                 f"{letters[i]} {letters[j]}",
-                number(all_of.cosine[i][j], ".3f"),
+                figure(all_of.cosine[i][j], ".3f"),
                 *(percent(of[i][j]) for of in (all_of.both, all_of.agree, all_of.conflict, all_of.overlap)),
             )
             for i, j in combinations(range(len(letters)), 2)
@@ -167,7 +169,7 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
         overlap = f">top {100 * settings.top_k:g} % shared"
         tables.append(table(("", ">cosine", ">both changed", ">same sign", ">opposite", overlap), pairs))
     alphas = [
-        (dtype, f"{alpha:g}", *(number(value, ".4f") for value in row))
+        (dtype, f"{alpha:g}", *(figure(value, ".4f") for value in row))
         for dtype, of_dtype in zip(settings.dtypes, all_of.effective, strict=True)
         for alpha, row in zip(settings.alphas, of_dtype, strict=True)
     ]
@@ -176,14 +178,14 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
 
 def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.vectors.words import percent
+    from mergekit_lite.vectors.words import figure, percent
 
     several = len(letters) > 1
     rows = [
         (
             name,
-            *(number(rms, ".1e") for rms in figures.rms),
-            *([number(figures.cosine[0][1], ".2f")] if len(letters) == 2 else []),
+            *(figure(rms, ".1e") for rms in figures.rms),
+            *([figure(figures.cosine[0][1], ".2f")] if len(letters) == 2 else []),
             percent(figures.split) if several else percent(figures.changed[0]),
         )
         for name, figures in units
@@ -191,8 +193,3 @@ def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> 
     heads = [title, *(f">RMS {name}" for name in letters)]
     heads += [">cosine"] if len(letters) == 2 else []
     return table([*heads, ">signs split" if several else ">changed"], rows)
-
-
-def number(value: float | None, form: str) -> str:
-    """A figure, or a dash where there is none."""
-    return "–" if value is None else format(value, form)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mergekit_lite.distill.outlook import Outlook
     from mergekit_lite.distill.recipe import Recipe
 
+SKIPPING = ("sample", "pair")  # take --skip-missing
 ROUND = ("sample", "score", "pair", "train")
 
 
@@ -63,10 +64,15 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run.")
+    from mergekit_lite.distill.sample import check as sample_check
+    from mergekit_lite.distill.train import check as train_check
+
     loaded, teller = _load(recipe), Teller(quiet=quiet or as_json)
+    train_check(loaded)  # what training would refuse hours later
     if dry_run:
         _show_plan(loaded, teller, as_json)
         return
+    sample_check(loaded, and_target=True)
     for name in (*ROUND, *(ROUND if loaded.target_source is not None else ()), "report"):
         teller.line(f"[{name}]")
         _carry_out(name, loaded, teller, skip_missing=skip_missing)
@@ -85,10 +91,11 @@ def score(recipe: Path, quiet: bool) -> None:
     _carry_out("score", _load(recipe), Teller(quiet=quiet))
 
 
-@stage("pair")
-def pair(recipe: Path, quiet: bool) -> None:
+@stage("pair", ("--skip-missing",))
+@skip_missing_option
+def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
     """Make SFT and preference rows of answers and scores, and tell what became of every prompt."""
-    _carry_out("pair", _load(recipe), Teller(quiet=quiet))
+    _carry_out("pair", _load(recipe), Teller(quiet=quiet), skip_missing=skip_missing)
 
 
 @stage("train")
@@ -111,7 +118,7 @@ def _load(path: Path) -> Recipe:
 
 def _carry_out(name: str, recipe: Recipe, teller: Teller, *, skip_missing: bool = False) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
-    options: dict[str, Any] = {"skip_missing": True} if name == "sample" and skip_missing else {}
+    options: dict[str, Any] = {"skip_missing": True} if name in SKIPPING and skip_missing else {}
     getattr(import_module(f"mergekit_lite.distill.{name}"), name)(recipe, teller, **options)
 
 
@@ -136,3 +143,5 @@ def _print_plan(recipe: Recipe, plan: Outlook, teller: Teller) -> None:
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     teller.table(("training", ">rows ≤", ">steps ≤"), stages)
     teller.line(f"\neverything lies in {recipe.folder}")
+    for missing in plan.missing_models:
+        teller.warn(missing)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_lite.commands import running
+
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.vectors.inspection import Inspection
@@ -42,7 +44,7 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
 
     screen = Screen(quiet=as_json, verbose=verbose)
     with screen.progress("reading") as progress:
-        found = inspect(model, stats=stats, threads=threads, progress=progress)
+        found = inspect(model, stats=stats, threads=threads, progress=progress, processes=running.PROCESSES)
     if as_json:
         click.echo(json.dumps(as_data(found), indent=1, allow_nan=False))
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
     from mergekit_lite.plan import Plan
+
+PROCESSES = sys.platform == "linux"  # whether workers are forked: elsewhere system libraries don't survive that
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def carry_out(plan: Plan, how: How) -> None:
     screen.warn(delta_warning(plan))
     if how.dry_run:
         return
-    with screen.progress() as progress:
+    with resumable(), screen.progress() as progress:
         finished = run(
             plan,
             threads=how.threads,
@@ -111,11 +114,20 @@ def carry_out(plan: Plan, how: How) -> None:
             force=how.force,
             allow_nonfinite=how.allow_nonfinite,
             progress=progress,
-            processes=sys.platform == "linux",  # elsewhere system libraries don't survive a fork
+            processes=PROCESSES,
         )
     if how.as_json:
         click.echo(json.dumps(facts.of_finished(finished), indent=1))
     screen.finished(plan, finished)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Tell a user who interrupts that the command goes on where it stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("What was finished is kept: the same command with --resume goes on.") from None
 
 
 def _check_room(plan: Plan) -> None:

@@ -78,7 +78,8 @@ Examples:
 @click.option("--seed", type=int, default=0, show_default=True, help="lowrank, lora: of the random projections.")
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="lowrank, lora: cpu, cuda, cuda:1 … or auto.")
-@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
@@ -89,6 +90,7 @@ def extract(
     form: str,
     threads: int | None,
     device: str,
+    resume: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -105,8 +107,18 @@ def extract(
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     settings = Settings(form, **numbers)
-    with screen.progress() as progress:
-        made = made_by(base, tuned, output, settings, threads=threads, device=device, force=force, progress=progress)
+    with running.resumable(), screen.progress() as progress:
+        made = made_by(
+            base,
+            tuned,
+            output,
+            settings,
+            threads=threads,
+            device=device,
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
     for note in made.notes:
         screen.warn(note)
     if as_json:

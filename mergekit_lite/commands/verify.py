@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.commands import values
+from mergekit_lite.commands import running, values
 from mergekit_lite.errors import UsageError, counted, listing
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def command(
             threads=threads,
             device=device,
             progress=progress,
+            processes=running.PROCESSES,
         )
     if as_json:
         click.echo(json.dumps(verdict.to_json(), indent=1))

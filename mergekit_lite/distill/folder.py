@@ -23,10 +23,12 @@ class Folder:
         pairs/dropped.jsonl                 {prompt, domain, stage: sft | preference, why, detail}: detail may lack
         pairs/table.json                    counts and losses by domain, as in the FuseChat-3.0 card
         train/sft/  train/preference/       model folders, with checkpoints and log while they are made
-        report/                             report.md, report.html, *.png, report.json
+        report/                             report.md, report.html, *.png, report.json; and, as above, prompts.jsonl,
+                                            samples/ and scores/ of the held-out prompts, the models for sources
 
-    A RESPONSE is ``{text, source, index, score, scores, role}`` with role ``source`` (a source model's) or ``target``
-    (the target's own). ``score`` is what it was ranked by, ``scores`` is what every scorer said.
+    A RESPONSE is ``{text, source, index, score, scores, role, win}`` with role ``source`` (a source model's) or
+    ``target`` (the target's own). ``score`` is what it was ranked by, ``scores`` is what every scorer said, ``win`` how
+    probably it beats the other answers of its role to the prompt.
     """
 
     root: Path

@@ -11,8 +11,8 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import TARGET, Recipe, Source, Training
-from mergekit_lite.distill.sample import key_of, tasks_of
-from mergekit_lite.distill.split import needs_target
+from mergekit_lite.distill.sample import key_of, missing_models, tasks_of
+from mergekit_lite.distill.split import needs_target, whole
 
 
 class OfDomain(NamedTuple):
@@ -50,6 +50,7 @@ class Outlook(NamedTuple):
     sources: tuple[OfSource, ...]
     scorers: tuple[str, ...]
     training: tuple[OfStage, ...]
+    missing_models: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -58,6 +59,7 @@ class Outlook(NamedTuple):
             "sources": [source._asdict() for source in self.sources],
             "scorers": list(self.scorers),
             "training": [stage._asdict() for stage in self.training],
+            "missing_models": list(self.missing_models),
         }
 
 
@@ -74,7 +76,8 @@ def outlook(recipe: Recipe, prompts: Sequence[Prompt]) -> Outlook:
         for stage, how in (("sft", recipe.train.sft), ("preference", recipe.train.preference))
         if how is not None
     ]
-    return Outlook(domains, tuple(sources), tuple(scorer.name for scorer in recipe.scorers), tuple(training))
+    scorers = tuple(scorer.name for scorer in recipe.scorers)
+    return Outlook(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
 
 
 def _domain(recipe: Recipe, domain: str, count: int) -> OfDomain:
@@ -83,7 +86,7 @@ def _domain(recipe: Recipe, domain: str, count: int) -> OfDomain:
     if pairs.rule == "as_is":
         preference = 0
     elif pairs.split == "share":
-        sft = math.floor(count * pairs.sft_share)
+        sft = whole(pairs.sft_share, count)
         preference = count - sft
     return OfDomain(domain, count, pairs.rule, sft, preference)
 
@@ -110,4 +113,4 @@ def _where(source: Source) -> str:
 
 
 def _stage(stage: str, how: Training, rows: int) -> OfStage:
-    return OfStage(stage, rows, math.ceil(math.ceil(rows / how.batch_size) * how.epochs))
+    return OfStage(stage, rows, math.floor(how.epochs * rows + 1e-9) // how.batch_size)

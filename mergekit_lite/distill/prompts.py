@@ -44,7 +44,7 @@ def kept(recipe: Recipe, tell: Tell) -> list[Prompt]:
     if not folder.prompts.exists():
         write_rows(folder.prompts, map(data.as_row, now))
     elif (then := stored(folder)) != now:
-        if (folder.root / "samples").exists():
+        if any((folder.root / "samples").glob("*.jsonl")):
             raise UsageError(_changed(folder, then, now))
         write_rows(folder.prompts, map(data.as_row, now))
     return now

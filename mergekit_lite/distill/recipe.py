@@ -44,6 +44,10 @@ class Source(Strict):
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
 
+    def answers_to(self, domain: str) -> int:
+        """How many answers it gives to a prompt of a domain."""
+        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
+
 
 class Scorer(ScorerSettings):
     """What judges answers; for which domains."""
@@ -139,12 +143,13 @@ class Train(Strict):
 
 
 class Report(Strict):
-    """What the models are compared on."""
+    """What the models are compared on: the target as it was, after SFT, and after preference training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
     samples: Positive = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
+    servers: dict[Literal["untrained", "sft", "preference"], str] = {}  # where a model is served, under this name
     examples: Positive = 4  # answers side by side
 
 

@@ -6,6 +6,7 @@ Equal scores go to the answer that comes first: by the order of the sources in t
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,14 @@ def extremes(answers: Sequence[Candidate]) -> Pair | Dropped:
     source = f" of {top.source}" if len({one.source for one in answers}) == 1 else ""
     right = "highest right and lowest wrong score" if top.correct else "best and worst"
     return _pair(top, min(wrong, key=lambda one: one.score), right + source)
+
+
+def win(answer: Candidate, pool: Sequence[Candidate]) -> float:
+    """How probably an answer beats another of the pool: the mean of σ(its score − theirs), its own ½ included.
+
+    As SPPO (arXiv 2405.00675) estimates it, from scores that are logits of preference.
+    """
+    return statistics.fmean(1 / (1 + math.exp(min(one.score - answer.score, 700.0))) for one in pool)
 
 
 def _pair(chosen: Candidate, rejected: Candidate, why: str) -> Pair | Dropped:

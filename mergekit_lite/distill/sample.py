@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from mergekit_lite.answers.asking import Respondent, Task
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
-from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of
+from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of, write_lines
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.distill import prompts
 from mergekit_lite.distill.folder import Folder
@@ -50,6 +50,7 @@ def sample(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> None:
         UsageError: the prompts or a source's settings are not those of the answers that are there.
         RunError: answers are missing at the end.
     """
+    check(recipe)
     asked = plan(recipe, prompts.kept(recipe, tell))
     for one in asked:
         _note_settings(recipe, one.source)
@@ -68,6 +69,37 @@ def sample(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> None:
         tell.line(f"{one.source.name}: {counted(answers, 'answer')} in {one.ledger.path}")
     if (why := waits_for(recipe)) is not None:
         tell.line(f"{TARGET}: answers later: {why}")
+
+
+def check(recipe: Recipe, *, and_target: bool = False) -> None:
+    """Look whether the sources that are still to be asked are there.
+
+    Args:
+        recipe: the recipe.
+        and_target: look for the target as well, which may be on another machine while sources are asked.
+
+    Raises:
+        UsageError: with all that are not.
+    """
+    if missing := missing_models(recipe, and_target=and_target):
+        raise UsageError(listing("Models are missing", missing))
+
+
+def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
+    """What is still needed and isn't there, as far as that shows without loading it."""
+    folder = Folder(recipe.folder)
+    models = {
+        f"the source {source.name}": source.model
+        for source in recipe.sources
+        if source.server is None and not folder.samples(source.name).exists()
+    }
+    if and_target:
+        models["the target"] = recipe.target
+    return [
+        f"{whose}: {model} is no folder"
+        for whose, model in models.items()
+        if Path(model).is_absolute() and not Path(model).is_dir()
+    ]
 
 
 def plan(recipe: Recipe, asked: Sequence[Prompt]) -> list[Asked]:
@@ -101,8 +133,7 @@ def tasks_of(recipe: Recipe, source: Source, asked: Iterable[Prompt]) -> tuple[T
     return tuple(
         Task(prompt, index, seed_of(recipe.seed, source.name, prompt.id, index))
         for prompt in asked
-        if source.domains is None or prompt.domain in source.domains
-        for index in range(source.samples_for.get(prompt.domain, source.samples))
+        for index in range(source.answers_to(prompt.domain))
     )
 
 
@@ -158,13 +189,14 @@ def _ask(recipe: Recipe, group: Sequence[Asked], tell: Tell) -> list[str]:
         }
         for ledger in ledgers.values():
             open_.callback(ledger.close)
-        for answer in _answers([(respondents[one.source.name], one) for one in group]):
-            ledgers[answer.source].append([asdict(answer)])
-            advance[answer.source](1)
-    return [line for one in group for line in _troubles(one, respondents[one.source.name], tell)]
+        with closing(_answers([(respondents[one.source.name], one) for one in group])) as answers:
+            for answer in answers:
+                ledgers[answer.source].append([asdict(answer)])
+                advance[answer.source](1)
+    return [line for one in group for line in _troubles(recipe, one, respondents[one.source.name], tell)]
 
 
-def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Iterator[Answer]:
+def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Generator[Answer]:
     wanted = [(who, one.tasks, frozenset(one.ledger.missing)) for who, one in group]
     for who, tasks, missing in wanted:
         if isinstance(who, Local):
@@ -172,13 +204,20 @@ def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Iterator[Answer]:
     yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
 
 
-def _troubles(one: Asked, who: Respondent, tell: Tell) -> Iterator[str]:
+def _to_serve(recipe: Recipe, source: Source) -> str:
+    if source.name != TARGET or source.server is None:
+        return ""
+    return f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
+
+
+def _troubles(recipe: Recipe, one: Asked, who: Respondent, tell: Tell) -> Iterator[str]:
     troubles = who.troubles
     if troubles.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in troubles.retried.most_common())
         tell.line(f"{one.source.name}: {counted(troubles.retried.total(), 'request')} made again: {reasons}")
     if missing := len(one.ledger.missing):
-        yield f"{one.source.name}: {missing:,} of {len(one.tasks):,}. {troubles.stopped or _reasons(troubles.lost)}"
+        why = troubles.stopped or _reasons(troubles.lost)
+        yield f"{one.source.name}: {missing:,} of {len(one.tasks):,}. {why}{_to_serve(recipe, one.source)}"
 
 
 def _reasons(lost: dict[Key, str]) -> str:
@@ -204,8 +243,7 @@ def _note_settings(recipe: Recipe, source: Source) -> None:
             )
         if not told:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    write_lines(path, [(json.dumps(now, indent=1) + "\n").encode()])
 
 
 def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -231,16 +269,19 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _model(recipe: Recipe, source: Source) -> str:
     if source.name != TARGET or source.server is not None:
         return source.model
+    return _trained(recipe)
+
+
+def _trained(recipe: Recipe) -> str:
+    """The model that stands for the target once its SFT is done."""
     return str(Folder(recipe.folder).trained("sft")) if recipe.train.sft is not None else recipe.target
 
 
 def _digest(model: Path) -> str:
-    """What tells a model that was trained again: a digest of its weights; empty where it lies on the hub."""
+    """What tells a model that was trained again: a digest of what lies beside its weights, the training's log too."""
     from xxhash import xxh3_128
 
     digest = xxh3_128()
-    for path in sorted(model.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest() if model.is_dir() else ""
+    for path in sorted(model.glob("*.json*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
-from mergekit_lite.answers.rows import Key, Prompt, read_rows
+from mergekit_lite.answers.rows import Key, Prompt, read_rows, write_lines
 from mergekit_lite.answers.scorers import scorer as scorers
 from mergekit_lite.answers.scorers.opening import open_scorer
 from mergekit_lite.answers.scorers.scorer import Judged
@@ -201,8 +201,7 @@ def _note_settings(recipe: Recipe, scorer: Scorer) -> None:
             )
         if not told:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    write_lines(path, [json.dumps(now, indent=1).encode() + b"\n"])
 
 
 def _settings(recipe: Recipe, scorer: Scorer) -> dict[str, Any]:

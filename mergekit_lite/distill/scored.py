@@ -18,7 +18,6 @@ from mergekit_lite.answers.rows import Key, Prompt, read_rows
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import Pairs, Scorer, Source
 from mergekit_lite.distill.rules import Candidate
-from mergekit_lite.errors import UsageError
 
 
 class Verdict(NamedTuple):
@@ -33,25 +32,20 @@ class Reading:
     """What was found on the way.
 
     Attributes:
-        missing: stages that have to run before, in words.
+        missing: files that are not there yet, in words.
+        absent: rows that are not in files that are there.
         problems: malformed rows, with file and line.
         counts: of answers, by domain and what became of them.
     """
 
     missing: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
 
     def count(self, domain: str, what: str) -> None:
         """One more."""
         self.counts.setdefault(domain, Counter())[what] += 1
-
-
-def expected(source: Source, prompt: Prompt) -> int:
-    """How many answers a source gives to a prompt."""
-    if source.domains is not None and prompt.domain not in source.domains:
-        return 0
-    return source.samples_for.get(prompt.domain, source.samples)
 
 
 def candidates(
@@ -72,7 +66,7 @@ def candidates(
         reading: takes what is missing or lost.
         own: the source is the target itself.
     """
-    wanted = {prompt.id for prompt in prompts.values() if expected(source, prompt)}
+    wanted = {prompt.id for prompt in prompts.values() if source.answers_to(prompt.domain)}
     if not wanted:
         return {}
     path = folder.samples(source.name)
@@ -92,12 +86,16 @@ def candidates(
         candidate = _candidate(row, source.name, own, prompt, protocols[prompt.domain], scores, unjudged, reading)
         if candidate is not None:
             found.setdefault(prompt.id, []).append(candidate)
-    absent = sum(max(expected(source, prompts[one]) - seen[one], 0) for one in wanted)
+    absent = 0
+    for prompt in (prompts[one] for one in wanted):
+        lacking = max(source.answers_to(prompt.domain) - seen[prompt.id], 0)
+        reading.counts.setdefault(prompt.domain, Counter())["not there"] += lacking
+        absent += lacking
     if absent:
-        reading.missing.append(f"{absent:,} answers of {source.name}: {path} has {sum(seen.values()):,}")
+        reading.absent.append(f"{absent:,} answers of {source.name}: {path} has {sum(seen.values()):,}")
     for name, count in unjudged.items():
         if folder.scores(name, source.name).exists():
-            reading.missing.append(f"{count:,} scores of {source.name}'s answers by {name}")
+            reading.absent.append(f"{count:,} scores of {source.name}'s answers by {name}")
     return {prompt: sorted(answers, key=lambda one: one.index) for prompt, answers in found.items()}
 
 
@@ -122,6 +120,7 @@ def _candidate(
         verdict = scores[name].get(key)
         if verdict is None:
             unjudged[name] += 1
+            reading.count(prompt.domain, f"no verdict of {name}")
             return None
         if verdict.value is None:
             reading.count(prompt.domain, f"no score by {name}")
@@ -163,21 +162,6 @@ def all_scores(
                 if key in found:
                     found[key][scorer.name] = row["score"]
     return found
-
-
-def prompts_of(folder: Folder, problems: list[str]) -> list[Prompt]:
-    """The prompts that the first stage took up.
-
-    Raises:
-        UsageError: it has not run.
-    """
-    if not folder.prompts.exists():
-        raise UsageError(f"{folder.prompts} is not there: run `mergekit-lite distill sample` first.")
-    rows = _rows(folder.prompts, ("id", "messages", "domain"), problems)
-    return [
-        Prompt(row["id"], tuple(row["messages"]), row["domain"], row.get("reference"), tuple(row.get("tests") or ()))
-        for row in rows
-    ]
 
 
 def _rows(path: Path, keys: Collection[str], problems: list[str]) -> Iterator[dict[str, Any]]:

@@ -151,11 +151,18 @@ def _share_then_pair(
 def drawn(prompts: Collection[str], share: float, seed: int) -> frozenset[str]:
     """⌊share · n⌋ of n prompts, by a digest of seed and id: neither order nor what else is drawn matters.
 
-    Rounded down, as FuseChat-3.0's counts are: 0.4 · 20,374 = 8,149.6 became 8,149. The share is taken for the nearest
-    fraction with a denominator of at most 10,000, so 0.33333333 is a third.
+    See ``whole``.
     """
-    count = math.floor(Fraction(share).limit_denominator(10_000) * len(prompts))
+    count = whole(share, len(prompts))
     return frozenset(sorted(prompts, key=lambda prompt: (seed_of(seed, "split", prompt), prompt))[:count])
+
+
+def whole(share: float, number: int) -> int:
+    """⌊share · number⌋, as FuseChat-3.0's counts are: 0.4 · 20,374 = 8,149.6 became 8,149.
+
+    The share is taken for the nearest fraction with a denominator of at most 10,000, so 0.33333333 is a third.
+    """
+    return math.floor(Fraction(share).limit_denominator(10_000) * number)
 
 
 def _pairs(protocol: Pairs, prompts: Mapping[str, Answers], seed: int) -> dict[str, Pair | Dropped]:

@@ -113,7 +113,9 @@ def table_of(became: Mapping[str, Fate], prompts: Mapping[str, Prompt], answers:
 
 
 def _answers(counted: Counter[str]) -> dict[str, int]:
-    return {what if what == "answers" else f"answers: {what}": counted[what] for what in sorted(counted)}
+    return {
+        what if what == "answers" else f"answers: {what}": counted[what] for what in sorted(counted) if counted[what]
+    }
 
 
 def _row(counts: Counts) -> dict[str, object]:

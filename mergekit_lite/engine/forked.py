@@ -80,7 +80,7 @@ def _received(connection: Connection, process: ForkProcess) -> Any:
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise RunError(
             f"A worker process ended before its work was done ({name}). SIGKILL usually means that the memory ran out: "
-            "fewer --threads need less. What was finished is kept; --resume goes on with it."
+            "fewer --threads need less. A command that takes --resume goes on with what was finished."
         ) from None
     if failure is not None:
         raise failure

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from mergekit_lite.output.beside import write_beside
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path
 from mergekit_lite.plan import Plan
 
-OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")  # of ``run``
+OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")
 GPU_LANES = 6
 GPU_BLOCK = 1 << 22
 
@@ -92,6 +93,12 @@ def run(
             workspace.publish()
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
+
+
+def plan_and_run(planned: Callable[..., Plan], *arguments: Any, **options: Any) -> Finished:
+    """Carry out what ``planned(*arguments)`` plans. Each option goes to the one of ``run`` and ``planned`` it is of."""
+    how = {name: options.pop(name) for name in OPTIONS if name in options}
+    return run(planned(*arguments, **options), **how)
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:

@@ -116,17 +116,25 @@ class Workspace:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                os.close(self._lock)
                 raise RunError(
                     f"{self.folder}: another process is making this output. Wait for it, or stop it."
                 ) from error
-            if fresh:
-                shutil.rmtree(self.result, ignore_errors=True)
-                (self.folder / "journal.jsonl").unlink(missing_ok=True)
-            self.result.mkdir(exist_ok=True)
-            self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
-            self._descriptors = [self._open(file) for file in layout.files]
+            try:
+                self._take(digest, sources, fresh)
+            except BaseException:
+                os.close(self._lock)
+                raise
         except OSError as error:
             raise RunError(_described(error, self.folder)) from error
+
+    def _take(self, digest: str, sources: Sequence[tuple[str, int, int]], fresh: bool) -> None:
+        if fresh:
+            shutil.rmtree(self.result, ignore_errors=True)
+            (self.folder / "journal.jsonl").unlink(missing_ok=True)
+        self.result.mkdir(exist_ok=True)
+        self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
+        self._descriptors = [self._open(file) for file in self.layout.files]
 
     def _open(self, file: OutputFile) -> int:
         path = self.result / file.name

@@ -84,7 +84,7 @@ class Jobs:
         return Job(
             name,
             spec.shape,
-            asked or _promoted([specs[index] for index in order]),
+            asked or dtypes.promoted(output_dtype(specs[index], None) for index in order),
             tuple([specs[index] for index in order]),
             tuple([models[index] for index in order]),
             has_base=has_base,
@@ -128,11 +128,3 @@ def _check_alike(name: str, spec: TensorSpec, other: TensorSpec, where: str) -> 
         raise MismatchError(f"{name}: shape {list(spec.shape)}, but {list(other.shape)} in {where}{hint}")
     if other.dtype != spec.dtype and not (dtypes.is_float(spec.dtype) and dtypes.is_float(other.dtype)):
         raise MismatchError(f"{name}: is {spec.dtype}, but {other.dtype} in {where}")
-
-
-def _promoted(specs: Sequence[TensorSpec]) -> str:
-    """The dtype that holds all inputs: their own where they agree."""
-    kinds = {output_dtype(spec, None) for spec in specs}
-    if len(kinds) == 1:
-        return kinds.pop()
-    return "float64" if "float64" in kinds else "float32"

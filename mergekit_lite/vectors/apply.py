@@ -62,7 +62,6 @@ def apply(base: str | Path, vectors: Sequence[str], output: str | Path, **option
         CheckpointError: a vector can't be opened, doesn't fit, or was made from another base.
         MergekitLiteError: others of its kinds, as ``plan_merge`` and ``run`` say.
     """
-    from mergekit_lite.engine.run import OPTIONS, run
+    from mergekit_lite.engine.run import plan_and_run
 
-    how = {name: options.pop(name) for name in OPTIONS if name in options}
-    return run(plan_apply(base, vectors, output, **options), **how)
+    return plan_and_run(plan_apply, base, vectors, output, **options)

@@ -88,10 +88,9 @@ def combine(
         CheckpointError: a vector can't be opened, holds tensors in full, or is of another base.
         MergekitLiteError: others of its kinds, as ``plan_merge`` and ``run`` say.
     """
-    from mergekit_lite.engine.run import OPTIONS, run
+    from mergekit_lite.engine.run import plan_and_run
 
-    how = {name: options.pop(name) for name in OPTIONS if name in options}
-    return run(plan_combine(vectors, output, method, parameters, **options), **how)
+    return plan_and_run(plan_combine, vectors, output, method, parameters, **options)
 
 
 def _files(named: Sequence[Addend]) -> Sequence[Addend]:

@@ -15,9 +15,9 @@ import numpy as np
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.engine.sample import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
 from mergekit_lite.errors import UsageError
-from mergekit_lite.vectors.deltas import Deltas, Finding, Numbers, Settings, Tally, shares
+from mergekit_lite.vectors.deltas import Deltas, Finding, Settings, Tally, shares
 from mergekit_lite.vectors.matching import Unmatched, match
-from mergekit_lite.vectors.survey import Progress, survey
+from mergekit_lite.vectors.survey import Numbers, Progress, survey
 
 TINY = 1e-6  # RMS below which even an alignment on a 7B model would be unusually small
 HUGE = 1e-3
@@ -147,6 +147,7 @@ def compare(
     settings: Settings | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    processes: bool = False,
 ) -> Comparison:
     """Look at what some models changed in their common base: one read of each.
 
@@ -156,6 +157,7 @@ def compare(
         settings: shares, alphas and dtypes that figures are told for.
         threads: workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
+        processes: fork the workers, as for ``run``.
 
     Raises:
         UsageError: no model is given.
@@ -167,14 +169,21 @@ def compare(
         raise UsageError("Name at least one model to compare with the base.")
     opened = [open_checkpoint(reference) for reference in (base, *models)]
     matches, unmatched, notes = match(opened)
-    found = survey(matches, Deltas(settings or Settings(), len(models), len(matches)), threads, progress)
+    study = Deltas(settings or Settings(), len(models))
+    # the sums of all in one piece of memory: kept one by one between freed temporaries they made the heap grow
+    rows = np.empty((len(matches), study.shapes.width))
+    found: dict[int, Finding] = {}
+    for number, (sums, sce, rank, whole) in survey(matches, study, threads, progress, processes):
+        rows[number] = sums
+        tally = Tally(matches[number].numel, rows[number], study.shapes)
+        found[number] = Finding(matches[number], tally, sce, rank, whole)
     for checkpoint in opened:
         checkpoint.check_unchanged()
     return Comparison(
         str(base),
         tuple(map(str, models)),
-        settings or Settings(),
-        tuple(found),
+        study.settings,
+        tuple(found[number] for number in range(len(matches))),
         tuple(unmatched),
         tuple(notes),
     )

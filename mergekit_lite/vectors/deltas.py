@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mergekit_lite import dtypes
@@ -23,14 +22,14 @@ from mergekit_lite.methods.passes import Block, Subject, Weighted
 from mergekit_lite.methods.passes import Sums as Request
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.vectors.matching import Match
-from mergekit_lite.vectors.survey import Sums
+from mergekit_lite.vectors.survey import Numbers, Sums
 
-Numbers = npt.NDArray[np.float64]
 Answer = TypeVar("Answer")
 
 SMALLEST, BINS = -44, 48  # the sizes' bins: |δ| from 2⁻⁴⁴ on, each twice the last; smaller and larger go to the ends
 FLOAT32_BIAS, FLOAT32_FRACTION = 127, 23
 POWER_STEPS, POWER_VECTORS = 12, 4
+PAIRED = ("products", "signs", "both")
 EXACT_RANK = 64  # rows or columns up to which the largest singular value is computed, not iterated
 
 
@@ -125,44 +124,47 @@ class Finding:
     whole: bool
 
 
+class Measured(NamedTuple):
+    """What ``Deltas`` finds in a tensor: the sums as ``Shapes`` lays them out, and the rest as in ``Finding``."""
+
+    sums: Numbers
+    sce: tuple[float, ...]
+    stable_rank: tuple[float, ...]
+    whole: bool
+
+
 class Deltas:
     """The study of a base and the models tuned from it."""
 
     sampled = True
 
-    def __init__(self, settings: Settings, models: int, tensors: int) -> None:
-        """With these choices, for so many models (without the base) and tensors.
-
-        The sums of all tensors lie in one piece of memory: small ones, kept one by one between freed temporaries, made
-        the heap grow by 0.2 MB with every tensor.
-        """
-        self.settings = settings
-        self._shapes = Shapes(models, settings)
-        self._rows = np.zeros((tensors, self._shapes.width))
-        self._free = iter(range(tensors))
+    def __init__(self, settings: Settings, models: int) -> None:
+        """With these choices, for so many models (without the base)."""
+        self.settings, self.models = settings, models
+        self.shapes = Shapes(models, settings)
 
     def look(self, match: Match, block: torch.Tensor) -> Sums:
         """Sums over one block (1 + models, elements), the base's first."""
         moved = block[1:] - block[0]
-        wide = moved.double()
         signs = moved.sign()
-        balance = signs.sum(0).abs_()
         changed = signs.abs()
-        votes = changed.sum(0)
-        touched, split = torch.empty_like(votes), torch.empty_like(votes)  # floats: bools cost four times as much
-        return {
-            "products": wide @ wide.T,
-            "signs": (signs @ signs.T).double(),  # whole numbers up to 2²⁴ are exact in float32
-            "both": (changed @ changed.T).double(),
-            "touched": torch.gt(votes, 0, out=touched).sum().double(),
-            "split": torch.lt(balance, votes, out=split).sum().double(),
-        }
+        sums = {"products": _dots(moved.double()), "signs": _dots(signs), "both": _dots(changed)}
+        if len(moved) > 2:  # of fewer models the sums above tell
+            votes, balance = changed.sum(0), signs.sum(0).abs_()
+            flags = torch.empty_like(votes)  # floats: bools cost four times as much
+            sums["touched"] = torch.gt(votes, 0, out=flags).sum().double().numpy()
+            sums["split"] = torch.lt(balance, votes, out=flags).sum().double().numpy()
+        return sums
 
-    def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Finding:
-        """The finding of one tensor."""
-        tally = Tally(match.numel, self._rows[next(self._free)], self._shapes)
+    def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Measured:
+        """What was found in one tensor."""
+        tally = Tally(match.numel, np.zeros(self.shapes.width), self.shapes)
         for name, part in sums.items():
-            tally[name][...] = part.numpy()
+            tally[name][...] = _mirrored(part, self.models) if name in PAIRED else part
+        if self.models <= 2:
+            both, signs = tally["both"], tally["signs"]
+            tally["split"][...] = (both[0, -1] - signs[0, -1]) / 2
+            tally["touched"][...] = both.diagonal().sum() - (self.models - 1) * both[0, -1]
         tally["means"][...] = np.diag(tally["products"]) / match.numel
         moved = sample[1:] - sample[0]
         if not tally.finite:
@@ -174,11 +176,11 @@ class Deltas:
             "squares": flat.double().square().sum(1),
             "sizes": _sizes(flat),
         }
-        for name, part in sampled.items():
-            tally[name][...] = part.numpy()
+        for name, of_sample in sampled.items():
+            tally[name][...] = of_sample.numpy()
             tally[name][...] *= match.numel / flat[0].numel()
         rank = stable_rank(moved) if len(match.shape) == 2 and tally.finite else ()
-        return Finding(match, tally, self._sce(match, tally, sample), rank, flat[0].numel() == match.numel)
+        return Measured(tally.row, self._sce(match, tally, sample), rank, flat[0].numel() == match.numel)
 
     def _kept(self, match: Match, flat: torch.Tensor) -> torch.Tensor:
         """How many elements are in both masks, of each two models. Ties go to the lowest index, zeros to none."""
@@ -210,6 +212,20 @@ class Deltas:
         merging = _answered(sce.sce(subject, select_topk=self.settings.select_topk), block)
         assert isinstance(merging, Weighted)
         return merging.coefficients
+
+
+def _dots(rows: torch.Tensor) -> Numbers:
+    """Inner products of rows: each with those before it, and itself. Those of signs are exact, being below 2²⁴."""
+    each = rows.unbind()
+    return np.array([torch.dot(one, other).item() for n, one in enumerate(each) for other in each[: n + 1]])
+
+
+def _mirrored(lower: Numbers, count: int) -> Numbers:
+    """The symmetric matrix of ``_dots``."""
+    found = np.empty((count, count))
+    rows, columns = np.tril_indices(count)
+    found[rows, columns] = found[columns, rows] = lower
+    return found
 
 
 def shares(changes: Numbers) -> tuple[float, ...]:

@@ -10,11 +10,13 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
@@ -24,7 +26,9 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import described
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
+from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
+from mergekit_lite.output.journal import Record
 from mergekit_lite.output.layout import Layout, OutputTensor, safetensors_layout
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
 from mergekit_lite.vectors import peft_folder
@@ -121,6 +125,7 @@ def extract(
     *,
     threads: int | None = None,
     device: str = "cpu",
+    resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Extracted:
@@ -133,11 +138,12 @@ def extract(
         settings: the format and its numbers; dense by default.
         threads: workers; one for each core by default.
         device: where low-rank factors are computed.
-        force: replace an existing output.
+        resume: go on with what an earlier run of the same extraction left.
+        force: replace an existing output, and drop what an earlier run left unless ``resume`` is set too.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
-        UsageError: the output exists, or its name doesn't fit the format.
+        UsageError: the output exists or an earlier run was not finished, or its name doesn't fit the format.
         CheckpointError: a model can't be opened.
         PlanError: the models don't fit together; every problem is named.
         NonFiniteError: a weight is NaN or infinite.
@@ -150,16 +156,19 @@ def extract(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     pairs, notes, problems = paired(before, after)
     if settings.format == "lora":
-        problems += peft_folder.problems(pairs, before)
+        problems += peft_folder.problems(pairs)
     if problems:
         raise PlanError(problems)
-    check_target(path, [*before.paths, *after.paths], resume=True, force=force)  # an unfinished one is made anew
-    making = _Making(before, after, settings, threads or available_cores(), place, working_folder(path), progress)
+    check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
+    spill = working_folder(path) / "factors"
+    making = _Making(before, after, settings, threads or available_cores(), place, spill, resume, progress)
     try:
         with tuned_process():
             return making.run(path, pairs, notes)
     finally:
-        shutil.rmtree(making.spill, ignore_errors=True)
+        shutil.rmtree(spill, ignore_errors=True)
+        with suppress(OSError):
+            spill.parent.rmdir()  # unless there is something to go on with
 
 
 def _check_name(path: Path, form: str) -> None:
@@ -178,12 +187,12 @@ class _Making:
     settings: Settings
     threads: int
     device: torch.device
-    folder: Path
+    spill: Path
+    resume: bool
     progress: Progress | None
 
     def __post_init__(self) -> None:
         self.done = 0
-        self.spill = self.folder.with_name(self.folder.name + ".factors")
 
     def run(self, output: Path, pairs: list[Pair], notes: list[str]) -> Extracted:
         if self.settings.energy is not None:
@@ -197,20 +206,33 @@ class _Making:
         sketches = {pair.name: found[pair.name][1] for pair in changed}
         layout, named = self._laid_out(output, changed, sketches)
         sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
-        workspace = Workspace(output, layout, repr(self.settings), sources, fresh=True)
+        this_run = f"{__version__} {self.settings} {self.before.reference} {self.after.reference}"
+        workspace = Workspace(output, layout, this_run, sources, fresh=not self.resume)
+        numbers = {pair.name: number for number, pair in enumerate(changed)}
 
-        def write(reader: Reader, pair: Pair) -> tuple[str, float]:
+        def write(reader: Reader, pair: Pair) -> tuple[str, Record]:
             encoder, sketch, _ = found[pair.name]
+            places = {part.suffix: (named(pair.name, part.suffix), _part_bytes(part)) for part in sketch.parts}
+            known = workspace.record(numbers[pair.name], 0)
+            if known is not None and known.output == " ".join(_digest(workspace, *at) for at in places.values()):
+                return pair.name, known
+            digests = {part: xxhash.xxh3_128() for part in places}
 
             def put(part: str, start: int, values: torch.Tensor) -> None:
                 data = bytes_of(values.contiguous())
                 if len(data):
-                    workspace.write(named(pair.name, part), start * values.element_size(), data)
+                    workspace.write(places[part][0], start * values.element_size(), data)
+                    digests[part].update(data)
 
-            return pair.name, encoder.write(Difference(pair, reader), sketch, put)
+            lost = encoder.write(Difference(pair, reader), sketch, put)
+            output = " ".join(digest.hexdigest() for digest in digests.values())
+            return pair.name, Record(numbers[pair.name], 0, (), output, (lost,), ())
 
         try:
-            lost = dict(self._each(changed, write))
+            lost: dict[str, float] = {}
+            for name, record in self._each(changed, write):
+                workspace.done(record)
+                [lost[name]] = record.sums
             for model in (self.before, self.after):
                 model.check_unchanged()
             kept = [
@@ -260,7 +282,8 @@ class _Making:
                 return LowRank(settings.rank, settings.energy, settings.seed, self.device, self.spill)
             case "lora":
                 if peft_folder.is_layer(pair):
-                    return LowRank(settings.rank, settings.energy, settings.seed, self.device, self.spill)
+                    turned = peft_folder.is_transposed(self.before)
+                    return LowRank(settings.rank, settings.energy, settings.seed, self.device, self.spill, turned)
                 return Whole()
         return Dense()
 
@@ -269,7 +292,7 @@ class _Making:
     ) -> tuple[Layout, Callable[[str, str], str]]:
         """Where every part will lie, and a part's name in the file."""
         lora = self.settings.format == "lora"
-        named = peft_folder.naming(sketches) if lora else part_name
+        named = peft_folder.naming(sketches, self.before) if lora else part_name
         tensors = [
             OutputTensor(named(pair.name, part.suffix), part.dtype, part.shape)
             for pair in changed
@@ -296,6 +319,17 @@ class _Making:
         (result / manifest_path(made.output).name).write_text(text, encoding="utf-8")
         if self.settings.format == "lora":
             peft_folder.write_config(result, self.before, changed, sketches, self.settings.rank)
+
+
+def _digest(workspace: Workspace, tensor: str, nbytes: int) -> str:
+    """The digest of what an earlier run wrote of a tensor; empty where it is not all there."""
+    digest = xxhash.xxh3_128()
+    for start, count in cut(0, nbytes, CHUNK):
+        buffer = memoryview(bytearray(count))
+        if not workspace.read(tensor, start, buffer):
+            return ""
+        digest.update(buffer)
+    return digest.hexdigest()
 
 
 def part_name(tensor: str, part: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mergekit_lite.errors import counted
@@ -55,22 +56,22 @@ class Health:
     def look(self, match: Match, block: torch.Tensor) -> Sums:
         """Sums over one block (1, elements). Squares are taken in float64: they would overflow."""
         values = block[0]
-        nan = infinite = torch.zeros((), dtype=torch.float64)
+        nan = infinite = 0
         if not math.isfinite(values.sum().item()):
-            nan, infinite = values.isnan().sum().double(), values.isinf().sum().double()
+            nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
             values = values.nan_to_num(0.0, 0.0, 0.0)
         wide, sizes = values.double(), values.abs()
         matrix = has_rows(match)
         by_row = sizes.view(-1, match.row).amax(1) if matrix else sizes.amax().reshape(1)
-        dead = torch.eq(by_row, 0, out=torch.empty_like(by_row)).sum().double()
-        return {
+        found = {
             "nan": nan,
             "infinite": infinite,
-            "dead": dead if matrix else torch.zeros((), dtype=torch.float64),
-            "sum": wide.sum(),
-            "square": torch.dot(wide, wide),
-            LARGEST: by_row.amax().double(),
+            "dead": torch.eq(by_row, 0, out=torch.empty_like(by_row)).sum().item() if matrix else 0,
+            "sum": wide.sum().item(),
+            "square": torch.dot(wide, wide).item(),
+            LARGEST: by_row.amax().item(),
         }
+        return {name: np.array(value, dtype=np.float64) for name, value in found.items()}
 
     def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Weights:
         """The finding of one tensor."""

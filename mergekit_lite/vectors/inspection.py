@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,12 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path, *, stats: bool = False, threads: int | None = None, progress: Progress | None = None
+    model: str | Path,
+    *,
+    stats: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    processes: bool = False,
 ) -> Inspection:
     """Look at a model.
 
@@ -110,6 +116,7 @@ def inspect(
         stats: read the weights too, once.
         threads: workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
+        processes: fork the workers, as for ``run``.
 
     Raises:
         CheckpointError: it can't be opened.
@@ -120,9 +127,10 @@ def inspect(
     doubts = [*_doubts_of_layers(checkpoint, depth), *_doubts_of_config(checkpoint, depth)]
     weights = None
     if stats:
-        weights = tuple(survey(alone(checkpoint), Health(), threads, progress))
+        found = survey(alone(checkpoint), Health(), threads, progress, processes)
+        weights = tuple(of_tensor for _, of_tensor in sorted(found, key=itemgetter(0)))
         checkpoint.check_unchanged()
-        doubts += [f"{found.name}: {found.doubt}" for found in weights if found.doubt]
+        doubts += [f"{one.name}: {one.doubt}" for one in weights if one.doubt]
     return Inspection(checkpoint, depth, tuple(_modules(checkpoint)), _tokenizer(checkpoint), tuple(doubts), weights)
 
 

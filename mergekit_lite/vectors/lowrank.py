@@ -50,6 +50,7 @@ class LowRank:
     Attributes:
         device: where the products are computed.
         spill: a folder for factors whose rank had to be found out first.
+        turned: write the factors of the transpose, for layers that store their weight as (in, out).
     """
 
     rank: int | None
@@ -57,10 +58,11 @@ class LowRank:
     seed: int
     device: torch.device
     spill: Path
+    turned: bool = False
 
     def measure(self, difference: Difference) -> Sketch:
         """Find the rank."""
-        rows, columns = difference.pair.tuned.shape
+        rows, columns = reversed(difference.pair.tuned.shape) if self.turned else difference.pair.tuned.shape
         if self.rank is not None:
             rank, file = min(self.rank, rows, columns), None
         else:
@@ -95,12 +97,10 @@ class LowRank:
             rank = min(2 * rank, *shape)
         values = values[:rank]
         sides = values.sqrt()
-        return Factors(
-            (left[:, :rank] * sides).float().contiguous(),
-            (sides[:, None] * right[:rank]).float().contiguous(),
-            values,
-            square,
-        )
+        left, right = left[:, :rank] * sides, sides[:, None] * right[:rank]
+        if self.turned:
+            left, right = right.T, left.T
+        return Factors(left.float().contiguous(), right.float().contiguous(), values, square)
 
 
 def leading(

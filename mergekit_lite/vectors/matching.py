@@ -1,4 +1,4 @@
-"""Which tensors of several models are the same one, for looking at: what can't be compared is told, never an error.
+"""Which tensors of several models are the same one; for looking at them, what can't be compared is told, no error.
 
 A head that a model ties to its embedding is compared by that embedding. Where one vocabulary has more rows than
 another, the rows that all models have are compared.
@@ -7,7 +7,7 @@ another, the rows that all models have are compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lite import dtypes
@@ -22,7 +22,7 @@ class Match:
     """One tensor of all models.
 
     Attributes:
-        name: in the first model.
+        name: of the tensor.
         shape: of what is compared.
         specs: the first model's tensor, then the others'.
         stack, layer: the layer it belongs to; None where it is outside the layers.
@@ -73,36 +73,41 @@ def match(models: Sequence[Checkpoint]) -> tuple[list[Match], list[Unmatched], l
     Raises:
         PlanError: nothing can be compared.
     """
-    first, *others = models
+    first = models[0]
     depth = stacks(first.tensors)
     found: list[Match] = []
     left: list[Unmatched] = []
     notes: list[str] = []
-    used: list[set[str]] = [set() for _ in others]
-    for spec in first.tensors.values():
-        counterparts = [ties.counterpart(spec.name, other.tensors) for other in others]
-        for names, other, counterpart in zip(used, others, counterparts, strict=True):
-            if counterpart is not None:
-                names.add(counterpart.name)
-                if counterpart.name != spec.name:
-                    notes.append(f"{spec.name} is compared with {counterpart.name} of {other.reference}, which ties it")
-        specs = (spec, *filter(None, counterparts))
-        if problem := _why_not(spec, counterparts, others):
-            left.append(Unmatched(first.reference, spec.name, problem))
+    for name, specs in alike(models):
+        owner = next(model for model in models if name in model.tensors)
+        if problem := _why_not(name, specs, models):
+            left.append(Unmatched(owner.reference, name, problem))
             continue
-        shape = min((each.shape for each in specs), key=lambda shape: shape[:1])
-        if len({each.shape for each in specs}) > 1:
-            notes.append(f"{spec.name}: the first {shape[0]:,} rows are compared, not all models have more")
-        found.append(_placed(spec.name, shape, specs, depth))
-    left += [Unmatched(first.reference, name, why) for name, why in first.left_out.items()]
-    for other, names in zip(others, used, strict=True):
-        left += [
-            Unmatched(other.reference, name, _why_spare(name, first)) for name in other.tensors if name not in names
+        whole = tuple(filter(None, specs))
+        notes += [
+            f"{name} is compared with {spec.name} of {model.reference}, which ties it"
+            for spec, model in zip(whole, models, strict=True)
+            if spec.name != name
         ]
+        shape = min((spec.shape for spec in whole), key=lambda shape: shape[:1])
+        if len({spec.shape for spec in whole}) > 1:
+            notes.append(f"{name}: the first {shape[0]:,} rows are compared, not all models have more")
+        found.append(_placed(name, shape, whole, depth))
+    left += [Unmatched(first.reference, name, why) for name, why in first.left_out.items()]
     if not found:
         reasons = [f"{one.name} of {one.model}: {one.why}" for one in left] or ["there are no tensors"]
         raise PlanError(["no tensor of these models can be compared", *reasons])
     return found, left, notes
+
+
+def alike(models: Sequence[Checkpoint]) -> Iterator[tuple[str, tuple[TensorSpec | None, ...]]]:
+    """Every tensor that any of the models has: its name, and what each model has of it.
+
+    That is None where a model lacks it, and the embedding for a head that the model ties to it. The first model gives
+    the order; what it doesn't have comes last.
+    """
+    for name in dict.fromkeys(name for model in models for name in model.tensors):
+        yield name, tuple(ties.counterpart(name, model.tensors) for model in models)
 
 
 def alone(model: Checkpoint) -> list[Match]:
@@ -125,30 +130,23 @@ def _placed(name: str, shape: tuple[int, ...], specs: tuple[TensorSpec, ...], de
     return Match(name, shape, specs, at.stack, at.layer, module_of(at.rest))
 
 
-def _why_not(spec: TensorSpec, counterparts: Sequence[TensorSpec | None], others: Sequence[Checkpoint]) -> str:
+def _why_not(name: str, specs: Sequence[TensorSpec | None], models: Sequence[Checkpoint]) -> str:
     """Why a tensor can't be compared; empty where it can."""
-    if not dtypes.is_float(spec.dtype):
-        return f"{spec.dtype} is not for arithmetic"
-    if not spec.numel:
-        return "has no elements"
-    for other, counterpart in zip(others, counterparts, strict=True):
-        if counterpart is None:
-            buffer = " (a buffer, computed on loading)" if is_buffer(spec.name) else ""
-            return f"is missing in {other.reference}{buffer}"
-        if not dtypes.is_float(counterpart.dtype):
-            return f"is {spec.dtype} here, {counterpart.dtype} in {other.reference}"
-        if counterpart.shape != spec.shape and not _is_vocabulary(spec, counterpart):
-            return f"shape {list(spec.shape)} here, {list(counterpart.shape)} in {other.reference}"
+    first = next(spec for spec in specs if spec is not None)
+    for spec, model in zip(specs, models, strict=True):
+        if spec is None:
+            buffer = " (a buffer, computed on loading)" if is_buffer(name) else ""
+            return f"is missing in {model.reference}{buffer}"
+        if not dtypes.is_float(spec.dtype):
+            return f"is {spec.dtype} in {model.reference}, which is not for arithmetic"
+        if not spec.numel:
+            return f"has no elements in {model.reference}"
+        if spec.shape != first.shape and not _is_vocabulary(spec, first):
+            return f"shape {list(first.shape)} here, {list(spec.shape)} in {model.reference}"
     return ""
 
 
 def _is_vocabulary(spec: TensorSpec, other: TensorSpec) -> bool:
-    """Whether two tensors differ in nothing but the number of tokens, and both have some."""
+    """Whether two tensors differ in nothing but the number of tokens."""
     alike = len(spec.shape) == len(other.shape) > 0 and spec.shape[1:] == other.shape[1:]
-    return alike and ties.is_vocabulary(spec.name) and other.numel > 0
-
-
-def _why_spare(name: str, first: Checkpoint) -> str:
-    if ties.tied_to(name, first.tensors) is not None:
-        return f"{first.reference} ties its head to its embedding"
-    return "a buffer, computed on loading" if is_buffer(name) else f"is not in {first.reference}"
+    return alike and ties.is_vocabulary(spec.name)

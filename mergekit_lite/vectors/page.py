@@ -9,7 +9,7 @@ from mergekit_lite.errors import counted
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 from mergekit_lite.vectors import plots
 from mergekit_lite.vectors.comparison import Comparison, Figures, letter, looks_like
-from mergekit_lite.vectors.words import CAN_NOT_TELL, how, percent, suggestions
+from mergekit_lite.vectors.words import CAN_NOT_TELL, figure, how, percent, suggestions
 
 MOST_ROWS = 2000  # tensors in the table: those that changed most
 PICTURES = {
@@ -114,7 +114,7 @@ def _small(value: float | None) -> Cell:
 
 
 def _plain(value: float | None, digits: int = 2) -> Cell:
-    return Cell("–" if value is None else f"{value:.{digits}f}", value)
+    return Cell(figure(value, f".{digits}f"), value)
 
 
 def _share(value: float | None) -> Cell:

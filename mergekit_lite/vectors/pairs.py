@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, TensorSpec, ties
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import NonFiniteError
 from mergekit_lite.plan.matching import is_buffer
+from mergekit_lite.vectors.matching import alike
 
 BLOCK = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
 
@@ -33,10 +34,7 @@ class Pair:
     def stored(self) -> str:
         """The dtype that holds the difference: the models' own where they agree."""
         assert self.base is not None
-        kinds = {self.tuned.dtype, self.base.dtype}
-        if len(kinds) == 1:
-            return self.tuned.dtype
-        return "float64" if "float64" in kinds else "float32"
+        return dtypes.promoted((self.tuned.dtype, self.base.dtype))
 
     @property
     def nbytes(self) -> int:
@@ -112,29 +110,30 @@ def paired(base: Checkpoint, tuned: Checkpoint) -> tuple[list[Pair], list[str], 
     pairs: list[Pair] = []
     notes: list[str] = []
     problems: list[str] = []
-    for name, spec in tuned.tensors.items():
-        own = ties.counterpart(name, base.tensors)
-        if own is None:
-            notes.append(f"{name}: only {tuned.reference} has it; it is stored whole")
-        elif own.shape != spec.shape:
-            notes.append(
-                f"{name}: is {list(spec.shape)}, but {list(own.shape)} in {base.reference}; it is stored whole"
-            )
-        elif not (dtypes.is_float(spec.dtype) and dtypes.is_float(own.dtype)):
-            own = own if own.dtype == spec.dtype else None
-        elif own.name != name:
-            notes.append(f"{name}: {base.reference} ties it to {own.name}; the difference from that is stored")
-        whole = own is None or own.shape != spec.shape
-        pairs.append(Pair(name, spec, None if whole else own))
-    for name, own in base.tensors.items():
-        if name in tuned.tensors:
-            continue
-        tied = ties.tied_to(name, tuned.tensors)
-        if tied is not None and tied.shape == own.shape:
-            notes.append(f"{name}: {tuned.reference} ties it to {tied.name}; models made with the vector are untied")
-            pairs.append(Pair(name, tied, own))
-        elif is_buffer(name):
+    for name, (after, before) in alike((tuned, base)):
+        if after is None and is_buffer(name):
             notes.append(f"{name}: a buffer that only {base.reference} has; models made with the vector keep it")
-        else:
+        elif after is None:
             problems.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
+        else:
+            whole, note = _whole(name, after, before, base, tuned)
+            pairs.append(Pair(name, after, None if whole else before))
+            notes += [f"{name}: {note}"] * bool(note)
     return pairs, notes, problems
+
+
+def _whole(
+    name: str, after: TensorSpec, before: TensorSpec | None, base: Checkpoint, tuned: Checkpoint
+) -> tuple[bool, str]:
+    """Whether a tensor is stored as it is, not as a difference; and what the user should know of it."""
+    if before is None:
+        return True, f"only {tuned.reference} has it; it is stored whole"
+    if after.shape != before.shape:
+        return True, f"is {list(after.shape)}, but {list(before.shape)} in {base.reference}; it is stored whole"
+    if not (dtypes.is_float(after.dtype) and dtypes.is_float(before.dtype)):
+        return after.dtype != before.dtype, ""
+    if before.name != name:
+        return False, f"{base.reference} ties it to {before.name}; the difference from that is stored"
+    if after.name != name:
+        return False, f"{tuned.reference} ties it to {after.name}; models made with the vector are untied"
+    return False, ""

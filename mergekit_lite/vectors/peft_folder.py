@@ -22,42 +22,48 @@ from mergekit_lite.vectors.encoders import Sketch
 from mergekit_lite.vectors.pairs import Pair
 
 WEIGHTS = "adapter_model.safetensors"
-TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # store linear weights as (in, out)
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # layers are transformers' Conv1D
+POSITIONS = ("wpe", "positions_embed", "position_embeddings", "embed_positions", "token_type_embeddings")
 LETTERS = {"left": "lora_B", "right": "lora_A"}
+
+
+def is_transposed(base: Checkpoint) -> bool:
+    """Whether the layers of a model store their weights as (in, out)."""
+    return base.config is not None and base.config.get("model_type") in TRANSPOSED
 
 
 def is_layer(pair: Pair) -> bool:
     """Whether a tensor is the weight of a linear layer that gets factors."""
     matrix = pair.base is not None and len(pair.tuned.shape) == 2 and min(pair.tuned.shape) > 0
-    return matrix and pair.name.endswith(".weight") and not ties.is_vocabulary(pair.name)
+    module, _, kind = pair.name.rpartition(".")
+    return matrix and kind == "weight" and not ties.is_vocabulary(pair.name) and not module.endswith(POSITIONS)
 
 
-def naming(sketches: Mapping[str, Sketch]) -> Callable[[str, str], str]:
-    """What gives a tensor's part its name in the adapter's file."""
+def naming(sketches: Mapping[str, Sketch], base: Checkpoint) -> Callable[[str, str], str]:
+    """What gives a tensor's part its name in the adapter's file.
+
+    The oldest checkpoints of GPT-2 leave out what the model's class puts in front of its layers; peft does not.
+    """
+    bare = is_transposed(base) and any(name.startswith("h.") for name in base.tensors)
+    front = PREFIX + "transformer." * bare
     layers = {name.removesuffix(".weight") for name, sketch in sketches.items() if _is_low_rank(sketch)}
 
     def named(tensor: str, part: str) -> str:
         module, _, kind = tensor.rpartition(".")
         if part in LETTERS:
-            return f"{PREFIX}{module}.{LETTERS[part]}.weight"
-        return f"{PREFIX}{module}.base_layer.{kind}" if module in layers else f"{PREFIX}{tensor}"
+            return f"{front}{module}.{LETTERS[part]}.weight"
+        return f"{front}{module}.base_layer.{kind}" if module in layers else f"{front}{tensor}"
 
     return named
 
 
-def problems(pairs: Sequence[Pair], base: Checkpoint) -> list[str]:
+def problems(pairs: Sequence[Pair]) -> list[str]:
     """What is known from the headers that an adapter can't say."""
-    found = [
+    return [
         f"{pair.name}: only one of the models has it, or in another shape; an adapter can't say that"
         for pair in pairs
         if pair.base is None
     ]
-    if base.config is not None and base.config.get("model_type") in TRANSPOSED:
-        found.append(
-            f"model_type {base.config['model_type']}: its layers store their weights transposed, which is not "
-            "supported for --format lora. Use --format lowrank"
-        )
-    return found
 
 
 def check_changed(changed: Sequence[Pair], base: Checkpoint) -> None:
@@ -99,7 +105,7 @@ def write_config(
         "lora_alpha": common,
         "lora_dropout": 0.0,
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": is_transposed(base),
         "init_lora_weights": True,
         "use_rslora": False,
         "target_modules": sorted(ranks),

@@ -45,6 +45,12 @@ def how(comparison: Comparison) -> str:
     )
 
 
+def figure(value: float | None, form: str) -> str:
+    """A figure, never −0; a dash where there is none."""
+    text = "–" if value is None else format(value, form)
+    return text if text.strip("-0.") else text.removeprefix("-")
+
+
 def percent(share: float | None) -> str:
     """``66.5 %``; a dash for no figure."""
     return "–" if share is None else f"{100 * share:.1f} %"
@@ -81,7 +87,7 @@ def _directions(comparison: Comparison) -> Iterator[str]:
         else:
             said = "pull against each other: expect a merge to undo some of both"
         yield (
-            f"{names} {said} (cosine {cosine:.2f}; of the weights that both changed, "
+            f"{names} {said} (cosine {figure(cosine, '.2f')}; of the weights that both changed, "
             f"{percent(conflict)} moved in opposite directions, 50 % would be chance)."
         )
 

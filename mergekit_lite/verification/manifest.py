@@ -140,6 +140,11 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
             "mergekit_lite, or the manifest was lost. Make it again."
         )
     content = read_json(path)
+    if "tuned" in content:
+        raise MergekitLiteError(
+            f"{path}: is of vector extract, whose outputs verify can't make again. What holds the vector to the models "
+            "is to apply it to its base and compare: vector apply BASE VECTOR -o OUT, then compare TUNED OUT."
+        )
     try:
         return Manifest.model_validate(content), content.get(SEAL) == seal(content)
     except ValidationError as wrong:

@@ -55,6 +55,7 @@ class Recomputation:
         workers: int,
         block: int,
         progress: Progress,
+        processes: bool,
     ) -> None:
         """Prepare; nothing is read yet."""
         self.plan = plan
@@ -62,7 +63,7 @@ class Recomputation:
         self.device = device
         self.jobs = sorted(jobs)
         self.records = Records()
-        self.work = Work(plan, {0: self.records}, device, workers, block, progress, only=set(jobs))
+        self.work = Work(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
         self.grouped = {index for (index, _), way in self.work.ways.items() if way.passes.group is not None}
 
     @property

@@ -35,6 +35,7 @@ def verify(
     threads: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    processes: bool = False,
 ) -> Verdict:
     """Check an output against its manifest, and make some of its tensors again from the inputs.
 
@@ -47,6 +48,7 @@ def verify(
         threads: workers; one for each core by default.
         device: for making tensors again, as for ``run``.
         progress: called with (bytes read, bytes in all), from the workers' threads.
+        processes: fork the workers that make tensors again, as for ``run``.
 
     Raises:
         UsageError: there is no such output, or an input or device is named that isn't there.
@@ -78,7 +80,7 @@ def verify(
     if plan is not None:
         lanes, block = lanes_and_block(place, threads)
         jobs = _chosen(plan, samples, seed)
-        making = Recomputation(plan, manifest, jobs, place, lanes, block, tally.recomputed)
+        making = Recomputation(plan, manifest, jobs, place, lanes, block, tally.recomputed, processes)
         tally.to_recompute = making.work.bytes_in_all
     findings += check_digests(published, manifest, threads or available_cores(), tally.read)
     if making is not None:

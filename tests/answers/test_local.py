@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ from tests.tokenizers import tokenizer
 TEXTS = ("one", "two three four five six seven", "What is one and one?", "assistant user", "You are helpful.")
 DRAWN = Sampling(temperature=1.0, top_p=0.9, max_tokens=12)
 GREEDY = Sampling(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write_model(folder: Path, architecture: str = "llama", style: str | None = "chatml", seed: int = 0) -> Path:
@@ -79,6 +89,21 @@ def test_greedy_answers_are_those_of_a_plain_loop(tmp_path: Path, architecture: 
         answer = found[task.key]
         assert answer.text == words.decode(made, skip_special_tokens=True)
         assert (answer.finish, answer.tokens) == ("stop" if ended else "length", len(made) - ended)
+
+
+def test_padding_brings_no_token_that_a_repetition_penalty_would_see(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's answer doesn't hang on how long its neighbours' prompts are."""
+    asked = local(model, Sampling(temperature=0, repetition_penalty=3.0, max_tokens=12), batch_size=2)
+    tasks = tasks_of(("two " * 30, "one"), samples=1)
+    alone = [answers(asked, [task]) for task in tasks]
+    seen: list[torch.Tensor] = []
+    generate = asked.loaded.model.generate
+    monkeypatch.setattr(asked.loaded.model, "generate", lambda ids, **how: seen.append(ids) or generate(ids, **how))
+    assert answers(asked, tasks) == alone[0] | alone[1]
+    for task, row in zip(tasks, seen[0].tolist(), strict=True):
+        assert set(row) == set(asked.template.prompt(task.prompt.messages))
 
 
 def test_sampling_has_nothing_of_the_models_own_settings(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ WRONG: list[tuple[str, str, str]] = [  # what is replaced in the sound one, by w
     ("reward, model: org/rm", "function, model: mine", "9:39: 'mine': a function is given as module:function"),
     ("reward, model: org/rm", "judge, model: mine", "9:5: a scorer of the kind 'judge' needs 'server'"),
     ("reward, model: org/rm", "log_ratio, strong: x", "9:5: a scorer of the kind 'log_ratio' needs 'weak'"),
-    ("reward, model: org/rm", "code", "9:5: a scorer of the kind 'code' runs programs"),
+    ("reward, model: org/rm", "code", "9:5: a scorer of the kind 'code' needs 'allow_code'"),
     ("score: rm", "score: mr", "10:33: no scorer is named 'mr'"),
     ("rule: fusechat3", "rule: wrpo", "target_source"),
     ("train:", "target_source: {name: own}\ntrain:", "11:23: this source is always called 'target'"),

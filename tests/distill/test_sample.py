@@ -38,6 +38,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def place(folder: Path, url: str, prompts: list[dict[str, Any]] = PROMPTS, **changes: Any) -> Path:
     write_rows(folder / "prompts.jsonl", prompts)
+    (folder / "target").mkdir(exist_ok=True)
     sources = [
         {"name": "a", "model": "m", "server": url, "samples": 2, "samples_for": {"chat": 3}, "retries": 2},
         {"name": "b", "model": "m", "server": url, "samples": 1, "domains": ["maths"], "retries": 2},
@@ -209,7 +210,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
             {"name": "target", "model": "what SFT makes", "where": "in this process", "requests": 16, "done": 0},
         ],
         "scorers": ["right"],
-        "training": [{"stage": "sft", "rows": 5, "steps": 3}, {"stage": "preference", "rows": 4, "steps": 4}],
+        "training": [{"stage": "sft", "rows": 5, "steps": 2}, {"stage": "preference", "rows": 4, "steps": 2}],
+        "missing_models": [],
     }
     code, told, _ = invoke("run", path, "--dry-run")
     assert code == 0 and "what SFT makes" in told and "everything lies in" in told
@@ -219,7 +221,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 def test_run_takes_the_stages_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     for name in ("score", "pair", "train", "report"):
-        stage = SimpleNamespace(**{name: lambda recipe, tell, name=name: taken.append(name)})
+        stage = SimpleNamespace(**{name: lambda recipe, tell, name=name: taken.append(name)}, check=lambda recipe: None)
         monkeypatch.setitem(sys.modules, f"mergekit_lite.distill.{name}", stage)
     with fake_server() as fake:
         assert invoke("run", place(tmp_path, fake.url))[0] == 0
@@ -228,6 +230,30 @@ def test_run_takes_the_stages_in_their_order(tmp_path: Path, monkeypatch: pytest
         own = {"server": fake.url, "model": "trained"}
         assert invoke("run", place(tmp_path, fake.url, target_source=own, **WRPO))[0] == 0
         assert taken == ["score", "pair", "train", "score", "pair", "train", "report"]
+
+
+def test_models_that_are_not_there_are_told_before_anything_is_asked(tmp_path: Path) -> None:
+    with fake_server() as fake:
+        sources = [{"name": "a", "model": "m", "server": fake.url}]
+        sources += [{"name": name, "model": f"./{name}"} for name in "bcd"]
+        path = place(tmp_path, fake.url, sources=sources, target="/nowhere/target")
+        (tmp_path / "d").mkdir()
+        for stage in ("sample", "run"):
+            code, _, error = invoke(stage, path)
+            assert code == 2 and "source b" in error and "source c" in error
+            assert ("the target: /nowhere" in error) == (stage == "run")
+            code, _, error = invoke("run", path, "--dry-run")
+            assert code == 0 and "Warning: the source b" in error and "the target: /nowhere" in error
+            assert "source d" not in error and not (tmp_path / "out").exists()
+    assert not fake.asked
+
+
+def test_run_refuses_what_training_would_refuse_hours_later(tmp_path: Path) -> None:
+    wrong = {"sft": {"learning_rate": 1e-5, "trainer": {"weight_decai": 0.1}}}
+    for more in ((), ("--dry-run",)):
+        code, _, error = invoke("run", place(tmp_path, "http://127.0.0.1:9/v1", train=wrong), *more)
+        assert code == 2 and "weight_decai" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_help_has_an_example() -> None:

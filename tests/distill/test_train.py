@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_lite.distill.recipe import Recipe
 from mergekit_lite.distill.telling import Silent
 from mergekit_lite.distill.train import check, train
 from mergekit_lite.errors import UsageError
 from tests.distill.training import log, recipe, target, weights, write_rows
 
 pytest.importorskip("accelerate")
+# peft asks transformers by a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROOT = Path(__file__).parents[2]
 
 
@@ -163,6 +166,12 @@ def test_changed_settings_are_refused(folder):
         trained(folder, sft={"epochs": 0.5})
 
 
+def test_settings_are_the_same_when_they_come_from_a_file(folder):
+    stage = {"epochs": 0.5, "options": {"weights": [1]}, "lora": {"target_modules": ["q_proj", "v_proj"]}}
+    trained(folder, preference=stage)
+    assert trained(folder, preference=stage).lines == [f"preference: done, {folder / 'train' / 'preference'}"]
+
+
 def test_all_that_is_wrong_is_told_at_once(folder):
     stages = {
         "sft": {"trainer": {"weight_decya": 0.1, "learning_rate": 1}, "max_prompt_length": 2048},
@@ -219,37 +228,50 @@ def process(path: Path, *launcher: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finished(running: subprocess.Popen) -> None:
+def here(path: Path) -> list[str]:
+    """Train in this process, with one thread as the others; what it told."""
+    told, threads = Told(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(Recipe.model_validate_json(path.read_text()), told)
+    torch.set_num_threads(threads)
+    return told.lines
+
+
+def finished(running: subprocess.Popen) -> str:
+    """What it told."""
     output, _ = running.communicate()
     assert running.returncode == 0, output.decode()
+    return output.decode()
 
 
-def killed_once(running: subprocess.Popen, there: Path) -> None:
-    """Kill a process the moment a file or folder exists."""
+def killed_once(running: subprocess.Popen, there: Path) -> str:
+    """Kill a process the moment a file or folder exists; what it had told."""
     while not there.exists():
         assert running.poll() is None, running.stdout.read().decode()
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
-    running.communicate()
+    return running.communicate()[0].decode()
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     """Killed while checkpoints are written, in both stages, and while the reference is computed."""
     target(tmp_path / "target", "gpt2", resid_pdrop=0.2)  # dropout: the state of random numbers matters
-    stages = {"sft": {"dtype": "float32"}, "preference": {"save_steps": 1}}
+    stages = {"sft": {"save_steps": 2}, "preference": {"save_steps": 1}}
     for name in ("whole", "killed"):
         write_rows(tmp_path / name)
         (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
-    whole = process(tmp_path / "whole.json")
     killed = tmp_path / "killed" / "train"
-    for there in (
+    moments = (
         "sft.partial/checkpoint-4/optimizer.pt",
         "preference.partial/reference/0.jsonl",
         "preference.partial/checkpoint-3/trainer_state.json",
-    ):
-        killed_once(process(tmp_path / "killed.json"), killed / there)
-    finished(process(tmp_path / "killed.json"))
-    finished(whole)
+    )
+    told = [killed_once(process(tmp_path / "killed.json"), killed / there) for there in moments]
+    told.append(finished(process(tmp_path / "killed.json")))
+    assert not any("goes on" in text for text in (told[0], *here(tmp_path / "whole.json")))
+    assert "sft: goes on after step 2 of 6" in told[1]
+    assert "sft: done" in told[2] and "goes on" not in told[2]
+    assert "preference: goes on after step" in told[3]
     for stage in ("sft", "preference"):
         same(weights(tmp_path / "whole" / "train" / stage), weights(killed / stage))
         steps = [row["step"] for row in log(killed / stage)]
@@ -262,9 +284,8 @@ def test_two_processes_are_as_good_as_one(tmp_path):
     for name in ("one", "two"):
         write_rows(tmp_path / name)
         (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
-    one = process(tmp_path / "one.json")
+    here(tmp_path / "one.json")
     finished(process(tmp_path / "two.json", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"))
-    finished(one)
     for stage in ("sft", "preference"):
         first, second = tmp_path / "one" / "train" / stage, tmp_path / "two" / "train" / stage
         same(weights(first), weights(second), rtol=1e-3, atol=2e-5)

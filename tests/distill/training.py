@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from mergekit_lite.distill.recipe import Recipe
+from mergekit_lite.distill.telling import Silent
+from mergekit_lite.distill.train import train
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
 
@@ -54,7 +56,7 @@ def write_rows(
         (folder / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-STAGE = {"learning_rate": 1e-3, "batch_size": 4, "per_device_batch_size": 2, "dtype": "float32", "save_steps": 2}
+STAGE = {"learning_rate": 1e-3, "batch_size": 4, "per_device_batch_size": 2, "dtype": "float32"}
 
 
 def recipe(folder: Path, target: Path, sft: dict | None = None, preference: dict | None = None, **more: Any) -> Recipe:
@@ -88,8 +90,12 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-if __name__ == "__main__":
-    from mergekit_lite.distill.telling import Silent
-    from mergekit_lite.distill.train import train
+class Printing(Silent):
+    """Prints lines at once."""
 
-    train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Silent())
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Printing())

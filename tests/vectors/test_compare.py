@@ -35,9 +35,9 @@ def written(folder: Path, states: list[State]) -> list[Path]:
     return [write_folder(folder / f"m{number}", one) for number, one in enumerate(states)]
 
 
-def compared(folder: Path, states: list[State], settings: Settings = SETTINGS, threads: int = 2) -> Comparison:
+def compared(folder: Path, states: list[State], settings: Settings = SETTINGS, **how: Any) -> Comparison:
     base, *others = written(folder, states)
-    return compare(base, others, settings=settings, threads=threads)
+    return compare(base, others, settings=settings, **{"threads": 2} | how)
 
 
 def close(got: Any, wanted: Any, where: str = "") -> None:
@@ -77,7 +77,7 @@ def test_equal_models_have_no_directions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_tensors_against_the_naive_implementation(dtype: torch.dtype, count: int, tmp_path: Path) -> None:
     states = models(dtype, count=count)
     comparison = compared(tmp_path, states)
@@ -138,11 +138,14 @@ def test_sampled_figures_are_those_of_the_grid(tmp_path: Path, monkeypatch: pyte
             close(got[name], wanted[name], f"{after.match.name}: {name}")
 
 
-def test_no_figure_depends_on_the_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [1, 8, 1000])
+def test_no_figure_depends_on_the_workers(shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("CHUNK", 256), ("STATISTICS_BLOCK", 64), ("SECTION", 128), ("SAMPLE_ROWS", 4)):
         monkeypatch.setattr(survey, name, value)
+    monkeypatch.setattr(survey, "SHARED", shared)  # of tensors of 1 to 25 sections
     states = models(hidden=40)
-    assert len({json.dumps(as_data(compared(tmp_path, states, threads=n))) for n in (1, 2, 5)}) == 1
+    found = [compared(tmp_path, states, threads=n, processes=forked) for n in (1, 3) for forked in (False, True)]
+    assert len({json.dumps(as_data(comparison)) for comparison in found}) == 1
 
 
 def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +232,18 @@ def test_what_does_not_fit_is_named_and_the_rest_compared(tmp_path: Path) -> Non
     head = next(finding for finding in comparison.findings if finding.match.name == "lm_head.weight")
     wanted = tied["model.embed_tokens.weight"][:16].double() - base["lm_head.weight"].double()
     assert comparison.of(head).norm[0] == pytest.approx(float(wanted.norm()))
+
+
+@pytest.mark.parametrize("tied", [0, 1])
+def test_a_tied_head_is_compared_by_its_embedding(tied: int, tmp_path: Path) -> None:
+    states = models(count=1)
+    del states[tied]["lm_head.weight"]
+    comparison = compared(tmp_path, states)
+    [note] = comparison.notes
+    assert "lm_head.weight is compared with model.embed_tokens.weight" in note and not comparison.unmatched
+    heads = [one.get("lm_head.weight", one["model.embed_tokens.weight"]).double() for one in states]
+    found = next(finding for finding in comparison.findings if finding.match.name == "lm_head.weight")
+    assert comparison.of(found).norm[0] == pytest.approx(float((heads[1] - heads[0]).norm()))
 
 
 def test_an_adapter_is_compared_as_the_model_it_makes(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.answers.rows import Message
-from mergekit_lite.answers.template import ChatTemplate, Tokens
+from mergekit_lite.answers.template import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,23 +30,6 @@ class Pair(NamedTuple):
     messages: Sequence[Message]
     chosen: str
     rejected: str
-
-
-class Margin(NamedTuple):
-    """Length-normalised log-probabilities of the two responses of a pair."""
-
-    chosen: float
-    rejected: float
-
-    @property
-    def margin(self) -> float:
-        """How much likelier a token of the chosen one is, in nats."""
-        return self.chosen - self.rejected
-
-    @property
-    def accuracy(self) -> float:
-        """1 where the chosen one is likelier, 0 where the rejected one is, ½ where they are equal."""
-        return 0.5 if self.margin == 0 else float(self.margin > 0)
 
 
 def log_probs(model: PreTrainedModel, rows: Sequence[Tokens], batch_size: int = 8) -> list[LogProb]:
@@ -95,14 +78,3 @@ def text_log_probs(
         totals[owner] += total
         counts[owner] += count
     return [LogProb(total, count) for total, count in zip(totals, counts, strict=True)]
-
-
-def margins(model: PreTrainedModel, template: ChatTemplate, pairs: Sequence[Pair], batch_size: int = 8) -> list[Margin]:
-    """How a model ranks the responses of preference pairs by length-normalised log-probability.
-
-    Raises:
-        TemplateError: the template refuses a conversation.
-    """
-    rows = [template.tokens(pair.messages, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-    found = log_probs(model, rows, batch_size)
-    return [Margin(chosen.mean, rejected.mean) for chosen, rejected in zip(found[::2], found[1::2], strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,7 +96,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         seed: of dropout and adapters.
 
     Raises:
-        UsageError: the batch can't be shared out evenly, or a value is refused.
+        UsageError: the batch can't be shared out evenly, a value is refused, or processes don't know each other.
     """
     from transformers import TrainingArguments
 
@@ -129,6 +130,10 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         processes = made.world_size
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"transformers refuses these arguments of training: {error}") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > processes:
+        raise UsageError(
+            "Several processes were started, but accelerate knows of one. Start them by accelerate launch."
+        )
     if training.batch_size % processes:
         raise UsageError(
             f"{processes} processes can't share a batch_size of {training.batch_size}. Use a multiple of {processes}."

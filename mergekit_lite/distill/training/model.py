@@ -14,7 +14,7 @@ from mergekit_lite.distill.recipe import Training
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
 
@@ -62,11 +62,20 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     except (OSError, ValueError) as error:
         raise UsageError(f"Can't load the model {name}: {error}") from error
     check_head(model)
+    make_savable(model.generation_config)
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return cast("PreTrainedModel", model)
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
+
+
+def make_savable(generation: GenerationConfig) -> None:
+    """Say that it samples where it has a temperature: some released models don't, and transformers won't save them."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def without_dropout(config: Any) -> Any:
@@ -141,6 +150,8 @@ def write_model(saved: Path, start: str, training: Training, folder: Path) -> No
     model.to(getattr(torch, training.dtype)).save_pretrained(folder)
     tokenizer_of(start).save_pretrained(folder)
     try:
-        GenerationConfig.from_pretrained(start).save_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(start)
     except OSError:  # it has none
         return
+    make_savable(generation)
+    generation.save_pretrained(folder)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128
 
 from mergekit_lite.answers.rows import Message, read_rows, seed_of
 from mergekit_lite.answers.template import ChatTemplate, Limits, TemplateError, Tokens, fitted
@@ -51,27 +52,47 @@ class PreferenceRow(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt with its responses as tokens: the chosen ones, sources first, and last the rejected; or SFT's only one.
+    """A prompt with its responses as tokens, four bytes each: the chosen ones, sources first, and last the rejected.
+
+    A row of SFT has one response.
 
     Attributes:
-        responses: each with the prompt.
+        prompt: token ids.
+        answers: token ids of each response.
         roles: of the responses.
         wins: of the responses, where all tell.
     """
 
-    responses: tuple[Tokens, ...]
+    prompt: array[int]
+    answers: tuple[array[int], ...]
     roles: tuple[Role, ...]
     wins: tuple[float, ...] | None = None
 
     @property
+    def responses(self) -> tuple[Tokens, ...]:
+        """Each with the prompt."""
+        return tuple(Tokens(tuple(self.prompt), tuple(answer)) for answer in self.answers)
+
+    @property
     def key(self) -> str:
         """A digest of all its tokens."""
-        return xxh3_128_hexdigest(repr([tuple(response) for response in self.responses]).encode())
+        digest = xxh3_128()
+        for ids in (self.prompt, *self.answers):
+            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return digest.hexdigest()
 
     @property
     def longest(self) -> int:
         """The tokens of the prompt and the longest response."""
-        return max(len(prompt) + len(response) for prompt, response in self.responses)
+        return len(self.prompt) + max(map(len, self.answers))
+
+
+class Candidate(NamedTuple):
+    """A row before it is known to fit."""
+
+    responses: tuple[Tokens, ...]
+    roles: tuple[Role, ...]
+    wins: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -92,7 +113,7 @@ class Rows:
 
 
 M = TypeVar("M", bound=BaseModel)
-Reading = Callable[[Any, ChatTemplate], Row]
+Reading = Callable[[Any, ChatTemplate], Candidate]
 
 
 def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
@@ -102,8 +123,8 @@ def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
         UsageError: the file can't be read, or none of its rows can be trained on.
     """
 
-    def reading(row: SftRow, template: ChatTemplate) -> Row:
-        return Row((template.tokens(_talk(row.messages), row.response),), ("source",))
+    def reading(row: SftRow, template: ChatTemplate) -> Candidate:
+        return Candidate((template.tokens(_talk(row.messages), row.response),), ("source",))
 
     return _read(path, SftRow, reading, template, limits)
 
@@ -115,14 +136,14 @@ def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
         UsageError: the file can't be read, none of its rows can be trained on, or their shapes differ.
     """
 
-    def reading(row: PreferenceRow, template: ChatTemplate) -> Row:
+    def reading(row: PreferenceRow, template: ChatTemplate) -> Candidate:
         if not row.chosen or len(row.rejected) != 1:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
             raise TemplateError(f"expected one or more chosen responses and one rejected, got {shape}")
         responses = [*sorted(row.chosen, key=lambda response: response.role), *row.rejected]  # source before target
         talk = _talk(row.messages)
         wins = tuple(response.win for response in responses if response.win is not None)
-        return Row(
+        return Candidate(
             tuple(template.tokens(talk, response.text) for response in responses),
             tuple(response.role for response in responses),
             wins if len(wins) == len(responses) else None,
@@ -161,13 +182,14 @@ def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, 
     return found
 
 
-def _take(found: Rows, row: Row, limits: Limits) -> None:
+def _take(found: Rows, row: Candidate, limits: Limits) -> None:
     within = fitted(row.responses, limits)
     if within is None:
         found.counts["too long"] += 1
         return
     found.counts["cut"] += within.cut
-    found.rows.append(Row(within.rows, row.roles, row.wins) if within.cut else row)
+    answers = tuple(array("i", tokens.response) for tokens in within.rows)
+    found.rows.append(Row(array("i", within.rows[0].prompt), answers, row.roles, row.wins))
 
 
 def order(rows: int, total: int, seed: int, stage: str) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mergekit_lite.answers.template import ChatTemplate, Limits
 from mergekit_lite.distill.objectives import OBJECTIVES, Objective
@@ -78,6 +81,9 @@ class Stage:
         Raises:
             UsageError: the rows can't be trained on as the recipe says, or the folder holds another training.
         """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the stage tells
         settings = self.settings()
         self.workspace.check(settings)
         if self.workspace.done:
@@ -90,6 +96,8 @@ class Stage:
         args = training_arguments(self.training, self.workspace.root, plan.steps, self.seed)
         tell = tell if self.is_main else Silent()
         self._tell_rows(found, plan, tell)
+        if args.world_size == 1 and torch.accelerator.device_count() > 1:
+            tell.warn("Only one of the devices is used. `accelerate launch -m mergekit_lite …` takes all.")
         done, checkpoint = self.workspace.last_checkpoint() or (0, None)
         if done:
             tell.line(f"{self.name}: goes on after step {done:,} of {plan.steps:,}")
@@ -111,8 +119,10 @@ class Stage:
         chosen = self.training.model_dump(mode="json", exclude=FREE)
         if isinstance(self.training, Preference):
             chosen["options"] = self._objective[1]
-        settings = {"start": self.start, "weights": identity(self.start), "seed": self.seed, **flat(chosen)}
-        return {**settings, "rows": digest_of(self.rows_path)} if self.rows_path.exists() else settings
+        settings = {"start": self.start, "start's weights": identity(self.start), "seed": self.seed, **flat(chosen)}
+        if self.rows_path.exists():
+            settings["rows"] = digest_of(self.rows_path)
+        return dict(json.loads(json.dumps(settings)))  # as a file gives them back: lists for tuples
 
     def rows(self) -> Rows:
         """The rows as tokens.

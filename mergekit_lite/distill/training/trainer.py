@@ -168,6 +168,8 @@ class PreferenceTrainer(ResponseTrainer):
         reference: s_ref of a row's responses, by the row's key. To be filled before the first step.
     """
 
+    objective: Objective
+
     def __init__(
         self,
         model: PreTrainedModel,

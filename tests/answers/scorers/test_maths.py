@@ -100,5 +100,5 @@ def test_what_takes_for_ever_is_given_up(answer: str) -> None:
         scorer.score([judged("1", reference="1")])  # started
         began = time.monotonic()
         [verdict] = scorer.score([judged(answer, reference="387420489")])
-        assert verdict.value in (None, 0.0) and time.monotonic() - began < 10
+        assert verdict.value in (None, 0.0) and time.monotonic() - began < 30
         assert scorer.score([judged("1", reference="1")]) == [Score(1.0)]

@@ -1,0 +1,296 @@
+"""The pair stage on files: what it writes, what it says is missing, and that nothing but its inputs matters."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_lite.answers.rows import write_rows
+from mergekit_lite.distill.folder import Folder
+from mergekit_lite.distill.pair import pair
+from mergekit_lite.distill.recipe import Recipe
+from mergekit_lite.distill.telling import Silent
+from mergekit_lite.errors import UsageError
+
+SOURCES = ("gemma", "qwen")
+SAMPLES = 3
+
+
+class Heard(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+        self.tables: list[list[Sequence[str]]] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        self.tables.append([headings, *rows])
+
+
+def recipe(folder: Path, **pairs: Any) -> Recipe:
+    source = {"server": "http://localhost/v1", "model": "m", "samples": SAMPLES}
+    return Recipe.model_validate(
+        {
+            "folder": folder,
+            "seed": 5,
+            "target": "target",
+            "prompts": [{"path": "prompts.jsonl"}],
+            "sources": [{"name": name, **source} for name in SOURCES],
+            "target_source": {"name": "target", **source, "server": None},
+            "scorers": [
+                {"name": "reward", "kind": "reward", "model": "rm", "domains": ["instruction", "maths"]},
+                {"name": "checked", "kind": "maths", "domains": ["maths"]},
+            ],
+            "pairs": {"rule": "fusechat3", "score": "reward", "sft_share": 0.4, **pairs},
+            "train": {},
+        }
+    )
+
+
+MATHS = {"maths": {"correct": "checked", "split": "availability"}}
+WRPO = {"rule": "wrpo", "sft_share": 0.33333333}
+
+
+def write_prompts(folder: Path, number: int, domains: Sequence[str] = ("instruction",)) -> list[str]:
+    names = [f"p{index}" for index in range(number)]
+    rows = [
+        {
+            "id": name,
+            "messages": [{"role": "user", "content": f"Question {name}?"}],
+            "domain": domains[index % len(domains)],
+            "reference": None,
+            "tests": [],
+        }
+        for index, name in enumerate(names)
+    ]
+    write_rows(Folder(folder).prompts, rows)
+    return names
+
+
+def write_source(folder: Path, source: str, prompts: Sequence[str], seed: int = 0) -> None:
+    """Answers of one source, and their scores."""
+    draw = random.Random(f"{source} {seed}")
+    keys = [(prompt, index) for prompt in prompts for index in range(SAMPLES)]
+    write_rows(
+        Folder(folder).samples(source),
+        [
+            {
+                "prompt": prompt,
+                "source": source,
+                "index": index,
+                "text": f"{source} says {index} to {prompt}",
+                "finish": "stop",
+                "tokens": 5,
+            }
+            for prompt, index in keys
+        ],
+    )
+    for scorer in ("reward", "checked"):
+        values = [round(draw.random(), 3) if scorer == "reward" else float(draw.random() > 0.5) for _ in keys]
+        rows = [
+            {"prompt": prompt, "index": index, "score": value, "why": ""}
+            for (prompt, index), value in zip(keys, values, strict=True)
+        ]
+        write_rows(Folder(folder).scores(scorer, source), rows)
+
+
+def write_all(folder: Path, number: int = 20, domains: Sequence[str] = ("instruction", "maths")) -> list[str]:
+    prompts = write_prompts(folder, number, domains)
+    for source in SOURCES:
+        write_source(folder, source, prompts)
+    return prompts
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Folder(folder).pairs(name).read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((folder / "pairs").iterdir())}
+
+
+def test_rows(tmp_path: Path) -> None:
+    prompts = write_all(tmp_path)
+    heard = Heard()
+    table = pair(recipe(tmp_path, domains=MATHS), heard)
+    sft, preference, dropped = (rows(tmp_path, name) for name in ("sft", "preference", "dropped"))
+    assert sorted(row["prompt"] for row in [*sft, *preference, *dropped]) == sorted(prompts)
+    assert not Folder(tmp_path).pairs("target").exists()
+    for row in sft:
+        assert row["response"] == f"{row['source']} says {row['index']} to {row['prompt']}"
+        assert row["score"] == row["scores"]["reward"] and row["why"] and row["rule"] == "fusechat3"
+        if row["domain"] == "maths":
+            assert row["scores"]["checked"] == 1
+    for row in preference:
+        (chosen,), (rejected,) = row["chosen"], row["rejected"]
+        assert chosen["source"] == rejected["source"] and chosen["role"] == "source"
+        assert row["gap"] == pytest.approx(chosen["score"] - rejected["score"])
+        assert chosen["text"] == f"{chosen['source']} says {chosen['index']} to {row['prompt']}"
+        if row["domain"] == "maths":
+            assert (chosen["scores"]["checked"], rejected["scores"]["checked"]) == (1, 0)
+        else:
+            assert row["gap"] > 0
+    assert {len(sft), table.overall.sft, json.loads((tmp_path / "pairs/table.json").read_text())["all"]["sft"]} == {
+        len(sft)
+    }
+    assert [row[0] for row in heard.tables[0]] == ["domain", "instruction", "maths", "all"]
+
+
+def test_second_run_changes_no_byte(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    pair(recipe(tmp_path, domains=MATHS), Silent())
+    first = contents(tmp_path)
+    pair(recipe(tmp_path, domains=MATHS), Silent())
+    assert contents(tmp_path) == first
+
+
+def test_order_of_files_doesn_t_matter(tmp_path: Path) -> None:
+    for name in ("straight", "shuffled"):
+        write_all(tmp_path / name)
+    for file in [*(tmp_path / "shuffled").rglob("*.jsonl")]:
+        lines = file.read_text().splitlines(keepends=True)
+        random.Random(1).shuffle(lines)
+        file.write_text("".join(lines))
+    made = {}
+    for name in ("straight", "shuffled"):
+        pair(recipe(tmp_path / name, domains=MATHS), Silent())
+        made[name] = [sorted(rows(tmp_path / name, kind), key=str) for kind in ("sft", "preference", "dropped")]
+    assert made["straight"] == made["shuffled"]
+
+
+def test_wrpo_in_two_runs(tmp_path: Path) -> None:
+    prompts = write_all(tmp_path, domains=("instruction",), number=12)
+    wrpo = recipe(tmp_path, **WRPO)
+    heard = Heard()
+    table = pair(wrpo, heard)
+    assert (table.overall.sft, table.overall.waiting, table.overall.preference) == (4, 8, 0)
+    assert not Folder(tmp_path).pairs("preference").exists()
+    assert "target" in heard.lines[0] and "samples" in heard.lines[0]
+    asked = [row["prompt"] for row in rows(tmp_path, "target")]
+    sft = rows(tmp_path, "sft")
+    assert {*asked, *(row["prompt"] for row in sft)} == set(prompts) and len(asked) == 8
+    write_source(tmp_path, "target", asked)
+    table = pair(wrpo, Silent())
+    assert (table.overall.sft, table.overall.waiting, table.overall.preference) == (4, 0, 8)
+    assert rows(tmp_path, "sft") == sft and [row["prompt"] for row in rows(tmp_path, "target")] == asked
+    for row in rows(tmp_path, "preference"):
+        assert [one["role"] for one in row["chosen"]] == ["source", "target"]
+        assert [one["role"] for one in row["rejected"]] == ["target"]
+        assert row["chosen"][1]["score"] > row["rejected"][0]["score"]
+
+
+def test_target_that_answered_in_part_only(tmp_path: Path) -> None:
+    write_all(tmp_path, domains=("instruction",), number=12)
+    pair(recipe(tmp_path, **WRPO), Silent())
+    asked = [row["prompt"] for row in rows(tmp_path, "target")]
+    write_source(tmp_path, "target", asked[1:])
+    heard = Heard()
+    assert pair(recipe(tmp_path, **WRPO), heard).overall.waiting == 8
+    assert f"{SAMPLES} answers of target" in heard.lines[0]
+
+
+def test_what_is_missing_is_told_at_once(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, 4)
+    write_source(tmp_path, "gemma", prompts)
+    scored = Folder(tmp_path).scores("reward", "gemma")
+    scored.write_text("".join(scored.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(UsageError) as caught:
+        pair(recipe(tmp_path), Silent())
+    assert "no answers of qwen" in str(caught.value)
+    assert "2 scores of gemma's answers by reward" in str(caught.value)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_no_prompts(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run the stage `sample` first"):
+        pair(recipe(tmp_path), Silent())
+
+
+def test_losses_are_counted(tmp_path: Path) -> None:
+    """Blank answers, answers without a verdict, malformed rows: named, and the others go on."""
+    write_all(tmp_path, domains=("instruction",), number=6)
+    samples = Folder(tmp_path).samples("gemma")
+    written = [json.loads(line) for line in samples.read_text().splitlines()]
+    written[0]["text"] = " \n"
+    samples.write_text("".join(json.dumps(row) + "\n" for row in written) + "no row\n")
+    scores = Folder(tmp_path).scores("reward", "qwen")
+    verdicts = [json.loads(line) for line in scores.read_text().splitlines()]
+    verdicts[4] |= {"score": None, "why": "too long"}
+    write_rows(scores, verdicts)
+    heard = Heard()
+    table = pair(recipe(tmp_path), heard)
+    counts = table.domains["instruction"].answers
+    assert counts == {"answers": 36, "answers: blank": 1, "answers: no score by reward": 1}
+    assert any(f"{samples}:19" in warning for warning in heard.warnings)
+
+
+def test_wrong_recipes(tmp_path: Path) -> None:
+    write_all(tmp_path, number=2)
+    wrong = recipe(
+        tmp_path,
+        score="rewrad",
+        gap=(0.2, 0.1),
+        options={"sigma": 1},
+        domains={"code": {"correct": "checked"}, "maths": {"rule": "wrpo", "split": "availability"}},
+    )
+    with pytest.raises(UsageError) as caught:
+        pair(wrong, Silent())
+    told = str(caught.value)
+    for part in (
+        "Did you mean 'reward'?",
+        "the least is 0.2",
+        "no option 'sigma'",
+        "doesn't judge the domain 'code'",
+        "use share",
+    ):
+        assert part in told, told
+
+
+def test_domains_that_no_scorer_judges(tmp_path: Path) -> None:
+    write_all(tmp_path, number=4, domains=("instruction", "chinese"))
+    with pytest.raises(UsageError, match="doesn't judge the domain 'chinese'"):
+        pair(recipe(tmp_path), Silent())
+    pair(recipe(tmp_path, domains={"chinese": {"rule": "as_is"}}), Silent())
+    chinese = [row for row in rows(tmp_path, "sft") if row["domain"] == "chinese"]
+    assert [(row["source"], row["index"]) for row in chinese] == [("gemma", 0)] * 2
+
+
+@pytest.mark.parametrize("settings", [{"domains": MATHS}, WRPO], ids=["fusechat3", "wrpo"])
+def test_killed_between_any_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Whatever it was stopped at, and whatever an older recipe left: the next run makes the same files."""
+    prompts = write_all(tmp_path)
+    write_source(tmp_path, "target", prompts)
+    pair(recipe(tmp_path, **settings), Silent())
+    whole = contents(tmp_path)
+    for stop in range(len(whole)):
+        pair(recipe(tmp_path, **{**settings, "sft_share": 0.0}), Silent())  # leaves other files
+        replaced = 0
+
+        def replace(self: Path, target: Path, *, after: int = stop, real: Any = Path.replace) -> Path:
+            nonlocal replaced
+            if replaced == after:
+                raise KeyboardInterrupt
+            replaced += 1
+            moved: Path = real(self, target)
+            return moved
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                pair(recipe(tmp_path, **settings), Silent())
+        pair(recipe(tmp_path, **settings), Silent())
+        assert {name: text for name, text in contents(tmp_path).items() if not name.endswith(".writing")} == whole

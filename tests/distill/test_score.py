@@ -1,0 +1,252 @@
+"""The score stage: every scorer on every answer of its domains, resumed, kept apart by settings, alike after kills."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_lite.answers import server as server_module
+from mergekit_lite.answers.rows import write_rows
+from mergekit_lite.commands import main
+from tests.answers.fake_server import Fake, fake_server
+from tests.answers.scorers.test_reward import write_classifier
+from tests.distill.recipes import write_recipe
+from tests.models import tree_bytes
+
+DOMAINS = ("maths", "chat")
+SOURCES = [{"name": name, "model": "m", "server": "http://127.0.0.1:9/v1"} for name in "ab"]
+EXACT = {"name": "right", "kind": "exact"}
+LENGTH = {"name": "long", "kind": "function", "model": "lengths:length", "domains": ["chat"]}
+MODULE = """
+import os, time
+def slow(prompt, answer):
+    time.sleep(0.005)
+    return len(answer)
+def length(prompt, answer):
+    with open(os.environ["LENGTHS_LOG"], "a") as log:
+        log.write(f"{prompt.id} {answer}\\n")
+    return None if answer.endswith("3") else len(answer)
+"""
+
+
+@pytest.fixture(autouse=True)
+def lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scorer of the user's own, which logs what it is asked."""
+    (tmp_path / "lengths.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "lengths", raising=False)
+    log = tmp_path / "lengths.log"
+    monkeypatch.setenv("LENGTHS_LOG", str(log))
+    monkeypatch.setattr(server_module, "FIRST_WAIT", 0.002)
+    return log
+
+
+def place(folder: Path, scorers: list[dict[str, Any]], prompts: int = 6, samples: int = 3, **changes: Any) -> Path:
+    """A recipe whose sources have answered."""
+    folder.mkdir(exist_ok=True)
+    pairs = {"rule": "best_worst", "score": scorers[0]["name"]}
+    path = write_recipe(folder, **({"sources": SOURCES, "scorers": scorers, "pairs": pairs} | changes))
+    out = folder / "out"
+    write_rows(
+        out / "prompts.jsonl",
+        (
+            {
+                "id": f"p{n}",
+                "messages": [{"role": "user", "content": f"question {n}"}],
+                "domain": DOMAINS[n % 2],
+                "reference": f"a {n} 0",
+                "tests": [],
+            }
+            for n in range(prompts)
+        ),
+    )
+    for name in "ab":
+        answer(out, name, prompts, samples)
+    return path
+
+
+def answer(out: Path, name: str, prompts: int, samples: int) -> None:
+    rows = [
+        {"prompt": f"p{n}", "source": name, "index": i, "text": f"{name} {n} {i}", "finish": "stop", "tokens": 3}
+        for n in range(prompts)
+        for i in range(samples)
+    ]
+    write_rows(out / "samples" / f"{name}.jsonl", rows)
+
+
+def invoke(path: Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["distill", "score", str(path)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def scores(folder: Path, scorer: str, source: str) -> list[dict[str, Any]]:
+    path = folder / "out" / "scores" / scorer / f"{source}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_answer_is_judged_by_every_scorer_of_its_domain(tmp_path: Path, lengths: Path) -> None:
+    path = place(tmp_path / "run", [EXACT, LENGTH])
+    code, told, warned = invoke(path)
+    assert code == 0, warned
+    rows = scores(tmp_path / "run", "right", "a")
+    assert [(row["prompt"], row["index"]) for row in rows] == [(f"p{n}", i) for n in range(6) for i in range(3)]
+    assert [row["score"] for row in rows] == [1.0, 0.0, 0.0] * 6
+    assert {row["score"] for row in scores(tmp_path / "run", "right", "b")} == {0.0}
+    rows = scores(tmp_path / "run", "long", "b")
+    assert [row["prompt"] for row in rows] == [f"p{n}" for n in (1, 3, 5) for _ in range(3)]
+    assert [row["score"] for row in rows] == [5] * 9
+    for cells in (["right", "a", "18", "0.3333", "0.471", "0"], ["long", "b", "9", "5", "0", "0"]):
+        assert any(line.split() == cells for line in told.splitlines()), told
+    before = tree_bytes(tmp_path / "run" / "out")
+    asked = lengths.read_text()
+    assert invoke(path)[0] == 0
+    assert tree_bytes(tmp_path / "run" / "out") == before and lengths.read_text() == asked
+
+
+def test_what_gets_no_score_is_counted_and_told(tmp_path: Path) -> None:
+    path = place(tmp_path / "run", [LENGTH], samples=5)
+    code, told, warned = invoke(path)
+    assert code == 0
+    assert "long: 3 answers of a without a score: the function returned None (3×)" in warned
+    assert any(line.split() == ["long", "a", "12", "5", "0", "3"] for line in told.splitlines())
+    row = scores(tmp_path / "run", "long", "a")[3]
+    assert row["score"] is None and row["why"] == "the function returned None"
+
+
+def test_more_answers_and_changed_ones_are_judged_and_no_others(tmp_path: Path, lengths: Path) -> None:
+    path = place(tmp_path / "run", [LENGTH])
+    assert invoke(path)[0] == 0
+    out = tmp_path / "run" / "out"
+    answer(out, "a", 6, 4)
+    lengths.unlink()
+    assert invoke(path)[0] == 0
+    assert lengths.read_text().splitlines() == [f"p{n} a {n} 3" for n in (1, 3, 5)]
+    text = (out / "samples" / "b.jsonl").read_text()
+    (out / "samples" / "b.jsonl").write_text(text.replace('"b 3 1"', '"another answer"'))
+    prompts = (out / "prompts.jsonl").read_text()
+    (out / "prompts.jsonl").write_text(prompts.replace('"a 5 0"', '"another reference"'))
+    lengths.unlink()
+    assert invoke(path)[0] == 0
+    rejudged = [f"p5 a 5 {i}" for i in range(4)] + ["p3 another answer"] + [f"p5 b 5 {i}" for i in range(3)]
+    assert lengths.read_text().splitlines() == rejudged
+    assert [row["score"] for row in scores(tmp_path / "run", "long", "b")][4] == 14
+
+
+def test_another_way_of_judging_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert invoke(place(folder, [EXACT]))[0] == 0
+    before = tree_bytes(folder / "out")
+    other = EXACT | {"options": {"pattern": r"\d+"}}
+    code, _, error = invoke(write_recipe(folder, sources=SOURCES, scorers=[other]))
+    assert code == 2
+    assert "options: was {}, is {'pattern'" in error and "give this scorer another name" in error
+    assert tree_bytes(folder / "out") == before
+    both = [EXACT, other | {"name": "digits"}]
+    assert invoke(write_recipe(folder, sources=SOURCES, scorers=both))[0] == 0
+    assert {name: data for name, data in tree_bytes(folder / "out").items() if "digits" not in name} == before
+    (folder / "out" / "scores" / "right.json").write_text("{")
+    code, _, error = invoke(write_recipe(folder, sources=SOURCES, scorers=[EXACT]))
+    assert code == 2 and "Can't read" in error
+
+
+def test_what_is_missing_or_malformed_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = place(folder, [EXACT])
+    samples = folder / "out" / "samples"
+    with (samples / "a.jsonl").open("a") as file:
+        file.write('{"prompt": "p1"}\n{"prompt": "unknown", "index": 0, "text": "x"}\n[]\n')
+    code, _, warned = invoke(path)
+    assert code == 0 and len(scores(folder, "right", "a")) == 18
+    for line, why in ((19, "no 'index'"), (20, "no 'unknown'"), (21, "expected a JSON object")):
+        assert f"{samples / 'a.jsonl'}:{line}: {why}" in warned
+    (samples / "b.jsonl").unlink()
+    code, _, error = invoke(path)
+    assert code == 2 and f"b: {samples / 'b.jsonl'}" in error and "run the stage `sample` first" in error
+    wrong = write_recipe(folder, sources=SOURCES, scorers=[{"name": "right", "kind": "reward"}])
+    code, _, error = invoke(wrong)
+    assert code == 2 and "needs 'model'" in error
+
+
+def test_the_targets_own_answers_are_judged_once_they_are_there(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    own = {"target_source": {"samples": 2}, "pairs": {"rule": "wrpo", "score": "right"}}
+    path = place(folder, [EXACT], **own)
+    assert invoke(path)[0] == 0
+    assert not (folder / "out" / "scores" / "right" / "target.jsonl").exists()
+    answer(folder / "out", "target", 3, 2)
+    code, told, _ = invoke(path)
+    assert code == 0 and any(line.split()[:3] == ["right", "target", "6"] for line in told.splitlines())
+
+
+# Killed.
+
+
+def start(recipe: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mergekit_lite", "distill", "score", str(recipe)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def judged(folder: Path) -> int:
+    found = 0
+    for path in (folder / "out" / "scores").glob("*/*.jsonl"):
+        with suppress(FileNotFoundError):
+            found += path.read_bytes().count(b"\n")
+    return found
+
+
+def kill(recipe: Path, moment: int) -> None:
+    process = start(recipe)
+    until = time.monotonic() + 120
+    while judged(recipe.parent) < moment:
+        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=60)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def test_killed_while_it_judges(tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    fake = Fake(say=lambda text, seed: f"Grade: {seed % 10 + 1}")
+    with fake_server(fake):
+        judge = {"name": "judge", "kind": "judge", "model": "m", "server": fake.url, "concurrency": 1} | {
+            "domains": ["chat"]
+        }
+        slow = {"name": "slow", "kind": "function", "model": "lengths:slow"}
+        killed, whole = (place(tmp_path / name, [judge, slow], 20, 4) for name in ("killed", "whole"))
+        total = 2 * (40 + 80)
+        for moment in sorted(random.Random(seed).sample(range(1, total - 80), 3)):
+            kill(killed, moment)
+            assert moment <= judged(killed.parent) < total
+        assert invoke(killed)[0] == 0
+        asked = fake.asked.total()
+        assert invoke(whole)[0] == 0
+        assert asked <= (fake.asked.total() - asked) + 3 * 16  # at most the windows in which it was killed
+    assert judged(killed.parent) == total
+    assert tree_bytes(killed.parent / "out") == tree_bytes(whole.parent / "out")
+
+
+def test_what_a_kill_left_of_a_row_is_judged_again(tmp_path: Path) -> None:
+    """Together with its window, for in a batch of another shape the last bits are others."""
+    write_classifier(tmp_path / "rm")
+    path = place(tmp_path / "run", [{"name": "rm", "kind": "reward", "model": "../rm", "batch_size": 1}], 8, 3)
+    assert invoke(path)[0] == 0
+    before = tree_bytes(tmp_path / "run" / "out")
+    finished = tmp_path / "run" / "out" / "scores" / "rm" / "a.jsonl"
+    content = finished.read_bytes()
+    for cut in (len(content) // 2, len(content) - 3):
+        finished.unlink()
+        finished.with_name("a.partial.jsonl").write_bytes(content[:cut])
+        assert invoke(path)[0] == 0
+        assert tree_bytes(tmp_path / "run" / "out") == before

@@ -1,0 +1,90 @@
+"""The recipes of the two published methods load, plan, and have the published numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mergekit_lite.distill import protocols
+from mergekit_lite.distill.loading import load
+from mergekit_lite.distill.split import needs_target
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "distill"
+FILES = sorted(FOLDER.glob("*.yaml"))
+FUSECHAT = [file for file in FILES if file.name.startswith("fusechat-3.0")]
+PUBLISHED = {  # learning rates of SFT and preference, objective, beta
+    "llama-3.1-8b": (5e-6, 8e-7, "dpo_norm", 10),
+    "llama-3.2-3b": (5e-6, 1e-6, "dpo_norm", 10),
+    "llama-3.2-1b": (5e-6, 1e-6, "dpo_norm", 10),
+    "qwen2.5-7b": (2e-6, 3e-7, "dpo", 0.01),
+    "gemma-2-9b": (2e-6, 5e-7, "dpo", 0.01),
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_plans(file: Path) -> None:
+    """Nothing is wrong, every prompt has who answers and who judges, and what it makes is in a folder of its name."""
+    recipe = load(file)
+    assert recipe.folder == FOLDER / file.stem
+    domains = {prompts.domain for prompts in recipe.prompts}
+    assert list(protocols.problems(recipe, domains)) == []
+    assert {*recipe.pairs.domains} <= domains
+    for domain in domains:
+        assert any(source.domains is None or domain in source.domains for source in recipe.sources), domain
+    held_out = {prompts.domain for prompts in recipe.report.prompts}
+    assert all(scorer.domains is None or held_out <= set(scorer.domains) for scorer in recipe.scorers[:1])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_is_commented(file: Path) -> None:
+    """The first lines say how to run it, and each key has a comment where it first stands."""
+    text = file.read_text()
+    assert f"mergekit-lite distill run recipes/distill/{file.name}" in text.split("\n\n")[0]
+    explained: set[str] = set()
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        key = re.match(r"[ -]*([a-z_]+):", line)
+        if key is None or key[1] in explained:
+            continue
+        section = re.search(r":( &\w+)?$", line)
+        assert "#" in line or section is not None, f"{file.name}:{number + 1}: {line}"
+        explained.add(key[1])
+
+
+def test_wrpo() -> None:
+    recipe = load(FOLDER / "wrpo-llama-3-8b.yaml")
+    assert len(recipe.sources) == 10 and len({source.model for source in recipe.sources}) == 10
+    assert {source.samples for source in recipe.sources} == {5}
+    assert {(one.sampling.temperature, one.sampling.top_p) for one in recipe.sources} == {(0.8, 0.95)}
+    assert needs_target(recipe.pairs)
+    sft, preference = recipe.train.sft, recipe.train.preference
+    assert sft is not None and preference is not None
+    assert (sft.learning_rate, preference.learning_rate) == (7e-6, 3e-7)
+    assert preference.options == {"beta": 0.01, "alpha": 0.1, "schedule": "linear"}
+    for stage, accumulated in ((sft, 2), (preference, 8)):
+        assert (stage.batch_size, stage.epochs, stage.warmup_ratio) == (128, 1, 0.1)
+        assert stage.per_device_batch_size * accumulated * 8 == stage.batch_size  # on the 8 GPUs it was published for
+
+
+@pytest.mark.parametrize("file", FUSECHAT, ids=lambda file: file.stem)
+def test_fusechat(file: Path) -> None:
+    recipe = load(file)
+    sft, preference = recipe.train.sft, recipe.train.preference
+    assert sft is not None and preference is not None
+    found = (sft.learning_rate, preference.learning_rate, preference.objective, preference.options["beta"])
+    assert found == PUBLISHED[file.stem.removeprefix("fusechat-3.0-")]
+    assert (sft.epochs, preference.epochs) == (3, 1)
+    maths, code = recipe.pairs.of("openmath"), recipe.pairs.of("leetcode")
+    assert (maths.gap, code.gap) == ((0.01, 0.1), (None, None))
+    assert (maths.split, code.split, recipe.pairs.of("magpie").split) == ("availability", "availability", "share")
+    qwen = next(source for source in recipe.sources if source.name == "qwen2.5-72b")
+    assert (qwen.sampling.temperature, qwen.sampling.top_p, qwen.sampling.repetition_penalty) == (0.7, 0.8, 1.05)
+
+
+def test_fusechat_targets_learn_from_the_same() -> None:
+    assert len(FUSECHAT) == len(PUBLISHED)
+    own = {"folder", "target", "train"}
+    shared = [load(file).model_dump(exclude=own) for file in FUSECHAT]
+    assert all(one == shared[0] for one in shared)
