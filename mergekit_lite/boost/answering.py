@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Protocol
@@ -22,6 +22,7 @@ from mergekit_lite.answers.scorers.scorer import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
 from mergekit_lite.boost.candidate import Numbers, Row
 from mergekit_lite.boost.stand import Stand
+from mergekit_lite.errors import RunError
 
 CHUNK = 64  # answers: setting weights twice takes no share of making so many
 LOG_RATIO = "log-ratio"
@@ -107,7 +108,6 @@ class Answering:
     scorers: Sequence[Scorer]
     likelihoods: Likelihoods | None = None
     chunk: int = CHUNK
-    lost: dict[str, str] = field(default_factory=dict)  # why an item has no answer
 
     @property
     def items(self) -> list[str]:
@@ -135,7 +135,11 @@ class Answering:
         return {task.prompt.id if self.samples == 1 else f"{task.prompt.id}#{task.index}": task for task in tasks}
 
     def rows(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted items; one without an answer has no verdicts."""
+        """The rows of the wanted items; one without an answer has no verdicts.
+
+        Raises:
+            RunError: the candidate can't be asked any more.
+        """
         tasks = [self._tasks[item] for item in items]
         item_of = {self._tasks[item].key: item for item in items}
         respondent = self.voice.speaking(numbers)
@@ -146,8 +150,9 @@ class Answering:
                 for row in self._rows(numbers, chunk, item_of):
                     missing.discard(row["item"])
                     yield row
+        if missing and respondent.troubles.stopped:
+            raise RunError(f"The candidate was asked no more. {respondent.troubles.stopped}")
         for item in sorted(missing):
-            self.lost[item] = respondent.troubles.lost.get(self._tasks[item].key) or respondent.troubles.stopped
             yield Row(item=item, values=dict.fromkeys(self.names))
 
     def _rows(self, numbers: Numbers, answers: Sequence[Answer], item_of: dict[Key, str]) -> Iterator[Row]:

@@ -100,7 +100,7 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
                     prepared.prompts,
                     request.samples,
                     request.seed,
-                    _voice(prepared, stand),
+                    opened.enter_context(_voice(prepared, stand)),
                     scorers,
                     _likelihoods(prepared, stand, LOG_RATIO in kinds),
                     max(CHUNK, request.batch_size),
@@ -117,10 +117,10 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
         yield Bench(measures, stand)
 
 
-def _voice(prepared: Prepared, stand: Stand) -> Behind | InProcess:
+def _voice(prepared: Prepared, stand: Stand) -> AbstractContextManager[Behind | InProcess]:
     request = prepared.request
     if request.serve_command is None:
-        return InProcess(stand, request.sampling, request.batch_size)
+        return nullcontext(InProcess(stand, request.sampling, request.batch_size))
     folder = request.folder / "serving"
     return Behind(stand, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience)
 
