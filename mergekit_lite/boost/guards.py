@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from mergekit_lite.boost.candidate import Row
 from mergekit_lite.errors import UsageError, nearest
@@ -161,6 +162,7 @@ def losses(changes: Mapping[str, float], limits: Limits) -> list[str]:
     ]
 
 
+@lru_cache(maxsize=1 << 16)  # each look at a candidate asks for the same answers again
 def repetition(text: str) -> float:
     """The share of a text's 4-grams that occurred in it before: 0 for a text without any, near 1 for a loop."""
     words = WORD.findall(text)

@@ -17,6 +17,7 @@ import random
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -100,9 +101,10 @@ class Study:
 
     def _measure(self, numbers: Numbers, wanted: frozenset[str], bench: Bench, ledger: Ledger[str]) -> None:
         started, before = time.monotonic(), self.about(numbers)["seconds"]
-        for row in bench.measure(numbers, self.items, wanted):
-            ledger.append([cast(dict[str, Any], row)])
-            self._rows[label(numbers)].setdefault(row["item"], row)
+        with closing(ledger):
+            for row in bench.measure(numbers, self.items, wanted):
+                ledger.append([cast(dict[str, Any], row)])
+                self._rows[label(numbers)].setdefault(row["item"], row)
         seconds = before + time.monotonic() - started
         about = {"numbers": dict(numbers), "facts": bench.facts(numbers), "seconds": seconds}
         _write(self._path(numbers, "json"), about)

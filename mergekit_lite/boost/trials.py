@@ -83,7 +83,10 @@ def optuna_search(
     _check_installed(sampler, len(ranges))
     space = {name: [of.low, of.high, of.step] for name, of in ranges.items()}
     name = f"boost-{xxhash.xxh3_64_hexdigest(repr((space, settings, sampler, seed)).encode())}"
-    return _search(ranges, _study(ranges, storage, name, settings.baseline, _sampler(sampler, seed)), trials)
+    study = _study(ranges, storage, name, settings.baseline)
+    # A sampler that begins anew would draw its first candidates once more.
+    study.sampler = _sampler(sampler, seed + len(study.get_trials(deepcopy=False)))
+    return _search(ranges, study, trials)
 
 
 def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Search:
@@ -115,9 +118,7 @@ def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in found if "baseline" not in trial.user_attrs]
 
 
-def _study(
-    ranges: Mapping[str, Range], storage: str, name: str, baseline: Numbers, sampler: optuna.samplers.BaseSampler
-) -> optuna.Study:
+def _study(ranges: Mapping[str, Range], storage: str, name: str, baseline: Numbers) -> optuna.Study:
     """The study as it was left, what was running put first; or a new one, which knows the baseline."""
     import optuna
     from optuna.trial import TrialState
@@ -125,9 +126,7 @@ def _study(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(
-            storage=storage, study_name=name, direction="maximize", sampler=sampler, load_if_exists=True
-        )
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     except (SQLAlchemyError, ImportError, ValueError) as error:
         raise UsageError(f"{storage}: Optuna can't open this database: {str(error).splitlines()[0]}") from error
     if not study.get_trials(deepcopy=False):

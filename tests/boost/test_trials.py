@@ -47,6 +47,7 @@ def test_what_was_tried_comes_first_and_counts(tmp_path: Path) -> None:
     search.close()  # killed in the seventh
     resumed = tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=9), bowl)
     assert resumed[:7] == again and len(resumed) == 9
+    assert len({str(one) for one in resumed}) == 9, "nothing is drawn twice because the sampler began anew"
 
 
 def test_the_attributes_hold_what_a_dashboard_shows(tmp_path: Path) -> None:
