@@ -1,6 +1,6 @@
 """Candidates measured by what they answer: every candidate is asked the same prompts with the same seeds.
 
-Answers come in batches. After each ``CHUNK`` of them they are scored, and the baseline is put into the model to say how
+Answers come in batches. After each chunk of them they are scored, and the baseline is put into the model to say how
 likely it finds them, and the model before alignment where their log-ratio is a score; then the candidate is put back
 and goes on. So a killed search loses no more than a chunk, and no second model lies in memory.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Protocol
@@ -22,6 +22,7 @@ from mergekit_lite.answers.scorers.scorer import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
 from mergekit_lite.boost.candidate import Numbers, Row
 from mergekit_lite.boost.stand import Stand
+from mergekit_lite.errors import RunError
 
 CHUNK = 64  # answers: setting weights twice takes no share of making so many
 LOG_RATIO = "log-ratio"
@@ -97,6 +98,7 @@ class Answering:
         voice: who answers.
         scorers: of the answers.
         likelihoods: of the answers under candidate and baseline; None where no model is in this process.
+        chunk: answers that are scored at once, no fewer than are made at once.
     """
 
     prompts: Sequence[Prompt]
@@ -105,7 +107,7 @@ class Answering:
     voice: Voice
     scorers: Sequence[Scorer]
     likelihoods: Likelihoods | None = None
-    lost: dict[str, str] = field(default_factory=dict)  # why an item has no answer
+    chunk: int = CHUNK
 
     @property
     def items(self) -> list[str]:
@@ -133,19 +135,24 @@ class Answering:
         return {task.prompt.id if self.samples == 1 else f"{task.prompt.id}#{task.index}": task for task in tasks}
 
     def rows(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted items; one without an answer has no verdicts."""
+        """The rows of the wanted items; one without an answer has no verdicts.
+
+        Raises:
+            RunError: the candidate can't be asked any more.
+        """
         tasks = [self._tasks[item] for item in items]
         item_of = {self._tasks[item].key: item for item in items}
         respondent = self.voice.speaking(numbers)
         missing = set(wanted)
         keys = frozenset(self._tasks[item].key for item in wanted)
         with closing(respondent.answers(tasks, keys)) as answers:  # type: ignore[type-var]  # a generator: see it end
-            while chunk := list(islice(answers, CHUNK)):
+            while chunk := list(islice(answers, self.chunk)):
                 for row in self._rows(numbers, chunk, item_of):
                     missing.discard(row["item"])
                     yield row
+        if missing and respondent.troubles.stopped:
+            raise RunError(f"The candidate was asked no more. {respondent.troubles.stopped}")
         for item in sorted(missing):
-            self.lost[item] = respondent.troubles.lost.get(self._tasks[item].key) or respondent.troubles.stopped
             yield Row(item=item, values=dict.fromkeys(self.names))
 
     def _rows(self, numbers: Numbers, answers: Sequence[Answer], item_of: dict[Key, str]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.scorers.opening import open_scorer
 from mergekit_lite.boost import choice, report
-from mergekit_lite.boost.answering import Answering, Likelihoods
+from mergekit_lite.boost.answering import CHUNK, Answering, Likelihoods
 from mergekit_lite.boost.bench import Bench, Measure
 from mergekit_lite.boost.candidate import Numbers
 from mergekit_lite.boost.choice import Result
@@ -100,9 +100,10 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
                     prepared.prompts,
                     request.samples,
                     request.seed,
-                    _voice(prepared, stand),
+                    opened.enter_context(_voice(prepared, stand)),
                     scorers,
                     _likelihoods(prepared, stand, LOG_RATIO in kinds),
+                    max(CHUNK, request.batch_size),
                 )
             )
         if PAIRS in kinds:
@@ -116,10 +117,10 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
         yield Bench(measures, stand)
 
 
-def _voice(prepared: Prepared, stand: Stand) -> Behind | InProcess:
+def _voice(prepared: Prepared, stand: Stand) -> AbstractContextManager[Behind | InProcess]:
     request = prepared.request
     if request.serve_command is None:
-        return InProcess(stand, request.sampling, request.batch_size)
+        return nullcontext(InProcess(stand, request.sampling, request.batch_size))
     folder = request.folder / "serving"
     return Behind(stand, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience)
 

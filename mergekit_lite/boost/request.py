@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,10 +19,11 @@ from mergekit_lite.boost.family import Family, PairFamily, RecipeFamily
 from mergekit_lite.boost.given import read_pairs, read_texts
 from mergekit_lite.boost.guards import limits
 from mergekit_lite.boost.point import Settings
-from mergekit_lite.boost.scores import LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
+from mergekit_lite.boost.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
 from mergekit_lite.boost.search import MOST, START, Same, Search, bracket, grid
 from mergekit_lite.boost.trials import SAMPLERS, Range, optuna_search
 from mergekit_lite.boost.tunable import Tunable, parse
+from mergekit_lite.boost.voices import serve_words
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.pages import drawing
 
@@ -149,6 +151,8 @@ def prepare(request: Request) -> Prepared:
     found_limits = _try(problems, lambda: limits(request.limits))
     device = _try(problems, lambda: chosen_device(request.device))
     _try(problems, lambda: drawing.check_drawable(None))
+    if (command := request.serve_command) is not None:
+        _try(problems, lambda: serve_words(command))
     problems += _missing(request, scores)
     problems += [f"{request.output}: lies in the folder of the search"] * (
         request.folder in (request.output, *request.output.parents)
@@ -212,6 +216,8 @@ def _missing(request: Request, scores: Sequence[Score]) -> list[str]:
         problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
     if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
         problems.append("--score log-ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
+    if LM_EVAL in kinds and find_spec("lm_eval") is None:
+        problems.append("--score lm-eval:… needs the package lm_eval: pip install lm_eval.")
     if request.search is not None and request.search not in SEARCHES:
         problems.append(f"No search is called {request.search!r}.{nearest(request.search, SEARCHES)}")
     return problems

@@ -32,7 +32,7 @@ KINDS = (*OF_ANSWERS, LOG_RATIO, PAIRS, NLL, LM_EVAL)
 WITHOUT_TARGET = ("maths", "exact", "code", LOG_RATIO, PAIRS)
 SETTING = re.compile(r",(?=[a-z_]+=)")
 FIXED = {LOG_RATIO, PAIRS, NLL}  # names of scores that have no other
-HARNESS: dict[str, type] = {"name": str, "metric": str, "limit": int, "shots": int, "chat": bool}
+HARNESS: dict[str, type] = {"name": str, "metric": str, "include": str, "limit": int, "shots": int, "chat": bool}
 
 
 class Score(NamedTuple):

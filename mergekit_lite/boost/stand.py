@@ -56,9 +56,9 @@ class Stand:
         """
         name = label(numbers)
         if name != self._there:
+            weights, self._there = self._weights, ""
             started = time.monotonic()
-            self._there = ""
-            self.rewritten[name] = self._weights.set(self.family.plan(numbers))
+            self.rewritten[name] = weights.set(self.family.plan(numbers))
             self._there = name
             self.seconds[label(purpose or numbers)] += time.monotonic() - started
         bad = self.rewritten[name].nonfinite

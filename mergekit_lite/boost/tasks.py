@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +28,7 @@ class Harness:
         task: str,
         *,
         metric: str | None = None,
+        include: str | None = None,
         limit: int | None = None,
         shots: int | None = None,
         chat: bool = True,
@@ -42,6 +42,7 @@ class Harness:
             name: of the score.
             task: its name in the harness; no group.
             metric: of the task; by default the first one that it tells.
+            include: a folder with tasks of the user's own.
             limit: so many documents, from the first.
             shots: worked examples before each question; by default as the task says.
             chat: whether questions are asked under the chat template.
@@ -49,14 +50,13 @@ class Harness:
             batch_size: of the model.
 
         Raises:
-            UsageError: the harness isn't installed, or has no such task.
+            UsageError: the harness has no such task.
         """
-        if find_spec("lm_eval") is None:
-            raise UsageError(f"The score lm-eval:{task} needs the package lm_eval: pip install lm_eval")
         self.stand = stand
         self.name = name
         self.task = task
         self.metric = metric
+        self.include = include
         self.shots = shots
         self.chat = chat
         self.seed = seed
@@ -110,7 +110,7 @@ class Harness:
     def _manager(self) -> Any:
         from lm_eval.tasks import TaskManager
 
-        return TaskManager()
+        return TaskManager(include_path=self.include)
 
     @cached_property
     def _documents(self) -> Sequence[Any]:

@@ -10,17 +10,16 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from mergekit_lite.answers.asking import Respondent, Sampling, Task, Troubles
+from mergekit_lite.answers.asking import Respondent, Sampling
 from mergekit_lite.answers.local import Local, ready
-from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
 from mergekit_lite.boost.candidate import Numbers, label
 from mergekit_lite.boost.stand import Stand
@@ -70,7 +69,7 @@ class _OnStand(Local):
 
 @dataclass
 class Behind:
-    """A server that is started for each candidate answers.
+    """A server answers, which is started for each candidate and stays until another one speaks.
 
     Attributes:
         stand: of the family; its model is not built for this.
@@ -87,38 +86,41 @@ class Behind:
     sampling: Sampling
     concurrency: int = 32
     patience: float = 600.0
-    troubles: Troubles = field(default_factory=Troubles)
-    name: str = "candidate"
 
     def __post_init__(self) -> None:
-        """Raises UsageError where the command can't be one."""
-        try:
-            self.words = shlex.split(self.command)
-        except ValueError as error:
-            raise UsageError(f"--serve-command {self.command!r}: {error}.") from error
-        missing = [place for place in PLACES if place not in self.command]
-        if missing or not self.words:
-            example = "'vllm serve {model} --port {port}'"
-            raise UsageError(f"--serve-command lacks {' and '.join(missing)}: expected for instance {example}.")
-        if shutil.which(self.words[0]) is None:
-            raise UsageError(f"--serve-command: there is no program {self.words[0]!r} here.")
+        """No server is up."""
+        self._up = ExitStack()
+        self._there = ""
+        self._respondent: Respondent | None = None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop the server that is up, and remove its candidate."""
+        self._up.close()
+        self._there = ""
 
     def speaking(self, numbers: Numbers) -> Respondent:
-        """The server over the candidate, while its answers come."""
-        return _Spoken(self, numbers)
-
-    @contextmanager
-    def served(self, numbers: Numbers) -> Iterator[Server]:
-        """Write the candidate, start the command, wait for the model; then stop it and remove the candidate.
+        """The server over the candidate.
 
         Raises:
             RunError: the server ended, or didn't get ready in time; with the end of what it said.
             NonFiniteError: the candidate's weights aren't finite.
         """
+        if self._respondent is None or label(numbers) != self._there:
+            self.__exit__()
+            self._respondent = Served("candidate", self._up.enter_context(self._served(numbers)))
+            self._there = label(numbers)
+        return self._respondent
+
+    @contextmanager
+    def _served(self, numbers: Numbers) -> Iterator[Server]:
+        """Write the candidate, start the command, wait for the model; then stop it and remove the candidate."""
         shutil.rmtree(self.folder, ignore_errors=True)  # of a killed search
         try:
             model = self._written(numbers)
-            with _started(self.words, model, self.folder / "server.log") as (process, url):
+            with _started(serve_words(self.command), model, self.folder / "server.log") as (process, url):
                 served_as = _wait(process, url, self.patience, self.folder / "server.log")
                 yield Server(url, served_as, self.sampling, concurrency=self.concurrency)
         finally:
@@ -136,24 +138,19 @@ class Behind:
         return path
 
 
-class _Spoken:
-    """A respondent that is there while it is listened to."""
-
-    def __init__(self, behind: Behind, numbers: Numbers) -> None:
-        self.behind = behind
-        self.numbers = numbers
-        self.name = behind.name
-
-    @property
-    def troubles(self) -> Troubles:
-        return self.behind.troubles
-
-    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
-        with self.behind.served(self.numbers) as server:
-            served = Served(self.name, server)
-            with closing(served.answers(tasks, wanted)) as answers:  # type: ignore[type-var]  # is a generator
-                yield from answers
-            self.behind.troubles = served.troubles
+def serve_words(command: str) -> list[str]:
+    """A command's words. Raises UsageError where it can't start a server over a model."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"--serve-command {command!r}: {error}.") from error
+    missing = [place for place in PLACES if place not in command]
+    if missing:
+        example = "'vllm serve {model} --port {port}'"
+        raise UsageError(f"--serve-command lacks {' and '.join(missing)}: expected for instance {example}.")
+    if shutil.which(words[0]) is None:
+        raise UsageError(f"--serve-command: there is no program {words[0]!r} here.")
+    return words
 
 
 @contextmanager

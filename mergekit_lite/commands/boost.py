@@ -136,13 +136,14 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
     """
     from mergekit_lite.boost.request import described, prepare
     from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.engine.sample import delta_warning
 
     as_json, dry_run = given.pop("as_json"), given.pop("dry_run")
     screen = Screen(quiet=given.pop("quiet") or as_json, verbose=False)
     if aligned is None and sft is not None:
         raise UsageError("Name both models: mergekit-lite boost SFT ALIGNED …")
     prepared = prepare(_request(sft, aligned, given))
-    for note in prepared.notes:
+    for note in (*prepared.notes, delta_warning(prepared.family.plan(prepared.family.baseline))):
         screen.warn(note)
     if not dry_run:
         _carry_out(prepared, screen, as_json)

@@ -10,7 +10,7 @@ on from the last complete checkpoint. The finished folder is renamed to ``train/
     the model (weights in the recipe's dtype, config, generation config, tokenizer with its template)
     adapter/          with ``lora``: the adapter by itself, relative to the model that the stage started from;
                       the weights beside it have it merged in
-    training.json     settings, counts of rows, versions
+    training.json     settings, counts of rows, steps, processes, versions
     log.jsonl         below
 
 Both stages score the tokens of responses only, the end of the turn included. (WRPO's released SFT packed templated

@@ -1,6 +1,7 @@
 """A server for tests: ``python serving.py MODEL PORT [how]``. Its answers tell which model it was started over.
 
-``dies`` ends at once, ``silent`` never answers, ``stubborn`` ignores SIGTERM and starts a process of its own.
+``dies`` ends at once, ``silent`` is never ready, ``fails`` answers nothing. ``stubborn`` ignores SIGTERM and starts a
+process of its own; so does ``stuck``, which is never ready either.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if sys.argv[3:] == ["fails"]:
+            return self.send_error(404)
         alpha = json.loads((Path(sys.argv[1]) / "mergekit_lite_manifest.json").read_text())["recipe"]["parameters"]
         text = f"{asked['messages'][-1]['content']} alpha {alpha['alpha']:g}" + " word" * int(4 * alpha["alpha"])
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
@@ -43,10 +46,10 @@ if __name__ == "__main__":
     how = sys.argv[3] if len(sys.argv) > 3 else ""
     if how == "dies":
         sys.exit("no GPU here")
-    if how == "stubborn":
+    if how in ("stubborn", "stuck"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (Path(sys.argv[1]).parent.parent / "child").write_text(str(child.pid))
-    if how == "silent":
+    if how in ("silent", "stuck"):
         time.sleep(600)
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

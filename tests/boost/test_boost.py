@@ -150,6 +150,34 @@ def test_likelihoods_are_those_of_the_models(models: Path, tmp_path: Path) -> No
         assert row["values"]["log-ratio"] == pytest.approx(aligned - sft, abs=1e-3)
 
 
+def test_pairs_and_texts_are_measured_as_the_written_model_would_be(models: Path, tmp_path: Path) -> None:
+    scores = ("pairs", f"nll:{models / 'texts.txt'}")
+    request = request_of(models, tmp_path / "out", *scores, pairs=models / "pairs.jsonl", limit=3)
+    extrapolate(models / "sft", models / "dpo", tmp_path / "written", 16.0)
+    with bench_of(prepare(request)) as bench:
+        rows = {row["item"]: row for row in bench.measure({"alpha": 16.0}, bench.items, frozenset(bench.items))}
+    assert len(rows) == 6
+    pairs = [row["values"] for item, row in rows.items() if item.startswith("pair:")]
+    for number, values in enumerate(pairs):
+        asked = Prompt("", ({"role": "user", "content": f"What is {number}?"},))
+        chosen, rejected = (
+            _log_prob(tmp_path / "written", asked, text, "stop") / _length(asked, text)
+            for text in (f"It is {number}.", "no no two")
+        )
+        assert values["pairs.margin"] == pytest.approx(chosen - rejected, abs=1e-4)
+        assert values["pairs"] == float(chosen > rejected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "written")
+    ids = torch.tensor([tokenizer("chatml")("It is two, user.")["input_ids"]])
+    with torch.no_grad():
+        nll = float(model(ids, labels=ids).loss)
+    texts = [row["values"]["nll"] for item, row in rows.items() if item.startswith("text:")]
+    assert texts[1] == pytest.approx(-nll, rel=1e-4)
+
+
+def _length(prompt: Prompt, text: str) -> int:
+    return len(ChatTemplate(tokenizer("chatml")).tokens(prompt.messages, text).response)
+
+
 def _log_prob(folder: Path, prompt: Prompt, text: str, finish: str) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     before, response = ChatTemplate(tokenizer("chatml")).tokens(prompt.messages, text)
@@ -232,6 +260,7 @@ def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path:
         (("log-ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
         (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one of the two"),
         (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is 'None'"),
+        (("lm-eval:gsm8k",), {}, "pip install lm_eval"),
         (("judge:m",), {"prompts": (models / "prompts.jsonl",)}, "needs 'server'"),
         (("pairs",), {"pairs": models / "pairs.jsonl", "tune": ("alpha=0:1", "alpha[filter=a]=0:1"),
                       "search": "bracket"}, "The bracket searches one alpha"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +57,11 @@ def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
     monkeypatch.setattr("mergekit_lite.boost.voices.STOP_SECONDS", 0.2)
     (tmp_path / "out.boost").mkdir()
     with bench_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as bench:
-        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))) == 8
+        first, *others = bench.items
+        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset([first])))) == 1
+        one = (tmp_path / "out.boost" / "child").read_text()
+        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset(others)))) == 7
+        assert (tmp_path / "out.boost" / "child").read_text() == one  # the same server all the time
     assert gone(int((tmp_path / "out.boost" / "child").read_text()))
 
 
@@ -74,6 +80,32 @@ def test_a_server_is_stopped_when_the_search_fails(
         list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
     assert gone(int((tmp_path / "out.boost" / "child").read_text()))
     assert not (tmp_path / "out.boost" / "serving").exists()
+
+
+def test_a_terminated_search_leaves_no_server(models: Path, tmp_path: Path) -> None:
+    child = tmp_path / "out.boost" / "child"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "mergekit_lite", "boost", "sft", "dpo", "--prompts", "prompts.jsonl", "--score", WORDS,
+         "-o", str(tmp_path / "out"), "--serve-command", f"{SERVER} stuck"],
+        cwd=models, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while running.poll() is None and not child.exists():
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait() == 143
+    assert gone(int(child.read_text()))
+    assert not (tmp_path / "out.boost" / "serving").exists()
+
+
+def test_a_server_that_ends_under_way_is_an_error_and_no_verdict(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.answers.server.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("mergekit_lite.answers.server.LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("mergekit_lite.answers.server.LOST_IN_A_ROW", 4)
+    request = request_of(models, tmp_path / "out", "fails", concurrency=1)
+    with bench_of(prepare(request)) as bench, pytest.raises(RunError, match="asked no more"):
+        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
 
 
 def gone(process: int) -> bool:
@@ -116,9 +148,6 @@ def test_a_server_that_does_not_get_ready(
     ],
 )
 def test_commands_that_can_not_be_are_refused(models: Path, tmp_path: Path, command: str, said: str) -> None:
-    with (
-        pytest.raises(UsageError) as refused,
-        bench_of(prepare(request_of(models, tmp_path / "out", serve_command=command))),
-    ):
-        pass
+    with pytest.raises(UsageError) as refused:
+        prepare(request_of(models, tmp_path / "out", serve_command=command))
     assert said in str(refused.value)

@@ -109,6 +109,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
         **training.trainer,
         "output_dir": str(folder),
         "max_steps": steps,

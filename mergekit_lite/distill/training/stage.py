@@ -104,9 +104,8 @@ class Stage:
         _together()  # all processes have looked before one changes anything
         if self.is_main:
             versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-            self.workspace.begin(
-                {"settings": settings, "rows": found.counts, "steps": plan.steps, "versions": versions}, done
-            )
+            record = {"rows": found.counts, "steps": plan.steps, "processes": args.world_size, "versions": versions}
+            self.workspace.begin({"settings": settings, **record}, done)
         trainer = self._trainer(args, found, plan)
         with tell.progress(f"train {self.name}", plan.steps, done) as more:
             trainer.add_callback(self._hook(trainer, found, tell, more))
