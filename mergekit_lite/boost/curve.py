@@ -194,8 +194,10 @@ def _guards(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[fl
     beside.set_ylim(0, 1.15 * max((value for _, value in growth), default=1.0))
     lines, labels = axes.get_legend_handles_labels()
     more, names = beside.get_legend_handles_labels()
-    axes.legend(lines + more, labels + names, fontsize=7, frameon=False, ncols=2)
-    axes.set_title("Guards", fontsize=10)
+    # Above the axes: lines run everywhere within.
+    place = {"bbox_to_anchor": (1.0, 1.0), "ncols": len(lines + more) or 1}
+    axes.legend(lines + more, labels + names, loc="lower right", fontsize=7, frameon=False, **place)
+    axes.set_title("Guards", fontsize=10, loc="left")
 
 
 def _spread(axes: Axes, xs: Sequence[float]) -> None:
