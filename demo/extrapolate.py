@@ -44,7 +44,7 @@ def main(out: Path, seed: int) -> None:
     import torch
     from transformers.utils import logging
 
-    from demo import task, training
+    from demo import task
 
     # A model this small gains little from a second thread, loses a lot where another program wants the core,
     # and gives the same numbers whatever the number of cores.
@@ -53,8 +53,7 @@ def main(out: Path, seed: int) -> None:
     started = perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    demonstrated = training.SFT_STEPS * training.SFT_BATCH
-    pool = iter(task.questions(CHOOSING + REPORTING + PREFERENCE_QUESTIONS + demonstrated, rng))
+    pool = iter(questions(rng))
     held_out = [next(pool) for _ in range(CHOOSING + REPORTING)]
     compared = [next(pool) for _ in range(PREFERENCE_QUESTIONS)]
 
@@ -72,6 +71,14 @@ def main(out: Path, seed: int) -> None:
         scores = [score_folder(folder, alpha, held_out, seed) for alpha, folder in shown(sorted(folders.items()))]
     conclude(scores, out)
     console.print(f"\nThe models, the picture and the numbers are in {out}; {perf_counter() - started:.0f} s in all.")
+
+
+def questions(rng: random.Random) -> list[str]:
+    """Those that no model sees, those that DPO compares answers to, those that are demonstrated."""
+    from demo import task, training
+
+    demonstrated = training.SFT_STEPS * training.SFT_BATCH
+    return task.questions(CHOOSING + REPORTING + PREFERENCE_QUESTIONS + demonstrated, rng)
 
 
 def imitate(asked: list[str], tokenizer: "PreTrainedTokenizerFast", folder: Path, rng: random.Random) -> None:

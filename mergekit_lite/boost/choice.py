@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import NormalDist
 from typing import Any
 
 from mergekit_lite.answers.statistics import Interval, interval, paired
 from mergekit_lite.boost.candidate import Bench, Numbers, Row, label
 from mergekit_lite.boost.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boost.point import Point, Settings, beyond, plain, point, values
-from mergekit_lite.boost.search import Outcome, Same, Search
+from mergekit_lite.boost.search import CLOSE, Outcome, Same, Search
 from mergekit_lite.boost.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
 
@@ -124,13 +125,14 @@ class Contest:
         found = self.points[name]
         return Outcome(self._score(found), not found.beyond and found.gain.items > 0, _details(found))
 
-    def same(self, one: Numbers, other: Numbers) -> bool:
-        """Whether the interval of the difference holds 0."""
-        difference = self._difference(one, other, self.items, self.settings.confidence)
+    def same(self, one: Numbers, other: Numbers, errors: int) -> bool:
+        """Whether the difference is 0 to within so many standard errors."""
+        confidence = 2 * NormalDist().cdf(errors) - 1
+        difference = self._difference(one, other, self.items, confidence)
         return not difference.above and not difference.below
 
     def preferred(self, corrected: bool) -> Point | None:
-        """Of the candidates that beat the baseline and can't be told from the best, the one nearest to the baseline.
+        """Of the candidates that beat the baseline and are within one standard error of the best, the nearest to it.
 
         ``corrected``: all of them together are taken for better by chance as seldom as one would be.
         """
@@ -141,7 +143,7 @@ class Contest:
         allowed = [one for one in self.points.values() if one.allowed]
         better = [one for one in allowed if self._difference(one.numbers, base, self.items, confidence).above]
         best = max(better, key=lambda one: one.gain.mean, default=None)
-        close = [one for one in better if best and self.same(one.numbers, best.numbers)]
+        close = [one for one in better if best and self.same(one.numbers, best.numbers, CLOSE)]
         return min(close, key=self._distance, default=None)
 
     def _measured(self, numbers: Numbers) -> Point:

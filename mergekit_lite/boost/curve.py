@@ -204,6 +204,7 @@ def _spread(axes: Axes, xs: Sequence[float]) -> None:
     if not above or min(xs) < 0 or above[-1] / above[0] < WIDE:
         return
     axes.set_xscale("symlog", linthresh=above[0], linscale=0.5)
+    axes.set_xlim(-0.3 * above[0], 1.3 * above[-1])
     ticks = [0.0, *above]
     kept = [tick for place, tick in enumerate(ticks) if place == 0 or tick >= 1.25 * ticks[place - 1]]
     axes.set_xticks(kept, [f"{tick:g}" for tick in kept])

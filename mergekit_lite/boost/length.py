@@ -31,6 +31,7 @@ PENALTIES = 10.0 ** np.linspace(-4, 4, 10)  # C, as scikit-learn's LogisticRegre
 FOLDS = 5
 GAMED_WEIGHT = 0.2  # of all gamed rows beside 1 for the model's
 TINY = 1e-15
+RIDGE = 1e-6
 
 
 class LengthEffect(NamedTuple):
@@ -53,21 +54,26 @@ class LengthEffect(NamedTuple):
 
 
 def at_equal_length(gains: Floats, longer: Floats, confidence: float = 0.95) -> LengthEffect | None:
-    """The regression ``gain = a + b·tanh(longer / std longer)``, and a's interval.
+    """The regression ``gain = a + b·z + c·tanh(z)`` with ``z = longer / std longer``, and a's interval.
 
-    tanh keeps a few runaway answers from deciding the slope. None for fewer than three items, or where all answers
-    changed by the same length.
+    Scores grow with length in proportion, or up to some length, or in between; the two terms follow each of these. None
+    for fewer than four items, or where all answers changed by the same length.
 
     Args:
         gains: (n,) paired differences of the score.
         longer: (n,) length of the answer − length of the baseline's.
         confidence: of the interval.
     """
-    spread = longer.std(ddof=1) if longer.size > 2 else 0.0
+    spread = longer.std(ddof=1) if longer.size > 3 else 0.0
     if spread == 0:
         return None
-    t = np.tanh(longer / spread)
-    moments = np.stack([gains, t, gains * t, t * t], axis=1)
+    z = longer / spread
+    columns = np.stack([np.ones_like(z), z, np.tanh(z)], axis=1)
+    # All that least squares needs, item by item: products of the columns with each other and with the gains.
+    products = np.concatenate(
+        [columns[:, :, None] * columns[:, None, :], (columns * gains[:, None])[:, :, None]], axis=2
+    )
+    moments = products.reshape(len(z), -1)
     left_out = (moments.sum(0) - moments) / (len(moments) - 1)
     intercept = float(_intercept(moments.mean(0)))
     low, high = bca(intercept, _intercept(resampled_means(moments)), _intercept(left_out), confidence)
@@ -76,11 +82,10 @@ def at_equal_length(gains: Floats, longer: Floats, confidence: float = 0.95) -> 
 
 
 def _intercept(moments: Floats) -> Floats:
-    """Of least squares, from the means of (y, t, y·t, t²) in the last axis; the mean of y where t doesn't vary."""
-    y, t, yt, tt = np.moveaxis(moments, -1, 0)
-    variance = tt - t * t
-    slope = np.divide(yt - y * t, variance, out=np.zeros_like(variance), where=variance > TINY)
-    return np.asarray(y - slope * t)
+    """Of least squares, from the means of the products in the last axis; a little ridge where columns are alike."""
+    products = moments.reshape(*moments.shape[:-1], 3, 4)
+    normal, right = products[..., :3], products[..., 3:]
+    return np.asarray(np.linalg.solve(normal + RIDGE * np.diag([0.0, 1.0, 1.0]), right)[..., 0, 0])
 
 
 class Judgements(NamedTuple):

@@ -34,7 +34,7 @@ class Settings:
     baseline: Numbers = field(default_factory=lambda: {"alpha": 0.0})
     limits: Limits = field(default_factory=Limits)
     confidence: float = 0.95
-    held_out: float = 0.25
+    held_out: float = 0.5
     batch: int = 1
     stop_early: bool = True
 

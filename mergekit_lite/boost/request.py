@@ -64,7 +64,7 @@ class Request:
     storage: str | None = None
     limits: tuple[str, ...] = ()
     confidence: float = 0.95
-    held_out: float = 0.25
+    held_out: float = 0.5
     stop_early: bool = True
     sampling: Sampling = SAMPLING
     samples: int = 1

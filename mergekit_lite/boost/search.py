@@ -46,10 +46,12 @@ class Outcome(NamedTuple):
 
 
 Search = Generator[Numbers, Outcome, None]
-Same = Callable[[Numbers, Numbers], bool]  # whether two candidates can't be told apart by what was measured
+# Whether two candidates are the same to within so many standard errors of their difference.
+Same = Callable[[Numbers, Numbers, int], bool]
+CLOSE, SURE = 1, 2  # standard errors: what isn't worth a look, and what must be lost to stop
 
 
-def never_same(one: Numbers, other: Numbers) -> bool:
+def never_same(one: Numbers, other: Numbers, errors: int) -> bool:
     """For scores without noise."""
     return False
 
@@ -71,14 +73,14 @@ def bracket(
 ) -> Search:
     """Probe outwards, then bisect around the best.
 
-    1. Up from ``start`` by ``step``, which doubles each time, until a point is worse than the best so far.
+    1. Up from ``start`` by ``step``, which doubles each time, until a point is surely worse than the best so far.
     2. Where ``start`` is still the best: down likewise, until a point is not better.
     3. The wider gap between the best point and its neighbours is halved, until none is wider than the last step;
        of two gaps as wide the one to the better neighbour. Points are multiples of the last step, rounded down.
 
-    Points that are out of limits are worse than all others. A gap to a neighbour that is ``same`` as the best is left
-    alone: what lies between can't be told from either. Where that is the neighbour below the search is over, as it
-    will be preferred. Finds one maximum, not which of several is highest.
+    Points that are out of limits are worse than all others. Sure is what two standard errors tell. A gap to a neighbour
+    that is within one of the best is left alone: what lies between can't be told from either. Where that is the
+    neighbour below the search is over, as it will be preferred. Finds one maximum, not which of several is highest.
 
     Args:
         name: of the number; the baseline has 0.
@@ -114,14 +116,14 @@ class _Curve:
             outcome = yield {self.name: point}
             self.scores[point] = outcome.score if outcome.allowed else -math.inf
 
-    def same(self, one: float, other: float) -> bool:
-        """Whether both are within limits and can't be told apart."""
+    def same(self, one: float, other: float, errors: int) -> bool:
+        """Whether both are within limits and the same to within so many standard errors."""
         finite = min(self.scores[one], self.scores[other]) > -math.inf
-        return finite and self.same_numbers({self.name: one}, {self.name: other})
+        return finite and self.same_numbers({self.name: one}, {self.name: other}, errors)
 
     def worse(self, point: float) -> bool:
-        """Worse than the best, by more than noise."""
-        return self.scores[point] < self.scores[self.best] and not self.same(point, self.best)
+        """Surely worse than the best."""
+        return self.scores[point] < self.scores[self.best] and not self.same(point, self.best, SURE)
 
     def neighbours(self, point: float) -> list[float]:
         """The nearest known points below and above."""
@@ -145,12 +147,12 @@ def _narrow(curve: _Curve, final_step: float | None) -> Search:
     while True:
         best = curve.best
         last = final_step or automatic_step(best)
-        if any(other < best and curve.same(best, other) for other in curve.neighbours(best)):
+        if any(other < best and curve.same(best, other, CLOSE) for other in curve.neighbours(best)):
             return
         open_gaps = [
             (_tidy(abs(best - other)), curve.scores[other], other)
             for other in curve.neighbours(best)
-            if _tidy(abs(best - other)) > last and not curve.same(best, other)
+            if _tidy(abs(best - other)) > last and not curve.same(best, other, CLOSE)
         ]
         if not open_gaps:
             return

@@ -50,8 +50,8 @@ def _answer(result: Result) -> Iterator[str]:
         yield "There are too few items to hold some out, so the gain itself leans upwards."
     if best is not None and best is not picked:
         yield (
-            f"{best.name} scored highest ({figures(best.gain)}) but can't be told from {picked.name}, which is nearer "
-            f"to {base}."
+            f"{best.name} scored highest ({figures(best.gain)}), by less than one standard error; {picked.name} is "
+            f"nearer to {base}."
         )
 
 
@@ -61,7 +61,7 @@ def _length(result: Result) -> Iterator[str]:
         return
     if shown.length is not None and shown.length.only_length:
         yield (
-            f"This win may be only length: answers are {shown.length.longer:+.0f} characters longer on average, and at "
+            f"This win may be only length: answers are {shown.length.longer:.0f} characters longer on average, and at "
             f"equal length the gain is {figures(shown.length.at_equal_length)}."
         )
     if shown.controlled is not None:

@@ -67,7 +67,7 @@ SEARCH: tuple[Option, ...] = (
     click.option(
         "--held-out",
         type=click.FloatRange(0, 0.9),
-        default=0.25,
+        default=0.5,
         show_default=True,
         help="The share of items that takes no part in the search and confirms its choice.",
     ),

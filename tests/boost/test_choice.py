@@ -43,7 +43,7 @@ def test_a_known_peak_is_found_and_confirmed(at: float, tmp_path: Path) -> None:
     found = result.chosen["alpha"]
     assert peak({"alpha": found}, at) > 0.6 - 0.15, "within noise of the best, on the nearer side"
     assert found <= at * 1.25 + 0.1
-    assert result.held_out.gain.above and result.held_out.gain.items == 100
+    assert result.held_out.gain.above and result.held_out.gain.items == 200
     assert verdict(result)[0].startswith(f"alpha={found:g} beats alpha=0:")
 
 
@@ -73,12 +73,13 @@ def test_a_plateau_gives_the_smallest_alpha(tmp_path: Path) -> None:
 
 
 def test_a_bad_candidate_costs_an_eighth(tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: -9.0 * bool(numbers["alpha"]))
+    bench = SyntheticBench(lambda numbers: -9.0 * bool(numbers["alpha"]), items=800)
     result = search(bench, tmp_path)
-    first = looks(300)[0]
+    first = looks(400)[0]
+    assert first == 50
     assert [point.gain.items for point in result.points] == [first] * len(result.points)
     assert all(point.dropped == "surely worse than alpha=0" for point in result.points)
-    assert len(bench.measured) == 300 + first * len(result.points), "nothing is measured on what is held out"
+    assert len(bench.measured) == 400 + first * len(result.points), "nothing is measured on what is held out"
 
 
 def test_a_dropped_candidate_never_seems_better_than_what_it_lost_to(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_win_that_is_only_length_is_said_to_be_so(tmp_path: Path) -> None:
 
 
 def test_few_items_are_all_searched_on_and_the_interval_is_corrected(tmp_path: Path) -> None:
-    result = search(SyntheticBench(peak, items=100), tmp_path)
+    result = search(SyntheticBench(peak, items=60), tmp_path)
     assert result.chosen is not None and result.held_out is None
     assert "corrected for" in verdict(result)[0]
 

@@ -133,19 +133,31 @@ def test_a_gain_at_any_length_is_no_gain_of_length() -> None:
     assert found.at_equal_length.low <= 0.3 <= found.at_equal_length.high
 
 
-def test_the_intercepts_interval_covers_the_truth() -> None:
+@pytest.mark.parametrize("taste", ["proportional", "saturating", "none"])
+def test_the_intercepts_interval_covers_the_truth(taste: str) -> None:
     rng = np.random.default_rng(7)
     covered = 0
-    for _ in range(120):
+    for _ in range(100):
         longer = rng.normal(100, 200, 150)
-        t = np.tanh(longer / longer.std(ddof=1))
-        found = at_equal_length(0.1 + 0.4 * t + rng.normal(0, 0.5, 150), longer)
+        z = longer / longer.std(ddof=1)
+        by_length = {"proportional": 0.4 * z, "saturating": 0.4 * np.tanh(z), "none": 0 * z}[taste]
+        found = at_equal_length(0.1 + by_length + rng.normal(0, 0.5, 150), longer)
         assert found is not None
         covered += found.at_equal_length.low <= 0.1 <= found.at_equal_length.high
-    assert 0.91 <= covered / 120 <= 0.99
+    assert 90 <= covered <= 99
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
+def test_the_intercept_is_that_of_least_squares() -> None:
+    rng = np.random.default_rng(8)
+    longer = rng.normal(50, 100, 40)
+    gains = rng.normal(0.1, 1, 40)
+    z = longer / longer.std(ddof=1)
+    expected = np.linalg.lstsq(np.stack([np.ones(40), z, np.tanh(z)], axis=1), gains)[0][0]
+    found = at_equal_length(gains, longer)
+    assert found is not None and found.at_equal_length.mean == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_too_few_answers_have_no_regression(n: int) -> None:
     assert at_equal_length(np.ones(n), np.arange(float(n))) is None
 
