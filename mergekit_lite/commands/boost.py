@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,8 +183,8 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boost.boosting import boost
     from mergekit_lite.boost.words import verdict
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
-    boosted = boost(prepared, _teller(screen), screen.progress)
+    with _tidy_end():
+        boosted = boost(prepared, _teller(screen), screen.progress)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return
@@ -193,6 +194,16 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
         for output in boosted.finished.outputs:
             screen.out.print(f"[bold green]made[/] {output}")
     screen.out.print(f"report: {boosted.page}", markup=False)
+
+
+@contextmanager
+def _tidy_end() -> Iterator[None]:
+    """A process that is asked to end stops the server it started first."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _teller(screen: Screen) -> Callable[[Point], None]:

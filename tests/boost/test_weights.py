@@ -125,6 +125,20 @@ def test_a_head_that_one_model_ties_is_written_apart(tmp_path: Path) -> None:
     assert_same(weights.built.model, loaded(plan))
 
 
+def test_generating_does_not_copy_the_head_for_each_row(tmp_path: Path) -> None:
+    """Torch expands weights that need no gradients to the batch where the states are a slice, as they are there."""
+    sft, aligned = write_pair(tmp_path, dtype="bfloat16", vocab_size=4096)
+    plan = plan_extrapolation(sft, aligned, tmp_path / "out", 0.0)
+    weights = weights_for(plan)
+    weights.set(plan)
+    rows = torch.ones(64, 3, dtype=torch.int64)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.inference_mode():
+        weights.built.model(rows, logits_to_keep=1)
+    head = weights.built.model.lm_head.weight
+    most = max(event.self_cpu_memory_usage for event in profile.events())
+    assert most < 8 * head.numel() * head.element_size()  # the logits are twice the head's size
+
+
 def test_what_overflows_is_named(tmp_path: Path) -> None:
     sft, aligned = write_pair(tmp_path, dtype="float16", rms=0.5)
     plan = plan_extrapolation(sft, aligned, tmp_path / "out", 1e6)
