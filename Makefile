@@ -1,5 +1,6 @@
 # make demo    train a small pair, extrapolate it, score it, draw the curve (minutes)
 # make demo-boost   let boost find the alpha for the demo's pair (minutes, after make demo)
+# make demo-distill   three strong models teach a small one on three roads, all measured (a quarter of an hour)
 # make test    the whole test suite
 # make bench   the speed and memory tables of extrapolate and merge (needs 45 GB of disk, removes what it makes)
 #              SIZE=1e9 other models; BENCH="--runs 5 --folder DIR" what both take; beside mergekit after `make parity`,
@@ -20,13 +21,16 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost test bench parity check clean
+.PHONY: demo demo-boost demo-distill test bench parity check clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
 
 demo-boost: $(VENV)/.ready
 	$(BIN)/python -m demo.boost --out demo/out
+
+demo-distill: $(VENV)/.ready
+	$(BIN)/python -m demo.distill --out demo/out-distill
 
 # A test file on each core. Tiny models are faster on one thread than on two that wait for each other.
 test: $(VENV)/.ready
@@ -61,4 +65,4 @@ $(PARITY_VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) demo/out benchmarks/out parity/out
+	rm -rf $(VENV) $(PARITY_VENV) demo/out demo/out-distill benchmarks/out parity/out

@@ -1,0 +1,201 @@
+"""``make demo-distill``: three strong models of other architectures teach a small one, on three roads.
+
+    SFT → DPO            on the target's own answers
+    SFT → WRPO           on the target's own answers and the sources' best ones
+    SFT → dpo_norm       FuseChat-3.0: on pairs of the sources' answers
+
+Once the four models are there, ``mergekit-lite distill`` does the rest with recipes that lie in the output folder; then
+``mergekit-lite extrapolate`` goes past the end of each road, and ``mergekit-lite merge`` makes one model of the three.
+"""
+
+import json
+import random
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+from time import perf_counter
+
+import click
+
+from demo.distill import page, results, skills
+from demo.distill.jobs import AT_ONCE, Job, console, run, serving, stage
+from demo.distill.plan import ALPHAS, CAREFUL, FULL, LEARNT, MERGES, QUICK, ROADS, Out, Size
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default="demo/out-distill", show_default=True)
+@click.option("--seeds", type=click.IntRange(1), help="How often the roads are gone.  [default: 3]")
+@click.option("--quick", is_flag=True, help="Everything as small as can be: shows that it runs, and nothing else.")
+def main(out: Path, seeds: int | None, quick: bool) -> None:
+    """Make four models, distill three into the fourth on three roads, and say which road was best.
+
+    What is in the output folder already is used again: a run that was stopped goes on.
+    """
+    started = perf_counter()
+    size = QUICK if quick else FULL
+    there = Out(out, tuple(range(seeds or size.seeds)))
+    claim(out, size)
+    make_models(there, size)
+    write_prompts(there, size)
+    distill(there, size)
+    extrapolate(there)
+    merge(there)
+    alphas = evaluate(there)
+    page.write(there, alphas, console)
+    console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
+
+
+def claim(root: Path, size: Size) -> None:
+    """What is there already is used again, so it has to be of the same size."""
+    note, text = root / "size.json", json.dumps(asdict(size)) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise click.ClickException(f"{root} has a run of another size: delete it, or choose another --out.")
+    root.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+
+
+def python(*arguments: object) -> list[str]:
+    """A command line of this Python."""
+    return [sys.executable, "-m", *map(str, arguments)]
+
+
+def mergekit_lite(*arguments: object) -> list[str]:
+    return python("mergekit_lite", *arguments)
+
+
+def make_models(out: Out, size: Size) -> None:
+    jobs = []
+    for name, learnt in LEARNT.items():
+        if out.model(name).exists():
+            continue
+        how = ("--skills", ",".join(learnt), "--steps", size.steps[name], "--out", out.model(name))
+        crowd = ("--careful", CAREFUL) if name == "target" else ()
+        command = python("demo.distill.making", name, *how, *crowd)
+        jobs.append(Job(f"{name} learns to {', '.join(learnt)}", command))
+    with stage("Four models: three sources of different architectures and tokenizers, and the target"):
+        run(jobs, out.logs)
+
+
+def write_prompts(out: Out, size: Size) -> None:
+    """Prompts to train on, others to choose alphas by, and others to judge by."""
+    rows: dict[str, list[str]] = {"train": [], "choosing": [], "held-out": []}
+    for name in skills.SKILLS:
+        rng = random.Random(name)
+        unseen = skills.questions(name, size.choosing + size.held_out, rng, held_out=True)
+        rows["train"] += skills.questions(name, size.prompts, rng)
+        rows["choosing"] += unseen[: size.choosing]
+        rows["held-out"] += unseen[size.choosing :]
+    for name, asked in rows.items():
+        path = out.prompts(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(skills.as_row(question)) + "\n" for question in asked))
+
+
+def distill(out: Out, size: Size) -> None:
+    """The sources answer once for each seed; then each road is gone to its end."""
+    first, *others = ROADS
+    with stage("The sources answer; one of them is behind a server"):
+        with serving(python("demo.distill.server", out.model("gpt2")), out.logs / "server.log") as address:
+            write_recipes(out, address, size)
+            run(
+                [
+                    Job(f"seed {seed}: the sources answer", mergekit_lite("distill", "sample", out.recipe(seed, first)))
+                    for seed in out.seeds
+                ],
+                out.logs,
+            )
+        for seed in out.seeds:
+            for road in others:
+                share(out.run(seed, first), out.run(seed, road))
+    with stage("Scores, pairs, SFT, preferences"):
+        run(
+            [
+                Job(f"seed {seed}: {road}", mergekit_lite("distill", "run", out.recipe(seed, road)))
+                for seed in out.seeds
+                for road in ROADS
+            ],
+            out.logs,
+        )
+
+
+def write_recipes(out: Out, server: str, size: Size) -> None:
+    """A recipe for each seed and road: what the roads have in common, and their own."""
+    common = (RECIPES / "common.yaml").read_text()
+    for seed in out.seeds:
+        for road in ROADS:
+            path = out.recipe(seed, road)
+            path.parent.mkdir(exist_ok=True)
+            text = Template(common + (RECIPES / f"{road}.yaml").read_text())
+            path.write_text(
+                text.substitute(seed=seed, road=road, server=server, batch=size.batch, correct=size.correct)
+            )
+
+
+def share(one: Path, other: Path) -> None:
+    """Give a recipe's folder the prompts and answers of another one that asks the same."""
+    if not other.exists():
+        shutil.copytree(one / "samples", other / "samples")
+        shutil.copyfile(one / "prompts.jsonl", other / "prompts.jsonl")
+
+
+def extrapolate(out: Out) -> None:
+    alphas = ",".join(f"{alpha:g}" for alpha in ALPHAS)
+    jobs = []
+    for seed in out.seeds:
+        for road in ROADS:
+            pair = (out.trained(seed, road, "sft"), out.trained(seed, road, "preference"))
+            how = ("--alpha", alphas, "--output", out.expo(seed, road, "{alpha}"), "--force")
+            jobs.append(Job(f"seed {seed}: past {road}", mergekit_lite("extrapolate", *pair, *how)))
+    with stage(f"ExPO: from SFT through the end of each road and on, alpha {alphas}"):
+        run(jobs, out.logs)
+
+
+def merge(out: Out) -> None:
+    jobs = []
+    for seed in out.seeds:
+        for method in MERGES:
+            folder = out.merged(seed, method)
+            folder.parent.mkdir(exist_ok=True)
+            recipe = folder.with_suffix(".yaml")
+            text = Template((RECIPES / f"merge-{method}.yaml").read_text())
+            recipe.write_text(text.substitute(seed=seed, out=out.root))
+            jobs.append(
+                Job(f"seed {seed}: merged by {method}", mergekit_lite("merge", recipe, "-o", folder, "--force"))
+            )
+    with stage("The three targets of each seed, merged"):
+        run(jobs, out.logs)
+
+
+def evaluate(out: Out) -> dict[str, float]:
+    """Extrapolated models on prompts that choose alphas; all that count on others. Returns each road's alpha."""
+    roads = [(seed, road) for seed in out.seeds for road in ROADS]
+    stages = [out.trained(seed, road, stage) for seed, road in roads for stage in ("sft", "preference")]
+    with stage("Scoring on questions that no model has learnt from"):
+        score(out, "choosing", [*stages, *(out.expo(seed, road, f"{a:g}") for seed, road in roads for a in ALPHAS)])
+        choosing = results.Results(out, "choosing")
+        alphas = {road: results.best_alpha(choosing, road) for road in ROADS}
+        once = [out.model(name) for name in LEARNT]
+        expo = [out.expo(seed, road, f"{alphas[road]:g}") for seed, road in roads]
+        merged = [out.merged(seed, method) for seed in out.seeds for method in MERGES]
+        score(out, "held-out", [*once, *stages, *expo, *merged])
+    return alphas
+
+
+def score(out: Out, prompts: str, models: list[Path]) -> None:
+    """Let the models answer, in as many processes as run at once."""
+    jobs = []
+    for part in range(AT_ONCE):
+        path = out.results(prompts, part)
+        path.parent.mkdir(exist_ok=True)
+        some = models[part::AT_ONCE]
+        command = python("demo.distill.evaluation", out.prompts(prompts), path, *some)
+        jobs.append(Job(f"{len(some)} models on the {prompts} prompts, part {part}", command))
+    run(jobs, out.logs)
+
+
+if __name__ == "__main__":
+    main()

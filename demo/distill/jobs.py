@@ -1,0 +1,78 @@
+"""Processes of the demo: two at a time, each with one thread, and what they say kept in files."""
+
+import os
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import click
+from rich.console import Console
+
+console = Console(highlight=False)
+# Models this small gain little from a second thread: two processes at a time do more.
+AT_ONCE = 2
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command line, and what it does in a few words."""
+
+    what: str
+    command: Sequence[str]
+
+
+def run(jobs: Iterable[Job], logs: Path) -> None:
+    """Run all jobs. When one fails the others that run come to their end, and its last lines are shown."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = [pool.submit(finish, job, logs) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                console.print(future.result(), soft_wrap=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def finish(job: Job, logs: Path) -> str:
+    """Wait for one job; what it did and how long it took."""
+    log = logs / f"{job.what.replace(' ', '-').replace(',', '')}.log"
+    started = perf_counter()
+    with log.open("w") as file:
+        done = subprocess.run(job.command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+    if done.returncode:
+        last = "\n".join(log.read_text().splitlines()[-20:])
+        raise click.ClickException(f"{job.what}: {' '.join(job.command)} failed. The end of {log}:\n{last}")
+    return f"  {job.what} [dim]{perf_counter() - started:.0f} s[/]"
+
+
+@contextmanager
+def serving(command: Sequence[str], log: Path) -> Iterator[str]:
+    """A server that prints its address first; it is stopped at the end. Yields the address."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as errors:
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **ENVIRONMENT}
+        )
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().strip()
+            if not address:
+                raise click.ClickException(f"The server didn't start:\n{log.read_text()}")
+            yield address
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Say what is being done, and afterwards how long it took."""
+    console.print(f"[bold]{what}[/]", soft_wrap=True)
+    started = perf_counter()
+    yield
+    console.print(f"  [dim]{perf_counter() - started:.0f} s[/]")
