@@ -11,6 +11,7 @@ from demo.distill.skills import SKILLS
 from demo.report import BLUE, GREEN, GREY, ORANGE
 
 COLOURS = {"dpo": BLUE, "wrpo": ORANGE, "fusechat3": GREEN}
+LINES = {"dpo": "-", "wrpo": (0, (4, 4)), "fusechat3": "-"}  # DPO and WRPO may lie on each other
 
 
 def models(measured: Sequence[Measured], domains: Sequence[str], picture: Path) -> None:
@@ -62,7 +63,17 @@ def alphas(choosing: Results, chosen: dict[str, float], picture: Path) -> None:
         values = [100 * each.value for each in found]
         reach = [[100 * (e.value - e.low) for e in found], [100 * (e.high - e.value) for e in found]]
         at = [-1, 0, *ALPHAS]
-        axes.errorbar(at, values, reach, color=COLOURS[road], marker="o", capsize=3, linewidth=1.6, label=TITLES[road])
+        axes.errorbar(
+            at,
+            values,
+            reach,
+            color=COLOURS[road],
+            marker="o",
+            capsize=3,
+            linewidth=1.6,
+            linestyle=LINES[road],
+            label=TITLES[road],
+        )
         axes.plot(
             chosen[road], values[at.index(chosen[road])], "o", markersize=13, fillstyle="none", color=COLOURS[road]
         )
