@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from mergekit_lite.answers.statistics import Interval
@@ -145,13 +146,19 @@ def _winner(comparison: Comparison, scorer: str) -> Iterator[str]:
 
 
 def _of_training(logs: Mapping[str, Log]) -> Iterator[str]:
-    last = logs["preference"][-1] if logs.get("preference") else {}
-    if "accuracy" in last:
+    log = logs.get("preference", ())
+    last = log[-max(1, len(log) // 10) :]  # one step's few rows tell little
+
+    def ended(figure: str) -> float | None:
+        values = [row[figure] for row in last if figure in row]
+        return fmean(values) if values else None
+
+    if (accuracy := ended("accuracy")) is not None:
         yield (
-            f"At the end of preference training the chosen answers were above the rejected ones in "
-            f"{100 * last['accuracy']:.1f} % of the rows."
+            f"In the last tenth of preference training the chosen answers were above the rejected ones in "
+            f"{100 * accuracy:.1f} % of the rows."
         )
-    fallen = [role for role in ("source", "target") if last.get(f"rewards/{role}", 0.0) < 0]
+    fallen = [role for role in ("source", "target") if (ended(f"rewards/{role}") or 0) < 0]
     if fallen:
         names = " and ".join(f"the {role}'s" for role in fallen)
         yield (
