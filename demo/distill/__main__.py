@@ -137,9 +137,12 @@ def write_recipes(out: Out, server: str, size: Size) -> None:
 
 def share(one: Path, other: Path) -> None:
     """Give a recipe's folder the prompts and answers of another one that asks the same."""
-    if not other.exists():
-        shutil.copytree(one / "samples", other / "samples")
-        shutil.copyfile(one / "prompts.jsonl", other / "prompts.jsonl")
+    if other.exists():
+        return
+    partial = other.with_name(f"{other.name}.partial")
+    shutil.copytree(one / "samples", partial / "samples", dirs_exist_ok=True)
+    shutil.copyfile(one / "prompts.jsonl", partial / "prompts.jsonl")
+    partial.rename(other)  # what has its name is complete
 
 
 def extrapolate(out: Out) -> None:
