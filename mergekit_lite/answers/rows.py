@@ -120,6 +120,15 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_lines(path, (as_line(row).encode() for row in rows))
 
 
+def write_text(path: Path, text: str) -> None:
+    """The same of a whole text, in UTF-8.
+
+    Raises:
+        RunError: the file can't be written.
+    """
+    write_lines(path, [text.encode()])
+
+
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     """The same of lines, with their ends.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite._version import __version__
+from mergekit_lite.answers.rows import write_text
 from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.boost import curve
 from mergekit_lite.boost.candidate import Row, label
@@ -47,9 +48,9 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     drawing.save(figure, partial)
     partial.replace(study.folder / "curve.png")
     found = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
-    _write(study.folder / "boost.json", f"{found}\n")
+    write_text(study.folder / "boost.json", f"{found}\n")
     page = study.folder / "report.html"
-    _write(page, document(_title(result), _sections(result, study, about, asked)))
+    write_text(page, document(_title(result), _sections(result, study, about, asked)))
     return page
 
 
@@ -205,9 +206,3 @@ def _number(value: float | None, form: str) -> Cell:
 
 def _percent(value: float | None) -> Cell:
     return Cell("–" if value is None else f"{100 * value:.1f} %", value)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.writing")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -25,6 +25,7 @@ from typing import IO, Any, cast
 import xxhash
 
 from mergekit_lite.answers.ledger import Ledger
+from mergekit_lite.answers.rows import write_text
 from mergekit_lite.boost.candidate import Bench, Numbers, Row, label, subject
 from mergekit_lite.errors import UsageError, listing, shortened
 
@@ -169,8 +170,4 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.writing")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.prompts import load
-from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of
+from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.answers.statistics import Interval, interval, paired
 from mergekit_lite.distill.folder import Folder
 from mergekit_lite.distill.recipe import Pairs, Recipe, Scorer, Source
@@ -211,10 +211,7 @@ def _forget_other_models(folder: Folder, models: Mapping[Model, str], tell: Tell
             tell.line(f"{name} was trained anew: what it answered before is thrown away")
             for file in [*folder.root.glob(f"samples/{name}.*"), *folder.root.glob(f"scores/*/{name}.*")]:
                 file.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.writing")
-    partial.write_text(json.dumps({**then, **now}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps({**then, **now}, indent=1) + "\n")
 
 
 def _identity(model: Path) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+from mergekit_lite.answers.rows import write_text
 from mergekit_lite.distill import page
 from mergekit_lite.distill.findings import Findings, gathered
 from mergekit_lite.distill.folder import Folder
@@ -32,16 +32,12 @@ def report(recipe: Recipe, tell: Tell) -> Findings:
         partial = folder / f"writing-{picture.name}"
         save(figure, partial)
         partial.replace(folder / picture.name)
-    _write(folder / "report.json", json.dumps(findings.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(folder / "report.md", page.markdown(findings))
-    _write(folder / "report.html", page.page(findings))
+    write_text(
+        folder / "report.json", json.dumps(findings.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    write_text(folder / "report.md", page.markdown(findings))
+    write_text(folder / "report.html", page.page(findings))
     for sentence in findings.said:
         tell.line(sentence)
     tell.line(f"report: {folder / 'report.html'}")
     return findings
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.writing")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.answers.rows import Prompt, write_text
 from mergekit_lite.distill.rules import Pair
 from mergekit_lite.distill.split import Fate, Lost, Sft, Waiting
 from mergekit_lite.distill.telling import Tell
@@ -68,10 +68,7 @@ class Table:
         """As JSON, whole or not at all."""
         rows = {name: _row(counts) for name, counts in self.domains.items()}
         text = json.dumps({"domains": rows, "all": _row(self.overall)}, indent=1, ensure_ascii=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.writing")
-        partial.write_text(f"{text}\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, f"{text}\n")
 
     def show(self, tell: Tell) -> None:
         """Counts, then losses."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from xxhash import xxh3_128
 
+from mergekit_lite.answers.rows import write_text
 from mergekit_lite.errors import UsageError, listing
 
 SETTINGS = "training.json"
@@ -75,10 +76,7 @@ class Workspace:
 
     def begin(self, record: Mapping[str, Any], step: int) -> None:
         """Make the folder, write down what is trained in it, and drop what lies beyond the step to go on from."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        partial = self.root / f"{SETTINGS}.writing"
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.root / SETTINGS)
+        write_text(self.root / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         self._clear(step)
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
