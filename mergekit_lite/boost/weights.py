@@ -11,27 +11,18 @@ from mergekit_lite import dtypes
 from mergekit_lite.boost.model import Built, Places
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import lanes_and_block
-from mergekit_lite.engine.work import Work
-from mergekit_lite.output.journal import Record
+from mergekit_lite.engine.work import Records, Work
 from mergekit_lite.plan import Plan
 
 
-class Parameters:
+class Parameters(Records):
     """Takes a workspace's place in the engine: what is written goes into the parameters of a model."""
 
     def __init__(self, places: Places, kinds: Mapping[str, torch.dtype]) -> None:
         """``kinds`` are the dtypes of what will be written; a parameter of another dtype rounds it, as loading does."""
+        super().__init__()
         self.places = places
         self.kinds = kinds
-        self.made: dict[tuple[int, int], Record] = {}
-
-    def record(self, job: int, begin: int) -> Record | None:
-        """Nothing was made earlier."""
-        return None
-
-    def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
-        """Nothing needs to be read back."""
-        return False
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Put bytes into a parameter."""
@@ -39,10 +30,6 @@ class Parameters:
             return
         values = torch.frombuffer(data, dtype=self.kinds[tensor])
         _put(self.places[tensor], offset // values.element_size(), values)
-
-    def done(self, record: Record) -> None:
-        """Keep what was observed of a span."""
-        self.made[record.job, record.begin] = record
 
 
 @dataclass(frozen=True)

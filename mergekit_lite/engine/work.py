@@ -37,6 +37,29 @@ class Destination(Protocol):
         """Take note that all of a span's bytes are written."""
 
 
+class Records:
+    """A destination that nothing was written to earlier: keeps the records of what is made, and none of the bytes."""
+
+    def __init__(self) -> None:
+        """Nothing made yet."""
+        self.made: dict[tuple[int, int], Record] = {}
+
+    def record(self, job: int, begin: int) -> Record | None:
+        """Nothing was made earlier."""
+        return None
+
+    def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
+        """Nothing can be read back."""
+        return False
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Bytes are known by their digest, which comes with ``done``."""
+
+    def done(self, record: Record) -> None:
+        """Keep what was made of a span."""
+        self.made[record.job, record.begin] = record
+
+
 class Work:
     """One pass over a plan's spans for the variants that are still to be made."""
 

@@ -11,36 +11,12 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.spans import bounds
-from mergekit_lite.engine.work import Progress, Work
+from mergekit_lite.engine.work import Progress, Records, Work
 from mergekit_lite.errors import MergekitLiteError
-from mergekit_lite.output.journal import Record
 from mergekit_lite.plan import Plan
 from mergekit_lite.verification.manifest import Manifest
 from mergekit_lite.verification.published import differing
 from mergekit_lite.verification.verdict import Finding
-
-
-class Records:
-    """Takes a workspace's place in the engine: keeps the digests of what is made, and none of the bytes."""
-
-    def __init__(self) -> None:
-        """Nothing made yet."""
-        self.made: dict[tuple[int, int], Record] = {}
-
-    def record(self, job: int, begin: int) -> Record | None:
-        """Nothing was made earlier."""
-        return None
-
-    def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
-        """Nothing can be read back."""
-        return False
-
-    def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Bytes are known by their digest, which comes with ``done``."""
-
-    def done(self, record: Record) -> None:
-        """Keep what was made of a span."""
-        self.made[record.job, record.begin] = record
 
 
 class Recomputation:
