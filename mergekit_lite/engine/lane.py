@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from mergekit_lite import draws, dtypes, rounding
+from mergekit_lite import draws, dtypes, kernels, rounding
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
@@ -75,6 +75,8 @@ def store(result: torch.Tensor, out: torch.Tensor, how: str, seed: int, tensor: 
 
 def all_finite(block: torch.Tensor) -> bool:
     """Whether a block holds neither NaN nor infinity. One fast sum answers for almost every block."""
+    if kernels.take(block):
+        return kernels.all_finite(block)
     if not block.is_floating_point():
         return True
     total = block.sum(dtype=torch.float32 if block.dtype == torch.float16 else None)

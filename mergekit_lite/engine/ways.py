@@ -16,7 +16,6 @@ from mergekit_lite.methods.passes import (
     Block,
     Passes,
     Subject,
-    Sums,
     Weighted,
     joined,
     sample,
@@ -68,8 +67,8 @@ class Way:
         if direct and self.takes_16_bits:
             result: torch.Tensor = self.method.function(*inputs, **self.arguments)
             return result
-        assert self.passes.combine is not None
-        return self.passes.combine(self._block(inputs), start).reshape(-1)
+        rounds = direct and self.output == torch.bfloat16
+        return self.passes.merge(self._ordered(inputs), start, self.working, self.row, rounds)
 
     def sections(self) -> list[tuple[int, int]]:
         """The (begin, end) of each section of the tensor that the requested sums need."""
@@ -87,36 +86,31 @@ class Way:
         request = self.passes.request
         assert request is not None
         if request.sampled:
-            return self._sum_of_sample(request, lane, reader, sample(begin, end))
+            return self._sum_of_sample(lane, reader, sample(begin, end))
         total: torch.Tensor | None = None
         block = statistics_block(self.row)
         for start, count in cut(begin, end, max(block, CHUNK // block * block)):
             inputs = [lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.job.inputs)]
             for first, length in cut(0, count, block):
-                part = request.of(
-                    self._block([lane.fetch(chunk[first : first + length]) for chunk in inputs]), start + first
-                )
+                stored = self._ordered([lane.fetch(chunk[first : first + length]) for chunk in inputs])
+                part = self.passes.sum(stored, start + first, self.working, self.row)
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = part.clone() if total is None else total.add_(part)
         assert total is not None
         return total
 
-    def _sum_of_sample(
-        self, request: Sums, lane: Lane, reader: Reader, pieces: Sequence[tuple[int, int]]
-    ) -> torch.Tensor:
+    def _sum_of_sample(self, lane: Lane, reader: Reader, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
         inputs = [lane.gather(reader, n, spec, pieces) for n, spec in enumerate(self.job.inputs)]
-        return request.of(self._block([lane.fetch(picked) for picked in inputs]), 0)
+        return self.passes.sum(self._ordered([lane.fetch(picked) for picked in inputs]), 0, self.working, self.row)
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
         while self.passes.request is not None:
             self.passes.send(joined(self.sum(lane, reader, *section) for section in self.sections()))
 
-    def _block(self, inputs: list[torch.Tensor]) -> Block:
-        """The inputs as a method wants them: the base first, in the working dtype, whole rows where it needs them."""
-        ordered = [inputs[-1], *inputs[:-1]] if self.job.has_base else inputs
-        wide = [block.to(self.working) for block in ordered]
-        return [block.view(-1, self.row) for block in wide] if self.row else wide
+    def _ordered(self, inputs: list[torch.Tensor]) -> Block:
+        """The inputs as a method wants them: the base first."""
+        return [inputs[-1], *inputs[:-1]] if self.job.has_base else inputs
 
 
 def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:

@@ -98,7 +98,7 @@ class _Merge:
     def __init__(self, subject: Subject, inputs: Block, row: int, dtype: torch.dtype | None, passes: Passes) -> None:
         self.subject, self.row, self.passes = subject, max(row, 1), passes
         self.flat = [tensor.reshape(-1) for tensor in inputs]
-        self.two_dimensional = row > 0
+        self.columns = row  # of the blocks; 0 where they are 1-D
         self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
         self.working = dtypes.working([tensor.dtype for tensor in inputs], self.dtype)
 
@@ -112,19 +112,19 @@ class _Merge:
         """The requested sums over one section."""
         if request.sampled:
             pieces = sample(begin, end)
-            return request.of([torch.cat([t[s : s + n] for s, n in pieces]).to(self.working) for t in self.flat], 0)
+            picked = [torch.cat([tensor[s : s + n] for s, n in pieces]) for tensor in self.flat]
+            return self.passes.sum(picked, 0, self.working, self.columns)
         blocks = self._blocks(statistics_block(self.row), begin, end)
-        return joined(request.of(block, start) for start, block in blocks)
+        return joined(self.passes.sum(block, start, self.working, self.columns) for start, block in blocks)
 
     def result(self, block: int) -> torch.Tensor:
         """Gather what statistics remain, and combine."""
         while self.passes.request is not None:
             self.passes.send(joined(self.sums()))
-        combine = self.passes.combine
-        assert combine is not None
         out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)
+        rounds = self.dtype == torch.bfloat16
         for start, blocks in self._blocks(block, 0, self.subject.numel):
-            merged = combine(blocks, start).reshape(-1)
+            merged = self.passes.merge(blocks, start, self.working, self.columns, rounds)
             out[start : start + merged.numel()] = merged
         return out.view(self.subject.shape)
 
@@ -132,8 +132,7 @@ class _Merge:
         """The blocks of about ``length`` that hold the elements ``begin … end``, each with its first index."""
         length = max(1, length // self.row) * self.row
         for start in range(begin // length * length, end, length):
-            blocks = [tensor[start : start + length].to(self.working) for tensor in self.flat]
-            yield start, [tensor.view(-1, self.row) for tensor in blocks] if self.two_dimensional else blocks
+            yield start, [tensor[start : start + length] for tensor in self.flat]
 
 
 def _fit_together(subject: Subject, inputs: Block) -> None:

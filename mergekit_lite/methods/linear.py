@@ -14,7 +14,7 @@ import torch
 
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerInput
-from mergekit_lite.methods.passes import Combine, Subject, weighted_sum
+from mergekit_lite.methods.passes import Combine, Subject, sum_of_inputs
 from mergekit_lite.methods.registry import method
 
 
@@ -36,12 +36,11 @@ def linear(subject: Subject, *, weight: PerInput, normalize: bool = True) -> Com
         normalize: divide by the sum of the weights.
     """
     if not normalize:
-        return lambda block, _: weighted_sum(block, weight)
+        return sum_of_inputs(weight)
     # Means of 16-bit values often lie halfway between two of them. Summed first and divided then they still do.
     shares(weight)
     weights = weight if len(set(weight)) > 1 else (1.0,) * len(weight)
-    divisor = sum(weights)
-    return lambda block, _: weighted_sum(block, weights).div_(divisor)
+    return sum_of_inputs(weights, divisor=sum(weights))
 
 
 @method(base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")

@@ -16,6 +16,8 @@ from functools import reduce
 
 import torch
 
+from mergekit_lite import kernels
+
 # The last bits of float64 sums depend on how they are cut: blocks are summed to sections, sections to the total.
 STATISTICS_BLOCK = 1 << 17  # elements
 SECTION = 1 << 23  # elements; what one worker sums at a time
@@ -69,15 +71,29 @@ class Sums:
         within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
             visited.
         sampled: only a sample of the elements contributes, whose blocks begin at no index in particular.
+        kernel: the same of bfloat16 blocks as ``kernels`` takes them, where there is one.
     """
 
     of: Callable[[Block, int], torch.Tensor]
     group: str | None = None
     within: tuple[int, int] | None = None
     sampled: bool = False
+    kernel: Callable[[Block, int], torch.Tensor] | None = None
 
 
 Steps = Generator[Sums, torch.Tensor, Combine]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A ``Combine`` with a kernel that does the same to bfloat16 blocks, and rounds by itself."""
+
+    combine: Combine
+    kernel: Combine
+
+    def __call__(self, block: Block, start: int) -> torch.Tensor:
+        """Merge one block."""
+        return self.combine(block, start)
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,32 @@ class Passes:
     def send(self, total: torch.Tensor) -> None:
         """Hand over the total of the requested sums and go as far as the next request."""
         self._go_on(total)
+
+    def sum(self, stored: Block, start: int, working: torch.dtype, row: int) -> torch.Tensor:
+        """The requested sums over one block.
+
+        Args:
+            stored: the inputs, 1-D, of any dtype, the base's first.
+            start: index of the first element.
+            working: the dtype to compute in.
+            row: length of the rows that the method wants; 0 for none.
+        """
+        assert self.request is not None
+        kernel = self.request.kernel
+        if kernel is not None and not row and working == torch.float32 and kernels.take(*stored):
+            return kernel(stored, start)
+        return self.request.of(_widened(stored, working, row), start)
+
+    def merge(self, stored: Block, start: int, working: torch.dtype, row: int, rounds: bool) -> torch.Tensor:
+        """Merge one block, 1-D, once no sums are missing. Arguments as of ``sum``.
+
+        Where ``rounds`` is set the block may come in bfloat16, rounded to nearest, instead of in the working dtype.
+        """
+        assert self.combine is not None
+        combine = self.combine.combine if isinstance(self.combine, Weighted) else self.combine
+        if isinstance(combine, Compiled) and rounds and not row and kernels.take(*stored):
+            return combine.kernel(stored, start)
+        return combine(_widened(stored, working, row), start).reshape(-1)
 
     def _go_on(self, total: torch.Tensor | None) -> None:
         assert self._steps is not None
@@ -177,9 +219,37 @@ def deltas(block: Block) -> Block:
     return [tensor - block[0] for tensor in block[1:]]
 
 
-def weighted_sum(tensors: Block, coefficients: tuple[float, ...] | list[float]) -> torch.Tensor:
-    """Σ coefficient·tensor over at least one tensor of one shape and dtype: a new tensor."""
+def weighted_sum(tensors: Block, coefficients: Sequence[float]) -> torch.Tensor:
+    """Σ coefficient·tensor over at least one tensor of one shape and dtype: a new tensor.
+
+    Products are rounded before they are added: so every device, and a kernel, comes to the same.
+    """
     total = tensors[0] * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
-        total.add_(tensor, alpha=coefficient)
+        total.add_(tensor * coefficient)
     return total
+
+
+def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Combine:
+    """What gives (Σ coefficient·x) / divisor, over all inputs of a block."""
+    keeps = (kernels.Keep(),) * len(coefficients)
+
+    def combine(block: Block, _: int) -> torch.Tensor:
+        total = weighted_sum(block, coefficients)
+        return total if divisor == 1 else total.div_(divisor)
+
+    return Compiled(combine, lambda block, start: kernels.merge_sum(block, False, coefficients, divisor, keeps, start))
+
+
+def sum_of_deltas(coefficients: Sequence[float]) -> Combine:
+    """What gives base + Σ coefficient·delta."""
+    keeps = (kernels.Keep(),) * len(coefficients)
+    return Compiled(
+        lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]),
+        lambda block, start: kernels.merge_sum(block, True, coefficients, 1.0, keeps, start),
+    )
+
+
+def _widened(stored: Block, working: torch.dtype, row: int) -> Block:
+    wide = [tensor.to(working) for tensor in stored]
+    return [tensor.view(-1, row) for tensor in wide] if row else wide

@@ -30,11 +30,12 @@ from typing import Literal
 
 import torch
 
+from mergekit_lite import kernels
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.election import elect, support
-from mergekit_lite.methods.passes import Block, Steps, Subject, Sums, Weighted, deltas, weighted_sum
+from mergekit_lite.methods.election import elected
+from mergekit_lite.methods.passes import Block, Compiled, Steps, Subject, Sums, Weighted, deltas
 from mergekit_lite.methods.registry import method
-from mergekit_lite.methods.statistics import Cut, largest
+from mergekit_lite.methods.statistics import Cut, gram, largest
 
 
 @method(
@@ -75,19 +76,21 @@ def sce(
         wide = (delta.double() for delta in selected(block, start))
         return torch.stack([torch.dot(delta, delta) for delta in wide])
 
-    total = (yield Sums(squares)).tolist()
+    total = ((yield from gram(from_base=True)).diagonal() if cut is None else (yield Sums(squares))).tolist()
     whole = sum(total)
     shares = tuple(square / whole for square in total) if whole > 0 else (1 / subject.models,) * subject.models
 
-    def combine(block: Block, start: int) -> torch.Tensor:
-        votes = selected(block, start, None if variant == "fusechat" else cut)
-        signs = elect(votes)
-        merged = weighted_sum(votes, shares).mul_(signs)
-        if variant != "paper":
-            merged.div_(support(votes, shares))
-        return merged.add_(block[0])
+    shown = None if variant == "fusechat" else cut
+    votes, divided = (1.0,) * subject.models, None if variant == "paper" else shares
+    keeps = (kernels.Keep(),) * subject.models
 
-    return Weighted(shares, combine)
+    def combine(block: Block, start: int) -> torch.Tensor:
+        return elected(block[0], selected(block, start, shown), votes, shares, divided)
+
+    def kernel(block: Block, start: int) -> torch.Tensor:
+        return kernels.merge_elected(block, votes, shares, divided, 1.0, keeps, start)
+
+    return Weighted(shares, combine if shown is not None else Compiled(combine, kernel))
 
 
 def _variance(models: Block) -> torch.Tensor:

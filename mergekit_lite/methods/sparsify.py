@@ -18,17 +18,37 @@ the nearest of 65,536 steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 
-from mergekit_lite import draws
+from mergekit_lite import draws, kernels
 from mergekit_lite.errors import UsageError
+from mergekit_lite.kernels import BY_CHANCE, BY_SIZE, Keep
 from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
-from mergekit_lite.methods.statistics import largest, total
+from mergekit_lite.methods.statistics import Cut, largest, total
 
-Sparse = Callable[[Block, int], Block]  # (deltas, index of their first element) to the sparse ones, maybe in place
+
+@dataclass(frozen=True)
+class Sparse:
+    """Which elements of the deltas are kept.
+
+    Attributes:
+        of: (deltas, index of their first element) to the sparse ones, maybe in place.
+        keeps: the same for kernels, one for each model; None where they can't tell.
+    """
+
+    of: Callable[[Block, int], Block]
+    keeps: tuple[Keep, ...] | None = None
+
+    def __call__(self, made: Block, start: int) -> Block:
+        """The sparse ones."""
+        return self.of(made, start)
+
+
 Sparsifier = Generator[Sums, torch.Tensor, Sparse]
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
@@ -36,6 +56,11 @@ Trim = Literal["tensor", "global"]
 T = TypeVar("T", float, torch.Tensor)
 LEVELS = 1025  # of magnitude, by which DELLA ranks
 FIRST_STREAM = 1  # stream 0 of a tensor's draws is stochastic rounding's
+
+
+def whole(subject: Subject) -> Sparse:
+    """Keep everything."""
+    return Sparse(lambda made, _: made, (Keep(),) * subject.models)
 
 
 def magnitude(subject: Subject, density: tuple[float, ...], trim: Trim) -> Sparsifier:
@@ -70,14 +95,25 @@ def _by_size(
     _check_shares(density=density)
     trimmed = [model for model in range(subject.models) if density[model] < 1]
     if not trimmed:
-        return lambda made, _: made
+        return whole(subject)
     origin = subject.offset if trim == "global" else 0
     cuts = yield from largest(
         subject,
         lambda block, _: [(block[model + 1] - block[0]).abs_().float() for model in trimmed],
         lambda number, elements, other: counts(trimmed[number], elements, other),
         group if trim == "global" else None,
+        of_models=trimmed,
     )
+    keeps = [Keep()] * subject.models
+    for model, (cut, *without) in zip(trimmed, cuts, strict=True):
+        high = without[0] if without else Cut(math.inf, 0)
+        keeps[model] = Keep(
+            BY_SIZE,
+            low=cut.threshold,
+            low_end=cut.end - origin,
+            high=high.threshold,
+            high_end=high.end - origin,
+        )
 
     def sparse(made: Block, start: int) -> Block:
         for model, (cut, *without) in zip(trimmed, cuts, strict=True):
@@ -87,7 +123,7 @@ def _by_size(
             made[model] = kept
         return made
 
-    return sparse
+    return Sparse(sparse, tuple(keeps))
 
 
 def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
@@ -101,7 +137,11 @@ def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
                 delta.mul_(_draws(key, start, delta).lt_(_limit(share)))
         return made
 
-    return sparse
+    keeps = [
+        Keep(BY_CHANCE, key=key, limit=_limit(share)) if share < 1 else Keep()
+        for key, share in zip(keys, density, strict=True)
+    ]
+    return Sparse(sparse, tuple(keeps) if subject.numel <= 2 * draws.WORDS else None)
 
 
 def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Sparse:
@@ -130,7 +170,7 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
                 delta.mul_(mask.div_(chances) if divide else mask)
         return made
 
-    return sparse
+    return Sparse(sparse)
 
 
 def rescaling(
@@ -151,11 +191,13 @@ def rescaling(
 
     def lengths(block: Block, start: int) -> torch.Tensor:
         sizes = [delta.abs_() for delta in deltas(block)]
-        whole = [total(size) for size in sizes]
-        return torch.stack([*whole, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
+        before = [total(size) for size in sizes]
+        return torch.stack([*before, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
 
-    whole, kept = (yield Sums(lengths)).tolist()
-    return tuple(a / b if b > 0 else 1.0 for a, b in zip(whole, kept, strict=True))
+    keeps = sparse.keeps
+    kernel = None if keeps is None else lambda block, start: kernels.lengths(block, keeps, start)
+    before, after = (yield Sums(lengths, kernel=kernel)).tolist()
+    return tuple(a / b if b > 0 else 1.0 for a, b in zip(before, after, strict=True))
 
 
 def _check_shares(**given: tuple[float, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.linear import shares
 from mergekit_lite.methods.parameters import PerInput, PerModel
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, deltas, sum_of_deltas, sum_of_inputs
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
 
@@ -61,10 +61,10 @@ def slerp(subject: Subject, *, t: float) -> Steps:
         subject: the tensor.
         t: 0 is the base, 1 the model; beyond them it goes on along the arc.
     """
-    products = yield from gram(lambda block: block)
+    products = yield from gram(from_base=False)
     a, b = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], STRAIGHT)
     coefficients = (a.item(), b.item())
-    return lambda block, _: weighted_sum(block, coefficients)
+    return sum_of_inputs(coefficients)
 
 
 def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: object) -> int:
@@ -102,7 +102,7 @@ def nuslerp(
         return merged.add_(block[0]) if subject.has_base else merged
 
     if nuslerp_flatten or not subject.shape:
-        products = yield from gram(vectors)
+        products = yield from gram(subject.has_base)
         whole = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
         return lambda block, _: at(block, *whole)
     if nuslerp_row_wise:
@@ -129,7 +129,7 @@ def multislerp(subject: Subject, *, weight: PerModel, normalize_weights: bool = 
     if subject.models == 1:
         return lambda block, _: block[-1]
     weights = shares(weight) if normalize_weights else weight
-    products = yield from gram(deltas if subject.has_base else lambda block: block)
+    products = yield from gram(subject.has_base)
     lengths = products.diagonal().sqrt()
     direction = torch.tensor(weights, dtype=torch.float64) / (lengths + eps)
     length = (direction @ products @ direction).clamp(min=0).sqrt().item()
@@ -140,8 +140,8 @@ def multislerp(subject: Subject, *, weight: PerModel, normalize_weights: bool = 
             direction * sum(w * n for w, n in zip(weights, lengths.tolist(), strict=True)) / length
         ).tolist()
     if subject.has_base:
-        return lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0])
-    return lambda block, _: weighted_sum(block, coefficients)
+        return sum_of_deltas(coefficients)
+    return sum_of_inputs(coefficients)
 
 
 @method(base="optional", formula="Karcher mean of the directions · mean length", source="Karcher 1977")
@@ -155,7 +155,7 @@ def karcher(subject: Subject, *, weight: PerInput = (1.0,), max_iter: int = 10, 
         tol: stop when a step is shorter than this angle.
     """
     weights = torch.tensor(shares(weight), dtype=torch.float64)
-    products = yield from gram(lambda block: block)
+    products = yield from gram(from_base=False)
     lengths = products.diagonal().sqrt()
     there = lengths > 0  # a zero tensor has no direction
     if not there.any():
@@ -164,7 +164,7 @@ def karcher(subject: Subject, *, weight: PerInput = (1.0,), max_iter: int = 10, 
     mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
     coefficients = torch.zeros_like(weights)
     coefficients[there] = mean * (weights @ lengths) / lengths[there]
-    return lambda block, _: weighted_sum(block, coefficients.tolist())
+    return sum_of_inputs(coefficients.tolist())
 
 
 def _karcher_mean(units: torch.Tensor, weights: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:
@@ -211,9 +211,9 @@ def geometric_median(
     if subject.inputs > 1:
         # seen from the first input, so that small differences of large weights keep their digits
         products = torch.zeros(subject.inputs, subject.inputs, dtype=torch.float64)
-        products[1:, 1:] = yield from gram(deltas)
+        products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
-    return lambda block, _: weighted_sum(deltas(block), median[1:].tolist()).add_(block[0])
+    return sum_of_deltas(median[1:].tolist())
 
 
 def _weiszfeld(products: torch.Tensor, weights: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:

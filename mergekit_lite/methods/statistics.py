@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import hardshrink
 
-from mergekit_lite.methods.passes import Block, Subject, Sums
+from mergekit_lite import kernels
+from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
 LOWER = 1 << 16
@@ -34,18 +35,18 @@ Quantities = Callable[[Block, int], Sequence[torch.Tensor]]  # (block, index of 
 Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
 
 
-def gram(vectors: Callable[[Block], Block]) -> Generator[Sums, torch.Tensor, torch.Tensor]:
-    """Inner products of the n vectors that ``vectors`` makes from a block's inputs.
+def gram(from_base: bool) -> Generator[Sums, torch.Tensor, torch.Tensor]:
+    """Inner products of a tensor's n inputs, or of what n models add to a base.
 
     Returns:
         float64 (n, n) on the CPU.
     """
 
     def of(block: Block, _: int) -> torch.Tensor:
-        wide = [vector.flatten().double() for vector in vectors(block)]
+        wide = [vector.flatten().double() for vector in (deltas(block) if from_base else block)]
         return torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
 
-    lower = (yield Sums(of)).cpu()
+    lower = (yield Sums(of, kernel=lambda block, _: kernels.inner_products(block, from_base))).cpu()
     count = math.isqrt(2 * len(lower))
     products = torch.zeros(count, count, dtype=torch.float64)
     rows, columns = torch.tril_indices(count, count)
@@ -116,6 +117,7 @@ def largest(
     counts: Counts,
     group: str | None = None,
     sampled: bool = True,
+    of_models: Sequence[int] | None = None,
 ) -> Generator[Sums, torch.Tensor, list[list[Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
@@ -125,12 +127,13 @@ def largest(
         counts: (number of the quantity, its elements, those that aren't zero) to the values of k.
         group: count over all tensors of this group instead of the tensor alone; indices are then the model's.
         sampled: whether the quantities can be had of elements picked from anywhere, so that a sample may be tried.
+        of_models: for a kernel: the quantities are the sizes of what these models add to the base.
 
     Returns:
         For each quantity a cut for each k.
     """
     origin, extent = (subject.offset, subject.extent) if group is not None else (0, subject.numel)
-    place = _Place(quantities, group, origin)
+    place = _Place(quantities, group, origin, of_models)
     found: list[list[_Search]] | None = None
     if sampled and (group is not None or subject.numel >= WORTH_SAMPLING):
         guesses = yield from _by_bits(place, counts, sampled=True)
@@ -159,6 +162,7 @@ class _Place:
     quantities: Quantities
     group: str | None
     origin: int
+    of_models: Sequence[int] | None
 
 
 @dataclass
@@ -243,32 +247,46 @@ def _proven(
     """Count what is above and what equals the thresholds of a sample; None where one of them isn't the whole's."""
     step = -(-extent // BUCKETS)
 
-    def compared(block: Block, start: int) -> torch.Tensor:
-        made = place.quantities(block, start)
-        mask = torch.empty_like(made[0])
-        total = torch.zeros(len(guesses), 2 + most * (1 + BUCKETS), dtype=torch.int64, device=mask.device)
-        for row, quantity, searches in zip(total, made, guesses, strict=True):
-            row[0] = quantity.numel()
-            row[1] = torch.gt(quantity, 0, out=mask).sum()  # whole numbers up to 2²⁴ are exact in float32
-            for search, counted in zip(searches, row[2:].view(most, 1 + BUCKETS), strict=False):
-                counted[0] = torch.gt(quantity, search.threshold, out=mask).sum()
-                torch.eq(quantity, search.threshold, out=mask)
-                _add_to_buckets(counted[1:], mask.view(-1), place.origin + start, step)
-        return total
+    shape = (
+        len(guesses),
+        max(map(len, guesses)),
+        3 + BUCKETS,
+    )  # elements, above zero, above the threshold, equal to it
 
-    most = max(len(searches) for searches in guesses)
-    totals = (yield Sums(compared, place.group)).cpu()
+    def compared(block: Block, start: int) -> torch.Tensor:
+        counts = torch.zeros(shape, dtype=torch.int64, device=block[0].device)
+        for row, quantity, searches in zip(counts, place.quantities(block, start), guesses, strict=True):
+            mask = torch.empty_like(quantity)
+            positive = torch.gt(quantity, 0, out=mask).sum()  # whole numbers up to 2²⁴ are exact in float32
+            for search, counted in zip(searches, row, strict=False):
+                counted[0], counted[1] = quantity.numel(), positive
+                counted[2] = torch.gt(quantity, search.threshold, out=mask).sum()
+                torch.eq(quantity, search.threshold, out=mask)
+                _add_to_buckets(counted[3:], mask.view(-1), place.origin + start, step)
+        return counts
+
+    def kernel(block: Block, start: int) -> torch.Tensor:
+        assert place.of_models is not None
+        base, first = block[0], place.origin + start
+        counts = torch.zeros(shape, dtype=torch.int64)
+        for row, model, searches in zip(counts, place.of_models, guesses, strict=True):
+            for search, counted in zip(searches, row, strict=False):
+                counted[0] = base.numel()
+                kernels.compare_sizes(counted[1:], base, block[1 + model], search.threshold, first, step)
+        return counts
+
+    request = Sums(compared, place.group, kernel=kernel if place.of_models is not None else None)
+    totals = (yield request).cpu()
     found: list[list[_Search]] = []
     for number, (searches, row) in enumerate(zip(guesses, totals, strict=True)):
-        of_guess = row[2:].view(most, 1 + BUCKETS)
         found.append([])
-        for k, guess, counted in zip(counts(number, int(row[0]), int(row[1])), searches, of_guess, strict=False):
-            above, equal = int(counted[0]), int(counted[1:].sum())
+        for k, guess, counted in zip(counts(number, int(row[0, 0]), int(row[0, 1])), searches, row, strict=False):
+            above, equal = int(counted[2]), int(counted[3:].sum())
             search = _Search(number, k - above if k > 0 else 0, guess.bits if k > 0 else -1, equal)
             if k > 0 and not 0 < search.wanted <= equal:
                 return None
             if search.is_tied:
-                search.ascend(counted[1:], step)
+                search.ascend(counted[3:], step)
             found[-1].append(search)
     return found
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from mergekit_lite.methods.passes import Block, Steps, Subject, deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Steps, Subject, deltas, sum_of_deltas, weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
 
@@ -52,6 +52,6 @@ def model_stock(subject: Subject, *, filter_wise: bool = False) -> Steps:
             return weighted_sum(moved, (1 / subject.models,) * subject.models).mul_(trust).add_(block[0])
 
         return by_rows
-    products = yield from gram(deltas)
+    products = yield from gram(from_base=True)
     share = _trust(products).item() / subject.models
-    return lambda block, _: weighted_sum(deltas(block), (share,) * subject.models).add_(block[0])
+    return sum_of_deltas((share,) * subject.models)

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import torch
 
-from mergekit_lite.methods.election import elect, support
+from mergekit_lite import kernels
+from mergekit_lite.methods.election import elected
 from mergekit_lite.methods.parameters import PerModel
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, deltas
+from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, Subject, deltas, weighted_sum
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.sparsify import (
     Rescale,
@@ -34,6 +35,7 @@ from mergekit_lite.methods.sparsify import (
     magnitude,
     ranked_chance,
     rescaling,
+    whole,
 )
 
 ADDED = "base + lambda·Σ w·{}(x − base)"
@@ -47,36 +49,30 @@ def _added(
 ) -> Combine:
     divisor = sum(weights) if normalize else 1.0
     scale = scale / (divisor if abs(divisor) >= 1e-8 else 1.0)
-    first, *others = [weight * factor * scale for weight, factor in zip(weights, factors, strict=True)]
+    coefficients = [weight * factor * scale for weight, factor in zip(weights, factors, strict=True)]
 
     def combine(block: Block, start: int) -> torch.Tensor:
-        merged, *more = sparse(deltas(block), start)
-        merged.mul_(first)
-        for delta, coefficient in zip(more, others, strict=True):
-            merged.add_(delta, alpha=coefficient)
-        return merged.add_(block[0])
+        return weighted_sum(sparse(deltas(block), start), coefficients).add_(block[0])
 
-    return combine
+    if (keeps := sparse.keeps) is None:
+        return combine
+    return Compiled(combine, lambda block, start: kernels.merge_sum(block, True, coefficients, 1.0, keeps, start))
 
 
 def _elected(
     sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
 ) -> Combine:
-    coefficients = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    votes = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    shares, divided = (1.0,) * len(votes), weights if normalize else None
 
     def combine(block: Block, start: int) -> torch.Tensor:
-        votes = [delta.mul_(c) for delta, c in zip(sparse(deltas(block), start), coefficients, strict=True)]
-        signs = elect(votes)
-        divisor = support(votes, weights) if normalize else None
-        merged, *others = votes
-        for size in others:
-            merged.add_(size)
-        merged.mul_(signs if scale == 1 else signs.mul_(scale))
-        if divisor is not None:
-            merged.div_(divisor)
-        return merged.add_(block[0])
+        return elected(block[0], sparse(deltas(block), start), votes, shares, divided, scale)
 
-    return combine
+    if (keeps := sparse.keeps) is None:
+        return combine
+    return Compiled(
+        combine, lambda block, start: kernels.merge_elected(block, votes, shares, divided, scale, keeps, start)
+    )
 
 
 @method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
@@ -92,7 +88,7 @@ def task_arithmetic(
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    return _added(lambda made, _: made, (1.0,) * subject.models, weight, normalize, lambda_)
+    return _added(whole(subject), (1.0,) * subject.models, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("top"), source=TIES)

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Weighted, deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Weighted, deltas, sum_of_deltas
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import total
 
@@ -77,7 +77,7 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
         changes = (yield Sums(change, group)).cpu()
         weights = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
     coefficients = tuple(weights.tolist())
-    return Weighted(coefficients, lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]))
+    return Weighted(coefficients, sum_of_deltas(coefficients))
 
 
 def _by_element(block: Block, measure: Measure, temperature: float) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""Compiled merges of bfloat16 blocks on the CPU: what dozens of torch calls do, in one pass over the bytes.
+
+The methods are torch expressions, and what those say is what is computed, whether a kernel does it or not: merged
+elements are the same bit for bit, sums over many elements agree to their last bits. A kernel is used where ``take``
+says so: on bfloat16 tensors on the CPU, and where the package was installed with a C compiler at hand. For other
+dtypes, on a GPU, and for methods without a kernel torch runs.
+
+In every function a block's base is its first tensor, where there is one, and the models are the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from functools import lru_cache
+
+import torch
+
+MOST_MODELS = 64  # their tiles are on the stack
+EVERYTHING, BY_SIZE, BY_CHANCE = range(3)
+
+
+class Keep(ctypes.Structure):
+    """Which elements of a delta are kept.
+
+    Attributes:
+        how: ``EVERYTHING``, ``BY_SIZE`` or ``BY_CHANCE``.
+        low, low_end: by size: what is above ``low``, or equal to it at an index before ``low_end``,
+        high, high_end: but not what is above ``high``, or equal to it at an index before ``high_end``.
+        key, limit: by chance: where the element's 16-bit draw with this key is below the limit.
+    """
+
+    _fields_ = (
+        *(("how", c_int64), ("low_end", c_int64), ("high_end", c_int64), ("key", c_uint64)),
+        *(("low", c_float), ("high", c_float), ("limit", c_float)),
+    )
+
+
+TENSOR, TENSORS, FLOATS, KEEPS = c_void_p, ctypes.POINTER(c_void_p), ctypes.POINTER(c_float), ctypes.POINTER(Keep)
+BLOCK = (TENSOR, TENSORS, c_size_t)  # base, models, how many
+SIGNATURES = {
+    "merge_sum": (None, TENSOR, *BLOCK, FLOATS, c_float, KEEPS, c_size_t, c_size_t),
+    "merge_elected": (None, TENSOR, *BLOCK, FLOATS, FLOATS, FLOATS, c_float, KEEPS, c_size_t, c_size_t),
+    "lengths": (None, TENSOR, *BLOCK, KEEPS, c_size_t, c_size_t),
+    "inner_products": (None, TENSOR, *BLOCK, c_size_t),
+    "compare_sizes": (None, TENSOR, TENSOR, TENSOR, c_float, c_size_t, c_size_t, c_size_t),
+    "all_finite": (c_int, TENSOR, c_size_t),
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where the package was installed without them."""
+    compiled = importlib.util.find_spec("mergekit_lite.kernels._compiled")
+    if compiled is None or compiled.origin is None:
+        return None
+    loaded = ctypes.CDLL(compiled.origin)
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def take(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels can be used on these tensors."""
+    return (
+        library() is not None
+        and len(tensors) <= MOST_MODELS
+        and all(
+            tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+            for tensor in tensors
+        )
+    )
+
+
+def merge_sum(
+    block: Sequence[torch.Tensor],
+    has_base: bool,
+    coefficients: Sequence[float],
+    divisor: float,
+    keeps: Sequence[Keep],
+    start: int,
+) -> torch.Tensor:
+    """(Σ coefficient·model) / divisor; with a base: base + (Σ coefficient·kept delta) / divisor.
+
+    Args:
+        block: 1-D tensors.
+        has_base: whether the first one is a base.
+        coefficients, keeps: one for each model.
+        divisor: 1 divides by nothing.
+        start: index of the block's first element.
+    """
+    out = torch.empty_like(block[0])
+    _call(
+        "merge_sum", out, *_parted(block, has_base), _floats(coefficients), divisor, _keeps(keeps), start, out.numel()
+    )
+    return out
+
+
+def merge_elected(
+    block: Sequence[torch.Tensor],
+    votes: Sequence[float],
+    shares: Sequence[float],
+    weights: Sequence[float] | None,
+    scale: float,
+    keeps: Sequence[Keep],
+    start: int,
+) -> torch.Tensor:
+    """Base plus those kept deltas that have the elected sign: ``methods.election`` has the formula."""
+    out = torch.empty_like(block[0])
+    numbers = (_floats(votes), _floats(shares), None if weights is None else _floats(weights), scale)
+    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), start, out.numel())
+    return out
+
+
+def lengths(block: Sequence[torch.Tensor], keeps: Sequence[Keep], start: int) -> torch.Tensor:
+    """Σ|δ| of each model, and of what is kept of it: float64 (2, models)."""
+    sums = torch.empty(2, len(block) - 1, dtype=torch.float64)
+    _call("lengths", sums, *_parted(block, True), _keeps(keeps), start, block[0].numel())
+    return sums
+
+
+def inner_products(block: Sequence[torch.Tensor], has_base: bool) -> torch.Tensor:
+    """The lower triangle, row by row, of the inner products of the deltas, or without a base of the models: float64."""
+    n = len(block) - has_base
+    products = torch.empty(n * (n + 1) // 2, dtype=torch.float64)
+    _call("inner_products", products, *_parted(block, has_base), block[0].numel())
+    return products
+
+
+def compare_sizes(
+    counts: torch.Tensor, base: torch.Tensor, model: torch.Tensor, threshold: float, start: int, step: int
+) -> None:
+    """Count the sizes of deltas, adding to ``counts``: above zero, above a threshold, and equal to it by index.
+
+    Args:
+        counts: int64, contiguous: the two numbers, then one for each ``step`` indices.
+        base, model: of one shape.
+        threshold: a float32.
+        start: index of the first element.
+        step: indices counted together.
+    """
+    _call("compare_sizes", counts, base, model, threshold, start, step, model.numel())
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    return bool(_call("all_finite", tensor, tensor.numel()))
+
+
+def _parted(block: Sequence[torch.Tensor], has_base: bool) -> tuple[torch.Tensor | None, object, int]:
+    models = block[has_base:]
+    addresses = (c_void_p * len(models))(*(model.data_ptr() for model in models))
+    return block[0] if has_base else None, addresses, len(models)
+
+
+def _floats(numbers: Sequence[float]) -> object:
+    return (c_float * len(numbers))(*numbers)
+
+
+def _keeps(keeps: Sequence[Keep]) -> object:
+    return (Keep * len(keeps))(*keeps)
+
+
+def _call(name: str, *arguments: object) -> object:
+    """Call a compiled function, tensors by their addresses."""
+    function = getattr(library(), name)
+    return function(*(one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments))
