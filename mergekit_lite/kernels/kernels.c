@@ -17,7 +17,7 @@
 #define LANES 16 /* partial sums side by side, so that no sum waits for the one before */
 
 /* One build for every x86-64: the widest instructions that the machine has are chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EVERY_CPU
@@ -159,7 +159,7 @@ EXPORT void merge_elected(bfloat16 *out, const bfloat16 *base, const bfloat16 *c
             for (size_t i = 0; i < length; i++) {
                 float size = delta[i] * sign[i];
                 size = size < 0 ? 0 : size;
-                float agreeing = size > 0 ? weight : 0;
+                float agreeing = (size > 0 ? 1.0f : 0.0f) * weight;
                 merged[i] = k ? merged[i] + size * share : size * share;
                 support[i] = k ? support[i] + agreeing : agreeing;
             }

@@ -63,6 +63,6 @@ def _support(sizes: Block, weights: Sequence[float]) -> torch.Tensor:
     total = torch.gt(sizes[0], 0, out=mask) * weights[0]
     for size, weight in zip(sizes[1:], weights[1:], strict=True):
         total.add_(torch.gt(size, 0, out=mask).mul_(weight))
-    if min(weights) >= 0:
+    if all(weight >= 0 for weight in weights):
         return total.clamp_(min=torch.finfo(total.dtype).tiny)
     return total.add_(torch.eq(total, 0, out=mask))

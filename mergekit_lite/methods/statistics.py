@@ -202,9 +202,9 @@ class _Search:
         self.bits = first + bin
 
     def ascend(self, counts: torch.Tensor, step: int) -> None:
-        """Take the bucket of indices in which the last wanted one lies."""
+        """Take the bucket of indices in which the last wanted one lies; the last where the threshold is NaN."""
         up_to = counts.cumsum(0)
-        bucket = int(torch.searchsorted(up_to, self.wanted))
+        bucket = min(int(torch.searchsorted(up_to, self.wanted)), len(counts) - 1)
         self.wanted -= int(up_to[bucket] - counts[bucket])
         self.begin += bucket * step
         self.width = step
@@ -332,11 +332,16 @@ def _below(threshold: float) -> float:
 
 def _upper(quantity: torch.Tensor) -> torch.Tensor:
     """Histogram of the upper 16 bits. Taking 1 off first gives zero, and nothing else, the first bin."""
-    bits = quantity.view(torch.int32).flatten()
+    bits = _bits(quantity)
     return torch.bincount(((bits - 1) >> 16).add_(1), minlength=UPPER)
 
 
 def _lower(quantity: torch.Tensor, first: int) -> torch.Tensor:
     """Histogram of the 2¹⁶ bit patterns from ``first`` on; all others fall into two bins that are cut off."""
-    bits = quantity.view(torch.int32).flatten() - first
+    bits = _bits(quantity) - first
     return torch.bincount(bits.clamp_(-1, LOWER).add_(1), minlength=LOWER + 2)[1:-1]
+
+
+def _bits(quantity: torch.Tensor) -> torch.Tensor:
+    """The bit patterns without the sign, which a NaN may have."""
+    return quantity.flatten().view(torch.int32) & 0x7FFFFFFF

@@ -1,0 +1,177 @@
+"""Kernels against the torch expressions they stand for: the same bits, whatever is in the tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from mergekit_lite import kernels
+from mergekit_lite.methods import merge_tensors
+from mergekit_lite.methods.statistics import WORTH_SAMPLING
+
+SHARES = {"density": 0.4, "weight": 0.6}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"weight": 0.3}),
+    ("linear", {"weight": [0.2, 0.5, -0.1, 0.7, 1.1], "normalize": False}),
+    ("uniform_soup", {}),
+    ("slerp", {"t": 0.3}),
+    ("multislerp", {"weight": 0.5}),
+    ("karcher", {}),
+    ("task_arithmetic", {"weight": 0.7, "normalize": True}),
+    ("model_stock", {}),
+    ("varm", {}),
+    ("sce", {}),
+    ("sce", {"variant": "paper"}),
+    ("sce", {"variant": "fusechat", "select_topk": 0.3}),
+    ("ties", SHARES),
+    ("ties", {"weight": [0.5, -0.3, 0.2, 0.9, -1.0], "density": 0.7, "lambda": 1.3}),
+    ("ties", {"weight": 1.0, "density": [0.0, 1.0, 0.5, 0.9, 0.1], "normalize": False, "rescale": True}),
+    ("ties", {**SHARES, "trim": "global"}),
+    ("breadcrumbs", {**SHARES, "gamma": 0.05}),
+    ("breadcrumbs_ties", {**SHARES, "gamma": 0.05, "rescale": "l1"}),
+    ("dare_linear", SHARES),
+    ("dare_linear", {**SHARES, "rescale": "density", "seed": 5}),
+    ("dare_ties", SHARES),
+]
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    with patch.object(kernels, "library", lambda: None):
+        yield
+
+
+def models(
+    method: str, shape: tuple[int, ...], count: int, seed: int
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """A base and so many models near it, as far as the method takes them."""
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator) * 0.02
+    made = [(base + torch.randn(shape, generator=generator) * 3e-4).bfloat16() for _ in range(count)]
+    if method in ("slerp",):
+        return base.bfloat16(), made[:1]
+    return (None, made) if method in ("linear", "uniform_soup", "karcher") else (base.bfloat16(), made)
+
+
+def cut(parameters: dict[str, Any], count: int) -> dict[str, Any]:
+    return {name: value[:count] if isinstance(value, list) else value for name, value in parameters.items()}
+
+
+def both(method: str, base: torch.Tensor | None, tuned: list[torch.Tensor], **parameters: Any) -> list[torch.Tensor]:
+    parameters = cut(parameters, len(tuned))
+    with_kernels = merge_tensors(method, base, tuned, **parameters)
+    with without_kernels():
+        return [with_kernels, merge_tensors(method, base, tuned, **parameters)]
+
+
+def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    number = ~theirs.isnan()
+    assert torch.equal(ours[number].view(torch.int16), theirs[number].view(torch.int16))
+
+
+def test_they_are_there() -> None:
+    """Where there is a compiler, an installation has them: without them the other tests here would show nothing."""
+    if shutil.which("cc") is None and "CI" not in os.environ:
+        pytest.skip("no C compiler")
+    assert kernels.library() is not None, "pip install -e . compiles them"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("numel", [1, 511, 513, 70_001])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{','.join(case[1])}")
+def test_same_bits(case: tuple[str, dict[str, Any]], numel: int, count: int) -> None:
+    method, parameters = case
+    if method == "model_stock" and count == 1:
+        count = 2
+    assert_same_bits(*both(method, *models(method, (numel,), count, seed=numel + count), **parameters))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{','.join(case[1])}")
+def test_same_bits_with_thresholds_proven_from_a_sample(case: tuple[str, dict[str, Any]]) -> None:
+    method, parameters = case
+    assert_same_bits(*both(method, *models(method, (2, WORTH_SAMPLING // 2 + 999), 3, seed=1), **parameters))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 3e38])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "rescale" not in case[1]], ids=lambda case: f"{case[0]}-{','.join(case[1])}"
+)
+def test_same_bits_of_odd_numbers(case: tuple[str, dict[str, Any]], odd: float) -> None:
+    """In the base, in a model, in both. What isn't finite is never lost, even where no k-th largest can be told."""
+    method, parameters = case
+    base, tuned = models(method, (4, 300), 3, seed=2)
+    for number, tensor in enumerate([*([] if base is None else [base]), *tuned]):
+        tensor[0, 10 * number : 10 * number + 10] = odd
+        tensor[1] = odd
+    ours, theirs = both(method, base, tuned, **parameters)
+    if "breadcrumbs" in method and not math.isfinite(odd):
+        assert not ours.isfinite().all() and not theirs.isfinite().all()
+    else:
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "ties"])
+def test_same_bits_for_any_block(method: str) -> None:
+    base, tuned = models(method, (40_000,), 3, seed=3)
+    whole, *parts = (
+        merge_tensors(method, base, tuned, **SHARES, rescale=False, block=block)
+        for block in (1 << 20, 1, 37, 513, 8192)
+    )
+    for part in parts:
+        assert_same_bits(part, whole)
+
+
+def test_sums_agree() -> None:
+    base, tuned = models("ties", (100_003,), 4, seed=4)
+    assert base is not None
+    wide = [(tensor.double() - base.double()) for tensor in tuned]
+    products = torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
+    torch.testing.assert_close(kernels.inner_products([base, *tuned], True), products, rtol=1e-12, atol=0)
+    keeps = [kernels.Keep(kernels.BY_SIZE, low=2.0**-12, low_end=0, high=float("inf"))] * 4
+    kept = [delta * (delta.abs() > 2.0**-12) for delta in wide]
+    sizes = torch.stack([torch.stack([delta.abs().sum() for delta in of]) for of in (wide, kept)])
+    torch.testing.assert_close(kernels.lengths([base, *tuned], keeps, 0), sizes, rtol=1e-12, atol=0)
+
+
+def test_sizes_are_counted_by_index() -> None:
+    base, [tuned] = models("ties", (10_000,), 1, seed=5)
+    assert base is not None
+    tuned[500:600] = base[500:600]
+    sizes = (tuned.float() - base.float()).abs()
+    threshold, start, step = sizes.median().item(), 777, 1000
+    counts = torch.zeros(2 + 11, dtype=torch.int64)
+    kernels.compare_sizes(counts, base, tuned, threshold, start, step)
+    equal = torch.zeros(11, dtype=torch.int64)
+    for index in (sizes == threshold).nonzero().flatten().tolist():
+        equal[(start + index) // step] += 1
+    assert counts.tolist() == [int((sizes > 0).sum()), int((sizes > threshold).sum()), *equal.tolist()]
+
+
+@pytest.mark.parametrize("place", [0, 31, 511, 1000])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(odd: float, place: int) -> None:
+    tensor = torch.full((1001,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    assert kernels.all_finite(tensor)
+    tensor[place] = odd
+    assert not kernels.all_finite(tensor)
+
+
+def test_what_they_do_not_take() -> None:
+    fits = torch.zeros(4, 4, dtype=torch.bfloat16)
+    assert kernels.take(fits, fits)
+    assert not kernels.take(fits, fits.float())
+    assert not kernels.take(fits.half())
+    assert not kernels.take(fits.T[1:])
+    assert not kernels.take(*[fits] * (kernels.MOST_MODELS + 1))
+    with without_kernels():
+        assert not kernels.take(fits)
