@@ -19,31 +19,34 @@ from functools import lru_cache
 import torch
 
 MOST_MODELS = 64  # their tiles are on the stack
-EVERYTHING, BY_SIZE, BY_CHANCE = range(3)
+EVERYTHING, BY_SIZE, BY_CHANCE, BY_RANK = range(4)
 
 
 class Keep(ctypes.Structure):
     """Which elements of a delta are kept.
 
     Attributes:
-        how: ``EVERYTHING``, ``BY_SIZE`` or ``BY_CHANCE``.
+        how: ``EVERYTHING``, ``BY_SIZE``, ``BY_CHANCE`` or ``BY_RANK``.
         low, low_end: by size: what is above ``low``, or equal to it at an index before ``low_end``,
         high, high_end: but not what is above ``high``, or equal to it at an index before ``high_end``.
         key, limit: by chance: where the element's 16-bit draw with this key is below the limit.
+        lowest, half_step, divide: by rank: with the probability lowest + half_step · twice the rank of its size in its
+            row, and divided by it where set.
     """
 
     _fields_ = (
-        *(("how", c_int64), ("low_end", c_int64), ("high_end", c_int64), ("key", c_uint64)),
-        *(("low", c_float), ("high", c_float), ("limit", c_float)),
+        *(("how", c_int64), ("low_end", c_int64), ("high_end", c_int64), ("divide", c_int64), ("key", c_uint64)),
+        *((name, c_float) for name in ("low", "high", "limit", "lowest", "half_step")),
     )
 
 
-TENSOR, TENSORS, FLOATS, KEEPS = c_void_p, ctypes.POINTER(c_void_p), ctypes.POINTER(c_float), ctypes.POINTER(Keep)
+TENSOR, TENSORS, FLOATS = c_void_p, ctypes.POINTER(c_void_p), ctypes.POINTER(c_float)
 BLOCK = (TENSOR, TENSORS, c_size_t)  # base, models, how many
+PLACE = (ctypes.POINTER(Keep), c_size_t, c_size_t, c_size_t)  # what is kept, length of a row, start, elements
 SIGNATURES = {
-    "merge_sum": (None, TENSOR, *BLOCK, FLOATS, c_float, KEEPS, c_size_t, c_size_t),
-    "merge_elected": (None, TENSOR, *BLOCK, FLOATS, FLOATS, FLOATS, c_float, KEEPS, c_size_t, c_size_t),
-    "lengths": (None, TENSOR, *BLOCK, KEEPS, c_size_t, c_size_t),
+    "merge_sum": (None, TENSOR, *BLOCK, FLOATS, c_float, *PLACE),
+    "merge_elected": (None, TENSOR, *BLOCK, FLOATS, FLOATS, FLOATS, c_float, *PLACE),
+    "lengths": (None, TENSOR, *BLOCK, *PLACE),
     "inner_products": (None, TENSOR, *BLOCK, c_size_t),
     "compare_sizes": (None, TENSOR, TENSOR, TENSOR, c_float, c_size_t, c_size_t, c_size_t),
     "all_finite": (c_int, TENSOR, c_size_t),
@@ -82,6 +85,7 @@ def merge_sum(
     divisor: float,
     keeps: Sequence[Keep],
     start: int,
+    row: int = 0,
 ) -> torch.Tensor:
     """(Σ coefficient·model) / divisor; with a base: base + (Σ coefficient·kept delta) / divisor.
 
@@ -91,10 +95,19 @@ def merge_sum(
         coefficients, keeps: one for each model.
         divisor: 1 divides by nothing.
         start: index of the block's first element.
+        row: where something is kept by rank, the length of the rows, which blocks don't split.
     """
     out = torch.empty_like(block[0])
     _call(
-        "merge_sum", out, *_parted(block, has_base), _floats(coefficients), divisor, _keeps(keeps), start, out.numel()
+        "merge_sum",
+        out,
+        *_parted(block, has_base),
+        _floats(coefficients),
+        divisor,
+        _keeps(keeps),
+        row,
+        start,
+        out.numel(),
     )
     return out
 
@@ -107,18 +120,19 @@ def merge_elected(
     scale: float,
     keeps: Sequence[Keep],
     start: int,
+    row: int = 0,
 ) -> torch.Tensor:
     """Base plus those kept deltas that have the elected sign: ``methods.election`` has the formula."""
     out = torch.empty_like(block[0])
     numbers = (_floats(votes), _floats(shares), None if weights is None else _floats(weights), scale)
-    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), start, out.numel())
+    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start, out.numel())
     return out
 
 
-def lengths(block: Sequence[torch.Tensor], keeps: Sequence[Keep], start: int) -> torch.Tensor:
+def lengths(block: Sequence[torch.Tensor], keeps: Sequence[Keep], start: int, row: int = 0) -> torch.Tensor:
     """Σ|δ| of each model, and of what is kept of it: float64 (2, models)."""
     sums = torch.empty(2, len(block) - 1, dtype=torch.float64)
-    _call("lengths", sums, *_parted(block, True), _keeps(keeps), start, block[0].numel())
+    _call("lengths", sums, *_parted(block, True), _keeps(keeps), row, start, block[0].numel())
     return sums
 
 

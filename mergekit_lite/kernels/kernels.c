@@ -4,7 +4,8 @@
  * product and sum rounded to float32 (nothing is contracted: see pyproject.toml), so results are the same bit for bit.
  * Sums over many elements are float64, in an order of their own.
  *
- * `models` are n tensors of `count` elements, `base` is one more or NULL; `start` is the index of the first element.
+ * `models` are n tensors of `count` elements, `base` is one more or NULL; `start` is the index of the first element. Where
+ * something is kept by rank, they are whole rows of `row` elements; else `row` is 0.
  * NaN goes through: a comparison with it is false, and is asked so that false keeps the number.
  */
 #include <float.h>
@@ -29,31 +30,44 @@ typedef uint16_t bfloat16;
 typedef float Tile[TILE];
 
 /* Which elements of a delta are kept. By size: above `low` (or equal to it, at an index before low_end), but not above
- * `high` (likewise). By chance: whose 16-bit draw is below the limit (draws.py). */
-enum { EVERYTHING, BY_SIZE, BY_CHANCE };
+ * `high` (likewise). By chance: whose 16-bit draw is below the limit (draws.py). By rank: with a probability that rises
+ * with the rank of the size in its row, and divided by it where `divide` is set (sparsify.ranked_chance). */
+enum { EVERYTHING, BY_SIZE, BY_CHANCE, BY_RANK };
 typedef struct {
-    int64_t how, low_end, high_end;
+    int64_t how, low_end, high_end, divide;
     uint64_t key;
-    float low, high, limit;
+    float low, high, limit, lowest, half_step;
 } Keep;
+
+/* What becomes of the sizes of one row, by their level: 64 levels to a factor of two, the last is the largest size's. */
+#define LEVELS 1025
+typedef struct {
+    int32_t first; /* the coarse size that has level 0, as have all below */
+    float limit[LEVELS], factor[LEVELS];
+} Ranks;
 
 INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
-INLINE void widen(float *restrict wide, const bfloat16 *restrict narrow, size_t length)
+INLINE float wide(bfloat16 narrow)
 {
-    for (size_t i = 0; i < length; i++) {
-        uint32_t bits = (uint32_t)narrow[i] << 16;
-        memcpy(&wide[i], &bits, sizeof bits);
-    }
+    uint32_t bits = (uint32_t)narrow << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
 }
 
-INLINE void round_off(bfloat16 *restrict narrow, const float *restrict wide, size_t length)
+INLINE void widen(float *restrict tile, const bfloat16 *restrict narrow, size_t length)
+{
+    for (size_t i = 0; i < length; i++) tile[i] = wide(narrow[i]);
+}
+
+INLINE void round_off(bfloat16 *restrict narrow, const float *restrict tile, size_t length)
 {
     for (size_t i = 0; i < length; i++) {
         uint32_t bits;
-        memcpy(&bits, &wide[i], sizeof bits);
+        memcpy(&bits, &tile[i], sizeof bits);
         uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-        narrow[i] = (bfloat16)(wide[i] == wide[i] ? rounded : 0x7FC0);
+        narrow[i] = (bfloat16)(tile[i] == tile[i] ? rounded : 0x7FC0);
     }
 }
 
@@ -73,10 +87,10 @@ INLINE void drop_above(float *restrict delta, float threshold, int64_t end, size
     for (size_t i = equal; i < length; i++) delta[i] = fabsf(delta[i]) > threshold ? 0.0f : delta[i];
 }
 
-INLINE void keep_by_chance(float *restrict delta, uint64_t key, float limit, size_t start, size_t length)
+/* The 16-bit draws of the elements from `start` on; the array's first is that of the even element at or before it. */
+INLINE const int16_t *draw(int16_t drawn[TILE + 2], uint64_t key, size_t start)
 {
     uint32_t words[TILE / 2 + 1];
-    int16_t drawn[TILE + 2];
     uint32_t first = (uint32_t)(start / 2) + (uint32_t)key, high = (uint32_t)(key >> 32);
     for (uint32_t i = 0; i < TILE / 2 + 1; i++) {
         uint32_t word = first + i;
@@ -84,9 +98,63 @@ INLINE void keep_by_chance(float *restrict delta, uint64_t key, float limit, siz
         word = (word ^ word >> 15) * 0x846CA68Bu;
         words[i] = word ^ word >> 16;
     }
-    memcpy(drawn, words, sizeof drawn);
-    const int16_t *own = drawn + start % 2;
+    memcpy(drawn, words, sizeof words);
+    return drawn + start % 2;
+}
+
+INLINE void keep_by_chance(float *restrict delta, uint64_t key, float limit, size_t start, size_t length)
+{
+    int16_t drawn[TILE + 2];
+    const int16_t *own = draw(drawn, key, start);
     for (size_t i = 0; i < length; i++) delta[i] *= (float)own[i] < limit ? 1.0f : 0.0f;
+}
+
+/* A size to 7 significant bits, as an integer that orders like it. */
+INLINE int32_t coarse(float delta)
+{
+    int32_t bits;
+    memcpy(&bits, &delta, sizeof bits);
+    return (bits & 0x7FFFFFFF) >> 17;
+}
+
+/* Rank a row's sizes by counting them by level; equal levels share their mean rank. */
+INLINE void rank_row(Ranks *ranks, const Keep *keep, const bfloat16 *base, const bfloat16 *model, size_t row)
+{
+    int32_t largest = 0, counts[2][LEVELS] = {{0}};
+    for (size_t i = 0; i < row; i++) {
+        int32_t size = coarse(wide(model[i]) - wide(base[i]));
+        largest = size > largest ? size : largest;
+    }
+    ranks->first = largest - (LEVELS - 1);
+    for (size_t i = 0; i < row; i++) {
+        int32_t level = coarse(wide(model[i]) - wide(base[i])) - ranks->first;
+        counts[i % 2][level < 0 ? 0 : level]++; /* in turns: neighbours are often alike, and would wait for each other */
+    }
+    int64_t up_to = 0;
+    for (size_t level = 0; level < LEVELS; level++) {
+        int64_t count = counts[0][level] + counts[1][level];
+        up_to += count;
+        float chance = (float)(2 * up_to - count - 1) * keep->half_step + keep->lowest;
+        ranks->limit[level] = (chance - 0.5f) * 65536.0f - 0.5f;
+        ranks->factor[level] = keep->divide ? 1.0f / chance : 1.0f;
+    }
+}
+
+INLINE void keep_by_rank(float *restrict delta, const Ranks *ranks, uint64_t key, size_t start, size_t length)
+{
+    int16_t drawn[TILE + 2];
+    const int16_t *own = draw(drawn, key, start);
+    int32_t levels[TILE];
+    Tile limits, factors;
+    for (size_t i = 0; i < length; i++) {
+        int32_t level = coarse(delta[i]) - ranks->first;
+        levels[i] = level < 0 ? 0 : level;
+    }
+    for (size_t i = 0; i < length; i++) {
+        limits[i] = ranks->limit[levels[i]];
+        factors[i] = ranks->factor[levels[i]];
+    }
+    for (size_t i = 0; i < length; i++) delta[i] *= (float)own[i] < limits[i] ? factors[i] : 0.0f;
 }
 
 /* A model's tile, less the base's where there is one. */
@@ -97,26 +165,41 @@ INLINE void load(float *restrict tile, const float *base, const bfloat16 *model,
         for (size_t i = 0; i < length; i++) tile[i] -= base[i];
 }
 
-INLINE void thin_out(float *restrict delta, const Keep *keep, size_t start, size_t length)
+/* What is kept of a model's delta, in the tile that begins `done` elements into the block. */
+INLINE void load_kept(float *restrict delta, const float *origin, const bfloat16 *base, const bfloat16 *model,
+                      const Keep *keep, Ranks *ranks, size_t row, size_t start, size_t done, size_t length)
 {
+    load(delta, origin, model + done, length);
     if (keep->how == BY_SIZE) {
-        if (keep->high < INFINITY) drop_above(delta, keep->high, keep->high_end, start, length);
-        keep_above(delta, keep->low, keep->low_end, start, length);
+        if (keep->high < INFINITY) drop_above(delta, keep->high, keep->high_end, start + done, length);
+        keep_above(delta, keep->low, keep->low_end, start + done, length);
     } else if (keep->how == BY_CHANCE)
-        keep_by_chance(delta, keep->key, keep->limit, start, length);
+        keep_by_chance(delta, keep->key, keep->limit, start + done, length);
+    else if (keep->how == BY_RANK) {
+        if (done % row == 0) rank_row(ranks, keep, base + done, model + done, row);
+        keep_by_rank(delta, ranks, keep->key, start + done, length);
+    }
+}
+
+/* Elements of the tile that begins `done` elements into the block: no tile reaches into the next row. */
+INLINE size_t tile_length(size_t done, size_t count, size_t row)
+{
+    size_t length = least(TILE, count - done);
+    return row ? least(length, row - done % row) : length;
 }
 
 /* out = (sum of coefficient * model) / divisor, or base + (sum of coefficient * what is kept of model - base) / divisor */
 EXPORT void merge_sum(bfloat16 *out, const bfloat16 *base, const bfloat16 *const *models, size_t n,
-                      const float *coefficients, float divisor, const Keep *keeps, size_t start, size_t count)
+                      const float *coefficients, float divisor, const Keep *keeps, size_t row, size_t start, size_t count)
 {
     Tile origin, total, delta;
-    for (size_t done = 0; done < count; done += TILE) {
-        size_t length = least(TILE, count - done);
+    Ranks ranks[row ? n : 1];
+    for (size_t done = 0, length; done < count; done += length) {
+        length = tile_length(done, count, row);
         if (base) widen(origin, base + done, length);
         for (size_t k = 0; k < n; k++) {
-            load(delta, base ? origin : NULL, models[k] + done, length);
-            thin_out(delta, &keeps[k], start + done, length);
+            load_kept(delta, base ? origin : NULL, base, models[k], &keeps[k], &ranks[row ? k : 0], row, start, done,
+                      length);
             float coefficient = coefficients[k];
             if (k == 0)
                 for (size_t i = 0; i < length; i++) total[i] = delta[i] * coefficient;
@@ -135,18 +218,18 @@ EXPORT void merge_sum(bfloat16 *out, const bfloat16 *base, const bfloat16 *const
  * that agree where there are weights. out = base + scale * that */
 EXPORT void merge_elected(bfloat16 *out, const bfloat16 *base, const bfloat16 *const *models, size_t n,
                           const float *votes, const float *shares, const float *weights, float scale,
-                          const Keep *keeps, size_t start, size_t count)
+                          const Keep *keeps, size_t row, size_t start, size_t count)
 {
     Tile origin, total, sign, merged, support, deltas[n];
+    Ranks ranks[row ? n : 1];
     int positive = 1; /* no weight is below zero */
     for (size_t k = 0; weights && k < n; k++) positive &= weights[k] >= 0;
-    for (size_t done = 0; done < count; done += TILE) {
-        size_t length = least(TILE, count - done);
+    for (size_t done = 0, length; done < count; done += length) {
+        length = tile_length(done, count, row);
         widen(origin, base + done, length);
         for (size_t k = 0; k < n; k++) {
             float *delta = deltas[k], vote = votes[k];
-            load(delta, origin, models[k] + done, length);
-            thin_out(delta, &keeps[k], start + done, length);
+            load_kept(delta, origin, base, models[k], &keeps[k], &ranks[row ? k : 0], row, start, done, length);
             for (size_t i = 0; i < length; i++) delta[i] *= vote;
             if (k == 0)
                 for (size_t i = 0; i < length; i++) total[i] = delta[i];
@@ -174,24 +257,29 @@ EXPORT void merge_elected(bfloat16 *out, const bfloat16 *base, const bfloat16 *c
     }
 }
 
+INLINE void add_sizes(double lanes[LANES], const float *delta)
+{
+    for (size_t i = 0; i < TILE; i += LANES)
+        for (size_t l = 0; l < LANES; l++) lanes[l] += (double)fabsf(delta[i + l]);
+}
+
 /* sums[k] = sum of |delta|, sums[n + k] = of what is kept of it */
 EXPORT void lengths(double *sums, const bfloat16 *base, const bfloat16 *const *models, size_t n, const Keep *keeps,
-                    size_t start, size_t count)
+                    size_t row, size_t start, size_t count)
 {
     Tile origin, delta;
+    Ranks ranks[row ? n : 1];
     double lanes[2 * n][LANES];
     memset(lanes, 0, sizeof lanes);
-    for (size_t done = 0; done < count; done += TILE) {
-        size_t length = least(TILE, count - done);
+    for (size_t done = 0, length; done < count; done += length) {
+        length = tile_length(done, count, row);
+        if (length < TILE) memset(delta, 0, sizeof delta); /* what is added up beyond the last element */
         widen(origin, base + done, length);
         for (size_t k = 0; k < n; k++) {
-            memset(delta, 0, sizeof delta);
             load(delta, origin, models[k] + done, length);
-            for (size_t i = 0; i < TILE; i += LANES)
-                for (size_t l = 0; l < LANES; l++) lanes[k][l] += (double)fabsf(delta[i + l]);
-            thin_out(delta, &keeps[k], start + done, length);
-            for (size_t i = 0; i < TILE; i += LANES)
-                for (size_t l = 0; l < LANES; l++) lanes[n + k][l] += (double)fabsf(delta[i + l]);
+            add_sizes(lanes[k], delta);
+            load_kept(delta, origin, base, models[k], &keeps[k], &ranks[row ? k : 0], row, start, done, length);
+            add_sizes(lanes[n + k], delta);
         }
     }
     for (size_t k = 0; k < 2 * n; k++) {

@@ -147,7 +147,7 @@ class Passes:
         """
         assert self.request is not None
         kernel = self.request.kernel
-        if kernel is not None and not row and working == torch.float32 and kernels.take(*stored):
+        if kernel is not None and working == torch.float32 and kernels.take(*stored):
             return kernel(stored, start)
         return self.request.of(_widened(stored, working, row), start)
 
@@ -158,7 +158,7 @@ class Passes:
         """
         assert self.combine is not None
         combine = self.combine.combine if isinstance(self.combine, Weighted) else self.combine
-        if isinstance(combine, Compiled) and rounds and not row and kernels.take(*stored):
+        if isinstance(combine, Compiled) and rounds and kernels.take(*stored):
             return combine.kernel(stored, start)
         return combine(_widened(stored, working, row), start).reshape(-1)
 

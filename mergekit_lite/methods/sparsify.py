@@ -27,7 +27,7 @@ import torch
 
 from mergekit_lite import draws, kernels
 from mergekit_lite.errors import UsageError
-from mergekit_lite.kernels import BY_CHANCE, BY_SIZE, Keep
+from mergekit_lite.kernels import BY_CHANCE, BY_RANK, BY_SIZE, Keep
 from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
 from mergekit_lite.methods.statistics import Cut, largest, total
 
@@ -39,10 +39,12 @@ class Sparse:
     Attributes:
         of: (deltas, index of their first element) to the sparse ones, maybe in place.
         keeps: the same for kernels, one for each model; None where they can't tell.
+        row: the length of the rows that blocks don't split, where that matters.
     """
 
     of: Callable[[Block, int], Block]
     keeps: tuple[Keep, ...] | None = None
+    row: int = 0
 
     def __call__(self, made: Block, start: int) -> Block:
         """The sparse ones."""
@@ -141,7 +143,7 @@ def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
         Keep(BY_CHANCE, key=key, limit=_limit(share)) if share < 1 else Keep()
         for key, share in zip(keys, density, strict=True)
     ]
-    return Sparse(sparse, tuple(keeps) if subject.numel <= 2 * draws.WORDS else None)
+    return Sparse(sparse, _told(subject, keeps))
 
 
 def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Sparse:
@@ -170,7 +172,15 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
                 delta.mul_(mask.div_(chances) if divide else mask)
         return made
 
-    return Sparse(sparse)
+    columns = subject.shape[-1] if subject.shape else 1
+    keeps = []
+    for key, share, reach in zip(keys, density, epsilon, strict=True):
+        if share < 1:
+            lowest, half_step = (share - reach, reach / (columns - 1)) if columns > 1 else (share, 0.0)
+            keeps.append(Keep(BY_RANK, key=key, lowest=lowest, half_step=half_step, divide=divide))
+        else:
+            keeps.append(Keep())
+    return Sparse(sparse, _told(subject, keeps), columns)
 
 
 def rescaling(
@@ -195,9 +205,14 @@ def rescaling(
         return torch.stack([*before, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
 
     keeps = sparse.keeps
-    kernel = None if keeps is None else lambda block, start: kernels.lengths(block, keeps, start)
+    kernel = None if keeps is None else lambda block, start: kernels.lengths(block, keeps, start, sparse.row)
     before, after = (yield Sums(lengths, kernel=kernel)).tolist()
     return tuple(a / b if b > 0 else 1.0 for a, b in zip(before, after, strict=True))
+
+
+def _told(subject: Subject, keeps: list[Keep]) -> tuple[Keep, ...] | None:
+    """What a kernel is told where elements are drawn: none is beyond those that one key serves."""
+    return tuple(keeps) if subject.numel <= 2 * draws.WORDS else None
 
 
 def _check_shares(**given: tuple[float, ...]) -> None:

@@ -56,7 +56,9 @@ def _added(
 
     if (keeps := sparse.keeps) is None:
         return combine
-    return Compiled(combine, lambda block, start: kernels.merge_sum(block, True, coefficients, 1.0, keeps, start))
+    return Compiled(
+        combine, lambda block, start: kernels.merge_sum(block, True, coefficients, 1.0, keeps, start, sparse.row)
+    )
 
 
 def _elected(
@@ -71,7 +73,8 @@ def _elected(
     if (keeps := sparse.keeps) is None:
         return combine
     return Compiled(
-        combine, lambda block, start: kernels.merge_elected(block, votes, shares, divided, scale, keeps, start)
+        combine,
+        lambda block, start: kernels.merge_elected(block, votes, shares, divided, scale, keeps, start, sparse.row),
     )
 
 

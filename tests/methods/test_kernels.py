@@ -40,6 +40,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dare_linear", SHARES),
     ("dare_linear", {**SHARES, "rescale": "density", "seed": 5}),
     ("dare_ties", SHARES),
+    ("della", {**SHARES, "epsilon": 0.1}),
+    ("della", {"density": [0.5, 1.0, 0.2, 0.9, 0.3], "weight": 0.5, "epsilon": 0.05, "rescale": "density"}),
+    ("della_linear", {**SHARES, "epsilon": 0.2, "rescale": False, "seed": 5}),
 ]
 
 
@@ -94,6 +97,13 @@ def test_same_bits(case: tuple[str, dict[str, Any]], numel: int, count: int) -> 
     if method == "model_stock" and count == 1:
         count = 2
     assert_same_bits(*both(method, *models(method, (numel,), count, seed=numel + count), **parameters))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1), (7, 100), (3, 511), (5, 1500), (2, 3, 700)])
+@pytest.mark.parametrize("case", CASES[-3:], ids=lambda case: f"{case[0]}-{','.join(case[1])}")
+def test_same_bits_of_rows(case: tuple[str, dict[str, Any]], shape: tuple[int, ...]) -> None:
+    method, parameters = case
+    assert_same_bits(*both(method, *models(method, shape, 3, seed=6), **parameters))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{','.join(case[1])}")
