@@ -1,0 +1,120 @@
+"""The command in real processes, forked from one that has imported torch: that takes longer than a small run does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import NamedTuple
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.processes", "mergekit_lite.extrapolation", "mergekit_lite.merging"])
+NAMES = ("os.mkdir", "os.rename", "os.truncate", "os.remove", "os.rmdir")  # audit events
+
+
+class Ended(NamedTuple):
+    """What a process left; where a signal ended it, its code is minus that."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """``mergekit-lite`` running in a folder; it does not outlive its context."""
+
+    def __init__(self, place: Path, *arguments: str | Path, before: Callable[[], None] | None = None) -> None:
+        """Start it. ``before`` is called first, in the new process."""
+        self._folder = TemporaryDirectory()
+        self._told = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._process = FORKED.Process(target=_command, args=(place, list(map(str, arguments)), self._told, before))
+        self._process.start()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.exitcode is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        self._process.join(120)
+        code = self._process.exitcode
+        assert code is not None, "still running"
+        return Ended(code, *(path.read_text() for path in self._told))
+
+
+def run(place: Path, *arguments: str | Path, before: Callable[[], None] | None = None) -> Ended:
+    """The command from its start to its end."""
+    with Command(place, *arguments, before=before) as command:
+        return command.end()
+
+
+def wait_for_spans(place: Path, output: str, count: int) -> None:
+    """Wait until a running process has journalled some spans."""
+    journal = place / f".{output}.partial" / "journal.jsonl"
+    until = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > count):
+        assert time.monotonic() < until, "the run journals nothing"
+        time.sleep(0.002)
+
+
+def killed_at(change: int) -> None:
+    """Have SIGKILL hit this process the moment before it changes the disk for the ``change``-th time.
+
+    A change is a write of weights or to the journal, a file opened to be written, a new name, a cut, a removal.
+    """
+    changes, lock = count(1), threading.Lock()
+
+    def next_change() -> None:
+        with lock:
+            if next(changes) == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def heard(event: str, arguments: tuple[object, ...]) -> None:
+        flags = arguments[2] if event == "open" else 0
+        if event in NAMES or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
+            next_change()
+
+    def counted(write: Callable[..., int]) -> Callable[..., int]:
+        def counting(*arguments: object) -> int:
+            next_change()
+            return write(*arguments)
+
+        return counting
+
+    os.write, os.pwrite = counted(os.write), counted(os.pwrite)
+    sys.addaudithook(heard)
+
+
+def _command(place: Path, arguments: list[str], told: list[Path], before: Callable[[], None] | None) -> None:
+    """What the new process does."""
+    from mergekit_lite.commands import start
+
+    for descriptor, path in enumerate(told, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(place)
+    sys.argv = ["mergekit-lite", *arguments]
+    if before is not None:
+        before()
+    start()
