@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mergekit_lite.distill.recipe import Recipe
 from mergekit_lite.distill.telling import Silent
 from mergekit_lite.distill.train import check, train
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import CheckpointError, UsageError
 from tests.distill.training import log, recipe, target, weights, write_rows
 
 pytest.importorskip("accelerate")
@@ -196,6 +197,18 @@ def test_all_that_is_wrong_is_told_at_once(folder):
     assert "no option 'aplha'. Did you mean 'alpha'?" in text
     with pytest.raises(UsageError, match="no objective 'wropo'"):
         check(recipe(folder, folder / "target", preference={"objective": "wropo"}))
+
+
+def test_a_target_that_can_not_be_trained_is_told_in_a_sentence(folder):
+    kept = weights(folder / "target")
+    name = min(kept)
+    save_file({other: kept[other] for other in kept if other != name}, folder / "target" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"is no causal language model.*\n.*no {name}"):
+        trained(folder, sft={})
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "a.A", "AutoModelForCausalLM": "a.B"}}
+    (folder / "target" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"code of its own, .* only architectures that transformers has"):
+        trained(folder, sft={})
 
 
 def test_rows_that_cannot_be_used_are_told_and_left_out(folder):
