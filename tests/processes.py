@@ -15,9 +15,20 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import NamedTuple
 
+import torch
+
+from mergekit_lite.commands import start
+
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["tests.processes", "mergekit_lite.extrapolation", "mergekit_lite.merging"])
+PRELOADED = ["tests.processes", "mergekit_lite.extrapolation", "mergekit_lite.merging"]
+FORKED.set_forkserver_preload(PRELOADED)
 NAMES = ("os.mkdir", "os.rename", "os.truncate", "os.remove", "os.rmdir")  # audit events
+
+
+def preload(*modules: str) -> None:
+    """Have processes forked from one that has imported these as well; to be said before the first one starts."""
+    PRELOADED.extend(modules)
+    FORKED.set_forkserver_preload(PRELOADED)
 
 
 class Ended(NamedTuple):
@@ -28,17 +39,17 @@ class Ended(NamedTuple):
     stderr: str
 
 
-class Command:
-    """``mergekit-lite`` running in a folder; it does not outlive its context."""
+class Forked:
+    """A process that calls a function in a folder; it does not outlive its context."""
 
-    def __init__(self, place: Path, *arguments: str | Path, before: Callable[[], None] | None = None) -> None:
-        """Start it. ``before`` is called first, in the new process."""
+    def __init__(self, place: Path, target: Callable[..., object], *arguments: object) -> None:
+        """Start it."""
         self._folder = TemporaryDirectory()
         self._told = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        self._process = FORKED.Process(target=_command, args=(place, list(map(str, arguments)), self._told, before))
+        self._process = FORKED.Process(target=_call, args=(place, self._told, target, *arguments))
         self._process.start()
 
-    def __enter__(self) -> Command:
+    def __enter__(self) -> Forked:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -64,10 +75,15 @@ class Command:
         return Ended(code, *(path.read_text() for path in self._told))
 
 
+def started(place: Path, *arguments: str | Path, before: Callable[[], None] | None = None) -> Forked:
+    """``mergekit-lite`` with some arguments, in a folder. ``before`` is called first, in the new process."""
+    return Forked(place, _command, list(map(str, arguments)), before)
+
+
 def run(place: Path, *arguments: str | Path, before: Callable[[], None] | None = None) -> Ended:
-    """The command from its start to its end."""
-    with Command(place, *arguments, before=before) as command:
-        return command.end()
+    """The same from its start to its end."""
+    with started(place, *arguments, before=before) as process:
+        return process.end()
 
 
 def wait_for_spans(place: Path, output: str, count: int) -> None:
@@ -107,13 +123,16 @@ def killed_at(change: int) -> None:
     sys.addaudithook(heard)
 
 
-def _command(place: Path, arguments: list[str], told: list[Path], before: Callable[[], None] | None) -> None:
+def _call(place: Path, told: list[Path], target: Callable[..., object], *arguments: object) -> None:
     """What the new process does."""
-    from mergekit_lite.commands import start
-
     for descriptor, path in enumerate(told, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(place)
+    torch.set_num_threads(1)  # more would only wait for each other
+    target(*arguments)
+
+
+def _command(arguments: list[str], before: Callable[[], None] | None) -> None:
     sys.argv = ["mergekit-lite", *arguments]
     if before is not None:
         before()

@@ -22,7 +22,7 @@ import torch
 
 from mergekit_lite.output import workspace
 from tests.models import State, read_folder, state, tree_bytes, tuned, write_folder
-from tests.processes import Command, Ended, killed_at, run, wait_for_spans
+from tests.processes import Ended, killed_at, run, started, wait_for_spans
 
 KILLS = 8
 SPANS = 12
@@ -78,12 +78,12 @@ def same_as_whole(place: Path, output: str) -> bool:
     return trees[0] == trees[1] and cards[0] == cards[1]
 
 
-@pytest.mark.parametrize("output", ["killed", "killed.safetensors"])
-def test_killed_before_each_change_of_the_disk_and_resumed(small: Path, output: str) -> None:
-    """From the first folder it makes to the last file it removes."""
+@pytest.mark.parametrize(("output", "first"), [("killed", 1), ("killed.safetensors", 15)])
+def test_killed_before_each_change_of_the_disk_and_resumed(small: Path, output: str, first: int) -> None:
+    """From the first folder it makes to the last file it removes; of one file only the end is another."""
     partial_folder = small / f".{output}.partial"
     unfinished = published = 0
-    for change in count(1):
+    for change in count(first):
         killed = run(small, *PAIR, "-o", output, *SLOWLY, before=partial(killed_at, change))
         if killed.returncode == 0:  # it makes no more changes than that
             break
@@ -96,7 +96,7 @@ def test_killed_before_each_change_of_the_disk_and_resumed(small: Path, output: 
         assert same_as_whole(small, output)
         assert not partial_folder.exists() or published
         remove(small, output)
-    assert unfinished > 20 and published
+    assert unfinished > 5 and published
 
 
 def remove(place: Path, output: str) -> None:
@@ -124,7 +124,7 @@ def test_killed_at_random_moments_and_resumed(place: Path) -> None:
     unfinished = 0
     for number in range(KILLS):
         output = f"killed-{number}"
-        with Command(place, *PAIR, "-o", output, "--threads", str(1 + number % 2)) as command:
+        with started(place, *PAIR, "-o", output, "--threads", str(1 + number % 2)) as command:
             wait_for_spans(place, output, chance.randrange(number * SPANS // KILLS, (number + 1) * SPANS // KILLS))
             time.sleep(chance.uniform(0, 0.03))
             command.send(signal.SIGKILL)
@@ -167,13 +167,13 @@ def test_resuming_what_is_finished_does_nothing(place: Path) -> None:
 
 def interrupted(place: Path, output: str) -> None:
     """Leave an unfinished run of some spans."""
-    with Command(place, *PAIR, "-o", output, *SLOWLY):
+    with started(place, *PAIR, "-o", output, *SLOWLY):
         wait_for_spans(place, output, 3)
     assert not (place / output).exists()
 
 
 def test_ctrl_c_stops_at_once_and_tells_how_to_go_on(place: Path) -> None:
-    with Command(place, *PAIR, "-o", "stopped") as command:
+    with started(place, *PAIR, "-o", "stopped") as command:
         wait_for_spans(place, "stopped", 2)
         command.send(signal.SIGINT)
         stopped = command.end()
@@ -216,7 +216,7 @@ def test_changed_inputs_are_not_resumed(place: Path, tmp_path: Path) -> None:
 
 
 def test_two_runs_on_one_output(place: Path) -> None:
-    with Command(place, *PAIR, "-o", "shared", *SLOWLY) as first:
+    with started(place, *PAIR, "-o", "shared", *SLOWLY) as first:
         wait_for_spans(place, "shared", 0)
         first.send(signal.SIGSTOP)
         second = made(place, "shared", "--resume")
@@ -252,7 +252,7 @@ def test_no_room_is_told_and_the_journal_kept(place: Path, moment: str) -> None:
 def test_an_input_cut_short_under_way(place: Path, tmp_path: Path) -> None:
     for name in ("sft", "dpo"):
         shutil.copytree(place / name, tmp_path / name)
-    with Command(tmp_path, *PAIR, "-o", "out", *SLOWLY) as command:
+    with started(tmp_path, *PAIR, "-o", "out", *SLOWLY) as command:
         wait_for_spans(tmp_path, "out", 1)
         command.send(signal.SIGSTOP)
         os.truncate(tmp_path / "sft" / "model-00002-of-00002.safetensors", 10_000)
@@ -307,7 +307,7 @@ def test_a_killed_merge_resumes_to_the_same_bytes(place: Path, method: str, para
     (place / f"{method}.yml").write_text(f"merge_method: {method}\n{models}\nparameters: {parameters}\n")
     merge = ("merge", f"{method}.yml", "-o")
     assert run(place, *merge, f"{method}-whole").returncode == 0
-    with Command(place, *merge, method, *SLOWLY):
+    with started(place, *merge, method, *SLOWLY):
         wait_for_spans(place, method, 3)
     assert not (place / method).exists()
     assert run(place, *merge, method, "--resume").returncode == 0
@@ -321,7 +321,7 @@ def test_vectors_killed_while_they_are_made_or_applied(place: Path) -> None:
     """Nothing bears the name of an unfinished vector; an interrupted apply goes on to the same bytes."""
     extract = ("vector", "extract", "sft", "dpo", "-o")
     assert run(place, *extract, "v.safetensors").returncode == 0
-    with Command(place, *extract, "k.safetensors") as making:
+    with started(place, *extract, "k.safetensors") as making:
         until = time.monotonic() + 60
         while not (place / ".k.safetensors.partial" / "result" / "k.safetensors").exists():
             assert time.monotonic() < until and making.running
@@ -332,7 +332,7 @@ def test_vectors_killed_while_they_are_made_or_applied(place: Path) -> None:
     assert run(place, *extract, "k.safetensors", "--resume").returncode == 0
     assert (place / "k.safetensors").read_bytes() == (place / "v.safetensors").read_bytes()
     apply = ("vector", "apply", "sft", "v.safetensors", "-o", "applied")
-    with Command(place, *apply, *SLOWLY):
+    with started(place, *apply, *SLOWLY):
         wait_for_spans(place, "applied", 3)
     assert not (place / "applied").exists()
     assert run(place, *apply, "--resume").returncode == 0

@@ -19,9 +19,12 @@ from mergekit_lite.distill.recipe import Recipe
 from mergekit_lite.distill.telling import Silent
 from mergekit_lite.distill.train import check, train
 from mergekit_lite.errors import CheckpointError, UsageError
+from tests.distill import training
 from tests.distill.training import log, recipe, target, weights, write_rows
+from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
+preload("mergekit_lite.distill.training.trainer", "transformers.models.gpt2.modeling_gpt2")
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROOT = Path(__file__).parents[2]
@@ -245,12 +248,6 @@ def test_sixteen_bits_and_waiting_for_rows(folder):
     assert not (folder / "train" / "preference").exists()
 
 
-def process(path: Path, *launcher: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", *launcher, "tests.distill.training", str(path)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def here(path: Path) -> list[str]:
     """Train in this process; what it told."""
     told = Told()
@@ -258,20 +255,22 @@ def here(path: Path) -> list[str]:
     return told.lines
 
 
-def finished(running: subprocess.Popen) -> str:
-    """What it told."""
-    output, _ = running.communicate()
-    assert running.returncode == 0, output.decode()
-    return output.decode()
+def killed_once(path: Path, there: Path) -> str:
+    """Train in a process, and kill it the moment a file or folder exists; what it had told."""
+    with Forked(path.parent, training.main, path) as process:
+        while not there.exists():
+            assert process.running, process.end()
+            time.sleep(0.002)
+        process.send(signal.SIGKILL)
+        return process.end().stdout
 
 
-def killed_once(running: subprocess.Popen, there: Path) -> str:
-    """Kill a process the moment a file or folder exists; what it had told."""
-    while not there.exists():
-        assert running.poll() is None, running.stdout.read().decode()
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    return running.communicate()[0].decode()
+def finished(path: Path) -> str:
+    """Train in a process; what it told."""
+    with Forked(path.parent, training.main, path) as process:
+        ended = process.end()
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
@@ -287,8 +286,8 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         "preference.partial/reference/0.jsonl",
         "preference.partial/checkpoint-3/trainer_state.json",
     )
-    told = [killed_once(process(tmp_path / "killed.json"), killed / there) for there in moments]
-    told.append(finished(process(tmp_path / "killed.json")))
+    told = [killed_once(tmp_path / "killed.json", killed / there) for there in moments]
+    told.append(finished(tmp_path / "killed.json"))
     assert not any("goes on" in text for text in (told[0], *here(tmp_path / "whole.json")))
     assert "sft: goes on after step 2 of 6" in told[1]
     assert "sft: done" in told[2] and "goes on" not in told[2]
@@ -307,7 +306,11 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
     here(tmp_path / "one.json")
     # As accelerate launch does it on devices; on a CPU that starts one process only, whatever it is told.
-    finished(process(tmp_path / "two.json", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "tests.distill.training", str(tmp_path / "two.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert launched.returncode == 0, launched.stderr
     for stage in ("sft", "preference"):
         first, second = tmp_path / "one" / "train" / stage, tmp_path / "two" / "train" / stage
         assert [json.loads((made / "training.json").read_text())["processes"] for made in (first, second)] == [1, 2]
