@@ -15,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mergekit_lite.answers.template import ChatTemplate, Limits
 from mergekit_lite.distill.recipe import Recipe
 from mergekit_lite.distill.telling import Silent
 from mergekit_lite.distill.train import check, train
+from mergekit_lite.distill.training.model import tokenizer_of
+from mergekit_lite.distill.training.rows import preference_rows
 from mergekit_lite.errors import CheckpointError, UsageError
 from tests.distill import training
 from tests.distill.training import log, recipe, target, weights, write_rows
@@ -222,6 +225,22 @@ def test_rows_that_cannot_be_used_are_told_and_left_out(folder):
     told = trained(folder, sft={"max_length": 90})
     assert told.lines[1] == "sft: 12 rows, left out: 1 too long, 2 malformed; 1 epochs in 3 steps of 4"
     assert f"{path}:7: not JSON" in told.lines[0] and f"{path}:8: response: Field required" in told.lines[0]
+
+
+def test_a_row_with_several_rejected_answers_is_as_many_rows(folder, tmp_path):
+    path, apart = folder / "pairs" / "preference.jsonl", tmp_path / "apart.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()[:8]]
+    rejected = [line["rejected"][0] for line in lines]
+    for number, line in enumerate(lines):
+        line["rejected"] = rejected[: number % 4]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [line | {"rejected": [one]} for line in lines for one in line["rejected"]]
+    apart.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template, limits = ChatTemplate(tokenizer_of(str(folder / "target"))), Limits(2048, 1024, "drop")
+    found = preference_rows(path, template, limits)
+    assert len(found.rows) == 12 and found.rows == preference_rows(apart, template, limits).rows
+    refused = "expected one or more chosen responses, and one or more rejected, got 2 chosen and 0 rejected"
+    assert found.problems == [f"{path}:{number}: {refused}" for number in (1, 5)]
 
 
 def test_wrpo_needs_sources_and_the_target(folder):
