@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
+from mergekit_lite.commands.methods import told
 from mergekit_lite.methods import (  # fmt: skip
     METHODS,
     Method,
@@ -115,28 +115,17 @@ def family(module: ModuleType) -> list[str]:
     made = [f"## {markdown(title).rstrip('.')}", "", markdown(about.strip()), ""]
     for method in METHODS.values():
         if inspect.getmodule(method.function) is module:
-            summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
-            parameters = listed(method, arguments)
+            summary, words = told(method)
+            parameters = [f"- `{name}`: {markdown(said)}" for name, said in words.items() if name != WITHOUT_EFFECT]
             made += [
                 f"### {method.name}",
                 "",
-                markdown(summary.strip()),
+                markdown(summary),
                 "",
                 *parameters,
                 *([""] if parameters else []),
             ]
     return made
-
-
-def listed(method: Method, arguments: str) -> list[str]:
-    """A method's parameters, from its docstring."""
-    text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
-    told = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
-    return [
-        f"- `{name.rstrip('_')}`: {markdown(' '.join(words.split()))}"
-        for name, words in told
-        if name.rstrip("_") in method.parameters and name != WITHOUT_EFFECT
-    ]
 
 
 def markdown(text: str) -> str:

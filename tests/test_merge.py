@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import mergekit_lite
 from mergekit_lite.errors import MergekitLiteError, PlanError
 from mergekit_lite.methods import METHODS, Method
 from tests.models import State, read_folder, same_bytes, state, tree_bytes, tuned, write_folder
+from tests.processes import run
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
 # What can't be left at a value that suits every parameter of the name.
@@ -205,13 +204,9 @@ def test_coefficients_are_printed_and_kept(name: str, more: dict[str, Any], plac
     recipe, _, _ = recipe_for(METHODS[name], place)
     recipe["parameters"] |= more
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    told = subprocess.run(
-        [sys.executable, "-m", "mergekit_lite", "merge", "recipe.yml", "-o", "out"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    ended = run(tmp_path, "merge", "recipe.yml", "-o", "out")
+    assert ended.returncode == 0, ended.stderr
+    told = ended.stdout
     kept = json.loads((tmp_path / "out" / "mergekit_lite_coefficients.json").read_bytes())
     base = read_folder(place / "base")
     models = [str(place / f"m{n}") for n in (1, 2, 3)]

@@ -7,13 +7,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.answers.asking import Sampling, Task, Troubles
+from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
-from mergekit_lite.errors import CheckpointError, RunError, shortened
+from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+SERVE = "serve it, and give the source a `server`."
 
 
 class Loaded(NamedTuple):
@@ -45,7 +48,7 @@ class Local:
         system: str | None = None,
         batch_size: int = 16,
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: Dtype | None = None,
     ):
         """A model that is loaded once it is needed.
 
@@ -153,32 +156,17 @@ class Local:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        from transformers import AutoTokenizer
-
-        tokenizer: PreTrainedTokenizerBase = _fetched(self.path, lambda: AutoTokenizer.from_pretrained(self.path))
-        return tokenizer
+        return tokenizer_of(self.path, SERVE)
 
     @cached_property
     def _context(self) -> int | None:
         """How many tokens the model takes, where it tells."""
-        most = getattr(self.loaded.model.config, "max_position_embeddings", None)
-        return most if isinstance(most, int) and most > 0 else None
+        return context_of(self.loaded.model)
 
     @cached_property
     def loaded(self) -> Loaded:
         """The model, ready to answer."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        own = "float32" if device == "cpu" else "auto"
-        how: dict[str, Any] = {"dtype": getattr(torch, self.dtype) if self.dtype else own}
-        if device == "auto":
-            how["device_map"] = "auto"
-        model = _fetched(self.path, lambda: AutoModelForCausalLM.from_pretrained(self.path, **how))
-        if device != "auto":
-            model = model.to(device)
-        return ready(model, self.tokenizer, self.sampling)
+        return ready(causal_model(self.path, placed(self.device, self.dtype), SERVE), self.tokenizer, self.sampling)
 
 
 def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Loaded:
@@ -210,22 +198,3 @@ def _ends(told: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> f
     by_model = {told} if isinstance(told, int) else set(told or ())
     own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     return frozenset(own | (by_model & special))
-
-
-def _fetched(path: str, load: Any) -> Any:
-    """What transformers loads, or its complaint in a sentence."""
-    from transformers.utils import logging
-
-    told: Any = logging
-    told.disable_progress_bar()  # of the weights, in the middle of our own
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = shortened(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        code = "trust_remote_code" in str(error)
-        remedy = (
-            "It comes with code of its own, which is never run here: serve it, and give the source a `server`."
-            if code
-            else "Expected is a folder with a causal language model and its tokenizer, or org/name on the hub."
-        )
-        raise CheckpointError(f"Can't load the model {path}: {reason} {remedy}") from error

@@ -44,9 +44,7 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     drawing.check_drawable(None)
     figure = drawing.new_figure(curve.height(result))
     curve.draw(figure, result)
-    partial = study.folder / "writing-curve.png"
-    drawing.save(figure, partial)
-    partial.replace(study.folder / "curve.png")
+    drawing.save(figure, study.folder / "curve.png")
     found = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(study.folder / "boost.json", f"{found}\n")
     page = study.folder / "report.html"

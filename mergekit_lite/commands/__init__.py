@@ -52,11 +52,11 @@ class Commands(click.Group):
 def main() -> None:
     """Arithmetic on the weights of language models, at the speed of a file copy.
 
-      \b
-      Examples:
-        mergekit-lite extrapolate ./model-sft ./model-dpo --alpha 0.3 -o ./model-expo
-    mergekit-lite merge recipe.yml -o ./merged
-        mergekit-lite compare ./base ./math ./code
+    \b
+    Examples:
+      mergekit-lite extrapolate ./model-sft ./model-dpo --alpha 0.3 -o ./model-expo
+      mergekit-lite merge recipe.yml -o ./merged
+      mergekit-lite compare ./base ./math ./code
     """
 
 

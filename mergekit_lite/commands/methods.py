@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from mergekit_lite.methods import Method
 
 
 @click.command(
@@ -30,12 +35,22 @@ def command(name: str | None) -> None:
     least, most = method.models
     count = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
     click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")
+    summary, words = told(method)
     for key, parameter in method.parameters.items():
         default = "required" if parameter.default is inspect.Parameter.empty else f"default {_shown(parameter.default)}"
-        click.echo(f"  {key}: {_kind(parameter.annotation)}, {default}")
-    click.echo(f"\n{inspect.getdoc(method.function)}")
-    about = inspect.getdoc(sys.modules[method.function.__module__])
-    click.echo(f"\n{about}")
+        about = f": {words[key]}" if key in words else ""
+        click.echo(f"  {key} ({_kind(parameter.annotation)}, {default}){about}")
+    click.echo(f"\n{summary}")
+    click.echo(f"\n{inspect.getdoc(sys.modules[method.function.__module__])}")
+
+
+def told(method: Method) -> tuple[str, dict[str, str]]:
+    """What a method's docstring says of it, and of each of its parameters."""
+    summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
+    text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
+    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
+    words = {name.rstrip("_"): " ".join(lines.split()) for name, lines in found}
+    return summary.strip(), {name: said for name, said in words.items() if name in method.parameters}
 
 
 def _kind(annotation: object) -> str:

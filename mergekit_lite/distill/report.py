@@ -29,9 +29,7 @@ def report(recipe: Recipe, tell: Tell) -> Findings:
     for picture in findings.pictures:
         figure = new_figure(picture.height)
         picture.draw(figure)
-        partial = folder / f"writing-{picture.name}"
-        save(figure, partial)
-        partial.replace(folder / picture.name)
+        save(figure, folder / picture.name)
     write_text(
         folder / "report.json", json.dumps(findings.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
@@ -43,8 +43,19 @@ def new_figure(height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure by the ending of its name; no date in it, so that it depends on what it shows alone."""
-    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    """Write a figure by the ending of its name; no date in it, so that it depends on what it shows alone.
+
+    Under its name there is either what was there before or the whole picture.
+
+    Raises:
+        RunError: it can't be written.
+    """
+    partial = path.with_name(f"writing-{path.name}")  # matplotlib goes by the ending
+    try:
+        figure.savefig(partial, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"Can't write {path}: {error.strerror or error}.") from error
 
 
 def svg(draw: Callable[[FigureBase], None], height: float, label: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
@@ -149,9 +150,17 @@ def test_a_system_prompt_is_put_before_the_messages_or_refused(model: Path, tmp_
 
 def test_what_is_no_model_is_told_in_a_sentence(tmp_path: Path, model: Path) -> None:
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "own", "auto_map": {"AutoModelForCausalLM": "a.B"}})
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "a.A", "AutoModelForCausalLM": "a.B"}})
     )
     tokenizer().save_pretrained(tmp_path)
-    for path, told in ((tmp_path / "none", "Can't load the model"), (tmp_path, "Can't load the model")):
+    part = write_model(tmp_path / "part")
+    weights = load_file(part / "model.safetensors")
+    save_file({name: weights[name] for name in sorted(weights)[1:]}, part / "model.safetensors", {"format": "pt"})
+    wrong = {
+        tmp_path / "none": r"Can't load the model .*Expected is a folder with a tokenizer",
+        tmp_path: r"Can't load the model .*It comes with code of its own, .* give the source a `server`\.",
+        part: rf"is no causal language model.*\n.*no {sorted(weights)[0]}",
+    }
+    for path, told in wrong.items():
         with pytest.raises(CheckpointError, match=told):
             answers(local(path), tasks_of())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +15,9 @@ from tests.answers.fake_server import Fake, fake_server
 from tests.answers.test_local import write_model
 from tests.distill.recipes import write_recipe
 from tests.models import tree_bytes
+from tests.processes import Forked, preload, run, started
+
+preload("openai", "mergekit_lite.answers.local", "transformers.models.llama.modeling_llama")
 
 PROMPTS = [{"id": f"p{n}", "prompt": f"question {'again ' * (n % 5)}{n}"} for n in range(24)]
 CONCURRENCY = 4
@@ -29,16 +29,13 @@ def place(folder: Path, sources: list[dict[str, Any]]) -> Path:
     return write_recipe(folder, sources=sources)
 
 
-def start(recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mergekit_lite", "distill", "sample", str(recipe)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # more would only wait for each other
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread)
+def start(recipe: Path) -> Forked:
+    return started(recipe.parent, "distill", "sample", recipe)
 
 
 def finish(recipe: Path) -> None:
-    process = start(recipe)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    ended = run(recipe.parent, "distill", "sample", recipe)
+    assert ended.returncode == 0, ended.stderr
 
 
 def answers(folder: Path) -> int:
@@ -50,13 +47,14 @@ def answers(folder: Path) -> int:
     return found
 
 
-def stop(process: subprocess.Popen[str], how: signal.Signals, when: Callable[[], bool]) -> str:
+def stop(recipe: Path, how: signal.Signals, when: Callable[[], bool]) -> str:
     until = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None and time.monotonic() < until, "too late"
-        time.sleep(0.002)
-    process.send_signal(how)
-    return process.communicate(timeout=120)[1]
+    with start(recipe) as process:
+        while not when():
+            assert process.running and time.monotonic() < until, "too late"
+            time.sleep(0.002)
+        process.send(how)
+        return process.end().stderr
 
 
 def chance() -> random.Random:
@@ -80,7 +78,7 @@ def test_killed_while_servers_are_asked(tmp_path: Path) -> None:
         for number, moment in enumerate(moments):
             how = signal.SIGINT if number == 2 else signal.SIGKILL
             moment = max(moment, answers(tmp_path / "killed") + 1)  # the process is at work by then
-            told = stop(start(recipe), how, lambda moment=moment: answers(tmp_path / "killed") >= moment)  # type: ignore[misc]
+            told = stop(recipe, how, lambda moment=moment: answers(tmp_path / "killed") >= moment)  # type: ignore[misc]
             assert how == signal.SIGKILL or "the same command goes on" in told
             assert answers(tmp_path / "killed") < total
         finish(recipe)
@@ -97,7 +95,7 @@ def test_killed_while_a_model_in_the_process_answers(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     source = {"name": "a", "model": "../model", "samples": 3, "batch_size": 4, "sampling": {"max_tokens": 30}}
     recipe = place(tmp_path / "killed", [source])
-    stop(start(recipe), signal.SIGKILL, lambda: answers(tmp_path / "killed") >= moment)
+    stop(recipe, signal.SIGKILL, lambda: answers(tmp_path / "killed") >= moment)
     assert moment <= answers(tmp_path / "killed") < total
     finish(recipe)
     finish(place(tmp_path / "whole", [source]))
@@ -109,15 +107,13 @@ def test_two_runs_of_one_recipe_do_not_ask_twice(tmp_path: Path) -> None:
     with fake_server() as fake:
         fake.on_request = lambda text: time.sleep(0.05)
         recipe = place(tmp_path, served(fake.url)[:1])
-        first = start(recipe)
-        try:
+        with start(recipe) as first:
             until = time.monotonic() + 60
             while answers(tmp_path) < 1:
                 assert time.monotonic() < until
                 time.sleep(0.01)
-            second = subprocess.run(first.args, capture_output=True, text=True, check=False)  # type: ignore[arg-type]
-        finally:
-            _, error = first.communicate(timeout=120)
+            second = run(recipe.parent, "distill", "sample", recipe)
+            ended = first.end()
     if second.returncode:  # the first one may have been done by then
         assert second.returncode == 1 and "another process" in second.stderr, second.stderr
-    assert first.returncode == 0, error
+    assert ended.returncode == 0, ended.stderr

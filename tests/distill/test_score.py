@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -22,6 +20,9 @@ from tests.answers.fake_server import Fake, fake_server
 from tests.answers.scorers.test_reward import write_classifier
 from tests.distill.recipes import write_recipe
 from tests.models import tree_bytes
+from tests.processes import preload, started
+
+preload("openai")
 
 DOMAINS = ("maths", "chat")
 SOURCES = [{"name": name, "model": "m", "server": "http://127.0.0.1:9/v1"} for name in "ab"]
@@ -192,11 +193,6 @@ def test_the_targets_own_answers_are_judged_once_they_are_there(tmp_path: Path) 
 # Killed.
 
 
-def start(recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mergekit_lite", "distill", "score", str(recipe)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def judged(folder: Path) -> int:
     found = 0
     for path in (folder / "out" / "scores").glob("*/*.jsonl"):
@@ -206,13 +202,11 @@ def judged(folder: Path) -> int:
 
 
 def kill(recipe: Path, moment: int) -> None:
-    process = start(recipe)
     until = time.monotonic() + 120
-    while judged(recipe.parent) < moment:
-        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=60)
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    with started(Path.cwd(), "distill", "score", recipe) as process:
+        while judged(recipe.parent) < moment:
+            assert process.running and time.monotonic() < until, process.end()
+            time.sleep(0.001)
 
 
 def test_killed_while_it_judges(tmp_path: Path) -> None:

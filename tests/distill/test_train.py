@@ -13,14 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mergekit_lite.answers.template import ChatTemplate, Limits
 from mergekit_lite.distill.recipe import Recipe
 from mergekit_lite.distill.telling import Silent
 from mergekit_lite.distill.train import check, train
-from mergekit_lite.errors import UsageError
+from mergekit_lite.distill.training.model import tokenizer_of
+from mergekit_lite.distill.training.rows import preference_rows
+from mergekit_lite.errors import CheckpointError, UsageError
+from tests.distill import training
 from tests.distill.training import log, recipe, target, weights, write_rows
+from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
+preload("mergekit_lite.distill.training.trainer", "transformers.models.gpt2.modeling_gpt2")
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROOT = Path(__file__).parents[2]
@@ -198,6 +205,18 @@ def test_all_that_is_wrong_is_told_at_once(folder):
         check(recipe(folder, folder / "target", preference={"objective": "wropo"}))
 
 
+def test_a_target_that_can_not_be_trained_is_told_in_a_sentence(folder):
+    kept = weights(folder / "target")
+    name = min(kept)
+    save_file({other: kept[other] for other in kept if other != name}, folder / "target" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"is no causal language model.*\n.*no {name}"):
+        trained(folder, sft={})
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "a.A", "AutoModelForCausalLM": "a.B"}}
+    (folder / "target" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"code of its own, .* only architectures that transformers has"):
+        trained(folder, sft={})
+
+
 def test_rows_that_cannot_be_used_are_told_and_left_out(folder):
     path = folder / "pairs" / "sft.jsonl"
     good = path.read_text().splitlines(keepends=True)
@@ -206,6 +225,22 @@ def test_rows_that_cannot_be_used_are_told_and_left_out(folder):
     told = trained(folder, sft={"max_length": 90})
     assert told.lines[1] == "sft: 12 rows, left out: 1 too long, 2 malformed; 1 epochs in 3 steps of 4"
     assert f"{path}:7: not JSON" in told.lines[0] and f"{path}:8: response: Field required" in told.lines[0]
+
+
+def test_a_row_with_several_rejected_answers_is_as_many_rows(folder, tmp_path):
+    path, apart = folder / "pairs" / "preference.jsonl", tmp_path / "apart.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()[:8]]
+    rejected = [line["rejected"][0] for line in lines]
+    for number, line in enumerate(lines):
+        line["rejected"] = rejected[: number % 4]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [line | {"rejected": [one]} for line in lines for one in line["rejected"]]
+    apart.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template, limits = ChatTemplate(tokenizer_of(str(folder / "target"))), Limits(2048, 1024, "drop")
+    found = preference_rows(path, template, limits)
+    assert len(found.rows) == 12 and found.rows == preference_rows(apart, template, limits).rows
+    refused = "expected one or more chosen responses, and one or more rejected, got 2 chosen and 0 rejected"
+    assert found.problems == [f"{path}:{number}: {refused}" for number in (1, 5)]
 
 
 def test_wrpo_needs_sources_and_the_target(folder):
@@ -232,12 +267,6 @@ def test_sixteen_bits_and_waiting_for_rows(folder):
     assert not (folder / "train" / "preference").exists()
 
 
-def process(path: Path, *launcher: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", *launcher, "tests.distill.training", str(path)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def here(path: Path) -> list[str]:
     """Train in this process; what it told."""
     told = Told()
@@ -245,20 +274,22 @@ def here(path: Path) -> list[str]:
     return told.lines
 
 
-def finished(running: subprocess.Popen) -> str:
-    """What it told."""
-    output, _ = running.communicate()
-    assert running.returncode == 0, output.decode()
-    return output.decode()
+def killed_once(path: Path, there: Path) -> str:
+    """Train in a process, and kill it the moment a file or folder exists; what it had told."""
+    with Forked(path.parent, training.main, path) as process:
+        while not there.exists():
+            assert process.running, process.end()
+            time.sleep(0.002)
+        process.send(signal.SIGKILL)
+        return process.end().stdout
 
 
-def killed_once(running: subprocess.Popen, there: Path) -> str:
-    """Kill a process the moment a file or folder exists; what it had told."""
-    while not there.exists():
-        assert running.poll() is None, running.stdout.read().decode()
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    return running.communicate()[0].decode()
+def finished(path: Path) -> str:
+    """Train in a process; what it told."""
+    with Forked(path.parent, training.main, path) as process:
+        ended = process.end()
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
@@ -274,8 +305,8 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         "preference.partial/reference/0.jsonl",
         "preference.partial/checkpoint-3/trainer_state.json",
     )
-    told = [killed_once(process(tmp_path / "killed.json"), killed / there) for there in moments]
-    told.append(finished(process(tmp_path / "killed.json")))
+    told = [killed_once(tmp_path / "killed.json", killed / there) for there in moments]
+    told.append(finished(tmp_path / "killed.json"))
     assert not any("goes on" in text for text in (told[0], *here(tmp_path / "whole.json")))
     assert "sft: goes on after step 2 of 6" in told[1]
     assert "sft: done" in told[2] and "goes on" not in told[2]
@@ -294,7 +325,11 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
     here(tmp_path / "one.json")
     # As accelerate launch does it on devices; on a CPU that starts one process only, whatever it is told.
-    finished(process(tmp_path / "two.json", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "tests.distill.training", str(tmp_path / "two.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert launched.returncode == 0, launched.stderr
     for stage in ("sft", "preference"):
         first, second = tmp_path / "one" / "train" / stage, tmp_path / "two" / "train" / stage
         assert [json.loads((made / "training.json").read_text())["processes"] for made in (first, second)] == [1, 2]

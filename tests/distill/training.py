@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,5 +98,11 @@ class Printing(Silent):
         print(text, flush=True)
 
 
+def main(path: str | Path) -> None:
+    """Train by the recipe in a file, on the CPU."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    train(Recipe.model_validate_json(Path(path).read_text()), Printing())
+
+
 if __name__ == "__main__":
-    train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Printing())
+    main(sys.argv[1])

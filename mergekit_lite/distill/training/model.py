@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from mergekit_lite.answers import loading
+from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
 from mergekit_lite.distill.recipe import Training
 from mergekit_lite.errors import UsageError
@@ -17,21 +19,16 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
+OWN_CODE = "only architectures that transformers has are trained."
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises:
-        UsageError: there is none.
+        CheckpointError: there is none.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Can't load the tokenizer of {name}: {error}") from error
-    return tokenizer
+    return loading.tokenizer_of(name, OWN_CODE)
 
 
 def trained_model(name: str, training: Training, dropout: bool, seed: int) -> PreTrainedModel:
@@ -47,25 +44,18 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
         seed: of an adapter's first weights.
 
     Raises:
-        UsageError: it can't be loaded, or its head is not what log-probabilities are made for.
+        CheckpointError: it can't be loaded, or its weights are not all there.
+        UsageError: its head is not what log-probabilities are made for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     frozen = training.lora is not None
-    try:
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config if dropout else without_dropout(config),
-            dtype=getattr(torch, training.dtype) if frozen else torch.float32,
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Can't load the model {name}: {error}") from error
+    place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
+    config = loading.config_of(name, CAUSAL, OWN_CODE)
+    model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config))
     check_head(model)
     make_savable(model.generation_config)
     model.forward = MethodType(_log_probs, model)
     if not frozen:
-        return cast("PreTrainedModel", model)
+        return model
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
 
@@ -135,16 +125,15 @@ def write_model(saved: Path, start: str, training: Training, folder: Path) -> No
         training: the stage; its ``dtype`` is what is written.
         folder: to write.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(start)
-    if training.lora is None:
-        model = AutoModelForCausalLM.from_pretrained(saved, config=config, dtype=torch.float32)
-    else:
+    config = loading.config_of(start, CAUSAL, OWN_CODE)
+    trained = str(saved) if training.lora is None else start
+    model: Any = loading.causal_model(trained, Placed(None, torch.float32), OWN_CODE, config=config)
+    if training.lora is not None:
         import peft
 
-        base = AutoModelForCausalLM.from_pretrained(start, config=config, dtype=torch.float32)
-        adapted = peft.PeftModel.from_pretrained(base, saved)
+        adapted = peft.PeftModel.from_pretrained(model, saved)
         adapted.save_pretrained(str(folder / ADAPTER))
         model = adapted.merge_and_unload()
     model.to(getattr(torch, training.dtype)).save_pretrained(folder)

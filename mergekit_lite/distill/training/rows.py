@@ -113,7 +113,7 @@ class Rows:
 
 
 M = TypeVar("M", bound=BaseModel)
-Reading = Callable[[Any, ChatTemplate], Candidate]
+Reading = Callable[[Any, ChatTemplate], list[Candidate]]
 
 
 def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
@@ -123,31 +123,29 @@ def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
         UsageError: the file can't be read, or none of its rows can be trained on.
     """
 
-    def reading(row: SftRow, template: ChatTemplate) -> Candidate:
-        return Candidate((template.tokens(_talk(row.messages), row.response),), ("source",))
+    def reading(row: SftRow, template: ChatTemplate) -> list[Candidate]:
+        return [Candidate((template.tokens(_talk(row.messages), row.response),), ("source",))]
 
     return _read(path, SftRow, reading, template, limits)
 
 
 def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
-    """The rows of ``pairs/preference.jsonl``. All have as many chosen responses, and one rejected.
+    """The rows of ``pairs/preference.jsonl``. All have as many chosen responses.
+
+    A row with several rejected responses becomes as many, one for each of them with all that are chosen; each counts
+    like any other.
 
     Raises:
         UsageError: the file can't be read, none of its rows can be trained on, or their shapes differ.
     """
 
-    def reading(row: PreferenceRow, template: ChatTemplate) -> Candidate:
-        if not row.chosen or len(row.rejected) != 1:
+    def reading(row: PreferenceRow, template: ChatTemplate) -> list[Candidate]:
+        if not row.chosen or not row.rejected:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
-            raise TemplateError(f"expected one or more chosen responses and one rejected, got {shape}")
-        responses = [*sorted(row.chosen, key=lambda response: response.role), *row.rejected]  # source before target
+            raise TemplateError(f"expected one or more chosen responses, and one or more rejected, got {shape}")
         talk = _talk(row.messages)
-        wins = tuple(response.win for response in responses if response.win is not None)
-        return Candidate(
-            tuple(template.tokens(talk, response.text) for response in responses),
-            tuple(response.role for response in responses),
-            wins if len(wins) == len(responses) else None,
-        )
+        chosen = sorted(row.chosen, key=lambda response: response.role)  # source before target
+        return [_candidate(talk, [*chosen, rejected], template) for rejected in row.rejected]
 
     found = _read(path, PreferenceRow, reading, template, limits)
     shapes = Counter(tuple(row.roles[:-1]) for row in found.rows)
@@ -155,6 +153,15 @@ def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
         listed = [f"{counted(number, 'row')} with {', '.join(shape)} chosen" for shape, number in shapes.items()]
         raise UsageError(listing(f"All rows of {path} must have as many chosen responses, got", listed))
     return found
+
+
+def _candidate(talk: list[Message], responses: list[Response], template: ChatTemplate) -> Candidate:
+    wins = tuple(response.win for response in responses if response.win is not None)
+    return Candidate(
+        tuple(template.tokens(talk, response.text) for response in responses),
+        tuple(response.role for response in responses),
+        wins if len(wins) == len(responses) else None,
+    )
 
 
 def _talk(turns: list[Turn]) -> list[Message]:
@@ -165,7 +172,7 @@ def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, 
     found = Rows(notes=[template.note] if template.note else [])
     for line in read_rows(path, found.problems):
         try:
-            row = reading(model.model_validate(line.row), template)
+            candidates = reading(model.model_validate(line.row), template)
         except ValidationError as error:
             why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
             found.problems.append(f"{path}:{line.number}: {why}")
@@ -173,7 +180,8 @@ def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, 
             found.problems.append(f"{path}:{line.number}: {error}")
             found.counts["refused"] += 1
         else:
-            _take(found, row, limits)
+            for candidate in candidates:
+                _take(found, candidate, limits)
     found.counts["malformed"] = len(found.problems) - found.counts["refused"]
     found.counts["kept"] = len(found.rows)
     if not found.rows:
