@@ -190,7 +190,7 @@ def test_two_runs_on_one_output(place: Path) -> None:
     assert same_as_whole(place, "shared")
 
 
-NO_RESERVE = "import mergekit_lite.output.workspace as w; w._reserve = lambda *_: None; "
+NO_RESERVE = "import mergekit_lite.output.target as t; t._reserve = lambda *_: None; "
 MAIN = "import sys; from mergekit_lite.commands import start; sys.argv[0] = 'mergekit-lite'; start()"
 
 
