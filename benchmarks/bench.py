@@ -3,7 +3,7 @@
 Everything is a whole process, measured from start to end. The processes take turns, so that a slower minute of the
 machine meets them all, and ratios are taken within a turn. Before each one the last output is removed and the disk is
 given time to settle: otherwise the kernel makes a process wait for pages that the one before it left to be written. The
-inputs are in the page cache; the outputs end there too, for ``cp`` as for us.
+inputs are in the page cache; ``cp``'s output ends there, ours too but for what was quicker to write to the disk.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mergekit_lite.engine.spans import BLOCK, GRAIN
 from mergekit_lite.engine.work import Progress, Work
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.output.beside import write_beside
-from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path
+from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
 from mergekit_lite.plan import Plan
 
 OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")
@@ -72,7 +72,11 @@ def run(
     lanes, usual_block = lanes_and_block(place, threads)
     grains = -(-(block or usual_block) // GRAIN)
     check_outputs(plan, resume=resume, force=force)
-    unfinished = [v for v, done in enumerate(_finished(plan, resume)) if not done]
+    finished = _finished(plan, resume)
+    unfinished = [v for v, done in enumerate(finished) if not done]
+    for output, done in zip(plan.outputs, finished, strict=True):
+        if done:
+            tidy(output)
     made: dict[int, Report] = {}
     with ExitStack() as stack:
         workspaces: dict[int, Workspace] = {}

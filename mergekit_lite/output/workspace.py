@@ -10,7 +10,6 @@ of it.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -23,6 +22,7 @@ from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
+from mergekit_lite.output.target import Target
 from mergekit_lite.plan import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
@@ -87,6 +87,19 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
         )
 
 
+def tidy(output: Path) -> None:
+    """Remove the working folder of a published output, where a run was killed before it came to that."""
+    folder = working_folder(output)
+    result = folder / "result"
+    try:
+        with open(folder / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not result.exists() or not any(result.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # there is none, or somebody works there
+        return
+
+
 class Workspace:
     """The files of one output while they are being made. Writes go to their final offsets, from any thread."""
 
@@ -109,7 +122,7 @@ class Workspace:
         self.folder = working_folder(self.output)
         self.result = self.folder / "result"
         self.layout = layout
-        self._descriptors: list[int] = []
+        self._targets: list[Target] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -134,9 +147,9 @@ class Workspace:
             (self.folder / "journal.jsonl").unlink(missing_ok=True)
         self.result.mkdir(exist_ok=True)
         self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
-        self._descriptors = [self._open(file) for file in self.layout.files]
+        self._targets = [self._open(file) for file in self.layout.files]
 
-    def _open(self, file: OutputFile) -> int:
+    def _open(self, file: OutputFile) -> Target:
         path = self.result / file.name
         whole = path.exists() and path.stat().st_size == file.size
         if not whole:
@@ -146,12 +159,10 @@ class Workspace:
                 write_torch_skeleton(path, file.tensors, self.layout.nest)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise RunError(f"{path}: torch can't lay the file out: {str(error).splitlines()[0]}") from error
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        target = Target(path, file.size)
         if self.layout.nest is None:
-            os.ftruncate(descriptor, file.size)
-            os.pwrite(descriptor, file.header, 0)
-        _reserve(descriptor, file.size)
-        return descriptor
+            target.write(0, memoryview(file.header))
+        return target
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Put bytes in their place: ``offset`` bytes into a tensor.
@@ -159,18 +170,15 @@ class Workspace:
         Raises RunError (disk full, file limit, I/O error).
         """
         number, start = self.layout.places[tensor]
-        position = start + offset
         try:
-            while data:
-                written = os.pwrite(self._descriptors[number], data, position)
-                position, data = position + written, data[written:]
+            self._targets[number].write(start + offset, data)
         except OSError as error:
             raise RunError(_described(error, self.result / self.layout.files[number].name)) from error
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
         """Read back what an earlier run wrote; False where it is not all there."""
         number, start = self.layout.places[tensor]
-        return os.preadv(self._descriptors[number], [buffer], start + offset) == len(buffer)
+        return self._targets[number].read(start + offset, buffer)
 
     def record(self, job: int, begin: int) -> Record | None:
         """What an earlier run noted of a span."""
@@ -201,23 +209,11 @@ class Workspace:
 
     def close(self) -> None:
         """Close the files and let go of the folder."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
+        for target in self._targets:
+            target.close()
+        self._targets.clear()
         self.journal.close()
         os.close(self._lock)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the file's room on the disk at once, so that a full disk shows before the work, and writing costs less.
-
-    Through the system call: the C library's stand-in for file systems that can't do it would write the whole file.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "fallocate64") and libc.fallocate64(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
 
 
 def _described(error: OSError, path: Path) -> str:
