@@ -92,7 +92,7 @@ def tidy(output: Path) -> None:
     folder = working_folder(output)
     result = folder / "result"
     try:
-        with open(folder / "lock", "rb") as lock:
+        with (folder / "lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not result.exists() or not any(result.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
