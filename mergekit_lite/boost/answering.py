@@ -1,8 +1,8 @@
 """Candidates measured by what they answer: every candidate is asked the same prompts with the same seeds.
 
-Answers come in batches. After each chunk of them they are scored, and the baseline is put into the model to say how
-likely it finds them, and the model before alignment where their log-ratio is a score; then the candidate is put back
-and goes on. So a killed search loses no more than a chunk, and no second model lies in memory.
+Answers come in batches. After each chunk of them they are scored. Then the baseline is put into the model to say how
+likely it finds some of them, and the model before alignment where their log-ratio is a score; and the candidate is put
+back and goes on. So a killed search loses no more than a chunk, and no second model lies in memory.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from mergekit_lite.errors import RunError
 
 CHUNK = 64  # answers: setting weights twice takes no share of making so many
 LOG_RATIO = "log-ratio"
+SAMPLE = (
+    128  # answers that tell how far a candidate is from the baseline: about a tenth of that distance to either side
+)
 
 
 class Voice(Protocol):
@@ -43,22 +46,32 @@ class Likelihoods:
         stand: the model.
         batch_size: answers that are read at once.
         weak: the model before alignment, where the log-ratio to it is a score.
+        sample: so many of a candidate's answers, the first in the common order, are compared with the baseline. The
+            order is drawn by chance, so they stand for all; and they are the same items for all candidates.
     """
 
     stand: Stand
     batch_size: int = 8
     weak: Numbers | None = None
+    sample: int = SAMPLE
 
-    def of(self, numbers: Numbers, judged: Sequence[Judged], whole: Sequence[bool]) -> list[Row]:
+    def of(
+        self, numbers: Numbers, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]
+    ) -> list[Row]:
         """Of each answer ``log_prob`` and ``aligned_log_prob``, and the value of the log-ratio; where there are any.
 
-        ``whole`` tells which answers the model ended by itself. The candidate is on the stand before and after.
+        ``whole`` tells which answers the model ended by itself, ``sampled`` which are compared with the baseline. The
+        candidate is on the stand before and after.
         """
+        baseline, none = self.stand.family.baseline, [None] * len(judged)
+        compared = [chosen and numbers != baseline for chosen in sampled]
+        if self.weak is None and not any(compared):
+            return [Row() for _ in judged]
         tokens = [self._tokens(each, ended) for each, ended in zip(judged, whole, strict=True)]
-        baseline = self.stand.family.baseline
-        own = self._under(numbers, numbers, tokens)
-        aligned = self._under(baseline, numbers, tokens)
-        weak = self._under(self.weak, numbers, tokens) if self.weak is not None else [None] * len(tokens)
+        few = [row if chosen else None for row, chosen in zip(tokens, compared, strict=True)]
+        own = self._under(numbers, numbers, few)
+        aligned = self._under(baseline, numbers, few if self.weak is None else tokens)
+        weak = none if self.weak is None else self._under(self.weak, numbers, tokens)
         self.stand.put(numbers, numbers)
         return [self._row(*each) for each in zip(own, aligned, weak, strict=True)]
 
@@ -145,9 +158,10 @@ class Answering:
         respondent = self.voice.speaking(numbers)
         missing = set(wanted)
         keys = frozenset(self._tasks[item].key for item in wanted)
+        sampled = frozenset(items[: self.likelihoods.sample]) if self.likelihoods is not None else frozenset()
         with closing(respondent.answers(tasks, keys)) as answers:  # type: ignore[type-var]  # a generator: see it end
             while chunk := list(islice(answers, self.chunk)):
-                for row in self._rows(numbers, chunk, item_of):
+                for row in self._rows(numbers, chunk, item_of, sampled):
                     missing.discard(row["item"])
                     yield row
         if missing and respondent.troubles.stopped:
@@ -155,13 +169,16 @@ class Answering:
         for item in sorted(missing):
             yield Row(item=item, values=dict.fromkeys(self.names))
 
-    def _rows(self, numbers: Numbers, answers: Sequence[Answer], item_of: dict[Key, str]) -> Iterator[Row]:
+    def _rows(
+        self, numbers: Numbers, answers: Sequence[Answer], item_of: dict[Key, str], sampled: frozenset[str]
+    ) -> Iterator[Row]:
         items = [item_of[answer.key] for answer in answers]
         judged = [Judged(self._tasks[item].prompt, answer.text) for item, answer in zip(items, answers, strict=True)]
         scores = {scorer.name: scorer.score(judged) for scorer in self.scorers}
         likely = [Row() for _ in answers]
         if self.likelihoods is not None:
-            likely = self.likelihoods.of(numbers, judged, [answer.finish == "stop" for answer in answers])
+            whole = [answer.finish == "stop" for answer in answers]
+            likely = self.likelihoods.of(numbers, judged, whole, [item in sampled for item in items])
         for place, (item, answer, row) in enumerate(zip(items, answers, likely, strict=True)):
             values = {name: found[place].value for name, found in scores.items()} | row.get("values", {})
             row |= Row(item=item, values=values, text=answer.text, finish=answer.finish)

@@ -120,7 +120,7 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
 def _voice(prepared: Prepared, stand: Stand) -> AbstractContextManager[Behind | InProcess]:
     request = prepared.request
     if request.serve_command is None:
-        return nullcontext(InProcess(stand, request.sampling, request.batch_size))
+        return nullcontext(InProcess(stand, request.sampling, request.batch_size, prepared.portion))
     folder = request.folder / "serving"
     return Behind(stand, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience)
 

@@ -5,7 +5,7 @@ it is surely worse than the best so far or than the baseline, or beyond a limit 
 "surely" is corrected for the number of looks. So a bad candidate costs an eighth, and a good one is measured whole. The
 figure of a dropped candidate leans downwards, as it was dropped when it looked bad; it is told how much was measured.
 
-The highest of many noisy figures leans upwards. So a part of the items takes no part in the search: the chosen
+The highest of many noisy figures leans upwards. So the last part of the items takes no part in the search: the chosen
 candidate and the baseline meet on these, once, and that interval is the answer. With too few items for it the
 interval on the search's own items is corrected for the number of candidates instead.
 """
@@ -70,8 +70,9 @@ def boost(
         MergekitLiteError: the baseline has no verdict of the deciding scorer.
         UsageError: a scorer that is named is not among those that gave verdicts.
     """
-    apart = _held_out(len(study.subjects), settings.held_out)
-    contest = Contest(study.subjects[apart:], bench, study, settings)
+    searched = _searched(len(study.subjects), settings)
+    apart = _flat(study.subjects[searched:])
+    contest = Contest(study.subjects[:searched], bench, study, settings)
     search = searcher(contest.same)
     contest.begin()
     outcome = None
@@ -85,16 +86,18 @@ def boost(
         if len(contest.points) > before:
             progress(contest.points[label(numbers)])
     picked = contest.preferred(corrected=not apart)
-    confirmed = _confirmed(_flat(study.subjects[:apart]), bench, study, settings, picked) if picked and apart else None
+    confirmed = _confirmed(apart, bench, study, settings, picked) if picked and apart else None
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
     chosen = picked.numbers if picked and not failed else None
     return Result(settings, contest.baseline, tuple(contest.points.values()), picked, confirmed, chosen)
 
 
-def _held_out(total: int, share: float) -> int:
-    """How many items are kept from the search; none where they would be too few to tell."""
-    apart = round(total * share)
-    return apart if apart >= FIRST_LOOK else 0
+def _searched(total: int, settings: Settings) -> int:
+    """How many subjects the search goes by, in whole batches; all where those held out would be too few to tell."""
+    exact = total - round(total * settings.held_out)
+    even = round(exact / settings.batch) * settings.batch
+    searched = even if FIRST_LOOK <= even <= total - FIRST_LOOK else exact
+    return searched if total - searched >= FIRST_LOOK else total
 
 
 class Contest:

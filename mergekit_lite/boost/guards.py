@@ -8,13 +8,16 @@ the same items. A candidate beyond a limit is out, however high its score.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from statistics import fmean, stdev
+from typing import Any
 
-from mergekit_lite.boost.candidate import Row
+from mergekit_lite.boost.candidate import Row, subject
 from mergekit_lite.errors import UsageError, nearest
 
 GRAM = 4
@@ -36,8 +39,10 @@ class Guards:
         identical: share of answers that another item got, too, letter by letter.
         unchanged: share of answers that are the baseline's, letter by letter.
         unscored: share of items without a verdict of the deciding scorer.
-        kl: estimate of KL(candidate ‖ baseline), nats an answer.
+        kl: estimate of KL(candidate ‖ baseline), nats an answer: see ``_kl``. None for the baseline itself.
         kl_per_token: the same, nats a token.
+        kl_error: the standard error of ``kl``.
+        kl_answers: how many answers it is from.
     """
 
     answers: int = 0
@@ -51,6 +56,8 @@ class Guards:
     unscored: float | None = None
     kl: float | None = None
     kl_per_token: float | None = None
+    kl_error: float | None = None
+    kl_answers: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,6 @@ def guards(rows: Mapping[str, Row], baseline: Mapping[str, Row], score: str) -> 
     told = finishes.total()
     often = Counter(texts)
     before = sum(map(len, theirs.values()))
-    kl, kl_per_token = _kl(list(answers.values()))
     return Guards(
         answers=len(texts),
         length=sum(map(len, texts)) / len(texts),
@@ -136,8 +142,7 @@ def guards(rows: Mapping[str, Row], baseline: Mapping[str, Row], score: str) -> 
         identical=sum(often[text] > 1 for text in texts) / len(texts),
         unchanged=sum(ours[item] == theirs[item] for item in theirs) / len(theirs) if theirs else None,
         unscored=unscored,
-        kl=kl,
-        kl_per_token=kl_per_token,
+        **_kl(answers.values()),
     )
 
 
@@ -170,18 +175,27 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _kl(rows: Sequence[Row]) -> tuple[float | None, float | None]:
-    """The mean log-ratio of sampled answers: an unbiased estimate where they are drawn at temperature 1 and whole.
+def _kl(rows: Iterable[Row]) -> dict[str, Any]:
+    """The mean log-ratio of those answers that both models were asked about, and what is told with it.
 
-    A cut answer tells of its beginning only. At other temperatures it is the mean log-ratio of what was drawn.
+    Unbiased where answers are drawn at temperature 1 and whole: these are the answers to the first items in an order
+    that was drawn by chance. A cut answer tells of its beginning only. At other temperatures it is the mean log-ratio
+    of what was drawn.
     """
-    ratios = [
-        row["log_prob"] - row["aligned_log_prob"] for row in rows if "log_prob" in row and "aligned_log_prob" in row
-    ]
-    if not ratios:
-        return None, None
-    tokens = sum(row.get("tokens") or 0 for row in rows if "log_prob" in row and "aligned_log_prob" in row)
-    return sum(ratios) / len(ratios), sum(ratios) / tokens if tokens else None
+    known = [row for row in rows if "log_prob" in row and "aligned_log_prob" in row]
+    if not known:
+        return {}
+    ratios: dict[str, list[float]] = {}
+    for row in known:
+        ratios.setdefault(subject(row["item"]), []).append(row["log_prob"] - row["aligned_log_prob"])
+    total, tokens = sum(map(sum, ratios.values())), sum(row.get("tokens") or 0 for row in known)
+    means = [fmean(each) for each in ratios.values()]
+    return {
+        "kl": total / len(known),
+        "kl_per_token": total / tokens if tokens else None,
+        "kl_error": stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+        "kl_answers": len(known),
+    }
 
 
 def _number(text: str) -> float | None:

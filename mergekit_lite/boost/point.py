@@ -26,7 +26,7 @@ class Settings:
         baseline: what candidates must beat.
         confidence: of all intervals.
         held_out: the share of the items that takes no part in the search.
-        batch: looks are multiples of this.
+        batch: subjects that are measured together: looks, and where the search's items end, are multiples of this.
         stop_early: drop candidates before all items are measured.
     """
 

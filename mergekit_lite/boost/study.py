@@ -29,7 +29,7 @@ from mergekit_lite.answers.rows import write_text
 from mergekit_lite.boost.candidate import Bench, Numbers, Row, label, subject
 from mergekit_lite.errors import UsageError, listing, shortened
 
-VERSION = 1
+VERSION = 2
 LONGEST_NAME = 80  # of a file, without its endings
 
 

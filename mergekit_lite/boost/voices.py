@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from mergekit_lite.answers.asking import Respondent, Sampling
+from mergekit_lite.answers.asking import Respondent, Sampling, Task
 from mergekit_lite.answers.local import Local, ready
+from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
 from mergekit_lite.boost.candidate import Numbers, label
 from mergekit_lite.boost.stand import Stand
@@ -37,10 +38,10 @@ TOLD = 15  # lines of a server's output that an error shows
 class InProcess:
     """The model on the stand answers."""
 
-    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int) -> None:
-        """``batch_size`` answers are made at once."""
+    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int, portion: int) -> None:
+        """``batch_size`` answers are made at once; batches are cut from each ``portion`` of what is asked."""
         self.stand = stand
-        self.local = _OnStand(stand, sampling, batch_size)
+        self.local = _OnStand(stand, sampling, batch_size, portion)
 
     def speaking(self, numbers: Numbers) -> Respondent:
         """The model with the candidate's weights."""
@@ -51,9 +52,16 @@ class InProcess:
 class _OnStand(Local):
     """A respondent whose model is there already, in the dtype it will be written in."""
 
-    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int) -> None:
+    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int, portion: int) -> None:
         super().__init__("candidate", "the candidate", sampling, batch_size=batch_size)
         self.stand = stand
+        self.portion = portion
+
+    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
+        """Portion by portion: what is wanted first comes first in ``tasks``, so no batch is made for a part of it."""
+        for start in range(0, len(tasks), self.portion):
+            portion = tasks[start : start + self.portion]
+            yield from super().answers(portion, wanted.intersection(task.key for task in portion))
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -54,10 +54,10 @@ def test_nothing_is_chosen_where_nothing_helps(tmp_path: Path) -> None:
 
 
 def test_nothing_is_chosen_where_there_is_only_noise(tmp_path: Path) -> None:
-    """Nine equal candidates: one of them looks better by chance in a third of the searches; held out it is not."""
+    """Nine equal candidates: one of them looks better by chance in a fifth of the searches; held out it is not."""
     alphas = {"alpha": [0.1 * step for step in range(1, 10)]}
     wrong = looked_better = 0
-    for trial in range(8):
+    for trial in range(16):
         bench = SyntheticBench(lambda numbers: 0.0, items=200, noise=2.0)
         bench.items = [f"{trial} {item}" for item in bench.items]
         result = search(bench, tmp_path / str(trial), lambda same: grid(alphas))
@@ -67,9 +67,15 @@ def test_nothing_is_chosen_where_there_is_only_noise(tmp_path: Path) -> None:
 
 
 def test_a_plateau_gives_the_smallest_alpha(tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: min(numbers["alpha"], 1.0) if numbers["alpha"] < 20 else -5.0)
-    result = search(bench, tmp_path)
-    assert result.chosen == {"alpha": 1.0}
+    """The first one on it, unless that is by chance more than a standard error below the best: a third of the cases."""
+    chosen = []
+    for trial in range(6):
+        bench = SyntheticBench(lambda numbers: min(numbers["alpha"], 1.0) if numbers["alpha"] < 20 else -5.0)
+        bench.items = [f"{trial} {item}" for item in bench.items]
+        result = search(bench, tmp_path / str(trial))
+        assert result.chosen is not None
+        chosen.append(result.chosen["alpha"])
+    assert min(chosen) >= 1.0 and chosen.count(1.0) >= 3, chosen
 
 
 def test_a_bad_candidate_costs_an_eighth(tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_few_items_are_all_searched_on_and_the_interval_is_corrected(tmp_path: P
 
 
 def test_several_numbers_and_the_nearest_to_the_baseline(tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: min(numbers["a"] + numbers["b"], 1.0), noise=0.3)
+    bench = SyntheticBench(lambda numbers: min(numbers["a"] + numbers["b"], 1.0), noise=0.0)
     values = {"a": [0.0, 0.5, 1.0], "b": [0.0, 0.5, 1.0]}
     result = search(bench, tmp_path, lambda same: grid(values), baseline={"a": 0.0, "b": 0.0})
     assert result.chosen == {"a": 0.5, "b": 0.5}
@@ -200,8 +206,8 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(tmp_path: Path
     assert stops == 6
     assert len(set(bench.measured)) == len(bench.measured)
     assert sorted(bench.measured) == sorted(whole.measured)
-    assert verdict(result) == verdict(expected)
-    for name in ("alpha=0.jsonl", "alpha=2.partial.jsonl"):
+    assert verdict(result) == verdict(expected) and result.picked is not None
+    for name in ("alpha=0.jsonl", f"{result.picked.name}.jsonl", "alpha=0.5.partial.jsonl"):
         ours, theirs = (tmp_path / one / "candidates" / name for one in ("stopped", "whole"))
         assert ours.read_bytes() == theirs.read_bytes()
 

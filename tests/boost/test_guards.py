@@ -55,6 +55,16 @@ def test_kl_is_the_mean_log_ratio() -> None:
     rows["1"] |= Row(log_prob=-11.0, aligned_log_prob=-11.5, tokens=20)  # type: ignore[typeddict-item]
     found = guards(rows, rows, "s")
     assert found.kl == pytest.approx(1.25) and found.kl_per_token == pytest.approx(0.1)
+    assert found.kl_error == pytest.approx(0.75) and found.kl_answers == 2
+
+
+def test_answers_to_one_prompt_make_kl_no_surer() -> None:
+    """Its standard error is that of the prompts' means."""
+    ratios = [(f"{prompt}#{answer}", float(prompt + answer)) for prompt in range(4) for answer in range(8)]
+    rows = {item: Row(item=item, text="a", log_prob=ratio, aligned_log_prob=0.0) for item, ratio in ratios}
+    found = guards(rows, rows, "s")
+    assert found.kl == pytest.approx(5.0) and found.kl_answers == 32
+    assert found.kl_error == pytest.approx((5 / 3) ** 0.5 / 2)
 
 
 def test_items_without_answers_have_no_figures() -> None:

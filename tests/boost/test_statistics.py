@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mergekit_lite.answers.statistics import interval, paired
-from mergekit_lite.boost.looks import looks, shared_confidence
+from mergekit_lite.boost.looks import PORTION, looks, portion, shared_confidence
 
 SIMULATIONS = 300
 
@@ -85,6 +85,14 @@ def test_no_difference_at_all_is_a_point() -> None:
 )
 def test_looks_are_whole_batches(total: int, batch: int, expected: list[int]) -> None:
     assert looks(total, batch) == expected
+
+
+@pytest.mark.parametrize("total", [10, 64, 100, 500, 1600, 5000])
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 64, 200])
+def test_portions_are_whole_batches_and_no_more_than_the_first_look(total: int, batch_size: int) -> None:
+    found = portion(total, batch_size)
+    assert found % batch_size == 0
+    assert found == batch_size or (found <= PORTION and found <= looks(total)[0])
 
 
 def test_peeking_errs_no_more_often_than_it_says() -> None:
