@@ -20,6 +20,7 @@ scikit-learn; three coefficients need no library: ``fit`` is Newton's method wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -201,20 +202,24 @@ def fit(features: Floats, preferred: Floats, weight: Floats, c: float) -> Floats
 def _penalised_step(w: Floats, slope: Floats, curvature: Floats) -> Floats:
     """The step that minimises slope·step + ½ step·curvature·step + |w + step|₁.
 
-    With signs given for w + step that is a linear system. There are 27 choices of signs for three weights; of the
-    solutions that have the signs they were made for, the one with the least value is the minimum.
+    With signs given for w + step, 0 included, that is a linear system. There are 27 choices of signs for three weights;
+    of the solutions that have the signs they were made for, the one with the least value is the minimum.
     """
     curvature = curvature + np.eye(w.size) * (1e-9 * np.trace(curvature) + TINY)
-    best, least = -w, np.inf
-    for signs in map(np.array, product((0.0, 1.0, -1.0), repeat=w.size)):
-        on = signs != 0
-        step = -w
-        right = slope[on] + signs[on] + curvature[np.ix_(on, ~on)] @ step[~on]
-        step[on] = -np.linalg.solve(curvature[np.ix_(on, on)], right)
-        if (np.sign(w + step)[on] == signs[on]).all():
-            value = slope @ step + step @ curvature @ step / 2 + np.abs(w + step).sum()
-            best, least = (step, value) if value < least else (best, least)
-    return best
+    signs = _signs(w.size)
+    on = signs != 0
+    systems = np.where(on[:, :, None], curvature, np.eye(w.size))
+    steps = np.linalg.solve(systems, np.where(on, -slope - signs, -w)[:, :, None])[:, :, 0]
+    steps = np.where(on, steps, -w)  # to the bit, whatever was pivoted
+    values = steps @ slope + ((steps @ curvature) * steps).sum(1) / 2 + np.abs(w + steps).sum(1)
+    as_given = (np.sign(np.where(on, w + steps, 0.0)) == signs).all(1)
+    return np.asarray(steps[np.where(as_given, values, np.inf).argmin()])
+
+
+@lru_cache
+def _signs(number: int) -> Floats:
+    """(3ᵏ, k)."""
+    return np.array(list(product((0.0, 1.0, -1.0), repeat=number)))
 
 
 def _loss(score: Floats, preferred: Floats, weight: Floats) -> float:
