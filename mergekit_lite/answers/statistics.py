@@ -94,8 +94,7 @@ def bca(estimate: float, resampled: Floats, left_out: Floats, confidence: float)
 def resampled_means(columns: Floats) -> Floats:
     """Means over resampled items: (n,) gives (RESAMPLES,), (n, k) gives (RESAMPLES, k)."""
     n = columns.shape[0]
-    sums: Floats = np.concatenate([often.astype(np.float64) @ columns for often in _draws(n)])
-    return sums / n
+    return np.asarray(np.concatenate([often.astype(np.float64) @ columns for often in _draws(n)]) / n)
 
 
 @lru_cache(maxsize=4)

@@ -25,6 +25,7 @@ from mergekit_lite.boost.stand import Stand
 from mergekit_lite.errors import RunError
 
 CHUNK = 64  # answers: setting weights twice takes no share of making so many
+AT_ONCE = 32  # answers read side by side, at most: as fast as more of them, and of like length
 LOG_RATIO = "log-ratio"
 SAMPLE = (
     128  # answers that tell how far a candidate is from the baseline: about a tenth of that distance to either side
@@ -67,10 +68,13 @@ class Likelihoods:
         compared = [chosen and numbers != baseline for chosen in sampled]
         if self.weak is None and not any(compared):
             return [Row() for _ in judged]
-        tokens = [self._tokens(each, ended) for each, ended in zip(judged, whole, strict=True)]
+        tokens = [
+            self._tokens(each, ended) if chosen or self.weak is not None else None
+            for each, ended, chosen in zip(judged, whole, compared, strict=True)
+        ]
         few = [row if chosen else None for row, chosen in zip(tokens, compared, strict=True)]
         own = self._under(numbers, numbers, few)
-        aligned = self._under(baseline, numbers, few if self.weak is None else tokens)
+        aligned = self._under(baseline, numbers, tokens)
         weak = none if self.weak is None else self._under(self.weak, numbers, tokens)
         self.stand.put(numbers, numbers)
         return [self._row(*each) for each in zip(own, aligned, weak, strict=True)]
@@ -86,7 +90,7 @@ class Likelihoods:
 
     def _under(self, numbers: Numbers, purpose: Numbers, tokens: Sequence[Tokens | None]) -> list[LogProb | None]:
         self.stand.put(numbers, purpose)
-        found = iter(self.stand.log_probs([row for row in tokens if row is not None], self.batch_size))
+        found = iter(self.stand.log_probs([row for row in tokens if row is not None], min(self.batch_size, AT_ONCE)))
         return [next(found) if row is not None else None for row in tokens]
 
     def _tokens(self, judged: Judged, ended: bool) -> Tokens | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -51,7 +50,8 @@ class Bench(Protocol):
 
 def subject(item: str) -> str:
     """What the item is about. Answers to one prompt are no independent evidence: they are counted as one."""
-    return re.sub(r"#\d+$", "", item)
+    before, mark, number = item.rpartition("#")
+    return before if mark and number.isdecimal() else item
 
 
 def label(numbers: Numbers) -> str:

@@ -19,6 +19,7 @@ from mergekit_lite.boost.point import Point, plain
 from mergekit_lite.boost.study import Study
 from mergekit_lite.boost.words import CAN_NOT_TELL, highest, verdict
 from mergekit_lite.errors import shortened
+from mergekit_lite.garbage import uncollected
 from mergekit_lite.pages import drawing
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 
@@ -27,6 +28,7 @@ SHOWN = 4000  # characters of an answer
 VERSION = 1  # of boost.json
 
 
+@uncollected()
 def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Path:
     """Write the report into the study's folder.
 

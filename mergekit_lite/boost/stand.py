@@ -14,6 +14,7 @@ from mergekit_lite.answers.template import ChatTemplate, Tokens
 from mergekit_lite.boost.candidate import Numbers, label
 from mergekit_lite.boost.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
+from mergekit_lite.garbage import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,8 @@ class Stand:
     def _built(self) -> Built:
         from mergekit_lite.boost.model import build
 
-        return build(self.family.plan(self.family.baseline), self.device)
+        with uncollected():  # imports transformers
+            return build(self.family.plan(self.family.baseline), self.device)
 
     @cached_property
     def _weights(self) -> Weights:
