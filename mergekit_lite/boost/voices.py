@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -163,16 +164,12 @@ def serve_words(command: str) -> list[str]:
 
 @contextmanager
 def _started(words: Sequence[str], model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The server's process, in a group of its own that ends with this context, and its URL."""
+    """The server's process, in a group of its own that ends with this context or this process, and its URL."""
     port = _free_port()
     filled = [word.replace("{model}", str(model)).replace("{port}", str(port)) for word in words]
+    kept = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), *filled]
     with log.open("wb") as output:
-        try:
-            process = subprocess.Popen(
-                filled, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        except OSError as error:
-            raise RunError(f"--serve-command can't be started: {error.strerror}: {filled[0]}.") from error
+        process = subprocess.Popen(kept, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
     try:
         yield process, f"http://127.0.0.1:{port}/v1"
     finally:
@@ -188,6 +185,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -82,7 +83,8 @@ def test_a_server_is_stopped_when_the_search_fails(
     assert not (tmp_path / "out.boost" / "serving").exists()
 
 
-def test_a_terminated_search_leaves_no_server(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_search_that_is_ended_leaves_no_server(models: Path, tmp_path: Path, how: signal.Signals) -> None:
     child = tmp_path / "out.boost" / "child"
     running = subprocess.Popen(
         [sys.executable, "-m", "mergekit_lite", "boost", "sft", "dpo", "--prompts", "prompts.jsonl", "--score", WORDS,
@@ -91,10 +93,10 @@ def test_a_terminated_search_leaves_no_server(models: Path, tmp_path: Path) -> N
     )  # fmt: skip
     while running.poll() is None and not child.exists():
         time.sleep(0.05)
-    running.terminate()
-    assert running.wait() == 143
+    running.send_signal(how)
+    assert running.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     assert gone(int(child.read_text()))
-    assert not (tmp_path / "out.boost" / "serving").exists()
+    assert (tmp_path / "out.boost" / "serving").exists() == (how == signal.SIGKILL)  # the next search removes it
 
 
 def test_a_server_that_ends_under_way_is_an_error_and_no_verdict(
