@@ -12,11 +12,11 @@ from mergekit_lite._version import __version__
 from mergekit_lite.answers.rows import write_text
 from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.boost import curve
-from mergekit_lite.boost.candidate import Row, label
-from mergekit_lite.boost.choice import Result
-from mergekit_lite.boost.guards import Guards
-from mergekit_lite.boost.point import Point, plain
-from mergekit_lite.boost.study import Study
+from mergekit_lite.boost.candidates.candidate import Row, label
+from mergekit_lite.boost.search.choice import Result
+from mergekit_lite.boost.search.guards import Guards
+from mergekit_lite.boost.search.point import Point, plain
+from mergekit_lite.boost.search.study import Study
 from mergekit_lite.boost.words import CAN_NOT_TELL, highest, verdict
 from mergekit_lite.errors import shortened
 from mergekit_lite.garbage import uncollected

@@ -14,17 +14,18 @@ import xxhash
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
-from mergekit_lite.boost import scores as scoring
-from mergekit_lite.boost.family import Family, PairFamily, RecipeFamily
-from mergekit_lite.boost.given import read_pairs, read_texts
-from mergekit_lite.boost.guards import limits
-from mergekit_lite.boost.looks import portion
-from mergekit_lite.boost.point import Settings
-from mergekit_lite.boost.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
-from mergekit_lite.boost.search import MOST, START, Same, Search, bracket, grid
-from mergekit_lite.boost.trials import SAMPLERS, Range, optuna_search
-from mergekit_lite.boost.tunable import Tunable, parse
-from mergekit_lite.boost.voices import serve_words
+from mergekit_lite.boost.candidates.family import Family, PairFamily, RecipeFamily
+from mergekit_lite.boost.candidates.ranges import Range
+from mergekit_lite.boost.candidates.tunable import Tunable, parse
+from mergekit_lite.boost.measure import scores as scoring
+from mergekit_lite.boost.measure.given import read_pairs, read_texts
+from mergekit_lite.boost.measure.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
+from mergekit_lite.boost.measure.voices import serve_words
+from mergekit_lite.boost.search.guards import limits
+from mergekit_lite.boost.search.looks import portion
+from mergekit_lite.boost.search.point import Settings
+from mergekit_lite.boost.search.search import MOST, START, Same, Search, bracket, grid
+from mergekit_lite.boost.search.trials import SAMPLERS, optuna_search
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.pages import drawing
 

@@ -17,8 +17,8 @@ from mergekit_lite.errors import UsageError
 from mergekit_lite.garbage import uncollected
 
 if TYPE_CHECKING:
-    from mergekit_lite.boost.point import Point
     from mergekit_lite.boost.request import Prepared, Request
+    from mergekit_lite.boost.search.point import Point
     from mergekit_lite.commands.screen import Screen
 
 FILE = click.Path(dir_okay=False, path_type=Path)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mergekit_lite.boost.candidate import Numbers
-from mergekit_lite.boost.trials import Range
-from mergekit_lite.boost.tunable import Pair, RecipeTuning, Tunable, layers_of
+from mergekit_lite.boost.candidates.candidate import Numbers
+from mergekit_lite.boost.candidates.ranges import Range
+from mergekit_lite.boost.candidates.tunable import Pair, RecipeTuning, Tunable, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.errors import UsageError
 from mergekit_lite.extrapolation import plan_extrapolation

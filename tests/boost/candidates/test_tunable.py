@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergekit_lite.boost.family import PairFamily, RecipeFamily
-from mergekit_lite.boost.trials import Range
-from mergekit_lite.boost.tunable import RecipeTuning, parse
+from mergekit_lite.boost.candidates.family import PairFamily, RecipeFamily
+from mergekit_lite.boost.candidates.ranges import Range
+from mergekit_lite.boost.candidates.tunable import RecipeTuning, parse
 from mergekit_lite.errors import UsageError
 from tests.models import state, tuned, write_folder
 

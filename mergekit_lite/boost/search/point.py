@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 
 from mergekit_lite.answers.statistics import Interval, interval, paired
-from mergekit_lite.boost import guards as guarding
-from mergekit_lite.boost.candidate import Numbers, Row, label, subject
-from mergekit_lite.boost.guards import Guards, Limits
-from mergekit_lite.boost.length import Judgements, LengthControlled, LengthEffect, at_equal_length, length_controlled
-from mergekit_lite.boost.study import Study
+from mergekit_lite.boost.candidates.candidate import Numbers, Row, label, subject
+from mergekit_lite.boost.search import guards as guarding
+from mergekit_lite.boost.search.guards import Guards, Limits
+from mergekit_lite.boost.search.length import (
+    Judgements,
+    LengthControlled,
+    LengthEffect,
+    at_equal_length,
+    length_controlled,
+)
+from mergekit_lite.boost.search.study import Study
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boost.candidate import Numbers, Row
-from mergekit_lite.boost.choice import Result, Searcher, boost
-from mergekit_lite.boost.guards import Limits
-from mergekit_lite.boost.looks import looks
-from mergekit_lite.boost.point import Settings
-from mergekit_lite.boost.search import bracket, grid
-from mergekit_lite.boost.study import Study
+from mergekit_lite.boost.candidates.candidate import Numbers, Row
+from mergekit_lite.boost.search.choice import Result, Searcher, boost
+from mergekit_lite.boost.search.guards import Limits
+from mergekit_lite.boost.search.looks import looks
+from mergekit_lite.boost.search.point import Settings
+from mergekit_lite.boost.search.search import bracket, grid
+from mergekit_lite.boost.search.study import Study
 from mergekit_lite.boost.words import verdict
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from tests.boost.synthetic import SyntheticBench
@@ -215,7 +215,7 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(tmp_path: Path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.boost.test_choice import SyntheticBench, peak, search
+from tests.boost.search.test_choice import SyntheticBench, peak, search
 class Logged(SyntheticBench):
     def row(self, numbers, item):
         made = super().row(numbers, item)
@@ -236,8 +236,8 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
             [sys.executable, "-c", KILLED, str(tmp_path / "study"), str(log), str(stop)],
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=Path(__file__).parents[3],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
         )
         for stop in (30, 150, 0)
     ]

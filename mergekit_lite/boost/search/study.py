@@ -26,7 +26,7 @@ import xxhash
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.boost.candidate import Bench, Numbers, Row, label, subject
+from mergekit_lite.boost.candidates.candidate import Bench, Numbers, Row, label, subject
 from mergekit_lite.errors import UsageError, listing, shortened
 
 VERSION = 2

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs
 from mergekit_lite.answers.template import ChatTemplate, Tokens
-from mergekit_lite.boost.candidate import Numbers, label
-from mergekit_lite.boost.family import Family
+from mergekit_lite.boost.candidates.candidate import Numbers, label
+from mergekit_lite.boost.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
 from mergekit_lite.garbage import uncollected
 
 if TYPE_CHECKING:
     import torch
 
-    from mergekit_lite.boost.model import Built
-    from mergekit_lite.boost.weights import Rewritten, Weights
+    from mergekit_lite.boost.measure.model import Built
+    from mergekit_lite.boost.measure.weights import Rewritten, Weights
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Stand:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that the output gets."""
-        from mergekit_lite.boost.model import tokenizer_of
+        from mergekit_lite.boost.measure.model import tokenizer_of
 
         return tokenizer_of(self.family.plan(self.family.baseline))
 
@@ -106,14 +106,14 @@ class Stand:
 
     @cached_property
     def _built(self) -> Built:
-        from mergekit_lite.boost.model import build
+        from mergekit_lite.boost.measure.model import build
 
         with uncollected():  # imports transformers
             return build(self.family.plan(self.family.baseline), self.device)
 
     @cached_property
     def _weights(self) -> Weights:
-        from mergekit_lite.boost.weights import Weights
+        from mergekit_lite.boost.measure.weights import Weights
 
         return Weights(self._built, self.device, self.threads)
 

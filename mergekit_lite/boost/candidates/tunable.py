@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_lite.boost.trials import Range, read_range
+from mergekit_lite.boost.candidates.ranges import Range, read_range
 from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.recipe.document import Fields, Items, Node, Scalar, Value, read
 from mergekit_lite.recipe.rules import REGEX

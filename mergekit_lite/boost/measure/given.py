@@ -17,8 +17,8 @@ from xxhash import xxh3_64_hexdigest
 from mergekit_lite.answers.rows import Message, read_rows
 from mergekit_lite.answers.scorers.likelihood import LogProb, Pair, text_log_probs
 from mergekit_lite.answers.template import TemplateError, Tokens
-from mergekit_lite.boost.candidate import Numbers, Row
-from mergekit_lite.boost.stand import Stand
+from mergekit_lite.boost.candidates.candidate import Numbers, Row
+from mergekit_lite.boost.measure.stand import Stand
 from mergekit_lite.errors import UsageError, listing, shortened
 
 PAIRS, MARGIN, NLL = "pairs", "pairs.margin", "nll"

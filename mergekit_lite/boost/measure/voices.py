@@ -23,8 +23,8 @@ from mergekit_lite.answers.asking import Respondent, Sampling, Task
 from mergekit_lite.answers.local import Local, ready
 from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
-from mergekit_lite.boost.candidate import Numbers, label
-from mergekit_lite.boost.stand import Stand
+from mergekit_lite.boost.candidates.candidate import Numbers, label
+from mergekit_lite.boost.measure.stand import Stand
 from mergekit_lite.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Behind:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _written(self, numbers: Numbers) -> Path:
-        from mergekit_lite.boost.weights import Rewritten
+        from mergekit_lite.boost.measure.weights import Rewritten
         from mergekit_lite.engine.run import run
 
         started = time.monotonic()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.boost.model import Built, Places
+from mergekit_lite.boost.measure.model import Built, Places
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import lanes_and_block
 from mergekit_lite.engine.work import Records, Work

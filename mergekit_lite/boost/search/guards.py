@@ -17,7 +17,7 @@ from functools import lru_cache
 from statistics import fmean, stdev
 from typing import Any
 
-from mergekit_lite.boost.candidate import Row, subject
+from mergekit_lite.boost.candidates.candidate import Row, subject
 from mergekit_lite.errors import UsageError, nearest
 
 GRAM = 4

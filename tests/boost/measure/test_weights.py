@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_lite import plan_extrapolation, plan_merge_file, run
-from mergekit_lite.boost.model import build
-from mergekit_lite.boost.weights import Weights
+from mergekit_lite.boost.measure.model import build
+from mergekit_lite.boost.measure.weights import Weights
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
 from mergekit_lite.plan import Plan
 from tests.boost.tiny import logits, write_pair

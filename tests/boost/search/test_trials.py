@@ -10,12 +10,13 @@ from pathlib import Path
 import optuna
 import pytest
 
-from mergekit_lite.boost.candidate import Numbers
-from mergekit_lite.boost.choice import boost
-from mergekit_lite.boost.point import Settings
-from mergekit_lite.boost.search import Outcome
-from mergekit_lite.boost.study import Study
-from mergekit_lite.boost.trials import Range, optuna_search, read_range
+from mergekit_lite.boost.candidates.candidate import Numbers
+from mergekit_lite.boost.candidates.ranges import Range, read_range
+from mergekit_lite.boost.search.choice import boost
+from mergekit_lite.boost.search.point import Settings
+from mergekit_lite.boost.search.search import Outcome
+from mergekit_lite.boost.search.study import Study
+from mergekit_lite.boost.search.trials import optuna_search
 from mergekit_lite.errors import UsageError
 from tests.boost.synthetic import SyntheticBench, tried
 
@@ -88,10 +89,10 @@ def test_other_settings_are_another_study_in_the_same_database(tmp_path: Path) -
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mergekit_lite.boost.choice import boost
-from mergekit_lite.boost.study import Study
-from mergekit_lite.boost.trials import optuna_search
-from tests.boost.test_trials import RANGES, SETTINGS, SyntheticBench, bowl
+from mergekit_lite.boost.search.choice import boost
+from mergekit_lite.boost.search.study import Study
+from mergekit_lite.boost.search.trials import optuna_search
+from tests.boost.search.test_trials import RANGES, SETTINGS, SyntheticBench, bowl
 folder, log, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 class Logged(SyntheticBench):
     def row(self, numbers, item):
@@ -110,7 +111,7 @@ with Study(folder, {}, bench.items) as study:
 def test_a_killed_process_measures_nothing_twice(tmp_path: Path) -> None:
     """But for the one row each at which it was killed."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "study"), str(tmp_path / "log")]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     runs = [
         subprocess.run(
             [*command, str(stop)], capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mergekit_lite.boost.candidate import Numbers, Row
-from mergekit_lite.boost.stand import Stand
+from mergekit_lite.boost.candidates.candidate import Numbers, Row
+from mergekit_lite.boost.measure.stand import Stand
 from mergekit_lite.errors import NonFiniteError
 
 

@@ -10,48 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import xxhash
 
-from mergekit_lite.boost.candidate import Numbers
-from mergekit_lite.boost.point import Settings
-from mergekit_lite.boost.search import Outcome, Search
+from mergekit_lite.boost.candidates.candidate import Numbers
+from mergekit_lite.boost.candidates.ranges import Range, tidy
+from mergekit_lite.boost.search.point import Settings
+from mergekit_lite.boost.search.search import Outcome, Search
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     import optuna
 
 SAMPLERS = ("tpe", "cmaes")
-STEPS = 100  # at least so many in a range, unless told
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where a number may lie: ``low``, ``low + step`` … up to ``high``."""
-
-    low: float
-    high: float
-    step: float
-
-
-def read_range(text: str) -> Range:
-    """``LOW:HIGH`` or ``LOW:HIGH:STEP``; by default the step is a power of ten, at most a hundredth of the range.
-
-    Raises:
-        UsageError: it can't be read, or is empty.
-    """
-    parts = text.split(":")
-    try:
-        low, high, *step = map(float, parts)
-        by = step[0] if step else 10.0 ** math.floor(math.log10((high - low) / STEPS) + 1e-9)
-    except (ValueError, OverflowError):
-        low = high = by = math.nan
-    if len(parts) > 3 or not 0 < by <= high - low < math.inf:
-        raise UsageError(f"{text!r}: expected LOW:HIGH or LOW:HIGH:STEP, with a step that fits between.")
-    return Range(low, _tidy(low + math.floor((high - low) / by + 1e-9) * by), by)
 
 
 def optuna_search(
@@ -92,11 +65,11 @@ def optuna_search(
 def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Search:
     done = _complete(study)
     for trial in done:
-        yield {name: _tidy(value) for name, value in trial.params.items()}
+        yield {name: tidy(value) for name, value in trial.params.items()}
     for _ in range(trials - len(done)):
         running = study.ask()
         outcome = yield {
-            name: _tidy(running.suggest_float(name, of.low, of.high, step=of.step)) for name, of in ranges.items()
+            name: tidy(running.suggest_float(name, of.low, of.high, step=of.step)) for name, of in ranges.items()
         }
         _tell(study, running, outcome)
 
@@ -162,7 +135,3 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed)
     return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-
-
-def _tidy(number: float) -> float:
-    return float(f"{number:.10g}")

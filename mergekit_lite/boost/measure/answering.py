@@ -20,8 +20,8 @@ from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
 from mergekit_lite.answers.scorers.likelihood import LogProb
 from mergekit_lite.answers.scorers.scorer import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
-from mergekit_lite.boost.candidate import Numbers, Row
-from mergekit_lite.boost.stand import Stand
+from mergekit_lite.boost.candidates.candidate import Numbers, Row
+from mergekit_lite.boost.measure.stand import Stand
 from mergekit_lite.errors import RunError
 
 CHUNK = 64  # answers: setting weights twice takes no share of making so many

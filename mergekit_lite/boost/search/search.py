@@ -23,7 +23,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from mergekit_lite.boost.candidate import Numbers
+from mergekit_lite.boost.candidates.candidate import Numbers
 
 START, MOST = 0.5, 32.0
 LEAST_STEP = 0.1

@@ -11,8 +11,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from mergekit_lite.boost.candidate import Numbers, Row
-from mergekit_lite.boost.stand import Stand
+from mergekit_lite.boost.candidates.candidate import Numbers, Row
+from mergekit_lite.boost.measure.stand import Stand
 from mergekit_lite.errors import UsageError, nearest
 
 

@@ -19,11 +19,11 @@ from statistics import NormalDist
 from typing import Any
 
 from mergekit_lite.answers.statistics import Interval, interval, paired
-from mergekit_lite.boost.candidate import Bench, Numbers, Row, label
-from mergekit_lite.boost.looks import FIRST_LOOK, looks, shared_confidence
-from mergekit_lite.boost.point import Point, Settings, beyond, plain, point, values
-from mergekit_lite.boost.search import CLOSE, Outcome, Same, Search
-from mergekit_lite.boost.study import Study
+from mergekit_lite.boost.candidates.candidate import Bench, Numbers, Row, label
+from mergekit_lite.boost.search.looks import FIRST_LOOK, looks, shared_confidence
+from mergekit_lite.boost.search.point import Point, Settings, beyond, plain, point, values
+from mergekit_lite.boost.search.search import CLOSE, Outcome, Same, Search
+from mergekit_lite.boost.search.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
 
 PARTS = 4  # of what was measured: each must be beyond a limit to drop a candidate early
