@@ -40,7 +40,8 @@ def main(pair: Path, prompts: Path, search: Path, told: Path) -> None:
                 parameter.copy_(aligned[name].float() + alpha * (aligned[name].float() - sft[name].float()))
         asked = [questions[item] for item in items]
         started = time.perf_counter(), time.process_time()
-        right = sum(task.is_right(*each) for each in answered(model, tokenizer, asked))
+        with torch.inference_mode():
+            right = sum(task.is_right(*each) for each in answered(model, tokenizer, asked))
         wall, cpu = wall + time.perf_counter() - started[0], cpu + time.process_time() - started[1]
         answers += len(items)
         print(f"alpha={alpha:g}: {right} of {len(items)} right")
