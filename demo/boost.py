@@ -4,6 +4,7 @@ The questions are those that neither model was trained on, and the verifier is t
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-QUESTIONS = 1600
+BATCH = 200
 
 
 def right(prompt: Any, answer: str) -> float:
@@ -22,21 +23,34 @@ def right(prompt: Any, answer: str) -> float:
     return float(task.is_right(prompt.messages[-1]["content"], answer))
 
 
+def write_questions(path: Path, seed: int) -> None:
+    """All that a pair trained with this seed has not seen, as prompts."""
+    from demo import extrapolate
+
+    asked = extrapolate.questions(random.Random(seed))[: extrapolate.CHOOSING + extrapolate.REPORTING]
+    rows = [{"id": str(number), "prompt": question} for number, question in enumerate(asked)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def command(pair: Path, prompts: Path, output: Path) -> list[str]:
+    """The search over a pair, as anybody would call it."""
+    from demo import task
+
+    words = [sys.executable, "-m", "mergekit_lite", "boost", str(pair / "sft"), str(pair / "dpo")]
+    words += ["--prompts", str(prompts), "--score", "function:demo.boost:right,name=right"]
+    words += ["--temperature", "1", "--top-p", "1", "--max-tokens", str(task.MAX_ANSWER_TOKENS)]
+    return [*words, "--batch-size", str(BATCH), "--threads", "1", "-o", str(output)]
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default="demo/out", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="That the pair was trained with.")
 def main(out: Path, seed: int) -> None:
     """Ask the pair in OUT what it has not seen, and choose alpha by its answers."""
-    from demo import extrapolate, task
-
     prompts = out / "questions.jsonl"
-    asked = extrapolate.questions(random.Random(seed))[:QUESTIONS]
-    prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in asked))
-    command = [sys.executable, "-m", "mergekit_lite", "boost", str(out / "sft"), str(out / "dpo")]
-    command += ["--prompts", str(prompts), "--score", "function:demo.boost:right,name=right"]
-    command += ["--temperature", "1", "--top-p", "1", "--max-tokens", str(task.MAX_ANSWER_TOKENS)]
-    command += ["--batch-size", "200", "--threads", "1", "-o", str(out / "boosted")]
-    subprocess.run(command, check=True)
+    write_questions(prompts, seed)
+    # A model this small gains nothing from a second thread, and gives the same numbers on any number of cores.
+    subprocess.run(command(out, prompts, out / "boosted"), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":

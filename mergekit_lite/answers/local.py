@@ -69,7 +69,8 @@ class Local:
         self.device = device
         self.dtype = dtype
         self.troubles = Troubles()
-        self._refused: dict[str, str] = {}  # why, by prompts that can't be asked
+        self._prompts: dict[str, tuple[int, ...] | None] = {}  # tokens, by prompt; None where it can't be asked
+        self._refused: dict[str, str] = {}  # why
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """The answers to the ``wanted`` of the ``tasks``, batch by batch.
@@ -90,13 +91,12 @@ class Local:
     def _work(self, tasks: Sequence[Task]) -> list[_Work]:
         """All tasks that can be answered, longest prompts first: what lies side by side needs little padding, and what
         doesn't fit into memory shows at once."""
-        prompts: dict[str, tuple[int, ...] | None] = {}
         for task in tasks:
-            if task.prompt.id not in prompts:
-                prompts[task.prompt.id] = self._prompt(task)
-            if prompts[task.prompt.id] is None:
+            if task.prompt.id not in self._prompts:
+                self._prompts[task.prompt.id] = self._prompt(task)
+            if self._prompts[task.prompt.id] is None:
                 self.troubles.lost[task.key] = self._refused[task.prompt.id]
-        found = [_Work(task, tokens) for task in tasks if (tokens := prompts[task.prompt.id]) is not None]
+        found = [_Work(task, tokens) for task in tasks if (tokens := self._prompts[task.prompt.id]) is not None]
         return sorted(found, key=lambda work: -len(work.prompt))
 
     def _prompt(self, task: Task) -> tuple[int, ...] | None:

@@ -57,6 +57,8 @@ def interval(values: Sequence[float] | Floats, confidence: float = 0.95) -> Inte
     if x.size < 2:
         return Interval(float(x[0]) if x.size else math.nan, -math.inf, math.inf, x.size)
     mean = float(x.mean())
+    if x.min() == x.max():
+        return Interval(mean, mean, mean, x.size)
     left_out = (x.sum() - x) / (x.size - 1)
     low, high = bca(mean, resampled_means(x), left_out, confidence)
     return Interval(mean, low, high, x.size)
@@ -92,13 +94,20 @@ def bca(estimate: float, resampled: Floats, left_out: Floats, confidence: float)
 def resampled_means(columns: Floats) -> Floats:
     """Means over resampled items: (n,) gives (RESAMPLES,), (n, k) gives (RESAMPLES, k)."""
     n = columns.shape[0]
-    return np.concatenate([columns[chosen].mean(axis=1) for chosen in _draws(n)])
+    return np.asarray(np.concatenate([often.astype(np.float64) @ columns for often in _draws(n)]) / n)
 
 
 @lru_cache(maxsize=4)
-def _draws(n: int) -> tuple[NDArray[np.int32], ...]:
-    """Which items each resample has, a chunk of resamples at a time: the same for each statistic of n items."""
+def _draws(n: int) -> tuple[NDArray[np.uint8], ...]:
+    """How often each resample has each item, a chunk of resamples at a time: the same for each statistic of n items."""
     rng = np.random.default_rng(n)
     rows = max(1, CHUNK // n)
     sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-    return tuple(rng.integers(0, n, size=(size, n), dtype=np.int32) for size in sizes)
+    return tuple(_counts(rng.integers(0, n, size=(size, n))) for size in sizes)
+
+
+def _counts(chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Of a resample in each row; more than 255 times the same item comes in less than one of 10⁵⁰⁰ resamples."""
+    size, n = chosen.shape
+    places = chosen + n * np.arange(size)[:, None]
+    return np.bincount(places.ravel(), minlength=size * n).astype(np.uint8).reshape(size, n)

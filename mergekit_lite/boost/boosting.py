@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.scorers.opening import open_scorer
-from mergekit_lite.boost import choice, report
-from mergekit_lite.boost.answering import CHUNK, Answering, Likelihoods
-from mergekit_lite.boost.bench import Bench, Measure
-from mergekit_lite.boost.candidate import Numbers
-from mergekit_lite.boost.choice import Result
-from mergekit_lite.boost.family import PairFamily, RecipeFamily
-from mergekit_lite.boost.given import Ranking, Reading
-from mergekit_lite.boost.point import Point
+from mergekit_lite.boost import report
+from mergekit_lite.boost.candidates.candidate import Numbers
+from mergekit_lite.boost.candidates.family import PairFamily, RecipeFamily
+from mergekit_lite.boost.measure.answering import CHUNK, Answering, Likelihoods
+from mergekit_lite.boost.measure.bench import Bench, Measure
+from mergekit_lite.boost.measure.given import Ranking, Reading
+from mergekit_lite.boost.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
+from mergekit_lite.boost.measure.stand import Stand
+from mergekit_lite.boost.measure.tasks import Harness
+from mergekit_lite.boost.measure.voices import Behind, InProcess
 from mergekit_lite.boost.request import Prepared, described
-from mergekit_lite.boost.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
-from mergekit_lite.boost.stand import Stand
-from mergekit_lite.boost.study import Study
-from mergekit_lite.boost.tasks import Harness
-from mergekit_lite.boost.voices import Behind, InProcess
+from mergekit_lite.boost.search import choice
+from mergekit_lite.boost.search.choice import Result
+from mergekit_lite.boost.search.point import Point
+from mergekit_lite.boost.search.study import Study
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -120,7 +121,7 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
 def _voice(prepared: Prepared, stand: Stand) -> AbstractContextManager[Behind | InProcess]:
     request = prepared.request
     if request.serve_command is None:
-        return nullcontext(InProcess(stand, request.sampling, request.batch_size))
+        return nullcontext(InProcess(stand, request.sampling, request.batch_size, prepared.portion))
     folder = request.folder / "serving"
     return Behind(stand, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience)
 

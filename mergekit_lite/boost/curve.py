@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mergekit_lite.boost.choice import Result
-from mergekit_lite.boost.point import Point
+from mergekit_lite.boost.search.choice import Result
+from mergekit_lite.boost.search.point import Point
 from mergekit_lite.boost.words import highest
 from mergekit_lite.pages.drawing import COLOURS
 

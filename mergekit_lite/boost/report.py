@@ -12,12 +12,14 @@ from mergekit_lite._version import __version__
 from mergekit_lite.answers.rows import write_text
 from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.boost import curve
-from mergekit_lite.boost.candidate import Row, label
-from mergekit_lite.boost.choice import Result
-from mergekit_lite.boost.point import Point, plain
-from mergekit_lite.boost.study import Study
+from mergekit_lite.boost.candidates.candidate import Row, label
+from mergekit_lite.boost.search.choice import Result
+from mergekit_lite.boost.search.guards import Guards
+from mergekit_lite.boost.search.point import Point, plain
+from mergekit_lite.boost.search.study import Study
 from mergekit_lite.boost.words import CAN_NOT_TELL, highest, verdict
 from mergekit_lite.errors import shortened
+from mergekit_lite.garbage import uncollected
 from mergekit_lite.pages import drawing
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 
@@ -26,6 +28,7 @@ SHOWN = 4000  # characters of an answer
 VERSION = 1  # of boost.json
 
 
+@uncollected()
 def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Path:
     """Write the report into the study's folder.
 
@@ -93,6 +96,9 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
     facts = {**about, "score that decides": settings.score, "baseline": label(settings.baseline)}
     facts["limits"] = ", ".join(f"{name} {value}" for name, value in _limits(result)) or "none"
     facts["held out from the search"] = f"{100 * settings.held_out:g} % of the items" if result.held_out else "nothing"
+    compared = max((point.guards.kl_answers for point in result.points), default=0)
+    if compared:
+        facts["KL"] = f"with its standard error, from the first {compared:,} answers of each candidate"
     facts["measuring took"] = f"{sum(point.seconds for point in (result.baseline, *result.points)):,.0f} s"
     yield element(
         "dl", *(element(kind, text) for pair in facts.items() for kind, text in zip(("dt", "dd"), pair, strict=True))
@@ -129,7 +135,7 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     columns.append(("growth", [_number(one.growth, ".2f") for one in guards]))
     for name in ("truncated", "ended", "repetition", "identical", "unchanged", "unscored"):
         columns.append((name, [_percent(getattr(one, name)) for one in guards]))
-    columns.append(("KL", [_number(one.kl, ".3g") for one in guards]))
+    columns.append(("KL", [_kl(one) for one in guards]))
     columns.append(("KL a token", [_number(one.kl_per_token, ".2g") for one in guards]))
     columns.append(("effective alpha", [_number(point.facts.get("effective"), ".3g") for point in points]))
     columns.append(("seconds", [_number(point.seconds or None, ",.0f") for point in points]))
@@ -200,6 +206,11 @@ def _gain(of: Interval | None) -> Cell:
 
 def _number(value: float | None, form: str) -> Cell:
     return Cell("–" if value is None else format(value, form), value)
+
+
+def _kl(of: Guards) -> Cell:
+    error = f" ± {of.kl_error:.2g}" if of.kl_error is not None else ""
+    return Cell("–" if of.kl is None else f"{of.kl:.3g}{error}", of.kl)
 
 
 def _percent(value: float | None) -> Cell:

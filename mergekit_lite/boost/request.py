@@ -14,16 +14,18 @@ import xxhash
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
-from mergekit_lite.boost import scores as scoring
-from mergekit_lite.boost.family import Family, PairFamily, RecipeFamily
-from mergekit_lite.boost.given import read_pairs, read_texts
-from mergekit_lite.boost.guards import limits
-from mergekit_lite.boost.point import Settings
-from mergekit_lite.boost.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
-from mergekit_lite.boost.search import MOST, START, Same, Search, bracket, grid
-from mergekit_lite.boost.trials import SAMPLERS, Range, optuna_search
-from mergekit_lite.boost.tunable import Tunable, parse
-from mergekit_lite.boost.voices import serve_words
+from mergekit_lite.boost.candidates.family import Family, PairFamily, RecipeFamily
+from mergekit_lite.boost.candidates.ranges import Range
+from mergekit_lite.boost.candidates.tunable import Tunable, parse
+from mergekit_lite.boost.measure import scores as scoring
+from mergekit_lite.boost.measure.given import read_pairs, read_texts
+from mergekit_lite.boost.measure.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
+from mergekit_lite.boost.measure.voices import serve_words
+from mergekit_lite.boost.search.guards import limits
+from mergekit_lite.boost.search.looks import portion
+from mergekit_lite.boost.search.point import Settings
+from mergekit_lite.boost.search.search import MOST, START, Same, Search, bracket, grid
+from mergekit_lite.boost.search.trials import SAMPLERS, optuna_search
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.pages import drawing
 
@@ -95,6 +97,7 @@ class Prepared:
         scores: what they are scored by; the first one decides.
         begin: makes the search, once the folder is there; what it returns wants to be told noise from difference.
         settings: how candidates are judged.
+        portion: answers that are made before the next ones are begun.
         notes: what the user should know.
     """
 
@@ -107,6 +110,7 @@ class Prepared:
     search: str
     begin: Callable[[], Searcher]
     settings: Settings
+    portion: int
     device: torch.device
     notes: tuple[str, ...]
 
@@ -171,14 +175,16 @@ def prepare(request: Request) -> Prepared:
     notes = [f"left out: {text}" for text in prompts.problems]
     notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
     notes += _check_plans(family)
+    asked = tuple(prompts.prompts[: request.limit])
+    together = portion(len(asked) * request.samples, request.batch_size)
     settings = Settings(
-        scores[0].name, family.baseline, found_limits, request.confidence, request.held_out, request.batch_size,
-        request.stop_early,
+        scores[0].name, family.baseline, found_limits, request.confidence, request.held_out,
+        together // math.gcd(together, request.samples), request.stop_early,
     )  # fmt: skip
     kind = request.search or ("bracket" if _can_bracket(family) else "tpe")
     return Prepared(
-        request, family, scores, tuple(prompts.prompts[: request.limit]), pairs, texts, kind,
-        _begin(request, kind, family, settings), settings, device, tuple(notes),
+        request, family, scores, asked, pairs, texts, kind, _begin(request, kind, family, settings), settings,
+        together, device, tuple(notes),
     )  # fmt: skip
 
 

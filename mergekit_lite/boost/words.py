@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_lite.answers.statistics import Interval
-from mergekit_lite.boost.choice import Result
-from mergekit_lite.boost.point import Point
+from mergekit_lite.boost.search.choice import Result
+from mergekit_lite.boost.search.point import Point
 from mergekit_lite.errors import counted
 
 CAN_NOT_TELL = (

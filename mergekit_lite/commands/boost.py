@@ -14,10 +14,11 @@ import click
 
 from mergekit_lite.commands import values
 from mergekit_lite.errors import UsageError
+from mergekit_lite.garbage import uncollected
 
 if TYPE_CHECKING:
-    from mergekit_lite.boost.point import Point
     from mergekit_lite.boost.request import Prepared, Request
+    from mergekit_lite.boost.search.point import Point
     from mergekit_lite.commands.screen import Screen
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -135,9 +136,10 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
     What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
     candidate is sure to be better, that is the answer, and no model is made.
     """
-    from mergekit_lite.boost.request import described, prepare
-    from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.engine.sample import delta_warning
+    with uncollected():  # of torch and all else
+        from mergekit_lite.boost.request import described, prepare
+        from mergekit_lite.commands.screen import Screen
+        from mergekit_lite.engine.sample import delta_warning
 
     as_json, dry_run = given.pop("as_json"), given.pop("dry_run")
     screen = Screen(quiet=given.pop("quiet") or as_json, verbose=False)

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_lite import extrapolate, merge
 from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.boost.boosting import bench_of, boost
+from mergekit_lite.boost.measure.answering import Answering
 from mergekit_lite.boost.request import Request, prepare
 from mergekit_lite.commands import main
 from mergekit_lite.errors import UsageError
@@ -203,6 +205,42 @@ def test_answers_don_t_depend_on_what_was_measured_before(models: Path, tmp_path
     assert alone == rows(0.0, 4.0, 1.5)
     few = frozenset(["q3", "q17"])
     assert rows(1.5, wanted=few) == {item: alone[item] for item in few}
+
+
+def test_kl_is_estimated_from_the_same_first_items_of_every_candidate(models: Path, tmp_path: Path) -> None:
+    request = request_of(
+        models, tmp_path / "out", SPACES, prompts=(models / "prompts.jsonl",), search="grid", grid={"alpha": (4.0, 8.0)}
+    )
+    with bench_of(prepare(request)) as bench:
+        [answering] = bench.measures
+        assert isinstance(answering, Answering) and answering.likelihoods is not None
+        answering.likelihoods = replace(answering.likelihoods, sample=7)
+        items = bench.items[::-1]
+        for alpha in (0.0, 4.0, 8.0):
+            rows = {row["item"]: row for row in bench.measure({"alpha": alpha}, items, frozenset(items[2:]))}
+            compared = {item for item in rows if "log_prob" in rows[item] and "aligned_log_prob" in rows[item]}
+            assert compared == (set(items[2:7]) if alpha else set())
+
+
+@pytest.mark.parametrize("held_out", [0.5, 0.3])
+def test_no_answer_is_made_that_is_not_wanted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float
+) -> None:
+    """Looks and held-out items are where batches end, though prompts in a batch are alike in length."""
+    made: list[str] = []
+    batch = Local._batch
+
+    def counted(self: Local, work: Any) -> Any:
+        made.extend(one.task.prompt.id for one in work)
+        return batch(self, work)
+
+    monkeypatch.setattr(Local, "_batch", counted)
+    prompts = write_prompts(tmp_path, 128)
+    grid = {"search": "grid", "grid": {"alpha": (0.5, 4.0)}, "batch_size": 4, "held_out": held_out}
+    request = request_of(models, tmp_path / "out", SPACES, prompts=(prompts,), **grid)
+    boost(prepare(request))
+    kept = sum(len(rows) for rows in rows_of(tmp_path / "out.boost").values())
+    assert len(made) == kept >= 3 * 64
 
 
 def test_killed_and_run_again_no_row_is_measured_twice(

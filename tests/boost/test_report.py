@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boost.candidate import Numbers, Row
-from mergekit_lite.boost.choice import Result, boost
-from mergekit_lite.boost.point import Settings
+from mergekit_lite.boost.candidates.candidate import Numbers, Row
 from mergekit_lite.boost.report import write
-from mergekit_lite.boost.search import bracket, grid
-from mergekit_lite.boost.study import Study
+from mergekit_lite.boost.search.choice import Result, boost
+from mergekit_lite.boost.search.point import Settings
+from mergekit_lite.boost.search.search import bracket, grid
+from mergekit_lite.boost.search.study import Study
+from tests.boost.search.test_choice import peak
 from tests.boost.synthetic import SyntheticBench
-from tests.boost.test_choice import peak
 from tests.browser import Browser
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $x^2$ 好'

@@ -1,0 +1,41 @@
+"""Where a number may lie."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mergekit_lite.errors import UsageError
+
+STEPS = 100  # at least so many in a range, unless told
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number may lie: ``low``, ``low + step`` … up to ``high``."""
+
+    low: float
+    high: float
+    step: float
+
+
+def read_range(text: str) -> Range:
+    """``LOW:HIGH`` or ``LOW:HIGH:STEP``; by default the step is a power of ten, at most a hundredth of the range.
+
+    Raises:
+        UsageError: it can't be read, or is empty.
+    """
+    parts = text.split(":")
+    try:
+        low, high, *step = map(float, parts)
+        by = step[0] if step else 10.0 ** math.floor(math.log10((high - low) / STEPS) + 1e-9)
+    except (ValueError, OverflowError):
+        low = high = by = math.nan
+    if len(parts) > 3 or not 0 < by <= high - low < math.inf:
+        raise UsageError(f"{text!r}: expected LOW:HIGH or LOW:HIGH:STEP, with a step that fits between.")
+    return Range(low, tidy(low + math.floor((high - low) / by + 1e-9) * by), by)
+
+
+def tidy(number: float) -> float:
+    """Without what steps of binary fractions leave."""
+    return float(f"{number:.10g}")

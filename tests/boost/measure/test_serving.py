@@ -1,0 +1,155 @@
+"""A server of the user's own over each candidate: started, asked, stopped, and nothing left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergekit_lite.boost.boosting import bench_of, boost
+from mergekit_lite.boost.request import Request, prepare
+from mergekit_lite.errors import RunError, UsageError
+from tests.boost.end_to_end import write_models, write_prompts
+
+SERVER = shlex.join([sys.executable, str(Path(__file__).parents[1] / "serving.py")]) + " {model} {port}"
+WORDS = "function:tests.boost.end_to_end:spaces"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_models(root)
+    write_prompts(root, 8)
+    return root
+
+
+def request_of(models: Path, output: Path, how: str = "", **options: Any) -> Request:
+    usual = {"serve_command": f"{SERVER} {how}".strip(), "limits": ("growth=none", "repetition=none")}
+    return Request(
+        output=output, sft=str(models / "sft"), aligned=str(models / "dpo"), scores=(WORDS,),
+        prompts=(models / "prompts.jsonl",), **{**usual, **options},
+    )  # fmt: skip
+
+
+def test_each_candidate_is_served_and_removed(models: Path, tmp_path: Path) -> None:
+    request = request_of(models, tmp_path / "out", search="grid", grid={"alpha": (0.5, 1.0)})
+    boosted = boost(prepare(request))
+    assert boosted.result.chosen == {"alpha": 1.0}
+    assert [point.gain.mean for point in boosted.result.points] == [2.0, 4.0]
+    assert boosted.result.points[0].facts["effective"] == pytest.approx(0.5, abs=1e-4)
+    ledger = (tmp_path / "out.boost" / "candidates" / "alpha=0.5.jsonl").read_text().splitlines()
+    rows = {row["item"]: row for row in map(json.loads, ledger)}
+    assert rows["q1"]["text"] == "What is 1? alpha 0.5 word word" and rows["q1"]["tokens"] == 7
+    assert not (tmp_path / "out.boost" / "serving").exists()
+
+
+def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.boost.measure.voices.STOP_SECONDS", 0.2)
+    (tmp_path / "out.boost").mkdir()
+    with bench_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as bench:
+        first, *others = bench.items
+        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset([first])))) == 1
+        one = (tmp_path / "out.boost" / "child").read_text()
+        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset(others)))) == 7
+        assert (tmp_path / "out.boost" / "child").read_text() == one  # the same server all the time
+    assert gone(int((tmp_path / "out.boost" / "child").read_text()))
+
+
+def test_a_server_is_stopped_when_the_search_fails(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.boost.measure.voices.STOP_SECONDS", 0.2)
+    (tmp_path / "out.boost").mkdir()
+
+    def failing(*_: object) -> Iterator[object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergekit_lite.boost.measure.answering.Answering._rows", failing)
+    prepared = prepare(request_of(models, tmp_path / "out", "stubborn"))
+    with bench_of(prepared) as bench, pytest.raises(KeyboardInterrupt):
+        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+    assert gone(int((tmp_path / "out.boost" / "child").read_text()))
+    assert not (tmp_path / "out.boost" / "serving").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_search_that_is_ended_leaves_no_server(models: Path, tmp_path: Path, how: signal.Signals) -> None:
+    child = tmp_path / "out.boost" / "child"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "mergekit_lite", "boost", "sft", "dpo", "--prompts", "prompts.jsonl", "--score", WORDS,
+         "-o", str(tmp_path / "out"), "--serve-command", f"{SERVER} stuck"],
+        cwd=models, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while running.poll() is None and not child.exists():
+        time.sleep(0.05)
+    running.send_signal(how)
+    assert running.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
+    assert gone(int(child.read_text()))
+    assert (tmp_path / "out.boost" / "serving").exists() == (how == signal.SIGKILL)  # the next search removes it
+
+
+def test_a_server_that_ends_under_way_is_an_error_and_no_verdict(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_lite.answers.server.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("mergekit_lite.answers.server.LONGEST_WAIT", 0.02)
+    monkeypatch.setattr("mergekit_lite.answers.server.LOST_IN_A_ROW", 4)
+    request = request_of(models, tmp_path / "out", "fails", concurrency=1)
+    with bench_of(prepare(request)) as bench, pytest.raises(RunError, match="asked no more"):
+        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended, or will have in a moment."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize(
+    "how, patience, said",
+    [
+        ("dies", 60.0, "ended with exit code 1 before it was ready. It said:\n  no GPU here"),
+        ("silent", 0.5, "not ready"),
+    ],
+)
+def test_a_server_that_does_not_get_ready(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, patience: float, said: str
+) -> None:
+    monkeypatch.setattr("mergekit_lite.boost.measure.voices.STOP_SECONDS", 0.5)
+    request = request_of(models, tmp_path / "out", how, serve_patience=patience)
+    with bench_of(prepare(request)) as bench, pytest.raises(RunError) as failed:
+        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+    assert said in str(failed.value)
+    assert not (tmp_path / "out.boost" / "serving").exists()
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("vllm serve", "lacks {model} and {port}"),
+        ("no-such-program {model} {port}", "no program 'no-such-program'"),
+        ("'unclosed {model} {port}", "No closing quotation"),
+    ],
+)
+def test_commands_that_can_not_be_are_refused(models: Path, tmp_path: Path, command: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        prepare(request_of(models, tmp_path / "out", serve_command=command))
+    assert said in str(refused.value)
