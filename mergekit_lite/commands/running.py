@@ -44,7 +44,11 @@ OPTIONS = (
         callback=values.size,
         help="Most bytes in one file, for instance 5GB; by default shards as in the model that gives the config.",
     ),
-    click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default."),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        help="Workers; by default one more than cores, as some wait for the disk.",
+    ),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
     click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),

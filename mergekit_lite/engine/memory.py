@@ -14,10 +14,10 @@ PER_TENSOR = 4_000  # the plan and the journal
 
 def memory_estimate(plan: Plan, threads: int | None) -> int:
     """Bytes of resident memory a run on the CPU is expected to take at most."""
-    from mergekit_lite.engine.pool import available_cores
+    from mergekit_lite.engine.pool import writing_workers
 
     lane = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
     folds = any(spec.change is not None for job in plan.jobs for spec in job.inputs)
     kept = REMEMBERED_FACTORS if folds else 0
     lane += FOLDING if folds else 0
-    return RUNTIME + kept + (threads or available_cores()) * lane + PER_TENSOR * len(plan.jobs)
+    return RUNTIME + kept + (threads or writing_workers()) * lane + PER_TENSOR * len(plan.jobs)

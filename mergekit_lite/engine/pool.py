@@ -116,6 +116,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def writing_workers() -> int:
+    """Workers for tasks that write: one more than there are cores, as one or the other waits for the disk."""
+    return available_cores() + 1
+
+
 def _keep_freed_memory() -> None:
     """Let glibc reuse the temporaries of the arithmetic.
 

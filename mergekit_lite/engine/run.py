@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mergekit_lite.engine.pool import available_cores
+from mergekit_lite.engine.pool import available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.spans import BLOCK, GRAIN
 from mergekit_lite.engine.work import Progress, Work
@@ -51,7 +51,7 @@ def run(
 
     Args:
         plan: from ``plan(...)``.
-        threads: workers; by default one for each core, or enough to keep a GPU's copies going.
+        threads: workers; by default one more than there are cores, or enough to keep a GPU's copies going.
         device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where there is one).
         block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
         resume: go on with what an earlier run of the same plan left.
@@ -69,7 +69,7 @@ def run(
     """
     started = time.monotonic()
     place = chosen_device(device)
-    lanes, usual_block = lanes_and_block(place, threads)
+    lanes, usual_block = lanes_and_block(place, threads, writing_workers())
     grains = -(-(block or usual_block) // GRAIN)
     check_outputs(plan, resume=resume, force=force)
     finished = _finished(plan, resume)
@@ -132,9 +132,15 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def lanes_and_block(device: torch.device, threads: int | None = None) -> tuple[int, int]:
-    """How many workers a device has use for, unless told, and how many elements each of them computes at once."""
-    lanes, block = (GPU_LANES, GPU_BLOCK) if device.type == "cuda" else (available_cores(), BLOCK)
+def lanes_and_block(device: torch.device, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
+    """How many workers a device has use for, unless told, and how many elements each of them computes at once.
+
+    Args:
+        device: that computes.
+        threads: workers that were asked for.
+        on_cpu: workers on the CPU where none were; by default one for each core.
+    """
+    lanes, block = (GPU_LANES, GPU_BLOCK) if device.type == "cuda" else (on_cpu or available_cores(), BLOCK)
     return threads or lanes, block
 
 
