@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from mergekit_lite.answers.loading import (
     Dtype,
     Placed,
+    config_of,
     context_of,
-    fetched,
     free_memory,
     model_of,
     placed,
@@ -168,9 +168,9 @@ def _template(path: str) -> ChatTemplate:
 
 
 def _head(path: str, place: Placed) -> Head:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    config = fetched(path, "a reward model", lambda: AutoConfig.from_pretrained(path))
+    config = config_of(path, "a reward model")
     if gated.is_gated(config):
         return gated.load(path, config, place)
     model, missing, unexpected = model_of(AutoModelForSequenceClassification, path, "a reward model", place)
