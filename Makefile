@@ -49,7 +49,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml constraints.txt mergekit_lite/kernels/kernels.c
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/kernels/kernels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)

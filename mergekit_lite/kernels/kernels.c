@@ -1,7 +1,7 @@
 /* Merges of bfloat16 tensors in one pass over their bytes: read, widen, merge, round, tile by tile.
  *
  * Each function does what the torch expressions of its caller do, element by element in the same order, with every
- * product and sum rounded to float32 (nothing is contracted: see pyproject.toml), so results are the same bit for bit.
+ * product and sum rounded to float32 (nothing is contracted: see setup.py), so results are the same bit for bit.
  * Sums over many elements are float64, in an order of their own.
  *
  * `models` are n tensors of `count` elements, `base` is one more or NULL; `start` is the index of the first element. Where
