@@ -55,7 +55,7 @@ def direct_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Target]:
     """A file to be written."""
-    made = Target(tmp_path / "file", SIZE)
+    made = Target(tmp_path / "file", SIZE, Pace())
     yield made
     made.close()
 
@@ -82,7 +82,7 @@ def test_the_bytes_are_those_of_plain_writes(writes: list[tuple[int, int, bool]]
     """Writes of any length anywhere, one over another, each in either way."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path, wanted = Path(folder) / "file", bytearray(SIZE)
-        file = Target(path, SIZE)
+        file = Target(path, SIZE, Pace())
         for number, (position, length, direct) in enumerate(writes):
             patch.setattr(Pace, "is_direct_next", lambda _, way=direct: way and file._direct is not None)
             data = noise(number, min(length, SIZE - position))
@@ -103,7 +103,7 @@ def test_many_threads_side_by_side(tmp_path: Path, direct_writes: list[int]) -> 
         wanted = noise(seed + number, SIZE)
         pieces = list(pairwise([0, *sorted(chance.sample(range(1, SIZE), 30)), SIZE]))
         chance.shuffle(pieces)
-        file = Target(tmp_path / str(number), SIZE)
+        file = Target(tmp_path / str(number), SIZE, Pace())
         with ThreadPoolExecutor(6) as threads:
             list(threads.map(file.write, [begin for begin, _ in pieces], [wanted[begin:end] for begin, end in pieces]))
         file.close()
@@ -139,7 +139,7 @@ def test_a_file_system_that_refuses_when_opened(tmp_path: Path, monkeypatch: pyt
         return plain(path, flags, mode)
 
     monkeypatch.setattr(os, "open", refusing)
-    file, wanted = Target(tmp_path / "file", SIZE), noise(0, SIZE)
+    file, wanted = Target(tmp_path / "file", SIZE, Pace()), noise(0, SIZE)
     for begin in range(0, SIZE, 5 * PAGE):
         file.write(begin, wanted[begin : begin + 5 * PAGE])
     file.close()
@@ -148,7 +148,7 @@ def test_a_file_system_that_refuses_when_opened(tmp_path: Path, monkeypatch: pyt
 
 def test_a_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "O_DIRECT")
-    file, wanted = Target(tmp_path / "file", SIZE), noise(0, SIZE)
+    file, wanted = Target(tmp_path / "file", SIZE, Pace()), noise(0, SIZE)
     file.write(0, wanted)
     file.write(0, wanted)
     file.close()
@@ -195,7 +195,7 @@ def test_what_fails_is_told(
 
 def test_the_quicker_way_is_taken() -> None:
     """Whichever it is, and when it changes; the other one is tried ever more rarely."""
-    pace = Pace(True)
+    pace = Pace()
     for cached, direct in ((1.0, 3.0), (9.0, 3.0), (9.0, 30.0)):
         ways = [_step(pace, cached, direct) for _ in range(1000)]
         assert ways[-100:].count(direct < cached) >= 99
@@ -204,7 +204,7 @@ def test_the_quicker_way_is_taken() -> None:
 
 def test_a_moment_s_delay_does_not_decide() -> None:
     """The way that was delayed once is soon tried again."""
-    pace = Pace(True)
+    pace = Pace()
     for _ in range(600):
         _step(pace, 4.0, 1.0)
     _step(pace, 4.0, 50.0)
@@ -212,7 +212,8 @@ def test_a_moment_s_delay_does_not_decide() -> None:
 
 
 def test_what_is_not_there_is_not_tried() -> None:
-    pace = Pace(False)
+    pace = Pace()
+    pace.refused()
     assert not any(_step(pace, 9.0, 1.0) for _ in range(100))
 
 

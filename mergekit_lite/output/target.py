@@ -30,16 +30,18 @@ _of_thread = threading.local()
 class Target:
     """A file open for writing and reading back, from any thread and any process forked later."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Open the file, or make it, and take its room on the disk. Raises OSError."""
+    def __init__(self, path: Path, size: int, pace: Pace) -> None:
+        """Open the file, or make it, and take its room on the disk. Files on one disk share a pace. Raises OSError."""
         self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             _reserve(self._cached, size)
         except OSError:
             os.close(self._cached)
             raise
+        self._pace = pace
         self._direct = _opened_directly(path)
-        self._pace = Pace(self._direct is not None)
+        if self._direct is None:
+            pace.refused()
 
     def write(self, position: int, data: memoryview) -> None:
         """Put bytes in their place. Raises OSError."""
@@ -99,9 +101,9 @@ class Target:
 class Pace:
     """The seconds a byte that each way to write took lately, and so which way is next."""
 
-    def __init__(self, direct: bool) -> None:
-        """Nothing is known yet, but whether there is a direct way."""
-        self._seconds = {False: 0.0, True: 0.0 if direct else math.inf}
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._seconds = {False: 0.0, True: 0.0}  # by whether it is the direct way; 0: not tried yet
         self._writes = 0
 
     def is_direct_next(self) -> bool:

@@ -22,7 +22,7 @@ from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
-from mergekit_lite.output.target import Target
+from mergekit_lite.output.target import Pace, Target
 from mergekit_lite.plan import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
@@ -123,6 +123,7 @@ class Workspace:
         self.result = self.folder / "result"
         self.layout = layout
         self._targets: list[Target] = []
+        self._pace = Pace()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -159,7 +160,7 @@ class Workspace:
                 write_torch_skeleton(path, file.tensors, self.layout.nest)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise RunError(f"{path}: torch can't lay the file out: {str(error).splitlines()[0]}") from error
-        target = Target(path, file.size)
+        target = Target(path, file.size, self._pace)
         if self.layout.nest is None:
             target.write(0, memoryview(file.header))
         return target
