@@ -27,9 +27,7 @@ from mergekit_lite.errors import RunError
 CHUNK = 64  # answers: setting weights twice takes no share of making so many
 AT_ONCE = 32  # answers read side by side, at most: as fast as more of them, and of like length
 LOG_RATIO = "log-ratio"
-SAMPLE = (
-    128  # answers that tell how far a candidate is from the baseline: about a tenth of that distance to either side
-)
+SAMPLE = 128  # answers that tell a candidate's distance from the baseline, to about a tenth of it
 
 
 class Voice(Protocol):
