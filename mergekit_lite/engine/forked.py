@@ -8,6 +8,7 @@ is given the numbers of its tasks and sends back what they made; nothing else is
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import signal
 import warnings
@@ -92,6 +93,7 @@ def _serve(connection: Connection, tasks: Sequence[Task], worker: Worker[Task, R
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor do they outlive it
+    gc.freeze()  # what was there before stays: searching it for garbage would copy all its pages into this process
     try:
         do = worker()
         while True:

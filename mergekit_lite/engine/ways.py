@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from mergekit_lite import dtypes
+from mergekit_lite import dtypes, kernels
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.lane import Lane
 from mergekit_lite.engine.spans import CHUNK, cut
@@ -57,6 +57,10 @@ class Way:
     def coefficients(self) -> tuple[float, ...]:
         """What its statistics gave each model, where that is worth a report."""
         return self.passes.combine.coefficients if isinstance(self.passes.combine, Weighted) else ()
+
+    def by_tiles(self, inputs: list[torch.Tensor], direct: bool) -> bool:
+        """Whether a kernel merges these: tile by tile, so that a chunk stays in the cache as well as a block."""
+        return direct and self.passes.kernel is not None and self.output == torch.bfloat16 and kernels.take(*inputs)
 
     def combine(self, inputs: list[torch.Tensor], start: int, direct: bool) -> torch.Tensor:
         """Merge one block (inputs in the job's order), once all statistics are there.

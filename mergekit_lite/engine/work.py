@@ -182,10 +182,11 @@ class Work:
         observe = way.method.observe if way is not None else None
         row = max(1, way.row if way is not None else 1)
         out = lane.output(job.dtype, inputs[0].numel())
-        for first, count in cut(0, out.numel(), max(row, self.block // row * row)):
+        direct = plan.rounding == "nearest"
+        tiled = way is not None and lane.device.type == "cpu" and way.by_tiles(inputs, direct)
+        for first, count in cut(0, out.numel(), out.numel() if tiled else max(row, self.block // row * row)):
             place = slice(first, first + count)
             blocks = [lane.fetch(chunk[place]) for chunk in inputs]
-            direct = plan.rounding == "nearest"
             result = blocks[0] if way is None else way.combine(blocks, start + first, direct)
             store(result, out[place], plan.rounding, plan.seed, job.name, start + first)
             if observe is not None:

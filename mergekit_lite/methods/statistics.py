@@ -7,8 +7,9 @@ are among the k, those with the lowest index are: they are counted in buckets of
 visit nothing but the bucket that holds the last of them.
 
 Counting bits costs ten times as much as comparing. Weights of 16 bits differ by few different amounts, so the threshold
-of a small sample is nearly always that of the whole: one pass of comparisons proves it. Where it does not, the bits are
-counted after all. The sample decides how long it takes, never what is found.
+of a small sample, or one as near to it as the sample can tell, is nearly always that of the whole: one pass of
+comparisons proves it. Where it does not, the bits are counted after all. The sample decides how long it takes, never
+what is found.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BUCKETS = 1 << 12
 ALL = sys.maxsize  # an index beyond every element
 RUN = 128
 WORTH_SAMPLING = 1 << 20  # elements
+DEVIATIONS = 4  # of the rank that a sample's threshold has in the whole, to either side
 
 Quantities = Callable[[Block, int], Sequence[torch.Tensor]]  # (block, index of its first element)
 Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
@@ -136,7 +138,7 @@ def largest(
     place = _Place(quantities, group, origin, of_models)
     found: list[list[_Search]] | None = None
     if sampled and (group is not None or subject.numel >= WORTH_SAMPLING):
-        guesses = yield from _by_bits(place, counts, sampled=True)
+        guesses = yield from _by_bits(place, _around(counts), sampled=True)
         found = yield from _proven(place, counts, guesses, extent)
     if found is None:
         found = yield from _by_bits(place, counts)
@@ -211,9 +213,9 @@ class _Search:
 
 
 def _by_bits(
-    place: _Place, counts: Counts, sampled: bool = False
+    place: _Place, wanted: Counts, sampled: bool = False
 ) -> Generator[Sums, torch.Tensor, list[list[_Search]]]:
-    """Find the thresholds by counting bit patterns: for each quantity a search for each k."""
+    """Find the thresholds by counting bit patterns: for each quantity a search for each k that is wanted."""
 
     def upper_bits(block: Block, start: int) -> torch.Tensor:
         return torch.stack([_upper(quantity) for quantity in place.quantities(block, start)])
@@ -221,7 +223,7 @@ def _by_bits(
     upper = (yield Sums(upper_bits, place.group, sampled=sampled)).cpu()
     elements = int(upper[0].sum())
     found = [
-        [_Search(number, k) for k in counts(number, elements, int(row[1:].sum()))] for number, row in enumerate(upper)
+        [_Search(number, k) for k in wanted(number, elements, int(row[1:].sum()))] for number, row in enumerate(upper)
     ]
     active = [search for row in found for search in row if search.wanted > 0]
     for search in active:
@@ -231,64 +233,90 @@ def _by_bits(
     if inner := [search for search in active if search.bits > 0]:
         for search in inner:
             search.bits = ((search.bits - 1) << 16) + 1
+        bins = list(dict.fromkeys((search.number, search.bits) for search in inner))
 
         def within_bins(block: Block, start: int) -> torch.Tensor:
             made = place.quantities(block, start)
-            return torch.stack([_lower(made[search.number], search.bits) for search in inner])
+            counts = torch.empty(
+                len(bins), LOWER, dtype=torch.int32 if sampled else torch.int64, device=block[0].device
+            )
+            for row, (number, first) in zip(counts, bins, strict=True):
+                row.copy_(_lower(made[number], first))
+            return counts
 
-        for search, row in zip(inner, (yield Sums(within_bins, place.group, sampled=sampled)).cpu(), strict=True):
-            search.descend(row, first=search.bits)
+        lower = dict(zip(bins, (yield Sums(within_bins, place.group, sampled=sampled)).cpu(), strict=True))
+        for search in inner:
+            search.descend(lower[search.number, search.bits], first=search.bits)
     return found
+
+
+def _around(counts: Counts) -> Counts:
+    """For a sample: each k, and as far off as it may be, so that one of three thresholds is mostly the whole's."""
+
+    def widened(number: int, elements: int, positive: int) -> list[int]:
+        found = []
+        for k in counts(number, elements, positive):
+            margin = 1 + int(DEVIATIONS * math.sqrt(k * (elements - k) / max(1, elements)))
+            found += [min(max(1, k + off), elements) for off in (0, -margin, margin)]
+        return found
+
+    return widened
 
 
 def _proven(
     place: _Place, counts: Counts, guesses: list[list[_Search]], extent: int
 ) -> Generator[Sums, torch.Tensor, list[list[_Search]] | None]:
-    """Count what is above and what equals the thresholds of a sample; None where one of them isn't the whole's."""
+    """Count what is above and what equals the thresholds of a sample; None where none of them is one of the whole's."""
     step = -(-extent // BUCKETS)
-
-    shape = (
-        len(guesses),
-        max(map(len, guesses)),
-        3 + BUCKETS,
-    )  # elements, above zero, above the threshold, equal to it
+    tried = [sorted({guess.bits: guess for guess in row}.items()) for row in guesses]
+    shape = (len(tried), max(map(len, tried)), 3 + BUCKETS)  # elements, above zero, above the threshold, equal to it
 
     def compared(block: Block, start: int) -> torch.Tensor:
-        counts = torch.zeros(shape, dtype=torch.int64, device=block[0].device)
-        for row, quantity, searches in zip(counts, place.quantities(block, start), guesses, strict=True):
+        total = torch.zeros(shape, dtype=torch.int64, device=block[0].device)
+        for row, quantity, guessed in zip(total, place.quantities(block, start), tried, strict=True):
             mask = torch.empty_like(quantity)
             positive = torch.gt(quantity, 0, out=mask).sum()  # whole numbers up to 2²⁴ are exact in float32
-            for search, counted in zip(searches, row, strict=False):
+            for (_, guess), counted in zip(guessed, row, strict=False):
                 counted[0], counted[1] = quantity.numel(), positive
-                counted[2] = torch.gt(quantity, search.threshold, out=mask).sum()
-                torch.eq(quantity, search.threshold, out=mask)
+                counted[2] = torch.gt(quantity, guess.threshold, out=mask).sum()
+                torch.eq(quantity, guess.threshold, out=mask)
                 _add_to_buckets(counted[3:], mask.view(-1), place.origin + start, step)
-        return counts
+        return total
 
     def kernel(block: Block, start: int) -> torch.Tensor:
         assert place.of_models is not None
         base, first = block[0], place.origin + start
-        counts = torch.zeros(shape, dtype=torch.int64)
-        for row, model, searches in zip(counts, place.of_models, guesses, strict=True):
-            for search, counted in zip(searches, row, strict=False):
+        total = torch.zeros(shape, dtype=torch.int64)
+        for row, model, guessed in zip(total, place.of_models, tried, strict=True):
+            for (_, guess), counted in zip(guessed, row, strict=False):
                 counted[0] = base.numel()
-                kernels.compare_sizes(counted[1:], base, block[1 + model], search.threshold, first, step)
-        return counts
+                kernels.compare_sizes(counted[1:], base, block[1 + model], guess.threshold, first, step)
+        return total
 
     request = Sums(compared, place.group, kernel=kernel if place.of_models is not None else None)
     totals = (yield request).cpu()
     found: list[list[_Search]] = []
-    for number, (searches, row) in enumerate(zip(guesses, totals, strict=True)):
+    for number, (guessed, row) in enumerate(zip(tried, totals, strict=True)):
         found.append([])
-        for k, guess, counted in zip(counts(number, int(row[0, 0]), int(row[0, 1])), searches, row, strict=False):
-            above, equal = int(counted[2]), int(counted[3:].sum())
-            search = _Search(number, k - above if k > 0 else 0, guess.bits if k > 0 else -1, equal)
-            if k > 0 and not 0 < search.wanted <= equal:
+        for k in counts(number, int(row[0, 0]), int(row[0, 1])):
+            search = _Search(number, 0) if k == 0 else _fitting(number, k, guessed, row, step)
+            if search is None:
                 return None
-            if search.is_tied:
-                search.ascend(counted[3:], step)
             found[-1].append(search)
     return found
+
+
+def _fitting(
+    number: int, k: int, guessed: Sequence[tuple[int, _Search]], row: torch.Tensor, step: int
+) -> _Search | None:
+    """The search for the k largest at that of the guessed thresholds which is theirs; None where none is."""
+    for (bits, _), counted in zip(guessed, row, strict=False):
+        search = _Search(number, k - int(counted[2]), bits, equal=int(counted[3:].sum()))
+        if 0 < search.wanted <= search.equal:
+            if search.is_tied:
+                search.ascend(counted[3:], step)
+            return search
+    return None
 
 
 def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, torch.Tensor, None]:
