@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -63,8 +64,10 @@ def main() -> None:
 def start() -> None:
     """The process's entry point.
 
-    Leaves without tearing down the interpreter, which takes 0.3 s once torch is loaded.
+    Leaves without tearing down the interpreter, which takes 0.3 s once torch is loaded. Garbage is searched for less
+    often than usual: nearly all that importing torch makes stays, and the search took a tenth of the import.
     """
+    gc.set_threshold(50_000, 20, 20)
     code: object = 0
     try:
         main(prog_name="mergekit-lite")
