@@ -30,7 +30,7 @@ LOWER = 1 << 16
 BUCKETS = 1 << 12
 ALL = sys.maxsize  # an index beyond every element
 RUN = 128
-WORTH_SAMPLING = 1 << 20  # elements
+WORTH_SAMPLING = 1 << 18  # elements
 DEVIATIONS = 4  # of the rank that a sample's threshold has in the whole, to either side
 
 Quantities = Callable[[Block, int], Sequence[torch.Tensor]]  # (block, index of its first element)
