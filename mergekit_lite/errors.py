@@ -66,3 +66,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the known name closest to ``name``, or nothing."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def reason(error: Exception) -> str:
+    """What a system's error says, without its number and the path, which the message around it names."""
+    return getattr(error, "strerror", None) or str(error)

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.distill.checks import contradictions
 from mergekit_lite.distill.recipe import TARGET, Recipe, Scorer, Source
-from mergekit_lite.errors import UsageError, nearest
+from mergekit_lite.errors import UsageError, nearest, reason
 from mergekit_lite.recipe.document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 NEEDS = "folder, target, prompts, sources, scorers, pairs and train"
@@ -43,7 +43,7 @@ def load(path: Path) -> Recipe:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Can't read the recipe {path}: {error}.") from error
+        raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
     return parse(content, str(path), path.resolve().parent)
 
 

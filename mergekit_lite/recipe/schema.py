@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergekit_lite.errors import UsageError, nearest
+from mergekit_lite.errors import UsageError, nearest, reason
 from mergekit_lite.recipe import settings
 from mergekit_lite.recipe.checks import lacking, miscounted
 from mergekit_lite.recipe.document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
@@ -68,7 +68,7 @@ def load(path: Path, methods: Mapping[str, MethodParameters]) -> MergeRecipe:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Can't read the recipe {path}: {error}.") from error
+        raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
     return parse(content, methods, str(path))
 
 
