@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from mergekit_lite import dtypes, kernels
+from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.lane import Lane
 from mergekit_lite.engine.spans import CHUNK, cut
@@ -60,7 +60,7 @@ class Way:
 
     def by_tiles(self, inputs: list[torch.Tensor], direct: bool) -> bool:
         """Whether a kernel merges these: tile by tile, so that a chunk stays in the cache as well as a block."""
-        return direct and self.passes.kernel is not None and self.output == torch.bfloat16 and kernels.take(*inputs)
+        return self.passes.kernel(inputs, self._rounds(direct)) is not None
 
     def combine(self, inputs: list[torch.Tensor], start: int, direct: bool) -> torch.Tensor:
         """Merge one block (inputs in the job's order), once all statistics are there.
@@ -71,8 +71,7 @@ class Way:
         if direct and self.takes_16_bits:
             result: torch.Tensor = self.method.function(*inputs, **self.arguments)
             return result
-        rounds = direct and self.output == torch.bfloat16
-        return self.passes.merge(self._ordered(inputs), start, self.working, self.row, rounds)
+        return self.passes.merge(self._ordered(inputs), start, self.working, self.row, self._rounds(direct))
 
     def sections(self) -> list[tuple[int, int]]:
         """The (begin, end) of each section of the tensor that the requested sums need."""
@@ -111,6 +110,9 @@ class Way:
         """Gather what statistics of the tensor itself are missing."""
         while self.passes.request is not None:
             self.passes.send(joined(self.sum(lane, reader, *section) for section in self.sections()))
+
+    def _rounds(self, direct: bool) -> bool:
+        return direct and self.output == torch.bfloat16
 
     def _ordered(self, inputs: list[torch.Tensor]) -> Block:
         """The inputs as a method wants them: the base first."""

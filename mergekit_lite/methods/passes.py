@@ -132,11 +132,10 @@ class Passes:
         """The group of tensors whose sums it waits for."""
         return self.request.group if self.request is not None else None
 
-    @property
-    def kernel(self) -> Combine | None:
-        """What merges bfloat16 blocks, where the method has such."""
+    def kernel(self, stored: Block, rounds: bool) -> Combine | None:
+        """What ``merge`` uses for these inputs instead of torch, where there is such."""
         combine = self.combine.combine if isinstance(self.combine, Weighted) else self.combine
-        return combine.kernel if isinstance(combine, Compiled) else None
+        return combine.kernel if isinstance(combine, Compiled) and rounds and kernels.take(*stored) else None
 
     def send(self, total: torch.Tensor) -> None:
         """Hand over the total of the requested sums and go as far as the next request."""
@@ -163,8 +162,8 @@ class Passes:
         Where ``rounds`` is set the block may come in bfloat16, rounded to nearest, instead of in the working dtype.
         """
         assert self.combine is not None
-        if rounds and self.kernel is not None and kernels.take(*stored):
-            return self.kernel(stored, start)
+        if (kernel := self.kernel(stored, rounds)) is not None:
+            return kernel(stored, start)
         return self.combine(_widened(stored, working, row), start).reshape(-1)
 
     def _go_on(self, total: torch.Tensor | None) -> None:
