@@ -19,7 +19,6 @@ from mergekit_lite.boost.search.point import Point, plain
 from mergekit_lite.boost.search.study import Study
 from mergekit_lite.boost.words import CAN_NOT_TELL, highest, verdict
 from mergekit_lite.errors import shortened
-from mergekit_lite.garbage import uncollected
 from mergekit_lite.pages import drawing
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 
@@ -28,7 +27,6 @@ SHOWN = 4000  # characters of an answer
 VERSION = 1  # of boost.json
 
 
-@uncollected()
 def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Path:
     """Write the report into the study's folder.
 

@@ -14,7 +14,6 @@ import click
 
 from mergekit_lite.commands import values
 from mergekit_lite.errors import UsageError
-from mergekit_lite.garbage import uncollected
 
 if TYPE_CHECKING:
     from mergekit_lite.boost.request import Prepared, Request
@@ -136,10 +135,9 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
     What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
     candidate is sure to be better, that is the answer, and no model is made.
     """
-    with uncollected():  # of torch and all else
-        from mergekit_lite.boost.request import described, prepare
-        from mergekit_lite.commands.screen import Screen
-        from mergekit_lite.engine.sample import delta_warning
+    from mergekit_lite.boost.request import described, prepare
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.engine.sample import delta_warning
 
     as_json, dry_run = given.pop("as_json"), given.pop("dry_run")
     screen = Screen(quiet=given.pop("quiet") or as_json, verbose=False)

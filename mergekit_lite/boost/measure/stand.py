@@ -14,7 +14,6 @@ from mergekit_lite.answers.template import ChatTemplate, Tokens
 from mergekit_lite.boost.candidates.candidate import Numbers, label
 from mergekit_lite.boost.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
-from mergekit_lite.garbage import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +107,7 @@ class Stand:
     def _built(self) -> Built:
         from mergekit_lite.boost.measure.model import build
 
-        with uncollected():  # imports transformers
-            return build(self.family.plan(self.family.baseline), self.device)
+        return build(self.family.plan(self.family.baseline), self.device)
 
     @cached_property
     def _weights(self) -> Weights:
