@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import xxhash
 
-if TYPE_CHECKING:
-    import torch
-
+from mergekit_lite.deferred import torch
 
 WORDS = 1 << 32  # indices that one key's draws are counted up to before the next one enters it
 
@@ -35,8 +32,6 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
     Returns:
         int32 tensor of shape (count,).
     """
-    import torch
-
     key ^= xxhash.xxh3_64_intdigest((start >> 32).to_bytes(8, "little")) if start >> 32 else 0
     x = _indices(count, str(device)) + _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
     shifted = torch.empty_like(x)
@@ -64,8 +59,6 @@ def halves(key: int, start: int, count: int, device: torch.device | str = "cpu")
     Returns:
         int16 tensor of shape (count,).
     """
-    import torch
-
     first, stop = start // 2, -(-(start + count) // 2)
     edges = [first, *range((first // WORDS + 1) * WORDS, stop, WORDS), stop]
     drawn = [bits(key, begin, end - begin, device) for begin, end in pairwise(edges)]
@@ -75,16 +68,12 @@ def halves(key: int, start: int, count: int, device: torch.device | str = "cpu")
 
 def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Uniform draws in [0, 1) with 24 bits each: float32 tensor of shape (count,)."""
-    import torch
-
     return (bits(key, start, count, device) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 @lru_cache(maxsize=8)
 def _indices(count: int, device: str) -> torch.Tensor:
     """0 … count: kept, as making it takes a fifth of a draw's time and blocks are nearly all of one length."""
-    import torch
-
     with torch.inference_mode(False):
         return torch.arange(count, dtype=torch.int32, device=device)
 

@@ -7,13 +7,11 @@ names and sizes alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError, nearest
-
-if TYPE_CHECKING:
-    import torch
 
 
 class DType(NamedTuple):
@@ -88,20 +86,16 @@ def promoted(names: Iterable[str]) -> str:
     return "float64" if "float64" in kinds else "float32"
 
 
-def working(inputs: Sequence[torch.dtype], output: torch.dtype) -> torch.dtype:
+def working(names: Iterable[str]) -> torch.dtype:
     """The dtype arithmetic runs in: float32 where all that goes in and comes out has 16 bits, else float64.
 
     So that the rounding to the output dtype is the only one that shows.
     """
-    import torch
-
-    return torch.float32 if max(dtype.itemsize for dtype in (*inputs, output)) <= 2 else torch.float64
+    return torch.float32 if max(map(size, names)) <= 2 else torch.float64
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of this name."""
-    import torch
-
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

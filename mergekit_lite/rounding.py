@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
-from mergekit_lite import draws
+from mergekit_lite import draws, dtypes
+from mergekit_lite.deferred import torch
 
 ROUNDINGS = ("nearest", "stochastic")
 
 # significant bits (with the implicit one) and the exponent of the smallest subnormal
-GRIDS = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149)}
+GRIDS = {"bfloat16": (8, -133), "float16": (11, -24), "float32": (24, -149)}
 
 
 def stochastic(values: torch.Tensor, dtype: torch.dtype, key: int, start: int) -> torch.Tensor:
@@ -27,9 +26,10 @@ def stochastic(values: torch.Tensor, dtype: torch.dtype, key: int, start: int) -
     Returns:
         ``dtype`` tensor of the same shape; what was representable stays as it is, NaN and infinity too.
     """
-    if dtype not in GRIDS or values.dtype == dtype:
+    name = dtypes.name_of(dtype)
+    if name not in GRIDS or values.dtype == dtype:
         return values.to(dtype)
-    precision, smallest = GRIDS[dtype]
+    precision, smallest = GRIDS[name]
     exact = values.to(torch.float64)
     spacing = (torch.frexp(exact).exponent - precision).clamp_(min=smallest)
     up = draws.uniform(key, start, values.numel(), values.device)

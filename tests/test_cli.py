@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from mergekit_lite import kernels
 from mergekit_lite.commands import COMMANDS, main
-from tests.models import state, tuned, write_folder
+from tests.models import read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +54,37 @@ def test_help_and_a_refused_plan_import_neither_torch_nor_transformers(pair: Pat
         )
         result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler")
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough"])
+def test_what_kernels_do_needs_no_torch(tmp_path: Path, method: str) -> None:
+    """From the recipe to the manifest."""
+    base = state(1)
+    models = [base, tuned(base, 2)]
+    for name, tensors in zip(("base", "tuned"), models, strict=True):
+        write_folder(tmp_path / name, tensors)
+    asked = {
+        "linear": {"models": [_listed(tmp_path / "base", 0.25), _listed(tmp_path / "tuned", 0.75)]},
+        "task_arithmetic": {"models": [_listed(tmp_path / "tuned", 0.75)], "base_model": str(tmp_path / "base")},
+        "passthrough": {"models": [{"model": str(tmp_path / "tuned")}]},
+    }[method]
+    (tmp_path / "recipe.yml").write_text(json.dumps({"merge_method": method, "dtype": "bfloat16", **asked}))
+    code = (
+        "import sys; from mergekit_lite.merging import plan_merge_file; from mergekit_lite.engine.run import run\n"
+        f"plan = plan_merge_file({str(tmp_path / 'recipe.yml')!r}, {str(tmp_path / 'out')!r})\n"
+        "assert run(plan).outputs\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, made in read_folder(tmp_path / "out").items():
+        start, end = (tensors[name].double() for tensors in models)
+        wanted = end if method == "passthrough" else start + 0.75 * (end - start)
+        assert torch.equal(made, wanted.to(made.dtype))
+
+
+def _listed(model: Path, weight: float) -> dict[str, object]:
+    return {"model": str(model), "parameters": {"weight": weight}}
 
 
 def test_a_run_never_imports_transformers(pair: Path) -> None:

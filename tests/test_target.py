@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import math
+import mmap
 import os
 import random
 import tempfile
@@ -92,6 +93,24 @@ def test_the_bytes_are_those_of_plain_writes(writes: list[tuple[int, int, bool]]
         assert file.read(0, read) and read == wanted
         file.close()
         assert path.read_bytes() == wanted
+
+
+def test_memory_that_lies_in_its_page_as_the_file_does_is_not_copied(
+    file: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if file._direct is None:
+        pytest.skip("no direct writes here")
+    monkeypatch.setattr(Pace, "is_direct_next", lambda _: True)
+    memory = memoryview(mmap.mmap(-1, 8 * PAGE))
+    memory[:] = noise(0, 8 * PAGE)
+    copies: list[int] = []
+    staged = target._stage
+    monkeypatch.setattr(target, "_stage", lambda: copies.append(1) or staged())
+    for skew, moved, copied in ((0, 0, False), (8, 0, False), (PAGE - 2, 0, False), (8, 2, True)):
+        data = memory[skew + moved : 6 * PAGE + 10]
+        file.write(3 * PAGE + skew, data)
+        assert bool(copies) == copied
+        assert (tmp_path / "file").read_bytes()[3 * PAGE + skew :][: len(data)] == data
 
 
 def test_many_threads_side_by_side(tmp_path: Path, direct_writes: list[int]) -> None:

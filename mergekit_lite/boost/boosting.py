@@ -164,7 +164,7 @@ def write(prepared: Prepared, numbers: Numbers, progress: Progress | None = None
         (request.folder / RECIPE_NAME).write_text(plan.text, encoding="utf-8")
     return run(
         plan,
-        device=str(prepared.device),
+        device=prepared.device,
         threads=request.threads,
         resume=True,
         force=request.force,

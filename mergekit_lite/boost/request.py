@@ -30,8 +30,6 @@ from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, count
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_lite.answers.rows import Prompt
     from mergekit_lite.answers.scorers.likelihood import Pair
 
@@ -111,7 +109,7 @@ class Prepared:
     begin: Callable[[], Searcher]
     settings: Settings
     portion: int
-    device: torch.device
+    device: str
     notes: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
@@ -136,7 +134,7 @@ class Prepared:
             "seed": request.seed,
             "batch_size": request.batch_size,
             "likelihoods": request.likelihoods,
-            "device": self.device.type,
+            "device": self.device.partition(":")[0],
             "serve_command": request.serve_command,
         }
 
@@ -318,7 +316,7 @@ def described(prepared: Prepared) -> dict[str, str]:
         "answers": _told_of_answers(request) if prepared.prompts else "",
         "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
         "rounding": plan.rounding,
-        "device": str(prepared.device),
+        "device": prepared.device,
         "seed": str(request.seed),
     }
     return {name: text for name, text in told.items() if text}

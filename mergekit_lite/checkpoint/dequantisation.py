@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.tensor import TensorSpec, grid
+from mergekit_lite.deferred import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_lite.checkpoint.reader import Reader
 
 
@@ -25,8 +24,6 @@ def dequantise(reader: Reader, spec: TensorSpec, start: int, out: torch.Tensor) 
     Raises:
         RunError: a file can't be read.
     """
-    import torch
-
     assert spec.scale is not None
     stored = replace(spec, dtype=spec.scale.codes, scale=None)
     for begin, piece in pieces(start, out):
@@ -45,8 +42,6 @@ def _multiply(reader: Reader, spec: TensorSpec, row: int, column: int, values: t
 
     Rows are counted through a stack of matrices as if it were one tall matrix.
     """
-    import torch
-
     assert spec.scale is not None
     matrix = spec.shape[-2], spec.shape[-1]
     height, width = spec.scale.block
@@ -65,8 +60,6 @@ def _multiply(reader: Reader, spec: TensorSpec, row: int, column: int, values: t
 
 def _scale_rows(reader: Reader, scale: TensorSpec, begin: int, end: int, columns: int) -> torch.Tensor:
     """The rows ``begin … end`` of a scale tensor of so many columns, as float32."""
-    import torch
-
     stored = torch.empty((end - begin) * columns, dtype=dtypes.torch_dtype(scale.dtype))
     reader.read(scale, begin * columns, stored)
     return stored.to(torch.float32).view(-1, columns)

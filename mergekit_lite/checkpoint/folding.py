@@ -15,10 +15,9 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.change import LowRank
 from mergekit_lite.checkpoint.pieces import by_rows
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.deferred import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_lite.checkpoint.reader import Reader
 
 FACTOR = 1 << 19  # elements of a factor in one piece, so that no rank makes it large; the reader remembers 16 pieces
@@ -41,8 +40,6 @@ def _add(reader: Reader, low_rank: LowRank, row: int, column: int, part: torch.T
 
     Cut by strips of columns, whose width depends on the rank alone: the fixed point of ``right`` is that of a strip.
     """
-    import torch
-
     rank, columns = low_rank.right.shape
     height = width = max(1, FACTOR // rank)
     for top in range(0, len(part), height):
@@ -61,8 +58,6 @@ def _strip(reader: Reader, right: TensorSpec, begin: int, width: int) -> tuple[t
     """Some columns of the right factor: a power of two for each row, and the rows divided by it, in fixed point."""
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
         rank, columns = right.shape
         stored = torch.empty(rank, width, dtype=dtypes.torch_dtype(right.dtype))
         if width == columns:
@@ -91,8 +86,6 @@ def _fixed_point(values: torch.Tensor, digits: int) -> torch.Tensor:
 
 def _power_of_two(values: torch.Tensor, less: int = 0) -> torch.Tensor:
     """For each row a power of two above all its values, divided by 2 to the ``less``-th; (rows, 1)."""
-    import torch
-
     exponent = torch.frexp(values.abs().amax(1, keepdim=True)).exponent.long() - less
     # Put together from its bits: a library's pow need not be exact.
     return (exponent.clamp_(LEAST_EXPONENT, MOST_EXPONENT) + 1023 << 52).view(torch.float64)

@@ -13,6 +13,7 @@ import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.deferred import torch
 
 SAMPLE = 1024  # elements, at the begin and in the middle of each tensor
 
@@ -36,8 +37,6 @@ def identify(reference: str, revision: str | None, tensors: Mapping[str, TensorS
     Raises:
         RunError: a file can't be read.
     """
-    import torch
-
     from mergekit_lite.checkpoint.reader import Reader, bytes_of
 
     header, sample = xxhash.xxh3_128(), xxhash.xxh3_128()

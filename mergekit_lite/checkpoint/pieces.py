@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from mergekit_lite.deferred import torch
 
 PIECE = 1 << 20  # elements at a time: what one piece needs is all the memory that is needed
 

@@ -7,14 +7,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError
-
-if TYPE_CHECKING:
-    import torch
 
 REMEMBERED = 16
 T = TypeVar("T")
@@ -40,17 +38,24 @@ class Reader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
-        """Fill ``out`` with the elements ``start …`` of a tensor, counted in row-major order.
+    def fill(self, spec: TensorSpec, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes of the elements ``start …`` of a tensor, counted in row-major order.
 
         Args:
             spec: the tensor.
             start: index of the first element.
-            out: 1-D contiguous CPU tensor of ``spec.dtype``; its length says how many elements.
+            out: bytes; their number says how many elements, of ``spec.dtype``.
 
         Raises:
             RunError: the file can't be read, or ends before its header says it does.
         """
+        if spec.as_stored:
+            self._fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), out, spec.name)
+        elif out:
+            self.read(spec, start, tensor_of(out, spec.dtype))
+
+    def read(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
+        """As ``fill``, for a 1-D contiguous CPU tensor of ``spec.dtype``."""
         if spec.change is not None:
             from mergekit_lite.checkpoint.summing import add_up
 
@@ -62,7 +67,7 @@ class Reader:
         elif spec.strides is not None:
             self._read_strided(spec, start, out)
         else:
-            self._fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), bytes_of(out), spec.name)
+            self.fill(spec, start, bytes_of(out))
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make()`` gives, kept until so many others were asked for: for what is read again and again."""
@@ -108,8 +113,6 @@ class Reader:
 
     def _read_strided(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
         """A tensor that is not laid out row by row: its elements are scattered, so they are picked from a mapping."""
-        import torch
-
         assert spec.strides is not None
         index = torch.arange(start, start + out.numel())
         position = torch.zeros_like(index)
@@ -127,6 +130,10 @@ class Reader:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    import torch
-
     return tensor.view(torch.uint8).numpy().data
+
+
+def tensor_of(data: memoryview, dtype: str) -> torch.Tensor:
+    """Bytes in memory as a 1-D CPU tensor, which shares them."""
+    kind = dtypes.torch_dtype(dtype)
+    return torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)

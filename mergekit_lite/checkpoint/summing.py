@@ -12,11 +12,10 @@ from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs
 from mergekit_lite.checkpoint.folding import add_product
 from mergekit_lite.checkpoint.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_lite.checkpoint.reader import Reader
 
 
@@ -32,8 +31,6 @@ def add_up(reader: Reader, spec: TensorSpec, start: int, out: torch.Tensor) -> N
 
 
 def _sum(reader: Reader, change: Change, shape: tuple[int, ...], begin: int, count: int) -> torch.Tensor:
-    import torch
-
     if change.base is None:
         total = torch.zeros(count, dtype=torch.float64)
     else:
@@ -59,8 +56,6 @@ def _values(reader: Reader, spec: TensorSpec, begin: int, count: int) -> torch.T
 
 
 def _stored(reader: Reader, spec: TensorSpec, begin: int, count: int) -> torch.Tensor:
-    import torch
-
     stored = torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype))
     reader.read(spec, begin, stored)
     return stored
@@ -68,8 +63,6 @@ def _stored(reader: Reader, spec: TensorSpec, begin: int, count: int) -> torch.T
 
 def _add_sparse(reader: Reader, term: Sparse, begin: int, total: torch.Tensor) -> None:
     """Add the kept values. To a zero they are not added but put in its place, so that −0 is told from 0."""
-    import torch
-
     first, last = begin // CHUNK, -(-(begin + len(total)) // CHUNK)
     starts = _stored(reader, term.starts, first, last - first + 1)
     counts = starts.diff()
@@ -95,7 +88,6 @@ def _damaged(term: Sparse) -> RunError:
 
 def _add_signs(reader: Reader, term: Signs, shape: tuple[int, ...], begin: int, total: torch.Tensor) -> None:
     import numpy as np
-    import torch
 
     skipped = begin % 8
     stored = _stored(reader, term.bits, begin // 8, -(-(skipped + len(total)) // 8))

@@ -73,6 +73,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def as_stored(self) -> bool:
+        """Whether its elements are read as they lie on disk, one behind the other."""
+        return self.change is None and self.scale is None and self.strides is None
+
+    @property
     def stored_dtype(self) -> str:
         """The dtype of the bytes on disk."""
         if self.change:

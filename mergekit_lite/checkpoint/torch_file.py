@@ -11,14 +11,12 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile, check_name
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, shortened
-
-if TYPE_CHECKING:
-    import torch
 
 NESTS = ("state_dict", "model", "module", "state")
 MAX_NESTING = 4
@@ -104,8 +102,6 @@ def _record(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _load_meta(path: Path, pickled: bytes) -> Any:
-    import torch
-
     if ALLOCATOR.search(pickled):
         raise CheckpointError(
             f"{path}: asks for memory beside its tensors (a bytearray), which is refused. Keep tensors only."
@@ -131,8 +127,6 @@ def _label(key: object) -> str:
 
 
 def _tensors(content: object) -> dict[str, torch.Tensor]:
-    import torch
-
     if not isinstance(content, Mapping):
         return {}
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
@@ -146,8 +140,6 @@ def _nest_key(content: object) -> str | None:
 
 
 def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorSpec:
-    import torch
-
     check_name(path, name)
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.layout == torch.strided else None
     dtype = dtypes.BY_NAME.get(dtypes.name_of(tensor.dtype))

@@ -1,4 +1,4 @@
-"""A lane: the buffers of one worker, and the arithmetic on one block.
+"""A lane: the buffers of one worker, and what is done to a block beside its method.
 
 On the CPU a lane is a few buffers that stay in cache. On a GPU its host buffers are pinned and it has a stream of its
 own: copies to the device, arithmetic and copies back are queued there without waiting, so that while one lane's block
@@ -8,53 +8,62 @@ is on its way, another's is computed and a third is read or written.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
-
 from mergekit_lite import draws, dtypes, kernels, rounding
-from mergekit_lite.checkpoint.reader import Reader, bytes_of
+from mergekit_lite.checkpoint.reader import Reader, bytes_of, tensor_of
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.deferred import torch
+
+CPU = "cpu"
 
 
 class Lane:
     """Host buffers for ``inputs`` tensors and one output, and the device to compute on."""
 
-    def __init__(self, device: torch.device, inputs: int, nbytes: int) -> None:
+    def __init__(self, device: str, inputs: int, nbytes: int) -> None:
         """Allocate the buffers, ``nbytes`` each."""
         self.device = device
-        pinned = device.type == "cuda"
-        self._inputs = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(inputs)]
-        self._output = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self._stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._inputs = [_buffer(device, nbytes) for _ in range(inputs)]
+        self._output = _buffer(device, nbytes)
+        self._stream = None if device == CPU else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def working(self) -> AbstractContextManager[object]:
         """The context in which the lane's tensors are made and used."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
-    def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
-        """Read elements of the ``index``-th input: 1-D host tensor of the input's dtype, valid until the next read."""
-        chunk = _view(self._inputs[index], spec.dtype, count)
-        reader.read(spec, start, chunk)
+    def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int, skew: int = 0) -> memoryview:
+        """Read elements of the ``index``-th input.
+
+        Args:
+            reader: to read with.
+            index: of the buffer.
+            spec: what to read.
+            start: its first element.
+            count: how many.
+            skew: bytes between the begin of a page of memory and the first element.
+
+        Returns:
+            Their bytes, valid until the next read into this buffer.
+        """
+        chunk = self._inputs[index][skew : skew + count * dtypes.size(spec.dtype)]
+        reader.fill(spec, start, chunk)
         return chunk
 
-    def gather(self, reader: Reader, index: int, spec: TensorSpec, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def gather(self, reader: Reader, index: int, spec: TensorSpec, pieces: Sequence[tuple[int, int]]) -> memoryview:
         """Read some pieces, each (start, count), of the ``index``-th input, side by side; otherwise as ``read``."""
-        picked = _view(self._inputs[index], spec.dtype, sum(count for _, count in pieces))
-        place = 0
+        size = dtypes.size(spec.dtype)
+        end = 0
         for start, count in pieces:
-            reader.read(spec, start, picked[place : place + count])
-            place += count
-        return picked
+            begin, end = end, end + count * size
+            reader.fill(spec, start, self._inputs[index][begin:end])
+        return self._inputs[index][:end]
 
-    def output(self, dtype: str, count: int) -> torch.Tensor:
-        """Room for a chunk of the output: 1-D host tensor, valid until the next call."""
-        return _view(self._output, dtype, count)
-
-    def scratch(self, nbytes: int) -> memoryview:
-        """Room for reading bytes back, shared with the first input."""
-        return bytes_of(self._inputs[0][:nbytes])
+    def output(self, nbytes: int, skew: int = 0) -> memoryview:
+        """Room for a chunk of the output, valid until the next call; ``skew`` as in ``read``."""
+        return self._output[skew : skew + nbytes]
 
     def fetch(self, block: torch.Tensor) -> torch.Tensor:
         """The block on the lane's device."""
@@ -73,15 +82,23 @@ def store(result: torch.Tensor, out: torch.Tensor, how: str, seed: int, tensor: 
     out.copy_(result, non_blocking=True)
 
 
-def all_finite(block: torch.Tensor) -> bool:
-    """Whether a block holds neither NaN nor infinity. One fast sum answers for almost every block."""
-    if kernels.take(block):
-        return kernels.all_finite(block)
-    if not block.is_floating_point():
-        return True
+def is_summed(dtype: str) -> bool:
+    """Whether torch looks for NaN and infinity: there is no kernel, and what isn't a number can't be one."""
+    return dtypes.is_float(dtype) and not kernels.serve([dtype])
+
+
+def all_finite(chunk: memoryview, dtype: str) -> bool:
+    """Whether a chunk holds neither NaN nor infinity. One fast sum answers for almost every one."""
+    if not is_summed(dtype):
+        return not dtypes.is_float(dtype) or kernels.all_finite(chunk)
+    block = tensor_of(chunk, dtype)
     total = block.sum(dtype=torch.float32 if block.dtype == torch.float16 else None)
     return math.isfinite(total.item()) or bool(torch.isfinite(block).all())
 
 
-def _view(buffer: torch.Tensor, dtype: str, count: int) -> torch.Tensor:
-    return buffer[: count * dtypes.size(dtype)].view(dtypes.torch_dtype(dtype))
+def _buffer(device: str, nbytes: int) -> memoryview:
+    """Memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
+    nbytes += mmap.PAGESIZE
+    if device == CPU:
+        return memoryview(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return bytes_of(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))

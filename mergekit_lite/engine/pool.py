@@ -11,11 +11,10 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-import torch
-
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import torch
 from mergekit_lite.engine.forked import forked
-from mergekit_lite.engine.lane import Lane
+from mergekit_lite.engine.lane import CPU, Lane
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 Task = TypeVar("Task")
@@ -25,16 +24,14 @@ Result = TypeVar("Result")
 class Pool:
     """Runs tasks on lanes until none is left, one fails, or the run is interrupted."""
 
-    def __init__(
-        self, workers: int, device: torch.device, inputs: int, nbytes: int, *, processes: bool = False
-    ) -> None:
+    def __init__(self, workers: int, device: str, inputs: int, nbytes: int, *, processes: bool = False) -> None:
         """``workers`` lanes, each with buffers of ``nbytes`` for so many inputs and an output.
 
         A lane has a thread, or where ``processes`` is set a process of its own, which gets a copy of all there is when
         the tasks begin: only what a task returns comes back.
         """
         self.workers = workers
-        self.processes = processes and workers > 1 and device.type == "cpu"
+        self.processes = processes and workers > 1 and device == CPU
         self._lane = (device, inputs, nbytes)
         self._stop = threading.Event()
 
@@ -53,11 +50,7 @@ class Pool:
         """What does the tasks of one process."""
         lane, reader = Lane(*self._lane), Reader()
 
-        def done(task: Task) -> Result:
-            with torch.inference_mode():
-                return do(lane, reader, task)
-
-        return done
+        return lambda task: do(lane, reader, task)
 
     def _threaded(self, tasks: Sequence[Task], do: Callable[[Lane, Reader, Task], Result]) -> Iterator[Result]:
         todo: SimpleQueue[Task] = SimpleQueue()
@@ -89,7 +82,7 @@ class Pool:
     ) -> None:
         try:
             lane = Lane(*self._lane)
-            with torch.inference_mode(), lane.working():
+            with lane.working():
                 while not self._stop.is_set():
                     made.put((do(lane, reader, todo.get_nowait()), None))
         except Empty:
@@ -99,12 +92,15 @@ class Pool:
 
 
 @contextmanager
-def tuned_process() -> Iterator[None]:
-    """The process as lanes want it: one thread for each torch call, freed memory kept, many files allowed."""
+def tuned_process(with_torch: bool = True) -> Iterator[None]:
+    """The process as lanes want it: many files allowed; freed memory kept and one thread for each call of torch."""
+    _allow_many_files()
+    if not with_torch:
+        yield
+        return
+    _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the lanes are the threads
-    _keep_freed_memory()
-    _allow_many_files()
     try:
         yield
     finally:

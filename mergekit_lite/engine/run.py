@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mergekit_lite.deferred import torch
+from mergekit_lite.engine.lane import CPU
 from mergekit_lite.engine.pool import available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.spans import BLOCK, GRAIN
@@ -115,24 +115,26 @@ def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> N
             check_target(output, sources, resume=resume, force=force)
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of this name. Raises UsageError where it is unknown or not there."""
+def chosen_device(name: str) -> str:
+    """The device of this name, as torch names it. Raises UsageError where it is unknown or not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "cuda" if torch.cuda.is_available() else CPU
+    if name == CPU:
+        return CPU
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:0 … or auto.") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in (CPU, "cuda"):
         raise UsageError(f"Device {name!r} is not supported: expected cpu, cuda, cuda:0 … or auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}."
         )
-    return device
+    return CPU if device.type == CPU else str(device)
 
 
-def lanes_and_block(device: torch.device, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
+def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
     """How many workers a device has use for, unless told, and how many elements each of them computes at once.
 
     Args:
@@ -140,7 +142,7 @@ def lanes_and_block(device: torch.device, threads: int | None = None, on_cpu: in
         threads: workers that were asked for.
         on_cpu: workers on the CPU where none were; by default one for each core.
     """
-    lanes, block = (GPU_LANES, GPU_BLOCK) if device.type == "cuda" else (on_cpu or available_cores(), BLOCK)
+    lanes, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
     return threads or lanes, block
 
 

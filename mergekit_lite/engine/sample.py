@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import torch
 from mergekit_lite.plan import Plan
 
 TENSORS = 128

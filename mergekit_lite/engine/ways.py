@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TypeVar
 
-import torch
-
-from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite import dtypes, kernels
+from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.deferred import torch
 from mergekit_lite.engine.lane import Lane
 from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
 from mergekit_lite.methods.passes import (
     SAMPLE_EVERY,
-    Block,
+    Kernel,
     Passes,
     Subject,
     Weighted,
@@ -26,13 +27,14 @@ from mergekit_lite.methods.passes import (
 from mergekit_lite.plan import Job, Plan
 
 LARGE = 1 << 26  # elements; smaller tensors are gathered by the worker that merges them, while they are in the cache
+Input = TypeVar("Input")
 Section = tuple[int, int, int]  # number of the way, begin, end
 
 
 class Way:
     """One merged job of one variant on its way through its method."""
 
-    def __init__(self, job: Job, variant: int, seed: int, offset: int, extent: int) -> None:
+    def __init__(self, job: Job, variant: int, seed: int, offset: int, extent: int, rounding: str) -> None:
         """Go as far as the method's first request."""
         self.job = job
         self.method: Method = method_named(job.method)
@@ -41,11 +43,13 @@ class Way:
         self.row = self.method.row_length(job.shape, self.arguments)
         subject = Subject(job.name, job.shape, models, job.has_base, seed, offset, extent)
         self.passes: Passes = self.method.start(subject, self.arguments)
-        dtypes_in = [dtypes.torch_dtype(spec.dtype) for spec in job.inputs]
-        self.output = dtypes.torch_dtype(job.dtype)
-        self.working = dtypes.working(dtypes_in, self.output)
+        self.to_nearest = rounding == "nearest"
+        self.inputs = [spec.dtype for spec in job.inputs]
         self.takes_16_bits = (
-            self.method.rounds_once and self.output.itemsize <= 2 and all(dtype == self.output for dtype in dtypes_in)
+            self.to_nearest
+            and self.method.rounds_once
+            and dtypes.size(job.dtype) <= 2
+            and all(dtype == job.dtype for dtype in self.inputs)
         )
 
     @property
@@ -58,20 +62,27 @@ class Way:
         """What its statistics gave each model, where that is worth a report."""
         return self.passes.combine.coefficients if isinstance(self.passes.combine, Weighted) else ()
 
-    def by_tiles(self, inputs: list[torch.Tensor], direct: bool) -> bool:
-        """Whether a kernel merges these: tile by tile, so that a chunk stays in the cache as well as a block."""
-        return self.passes.kernel(inputs, self._rounds(direct)) is not None
+    @property
+    def kernel(self) -> Kernel | None:
+        """What merges chunks on the CPU without torch, once all statistics are there, where there is such."""
+        rounds = self.to_nearest and self.job.dtype == "bfloat16"
+        return self.passes.kernel if rounds and kernels.serve(self.inputs) else None
 
-    def combine(self, inputs: list[torch.Tensor], start: int, direct: bool) -> torch.Tensor:
-        """Merge one block (inputs in the job's order), once all statistics are there.
+    @cached_property
+    def working(self) -> torch.dtype:
+        """What torch computes in."""
+        return dtypes.working([*self.inputs, self.job.dtype])
 
-        16-bit inputs of the output's own dtype go in as they are where the method rounds once by itself and ``direct``
-        is set. All else is widened first.
+    def combine(self, inputs: list[torch.Tensor], start: int) -> torch.Tensor:
+        """Merge one block (inputs in the job's order) by torch, once all statistics are there.
+
+        16-bit inputs of the output's own dtype go in as they are where the method rounds once by itself. All else is
+        widened first.
         """
-        if direct and self.takes_16_bits:
+        if self.takes_16_bits:
             result: torch.Tensor = self.method.function(*inputs, **self.arguments)
             return result
-        return self.passes.merge(self._ordered(inputs), start, self.working, self.row, self._rounds(direct))
+        return self.passes.merge(self.ordered(inputs), start, self.working, self.row, rounds=False)
 
     def sections(self) -> list[tuple[int, int]]:
         """The (begin, end) of each section of the tensor that the requested sums need."""
@@ -93,9 +104,9 @@ class Way:
         total: torch.Tensor | None = None
         block = statistics_block(self.row)
         for start, count in cut(begin, end, max(block, CHUNK // block * block)):
-            inputs = [lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.job.inputs)]
+            inputs = self._tensors(lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.job.inputs))
             for first, length in cut(0, count, block):
-                stored = self._ordered([lane.fetch(chunk[first : first + length]) for chunk in inputs])
+                stored = self.ordered([lane.fetch(chunk[first : first + length]) for chunk in inputs])
                 part = self.passes.sum(stored, start + first, self.working, self.row)
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = part.clone() if total is None else total.add_(part)
@@ -103,20 +114,20 @@ class Way:
         return total
 
     def _sum_of_sample(self, lane: Lane, reader: Reader, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
-        inputs = [lane.gather(reader, n, spec, pieces) for n, spec in enumerate(self.job.inputs)]
-        return self.passes.sum(self._ordered([lane.fetch(picked) for picked in inputs]), 0, self.working, self.row)
+        inputs = self._tensors(lane.gather(reader, n, spec, pieces) for n, spec in enumerate(self.job.inputs))
+        return self.passes.sum(self.ordered([lane.fetch(picked) for picked in inputs]), 0, self.working, self.row)
+
+    def _tensors(self, chunks: Iterable[memoryview]) -> list[torch.Tensor]:
+        return [tensor_of(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)]
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
         while self.passes.request is not None:
             self.passes.send(joined(self.sum(lane, reader, *section) for section in self.sections()))
 
-    def _rounds(self, direct: bool) -> bool:
-        return direct and self.output == torch.bfloat16
-
-    def _ordered(self, inputs: list[torch.Tensor]) -> Block:
+    def ordered(self, inputs: Sequence[Input]) -> list[Input]:
         """The inputs as a method wants them: the base first."""
-        return [inputs[-1], *inputs[:-1]] if self.job.has_base else inputs
+        return [inputs[-1], *inputs[:-1]] if self.job.has_base else list(inputs)
 
 
 def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
@@ -126,7 +137,7 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
     for index, job in enumerate(plan.jobs):
         if job.merged:
             for variant in variants:
-                found[index, variant] = Way(job, variant, plan.seed, offset, extent)
+                found[index, variant] = Way(job, variant, plan.seed, offset, extent, plan.rounding)
         offset += job.numel
     return found
 

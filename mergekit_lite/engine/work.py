@@ -6,15 +6,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Protocol
 
-import torch
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader, bytes_of
-from mergekit_lite.engine.lane import Lane, all_finite, store
+from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.deferred import torch
+from mergekit_lite.engine.lane import CPU, Lane, all_finite, is_summed, store
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.spans import CHUNK, Span, cut, observed_grains, observed_share, spans
 from mergekit_lite.engine.ways import Section, Way, gather, needed, ways
+from mergekit_lite.methods.passes import Kernel
 from mergekit_lite.output.journal import Record
 from mergekit_lite.plan import Plan
 
@@ -29,6 +30,9 @@ class Destination(Protocol):
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
         """Read back what was written earlier; False where it is not all there."""
+
+    def skew(self, tensor: str, offset: int) -> int:
+        """How far behind the begin of a page of memory it would like to be given the byte at this offset."""
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Take bytes, ``offset`` bytes into a tensor."""
@@ -52,6 +56,10 @@ class Records:
         """Nothing can be read back."""
         return False
 
+    def skew(self, tensor: str, offset: int) -> int:
+        """Anywhere."""
+        return 0
+
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Bytes are known by their digest, which comes with ``done``."""
 
@@ -67,7 +75,7 @@ class Work:
         self,
         plan: Plan,
         workspaces: Mapping[int, Destination],
-        device: torch.device,
+        device: str,
         workers: int,
         block: int,
         progress: Progress | None,
@@ -77,6 +85,7 @@ class Work:
         """Prepare; nothing is read yet. ``only`` are the indices of the jobs to do, by default all."""
         self.plan = plan
         self.workspaces = workspaces
+        self.device = device
         self.block = block
         self.chunk = max(block, CHUNK // block * block)
         self.progress = progress
@@ -93,12 +102,21 @@ class Work:
 
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
-        with tuned_process():
+        with tuned_process(self.needs_torch):
             gather(list(self.ways.values()), self._sums)
             for spans, records in self.pool.run(self._tasks(), self._carry_out):
                 for v, record in records:
                     self.workspaces[v].done(record)
                 self._advance(sum(map(_cost, spans)))
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch has anything to do: workers that are forked then share one import."""
+        return not (
+            all(way.passes.request is None and self._kernel(way) is not None for way in self.ways.values())
+            and all(span.merged or (_is_copied(span) and not is_summed(span.job.dtype)) for span in self.spans)
+            and all(spec.as_stored for span in self.spans for spec in span.job.inputs)
+        )
 
     def _tasks(self) -> list[list[Span]]:
         """The spans that one worker takes at a time: those of a tensor together where it has statistics to gather."""
@@ -150,6 +168,7 @@ class Work:
             way.prepare(lane, reader)
         row = max((way.row for way in through.values()), default=0) or 1
         sources = job.inputs if span.merged else job.inputs[:1]
+        size = dtypes.size(job.dtype)
         read_digests = [xxhash.xxh3_128() for _ in sources]
         made = {v: Made() for v in missing}
         for start, count in cut(span.begin, span.end, self.chunk):
@@ -157,14 +176,17 @@ class Work:
                 return []
             first = start // row * row  # whole rows are read and computed; what lies outside the span is not used
             last = min(-(-(start + count) // row) * row, job.numel)
-            inputs = [lane.read(reader, number, spec, first, last - first) for number, spec in enumerate(sources)]
             wanted = slice(start - first, start - first + count)
-            for digest, chunk in zip(read_digests, inputs, strict=True):
-                digest.update(bytes_of(chunk[wanted]))
+            skew = next(iter(missing.values())).skew(job.name, first * size)  # of all: they have one layout
+            inputs = [
+                lane.read(reader, number, spec, first, last - first, skew * _is_copied(span))
+                for number, spec in enumerate(sources)
+            ]
+            for digest, chunk, spec in zip(read_digests, inputs, sources, strict=True):
+                digest.update(_part(chunk, wanted, dtypes.size(spec.dtype)))
             for v, workspace in missing.items():
-                out = self._chunk(lane, span, through.get(v), first, inputs, made[v])[wanted]
-                data = bytes_of(out)
-                workspace.write(job.name, start * out.element_size(), data)
+                data = _part(self._chunk(lane, span, through.get(v), first, inputs, made[v], skew), wanted, size)
+                workspace.write(job.name, start * size, data)
                 made[v].digest.update(data)
         read = [digest.hexdigest() for digest in read_digests]
         records: list[tuple[int, Record]] = []
@@ -175,29 +197,52 @@ class Work:
         return records
 
     def _chunk(
-        self, lane: Lane, span: Span, way: Way | None, start: int, inputs: list[torch.Tensor], made: Made
-    ) -> torch.Tensor:
-        """Compute one chunk of one variant, block by block. Returns it on the host, valid until the next chunk."""
-        plan, job = self.plan, span.job
+        self, lane: Lane, span: Span, way: Way | None, start: int, inputs: list[memoryview], made: Made, skew: int
+    ) -> memoryview:
+        """Make one chunk of one variant. Returns its bytes, valid until the next chunk."""
+        sources = [spec.dtype for spec in span.job.inputs[: len(inputs)]]
+        out = lane.output(len(inputs[0]) // dtypes.size(sources[0]) * dtypes.size(span.job.dtype), skew)
+        if _is_copied(span):
+            out = inputs[0]
+        elif way is not None and (kernel := self._kernel(way)) is not None:
+            kernel(way.ordered(inputs), start, out)  # tile by tile: a chunk stays in the cache as well as a block
+        else:
+            with torch.inference_mode():
+                tensors = [tensor_of(chunk, dtype) for chunk, dtype in zip(inputs, sources, strict=True)]
+                self._by_torch(lane, span, way, start, tensors, tensor_of(out, span.job.dtype), made)
+        if not all_finite(out, span.job.dtype):
+            found = {number for number, dtype in enumerate(sources) if not all_finite(inputs[number], dtype)}
+            made.bad |= found or {-1}
+        return out
+
+    def _by_torch(
+        self,
+        lane: Lane,
+        span: Span,
+        way: Way | None,
+        start: int,
+        inputs: list[torch.Tensor],
+        out: torch.Tensor,
+        made: Made,
+    ) -> None:
+        """Compute one chunk of one variant, block by block."""
+        plan = self.plan
         observe = way.method.observe if way is not None else None
         row = max(1, way.row if way is not None else 1)
-        out = lane.output(job.dtype, inputs[0].numel())
-        direct = plan.rounding == "nearest"
-        tiled = way is not None and lane.device.type == "cpu" and way.by_tiles(inputs, direct)
-        for first, count in cut(0, out.numel(), out.numel() if tiled else max(row, self.block // row * row)):
+        for first, count in cut(0, out.numel(), max(row, self.block // row * row)):
             place = slice(first, first + count)
             blocks = [lane.fetch(chunk[place]) for chunk in inputs]
-            result = blocks[0] if way is None else way.combine(blocks, start + first, direct)
-            store(result, out[place], plan.rounding, plan.seed, job.name, start + first)
+            result = blocks[0] if way is None else way.combine(blocks, start + first)
+            store(result, out[place], plan.rounding, plan.seed, span.job.name, start + first)
             if observe is not None:
                 written = lane.fetch(out[place])
                 for grain in observed_grains(span.begin, start + first, count, self.share):
                     observed = observe(written[grain], *(block[grain] for block in blocks))
                     made.add(observed, grain.stop - grain.start)
         lane.wait()
-        if not all_finite(out):
-            made.bad |= {number for number, chunk in enumerate(inputs) if not all_finite(chunk)} or {-1}
-        return out
+
+    def _kernel(self, way: Way) -> Kernel | None:
+        return way.kernel if self.device == CPU else None
 
     def _is_written(self, lane: Lane, workspace: Destination, span: Span) -> bool:
         """Whether an earlier run wrote this span and its bytes are still what it wrote."""
@@ -207,7 +252,7 @@ class Work:
         digest = xxhash.xxh3_128()
         size = dtypes.size(span.job.dtype)
         for start, count in cut(span.begin, span.end, self.chunk):
-            data = lane.scratch(count * size)
+            data = lane.output(count * size)
             if not workspace.read(span.job.name, start * size, data):
                 return False
             digest.update(data)
@@ -242,6 +287,15 @@ def by_turns(plan: Plan, spans: Sequence[Span], files: int) -> Iterator[Span]:
     for first in range(0, len(groups), files):
         for turn in zip_longest(*groups[first : first + files]):
             yield from (span for span in turn if span is not None)
+
+
+def _is_copied(span: Span) -> bool:
+    """Whether its bytes are those of the input."""
+    return not span.merged and span.job.inputs[0].dtype == span.job.dtype
+
+
+def _part(chunk: memoryview, elements: slice, size: int) -> memoryview:
+    return chunk[elements.start * size : elements.stop * size]
 
 
 def _cost(span: Span) -> int:

@@ -1,23 +1,29 @@
 """Compiled merges of bfloat16 blocks on the CPU: what dozens of torch calls do, in one pass over the bytes.
 
 The methods are torch expressions, and what those say is what is computed, whether a kernel does it or not: merged
-elements are the same bit for bit, sums over many elements agree to their last bits. A kernel is used where ``take``
-says so: on bfloat16 tensors on the CPU, and where the package was installed with a C compiler at hand. For other
+elements are the same bit for bit, sums over many elements agree to their last bits. A kernel is used where ``serve`` or
+``take`` says so: on bfloat16 on the CPU, and where the package was installed with a C compiler at hand. For other
 dtypes, on a GPU, and for methods without a kernel torch runs.
 
-In every function a block's base is its first tensor, where there is one, and the models are the others.
+A block's tensors are torch's, or the bytes of their elements: merging bytes needs no torch at all. In every function a
+block's base is its first one, where there is one, and the models are the others.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from collections.abc import Collection, Sequence
+from ctypes import c_char, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
+from typing import TypeAlias
 
-import torch
+from mergekit_lite.deferred import torch
+from mergekit_lite.dtypes import name_of
 
+Stored: TypeAlias = "torch.Tensor | memoryview"  # of bfloat16, contiguous
+
+SIZE = 2  # bytes of an element
 MOST_MODELS = 64  # their tiles are on the stack
 EVERYTHING, BY_SIZE, BY_CHANCE, BY_RANK = range(4)
 
@@ -66,54 +72,46 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def serve(dtypes: Collection[str]) -> bool:
+    """Whether the kernels can be used on tensors of these dtypes, one for each, that lie in the memory of the CPU."""
+    return library() is not None and len(dtypes) <= MOST_MODELS and all(dtype == "bfloat16" for dtype in dtypes)
+
+
 def take(*tensors: torch.Tensor) -> bool:
     """Whether the kernels can be used on these tensors."""
-    return (
-        library() is not None
-        and len(tensors) <= MOST_MODELS
-        and all(
-            tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
-            for tensor in tensors
-        )
+    return serve([name_of(tensor.dtype) for tensor in tensors]) and all(
+        tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors
     )
 
 
 def merge_sum(
-    block: Sequence[torch.Tensor],
+    out: Stored,
+    block: Sequence[Stored],
     has_base: bool,
     coefficients: Sequence[float],
     divisor: float,
     keeps: Sequence[Keep],
     start: int,
     row: int = 0,
-) -> torch.Tensor:
+) -> None:
     """(Σ coefficient·model) / divisor; with a base: base + (Σ coefficient·kept delta) / divisor.
 
     Args:
-        block: 1-D tensors.
+        out: gets the result.
+        block: as many elements each.
         has_base: whether the first one is a base.
         coefficients, keeps: one for each model.
         divisor: 1 divides by nothing.
         start: index of the block's first element.
         row: where something is kept by rank, the length of the rows, which blocks don't split.
     """
-    out = torch.empty_like(block[0])
-    _call(
-        "merge_sum",
-        out,
-        *_parted(block, has_base),
-        _floats(coefficients),
-        divisor,
-        _keeps(keeps),
-        row,
-        start,
-        out.numel(),
-    )
-    return out
+    numbers = (_floats(coefficients), divisor)
+    _call("merge_sum", _address(out), *_parted(block, has_base), *numbers, _keeps(keeps), row, start, _elements(out))
 
 
 def merge_elected(
-    block: Sequence[torch.Tensor],
+    out: Stored,
+    block: Sequence[Stored],
     votes: Sequence[float],
     shares: Sequence[float],
     weights: Sequence[float] | None,
@@ -121,18 +119,16 @@ def merge_elected(
     keeps: Sequence[Keep],
     start: int,
     row: int = 0,
-) -> torch.Tensor:
-    """Base plus those kept deltas that have the elected sign: ``methods.election`` has the formula."""
-    out = torch.empty_like(block[0])
+) -> None:
+    """Base plus those kept deltas that have the elected sign, into ``out``: ``methods.election`` has the formula."""
     numbers = (_floats(votes), _floats(shares), None if weights is None else _floats(weights), scale)
-    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start, out.numel())
-    return out
+    _call("merge_elected", _address(out), *_parted(block, True), *numbers, _keeps(keeps), row, start, _elements(out))
 
 
 def lengths(block: Sequence[torch.Tensor], keeps: Sequence[Keep], start: int, row: int = 0) -> torch.Tensor:
     """Σ|δ| of each model, and of what is kept of it: float64 (2, models)."""
     sums = torch.empty(2, len(block) - 1, dtype=torch.float64)
-    _call("lengths", sums, *_parted(block, True), _keeps(keeps), row, start, block[0].numel())
+    _call("lengths", _address(sums), *_parted(block, True), _keeps(keeps), row, start, block[0].numel())
     return sums
 
 
@@ -140,7 +136,7 @@ def inner_products(block: Sequence[torch.Tensor], has_base: bool) -> torch.Tenso
     """The lower triangle, row by row, of the inner products of the deltas, or without a base of the models: float64."""
     n = len(block) - has_base
     products = torch.empty(n * (n + 1) // 2, dtype=torch.float64)
-    _call("inner_products", products, *_parted(block, has_base), block[0].numel())
+    _call("inner_products", _address(products), *_parted(block, has_base), block[0].numel())
     return products
 
 
@@ -156,18 +152,26 @@ def compare_sizes(
         start: index of the first element.
         step: indices counted together.
     """
-    _call("compare_sizes", counts, base, model, threshold, start, step, model.numel())
+    _call("compare_sizes", _address(counts), _address(base), _address(model), threshold, start, step, model.numel())
 
 
-def all_finite(tensor: torch.Tensor) -> bool:
+def all_finite(tensor: Stored) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
-    return bool(_call("all_finite", tensor, tensor.numel()))
+    return bool(_call("all_finite", _address(tensor), _elements(tensor)))
 
 
-def _parted(block: Sequence[torch.Tensor], has_base: bool) -> tuple[torch.Tensor | None, object, int]:
+def _elements(tensor: Stored) -> int:
+    return tensor.nbytes // SIZE
+
+
+def _address(tensor: Stored) -> int:
+    return ctypes.addressof(c_char.from_buffer(tensor)) if isinstance(tensor, memoryview) else tensor.data_ptr()
+
+
+def _parted(block: Sequence[Stored], has_base: bool) -> tuple[int | None, object, int]:
     models = block[has_base:]
-    addresses = (c_void_p * len(models))(*(model.data_ptr() for model in models))
-    return block[0] if has_base else None, addresses, len(models)
+    addresses = (c_void_p * len(models))(*map(_address, models))
+    return _address(block[0]) if has_base else None, addresses, len(models)
 
 
 def _floats(numbers: Sequence[float]) -> object:
@@ -179,6 +183,4 @@ def _keeps(keeps: Sequence[Keep]) -> object:
 
 
 def _call(name: str, *arguments: object) -> object:
-    """Call a compiled function, tensors by their addresses."""
-    function = getattr(library(), name)
-    return function(*(one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments))
+    return getattr(library(), name)(*arguments)

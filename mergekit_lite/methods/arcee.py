@@ -12,8 +12,7 @@ nearly equal rows is far below the rounding errors of its terms in 16 or 32 bits
 
 from __future__ import annotations
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.methods.passes import Block, Steps, Subject, Sums
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.statistics import largest

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.methods.passes import Block
 
 

@@ -9,8 +9,7 @@ mergekit's RAM+ returns float32 whatever it is given; here the result is rounded
 
 from __future__ import annotations
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerModel
 from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, deltas, weighted_sum

@@ -14,8 +14,7 @@ momentum), the same step is Nesterov's, the way of APO (arXiv 2410.06293).
 
 from __future__ import annotations
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.methods.registry import method
 
 

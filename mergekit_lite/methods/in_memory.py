@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-import torch
-
 from mergekit_lite import dtypes
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import (
     Block,
@@ -100,7 +99,8 @@ class _Merge:
         self.flat = [tensor.reshape(-1) for tensor in inputs]
         self.columns = row  # of the blocks; 0 where they are 1-D
         self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
-        self.working = dtypes.working([tensor.dtype for tensor in inputs], self.dtype)
+        kinds = {self.dtype, *(tensor.dtype for tensor in inputs)}
+        self.working = dtypes.working(map(dtypes.name_of, kinds))
 
     def sums(self) -> list[torch.Tensor]:
         """The requested sums over each section that contributes."""

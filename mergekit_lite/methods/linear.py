@@ -10,8 +10,7 @@ mergekit's ``linear`` makes NaN where the weights sum to zero; here that is an e
 
 from __future__ import annotations
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerInput
 from mergekit_lite.methods.passes import Combine, Subject, sum_of_inputs
@@ -99,5 +98,4 @@ def passthrough(subject: Subject, *, scale: PerInput = (1.0,)) -> Combine:
         subject: the tensor.
         scale: a factor; 1 copies every bit.
     """
-    [factor] = scale
-    return lambda block, _: block[0] if factor == 1 else block[0] * factor
+    return sum_of_inputs(scale)

@@ -18,8 +18,12 @@ PerInput = Annotated[tuple[float, ...], "input"]  # the same, and one for the ba
 @cache
 def of_signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The keyword parameters by their names in a recipe: a trailing underscore (``lambda_``) is Python's need only."""
-    signature = inspect.signature(function, eval_str=True)
-    known = {name.rstrip("_"): p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            kind = parameter.annotation  # a text, as inspect leaves it: evaluating all of them would import torch
+            kind = eval(kind, function.__globals__) if isinstance(kind, str) else kind
+            known[name.rstrip("_")] = parameter.replace(annotation=kind)
     return MappingProxyType(known)
 
 

@@ -13,18 +13,20 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-
-import torch
+from typing import TypeAlias
 
 from mergekit_lite import kernels
+from mergekit_lite.deferred import torch
 
 # The last bits of float64 sums depend on how they are cut: blocks are summed to sections, sections to the total.
 STATISTICS_BLOCK = 1 << 17  # elements
 SECTION = 1 << 23  # elements; what one worker sums at a time
 SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so many elements, the first one always
 
-Block = list[torch.Tensor]  # the inputs of one block, the base's first where there is one; all of one shape and dtype
-Combine = Callable[[Block, int], torch.Tensor]  # (block, index of its first element) to the merged block
+# The inputs of one block, the base's first where there is one; all of one shape and dtype.
+Block: TypeAlias = "list[torch.Tensor]"
+Combine: TypeAlias = "Callable[[Block, int], torch.Tensor]"  # (block, index of its first element) to the merged block
+Kernel = Callable[[Sequence[kernels.Stored], int, kernels.Stored], None]  # the same, into the third argument
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ class Sums:
     group: str | None = None
     within: tuple[int, int] | None = None
     sampled: bool = False
-    kernel: Callable[[Block, int], torch.Tensor] | None = None
+    kernel: Combine | None = None
 
 
-Steps = Generator[Sums, torch.Tensor, Combine]
+Steps: TypeAlias = "Generator[Sums, torch.Tensor, Combine]"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Compiled:
     """A ``Combine`` with a kernel that does the same to bfloat16 blocks, and rounds by itself."""
 
     combine: Combine
-    kernel: Combine
+    kernel: Kernel
 
     def __call__(self, block: Block, start: int) -> torch.Tensor:
         """Merge one block."""
@@ -132,10 +134,11 @@ class Passes:
         """The group of tensors whose sums it waits for."""
         return self.request.group if self.request is not None else None
 
-    def kernel(self, stored: Block, rounds: bool) -> Combine | None:
-        """What ``merge`` uses for these inputs instead of torch, where there is such."""
+    @property
+    def kernel(self) -> Kernel | None:
+        """What merges bfloat16 blocks as ``kernels`` takes them, once no sums are missing, where there is such."""
         combine = self.combine.combine if isinstance(self.combine, Weighted) else self.combine
-        return combine.kernel if isinstance(combine, Compiled) and rounds and kernels.take(*stored) else None
+        return combine.kernel if isinstance(combine, Compiled) else None
 
     def send(self, total: torch.Tensor) -> None:
         """Hand over the total of the requested sums and go as far as the next request."""
@@ -162,8 +165,10 @@ class Passes:
         Where ``rounds`` is set the block may come in bfloat16, rounded to nearest, instead of in the working dtype.
         """
         assert self.combine is not None
-        if (kernel := self.kernel(stored, rounds)) is not None:
-            return kernel(stored, start)
+        if rounds and (kernel := self.kernel) is not None and kernels.take(*stored):
+            out = torch.empty_like(stored[0])
+            kernel(stored, start, out)
+            return out
         return self.combine(_widened(stored, working, row), start).reshape(-1)
 
     def _go_on(self, total: torch.Tensor | None) -> None:
@@ -242,7 +247,10 @@ def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Combin
         total = weighted_sum(block, coefficients)
         return total if divisor == 1 else total.div_(divisor)
 
-    return Compiled(combine, lambda block, start: kernels.merge_sum(block, False, coefficients, divisor, keeps, start))
+    def kernel(block: Sequence[kernels.Stored], start: int, out: kernels.Stored) -> None:
+        kernels.merge_sum(out, block, False, coefficients, divisor, keeps, start)
+
+    return Compiled(combine, kernel)
 
 
 def sum_of_deltas(coefficients: Sequence[float]) -> Combine:
@@ -250,7 +258,7 @@ def sum_of_deltas(coefficients: Sequence[float]) -> Combine:
     keeps = (kernels.Keep(),) * len(coefficients)
     return Compiled(
         lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]),
-        lambda block, start: kernels.merge_sum(block, True, coefficients, 1.0, keeps, start),
+        lambda block, start, out: kernels.merge_sum(out, block, True, coefficients, 1.0, keeps, start),
     )
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
 from mergekit_lite.methods.passes import Block, Passes, Subject

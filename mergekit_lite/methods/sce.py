@@ -26,11 +26,11 @@ Sums of zero elect +; of equal variances the lowest index wins. No weights: SCE 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 from mergekit_lite import kernels
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.election import elected
 from mergekit_lite.methods.passes import Block, Compiled, Steps, Subject, Sums, Weighted, deltas
@@ -87,8 +87,8 @@ def sce(
     def combine(block: Block, start: int) -> torch.Tensor:
         return elected(block[0], selected(block, start, shown), votes, shares, divided)
 
-    def kernel(block: Block, start: int) -> torch.Tensor:
-        return kernels.merge_elected(block, votes, shares, divided, 1.0, keeps, start)
+    def kernel(block: Sequence[kernels.Stored], start: int, out: kernels.Stored) -> None:
+        kernels.merge_elected(out, block, votes, shares, divided, 1.0, keeps, start)
 
     return Weighted(shares, combine if shown is not None else Compiled(combine, kernel))
 

@@ -21,11 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
-
-import torch
+from typing import Literal, TypeAlias, TypeVar
 
 from mergekit_lite import draws, kernels
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.kernels import BY_CHANCE, BY_RANK, BY_SIZE, Keep
 from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
@@ -51,11 +50,11 @@ class Sparse:
         return self.of(made, start)
 
 
-Sparsifier = Generator[Sums, torch.Tensor, Sparse]
+Sparsifier: TypeAlias = "Generator[Sums, torch.Tensor, Sparse]"
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
 
-T = TypeVar("T", float, torch.Tensor)
+T = TypeVar("T", float, "torch.Tensor")
 LEVELS = 1025  # of magnitude, by which DELLA ranks
 FIRST_STREAM = 1  # stream 0 of a tensor's draws is stochastic rounding's
 

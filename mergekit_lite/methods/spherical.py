@@ -14,8 +14,9 @@ mean M/|M| at the mean length, and that is what is computed here. ``karcher`` is
 
 from __future__ import annotations
 
-import torch
+from typing import TypeAlias
 
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.linear import shares
 from mergekit_lite.methods.parameters import PerInput, PerModel
@@ -26,7 +27,7 @@ from mergekit_lite.methods.statistics import gram
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 
 def _on_arc(t: float, products: torch.Tensor, straight: float) -> Pair:

@@ -18,11 +18,10 @@ import math
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch.nn.functional import hardshrink
+from typing import TypeAlias
 
 from mergekit_lite import kernels
+from mergekit_lite.deferred import torch
 from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
@@ -33,7 +32,7 @@ RUN = 128
 WORTH_SAMPLING = 1 << 18  # elements
 DEVIATIONS = 4  # of the rank that a sample's threshold has in the whole, to either side
 
-Quantities = Callable[[Block, int], Sequence[torch.Tensor]]  # (block, index of its first element)
+Quantities: TypeAlias = "Callable[[Block, int], Sequence[torch.Tensor]]"  # (block, index of its first element)
 Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
 
 
@@ -102,10 +101,10 @@ class Cut:
             return delta * self.mask(delta.abs().float(), start)
         equal = self._equal(delta, start)
         if equal == delta.numel():
-            return hardshrink(delta, _below(self.threshold))
-        above = hardshrink(delta, self.threshold)
+            return torch.nn.functional.hardshrink(delta, _below(self.threshold))
+        above = torch.nn.functional.hardshrink(delta, self.threshold)
         if equal:
-            above.view(-1)[:equal] = hardshrink(delta.view(-1)[:equal], _below(self.threshold))
+            above.view(-1)[:equal] = torch.nn.functional.hardshrink(delta.view(-1)[:equal], _below(self.threshold))
         return above
 
     def _equal(self, block: torch.Tensor, start: int) -> int:

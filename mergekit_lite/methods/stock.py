@@ -11,8 +11,7 @@ than 1e-6; here the deltas' inner products are summed in float64, and only a zer
 
 from __future__ import annotations
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.methods.passes import Block, Steps, Subject, deltas, sum_of_deltas, weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram

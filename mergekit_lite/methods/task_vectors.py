@@ -19,9 +19,8 @@ second one; here it is always the last.
 
 from __future__ import annotations
 
-import torch
-
 from mergekit_lite import kernels
+from mergekit_lite.deferred import torch
 from mergekit_lite.methods.election import elected
 from mergekit_lite.methods.parameters import PerModel
 from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, Subject, deltas, weighted_sum
@@ -57,7 +56,8 @@ def _added(
     if (keeps := sparse.keeps) is None:
         return combine
     return Compiled(
-        combine, lambda block, start: kernels.merge_sum(block, True, coefficients, 1.0, keeps, start, sparse.row)
+        combine,
+        lambda block, start, out: kernels.merge_sum(out, block, True, coefficients, 1.0, keeps, start, sparse.row),
     )
 
 
@@ -74,7 +74,9 @@ def _elected(
         return combine
     return Compiled(
         combine,
-        lambda block, start: kernels.merge_elected(block, votes, shares, divided, scale, keeps, start, sparse.row),
+        lambda block, start, out: kernels.merge_elected(
+            out, block, votes, shares, divided, scale, keeps, start, sparse.row
+        ),
     )
 
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-import torch
-
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Weighted, deltas, sum_of_deltas
 from mergekit_lite.methods.registry import method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,10 @@ def manifest_of(
         effect: the report, as plain data.
         digests: for each tensor those of its output and inputs.
     """
-    import torch
-
     content = {
         "tool": "mergekit_lite",
         "version": __version__,
-        "torch": torch.__version__,
+        "torch": metadata.version("torch"),
         "plan": plan.digest(variant),
         "recipe": plan.recipes[variant],
         "seed": plan.seed,

@@ -78,10 +78,8 @@ class Target:
         head = -position % PAGE
         self._write_cached(position, data[:head])
         position, data = position + head, data[head:]
-        stage = _stage()
         while count := min(len(data), STAGE) // PAGE * PAGE:
-            stage[:count] = data[:count]
-            written = self._write_pages(position, stage[:count])
+            written = self._write_pages(position, _on_pages(data[:count]))
             position, data = position + written, data[written:]
             if written < count:
                 break
@@ -148,8 +146,17 @@ def _opened_directly(path: Path) -> int | None:
         return None
 
 
+def _on_pages(data: memoryview) -> memoryview:
+    """The same bytes in memory that begins at a page's begin, as a direct write wants it: as they are, or copied."""
+    if data.readonly or ctypes.addressof(ctypes.c_char.from_buffer(data)) % PAGE:
+        stage = _stage()[: len(data)]
+        stage[:] = data
+        return stage
+    return data
+
+
 def _stage() -> memoryview:
-    """Memory of this thread that begins at a page's begin, as a direct write wants it."""
+    """Memory of this thread for a copy."""
     stage: memoryview | None = getattr(_of_thread, "stage", None)
     if stage is None:
         stage = _of_thread.stage = memoryview(mmap.mmap(-1, STAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

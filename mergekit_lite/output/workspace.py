@@ -22,7 +22,7 @@ from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
-from mergekit_lite.output.target import Pace, Target
+from mergekit_lite.output.target import PAGE, Pace, Target
 from mergekit_lite.plan import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
@@ -164,6 +164,13 @@ class Workspace:
         if self.layout.nest is None:
             target.write(0, memoryview(file.header))
         return target
+
+    def skew(self, tensor: str, offset: int) -> int:
+        """How far behind the begin of a page of its file the byte at this offset of a tensor lies.
+
+        Memory that lies so behind the begin of a page too is written without a copy.
+        """
+        return (self.layout.places[tensor][1] + offset) % PAGE
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Put bytes in their place: ``offset`` bytes into a tensor.

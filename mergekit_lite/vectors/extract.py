@@ -24,6 +24,7 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, ties
 from mergekit_lite.checkpoint.adapter_config import MAX_RANK
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import described
+from mergekit_lite.engine.lane import CPU
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.spans import CHUNK, cut
@@ -186,7 +187,7 @@ class _Making:
     after: Checkpoint
     settings: Settings
     threads: int
-    device: torch.device
+    device: str
     spill: Path
     resume: bool
     progress: Progress | None
@@ -249,7 +250,7 @@ class _Making:
     def _each(self, pairs: list[Pair], do: Callable[[Reader, Pair], tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """Do something for each pair, on all threads; what it made, by the tensor's name."""
         nbytes = {pair.name: pair.nbytes for pair in pairs}
-        pool = Pool(self.threads, torch.device("cpu"), 0, 0)
+        pool = Pool(self.threads, CPU, 0, 0)
         for name, made in pool.run(pairs, lambda _, reader, pair: do(reader, pair)):
             self.done += nbytes[name]
             if self.progress is not None:

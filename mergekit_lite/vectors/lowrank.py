@@ -56,7 +56,7 @@ class LowRank:
     rank: int | None
     energy: float | None
     seed: int
-    device: torch.device
+    device: str
     spill: Path
     turned: bool = False
 
@@ -104,7 +104,7 @@ class LowRank:
 
 
 def leading(
-    blocks: Blocks, shape: tuple[int, int], rank: int, key: int, device: torch.device
+    blocks: Blocks, shape: tuple[int, int], rank: int, key: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The leading singular vectors and values of a matrix: (m, r), (r,), (r, n), float64 on the CPU."""
     width = rank + OVERSAMPLING
@@ -138,7 +138,7 @@ def _times_transposed(blocks: Blocks, left: torch.Tensor, shape: tuple[int, int]
     return made
 
 
-def row_blocks(difference: Difference, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+def row_blocks(difference: Difference, device: str) -> Iterator[tuple[int, torch.Tensor]]:
     """The difference in blocks of whole rows: the first row, and the rows as float32."""
     pair = difference.pair
     assert pair.base is not None

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.engine.lane import Lane
+from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.engine.lane import CPU, Lane
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods.passes import SECTION, STATISTICS_BLOCK
@@ -98,7 +98,7 @@ def survey(
         return (number, parts, None) if len(tensor.tasks) > 1 else (number, [], tensor.conclude(parts))
 
     room = max((tensor.chunk for tensor in tensors), default=0) * widest
-    pool = Pool(threads or available_cores(), torch.device("cpu"), inputs, room, processes=processes)
+    pool = Pool(threads or available_cores(), CPU, inputs, room, processes=processes)
     shared: dict[int, list[Part]] = {}
     with tuned_process():
         for number, parts, finding in pool.run(tasks, look):
@@ -144,14 +144,18 @@ class _Tensor(Generic[Finding]):
         section = max(1, SECTION // self._block) * self._block
         sections = [(begin, begin + count) for begin, count in cut(0, match.numel, section)]
         self.tasks = [sections] if len(sections) <= SHARED else [[one] for one in sections]
-        self._working = dtypes.working([dtypes.torch_dtype(spec.dtype) for spec in match.specs], torch.bfloat16)
+        self._working = dtypes.working(spec.dtype for spec in match.specs)
 
+    @torch.inference_mode()
     def read(self, lane: Lane, reader: Reader, begin: int, end: int) -> Part:
         """Look at one section."""
         sums: dict[str, Numbers] = {}
         picked: list[torch.Tensor] = []
         for start, count in cut(begin, end, self.chunk):
-            chunks = [lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.match.specs)]
+            chunks = [
+                tensor_of(lane.read(reader, n, spec, start, count), spec.dtype)
+                for n, spec in enumerate(self.match.specs)
+            ]
             if self.study.sampled:
                 picked.append(self._picked(chunks, start, count))
             for first, length in cut(0, count, self._block):

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec, safetensors_file, torch_file
 from mergekit_lite.checkpoint.folder import NOT_WEIGHTS, WEIGHT_SUFFIXES, inside, weight_map
-from mergekit_lite.checkpoint.reader import Reader, bytes_of
-from mergekit_lite.engine.lane import Lane
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.engine.lane import CPU, Lane
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.spans import CHUNK, bounds, cut
@@ -145,7 +144,7 @@ def check_digests(
         merged = manifest.tensors[name].merged
         cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel))
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
-    pool = Pool(workers, torch.device("cpu"), 1, CHUNK * WIDEST)
+    pool = Pool(workers, CPU, 1, CHUNK * WIDEST)
 
     def digest(lane: Lane, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
         made = xxhash.xxh3_128()
@@ -153,12 +152,12 @@ def check_digests(
             for start, count in cut(span.begin, span.end, CHUNK):
                 if pool.stopped:
                     break
-                made.update(bytes_of(lane.read(reader, 0, span.spec, start, count)))
+                made.update(lane.read(reader, 0, span.spec, start, count))
         except RunError as error:
             return span, _finding(span, str(error))
         return span, made.hexdigest()
 
-    with tuned_process():
+    with tuned_process(with_torch=False):
         for span, made in pool.run([span for of_tensor in spans.values() for span in of_tensor], digest):
             if isinstance(made, Finding):
                 failed[span.spec.name] = made

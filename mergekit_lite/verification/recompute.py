@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
-import torch
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.engine.lane import CPU
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.spans import bounds
 from mergekit_lite.engine.work import Progress, Records, Work
@@ -27,7 +26,7 @@ class Recomputation:
         plan: Plan,
         manifest: Manifest,
         jobs: Collection[int],
-        device: torch.device,
+        device: str,
         workers: int,
         block: int,
         progress: Progress,
@@ -96,7 +95,7 @@ class Recomputation:
 
     def _effect(self) -> Iterator[Finding]:
         """Whether the figures of the report come out as well: those of all tensors, on the CPU."""
-        if self.device.type != "cpu":
+        if self.device != CPU:
             return
         effect = report(self.plan, 0, self.records.made).to_json()
         if json.dumps(effect, sort_keys=True) != json.dumps(self.manifest.effect, sort_keys=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_lite._version import __version__
+from mergekit_lite.deferred import torch
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.run import chosen_device, lanes_and_block
 from mergekit_lite.engine.work import Progress
@@ -122,8 +123,6 @@ def _of_plan(plan: Plan, manifest: Manifest, published: Published, found: Inputs
 
 
 def _notes(manifest: Manifest, making: Recomputation | None, wrong: bool) -> Iterator[str]:
-    import torch
-
     if making is not None and making.beyond:
         yield (
             "thresholds or coefficients span several tensors: "

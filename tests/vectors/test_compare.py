@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mergekit_lite
+from mergekit_lite import dtypes
 from mergekit_lite.errors import PlanError
 from mergekit_lite.vectors import deltas, survey
 from mergekit_lite.vectors.comparison import Comparison, compare, looks_like
@@ -152,13 +153,13 @@ def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from mergekit_lite.checkpoint.reader import Reader
 
     states, read = models(), []
-    fill = Reader.read
+    fill = Reader.fill
 
-    def counted(self: Reader, spec: Any, start: int, out: torch.Tensor) -> None:
-        read.append((spec.file, spec.name, start, out.numel()))
+    def counted(self: Reader, spec: Any, start: int, out: memoryview) -> None:
+        read.append((spec.file, spec.name, start, len(out) // dtypes.size(spec.dtype)))
         fill(self, spec, start, out)
 
-    monkeypatch.setattr(Reader, "read", counted)
+    monkeypatch.setattr(Reader, "fill", counted)
     for name in ("CHUNK", "STATISTICS_BLOCK"):
         monkeypatch.setattr(survey, name, 64)
     compared(tmp_path, states)

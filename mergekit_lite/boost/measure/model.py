@@ -42,7 +42,7 @@ class Built:
     unused: tuple[str, ...]
 
 
-def build(plan: Plan, device: torch.device) -> Built:
+def build(plan: Plan, device: str) -> Built:
     """Build the model that loading the plan's output with transformers would give, but for its weights.
 
     Args:
@@ -64,7 +64,7 @@ def build(plan: Plan, device: torch.device) -> Built:
             config=config,
             state_dict=blank,
             dtype="auto",
-            device_map=None if device.type == "cpu" else {"": device},
+            device_map=None if device == "cpu" else {"": device},
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )

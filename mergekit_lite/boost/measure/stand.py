@@ -16,8 +16,6 @@ from mergekit_lite.boost.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_lite.boost.measure.model import Built
     from mergekit_lite.boost.measure.weights import Rewritten, Weights
 
@@ -35,7 +33,7 @@ class Stand:
     """
 
     family: Family
-    device: torch.device
+    device: str
     threads: int | None = None
 
     def __post_init__(self) -> None:

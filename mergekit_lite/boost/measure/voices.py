@@ -141,7 +141,7 @@ class Behind:
 
         started = time.monotonic()
         path = self.folder / "model"
-        finished = run(self.stand.family.plan(numbers, path), device=str(self.stand.device), threads=self.stand.threads)
+        finished = run(self.stand.family.plan(numbers, path), device=self.stand.device, threads=self.stand.threads)
         self.stand.rewritten[label(numbers)] = Rewritten(finished.reports[0], ())
         self.stand.seconds[label(numbers)] += time.monotonic() - started
         return path

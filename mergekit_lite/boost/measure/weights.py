@@ -48,7 +48,7 @@ class Rewritten:
 class Weights:
     """The weights of a built model, to be set again and again."""
 
-    def __init__(self, built: Built, device: torch.device, threads: int | None = None) -> None:
+    def __init__(self, built: Built, device: str, threads: int | None = None) -> None:
         """``device`` computes: bits are those of a model that is written by the same one."""
         self.built = built
         self.device = device

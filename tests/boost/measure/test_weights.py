@@ -18,7 +18,7 @@ from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
 from mergekit_lite.plan import Plan
 from tests.boost.tiny import logits, write_pair
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def weights_for(plan: Plan) -> Weights:
