@@ -90,7 +90,7 @@ def is_summed(dtype: str) -> bool:
 def all_finite(chunk: memoryview, dtype: str) -> bool:
     """Whether a chunk holds neither NaN nor infinity. One fast sum answers for almost every one."""
     if not is_summed(dtype):
-        return not dtypes.is_float(dtype) or kernels.all_finite(chunk)
+        return not dtypes.is_float(dtype) or kernels.all_finite(kernels.run(chunk, dtype))
     block = tensor_of(chunk, dtype)
     total = block.sum(dtype=torch.float32 if block.dtype == torch.float16 else None)
     return math.isfinite(total.item()) or bool(torch.isfinite(block).all())

@@ -65,8 +65,8 @@ class Way:
     @property
     def kernel(self) -> Kernel | None:
         """What merges chunks on the CPU without torch, once all statistics are there, where there is such."""
-        rounds = self.to_nearest and self.job.dtype == "bfloat16"
-        return self.passes.kernel if rounds and kernels.serve(self.inputs) else None
+        served = self.to_nearest and kernels.serve([*self.inputs, self.job.dtype])
+        return self.passes.kernel if served else None
 
     @cached_property
     def working(self) -> torch.dtype:
@@ -82,7 +82,7 @@ class Way:
         if self.takes_16_bits:
             result: torch.Tensor = self.method.function(*inputs, **self.arguments)
             return result
-        return self.passes.merge(self.ordered(inputs), start, self.working, self.row, rounds=False)
+        return self.passes.merge(self.ordered(inputs), start, self.working, self.row)
 
     def sections(self) -> list[tuple[int, int]]:
         """The (begin, end) of each section of the tensor that the requested sums need."""

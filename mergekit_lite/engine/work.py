@@ -8,7 +8,7 @@ from typing import Protocol
 
 import xxhash
 
-from mergekit_lite import dtypes
+from mergekit_lite import dtypes, kernels
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.lane import CPU, Lane, all_finite, is_summed, store
@@ -205,7 +205,9 @@ class Work:
         if _is_copied(span):
             out = inputs[0]
         elif way is not None and (kernel := self._kernel(way)) is not None:
-            kernel(way.ordered(inputs), start, out)  # tile by tile: a chunk stays in the cache as well as a block
+            # tile by tile: a chunk stays in the cache as well as a block
+            runs = [kernels.run(chunk, dtype) for chunk, dtype in zip(inputs, sources, strict=True)]
+            kernel(way.ordered(runs), start, kernels.run(out, span.job.dtype))
         else:
             with torch.inference_mode():
                 tensors = [tensor_of(chunk, dtype) for chunk, dtype in zip(inputs, sources, strict=True)]

@@ -1,12 +1,12 @@
-"""Compiled merges of bfloat16 blocks on the CPU: what dozens of torch calls do, in one pass over the bytes.
+"""Compiled merges of 16-bit floats on the CPU: what dozens of torch calls do, in one pass over the bytes.
 
 The methods are torch expressions, and what those say is what is computed, whether a kernel does it or not: merged
 elements are the same bit for bit, sums over many elements agree to their last bits. A kernel is used where ``serve`` or
-``take`` says so: on bfloat16 on the CPU, and where the package was installed with a C compiler at hand. For other
-dtypes, on a GPU, and for methods without a kernel torch runs.
+``take`` says so: on bfloat16 and float16 on the CPU, mixed as they come, and where the package was installed with a C
+compiler at hand. For other dtypes, on a GPU, and for methods without a kernel torch runs.
 
-A block's tensors are torch's, or the bytes of their elements: merging bytes needs no torch at all. In every function a
-block's base is its first one, where there is one, and the models are the others.
+Kernels take runs of elements in memory, be they a tensor's or a buffer's: merging bytes needs no torch at all. In every
+function a block's base is its first run, where there is one, and the models are the others.
 """
 
 from __future__ import annotations
@@ -14,18 +14,28 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Collection, Sequence
-from ctypes import c_char, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
-from typing import TypeAlias
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.dtypes import name_of
 
-Stored: TypeAlias = "torch.Tensor | memoryview"  # of bfloat16, contiguous
-
+DTYPES = ("bfloat16", "float16")
 SIZE = 2  # bytes of an element
-MOST_MODELS = 64  # their tiles are on the stack
+MOST_TENSORS = 66  # their tiles are on the stack
 EVERYTHING, BY_SIZE, BY_CHANCE, BY_RANK = range(4)
+
+
+class Run(ctypes.Structure):
+    """Elements one behind the other in memory, which has to last as long as the run.
+
+    Attributes:
+        words: the address.
+        count: of the elements.
+        half: whether they are float16.
+    """
+
+    _fields_ = (("words", c_void_p), ("count", c_size_t), ("half", c_int64))
 
 
 class Keep(ctypes.Structure):
@@ -46,16 +56,16 @@ class Keep(ctypes.Structure):
     )
 
 
-TENSOR, TENSORS, FLOATS = c_void_p, ctypes.POINTER(c_void_p), ctypes.POINTER(c_float)
-BLOCK = (TENSOR, TENSORS, c_size_t)  # base, models, how many
-PLACE = (ctypes.POINTER(Keep), c_size_t, c_size_t, c_size_t)  # what is kept, length of a row, start, elements
+RUN, FLOATS, DOUBLES = ctypes.POINTER(Run), ctypes.POINTER(c_float), ctypes.POINTER(c_double)
+BLOCK = (RUN, RUN, c_size_t)  # base, models, how many
+PLACE = (ctypes.POINTER(Keep), c_size_t, c_size_t)  # what is kept, length of a row, start
 SIGNATURES = {
-    "merge_sum": (None, TENSOR, *BLOCK, FLOATS, c_float, *PLACE),
-    "merge_elected": (None, TENSOR, *BLOCK, FLOATS, FLOATS, FLOATS, c_float, *PLACE),
-    "lengths": (None, TENSOR, *BLOCK, *PLACE),
-    "inner_products": (None, TENSOR, *BLOCK, c_size_t),
-    "compare_sizes": (None, TENSOR, TENSOR, TENSOR, c_float, c_size_t, c_size_t, c_size_t),
-    "all_finite": (c_int, TENSOR, c_size_t),
+    "merge_sum": (None, RUN, *BLOCK, FLOATS, c_float, *PLACE),
+    "merge_elected": (None, RUN, *BLOCK, FLOATS, FLOATS, FLOATS, c_float, *PLACE),
+    "lengths": (None, DOUBLES, *BLOCK, *PLACE),
+    "inner_products": (None, DOUBLES, *BLOCK),
+    "compare_sizes": (None, c_void_p, RUN, RUN, c_float, c_size_t, c_size_t),
+    "all_finite": (c_int, RUN),
 }
 
 
@@ -73,8 +83,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def serve(dtypes: Collection[str]) -> bool:
-    """Whether the kernels can be used on tensors of these dtypes, one for each, that lie in the memory of the CPU."""
-    return library() is not None and len(dtypes) <= MOST_MODELS and all(dtype == "bfloat16" for dtype in dtypes)
+    """Whether the kernels can be used on tensors of these dtypes, one for each, in the memory of the CPU."""
+    return library() is not None and len(dtypes) <= MOST_TENSORS and all(dtype in DTYPES for dtype in dtypes)
 
 
 def take(*tensors: torch.Tensor) -> bool:
@@ -84,9 +94,19 @@ def take(*tensors: torch.Tensor) -> bool:
     )
 
 
+def run(data: memoryview, dtype: str) -> Run:
+    """The elements that some bytes are; at least one."""
+    return Run(ctypes.addressof(c_char.from_buffer(data)), len(data) // SIZE, dtype == "float16")
+
+
+def run_of(tensor: torch.Tensor) -> Run:
+    """The elements of a tensor."""
+    return Run(tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.float16)
+
+
 def merge_sum(
-    out: Stored,
-    block: Sequence[Stored],
+    out: Run,
+    block: Sequence[Run],
     has_base: bool,
     coefficients: Sequence[float],
     divisor: float,
@@ -106,12 +126,12 @@ def merge_sum(
         row: where something is kept by rank, the length of the rows, which blocks don't split.
     """
     numbers = (_floats(coefficients), divisor)
-    _call("merge_sum", _address(out), *_parted(block, has_base), *numbers, _keeps(keeps), row, start, _elements(out))
+    _call("merge_sum", out, *_parted(block, has_base), *numbers, _keeps(keeps), row, start)
 
 
 def merge_elected(
-    out: Stored,
-    block: Sequence[Stored],
+    out: Run,
+    block: Sequence[Run],
     votes: Sequence[float],
     shares: Sequence[float],
     weights: Sequence[float] | None,
@@ -122,56 +142,45 @@ def merge_elected(
 ) -> None:
     """Base plus those kept deltas that have the elected sign, into ``out``: ``methods.election`` has the formula."""
     numbers = (_floats(votes), _floats(shares), None if weights is None else _floats(weights), scale)
-    _call("merge_elected", _address(out), *_parted(block, True), *numbers, _keeps(keeps), row, start, _elements(out))
+    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start)
 
 
-def lengths(block: Sequence[torch.Tensor], keeps: Sequence[Keep], start: int, row: int = 0) -> torch.Tensor:
-    """Σ|δ| of each model, and of what is kept of it: float64 (2, models)."""
-    sums = torch.empty(2, len(block) - 1, dtype=torch.float64)
-    _call("lengths", _address(sums), *_parted(block, True), _keeps(keeps), row, start, block[0].numel())
-    return sums
+def lengths(block: Sequence[Run], keeps: Sequence[Keep], start: int, row: int = 0) -> list[float]:
+    """Σ|δ| of each model, then of what is kept of each."""
+    sums = (c_double * (2 * len(keeps)))()
+    _call("lengths", sums, *_parted(block, True), _keeps(keeps), row, start)
+    return list(sums)
 
 
-def inner_products(block: Sequence[torch.Tensor], has_base: bool) -> torch.Tensor:
-    """The lower triangle, row by row, of the inner products of the deltas, or without a base of the models: float64."""
+def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
+    """The lower triangle, row by row, of the inner products of the deltas, or without a base of the models."""
     n = len(block) - has_base
-    products = torch.empty(n * (n + 1) // 2, dtype=torch.float64)
-    _call("inner_products", _address(products), *_parted(block, has_base), block[0].numel())
-    return products
+    products = (c_double * (n * (n + 1) // 2))()
+    _call("inner_products", products, *_parted(block, has_base))
+    return list(products)
 
 
-def compare_sizes(
-    counts: torch.Tensor, base: torch.Tensor, model: torch.Tensor, threshold: float, start: int, step: int
-) -> None:
+def compare_sizes(counts: torch.Tensor, base: Run, model: Run, threshold: float, start: int, step: int) -> None:
     """Count the sizes of deltas, adding to ``counts``: above zero, above a threshold, and equal to it by index.
 
     Args:
         counts: int64, contiguous: the two numbers, then one for each ``step`` indices.
-        base, model: of one shape.
+        base, model: as many elements.
         threshold: a float32.
         start: index of the first element.
         step: indices counted together.
     """
-    _call("compare_sizes", _address(counts), _address(base), _address(model), threshold, start, step, model.numel())
+    _call("compare_sizes", counts.data_ptr(), base, model, threshold, start, step)
 
 
-def all_finite(tensor: Stored) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    return bool(_call("all_finite", _address(tensor), _elements(tensor)))
+def all_finite(run: Run) -> bool:
+    """Whether a run holds neither NaN nor infinity."""
+    return bool(_call("all_finite", run))
 
 
-def _elements(tensor: Stored) -> int:
-    return tensor.nbytes // SIZE
-
-
-def _address(tensor: Stored) -> int:
-    return ctypes.addressof(c_char.from_buffer(tensor)) if isinstance(tensor, memoryview) else tensor.data_ptr()
-
-
-def _parted(block: Sequence[Stored], has_base: bool) -> tuple[int | None, object, int]:
+def _parted(block: Sequence[Run], has_base: bool) -> tuple[Run | None, object, int]:
     models = block[has_base:]
-    addresses = (c_void_p * len(models))(*map(_address, models))
-    return _address(block[0]) if has_base else None, addresses, len(models)
+    return block[0] if has_base else None, (Run * len(models))(*models), len(models)
 
 
 def _floats(numbers: Sequence[float]) -> object:

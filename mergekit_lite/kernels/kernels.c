@@ -1,10 +1,10 @@
-/* Merges of bfloat16 tensors in one pass over their bytes: read, widen, merge, round, tile by tile.
+/* Merges of bfloat16 and float16 tensors in one pass over their bytes: read, widen, merge, round, tile by tile.
  *
  * Each function does what the torch expressions of its caller do, element by element in the same order, with every
  * product and sum rounded to float32 (nothing is contracted: see setup.py), so results are the same bit for bit.
  * Sums over many elements are float64, in an order of their own.
  *
- * `models` are n tensors of `count` elements, `base` is one more or NULL; `start` is the index of the first element. Where
+ * `models` are n runs of as many elements, `base` is one more or NULL; `start` is the index of the first element. Where
  * something is kept by rank, they are whole rows of `row` elements; else `row` is 0.
  * NaN goes through: a comparison with it is false, and is asked so that false keeps the number.
  */
@@ -26,8 +26,14 @@
 #define EXPORT __attribute__((visibility("default"))) FOR_EVERY_CPU
 #define INLINE static inline __attribute__((always_inline))
 
-typedef uint16_t bfloat16;
 typedef float Tile[TILE];
+
+/* Elements one behind the other in memory: bfloat16, or float16 where `half` is set. */
+typedef struct {
+    uint16_t *words;
+    size_t count;
+    int64_t half;
+} Run;
 
 /* Which elements of a delta are kept. By size: above `low` (or equal to it, at an index before low_end), but not above
  * `high` (likewise). By chance: whose 16-bit draw is below the limit (draws.py). By rank: with a probability that rises
@@ -48,27 +54,70 @@ typedef struct {
 
 INLINE size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
-INLINE float wide(bfloat16 narrow)
+INLINE uint32_t bits_of(float number)
 {
-    uint32_t bits = (uint32_t)narrow << 16;
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
+INLINE float number_of(uint32_t bits)
+{
     float number;
     memcpy(&number, &bits, sizeof number);
     return number;
 }
 
-INLINE void widen(float *restrict tile, const bfloat16 *restrict narrow, size_t length)
+/* The smallest exponents differ by 112, and the largest ones are infinity and NaN in both. */
+INLINE float of_half(uint16_t half)
 {
-    for (size_t i = 0; i < length; i++) tile[i] = wide(narrow[i]);
+    uint32_t size = (uint32_t)(half & 0x7FFF) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+    uint32_t finite = bits_of(number_of(size) * 0x1p112f);
+    return number_of((size < 0x7C00u << 13 ? finite : size | 0x7F800000) | sign);
 }
 
-INLINE void round_off(bfloat16 *restrict narrow, const float *restrict tile, size_t length)
+/* To nearest, ties to even. Adding 0.5 to what is below 2^-14 rounds it: the sum's last bit is a float16's last there. */
+INLINE uint16_t to_half(float number)
 {
-    for (size_t i = 0; i < length; i++) {
-        uint32_t bits;
-        memcpy(&bits, &tile[i], sizeof bits);
-        uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-        narrow[i] = (bfloat16)(tile[i] == tile[i] ? rounded : 0x7FC0);
-    }
+    uint32_t bits = bits_of(number), size = bits & 0x7FFFFFFF;
+    uint32_t normal = (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13;
+    uint32_t subnormal = bits_of(number_of(size) + 0.5f) - bits_of(0.5f);
+    uint32_t half = size < 113u << 23 ? subnormal : normal;
+    half = size < 0x477FF000 ? half : 0x7C00; /* from 65520 on infinity */
+    half = size > 0x7F800000 ? 0x7E00 : half;
+    return (uint16_t)(half | (bits >> 16 & 0x8000));
+}
+
+INLINE uint16_t to_bfloat16(float number)
+{
+    uint32_t bits = bits_of(number);
+    return (uint16_t)(number == number ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0);
+}
+
+INLINE void widen(float *restrict tile, const Run *run, size_t done, size_t length)
+{
+    const uint16_t *restrict words = run->words + done;
+    if (run->half)
+        for (size_t i = 0; i < length; i++) tile[i] = of_half(words[i]);
+    else
+        for (size_t i = 0; i < length; i++) tile[i] = number_of((uint32_t)words[i] << 16);
+}
+
+INLINE void round_off(const Run *run, size_t done, const float *restrict tile, size_t length)
+{
+    uint16_t *restrict words = run->words + done;
+    if (run->half)
+        for (size_t i = 0; i < length; i++) words[i] = to_half(tile[i]);
+    else
+        for (size_t i = 0; i < length; i++) words[i] = to_bfloat16(tile[i]);
+}
+
+/* A model's tile, less the base's where there is one. */
+INLINE void load(float *restrict tile, const float *base, const Run *model, size_t done, size_t length)
+{
+    widen(tile, model, done, length);
+    if (base)
+        for (size_t i = 0; i < length; i++) tile[i] -= base[i];
 }
 
 /* Zero what isn't above a threshold; of what equals it, what comes at or after the index `end`. */
@@ -110,25 +159,32 @@ INLINE void keep_by_chance(float *restrict delta, uint64_t key, float limit, siz
 }
 
 /* A size to 7 significant bits, as an integer that orders like it. */
-INLINE int32_t coarse(float delta)
-{
-    int32_t bits;
-    memcpy(&bits, &delta, sizeof bits);
-    return (bits & 0x7FFFFFFF) >> 17;
-}
+INLINE int32_t coarse(float delta) { return (int32_t)(bits_of(delta) & 0x7FFFFFFF) >> 17; }
 
-/* Rank a row's sizes by counting them by level; equal levels share their mean rank. */
-INLINE void rank_row(Ranks *ranks, const Keep *keep, const bfloat16 *base, const bfloat16 *model, size_t row)
+/* Rank the sizes of the row that begins `done` elements into the block, by counting them by level; equal levels share
+ * their mean rank. */
+INLINE void rank_row(Ranks *ranks, const Keep *keep, const Run *base, const Run *model, size_t row, size_t done)
 {
+    Tile origin, delta;
     int32_t largest = 0, counts[2][LEVELS] = {{0}};
-    for (size_t i = 0; i < row; i++) {
-        int32_t size = coarse(wide(model[i]) - wide(base[i]));
-        largest = size > largest ? size : largest;
+    for (size_t first = 0, length; first < row; first += length) {
+        length = least(TILE, row - first);
+        widen(origin, base, done + first, length);
+        load(delta, origin, model, done + first, length);
+        for (size_t i = 0; i < length; i++) {
+            int32_t size = coarse(delta[i]);
+            largest = size > largest ? size : largest;
+        }
     }
     ranks->first = largest - (LEVELS - 1);
-    for (size_t i = 0; i < row; i++) {
-        int32_t level = coarse(wide(model[i]) - wide(base[i])) - ranks->first;
-        counts[i % 2][level < 0 ? 0 : level]++; /* in turns: neighbours are often alike, and would wait for each other */
+    for (size_t first = 0, length; first < row; first += length) {
+        length = least(TILE, row - first);
+        widen(origin, base, done + first, length);
+        load(delta, origin, model, done + first, length);
+        for (size_t i = 0; i < length; i++) {
+            int32_t level = coarse(delta[i]) - ranks->first;
+            counts[i % 2][level < 0 ? 0 : level]++; /* in turns: neighbours are often alike, and would wait */
+        }
     }
     int64_t up_to = 0;
     for (size_t level = 0; level < LEVELS; level++) {
@@ -157,26 +213,18 @@ INLINE void keep_by_rank(float *restrict delta, const Ranks *ranks, uint64_t key
     for (size_t i = 0; i < length; i++) delta[i] *= (float)own[i] < limits[i] ? factors[i] : 0.0f;
 }
 
-/* A model's tile, less the base's where there is one. */
-INLINE void load(float *restrict tile, const float *base, const bfloat16 *model, size_t length)
-{
-    widen(tile, model, length);
-    if (base)
-        for (size_t i = 0; i < length; i++) tile[i] -= base[i];
-}
-
 /* What is kept of a model's delta, in the tile that begins `done` elements into the block. */
-INLINE void load_kept(float *restrict delta, const float *origin, const bfloat16 *base, const bfloat16 *model,
+INLINE void load_kept(float *restrict delta, const float *origin, const Run *base, const Run *model,
                       const Keep *keep, Ranks *ranks, size_t row, size_t start, size_t done, size_t length)
 {
-    load(delta, origin, model + done, length);
+    load(delta, origin, model, done, length);
     if (keep->how == BY_SIZE) {
         if (keep->high < INFINITY) drop_above(delta, keep->high, keep->high_end, start + done, length);
         keep_above(delta, keep->low, keep->low_end, start + done, length);
     } else if (keep->how == BY_CHANCE)
         keep_by_chance(delta, keep->key, keep->limit, start + done, length);
     else if (keep->how == BY_RANK) {
-        if (done % row == 0) rank_row(ranks, keep, base + done, model + done, row);
+        if (done % row == 0) rank_row(ranks, keep, base, model, row, done);
         keep_by_rank(delta, ranks, keep->key, start + done, length);
     }
 }
@@ -189,16 +237,17 @@ INLINE size_t tile_length(size_t done, size_t count, size_t row)
 }
 
 /* out = (sum of coefficient * model) / divisor, or base + (sum of coefficient * what is kept of model - base) / divisor */
-EXPORT void merge_sum(bfloat16 *out, const bfloat16 *base, const bfloat16 *const *models, size_t n,
-                      const float *coefficients, float divisor, const Keep *keeps, size_t row, size_t start, size_t count)
+EXPORT void merge_sum(const Run *out, const Run *base, const Run *models, size_t n, const float *coefficients,
+                      float divisor, const Keep *keeps, size_t row, size_t start)
 {
+    size_t count = out->count;
     Tile origin, total, delta;
     Ranks ranks[row ? n : 1];
     for (size_t done = 0, length; done < count; done += length) {
         length = tile_length(done, count, row);
-        if (base) widen(origin, base + done, length);
+        if (base) widen(origin, base, done, length);
         for (size_t k = 0; k < n; k++) {
-            load_kept(delta, base ? origin : NULL, base, models[k], &keeps[k], &ranks[row ? k : 0], row, start, done,
+            load_kept(delta, base ? origin : NULL, base, &models[k], &keeps[k], &ranks[row ? k : 0], row, start, done,
                       length);
             float coefficient = coefficients[k];
             if (k == 0)
@@ -210,26 +259,27 @@ EXPORT void merge_sum(bfloat16 *out, const bfloat16 *base, const bfloat16 *const
             for (size_t i = 0; i < length; i++) total[i] /= divisor;
         if (base)
             for (size_t i = 0; i < length; i++) total[i] += origin[i];
-        round_off(out + done, total, length);
+        round_off(out, done, total, length);
     }
 }
 
 /* Vote * delta elects a sign; what has it is summed up, times share, and divided by the sum of the weights of those
  * that agree where there are weights. out = base + scale * that */
-EXPORT void merge_elected(bfloat16 *out, const bfloat16 *base, const bfloat16 *const *models, size_t n,
-                          const float *votes, const float *shares, const float *weights, float scale,
-                          const Keep *keeps, size_t row, size_t start, size_t count)
+EXPORT void merge_elected(const Run *out, const Run *base, const Run *models, size_t n, const float *votes,
+                          const float *shares, const float *weights, float scale, const Keep *keeps, size_t row,
+                          size_t start)
 {
+    size_t count = out->count;
     Tile origin, total, sign, merged, support, deltas[n];
     Ranks ranks[row ? n : 1];
     int positive = 1; /* no weight is below zero */
     for (size_t k = 0; weights && k < n; k++) positive &= weights[k] >= 0;
     for (size_t done = 0, length; done < count; done += length) {
         length = tile_length(done, count, row);
-        widen(origin, base + done, length);
+        widen(origin, base, done, length);
         for (size_t k = 0; k < n; k++) {
             float *delta = deltas[k], vote = votes[k];
-            load_kept(delta, origin, base, models[k], &keeps[k], &ranks[row ? k : 0], row, start, done, length);
+            load_kept(delta, origin, base, &models[k], &keeps[k], &ranks[row ? k : 0], row, start, done, length);
             for (size_t i = 0; i < length; i++) delta[i] *= vote;
             if (k == 0)
                 for (size_t i = 0; i < length; i++) total[i] = delta[i];
@@ -253,7 +303,7 @@ EXPORT void merge_elected(bfloat16 *out, const bfloat16 *base, const bfloat16 *c
         else if (weights)
             for (size_t i = 0; i < length; i++) merged[i] /= support[i] == 0 ? 1.0f : support[i];
         for (size_t i = 0; i < length; i++) merged[i] += origin[i];
-        round_off(out + done, merged, length);
+        round_off(out, done, merged, length);
     }
 }
 
@@ -264,9 +314,10 @@ INLINE void add_sizes(double lanes[LANES], const float *delta)
 }
 
 /* sums[k] = sum of |delta|, sums[n + k] = of what is kept of it */
-EXPORT void lengths(double *sums, const bfloat16 *base, const bfloat16 *const *models, size_t n, const Keep *keeps,
-                    size_t row, size_t start, size_t count)
+EXPORT void lengths(double *sums, const Run *base, const Run *models, size_t n, const Keep *keeps, size_t row,
+                    size_t start)
 {
+    size_t count = base->count;
     Tile origin, delta;
     Ranks ranks[row ? n : 1];
     double lanes[2 * n][LANES];
@@ -274,11 +325,11 @@ EXPORT void lengths(double *sums, const bfloat16 *base, const bfloat16 *const *m
     for (size_t done = 0, length; done < count; done += length) {
         length = tile_length(done, count, row);
         if (length < TILE) memset(delta, 0, sizeof delta); /* what is added up beyond the last element */
-        widen(origin, base + done, length);
+        widen(origin, base, done, length);
         for (size_t k = 0; k < n; k++) {
-            load(delta, origin, models[k] + done, length);
+            load(delta, origin, &models[k], done, length);
             add_sizes(lanes[k], delta);
-            load_kept(delta, origin, base, models[k], &keeps[k], &ranks[row ? k : 0], row, start, done, length);
+            load_kept(delta, origin, base, &models[k], &keeps[k], &ranks[row ? k : 0], row, start, done, length);
             add_sizes(lanes[n + k], delta);
         }
     }
@@ -289,19 +340,19 @@ EXPORT void lengths(double *sums, const bfloat16 *base, const bfloat16 *const *m
 }
 
 /* The inner products of the deltas (of the models where there is no base): the lower triangle, row by row. */
-EXPORT void inner_products(double *products, const bfloat16 *base, const bfloat16 *const *models, size_t n,
-                           size_t count)
+EXPORT void inner_products(double *products, const Run *base, const Run *models, size_t n)
 {
+    size_t count = models->count;
     Tile origin, deltas[n];
     double lanes[n * (n + 1) / 2][LANES];
     memset(lanes, 0, sizeof lanes);
     memset(deltas, 0, sizeof deltas);
     for (size_t done = 0; done < count; done += TILE) {
         size_t length = least(TILE, count - done), place = 0;
-        if (base) widen(origin, base + done, length);
+        if (base) widen(origin, base, done, length);
         for (size_t k = 0; k < n; k++) {
             if (length < TILE) memset(deltas[k], 0, sizeof deltas[k]);
-            load(deltas[k], base ? origin : NULL, models[k] + done, length);
+            load(deltas[k], base ? origin : NULL, &models[k], done, length);
             for (size_t j = 0; j <= k; j++, place++)
                 for (size_t i = 0; i < TILE; i += LANES)
                     for (size_t l = 0; l < LANES; l++)
@@ -316,16 +367,17 @@ EXPORT void inner_products(double *products, const bfloat16 *base, const bfloat1
 
 /* counts[0] += deltas whose size is above zero, counts[1] += above the threshold, counts[2 + i] += equal to it at an
  * index, of which the first is `start`, in i * step ... (i + 1) * step */
-EXPORT void compare_sizes(int64_t *counts, const bfloat16 *base, const bfloat16 *model, float threshold, size_t start,
-                          size_t step, size_t count)
+EXPORT void compare_sizes(int64_t *counts, const Run *base, const Run *model, float threshold, size_t start,
+                          size_t step)
 {
+    size_t count = base->count;
     Tile origin, delta;
     for (size_t done = 0; done < count;) {
         size_t bucket = (start + done) / step;
         size_t length = least(least(TILE, count - done), (bucket + 1) * step - start - done);
         int32_t some = 0, above = 0, equal = 0;
-        widen(origin, base + done, length);
-        load(delta, origin, model + done, length);
+        widen(origin, base, done, length);
+        load(delta, origin, model, done, length);
         for (size_t i = 0; i < length; i++) {
             float size = fabsf(delta[i]);
             some += size > 0;
@@ -340,9 +392,10 @@ EXPORT void compare_sizes(int64_t *counts, const bfloat16 *base, const bfloat16 
 }
 
 /* Whether no element is NaN or infinite. */
-EXPORT int all_finite(const bfloat16 *tensor, size_t count)
+EXPORT int all_finite(const Run *run)
 {
-    uint16_t found = 0;
-    for (size_t i = 0; i < count; i++) found |= (tensor[i] & 0x7F80) == 0x7F80;
+    const uint16_t *words = run->words;
+    uint16_t found = 0, largest = run->half ? 0x7C00 : 0x7F80;
+    for (size_t i = 0; i < run->count; i++) found |= (words[i] & largest) == largest;
     return !found;
 }

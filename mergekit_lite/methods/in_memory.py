@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from mergekit_lite import dtypes
+from mergekit_lite import dtypes, kernels
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import (
@@ -122,10 +122,13 @@ class _Merge:
         while self.passes.request is not None:
             self.passes.send(joined(self.sums()))
         out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)
-        rounds = self.dtype == torch.bfloat16
+        kernel = self.passes.kernel if kernels.take(*self.flat, out) else None
         for start, blocks in self._blocks(block, 0, self.subject.numel):
-            merged = self.passes.merge(blocks, start, self.working, self.columns, rounds)
-            out[start : start + merged.numel()] = merged
+            merged = out[start : start + blocks[0].numel()]
+            if kernel is not None:
+                kernel([kernels.run_of(tensor) for tensor in blocks], start, kernels.run_of(merged))
+            else:
+                merged.copy_(self.passes.merge(blocks, start, self.working, self.columns))
         return out.view(self.subject.shape)
 
     def _blocks(self, length: int, begin: int, end: int) -> Iterator[tuple[int, Block]]:

@@ -26,7 +26,7 @@ SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so m
 # The inputs of one block, the base's first where there is one; all of one shape and dtype.
 Block: TypeAlias = "list[torch.Tensor]"
 Combine: TypeAlias = "Callable[[Block, int], torch.Tensor]"  # (block, index of its first element) to the merged block
-Kernel = Callable[[Sequence[kernels.Stored], int, kernels.Stored], None]  # the same, into the third argument
+Kernel = Callable[[Sequence[kernels.Run], int, kernels.Run], None]  # the same, into the third argument
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class Sums:
         within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
             visited.
         sampled: only a sample of the elements contributes, whose blocks begin at no index in particular.
-        kernel: the same of bfloat16 blocks as ``kernels`` takes them, where there is one.
+        kernel: the same of blocks that ``kernels`` takes, where there is one.
     """
 
     of: Callable[[Block, int], torch.Tensor]
     group: str | None = None
     within: tuple[int, int] | None = None
     sampled: bool = False
-    kernel: Combine | None = None
+    kernel: Callable[[Sequence[kernels.Run], int], torch.Tensor] | None = None
 
 
 Steps: TypeAlias = "Generator[Sums, torch.Tensor, Combine]"
@@ -88,7 +88,7 @@ Steps: TypeAlias = "Generator[Sums, torch.Tensor, Combine]"
 
 @dataclass(frozen=True)
 class Compiled:
-    """A ``Combine`` with a kernel that does the same to bfloat16 blocks, and rounds by itself."""
+    """A ``Combine`` with a kernel that does the same to 16-bit blocks, and rounds by itself."""
 
     combine: Combine
     kernel: Kernel
@@ -136,7 +136,7 @@ class Passes:
 
     @property
     def kernel(self) -> Kernel | None:
-        """What merges bfloat16 blocks as ``kernels`` takes them, once no sums are missing, where there is such."""
+        """What merges blocks that ``kernels`` takes, once no sums are missing, where there is such."""
         combine = self.combine.combine if isinstance(self.combine, Weighted) else self.combine
         return combine.kernel if isinstance(combine, Compiled) else None
 
@@ -156,19 +156,12 @@ class Passes:
         assert self.request is not None
         kernel = self.request.kernel
         if kernel is not None and working == torch.float32 and kernels.take(*stored):
-            return kernel(stored, start)
+            return kernel([kernels.run_of(tensor) for tensor in stored], start)
         return self.request.of(_widened(stored, working, row), start)
 
-    def merge(self, stored: Block, start: int, working: torch.dtype, row: int, rounds: bool) -> torch.Tensor:
-        """Merge one block, 1-D, once no sums are missing. Arguments as of ``sum``.
-
-        Where ``rounds`` is set the block may come in bfloat16, rounded to nearest, instead of in the working dtype.
-        """
+    def merge(self, stored: Block, start: int, working: torch.dtype, row: int) -> torch.Tensor:
+        """Merge one block by torch, 1-D, once no sums are missing. Arguments as of ``sum``; the working dtype comes."""
         assert self.combine is not None
-        if rounds and (kernel := self.kernel) is not None and kernels.take(*stored):
-            out = torch.empty_like(stored[0])
-            kernel(stored, start, out)
-            return out
         return self.combine(_widened(stored, working, row), start).reshape(-1)
 
     def _go_on(self, total: torch.Tensor | None) -> None:
@@ -247,7 +240,7 @@ def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Combin
         total = weighted_sum(block, coefficients)
         return total if divisor == 1 else total.div_(divisor)
 
-    def kernel(block: Sequence[kernels.Stored], start: int, out: kernels.Stored) -> None:
+    def kernel(block: Sequence[kernels.Run], start: int, out: kernels.Run) -> None:
         kernels.merge_sum(out, block, False, coefficients, divisor, keeps, start)
 
     return Compiled(combine, kernel)

@@ -87,7 +87,7 @@ def sce(
     def combine(block: Block, start: int) -> torch.Tensor:
         return elected(block[0], selected(block, start, shown), votes, shares, divided)
 
-    def kernel(block: Sequence[kernels.Stored], start: int, out: kernels.Stored) -> None:
+    def kernel(block: Sequence[kernels.Run], start: int, out: kernels.Run) -> None:
         kernels.merge_elected(out, block, votes, shares, divided, 1.0, keeps, start)
 
     return Weighted(shares, combine if shown is not None else Compiled(combine, kernel))

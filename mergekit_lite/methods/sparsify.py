@@ -19,7 +19,7 @@ the nearest of 65,536 steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
@@ -203,9 +203,11 @@ def rescaling(
         before = [total(size) for size in sizes]
         return torch.stack([*before, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
 
-    keeps = sparse.keeps
-    kernel = None if keeps is None else lambda block, start: kernels.lengths(block, keeps, start, sparse.row)
-    before, after = (yield Sums(lengths, kernel=kernel)).tolist()
+    def kernel(block: Sequence[kernels.Run], start: int) -> torch.Tensor:
+        assert sparse.keeps is not None
+        return torch.tensor(kernels.lengths(block, sparse.keeps, start, sparse.row), dtype=torch.float64).view(2, -1)
+
+    before, after = (yield Sums(lengths, kernel=kernel if sparse.keeps is not None else None)).tolist()
     return tuple(a / b if b > 0 else 1.0 for a, b in zip(before, after, strict=True))
 
 

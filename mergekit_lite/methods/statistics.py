@@ -47,7 +47,10 @@ def gram(from_base: bool) -> Generator[Sums, torch.Tensor, torch.Tensor]:
         wide = [vector.flatten().double() for vector in (deltas(block) if from_base else block)]
         return torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
 
-    lower = (yield Sums(of, kernel=lambda block, _: kernels.inner_products(block, from_base))).cpu()
+    def kernel(block: Sequence[kernels.Run], _: int) -> torch.Tensor:
+        return torch.tensor(kernels.inner_products(block, from_base), dtype=torch.float64)
+
+    lower = (yield Sums(of, kernel=kernel)).cpu()
     count = math.isqrt(2 * len(lower))
     products = torch.zeros(count, count, dtype=torch.float64)
     rows, columns = torch.tril_indices(count, count)
@@ -282,13 +285,13 @@ def _proven(
                 _add_to_buckets(counted[3:], mask.view(-1), place.origin + start, step)
         return total
 
-    def kernel(block: Block, start: int) -> torch.Tensor:
+    def kernel(block: Sequence[kernels.Run], start: int) -> torch.Tensor:
         assert place.of_models is not None
         base, first = block[0], place.origin + start
         total = torch.zeros(shape, dtype=torch.int64)
         for row, model, guessed in zip(total, place.of_models, tried, strict=True):
             for (_, guess), counted in zip(guessed, row, strict=False):
-                counted[0] = base.numel()
+                counted[0] = base.count
                 kernels.compare_sizes(counted[1:], base, block[1 + model], guess.threshold, first, step)
         return total
 

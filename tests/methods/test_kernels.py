@@ -46,6 +46,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+SIXTEEN_BITS = (BF16, F16) = torch.bfloat16, torch.float16
+KINDS = ((F16, F16, F16, F16, F16), (F16, BF16, BF16, BF16, BF16), (BF16, F16, BF16, F16, BF16))  # out, base, models
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     with patch.object(kernels, "library", lambda: None):
@@ -99,6 +103,25 @@ def test_same_bits(case: tuple[str, dict[str, Any]], numel: int, count: int) -> 
     assert_same_bits(*both(method, *models(method, (numel,), count, seed=numel + count), **parameters))
 
 
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(str(kind)[6:] for kind in kinds))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{','.join(case[1])}")
+def test_same_bits_of_other_16_bit_floats(case: tuple[str, dict[str, Any]], kinds: tuple[torch.dtype, ...]) -> None:
+    method, parameters = case
+    base, tuned = models(method, (30, 700), 3, seed=8)
+    output, of_base, *of_models = kinds
+    base = base.to(of_base) if base is not None else None
+    tuned = [tensor.to(kind) for tensor, kind in zip(tuned, of_models, strict=False)]
+    assert_same_bits(*both(method, base, tuned, dtype=output, **parameters))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 1 + 2.0**-11, 3e-5, 2.0**-13, 7.7, -40000.0, 2.0**-120, 1e38])
+@pytest.mark.parametrize("output", SIXTEEN_BITS)
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_every_number_is_widened_and_rounded_as_by_torch(kind: torch.dtype, output: torch.dtype, scale: float) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(kind)
+    assert_same_bits(*both("passthrough", None, [every], dtype=output, scale=scale))
+
+
 @pytest.mark.parametrize("shape", [(), (3, 1), (7, 100), (3, 511), (5, 1500), (2, 3, 700)])
 @pytest.mark.parametrize("case", CASES[-3:], ids=lambda case: f"{case[0]}-{','.join(case[1])}")
 def test_same_bits_of_rows(case: tuple[str, dict[str, Any]], shape: tuple[int, ...]) -> None:
@@ -146,11 +169,12 @@ def test_sums_agree() -> None:
     assert base is not None
     wide = [(tensor.double() - base.double()) for tensor in tuned]
     products = torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
-    torch.testing.assert_close(kernels.inner_products([base, *tuned], True), products, rtol=1e-12, atol=0)
+    runs = [kernels.run_of(tensor) for tensor in (base, *tuned)]
+    assert kernels.inner_products(runs, True) == pytest.approx(products.tolist(), rel=1e-12)
     keeps = [kernels.Keep(kernels.BY_SIZE, low=2.0**-12, low_end=0, high=float("inf"))] * 4
     kept = [delta * (delta.abs() > 2.0**-12) for delta in wide]
-    sizes = torch.stack([torch.stack([delta.abs().sum() for delta in of]) for of in (wide, kept)])
-    torch.testing.assert_close(kernels.lengths([base, *tuned], keeps, 0), sizes, rtol=1e-12, atol=0)
+    sizes = [delta.abs().sum().item() for delta in (*wide, *kept)]
+    assert kernels.lengths(runs, keeps, 0) == pytest.approx(sizes, rel=1e-12)
 
 
 def test_sizes_are_counted_by_index() -> None:
@@ -160,7 +184,7 @@ def test_sizes_are_counted_by_index() -> None:
     sizes = (tuned.float() - base.float()).abs()
     threshold, start, step = sizes.median().item(), 777, 1000
     counts = torch.zeros(2 + 11, dtype=torch.int64)
-    kernels.compare_sizes(counts, base, tuned, threshold, start, step)
+    kernels.compare_sizes(counts, kernels.run_of(base), kernels.run_of(tuned), threshold, start, step)
     equal = torch.zeros(11, dtype=torch.int64)
     for index in (sizes == threshold).nonzero().flatten().tolist():
         equal[(start + index) // step] += 1
@@ -169,19 +193,19 @@ def test_sizes_are_counted_by_index() -> None:
 
 @pytest.mark.parametrize("place", [0, 31, 511, 1000])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-def test_one_number_that_is_not_finite_is_found(odd: float, place: int) -> None:
-    tensor = torch.full((1001,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
-    assert kernels.all_finite(tensor)
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_one_number_that_is_not_finite_is_found(kind: torch.dtype, odd: float, place: int) -> None:
+    tensor = torch.full((1001,), torch.finfo(kind).max, dtype=kind)
+    assert kernels.all_finite(kernels.run_of(tensor))
     tensor[place] = odd
-    assert not kernels.all_finite(tensor)
+    assert not kernels.all_finite(kernels.run_of(tensor))
 
 
 def test_what_they_do_not_take() -> None:
     fits = torch.zeros(4, 4, dtype=torch.bfloat16)
-    assert kernels.take(fits, fits)
+    assert kernels.take(fits, fits.half())
     assert not kernels.take(fits, fits.float())
-    assert not kernels.take(fits.half())
     assert not kernels.take(fits.T[1:])
-    assert not kernels.take(*[fits] * (kernels.MOST_MODELS + 1))
+    assert not kernels.take(*[fits] * (kernels.MOST_TENSORS + 1))
     with without_kernels():
         assert not kernels.take(fits)
