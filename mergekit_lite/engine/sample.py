@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.deferred import torch
+from mergekit_lite import dtypes, kernels
+from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.plan import Plan
 
 TENSORS = 128
@@ -31,12 +31,24 @@ def delta_rms(plan: Plan) -> float | None:
         for job in chosen:
             count = min(ELEMENTS, job.merged)
             start = (job.merged - count) // 2
-            blocks = [torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype)) for spec in job.inputs[:2]]
-            for spec, block in zip(job.inputs, blocks, strict=False):
-                reader.read(spec, start, block)
-            square += (blocks[0].double() - blocks[-1].double()).square_().sum().item()
+            chunks = [_read(reader, spec, start, count) for spec in job.inputs[:2]]
+            square += _square(chunks[0], chunks[-1]) if count else 0.0
             elements += count
     return math.sqrt(square / elements) if elements else None
+
+
+def _read(reader: Reader, spec: TensorSpec, start: int, count: int) -> tuple[memoryview, str]:
+    chunk = memoryview(bytearray(count * dtypes.size(spec.dtype)))
+    reader.fill(spec, start, chunk)
+    return chunk, spec.dtype
+
+
+def _square(one: tuple[memoryview, str], other: tuple[memoryview, str]) -> float:
+    """The sum of the squares of the differences."""
+    if kernels.serve([one[1], other[1]]):
+        [square] = kernels.inner_products([kernels.run(*one), kernels.run(*other)], has_base=True)
+        return square
+    return (tensor_of(*one).double() - tensor_of(*other).double()).square_().sum().item()
 
 
 def delta_warning(plan: Plan) -> str | None:

@@ -14,6 +14,7 @@ from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
 from mergekit_lite.methods.passes import (
     SAMPLE_EVERY,
+    Block,
     Kernel,
     Passes,
     Subject,
@@ -45,12 +46,6 @@ class Way:
         self.passes: Passes = self.method.start(subject, self.arguments)
         self.to_nearest = rounding == "nearest"
         self.inputs = [spec.dtype for spec in job.inputs]
-        self.takes_16_bits = (
-            self.to_nearest
-            and self.method.rounds_once
-            and dtypes.size(job.dtype) <= 2
-            and all(dtype == job.dtype for dtype in self.inputs)
-        )
 
     @property
     def is_shared(self) -> bool:
@@ -73,16 +68,9 @@ class Way:
         """What torch computes in."""
         return dtypes.working([*self.inputs, self.job.dtype])
 
-    def combine(self, inputs: list[torch.Tensor], start: int) -> torch.Tensor:
-        """Merge one block (inputs in the job's order) by torch, once all statistics are there.
-
-        16-bit inputs of the output's own dtype go in as they are where the method rounds once by itself. All else is
-        widened first.
-        """
-        if self.takes_16_bits:
-            result: torch.Tensor = self.method.function(*inputs, **self.arguments)
-            return result
-        return self.passes.merge(self.ordered(inputs), start, self.working, self.row)
+    def combine(self, block: Block, start: int) -> torch.Tensor:
+        """Merge one block, as it is stored, by torch, once all statistics are there."""
+        return self.passes.merge(block, start, self.working, self.row)
 
     def sections(self) -> list[tuple[int, int]]:
         """The (begin, end) of each section of the tensor that the requested sums need."""

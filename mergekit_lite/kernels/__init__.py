@@ -37,6 +37,10 @@ class Run(ctypes.Structure):
 
     _fields_ = (("words", c_void_p), ("count", c_size_t), ("half", c_int64))
 
+    def part(self, elements: slice) -> Run:
+        """Some of the elements."""
+        return Run(self.words + elements.start * SIZE, elements.stop - elements.start, self.half)
+
 
 class Keep(ctypes.Structure):
     """Which elements of a delta are kept.

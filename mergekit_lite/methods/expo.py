@@ -14,44 +14,44 @@ momentum), the same step is Nesterov's, the way of APO (arXiv 2410.06293).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mergekit_lite import kernels
 from mergekit_lite.deferred import torch
+from mergekit_lite.methods.passes import Block, Combine, Observed, Subject, moved
 from mergekit_lite.methods.registry import method
 
 
-def effect(out: torch.Tensor, aligned: torch.Tensor, sft: torch.Tensor) -> tuple[float, float]:
+def effect(out: torch.Tensor, block: Block) -> tuple[float, float]:
     """What became of alpha in one block: ⟨out − aligned, delta⟩ and ⟨delta, delta⟩, with delta = aligned − sft.
 
     The quotient of the two (summed over blocks) is the alpha that the written model really has.
     """
-    origin = aligned.double()
-    delta = origin - sft.double()
+    sft, origin = (tensor.double() for tensor in block)
+    delta = origin - sft
     return torch.dot(out.double() - origin, delta).item(), torch.dot(delta, delta).item()
+
+
+def _effect(out: kernels.Run, block: Sequence[kernels.Run]) -> tuple[float, float]:
+    sft, aligned = block
+    _, against_delta, square = kernels.inner_products([aligned, out, sft], has_base=True)
+    return -against_delta, square
 
 
 @method(
     formula="aligned + alpha·(aligned − sft)",
     source="Zheng et al. 2025, arXiv 2404.16792",
     models=(1, 1),
-    elementwise=True,
-    rounds_once=True,
     donor="model",
-    observe=effect,
+    observed=Observed(effect, _effect),
 )
-def expo(aligned: torch.Tensor, sft: torch.Tensor, *, alpha: float) -> torch.Tensor:
-    """Extrapolate one block.
+def expo(subject: Subject, *, alpha: float) -> Combine:
+    """Extrapolate: the model is the one after alignment, the base the one before.
 
     Args:
-        aligned: the model after alignment, any float dtype.
-        sft: the model before, same shape and dtype.
+        subject: the tensor.
         alpha: how far to go on; 0.1 to 0.5 suits most fully trained models, partly trained ones take more.
-
-    Returns:
-        Same shape and dtype. alpha 0 and −1 give ``aligned`` and ``sft`` themselves, to the bit.
+            0 and −1 give the two models themselves, to the bit.
     """
-    if alpha == 0:
-        return aligned
-    if alpha == -1:
-        return sft
-    # In this direction lerp is aligned − alpha·(sft − aligned): the small delta is scaled, not two large weights
-    # subtracted.
-    return torch.lerp(aligned, sft, -alpha)
+    # The small delta is scaled, not two large weights subtracted; and from the nearer of the two.
+    return moved(1, -alpha) if alpha > -0.5 else moved(0, 1 + alpha)

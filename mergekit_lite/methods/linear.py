@@ -10,10 +10,9 @@ mergekit's ``linear`` makes NaN where the weights sum to zero; here that is an e
 
 from __future__ import annotations
 
-from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerInput
-from mergekit_lite.methods.passes import Combine, Subject, sum_of_inputs
+from mergekit_lite.methods.passes import Combine, Subject, moved, sum_of_deltas, sum_of_inputs
 from mergekit_lite.methods.registry import method
 
 
@@ -63,31 +62,26 @@ def ema(subject: Subject, *, decay: float = 0.9) -> Combine:
     return linear(subject, weight=weights, normalize=False)
 
 
-@method(
-    models=(1, 1), elementwise=True, formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903"
-)
-def wise_ft(tuned: torch.Tensor, base: torch.Tensor, *, alpha: float = 0.5) -> torch.Tensor:
+@method(models=(1, 1), formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903")
+def wise_ft(subject: Subject, *, alpha: float = 0.5) -> Combine:
     """Interpolate between a base and its fine-tune.
 
     Args:
-        tuned: the fine-tune, any float dtype.
-        base: what it was tuned from, same shape and dtype.
+        subject: the tensor.
         alpha: 0 is the base, 1 the fine-tune.
     """
-    return torch.lerp(base, tuned, alpha)
+    return moved(0, alpha) if alpha < 0.5 else moved(1, 1 - alpha)  # from the nearer end: both are met exactly
 
 
-@method(models=(2, 2), elementwise=True, formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799")
-def chat_vector(target: torch.Tensor, chat: torch.Tensor, base: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+@method(models=(2, 2), formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799")
+def chat_vector(subject: Subject, *, scale: float = 1.0) -> Combine:
     """Add to a model, say one trained on in another language, what a chat model learnt over their common base.
 
     Args:
-        target: the model that gains it (the first one listed), any float dtype.
-        chat: the second one; same shape and dtype.
-        base: of both.
+        subject: the tensor; the first model listed gains it, the second one is the chat model.
         scale: how much of it.
     """
-    return target.add(chat - base, alpha=scale)
+    return sum_of_deltas((1.0, scale))
 
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")

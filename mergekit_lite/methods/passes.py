@@ -110,6 +110,19 @@ class Weighted:
         return self.combine(block, start)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Sums over a merged block and its inputs that tell what the merge did to them.
+
+    Attributes:
+        by_torch: (merged block, inputs), both 1-D as they are stored, to the sums.
+        by_kernel: the same of what ``kernels`` takes.
+    """
+
+    by_torch: Callable[[torch.Tensor, Block], tuple[float, ...]]
+    by_kernel: Callable[[kernels.Run, Sequence[kernels.Run]], tuple[float, ...]]
+
+
 class Passes:
     """One tensor on its way through a method.
 
@@ -232,7 +245,7 @@ def weighted_sum(tensors: Block, coefficients: Sequence[float]) -> torch.Tensor:
     return total
 
 
-def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Combine:
+def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Compiled:
     """What gives (Σ coefficient·x) / divisor, over all inputs of a block."""
     keeps = (kernels.Keep(),) * len(coefficients)
 
@@ -246,12 +259,22 @@ def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Combin
     return Compiled(combine, kernel)
 
 
-def sum_of_deltas(coefficients: Sequence[float]) -> Combine:
+def sum_of_deltas(coefficients: Sequence[float]) -> Compiled:
     """What gives base + Σ coefficient·delta."""
     keeps = (kernels.Keep(),) * len(coefficients)
     return Compiled(
         lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]),
         lambda block, start, out: kernels.merge_sum(out, block, True, coefficients, 1.0, keeps, start),
+    )
+
+
+def moved(origin: int, share: float) -> Compiled:
+    """What gives x + share·(y − x) of two inputs, x being the ``origin``-th: x itself, to the bit, where share is 0."""
+    order = (origin, 1 - origin) if share else (origin,)
+    way = sum_of_deltas((share,)) if share else sum_of_inputs((1.0,))
+    return Compiled(
+        lambda block, start: way.combine([block[i] for i in order], start),
+        lambda block, start, out: way.kernel([block[i] for i in order], start, out),
     )
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
-from mergekit_lite.methods.passes import Block, Passes, Subject
+from mergekit_lite.methods.passes import Observed, Passes, Subject
 
 METHODS: dict[str, Method] = {}
 
@@ -24,20 +23,14 @@ class Method:
     Attributes:
         name: as written in a recipe.
         function: ``(subject, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
-            Where ``elementwise``: the blocks themselves, each model's and last the base's, and parameters in, merged
-            block out.
         formula: one line for listings.
         source: the paper.
         base: whether a base is ``required``, ``optional`` or must be ``none``.
         models: the fewest and the most models without the base; None for any number.
-        elementwise: the function knows nothing but the block, and every element is merged by itself.
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
-        rounds_once: an elementwise function that computes 16-bit inputs in float32 inside and rounds its result once,
-            so it can be given them as they are.
         donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
-        observe: optional; (merged block, *inputs) in, the sums the report is made of out. Called on a fixed sample of
-            blocks.
+        observed: optional; the sums the report is made of, taken of a fixed sample of blocks.
     """
 
     name: str
@@ -46,11 +39,9 @@ class Method:
     source: str
     base: Literal["required", "optional", "none"] = "required"
     models: tuple[int, int | None] = (1, None)
-    elementwise: bool = False
     rows: Callable[..., int] | None = None
-    rounds_once: bool = False
     donor: Literal["base", "model"] = "base"
-    observe: Callable[..., tuple[float, ...]] | None = None
+    observed: Observed | None = None
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -83,15 +74,7 @@ class Method:
         """Begin the passes over one tensor, with arguments from ``resolve``. An empty tensor needs none."""
         if subject.numel == 0:
             return Passes(lambda block, _: block[0])
-        if not self.elementwise:
-            return Passes(self.function(subject, **arguments))
-        first = int(subject.has_base)
-
-        def combine(block: Block, _: int) -> torch.Tensor:
-            merged: torch.Tensor = self.function(*block[first:], *block[:first], **arguments)
-            return merged
-
-        return Passes(combine)
+        return Passes(self.function(subject, **arguments))
 
 
 def method(**about: Any) -> Callable[[F], F]:

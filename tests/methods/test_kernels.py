@@ -22,6 +22,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("linear", {"weight": 0.3}),
     ("linear", {"weight": [0.2, 0.5, -0.1, 0.7, 1.1], "normalize": False}),
     ("uniform_soup", {}),
+    ("wise_ft", {"alpha": 0.3}),
+    ("wise_ft", {"alpha": 0.7}),
+    ("expo", {"alpha": 0.3}),
+    ("expo", {"alpha": -0.9}),
+    ("expo", {"alpha": 0.0}),
+    ("expo", {"alpha": -1.0}),
     ("slerp", {"t": 0.3}),
     ("multislerp", {"weight": 0.5}),
     ("karcher", {}),
@@ -64,7 +70,7 @@ def models(
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator) * 0.02
     made = [(base + torch.randn(shape, generator=generator) * 3e-4).bfloat16() for _ in range(count)]
-    if method in ("slerp",):
+    if method in ("slerp", "wise_ft", "expo"):
         return base.bfloat16(), made[:1]
     return (None, made) if method in ("linear", "uniform_soup", "karcher") else (base.bfloat16(), made)
 

@@ -9,9 +9,10 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.boost.measure.model import Built, Places
+from mergekit_lite.engine.destination import Records
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import lanes_and_block
-from mergekit_lite.engine.work import Records, Work
+from mergekit_lite.engine.work import Work
 from mergekit_lite.plan import Plan
 
 
