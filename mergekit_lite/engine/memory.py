@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mergekit_lite.engine.spans import BLOCK, CHUNK
-from mergekit_lite.plan import Plan
+from mergekit_lite.engine.ways import Way, without_torch
+from mergekit_lite.plan import Job, Plan
 
-RUNTIME = 300_000_000  # Python and torch, measured on Linux
+PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each lane
 REMEMBERED_FACTORS = 64 << 20
@@ -20,4 +21,17 @@ def memory_estimate(plan: Plan, threads: int | None) -> int:
     folds = any(spec.change is not None for job in plan.jobs for spec in job.inputs)
     kept = REMEMBERED_FACTORS if folds else 0
     lane += FOLDING if folds else 0
-    return RUNTIME + kept + (threads or writing_workers()) * lane + PER_TENSOR * len(plan.jobs)
+    runtime = PYTHON if _without_torch(plan) else WITH_TORCH
+    return runtime + kept + (threads or writing_workers()) * lane + PER_TENSOR * len(plan.jobs)
+
+
+def _without_torch(plan: Plan) -> bool:
+    """Whether no tensor needs torch: told by the first one of each kind."""
+    first: dict[object, Job] = {}
+    for job in plan.jobs:
+        first.setdefault((job.method, job.dtype, *(spec.dtype for spec in job.inputs)), job)
+    for job in first.values():
+        ways = [Way(job, 0, plan.seed, 0, job.numel, plan.rounding)] if job.merged else []
+        if not without_torch(job, ways):
+            return False
+    return True

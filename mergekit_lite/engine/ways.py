@@ -9,7 +9,7 @@ from typing import TypeVar
 from mergekit_lite import dtypes, kernels
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.lane import Lane
+from mergekit_lite.engine.lane import Lane, is_summed
 from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
 from mergekit_lite.methods.passes import (
@@ -128,6 +128,20 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
                 found[index, variant] = Way(job, variant, plan.seed, offset, extent, plan.rounding)
         offset += job.numel
     return found
+
+
+def without_torch(job: Job, ways: Sequence[Way]) -> bool:
+    """Whether all that makes a tensor on the CPU is copying, and kernels that wait for no statistics.
+
+    Args:
+        job: the tensor.
+        ways: how its variants are merged.
+    """
+    return (
+        all(way.passes.request is None and way.kernel is not None for way in ways)
+        and (job.merged == job.numel or (job.inputs[0].dtype == job.dtype and not is_summed(job.dtype)))
+        and all(spec.as_stored for spec in job.inputs)
+    )
 
 
 def needed(found: Mapping[tuple[int, int], Way], jobs: Collection[int]) -> dict[tuple[int, int], Way]:

@@ -9,11 +9,11 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.destination import Destination
-from mergekit_lite.engine.lane import Lane, is_summed
-from mergekit_lite.engine.making import Maker, is_copied
+from mergekit_lite.engine.lane import CPU, Lane
+from mergekit_lite.engine.making import Maker
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.spans import CHUNK, Span, spans
-from mergekit_lite.engine.ways import Section, gather, needed, ways
+from mergekit_lite.engine.ways import Section, Way, gather, needed, ways, without_torch
 from mergekit_lite.output.journal import Record
 from mergekit_lite.plan import Plan
 
@@ -37,6 +37,7 @@ class Work:
         """Prepare; nothing is read yet. ``only`` are the indices of the jobs to do, by default all."""
         self.plan = plan
         self.workspaces = workspaces
+        self.device = device
         self.maker = Maker(plan, device, block)
         self.progress = progress
         self.spans = [span for span in spans(plan) if only is None or span.index in only]
@@ -61,11 +62,10 @@ class Work:
     @property
     def needs_torch(self) -> bool:
         """Whether torch has anything to do: workers that are forked then share one import."""
-        return not (
-            all(way.passes.request is None and self.maker.kernel(way) is not None for way in self.ways.values())
-            and all(span.merged or (is_copied(span) and not is_summed(span.job.dtype)) for span in self.spans)
-            and all(spec.as_stored for span in self.spans for spec in span.job.inputs)
-        )
+        of_job: dict[int, list[Way]] = {span.index: [] for span in self.spans}
+        for (index, _), way in self.ways.items():
+            of_job.setdefault(index, []).append(way)
+        return self.device != CPU or not all(without_torch(self.plan.jobs[index], of_job[index]) for index in of_job)
 
     def _tasks(self) -> list[list[Span]]:
         """The spans that one worker takes at a time: those of a tensor together where it has statistics to gather."""
