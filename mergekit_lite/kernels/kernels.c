@@ -343,20 +343,19 @@ EXPORT void lengths(double *sums, const Run *base, const Run *models, size_t n, 
 EXPORT void inner_products(double *products, const Run *base, const Run *models, size_t n)
 {
     size_t count = models->count;
-    Tile origin, deltas[n];
-    double lanes[n * (n + 1) / 2][LANES];
+    Tile origin, delta;
+    double wide[n][TILE], lanes[n * (n + 1) / 2][LANES];
     memset(lanes, 0, sizeof lanes);
-    memset(deltas, 0, sizeof deltas);
     for (size_t done = 0; done < count; done += TILE) {
         size_t length = least(TILE, count - done), place = 0;
+        if (length < TILE) memset(delta, 0, sizeof delta); /* what is multiplied beyond the last element */
         if (base) widen(origin, base, done, length);
         for (size_t k = 0; k < n; k++) {
-            if (length < TILE) memset(deltas[k], 0, sizeof deltas[k]);
-            load(deltas[k], base ? origin : NULL, &models[k], done, length);
+            load(delta, base ? origin : NULL, &models[k], done, length);
+            for (size_t i = 0; i < TILE; i++) wide[k][i] = delta[i];
             for (size_t j = 0; j <= k; j++, place++)
                 for (size_t i = 0; i < TILE; i += LANES)
-                    for (size_t l = 0; l < LANES; l++)
-                        lanes[place][l] += (double)deltas[k][i + l] * (double)deltas[j][i + l];
+                    for (size_t l = 0; l < LANES; l++) lanes[place][l] += wide[k][i + l] * wide[j][i + l];
         }
     }
     for (size_t place = 0; place < n * (n + 1) / 2; place++) {
