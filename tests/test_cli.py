@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from mergekit_lite import kernels
 from mergekit_lite.commands import COMMANDS, main
+from mergekit_lite.methods import merge_states
 from tests.models import read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -56,40 +57,56 @@ def test_help_and_a_refused_plan_import_neither_torch_nor_transformers(pair: Pat
         assert result.returncode == 0, result.stderr
 
 
+HALF = {"density": 0.5, "weight": 0.5}
+BY_KERNELS: dict[str, dict[str, object]] = {
+    "linear": {"weight": 0.75},
+    "task_arithmetic": {"weight": 0.75},
+    "expo": {"alpha": 0.25},
+    "slerp": {"t": 0.25},
+    "karcher": {},
+    "model_stock": {},
+    "sce": {},
+    "dare_ties": HALF,
+    "della_linear": {**HALF, "epsilon": 0.1},
+    "ties": HALF,
+    "breadcrumbs": {**HALF, "gamma": 0.05},
+}
+BY_TORCH: dict[str, dict[str, object]] = {"nearswap": {"t": 0.001}, "sce": {"select_topk": 0.5}, "varm": {}}
+
+
 @pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler")
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "passthrough", "expo"])
-def test_what_kernels_do_imports_neither_torch_nor_transformers(tmp_path: Path, method: str) -> None:
-    """From the recipe to the manifest."""
-    base = state(1)
-    models = [base, tuned(base, 2)]
-    for name, tensors in zip(("base", "tuned"), models, strict=True):
-        write_folder(tmp_path / name, tensors)
-    asked = {
-        "linear": {"models": [_listed(tmp_path / "base", 0.25), _listed(tmp_path / "tuned", 0.75)]},
-        "task_arithmetic": {"models": [_listed(tmp_path / "tuned", 0.75)], "base_model": str(tmp_path / "base")},
-        "passthrough": {"models": [{"model": str(tmp_path / "tuned")}]},
-        "expo": {
-            "models": [{"model": str(tmp_path / "tuned")}],
-            "base_model": str(tmp_path / "base"),
-            "parameters": {"alpha": -0.25},
-        },
-    }[method]
-    (tmp_path / "recipe.yml").write_text(json.dumps({"merge_method": method, "dtype": "bfloat16", **asked}))
+@pytest.mark.parametrize(
+    ("method", "parameters", "by_torch"),
+    [(*case, False) for case in BY_KERNELS.items()] + [(*case, True) for case in BY_TORCH.items()],
+)
+def test_torch_is_imported_where_there_is_no_kernel(
+    tmp_path: Path, method: str, parameters: dict[str, object], by_torch: bool
+) -> None:
+    """From the recipe to the manifest; and the memory that the plan tells of knows it."""
+    count = 1 if method in ("expo", "slerp", "nearswap") else 2
+    base = {name: tensor.half() for name, tensor in state(1, hidden=64).items()}
+    models = [tuned(base, 2 + number) for number in range(count)]
+    folders = [write_folder(tmp_path / str(number), tensors) for number, tensors in enumerate([base, *models])]
+    recipe = {
+        "merge_method": method,
+        "models": [{"model": str(folder)} for folder in folders[1:]],
+        "parameters": parameters,
+        "dtype": "bfloat16",
+    }
+    has_base = method not in ("linear", "karcher")
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe | {"base_model": str(folders[0])} if has_base else recipe))
     code = (
         "import sys; from mergekit_lite.merging import plan_merge_file; from mergekit_lite.engine.run import run\n"
+        "from mergekit_lite.engine.memory import WITH_TORCH, memory_estimate\n"
         f"plan = plan_merge_file({str(tmp_path / 'recipe.yml')!r}, {str(tmp_path / 'out')!r})\n"
+        f"assert (memory_estimate(plan, 1) > WITH_TORCH) is {by_torch}\n"
         "assert run(plan).outputs\n"
-        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+        f"assert ('torch' in sys.modules) is {by_torch} and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    wanted = merge_states(method, base if has_base else None, models, dtype=torch.bfloat16, **parameters)
     for name, made in read_folder(tmp_path / "out").items():
-        start, end = (tensors[name].double() for tensors in models)
-        wanted = end if method == "passthrough" else start + 0.75 * (end - start)
-        assert torch.equal(made, wanted.to(made.dtype))
-
-
-def _listed(model: Path, weight: float) -> dict[str, object]:
-    return {"model": str(model), "parameters": {"weight": weight}}
+        assert torch.equal(made, wanted[name])
 
 
 @pytest.mark.parametrize("start", [[str(ROOT / "cli.py")], ["-m", "mergekit_lite"]])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TypeVar
 
 from mergekit_lite import dtypes, kernels
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.lane import Lane, is_summed
+from mergekit_lite.engine.lane import CPU, Lane, is_summed
 from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
 from mergekit_lite.methods.passes import (
@@ -18,6 +18,7 @@ from mergekit_lite.methods.passes import (
     Kernel,
     Passes,
     Subject,
+    Totals,
     Weighted,
     joined,
     sample,
@@ -63,6 +64,12 @@ class Way:
         served = self.to_nearest and kernels.serve([*self.inputs, self.job.dtype])
         return self.passes.kernel if served else None
 
+    @property
+    def kernel_of_sums(self) -> Callable[[Sequence[kernels.Run], int], Totals] | None:
+        """What gives the requested sums on the CPU without torch, where there is such."""
+        served = kernels.serve([*self.inputs, self.job.dtype])
+        return self.passes.request.kernel if self.passes.request is not None and served else None
+
     @cached_property
     def working(self) -> torch.dtype:
         """What torch computes in."""
@@ -83,30 +90,42 @@ class Way:
         share = SAMPLE_EVERY if self.passes.request.sampled else 1
         return (end - begin) * sum(dtypes.size(spec.stored_dtype) for spec in self.job.inputs) // share
 
-    def sum(self, lane: Lane, reader: Reader, begin: int, end: int) -> torch.Tensor:
+    def sum(self, lane: Lane, reader: Reader, begin: int, end: int) -> Totals:
         """The requested sums over one section."""
+        assert self.passes.request is not None
+        inputs = list(enumerate(self.job.inputs))
+        if self.passes.request.sampled:
+            pieces = sample(begin, end)
+            picked = [lane.gather(reader, number, spec, pieces) for number, spec in inputs]
+            return self._sums(lane, picked, 0, sum(count for _, count in pieces))
+        block = statistics_block(self.row)
+        return joined(
+            self._sums(lane, [lane.read(reader, number, spec, start, count) for number, spec in inputs], start, block)
+            for start, count in cut(begin, end, max(block, CHUNK // block * block))
+        )
+
+    def _sums(self, lane: Lane, chunks: Sequence[memoryview], start: int, block: int) -> Totals:
+        """The requested sums over a chunk, block by block."""
         request = self.passes.request
         assert request is not None
-        if request.sampled:
-            return self._sum_of_sample(lane, reader, sample(begin, end))
+        kernel = self.kernel_of_sums if lane.device == CPU else None
+        if kernel is not None:
+            runs = self.ordered([kernels.run(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
+            return joined(
+                kernel([run.part(slice(first, first + count)) for run in runs], start + first)
+                for first, count in cut(0, runs[0].count, block)
+            )
         total: torch.Tensor | None = None
-        block = statistics_block(self.row)
-        for start, count in cut(begin, end, max(block, CHUNK // block * block)):
-            inputs = self._tensors(lane.read(reader, n, spec, start, count) for n, spec in enumerate(self.job.inputs))
-            for first, length in cut(0, count, block):
-                stored = self.ordered([lane.fetch(chunk[first : first + length]) for chunk in inputs])
-                part = self.passes.sum(stored, start + first, self.working, self.row)
+        with torch.inference_mode():
+            stored = self.ordered([tensor_of(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
+            for first, count in cut(0, stored[0].numel(), block):
+                fetched = [lane.fetch(tensor[first : first + count]) for tensor in stored]
+                part = self.passes.sum(fetched, start + first, self.working, self.row)
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = part.clone() if total is None else total.add_(part)
-        assert total is not None
-        return total
-
-    def _sum_of_sample(self, lane: Lane, reader: Reader, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
-        inputs = self._tensors(lane.gather(reader, n, spec, pieces) for n, spec in enumerate(self.job.inputs))
-        return self.passes.sum(self.ordered([lane.fetch(picked) for picked in inputs]), 0, self.working, self.row)
-
-    def _tensors(self, chunks: Iterable[memoryview]) -> list[torch.Tensor]:
-        return [tensor_of(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)]
+            assert total is not None
+            totals: Totals = total.cpu().numpy()
+        return totals
 
     def prepare(self, lane: Lane, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
@@ -131,14 +150,14 @@ def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
 
 
 def without_torch(job: Job, ways: Sequence[Way]) -> bool:
-    """Whether all that makes a tensor on the CPU is copying, and kernels that wait for no statistics.
+    """Whether all that makes a tensor on the CPU is copying and kernels, as far as can be told before its statistics.
 
     Args:
         job: the tensor.
         ways: how its variants are merged.
     """
     return (
-        all(way.passes.request is None and way.kernel is not None for way in ways)
+        all((way.kernel if way.passes.request is None else way.kernel_of_sums) is not None for way in ways)
         and (job.merged == job.numel or (job.inputs[0].dtype == job.dtype and not is_summed(job.dtype)))
         and all(spec.as_stored for spec in job.inputs)
     )
@@ -150,7 +169,7 @@ def needed(found: Mapping[tuple[int, int], Way], jobs: Collection[int]) -> dict[
     return {key: way for key, way in found.items() if key[0] in jobs or way.passes.group in groups}
 
 
-def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, torch.Tensor]]) -> None:
+def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
     """Gather the sums that span several tensors, and those of large tensors, which are work for several workers.
 
     Args:

@@ -7,13 +7,13 @@ from itertools import zip_longest
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.deferred import torch
 from mergekit_lite.engine.destination import Destination
 from mergekit_lite.engine.lane import CPU, Lane
 from mergekit_lite.engine.making import Maker
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.spans import CHUNK, Span, spans
 from mergekit_lite.engine.ways import Section, Way, gather, needed, ways, without_torch
+from mergekit_lite.methods.passes import Totals
 from mergekit_lite.output.journal import Record
 from mergekit_lite.plan import Plan
 
@@ -75,12 +75,12 @@ class Work:
             tasks.setdefault((span.index, 0 if span.index in waiting else span.begin), []).append(span)
         return list(tasks.values())
 
-    def _sums(self, wanted: Sequence[Section]) -> dict[Section, torch.Tensor]:
+    def _sums(self, wanted: Sequence[Section]) -> dict[Section, Totals]:
         """The requested sums over some sections of the ways. Their reading is added to what progress counts."""
         ways = list(self.ways.values())
-        sums: dict[Section, torch.Tensor] = {}
+        sums: dict[Section, Totals] = {}
 
-        def add(lane: Lane, reader: Reader, section: Section) -> tuple[Section, torch.Tensor]:
+        def add(lane: Lane, reader: Reader, section: Section) -> tuple[Section, Totals]:
             number, begin, end = section
             return section, ways[number].sum(lane, reader, begin, end)
 

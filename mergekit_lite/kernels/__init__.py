@@ -16,9 +16,13 @@ import importlib.util
 from collections.abc import Collection, Sequence
 from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.dtypes import name_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 DTYPES = ("bfloat16", "float16")
 SIZE = 2  # bytes of an element
@@ -69,6 +73,8 @@ SIGNATURES = {
     "lengths": (None, DOUBLES, *BLOCK, *PLACE),
     "inner_products": (None, DOUBLES, *BLOCK),
     "compare_sizes": (None, c_void_p, RUN, RUN, c_float, c_size_t, c_size_t),
+    "count_upper_bits": (None, c_void_p, RUN, RUN),
+    "count_lower_bits": (None, c_void_p, c_size_t, RUN, RUN, c_int),
     "all_finite": (c_int, RUN),
 }
 
@@ -164,7 +170,23 @@ def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
     return list(products)
 
 
-def compare_sizes(counts: torch.Tensor, base: Run, model: Run, threshold: float, start: int, step: int) -> None:
+def count_upper_bits(bins: int, base: Run, model: Run) -> npt.NDArray[np.int64]:
+    """How many sizes of deltas there are by the upper 16 bits of the float32, zero by itself: in so many bins."""
+    counts = np.zeros(bins, np.int64)
+    _call("count_upper_bits", counts.ctypes.data, base, model)
+    return counts
+
+
+def count_lower_bits(bins: int, base: Run, model: Run, first: int) -> npt.NDArray[np.int64]:
+    """How many sizes of deltas have each of so many bit patterns from ``first`` on."""
+    counts = np.zeros(bins, np.int64)
+    _call("count_lower_bits", counts.ctypes.data, bins, base, model, first)
+    return counts
+
+
+def compare_sizes(
+    counts: npt.NDArray[np.int64], base: Run, model: Run, threshold: float, start: int, step: int
+) -> None:
     """Count the sizes of deltas, adding to ``counts``: above zero, above a threshold, and equal to it by index.
 
     Args:
@@ -174,7 +196,7 @@ def compare_sizes(counts: torch.Tensor, base: Run, model: Run, threshold: float,
         start: index of the first element.
         step: indices counted together.
     """
-    _call("compare_sizes", counts.data_ptr(), base, model, threshold, start, step)
+    _call("compare_sizes", counts.ctypes.data, base, model, threshold, start, step)
 
 
 def all_finite(run: Run) -> bool:

@@ -158,8 +158,11 @@ INLINE void keep_by_chance(float *restrict delta, uint64_t key, float limit, siz
     for (size_t i = 0; i < length; i++) delta[i] *= (float)own[i] < limit ? 1.0f : 0.0f;
 }
 
+/* The size of a delta as bits, which order like it. */
+INLINE int32_t size_bits(float delta) { return (int32_t)(bits_of(delta) & 0x7FFFFFFF); }
+
 /* A size to 7 significant bits, as an integer that orders like it. */
-INLINE int32_t coarse(float delta) { return (int32_t)(bits_of(delta) & 0x7FFFFFFF) >> 17; }
+INLINE int32_t coarse(float delta) { return size_bits(delta) >> 17; }
 
 /* Rank the sizes of the row that begins `done` elements into the block, by counting them by level; equal levels share
  * their mean rank. */
@@ -361,6 +364,33 @@ EXPORT void inner_products(double *products, const Run *base, const Run *models,
     for (size_t place = 0; place < n * (n + 1) / 2; place++) {
         products[place] = 0;
         for (size_t l = 0; l < LANES; l++) products[place] += lanes[place][l];
+    }
+}
+
+/* counts[i] += deltas by the upper 16 bits of their size: taking 1 off first gives zero, and nothing else, the first bin */
+EXPORT void count_upper_bits(int64_t *counts, const Run *base, const Run *model)
+{
+    Tile origin, delta;
+    for (size_t done = 0, length; done < base->count; done += length) {
+        length = least(TILE, base->count - done);
+        widen(origin, base, done, length);
+        load(delta, origin, model, done, length);
+        for (size_t i = 0; i < length; i++) counts[((size_bits(delta[i]) - 1) >> 16) + 1]++;
+    }
+}
+
+/* counts[i] += deltas whose size has the bits first + i */
+EXPORT void count_lower_bits(int64_t *counts, size_t bins, const Run *base, const Run *model, int32_t first)
+{
+    Tile origin, delta;
+    for (size_t done = 0, length; done < base->count; done += length) {
+        length = least(TILE, base->count - done);
+        widen(origin, base, done, length);
+        load(delta, origin, model, done, length);
+        for (size_t i = 0; i < length; i++) {
+            uint32_t bin = (uint32_t)size_bits(delta[i]) - (uint32_t)first;
+            if (bin < bins) counts[bin]++;
+        }
     }
 }
 

@@ -44,7 +44,7 @@ def arcee_fusion(subject: Subject) -> Steps:
 
     def scores(block: Block, start: int) -> torch.Tensor:
         row = start // columns
-        here = by_row[row : row + len(block[0]), None].to(block[0].device)
+        here = torch.from_numpy(by_row[row : row + len(block[0]), None]).to(block[0].device)
         return ((block[1] - block[0]).abs_().double() * here).float()
 
     def counts(_: int, elements: int, __: int) -> list[int]:

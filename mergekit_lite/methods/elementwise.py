@@ -9,7 +9,7 @@ mergekit's RAM+ returns float32 whatever it is given; here the result is rounded
 
 from __future__ import annotations
 
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerModel
 from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, deltas, weighted_sum
@@ -106,8 +106,8 @@ def ramplus_tl(subject: Subject, *, epsilon: float = 1e-5, r: float = 0.1, alpha
         unique = (changed & alone).flatten(1).sum(1)
         return torch.stack([changed.flatten(1).sum(1) - unique, unique])
 
-    shared, unique = (yield Sums(count)).double().cpu()
-    factors = 1 + r * (shared / unique.clamp(min=1)).clamp(0, alpha)
+    shared, unique = yield Sums(count)
+    factors = 1 + r * np.clip(shared / np.maximum(unique, 1), 0, alpha)
     return lambda block, _: _shared_mean(block, epsilon, tuple(factors.tolist()))
 
 

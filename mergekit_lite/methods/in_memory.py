@@ -14,6 +14,7 @@ from mergekit_lite.methods.passes import (
     Passes,
     Subject,
     Sums,
+    Totals,
     joined,
     sample,
     sections,
@@ -100,29 +101,35 @@ class _Merge:
         self.columns = row  # of the blocks; 0 where they are 1-D
         self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
         kinds = {self.dtype, *(tensor.dtype for tensor in inputs)}
+        self.by_kernels = kernels.take(*self.flat) and kernels.serve([dtypes.name_of(self.dtype)])
         self.working = dtypes.working(map(dtypes.name_of, kinds))
 
-    def sums(self) -> list[torch.Tensor]:
+    def sums(self) -> list[Totals]:
         """The requested sums over each section that contributes."""
         request = self.passes.request
         assert isinstance(request, Sums)
         return [self._sum(request, begin, end) for begin, end in sections(request, self.subject.numel, self.row)]
 
-    def _sum(self, request: Sums, begin: int, end: int) -> torch.Tensor:
+    def _sum(self, request: Sums, begin: int, end: int) -> Totals:
         """The requested sums over one section."""
         if request.sampled:
             pieces = sample(begin, end)
-            picked = [torch.cat([tensor[s : s + n] for s, n in pieces]) for tensor in self.flat]
-            return self.passes.sum(picked, 0, self.working, self.columns)
+            return self._of_block(request, 0, [torch.cat([x[s : s + n] for s, n in pieces]) for x in self.flat])
         blocks = self._blocks(statistics_block(self.row), begin, end)
-        return joined(self.passes.sum(block, start, self.working, self.columns) for start, block in blocks)
+        return joined(self._of_block(request, start, block) for start, block in blocks)
+
+    def _of_block(self, request: Sums, start: int, block: Block) -> Totals:
+        if request.kernel is not None and self.by_kernels:
+            return request.kernel([kernels.run_of(tensor) for tensor in block], start)
+        totals: Totals = self.passes.sum(block, start, self.working, self.columns).cpu().numpy()
+        return totals
 
     def result(self, block: int) -> torch.Tensor:
         """Gather what statistics remain, and combine."""
         while self.passes.request is not None:
             self.passes.send(joined(self.sums()))
         out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)
-        kernel = self.passes.kernel if kernels.take(*self.flat, out) else None
+        kernel = self.passes.kernel if self.by_kernels else None
         for start, blocks in self._blocks(block, 0, self.subject.numel):
             merged = out[start : start + blocks[0].numel()]
             if kernel is not None:

@@ -10,13 +10,17 @@ the tensor alone; tensors of one group ask for the same number of them, as each 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergekit_lite import kernels
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # The last bits of float64 sums depend on how they are cut: blocks are summed to sections, sections to the total.
 STATISTICS_BLOCK = 1 << 17  # elements
@@ -26,6 +30,7 @@ SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so m
 # The inputs of one block, the base's first where there is one; all of one shape and dtype.
 Block: TypeAlias = "list[torch.Tensor]"
 Combine: TypeAlias = "Callable[[Block, int], torch.Tensor]"  # (block, index of its first element) to the merged block
+Totals: TypeAlias = "npt.NDArray[Any]"  # small, on the host, float64 or int64
 Kernel = Callable[[Sequence[kernels.Run], int, kernels.Run], None]  # the same, into the third argument
 
 
@@ -64,11 +69,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Sums:
-    """The one primitive statistic: a small tensor that is additive over blocks.
+    """The one primitive statistic: a few numbers that are additive over blocks.
 
     Attributes:
-        of: (block, index of its first element) to a tensor of fixed shape, float64 or int64. Totals of float64 depend
-            on the cut into blocks in their last bits, so it has to be the same in every run.
+        of: (block, index of its first element) to a small tensor of fixed shape, float64 or int64. Totals of float64
+            depend on the cut into blocks in their last bits, so it has to be the same in every run.
         group: None for the sum over this tensor; else the sum over all tensors that ask for the same group.
         within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
             visited.
@@ -80,10 +85,10 @@ class Sums:
     group: str | None = None
     within: tuple[int, int] | None = None
     sampled: bool = False
-    kernel: Callable[[Sequence[kernels.Run], int], torch.Tensor] | None = None
+    kernel: Callable[[Sequence[kernels.Run], int], Totals] | None = None
 
 
-Steps: TypeAlias = "Generator[Sums, torch.Tensor, Combine]"
+Steps: TypeAlias = "Generator[Sums, Totals, Combine]"
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,13 @@ class Passes:
         combine = self.combine.combine if isinstance(self.combine, Weighted) else self.combine
         return combine.kernel if isinstance(combine, Compiled) else None
 
-    def send(self, total: torch.Tensor) -> None:
+    def send(self, total: Totals) -> None:
         """Hand over the total of the requested sums and go as far as the next request."""
-        self._go_on(total)
+        with np.errstate(all="ignore"):  # what isn't finite goes through, and is found in the output
+            self._go_on(total)
 
     def sum(self, stored: Block, start: int, working: torch.dtype, row: int) -> torch.Tensor:
-        """The requested sums over one block.
+        """The requested sums over one block by torch.
 
         Args:
             stored: the inputs, 1-D, of any dtype, the base's first.
@@ -167,9 +173,6 @@ class Passes:
             row: length of the rows that the method wants; 0 for none.
         """
         assert self.request is not None
-        kernel = self.request.kernel
-        if kernel is not None and working == torch.float32 and kernels.take(*stored):
-            return kernel([kernels.run_of(tensor) for tensor in stored], start)
         return self.request.of(_widened(stored, working, row), start)
 
     def merge(self, stored: Block, start: int, working: torch.dtype, row: int) -> torch.Tensor:
@@ -177,7 +180,7 @@ class Passes:
         assert self.combine is not None
         return self.combine(_widened(stored, working, row), start).reshape(-1)
 
-    def _go_on(self, total: torch.Tensor | None) -> None:
+    def _go_on(self, total: Totals | None) -> None:
         assert self._steps is not None
         try:
             self.request = self._steps.send(total)  # type: ignore[arg-type]  # None starts a generator
@@ -185,12 +188,12 @@ class Passes:
             self.request, self.combine = None, finished.value
 
 
-def joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+def joined(parts: Iterable[Totals]) -> Totals:
     """The sum of some parts, in their order."""
-    return reduce(torch.add, parts)
+    return reduce(operator.add, parts)
 
 
-def send_totals(waiting: Sequence[Passes], parts: Sequence[Sequence[torch.Tensor]]) -> None:
+def send_totals(waiting: Sequence[Passes], parts: Sequence[Sequence[Totals]]) -> None:
     """Send each the total of its group, or its own where it has none.
 
     Args:
@@ -198,7 +201,7 @@ def send_totals(waiting: Sequence[Passes], parts: Sequence[Sequence[torch.Tensor
         parts: for each the sums over its sections; none where nothing of it contributes to its group.
     """
     groups = [passes.group or number for number, passes in enumerate(waiting)]
-    sums: dict[str | int, list[torch.Tensor]] = {}
+    sums: dict[str | int, list[Totals]] = {}
     for group, of_one in zip(groups, parts, strict=True):
         if of_one:
             sums.setdefault(group, []).append(joined(of_one))

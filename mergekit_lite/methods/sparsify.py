@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
 from mergekit_lite import draws, kernels
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.kernels import BY_CHANCE, BY_RANK, BY_SIZE, Keep
-from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
+from mergekit_lite.methods.passes import Block, Subject, Sums, Totals, deltas
 from mergekit_lite.methods.statistics import Cut, largest, total
 
 
@@ -50,7 +50,7 @@ class Sparse:
         return self.of(made, start)
 
 
-Sparsifier: TypeAlias = "Generator[Sums, torch.Tensor, Sparse]"
+Sparsifier: TypeAlias = "Generator[Sums, Totals, Sparse]"
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
 
@@ -184,7 +184,7 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
 
 def rescaling(
     sparse: Sparse, density: tuple[float, ...], rescale: Rescale
-) -> Generator[Sums, torch.Tensor, tuple[float, ...]]:
+) -> Generator[Sums, Totals, tuple[float, ...]]:
     """Find the factor for what is kept of each delta that makes up for what was dropped.
 
     Args:
@@ -203,9 +203,9 @@ def rescaling(
         before = [total(size) for size in sizes]
         return torch.stack([*before, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
 
-    def kernel(block: Sequence[kernels.Run], start: int) -> torch.Tensor:
+    def kernel(block: Sequence[kernels.Run], start: int) -> Totals:
         assert sparse.keeps is not None
-        return torch.tensor(kernels.lengths(block, sparse.keeps, start, sparse.row), dtype=torch.float64).view(2, -1)
+        return np.array(kernels.lengths(block, sparse.keeps, start, sparse.row)).reshape(2, -1)
 
     before, after = (yield Sums(lengths, kernel=kernel if sparse.keeps is not None else None)).tolist()
     return tuple(a / b if b > 0 else 1.0 for a, b in zip(before, after, strict=True))

@@ -14,23 +14,31 @@ mean M/|M| at the mean length, and that is what is computed here. ``karcher`` is
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import math
 
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.linear import shares
 from mergekit_lite.methods.parameters import PerInput, PerModel
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, deltas, sum_of_deltas, sum_of_inputs
+from mergekit_lite.methods.passes import (
+    Block,
+    Combine,
+    Steps,
+    Subject,
+    Sums,
+    Totals,
+    deltas,
+    sum_of_deltas,
+    sum_of_inputs,
+)
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
 
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
 
-Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
-
-def _on_arc(t: float, products: torch.Tensor, straight: float) -> Pair:
+def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
     """Coefficients of a and b at ``t`` of the arc between them.
 
     Args:
@@ -38,13 +46,13 @@ def _on_arc(t: float, products: torch.Tensor, straight: float) -> Pair:
         products: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …).
         straight: where sin² of the angle is not above this, the straight line.
     """
-    lengths = (products[0] * products[1]).sqrt()
-    cosine = torch.where(lengths > 0, products[2] / lengths, torch.zeros_like(lengths)).clamp(-1, 1)
-    angle = cosine.acos()
+    lengths = np.sqrt(products[0] * products[1])
+    cosine = np.clip(np.where(lengths > 0, products[2] / np.where(lengths > 0, lengths, 1), 0), -1, 1)
+    angle = np.arccos(cosine)
     line = 1 - cosine * cosine <= straight
-    sine = angle.sin().masked_fill(line, 1.0)
-    a = torch.where(line, 1 - t, ((1 - t) * angle).sin() / sine)
-    b = torch.where(line, t, (t * angle).sin() / sine)
+    sine = np.where(line, 1, np.sin(angle))
+    a = np.where(line, 1 - t, np.sin((1 - t) * angle) / sine)
+    b = np.where(line, t, np.sin(t * angle) / sine)
     return a, b
 
 
@@ -64,14 +72,13 @@ def slerp(subject: Subject, *, t: float) -> Steps:
     """
     products = yield from gram(from_base=False)
     a, b = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], STRAIGHT)
-    coefficients = (a.item(), b.item())
-    return sum_of_inputs(coefficients)
+    return sum_of_inputs((float(a), float(b)))
 
 
 def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: object) -> int:
     if nuslerp_flatten or not shape:
         return 0
-    return torch.Size(shape[1:]).numel() if nuslerp_row_wise else shape[-1]
+    return math.prod(shape[1:]) if nuslerp_row_wise else shape[-1]
 
 
 @method(
@@ -97,21 +104,21 @@ def nuslerp(
     def vectors(block: Block) -> Block:
         return deltas(block) if subject.has_base else block
 
-    def at(block: Block, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def at(block: Block, a: Totals, b: Totals) -> torch.Tensor:
         first, second = vectors(block)
-        merged = first * a.to(first) + second * b.to(first)
+        merged = first * torch.from_numpy(a).to(first) + second * torch.from_numpy(b).to(first)
         return merged.add_(block[0]) if subject.has_base else merged
 
     if nuslerp_flatten or not subject.shape:
         products = yield from gram(subject.has_base)
-        whole = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return lambda block, _: at(block, *whole)
+        first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
+        return (sum_of_deltas if subject.has_base else sum_of_inputs)((float(first), float(second)))
     if nuslerp_row_wise:
         columns = _on_arc(t, (yield Sums(lambda block, _: _products(vectors(block), 0))), PARALLEL)
         return lambda block, _: at(block, *columns)
 
     def by_rows(block: Block, _: int) -> torch.Tensor:
-        a, b = _on_arc(t, _products(vectors(block), 1), PARALLEL)
+        a, b = _on_arc(t, _products(vectors(block), 1).cpu().numpy(), PARALLEL)
         return at(block, a[:, None], b[:, None])
 
     return by_rows
@@ -131,18 +138,11 @@ def multislerp(subject: Subject, *, weight: PerModel, normalize_weights: bool = 
         return lambda block, _: block[-1]
     weights = shares(weight) if normalize_weights else weight
     products = yield from gram(subject.has_base)
-    lengths = products.diagonal().sqrt()
-    direction = torch.tensor(weights, dtype=torch.float64) / (lengths + eps)
-    length = (direction @ products @ direction).clamp(min=0).sqrt().item()
-    if length < eps:
-        coefficients = list(weights)
-    else:
-        coefficients = (
-            direction * sum(w * n for w, n in zip(weights, lengths.tolist(), strict=True)) / length
-        ).tolist()
-    if subject.has_base:
-        return sum_of_deltas(coefficients)
-    return sum_of_inputs(coefficients)
+    lengths = np.sqrt(products.diagonal())
+    direction = np.array(weights) / (lengths + eps)
+    length = _length(direction, products)
+    coefficients = direction * (weights @ lengths) / length if length >= eps else np.array(weights)
+    return (sum_of_deltas if subject.has_base else sum_of_inputs)(coefficients.tolist())
 
 
 @method(base="optional", formula="Karcher mean of the directions · mean length", source="Karcher 1977")
@@ -155,41 +155,38 @@ def karcher(subject: Subject, *, weight: PerInput = (1.0,), max_iter: int = 10, 
         max_iter: most iterations.
         tol: stop when a step is shorter than this angle.
     """
-    weights = torch.tensor(shares(weight), dtype=torch.float64)
+    weights = np.array(shares(weight))
     products = yield from gram(from_base=False)
-    lengths = products.diagonal().sqrt()
+    lengths = np.sqrt(products.diagonal())
     there = lengths > 0  # a zero tensor has no direction
     if not there.any():
         return lambda block, _: torch.zeros_like(block[0])
-    units = products[there][:, there] / torch.outer(lengths[there], lengths[there])
+    units = products[there][:, there] / np.outer(lengths[there], lengths[there])
     mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
-    coefficients = torch.zeros_like(weights)
+    coefficients = np.zeros_like(weights)
     coefficients[there] = mean * (weights @ lengths) / lengths[there]
     return sum_of_inputs(coefficients.tolist())
 
 
-def _karcher_mean(units: torch.Tensor, weights: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:
+def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
     """The mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
-
-    def length(vector: torch.Tensor) -> torch.Tensor:
-        return (vector @ units @ vector).clamp(min=0).sqrt()
-
     mean = weights
-    if length(mean) < tol:
-        mean = torch.zeros_like(weights)
+    if _length(mean, units) < tol:
+        mean = np.zeros_like(weights)
         mean[0] = 1
-    mean = mean / length(mean)
+    mean = mean / _length(mean, units)
     for _ in range(max_iter):
-        cosines = (units @ mean).clamp(-1, 1)
-        angles = cosines.acos()
+        cosines = np.clip(units @ mean, -1, 1)
+        angles = np.arccos(cosines)
+        sines = np.sin(angles)
         # θ/sin θ is 1 at 0; opposite to the mean there is no tangent
-        pulls = weights * torch.where(angles.sin() > tol, angles / angles.sin(), (cosines > 0).double())
+        pulls = weights * np.where(sines > tol, angles / np.where(sines > tol, sines, 1), cosines > 0)
         tangent = pulls - (pulls @ cosines) * mean
-        step = length(tangent)
+        step = _length(tangent, units)
         if step < tol:
             break
-        mean = step.cos() * mean + step.sin() / step * tangent
-        mean = mean / length(mean)
+        mean = math.cos(step) * mean + math.sin(step) / step * tangent
+        mean = mean / _length(mean, units)
     return mean
 
 
@@ -205,39 +202,40 @@ def geometric_median(
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.
     """
-    weights = torch.tensor(shares(weight), dtype=torch.float64)
+    weights = np.array(shares(weight))
     if (weights < 0).any():
         raise UsageError("weight: a geometric median has no weights below zero.")
-    median = torch.zeros_like(weights)
+    median = np.zeros_like(weights)
     if subject.inputs > 1:
         # seen from the first input, so that small differences of large weights keep their digits
-        products = torch.zeros(subject.inputs, subject.inputs, dtype=torch.float64)
+        products = np.zeros((subject.inputs, subject.inputs))
         products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
     return sum_of_deltas(median[1:].tolist())
 
 
-def _weiszfeld(products: torch.Tensor, weights: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:
+def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
     """The median as a combination of the points, from their inner products: float64 of shape (n,)."""
-
-    def length(vectors: torch.Tensor) -> torch.Tensor:
-        return ((vectors @ products) * vectors).sum(-1).clamp(min=0).sqrt()
-
-    points = torch.eye(len(weights), dtype=torch.float64)
+    points = np.eye(len(weights))
     median = weights
-    spread = length(points - median).max()
+    spread = max(_length(point - median, products) for point in points)
     for _ in range(max_iter):
-        distances = length(points - median)
+        distances = np.array([_length(point - median, products) for point in points])
         away = distances > tol * spread
-        pulls = torch.where(away, weights / distances, 0.0)
+        pulls = np.where(away, weights / np.where(away, distances, 1), 0)
         if pulls.sum() == 0:
             break
         target = pulls / pulls.sum()
         step = target - median
         # a point that is hit holds on with its weight
-        force = length(step) * pulls.sum()
-        step = step * (1 - weights[~away].sum() / force).clamp(min=0) if force > 0 else step * 0
+        force = _length(step, products) * pulls.sum()
+        step = step * max(1 - weights[~away].sum() / force, 0) if force > 0 else step * 0
         median = median + step
-        if length(step) <= tol * spread:
+        if _length(step, products) <= tol * spread:
             break
     return median
+
+
+def _length(vector: Totals, products: Totals) -> float:
+    """The length of a combination of vectors, from their inner products."""
+    return math.sqrt(max(float(vector @ products @ vector), 0.0))  # NaN stays

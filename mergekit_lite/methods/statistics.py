@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mergekit_lite import kernels
-from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Subject, Sums, deltas
+from mergekit_lite.deferred import np, torch
+from mergekit_lite.methods.passes import Block, Subject, Sums, Totals, deltas
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
 LOWER = 1 << 16
@@ -36,26 +36,18 @@ Quantities: TypeAlias = "Callable[[Block, int], Sequence[torch.Tensor]]"  # (blo
 Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
 
 
-def gram(from_base: bool) -> Generator[Sums, torch.Tensor, torch.Tensor]:
-    """Inner products of a tensor's n inputs, or of what n models add to a base.
-
-    Returns:
-        float64 (n, n) on the CPU.
-    """
+def gram(from_base: bool) -> Generator[Sums, Totals, Totals]:
+    """Inner products of a tensor's n inputs, or of what n models add to a base: float64 (n, n)."""
 
     def of(block: Block, _: int) -> torch.Tensor:
         wide = [vector.flatten().double() for vector in (deltas(block) if from_base else block)]
         return torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
 
-    def kernel(block: Sequence[kernels.Run], _: int) -> torch.Tensor:
-        return torch.tensor(kernels.inner_products(block, from_base), dtype=torch.float64)
-
-    lower = (yield Sums(of, kernel=kernel)).cpu()
+    lower = yield Sums(of, kernel=lambda block, _: np.array(kernels.inner_products(block, from_base)))
     count = math.isqrt(2 * len(lower))
-    products = torch.zeros(count, count, dtype=torch.float64)
-    rows, columns = torch.tril_indices(count, count)
-    products[rows, columns] = lower
-    products[columns, rows] = lower
+    products = np.zeros((count, count))
+    rows, columns = np.tril_indices(count)
+    products[rows, columns] = products[columns, rows] = lower
     return products
 
 
@@ -122,7 +114,7 @@ def largest(
     group: str | None = None,
     sampled: bool = True,
     of_models: Sequence[int] | None = None,
-) -> Generator[Sums, torch.Tensor, list[list[Cut]]]:
+) -> Generator[Sums, Totals, list[list[Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
     Args:
@@ -189,40 +181,42 @@ class _Search:
     def threshold(self) -> float:
         if self.bits < 0:
             return math.inf  # k = 0: nothing is above it, and no finite number equals it
-        return torch.tensor(self.bits, dtype=torch.int32).view(torch.float32).item()
+        return float(np.int32(self.bits).view(np.float32))
 
     @property
     def is_tied(self) -> bool:
         return 0 < self.wanted < self.equal
 
-    def descend(self, histogram: torch.Tensor, first: int) -> None:
+    def descend(self, histogram: Totals, first: int) -> None:
         """Take the bin of the k-th largest, of those whose counts are given from the bits ``first`` on."""
-        from_top = histogram.flip(0).cumsum(0)
+        from_top = histogram[::-1].cumsum()
         wanted = min(self.wanted, int(from_top[-1]))
-        place = int(torch.searchsorted(from_top, wanted))
+        place = int(np.searchsorted(from_top, wanted))
         bin = len(histogram) - 1 - place
         self.equal = int(histogram[bin])
         self.wanted = wanted - int(from_top[place]) + self.equal
         self.bits = first + bin
 
-    def ascend(self, counts: torch.Tensor, step: int) -> None:
+    def ascend(self, counts: Totals, step: int) -> None:
         """Take the bucket of indices in which the last wanted one lies; the last where the threshold is NaN."""
-        up_to = counts.cumsum(0)
-        bucket = min(int(torch.searchsorted(up_to, self.wanted)), len(counts) - 1)
+        up_to = counts.cumsum()
+        bucket = min(int(np.searchsorted(up_to, self.wanted)), len(counts) - 1)
         self.wanted -= int(up_to[bucket] - counts[bucket])
         self.begin += bucket * step
         self.width = step
 
 
-def _by_bits(
-    place: _Place, wanted: Counts, sampled: bool = False
-) -> Generator[Sums, torch.Tensor, list[list[_Search]]]:
+def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[Sums, Totals, list[list[_Search]]]:
     """Find the thresholds by counting bit patterns: for each quantity a search for each k that is wanted."""
 
     def upper_bits(block: Block, start: int) -> torch.Tensor:
         return torch.stack([_upper(quantity) for quantity in place.quantities(block, start)])
 
-    upper = (yield Sums(upper_bits, place.group, sampled=sampled)).cpu()
+    def upper_bits_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
+        return np.stack([kernels.count_upper_bits(UPPER, block[0], block[1 + m]) for m in place.of_models or ()])
+
+    kernel = None if place.of_models is None else upper_bits_by_kernel
+    upper = yield Sums(upper_bits, place.group, sampled=sampled, kernel=kernel)
     elements = int(upper[0].sum())
     found = [
         [_Search(number, k) for k in wanted(number, elements, int(row[1:].sum()))] for number, row in enumerate(upper)
@@ -246,7 +240,15 @@ def _by_bits(
                 row.copy_(_lower(made[number], first))
             return counts
 
-        lower = dict(zip(bins, (yield Sums(within_bins, place.group, sampled=sampled)).cpu(), strict=True))
+        def within_bins_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
+            models = place.of_models or ()
+            return np.stack(
+                [kernels.count_lower_bits(LOWER, block[0], block[1 + models[n]], first) for n, first in bins]
+            )
+
+        kernel = None if place.of_models is None else within_bins_by_kernel
+        counted = yield Sums(within_bins, place.group, sampled=sampled, kernel=kernel)
+        lower = dict(zip(bins, counted, strict=True))
         for search in inner:
             search.descend(lower[search.number, search.bits], first=search.bits)
     return found
@@ -267,7 +269,7 @@ def _around(counts: Counts) -> Counts:
 
 def _proven(
     place: _Place, counts: Counts, guesses: list[list[_Search]], extent: int
-) -> Generator[Sums, torch.Tensor, list[list[_Search]] | None]:
+) -> Generator[Sums, Totals, list[list[_Search]] | None]:
     """Count what is above and what equals the thresholds of a sample; None where none of them is one of the whole's."""
     step = -(-extent // BUCKETS)
     tried = [sorted({guess.bits: guess for guess in row}.items()) for row in guesses]
@@ -285,18 +287,16 @@ def _proven(
                 _add_to_buckets(counted[3:], mask.view(-1), place.origin + start, step)
         return total
 
-    def kernel(block: Sequence[kernels.Run], start: int) -> torch.Tensor:
-        assert place.of_models is not None
+    def compared_by_kernel(block: Sequence[kernels.Run], start: int) -> Totals:
         base, first = block[0], place.origin + start
-        total = torch.zeros(shape, dtype=torch.int64)
-        for row, model, guessed in zip(total, place.of_models, tried, strict=True):
+        total = np.zeros(shape, np.int64)
+        for row, model, guessed in zip(total, place.of_models or (), tried, strict=True):
             for (_, guess), counted in zip(guessed, row, strict=False):
                 counted[0] = base.count
                 kernels.compare_sizes(counted[1:], base, block[1 + model], guess.threshold, first, step)
         return total
 
-    request = Sums(compared, place.group, kernel=kernel if place.of_models is not None else None)
-    totals = (yield request).cpu()
+    totals = yield Sums(compared, place.group, kernel=None if place.of_models is None else compared_by_kernel)
     found: list[list[_Search]] = []
     for number, (guessed, row) in enumerate(zip(tried, totals, strict=True)):
         found.append([])
@@ -308,9 +308,7 @@ def _proven(
     return found
 
 
-def _fitting(
-    number: int, k: int, guessed: Sequence[tuple[int, _Search]], row: torch.Tensor, step: int
-) -> _Search | None:
+def _fitting(number: int, k: int, guessed: Sequence[tuple[int, _Search]], row: Totals, step: int) -> _Search | None:
     """The search for the k largest at that of the guessed thresholds which is theirs; None where none is."""
     for (bits, _), counted in zip(guessed, row, strict=False):
         search = _Search(number, k - int(counted[2]), bits, equal=int(counted[3:].sum()))
@@ -321,7 +319,7 @@ def _fitting(
     return None
 
 
-def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, torch.Tensor, None]:
+def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, Totals, None]:
     """Narrow the ranges of indices, which must be the same in all the searches, to one bucket each."""
     begin, width = searches[0].begin, searches[0].width
     step = -(-width // BUCKETS)
@@ -337,8 +335,18 @@ def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, torch.Ten
             _add_to_buckets(row, equal, first + wanted.start - begin, step)
         return counts
 
+    def in_buckets_by_kernel(block: Sequence[kernels.Run], start: int) -> Totals:
+        counts = np.zeros((len(searches), 2 + BUCKETS), np.int64)
+        first = place.origin + start
+        part = slice(max(begin - first, 0), min(begin + width - first, block[0].count))
+        for row, search in zip(counts, searches, strict=True):
+            base, model = (block[n].part(part) for n in (0, 1 + (place.of_models or ())[search.number]))
+            kernels.compare_sizes(row, base, model, search.threshold, first + part.start - begin, step)
+        return counts[:, 2:]
+
     within = (max(begin - place.origin, 0), max(begin + width - place.origin, 0))
-    for search, row in zip(searches, (yield Sums(in_buckets, place.group, within)).cpu(), strict=True):
+    kernel = None if place.of_models is None else in_buckets_by_kernel
+    for search, row in zip(searches, (yield Sums(in_buckets, place.group, within, kernel=kernel)), strict=True):
         search.ascend(row, step)
 
 
@@ -357,7 +365,7 @@ def _add_to_buckets(counts: torch.Tensor, ones: torch.Tensor, first: int, step: 
 
 def _below(threshold: float) -> float:
     """The float32 before a threshold: what ``hardshrink`` has to zero so that the threshold itself is kept."""
-    return torch.nextafter(torch.tensor(threshold), torch.tensor(-math.inf)).item()
+    return float(np.nextafter(np.float32(threshold), np.float32(-math.inf)))
 
 
 def _upper(quantity: torch.Tensor) -> torch.Tensor:

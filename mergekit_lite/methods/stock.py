@@ -11,27 +11,29 @@ than 1e-6; here the deltas' inner products are summed in float64, and only a zer
 
 from __future__ import annotations
 
-from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Steps, Subject, deltas, sum_of_deltas, weighted_sum
+import math
+
+from mergekit_lite.deferred import np, torch
+from mergekit_lite.methods.passes import Block, Steps, Subject, Totals, deltas, sum_of_deltas, weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
 
 
-def _trust(products: torch.Tensor) -> torch.Tensor:
+def _trust(products: Totals) -> Totals:
     """The factor t from the deltas' inner products, float64 of shape (…, n, n)."""
     count = products.shape[-1]
-    squares = products.diagonal(dim1=-2, dim2=-1)
-    lengths = (squares[..., :, None] * squares[..., None, :]).sqrt()
-    cosines = torch.where(lengths > 0, products / lengths, 0.0).clamp(-1, 1)
-    mean = cosines.triu(1).sum((-1, -2)) / (count * (count - 1) / 2)
+    squares = np.diagonal(products, axis1=-2, axis2=-1)
+    lengths = np.sqrt(squares[..., :, None] * squares[..., None, :])
+    cosines = np.clip(np.where(lengths > 0, products / np.where(lengths > 0, lengths, 1), 0), -1, 1)
+    mean = np.triu(cosines, 1).sum((-1, -2)) / (count * (count - 1) / 2)
     divisor = 1 + (count - 1) * mean
-    vanishes = divisor.abs() < 1e-6
-    return torch.where(vanishes, 0.0, count * mean / divisor.masked_fill(vanishes, 1.0))
+    vanishes = np.abs(divisor) < 1e-6
+    return np.where(vanishes, 0, count * mean / np.where(vanishes, 1, divisor))
 
 
 def _filters(shape: tuple[int, ...], *, filter_wise: bool) -> int:
     """A filter is all that one index of the first axis holds; a vector is a single one."""
-    return (torch.Size(shape[1:]) if len(shape) > 1 else torch.Size(shape)).numel() if filter_wise else 0
+    return math.prod(shape[1:] if len(shape) > 1 else shape) if filter_wise else 0
 
 
 @method(models=(2, None), rows=_filters, formula="base + t·mean(x − base)", source="Jang et al. 2024, arXiv 2403.19522")
@@ -47,10 +49,10 @@ def model_stock(subject: Subject, *, filter_wise: bool = False) -> Steps:
         def by_rows(block: Block, _: int) -> torch.Tensor:
             moved = deltas(block)
             stacked = torch.stack(moved, 1).double()  # (rows, models, columns)
-            trust = _trust(stacked @ stacked.mT)[:, None].to(block[0].dtype)
-            return weighted_sum(moved, (1 / subject.models,) * subject.models).mul_(trust).add_(block[0])
+            trust = torch.from_numpy(_trust((stacked @ stacked.mT).cpu().numpy())).to(block[0])
+            return weighted_sum(moved, (1 / subject.models,) * subject.models).mul_(trust[:, None]).add_(block[0])
 
         return by_rows
     products = yield from gram(from_base=True)
-    share = _trust(products).item() / subject.models
+    share = float(_trust(products)) / subject.models
     return sum_of_deltas((share,) * subject.models)

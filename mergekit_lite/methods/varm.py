@@ -64,7 +64,7 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
     elif place is not None and granularity == "module":
         group = f"varm {measure} {place[0]}"
     if granularity == "layer" and group is None:
-        weights = torch.full((subject.models,), 1 / subject.models, dtype=torch.float64)
+        coefficients = (1 / subject.models,) * subject.models
     else:
         per_element = granularity == "model"
         tensor_share = 1.0 if per_element else 1 / subject.numel
@@ -73,9 +73,9 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
             changed = [total(_change(delta, measure)) for delta in deltas(block)]
             return torch.stack([*changed, changed[0].new_tensor(block[0].numel())]) * tensor_share
 
-        changes = (yield Sums(change, group)).cpu()
+        changes = torch.from_numpy((yield Sums(change, group)))
         weights = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
-    coefficients = tuple(weights.tolist())
+        coefficients = tuple(weights.tolist())
     return Weighted(coefficients, sum_of_deltas(coefficients))
 
 

@@ -18,7 +18,7 @@ import torch
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
-from mergekit_lite.methods.passes import Block, Subject, Weighted
+from mergekit_lite.methods.passes import Block, Subject, Totals, Weighted
 from mergekit_lite.methods.passes import Sums as Request
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.vectors.matching import Match
@@ -262,12 +262,12 @@ def _sizes(flat: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.bincount(row, minlength=BINS + 1) for row in bins])
 
 
-def _answered(steps: Generator[Request, torch.Tensor, Answer], block: Block) -> Answer:
+def _answered(steps: Generator[Request, Totals, Answer], block: Block) -> Answer:
     """Lead passes over one block in memory to their end."""
     try:
         request = next(steps)
         while True:
-            request = steps.send(request.of(block, 0))
+            request = steps.send(request.of(block, 0).numpy())
     except StopIteration as finished:
         answer: Answer = finished.value
         return answer

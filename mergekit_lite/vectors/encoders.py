@@ -8,7 +8,7 @@ returns the sum of squares of what it threw away. A difference of two floats of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.change import CHUNK
 from mergekit_lite.checkpoint.pieces import by_rows
 from mergekit_lite.errors import RunError
-from mergekit_lite.methods.passes import Passes, Subject, Sums
+from mergekit_lite.methods.passes import Passes, Subject, Sums, Totals, joined
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.vectors.pairs import BLOCK, Difference, bits, read
 
@@ -242,10 +242,6 @@ def _check_exact(
         )
 
 
-def _total(request: Sums, difference: Difference) -> torch.Tensor:
+def _total(request: Sums, difference: Difference) -> Totals:
     """The requested sums over a difference."""
-    parts: Iterator[torch.Tensor] = (request.of([delta], start) for start, delta in difference.deltas())
-    total = next(parts).clone()
-    for part in parts:
-        total += part
-    return total
+    return joined(request.of([delta], start).numpy() for start, delta in difference.deltas())

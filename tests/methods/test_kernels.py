@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,7 +190,7 @@ def test_sizes_are_counted_by_index() -> None:
     tuned[500:600] = base[500:600]
     sizes = (tuned.float() - base.float()).abs()
     threshold, start, step = sizes.median().item(), 777, 1000
-    counts = torch.zeros(2 + 11, dtype=torch.int64)
+    counts = np.zeros(2 + 11, np.int64)
     kernels.compare_sizes(counts, kernels.run_of(base), kernels.run_of(tuned), threshold, start, step)
     equal = torch.zeros(11, dtype=torch.int64)
     for index in (sizes == threshold).nonzero().flatten().tolist():

@@ -32,7 +32,7 @@ def cuts(tensors: list[torch.Tensor], ks: list[int], group: str | None = None, g
         totals = [total(way.request, tensor) for way, tensor in zip(ways, tensors, strict=True) if way.request]
         full += not request.sampled and request.within is None
         for way in ways:
-            way.send(torch.stack(totals).sum(0))
+            way.send(torch.stack(totals).sum(0).numpy())
     return [cut for [row] in [ways[0].combine] for cut in row], full  # type: ignore[union-attr,misc]
 
 

@@ -16,6 +16,6 @@ def coefficients(method: str, base: torch.Tensor, models: list[torch.Tensor], **
     passes = about.start(subject, about.resolve(parameters, len(models), True))
     block = [tensor.flatten() for tensor in (base, *models)]
     while passes.request is not None:
-        passes.send(passes.request.of(block, 0))
+        passes.send(passes.request.of(block, 0).numpy())
     assert isinstance(passes.combine, Weighted)
     return list(passes.combine.coefficients)
