@@ -66,12 +66,13 @@ BY_KERNELS: dict[str, dict[str, object]] = {
     "karcher": {},
     "model_stock": {},
     "sce": {},
+    "varm": {},
     "dare_ties": HALF,
     "della_linear": {**HALF, "epsilon": 0.1},
     "ties": HALF,
     "breadcrumbs": {**HALF, "gamma": 0.05},
 }
-BY_TORCH: dict[str, dict[str, object]] = {"nearswap": {"t": 0.001}, "sce": {"select_topk": 0.5}, "varm": {}}
+BY_TORCH: dict[str, dict[str, object]] = {"nearswap": {"t": 0.001}, "sce": {"select_topk": 0.5}}
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="installed without a C compiler")

@@ -18,11 +18,13 @@ instead of the deltas, and an element that no model changed becomes 0; here it s
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
-from mergekit_lite.deferred import torch
+from mergekit_lite import kernels
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Weighted, deltas, sum_of_deltas
+from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Totals, Weighted, deltas, sum_of_deltas
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import total
 
@@ -66,32 +68,45 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
     if granularity == "layer" and group is None:
         coefficients = (1 / subject.models,) * subject.models
     else:
+        keeps = (kernels.Keep(),) * subject.models
         per_element = granularity == "model"
         tensor_share = 1.0 if per_element else 1 / subject.numel
 
         def change(block: Block, _: int) -> torch.Tensor:
-            changed = [total(_change(delta, measure)) for delta in deltas(block)]
+            changed = [total(delta.abs_()) if measure == "abs" else _square(delta) for delta in deltas(block)]
             return torch.stack([*changed, changed[0].new_tensor(block[0].numel())]) * tensor_share
 
-        changes = torch.from_numpy((yield Sums(change, group)))
-        weights = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
-        coefficients = tuple(weights.tolist())
+        def change_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
+            if measure == "abs":
+                changed = kernels.lengths(block, keeps, 0)[: subject.models]
+            else:
+                changed = [kernels.inner_products([block[0], model], has_base=True)[0] for model in block[1:]]
+            return np.array([*changed, block[0].count]) * tensor_share
+
+        changes = yield Sums(change, group, kernel=change_by_kernel)
+        coefficients = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
     return Weighted(coefficients, sum_of_deltas(coefficients))
 
 
 def _by_element(block: Block, measure: Measure, temperature: float) -> torch.Tensor:
     moved = torch.stack(deltas(block))
-    weights = _shares(_change(moved, measure), temperature)
+    changes = moved.square() if measure == "square" else moved.abs()
+    if temperature > 0:
+        weights = (changes / temperature).softmax(0)
+    else:
+        total = changes.sum(0)
+        weights = torch.where(total > 0, changes / total, 1 / len(moved))
     return moved.mul_(weights).sum(0).add_(block[0])
 
 
-def _change(delta: torch.Tensor, measure: Measure) -> torch.Tensor:
-    return delta.square() if measure == "square" else delta.abs()
+def _square(delta: torch.Tensor) -> torch.Tensor:
+    wide = delta.flatten().double()
+    return torch.dot(wide, wide)
 
 
-def _shares(changes: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Weights along the first axis that sum to 1."""
+def _shares(changes: Totals, temperature: float) -> tuple[float, ...]:
+    """Weights that sum to 1."""
     if temperature > 0:
-        return (changes / temperature).softmax(0)
-    total = changes.sum(0)
-    return torch.where(total > 0, changes / total, 1 / len(changes))
+        changes = np.exp((changes - changes.max()) / temperature)
+    total = float(changes.sum())
+    return tuple((changes / total).tolist()) if not total <= 0 else (1 / len(changes),) * len(changes)

@@ -35,6 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("task_arithmetic", {"weight": 0.7, "normalize": True}),
     ("model_stock", {}),
     ("varm", {}),
+    ("varm", {"granularity": "model", "measure": "abs", "temperature": 0.01}),
     ("sce", {}),
     ("sce", {"variant": "paper"}),
     ("sce", {"variant": "fusechat", "select_topk": 0.3}),
