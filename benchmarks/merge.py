@@ -87,8 +87,8 @@ MERGES = (
     Merge("varm", known=False),
 )
 # The aims beside those.
-AIM_LARGE = {"linear": 8.0}  # times as fast as mergekit, from this many parameters on:
-LARGE = 5e9
+AIM_LARGE = 8.0  # times as fast as mergekit, for models of this many parameters on, where start-up weighs little:
+LARGE = 2.5e9
 AIM_PEAK = 700e6  # bytes, whatever the tensors' size and the number of models
 AIM_PLAN = 5.0  # seconds, for 45,000 tensors
 
@@ -276,7 +276,7 @@ def _own(runs: Sequence[Run]) -> list[str]:
 
 
 def _aim(merge: Merge, family: Family, faster: float, judged: bool) -> str:
-    aim = AIM_LARGE.get(merge.method, merge.faster) if family.parameters >= LARGE else merge.faster
+    aim = max(merge.faster, AIM_LARGE) if merge.faster and family.parameters >= LARGE else merge.faster
     return "" if aim is None else f"{aim:g} ×, {_verdict(faster >= aim, judged)}"
 
 
