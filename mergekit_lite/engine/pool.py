@@ -93,12 +93,12 @@ class Pool:
 
 @contextmanager
 def tuned_process(with_torch: bool = True) -> Iterator[None]:
-    """The process as lanes want it: many files allowed; freed memory kept and one thread for each call of torch."""
+    """The process as lanes want it: freed memory kept, many files allowed, and one thread for each call of torch."""
+    _keep_freed_memory()
     _allow_many_files()
     if not with_torch:
         yield
         return
-    _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the lanes are the threads
     try:

@@ -6,11 +6,11 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from mergekit_lite._version import __version__
-from mergekit_lite.deferred import torch
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.run import chosen_device, lanes_and_block
 from mergekit_lite.engine.work import Progress
@@ -130,7 +130,7 @@ def _notes(manifest: Manifest, making: Recomputation | None, wrong: bool) -> Ite
         )
     for what, before, now in (
         ("mergekit_lite", manifest.version, __version__),
-        ("torch", manifest.torch, str(torch.__version__)),
+        ("torch", manifest.torch, metadata.version("torch")),
     ):
         if before != now:
             suspect = ", and bytes that differ though the inputs are the same may come from that" if wrong else ""
