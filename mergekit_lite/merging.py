@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.plan import Plan
 from mergekit_lite.plan.merge import method_parameters, plan_merge
-from mergekit_lite.recipe import load
+from mergekit_lite.recipe import parse, text_of
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def plan_merge_file(recipe: str | Path, output: str | Path, *, shard_size: int | None = None) -> Plan:
     """Plan the recipe in a YAML file; see ``merge`` for the arguments and errors."""
     path = Path(recipe)
-    loaded = load(path, method_parameters())
-    return plan_merge(loaded, output, shard_size=shard_size, text=path.read_bytes().decode("utf-8-sig"))
+    text = text_of(path)
+    return plan_merge(parse(text, method_parameters(), str(path)), output, shard_size=shard_size, text=text)
 
 
 def merge(recipe: str | Path, output: str | Path, *, shard_size: int | None = None, **how: Any) -> Finished:

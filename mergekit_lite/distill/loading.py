@@ -15,8 +15,19 @@ from pydantic_core import ErrorDetails
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.distill.checks import contradictions
 from mergekit_lite.distill.recipe import TARGET, Recipe, Scorer, Source
-from mergekit_lite.errors import UsageError, nearest, reason
-from mergekit_lite.recipe.document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read
+from mergekit_lite.errors import nearest
+from mergekit_lite.recipe.document import (
+    Fields,
+    Items,
+    Mark,
+    Node,
+    RecipeError,
+    Remark,
+    Scalar,
+    describe,
+    read,
+    text_of,
+)
 
 NEEDS = "folder, target, prompts, sources, scorers, pairs and train"
 EXPECTED = {  # for pydantic's words, which are a programmer's
@@ -40,11 +51,7 @@ def load(path: Path) -> Recipe:
         RecipeError: with every problem and its place.
         UsageError: the file can't be read.
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
-    return parse(content, str(path), path.resolve().parent)
+    return parse(text_of(path), str(path), path.resolve().parent)
 
 
 def parse(content: str, source: str, folder: Path) -> Recipe:

@@ -14,17 +14,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from mergekit_lite.errors import UsageError, counted, listing, shortened
+from mergekit_lite.errors import UsageError, counted, listing, reason, shortened
 
 LIMIT = 100_000  # values after aliases are expanded: a recipe for 1,000 models with 20 rules each has some 60,000
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 TAG = "tag:yaml.org,2002:"
 
 Value = bool | int | float | str
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe's file, as it is. Raises UsageError where it can't be read."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
 
 
 class Mark(NamedTuple):

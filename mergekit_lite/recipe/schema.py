@@ -33,9 +33,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from mergekit_lite.errors import UsageError, nearest, reason
+from mergekit_lite.errors import nearest
 from mergekit_lite.recipe import settings
 from mergekit_lite.recipe.checks import lacking, miscounted
 from mergekit_lite.recipe.document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
@@ -61,15 +60,6 @@ REFUSED = {
     **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
 }
 NO_EFFECT = {"int8_mask": "int8_mask has no effect and is ignored"}
-
-
-def load(path: Path, methods: Mapping[str, MethodParameters]) -> MergeRecipe:
-    """The recipe in a file. Raises RecipeError with every problem, or UsageError if the file can't be read."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
-    return parse(content, methods, str(path))
 
 
 def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> MergeRecipe:

@@ -14,11 +14,10 @@ from mergekit_lite.boost.candidates.candidate import Numbers
 from mergekit_lite.boost.candidates.ranges import Range
 from mergekit_lite.boost.candidates.tunable import Pair, RecipeTuning, Tunable, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lite.errors import UsageError, reason
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.plan import Plan
 from mergekit_lite.plan.merge import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
+from mergekit_lite.recipe import parse, text_of
 
 UNWRITTEN = Path("boosted")  # where a candidate would lie, were it written
 
@@ -78,10 +77,7 @@ class RecipeFamily:
         Raises:
             UsageError: it can't be read, or a path leads nowhere.
         """
-        try:
-            content = path.read_bytes().decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
+        content = text_of(path)
         recipe = parse(content, method_parameters(), str(path))
         self.path = path
         self.shard_size = shard_size
