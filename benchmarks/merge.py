@@ -88,7 +88,7 @@ MERGES = (
 )
 # The aims beside those.
 AIM_LARGE = 8.0  # times as fast as mergekit, for models of this many parameters on, where start-up weighs little:
-LARGE = 2.5e9
+LARGE = 2.4e9
 AIM_PEAK = 700e6  # bytes, whatever the tensors' size and the number of models
 AIM_PLAN = 5.0  # seconds, for 45,000 tensors
 
