@@ -9,7 +9,7 @@ import torch
 
 import mergekit_lite
 from mergekit_lite.plan.merge import method_parameters
-from mergekit_lite.recipe import MergeRecipe, load
+from mergekit_lite.recipe import MergeRecipe, parse, text_of
 from tests.models import State, read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def layers_of(recipe: MergeRecipe) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load(file, method_parameters())
+    recipe = parse(text_of(file), method_parameters(), str(file))
     layers = layers_of(recipe)
     config = {
         "model_type": "llama",

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.recipe import MergeRecipe, Parameter, Slice, Source, load, parse
+from mergekit_lite.recipe import MergeRecipe, Parameter, Slice, Source, parse, text_of
 from mergekit_lite.recipe.rules import Filter, Rule
 from tests.recipe.methods import METHODS
 
@@ -203,12 +203,12 @@ def test_template_written_out() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yml"
     with pytest.raises(UsageError, match=r"Can't read the recipe .*recipe\.yml"):
-        load(path, METHODS)
+        text_of(path)
     path.write_bytes(b"\xef\xbb\xbfmerge_method: sce\nbase_model: m\nmodels: [{model: a}]\n")
-    assert load(path, METHODS).merge_method == "sce"
+    assert parse(text_of(path), METHODS).merge_method == "sce"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="Can't read"):
-        load(path, METHODS)
+        text_of(path)
 
 
 def signature(

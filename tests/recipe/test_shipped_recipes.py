@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.recipe import load, outputs, resolve
+from mergekit_lite.recipe import MergeRecipe, outputs, parse, resolve, text_of
 from tests.recipe.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +61,13 @@ PUBLISHED = {
 }
 
 
+def loaded(path: Path) -> MergeRecipe:
+    return parse(text_of(path), METHODS, str(path))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe(path: Path) -> None:
-    recipe = load(path, METHODS)
+    recipe = loaded(path)
     made = outputs(recipe.slices, dict.fromkeys(recipe.models, NAMES))
     found = resolve(recipe, made.tensors, METHODS)
     assert recipe.notes == made.problems == found.problems == found.notes == ()
@@ -88,14 +92,14 @@ def test_comments(path: Path) -> None:
 
 
 def test_each_method_has_a_recipe() -> None:
-    in_methods = {path.stem: load(path, METHODS).merge_method for path in RECIPES if path.parent.name == "methods"}
+    in_methods = {path.stem: loaded(path).merge_method for path in RECIPES if path.parent.name == "methods"}
     thin = {"chat_vector", "ema", "uniform_soup", "wise_ft"}  # also written in terms of others
     assert in_methods.keys() == METHODS.keys() | {"mixed", "momentum"}
     assert set(in_methods.values()) == METHODS.keys() - thin
 
 
 def test_expo_as_published() -> None:
-    recipes = [load(path, METHODS) for path in RECIPES if path.parent.name == "expo"]
+    recipes = [loaded(path) for path in RECIPES if path.parent.name == "expo"]
     assert {
         (r.slices[0].sources[0].model, r.base_model, r.parameters["alpha"][0].values[0]) for r in recipes
     } == PUBLISHED
@@ -103,13 +107,11 @@ def test_expo_as_published() -> None:
 
 
 def test_fusechat_and_fuseo1_as_published() -> None:
-    first, second = (
-        load(ROOT / "recipes/fusechat" / f"fusechat-7b-{name}.yml", METHODS) for name in ("v1-varm", "v2-sce")
-    )
+    first, second = (loaded(ROOT / "recipes/fusechat" / f"fusechat-7b-{name}.yml") for name in ("v1-varm", "v2-sce"))
     assert first.donor == second.donor == "openchat/openchat_3.5"
     assert (len(first.models), len(second.models)) == (3, 6)
     assert second.parameters["select_topk"][0].values == (0.1,)
-    others = [load(path, METHODS) for path in RECIPES if path.parent.name == "fuseo1"]
+    others = [loaded(path) for path in RECIPES if path.parent.name == "fuseo1"]
     assert len(others) == 5
     assert {(r.merge_method, r.dtype, r.parameters["select_topk"][0].values) for r in others} == {
         ("sce", "bfloat16", (1.0,))
