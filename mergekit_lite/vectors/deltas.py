@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from mergekit_lite import dtypes
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
 from mergekit_lite.methods.passes import Block, Subject, Totals, Weighted

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import counted
 from mergekit_lite.vectors.matching import Match
 from mergekit_lite.vectors.survey import LARGEST, WIDEST_ROW, Sums

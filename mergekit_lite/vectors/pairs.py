@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import torch
 from mergekit_lite.errors import NonFiniteError
 from mergekit_lite.plan.matching import is_buffer
 from mergekit_lite.vectors.matching import alike

@@ -13,10 +13,10 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.deferred import torch
 from mergekit_lite.engine.lane import CPU, Lane
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.spans import CHUNK, cut
@@ -94,8 +94,9 @@ def survey(
     def look(lane: Lane, reader: Reader, task: tuple[int, list[Section]]) -> tuple[int, list[Part], Finding | None]:
         number, sections = task
         tensor = tensors[number]
-        parts = [tensor.read(lane, reader, begin, end) for begin, end in sections]
-        return (number, parts, None) if len(tensor.tasks) > 1 else (number, [], tensor.conclude(parts))
+        with torch.inference_mode():
+            parts = [tensor.read(lane, reader, begin, end) for begin, end in sections]
+            return (number, parts, None) if len(tensor.tasks) > 1 else (number, [], tensor.conclude(parts))
 
     room = max((tensor.chunk for tensor in tensors), default=0) * widest
     pool = Pool(threads or available_cores(), CPU, inputs, room, processes=processes)
@@ -111,7 +112,8 @@ def survey(
                 together += parts
                 if len(together) < len(tensor.tasks):
                     continue
-                finding = tensor.conclude(shared.pop(number))
+                with torch.inference_mode():
+                    finding = tensor.conclude(shared.pop(number))
             yield number, finding
 
 
@@ -146,7 +148,6 @@ class _Tensor(Generic[Finding]):
         self.tasks = [sections] if len(sections) <= SHARED else [[one] for one in sections]
         self._working = dtypes.working(spec.dtype for spec in match.specs)
 
-    @torch.inference_mode()
     def read(self, lane: Lane, reader: Reader, begin: int, end: int) -> Part:
         """Look at one section."""
         sums: dict[str, Numbers] = {}
@@ -176,7 +177,6 @@ class _Tensor(Generic[Finding]):
         inside = index[torch.searchsorted(index, 0) : torch.searchsorted(index, count)]
         return torch.stack([chunk.index_select(0, inside).to(self._working) for chunk in chunks])
 
-    @torch.inference_mode()
     def conclude(self, parts: Sequence[Part]) -> Finding:
         """What was found, from the parts of all sections."""
         parts = sorted(parts, key=lambda part: part.begin)
