@@ -12,7 +12,7 @@ from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs
 from mergekit_lite.checkpoint.folding import add_product
 from mergekit_lite.checkpoint.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
@@ -87,8 +87,6 @@ def _damaged(term: Sparse) -> RunError:
 
 
 def _add_signs(reader: Reader, term: Signs, shape: tuple[int, ...], begin: int, total: torch.Tensor) -> None:
-    import numpy as np
-
     skipped = begin % 8
     stored = _stored(reader, term.bits, begin // 8, -(-(skipped + len(total)) // 8))
     positive = np.unpackbits(stored.numpy(), bitorder="little")[skipped : skipped + len(total)]

@@ -122,11 +122,10 @@ class Maker:
         """Make one chunk of one variant."""
         kinds = [spec.dtype for spec in span.job.inputs[: len(inputs)]]
         if way is not None and (kernel := self.kernel(way)) is not None:
-            runs = [kernels.run(chunk, kind) for chunk, kind in zip(inputs, kinds, strict=True)]
-            self._by_kernel(kernel, kernels.run(out, span.job.dtype), span, way, start, runs, made)
+            self._by_kernel(kernel, kernels.run(out, span.job.dtype), span, way, start, way.runs(inputs), made)
         elif not is_copied(span):
             with torch.inference_mode():
-                tensors = [tensor_of(chunk, kind) for chunk, kind in zip(inputs, kinds, strict=True)]
+                tensors = way.tensors(inputs) if way is not None else [tensor_of(inputs[0], kinds[0])]
                 self._by_torch(tensor_of(out, span.job.dtype), lane, span, way, start, tensors, made)
         if not all_finite(out, span.job.dtype):
             found = {number for number, kind in enumerate(kinds) if not all_finite(inputs[number], kind)}
@@ -143,7 +142,6 @@ class Maker:
         made: _Made,
     ) -> None:
         """Merge a chunk at once: tile by tile it stays in the cache as well as a block."""
-        inputs = way.ordered(inputs)
         kernel(inputs, start, out)
         if (observed := way.method.observed) is not None:
             for grain in observed_grains(span.begin, start, out.count, self.share):
@@ -167,8 +165,6 @@ class Maker:
         for first, count in cut(0, out.numel(), max(row, self.block // row * row)):
             place = slice(first, first + count)
             block = [lane.fetch(chunk[place]) for chunk in inputs]
-            if way is not None:
-                block = way.ordered(block)
             result = block[0] if way is None else way.combine(block, start + first)
             store(result, out[place], plan.rounding, plan.seed, span.job.name, start + first)
             if observed is not None:

@@ -110,14 +110,14 @@ class Way:
         assert request is not None
         kernel = self.kernel_of_sums if lane.device == CPU else None
         if kernel is not None:
-            runs = self.ordered([kernels.run(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
+            runs = self.runs(chunks)
             return joined(
                 kernel([run.part(slice(first, first + count)) for run in runs], start + first)
                 for first, count in cut(0, runs[0].count, block)
             )
         total: torch.Tensor | None = None
         with torch.inference_mode():
-            stored = self.ordered([tensor_of(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
+            stored = self.tensors(chunks)
             for first, count in cut(0, stored[0].numel(), block):
                 fetched = [lane.fetch(tensor[first : first + count]) for tensor in stored]
                 part = self.passes.sum(fetched, start + first, self.working, self.row)
@@ -132,9 +132,16 @@ class Way:
         while self.passes.request is not None:
             self.passes.send(joined(self.sum(lane, reader, *section) for section in self.sections()))
 
-    def ordered(self, inputs: Sequence[Input]) -> list[Input]:
-        """The inputs as a method wants them: the base first."""
-        return [inputs[-1], *inputs[:-1]] if self.job.has_base else list(inputs)
+    def runs(self, chunks: Sequence[memoryview]) -> list[kernels.Run]:
+        """The inputs' chunks, which come in the job's order, as a kernel wants them: the base first."""
+        return self._base_first([kernels.run(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
+
+    def tensors(self, chunks: Sequence[memoryview]) -> Block:
+        """The same as torch wants them."""
+        return self._base_first([tensor_of(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
+
+    def _base_first(self, inputs: list[Input]) -> list[Input]:
+        return [inputs[-1], *inputs[:-1]] if self.job.has_base else inputs
 
 
 def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:

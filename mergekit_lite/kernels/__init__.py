@@ -80,12 +80,12 @@ SIGNATURES = {
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled functions; None where the package was installed without them."""
-    compiled = importlib.util.find_spec("mergekit_lite.kernels._compiled")
-    if compiled is None or compiled.origin is None:
+    found = importlib.util.find_spec("mergekit_lite.kernels._compiled")
+    if found is None or found.origin is None:
         return None
-    loaded = ctypes.CDLL(compiled.origin)
+    loaded = ctypes.CDLL(found.origin)
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL | None:
 
 def serve(dtypes: Collection[str]) -> bool:
     """Whether the kernels can be used on tensors of these dtypes, one for each, in the memory of the CPU."""
-    return library() is not None and len(dtypes) <= MOST_TENSORS and all(dtype in DTYPES for dtype in dtypes)
+    return compiled() is not None and len(dtypes) <= MOST_TENSORS and all(dtype in DTYPES for dtype in dtypes)
 
 
 def take(*tensors: torch.Tensor) -> bool:
@@ -218,4 +218,4 @@ def _keeps(keeps: Sequence[Keep]) -> object:
 
 
 def _call(name: str, *arguments: object) -> object:
-    return getattr(library(), name)(*arguments)
+    return getattr(compiled(), name)(*arguments)

@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 from mergekit_lite import kernels
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.methods.passes import Block, Subject, Sums, Totals, deltas
+from mergekit_lite.methods.passes import Block, Combine, Subject, Sums, Totals, deltas
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
 LOWER = 1 << 16
@@ -113,7 +113,7 @@ def largest(
     counts: Counts,
     group: str | None = None,
     sampled: bool = True,
-    of_models: Sequence[int] | None = None,
+    of_models: Sequence[int] = (),
 ) -> Generator[Sums, Totals, list[list[Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
@@ -123,7 +123,7 @@ def largest(
         counts: (number of the quantity, its elements, those that aren't zero) to the values of k.
         group: count over all tensors of this group instead of the tensor alone; indices are then the model's.
         sampled: whether the quantities can be had of elements picked from anywhere, so that a sample may be tried.
-        of_models: for a kernel: the quantities are the sizes of what these models add to the base.
+        of_models: for kernels: the quantities are the sizes of what these models add to the base, where they are.
 
     Returns:
         For each quantity a cut for each k.
@@ -158,7 +158,21 @@ class _Place:
     quantities: Quantities
     group: str | None
     origin: int
-    of_models: Sequence[int] | None
+    of_models: Sequence[int]
+
+    def request(
+        self,
+        of: Combine,
+        kernel: Callable[[Sequence[kernels.Run], int], Totals],
+        within: tuple[int, int] | None = None,
+        sampled: bool = False,
+    ) -> Sums:
+        """The sums to ask for; by the kernel only where it knows the quantities."""
+        return Sums(of, self.group, within, sampled, kernel if self.of_models else None)
+
+    def pair(self, block: Sequence[kernels.Run], number: int) -> tuple[kernels.Run, kernels.Run]:
+        """The base and the model whose distance a quantity is."""
+        return block[0], block[1 + self.of_models[number]]
 
 
 @dataclass
@@ -213,10 +227,10 @@ def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[
         return torch.stack([_upper(quantity) for quantity in place.quantities(block, start)])
 
     def upper_bits_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
-        return np.stack([kernels.count_upper_bits(UPPER, block[0], block[1 + m]) for m in place.of_models or ()])
+        pairs = [place.pair(block, number) for number in range(len(place.of_models))]
+        return np.stack([kernels.count_upper_bits(UPPER, *pair) for pair in pairs])
 
-    kernel = None if place.of_models is None else upper_bits_by_kernel
-    upper = yield Sums(upper_bits, place.group, sampled=sampled, kernel=kernel)
+    upper = yield place.request(upper_bits, upper_bits_by_kernel, sampled=sampled)
     elements = int(upper[0].sum())
     found = [
         [_Search(number, k) for k in wanted(number, elements, int(row[1:].sum()))] for number, row in enumerate(upper)
@@ -241,13 +255,11 @@ def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[
             return counts
 
         def within_bins_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
-            models = place.of_models or ()
             return np.stack(
-                [kernels.count_lower_bits(LOWER, block[0], block[1 + models[n]], first) for n, first in bins]
+                [kernels.count_lower_bits(LOWER, *place.pair(block, number), first) for number, first in bins]
             )
 
-        kernel = None if place.of_models is None else within_bins_by_kernel
-        counted = yield Sums(within_bins, place.group, sampled=sampled, kernel=kernel)
+        counted = yield place.request(within_bins, within_bins_by_kernel, sampled=sampled)
         lower = dict(zip(bins, counted, strict=True))
         for search in inner:
             search.descend(lower[search.number, search.bits], first=search.bits)
@@ -288,15 +300,15 @@ def _proven(
         return total
 
     def compared_by_kernel(block: Sequence[kernels.Run], start: int) -> Totals:
-        base, first = block[0], place.origin + start
         total = np.zeros(shape, np.int64)
-        for row, model, guessed in zip(total, place.of_models or (), tried, strict=True):
+        for number, (row, guessed) in enumerate(zip(total, tried, strict=True)):
+            base, model = place.pair(block, number)
             for (_, guess), counted in zip(guessed, row, strict=False):
                 counted[0] = base.count
-                kernels.compare_sizes(counted[1:], base, block[1 + model], guess.threshold, first, step)
+                kernels.compare_sizes(counted[1:], base, model, guess.threshold, place.origin + start, step)
         return total
 
-    totals = yield Sums(compared, place.group, kernel=None if place.of_models is None else compared_by_kernel)
+    totals = yield place.request(compared, compared_by_kernel)
     found: list[list[_Search]] = []
     for number, (guessed, row) in enumerate(zip(tried, totals, strict=True)):
         found.append([])
@@ -340,13 +352,13 @@ def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, Totals, N
         first = place.origin + start
         part = slice(max(begin - first, 0), min(begin + width - first, block[0].count))
         for row, search in zip(counts, searches, strict=True):
-            base, model = (block[n].part(part) for n in (0, 1 + (place.of_models or ())[search.number]))
+            base, model = (run.part(part) for run in place.pair(block, search.number))
             kernels.compare_sizes(row, base, model, search.threshold, first + part.start - begin, step)
         return counts[:, 2:]
 
     within = (max(begin - place.origin, 0), max(begin + width - place.origin, 0))
-    kernel = None if place.of_models is None else in_buckets_by_kernel
-    for search, row in zip(searches, (yield Sums(in_buckets, place.group, within, kernel=kernel)), strict=True):
+    counted = yield place.request(in_buckets, in_buckets_by_kernel, within)
+    for search, row in zip(searches, counted, strict=True):
         search.ascend(row, step)
 
 
