@@ -14,7 +14,7 @@ from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES, inside
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.layout import INDEX_NAME, index_json
-from mergekit_lite.output.manifest import manifest_of
+from mergekit_lite.output.manifest import manifest_of, text_of
 from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.plan import Plan
 from mergekit_lite.plan.tokenizers import is_template_file, is_tokenizer_file
@@ -106,7 +106,7 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
     output = plan.outputs[variant]
     if not is_single_file(output):
         _write_model(plan, variant, folder, effect, digests)
-    manifest = json.dumps(manifest_of(plan, variant, folder, effect, digests), indent=1, ensure_ascii=False) + "\n"
+    manifest = text_of(manifest_of(plan, variant, folder, effect, digests))
     (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
 
 

@@ -77,6 +77,11 @@ def _added_to(source: Checkpoint) -> dict[str, Any]:
     return {"base": source.base_reference, "added": added}
 
 
+def text_of(content: Mapping[str, Any]) -> str:
+    """The file's text: one for each content, so that any other one was changed."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
 def seal(content: Mapping[str, Any]) -> str:
     """The digest of all that a manifest says but for this digest."""
     text = json.dumps({key: value for key, value in content.items() if key != SEAL}, sort_keys=True)

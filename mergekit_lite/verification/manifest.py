@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mergekit_lite.checkpoint.folder import MAX_FILE_NAME, is_weight_name, read_json
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, listing
-from mergekit_lite.output.manifest import SEAL, seal
+from mergekit_lite.output.manifest import SEAL, seal, text_of
 from mergekit_lite.output.workspace import manifest_path
 
 DIGEST = 32  # hexadecimal digits
@@ -128,7 +128,7 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
     """The manifest of an output.
 
     Returns:
-        The manifest, and whether it is as it was written, by its own digest.
+        The manifest, and whether it is as it was written, to the byte and by its own digest.
 
     Raises:
         MergekitLiteError: there is none, or it can't be used; every problem is named.
@@ -146,7 +146,8 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
             "is to apply it to its base and compare: vector apply BASE VECTOR -o OUT, then compare TUNED OUT."
         )
     try:
-        return Manifest.model_validate(content), content.get(SEAL) == seal(content)
+        as_written = path.read_bytes() == text_of(content).encode(errors="surrogatepass")
+        return Manifest.model_validate(content), as_written and content.get(SEAL) == seal(content)
     except ValidationError as wrong:
         told = wrong.errors(include_url=False, include_input=False)
         problems = [f"{'.'.join(map(_shown, error['loc']))}: {error['msg']}" for error in told]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite.commands import main
-from mergekit_lite.output.manifest import SEAL, seal
+from mergekit_lite.output.manifest import SEAL, seal, text_of
 from mergekit_lite.output.workspace import manifest_path
 from tests.models import state, tuned, write_folder
 
@@ -84,7 +84,8 @@ def edit(output: Path, change: Callable[[dict[str, Any]], object], *, sealed: bo
     path = manifest_path(output)
     content = json.loads(path.read_bytes())
     change(content)
-    path.write_text(json.dumps(content | ({SEAL: seal(content)} if sealed else {})))
+    text = text_of(content | ({SEAL: seal(content)} if sealed else {}))
+    path.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_a_flipped_byte_of_the_manifest_is_found(place: Path) -> None:
         except MergekitLiteError as error:
             assert path.name in str(error)
         path.write_bytes(sound)
+
+
+def test_a_digit_that_changes_no_number_is_found(place: Path) -> None:
+    extrapolated()
+    path = manifest_path(Path("out"))
+    number = max(re.findall(r"0\.\d{16,}", path.read_text()), key=len)
+    path.write_text(path.read_text().replace(number, f"{number}0"))
+    assert not mergekit_lite.verify("out", samples=0).sound
 
 
 def test_a_changed_digest_or_figure_is_found_though_the_manifest_agrees_with_itself(place: Path) -> None:
