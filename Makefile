@@ -49,7 +49,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/kernels/kernels.c
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/ops/kernels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
@@ -57,7 +57,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/kernels/ke
 	touch $@
 
 # mergekit by itself: its dependencies are pinned closely. torch comes first, from the same place as ours.
-$(PARITY_VENV)/.ready: pyproject.toml setup.py mergekit_lite/kernels/kernels.c
+$(PARITY_VENV)/.ready: pyproject.toml setup.py mergekit_lite/ops/kernels.c
 	$(PYTHON) -m venv $(PARITY_VENV)
 	$(PARITY_VENV)/bin/pip install --quiet --upgrade pip
 	$(PARITY_VENV)/bin/pip install --quiet $(TORCH)

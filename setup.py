@@ -9,8 +9,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "mergekit_lite.kernels._compiled",
-            sources=["mergekit_lite/kernels/kernels.c"],
+            "mergekit_lite.ops._compiled",
+            sources=["mergekit_lite/ops/kernels.c"],
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.processes import measured
-from mergekit_lite.output.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout
+from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout
 
 LAYERS, EXPERTS = 61, 245  # of three matrices each, as in the largest mixtures of experts
 RECIPE = """\

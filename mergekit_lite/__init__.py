@@ -10,7 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite._version import __version__
-from mergekit_lite.plan import Plan, plan  # at once: the function takes the name of its module
+from mergekit_lite.planning import (
+    Plan,  # at once: the function takes the name of its module
+    plan,
+)
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint import Checkpoint, open_checkpoint

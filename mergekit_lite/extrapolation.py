@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
-from mergekit_lite.plan import Plan, plan
+from mergekit_lite.planning import Plan, plan
 from mergekit_lite.recipe import Recipe, Setting
 
 if TYPE_CHECKING:

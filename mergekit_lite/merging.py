@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.plan import Plan
-from mergekit_lite.plan.merge import method_parameters, plan_merge
+from mergekit_lite.planning import Plan
+from mergekit_lite.planning.planner import method_parameters, plan_merge
 from mergekit_lite.recipe import parse, text_of
 
 if TYPE_CHECKING:

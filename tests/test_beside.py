@@ -12,7 +12,7 @@ import yaml
 
 import mergekit_lite
 from mergekit_lite.errors import CheckpointError, PlanError
-from mergekit_lite.plan.tokenizers import template_of
+from mergekit_lite.planning.tokenizers import template_of
 from mergekit_lite.recipe.templates import TEMPLATES
 from tests.models import state, tuned, write_folder
 

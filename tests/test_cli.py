@@ -11,9 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mergekit_lite import kernels
 from mergekit_lite.commands import COMMANDS, main
 from mergekit_lite.methods import merge_states
+from mergekit_lite.ops import c_ops
 from tests.models import read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_torch_is_imported_where_there_is_no_kernel(
     tmp_path: Path, method: str, parameters: dict[str, object], by_torch: bool
 ) -> None:
     """From the recipe to the manifest; and the memory that the plan tells of knows it."""
-    by_torch = by_torch or kernels.compiled() is None
+    by_torch = by_torch or c_ops.compiled() is None
     count = 1 if method in ("expo", "slerp", "nearswap") else 2
     base = {name: tensor.half() for name, tensor in state(1, hidden=64).items()}
     models = [tuned(base, 2 + number) for number in range(count)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from mergekit_lite.plan.merge import method_parameters
+from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import parse
 from parity.borders import _of_tensor
 from parity.fusechat import _sce, _varm

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite.plan.merge import method_parameters
+from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import MergeRecipe, parse, text_of
 from tests.models import State, read_folder, state, tuned, write_folder
 

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.errors import RunError
+from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.output import target
-from mergekit_lite.output.layout import OutputTensor, safetensors_layout
 from mergekit_lite.output.target import PAGE, Pace, Target
 from mergekit_lite.output.workspace import Workspace
 

@@ -15,7 +15,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from mergekit_lite.plan.merge import method_parameters
+from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import outputs, parse, resolve
 
 HERE = Path(__file__).parent

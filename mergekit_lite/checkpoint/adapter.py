@@ -17,7 +17,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import safetensors_file, ties, torch_file
+from mergekit_lite.checkpoint import safetensors_file, tied_weights, torch_file
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, read_config
 from mergekit_lite.checkpoint.change import LowRank, Towards, changed, origin
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
@@ -245,7 +245,7 @@ def _turned(shape: tuple[int, int], turned: bool) -> tuple[int, int]:
 
 def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec]) -> TensorSpec:
     """The tensor of this name that ``of`` changes, or the base's embedding that stands in for a head it lacks."""
-    found = tensors.get(name) or ties.tied_to(name, base)
+    found = tensors.get(name) or tied_weights.tied_to(name, base)
     if found is None:
         raise CheckpointError(f"{of}: the base has no tensor {shortened(name)}. Is it the right base?")
     if not dtypes.is_float(found.dtype):
@@ -258,7 +258,7 @@ def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> 
     if not dtypes.is_float(spec.dtype):
         raise CheckpointError(f"{spec.name}: is {spec.dtype}, which is not for arithmetic")
     if spec.shape != own.shape:
-        grown = ties.is_vocabulary(name) and len(spec.shape) and spec.shape[1:] == own.shape[1:]
+        grown = tied_weights.is_vocabulary(name) and len(spec.shape) and spec.shape[1:] == own.shape[1:]
         hint = (
             ". The vocabulary was resized for training: load the base, call "
             f"model.resize_token_embeddings({spec.shape[0]}), save it with the adapter's tokenizer, and name that"
@@ -275,11 +275,11 @@ def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> 
 
 def _ties_broken(changed: set[str], tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> list[str]:
     """What changes an embedding that a head is tied to: whether the head follows is not told by the adapter."""
-    if any(ties.is_head(name) for name in tensors) or (config or {}).get("tie_word_embeddings") is False:
+    if any(tied_weights.is_head(name) for name in tensors) or (config or {}).get("tie_word_embeddings") is False:
         return []
     return [
         f"{name}: the base ties its output head to it, and the adapter doesn't say whether the head changes too. "
         f"Untie the base first (give it an output head of its own, and tie_word_embeddings false in its config)"
         for name in sorted(changed)
-        if ties.is_embedding(name)
+        if tied_weights.is_embedding(name)
     ]

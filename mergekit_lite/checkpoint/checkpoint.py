@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import adapter as adapters
-from mergekit_lite.checkpoint import addends, quantised, safetensors_file, torch_file, vector_file
 from mergekit_lite.checkpoint import folder as folders
+from mergekit_lite.checkpoint import quantised, references, safetensors_file, torch_file, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
-from mergekit_lite.checkpoint.addends import Addend
 from mergekit_lite.checkpoint.identity import Identity, identify
+from mergekit_lite.checkpoint.references import Addend
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
@@ -60,7 +60,7 @@ class Checkpoint:
     @property
     def base_reference(self) -> str:
         """The reference less what is added."""
-        return addends.parted(self.reference)[0] if self.added else self.reference
+        return references.parted(self.reference)[0] if self.added else self.reference
 
     def identity(self) -> Identity:
         """How a task vector knows it again; some kilobytes of each tensor are read."""
@@ -95,7 +95,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
             return _open_folder(text, path.resolve())
         if path.is_file():
             return _open_file(text, path.resolve())
-    if addends.names_vector(text):
+    if references.names_vector(text):
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _with_added(text)
@@ -140,7 +140,7 @@ def open_addend(addend: Addend) -> Adapter | Vector:
 
 def _with_added(reference: str) -> Checkpoint:
     """Open ``base+adapter``, ``base+vector:0.5+…``."""
-    base_reference, added = addends.parted(reference)
+    base_reference, added = references.parted(reference)
     base = open_checkpoint(base_reference)
     tensors, left_out, found = dict(base.tensors), dict(base.left_out), [*base.added]
     identity: Identity | None = None

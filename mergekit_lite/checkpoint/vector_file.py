@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import safetensors_file, ties
+from mergekit_lite.checkpoint import safetensors_file, tied_weights
 from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs, Sparse, Term, changed, scaled
 from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.tensor import MAX_NAME, TensorSpec, WeightFile, check_name
@@ -88,7 +88,7 @@ class Vector:
         tensors, left_out = dict(base), {}
         problems: list[str] = []
         for name, delta in self.deltas.items():
-            own = ties.counterpart(name, base)
+            own = tied_weights.counterpart(name, base)
             if delta.whole is not None:
                 if scale != 1:
                     problems.append(

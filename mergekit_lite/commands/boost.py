@@ -16,8 +16,8 @@ from mergekit_lite.commands import values
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergekit_lite.boost.request import Prepared, Request
-    from mergekit_lite.boost.search.point import Point
+    from mergekit_lite.boosting.request import Prepared, Request
+    from mergekit_lite.boosting.search.point import Point
     from mergekit_lite.commands.screen import Screen
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -135,9 +135,9 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
     What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
     candidate is sure to be better, that is the answer, and no model is made.
     """
-    from mergekit_lite.boost.request import described, prepare
+    from mergekit_lite.boosting.request import described, prepare
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.engine.sample import delta_warning
+    from mergekit_lite.planning.delta_check import delta_warning
 
     as_json, dry_run = given.pop("as_json"), given.pop("dry_run")
     screen = Screen(quiet=given.pop("quiet") or as_json, verbose=False)
@@ -156,7 +156,7 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
 
 def _request(sft: str | None, aligned: str | None, given: dict[str, Any]) -> Request:
     from mergekit_lite.answers.asking import Sampling
-    from mergekit_lite.boost.request import Request
+    from mergekit_lite.boosting.request import Request
 
     given["sampling"] = Sampling(**{name: given.pop(name) for name in ("temperature", "top_p", "max_tokens")})
     given["stop_early"] = not given.pop("all_items")
@@ -180,8 +180,8 @@ def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 
 
 def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
-    from mergekit_lite.boost.boosting import boost
-    from mergekit_lite.boost.words import verdict
+    from mergekit_lite.boosting.boosting import boost
+    from mergekit_lite.boosting.summary import verdict
 
     with _tidy_end():
         boosted = boost(prepared, _teller(screen), screen.progress)
@@ -207,7 +207,7 @@ def _tidy_end() -> Iterator[None]:
 
 
 def _teller(screen: Screen) -> Callable[[Point], None]:
-    from mergekit_lite.boost.words import figures
+    from mergekit_lite.boosting.summary import figures
 
     def tell(point: Point) -> None:
         if not screen.quiet:
@@ -218,7 +218,7 @@ def _teller(screen: Screen) -> Callable[[Point], None]:
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:
-    from mergekit_lite.boost.request import described
+    from mergekit_lite.boosting.request import described
     from mergekit_lite.commands.screen import table
 
     folder, output = prepared.request.folder, prepared.request.output

@@ -15,7 +15,7 @@ from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.comparison import Comparison, Figures
+    from mergekit_lite.comparison.comparison import Comparison, Figures
 
 SHOWN = 10
 WRITABLE = click.Path(dir_okay=False, path_type=Path)
@@ -75,10 +75,10 @@ def command(
     """
     named = tuple(dtypes.float_named(name) for name in dtype)
     from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.comparison import export, plots
+    from mergekit_lite.comparison.comparison import compare
+    from mergekit_lite.comparison.deltas import Settings
     from mergekit_lite.pages.drawing import check_drawable
-    from mergekit_lite.vectors import export, plots
-    from mergekit_lite.vectors.comparison import compare
-    from mergekit_lite.vectors.deltas import Settings
 
     settings = Settings(top_k, alpha, named, select_topk)
     if plot is not None or html_path is not None:
@@ -97,7 +97,7 @@ def command(
     if plot is not None:
         plots.save(comparison, plot)
     if html_path is not None:
-        from mergekit_lite.vectors.page import page
+        from mergekit_lite.comparison.page import page
 
         html_path.write_text(page(comparison), encoding="utf-8")
     if as_json:
@@ -114,8 +114,8 @@ def command(
 
 def _show(screen: Screen, comparison: Comparison) -> None:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.vectors.comparison import letter
-    from mergekit_lite.vectors.words import suggestions
+    from mergekit_lite.comparison.comparison import letter
+    from mergekit_lite.comparison.summary import suggestions
 
     letters = [letter(number) for number in range(len(comparison.models))]
     rows = zip(["base", *letters], [comparison.base, *comparison.models], strict=True)
@@ -138,8 +138,8 @@ def _show(screen: Screen, comparison: Comparison) -> None:
 
 def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.vectors.comparison import looks_like
-    from mergekit_lite.vectors.words import figure, percent
+    from mergekit_lite.comparison.comparison import looks_like
+    from mergekit_lite.comparison.summary import figure, percent
 
     all_of, settings = comparison.overall, comparison.settings
     of_models = [
@@ -178,7 +178,7 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
 
 def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.vectors.words import figure, percent
+    from mergekit_lite.comparison.summary import figure, percent
 
     several = len(letters) > 1
     rows = [

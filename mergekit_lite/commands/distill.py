@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands.telling import Teller
+from mergekit_lite.commands.reporter import Teller
 
 if TYPE_CHECKING:
-    from mergekit_lite.distill.outlook import Outlook
-    from mergekit_lite.distill.recipe import Recipe
+    from mergekit_lite.distillation.dry_run import Outlook
+    from mergekit_lite.distillation.recipe import Recipe
 
 SKIPPING = ("sample", "pair")  # take --skip-missing
 ROUND = ("sample", "score", "pair", "train")
@@ -64,8 +64,8 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run.")
-    from mergekit_lite.distill.sample import check as sample_check
-    from mergekit_lite.distill.train import check as train_check
+    from mergekit_lite.distillation.sample import check as sample_check
+    from mergekit_lite.distillation.train import check as train_check
 
     loaded, teller = _load(recipe), Teller(quiet=quiet or as_json)
     train_check(loaded)  # what training would refuse hours later
@@ -111,7 +111,7 @@ def report(recipe: Path, quiet: bool) -> None:
 
 
 def _load(path: Path) -> Recipe:
-    from mergekit_lite.distill.loading import load
+    from mergekit_lite.distillation.loading import load
 
     return load(path)
 
@@ -119,12 +119,12 @@ def _load(path: Path) -> Recipe:
 def _carry_out(name: str, recipe: Recipe, teller: Teller, *, skip_missing: bool = False) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
     options: dict[str, Any] = {"skip_missing": True} if name in SKIPPING and skip_missing else {}
-    getattr(import_module(f"mergekit_lite.distill.{name}"), name)(recipe, teller, **options)
+    getattr(import_module(f"mergekit_lite.distillation.{name}"), name)(recipe, teller, **options)
 
 
 def _show_plan(recipe: Recipe, teller: Teller, as_json: bool) -> None:
-    from mergekit_lite.distill.outlook import outlook
-    from mergekit_lite.distill.prompts import gathered
+    from mergekit_lite.distillation.dry_run import outlook
+    from mergekit_lite.distillation.prompts import gathered
 
     plan = outlook(recipe, gathered(recipe, teller))
     if as_json:

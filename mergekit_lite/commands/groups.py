@@ -6,9 +6,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mergekit_lite.commands.facts import shown
+from mergekit_lite.commands.json_output import shown
 from mergekit_lite.errors import counted
-from mergekit_lite.plan import Job, Plan
+from mergekit_lite.planning import Job, Plan
 from mergekit_lite.recipe.layers import place
 
 MOST_TURNS = 7  # values of a gradient that are worth their room

@@ -13,7 +13,7 @@ from mergekit_lite.commands import running
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.inspection import Inspection
+    from mergekit_lite.comparison.inspection import Inspection
 
 FROM_CONFIG = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
                "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -40,7 +40,7 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
     error: the exit code is 0.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.inspection import inspect
+    from mergekit_lite.comparison.inspection import inspect
 
     screen = Screen(quiet=as_json, verbose=verbose)
     with screen.progress("reading") as progress:

@@ -21,12 +21,12 @@ Examples:
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
 def command(recipe: Path, as_json: bool, verbose: bool) -> None:
     """Print what RECIPE would do: methods and numbers of all tensors, sizes, memory, what is copied or left out."""
-    from mergekit_lite.commands import facts
+    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.merging import plan_merge_file
 
     plan = plan_merge_file(recipe, "merged")
     if as_json:
-        click.echo(json.dumps(facts.of_plan(plan, None), indent=1))
+        click.echo(json.dumps(json_output.of_plan(plan, None), indent=1))
     else:
         Screen(quiet=False, verbose=verbose).plan(plan, None)

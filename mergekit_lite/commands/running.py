@@ -16,7 +16,7 @@ from mergekit_lite.commands import values
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
-    from mergekit_lite.plan import Plan
+    from mergekit_lite.planning import Plan
 
 PROCESSES = sys.platform == "linux"  # whether workers are forked: elsewhere system libraries don't survive that
 
@@ -89,19 +89,19 @@ def rounding(function: Callable[..., None]) -> Callable[..., None]:
 
 def carry_out(plan: Plan, how: How) -> None:
     """Show or run a plan."""
-    from mergekit_lite.commands import facts
+    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
 
     # torch comes in only here, once the request is known to be sound
     from mergekit_lite.engine.run import check_outputs, run
-    from mergekit_lite.engine.sample import delta_warning
+    from mergekit_lite.planning.delta_check import delta_warning
 
     screen = Screen(quiet=how.quiet or how.as_json, verbose=how.verbose)
     check_outputs(plan, resume=how.resume, force=how.force)
     if not how.resume:
         _check_room(plan)
     if how.dry_run and how.as_json:
-        click.echo(json.dumps(facts.of_plan(plan, how.threads), indent=1))
+        click.echo(json.dumps(json_output.of_plan(plan, how.threads), indent=1))
     elif how.dry_run:
         screen.plan(plan, how.threads)
     else:
@@ -121,7 +121,7 @@ def carry_out(plan: Plan, how: How) -> None:
             processes=PROCESSES,
         )
     if how.as_json:
-        click.echo(json.dumps(facts.of_finished(finished), indent=1))
+        click.echo(json.dumps(json_output.of_finished(finished), indent=1))
     screen.finished(plan, finished)
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_lite.commands import facts
+from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
@@ -23,7 +23,7 @@ from mergekit_lite.output.beside import travelling
 if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
-    from mergekit_lite.plan import Job, Plan
+    from mergekit_lite.planning import Job, Plan
 
 SHOWN = 5
 FAR = 0.1  # relative distance of the effective from the asked alpha that is worth a word
@@ -66,7 +66,7 @@ class Screen:
             f"takes about {size(memory_estimate(plan, threads))} of memory\n"
         )
         if self.verbose:
-            jobs = [(job.name, _shape(job), job.dtype, facts.what_happens(plan, job)) for job in plan.jobs]
+            jobs = [(job.name, _shape(job), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs]
             self.out.print(table(("tensor", "shape", "dtype", "what happens"), jobs))
         else:
             self.out.print(table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))

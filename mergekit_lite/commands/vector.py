@@ -26,7 +26,7 @@ class Signed(click.Command):
 
 
 def _signed(argument: str) -> str:
-    from mergekit_lite.checkpoint.addends import addend
+    from mergekit_lite.checkpoint.references import addend
 
     rest = argument[1:]
     if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mergekit_lite.engine.spans import BLOCK, CHUNK
-from mergekit_lite.engine.ways import Way, without_torch
-from mergekit_lite.plan import Job, Plan
+from mergekit_lite.engine.tensor_merge import Way, without_torch
+from mergekit_lite.engine.tiling import BLOCK, CHUNK
+from mergekit_lite.planning import Job, Plan
 
 PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.forked import forked
-from mergekit_lite.engine.lane import CPU, Lane
+from mergekit_lite.engine.buffers import CPU, Lane
+from mergekit_lite.engine.processes import forked
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 Task = TypeVar("Task")

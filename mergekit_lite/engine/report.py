@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from mergekit_lite.output.journal import Record
-from mergekit_lite.plan import Job, Plan
+from mergekit_lite.planning import Job, Plan
 
 
 @dataclass(frozen=True, slots=True)

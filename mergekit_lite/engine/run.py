@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.lane import CPU
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
-from mergekit_lite.engine.spans import BLOCK, GRAIN
-from mergekit_lite.engine.work import Progress, Work
+from mergekit_lite.engine.schedule import Progress, Work
+from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.output.beside import write_beside
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 
 OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")
 GPU_LANES = 6

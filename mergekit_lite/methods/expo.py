@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_lite import kernels
 from mergekit_lite.deferred import torch
 from mergekit_lite.methods.passes import Block, Combine, Observed, Subject, moved
 from mergekit_lite.methods.registry import method
+from mergekit_lite.ops import c_ops
 
 
 def effect(out: torch.Tensor, block: Block) -> tuple[float, float]:
@@ -32,9 +32,9 @@ def effect(out: torch.Tensor, block: Block) -> tuple[float, float]:
     return torch.dot(out.double() - origin, delta).item(), torch.dot(delta, delta).item()
 
 
-def _effect(out: kernels.Run, block: Sequence[kernels.Run]) -> tuple[float, float]:
+def _effect(out: c_ops.Run, block: Sequence[c_ops.Run]) -> tuple[float, float]:
     sft, aligned = block
-    _, against_delta, square = kernels.inner_products([aligned, out, sft], has_base=True)
+    _, against_delta, square = c_ops.inner_products([aligned, out, sft], has_base=True)
     return -against_delta, square
 
 

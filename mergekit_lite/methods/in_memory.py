@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from mergekit_lite import dtypes, kernels
+from mergekit_lite import dtypes
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import (
@@ -22,6 +22,7 @@ from mergekit_lite.methods.passes import (
     statistics_block,
 )
 from mergekit_lite.methods.registry import method_named
+from mergekit_lite.ops import c_ops
 
 BLOCK = 1 << 17
 
@@ -101,7 +102,7 @@ class _Merge:
         self.columns = row  # of the blocks; 0 where they are 1-D
         self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
         kinds = {self.dtype, *(tensor.dtype for tensor in inputs)}
-        self.by_kernels = kernels.take(*self.flat) and kernels.serve([dtypes.name_of(self.dtype)])
+        self.by_kernels = c_ops.take(*self.flat) and c_ops.serve([dtypes.name_of(self.dtype)])
         self.working = dtypes.working(map(dtypes.name_of, kinds))
 
     def sums(self) -> list[Totals]:
@@ -120,7 +121,7 @@ class _Merge:
 
     def _of_block(self, request: Sums, start: int, block: Block) -> Totals:
         if request.kernel is not None and self.by_kernels:
-            return request.kernel([kernels.run_of(tensor) for tensor in block], start)
+            return request.kernel([c_ops.run_of(tensor) for tensor in block], start)
         totals: Totals = self.passes.sum(block, start, self.working, self.columns).cpu().numpy()
         return totals
 
@@ -133,7 +134,7 @@ class _Merge:
         for start, blocks in self._blocks(block, 0, self.subject.numel):
             merged = out[start : start + blocks[0].numel()]
             if kernel is not None:
-                kernel([kernels.run_of(tensor) for tensor in blocks], start, kernels.run_of(merged))
+                kernel([c_ops.run_of(tensor) for tensor in blocks], start, c_ops.run_of(merged))
             else:
                 merged.copy_(self.passes.merge(blocks, start, self.working, self.columns))
         return out.view(self.subject.shape)

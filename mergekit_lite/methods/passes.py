@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mergekit_lite import kernels
 from mergekit_lite.deferred import np, torch
+from mergekit_lite.ops import c_ops
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,7 +31,7 @@ SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so m
 Block: TypeAlias = "list[torch.Tensor]"
 Combine: TypeAlias = "Callable[[Block, int], torch.Tensor]"  # (block, index of its first element) to the merged block
 Totals: TypeAlias = "npt.NDArray[Any]"  # small, on the host, float64 or int64
-Kernel = Callable[[Sequence[kernels.Run], int, kernels.Run], None]  # the same, into the third argument
+Kernel = Callable[[Sequence[c_ops.Run], int, c_ops.Run], None]  # the same, into the third argument
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Sums:
     group: str | None = None
     within: tuple[int, int] | None = None
     sampled: bool = False
-    kernel: Callable[[Sequence[kernels.Run], int], Totals] | None = None
+    kernel: Callable[[Sequence[c_ops.Run], int], Totals] | None = None
 
 
 Steps: TypeAlias = "Generator[Sums, Totals, Combine]"
@@ -125,7 +125,7 @@ class Observed:
     """
 
     by_torch: Callable[[torch.Tensor, Block], tuple[float, ...]]
-    by_kernel: Callable[[kernels.Run, Sequence[kernels.Run]], tuple[float, ...]]
+    by_kernel: Callable[[c_ops.Run, Sequence[c_ops.Run]], tuple[float, ...]]
 
 
 class Passes:
@@ -250,24 +250,24 @@ def weighted_sum(tensors: Block, coefficients: Sequence[float]) -> torch.Tensor:
 
 def sum_of_inputs(coefficients: Sequence[float], divisor: float = 1.0) -> Compiled:
     """What gives (Σ coefficient·x) / divisor, over all inputs of a block."""
-    keeps = (kernels.Keep(),) * len(coefficients)
+    keeps = (c_ops.Keep(),) * len(coefficients)
 
     def combine(block: Block, _: int) -> torch.Tensor:
         total = weighted_sum(block, coefficients)
         return total if divisor == 1 else total.div_(divisor)
 
-    def kernel(block: Sequence[kernels.Run], start: int, out: kernels.Run) -> None:
-        kernels.merge_sum(out, block, False, coefficients, divisor, keeps, start)
+    def kernel(block: Sequence[c_ops.Run], start: int, out: c_ops.Run) -> None:
+        c_ops.merge_sum(out, block, False, coefficients, divisor, keeps, start)
 
     return Compiled(combine, kernel)
 
 
 def sum_of_deltas(coefficients: Sequence[float]) -> Compiled:
     """What gives base + Σ coefficient·delta."""
-    keeps = (kernels.Keep(),) * len(coefficients)
+    keeps = (c_ops.Keep(),) * len(coefficients)
     return Compiled(
         lambda block, _: weighted_sum(deltas(block), coefficients).add_(block[0]),
-        lambda block, start, out: kernels.merge_sum(out, block, True, coefficients, 1.0, keeps, start),
+        lambda block, start, out: c_ops.merge_sum(out, block, True, coefficients, 1.0, keeps, start),
     )
 
 

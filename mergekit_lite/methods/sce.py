@@ -29,13 +29,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mergekit_lite import kernels
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.election import elected
 from mergekit_lite.methods.passes import Block, Compiled, Steps, Subject, Sums, Weighted, deltas
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import Cut, gram, largest
+from mergekit_lite.ops import c_ops
 
 
 @method(
@@ -82,13 +82,13 @@ def sce(
 
     shown = None if variant == "fusechat" else cut
     votes, divided = (1.0,) * subject.models, None if variant == "paper" else shares
-    keeps = (kernels.Keep(),) * subject.models
+    keeps = (c_ops.Keep(),) * subject.models
 
     def combine(block: Block, start: int) -> torch.Tensor:
         return elected(block[0], selected(block, start, shown), votes, shares, divided)
 
-    def kernel(block: Sequence[kernels.Run], start: int, out: kernels.Run) -> None:
-        kernels.merge_elected(out, block, votes, shares, divided, 1.0, keeps, start)
+    def kernel(block: Sequence[c_ops.Run], start: int, out: c_ops.Run) -> None:
+        c_ops.merge_elected(out, block, votes, shares, divided, 1.0, keeps, start)
 
     return Weighted(shares, combine if shown is not None else Compiled(combine, kernel))
 

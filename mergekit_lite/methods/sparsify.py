@@ -23,12 +23,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
-from mergekit_lite import draws, kernels
+from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
-from mergekit_lite.kernels import BY_CHANCE, BY_RANK, BY_SIZE, Keep
 from mergekit_lite.methods.passes import Block, Subject, Sums, Totals, deltas
 from mergekit_lite.methods.statistics import Cut, largest, total
+from mergekit_lite.ops import c_ops
+from mergekit_lite.ops.c_ops import BY_CHANCE, BY_RANK, BY_SIZE, Keep
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Sparse:
 
     Attributes:
         of: (deltas, index of their first element) to the sparse ones, maybe in place.
-        keeps: the same for kernels, one for each model; None where they can't tell.
+        keeps: the same for c_ops, one for each model; None where they can't tell.
         row: the length of the rows that blocks don't split, where that matters.
     """
 
@@ -203,9 +204,9 @@ def rescaling(
         before = [total(size) for size in sizes]
         return torch.stack([*before, *(total(size) for size in sparse(sizes, start))]).view(2, -1)
 
-    def kernel(block: Sequence[kernels.Run], start: int) -> Totals:
+    def kernel(block: Sequence[c_ops.Run], start: int) -> Totals:
         assert sparse.keeps is not None
-        return np.array(kernels.lengths(block, sparse.keeps, start, sparse.row)).reshape(2, -1)
+        return np.array(c_ops.lengths(block, sparse.keeps, start, sparse.row)).reshape(2, -1)
 
     before, after = (yield Sums(lengths, kernel=kernel if sparse.keeps is not None else None)).tolist()
     return tuple(a / b if b > 0 else 1.0 for a, b in zip(before, after, strict=True))

@@ -20,9 +20,9 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mergekit_lite import kernels
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.methods.passes import Block, Combine, Subject, Sums, Totals, deltas
+from mergekit_lite.ops import c_ops
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
 LOWER = 1 << 16
@@ -43,7 +43,7 @@ def gram(from_base: bool) -> Generator[Sums, Totals, Totals]:
         wide = [vector.flatten().double() for vector in (deltas(block) if from_base else block)]
         return torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
 
-    lower = yield Sums(of, kernel=lambda block, _: np.array(kernels.inner_products(block, from_base)))
+    lower = yield Sums(of, kernel=lambda block, _: np.array(c_ops.inner_products(block, from_base)))
     count = math.isqrt(2 * len(lower))
     products = np.zeros((count, count))
     rows, columns = np.tril_indices(count)
@@ -163,14 +163,14 @@ class _Place:
     def request(
         self,
         of: Combine,
-        kernel: Callable[[Sequence[kernels.Run], int], Totals],
+        kernel: Callable[[Sequence[c_ops.Run], int], Totals],
         within: tuple[int, int] | None = None,
         sampled: bool = False,
     ) -> Sums:
         """The sums to ask for; by the kernel only where it knows the quantities."""
         return Sums(of, self.group, within, sampled, kernel if self.of_models else None)
 
-    def pair(self, block: Sequence[kernels.Run], number: int) -> tuple[kernels.Run, kernels.Run]:
+    def pair(self, block: Sequence[c_ops.Run], number: int) -> tuple[c_ops.Run, c_ops.Run]:
         """The base and the model whose distance a quantity is."""
         return block[0], block[1 + self.of_models[number]]
 
@@ -226,9 +226,9 @@ def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[
     def upper_bits(block: Block, start: int) -> torch.Tensor:
         return torch.stack([_upper(quantity) for quantity in place.quantities(block, start)])
 
-    def upper_bits_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
+    def upper_bits_by_kernel(block: Sequence[c_ops.Run], _: int) -> Totals:
         pairs = [place.pair(block, number) for number in range(len(place.of_models))]
-        return np.stack([kernels.count_upper_bits(UPPER, *pair) for pair in pairs])
+        return np.stack([c_ops.count_upper_bits(UPPER, *pair) for pair in pairs])
 
     upper = yield place.request(upper_bits, upper_bits_by_kernel, sampled=sampled)
     elements = int(upper[0].sum())
@@ -254,9 +254,9 @@ def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[
                 row.copy_(_lower(made[number], first))
             return counts
 
-        def within_bins_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
+        def within_bins_by_kernel(block: Sequence[c_ops.Run], _: int) -> Totals:
             return np.stack(
-                [kernels.count_lower_bits(LOWER, *place.pair(block, number), first) for number, first in bins]
+                [c_ops.count_lower_bits(LOWER, *place.pair(block, number), first) for number, first in bins]
             )
 
         counted = yield place.request(within_bins, within_bins_by_kernel, sampled=sampled)
@@ -299,13 +299,13 @@ def _proven(
                 _add_to_buckets(counted[3:], mask.view(-1), place.origin + start, step)
         return total
 
-    def compared_by_kernel(block: Sequence[kernels.Run], start: int) -> Totals:
+    def compared_by_kernel(block: Sequence[c_ops.Run], start: int) -> Totals:
         total = np.zeros(shape, np.int64)
         for number, (row, guessed) in enumerate(zip(total, tried, strict=True)):
             base, model = place.pair(block, number)
             for (_, guess), counted in zip(guessed, row, strict=False):
                 counted[0] = base.count
-                kernels.compare_sizes(counted[1:], base, model, guess.threshold, place.origin + start, step)
+                c_ops.compare_sizes(counted[1:], base, model, guess.threshold, place.origin + start, step)
         return total
 
     totals = yield place.request(compared, compared_by_kernel)
@@ -347,13 +347,13 @@ def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, Totals, N
             _add_to_buckets(row, equal, first + wanted.start - begin, step)
         return counts
 
-    def in_buckets_by_kernel(block: Sequence[kernels.Run], start: int) -> Totals:
+    def in_buckets_by_kernel(block: Sequence[c_ops.Run], start: int) -> Totals:
         counts = np.zeros((len(searches), 2 + BUCKETS), np.int64)
         first = place.origin + start
         part = slice(max(begin - first, 0), min(begin + width - first, block[0].count))
         for row, search in zip(counts, searches, strict=True):
             base, model = (run.part(part) for run in place.pair(block, search.number))
-            kernels.compare_sizes(row, base, model, search.threshold, first + part.start - begin, step)
+            c_ops.compare_sizes(row, base, model, search.threshold, first + part.start - begin, step)
         return counts[:, 2:]
 
     within = (max(begin - place.origin, 0), max(begin + width - place.origin, 0))

@@ -19,7 +19,6 @@ second one; here it is always the last.
 
 from __future__ import annotations
 
-from mergekit_lite import kernels
 from mergekit_lite.deferred import torch
 from mergekit_lite.methods.election import elected
 from mergekit_lite.methods.parameters import PerModel
@@ -36,6 +35,7 @@ from mergekit_lite.methods.sparsify import (
     rescaling,
     whole,
 )
+from mergekit_lite.ops import c_ops
 
 ADDED = "base + lambda·Σ w·{}(x − base)"
 ELECTED = "base + lambda·Σ w·{0}(x − base)·[sign elected]"
@@ -57,7 +57,7 @@ def _added(
         return combine
     return Compiled(
         combine,
-        lambda block, start, out: kernels.merge_sum(out, block, True, coefficients, 1.0, keeps, start, sparse.row),
+        lambda block, start, out: c_ops.merge_sum(out, block, True, coefficients, 1.0, keeps, start, sparse.row),
     )
 
 
@@ -74,7 +74,7 @@ def _elected(
         return combine
     return Compiled(
         combine,
-        lambda block, start, out: kernels.merge_elected(
+        lambda block, start, out: c_ops.merge_elected(
             out, block, votes, shares, divided, scale, keeps, start, sparse.row
         ),
     )

@@ -21,12 +21,12 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from mergekit_lite import kernels
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Totals, Weighted, deltas, sum_of_deltas
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import total
+from mergekit_lite.ops import c_ops
 
 IN_LAYER = re.compile(r"(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<module>[^.]+)")
 
@@ -68,7 +68,7 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
     if granularity == "layer" and group is None:
         coefficients = (1 / subject.models,) * subject.models
     else:
-        keeps = (kernels.Keep(),) * subject.models
+        keeps = (c_ops.Keep(),) * subject.models
         per_element = granularity == "model"
         tensor_share = 1.0 if per_element else 1 / subject.numel
 
@@ -76,11 +76,11 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
             changed = [total(delta.abs_()) if measure == "abs" else _square(delta) for delta in deltas(block)]
             return torch.stack([*changed, changed[0].new_tensor(block[0].numel())]) * tensor_share
 
-        def change_by_kernel(block: Sequence[kernels.Run], _: int) -> Totals:
+        def change_by_kernel(block: Sequence[c_ops.Run], _: int) -> Totals:
             if measure == "abs":
-                changed = kernels.lengths(block, keeps, 0)[: subject.models]
+                changed = c_ops.lengths(block, keeps, 0)[: subject.models]
             else:
-                changed = [kernels.inner_products([block[0], model], has_base=True)[0] for model in block[1:]]
+                changed = [c_ops.inner_products([block[0], model], has_base=True)[0] for model in block[1:]]
             return np.array([*changed, block[0].count]) * tensor_share
 
         changes = yield Sums(change, group, kernel=change_by_kernel)

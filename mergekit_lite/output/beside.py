@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, ties
+from mergekit_lite.checkpoint import Checkpoint, tied_weights
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES, inside
 from mergekit_lite.errors import CheckpointError
+from mergekit_lite.layout import INDEX_NAME, index_json
 from mergekit_lite.output.card import model_card
-from mergekit_lite.output.layout import INDEX_NAME, index_json
 from mergekit_lite.output.manifest import manifest_of, text_of
 from mergekit_lite.output.workspace import is_single_file, manifest_path
-from mergekit_lite.plan import Plan
-from mergekit_lite.plan.tokenizers import is_template_file, is_tokenizer_file
+from mergekit_lite.planning import Plan
+from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
 
 SMALL = 100_000_000  # tokenizers of large vocabularies come to some tens of megabytes
 FOREIGN_WEIGHTS = (
@@ -171,5 +171,5 @@ def _with_value(config: Mapping[str, Any], keys: tuple[str, ...], value: object)
 
 def _has_own_head(plan: Plan, digests: Mapping[str, Any]) -> bool:
     """Whether an output head is written that differs from the embedding, so that loading must not tie them."""
-    embeddings = {digests[job.name]["output"] for job in plan.jobs if ties.is_embedding(job.name)}
-    return any(ties.is_head(job.name) and digests[job.name]["output"] not in embeddings for job in plan.jobs)
+    embeddings = {digests[job.name]["output"] for job in plan.jobs if tied_weights.is_embedding(job.name)}
+    return any(tied_weights.is_head(job.name) and digests[job.name]["output"] not in embeddings for job in plan.jobs)

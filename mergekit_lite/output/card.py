@@ -10,7 +10,7 @@ import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.errors import counted
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 

@@ -12,9 +12,9 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.output.layout import OutputFile
+from mergekit_lite.layout import OutputFile
 from mergekit_lite.output.workspace import MANIFEST_NAME, is_single_file
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 
 PIECE = 1 << 20  # bytes read at once for a digest
 SEAL = "manifest_xxh3_128"

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.layout import Layout, OutputFile, write_torch_skeleton
 from mergekit_lite.output.journal import Journal, Record
-from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
 from mergekit_lite.output.target import PAGE, Pace, Target
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
 

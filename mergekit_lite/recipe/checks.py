@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mergekit_lite.recipe.document import Mark, Remark
 from mergekit_lite.recipe.merge import MergeRecipe, Slice
 from mergekit_lite.recipe.parameters import MethodParameters
 from mergekit_lite.recipe.rules import Parameters
+from mergekit_lite.yaml_document import Mark, Remark
 
 Methods = Mapping[str, MethodParameters]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mergekit_lite.recipe.document import Mark, Remark
 from mergekit_lite.recipe.rules import NOWHERE, Filter, Parameters, Spot
+from mergekit_lite.yaml_document import Mark, Remark
 
 
 @dataclass(frozen=True)

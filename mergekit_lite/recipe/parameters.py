@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
 
-from mergekit_lite.recipe.document import Value
+from mergekit_lite.yaml_document import Value
 
 Base = Literal["required", "optional", "none"]
 

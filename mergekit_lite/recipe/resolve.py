@@ -13,11 +13,11 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
-from mergekit_lite.recipe.document import Remark, Value
 from mergekit_lite.recipe.layers import Output
 from mergekit_lite.recipe.merge import MergeRecipe
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
 from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Spot, along, rule_for
+from mergekit_lite.yaml_document import Remark, Value
 
 
 class _Asked(NamedTuple):

@@ -31,7 +31,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple
 
-from mergekit_lite.recipe.document import Mark, Value
+from mergekit_lite.yaml_document import Mark, Value
 
 REGEX = "regex:"
 NOWHERE = Mark(1, 1)

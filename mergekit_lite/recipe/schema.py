@@ -37,11 +37,11 @@ from dataclasses import dataclass, field, replace
 from mergekit_lite.errors import nearest
 from mergekit_lite.recipe import settings
 from mergekit_lite.recipe.checks import lacking, miscounted
-from mergekit_lite.recipe.document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
 from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
+from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
-from mergekit_lite.recipe.document import Fields, Node, Remark, Scalar, describe
 from mergekit_lite.recipe.templates import TEMPLATES
 from mergekit_lite.recipe.values import Remarks, fields, text
+from mergekit_lite.yaml_document import Fields, Node, Remark, Scalar, describe
 
 ARCHITECTURE = {
     "override_architecture": "override_architecture is not supported: names come from the model's files, no table of "

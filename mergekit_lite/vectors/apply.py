@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.addends import addend
+from mergekit_lite.checkpoint.references import addend
 from mergekit_lite.errors import UsageError
-from mergekit_lite.plan import Plan
-from mergekit_lite.plan.merge import method_parameters, plan_merge
+from mergekit_lite.planning import Plan
+from mergekit_lite.planning.planner import method_parameters, plan_merge
 from mergekit_lite.recipe import parse
 
 if TYPE_CHECKING:

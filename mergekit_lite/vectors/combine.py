@@ -11,13 +11,13 @@ import yaml
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
-from mergekit_lite.checkpoint.addends import Addend, addend
 from mergekit_lite.checkpoint.change import Change
+from mergekit_lite.checkpoint.references import Addend, addend
 from mergekit_lite.checkpoint.vector_file import Delta, Vector, described, from_zero, read_vector
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
-from mergekit_lite.output.layout import OutputTensor, safetensors_layout
-from mergekit_lite.plan import Plan
-from mergekit_lite.plan.merge import method_parameters, plan_merge
+from mergekit_lite.layout import OutputTensor, safetensors_layout
+from mergekit_lite.planning import Plan
+from mergekit_lite.planning.planner import method_parameters, plan_merge
 from mergekit_lite.recipe import parse
 
 if TYPE_CHECKING:

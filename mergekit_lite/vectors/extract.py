@@ -20,17 +20,17 @@ import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, ties
+from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.adapter_config import MAX_RANK
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import described
-from mergekit_lite.engine.lane import CPU
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
-from mergekit_lite.engine.spans import CHUNK, cut
+from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
+from mergekit_lite.layout import Layout, OutputTensor, safetensors_layout
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.layout import Layout, OutputTensor, safetensors_layout
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
 from mergekit_lite.vectors import peft_folder
 from mergekit_lite.vectors.encoders import Dense, Encoder, Part, Signs, Sketch, Sparse, Whole
@@ -277,7 +277,7 @@ class _Making:
         match settings.format:
             case "sparse":
                 return Sparse(settings.density, settings.threshold)
-            case "sign" if len(shape) > 1 and not ties.is_vocabulary(pair.name):
+            case "sign" if len(shape) > 1 and not tied_weights.is_vocabulary(pair.name):
                 return Signs()
             case "lowrank" if len(shape) == 2 and (settings.rank or 1) * sum(shape) < math.prod(shape):
                 return LowRank(settings.rank, settings.energy, settings.seed, self.device, self.spill)

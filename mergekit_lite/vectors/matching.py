@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, TensorSpec, ties
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.errors import PlanError
-from mergekit_lite.plan.matching import is_buffer
+from mergekit_lite.planning.matching import is_buffer
 from mergekit_lite.recipe.layers import place, stacks
 
 
@@ -107,7 +107,7 @@ def alike(models: Sequence[Checkpoint]) -> Iterator[tuple[str, tuple[TensorSpec 
     the order; what it doesn't have comes last.
     """
     for name in dict.fromkeys(name for model in models for name in model.tensors):
-        yield name, tuple(ties.counterpart(name, model.tensors) for model in models)
+        yield name, tuple(tied_weights.counterpart(name, model.tensors) for model in models)
 
 
 def alone(model: Checkpoint) -> list[Match]:
@@ -149,4 +149,4 @@ def _why_not(name: str, specs: Sequence[TensorSpec | None], models: Sequence[Che
 def _is_vocabulary(spec: TensorSpec, other: TensorSpec) -> bool:
     """Whether two tensors differ in nothing but the number of tokens."""
     alike = len(spec.shape) == len(other.shape) > 0 and spec.shape[1:] == other.shape[1:]
-    return alike and ties.is_vocabulary(spec.name)
+    return alike and tied_weights.is_vocabulary(spec.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, ties
+from mergekit_lite.checkpoint import Checkpoint, tied_weights
 from mergekit_lite.checkpoint.adapter import PREFIX
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.errors import PlanError
@@ -36,7 +36,7 @@ def is_layer(pair: Pair) -> bool:
     """Whether a tensor is the weight of a linear layer that gets factors."""
     matrix = pair.base is not None and len(pair.tuned.shape) == 2 and min(pair.tuned.shape) > 0
     module, _, kind = pair.name.rpartition(".")
-    return matrix and kind == "weight" and not ties.is_vocabulary(pair.name) and not module.endswith(POSITIONS)
+    return matrix and kind == "weight" and not tied_weights.is_vocabulary(pair.name) and not module.endswith(POSITIONS)
 
 
 def naming(sketches: Mapping[str, Sketch], base: Checkpoint) -> Callable[[str, str], str]:
@@ -68,13 +68,13 @@ def problems(pairs: Sequence[Pair]) -> list[str]:
 
 def check_changed(changed: Sequence[Pair], base: Checkpoint) -> None:
     """Raise PlanError where a tensor that changed can't be in an adapter."""
-    tied = not any(ties.is_head(name) for name in base.tensors)
+    tied = not any(tied_weights.is_head(name) for name in base.tensors)
     found = []
     for pair in changed:
         module, _, kind = pair.name.rpartition(".")
         if len(pair.tuned.shape) > 2 or kind not in ("weight", "bias") or not dtypes.is_float(pair.tuned.dtype):
             found.append(f"{pair.name}: changed, but is no weight or bias of a layer; an adapter can't hold it")
-        elif tied and ties.is_embedding(pair.name):
+        elif tied and tied_weights.is_embedding(pair.name):
             found.append(f"{pair.name}: changed, and the base ties its head to it; an adapter doesn't say who follows")
         elif not module:
             found.append(f"{pair.name}: changed, but belongs to no module")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lite.checkpoint.addends import Addend
+from mergekit_lite.checkpoint.references import Addend
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.output.workspace import is_single_file
-from mergekit_lite.plan import Plan, plan
-from mergekit_lite.plan.merge import method_parameters, plan_merge
+from mergekit_lite.planning import Plan, plan
+from mergekit_lite.planning.planner import method_parameters, plan_merge
 from mergekit_lite.recipe import parse
 from mergekit_lite.verification.manifest import Input, Manifest
 from mergekit_lite.verification.pair import pair_recipe

@@ -13,12 +13,12 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec, safetensors_file, torch_file
 from mergekit_lite.checkpoint.folder import NOT_WEIGHTS, WEIGHT_SUFFIXES, inside, weight_map
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.engine.lane import CPU, Lane
+from mergekit_lite.engine.buffers import CPU, Lane
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.report import of_spans
-from mergekit_lite.engine.spans import CHUNK, bounds, cut
+from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import CheckpointError, RunError
-from mergekit_lite.output.layout import INDEX_NAME
+from mergekit_lite.layout import INDEX_NAME
 from mergekit_lite.output.manifest import file_digest, frame_digest
 from mergekit_lite.output.workspace import is_single_file
 from mergekit_lite.verification.manifest import DIGEST, Manifest, Tensor, WrittenFile

@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterator
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
-from mergekit_lite.engine.destination import Records
-from mergekit_lite.engine.lane import CPU
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.report import report
-from mergekit_lite.engine.spans import bounds
-from mergekit_lite.engine.work import Progress, Work
+from mergekit_lite.engine.schedule import Progress, Work
+from mergekit_lite.engine.sink import Records
+from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.errors import MergekitLiteError
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 from mergekit_lite.verification.manifest import Manifest
 from mergekit_lite.verification.published import differing
 from mergekit_lite.verification.verdict import Finding

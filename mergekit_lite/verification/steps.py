@@ -13,10 +13,10 @@ from typing import Literal
 from mergekit_lite._version import __version__
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.run import chosen_device, lanes_and_block
-from mergekit_lite.engine.work import Progress
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.output.workspace import is_single_file, manifest_path
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 from mergekit_lite.verification.inputs import Inputs, open_inputs, plan_again
 from mergekit_lite.verification.manifest import Manifest, read_manifest
 from mergekit_lite.verification.published import Published, check_digests, open_published

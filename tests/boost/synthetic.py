@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit_lite.boost.candidates.candidate import Numbers, Row, label
-from mergekit_lite.boost.search.search import Outcome, Search
+from mergekit_lite.boosting.candidates.candidate import Numbers, Row, label
+from mergekit_lite.boosting.search.search import Outcome, Search
 
 
 def tried(search: Search, score: Callable[[Numbers], float | Outcome | None]) -> list[Numbers]:

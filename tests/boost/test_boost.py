@@ -22,9 +22,9 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.template import ChatTemplate
-from mergekit_lite.boost.boosting import bench_of, boost
-from mergekit_lite.boost.measure.answering import Answering
-from mergekit_lite.boost.request import Request, prepare
+from mergekit_lite.boosting.boosting import bench_of, boost
+from mergekit_lite.boosting.measure.answering import Answering
+from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.commands import main
 from mergekit_lite.errors import UsageError
 from tests.boost.end_to_end import write_models, write_pairs, write_prompts

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boost.candidates.candidate import Numbers, Row
-from mergekit_lite.boost.report import write
-from mergekit_lite.boost.search.choice import Result, boost
-from mergekit_lite.boost.search.point import Settings
-from mergekit_lite.boost.search.search import bracket, grid
-from mergekit_lite.boost.search.study import Study
+from mergekit_lite.boosting.candidates.candidate import Numbers, Row
+from mergekit_lite.boosting.report import write
+from mergekit_lite.boosting.search.choice import Result, boost
+from mergekit_lite.boosting.search.point import Settings
+from mergekit_lite.boosting.search.search import bracket, grid
+from mergekit_lite.boosting.search.study import Study
 from tests.boost.search.test_choice import peak
 from tests.boost.synthetic import SyntheticBench
 from tests.browser import Browser

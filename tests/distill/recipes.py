@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from mergekit_lite.distill.loading import load
-from mergekit_lite.distill.recipe import Recipe
+from mergekit_lite.distillation.loading import load
+from mergekit_lite.distillation.recipe import Recipe
 
 
 def recipe_data(**changes: Any) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_lite.commands import main
-from mergekit_lite.distill.folder import Folder
-from mergekit_lite.distill.loading import load
-from mergekit_lite.distill.objectives import OBJECTIVES
-from mergekit_lite.distill.recipe import Rule, Scorer
+from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.loading import load
+from mergekit_lite.distillation.objectives import OBJECTIVES
+from mergekit_lite.distillation.recipe import Rule, Scorer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.distill.checks import unknown_domains
-from mergekit_lite.distill.loading import load, parse
-from mergekit_lite.distill.recipe import TARGET
+from mergekit_lite.distillation.checks import unknown_domains
+from mergekit_lite.distillation.loading import load, parse
+from mergekit_lite.distillation.recipe import TARGET
 from mergekit_lite.errors import UsageError
-from mergekit_lite.recipe.document import RecipeError
+from mergekit_lite.yaml_document import RecipeError
 from tests.distill.recipes import recipe, write_recipe
 
 SOUND = """\

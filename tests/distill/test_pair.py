@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from mergekit_lite.answers.rows import write_rows
-from mergekit_lite.distill.folder import Folder
-from mergekit_lite.distill.pair import pair
-from mergekit_lite.distill.recipe import Recipe
-from mergekit_lite.distill.telling import Silent
+from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.pair import pair
+from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.reporter import Silent
 from mergekit_lite.errors import UsageError
 
 SOURCES = ("gemma", "qwen")

@@ -13,14 +13,14 @@ import pytest
 
 from mergekit_lite.answers.prompts import from_row
 from mergekit_lite.answers.rows import write_rows
-from mergekit_lite.distill import curves
-from mergekit_lite.distill.findings import Findings
-from mergekit_lite.distill.folder import Folder
-from mergekit_lite.distill.held_out import MODELS
-from mergekit_lite.distill.recipe import Recipe
-from mergekit_lite.distill.report import report
-from mergekit_lite.distill.score import digest_of
-from mergekit_lite.distill.telling import Silent
+from mergekit_lite.distillation import curves
+from mergekit_lite.distillation.findings import Findings
+from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.held_out import MODELS
+from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.report import report
+from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.score import digest_of
 from mergekit_lite.errors import UsageError
 from tests.browser import Browser
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lite.distill.recipe import Pairs
-from mergekit_lite.distill.rules import (
+from mergekit_lite.distillation.assign import Lost, Sft, Waiting, drawn, fates
+from mergekit_lite.distillation.recipe import Pairs
+from mergekit_lite.distillation.rules import (
     Answers,
     Candidate,
     Dropped,
@@ -27,7 +28,6 @@ from mergekit_lite.distill.rules import (
     win,
     wrpo,
 )
-from mergekit_lite.distill.split import Lost, Sft, Waiting, drawn, fates
 
 # The worked example: scores of a reward model on the answers of three sources to one prompt.
 SCORES = {

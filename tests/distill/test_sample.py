@@ -222,7 +222,7 @@ def test_run_takes_the_stages_in_their_order(tmp_path: Path, monkeypatch: pytest
     taken: list[str] = []
     for name in ("score", "pair", "train", "report"):
         stage = SimpleNamespace(**{name: lambda recipe, tell, name=name: taken.append(name)}, check=lambda recipe: None)
-        monkeypatch.setitem(sys.modules, f"mergekit_lite.distill.{name}", stage)
+        monkeypatch.setitem(sys.modules, f"mergekit_lite.distillation.{name}", stage)
     with fake_server() as fake:
         assert invoke("run", place(tmp_path, fake.url))[0] == 0
         assert taken == ["score", "pair", "train", "report"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.distill import protocols
-from mergekit_lite.distill.loading import load
-from mergekit_lite.distill.split import needs_target
+from mergekit_lite.distillation import protocols
+from mergekit_lite.distillation.assign import needs_target
+from mergekit_lite.distillation.loading import load
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "distill"
 FILES = sorted(FOLDER.glob("*.yaml"))

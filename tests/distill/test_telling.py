@@ -7,15 +7,15 @@ import io
 import pytest
 from rich.console import Console
 
-from mergekit_lite.commands import telling
-from mergekit_lite.commands.telling import Teller, rate
+from mergekit_lite.commands import reporter
+from mergekit_lite.commands.reporter import Teller, rate
 
 
 def test_in_a_pipe_progress_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 5.0, 20.0, 25.0])
-    monkeypatch.setattr(telling.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: next(now))
     with Teller().progress("gemma", 1000, 200) as advance:
         for _ in range(3):
             advance(100)

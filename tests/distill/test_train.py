@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lite.answers.template import ChatTemplate, Limits
-from mergekit_lite.distill.recipe import Recipe
-from mergekit_lite.distill.telling import Silent
-from mergekit_lite.distill.train import check, train
-from mergekit_lite.distill.training.model import tokenizer_of
-from mergekit_lite.distill.training.rows import preference_rows
+from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.train import check, train
+from mergekit_lite.distillation.training.model import tokenizer_of
+from mergekit_lite.distillation.training.rows import preference_rows
 from mergekit_lite.errors import CheckpointError, UsageError
 from tests.distill import training
 from tests.distill.training import log, recipe, target, weights, write_rows
 from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
-preload("mergekit_lite.distill.training.trainer", "transformers.models.gpt2.modeling_gpt2")
+preload("mergekit_lite.distillation.training.trainer", "transformers.models.gpt2.modeling_gpt2")
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_sft_is_the_mean_over_the_tokens_of_a_batch(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mergekit_lite.answers.template import ChatTemplate
-    from mergekit_lite.distill.training.rows import order
+    from mergekit_lite.distillation.training.rows import order
 
     descent = {"optim": "sgd", "max_grad_norm": 0}
     stage = {"epochs": 4 / 24, "learning_rate": 0.1, "warmup_ratio": 0, "scheduler": "constant", "trainer": descent}

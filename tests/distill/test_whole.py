@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_lite.commands import main
-from mergekit_lite.distill.folder import Folder
+from mergekit_lite.distillation.folder import Folder
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
 

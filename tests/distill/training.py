@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from mergekit_lite.distill.recipe import Recipe
-from mergekit_lite.distill.telling import Silent
-from mergekit_lite.distill.train import train
+from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.train import train
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
 

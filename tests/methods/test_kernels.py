@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_lite import kernels
 from mergekit_lite.methods import merge_tensors
 from mergekit_lite.methods.statistics import WORTH_SAMPLING
+from mergekit_lite.ops import c_ops
 
 SHARES = {"density": 0.4, "weight": 0.6}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -60,7 +60,7 @@ KINDS = ((F16, F16, F16, F16, F16), (F16, BF16, BF16, BF16, BF16), (BF16, F16, B
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    with patch.object(kernels, "compiled", lambda: None):
+    with patch.object(c_ops, "compiled", lambda: None):
         yield
 
 
@@ -98,7 +98,7 @@ def test_they_are_there() -> None:
     """Where there is a compiler, an installation has them: without them the other tests here would show nothing."""
     if shutil.which("cc") is None and "CI" not in os.environ:
         pytest.skip("no C compiler")
-    assert kernels.compiled() is not None, "pip install -e . compiles them"
+    assert c_ops.compiled() is not None, "pip install -e . compiles them"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -177,12 +177,12 @@ def test_sums_agree() -> None:
     assert base is not None
     wide = [(tensor.double() - base.double()) for tensor in tuned]
     products = torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
-    runs = [kernels.run_of(tensor) for tensor in (base, *tuned)]
-    assert kernels.inner_products(runs, True) == pytest.approx(products.tolist(), rel=1e-12)
-    keeps = [kernels.Keep(kernels.BY_SIZE, low=2.0**-12, low_end=0, high=float("inf"))] * 4
+    runs = [c_ops.run_of(tensor) for tensor in (base, *tuned)]
+    assert c_ops.inner_products(runs, True) == pytest.approx(products.tolist(), rel=1e-12)
+    keeps = [c_ops.Keep(c_ops.BY_SIZE, low=2.0**-12, low_end=0, high=float("inf"))] * 4
     kept = [delta * (delta.abs() > 2.0**-12) for delta in wide]
     sizes = [delta.abs().sum().item() for delta in (*wide, *kept)]
-    assert kernels.lengths(runs, keeps, 0) == pytest.approx(sizes, rel=1e-12)
+    assert c_ops.lengths(runs, keeps, 0) == pytest.approx(sizes, rel=1e-12)
 
 
 def test_sizes_are_counted_by_index() -> None:
@@ -192,7 +192,7 @@ def test_sizes_are_counted_by_index() -> None:
     sizes = (tuned.float() - base.float()).abs()
     threshold, start, step = sizes.median().item(), 777, 1000
     counts = np.zeros(2 + 11, np.int64)
-    kernels.compare_sizes(counts, kernels.run_of(base), kernels.run_of(tuned), threshold, start, step)
+    c_ops.compare_sizes(counts, c_ops.run_of(base), c_ops.run_of(tuned), threshold, start, step)
     equal = torch.zeros(11, dtype=torch.int64)
     for index in (sizes == threshold).nonzero().flatten().tolist():
         equal[(start + index) // step] += 1
@@ -204,16 +204,16 @@ def test_sizes_are_counted_by_index() -> None:
 @pytest.mark.parametrize("kind", SIXTEEN_BITS)
 def test_one_number_that_is_not_finite_is_found(kind: torch.dtype, odd: float, place: int) -> None:
     tensor = torch.full((1001,), torch.finfo(kind).max, dtype=kind)
-    assert kernels.all_finite(kernels.run_of(tensor))
+    assert c_ops.all_finite(c_ops.run_of(tensor))
     tensor[place] = odd
-    assert not kernels.all_finite(kernels.run_of(tensor))
+    assert not c_ops.all_finite(c_ops.run_of(tensor))
 
 
 def test_what_they_do_not_take() -> None:
     fits = torch.zeros(4, 4, dtype=torch.bfloat16)
-    assert kernels.take(fits, fits.half())
-    assert not kernels.take(fits, fits.float())
-    assert not kernels.take(fits.T[1:])
-    assert not kernels.take(*[fits] * (kernels.MOST_TENSORS + 1))
+    assert c_ops.take(fits, fits.half())
+    assert not c_ops.take(fits, fits.float())
+    assert not c_ops.take(fits.T[1:])
+    assert not c_ops.take(*[fits] * (c_ops.MOST_TENSORS + 1))
     with without_kernels():
-        assert not kernels.take(fits)
+        assert not c_ops.take(fits)

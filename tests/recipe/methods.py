@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mergekit_lite.plan.merge import method_parameters
+from mergekit_lite.planning.planner import method_parameters
 
 METHODS = method_parameters()

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lite.recipe.document import Fields, Items, Node, RecipeError, Scalar, read
+from mergekit_lite.yaml_document import Fields, Items, Node, RecipeError, Scalar, read
 
 # PyYAML's writer, not its reader, loses line separators such as U+0085.
 TEXTS = st.text(st.characters(exclude_categories=("C", "Z")), max_size=8)

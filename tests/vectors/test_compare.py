@@ -13,11 +13,11 @@ import torch
 
 import mergekit_lite
 from mergekit_lite import dtypes
+from mergekit_lite.comparison import deltas, survey
+from mergekit_lite.comparison.comparison import Comparison, compare, looks_like
+from mergekit_lite.comparison.deltas import Settings
+from mergekit_lite.comparison.export import as_data
 from mergekit_lite.errors import PlanError
-from mergekit_lite.vectors import deltas, survey
-from mergekit_lite.vectors.comparison import Comparison, compare, looks_like
-from mergekit_lite.vectors.deltas import Settings
-from mergekit_lite.vectors.export import as_data
 from tests.adapters import lora, write_adapter
 from tests.models import State, state, tuned, write_folder
 from tests.vectors import naive

@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from mergekit_lite.commands import main
-from mergekit_lite.vectors import survey
-from mergekit_lite.vectors.inspection import inspect
+from mergekit_lite.comparison import survey
+from mergekit_lite.comparison.inspection import inspect
 from tests.models import State, state, write_folder
 
 CONFIG: dict[str, object] = {

@@ -16,9 +16,9 @@ import torch
 from click.testing import CliRunner
 
 from mergekit_lite.commands import main
-from mergekit_lite.vectors import plots
-from mergekit_lite.vectors.comparison import Comparison, compare
-from mergekit_lite.vectors.page import page
+from mergekit_lite.comparison import plots
+from mergekit_lite.comparison.comparison import Comparison, compare
+from mergekit_lite.comparison.page import page
 from tests.browser import Browser
 from tests.models import State, state, tuned, write_folder
 

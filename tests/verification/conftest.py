@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.engine import spans
+from mergekit_lite.engine import tiling
 from tests.verification.outputs import write_models
 
 
@@ -14,6 +14,6 @@ from tests.verification.outputs import write_models
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder with the models; spans are short, so that tensors have several."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(spans, "SPAN", 1 << 8)
+    monkeypatch.setattr(tiling, "SPAN", 1 << 8)
     write_models(tmp_path)
     return tmp_path

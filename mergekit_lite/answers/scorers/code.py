@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mergekit_lite.answers.scorers.fence import Limits, run_fenced
+from mergekit_lite.answers.scorers.sandbox import Limits, run_fenced
 from mergekit_lite.answers.scorers.scorer import Judged, Score
 
 FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)

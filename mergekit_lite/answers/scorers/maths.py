@@ -73,7 +73,7 @@ class Maths:
         return _line_of(process, self.seconds)
 
     def _started(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mergekit_lite.answers.scorers.equality", str(self.seconds), str(MEMORY)]
+        command = [sys.executable, "-m", "mergekit_lite.answers.scorers.math_worker", str(self.seconds), str(MEMORY)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if _line_of(self._process, START) is None:
             self.close()

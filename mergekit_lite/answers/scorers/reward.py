@@ -1,7 +1,7 @@
 """Reward models: a number for a conversation and its answer.
 
 Any model that transformers loads as ``AutoModelForSequenceClassification`` with one logit; and those of the ArmoRM
-family, see ``gated.py``. The conversation is written by the model's own chat template, as in its training. An answer
+family, see ``armorm.py``. The conversation is written by the model's own chat template, as in its training. An answer
 with which it gets longer than the model takes has no score.
 
 Rows of like length are read together. Padding is masked, so a score depends on its row alone; the rounding of matrix
@@ -25,7 +25,7 @@ from mergekit_lite.answers.loading import (
     tokenizer_of,
 )
 from mergekit_lite.answers.rows import Message
-from mergekit_lite.answers.scorers import gated
+from mergekit_lite.answers.scorers import armorm
 from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
 from mergekit_lite.answers.scorers.settings import Positive, ScorerSettings, Strict
 from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
@@ -171,8 +171,8 @@ def _head(path: str, place: Placed) -> Head:
     from transformers import AutoModelForSequenceClassification
 
     config = config_of(path, "a reward model")
-    if gated.is_gated(config):
-        return gated.load(path, config, place)
+    if armorm.is_gated(config):
+        return armorm.load(path, config, place)
     model, missing, unexpected = model_of(AutoModelForSequenceClassification, path, "a reward model", place)
     problems = [f"the weights have no {name}" for name in missing]
     problems += [f"{name} in the weights belongs to nothing that is known" for name in unexpected]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.answers.scorers import fence
+from mergekit_lite.answers.scorers import sandbox
 from mergekit_lite.answers.scorers.code import Code, Options, python_in
-from mergekit_lite.answers.scorers.fence import FenceError, Limits, Outcome, check_fence, run_fenced
+from mergekit_lite.answers.scorers.sandbox import FenceError, Limits, Outcome, check_fence, run_fenced
 from tests.answers.scorers.asked import judged
 
 LIMITS = Limits(seconds=1, memory_mb=256, files_mb=4, processes=8)
@@ -141,7 +141,7 @@ def running() -> list[str]:
             line = (process / "cmdline").read_bytes().decode()
         except OSError:
             continue
-        if str(fence.INSIDE) in line:
+        if str(sandbox.INSIDE) in line:
             lines.append(line)
     return lines
 

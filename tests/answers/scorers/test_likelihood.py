@@ -11,7 +11,7 @@ import torch
 
 from mergekit_lite.answers.rows import Message, Prompt
 from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs, text_log_probs
-from mergekit_lite.answers.scorers.opening import open_scorer
+from mergekit_lite.answers.scorers.registry import open_scorer
 from mergekit_lite.answers.scorers.scorer import Judged, Score
 from mergekit_lite.answers.scorers.settings import ScorerSettings
 from mergekit_lite.answers.template import ChatTemplate, Tokens

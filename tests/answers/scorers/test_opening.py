@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.answers.scorers.opening import KINDS, open_scorer, wrong_settings
+from mergekit_lite.answers.scorers.registry import KINDS, open_scorer, wrong_settings
 from mergekit_lite.answers.scorers.settings import ScorerSettings
 from mergekit_lite.errors import UsageError
 from tests.answers.scorers.asked import judged

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.scorers.opening import open_scorer
+from mergekit_lite.answers.scorers.registry import open_scorer
 from mergekit_lite.answers.scorers.scorer import Judged, Score
 from mergekit_lite.answers.scorers.settings import ScorerSettings
 from mergekit_lite.errors import CheckpointError

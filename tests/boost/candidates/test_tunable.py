@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergekit_lite.boost.candidates.family import PairFamily, RecipeFamily
-from mergekit_lite.boost.candidates.ranges import Range
-from mergekit_lite.boost.candidates.tunable import RecipeTuning, parse
+from mergekit_lite.boosting.candidates.family import PairFamily, RecipeFamily
+from mergekit_lite.boosting.candidates.ranges import Range
+from mergekit_lite.boosting.candidates.tunable import RecipeTuning, parse
 from mergekit_lite.errors import UsageError
 from tests.models import state, tuned, write_folder
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.boost.measure.given import read_pairs, read_texts
-from mergekit_lite.boost.measure.scores import parse
+from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
+from mergekit_lite.boosting.measure.scores import parse
 from mergekit_lite.errors import UsageError
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boost.boosting import bench_of, boost
-from mergekit_lite.boost.request import Request, prepare
+from mergekit_lite.boosting.boosting import bench_of, boost
+from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
 
@@ -55,7 +55,7 @@ def test_each_candidate_is_served_and_removed(models: Path, tmp_path: Path) -> N
 def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_lite.boost.measure.voices.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.2)
     (tmp_path / "out.boost").mkdir()
     with bench_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as bench:
         first, *others = bench.items
@@ -69,13 +69,13 @@ def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
 def test_a_server_is_stopped_when_the_search_fails(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_lite.boost.measure.voices.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.2)
     (tmp_path / "out.boost").mkdir()
 
     def failing(*_: object) -> Iterator[object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mergekit_lite.boost.measure.answering.Answering._rows", failing)
+    monkeypatch.setattr("mergekit_lite.boosting.measure.answering.Answering._rows", failing)
     prepared = prepare(request_of(models, tmp_path / "out", "stubborn"))
     with bench_of(prepared) as bench, pytest.raises(KeyboardInterrupt):
         list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
@@ -133,7 +133,7 @@ def gone(process: int) -> bool:
 def test_a_server_that_does_not_get_ready(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, patience: float, said: str
 ) -> None:
-    monkeypatch.setattr("mergekit_lite.boost.measure.voices.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.5)
     request = request_of(models, tmp_path / "out", how, serve_patience=patience)
     with bench_of(prepare(request)) as bench, pytest.raises(RunError) as failed:
         list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))

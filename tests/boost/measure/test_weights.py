@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_lite import plan_extrapolation, plan_merge_file, run
-from mergekit_lite.boost.measure.model import build
-from mergekit_lite.boost.measure.weights import Weights
+from mergekit_lite.boosting.measure.model import build
+from mergekit_lite.boosting.measure.weights import Weights
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
-from mergekit_lite.plan import Plan
+from mergekit_lite.planning import Plan
 from tests.boost.tiny import logits, write_pair
 
 CPU = "cpu"

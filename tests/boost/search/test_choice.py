@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boost.candidates.candidate import Numbers, Row
-from mergekit_lite.boost.search.choice import Result, Searcher, boost
-from mergekit_lite.boost.search.guards import Limits
-from mergekit_lite.boost.search.looks import looks
-from mergekit_lite.boost.search.point import Settings
-from mergekit_lite.boost.search.search import bracket, grid
-from mergekit_lite.boost.search.study import Study
-from mergekit_lite.boost.words import verdict
+from mergekit_lite.boosting.candidates.candidate import Numbers, Row
+from mergekit_lite.boosting.search.choice import Result, Searcher, boost
+from mergekit_lite.boosting.search.guards import Limits
+from mergekit_lite.boosting.search.looks import looks
+from mergekit_lite.boosting.search.point import Settings
+from mergekit_lite.boosting.search.search import bracket, grid
+from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.boosting.summary import verdict
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from tests.boost.synthetic import SyntheticBench
 

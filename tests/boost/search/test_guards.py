@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_lite.boost.candidates.candidate import Row
-from mergekit_lite.boost.search.guards import Guards, Limits, beyond, guards, limits, losses, repetition
+from mergekit_lite.boosting.candidates.candidate import Row
+from mergekit_lite.boosting.search.guards import Guards, Limits, beyond, guards, limits, losses, repetition
 from mergekit_lite.errors import UsageError
 
 

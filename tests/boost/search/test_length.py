@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergekit_lite.boost.search.length import (
+from mergekit_lite.boosting.search.length import (
     FOLDS,
     PENALTIES,
     Judgements,

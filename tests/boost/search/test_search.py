@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from mergekit_lite.boost.candidates.candidate import Numbers
-from mergekit_lite.boost.search.search import automatic_step, bracket, grid
+from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.search.search import automatic_step, bracket, grid
 from tests.boost.synthetic import alphas, best, tried
 
 # The orders that the paper's appendix B tells, as numbers; the aligned model has 0.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mergekit_lite.answers.statistics import interval, paired
-from mergekit_lite.boost.search.looks import PORTION, looks, portion, shared_confidence
+from mergekit_lite.boosting.search.looks import PORTION, looks, portion, shared_confidence
 
 SIMULATIONS = 300
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import optuna
 import pytest
 
-from mergekit_lite.boost.candidates.candidate import Numbers
-from mergekit_lite.boost.candidates.ranges import Range, read_range
-from mergekit_lite.boost.search.choice import boost
-from mergekit_lite.boost.search.point import Settings
-from mergekit_lite.boost.search.search import Outcome
-from mergekit_lite.boost.search.study import Study
-from mergekit_lite.boost.search.trials import optuna_search
+from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.ranges import Range, read_range
+from mergekit_lite.boosting.search.choice import boost
+from mergekit_lite.boosting.search.optuna_search import optuna_search
+from mergekit_lite.boosting.search.point import Settings
+from mergekit_lite.boosting.search.search import Outcome
+from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import UsageError
 from tests.boost.synthetic import SyntheticBench, tried
 
@@ -89,9 +89,9 @@ def test_other_settings_are_another_study_in_the_same_database(tmp_path: Path) -
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mergekit_lite.boost.search.choice import boost
-from mergekit_lite.boost.search.study import Study
-from mergekit_lite.boost.search.trials import optuna_search
+from mergekit_lite.boosting.search.choice import boost
+from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.boosting.search.optuna_search import optuna_search
 from tests.boost.search.test_trials import RANGES, SETTINGS, SyntheticBench, bowl
 folder, log, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 class Logged(SyntheticBench):

@@ -1,0 +1,76 @@
+"""The process in which ``maths.py`` has answers compared.
+
+    python -m mergekit_lite.answers.scorers.math_worker SECONDS MEMORY
+
+A line of JSON each way: ``{"reference", "answer"}`` in, ``{"value", "why"}`` out; ``{}`` first, when it is ready. The
+package's own time limits come first and leave the process alive; the other side kills it where they don't work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+from typing import Any
+
+
+def main(seconds: int, memory: int) -> None:
+    """Answer questions until there are no more."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    logging.disable()  # math-verify logs each answer that it can't read
+    import math_verify  # noqa: F401  # there when the first question comes
+
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
+    print("{}", file=told, flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        value, why = compared(question["reference"], question["answer"], max(1, (seconds - 1) // 3))
+        print(json.dumps({"value": value, "why": why}), file=told, flush=True)
+
+
+def compared(reference: str, answer: str, seconds: int) -> tuple[float | None, str]:
+    """The value and the reason of a verdict; reading either and comparing them take at most ``seconds`` each."""
+    from math_verify.errors import TimeoutException
+
+    try:
+        # As plain text only where it isn't LaTeX: there 2\pi would be 2.
+        golds = parsed(as_latex(reference), seconds) or parsed(reference, seconds)
+    except (Exception, TimeoutException) as error:
+        return None, f"the reference can't be read: {type(error).__name__}"
+    if not golds:
+        return None, "no maths in the reference"
+    try:
+        found = parsed(answer, seconds)
+        if not found:
+            return 0.0, "no maths in the answer"
+        return equal(golds, found, seconds), ""
+    except (Exception, TimeoutException) as error:  # sympy raises anything
+        return None, f"can't be compared: {type(error).__name__}"
+
+
+def as_latex(reference: str) -> str:
+    """References are often LaTeX without the dollars that tell so."""
+    marked = any(mark in reference for mark in ("$", "\\(", "\\[", "\\boxed", "\n"))
+    return reference if marked else f"${reference}$"
+
+
+def parsed(text: str, seconds: int) -> list[Any]:
+    """The expressions that math-verify finds, and the last of them as text."""
+    from math_verify import parse
+
+    expressions: list[Any] = parse(text, parsing_timeout=seconds, raise_on_error=True)
+    return expressions
+
+
+def equal(golds: list[Any], found: list[Any], seconds: int) -> float:
+    """1 where any form of the reference equals any of the answer."""
+    from math_verify import verify
+
+    return float(verify(golds, found, timeout_seconds=seconds, raise_on_error=True))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

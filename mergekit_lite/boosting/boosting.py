@@ -1,0 +1,172 @@
+"""Boost in one call: search by measuring, then make the chosen model by the road of ``extrapolate`` and ``merge``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lite.answers.scorers.registry import open_scorer
+from mergekit_lite.boosting import report
+from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.family import PairFamily, RecipeFamily
+from mergekit_lite.boosting.measure.answering import CHUNK, Answering, Likelihoods
+from mergekit_lite.boosting.measure.evaluator import Bench, Measure
+from mergekit_lite.boosting.measure.generators import Behind, InProcess
+from mergekit_lite.boosting.measure.likelihood import Ranking, Reading
+from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
+from mergekit_lite.boosting.measure.tasks import Harness
+from mergekit_lite.boosting.request import Prepared, described
+from mergekit_lite.boosting.search import choice
+from mergekit_lite.boosting.search.choice import Result
+from mergekit_lite.boosting.search.point import Point
+from mergekit_lite.boosting.search.study import Study
+
+if TYPE_CHECKING:
+    from mergekit_lite.engine.run import Finished
+    from mergekit_lite.engine.schedule import Progress
+
+RECIPE_NAME = "recipe.yml"
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """What came of it.
+
+    Attributes:
+        result: of the search.
+        page: the report.
+        about: what was searched with, in words.
+        finished: the chosen model as it was written; None where no candidate helps.
+    """
+
+    result: Result
+    page: Path
+    about: Mapping[str, str]
+    finished: Finished | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, and what was made."""
+        made = self.finished
+        return {
+            **report.as_json(self.result, self.about),
+            "output": str(made.outputs[0]) if made is not None else None,
+            "effective": made.reports[0].effective if made is not None else None,
+            "page": str(self.page),
+        }
+
+
+def boost(
+    prepared: Prepared,
+    measured: Callable[[Point], None] = lambda point: None,
+    writing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
+) -> Boosted:
+    """Search, report, and write the model that was chosen.
+
+    Args:
+        prepared: from ``prepare``.
+        measured: told of each candidate.
+        writing: gives what is told of bytes read while the model is made.
+
+    Raises:
+        MergekitLiteError: a candidate can't be made or asked, or the output not written. What was measured is kept.
+    """
+    check_output(prepared)
+    request = prepared.request
+    with bench_of(prepared) as bench, Study(request.folder, prepared.identity(), bench.items, request.seed) as study:
+        result = choice.boost(prepared.begin(), bench, study, prepared.settings, measured)
+        about = described(prepared)
+        page = report.write(result, study, about, bench.asked)
+    if result.chosen is None:
+        return Boosted(result, page, about, None)
+    with writing() as progress:
+        return Boosted(result, page, about, write(prepared, result.chosen, progress))
+
+
+@contextmanager
+def bench_of(prepared: Prepared) -> Iterator[Bench]:
+    """What measures; scorers' models are there as long as the context."""
+    request = prepared.request
+    stand = Stand(prepared.family, prepared.device, request.threads)
+    with ExitStack() as opened:
+        measures: list[Measure] = []
+        kinds = {score.kind for score in prepared.scores}
+        if prepared.prompts:
+            scorers = [opened.enter_context(open_scorer(s.scorer)) for s in prepared.scores if s.scorer is not None]
+            measures.append(
+                Answering(
+                    prepared.prompts,
+                    request.samples,
+                    request.seed,
+                    opened.enter_context(_voice(prepared, stand)),
+                    scorers,
+                    _likelihoods(prepared, stand, LOG_RATIO in kinds),
+                    max(CHUNK, request.batch_size),
+                )
+            )
+        if PAIRS in kinds:
+            measures.append(Ranking(stand, prepared.pairs, request.batch_size))
+        if NLL in kinds:
+            measures.append(Reading(stand, prepared.texts, request.batch_size))
+        for score in prepared.scores:
+            if score.kind == LM_EVAL:
+                how = {"seed": request.seed, "batch_size": request.batch_size, **dict(score.settings)}
+                measures.append(Harness(stand, score.name, score.target, **how))
+        yield Bench(measures, stand)
+
+
+def _voice(prepared: Prepared, stand: Stand) -> AbstractContextManager[Behind | InProcess]:
+    request = prepared.request
+    if request.serve_command is None:
+        return nullcontext(InProcess(stand, request.sampling, request.batch_size, prepared.portion))
+    folder = request.folder / "serving"
+    return Behind(stand, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience)
+
+
+def _likelihoods(prepared: Prepared, stand: Stand, ratio: bool) -> Likelihoods | None:
+    request = prepared.request
+    if request.serve_command is not None or not (request.likelihoods or ratio):
+        return None
+    weak = prepared.family.weak if ratio and isinstance(prepared.family, PairFamily) else None
+    return Likelihoods(stand, request.batch_size, weak)
+
+
+def check_output(prepared: Prepared) -> None:
+    """Refuse an output path before the search that can't be written to after it.
+
+    An output that is there already may be what this very boost made before: that is known once it has chosen again.
+
+    Raises:
+        UsageError: it lies in an input, or exists and was not made by a boost of this folder.
+    """
+    from mergekit_lite.engine.run import check_outputs
+
+    request = prepared.request
+    again = (request.folder / "study.json").exists()
+    plan = prepared.family.plan(prepared.family.baseline, request.output)
+    check_outputs(plan, resume=False, force=request.force or again)
+
+
+def write(prepared: Prepared, numbers: Numbers, progress: Progress | None = None) -> Finished:
+    """Make the model of these numbers, as ``extrapolate`` or ``merge`` does; goes on with what was begun.
+
+    Raises:
+        MergekitLiteError: as ``run`` says.
+    """
+    from mergekit_lite.engine.run import run
+
+    request = prepared.request
+    plan = prepared.family.plan(numbers, request.output)
+    if isinstance(prepared.family, RecipeFamily):
+        (request.folder / RECIPE_NAME).write_text(plan.text, encoding="utf-8")
+    return run(
+        plan,
+        device=prepared.device,
+        threads=request.threads,
+        resume=True,
+        force=request.force,
+        progress=progress,
+    )

@@ -1,0 +1,292 @@
+"""What is tuned: alpha of a pair, or any numbers of a merge recipe, each named by its path.
+
+    parameters.weight=0:1.5                     a number of the recipe, from 0 to 1.5
+    models.1.parameters.weight=0:1              of the second model: lists are counted from 0
+    parameters.t[filter=mlp]=0:1                only for tensors that the filter matches
+    parameters.t[layers=0-7]=0:1                only in layers 0 to 7, both included
+    parameters.t[filter=mlp,layers=0-7]=0:1     both
+    parameters.t[gradient=3]=0:1                three numbers: a gradient along the layers
+    parameters.t[groups=4]=0:1                  four numbers: one for each of four runs of layers, as equal as can be
+    parameters.t=0:1:0.05                       in steps of 0.05
+
+A filter is written as in recipes, ``regex:`` too. What no filter matches keeps what the recipe gives it. For the pair
+itself there are ``alpha=0:2`` and ``alpha[filter=mlp]=0:2``; all else takes a recipe (``merge_method: expo``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from mergekit_lite.boosting.candidates.ranges import Range, read_range
+from mergekit_lite.errors import UsageError, listing, nearest
+from mergekit_lite.recipe.rules import REGEX
+from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, Value, read
+
+Tree = Any  # of dicts, lists and values
+SHAPE = re.compile(r"(?P<path>[^\[\]=]+)(?:\[(?P<where>.+)\])?=(?P<range>[^=\]]+)")
+CONDITION = re.compile(r",(?=(?:filter|layers|gradient|groups)=)")
+LAYERS = re.compile(r"(\d+)-(\d+)")
+SPREAD = ("gradient", "groups")
+MOST_SPREAD = 64
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """One ``--tune``.
+
+    Attributes:
+        text: what was written before the equals sign.
+        path: keys and, in lists, numbers.
+        range: of each number.
+        filter: which tensors, by name; None for all.
+        layers: the first and the one behind the last; None for all.
+        gradient: how many numbers run along the layers; 0 where it is no gradient.
+        groups: how many runs of layers have each a number; 0 where it is not by groups.
+    """
+
+    text: str
+    path: tuple[str, ...]
+    range: Range
+    filter: str | None = None
+    layers: tuple[int, int] | None = None
+    gradient: int = 0
+    groups: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Of the numbers to search for."""
+        count = self.gradient or self.groups
+        return [f"{self.text}.{number}" for number in range(count)] if count else [self.text]
+
+
+def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
+    """Read every ``--tune``.
+
+    Raises:
+        UsageError: with every text that can't be read.
+    """
+    found: list[Tunable] = []
+    problems: list[str] = []
+    for text in texts:
+        try:
+            found.append(_tunable(text))
+        except (ValueError, UsageError) as error:
+            problems.append(f"{text!r}: {error}")
+    names = [tunable.text for tunable in found]
+    problems += [f"{name!r} is tuned twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise UsageError(listing("What is to be tuned can't be read", problems))
+    return tuple(found)
+
+
+def _tunable(text: str) -> Tunable:
+    """Raises ValueError or UsageError."""
+    shape = SHAPE.fullmatch(text)
+    if shape is None:
+        raise ValueError("expected PATH=LOW:HIGH, for instance parameters.weight=0:1.5 or alpha[filter=mlp]=0:1")
+    where = _conditions(shape["where"])
+    layers = None
+    if "layers" in where:
+        ends = LAYERS.fullmatch(where["layers"])
+        if ends is None or int(ends[1]) > int(ends[2]):
+            raise ValueError(f"layers={where['layers']}: expected the first and the last one, for instance layers=0-7")
+        layers = int(ends[1]), int(ends[2]) + 1
+    spread = {name: _count(name, where[name]) for name in SPREAD if name in where}
+    if "groups" in where and len(where) > 1:
+        told = ", ".join(name for name in where if name != "groups")
+        raise ValueError(f"groups can't be combined with {told}: write a --tune with layers= for each run")
+    path = tuple(shape["path"].split("."))
+    name = text[: shape.start("range") - 1]
+    return Tunable(name, path, read_range(shape["range"]), where.get("filter"), layers, **spread)
+
+
+def _conditions(text: str | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in CONDITION.split(text) if text else ():
+        name, _, value = part.partition("=")
+        known = ("filter", "layers", *SPREAD)
+        if name not in known or not value:
+            raise ValueError(f"[{part}]: expected one of {', '.join(f'{each}=…' for each in known)}")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = value
+    return found
+
+
+def _count(name: str, text: str) -> int:
+    if not text.isdecimal() or not 2 <= int(text) <= MOST_SPREAD:
+        raise ValueError(f"{name}={text}: expected a whole number from 2 to {MOST_SPREAD}")
+    return int(text)
+
+
+class Pair:
+    """The numbers of the pair form: alpha, and alphas of filters."""
+
+    def __init__(self, tunables: Sequence[Tunable]) -> None:
+        """Raises UsageError where something but alpha is tuned."""
+        problems = [f"{each.text!r}: {_why_not_of_a_pair(each)}" for each in tunables if _why_not_of_a_pair(each)]
+        if problems:
+            raise UsageError(listing("Not to be tuned without a --recipe", problems))
+        self.tunables = tuple(tunables)
+
+    def options(self, numbers: Mapping[str, float]) -> dict[str, Any]:
+        """``alpha`` and ``alpha_for`` of ``plan_extrapolation``. Where only filters are tuned, alpha is 0 elsewhere."""
+        rules = {_pattern(each.filter): numbers[each.text] for each in self.tunables if each.filter is not None}
+        return {"alpha": numbers.get("alpha", 0.0), "alpha_for": rules}
+
+
+def _why_not_of_a_pair(tunable: Tunable) -> str:
+    if tunable.path != ("alpha",):
+        return "two models have an alpha only"
+    if tunable.layers or tunable.gradient or tunable.groups:
+        return "layers, gradient and groups take a recipe (merge_method: expo)"
+    return ""
+
+
+def _pattern(text: str) -> str:
+    return text[len(REGEX) :] if text.startswith(REGEX) else "" if text == "*" else re.escape(text)
+
+
+class RecipeTuning:
+    """A merge recipe as a tree, some numbers of which are exchanged."""
+
+    def __init__(self, content: str, source: str, tunables: Sequence[Tunable], layers: int | None) -> None:
+        """``layers`` of the models, for groups; None where they are not known.
+
+        Raises:
+            RecipeError: the text is no YAML.
+            UsageError: a path leads nowhere; every one that does is named.
+        """
+        self.tree = plain(read(content, source))
+        self.tunables = tuple(tunables)
+        self.layers = layers
+        problems = []
+        for each in self.tunables:
+            try:
+                self._put(plain(read(content, source)), each, [each.range.low] * len(each.names))
+            except LookupError as error:
+                problems.append(f"{each.text!r}: {error.args[0]}")
+        if problems:
+            raise UsageError(listing(f"Not to be tuned in {source}", problems))
+
+    @property
+    def as_written(self) -> dict[str, float]:
+        """The recipe's own numbers; the low bound of one that it doesn't have, or has for some filters only."""
+        found: dict[str, float] = {}
+        for each in self.tunables:
+            within, last = _parent(_copied(self.tree), each.path)
+            old = within.get(last) if isinstance(within, dict) else within[last]
+            number = each.range.low if isinstance(old, bool) or not isinstance(old, int | float) else float(old)
+            found |= dict.fromkeys(each.names, number)
+        return found
+
+    def text(self, numbers: Mapping[str, float]) -> str:
+        """The recipe with these numbers, as YAML."""
+        tree = _copied(self.tree)
+        for each in self.tunables:
+            self._put(tree, each, [numbers[name] for name in each.names])
+        text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+        return text
+
+    def _put(self, tree: Tree, tunable: Tunable, numbers: Sequence[float]) -> None:
+        """Raises LookupError with what is wrong about the path."""
+        within, last = _parent(tree, tunable.path)
+        old = within.get(last) if isinstance(within, dict) else within[last]
+        if isinstance(old, str) or (isinstance(old, dict) and "value" not in old):
+            raise LookupError(f"{last!r} is no number")
+        entries = list(self._entries(tunable, numbers))
+        within[last] = entries[0]["value"] if list(entries[0]) == ["value"] else [*entries, *_beyond(old, entries)]
+
+    def _entries(self, tunable: Tunable, numbers: Sequence[float]) -> Iterator[dict[str, Any]]:
+        """The number or numbers as a recipe's filters."""
+        if tunable.groups:
+            if self.layers is None or self.layers < tunable.groups:
+                many = "are not known" if self.layers is None else f"are only {self.layers}"
+                raise LookupError(f"the layers of the models {many}: write a --tune with layers= for each run")
+            ends = [self.layers * number // tunable.groups for number in range(tunable.groups + 1)]
+            for run, number in zip(pairwise(ends), numbers, strict=True):
+                yield {"layers": list(run), "value": number}
+            return
+        entry: dict[str, Any] = {}
+        if tunable.filter is not None:
+            entry["filter"] = tunable.filter
+        if tunable.layers is not None:
+            entry["layers"] = list(tunable.layers)
+        yield entry | {"value": list(numbers) if tunable.gradient else numbers[0]}
+
+
+def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:
+    """What the recipe says of tensors that the entries don't match, less what they stand for."""
+    if old is None:
+        return []
+    kept = old if isinstance(old, list) and old and isinstance(old[0], dict) else [old]
+    kept = [part if isinstance(part, dict) else {"value": part} for part in kept]
+    mine = [_condition(entry) for entry in entries]
+    return [part for part in kept if _condition(part) not in mine]
+
+
+def _condition(entry: Mapping[str, Any]) -> tuple[object, ...]:
+    return entry.get("filter", "*"), tuple(entry.get("layers") or ())
+
+
+def _parent(tree: Tree, path: Sequence[str]) -> tuple[Tree, Any]:
+    """What holds the value at a path, and its key there. Mappings called ``parameters`` are made where they lack.
+
+    Raises LookupError.
+    """
+    for place, key in enumerate(path):
+        where = ".".join(path[:place]) or "the recipe"
+        last = place == len(path) - 1
+        if isinstance(tree, list):
+            if not key.isdecimal() or int(key) >= len(tree):
+                raise LookupError(f"{where} is a list of {len(tree)}, counted from 0; got {key!r}")
+            found: Any = int(key)
+        elif not isinstance(tree, dict):
+            raise LookupError(f"{where} is neither a mapping nor a list")
+        elif key == "parameters" and not last:
+            tree.setdefault(key, {})
+            found = key
+        elif key not in tree and (not last or place == 0 or path[place - 1] != "parameters"):
+            hint = nearest(key, map(str, tree)) or f" There are: {', '.join(map(str, tree))}."
+            raise LookupError(f"{where} has no {key!r}.{hint}")
+        else:
+            found = key
+        if last:
+            return tree, found
+        tree = tree[found]
+    raise LookupError("the path is empty")
+
+
+def plain(node: Node) -> Tree:
+    """A recipe's tree without its places."""
+    if isinstance(node, Fields):
+        return {key.text: _as_written(value) if key.text == "revision" else plain(value) for key, value in node.entries}
+    if isinstance(node, Items):
+        return [plain(item) for item in node.items]
+    assert isinstance(node, Scalar)
+    value: Value | None = node.value
+    return value
+
+
+def _as_written(node: Node) -> Tree:
+    """A revision like 1e5 is text, whatever YAML makes of it."""
+    return node.text if isinstance(node, Scalar) else plain(node)
+
+
+def _copied(tree: Tree) -> Tree:
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def layers_of(config: Mapping[str, Any] | None) -> int | None:
+    """How many layers a model's config tells of."""
+    text = (config or {}).get("text_config") or config or {}
+    return next((text[name] for name in COUNTS if isinstance(text.get(name), int)), None)

@@ -1,0 +1,213 @@
+"""Pictures of a search: the gain of each candidate with its interval, and the guards below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_lite.boosting.search.choice import Result
+from mergekit_lite.boosting.search.point import Point
+from mergekit_lite.boosting.summary import highest
+from mergekit_lite.pages.drawing import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+GAIN_HEIGHT, GUARDS_HEIGHT = 3.4, 2.2  # inches
+WIDE = 12  # a range of numbers as wide as this has a logarithmic axis
+MOST_NUMBERS = 6  # panels
+SHARES = ("truncated", "repetition", "identical", "unchanged")
+FINE, DROPPED, BEYOND = COLOURS[0], "#8a8f98", COLOURS[1]
+HELD_OUT, EQUAL = COLOURS[2], COLOURS[3]
+
+
+def height(result: Result) -> float:
+    """Of the picture, in inches."""
+    names = _names(result)
+    if len(names) == 1:
+        return GAIN_HEIGHT + (GUARDS_HEIGHT if _guarded(result) else 0)
+    return GAIN_HEIGHT + GUARDS_HEIGHT * math.ceil(len(names) / 2)
+
+
+def draw(figure: FigureBase, result: Result) -> None:
+    """For one number a curve and the guards; for several the trials in order, and the gain by each number."""
+    names = _names(result)
+    if len(names) == 1:
+        _one(figure, result, names[0])
+    else:
+        _several(figure, result, names)
+
+
+def _names(result: Result) -> list[str]:
+    names = sorted({name for point in result.points for name in point.numbers}) or sorted(result.baseline.numbers)
+    return names[:MOST_NUMBERS]
+
+
+def _one(figure: FigureBase, result: Result, name: str) -> None:
+    points = sorted((result.baseline, *result.points), key=lambda point: point.numbers[name])
+    xs = [point.numbers[name] for point in points]
+    rows = 2 if _guarded(result) else 1
+    panels = figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=[GAIN_HEIGHT, GUARDS_HEIGHT][:rows])
+    _gains(panels[0][0], result, points, xs)
+    if rows == 2:
+        _guards(panels[1][0], result, points, xs)
+    for axes in panels[:, 0]:
+        _spread(axes, xs)
+        axes.grid(alpha=0.3)
+    panels[-1][0].set_xlabel(name)
+
+
+def _several(figure: FigureBase, result: Result, names: Sequence[str]) -> None:
+    rows = 1 + math.ceil(len(names) / 2)
+    heights = [GAIN_HEIGHT, *[GUARDS_HEIGHT] * (rows - 1)]
+    top, *others = figure.subfigures(rows, 1, squeeze=False, height_ratios=heights)[:, 0]
+    axes = top.subplots()
+    order = list(range(1, len(result.points) + 1))
+    _gains(axes, result, list(result.points), order)
+    axes.set_xlabel("candidate, in the order they were tried")
+    axes.grid(alpha=0.3)
+    for row, part in enumerate(others):
+        panels = part.subplots(1, 2, squeeze=False, sharey=True)[0]
+        for axes, name in zip(panels, names[2 * row :], strict=False):
+            _gains(axes, result, list(result.points), [point.numbers[name] for point in result.points], legend=False)
+            axes.axvline(result.baseline.numbers[name], color="#8a8f98", linewidth=0.8, linestyle=":")
+            axes.set_xlabel(name, parse_math=False)
+            axes.grid(alpha=0.3)
+        for axes in panels[len(names) - 2 * row :]:
+            axes.set_visible(False)
+
+
+def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float], legend: bool = True) -> None:
+    """Gains with intervals. What is far below the others is an arrow at the lower edge."""
+    bottom, top = _window(result)
+    kinds = {"measured on all items": FINE, "dropped early": DROPPED, "beyond a limit": BEYOND}
+    shown = set()
+    for point, x in zip(points, xs, strict=True):
+        kind = "beyond a limit" if point.beyond else "dropped early" if point.dropped else "measured on all items"
+        if point.numbers == result.baseline.numbers or not math.isfinite(point.gain.mean):
+            continue
+        label = None if kind in shown else kind
+        shown.add(kind)
+        if point.gain.mean < bottom:
+            axes.plot(x, bottom, marker="v", color=kinds[kind], markersize=7, label=label, clip_on=False)
+            axes.annotate(
+                f"{point.gain.mean:.3g}", (x, bottom), (0, 8), textcoords="offset points", fontsize=7, ha="center"
+            )
+            continue
+        ends = [[point.gain.mean - max(point.gain.low, bottom)], [min(point.gain.high, top) - point.gain.mean]]
+        axes.errorbar(
+            x,
+            point.gain.mean,
+            yerr=[[max(end[0], 0.0)] for end in ends],
+            marker="x" if point.beyond else "o",
+            color=kinds[kind],
+            capsize=3,
+            label=label,
+            fillstyle="none" if point.dropped else "full",
+        )
+    fine = [(x, point.gain.mean) for point, x in zip(points, xs, strict=True) if point.allowed]
+    if legend and len(_names(result)) == 1:
+        axes.plot(*zip(*fine, strict=True), color=FINE, linewidth=1, alpha=0.5, zorder=0)
+    _marked(axes, result, points, xs)
+    axes.axhline(0, color="#8a8f98", linewidth=1)
+    axes.set_ylim(bottom - 0.04 * (top - bottom), top)
+    if legend:
+        sure = f"{100 * result.settings.confidence:g} %"
+        axes.set_ylabel(f"{result.settings.score}: gain over {result.baseline.name}", parse_math=False)
+        axes.set_title(f"Paired differences, with {sure} intervals", fontsize=10)
+        if result.points:
+            axes.legend(fontsize=8, frameon=False)
+
+
+def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
+    """What was picked: its gain on held-out items, and at equal length."""
+    if result.picked is None:
+        return
+    place = xs[[point.numbers for point in points].index(result.picked.numbers)]
+    chosen = "chosen" if result.chosen is not None else "preferred, not confirmed"
+    axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=f"{chosen}: {result.picked.name}", zorder=0)
+    shown = [("held out", result.held_out.gain if result.held_out else None, HELD_OUT, 7)]
+    effect = (result.held_out or result.picked).length
+    shown.append(("at equal length", effect.at_equal_length if effect else None, EQUAL, 14))
+    for label, gain, colour, aside in shown:
+        if gain is None or not math.isfinite(gain.low):
+            continue
+        ends = [[max(gain.mean - gain.low, 0.0)], [max(gain.high - gain.mean, 0.0)]]
+        bars = axes.errorbar(
+            place, gain.mean, yerr=ends, marker="D", markersize=5, color=colour, capsize=3, label=label
+        )
+        _aside(axes, bars, aside)
+
+
+def _aside(axes: Axes, bars: object, by: int) -> None:
+    """Shift what was drawn to the right, in points, so that it doesn't hide what stands at the same place."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    shift = ScaledTranslation(by / 72, 0, figure.dpi_scale_trans)
+    for artist in bars.get_children():  # type: ignore[attr-defined]
+        artist.set_transform(artist.get_transform() + shift)
+
+
+def _window(result: Result) -> tuple[float, float]:
+    """What the gains' axis shows: all of what is measured whole, and as much again below 0."""
+    whole = [point.gain for point in (result.baseline, *result.points) if point.allowed]
+    whole += [result.held_out.gain] if result.held_out else []
+    highs = [gain.high for gain in whole if math.isfinite(gain.high)]
+    lows = [gain.low for gain in whole if math.isfinite(gain.low)]
+    others = [point.gain.mean for point in result.points if math.isfinite(point.gain.mean)]
+    top = max([*highs, *others, 0.0])
+    top = max(top, min(max([point.gain.high for point in result.points], default=0.0), 1.3 * top))
+    low = min([*lows, 0.0])
+    best = highest(result)
+    deepest = low - max(top, (best.gain.high - best.gain.low) if best else 0.0)
+    bottom = max(min([*others, low]), deepest)
+    room = 0.08 * (top - bottom) or 1.0
+    return bottom - room, top + room
+
+
+def _guarded(result: Result) -> bool:
+    return result.baseline.guards.answers > 0
+
+
+def _guards(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
+    """Shares of answers, and the growth in length on an axis of its own."""
+    for number, share in enumerate(SHARES):
+        told = [
+            (x, 100 * value)
+            for point, x in zip(points, xs, strict=True)
+            if (value := getattr(point.guards, share)) is not None
+            and not (share == "unchanged" and point is result.baseline)
+        ]
+        if told:
+            axes.plot(*zip(*told, strict=True), marker=".", linewidth=1, color=COLOURS[number + 1], label=share)
+    axes.set_ylabel("share of answers (%)")
+    axes.set_ylim(-4, 104)
+    beside = axes.twinx()
+    growth = [(x, point.guards.growth) for point, x in zip(points, xs, strict=True) if point.guards.growth is not None]
+    if growth:
+        beside.plot(*zip(*growth, strict=True), "--.", linewidth=1, color=COLOURS[0], label="length (right)")
+    beside.set_ylabel("length over the baseline's")
+    beside.set_ylim(0, 1.15 * max((value for _, value in growth), default=1.0))
+    lines, labels = axes.get_legend_handles_labels()
+    more, names = beside.get_legend_handles_labels()
+    # Above the axes: lines run everywhere within.
+    place = {"bbox_to_anchor": (1.0, 1.0), "ncols": len(lines + more) or 1}
+    axes.legend(lines + more, labels + names, loc="lower right", fontsize=7, frameon=False, **place)
+    axes.set_title("Guards", fontsize=10, loc="left")
+
+
+def _spread(axes: Axes, xs: Sequence[float]) -> None:
+    """A logarithmic axis with a 0 where the numbers are of different orders."""
+    above = sorted(x for x in xs if x > 0)
+    if not above or min(xs) < 0 or above[-1] / above[0] < WIDE:
+        return
+    axes.set_xscale("symlog", linthresh=above[0], linscale=0.5)
+    axes.set_xlim(-0.3 * above[0], 1.3 * above[-1])
+    ticks = [0.0, *above]
+    kept = [tick for place, tick in enumerate(ticks) if place == 0 or tick >= 1.25 * ticks[place - 1]]
+    axes.set_xticks(kept, [f"{tick:g}" for tick in kept])
+    axes.set_xticks([], minor=True)

@@ -1,0 +1,87 @@
+"""A candidate's weights, put into a model block by block by the engine that writes models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_lite import dtypes
+from mergekit_lite.boosting.measure.model import Built, Places
+from mergekit_lite.engine.report import Report, report
+from mergekit_lite.engine.run import lanes_and_block
+from mergekit_lite.engine.schedule import Work
+from mergekit_lite.engine.sink import Records
+from mergekit_lite.planning import Plan
+
+
+class Parameters(Records):
+    """Takes a workspace's place in the engine: what is written goes into the parameters of a model."""
+
+    def __init__(self, places: Places, kinds: Mapping[str, torch.dtype]) -> None:
+        """``kinds`` are the dtypes of what will be written; a parameter of another dtype rounds it, as loading does."""
+        super().__init__()
+        self.places = places
+        self.kinds = kinds
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Put bytes into a parameter."""
+        if not data:
+            return
+        values = torch.frombuffer(data, dtype=self.kinds[tensor])
+        _put(self.places[tensor], offset // values.element_size(), values)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What setting the weights did.
+
+    Attributes:
+        report: as of a written model.
+        nonfinite: tensors that hold NaN or infinity.
+    """
+
+    report: Report
+    nonfinite: tuple[str, ...]
+
+
+class Weights:
+    """The weights of a built model, to be set again and again."""
+
+    def __init__(self, built: Built, device: str, threads: int | None = None) -> None:
+        """``device`` computes: bits are those of a model that is written by the same one."""
+        self.built = built
+        self.device = device
+        self.threads = threads
+
+    def set(self, plan: Plan) -> Rewritten:
+        """Make the model the plan's first output.
+
+        Raises:
+            CheckpointError: an input changed.
+            RunError: an input can't be read.
+        """
+        used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
+        kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
+        parameters = Parameters(self.built.places, kinds)
+        lanes, block = lanes_and_block(self.device, self.threads)
+        for source in plan.inputs:
+            source.check_unchanged()
+        Work(plan, {0: parameters}, self.device, lanes, block, None, only=used).run()
+        bad = {plan.jobs[record.job].name for record in parameters.made.values() if record.bad}
+        return Rewritten(report(plan, 0, parameters.made), tuple(sorted(bad)))
+
+
+def _put(place: torch.Tensor, start: int, values: torch.Tensor) -> None:
+    """Write elements, counted in row-major order from ``start``, into a view of a parameter."""
+    if place.is_contiguous():
+        place.view(-1)[start : start + len(values)].copy_(values)
+        return
+    index = torch.arange(start, start + len(values), device=place.device)
+    position = torch.full_like(index, int(place.storage_offset()))
+    for length, stride in zip(reversed(place.shape), reversed(place.stride()), strict=True):
+        position += index % length * stride
+        index = index // length
+    whole = torch.empty(0, dtype=place.dtype, device=place.device).set_(place.untyped_storage())
+    whole.index_copy_(0, position, values.to(device=place.device, dtype=place.dtype))

@@ -1,0 +1,215 @@
+"""What a search found, to look at: ``report.html`` and ``curve.png``; for machines ``boost.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite._version import __version__
+from mergekit_lite.answers.rows import write_text
+from mergekit_lite.answers.statistics import Interval
+from mergekit_lite.boosting import curve
+from mergekit_lite.boosting.candidates.candidate import Row, label
+from mergekit_lite.boosting.search.choice import Result
+from mergekit_lite.boosting.search.guards import Guards
+from mergekit_lite.boosting.search.point import Point, plain
+from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.boosting.summary import CAN_NOT_TELL, highest, verdict
+from mergekit_lite.errors import shortened
+from mergekit_lite.pages import drawing
+from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
+
+SAMPLES = 4  # items with answers side by side
+SHOWN = 4000  # characters of an answer
+VERSION = 1  # of boost.json
+
+
+def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Path:
+    """Write the report into the study's folder.
+
+    Args:
+        result: what to tell.
+        study: with the answers.
+        about: what was searched with, by name, as it is to be shown: models, scorers, search.
+        asked: what each item asks, by the item, where it can be shown.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UsageError: matplotlib is missing.
+    """
+    drawing.check_drawable(None)
+    figure = drawing.new_figure(curve.height(result))
+    curve.draw(figure, result)
+    drawing.save(figure, study.folder / "curve.png")
+    found = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(study.folder / "boost.json", f"{found}\n")
+    page = study.folder / "report.html"
+    write_text(page, document(_title(result), _sections(result, study, about, asked)))
+    return page
+
+
+def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
+    """All figures; infinite ones, and those that are not numbers, are null."""
+    return {
+        "version": VERSION,
+        "mergekit_lite": __version__,
+        "chosen": plain(result.chosen),
+        "verdict": verdict(result),
+        "about": dict(about),
+        "settings": plain(result.settings),
+        "baseline": plain(result.baseline),
+        "candidates": [plain(point) for point in result.points],
+        "picked": plain(result.picked and result.picked.numbers),
+        "held_out": plain(result.held_out),
+    }
+
+
+def _title(result: Result) -> str:
+    return f"Boost: {label(result.chosen)}" if result.chosen is not None else "Boost: no candidate helps"
+
+
+def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Markup]:
+    answer, *more = verdict(result)
+    yield element("h1", answer)
+    if more:
+        yield element("ul", *(element("li", said) for said in more))
+    drawn = drawing.svg(lambda figure: curve.draw(figure, result), curve.height(result), "Gain by candidate")
+    yield plot(drawn, "Gains over the baseline, item by item; arrows are candidates far below")
+    yield element("h2", "What it can’t tell")
+    yield element("ul", *(element("li", said) for said in CAN_NOT_TELL))
+    yield element("h2", "Candidates")
+    told = (
+        f"Gains are paired differences to {result.baseline.name} with {100 * result.settings.confidence:g} % intervals."
+    )
+    yield element("p", told, class_="soft")
+    heads, rows = _table(result)
+    yield table("Candidates", heads, rows)
+    yield element("h2", "How")
+    settings = result.settings
+    facts = {**about, "score that decides": settings.score, "baseline": label(settings.baseline)}
+    facts["limits"] = ", ".join(f"{name} {value}" for name, value in _limits(result)) or "none"
+    facts["held out from the search"] = f"{100 * settings.held_out:g} % of the items" if result.held_out else "nothing"
+    compared = max((point.guards.kl_answers for point in result.points), default=0)
+    if compared:
+        facts["KL"] = f"with its standard error, from the first {compared:,} answers of each candidate"
+    facts["measuring took"] = f"{sum(point.seconds for point in (result.baseline, *result.points)):,.0f} s"
+    yield element(
+        "dl", *(element(kind, text) for pair in facts.items() for kind, text in zip(("dt", "dd"), pair, strict=True))
+    )
+    yield from _samples(result, study, asked)
+
+
+def _limits(result: Result) -> Iterator[tuple[str, str]]:
+    for name, value in plain(result.settings.limits).items():
+        if name == "loss":
+            yield from ((f"loss of {scorer}", f"{limit:g}") for scorer, limit in value.items())
+        elif value is not None:
+            yield name, f"{value:g}"
+
+
+def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
+    """Only columns that something is told in."""
+    points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
+    gains = [None, *(point.gain for point in points[1:])]
+    columns: list[tuple[str, list[Text]]] = [
+        ("score", [_mean(point.score) for point in points]),
+        ("gain", [_gain(gain) for gain in gains]),
+        ("items", [Cell(f"{point.gain.items:,}", point.gain.items) for point in points]),
+    ]
+    for name in result.baseline.others:
+        columns.append((name, [_gain(None), *(_gain(point.others[name]) for point in points[1:])]))
+    lengths = [point.length.at_equal_length if point.length else None for point in points]
+    columns.append(("at equal length", [_gain(one) for one in lengths]))
+    rates = [point.controlled for point in points]
+    columns.append(("win rate", [_percent(rate and rate.raw / 100) for rate in rates]))
+    columns.append(("length-controlled", [_percent(rate and rate.controlled / 100) for rate in rates]))
+    guards = [point.guards for point in points]
+    columns.append(("length", [_number(one.length, ".0f") for one in guards]))
+    columns.append(("growth", [_number(one.growth, ".2f") for one in guards]))
+    for name in ("truncated", "ended", "repetition", "identical", "unchanged", "unscored"):
+        columns.append((name, [_percent(getattr(one, name)) for one in guards]))
+    columns.append(("KL", [_kl(one) for one in guards]))
+    columns.append(("KL a token", [_number(one.kl_per_token, ".2g") for one in guards]))
+    columns.append(("effective alpha", [_number(point.facts.get("effective"), ".3g") for point in points]))
+    columns.append(("seconds", [_number(point.seconds or None, ",.0f") for point in points]))
+    kept = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]  # type: ignore[union-attr]
+    names = [point.name for point in (result.baseline, *result.points)]
+    names += [f"{result.held_out.name}, held out"] if result.held_out else []
+    kept.insert(0, ("verdict", [_state(result, point) for point in points]))
+    heads = ["candidate", *(head for head, _ in kept)]
+    return heads, [[name, *row] for name, *row in zip(names, *(cells for _, cells in kept), strict=True)]
+
+
+def _state(result: Result, point: Point) -> str:
+    if point.numbers == result.baseline.numbers:
+        return "baseline"
+    told = ["chosen"] if point.numbers == result.chosen else []
+    return "; ".join([*told, *point.beyond, *([f"dropped: {point.dropped}"] if point.dropped else [])])
+
+
+def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator[Markup]:
+    """Answers side by side: of the baseline, of what was chosen or looked best, and of what was too much."""
+    shown = {name: study.rows(numbers, study.items) for name, numbers in _sampled(result).items()}
+    items = [item for item in study.items if all("text" in rows.get(item, {}) for rows in shown.values())][:SAMPLES]
+    if not items:
+        return
+    yield element("h2", "Answers side by side")
+    yield element("p", "The first items in an order drawn by chance; nobody chose them.", class_="soft")
+    for number, item in enumerate(items, 1):
+        yield element("h3", f"Item {number}")
+        if item in asked:
+            yield _verbatim("asked", asked[item])
+        for name, rows in shown.items():
+            yield _verbatim(f"{name}{_scores(rows[item])}", rows[item]["text"])
+
+
+def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
+    found = {f"{result.baseline.name}, the baseline": result.baseline.numbers}
+    best = result.picked or highest(result)
+    if best is not None:
+        found[f"{best.name}, {'chosen' if result.chosen else 'the best of them'}"] = best.numbers
+    bad = [point for point in result.points if not point.allowed]
+    if bad:
+        worst = min(bad, key=lambda point: point.gain.mean if math.isfinite(point.gain.mean) else -math.inf)
+        found[f"{worst.name}, too much"] = worst.numbers
+    return found
+
+
+def _scores(row: Row) -> str:
+    told = [f"{name} {value:.4g}" for name, value in row["values"].items() if value is not None]
+    cut = ["cut at the limit"] if row.get("finish") == "length" else []
+    return ": " + ", ".join([*told, *cut]) if told or cut else ""
+
+
+def _verbatim(name: str, text: str) -> Markup:
+    return element(
+        "div", element("span", name, class_="soft"), element("pre", shortened(text, SHOWN)), class_="verbatim"
+    )
+
+
+def _mean(of: Interval) -> Cell:
+    return _number(of.mean if math.isfinite(of.mean) else None, ".4g")
+
+
+def _gain(of: Interval | None) -> Cell:
+    if of is None or not math.isfinite(of.low):
+        return Cell("–", None)
+    return Cell(f"{of.mean:+.3g} ({of.low:+.3g} to {of.high:+.3g})", of.mean)
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else format(value, form), value)
+
+
+def _kl(of: Guards) -> Cell:
+    error = f" ± {of.kl_error:.2g}" if of.kl_error is not None else ""
+    return Cell("–" if of.kl is None else f"{of.kl:.3g}{error}", of.kl)
+
+
+def _percent(value: float | None) -> Cell:
+    return Cell("–" if value is None else f"{100 * value:.1f} %", value)

@@ -1,0 +1,329 @@
+"""What ``boost`` is asked for, and whether that can be done: told before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import xxhash
+
+from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.prompts import Prompts, as_row, load
+from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
+from mergekit_lite.boosting.candidates.ranges import Range
+from mergekit_lite.boosting.candidates.tunable import Tunable, parse
+from mergekit_lite.boosting.measure import scores as scoring
+from mergekit_lite.boosting.measure.generators import serve_words
+from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
+from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
+from mergekit_lite.boosting.search.guards import limits
+from mergekit_lite.boosting.search.looks import portion
+from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
+from mergekit_lite.boosting.search.point import Settings
+from mergekit_lite.boosting.search.search import MOST, START, Same, Search, bracket, grid
+from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
+from mergekit_lite.pages import drawing
+
+if TYPE_CHECKING:
+    from mergekit_lite.answers.rows import Prompt
+    from mergekit_lite.answers.scorers.likelihood import Pair
+
+SEARCHES = ("bracket", "grid", *SAMPLERS)
+ALPHA = f"alpha=0:{MOST:g}"
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the paper, for finished models
+GRID_POINTS = 5  # of other numbers
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=512)  # the first two as ExPO's authors have them
+T = TypeVar("T")
+Searcher = Callable[[Same], Search]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One boost, as the command line gives it; see its help for what each means."""
+
+    output: Path
+    scores: tuple[str, ...]
+    sft: str | None = None
+    aligned: str | None = None
+    recipe: Path | None = None
+    tune: tuple[str, ...] = ()
+    prompts: tuple[Path, ...] = ()
+    pairs: Path | None = None
+    limit: int | None = None
+    search: str | None = None
+    start: float = START
+    step: float | None = None
+    final_step: float | None = None
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    trials: int = 30
+    storage: str | None = None
+    limits: tuple[str, ...] = ()
+    confidence: float = 0.95
+    held_out: float = 0.5
+    stop_early: bool = True
+    sampling: Sampling = SAMPLING
+    samples: int = 1
+    seed: int = 0
+    batch_size: int = 16
+    likelihoods: bool = True
+    serve_command: str | None = None
+    serve_patience: float = 600.0
+    concurrency: int = 32
+    device: str = "cpu"
+    threads: int | None = None
+    study: Path | None = None
+    force: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # of plan_extrapolation
+
+    @property
+    def folder(self) -> Path:
+        """Of the search: what was measured, and the report."""
+        return self.study or self.output.with_name(f"{self.output.name}.boost")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be carried out.
+
+    Attributes:
+        family: of all candidates.
+        scores: what they are scored by; the first one decides.
+        begin: makes the search, once the folder is there; what it returns wants to be told noise from difference.
+        settings: how candidates are judged.
+        portion: answers that are made before the next ones are begun.
+        notes: what the user should know.
+    """
+
+    request: Request
+    family: Family
+    scores: tuple[Score, ...]
+    prompts: tuple[Prompt, ...]
+    pairs: Mapping[str, Pair]
+    texts: Mapping[str, str]
+    search: str
+    begin: Callable[[], Searcher]
+    settings: Settings
+    portion: int
+    device: str
+    notes: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """All that a row depends on, beside the candidate's numbers: what a study is told apart by."""
+        request = self.request
+        family: dict[str, Any] = {
+            "models": {name: list(source.identity()[2:]) for name, source in self.family.opened.items()},
+            "options": dict(request.options),
+            "baseline": dict(self.family.baseline),
+        }
+        if isinstance(self.family, RecipeFamily):
+            family["recipe"] = self.family.tuning.text(self.family.baseline)
+        data = [*map(as_row, self.prompts), *map(repr, self.pairs.values()), *self.texts.values()]
+        scored = [score._replace(scorer=None)._asdict() for score in self.scores]
+        settings = [score.scorer.model_dump(mode="json") for score in self.scores if score.scorer is not None]
+        return {
+            **family,
+            "data": xxhash.xxh3_128_hexdigest(json.dumps(data).encode()),
+            "scores": json.dumps([scored, settings]),
+            "sampling": self.request.sampling.model_dump(),
+            "samples": request.samples,
+            "seed": request.seed,
+            "batch_size": request.batch_size,
+            "likelihoods": request.likelihoods,
+            "device": self.device.partition(":")[0],
+            "serve_command": request.serve_command,
+        }
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request and open what it names; of the models only headers are read.
+
+    Raises:
+        MergekitLiteError: it can't be carried out; every problem that can be told at once is.
+    """
+    from mergekit_lite.engine.run import chosen_device
+
+    problems: list[str] = []
+    scores = _try(problems, lambda: scoring.parse(request.scores)) or ()
+    tunables = _try(problems, lambda: _tunables(request)) or ()
+    found_limits = _try(problems, lambda: limits(request.limits))
+    device = _try(problems, lambda: chosen_device(request.device))
+    _try(problems, lambda: drawing.check_drawable(None))
+    if (command := request.serve_command) is not None:
+        _try(problems, lambda: serve_words(command))
+    problems += _missing(request, scores)
+    problems += [f"{request.output}: lies in the folder of the search"] * (
+        request.folder in (request.output, *request.output.parents)
+    )
+    prompts = _try(problems, lambda: load(Prompts(path=path) for path in request.prompts))
+    path = request.pairs
+    pairs = _try(problems, lambda: read_pairs(path, request.limit)) if path is not None else {}
+    texts: dict[str, str] = {}
+    for score in scores:
+        if score.kind == NLL:
+            texts |= _try(problems, lambda: read_texts(Path(score.target), request.limit)) or {}  # noqa: B023
+    if problems:
+        raise UsageError(problems[0] if len(problems) == 1 else listing("This can't be done as asked", problems))
+    assert prompts is not None and pairs is not None and found_limits is not None and device is not None
+    family = _family(request, tunables)
+    notes = [f"left out: {text}" for text in prompts.problems]
+    notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
+    notes += _check_plans(family)
+    asked = tuple(prompts.prompts[: request.limit])
+    together = portion(len(asked) * request.samples, request.batch_size)
+    settings = Settings(
+        scores[0].name, family.baseline, found_limits, request.confidence, request.held_out,
+        together // math.gcd(together, request.samples), request.stop_early,
+    )  # fmt: skip
+    kind = request.search or ("bracket" if _can_bracket(family) else "tpe")
+    return Prepared(
+        request, family, scores, asked, pairs, texts, kind, _begin(request, kind, family, settings), settings,
+        together, device, tuple(notes),
+    )  # fmt: skip
+
+
+def _try(problems: list[str], make: Callable[[], T]) -> T | None:
+    try:
+        return make()
+    except UsageError as error:
+        problems.append(str(error))
+        return None
+
+
+def _tunables(request: Request) -> tuple[Tunable, ...]:
+    pair = request.sft is not None and request.aligned is not None
+    if pair == (request.recipe is not None):
+        raise UsageError("Name SFT and ALIGNED, or a --recipe: exactly one of the two.")
+    if request.recipe is not None and not request.tune:
+        raise UsageError("Which numbers of the recipe? For instance --tune parameters.weight=0:1.5.")
+    return parse(request.tune or (ALPHA,))
+
+
+def _missing(request: Request, scores: Sequence[Score]) -> list[str]:
+    """Data and settings that scores need, and data that no score has use for."""
+    kinds = {score.kind for score in scores}
+    of_answers = sorted(kinds & {*OF_ANSWERS, LOG_RATIO})
+    problems = []
+    if not request.scores:
+        problems.append("What are candidates scored by? For instance --score reward:MODEL, or --score pairs.")
+    if of_answers and not request.prompts:
+        problems.append(f"--score {of_answers[0]} judges answers: it needs --prompts.")
+    if scores and not of_answers and request.prompts:
+        problems.append("--prompts are there, but no score of answers: give one, such as --score reward:MODEL.")
+    if PAIRS in kinds and request.pairs is None:
+        problems.append("--score pairs needs --pairs FILE.")
+    if scores and PAIRS not in kinds and request.pairs is not None:
+        problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
+    if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
+        problems.append("--score log-ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
+    if LM_EVAL in kinds and find_spec("lm_eval") is None:
+        problems.append("--score lm-eval:… needs the package lm_eval: pip install lm_eval.")
+    if request.search is not None and request.search not in SEARCHES:
+        problems.append(f"No search is called {request.search!r}.{nearest(request.search, SEARCHES)}")
+    return problems
+
+
+def _family(request: Request, tunables: Sequence[Tunable]) -> Family:
+    if request.recipe is not None:
+        unused = [f"--{name.replace('_', '-')}" for name, value in request.options.items() if value]
+        if unused:
+            raise UsageError(f"{', '.join(unused)}: a recipe says that itself.")
+        return RecipeFamily(request.recipe, tunables)
+    assert request.sft is not None and request.aligned is not None
+    return PairFamily(request.sft, request.aligned, tunables, request.options)
+
+
+def _check_plans(family: Family) -> list[str]:
+    """Plan the baseline and the ends of all ranges, so that no candidate between is refused half-way."""
+    ends = ({name: getattr(of, end) for name, of in family.ranges.items()} for end in ("low", "high"))
+    notes: dict[str, None] = {}
+    problems: dict[str, None] = {}
+    for numbers in (family.baseline, *ends):
+        try:
+            notes |= dict.fromkeys(family.plan(numbers).notes)
+        except PlanError as error:
+            problems |= dict.fromkeys(error.problems)
+        except MergekitLiteError as error:
+            problems[str(error)] = None
+    if problems:
+        raise PlanError(list(problems))
+    return list(notes)
+
+
+def _can_bracket(family: Family) -> bool:
+    return isinstance(family, PairFamily) and len(family.ranges) == 1
+
+
+def _begin(request: Request, kind: str, family: Family, settings: Settings) -> Callable[[], Searcher]:
+    """What makes the search. Raises UsageError where it doesn't fit what is tuned."""
+    if kind == "bracket":
+        if not _can_bracket(family):
+            raise UsageError("The bracket searches one alpha of a pair. For other numbers take grid, tpe or cmaes.")
+        ((name, of),) = family.ranges.items()
+        start, step, last = min(request.start, of.high), request.step, request.final_step
+        return lambda: lambda same: bracket(name, start=start, step=step, final_step=last, most=of.high, same=same)
+    if kind == "grid":
+        values = _grid(request.grid, family)
+        return lambda: lambda same: grid(values)
+    storage = request.storage or f"sqlite:///{(request.folder / 'study.db').absolute()}"
+
+    def begin() -> Searcher:
+        search = optuna_search(
+            family.ranges, settings, storage=storage, sampler=kind, trials=request.trials, seed=request.seed
+        )
+        return lambda same: search
+
+    return begin
+
+
+def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, Sequence[float]]:
+    unknown = [name for name in given if name not in family.ranges]
+    if unknown:
+        raise UsageError(f"--grid {unknown[0]}: is not tuned.{nearest(unknown[0], family.ranges)}")
+    found: dict[str, Sequence[float]] = {}
+    for name, of in family.ranges.items():
+        usual = GRID if name == "alpha" and isinstance(family, PairFamily) else _even(of)
+        found[name] = given.get(name, usual)
+        outside = [value for value in found[name] if not of.low <= value <= of.high]
+        if outside:
+            raise UsageError(f"--grid {name}: {outside[0]:g} is outside of its range {of.low:g}:{of.high:g}.")
+    if math.prod(map(len, found.values())) > 1000:
+        raise UsageError("The grid has more than 1,000 candidates: give fewer values, or take --search tpe.")
+    return found
+
+
+def _even(of: Range) -> list[float]:
+    width = (of.high - of.low) / (GRID_POINTS - 1)
+    return [float(f"{of.low + width * number:.6g}") for number in range(GRID_POINTS)]
+
+
+def described(prepared: Prepared) -> dict[str, str]:
+    """What is searched for, and with what, in words."""
+    request = prepared.request
+    plan = prepared.family.plan(prepared.family.baseline, request.output)
+    data = {"prompt": prepared.prompts, "pair": prepared.pairs, "text": prepared.texts}
+    told = {
+        "models": ", ".join(source.reference for source in plan.inputs),
+        "recipe": str(request.recipe or ""),
+        "tuned": ", ".join(f"{name} from {of.low:g} to {of.high:g}" for name, of in prepared.family.ranges.items()),
+        "search": prepared.search,
+        "scores": ", ".join(request.scores),
+        "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
+        "answers": _told_of_answers(request) if prepared.prompts else "",
+        "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
+        "rounding": plan.rounding,
+        "device": prepared.device,
+        "seed": str(request.seed),
+    }
+    return {name: text for name, text in told.items() if text}
+
+
+def _told_of_answers(request: Request) -> str:
+    sampling = request.sampling
+    drawn = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    by = f"by {request.serve_command}" if request.serve_command else "in process"
+    return f"{request.samples} each, {drawn}, at most {sampling.max_tokens:,} tokens, {by}"

@@ -1,0 +1,137 @@
+"""Optuna's samplers as a search, for several numbers at once.
+
+The study lies in a database of any kind that SQLAlchemy knows, SQLite in the search's own folder by default, and goes
+on where it stopped: what was tried comes first again, at no cost as its rows are kept, then a trial that was running
+when the process died. optuna-dashboard shows the study; the attributes of a trial have what a search is told. The
+baseline is a trial of its own, as its score is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.ranges import Range, tidy
+from mergekit_lite.boosting.search.point import Settings
+from mergekit_lite.boosting.search.search import Outcome, Search
+from mergekit_lite.errors import UsageError
+
+if TYPE_CHECKING:
+    import optuna
+
+SAMPLERS = ("tpe", "cmaes")
+
+
+def optuna_search(
+    ranges: Mapping[str, Range],
+    settings: Settings,
+    *,
+    storage: str,
+    sampler: str = "tpe",
+    trials: int = 30,
+    seed: int = 0,
+) -> Search:
+    """So many trials, those of earlier runs included.
+
+    A candidate out of limits is told as no better than the worst, so that samplers keep away from it; its own score is
+    in the attributes. Studies of other ranges or settings can be in the same database.
+
+    Args:
+        ranges: of each number.
+        settings: how candidates are judged; the baseline scores 0.
+        storage: a database URL, such as ``sqlite:///study.db``.
+        sampler: ``tpe``, or ``cmaes`` for two numbers or more.
+        trials: how many in all.
+        seed: of the sampler.
+
+    Raises:
+        UsageError: Optuna (or cmaes) is missing, the sampler doesn't fit, or the database can't be opened. At once,
+            not when the search is begun.
+    """
+    _check_installed(sampler, len(ranges))
+    space = {name: [of.low, of.high, of.step] for name, of in ranges.items()}
+    name = f"boost-{xxhash.xxh3_64_hexdigest(repr((space, settings, sampler, seed)).encode())}"
+    study = _study(ranges, storage, name, settings.baseline)
+    # A sampler that begins anew would draw its first candidates once more.
+    study.sampler = _sampler(sampler, seed + len(study.get_trials(deepcopy=False)))
+    return _search(ranges, study, trials)
+
+
+def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Search:
+    done = _complete(study)
+    for trial in done:
+        yield {name: tidy(value) for name, value in trial.params.items()}
+    for _ in range(trials - len(done)):
+        running = study.ask()
+        outcome = yield {
+            name: tidy(running.suggest_float(name, of.low, of.high, step=of.step)) for name, of in ranges.items()
+        }
+        _tell(study, running, outcome)
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+    for key, value in {"score": outcome.score, "allowed": outcome.allowed, **outcome.details}.items():
+        trial.set_user_attr(key, value)
+    scores = [outcome.score] if math.isfinite(outcome.score) else []
+    if not outcome.allowed:
+        scores += [one.value for one in _complete(study) if one.value is not None]
+    study.tell(trial, min(scores, default=0.0))
+
+
+def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that are done, without the baseline."""
+    from optuna.trial import TrialState
+
+    found: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in found if "baseline" not in trial.user_attrs]
+
+
+def _study(ranges: Mapping[str, Range], storage: str, name: str, baseline: Numbers) -> optuna.Study:
+    """The study as it was left, what was running put first; or a new one, which knows the baseline."""
+    import optuna
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise UsageError(f"{storage}: Optuna can't open this database: {str(error).splitlines()[0]}") from error
+    if not study.get_trials(deepcopy=False):
+        distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            name: optuna.distributions.FloatDistribution(of.low, of.high, step=of.step) for name, of in ranges.items()
+        }
+        if all(of._contains(baseline[name]) for name, of in distributions.items()):
+            trial = optuna.trial.create_trial(
+                value=0.0, params=dict(baseline), distributions=distributions, user_attrs={"baseline": True}
+            )
+            study.add_trial(trial)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        if set(trial.params) == set(ranges):
+            study.enqueue_trial(trial.params)
+    return study
+
+
+def _check_installed(sampler: str, numbers: int) -> None:
+    if find_spec("optuna") is None:
+        raise UsageError("This search needs Optuna: pip install 'mergekit-lite[search]' (or pip install optuna).")
+    if sampler not in SAMPLERS:
+        raise UsageError(f"No sampler is called {sampler!r}; there are: {', '.join(SAMPLERS)}.")
+    if sampler == "cmaes" and numbers < 2:
+        raise UsageError("CMA-ES searches two numbers or more. For one take the bracket, a grid or TPE.")
+    if sampler == "cmaes" and find_spec("cmaes") is None:
+        raise UsageError("CMA-ES needs the package cmaes: pip install cmaes.")
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)

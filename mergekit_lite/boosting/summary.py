@@ -1,0 +1,94 @@
+"""What a search found, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit_lite.answers.statistics import Interval
+from mergekit_lite.boosting.search.choice import Result
+from mergekit_lite.boosting.search.point import Point
+from mergekit_lite.errors import counted
+
+CAN_NOT_TELL = (
+    "Other tasks. The score holds for items like these; what alignment cost elsewhere, more of it costs more. A test "
+    "of that can be another scorer, with a limit to what may be lost.",
+    "What the scorer doesn't see. A reward model likes some answers for their form; read the samples.",
+    "Other draws. All candidates answered with the same seeds; the intervals are about other items, not other answers.",
+    "Several peaks. The bracket climbs one hill; a grid sees more of them, at its price.",
+)
+
+
+def verdict(result: Result) -> list[str]:
+    """The answer first, then what there is to know about it."""
+    return [*_answer(result), *_length(result), *_hints(result)]
+
+
+def figures(of: Interval) -> str:
+    """``+0.12 (+0.05 to +0.2) on 300 items``."""
+    return f"{of.mean:+.3g} ({of.low:+.3g} to {of.high:+.3g}) on {counted(of.items, 'item')}"
+
+
+def _answer(result: Result) -> Iterator[str]:
+    base, picked, held_out = result.baseline.name, result.picked, result.held_out
+    sure = f"{100 * result.settings.confidence:g} %"
+    best = highest(result)
+    if picked is None:
+        yield f"No candidate helps: none beats {base} beyond its {sure} interval."
+        if best is not None:
+            yield f"The highest is {best.name}: {figures(best.gain)}."
+        return
+    if result.chosen is None and held_out is not None:
+        why = f"is beyond a limit: {held_out.beyond[0]}" if held_out.beyond else f"gains {figures(held_out.gain)}"
+        yield f"No candidate is sure to help: {picked.name} was preferred, but {why}, held out from the search."
+        yield f"In the search it gained {figures(picked.gain)}. More items may tell."
+        return
+    if held_out is not None:
+        yield f"{picked.name} beats {base}: {figures(held_out.gain)} held out from the search."
+    else:
+        tried = counted(len(result.points), "candidate")
+        yield f"{picked.name} beats {base}: {figures(picked.gain)}, also when corrected for {tried}."
+        yield "There are too few items to hold some out, so the gain itself leans upwards."
+    if best is not None and best is not picked:
+        yield (
+            f"{best.name} scored highest ({figures(best.gain)}), by less than one standard error; {picked.name} is "
+            f"nearer to {base}."
+        )
+
+
+def _length(result: Result) -> Iterator[str]:
+    shown = result.held_out or result.picked
+    if shown is None:
+        return
+    if shown.length is not None and shown.length.only_length:
+        yield (
+            f"This win may be only length: answers are {shown.length.longer:.0f} characters longer on average, and at "
+            f"equal length the gain is {figures(shown.length.at_equal_length)}."
+        )
+    if shown.controlled is not None:
+        extreme = " That is far apart: look at the lengths." if shown.controlled.extreme else ""
+        yield (
+            f"Win rate against {result.baseline.name}: {shown.controlled.raw:.1f} %, length-controlled "
+            f"{shown.controlled.controlled:.1f} %.{extreme}"
+        )
+
+
+def _hints(result: Result) -> Iterator[str]:
+    best = highest(result)
+    if best is not None and len(result.points) > 1:
+        for name, value in best.numbers.items():
+            tried = {point.numbers[name] for point in (result.baseline, *result.points)}
+            allowed = {point.numbers[name] for point in result.points if point.allowed}
+            if value == max(tried) and len(allowed) > 1:
+                yield f"The highest score is at the largest {name} that was tried: a wider search may find better."
+    idle = [point.name for point in result.points if point.guards.unchanged == 1]
+    if idle:
+        yield f"All answers of {', '.join(idle)} are those of {result.baseline.name}: rounding may hide the change."
+    out = [point for point in result.points if point.beyond]
+    if out:
+        yield f"Beyond limits: {'; '.join(f'{point.name} ({point.beyond[0]})' for point in out)}."
+
+
+def highest(result: Result) -> Point | None:
+    """The candidate with the highest mean of those that are allowed and were measured whole."""
+    allowed = [point for point in result.points if point.allowed]
+    return max(allowed, key=lambda point: point.gain.mean, default=None)

@@ -1,0 +1,72 @@
+"""Plans and results as plain data, for ``--json`` and for the tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lite.engine.memory import memory_estimate
+from mergekit_lite.output.beside import travelling
+
+if TYPE_CHECKING:
+    from mergekit_lite.engine.run import Finished
+    from mergekit_lite.planning import Job, Plan
+
+
+def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
+    """Everything the plan decides."""
+    copied, not_copied = travelling(plan)
+    return {
+        "inputs": [
+            {
+                "reference": source.reference,
+                "tensors": len(source.tensors),
+                "bytes": sum(spec.nbytes for spec in source.tensors.values()),
+            }
+            for source in plan.inputs
+        ],
+        "outputs": [str(output) for output in plan.outputs],
+        "files": [{"name": file.name, "bytes": file.size} for file in plan.layout.files],
+        "bytes_to_read": plan.bytes_to_read,
+        "bytes_to_write": plan.bytes_to_write,
+        "memory": memory_estimate(plan, threads),
+        "tensors": [_of_job(plan, job) for job in plan.jobs],
+        "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
+        "beside": {"copied": sorted(copied), "not_copied": not_copied},
+        "notes": list(plan.notes),
+    }
+
+
+def of_finished(finished: Finished) -> dict[str, Any]:
+    """What was made, with its report."""
+    pairs = zip(finished.outputs, finished.reports, strict=True)
+    return {
+        "seconds": round(finished.seconds, 3),
+        "outputs": [{"path": str(output), **report.to_json()} for output, report in pairs],
+    }
+
+
+def what_happens(plan: Plan, job: Job) -> str:
+    """One job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
+    if not job.merged:
+        return f"copy ({job.why})" if job.why else "copy"
+    numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)
+    return f"{job.method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
+
+
+def shown(value: Any) -> str:
+    """A parameter's value: one number, or one for each model."""
+    if isinstance(value, tuple):
+        return "/".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _of_job(plan: Plan, job: Job) -> dict[str, Any]:
+    return {
+        "name": job.name,
+        "shape": list(job.shape),
+        "dtype": job.dtype,
+        "method": job.method or "copy",
+        "why": job.why,
+        "parameters": [dict(parameters) for parameters in job.parameters],
+        "copied_elements": job.numel - job.merged,
+    }

@@ -1,0 +1,1 @@
+"""Models looked at and compared: sizes of changes, directions, signs, health."""

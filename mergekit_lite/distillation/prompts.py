@@ -1,0 +1,88 @@
+"""The prompts of a distillation: read from the data by the first stage, and the same ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergekit_lite.answers import prompts as data
+from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
+from mergekit_lite.distillation.checks import unknown_domains
+from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.reporter import Tell
+from mergekit_lite.errors import UsageError, counted, listing, shortened
+
+SHOWN = 5
+
+
+def gathered(recipe: Recipe, tell: Tell) -> list[Prompt]:
+    """The prompts as the recipe's data have them now, each once. What is left out is told.
+
+    Raises:
+        UsageError: the data can't be read, are empty, or lack a domain that the recipe names.
+    """
+    loaded = data.load(recipe.prompts)
+    if loaded.problems:
+        left_out = f"{counted(len(loaded.problems), 'row')} of the prompts left out"
+        tell.warn(listing(left_out, loaded.problems, SHOWN))
+    if loaded.repeated:
+        tell.line(f"{counted(loaded.repeated, 'prompt')} asked before in the data, left out")
+    if not loaded.prompts:
+        raise UsageError(listing("There is no prompt to ask", loaded.problems or ["the data have no rows"]))
+    unknown_domains(recipe, (prompt.domain for prompt in loaded.prompts))
+    return loaded.prompts
+
+
+def kept(recipe: Recipe, tell: Tell) -> list[Prompt]:
+    """The prompts, which are written into the folder at first and must be the same ever after.
+
+    Raises:
+        UsageError: as ``gathered``, or the data are no longer what the folder's answers were asked for.
+    """
+    folder = Folder(recipe.folder)
+    now = gathered(recipe, tell)
+    if not folder.prompts.exists():
+        write_rows(folder.prompts, map(data.as_row, now))
+    elif (then := stored(folder)) != now:
+        if any((folder.root / "samples").glob("*.jsonl")):
+            raise UsageError(_changed(folder, then, now))
+        write_rows(folder.prompts, map(data.as_row, now))
+    return now
+
+
+def stored(folder: Folder) -> list[Prompt]:
+    """The prompts that the first stage wrote.
+
+    Raises:
+        UsageError: there are none, or the file was damaged.
+    """
+    if not folder.prompts.exists():
+        raise UsageError(f"{folder.prompts} isn't there: run the stage `sample` first.")
+    problems: list[str] = []
+    prompts = []
+    for line in read_rows(folder.prompts, problems):
+        try:
+            prompts.append(data.from_row(line.row))
+        except (KeyError, TypeError) as error:
+            problems.append(f"{folder.prompts}:{line.number}: no prompt: {error!r}")
+    if problems:
+        raise UsageError(listing(f"{folder.prompts} was changed since it was written", problems))
+    return prompts
+
+
+def _changed(folder: Folder, then: Sequence[Prompt], now: Sequence[Prompt]) -> str:
+    before, after = {p.id: p for p in then}, {p.id: p for p in now}
+    new = [name for name in after if name not in before]
+    gone = [name for name in before if name not in after]
+    other = [name for name, prompt in after.items() if name in before and before[name] != prompt]
+    told = [
+        f"{what}: {counted(len(names), 'prompt')}, for instance {shortened(names[0], 60)!r}"
+        for what, names in (("new", new), ("gone", gone), ("not the same", other))
+        if names
+    ]
+    return listing(
+        f"The prompts are no longer those that {folder.root} has answers to", told or ["their order is another one"]
+    ) + (
+        f"\nPut the data back as they were ({folder.prompts} has them), or let the recipe name another `folder`, "
+        "or delete this one to start over."
+    )

@@ -1,0 +1,1 @@
+"""Operations on blocks of weights, by torch or by compiled code."""

@@ -1,0 +1,87 @@
+"""What two checkpoints must agree in, tensor by tensor, and where the output's tensors go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
+from mergekit_lite.checkpoint.folder import TORCH_SUFFIXES
+from mergekit_lite.layout import Layout, OutputTensor, grouped_by_size, safetensors_layout, torch_layout
+from mergekit_lite.planning.plan import Job
+
+BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
+
+
+class MismatchError(Exception):
+    """A tensor whose inputs don't agree; the message is one line of the plan's list of problems."""
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that models compute on loading, and some checkpoints hold by accident."""
+    return name.endswith(BUFFERS)
+
+
+def shared_elements(spec: TensorSpec, other: TensorSpec, reference: str, copy_new_rows: bool) -> int:
+    """How many leading elements two tensors share: all of them, or those of the rows both vocabularies have.
+
+    Raises:
+        MismatchError: the shapes differ in another way, or new rows were not asked to be copied.
+    """
+    if spec.shape == other.shape:
+        return spec.numel
+    grown = (
+        tied_weights.is_vocabulary(spec.name)
+        and len(spec.shape) == len(other.shape)
+        and spec.shape[1:] == other.shape[1:]
+        and spec.shape[0] > other.shape[0]
+    )
+    if grown and copy_new_rows:
+        return other.numel
+    hint = ""
+    if grown:
+        rows = spec.shape[0] - other.shape[0]
+        hint = f" ({rows:,} more rows: the vocabulary grew; --new-rows copy takes them as they are)"
+    raise MismatchError(f"{spec.name}: shape {list(spec.shape)}, but {list(other.shape)} in {reference}{hint}")
+
+
+def output_dtype(spec: TensorSpec, asked: str | None) -> str:
+    """The dtype a tensor is written in: a float in the one asked for, else as the checkpoint would be written."""
+    if not dtypes.is_float(spec.dtype):
+        return spec.dtype
+    return asked or spec.written_as or spec.dtype
+
+
+def copied(spec: TensorSpec, model: int, dtype: str, why: str) -> Job:
+    """The job that takes a tensor over as it is."""
+    return Job(spec.name, spec.shape, dtype, (spec,), (model,), why=why)
+
+
+def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
+    """The layout of the jobs' tensors, and the jobs put into its order.
+
+    Args:
+        jobs: sorted in place.
+        source: whose shards the output takes over, where no size is given and the output is a folder.
+        output: its path, which says what kind of output is wanted.
+        shard_size: most bytes of data in a file.
+    """
+    tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in jobs]
+    layout = _layout(tensors, source, output, shard_size)
+    order = {tensor.name: number for number, tensor in enumerate(t for file in layout.files for t in file.tensors)}
+    jobs.sort(key=lambda job: order[job.name])
+    return layout
+
+
+def _layout(tensors: Sequence[OutputTensor], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
+    if output.suffix in TORCH_SUFFIXES:
+        return torch_layout(tensors, output.name, source.nest)
+    if output.suffix == ".safetensors":
+        return safetensors_layout([tensors], output.name)
+    if shard_size is not None:
+        return safetensors_layout(grouped_by_size(tensors, shard_size))
+    shards: dict[Path, list[OutputTensor]] = {file.path: [] for file in source.files}
+    for tensor in tensors:
+        shards[source.tensors[tensor.name].file].append(tensor)
+    return safetensors_layout([shard for shard in shards.values() if shard])

@@ -1,0 +1,173 @@
+"""A plan: everything that a run will do. Pure data, decided from headers before a weight is read.
+
+It accounts for every tensor of every input: merged, copied, or left out, each with a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergekit_lite import dtypes
+from mergekit_lite._version import __version__
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output tensor.
+
+    Attributes:
+        name, shape, dtype: of the output.
+        inputs: the tensors it is made of: the models', then the base's where there is one.
+        models: for each input, which of the plan's checkpoints it is from.
+        has_base: whether the last input is the base.
+        method: the method's name; empty for a copy.
+        parameters: the method's keyword arguments, once for each variant. Empty for a copy.
+        merged: how many leading elements go through the method; the rest is copied from the first input. 0 for a copy.
+        why: for a copy, the reason.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    inputs: tuple[TensorSpec, ...]
+    models: tuple[int, ...]
+    has_base: bool = False
+    method: str = ""
+    parameters: tuple[Mapping[str, Any], ...] = ()
+    merged: int = 0
+    why: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the output."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output."""
+        return self.numel * dtypes.size(self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        recipes: what was asked for, as plain data that YAML can hold; once for each variant.
+        inputs: the opened checkpoints.
+        donor: which of them gives config, tokenizer and what else travels beside the weights.
+        jobs: one for each output tensor, in the order they are written.
+        left_out: what no output tensor is made of: (reference, name, reason).
+        layout: where each output tensor lies; the same for every variant.
+        outputs: a path for each variant.
+        rounding: ``nearest`` or ``stochastic``.
+        seed: of everything random.
+        out_dtype: the dtype asked for, if one was.
+        config: the output's config but for dtype and tie, where layers were moved; None for the donor's.
+        tokenizer: which of the inputs gives the tokenizer, where that is not the donor.
+        chat_template: the output's, as text; None for the tokenizer's own.
+        text: the recipe as it was written, where it was a file.
+        shard_size: most bytes of data in one file, if that was asked for.
+        notes: what the user should know before it runs.
+    """
+
+    recipes: tuple[Mapping[str, Any], ...]
+    inputs: tuple[Checkpoint, ...]
+    donor: int
+    jobs: tuple[Job, ...]
+    left_out: tuple[tuple[str, str, str], ...]
+    layout: Layout
+    outputs: tuple[Path, ...]
+    rounding: str = "nearest"
+    seed: int = 0
+    out_dtype: str | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer: int | None = None
+    chat_template: str | None = None
+    text: str = ""
+    shard_size: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint that gives config, tokenizer and what else travels beside the weights."""
+        return self.inputs[self.donor]
+
+    @property
+    def merged(self) -> list[Job]:
+        """The jobs that go through the method."""
+        return [job for job in self.jobs if job.merged]
+
+    @property
+    def copied(self) -> list[Job]:
+        """The jobs that take a tensor over as it is."""
+        return [job for job in self.jobs if not job.merged]
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of weights that will be read."""
+        return sum(spec.nbytes for job in self.jobs for spec in job.inputs)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of weights that will be written, all variants together."""
+        return self.layout.nbytes * len(self.outputs)
+
+    @property
+    def most_inputs(self) -> int:
+        """The largest number of tensors that go into one."""
+        return max((len(job.inputs) for job in self.jobs), default=1)
+
+    @property
+    def widest_element(self) -> int:
+        """Bytes of the widest element that is read or written."""
+        read = {spec.dtype for job in self.jobs for spec in job.inputs}
+        return max((dtypes.size(dtype) for dtype in read | {job.dtype for job in self.jobs}), default=1)
+
+    @property
+    def sources(self) -> list[tuple[str, int, int]]:
+        """Every input file with its size and time: what must not change until a run and its resumptions are done."""
+        return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files]
+
+    def digest(self, variant: int) -> str:
+        """Identifies one output: plans with equal digests write the same bytes from equal files, wherever those lie."""
+        described = [
+            __version__,
+            (self.recipes[variant], self.text, self.rounding, self.seed, self.donor),
+            (self.config, self.tokenizer, self.chat_template),
+            [(file.path.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
+            [(file.name, file.size) for file in self.layout.files],
+            self.layout.nest,
+        ]
+        jobs = [
+            (
+                job.name,
+                job.shape,
+                job.dtype,
+                job.method,
+                job.has_base,
+                job.merged,
+                job.parameters[variant : variant + 1],
+            )
+            for job in self.jobs
+        ]
+        read = [[_place(spec) for spec in job.inputs] for job in self.jobs]
+        return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
+
+
+def _place(spec: TensorSpec) -> tuple[object, ...]:
+    """Which bytes a tensor is read from, and what they are made into."""
+    own = (spec.name, spec.dtype, spec.file.name, spec.offset)
+    if spec.change is None:
+        return (*own, spec.strides)
+    base = _place(spec.change.base) if spec.change.base else None
+    terms = [(type(term).__name__, term.scale, [_place(part) for part in term.parts]) for term in spec.change.terms]
+    return (*own, base, terms)
