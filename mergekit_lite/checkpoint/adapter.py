@@ -19,7 +19,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import safetensors_file, tied_weights, torch_file
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, read_config
-from mergekit_lite.checkpoint.change import LowRank, Towards, changed, origin
+from mergekit_lite.checkpoint.change import LowRank, Replace, changed, origin
 from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
 from mergekit_lite.errors import CheckpointError, counted, listing, shortened
 
@@ -269,7 +269,7 @@ def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> 
             f"{spec.name}: has shape {list(spec.shape)}, but {own.name} of the base {list(own.shape)}{hint}"
         )
     if scale != 1 or own.change is not None:
-        return changed(own, (Towards(spec, origin(own), scale),), name)
+        return changed(own, (Replace(spec, origin(own), scale),), name)
     return replace(spec, name=name, written_as=own.written_as or own.dtype)
 
 

@@ -77,7 +77,7 @@ class Signs:
 
 
 @dataclass(frozen=True, slots=True)
-class Towards:
+class Replace:
     """``target − origin``: what a tensor that an adapter replaces comes to where it isn't replaced in full."""
 
     target: TensorSpec
@@ -90,7 +90,7 @@ class Towards:
         return self.target, self.origin
 
 
-Term = LowRank | Dense | Sparse | Signs | Towards
+Term = LowRank | Dense | Sparse | Signs | Replace
 
 
 @dataclass(frozen=True, slots=True)

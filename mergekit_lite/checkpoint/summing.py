@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs, Sparse, Towards
+from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Replace, Signs, Sparse
 from mergekit_lite.checkpoint.folding import add_product
 from mergekit_lite.checkpoint.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.tensor import TensorSpec
@@ -45,7 +45,7 @@ def _sum(reader: Reader, change: Change, shape: tuple[int, ...], begin: int, cou
                 _add_sparse(reader, term, begin, total)
             case Signs():
                 _add_signs(reader, term, shape, begin, total)
-            case Towards():
+            case Replace():
                 target = _values(reader, term.target, begin, count)
                 total += target.sub_(_values(reader, term.origin, begin, count)).mul_(term.scale)
     return total

@@ -15,12 +15,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from mergekit_lite import dtypes
-from mergekit_lite.comparison.survey import Numbers, Sums
+from mergekit_lite.comparison.survey import Numbers, Reduction
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
-from mergekit_lite.methods.passes import Block, Subject, Totals, Weighted
-from mergekit_lite.methods.passes import Sums as Request
+from mergekit_lite.methods.passes import Block, TensorInfo, Totals, Weighted
+from mergekit_lite.methods.passes import Reduction as Request
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.vectors.matching import Match
 
@@ -143,7 +143,7 @@ class Deltas:
         self.settings, self.models = settings, models
         self.shapes = Shapes(models, settings)
 
-    def look(self, match: Match, block: torch.Tensor) -> Sums:
+    def look(self, match: Match, block: torch.Tensor) -> Reduction:
         """Sums over one block (1 + models, elements), the base's first."""
         moved = block[1:] - block[0]
         signs = moved.sign()
@@ -156,7 +156,7 @@ class Deltas:
             sums["split"] = torch.lt(balance, votes, out=flags).sum().double().numpy()
         return sums
 
-    def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Measured:
+    def conclude(self, match: Match, sums: Reduction, sample: torch.Tensor) -> Measured:
         """What was found in one tensor."""
         tally = Tally(match.numel, np.zeros(self.shapes.width), self.shapes)
         for name, part in sums.items():
@@ -185,9 +185,9 @@ class Deltas:
     def _kept(self, match: Match, flat: torch.Tensor) -> torch.Tensor:
         """How many elements are in both masks, of each two models. Ties go to the lowest index, zeros to none."""
         count = int(self.settings.top_k * flat[0].numel())
-        subject = Subject(match.name, (flat[0].numel(),), len(flat), has_base=False)
+        info = TensorInfo(match.name, (flat[0].numel(),), len(flat), has_base=False)
         sizes = list(flat.abs().float())
-        steps = largest(subject, lambda *_: sizes, lambda _, __, changed: [min(count, changed)], sampled=False)
+        steps = largest(info, lambda *_: sizes, lambda _, __, changed: [min(count, changed)], sampled=False)
         cuts = _answered(steps, sizes)
         masks = torch.stack([cut.mask(size, 0) for [cut], size in zip(cuts, sizes, strict=True)])
         return masks @ masks.T
@@ -208,8 +208,8 @@ class Deltas:
         if not tally.finite:
             return (math.nan,) * (len(sample) - 1)
         block = list(sample.flatten(1))
-        subject = Subject(match.name, (block[0].numel(),), len(block) - 1, has_base=True)
-        merging = _answered(sce.sce(subject, select_topk=self.settings.select_topk), block)
+        info = TensorInfo(match.name, (block[0].numel(),), len(block) - 1, has_base=True)
+        merging = _answered(sce.sce(info, select_topk=self.settings.select_topk), block)
         assert isinstance(merging, Weighted)
         return merging.coefficients
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergekit_lite.comparison.survey import LARGEST, WIDEST_ROW, Sums
+from mergekit_lite.comparison.survey import LARGEST, WIDEST_ROW, Reduction
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import counted
 from mergekit_lite.vectors.matching import Match
@@ -53,7 +53,7 @@ class Health:
 
     sampled = False
 
-    def look(self, match: Match, block: torch.Tensor) -> Sums:
+    def look(self, match: Match, block: torch.Tensor) -> Reduction:
         """Sums over one block (1, elements). Squares are taken in float64: they would overflow."""
         values = block[0]
         nan = infinite = 0
@@ -73,7 +73,7 @@ class Health:
         }
         return {name: np.array(value, dtype=np.float64) for name, value in found.items()}
 
-    def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Weights:
+    def conclude(self, match: Match, sums: Reduction, sample: torch.Tensor) -> Weights:
         """The finding of one tensor."""
         nan, infinite = int(sums["nan"]), int(sums["infinite"])
         finite = match.numel - nan - infinite

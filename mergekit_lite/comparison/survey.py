@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.buffers import CPU, Lane
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods.passes import SECTION, STATISTICS_BLOCK
@@ -32,7 +32,7 @@ SHARED = 8  # sections up to which a tensor is one worker's; the workers share l
 
 LARGEST = "largest"  # the one that is no sum: of two parts the larger one counts
 Numbers = npt.NDArray[np.float64]
-Sums = Mapping[str, Numbers]  # each additive over blocks
+Reduction = Mapping[str, Numbers]  # each additive over blocks
 Section = tuple[int, int]  # first element, and the one after the last
 Finding = TypeVar("Finding")
 Result = TypeVar("Result", covariant=True)
@@ -44,11 +44,11 @@ class Study(Protocol[Result]):
 
     sampled: bool  # whether ``conclude`` wants a sample
 
-    def look(self, match: Match, block: torch.Tensor) -> Sums:
+    def look(self, match: Match, block: torch.Tensor) -> Reduction:
         """The sums over one block: (models, elements) in the working dtype; whole rows unless they are very long."""
         ...
 
-    def conclude(self, match: Match, sums: Sums, sample: torch.Tensor) -> Result:
+    def conclude(self, match: Match, sums: Reduction, sample: torch.Tensor) -> Result:
         """What was found in a tensor, from its sums and its sample (models, rows, columns)."""
         ...
 
@@ -57,7 +57,7 @@ class Part(NamedTuple):
     """What was read of a tensor in one section: its sums, and the sample's elements (models, elements)."""
 
     begin: int
-    sums: Sums
+    sums: Reduction
     sample: npt.NDArray[np.floating]
 
 
@@ -91,11 +91,13 @@ def survey(
     total = sum(match.nbytes for match in matches)
     done = 0
 
-    def look(lane: Lane, reader: Reader, task: tuple[int, list[Section]]) -> tuple[int, list[Part], Finding | None]:
+    def look(
+        buffers: WorkerBuffers, reader: Reader, task: tuple[int, list[Section]]
+    ) -> tuple[int, list[Part], Finding | None]:
         number, sections = task
         tensor = tensors[number]
         with torch.inference_mode():
-            parts = [tensor.read(lane, reader, begin, end) for begin, end in sections]
+            parts = [tensor.read(buffers, reader, begin, end) for begin, end in sections]
             return (number, parts, None) if len(tensor.tasks) > 1 else (number, [], tensor.conclude(parts))
 
     room = max((tensor.chunk for tensor in tensors), default=0) * widest
@@ -148,13 +150,13 @@ class _Tensor(Generic[Finding]):
         self.tasks = [sections] if len(sections) <= SHARED else [[one] for one in sections]
         self._working = dtypes.working(spec.dtype for spec in match.specs)
 
-    def read(self, lane: Lane, reader: Reader, begin: int, end: int) -> Part:
+    def read(self, buffers: WorkerBuffers, reader: Reader, begin: int, end: int) -> Part:
         """Look at one section."""
         sums: dict[str, Numbers] = {}
         picked: list[torch.Tensor] = []
         for start, count in cut(begin, end, self.chunk):
             chunks = [
-                tensor_of(lane.read(reader, n, spec, start, count), spec.dtype)
+                tensor_of(buffers.read(reader, n, spec, start, count), spec.dtype)
                 for n, spec in enumerate(self.match.specs)
             ]
             if self.study.sampled:

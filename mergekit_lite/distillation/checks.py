@@ -11,13 +11,13 @@ from mergekit_lite.distillation import protocols
 from mergekit_lite.distillation.recipe import TARGET, Recipe, Scorer, Source
 from mergekit_lite.errors import UsageError, listing, nearest
 
-Way = tuple[int | str, ...]
+TensorMerge = tuple[int | str, ...]
 
 
 class Problem(NamedTuple):
     """What is wrong, and the way to it in the recipe."""
 
-    at: Way
+    at: TensorMerge
     text: str
 
 
@@ -67,7 +67,7 @@ def _few(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
 
 
-def _known_scorer(recipe: Recipe, way: Way, name: str) -> Iterator[Problem]:
+def _known_scorer(recipe: Recipe, way: TensorMerge, name: str) -> Iterator[Problem]:
     known = [scorer.name for scorer in recipe.scorers]
     if name not in known:
         hint = nearest(name, known) or f" There are: {', '.join(known)}."
@@ -76,7 +76,7 @@ def _known_scorer(recipe: Recipe, way: Way, name: str) -> Iterator[Problem]:
 
 def _names(key: str, names: Sequence[str]) -> Iterator[Problem]:
     for number, name in enumerate(names):
-        at: Way = (key, number, "name")
+        at: TensorMerge = (key, number, "name")
         same = next((other for other in names[:number] if other.lower() == name.lower()), None)
         if same is not None:
             yield Problem(at, f"the name {name!r} is taken by another of the {key}: files are called by it")
@@ -84,7 +84,7 @@ def _names(key: str, names: Sequence[str]) -> Iterator[Problem]:
             yield Problem(at, f"the name {name!r} ends like a file that is not finished: choose another one")
 
 
-def _source(way: Way, source: Source) -> Iterator[Problem]:
+def _source(way: TensorMerge, source: Source) -> Iterator[Problem]:
     if source.name == TARGET:
         yield Problem((*way, "name"), f"{TARGET!r} is the trained model's own name: choose another one")
     keys = ("batch_size", "device", "dtype") if source.server else ("concurrency", "timeout", "retries")
@@ -100,7 +100,7 @@ def _source(way: Way, source: Source) -> Iterator[Problem]:
                 yield Problem((*way, "samples_for", domain), text)
 
 
-def _scorer(way: Way, scorer: Scorer) -> Iterator[Problem]:
+def _scorer(way: TensorMerge, scorer: Scorer) -> Iterator[Problem]:
     yield from (Problem((*way, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
 
 
@@ -118,14 +118,14 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
     yield from (problem for problem in _source(("target_source",), own) if problem.at[-1] != "name")
 
 
-def _prompts(recipe: Recipe) -> Iterator[tuple[Way, Prompts]]:
+def _prompts(recipe: Recipe) -> Iterator[tuple[TensorMerge, Prompts]]:
     for number, prompts in enumerate(recipe.prompts):
         yield ("prompts", number), prompts
     for number, prompts in enumerate(recipe.report.prompts):
         yield ("report", "prompts", number), prompts
 
 
-def _one_origin(way: Way, prompts: Prompts) -> Iterator[Problem]:
+def _one_origin(way: TensorMerge, prompts: Prompts) -> Iterator[Problem]:
     if (prompts.path is None) == (prompts.dataset is None):
         yield Problem(way, "prompts are given by exactly one of 'path' and 'dataset'")
     if prompts.path is not None:

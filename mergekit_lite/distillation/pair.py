@@ -71,7 +71,7 @@ def _missing(reading: Reading, skip_missing: bool) -> list[str]:
     return [*reading.missing, *reading.absent, "with --skip-missing the stage does without such rows"]
 
 
-def _check(problems: Iterable[tuple[protocols.Way, str]]) -> None:
+def _check(problems: Iterable[tuple[protocols.TensorMerge, str]]) -> None:
     wrong = [f"{'.'.join(map(str, way))}: {text}" for way, text in problems]
     if wrong:
         raise UsageError(listing(f"{counted(len(wrong), 'problem')} in how the recipe makes pairs", wrong))

@@ -10,11 +10,11 @@ from mergekit_lite.distillation.recipe import Pairs, Recipe
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import nearest
 
-Way = tuple[int | str, ...]  # keys from the recipe's root
+TensorMerge = tuple[int | str, ...]  # keys from the recipe's root
 DRAWN = ("answers", "draw")  # parameters of rules that no recipe gives
 
 
-def problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[tuple[Way, str]]:
+def problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[tuple[TensorMerge, str]]:
     """All of them, each with the way to the key that is wrong.
 
     Args:
@@ -24,7 +24,7 @@ def problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[tuple[Way,
     yield from _of_protocol(recipe, recipe.pairs.of(""), ("pairs",))
     for domain in dict.fromkeys([*recipe.pairs.domains, *domains]):
         pairs = recipe.pairs.of(domain)
-        way: Way = ("pairs", "domains", domain) if domain in recipe.pairs.domains else ("pairs",)
+        way: TensorMerge = ("pairs", "domains", domain) if domain in recipe.pairs.domains else ("pairs",)
         if len(way) > 1:
             yield from _of_protocol(recipe, pairs, way)
         judged = {scorer.name: scorer.domains for scorer in recipe.scorers}
@@ -34,7 +34,7 @@ def problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[tuple[Way,
                 yield way, f"the scorer {name!r} doesn't judge the domain {domain!r}: add it to the scorer's domains"
 
 
-def _of_protocol(recipe: Recipe, pairs: Pairs, way: Way) -> Iterator[tuple[Way, str]]:
+def _of_protocol(recipe: Recipe, pairs: Pairs, way: TensorMerge) -> Iterator[tuple[TensorMerge, str]]:
     scorers = [scorer.name for scorer in recipe.scorers]
     for key, name in (("score", pairs.score), ("correct", pairs.correct)):
         if name is not None and name not in scorers:
@@ -59,7 +59,7 @@ def _of_protocol(recipe: Recipe, pairs: Pairs, way: Way) -> Iterator[tuple[Way, 
         yield (*way, "answers"), f"{pairs.rule} says itself whose answers it pairs: leave it out"
 
 
-def _options(pairs: Pairs, way: Way) -> Iterator[tuple[Way, str]]:
+def _options(pairs: Pairs, way: TensorMerge) -> Iterator[tuple[TensorMerge, str]]:
     known = [name for name in inspect.signature(RULES[pairs.rule]).parameters if name not in DRAWN]
     for name in pairs.options:
         if name not in known:

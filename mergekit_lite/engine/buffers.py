@@ -21,7 +21,7 @@ from mergekit_lite.ops import c_ops
 CPU = "cpu"
 
 
-class Lane:
+class WorkerBuffers:
     """Host buffers for ``inputs`` tensors and one output, and the device to compute on."""
 
     def __init__(self, device: str, inputs: int, nbytes: int) -> None:

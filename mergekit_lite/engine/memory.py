@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_lite.engine.tensor_merge import Way, without_torch
+from mergekit_lite.engine.tensor_merge import TensorMerge, without_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
 from mergekit_lite.planning import Job, Plan
 
@@ -17,12 +17,12 @@ def memory_estimate(plan: Plan, threads: int | None) -> int:
     """Bytes of resident memory a run on the CPU is expected to take at most."""
     from mergekit_lite.engine.pool import writing_workers
 
-    lane = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
+    buffers = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
     folds = any(spec.change is not None for job in plan.jobs for spec in job.inputs)
     kept = REMEMBERED_FACTORS if folds else 0
-    lane += FOLDING if folds else 0
+    buffers += FOLDING if folds else 0
     runtime = PYTHON if _without_torch(plan) else WITH_TORCH
-    return runtime + kept + (threads or writing_workers()) * lane + PER_TENSOR * len(plan.jobs)
+    return runtime + kept + (threads or writing_workers()) * buffers + PER_TENSOR * len(plan.jobs)
 
 
 def _without_torch(plan: Plan) -> bool:
@@ -31,7 +31,7 @@ def _without_torch(plan: Plan) -> bool:
     for job in plan.jobs:
         first.setdefault((job.method, job.dtype, *(spec.dtype for spec in job.inputs)), job)
     for job in first.values():
-        ways = [Way(job, 0, plan.seed, 0, job.numel, plan.rounding)] if job.merged else []
+        ways = [TensorMerge(job, 0, plan.seed, 0, job.numel, plan.rounding)] if job.merged else []
         if not without_torch(job, ways):
             return False
     return True

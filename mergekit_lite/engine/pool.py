@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.buffers import CPU, Lane
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.processes import forked
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -40,19 +40,19 @@ class Pool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Sequence[Task], do: Callable[[Lane, Reader, Task], Result]) -> Iterator[Result]:
+    def run(self, tasks: Sequence[Task], do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Iterator[Result]:
         """Do all tasks and give what each one made, as they get done. Raises what the first failing one raised."""
         if self.processes and len(tasks) > 1:
             return forked(self.workers, tasks, lambda: self._worker(do))
         return self._threaded(tasks, do)
 
-    def _worker(self, do: Callable[[Lane, Reader, Task], Result]) -> Callable[[Task], Result]:
+    def _worker(self, do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Callable[[Task], Result]:
         """What does the tasks of one process."""
-        lane, reader = Lane(*self._lane), Reader()
+        buffers, reader = WorkerBuffers(*self._lane), Reader()
 
-        return lambda task: do(lane, reader, task)
+        return lambda task: do(buffers, reader, task)
 
-    def _threaded(self, tasks: Sequence[Task], do: Callable[[Lane, Reader, Task], Result]) -> Iterator[Result]:
+    def _threaded(self, tasks: Sequence[Task], do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Iterator[Result]:
         todo: SimpleQueue[Task] = SimpleQueue()
         for task in tasks:
             todo.put(task)
@@ -78,13 +78,13 @@ class Pool:
         reader: Reader,
         todo: SimpleQueue[Task],
         made: SimpleQueue[tuple[Result | None, BaseException | None]],
-        do: Callable[[Lane, Reader, Task], Result],
+        do: Callable[[WorkerBuffers, Reader, Task], Result],
     ) -> None:
         try:
-            lane = Lane(*self._lane)
-            with lane.working():
+            buffers = WorkerBuffers(*self._lane)
+            with buffers.working():
                 while not self._stop.is_set():
-                    made.put((do(lane, reader, todo.get_nowait()), None))
+                    made.put((do(buffers, reader, todo.get_nowait()), None))
         except Empty:
             return
         except BaseException as failure:

@@ -14,7 +14,7 @@ from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
-from mergekit_lite.engine.schedule import Progress, Work
+from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.output.beside import write_beside
@@ -69,7 +69,7 @@ def run(
     """
     started = time.monotonic()
     place = chosen_device(device)
-    lanes, usual_block = lanes_and_block(place, threads, writing_workers())
+    workers, usual_block = lanes_and_block(place, threads, writing_workers())
     grains = -(-(block or usual_block) // GRAIN)
     check_outputs(plan, resume=resume, force=force)
     finished = _finished(plan, resume)
@@ -86,7 +86,7 @@ def run(
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        Work(plan, workspaces, place, lanes, grains * GRAIN, progress, processes).run()
+        Schedule(plan, workspaces, place, workers, grains * GRAIN, progress, processes).run()
         _check_inputs(plan)
         if not allow_nonfinite:
             _refuse_nonfinite(plan, workspaces)
@@ -142,8 +142,8 @@ def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None 
         threads: workers that were asked for.
         on_cpu: workers on the CPU where none were; by default one for each core.
     """
-    lanes, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
-    return threads or lanes, block
+    workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
+    return threads or workers, block
 
 
 def _finished(plan: Plan, resume: bool) -> list[bool]:

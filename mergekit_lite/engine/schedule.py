@@ -7,11 +7,11 @@ from itertools import zip_longest
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.engine.buffers import CPU, Lane
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, tuned_process
-from mergekit_lite.engine.sink import Destination
-from mergekit_lite.engine.span_writer import Maker
-from mergekit_lite.engine.tensor_merge import Section, Way, gather, needed, ways, without_torch
+from mergekit_lite.engine.sink import Sink
+from mergekit_lite.engine.span_writer import SpanWriter
+from mergekit_lite.engine.tensor_merge import Section, TensorMerge, gather, needed, ways, without_torch
 from mergekit_lite.engine.tiling import CHUNK, Span, spans
 from mergekit_lite.methods.passes import Totals
 from mergekit_lite.output.journal import Record
@@ -20,13 +20,13 @@ from mergekit_lite.planning import Plan
 Progress = Callable[[int, int], None]
 
 
-class Work:
+class Schedule:
     """One pass over a plan's spans for the variants that are still to be made."""
 
     def __init__(
         self,
         plan: Plan,
-        workspaces: Mapping[int, Destination],
+        workspaces: Mapping[int, Sink],
         device: str,
         workers: int,
         block: int,
@@ -38,7 +38,7 @@ class Work:
         self.plan = plan
         self.workspaces = workspaces
         self.device = device
-        self.maker = Maker(plan, device, block)
+        self.maker = SpanWriter(plan, device, block)
         self.progress = progress
         self.spans = [span for span in spans(plan) if only is None or span.index in only]
         self.ways = ways(plan, list(workspaces))
@@ -62,7 +62,7 @@ class Work:
     @property
     def needs_torch(self) -> bool:
         """Whether torch has anything to do: workers that are forked then share one import."""
-        of_job: dict[int, list[Way]] = {span.index: [] for span in self.spans}
+        of_job: dict[int, list[TensorMerge]] = {span.index: [] for span in self.spans}
         for (index, _), way in self.ways.items():
             of_job.setdefault(index, []).append(way)
         return self.device != CPU or not all(without_torch(self.plan.jobs[index], of_job[index]) for index in of_job)
@@ -80,9 +80,9 @@ class Work:
         ways = list(self.ways.values())
         sums: dict[Section, Totals] = {}
 
-        def add(lane: Lane, reader: Reader, section: Section) -> tuple[Section, Totals]:
+        def add(buffers: WorkerBuffers, reader: Reader, section: Section) -> tuple[Section, Totals]:
             number, begin, end = section
-            return section, ways[number].sum(lane, reader, begin, end)
+            return section, ways[number].sum(buffers, reader, begin, end)
 
         self.bytes_in_all += sum(ways[number].bytes_to_sum(begin, end) for number, begin, end in wanted)
         for section, part in self.pool.run(wanted, add):
@@ -96,7 +96,7 @@ class Work:
             self.progress(self.bytes_done, self.bytes_in_all)
 
     def _carry_out(
-        self, lane: Lane, reader: Reader, spans: Sequence[Span]
+        self, buffers: WorkerBuffers, reader: Reader, spans: Sequence[Span]
     ) -> tuple[Sequence[Span], list[tuple[int, Record]]]:
         """Make what is missing of some spans: what to journal, by variant."""
         records: list[tuple[int, Record]] = []
@@ -104,13 +104,13 @@ class Work:
             missing = {
                 v: workspace
                 for v, workspace in self.workspaces.items()
-                if not self.maker.is_made(lane, workspace, span)
+                if not self.maker.is_made(buffers, workspace, span)
             }
             if missing:
                 ways = {v: self.ways[span.index, v] for v in missing} if span.merged else {}
                 for way in ways.values():
-                    way.prepare(lane, reader)
-                records += self.maker.make(lane, reader, span, ways, missing, lambda: self.pool.stopped)
+                    way.prepare(buffers, reader)
+                records += self.maker.make(buffers, reader, span, ways, missing, lambda: self.pool.stopped)
         return spans, records
 
 

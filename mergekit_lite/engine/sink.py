@@ -7,7 +7,7 @@ from typing import Protocol
 from mergekit_lite.output.journal import Record
 
 
-class Destination(Protocol):
+class Sink(Protocol):
     """Where the bytes of one variant go: a ``Workspace``, or what only looks at them."""
 
     def record(self, job: int, begin: int) -> Record | None:

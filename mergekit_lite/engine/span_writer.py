@@ -13,9 +13,9 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.buffers import CPU, Lane, all_finite, store
-from mergekit_lite.engine.sink import Destination
-from mergekit_lite.engine.tensor_merge import Way
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers, all_finite, store
+from mergekit_lite.engine.sink import Sink
+from mergekit_lite.engine.tensor_merge import TensorMerge
 from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share
 from mergekit_lite.methods.passes import Kernel
 from mergekit_lite.ops import c_ops
@@ -23,7 +23,7 @@ from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Plan
 
 
-class Maker:
+class SpanWriter:
     """Makes the spans of a plan.
 
     Attributes:
@@ -38,7 +38,7 @@ class Maker:
         self.chunk = max(block, CHUNK // block * block)
         self.share = observed_share(plan)
 
-    def is_made(self, lane: Lane, destination: Destination, span: Span) -> bool:
+    def is_made(self, buffers: WorkerBuffers, destination: Sink, span: Span) -> bool:
         """Whether an earlier run wrote this span and its bytes are still what it wrote."""
         record = destination.record(span.index, span.begin)
         if record is None:
@@ -46,7 +46,7 @@ class Maker:
         digest = xxhash.xxh3_128()
         size = dtypes.size(span.job.dtype)
         for start, count in cut(span.begin, span.end, self.chunk):
-            data = lane.output(count * size)
+            data = buffers.output(count * size)
             if not destination.read(span.job.name, start * size, data):
                 return False
             digest.update(data)
@@ -54,11 +54,11 @@ class Maker:
 
     def make(
         self,
-        lane: Lane,
+        buffers: WorkerBuffers,
         reader: Reader,
         span: Span,
-        ways: Mapping[int, Way],
-        destinations: Mapping[int, Destination],
+        ways: Mapping[int, TensorMerge],
+        destinations: Mapping[int, Sink],
         stopped: Callable[[], bool],
     ) -> list[tuple[int, Record]]:
         """Make a span.
@@ -87,14 +87,14 @@ class Maker:
             wanted = slice(start - first, start - first + count)
             skew = next(iter(destinations.values())).skew(job.name, first * size)  # of all: they have one layout
             inputs = [
-                lane.read(reader, number, spec, first, last - first, skew if is_copied(span) else 0)
+                buffers.read(reader, number, spec, first, last - first, skew if is_copied(span) else 0)
                 for number, spec in enumerate(sources)
             ]
             for digest, chunk, spec in zip(read_digests, inputs, sources, strict=True):
                 digest.update(_part(chunk, wanted, dtypes.size(spec.dtype)))
             for v, destination in destinations.items():
-                out = lane.output((last - first) * size, skew) if not is_copied(span) else inputs[0]
-                self._fill(out, lane, span, ways.get(v), first, inputs, made[v])
+                out = buffers.output((last - first) * size, skew) if not is_copied(span) else inputs[0]
+                self._fill(out, buffers, span, ways.get(v), first, inputs, made[v])
                 data = _part(out, wanted, size)
                 destination.write(job.name, start * size, data)
                 made[v].digest.update(data)
@@ -106,16 +106,16 @@ class Maker:
             records.append((v, Record(span.index, span.begin, read, output, done.sums, bad, coefficients)))
         return records
 
-    def kernel(self, way: Way) -> Kernel | None:
+    def kernel(self, way: TensorMerge) -> Kernel | None:
         """What merges without torch, where there is such."""
         return way.kernel if self.device == CPU else None
 
     def _fill(
         self,
         out: memoryview,
-        lane: Lane,
+        buffers: WorkerBuffers,
         span: Span,
-        way: Way | None,
+        way: TensorMerge | None,
         start: int,
         inputs: Sequence[memoryview],
         made: _Made,
@@ -127,7 +127,7 @@ class Maker:
         elif not is_copied(span):
             with torch.inference_mode():
                 tensors = way.tensors(inputs) if way is not None else [tensor_of(inputs[0], kinds[0])]
-                self._by_torch(tensor_of(out, span.job.dtype), lane, span, way, start, tensors, made)
+                self._by_torch(tensor_of(out, span.job.dtype), buffers, span, way, start, tensors, made)
         if not all_finite(out, span.job.dtype):
             found = {number for number, kind in enumerate(kinds) if not all_finite(inputs[number], kind)}
             made.bad |= found or {-1}
@@ -137,7 +137,7 @@ class Maker:
         kernel: Kernel,
         out: c_ops.Run,
         span: Span,
-        way: Way,
+        way: TensorMerge,
         start: int,
         inputs: list[c_ops.Run],
         made: _Made,
@@ -152,9 +152,9 @@ class Maker:
     def _by_torch(
         self,
         out: torch.Tensor,
-        lane: Lane,
+        buffers: WorkerBuffers,
         span: Span,
-        way: Way | None,
+        way: TensorMerge | None,
         start: int,
         inputs: list[torch.Tensor],
         made: _Made,
@@ -165,15 +165,15 @@ class Maker:
         row = max(1, way.row if way is not None else 1)
         for first, count in cut(0, out.numel(), max(row, self.block // row * row)):
             place = slice(first, first + count)
-            block = [lane.fetch(chunk[place]) for chunk in inputs]
+            block = [buffers.fetch(chunk[place]) for chunk in inputs]
             result = block[0] if way is None else way.combine(block, start + first)
             store(result, out[place], plan.rounding, plan.seed, span.job.name, start + first)
             if observed is not None:
-                written = lane.fetch(out[place])
+                written = buffers.fetch(out[place])
                 for grain in observed_grains(span.begin, start + first, count, self.share):
                     sums = observed.by_torch(written[grain], [tensor[grain] for tensor in block])
                     made.add(sums, grain.stop - grain.start)
-        lane.wait()
+        buffers.wait()
 
 
 class _Made:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.deferred import torch
-from mergekit_lite.engine.buffers import CPU, Lane, is_summed
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers, is_summed
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods import Method, method_named
 from mergekit_lite.methods.passes import (
@@ -17,7 +17,7 @@ from mergekit_lite.methods.passes import (
     Block,
     Kernel,
     Passes,
-    Subject,
+    TensorInfo,
     Totals,
     Weighted,
     joined,
@@ -34,7 +34,7 @@ Input = TypeVar("Input")
 Section = tuple[int, int, int]  # number of the way, begin, end
 
 
-class Way:
+class TensorMerge:
     """One merged job of one variant on its way through its method."""
 
     def __init__(self, job: Job, variant: int, seed: int, offset: int, extent: int, rounding: str) -> None:
@@ -44,8 +44,8 @@ class Way:
         models = len(job.inputs) - job.has_base
         self.arguments = self.method.resolve(job.parameters[variant], models, job.has_base)
         self.row = self.method.row_length(job.shape, self.arguments)
-        subject = Subject(job.name, job.shape, models, job.has_base, seed, offset, extent)
-        self.passes: Passes = self.method.start(subject, self.arguments)
+        info = TensorInfo(job.name, job.shape, models, job.has_base, seed, offset, extent)
+        self.passes: Passes = self.method.start(info, self.arguments)
         self.to_nearest = rounding == "nearest"
         self.inputs = [spec.dtype for spec in job.inputs]
 
@@ -91,25 +91,27 @@ class Way:
         share = SAMPLE_EVERY if self.passes.request.sampled else 1
         return (end - begin) * sum(dtypes.size(spec.stored_dtype) for spec in self.job.inputs) // share
 
-    def sum(self, lane: Lane, reader: Reader, begin: int, end: int) -> Totals:
+    def sum(self, buffers: WorkerBuffers, reader: Reader, begin: int, end: int) -> Totals:
         """The requested sums over one section."""
         assert self.passes.request is not None
         inputs = list(enumerate(self.job.inputs))
         if self.passes.request.sampled:
             pieces = sample(begin, end)
-            picked = [lane.gather(reader, number, spec, pieces) for number, spec in inputs]
-            return self._sums(lane, picked, 0, sum(count for _, count in pieces))
+            picked = [buffers.gather(reader, number, spec, pieces) for number, spec in inputs]
+            return self._sums(buffers, picked, 0, sum(count for _, count in pieces))
         block = statistics_block(self.row)
         return joined(
-            self._sums(lane, [lane.read(reader, number, spec, start, count) for number, spec in inputs], start, block)
+            self._sums(
+                buffers, [buffers.read(reader, number, spec, start, count) for number, spec in inputs], start, block
+            )
             for start, count in cut(begin, end, max(block, CHUNK // block * block))
         )
 
-    def _sums(self, lane: Lane, chunks: Sequence[memoryview], start: int, block: int) -> Totals:
+    def _sums(self, buffers: WorkerBuffers, chunks: Sequence[memoryview], start: int, block: int) -> Totals:
         """The requested sums over a chunk, block by block."""
         request = self.passes.request
         assert request is not None
-        kernel = self.kernel_of_sums if lane.device == CPU else None
+        kernel = self.kernel_of_sums if buffers.device == CPU else None
         if kernel is not None:
             runs = self.runs(chunks)
             return joined(
@@ -120,7 +122,7 @@ class Way:
         with torch.inference_mode():
             stored = self.tensors(chunks)
             for first, count in cut(0, stored[0].numel(), block):
-                fetched = [lane.fetch(tensor[first : first + count]) for tensor in stored]
+                fetched = [buffers.fetch(tensor[first : first + count]) for tensor in stored]
                 part = self.passes.sum(fetched, start + first, self.working, self.row)
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = part.clone() if total is None else total.add_(part)
@@ -128,10 +130,10 @@ class Way:
             totals: Totals = total.cpu().numpy()
         return totals
 
-    def prepare(self, lane: Lane, reader: Reader) -> None:
+    def prepare(self, buffers: WorkerBuffers, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
         while self.passes.request is not None:
-            self.passes.send(joined(self.sum(lane, reader, *section) for section in self.sections()))
+            self.passes.send(joined(self.sum(buffers, reader, *section) for section in self.sections()))
 
     def runs(self, chunks: Sequence[memoryview]) -> list[c_ops.Run]:
         """The inputs' chunks, which come in the job's order, as a kernel wants them: the base first."""
@@ -145,19 +147,19 @@ class Way:
         return [inputs[-1], *inputs[:-1]] if self.job.has_base else inputs
 
 
-def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], Way]:
+def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], TensorMerge]:
     """The ways of all merged jobs, by (job, variant)."""
-    found: dict[tuple[int, int], Way] = {}
+    found: dict[tuple[int, int], TensorMerge] = {}
     offset, extent = 0, sum(job.numel for job in plan.jobs)
     for index, job in enumerate(plan.jobs):
         if job.merged:
             for variant in variants:
-                found[index, variant] = Way(job, variant, plan.seed, offset, extent, plan.rounding)
+                found[index, variant] = TensorMerge(job, variant, plan.seed, offset, extent, plan.rounding)
         offset += job.numel
     return found
 
 
-def without_torch(job: Job, ways: Sequence[Way]) -> bool:
+def without_torch(job: Job, ways: Sequence[TensorMerge]) -> bool:
     """Whether all that makes a tensor on the CPU is copying and c_ops, as far as can be told before its statistics.
 
     Args:
@@ -171,13 +173,13 @@ def without_torch(job: Job, ways: Sequence[Way]) -> bool:
     )
 
 
-def needed(found: Mapping[tuple[int, int], Way], jobs: Collection[int]) -> dict[tuple[int, int], Way]:
+def needed(found: Mapping[tuple[int, int], TensorMerge], jobs: Collection[int]) -> dict[tuple[int, int], TensorMerge]:
     """The ways of some jobs, and of those whose sums they wait for: all tensors of their groups."""
     groups = {way.passes.group for (job, _), way in found.items() if job in jobs} - {None}
     return {key: way for key, way in found.items() if key[0] in jobs or way.passes.group in groups}
 
 
-def gather(pending: Sequence[Way], everywhere: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
+def gather(pending: Sequence[TensorMerge], everywhere: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
     """Gather the sums that span several tensors, and those of large tensors, which are work for several workers.
 
     Args:

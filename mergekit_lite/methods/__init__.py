@@ -12,7 +12,7 @@ from mergekit_lite.methods import (  # noqa: F401  (importing a family registers
     varm,
 )
 from mergekit_lite.methods.in_memory import merge_states, merge_tensors
-from mergekit_lite.methods.passes import Block, Combine, Passes, Subject, Sums, Weighted
+from mergekit_lite.methods.passes import Block, Combine, Passes, Reduction, TensorInfo, Weighted
 from mergekit_lite.methods.registry import METHODS, Method, method_named
 
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
     "Combine",
     "Method",
     "Passes",
-    "Subject",
-    "Sums",
+    "Reduction",
+    "TensorInfo",
     "Weighted",
     "merge_states",
     "merge_tensors",

@@ -13,7 +13,7 @@ nearly equal rows is far below the rounding errors of its terms in 16 or 32 bits
 from __future__ import annotations
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Steps, Subject, Sums
+from mergekit_lite.methods.passes import Block, Reduction, Steps, TensorInfo
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.statistics import largest
 
@@ -24,14 +24,14 @@ from mergekit_lite.methods.statistics import largest
     formula="x where |x − base|·KL(row) ≥ q₂ + 1.5·(q₃ − q₁), else base",
     source="mergekit",
 )
-def arcee_fusion(subject: Subject) -> Steps:
+def arcee_fusion(info: TensorInfo) -> Steps:
     """The base with the model's elements where their change stands out.
 
     Args:
-        subject: the tensor; its rows are along the last axis.
+        info: the tensor; its rows are along the last axis.
     """
-    columns = last_axis(subject.shape)
-    rows = subject.numel // max(columns, 1)
+    columns = last_axis(info.shape)
+    rows = info.numel // max(columns, 1)
 
     def divergences(block: Block, start: int) -> torch.Tensor:
         p, q = (tensor.double().softmax(1).add_(1e-8) for tensor in (block[1], block[0]))
@@ -40,7 +40,7 @@ def arcee_fusion(subject: Subject) -> Steps:
         found[row : row + len(p)] = ((p / q).log_().mul_(p)).sum(1).clamp_(min=0)
         return found
 
-    by_row = yield Sums(divergences)
+    by_row = yield Reduction(divergences)
 
     def scores(block: Block, start: int) -> torch.Tensor:
         row = start // columns
@@ -50,7 +50,7 @@ def arcee_fusion(subject: Subject) -> Steps:
     def counts(_: int, elements: int, __: int) -> list[int]:
         return [elements - int(quarter * (elements - 1)) for quarter in (0.25, 0.5, 0.75)]
 
-    [quartiles] = yield from largest(subject, lambda block, start: [scores(block, start)], counts, sampled=False)
+    [quartiles] = yield from largest(info, lambda block, start: [scores(block, start)], counts, sampled=False)
     first, median, third = (cut.threshold for cut in quartiles)
     outstanding = median + 1.5 * (third - first)
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerModel
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Combine, Reduction, Steps, TensorInfo, deltas, weighted_sum
 from mergekit_lite.methods.registry import method
 
 
 @method(models=(1, 1), formula="base + clamp(x − base, −t, t)", source="Alchemonaut, mergekit")
-def nearswap(subject: Subject, *, t: float) -> Combine:
+def nearswap(info: TensorInfo, *, t: float) -> Combine:
     """Go from the base to the model, but in no element further than ``t``.
 
     mergekit's weight clamp(t/|x − base|, 0, 1) on the difference is the same thing without the division.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         t: how far, 0 or more.
     """
     if t < 0:
@@ -32,11 +32,11 @@ def nearswap(subject: Subject, *, t: float) -> Combine:
 
 
 @method(formula="base + lambda·(δ with the largest |δ|)", source="Marczak et al. 2024, arXiv 2407.06322")
-def magmax(subject: Subject, *, lambda_: float = 1.0) -> Combine:
+def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Combine:
     """Per element, the delta of the model that changed it most; of equal ones the first model's.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         lambda_: scales what is added.
     """
 
@@ -53,11 +53,11 @@ def magmax(subject: Subject, *, lambda_: float = 1.0) -> Combine:
 @method(
     formula="base + lambda·Σδ·[at least agree of |δ| ≥ threshold·|Σδ − δ|]", source="Wang et al. 2024, arXiv 2405.07813"
 )
-def consensus(subject: Subject, *, threshold: PerModel = (0.4,), agree: int = 2, lambda_: float = 1.0) -> Combine:
+def consensus(info: TensorInfo, *, threshold: PerModel = (0.4,), agree: int = 2, lambda_: float = 1.0) -> Combine:
     """Add up the deltas, but only where enough models have a stake in it (TALL masks).
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         threshold: a model has a stake where its delta is at least this many times what the others add up to. The paper
             chooses it for each model from 0.2 to 0.6.
         agree: how many must have one; the paper's is 2.
@@ -77,24 +77,24 @@ def consensus(subject: Subject, *, threshold: PerModel = (0.4,), agree: int = 2,
 
 
 @method(formula="base + Σ δ·[|δ| > epsilon] / (how many are)", source="arXiv 2601.13572")
-def ram(subject: Subject, *, epsilon: float = 1e-5) -> Combine:
+def ram(info: TensorInfo, *, epsilon: float = 1e-5) -> Combine:
     """Keep what one model changed, average what several did.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         epsilon: what is not larger counts as unchanged.
     """
-    return lambda block, _: _shared_mean(block, epsilon, (1.0,) * subject.models)
+    return lambda block, _: _shared_mean(block, epsilon, (1.0,) * info.models)
 
 
 @method(
     formula="as ram; what one model alone changed times 1 + r·clamp(shared/unique, 0, alpha)", source="arXiv 2601.13572"
 )
-def ramplus_tl(subject: Subject, *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Steps:
+def ramplus_tl(info: TensorInfo, *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Steps:
     """As ``ram``, with what one model alone changed enlarged: by how much of its change in the tensor is shared.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         epsilon: what is not larger counts as unchanged.
         r: how strongly.
         alpha: most that the ratio of shared to unique elements counts.
@@ -106,7 +106,7 @@ def ramplus_tl(subject: Subject, *, epsilon: float = 1e-5, r: float = 0.1, alpha
         unique = (changed & alone).flatten(1).sum(1)
         return torch.stack([changed.flatten(1).sum(1) - unique, unique])
 
-    shared, unique = yield Sums(count)
+    shared, unique = yield Reduction(count)
     factors = 1 + r * np.clip(shared / np.maximum(unique, 1), 0, alpha)
     return lambda block, _: _shared_mean(block, epsilon, tuple(factors.tolist()))
 

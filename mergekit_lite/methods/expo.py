@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Combine, Observed, Subject, moved
+from mergekit_lite.methods.passes import Block, Combine, Observed, TensorInfo, moved
 from mergekit_lite.methods.registry import method
 from mergekit_lite.ops import c_ops
 
@@ -45,11 +45,11 @@ def _effect(out: c_ops.Run, block: Sequence[c_ops.Run]) -> tuple[float, float]:
     donor="model",
     observed=Observed(effect, _effect),
 )
-def expo(subject: Subject, *, alpha: float) -> Combine:
+def expo(info: TensorInfo, *, alpha: float) -> Combine:
     """Extrapolate: the model is the one after alignment, the base the one before.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         alpha: how far to go on; 0.1 to 0.5 suits most fully trained models, partly trained ones take more.
             0 and −1 give the two models themselves, to the bit.
     """

@@ -12,8 +12,8 @@ from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import (
     Block,
     Passes,
-    Subject,
-    Sums,
+    Reduction,
+    TensorInfo,
     Totals,
     joined,
     sample,
@@ -82,22 +82,22 @@ def merge_states(
         if any(tensor not in state for state in states):
             raise UsageError(f"Tensor {tensor!r} is not in every model.")
         inputs = [state[tensor].detach() for state in states]
-        subject = Subject(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset, extent)
-        _fit_together(subject, inputs)
-        row = method.row_length(subject.shape, arguments)
-        merges.append(_Merge(subject, inputs, row, dtype, method.start(subject, arguments)))
-        offset += subject.numel
+        info = TensorInfo(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset, extent)
+        _fit_together(info, inputs)
+        row = method.row_length(info.shape, arguments)
+        merges.append(_Merge(info, inputs, row, dtype, method.start(info, arguments)))
+        offset += info.numel
     with torch.no_grad():
         while grouped := [merge for merge in merges if merge.passes.group is not None]:
             send_totals([merge.passes for merge in grouped], [merge.sums() for merge in grouped])
-        return {merge.subject.name: merge.result(block) for merge in merges}
+        return {merge.info.name: merge.result(block) for merge in merges}
 
 
 class _Merge:
     """One tensor being merged in memory."""
 
-    def __init__(self, subject: Subject, inputs: Block, row: int, dtype: torch.dtype | None, passes: Passes) -> None:
-        self.subject, self.row, self.passes = subject, max(row, 1), passes
+    def __init__(self, info: TensorInfo, inputs: Block, row: int, dtype: torch.dtype | None, passes: Passes) -> None:
+        self.info, self.row, self.passes = info, max(row, 1), passes
         self.flat = [tensor.reshape(-1) for tensor in inputs]
         self.columns = row  # of the blocks; 0 where they are 1-D
         self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
@@ -108,10 +108,10 @@ class _Merge:
     def sums(self) -> list[Totals]:
         """The requested sums over each section that contributes."""
         request = self.passes.request
-        assert isinstance(request, Sums)
-        return [self._sum(request, begin, end) for begin, end in sections(request, self.subject.numel, self.row)]
+        assert isinstance(request, Reduction)
+        return [self._sum(request, begin, end) for begin, end in sections(request, self.info.numel, self.row)]
 
-    def _sum(self, request: Sums, begin: int, end: int) -> Totals:
+    def _sum(self, request: Reduction, begin: int, end: int) -> Totals:
         """The requested sums over one section."""
         if request.sampled:
             pieces = sample(begin, end)
@@ -119,7 +119,7 @@ class _Merge:
         blocks = self._blocks(statistics_block(self.row), begin, end)
         return joined(self._of_block(request, start, block) for start, block in blocks)
 
-    def _of_block(self, request: Sums, start: int, block: Block) -> Totals:
+    def _of_block(self, request: Reduction, start: int, block: Block) -> Totals:
         if request.kernel is not None and self.by_kernels:
             return request.kernel([c_ops.run_of(tensor) for tensor in block], start)
         totals: Totals = self.passes.sum(block, start, self.working, self.columns).cpu().numpy()
@@ -129,15 +129,15 @@ class _Merge:
         """Gather what statistics remain, and combine."""
         while self.passes.request is not None:
             self.passes.send(joined(self.sums()))
-        out = torch.empty(self.subject.numel, dtype=self.dtype, device=self.flat[0].device)
+        out = torch.empty(self.info.numel, dtype=self.dtype, device=self.flat[0].device)
         kernel = self.passes.kernel if self.by_kernels else None
-        for start, blocks in self._blocks(block, 0, self.subject.numel):
+        for start, blocks in self._blocks(block, 0, self.info.numel):
             merged = out[start : start + blocks[0].numel()]
             if kernel is not None:
                 kernel([c_ops.run_of(tensor) for tensor in blocks], start, c_ops.run_of(merged))
             else:
                 merged.copy_(self.passes.merge(blocks, start, self.working, self.columns))
-        return out.view(self.subject.shape)
+        return out.view(self.info.shape)
 
     def _blocks(self, length: int, begin: int, end: int) -> Iterator[tuple[int, Block]]:
         """The blocks of about ``length`` that hold the elements ``begin … end``, each with its first index."""
@@ -146,12 +146,12 @@ class _Merge:
             yield start, [tensor[start : start + length] for tensor in self.flat]
 
 
-def _fit_together(subject: Subject, inputs: Block) -> None:
+def _fit_together(info: TensorInfo, inputs: Block) -> None:
     for number, tensor in enumerate(inputs):
-        if tuple(tensor.shape) != subject.shape:
+        if tuple(tensor.shape) != info.shape:
             raise UsageError(
-                f"Tensor {subject.name!r}: expected shape {subject.shape} in every input, "
+                f"Tensor {info.name!r}: expected shape {info.shape} in every input, "
                 f"got {tuple(tensor.shape)} in input {number}."
             )
         if not dtypes.is_float(dtypes.name_of(tensor.dtype)):
-            raise UsageError(f"Tensor {subject.name!r}: {dtypes.name_of(tensor.dtype)} can't be merged, only floats.")
+            raise UsageError(f"Tensor {info.name!r}: {dtypes.name_of(tensor.dtype)} can't be merged, only floats.")

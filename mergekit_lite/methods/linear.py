@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.parameters import PerInput
-from mergekit_lite.methods.passes import Combine, Subject, moved, sum_of_deltas, sum_of_inputs
+from mergekit_lite.methods.passes import Combine, TensorInfo, moved, sum_of_deltas, sum_of_inputs
 from mergekit_lite.methods.registry import method
 
 
@@ -25,11 +25,11 @@ def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
 
 
 @method(base="optional", formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
-def linear(subject: Subject, *, weight: PerInput, normalize: bool = True) -> Combine:
+def linear(info: TensorInfo, *, weight: PerInput, normalize: bool = True) -> Combine:
     """Weighted sum of the inputs; a base is one of them.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each input.
         normalize: divide by the sum of the weights.
     """
@@ -42,54 +42,54 @@ def linear(subject: Subject, *, weight: PerInput, normalize: bool = True) -> Com
 
 
 @method(base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")
-def uniform_soup(subject: Subject) -> Combine:
+def uniform_soup(info: TensorInfo) -> Combine:
     """Plain mean of the inputs; a base is one of them."""
-    return linear(subject, weight=(1.0,) * subject.inputs)
+    return linear(info, weight=(1.0,) * info.inputs)
 
 
 @method(base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
-def ema(subject: Subject, *, decay: float = 0.9) -> Combine:
+def ema(info: TensorInfo, *, decay: float = 0.9) -> Combine:
     """Exponential moving average of checkpoints in their order, beginning at the first one (the base, where given).
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         decay: what an average keeps when the next checkpoint comes, from 0 to 1.
     """
     if not 0 <= decay <= 1:
         raise UsageError(f"decay: expected 0 to 1, got {decay:g}.")
-    later = subject.inputs - 1
+    later = info.inputs - 1
     weights = (decay**later, *((1 - decay) * decay ** (later - i) for i in range(1, later + 1)))
-    return linear(subject, weight=weights, normalize=False)
+    return linear(info, weight=weights, normalize=False)
 
 
 @method(models=(1, 1), formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903")
-def wise_ft(subject: Subject, *, alpha: float = 0.5) -> Combine:
+def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Combine:
     """Interpolate between a base and its fine-tune.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         alpha: 0 is the base, 1 the fine-tune.
     """
     return moved(0, alpha) if alpha < 0.5 else moved(1, 1 - alpha)  # from the nearer end: both are met exactly
 
 
 @method(models=(2, 2), formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799")
-def chat_vector(subject: Subject, *, scale: float = 1.0) -> Combine:
+def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Combine:
     """Add to a model, say one trained on in another language, what a chat model learnt over their common base.
 
     Args:
-        subject: the tensor; the first model listed gains it, the second one is the chat model.
+        info: the tensor; the first model listed gains it, the second one is the chat model.
         scale: how much of it.
     """
     return sum_of_deltas((1.0, scale))
 
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
-def passthrough(subject: Subject, *, scale: PerInput = (1.0,)) -> Combine:
+def passthrough(info: TensorInfo, *, scale: PerInput = (1.0,)) -> Combine:
     """One model's tensor as it is, or scaled.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         scale: a factor; 1 copies every bit.
     """
     return sum_of_inputs(scale)

@@ -1,8 +1,9 @@
 """What a method is made of: passes over one tensor that gather statistics, then one that combines.
 
-A method that needs no statistic returns its ``Combine`` at once. One that does is a generator: it yields the ``Sums``
-it needs, is sent each one's total, and returns its ``Combine``. Sums over a group of tensors come before those over
-the tensor alone; tensors of one group ask for the same number of them, as each step follows from the totals alone.
+A method that needs no statistic returns its ``Combine`` at once. One that does is a generator: it yields the
+reductions it needs, is sent each one's total, and returns its ``Combine``. Reductions over a group of tensors come
+before those over the tensor alone; tensors of one group ask for the same number of them, as each step follows from the
+totals alone.
 
 ``Passes`` leads one tensor through this; who reads the blocks, and from where, is not the method's business.
 """
@@ -35,7 +36,7 @@ Kernel = Callable[[Sequence[c_ops.Run], int, c_ops.Run], None]  # the same, into
 
 
 @dataclass(frozen=True)
-class Subject:
+class TensorInfo:
     """What a method may know of the tensor it merges.
 
     Attributes:
@@ -68,7 +69,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Sums:
+class Reduction:
     """The one primitive statistic: a few numbers that are additive over blocks.
 
     Attributes:
@@ -88,7 +89,7 @@ class Sums:
     kernel: Callable[[Sequence[c_ops.Run], int], Totals] | None = None
 
 
-Steps: TypeAlias = "Generator[Sums, Totals, Combine]"
+Steps: TypeAlias = "Generator[Reduction, Totals, Combine]"
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Passes:
 
     def __init__(self, plan: Combine | Steps) -> None:
         """Go as far as the first request."""
-        self.request: Sums | None = None
+        self.request: Reduction | None = None
         self.combine: Combine | None = None
         self._steps: Steps | None = None
         if isinstance(plan, Generator):
@@ -215,7 +216,7 @@ def statistics_block(row: int) -> int:
     return max(1, STATISTICS_BLOCK // max(1, row)) * max(1, row)
 
 
-def sections(request: Sums, elements: int, row: int) -> list[tuple[int, int]]:
+def sections(request: Reduction, elements: int, row: int) -> list[tuple[int, int]]:
     """The (begin, end) of each section of a tensor that contributes to the requested sums."""
     block = statistics_block(row)
     length = max(1, SECTION // block) * block

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
-from mergekit_lite.methods.passes import Observed, Passes, Subject
+from mergekit_lite.methods.passes import Observed, Passes, TensorInfo
 
 METHODS: dict[str, Method] = {}
 
@@ -22,7 +22,7 @@ class Method:
 
     Attributes:
         name: as written in a recipe.
-        function: ``(subject, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
+        function: ``(info, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
         formula: one line for listings.
         source: the paper.
         base: whether a base is ``required``, ``optional`` or must be ``none``.
@@ -70,11 +70,11 @@ class Method:
         """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
         return self.rows(shape, **arguments) if self.rows is not None else 0
 
-    def start(self, subject: Subject, arguments: Mapping[str, Any]) -> Passes:
+    def start(self, info: TensorInfo, arguments: Mapping[str, Any]) -> Passes:
         """Begin the passes over one tensor, with arguments from ``resolve``. An empty tensor needs none."""
-        if subject.numel == 0:
+        if info.numel == 0:
             return Passes(lambda block, _: block[0])
-        return Passes(self.function(subject, **arguments))
+        return Passes(self.function(info, **arguments))
 
 
 def method(**about: Any) -> Callable[[F], F]:

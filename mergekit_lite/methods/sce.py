@@ -32,7 +32,7 @@ from typing import Literal
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.election import elected
-from mergekit_lite.methods.passes import Block, Compiled, Steps, Subject, Sums, Weighted, deltas
+from mergekit_lite.methods.passes import Block, Compiled, Reduction, Steps, TensorInfo, Weighted, deltas
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import Cut, gram, largest
 from mergekit_lite.ops import c_ops
@@ -42,7 +42,7 @@ from mergekit_lite.ops import c_ops
     formula="base + Σ η·δ·[sign elected] / Σ η·[sign elected], η ∝ Σ δ²", source="Wan et al. 2024, arXiv 2408.07990"
 )
 def sce(
-    subject: Subject,
+    info: TensorInfo,
     *,
     select_topk: float = 1.0,
     variant: Literal["mergekit", "fusechat", "paper"] = "mergekit",
@@ -51,7 +51,7 @@ def sce(
     """Merge deltas by coefficients that follow from where the models disagree.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         select_topk: share of the elements that vary between the models, those with the largest variance, to select.
         variant: whose SCE (see the module).
         int8_mask: mergekit's, without effect.
@@ -61,7 +61,7 @@ def sce(
     cut = None
     if select_topk < 1:
         [[cut]] = yield from largest(
-            subject, lambda block, _: [_variance(block[1:])], lambda _, elements, vary: [int(select_topk * vary)]
+            info, lambda block, _: [_variance(block[1:])], lambda _, elements, vary: [int(select_topk * vary)]
         )
 
     def selected(block: Block, start: int, cut: Cut | None = cut) -> Block:
@@ -76,13 +76,13 @@ def sce(
         wide = (delta.double() for delta in selected(block, start))
         return torch.stack([torch.dot(delta, delta) for delta in wide])
 
-    total = ((yield from gram(from_base=True)).diagonal() if cut is None else (yield Sums(squares))).tolist()
+    total = ((yield from gram(from_base=True)).diagonal() if cut is None else (yield Reduction(squares))).tolist()
     whole = sum(total)
-    shares = tuple(square / whole for square in total) if whole > 0 else (1 / subject.models,) * subject.models
+    shares = tuple(square / whole for square in total) if whole > 0 else (1 / info.models,) * info.models
 
     shown = None if variant == "fusechat" else cut
-    votes, divided = (1.0,) * subject.models, None if variant == "paper" else shares
-    keeps = (c_ops.Keep(),) * subject.models
+    votes, divided = (1.0,) * info.models, None if variant == "paper" else shares
+    keeps = (c_ops.Keep(),) * info.models
 
     def combine(block: Block, start: int) -> torch.Tensor:
         return elected(block[0], selected(block, start, shown), votes, shares, divided)

@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias, TypeVar
 from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import Block, Subject, Sums, Totals, deltas
+from mergekit_lite.methods.passes import Block, Reduction, TensorInfo, Totals, deltas
 from mergekit_lite.methods.statistics import Cut, largest, total
 from mergekit_lite.ops import c_ops
 from mergekit_lite.ops.c_ops import BY_CHANCE, BY_RANK, BY_SIZE, Keep
@@ -51,7 +51,7 @@ class Sparse:
         return self.of(made, start)
 
 
-Sparsifier: TypeAlias = "Generator[Sums, Totals, Sparse]"
+Sparsifier: TypeAlias = "Generator[Reduction, Totals, Sparse]"
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
 
@@ -60,21 +60,21 @@ LEVELS = 1025  # of magnitude, by which DELLA ranks
 FIRST_STREAM = 1  # stream 0 of a tensor's draws is stochastic rounding's
 
 
-def whole(subject: Subject) -> Sparse:
+def whole(info: TensorInfo) -> Sparse:
     """Keep everything."""
-    return Sparse(lambda made, _: made, (Keep(),) * subject.models)
+    return Sparse(lambda made, _: made, (Keep(),) * info.models)
 
 
-def magnitude(subject: Subject, density: tuple[float, ...], trim: Trim) -> Sparsifier:
+def magnitude(info: TensorInfo, density: tuple[float, ...], trim: Trim) -> Sparsifier:
     """Keep the largest elements of each delta: of this tensor's, or (``trim`` global) of the whole model's."""
 
     def counts(model: int, elements: int, _: int) -> list[int]:
         return [max(1, int(density[model] * elements)) if density[model] > 0 else 0]
 
-    return (yield from _by_size(subject, density, counts, trim, f"magnitude {density}"))
+    return (yield from _by_size(info, density, counts, trim, f"magnitude {density}"))
 
 
-def inliers(subject: Subject, density: tuple[float, ...], gamma: tuple[float, ...], trim: Trim) -> Sparsifier:
+def inliers(info: TensorInfo, density: tuple[float, ...], gamma: tuple[float, ...], trim: Trim) -> Sparsifier:
     """Keep the largest elements but the very largest ones. Where there are too few, the smallest are kept."""
     _check_shares(gamma=gamma)
 
@@ -83,11 +83,11 @@ def inliers(subject: Subject, density: tuple[float, ...], gamma: tuple[float, ..
         small = max(0, elements - kept - outliers)
         return [elements - small, elements - small - kept]
 
-    return (yield from _by_size(subject, density, counts, trim, f"inliers {density} {gamma}"))
+    return (yield from _by_size(info, density, counts, trim, f"inliers {density} {gamma}"))
 
 
 def _by_size(
-    subject: Subject,
+    info: TensorInfo,
     density: tuple[float, ...],
     counts: Callable[[int, int, int], list[int]],
     trim: Trim,
@@ -95,18 +95,18 @@ def _by_size(
 ) -> Sparsifier:
     """Keep the k largest of each delta, without the largest of a second k where there is one."""
     _check_shares(density=density)
-    trimmed = [model for model in range(subject.models) if density[model] < 1]
+    trimmed = [model for model in range(info.models) if density[model] < 1]
     if not trimmed:
-        return whole(subject)
-    origin = subject.offset if trim == "global" else 0
+        return whole(info)
+    origin = info.offset if trim == "global" else 0
     cuts = yield from largest(
-        subject,
+        info,
         lambda block, _: [(block[model + 1] - block[0]).abs_().float() for model in trimmed],
         lambda number, elements, other: counts(trimmed[number], elements, other),
         group if trim == "global" else None,
         of_models=trimmed,
     )
-    keeps = [Keep()] * subject.models
+    keeps = [Keep()] * info.models
     for model, (cut, *without) in zip(trimmed, cuts, strict=True):
         high = without[0] if without else Cut(math.inf, 0)
         keeps[model] = Keep(
@@ -128,10 +128,10 @@ def _by_size(
     return Sparse(sparse, tuple(keeps))
 
 
-def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
+def chance(info: TensorInfo, density: tuple[float, ...]) -> Sparse:
     """Keep each element with the probability ``density``."""
     _check_shares(density=density)
-    keys = [draws.stream_key(subject.seed, subject.name, FIRST_STREAM + model) for model in range(subject.models)]
+    keys = [draws.stream_key(info.seed, info.name, FIRST_STREAM + model) for model in range(info.models)]
 
     def sparse(made: Block, start: int) -> Block:
         for delta, key, share in zip(made, keys, density, strict=True):
@@ -143,14 +143,14 @@ def chance(subject: Subject, density: tuple[float, ...]) -> Sparse:
         Keep(BY_CHANCE, key=key, limit=_limit(share)) if share < 1 else Keep()
         for key, share in zip(keys, density, strict=True)
     ]
-    return Sparse(sparse, _told(subject, keeps))
+    return Sparse(sparse, _told(info, keeps))
 
 
-def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Sparse:
+def ranked_chance(info: TensorInfo, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Sparse:
     """Keep each element with a probability that rises with the rank of its size in its row.
 
     Args:
-        subject: the tensor; its blocks come as whole rows.
+        info: the tensor; its blocks come as whole rows.
         density: mean probability, for each model.
         epsilon: how far the probability goes below and above it, for each model.
         divide: divide what is kept by its probability, as in the paper.
@@ -162,7 +162,7 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
                 f"density {share:g} and epsilon {reach:g}: probabilities from {share - reach:g} to {share + reach:g}"
                 " don't all lie between 0 and 1. Choose a smaller epsilon."
             )
-    keys = [draws.stream_key(subject.seed, subject.name, FIRST_STREAM + model) for model in range(subject.models)]
+    keys = [draws.stream_key(info.seed, info.name, FIRST_STREAM + model) for model in range(info.models)]
 
     def sparse(made: Block, start: int) -> Block:
         for delta, key, share, reach in zip(made, keys, density, epsilon, strict=True):
@@ -172,7 +172,7 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
                 delta.mul_(mask.div_(chances) if divide else mask)
         return made
 
-    columns = subject.shape[-1] if subject.shape else 1
+    columns = info.shape[-1] if info.shape else 1
     keeps = []
     for key, share, reach in zip(keys, density, epsilon, strict=True):
         if share < 1:
@@ -180,12 +180,12 @@ def ranked_chance(subject: Subject, density: tuple[float, ...], epsilon: tuple[f
             keeps.append(Keep(BY_RANK, key=key, lowest=lowest, half_step=half_step, divide=divide))
         else:
             keeps.append(Keep())
-    return Sparse(sparse, _told(subject, keeps), columns)
+    return Sparse(sparse, _told(info, keeps), columns)
 
 
 def rescaling(
     sparse: Sparse, density: tuple[float, ...], rescale: Rescale
-) -> Generator[Sums, Totals, tuple[float, ...]]:
+) -> Generator[Reduction, Totals, tuple[float, ...]]:
     """Find the factor for what is kept of each delta that makes up for what was dropped.
 
     Args:
@@ -208,13 +208,13 @@ def rescaling(
         assert sparse.keeps is not None
         return np.array(c_ops.lengths(block, sparse.keeps, start, sparse.row)).reshape(2, -1)
 
-    before, after = (yield Sums(lengths, kernel=kernel if sparse.keeps is not None else None)).tolist()
+    before, after = (yield Reduction(lengths, kernel=kernel if sparse.keeps is not None else None)).tolist()
     return tuple(a / b if b > 0 else 1.0 for a, b in zip(before, after, strict=True))
 
 
-def _told(subject: Subject, keeps: list[Keep]) -> tuple[Keep, ...] | None:
+def _told(info: TensorInfo, keeps: list[Keep]) -> tuple[Keep, ...] | None:
     """What a kernel is told where elements are drawn: none is beyond those that one key serves."""
-    return tuple(keeps) if subject.numel <= 2 * draws.WORDS else None
+    return tuple(keeps) if info.numel <= 2 * draws.WORDS else None
 
 
 def _check_shares(**given: tuple[float, ...]) -> None:

@@ -23,9 +23,9 @@ from mergekit_lite.methods.parameters import PerInput, PerModel
 from mergekit_lite.methods.passes import (
     Block,
     Combine,
+    Reduction,
     Steps,
-    Subject,
-    Sums,
+    TensorInfo,
     Totals,
     deltas,
     sum_of_deltas,
@@ -63,11 +63,11 @@ def _products(vectors: Block, axis: int) -> torch.Tensor:
 
 
 @method(models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
-def slerp(subject: Subject, *, t: float) -> Steps:
+def slerp(info: TensorInfo, *, t: float) -> Steps:
     """Spherical interpolation between the base and one model, each tensor as one vector.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         t: 0 is the base, 1 the model; beyond them it goes on along the arc.
     """
     products = yield from gram(from_base=False)
@@ -89,12 +89,12 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
     source="mergekit",
 )
 def nuslerp(
-    subject: Subject, *, weight: PerModel, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+    info: TensorInfo, *, weight: PerModel, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
     """Slerp between two models, or between what they add to a base, at the place their weights give.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model; only their ratio counts. Weights that sum to zero mean the middle.
         nuslerp_flatten: the whole tensor is one vector.
         nuslerp_row_wise: where not: vectors run along the first axis instead of the last (sic, as in mergekit).
@@ -102,19 +102,19 @@ def nuslerp(
     t = weight[1] / sum(weight) if sum(weight) != 0 else 0.5
 
     def vectors(block: Block) -> Block:
-        return deltas(block) if subject.has_base else block
+        return deltas(block) if info.has_base else block
 
     def at(block: Block, a: Totals, b: Totals) -> torch.Tensor:
         first, second = vectors(block)
         merged = first * torch.from_numpy(a).to(first) + second * torch.from_numpy(b).to(first)
-        return merged.add_(block[0]) if subject.has_base else merged
+        return merged.add_(block[0]) if info.has_base else merged
 
-    if nuslerp_flatten or not subject.shape:
-        products = yield from gram(subject.has_base)
+    if nuslerp_flatten or not info.shape:
+        products = yield from gram(info.has_base)
         first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return (sum_of_deltas if subject.has_base else sum_of_inputs)((float(first), float(second)))
+        return (sum_of_deltas if info.has_base else sum_of_inputs)((float(first), float(second)))
     if nuslerp_row_wise:
-        columns = _on_arc(t, (yield Sums(lambda block, _: _products(vectors(block), 0))), PARALLEL)
+        columns = _on_arc(t, (yield Reduction(lambda block, _: _products(vectors(block), 0))), PARALLEL)
         return lambda block, _: at(block, *columns)
 
     def by_rows(block: Block, _: int) -> torch.Tensor:
@@ -125,32 +125,32 @@ def nuslerp(
 
 
 @method(base="optional", formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
-def multislerp(subject: Subject, *, weight: PerModel, normalize_weights: bool = True, eps: float = 1e-8) -> Steps:
+def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = True, eps: float = 1e-8) -> Steps:
     """Mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model.
         normalize_weights: divide them by their sum.
         eps: added to lengths; a mean direction shorter than this counts as none, and the weighted sum is taken.
     """
-    if subject.models == 1:
+    if info.models == 1:
         return lambda block, _: block[-1]
     weights = shares(weight) if normalize_weights else weight
-    products = yield from gram(subject.has_base)
+    products = yield from gram(info.has_base)
     lengths = np.sqrt(products.diagonal())
     direction = np.array(weights) / (lengths + eps)
     length = _length(direction, products)
     coefficients = direction * (weights @ lengths) / length if length >= eps else np.array(weights)
-    return (sum_of_deltas if subject.has_base else sum_of_inputs)(coefficients.tolist())
+    return (sum_of_deltas if info.has_base else sum_of_inputs)(coefficients.tolist())
 
 
 @method(base="optional", formula="Karcher mean of the directions · mean length", source="Karcher 1977")
-def karcher(subject: Subject, *, weight: PerInput = (1.0,), max_iter: int = 10, tol: float = 1e-5) -> Steps:
+def karcher(info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 10, tol: float = 1e-5) -> Steps:
     """The mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each input (mergekit: all equal).
         max_iter: most iterations.
         tol: stop when a step is shorter than this angle.
@@ -192,12 +192,12 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
 
 @method(base="optional", formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
 def geometric_median(
-    subject: Subject, *, weight: PerInput = (1.0,), max_iter: int = 100, tol: float = 1e-9
+    info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 100, tol: float = 1e-9
 ) -> Combine | Steps:
     """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each input, none below zero; a base is one of them.
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.
@@ -206,9 +206,9 @@ def geometric_median(
     if (weights < 0).any():
         raise UsageError("weight: a geometric median has no weights below zero.")
     median = np.zeros_like(weights)
-    if subject.inputs > 1:
+    if info.inputs > 1:
         # seen from the first input, so that small differences of large weights keep their digits
-        products = np.zeros((subject.inputs, subject.inputs))
+        products = np.zeros((info.inputs, info.inputs))
         products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
     return sum_of_deltas(median[1:].tolist())

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.methods.passes import Block, Combine, Subject, Sums, Totals, deltas
+from mergekit_lite.methods.passes import Block, Combine, Reduction, TensorInfo, Totals, deltas
 from mergekit_lite.ops import c_ops
 
 UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone, so that the rest counts the others
@@ -36,14 +36,14 @@ Quantities: TypeAlias = "Callable[[Block, int], Sequence[torch.Tensor]]"  # (blo
 Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
 
 
-def gram(from_base: bool) -> Generator[Sums, Totals, Totals]:
+def gram(from_base: bool) -> Generator[Reduction, Totals, Totals]:
     """Inner products of a tensor's n inputs, or of what n models add to a base: float64 (n, n)."""
 
     def of(block: Block, _: int) -> torch.Tensor:
         wide = [vector.flatten().double() for vector in (deltas(block) if from_base else block)]
         return torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
 
-    lower = yield Sums(of, kernel=lambda block, _: np.array(c_ops.inner_products(block, from_base)))
+    lower = yield Reduction(of, kernel=lambda block, _: np.array(c_ops.inner_products(block, from_base)))
     count = math.isqrt(2 * len(lower))
     products = np.zeros((count, count))
     rows, columns = np.tril_indices(count)
@@ -108,17 +108,17 @@ class Cut:
 
 
 def largest(
-    subject: Subject,
+    info: TensorInfo,
     quantities: Quantities,
     counts: Counts,
     group: str | None = None,
     sampled: bool = True,
     of_models: Sequence[int] = (),
-) -> Generator[Sums, Totals, list[list[Cut]]]:
+) -> Generator[Reduction, Totals, list[list[Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         quantities: (block, index of its first element) to non-negative float32 tensors of its shape.
         counts: (number of the quantity, its elements, those that aren't zero) to the values of k.
         group: count over all tensors of this group instead of the tensor alone; indices are then the model's.
@@ -128,10 +128,10 @@ def largest(
     Returns:
         For each quantity a cut for each k.
     """
-    origin, extent = (subject.offset, subject.extent) if group is not None else (0, subject.numel)
+    origin, extent = (info.offset, info.extent) if group is not None else (0, info.numel)
     place = _Place(quantities, group, origin, of_models)
     found: list[list[_Search]] | None = None
-    if sampled and (group is not None or subject.numel >= WORTH_SAMPLING):
+    if sampled and (group is not None or info.numel >= WORTH_SAMPLING):
         guesses = yield from _by_bits(place, _around(counts), sampled=True)
         found = yield from _proven(place, counts, guesses, extent)
     if found is None:
@@ -166,9 +166,9 @@ class _Place:
         kernel: Callable[[Sequence[c_ops.Run], int], Totals],
         within: tuple[int, int] | None = None,
         sampled: bool = False,
-    ) -> Sums:
+    ) -> Reduction:
         """The sums to ask for; by the kernel only where it knows the quantities."""
-        return Sums(of, self.group, within, sampled, kernel if self.of_models else None)
+        return Reduction(of, self.group, within, sampled, kernel if self.of_models else None)
 
     def pair(self, block: Sequence[c_ops.Run], number: int) -> tuple[c_ops.Run, c_ops.Run]:
         """The base and the model whose distance a quantity is."""
@@ -220,7 +220,7 @@ class _Search:
         self.width = step
 
 
-def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[Sums, Totals, list[list[_Search]]]:
+def _by_bits(place: _Place, wanted: Counts, sampled: bool = False) -> Generator[Reduction, Totals, list[list[_Search]]]:
     """Find the thresholds by counting bit patterns: for each quantity a search for each k that is wanted."""
 
     def upper_bits(block: Block, start: int) -> torch.Tensor:
@@ -281,7 +281,7 @@ def _around(counts: Counts) -> Counts:
 
 def _proven(
     place: _Place, counts: Counts, guesses: list[list[_Search]], extent: int
-) -> Generator[Sums, Totals, list[list[_Search]] | None]:
+) -> Generator[Reduction, Totals, list[list[_Search]] | None]:
     """Count what is above and what equals the thresholds of a sample; None where none of them is one of the whole's."""
     step = -(-extent // BUCKETS)
     tried = [sorted({guess.bits: guess for guess in row}.items()) for row in guesses]
@@ -331,7 +331,7 @@ def _fitting(number: int, k: int, guessed: Sequence[tuple[int, _Search]], row: T
     return None
 
 
-def _narrow(searches: list[_Search], place: _Place) -> Generator[Sums, Totals, None]:
+def _narrow(searches: list[_Search], place: _Place) -> Generator[Reduction, Totals, None]:
     """Narrow the ranges of indices, which must be the same in all the searches, to one bucket each."""
     begin, width = searches[0].begin, searches[0].width
     step = -(-width // BUCKETS)

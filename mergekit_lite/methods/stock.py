@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.methods.passes import Block, Steps, Subject, Totals, deltas, sum_of_deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Steps, TensorInfo, Totals, deltas, sum_of_deltas, weighted_sum
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
 
@@ -37,11 +37,11 @@ def _filters(shape: tuple[int, ...], *, filter_wise: bool) -> int:
 
 
 @method(models=(2, None), rows=_filters, formula="base + t·mean(x − base)", source="Jang et al. 2024, arXiv 2403.19522")
-def model_stock(subject: Subject, *, filter_wise: bool = False) -> Steps:
+def model_stock(info: TensorInfo, *, filter_wise: bool = False) -> Steps:
     """Mean of at least two fine-tunes, drawn back to their base the more, the wider the angle between them.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         filter_wise: an angle for each row instead of one for the tensor.
     """
     if filter_wise:
@@ -50,9 +50,9 @@ def model_stock(subject: Subject, *, filter_wise: bool = False) -> Steps:
             moved = deltas(block)
             stacked = torch.stack(moved, 1).double()  # (rows, models, columns)
             trust = torch.from_numpy(_trust((stacked @ stacked.mT).cpu().numpy())).to(block[0])
-            return weighted_sum(moved, (1 / subject.models,) * subject.models).mul_(trust[:, None]).add_(block[0])
+            return weighted_sum(moved, (1 / info.models,) * info.models).mul_(trust[:, None]).add_(block[0])
 
         return by_rows
     products = yield from gram(from_base=True)
-    share = float(_trust(products)) / subject.models
-    return sum_of_deltas((share,) * subject.models)
+    share = float(_trust(products)) / info.models
+    return sum_of_deltas((share,) * info.models)

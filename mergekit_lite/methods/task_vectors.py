@@ -22,7 +22,7 @@ from __future__ import annotations
 from mergekit_lite.deferred import torch
 from mergekit_lite.methods.election import elected
 from mergekit_lite.methods.parameters import PerModel
-from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, Subject, deltas, weighted_sum
+from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, TensorInfo, deltas, weighted_sum
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.sparsify import (
     Rescale,
@@ -82,23 +82,23 @@ def _elected(
 
 @method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
 def task_arithmetic(
-    subject: Subject, *, weight: PerModel, normalize: bool = False, lambda_: float = 1.0, int8_mask: bool = False
+    info: TensorInfo, *, weight: PerModel, normalize: bool = False, lambda_: float = 1.0, int8_mask: bool = False
 ) -> Combine:
     """Add the models' deltas to the base.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         normalize: divide by the sum of the weights.
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    return _added(whole(subject), (1.0,) * subject.models, weight, normalize, lambda_)
+    return _added(whole(info), (1.0,) * info.models, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("top"), source=TIES)
 def ties(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -111,7 +111,7 @@ def ties(
     """Trim each delta to its largest elements, elect signs, average what agrees.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept.
         normalize: divide by the weights of those that agree.
@@ -120,14 +120,14 @@ def ties(
         trim: density counts in each tensor, or (global) in the whole model.
         int8_mask: mergekit's, without effect.
     """
-    sparse = yield from magnitude(subject, density, trim)
+    sparse = yield from magnitude(info, density, trim)
     factors = yield from rescaling(sparse, density, rescale)
     return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("inliers"), source=CRUMBS)
 def breadcrumbs(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -141,7 +141,7 @@ def breadcrumbs(
     """Drop each delta's largest and small elements, add the rest.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept.
         gamma: share of each delta's elements, the largest, that is dropped.
@@ -151,14 +151,14 @@ def breadcrumbs(
         trim: density counts in each tensor, or (global) in the whole model.
         int8_mask: mergekit's, without effect.
     """
-    sparse = yield from inliers(subject, density, gamma, trim)
+    sparse = yield from inliers(info, density, gamma, trim)
     factors = yield from rescaling(sparse, density, rescale)
     return _added(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("inliers"), source=CRUMBS)
 def breadcrumbs_ties(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -172,7 +172,7 @@ def breadcrumbs_ties(
     """Drop each delta's largest and small elements, elect signs, add what agrees.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept.
         gamma: share of each delta's elements, the largest, that is dropped.
@@ -182,14 +182,14 @@ def breadcrumbs_ties(
         trim: density counts in each tensor, or (global) in the whole model.
         int8_mask: mergekit's, without effect.
     """
-    sparse = yield from inliers(subject, density, gamma, trim)
+    sparse = yield from inliers(info, density, gamma, trim)
     factors = yield from rescaling(sparse, density, rescale)
     return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("drop"), source=DARE)
 def dare_linear(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -201,7 +201,7 @@ def dare_linear(
     """Drop elements of each delta at random, add the rest, rescaled.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         normalize: divide by the weights.
@@ -209,14 +209,14 @@ def dare_linear(
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    sparse = chance(subject, density)
+    sparse = chance(info, density)
     factors = yield from rescaling(sparse, density, rescale)
     return _added(sparse, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("drop"), source=DARE)
 def dare_ties(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -228,7 +228,7 @@ def dare_ties(
     """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         normalize: divide by the weights of those that agree.
@@ -236,14 +236,14 @@ def dare_ties(
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    sparse = chance(subject, density)
+    sparse = chance(info, density)
     factors = yield from rescaling(sparse, density, rescale)
     return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(rows=last_axis, formula=ELECTED.format("drop"), source=DELLA)
 def della(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -256,7 +256,7 @@ def della(
     """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
@@ -265,14 +265,14 @@ def della(
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    sparse = ranked_chance(subject, density, epsilon, divide=rescale == "density")
+    sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
     factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
     return _elected(sparse, factors, weight, normalize, lambda_)
 
 
 @method(rows=last_axis, formula=ADDED.format("drop"), source=DELLA)
 def della_linear(
-    subject: Subject,
+    info: TensorInfo,
     *,
     weight: PerModel,
     density: PerModel = (1.0,),
@@ -285,7 +285,7 @@ def della_linear(
     """Drop elements of each delta at random, small ones more often, add the rest, rescaled.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
@@ -294,6 +294,6 @@ def della_linear(
         lambda_: scales what is added.
         int8_mask: mergekit's, without effect.
     """
-    sparse = ranked_chance(subject, density, epsilon, divide=rescale == "density")
+    sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
     factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
     return _added(sparse, factors, weight, normalize, lambda_)

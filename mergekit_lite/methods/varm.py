@@ -23,7 +23,17 @@ from typing import Literal
 
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import Block, Combine, Steps, Subject, Sums, Totals, Weighted, deltas, sum_of_deltas
+from mergekit_lite.methods.passes import (
+    Block,
+    Combine,
+    Reduction,
+    Steps,
+    TensorInfo,
+    Totals,
+    Weighted,
+    deltas,
+    sum_of_deltas,
+)
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import total
 from mergekit_lite.ops import c_ops
@@ -35,7 +45,7 @@ Measure = Literal["square", "abs"]
 
 @method(formula="base + Σ w·δ, w ∝ mean δ²", source="Wan et al. 2024, arXiv 2402.16107")
 def varm(
-    subject: Subject,
+    info: TensorInfo,
     *,
     granularity: Literal["model", "layer", "module", "tensor", "element"] = "tensor",
     measure: Measure = "square",
@@ -44,7 +54,7 @@ def varm(
     """Add the models' deltas, each weighted by its share of the change.
 
     Args:
-        subject: the tensor.
+        info: the tensor.
         granularity: what one set of weights serves.
         measure: of change: mean square or mean magnitude.
         temperature: above 0, the weights are the softmax of the measures divided by it.
@@ -53,11 +63,11 @@ def varm(
         raise UsageError(f"temperature: expected 0 or more, got {temperature:g}.")
     if granularity == "element":
         return lambda block, _: _by_element(block, measure, temperature)
-    return _by_unit(subject, granularity, measure, temperature)
+    return _by_unit(info, granularity, measure, temperature)
 
 
-def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: float) -> Steps:
-    place = IN_LAYER.match(subject.name)
+def _by_unit(info: TensorInfo, granularity: str, measure: Measure, temperature: float) -> Steps:
+    place = IN_LAYER.match(info.name)
     group = None
     if granularity == "model":
         group = f"varm {measure}"
@@ -66,11 +76,11 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
     elif place is not None and granularity == "module":
         group = f"varm {measure} {place[0]}"
     if granularity == "layer" and group is None:
-        coefficients = (1 / subject.models,) * subject.models
+        coefficients = (1 / info.models,) * info.models
     else:
-        keeps = (c_ops.Keep(),) * subject.models
+        keeps = (c_ops.Keep(),) * info.models
         per_element = granularity == "model"
-        tensor_share = 1.0 if per_element else 1 / subject.numel
+        tensor_share = 1.0 if per_element else 1 / info.numel
 
         def change(block: Block, _: int) -> torch.Tensor:
             changed = [total(delta.abs_()) if measure == "abs" else _square(delta) for delta in deltas(block)]
@@ -78,12 +88,12 @@ def _by_unit(subject: Subject, granularity: str, measure: Measure, temperature: 
 
         def change_by_kernel(block: Sequence[c_ops.Run], _: int) -> Totals:
             if measure == "abs":
-                changed = c_ops.lengths(block, keeps, 0)[: subject.models]
+                changed = c_ops.lengths(block, keeps, 0)[: info.models]
             else:
                 changed = [c_ops.inner_products([block[0], model], has_base=True)[0] for model in block[1:]]
             return np.array([*changed, block[0].count]) * tensor_share
 
-        changes = yield Sums(change, group, kernel=change_by_kernel)
+        changes = yield Reduction(change, group, kernel=change_by_kernel)
         coefficients = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
     return Weighted(coefficients, sum_of_deltas(coefficients))
 

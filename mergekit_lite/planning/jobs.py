@@ -10,7 +10,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS, Method
-from mergekit_lite.methods.passes import Subject
+from mergekit_lite.methods.passes import TensorInfo
 from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import MergeRecipe, MethodParameters, Numbers, Output
@@ -118,7 +118,7 @@ def check_arguments(method: Method, given: Arguments, models: int, has_base: boo
     Raises:
         UsageError: what it says.
     """
-    method.start(Subject("weight", (2, 2), models, has_base), method.resolve(given, models, has_base))
+    method.start(TensorInfo("weight", (2, 2), models, has_base), method.resolve(given, models, has_base))
 
 
 def _check_alike(name: str, spec: TensorSpec, other: TensorSpec, where: str) -> None:

@@ -19,7 +19,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.change import CHUNK
 from mergekit_lite.checkpoint.pieces import by_rows
 from mergekit_lite.errors import RunError
-from mergekit_lite.methods.passes import Passes, Subject, Sums, Totals, joined
+from mergekit_lite.methods.passes import Passes, Reduction, TensorInfo, Totals, joined
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.vectors.pairs import BLOCK, Difference, bits, read
 
@@ -123,12 +123,12 @@ class Sparse:
             return lambda delta, _: (delta.abs() >= threshold) & (delta != 0)
         tensor = difference.pair.tuned
         wanted = round((self.density or 0.0) * tensor.numel)
-        subject = Subject(tensor.name, tensor.shape, 1, False)
+        info = TensorInfo(tensor.name, tensor.shape, 1, False)
         found: list[Any] = []
 
         def steps() -> Any:
             cuts = yield from largest(
-                subject, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False
+                info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False
             )
             found.append(cuts[0][0])
             return lambda block, _: block[0]
@@ -242,6 +242,6 @@ def _check_exact(
         )
 
 
-def _total(request: Sums, difference: Difference) -> Totals:
+def _total(request: Reduction, difference: Difference) -> Totals:
     """The requested sums over a difference."""
     return joined(request.of([delta], start).numpy() for start, delta in difference.deltas())

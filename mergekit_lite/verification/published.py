@@ -13,7 +13,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec, safetensors_file, torch_file
 from mergekit_lite.checkpoint.folder import NOT_WEIGHTS, WEIGHT_SUFFIXES, inside, weight_map
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.engine.buffers import CPU, Lane
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
@@ -146,13 +146,13 @@ def check_digests(
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
     pool = Pool(workers, CPU, 1, CHUNK * WIDEST)
 
-    def digest(lane: Lane, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
+    def digest(buffers: WorkerBuffers, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
         made = xxhash.xxh3_128()
         try:
             for start, count in cut(span.begin, span.end, CHUNK):
                 if pool.stopped:
                     break
-                made.update(lane.read(reader, 0, span.spec, start, count))
+                made.update(buffers.read(reader, 0, span.spec, start, count))
         except RunError as error:
             return span, _finding(span, str(error))
         return span, made.hexdigest()

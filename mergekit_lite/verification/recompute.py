@@ -10,7 +10,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.report import report
-from mergekit_lite.engine.schedule import Progress, Work
+from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.errors import MergekitLiteError
@@ -42,7 +42,7 @@ class Recomputation:
         self.device = device
         self.jobs = sorted(jobs)
         self.records = Records()
-        self.work = Work(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
+        self.work = Schedule(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
         self.grouped = {index for (index, _), way in self.work.ways.items() if way.passes.group is not None}
 
     @property

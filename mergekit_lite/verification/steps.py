@@ -79,9 +79,9 @@ def verify(
     tally = _Tally(published.nbytes, progress)
     making = None
     if plan is not None:
-        lanes, block = lanes_and_block(place, threads)
+        workers, block = lanes_and_block(place, threads)
         jobs = _chosen(plan, samples, seed)
-        making = Recomputation(plan, manifest, jobs, place, lanes, block, tally.recomputed, processes)
+        making = Recomputation(plan, manifest, jobs, place, workers, block, tally.recomputed, processes)
         tally.to_recompute = making.work.bytes_in_all
     findings += check_digests(published, manifest, threads or available_cores(), tally.read)
     if making is not None:

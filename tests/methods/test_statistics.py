@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mergekit_lite.methods.passes import Block, Passes, Subject, Sums, sample
+from mergekit_lite.methods.passes import Block, Passes, Reduction, TensorInfo, sample
 from mergekit_lite.methods.statistics import WORTH_SAMPLING, Cut, largest
 from mergekit_lite.methods.statistics import total as summed
 
@@ -24,8 +24,8 @@ def cuts(tensors: list[torch.Tensor], ks: list[int], group: str | None = None, g
     offset = 0
     for tensor in tensors:
         offset += gaps
-        subject = Subject("w", tuple(tensor.shape), 1, False, 0, offset, extent)
-        ways.append(Passes(steps(subject, ks, group, sum(map(len, tensors)))))
+        info = TensorInfo("w", tuple(tensor.shape), 1, False, 0, offset, extent)
+        ways.append(Passes(steps(info, ks, group, sum(map(len, tensors)))))
         offset += len(tensor)
     full = 0
     while (request := ways[0].request) is not None:
@@ -36,14 +36,14 @@ def cuts(tensors: list[torch.Tensor], ks: list[int], group: str | None = None, g
     return [cut for [row] in [ways[0].combine] for cut in row], full  # type: ignore[union-attr,misc]
 
 
-def steps(subject: Subject, ks: list[int], group: str | None, whole: int) -> Iterator[Sums]:
+def steps(info: TensorInfo, ks: list[int], group: str | None, whole: int) -> Iterator[Reduction]:
     def counts(_: int, elements: int, __: int) -> list[int]:
         return [k * elements // whole for k in ks]
 
-    return largest(subject, lambda block, _: [block[0].abs()], counts, group)  # type: ignore[return-value]
+    return largest(info, lambda block, _: [block[0].abs()], counts, group)  # type: ignore[return-value]
 
 
-def total(request: Sums, tensor: torch.Tensor) -> torch.Tensor:
+def total(request: Reduction, tensor: torch.Tensor) -> torch.Tensor:
     if request.sampled:
         picked: Block = [torch.cat([tensor[start : start + count] for start, count in sample(0, len(tensor))])]
         return request.of(picked, 0)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from mergekit_lite.methods import Subject, Weighted, method_named
+from mergekit_lite.methods import TensorInfo, Weighted, method_named
 
 
 def coefficients(method: str, base: torch.Tensor, models: list[torch.Tensor], **parameters: Any) -> list[float]:
     """The coefficients a method finds for its models."""
     about = method_named(method)
-    subject = Subject("weight", tuple(base.shape), len(models), True)
-    passes = about.start(subject, about.resolve(parameters, len(models), True))
+    info = TensorInfo("weight", tuple(base.shape), len(models), True)
+    passes = about.start(info, about.resolve(parameters, len(models), True))
     block = [tensor.flatten() for tensor in (base, *models)]
     while passes.request is not None:
         passes.send(passes.request.of(block, 0).numpy())

@@ -11,7 +11,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.boosting.measure.model import Built, Places
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import lanes_and_block
-from mergekit_lite.engine.schedule import Work
+from mergekit_lite.engine.schedule import Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.planning import Plan
 
@@ -68,7 +68,7 @@ class Weights:
         lanes, block = lanes_and_block(self.device, self.threads)
         for source in plan.inputs:
             source.check_unchanged()
-        Work(plan, {0: parameters}, self.device, lanes, block, None, only=used).run()
+        Schedule(plan, {0: parameters}, self.device, lanes, block, None, only=used).run()
         bad = {plan.jobs[record.job].name for record in parameters.made.values() if record.bad}
         return Rewritten(report(plan, 0, parameters.made), tuple(sorted(bad)))
 
