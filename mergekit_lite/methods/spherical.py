@@ -17,21 +17,13 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
+from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals
 from mergekit_lite.methods.linear import shares
 from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
-from mergekit_lite.methods.passes import (
-    Block,
-    Combine,
-    Reduction,
-    Steps,
-    TensorInfo,
-    Totals,
-    deltas,
-    sum_of_deltas,
-    sum_of_inputs,
-)
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
+from mergekit_lite.ops.operations import WeightedSum
+from mergekit_lite.ops.torch_ops import deltas
 
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
@@ -71,7 +63,7 @@ def slerp(info: TensorInfo, *, t: float) -> Steps:
     """
     products = yield from gram(from_base=False)
     a, b = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], STRAIGHT)
-    return sum_of_inputs((float(a), float(b)))
+    return WeightedSum((float(a), float(b)))
 
 
 def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: object) -> int:
@@ -111,7 +103,7 @@ def nuslerp(
     if nuslerp_flatten or not info.shape:
         products = yield from gram(info.has_base)
         first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return (sum_of_deltas if info.has_base else sum_of_inputs)((float(first), float(second)))
+        return WeightedSum((float(first), float(second)), info.has_base)
     if nuslerp_row_wise:
         columns = _on_arc(t, (yield Reduction(lambda block, _: _products(vectors(block), 0))), PARALLEL)
         return lambda block, _: at(block, *columns)
@@ -148,7 +140,7 @@ def multislerp(
     direction = np.array(weights) / (lengths + eps)
     length = _length(direction, products)
     coefficients = direction * (weights @ lengths) / length if length >= eps else np.array(weights)
-    return (sum_of_deltas if info.has_base else sum_of_inputs)(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()), info.has_base)
 
 
 @method(
@@ -178,7 +170,7 @@ def karcher(
     mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
     coefficients = np.zeros_like(weights)
     coefficients[there] = mean * (weights @ lengths) / lengths[there]
-    return sum_of_inputs(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()))
 
 
 def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
@@ -211,7 +203,7 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
 )
 def geometric_median(
     info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
-) -> Combine | Steps:
+) -> Merge | Steps:
     """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
@@ -227,7 +219,7 @@ def geometric_median(
         products = np.zeros((info.inputs, info.inputs))
         products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
-    return sum_of_deltas(median[1:].tolist())
+    return WeightedSum(tuple(median[1:].tolist()), from_base=True)
 
 
 def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
