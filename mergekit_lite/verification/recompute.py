@@ -43,7 +43,7 @@ class Recomputation:
         self.jobs = sorted(jobs)
         self.records = Records()
         self.work = Schedule(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
-        self.grouped = {index for (index, _), way in self.work.ways.items() if way.passes.group is not None}
+        self.grouped = {index for (index, _), merge in self.work.merges.items() if merge.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class Recomputation:
     @property
     def beyond(self) -> int:
         """How many other tensors have to be read, as thresholds or coefficients span them."""
-        return len({index for index, _ in self.work.ways} - set(self.jobs))
+        return len({index for index, _ in self.work.merges} - set(self.jobs))
 
     def run(self) -> list[Finding]:
         """Make the tensors and compare them."""
