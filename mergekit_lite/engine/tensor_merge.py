@@ -89,7 +89,7 @@ class TensorMerge:
         """Bytes read for one section of the requested sums."""
         assert self.passes.request is not None
         share = SAMPLE_EVERY if self.passes.request.sampled else 1
-        return (end - begin) * sum(dtypes.size(spec.stored_dtype) for spec in self.job.inputs) // share
+        return sum(spec.stored_bytes(end - begin) for spec in self.job.inputs) // share
 
     def sum(self, buffers: WorkerBuffers, reader: Reader, begin: int, end: int) -> Totals:
         """The requested sums over one section."""
@@ -169,7 +169,7 @@ def without_torch(job: Job, ways: Sequence[TensorMerge]) -> bool:
     return (
         all((way.kernel if way.passes.request is None else way.kernel_of_sums) is not None for way in ways)
         and (job.merged == job.numel or (job.inputs[0].dtype == job.dtype and not is_summed(job.dtype)))
-        and all(spec.as_stored for spec in job.inputs)
+        and all(spec.is_plain for spec in job.inputs)
     )
 
 

@@ -40,7 +40,7 @@ def delta_rms(plan: Plan) -> float | None:
 
 def _read(reader: Reader, spec: TensorSpec, start: int, count: int) -> tuple[memoryview, str]:
     chunk = memoryview(bytearray(count * dtypes.size(spec.dtype)))
-    reader.fill(spec, start, chunk)
+    spec.fill(reader, start, chunk)
     return chunk, spec.dtype
 
 
