@@ -49,7 +49,7 @@ class WorkerBuffers:
             Their bytes, valid until the next read into this buffer.
         """
         chunk = self._inputs[index][skew : skew + count * dtypes.size(spec.dtype)]
-        reader.fill(spec, start, chunk)
+        spec.fill(reader, start, chunk)
         return chunk
 
     def gather(self, reader: Reader, index: int, spec: TensorSpec, pieces: Sequence[tuple[int, int]]) -> memoryview:
@@ -58,7 +58,7 @@ class WorkerBuffers:
         end = 0
         for start, count in pieces:
             begin, end = end, end + count * size
-            reader.fill(spec, start, self._inputs[index][begin:end])
+            spec.fill(reader, start, self._inputs[index][begin:end])
         return self._inputs[index][:end]
 
     def output(self, nbytes: int, skew: int = 0) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
 from mergekit_lite.planning import Job, Plan
@@ -18,7 +19,7 @@ def memory_estimate(plan: Plan, threads: int | None) -> int:
     from mergekit_lite.engine.pool import writing_workers
 
     buffers = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
-    folds = any(spec.change is not None for job in plan.jobs for spec in job.inputs)
+    folds = any(isinstance(spec.encoding, Sum) for job in plan.jobs for spec in job.inputs)
     kept = REMEMBERED_FACTORS if folds else 0
     buffers += FOLDING if folds else 0
     runtime = WITH_TORCH if _needs_torch(plan) else PYTHON

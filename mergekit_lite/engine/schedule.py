@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
-from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, tuned_process
@@ -132,4 +131,4 @@ def by_turns(plan: Plan, spans: Sequence[Span], files: int) -> Iterator[Span]:
 def _cost(span: Span) -> int:
     """Bytes read for a span: what progress is measured in."""
     sources = span.job.inputs if span.merged else span.job.inputs[:1]
-    return sum((span.end - span.begin) * dtypes.size(spec.stored_dtype) for spec in sources)
+    return sum(spec.stored_bytes(span.end - span.begin) for spec in sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from mergekit_lite import draws, dtypes
+from mergekit_lite import draws
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
@@ -49,7 +49,7 @@ class JobMerge(TensorMerge):
         """Return the bytes read for one section of the requested sums."""
         assert self.request is not None
         share = SAMPLE_EVERY if self.request.sampled else 1
-        return (end - begin) * sum(dtypes.size(spec.stored_dtype) for spec in self.job.inputs) // share
+        return sum(spec.stored_bytes(end - begin) for spec in self.job.inputs) // share
 
     def sum(self, buffers: WorkerBuffers, reader: Reader, begin: int, end: int) -> Totals:
         """Return the requested sums over one section."""
@@ -106,7 +106,7 @@ def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
     return (
         any(merge.ops(CPU).needs_torch for merge in merges)
         or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))
-        or not all(spec.as_stored for spec in job.inputs)
+        or not all(spec.is_plain for spec in job.inputs)
     )
 
 

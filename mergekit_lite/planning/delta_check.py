@@ -45,7 +45,7 @@ def _square(reader: Reader, specs: Sequence[TensorSpec], start: int, count: int)
     ops = ops_for(DIFFERENCE, TensorKind(tuple(spec.dtype for spec in specs)))
     chunks = [memoryview(bytearray(count * dtypes.size(spec.dtype))) for spec in specs]
     for spec, chunk in zip(specs, chunks, strict=True):
-        reader.fill(spec, start, chunk)
+        spec.fill(reader, start, chunk)
     views = [ops.of_bytes(chunk, spec.dtype) for chunk, spec in zip(chunks, specs, strict=True)]
     [square] = ops.figures(DIFFERENCE, views)
     return square

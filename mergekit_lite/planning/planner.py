@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import CheckpointError, PlanError, counted, listing
+from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
 from mergekit_lite.planning.jobs import Jobs, WrongNumbersError
@@ -104,7 +104,7 @@ def plan_merge(
     differing = disagreements(SHOULD_AGREE, inputs, inputs[donor])
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
-    if path.suffix in WEIGHT_SUFFIXES and (template is not None or recipe.tokenizer is not None):
+    if is_single_file(path) and (template is not None or recipe.tokenizer is not None):
         notes.append("a single file has no tokenizer beside it: chat_template and tokenizer_source do nothing")
     return Plan(
         recipes=({"merge_method": recipe.merge_method, "text": text},),

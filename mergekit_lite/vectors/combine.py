@@ -11,9 +11,9 @@ import yaml
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
-from mergekit_lite.checkpoint.change import Change
-from mergekit_lite.checkpoint.references import Addend, addend
-from mergekit_lite.checkpoint.vector_file import Delta, Vector, described, from_zero, read_vector
+from mergekit_lite.checkpoint.encodings.sum import Sum
+from mergekit_lite.checkpoint.references import Addition, parse_addition
+from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, read_vector
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.planning import Plan
@@ -38,11 +38,10 @@ def plan_combine(
 ) -> Plan:
     """Plan a combination of task vectors; see ``combine`` for the arguments and errors."""
     path = Path(output).expanduser()
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
+    check_output(path)
     if not vectors:
         raise UsageError("No task vector was given: mergekit-lite vector combine --method ties a b -o v.safetensors.")
-    named = [addend(str(text)) for text in vectors]
+    named = [parse_addition(str(text)) for text in vectors]
     opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in _files(named)]
     if not rebase:
         _check_one_base(opened)
@@ -93,7 +92,7 @@ def combine(
     return plan_and_run(plan_combine, vectors, output, method, parameters, **options)
 
 
-def _files(named: Sequence[Addend]) -> Sequence[Addend]:
+def _files(named: Sequence[Addition]) -> Sequence[Addition]:
     wrong = [f"{one.path}: is not a file" for one in named if not Path(one.path).expanduser().is_file()]
     if wrong:
         remedy = "an adapter is made one with: vector extract BASE BASE+ADAPTER -o v.safetensors"
@@ -101,7 +100,7 @@ def _files(named: Sequence[Addend]) -> Sequence[Addend]:
     return named
 
 
-def _model(one: Addend, weighted: bool) -> dict[str, Any]:
+def _model(one: Addition, weighted: bool) -> dict[str, Any]:
     """A recipe's entry. Where the method gives models weights and no common one is given, each counts once."""
     return {"model": one.path} | ({"parameters": {"weight": one.scale}} if weighted or one.scale != 1 else {})
 
@@ -118,7 +117,7 @@ def _check_one_base(vectors: Sequence[Vector]) -> None:
 
 def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:
     """Each vector as a model; what one of them doesn't change is zero there."""
-    own = [vector.over_zero() for vector in vectors]
+    own = [vector.differences() for vector in vectors]
     everything: dict[str, TensorSpec] = {}
     problems: list[str] = []
     for vector, tensors in zip(vectors, own, strict=True):
@@ -140,13 +139,13 @@ def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:
 
 
 def _nothing(spec: TensorSpec, path: Path) -> TensorSpec:
-    return from_zero(Delta(spec.name, spec.dtype, spec.shape), path)
+    return difference(Delta(spec.name, spec.dtype, spec.shape), path)
 
 
 def _zeros(models: Sequence[Checkpoint]) -> Checkpoint:
     """The base: zero everywhere. It takes its names and shapes, and no byte, from the first vector."""
     first = models[0]
-    tensors = {name: replace(spec, change=Change(None, ())) for name, spec in first.tensors.items()}
+    tensors = {name: replace(spec, encoding=Sum(None)) for name, spec in first.tensors.items()}
     return replace(first, reference=ZERO, tensors=tensors)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.change import CHUNK
-from mergekit_lite.checkpoint.pieces import by_rows
+from mergekit_lite.checkpoint.encodings.pieces import by_rows
+from mergekit_lite.checkpoint.encodings.sparse import CHUNK
 from mergekit_lite.errors import RunError
 from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals, answered
 from mergekit_lite.methods.statistics import largest

@@ -44,7 +44,7 @@ class Match:
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
-        return sum(self.numel * dtypes.size(spec.stored_dtype) for spec in self.specs)
+        return sum(spec.stored_bytes(self.numel) for spec in self.specs)
 
     @property
     def row(self) -> int:

@@ -88,9 +88,7 @@ class Difference:
 
 def read(reader: Reader, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
     """Elements of a tensor: 1-D, of its dtype."""
-    out = torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype))
-    reader.read(spec, start, out)
-    return out
+    return spec.elements(reader, start, count)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

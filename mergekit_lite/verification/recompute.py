@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.schedule import Progress, Schedule
@@ -119,13 +120,13 @@ def _agree(one: object, other: object) -> bool:
 
 
 def _what_changed(spec: TensorSpec) -> str:
-    others = " and its scales" * spec.quantised + " and what is added to it" * (spec.change is not None)
+    others = " and its scales" * spec.quantised + " and what is added to it" * isinstance(spec.encoding, Sum)
     return f"an input that changed: not what was read{f' from it{others}' if others else ''} when the output was made"
 
 
 def _place(spec: TensorSpec, begin: int, end: int) -> tuple[int, int] | None:
     """The bytes of some elements in their file, where they are just these bytes."""
-    if spec.strides is not None or spec.quantised or spec.change is not None:
+    if not spec.is_plain:
         return None
     size = dtypes.size(spec.dtype)
     return spec.offset + begin * size, spec.offset + end * size
