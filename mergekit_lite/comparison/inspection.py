@@ -219,7 +219,7 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
     ):
         yield "config.json: tie_word_embeddings is false, but there is no output head"
     said = config.get("dtype", config.get("torch_dtype"))
-    stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if dtypes.is_float(spec.stored_dtype)}
+    stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if spec.stored_dtype in dtypes.FLOATS}
     if isinstance(said, str) and stored and said not in stored:
         yield f"config.json: the dtype is {said}, the tensors are {', '.join(sorted(stored))}"
     yield from _doubts_of_tokenizer(checkpoint)
