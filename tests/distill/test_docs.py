@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.loading import load
 from mergekit_lite.distillation.objectives import OBJECTIVES
-from mergekit_lite.distillation.recipe import Rule, Scorer
+from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.recipe.schema import RecipeScorer, Rule
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_commands(command: str) -> None:
 def test_the_tables_tell_of_all() -> None:
     assert len(COMMANDS) == 7
     assert first_column("Rules") == set(get_args(Rule))
-    assert first_column("Scorers") == set(get_args(Scorer.model_fields["kind"].annotation))
+    assert first_column("Scorers") == set(get_args(RecipeScorer.model_fields["kind"].annotation))
     assert first_column("Objectives") == set(OBJECTIVES)
 
 

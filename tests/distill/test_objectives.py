@@ -7,8 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs, _log1mexp
-from mergekit_lite.distillation.schedules import scheduled
+from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs, _log1mexp, scheduled
 
 ALL = sorted(OBJECTIVES)
 FLOAT32 = 6e-8  # the published numbers were computed in it

@@ -1,7 +1,7 @@
-"""Answers with their scores, read from the ledgers twice: first what rules look at, then the texts they chose.
+"""Answers with their scores, read from the ledgers in two passes.
 
 60,000 prompts with 50 answers each are some 6 GB of text, of which a few answers a prompt become rows. So the first
-reading keeps numbers, and a digest of each text.
+pass keeps numbers and a digest of each text, and the second reads only the texts that rules have chosen.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from xxhash import xxh3_64_intdigest
 
 from mergekit_lite.answers.rows import Key, Prompt, read_rows
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe import Pairs, Scorer, Source
+from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, Source
 from mergekit_lite.distillation.rules import Candidate
 
 
 class Verdict(NamedTuple):
-    """What a scorer said of an answer."""
+    """A scorer's verdict on an answer: a score, or None and the reason."""
 
     value: float | None
     why: str
 
 
 @dataclass
-class Reading:
-    """What was found on the way.
+class Inventory:
+    """What reading the ledgers has shown.
 
     Attributes:
-        missing: files that are not there yet, in words.
-        absent: rows that are not in files that are there.
+        missing: files that don't exist yet, as messages.
+        absent: rows that existing files don't have yet, as messages.
         problems: malformed rows, with file and line.
-        counts: of answers, by domain and what became of them.
+        counts: numbers of answers by domain, and there by what became of them.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -43,129 +43,131 @@ class Reading:
     problems: list[str] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def count(self, domain: str, what: str) -> None:
-        """One more."""
-        self.counts.setdefault(domain, Counter())[what] += 1
+    def count(self, domain: str, what: str, number: int = 1) -> None:
+        """Count answers to prompts of a domain."""
+        self.counts.setdefault(domain, Counter())[what] += number
 
 
 def candidates(
     folder: Folder,
     source: Source,
     prompts: Mapping[str, Prompt],
-    protocols: Mapping[str, Pairs],
-    reading: Reading,
+    pairings: Mapping[str, Pairing],
+    inventory: Inventory,
     own: bool = False,
 ) -> dict[str, list[Candidate]]:
-    """The answers of one source to each prompt that can be used, by index: not blank, with a score.
+    """Return one source's usable answers to each prompt, ordered by index: not blank, with all scores they need.
 
     Args:
         folder: of the recipe.
-        source: whose answers.
-        prompts: by id; answers to others are passed over.
-        protocols: by domain.
-        reading: takes what is missing or lost.
-        own: the source is the target itself.
+        source: the source.
+        prompts: by id; answers to others are ignored.
+        pairings: by domain.
+        inventory: takes what is missing or lost.
+        own: whether the source is the target itself.
     """
     wanted = {prompt.id for prompt in prompts.values() if source.answers_to(prompt.domain)}
     if not wanted:
         return {}
     path = folder.samples(source.name)
     if not path.exists():
-        reading.missing.append(f"no answers of {source.name}: {path}")
+        inventory.missing.append(f"no answers of {source.name}: {path}")
         return {}
-    names = {name for one in wanted for name in protocols[prompts[one].domain].scorers}
-    scores = {name: verdicts(folder, name, source.name, reading) for name in sorted(names)}
-    found: dict[str, list[Candidate]] = {}
-    seen: Counter[str] = Counter()
-    unjudged: Counter[str] = Counter()
-    for row in _rows(path, ("prompt", "index", "text"), reading.problems):
+    names = {name for prompt in wanted for name in pairings[prompts[prompt].domain].scorers}
+    scores = {name: verdicts(folder, name, source.name, inventory) for name in sorted(names)}
+    usable: dict[str, list[Candidate]] = {}
+    answers: Counter[str] = Counter()  # by prompt
+    losses: Counter[str] = Counter()  # by reason
+    for row in _rows(path, ("prompt", "index", "text"), inventory.problems):
         if row["prompt"] not in wanted:
             continue
         prompt = prompts[row["prompt"]]
-        seen[prompt.id] += 1
-        candidate = _candidate(row, source.name, own, prompt, protocols[prompt.domain], scores, unjudged, reading)
-        if candidate is not None:
-            found.setdefault(prompt.id, []).append(candidate)
+        answers[prompt.id] += 1
+        inventory.count(prompt.domain, "answers")
+        candidate = _candidate(row, source.name, own, pairings[prompt.domain], scores)
+        if isinstance(candidate, str):
+            losses[candidate] += 1
+            inventory.count(prompt.domain, candidate)
+        else:
+            usable.setdefault(prompt.id, []).append(candidate)
     absent = 0
-    for prompt in (prompts[one] for one in wanted):
-        lacking = max(source.answers_to(prompt.domain) - seen[prompt.id], 0)
-        reading.counts.setdefault(prompt.domain, Counter())["not there"] += lacking
+    for prompt_id in wanted:
+        domain = prompts[prompt_id].domain
+        lacking = max(source.answers_to(domain) - answers[prompt_id], 0)
+        inventory.count(domain, "not there", lacking)
         absent += lacking
     if absent:
-        reading.absent.append(f"{absent:,} answers of {source.name}: {path} has {sum(seen.values()):,}")
-    for name, count in unjudged.items():
-        if folder.scores(name, source.name).exists():
-            reading.absent.append(f"{count:,} scores of {source.name}'s answers by {name}")
-    return {prompt: sorted(answers, key=lambda one: one.index) for prompt, answers in found.items()}
+        inventory.absent.append(f"{absent:,} answers of {source.name}: {path} has {answers.total():,}")
+    for name in scores:
+        unjudged = losses[_unjudged(name)]
+        if unjudged and folder.scores(name, source.name).exists():
+            inventory.absent.append(f"{unjudged:,} scores of {source.name}'s answers by {name}")
+    return {prompt: sorted(each, key=lambda answer: answer.index) for prompt, each in usable.items()}
 
 
 def _candidate(
     row: Mapping[str, Any],
     source: str,
     own: bool,
-    prompt: Prompt,
-    protocol: Pairs,
+    pairing: Pairing,
     scores: Mapping[str, Mapping[Key, Verdict]],
-    unjudged: Counter[str],
-    reading: Reading,
-) -> Candidate | None:
-    """An answer, where it can be used."""
-    text, key = row["text"], Key(prompt.id, row["index"])
-    reading.count(prompt.domain, "answers")
+) -> Candidate | str:
+    """Return an answer with its scores, or the reason why it can't be used."""
+    text, key = row["text"], Key(row["prompt"], row["index"])
     if not text.strip():
-        reading.count(prompt.domain, "blank")
-        return None
+        return "blank"
     score, correct = 0.0, None
-    for name in protocol.scorers:
+    for name in pairing.scorers:
         verdict = scores[name].get(key)
         if verdict is None:
-            unjudged[name] += 1
-            reading.count(prompt.domain, f"no verdict of {name}")
-            return None
+            return _unjudged(name)
         if verdict.value is None:
-            reading.count(prompt.domain, f"no score by {name}")
-            return None
-        if name == protocol.score:
+            return f"no score by {name}"
+        if name == pairing.score:
             score = verdict.value
-        if name == protocol.correct:
+        if name == pairing.correct:
             correct = verdict.value >= 1
     return Candidate(source, key.number, score, correct, len(text), xxh3_64_intdigest(text.encode()), own)
 
 
-def verdicts(folder: Folder, scorer: str, source: str, reading: Reading) -> dict[Key, Verdict]:
-    """All of one scorer on one source."""
+def _unjudged(scorer: str) -> str:
+    return f"no verdict of {scorer}"
+
+
+def verdicts(folder: Folder, scorer: str, source: str, inventory: Inventory) -> dict[Key, Verdict]:
+    """Return one scorer's verdicts on the answers of one source."""
     path = folder.scores(scorer, source)
     if not path.exists():
-        reading.missing.append(f"no scores of {source}'s answers by {scorer}: {path}")
+        inventory.missing.append(f"no scores of {source}'s answers by {scorer}: {path}")
         return {}
-    rows = _rows(path, ("prompt", "index", "score"), reading.problems)
+    rows = _rows(path, ("prompt", "index", "score"), inventory.problems)
     return {Key(row["prompt"], row["index"]): Verdict(row["score"], row.get("why", "")) for row in rows}
 
 
 def texts(folder: Folder, source: str, wanted: Collection[Key]) -> dict[Key, str]:
-    """The texts of the wanted answers of one source."""
+    """Return the texts of some answers of one source."""
     rows = _rows(folder.samples(source), ("prompt", "index", "text"), [])
     keyed = ((Key(row["prompt"], row["index"]), row["text"]) for row in rows)
     return {key: text for key, text in keyed if key in wanted}
 
 
 def all_scores(
-    folder: Folder, scorers: Collection[Scorer], source: str, wanted: Collection[Key]
+    folder: Folder, scorers: Collection[RecipeScorer], source: str, wanted: Collection[Key]
 ) -> dict[Key, dict[str, float | None]]:
-    """What every scorer said of the wanted answers of one source."""
-    found: dict[Key, dict[str, float | None]] = {key: {} for key in wanted}
+    """Return the scores that every scorer gave to some answers of one source, by answer and scorer."""
+    scores: dict[Key, dict[str, float | None]] = {key: {} for key in wanted}
     for scorer in scorers:
         path = folder.scores(scorer.name, source)
         if path.exists():
             for row in _rows(path, ("prompt", "index", "score"), []):
                 key = Key(row["prompt"], row["index"])
-                if key in found:
-                    found[key][scorer.name] = row["score"]
-    return found
+                if key in scores:
+                    scores[key][scorer.name] = row["score"]
+    return scores
 
 
 def _rows(path: Path, keys: Collection[str], problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows that have all keys."""
+    """Yield the rows that have all keys; the others become problems."""
     for line in read_rows(path, problems):
         absent = [key for key in keys if key not in line.row]
         if absent:
