@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 from click.testing import CliRunner
 
+from docs import distill as page_of_distill
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives import OBJECTIVES
@@ -55,6 +56,7 @@ def test_the_tables_tell_of_all() -> None:
     assert first_column("Rules") == set(get_args(Rule))
     assert first_column("Scorers") == set(get_args(RecipeScorer.model_fields["kind"].annotation))
     assert first_column("Objectives") == set(OBJECTIVES)
+    assert PAGE == page_of_distill.page(), "run: python -m docs.distill"
 
 
 def test_the_files_are_those_of_the_folder() -> None:
@@ -70,7 +72,7 @@ def test_accelerate_reads_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "fsdp.yaml").write_text(YAML["fsdp.yaml"])
     config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
     assert config.num_processes == 8 and config.fsdp_config["fsdp_version"] == 2
-    launched = re.findall(r"^    accelerate launch (.*)$", PAGE, re.MULTILINE)
+    launched = re.findall(r"^    accelerate launch (.*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
     from accelerate.commands.launch import launch_command_parser
 
     for line in launched:
