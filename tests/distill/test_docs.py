@@ -56,7 +56,7 @@ def test_the_tables_tell_of_all() -> None:
     assert first_column("Rules") == set(get_args(Rule))
     assert first_column("Scorers") == set(get_args(RecipeScorer.model_fields["kind"].annotation))
     assert first_column("Objectives") == set(OBJECTIVES)
-    assert PAGE == page_of_distill.page(), "run: python -m docs.distill"
+    assert page_of_distill.page() == PAGE, "run: python -m docs.distill"
 
 
 def test_the_files_are_those_of_the_folder() -> None:
