@@ -13,8 +13,8 @@ import click
 from mergekit_lite.commands.reporter import Teller
 
 if TYPE_CHECKING:
-    from mergekit_lite.distillation.dry_run import Outlook
-    from mergekit_lite.distillation.recipe import Recipe
+    from mergekit_lite.distillation.dry_run import DryRun
+    from mergekit_lite.distillation.recipe.schema import Recipe
 
 SKIPPING = ("sample", "pair")  # take --skip-missing
 ROUND = ("sample", "score", "pair", "train")
@@ -111,7 +111,7 @@ def report(recipe: Path, quiet: bool) -> None:
 
 
 def _load(path: Path) -> Recipe:
-    from mergekit_lite.distillation.loading import load
+    from mergekit_lite.distillation.recipe.loading import load
 
     return load(path)
 
@@ -123,17 +123,17 @@ def _carry_out(name: str, recipe: Recipe, teller: Teller, *, skip_missing: bool 
 
 
 def _show_plan(recipe: Recipe, teller: Teller, as_json: bool) -> None:
-    from mergekit_lite.distillation.dry_run import outlook
-    from mergekit_lite.distillation.prompts import gathered
+    from mergekit_lite.distillation import prompts
+    from mergekit_lite.distillation.dry_run import dry_run
 
-    plan = outlook(recipe, gathered(recipe, teller))
+    plan = dry_run(recipe, prompts.read(recipe, teller))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
     else:
         _print_plan(recipe, plan, teller)
 
 
-def _print_plan(recipe: Recipe, plan: Outlook, teller: Teller) -> None:
+def _print_plan(recipe: Recipe, plan: DryRun, teller: Teller) -> None:
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
     teller.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
     teller.line("")

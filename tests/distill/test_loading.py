@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.distillation.checks import unknown_domains
-from mergekit_lite.distillation.loading import load, parse
-from mergekit_lite.distillation.recipe import TARGET
+from mergekit_lite.distillation.recipe.checks import unknown_domains
+from mergekit_lite.distillation.recipe.loading import load, parse
+from mergekit_lite.distillation.recipe.schema import TARGET
 from mergekit_lite.errors import UsageError
 from mergekit_lite.yaml_document import RecipeError
 from tests.distill.recipes import recipe, write_recipe

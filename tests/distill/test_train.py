@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lite.answers.template import ChatTemplate, Limits
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Silent
 from mergekit_lite.distillation.train import check, train
 from mergekit_lite.distillation.training.model import tokenizer_of
