@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.answers.scorers.registry import open_scorer
+from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.boosting import report
 from mergekit_lite.boosting.candidates.candidate import Numbers
 from mergekit_lite.boosting.candidates.family import PairFamily, RecipeFamily

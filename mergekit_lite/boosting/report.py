@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite._version import __version__
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.boosting import curve
 from mergekit_lite.boosting.candidates.candidate import Row, label
 from mergekit_lite.boosting.search.choice import Result

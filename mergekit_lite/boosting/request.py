@@ -20,7 +20,7 @@ from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.generators import serve_words
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
-from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
+from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
 from mergekit_lite.boosting.search.guards import limits
 from mergekit_lite.boosting.search.looks import portion
 from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
@@ -30,8 +30,8 @@ from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, count
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
+    from mergekit_lite.answers.likelihood import Pair
     from mergekit_lite.answers.rows import Prompt
-    from mergekit_lite.answers.scorers.likelihood import Pair
 
 SEARCHES = ("bracket", "grid", *SAMPLERS)
 ALPHA = f"alpha=0:{MOST:g}"
@@ -101,7 +101,7 @@ class Prepared:
 
     request: Request
     family: Family
-    scores: tuple[Score, ...]
+    scores: tuple[ScoreSpec, ...]
     prompts: tuple[Prompt, ...]
     pairs: Mapping[str, Pair]
     texts: Mapping[str, str]
@@ -203,10 +203,10 @@ def _tunables(request: Request) -> tuple[Tunable, ...]:
     return parse(request.tune or (ALPHA,))
 
 
-def _missing(request: Request, scores: Sequence[Score]) -> list[str]:
+def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
     """Data and settings that scores need, and data that no score has use for."""
     kinds = {score.kind for score in scores}
-    of_answers = sorted(kinds & {*OF_ANSWERS, LOG_RATIO})
+    of_answers = sorted(score.kind for score in scores if score.of_answers)
     problems = []
     if not request.scores:
         problems.append("What are candidates scored by? For instance --score reward:MODEL, or --score pairs.")
@@ -219,7 +219,7 @@ def _missing(request: Request, scores: Sequence[Score]) -> list[str]:
     if scores and PAIRS not in kinds and request.pairs is not None:
         problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
     if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
-        problems.append("--score log-ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
+        problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
     if LM_EVAL in kinds and find_spec("lm_eval") is None:
         problems.append("--score lm-eval:… needs the package lm_eval: pip install lm_eval.")
     if request.search is not None and request.search not in SEARCHES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mergekit_lite.answers.statistics import Interval
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.point import Point
 from mergekit_lite.errors import counted

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mergekit_lite.answers.prompts import Prompts
-from mergekit_lite.answers.scorers.registry import wrong_settings
+from mergekit_lite.answers.scoring.registry import wrong_settings
 from mergekit_lite.distillation import protocols
 from mergekit_lite.distillation.recipe import TARGET, Recipe, Scorer, Source
 from mergekit_lite.errors import UsageError, listing, nearest

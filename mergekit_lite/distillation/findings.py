@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mergekit_lite.answers.statistics import Interval
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.distillation import curves
 from mergekit_lite.distillation.curves import Log, Picture
 from mergekit_lite.distillation.folder import Folder

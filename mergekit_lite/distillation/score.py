@@ -22,9 +22,9 @@ from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt, read_rows, write_lines
-from mergekit_lite.answers.scorers import scorer as scorers
-from mergekit_lite.answers.scorers.registry import open_scorer
-from mergekit_lite.answers.scorers.scorer import Judged
+from mergekit_lite.answers.scoring import contract
+from mergekit_lite.answers.scoring.contract import Judged
+from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
 from mergekit_lite.distillation import prompts
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe import TARGET, Recipe, Scorer
@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 SHOWN = 3
 WINDOWS = 16  # batches, or rounds of open requests, that are judged and written down together
-READ_TOGETHER = ("reward", "log_ratio")  # what stands in a batch tells in the last bits
 NO_MATTER = ("name", "domains", "server", "api_key_variable", "concurrency", "batch_size", "allow_code")
 NO_MATTER_OPTIONS = ("device", "timeout", "retries")
 
@@ -86,7 +85,7 @@ def score(recipe: Recipe, tell: Tell) -> None:
     Raises:
         UsageError: there are no answers, or a scorer's settings are wrong or not those of the verdicts that are there.
         CheckpointError: a model can't be loaded.
-        FenceError: model-written code can't be fenced in here.
+        SandboxError: model-written code can't be fenced in here.
         RunError: a judge's server can't be reached.
     """
     tasks = plan(recipe, tell)
@@ -144,7 +143,7 @@ def _task(folder: Folder, scorer: Scorer, source: str, asked: Mapping[str, Promp
     return Task(scorer, source, answers, ledger, digests)
 
 
-def _judge(judge: scorers.Scorer, task: Task, tell: Tell) -> None:
+def _judge(judge: contract.Scorer, task: Task, tell: Tell) -> None:
     """Judge what is missing, window by window.
 
     Windows are cut from all answers. Of a scorer whose verdicts depend in the last bits on what is read together, one
@@ -158,7 +157,7 @@ def _judge(judge: scorers.Scorer, task: Task, tell: Tell) -> None:
                 wanted = [item for item in window if item.key in missing]
                 if not wanted:
                     continue
-                items = window if task.scorer.kind in READ_TOGETHER else wanted
+                items = window if kind_of(task.scorer.kind).read_together else wanted
                 scores = judge.score([item.judged for item in items])
                 task.ledger.append(_row(item, verdict) for item, verdict in zip(items, scores, strict=True))
                 advance(len(wanted))
@@ -166,7 +165,7 @@ def _judge(judge: scorers.Scorer, task: Task, tell: Tell) -> None:
             task.ledger.close()
 
 
-def _row(item: Item, verdict: scorers.Score) -> dict[str, Any]:
+def _row(item: Item, verdict: contract.Score) -> dict[str, Any]:
     return {
         "prompt": item.key.prompt,
         "index": item.key.number,
@@ -177,7 +176,7 @@ def _row(item: Item, verdict: scorers.Score) -> dict[str, Any]:
 
 
 def _window_size(scorer: Scorer) -> int:
-    return WINDOWS * (scorer.concurrency if scorer.kind == "judge" else scorer.batch_size)
+    return WINDOWS * kind_of(scorer.kind).at_once(scorer)
 
 
 def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -134,7 +134,7 @@ def test_several_numbers_by_optuna(models: Path, tmp_path: Path) -> None:
 def test_likelihoods_are_those_of_the_models(models: Path, tmp_path: Path) -> None:
     """log_prob, aligned_log_prob and the log-ratio of answers against models that transformers loads by itself."""
     request = request_of(
-        models, tmp_path / "out", "log-ratio", prompts=(models / "prompts.jsonl",), limit=5, batch_size=2
+        models, tmp_path / "out", "log_ratio", prompts=(models / "prompts.jsonl",), limit=5, batch_size=2
     )
     extrapolate(models / "sft", models / "dpo", tmp_path / "written", 2.0)
     with bench_of(prepare(request)) as bench:
@@ -149,7 +149,7 @@ def test_likelihoods_are_those_of_the_models(models: Path, tmp_path: Path) -> No
         )
         assert row["log_prob"] == pytest.approx(own, rel=1e-4)
         assert row["aligned_log_prob"] == pytest.approx(aligned, rel=1e-4)
-        assert row["values"]["log-ratio"] == pytest.approx(aligned - sft, abs=1e-3)
+        assert row["values"]["log_ratio"] == pytest.approx(aligned - sft, abs=1e-3)
 
 
 def test_pairs_and_texts_are_measured_as_the_written_model_would_be(models: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def _log_prob(folder: Path, prompt: Prompt, text: str, finish: str) -> float:
 
 def test_answers_don_t_depend_on_what_was_measured_before(models: Path, tmp_path: Path) -> None:
     """A candidate's rows are the same after another one, with the baseline put in between, and alone."""
-    request = request_of(models, tmp_path / "out", SPACES, "log-ratio", prompts=(models / "prompts.jsonl",))
+    request = request_of(models, tmp_path / "out", SPACES, "log_ratio", prompts=(models / "prompts.jsonl",))
     request = replace(request, batch_size=5)
 
     def rows(*alphas: float, wanted: frozenset[str] | None = None) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path:
         (("reward:./rm",), {}, "it needs --prompts"),
         (("pairs",), {}, "needs --pairs"),
         ((), {}, "What are candidates scored by?"),
-        (("log-ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
+        (("log_ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
         (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one of the two"),
         (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is 'None'"),
         (("lm-eval:gsm8k",), {}, "pip install lm_eval"),
@@ -325,7 +325,7 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(models)
     said = command(
-        "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log-ratio", "-o", tmp_path / "out", "--dry-run",
+        "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log_ratio", "-o", tmp_path / "out", "--dry-run",
         "--json",
     )  # fmt: skip
     assert said.exit_code == 0, said.stderr

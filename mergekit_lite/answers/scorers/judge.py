@@ -16,8 +16,15 @@ from pydantic import Field, field_validator, model_validator
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.rows import Message, seed_of
-from mergekit_lite.answers.scorers.scorer import Judged, Score
-from mergekit_lite.answers.scorers.settings import Positive, ScorerSettings, Strict
+from mergekit_lite.answers.scoring.contract import (
+    Judged,
+    Positive,
+    Score,
+    Scorer,
+    ScorerOptions,
+    ScorerSettings,
+    scorer,
+)
 from mergekit_lite.answers.server import Question, Reply, Server, ask
 from mergekit_lite.errors import RunError, shortened
 
@@ -44,7 +51,7 @@ ALONE = re.compile(r"\W*" + NUMBER + r"\W*")
 THOUGHTS = "</think>"
 
 
-class Options(Strict):
+class Options(ScorerOptions):
     """``prompt`` may use the fields {conversation}, {answer}, {reference}, {lowest} and {highest}."""
 
     prompt: str = PROMPT
@@ -77,8 +84,9 @@ class Options(Strict):
         return self
 
 
-class Judge:
-    """The judge's grade."""
+@scorer("judge", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency"))
+class Judge(Scorer):
+    """The judge's grade; no score, with the reason, where the judge gives none."""
 
     def __init__(self, settings: ScorerSettings, options: Options):
         self.name = settings.name
@@ -86,10 +94,10 @@ class Judge:
         self.options = options
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """A verdict for each; None, with the reason, where the judge gave none.
+        """Return a score for each answer, in order.
 
         Raises:
-            RunError: the server refuses, or gives no answers any more.
+            RunError: the server refuses, or has stopped answering.
         """
         server = self._server()
         questions = [Question(place, self._messages(each), self._seed(each)) for place, each in enumerate(judged)]
@@ -133,7 +141,7 @@ class Judge:
 
 
 def grade_in(reply: Reply, options: Options) -> Score:
-    """The last grade in what the judge says after its thoughts; or the reply, where it is but a number."""
+    """Return the last grade after the judge's thoughts; or the whole reply, where it is nothing but a number."""
     said = reply.text.rpartition(THOUGHTS)[2]
     grades = list(GRADE.finditer(said)) or [match for match in [ALONE.fullmatch(said)] if match]
     if not grades:

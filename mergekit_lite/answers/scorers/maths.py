@@ -16,35 +16,43 @@ import json
 import selectors
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from mergekit_lite.answers.scorers.scorer import Judged, Score
-from mergekit_lite.answers.scorers.settings import Positive, Strict
+from mergekit_lite.answers.scoring import math_worker
+from mergekit_lite.answers.scoring.contract import (
+    Judged,
+    Positive,
+    Score,
+    Scorer,
+    ScorerOptions,
+    ScorerSettings,
+    scorer,
+)
 
 MEMORY = 4 << 30  # bytes that the process may have
 START = 60  # seconds that it may take to import
 TOO_LONG = 20_000  # characters: only the end of a longer answer is looked at
 
 
-class Options(Strict):
+class Options(ScorerOptions):
     """``seconds`` for one answer."""
 
     seconds: Positive = 10
 
 
-class Maths:
+@scorer("maths")
+class Maths(Scorer):
     """Compares in a process of its own, which is started again where it had to be killed."""
 
-    def __init__(self, name: str, options: Options):
-        self.name = name
+    def __init__(self, settings: ScorerSettings, options: Options):
+        self.name = settings.name
         self.seconds = options.seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """A verdict for each."""
-        return [self._verdict(each) for each in judged]
+        """Return a score for each answer, in order."""
+        return [self._score(each) for each in judged]
 
     def close(self) -> None:
         """End the process."""
@@ -53,16 +61,16 @@ class Maths:
             self._process.communicate()
             self._process = None
 
-    def _verdict(self, judged: Judged) -> Score:
+    def _score(self, judged: Judged) -> Score:
         if judged.prompt.reference is None:
             return Score(None, "the prompt has no reference")
-        told = self._asked({"reference": judged.prompt.reference, "answer": judged.answer[-TOO_LONG:]})
-        if told is None:
+        reply = self._ask({"reference": judged.prompt.reference, "answer": judged.answer[-TOO_LONG:]})
+        if reply is None:
             self.close()
             return Score(None, f"no verdict within {self.seconds} s")
-        return Score(told["value"], told["why"])
+        return Score(reply["value"], reply["why"])
 
-    def _asked(self, question: dict[str, str]) -> dict[str, Any] | None:
+    def _ask(self, question: dict[str, str]) -> dict[str, Any] | None:
         process = self._process or self._started()
         assert process.stdin is not None
         try:
@@ -73,7 +81,7 @@ class Maths:
         return _line_of(process, self.seconds)
 
     def _started(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mergekit_lite.answers.scorers.math_worker", str(self.seconds), str(MEMORY)]
+        command = [sys.executable, "-m", math_worker.__name__, str(self.seconds), str(MEMORY)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if _line_of(self._process, START) is None:
             self.close()
@@ -81,18 +89,8 @@ class Maths:
         return self._process
 
 
-@contextmanager
-def comparing(name: str, options: Options) -> Iterator[Maths]:
-    """The scorer; its process ends with the context."""
-    maths = Maths(name, options)
-    try:
-        yield maths
-    finally:
-        maths.close()
-
-
 def _line_of(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
-    """What the process answers; None where it doesn't in time, or has ended.
+    """Read the process's reply; None where it gives none in time, or has ended.
 
     A line is short enough to be written at once, and there is one for each question: where something can be read, all
     of it can.
@@ -104,6 +102,6 @@ def _line_of(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]
             return None
     line = process.stdout.readline()
     with contextlib.suppress(ValueError):
-        told: dict[str, Any] = json.loads(line)
-        return told
+        reply: dict[str, Any] = json.loads(line)
+        return reply
     return None

@@ -16,17 +16,17 @@ from itertools import islice
 from typing import Protocol
 
 from mergekit_lite.answers.asking import Respondent, Task
+from mergekit_lite.answers.likelihood import LogProb
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
-from mergekit_lite.answers.scorers.likelihood import LogProb
-from mergekit_lite.answers.scorers.scorer import Judged, Scorer
+from mergekit_lite.answers.scoring.contract import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
 from mergekit_lite.boosting.candidates.candidate import Numbers, Row
 from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.measure.scores import LOG_RATIO
 from mergekit_lite.errors import RunError
 
 CHUNK = 64  # answers: setting weights twice takes no share of making so many
 AT_ONCE = 32  # answers read side by side, at most: as fast as more of them, and of like length
-LOG_RATIO = "log-ratio"
 SAMPLE = 128  # answers that tell a candidate's distance from the baseline, to about a tenth of it
 
 

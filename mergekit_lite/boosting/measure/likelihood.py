@@ -14,14 +14,15 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
+from mergekit_lite.answers.likelihood import LogProb, Pair, text_log_probs
 from mergekit_lite.answers.rows import Message, read_rows
-from mergekit_lite.answers.scorers.likelihood import LogProb, Pair, text_log_probs
 from mergekit_lite.answers.template import TemplateError, Tokens
 from mergekit_lite.boosting.candidates.candidate import Numbers, Row
 from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.measure.scores import NLL, PAIRS
 from mergekit_lite.errors import UsageError, listing, shortened
 
-PAIRS, MARGIN, NLL = "pairs", "pairs.margin", "nll"
+MARGIN = f"{PAIRS}.margin"
 CHUNK = 64  # items that are read before their rows are told
 WINDOW = 2048  # tokens of a text that are read at once, or as many as the model takes
 

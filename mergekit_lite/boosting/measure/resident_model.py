@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs
+from mergekit_lite.answers.likelihood import LogProb, log_probs
 from mergekit_lite.answers.template import ChatTemplate, Tokens
 from mergekit_lite.boosting.candidates.candidate import Numbers, label
 from mergekit_lite.boosting.candidates.family import Family

@@ -18,7 +18,7 @@ from itertools import chain
 from statistics import NormalDist
 from typing import Any
 
-from mergekit_lite.answers.statistics import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.boosting.candidates.candidate import Bench, Numbers, Row, label
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boosting.search.point import Point, Settings, beyond, plain, point, values

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_lite.answers.statistics import Floats, Interval, bca, interval, resampled_means
+from mergekit_lite.answers.intervals import Floats, Interval, bca, interval, resampled_means
 
 PENALTIES = 10.0 ** np.linspace(-4, 4, 10)  # C, as scikit-learn's LogisticRegressionCV has by default
 FOLDS = 5

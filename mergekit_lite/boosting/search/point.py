@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_lite.answers.statistics import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.boosting.candidates.candidate import Numbers, Row, label, subject
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits

@@ -51,7 +51,7 @@ class Gate(NamedTuple):
     temperature: float
 
     def score(self, last: Tensor, prompt: Tensor) -> Tensor:
-        """Scores (B,) of hidden states (B, H) at the last token and at the prompt's."""
+        """Return scores (B,) of hidden states (B, H) at the last token and at the prompt's."""
         gate = prompt
         for weight, bias in self.layers[:-1]:
             gate = (gate @ weight.T + bias).relu()
@@ -68,7 +68,7 @@ class Gated:
         self.gate = gate
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """The score of each conversation; ``prompt`` is all before the answer."""
+        """Return the score of each conversation; a row's ``prompt`` is everything before the answer."""
         import torch
 
         from mergekit_lite.answers.logprobs import padded
@@ -83,12 +83,12 @@ class Gated:
 
 
 def is_gated(config: PretrainedConfig) -> bool:
-    """Whether the configuration is of a model with a gated head."""
+    """Return whether the configuration is that of a model with a gated head."""
     return any(name.endswith("ForRewardModelWithGating") for name in config.architectures or ())
 
 
 def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
-    """Backbone and head from the folder's weights, without the code that comes with them.
+    """Load backbone and head from the folder's weights, without running the code that comes with them.
 
     Raises:
         CheckpointError: a tensor is missing, or is not as described above.
@@ -107,7 +107,7 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
 
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
-    """Those of the head, in float32."""
+    """Read the tensors of the head, in float32."""
     import torch
 
     from mergekit_lite import dtypes
@@ -125,7 +125,7 @@ def _head_tensors(path: str) -> dict[str, Tensor]:
 
 
 def _misfits(tensors: Mapping[str, Tensor], hidden: int, objectives: int | None) -> list[str]:
-    """What is missing of the head or has another shape than it should."""
+    """Return a message for each tensor of the head that is missing, unknown or of a wrong shape."""
     depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
     names = [OBJECTIVES, TRANSFORM, SCALE]
     names += [f"{LAYER}{layer}.{kind}" for layer in range(max(depth, 1)) for kind in ("weight", "bias")]
