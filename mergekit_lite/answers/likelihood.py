@@ -1,4 +1,4 @@
-"""How likely a model finds given texts: functions of a loaded model and rows, in batches."""
+"""Log-probabilities of given texts under a loaded model, in batches."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def _to_serve(recipe: Recipe, source: Source) -> str:
 
 
 def _troubles(recipe: Recipe, one: Asked, who: Respondent, tell: Tell) -> Iterator[str]:
-    troubles = who.troubles
+    troubles = who.failures
     if troubles.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in troubles.retried.most_common())
         tell.line(f"{one.source.name}: {counted(troubles.retried.total(), 'request')} made again: {reasons}")

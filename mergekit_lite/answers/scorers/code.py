@@ -1,4 +1,4 @@
-"""Whether an answer's code passes its prompt's tests.
+"""The tests of a prompt, run on an answer's code.
 
 The code is the answer's last fenced block of Python (or of no named language), or the whole answer where it has no
 fence. It has to compile, then runs as a module, then each test runs as a program that sees its names. Models write

@@ -1,8 +1,8 @@
 """Any Python function as a scorer.
 
 ``module:function`` takes the prompt (``answers.rows.Prompt``) and the answer's text and returns a number, or None where
-it can't judge. The module is found as ``import`` finds it, and in the current folder. Its name only ever comes from the
-user's own recipe or command line: a model folder can't name code.
+it can't judge. The module is looked for as ``import`` does, and in the current folder. Its name comes from the user's
+own recipe or command line only: a model folder can't name code.
 """
 
 from __future__ import annotations

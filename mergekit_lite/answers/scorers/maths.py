@@ -1,12 +1,13 @@
-r"""Whether an answer's maths equals the reference, by the ``math-verify`` package.
+r"""An answer's maths compared with the reference, by the ``math-verify`` package.
 
-It takes what stands in ``\boxed{}``, or the last expression, and compares by value: 1/2, 0.5 and \frac12 are the same.
-Both may run for ever or out of memory on what a model writes (9^{9^{9^9}}), in C code that no signal interrupts. So
-they run in a process of their own, which is killed when its time is over, and which makes this work in any thread.
+It reads the contents of ``\boxed{}``, or the last expression, and compares by value: 1/2, 0.5 and \frac12 are the
+same. Reading and comparing may run for ever or out of memory on what a model writes (9^{9^{9^9}}), in C code that no
+signal interrupts. So they run in a process of their own, which is killed when its time is over, and which makes this
+work in any thread.
 
     1     they are equal
-    0     they are not, or there is no maths in the answer
-    None  no reference, none that can be read, or no verdict in time
+    0     they are not, or the answer has no maths
+    None  no reference, none that can be read, or no result in time
 """
 
 from __future__ import annotations
@@ -92,8 +93,7 @@ class Maths(Scorer):
 def _line_of(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
     """Read the process's reply; None where it gives none in time, or has ended.
 
-    A line is short enough to be written at once, and there is one for each question: where something can be read, all
-    of it can.
+    The process writes one short line for each question, at once: where something can be read, all of it can.
     """
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:

@@ -5,7 +5,7 @@
         def __init__(self, settings: ScorerSettings, options: Options): ...
         def score(self, judged: Sequence[Judged]) -> list[Score]: ...
 
-Which options there are, their bounds and defaults follow from the annotation of ``options``.
+The options, their bounds and defaults follow from the annotation of ``options``.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class ScorerKind:
     @property
     def options(self) -> type[ScorerOptions]:
         """The class of its options."""
-        found: type[ScorerOptions] = get_type_hints(self.make.__init__)["options"]
-        return found
+        options: type[ScorerOptions] = get_type_hints(self.make.__init__)["options"]
+        return options
 
     def at_once(self, settings: ScorerSettings) -> int:
         """Return how many answers such a scorer judges at the same time."""
@@ -138,9 +138,9 @@ S = TypeVar("S", bound=Scorer)
 def scorer(name: str, **how: Any) -> Callable[[type[S]], type[S]]:
     """Register a class as a kind of scorer; ``how`` are the attributes of ``ScorerKind`` from ``needs`` on."""
 
-    def register(made: type[S]) -> type[S]:
-        SCORERS[name] = ScorerKind(name, made, **how)
-        return made
+    def register(scorer_class: type[S]) -> type[S]:
+        SCORERS[name] = ScorerKind(name, scorer_class, **how)
+        return scorer_class
 
     return register
 

@@ -20,7 +20,7 @@ def main(seconds: int, memory: int) -> None:
     """Answer questions until there are no more."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     logging.disable()  # math-verify logs each answer that it can't read
-    import math_verify  # noqa: F401  # there when the first question comes
+    import math_verify  # noqa: F401  # imported before the first question comes
 
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed

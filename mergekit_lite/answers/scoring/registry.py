@@ -1,4 +1,4 @@
-"""From settings to a scorer, whose module is imported when it is first asked for."""
+"""From settings to a scorer, whose module is imported when it is first needed."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ users = itertools.count()
 
 
 class SandboxLimits(ScorerOptions):
-    """What an answer's code may use."""
+    """The resources that an answer's code may use."""
 
     seconds: Positive = 10  # of processor time
     memory_mb: Positive = 1024  # address space of a process
@@ -55,7 +55,7 @@ class SandboxLimits(ScorerOptions):
 
 
 class SandboxResult(NamedTuple):
-    """Whether all tests passed, and if not, why."""
+    """The result of a run: whether all tests passed, and if not, why."""
 
     passed: bool
     why: str = ""

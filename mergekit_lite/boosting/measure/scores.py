@@ -1,4 +1,4 @@
-"""What candidates are scored by, as ``--score`` gives it: ``KIND:TARGET,SETTING=VALUE,…``.
+"""The scores of candidates, as ``--score`` gives them: ``KIND:TARGET,SETTING=VALUE,…``.
 
 A kind is a scorer of answers (``answers/scorers``) or one of those here:
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from xxhash import xxh3_128
 
 from mergekit_lite.answers.rows import Message, read_rows, seed_of
-from mergekit_lite.answers.template import ChatTemplate, Limits, TemplateError, Tokens, fitted
+from mergekit_lite.answers.template import ChatTemplate, LengthLimits, TemplateError, Tokens, fitted
 from mergekit_lite.errors import UsageError, counted, listing
 
 Role = Literal["source", "target"]
@@ -116,7 +116,7 @@ M = TypeVar("M", bound=BaseModel)
 Reading = Callable[[Any, ChatTemplate], list[Candidate]]
 
 
-def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
+def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> Rows:
     """The rows of ``pairs/sft.jsonl``.
 
     Raises:
@@ -129,7 +129,7 @@ def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
     return _read(path, SftRow, reading, template, limits)
 
 
-def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> Rows:
+def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> Rows:
     """The rows of ``pairs/preference.jsonl``. All have as many chosen responses.
 
     A row with several rejected responses becomes as many, one for each of them with all that are chosen; each counts
@@ -168,7 +168,7 @@ def _talk(turns: list[Turn]) -> list[Message]:
     return [Message(role=turn.role, content=turn.content) for turn in turns]
 
 
-def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, limits: Limits) -> Rows:
+def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, limits: LengthLimits) -> Rows:
     found = Rows(notes=[template.note] if template.note else [])
     for line in read_rows(path, found.problems):
         try:
@@ -190,7 +190,7 @@ def _read(path: Path, model: type[M], reading: Reading, template: ChatTemplate, 
     return found
 
 
-def _take(found: Rows, row: Candidate, limits: Limits) -> None:
+def _take(found: Rows, row: Candidate, limits: LengthLimits) -> None:
     within = fitted(row.responses, limits)
     if within is None:
         found.counts["too long"] += 1
