@@ -16,8 +16,8 @@ from demo.distill.skills import MAX_ANSWER_TOKENS
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt, read_rows, seed_of
-from mergekit_lite.answers.scoring.contract import Judged, ScorerSettings
 from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings
 
 PATTERN = "[0-9a-z]+$"  # as in the recipes
 DRAWS = 2  # answers to each prompt

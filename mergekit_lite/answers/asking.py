@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -54,7 +54,7 @@ class Failures:
     """
 
     retried: Counter[str] = field(default_factory=Counter)
-    lost: dict[Key, str] = field(default_factory=dict)
+    lost: dict[Any, str] = field(default_factory=dict)
     stopped: str = ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,6 @@ from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 SERVE = "serve it, and give the source a `server`."
@@ -23,7 +23,6 @@ class ReadyModel(NamedTuple):
     """A model that is ready to answer."""
 
     model: Any  # of transformers
-    device: torch.device
     ends: frozenset[int]  # tokens that end an answer
 
 
@@ -32,45 +31,34 @@ class _Work(NamedTuple):
     prompt: tuple[int, ...]  # tokens
 
 
+@dataclass(eq=False)
 class Local:
-    """A respondent in this process.
+    """A respondent in this process, whose model is loaded when it is first needed.
 
     Answers are drawn batch by batch, each batch with its own seed. Batches are cut from all tasks, so an answer depends
     on the tasks, the batch size and the machine, not on where a run was stopped.
+
+    Attributes:
+        name: of the source.
+        path: a folder, or org/name on the hub. Code in it is never run.
+        sampling: how answers are drawn.
+        system: a system prompt put before each conversation.
+        batch_size: how many answers are generated at once.
+        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. By default the first GPU, else the CPU.
+        dtype: float32, bfloat16 or float16; by default float32 on a CPU, else the model's own.
+        failures: so far.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        sampling: Sampling,
-        *,
-        system: str | None = None,
-        batch_size: int = 16,
-        device: str | None = None,
-        dtype: Dtype | None = None,
-    ):
-        """Note the settings; the model is loaded when it is first needed.
-
-        Args:
-            name: the source's name.
-            model: a folder, or org/name on the hub. Code in it is never run.
-            sampling: how answers are drawn.
-            system: a system prompt put before each conversation.
-            batch_size: how many answers are generated at once.
-            device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. By default the first GPU, else the CPU.
-            dtype: float32, bfloat16 or float16; by default float32 on a CPU, else the model's own.
-        """
-        self.name = name
-        self.path = model
-        self.sampling = sampling
-        self.system = system
-        self.batch_size = batch_size
-        self.device = device
-        self.dtype = dtype
-        self.failures = Failures()
-        self._prompts: dict[str, tuple[int, ...] | None] = {}  # tokens, by prompt; None where it is refused
-        self._refused: dict[str, str] = {}  # reasons, by prompt
+    name: str
+    path: str
+    sampling: Sampling
+    system: str | None = None
+    batch_size: int = 16
+    device: str | None = None
+    dtype: Dtype | None = None
+    failures: Failures = field(default_factory=Failures, init=False)
+    _prompts: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
+    _refused: dict[str, str] = field(default_factory=dict, init=False)  # reasons, by prompt
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch.
@@ -132,14 +120,16 @@ class Local:
         if self._context is not None:
             most = min(most, self._context - longest)
         torch.manual_seed(seed_of(*(work.task.seed for work in batch)))
-        model, device, _ = self.loaded
+        model = self.loaded.model
         try:
             with torch.inference_mode():
-                sequences = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=most)
+                sequences = model.generate(
+                    ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most
+                )
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"{self.path}: {len(batch)} answers at once to prompts of up to {longest:,} tokens don't fit into the "
-                f"memory of {device}. Lower `batch_size` of the source {self.name}."
+                f"memory of {model.device}. Lower `batch_size` of the source {self.name}."
             ) from error
         for work, tokens in zip(batch, sequences[:, longest:].tolist(), strict=True):
             yield self._answer(work.task, tokens)
@@ -187,7 +177,7 @@ def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) ->
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
         **warped,
     )
-    return ReadyModel(model, model.device, ends)
+    return ReadyModel(model, ends)
 
 
 def _ends(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -14,7 +14,6 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -78,9 +77,7 @@ class Server:
         concurrency: how many requests are open at once.
         timeout: seconds that a request may take.
         retries: how often a request is repeated at most.
-        retried: how many were repeated, by reason.
-        lost: why a question got no reply, by its key.
-        stopped: why the server was given up; empty while it is asked.
+        failures: so far, lost questions by their key; ``stopped`` where the server was given up.
     """
 
     url: str
@@ -90,27 +87,25 @@ class Server:
     concurrency: int = 32
     timeout: float = 600.0
     retries: int = 8
-    retried: Counter[str] = field(default_factory=Counter)
-    lost: dict[Hashable, str] = field(default_factory=dict)
-    stopped: str = ""
+    failures: Failures = field(default_factory=Failures)
     in_a_row: int = 0  # questions lost since the last reply
 
     async def reply(self, client: AsyncOpenAI, question: Question) -> Reply | None:
         """Return the reply to a question, or None when it is lost."""
         seed = question.seed
         for attempt in range(self.retries + 1):
-            if self.stopped:
+            if self.failures.stopped:
                 return None
             try:
                 reply = await self._request(client, question.messages, seed)
             except Failed as failed:
                 if failed.stop:
-                    self.stopped = self.stopped or str(failed)
+                    self.failures.stopped = self.failures.stopped or str(failed)
                     return None
                 if not failed.repeat or attempt == self.retries:
                     self._lose(question, str(failed))
                     return None
-                self.retried[str(failed)] += 1
+                self.failures.retried[str(failed)] += 1
                 if failed.fresh_seed:  # with the same one the same would come
                     seed = seed_of(seed, "again")
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
@@ -161,7 +156,7 @@ class Server:
     async def _pause(self, seconds: float) -> None:
         """Wait, unless the server is given up meanwhile."""
         until = time.monotonic() + seconds
-        while not self.stopped and (left := until - time.monotonic()) > 0:
+        while not self.failures.stopped and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.5))
 
     def _of_status(self, error: APIStatusError) -> Failed:
@@ -174,10 +169,10 @@ class Server:
         return Failed(f"HTTP {status}: {shortened(error.message)}", repeat=False)
 
     def _lose(self, question: Question, why: str) -> None:
-        self.lost[question.key] = why
+        self.failures.lost[question.key] = why
         self.in_a_row += 1
         if self.in_a_row >= max(LOST_IN_A_ROW, self.concurrency):
-            self.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
+            self.failures.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
 
 
 def _read(completion: Any) -> Reply:
@@ -248,7 +243,7 @@ async def _all(questions: Mapping[Server, Iterable[Question]], put: Callable[[An
 async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any], None]) -> None:
     async def work(client: AsyncOpenAI) -> None:
         for question in questions:
-            if server.stopped:
+            if server.failures.stopped:
                 return
             reply = await server.reply(client, question)
             if reply is not None:
@@ -258,20 +253,18 @@ async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any
         await asyncio.gather(*(work(client) for _ in range(server.concurrency)))
 
 
+@dataclass(eq=False)
 class Served:
-    """A respondent behind a server."""
+    """A respondent behind a server; ``system`` is put before each conversation."""
 
-    def __init__(self, name: str, server: Server, system: str | None = None):
-        """``system`` is put before each conversation."""
-        self.name = name
-        self.server = server
-        self.system = system
+    name: str
+    server: Server
+    system: str | None = None
 
     @property
     def failures(self) -> Failures:
         """The failures so far."""
-        lost = {key: why for key, why in self.server.lost.items() if isinstance(key, Key)}
-        return Failures(self.server.retried, lost, self.server.stopped)
+        return self.server.failures
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """Yield the answers to the ``wanted`` of the ``tasks``, as they come."""

@@ -21,11 +21,12 @@ from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.generators import serve_words
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
+from mergekit_lite.boosting.search.choice import Searcher
 from mergekit_lite.boosting.search.guards import limits
 from mergekit_lite.boosting.search.looks import portion
 from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
 from mergekit_lite.boosting.search.point import Settings
-from mergekit_lite.boosting.search.search import MOST, START, Same, Search, bracket, grid
+from mergekit_lite.boosting.search.search import MOST, START, bracket, grid
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.pages import drawing
 
@@ -39,7 +40,6 @@ GRID = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the paper, for finished models
 GRID_POINTS = 5  # of other parameters
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=512)  # the first two as ExPO's authors have them
 T = TypeVar("T")
-Searcher = Callable[[Same], Search]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts
-from mergekit_lite.answers.scoring.contract import ScorerSettings
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 
 TARGET = "target"  # the source that stands for the trained SFT model, which answers for itself
 

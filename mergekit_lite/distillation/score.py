@@ -22,9 +22,9 @@ from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt, read_rows, write_lines
-from mergekit_lite.answers.scoring import contract
-from mergekit_lite.answers.scoring.contract import Judged
+from mergekit_lite.answers.scoring import scorer as scoring
 from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged
 from mergekit_lite.distillation import prompts
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe import TARGET, Recipe, Scorer
@@ -143,7 +143,7 @@ def _task(folder: Folder, scorer: Scorer, source: str, asked: Mapping[str, Promp
     return Task(scorer, source, answers, ledger, digests)
 
 
-def _judge(judge: contract.Scorer, task: Task, tell: Tell) -> None:
+def _judge(judge: scoring.Scorer, task: Task, tell: Tell) -> None:
     """Judge what is missing, window by window.
 
     Windows are cut from all answers. Of a scorer whose verdicts depend in the last bits on what is read together, one
@@ -165,7 +165,7 @@ def _judge(judge: contract.Scorer, task: Task, tell: Tell) -> None:
             task.ledger.close()
 
 
-def _row(item: Item, verdict: contract.Score) -> dict[str, Any]:
+def _row(item: Item, verdict: scoring.Score) -> dict[str, Any]:
     return {
         "prompt": item.key.prompt,
         "index": item.key.number,

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mergekit_lite.answers.scoring.contract import Judged, Score, Scorer, ScorerSettings, scorer
 from mergekit_lite.answers.scoring.sandbox import SandboxLimits, check_sandbox, run_sandboxed
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerSettings, scorer
 
 FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"", "python", "python3", "py"}
@@ -32,9 +32,10 @@ class Code(Scorer):
     def score(self, judged: Sequence[Judged]) -> list[Score]:
         """Return a score for each answer, in order."""
         with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(self._score, judged))
+            return list(pool.map(self.score_one, judged))
 
-    def _score(self, judged: Judged) -> Score:
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer."""
         if not judged.prompt.tests:
             return Score(None, "the prompt has no tests")
         outcome = run_sandboxed(python_in(judged.answer), judged.prompt.tests, self.options)

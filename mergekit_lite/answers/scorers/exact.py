@@ -7,11 +7,10 @@ ends doesn't count, nor does how much of it stands between words.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from pydantic import field_validator
 
-from mergekit_lite.answers.scoring.contract import Judged, Score, Scorer, ScorerOptions, ScorerSettings, scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerOptions, ScorerSettings, scorer
 
 
 class Options(ScorerOptions):
@@ -37,11 +36,8 @@ class Exact(Scorer):
         self.name = settings.name
         self.pattern = re.compile(options.pattern) if options.pattern else None
 
-    def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """Return a score for each answer, in order."""
-        return [self._score(each) for each in judged]
-
-    def _score(self, judged: Judged) -> Score:
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer."""
         if judged.prompt.reference is None:
             return Score(None, "the prompt has no reference")
         compared = judged.answer if self.pattern is None else _last_match(self.pattern, judged.answer)

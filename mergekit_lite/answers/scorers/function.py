@@ -8,12 +8,12 @@ own recipe or command line only: a model folder can't name code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.answers.scoring.contract import (
+from mergekit_lite.answers.scoring.scorer import (
     Judged,
     Score,
     Scorer,
@@ -41,11 +41,8 @@ class Function(Scorer):
         self.name = settings.name
         self.function = function_named(settings.model or "")
 
-    def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """Return a score for each answer, in order."""
-        return [self._score(each) for each in judged]
-
-    def _score(self, judged: Judged) -> Score:
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer."""
         try:
             value = self.function(judged.prompt, judged.answer)
             return Score(None, "the function returned None") if value is None else finite(float(value))

@@ -16,15 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.rows import Message, seed_of
-from mergekit_lite.answers.scoring.contract import (
-    Judged,
-    Positive,
-    Score,
-    Scorer,
-    ScorerOptions,
-    ScorerSettings,
-    scorer,
-)
+from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
 from mergekit_lite.answers.server import Question, Reply, Server, ask
 from mergekit_lite.errors import RunError, shortened
 
@@ -100,14 +92,17 @@ class Judge(Scorer):
             RunError: the server refuses, or has stopped answering.
         """
         server = self._server()
-        questions = [Question(place, self._messages(each), self._seed(each)) for place, each in enumerate(judged)]
+        questions = [
+            Question(place, self._messages(each), seed_of("judge", each.prompt.id, each.answer))
+            for place, each in enumerate(judged)
+        ]
         replies = {question.key: reply for _, question, reply in ask({server: questions})}
-        if server.stopped:
-            raise RunError(f"The judge {self.name} was asked no more. {server.stopped}")
+        if server.failures.stopped:
+            raise RunError(f"The judge {self.name} was asked no more. {server.failures.stopped}")
         return [
             grade_in(replies[place], self.options)
             if place in replies
-            else Score(None, f"the judge didn't answer: {server.lost.get(place, 'no reply')}")
+            else Score(None, f"the judge didn't answer: {server.failures.lost.get(place, 'no reply')}")
             for place in range(len(judged))
         ]
 
@@ -135,9 +130,6 @@ class Judge(Scorer):
         )
         before = [] if self.options.system is None else [Message(role="system", content=self.options.system)]
         return [*before, Message(role="user", content=text)]
-
-    def _seed(self, judged: Judged) -> int:
-        return seed_of("judge", judged.prompt.id, judged.answer)
 
 
 def grade_in(reply: Reply, options: Options) -> Score:

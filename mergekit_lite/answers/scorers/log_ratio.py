@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mergekit_lite.answers.likelihood import LogProb, log_probs
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, free_memory, placed, tokenizer_of
 from mergekit_lite.answers.rows import Message
-from mergekit_lite.answers.scoring.contract import (
-    Judged,
-    Score,
-    Scorer,
-    ScorerOptions,
-    ScorerSettings,
-    finite,
-    scorer,
-)
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerOptions, ScorerSettings, finite, scorer
 from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
 
 if TYPE_CHECKING:

@@ -17,19 +17,10 @@ import json
 import selectors
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from mergekit_lite.answers.scoring import math_worker
-from mergekit_lite.answers.scoring.contract import (
-    Judged,
-    Positive,
-    Score,
-    Scorer,
-    ScorerOptions,
-    ScorerSettings,
-    scorer,
-)
+from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
 
 MEMORY = 4 << 30  # bytes that the process may have
 START = 60  # seconds that it may take to import
@@ -51,10 +42,6 @@ class Maths(Scorer):
         self.seconds = options.seconds
         self._process: subprocess.Popen[bytes] | None = None
 
-    def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """Return a score for each answer, in order."""
-        return [self._score(each) for each in judged]
-
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
@@ -62,7 +49,8 @@ class Maths(Scorer):
             self._process.communicate()
             self._process = None
 
-    def _score(self, judged: Judged) -> Score:
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer."""
         if judged.prompt.reference is None:
             return Score(None, "the prompt has no reference")
         reply = self._ask({"reference": judged.prompt.reference, "answer": judged.answer[-TOO_LONG:]})

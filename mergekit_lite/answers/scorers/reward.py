@@ -25,7 +25,7 @@ from mergekit_lite.answers.loading import (
 )
 from mergekit_lite.answers.rows import Message
 from mergekit_lite.answers.scoring import armorm
-from mergekit_lite.answers.scoring.contract import (
+from mergekit_lite.answers.scoring.scorer import (
     Judged,
     Positive,
     Score,

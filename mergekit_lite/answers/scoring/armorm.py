@@ -103,7 +103,10 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
     problems += _misfits(tensors, model.config.hidden_size, getattr(config, "num_objectives", None))
     if problems:
         raise CheckpointError(listing(f"{path} is no reward model of the ArmoRM family", problems))
-    return Gated(model, _gate(tensors, float(getattr(config, "gating_temperature", TEMPERATURE))))
+    depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
+    layers = tuple((tensors[f"{LAYER}{n}.weight"], tensors[f"{LAYER}{n}.bias"]) for n in range(depth))
+    temperature = float(getattr(config, "gating_temperature", TEMPERATURE))
+    return Gated(model, Gate(tensors[OBJECTIVES], tensors[TRANSFORM], layers, tensors[SCALE], temperature))
 
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
@@ -144,9 +147,3 @@ def _misfits(tensors: Mapping[str, Tensor], hidden: int, objectives: int | None)
         for name, shape in expected.items()
         if tuple(tensors[name].shape) != shape
     ]
-
-
-def _gate(tensors: Mapping[str, Tensor], temperature: float) -> Gate:
-    depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
-    layers = tuple((tensors[f"{LAYER}{n}.weight"], tensors[f"{LAYER}{n}.bias"]) for n in range(depth))
-    return Gate(tensors[OBJECTIVES], tensors[TRANSFORM], layers, tensors[SCALE], temperature)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pydantic import ValidationError
 
 from mergekit_lite.answers import scorers
-from mergekit_lite.answers.scoring.contract import SCORERS, Scorer, ScorerKind, ScorerSettings, Wrong
+from mergekit_lite.answers.scoring.scorer import SCORERS, Scorer, ScorerKind, ScorerSettings, Wrong
 from mergekit_lite.errors import UsageError, listing, nearest
 
 ALWAYS = ("name", "kind", "options")

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.answers.scoring.contract import Positive, ScorerOptions
+from mergekit_lite.answers.scoring.scorer import Positive, ScorerOptions
 from mergekit_lite.errors import MergekitLiteError
 
 INSIDE = Path(__file__).with_name("sandboxed.py")

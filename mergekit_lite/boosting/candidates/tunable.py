@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -170,7 +171,7 @@ class RecipeTuning:
         problems = []
         for each in self.tunables:
             try:
-                self._put(plain(read(content, source)), each, [each.range.low] * len(each.names))
+                self._put(deepcopy(self.tree), each, [each.range.low] * len(each.names))
             except LookupError as error:
                 problems.append(f"{each.text!r}: {error.args[0]}")
         if problems:
@@ -181,7 +182,7 @@ class RecipeTuning:
         """The recipe's own numbers; the low bound where it has none, or one for some filters only."""
         numbers: dict[str, float] = {}
         for each in self.tunables:
-            within, last = _parent(_copied(self.tree), each.path)
+            within, last = _parent(deepcopy(self.tree), each.path)
             old = within.get(last) if isinstance(within, dict) else within[last]
             number = each.range.low if isinstance(old, bool) or not isinstance(old, int | float) else float(old)
             numbers |= dict.fromkeys(each.names, number)
@@ -189,7 +190,7 @@ class RecipeTuning:
 
     def text(self, params: Mapping[str, float]) -> str:
         """Return the recipe with these params, as YAML."""
-        tree = _copied(self.tree)
+        tree = deepcopy(self.tree)
         for each in self.tunables:
             self._put(tree, each, [params[name] for name in each.names])
         text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
@@ -278,12 +279,6 @@ def plain(node: Node) -> Tree:
 def _as_written(node: Node) -> Tree:
     """Return a revision as text: 1e5 is one, though YAML reads a number."""
     return node.text if isinstance(node, Scalar) else plain(node)
-
-
-def _copied(tree: Tree) -> Tree:
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return [_copied(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def layers_of(config: Mapping[str, Any] | None) -> int | None:

@@ -18,7 +18,7 @@ from typing import Protocol
 from mergekit_lite.answers.asking import Respondent, Task
 from mergekit_lite.answers.likelihood import LogProb
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
-from mergekit_lite.answers.scoring.contract import Judged, Scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
 from mergekit_lite.boosting.candidates.candidate import Params, Row
 from mergekit_lite.boosting.measure.resident_model import ResidentModel

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,27 +36,19 @@ POLL_SECONDS = 0.2
 SHOWN = 15  # lines of a server's output that an error shows
 
 
-class LocalGenerator:
-    """Answers with the model in this process."""
+class LocalGenerator(Local):
+    """Answers with the model in this process, in the dtype it will be written in."""
 
     def __init__(self, resident: ResidentModel, sampling: Sampling, batch_size: int, portion: int) -> None:
         """``batch_size`` answers are generated at once; batches are cut from each ``portion`` of the tasks."""
+        super().__init__("candidate", "the candidate", sampling, batch_size=batch_size)
         self.resident = resident
-        self.local = _ResidentRespondent(resident, sampling, batch_size, portion)
+        self.portion = portion
 
     def for_candidate(self, params: Params) -> Respondent:
         """Load the candidate and return the model."""
         self.resident.load(params)
-        return self.local
-
-
-class _ResidentRespondent(Local):
-    """The resident model as a respondent, in the dtype it will be written in."""
-
-    def __init__(self, resident: ResidentModel, sampling: Sampling, batch_size: int, portion: int) -> None:
-        super().__init__("candidate", "the candidate", sampling, batch_size=batch_size)
-        self.resident = resident
-        self.portion = portion
+        return self
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
         """Yield the wanted answers, portion by portion.
@@ -98,12 +90,9 @@ class ServerGenerator:
     sampling: Sampling
     concurrency: int = 32
     patience: float = 600.0
-
-    def __post_init__(self) -> None:
-        """Begin without a server."""
-        self._running = ExitStack()
-        self._candidate = ""
-        self._respondent: Respondent | None = None
+    _running: ExitStack = field(default_factory=ExitStack, init=False)
+    _candidate: str = field(default="", init=False)
+    _respondent: Respondent | None = field(default=None, init=False)
 
     def __enter__(self) -> ServerGenerator:
         return self

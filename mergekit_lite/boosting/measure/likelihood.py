@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from xxhash import xxh3_64_hexdigest
 
@@ -27,6 +27,7 @@ CHUNK = 64  # items that are read before their rows are yielded
 WINDOW = 2048  # tokens of a text that are read at once, or as many as the model takes
 
 
+@dataclass(frozen=True)
 class PreferenceAccuracy:
     """Accuracy of a candidate on preference pairs, by length-normalised log-probability.
 
@@ -34,14 +35,11 @@ class PreferenceAccuracy:
     difference in nats a token. The margin grows with alpha by itself; so the accuracy decides.
     """
 
-    names = (PAIRS, MARGIN)
-    asked: Mapping[str, str] = MappingProxyType({})
-
-    def __init__(self, resident: ResidentModel, pairs: Mapping[str, Pair], batch_size: int) -> None:
-        """``pairs`` are by item."""
-        self.resident = resident
-        self.pairs = pairs
-        self.batch_size = batch_size
+    resident: ResidentModel
+    pairs: Mapping[str, Pair]  # by item
+    batch_size: int
+    names: ClassVar = (PAIRS, MARGIN)
+    asked: ClassVar[Mapping[str, str]] = {}
 
     @property
     def items(self) -> list[str]:
@@ -73,17 +71,15 @@ class PreferenceAccuracy:
         return None if most is not None and longest > most else (chosen, rejected)
 
 
+@dataclass(frozen=True)
 class TextLikelihood:
     """The mean log-probability of a token of texts under a candidate, which is −NLL."""
 
-    names = (NLL,)
-    asked: Mapping[str, str] = MappingProxyType({})
-
-    def __init__(self, resident: ResidentModel, texts: Mapping[str, str], batch_size: int) -> None:
-        """``texts`` are by item."""
-        self.resident = resident
-        self.texts = texts
-        self.batch_size = batch_size
+    resident: ResidentModel
+    texts: Mapping[str, str]  # by item
+    batch_size: int
+    names: ClassVar = (NLL,)
+    asked: ClassVar[Mapping[str, str]] = {}
 
     @property
     def items(self) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,9 @@ class ResidentModel:
     family: Family
     device: str
     threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Begin without a candidate."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.rewritten: dict[str, Rewritten] = {}
-        self._loaded = ""
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float), init=False)
+    rewritten: dict[str, Rewritten] = field(default_factory=dict, init=False)
+    _loaded: str = field(default="", init=False)
 
     def load(self, params: Params, purpose: Params | None = None) -> None:
         """Set the weights to a candidate's, unless they are.

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from mergekit_lite.answers.scoring.contract import ScorerSettings, names
 from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
+from mergekit_lite.answers.scoring.scorer import ScorerSettings, names
 from mergekit_lite.errors import UsageError, listing, nearest
 
 LOG_RATIO, PAIRS, NLL, LM_EVAL = "log_ratio", "pairs", "nll", "lm-eval"

@@ -46,16 +46,7 @@ class Harness:
         self.batch_size = batch_size
         count = min(len(self._documents), self.settings.get("limit") or sys.maxsize)
         self._numbers = {f"{self.name}:{number}": number for number in range(count)}
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The name of the score."""
-        return (self.name,)
-
-    @property
-    def items(self) -> list[str]:
-        """One item for each document."""
-        return list(self._numbers)
+        self.items, self.names = list(self._numbers), (self.name,)
 
     def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
         """Yield the rows of the wanted documents."""

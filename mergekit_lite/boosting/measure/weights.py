@@ -46,14 +46,16 @@ class Rewritten:
     nonfinite: tuple[str, ...]
 
 
+@dataclass(frozen=True)
 class Weights:
-    """Sets the weights of a built model to those of one plan after another."""
+    """Sets the weights of a built model to those of one plan after another.
 
-    def __init__(self, built: Built, device: str, threads: int | None = None) -> None:
-        """``device`` computes: the bits are those of a model written by the same device."""
-        self.built = built
-        self.device = device
-        self.threads = threads
+    ``device`` computes: the bits are those of a model written by the same device.
+    """
+
+    built: Built
+    device: str
+    threads: int | None = None
 
     def set(self, plan: Plan) -> Rewritten:
         """Set the weights to the plan's first output.

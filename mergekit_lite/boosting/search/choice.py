@@ -198,12 +198,8 @@ class Contest:
         return total
 
 
-def _confirmed(
-    items: Sequence[str], evaluator: Evaluator, study: Study, settings: Settings, picked: Point
-) -> Point | None:
+def _confirmed(items: Sequence[str], evaluator: Evaluator, study: Study, settings: Settings, picked: Point) -> Point:
     """Compare the picked candidate with the baseline on items that the search didn't use."""
-    if not items:
-        return None
     for params in (settings.baseline, picked.params):
         study.measured(params, items, evaluator)
     return point(picked.params, items, study, settings)

@@ -11,15 +11,13 @@ the intercept is the gain at equal lengths.
     P(answer i is preferred) = σ(w_length·tanh(Δ_i / std Δ) + w_difficulty·d_i + w_model)
 
 with Δ the baseline's length − the answer's in characters. The win rate is the mean of that with the length term left
-out. L1-penalised; the penalty is chosen by 5-fold cross-validation among ten. Where answers of the baseline that was
-asked to be verbose and concise are judged too ("gamed"), they enter without ``w_model``, so that ``w_length`` becomes
-the effect of length by itself; without them shortening answers can be rewarded. AlpacaEval fits with
-scikit-learn; three coefficients need no library: ``fit`` is Newton's method with an L1 penalty.
+out. L1-penalised; the penalty is chosen by 5-fold cross-validation among ten. AlpacaEval adds answers of a baseline
+that was asked to be verbose and concise; without them shortening answers can be rewarded. It fits with scikit-learn;
+three coefficients need no library: ``fit`` is Newton's method with an L1 penalty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -30,7 +28,6 @@ from mergekit_lite.answers.intervals import Floats, Interval, bca, interval, res
 
 PENALTIES = 10.0 ** np.linspace(-4, 4, 10)  # C, as scikit-learn's LogisticRegressionCV has by default
 FOLDS = 5
-GAMED_WEIGHT = 0.2  # of all gamed rows together, where the model's rows have 1 each
 TINY = 1e-15
 RIDGE = 1e-6
 
@@ -131,31 +128,16 @@ class LengthControlled(NamedTuple):
         return not low <= self.controlled <= high
 
 
-def length_controlled(judged: Judgements, gamed: Sequence[Judgements] = ()) -> LengthControlled:
-    """Compute the length-controlled win rate.
-
-    Args:
-        judged: the candidate's.
-        gamed: the baseline's own, asked to be verbose and to be concise, against its usual answers.
-    """
-    sets = [judged, *gamed]
-    features = np.concatenate([_features(one, ours=number == 0) for number, one in enumerate(sets)])
-    preferred = np.concatenate([one.preferred for one in sets])
-    shares = [1.0, *(GAMED_WEIGHT / len(gamed) for _ in gamed)]
-    weight = np.concatenate([np.full(one.preferred.size, share) for one, share in zip(sets, shares, strict=True)])
-    w = fit_cross_validated(features, preferred, weight)
+def length_controlled(judged: Judgements) -> LengthControlled:
+    """Compute the length-controlled win rate of a candidate."""
     difficulty = np.zeros_like(judged.preferred) if judged.difficulty is None else judged.difficulty
-    controlled = 100 * float(_sigmoid(w[1] * difficulty + w[2]).mean())
-    return LengthControlled(100 * float(judged.preferred.mean()), controlled, (float(w[0]), float(w[1]), float(w[2])))
-
-
-def _features(judged: Judgements, ours: bool) -> Floats:
-    """Return the features (n, 3): length, difficulty, model."""
     shorter = judged.baseline_length - judged.length
     spread = shorter.std(ddof=1) if shorter.size > 1 else 0.0
-    length = np.tanh(shorter / spread) if spread else np.zeros_like(judged.preferred)
-    difficulty = np.zeros_like(length) if judged.difficulty is None else judged.difficulty
-    return np.stack([length, difficulty, np.full_like(length, float(ours))], axis=1)
+    length = np.tanh(shorter / spread) if spread else np.zeros_like(difficulty)
+    features = np.stack([length, difficulty, np.ones_like(length)], axis=1)
+    w = fit_cross_validated(features, judged.preferred, np.ones_like(length))
+    controlled = 100 * float(_sigmoid(w[1] * difficulty + w[2]).mean())
+    return LengthControlled(100 * float(judged.preferred.mean()), controlled, (float(w[0]), float(w[1]), float(w[2])))
 
 
 def fit_cross_validated(features: Floats, preferred: Floats, weight: Floats) -> Floats:

@@ -13,7 +13,6 @@ import pytest
 
 from mergekit_lite.answers.scorers.code import Code, python_in
 from mergekit_lite.answers.scoring import sandbox
-from mergekit_lite.answers.scoring.contract import ScorerSettings
 from mergekit_lite.answers.scoring.sandbox import (
     SandboxError,
     SandboxLimits,
@@ -21,6 +20,7 @@ from mergekit_lite.answers.scoring.sandbox import (
     check_sandbox,
     run_sandboxed,
 )
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from tests.answers.scorers.asked import judged
 
 LIMITS = SandboxLimits(seconds=1, memory_mb=256, files_mb=4, processes=8)

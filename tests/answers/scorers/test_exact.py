@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from mergekit_lite.answers.scorers.exact import Exact, Options
-from mergekit_lite.answers.scoring.contract import ScorerSettings
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from tests.answers.scorers.asked import judged
 
 SETTINGS = ScorerSettings(name="exact", kind="exact")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_lite.answers.scorers.function import Function, function_named
-from mergekit_lite.answers.scoring.contract import Score, ScorerOptions, ScorerSettings
+from mergekit_lite.answers.scoring.scorer import Score, ScorerOptions, ScorerSettings
 from mergekit_lite.errors import UsageError
 from tests.answers.scorers.asked import judged
 

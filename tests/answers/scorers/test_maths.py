@@ -9,8 +9,8 @@ import pytest
 
 from mergekit_lite.answers.scorers import maths
 from mergekit_lite.answers.scorers.maths import Maths
-from mergekit_lite.answers.scoring.contract import Score, ScorerSettings
 from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Score, ScorerSettings
 from tests.answers.scorers.asked import judged
 
 EQUAL = [

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mergekit_lite.answers import scorers
-from mergekit_lite.answers.scoring.contract import ScorerSettings, names
 from mergekit_lite.answers.scoring.registry import kind_of, open_scorer, wrong_settings
+from mergekit_lite.answers.scoring.scorer import ScorerSettings, names
 from mergekit_lite.boosting.measure.scores import forms, parse
 from mergekit_lite.errors import UsageError
 from tests.answers.scorers.asked import judged
@@ -82,7 +82,7 @@ def test_scorers_bear_their_name() -> None:
 
 
 TOY = """
-from mergekit_lite.answers.scoring.contract import Positive, Score, Scorer, ScorerOptions, scorer
+from mergekit_lite.answers.scoring.scorer import Positive, Score, Scorer, ScorerOptions, scorer
 
 class Options(ScorerOptions):
     times: Positive = 1
@@ -92,8 +92,8 @@ class Shouting(Scorer):
     def __init__(self, settings, options: Options):
         self.name, self.word, self.times = settings.name, settings.model, options.times
 
-    def score(self, judged):
-        return [Score(self.times * each.answer.count(self.word.upper())) for each in judged]
+    def score_one(self, judged):
+        return Score(self.times * judged.answer.count(self.word.upper()))
 """
 
 

@@ -3,7 +3,7 @@
     @scorer("exact")                                              # the name of its module in ``answers/scorers/``
     class Exact(Scorer):
         def __init__(self, settings: ScorerSettings, options: Options): ...
-        def score(self, judged: Sequence[Judged]) -> list[Score]: ...
+        def score_one(self, judged: Judged) -> Score: ...
 
 The options, their bounds and defaults follow from the annotation of ``options``.
 """
@@ -87,7 +87,12 @@ class Scorer(Protocol):
     name: str
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """Return a score for each answer, in order."""
+        """Return a score for each answer, in order. By default they are scored one by one."""
+        return [self.score_one(each) for each in judged]
+
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer; for scorers that don't override ``score``."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Free what the scorer holds: a model, a process. By default there is nothing to free."""
