@@ -38,7 +38,7 @@ def log_probs(model: PreTrainedModel, rows: Sequence[Tokens], batch_size: int = 
     Args:
         model: a causal language model with a head that ``logprobs.check_head`` accepts.
         rows: tokens, no more than the model takes; the first of a row is never scored, for nothing predicts it.
-        batch_size: rows that are read at once; those of like length are.
+        batch_size: rows that are read at once; they have similar lengths.
     """
     import torch
 

@@ -35,7 +35,7 @@ class Prompts(BaseModel):
     dataset: str | None = None  # org/name on the hub, org/name@revision
     config: str | None = None  # of the data set
     split: str = "train"
-    domain: str = ""  # of prompts that don't say theirs
+    domain: str = ""  # of prompts without one
     columns: dict[Column, str] = {}  # ours: theirs
     limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the first
 
@@ -157,7 +157,7 @@ def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Rows:
     try:
         # A data set that comes as code is refused by the library.
         data = load_dataset(name, source.config, split=source.split, revision=revision or None)
-    except Exception as error:  # the library raises what its many parts raise
+    except Exception as error:  # any of the library's parts may raise
         raise UsageError(f"Can't load the data set {source.dataset}, split {source.split}: {error}") from error
     data = data.select_columns(_readable(data.column_names, names, str(source.dataset)))
     for number, row in enumerate(data, 1):

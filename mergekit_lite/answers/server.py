@@ -106,7 +106,7 @@ class Server:
                     self._lose(question, str(failed))
                     return None
                 self.failures.retried[str(failed)] += 1
-                if failed.fresh_seed:  # with the same one the same would come
+                if failed.fresh_seed:  # the same seed would give the same reply
                     seed = seed_of(seed, "again")
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
                 await self._pause(failed.wait or wait)
@@ -130,7 +130,7 @@ class Server:
         )
         asked: Any = [dict(message) for message in messages]
         try:
-            # The client's own limit is between two pieces of a reply; a server that dribbles never reaches it.
+            # The client's own limit is between two pieces of a reply, and a slow stream never reaches it.
             completion = await asyncio.wait_for(
                 client.chat.completions.create(
                     model=self.model,
@@ -229,7 +229,7 @@ def _run(loop: asyncio.AbstractEventLoop, work: asyncio.Task[None], put: Callabl
         loop.run_until_complete(work)
         put(None)
     except asyncio.CancelledError:
-        pass  # nobody listens any more
+        pass  # ``ask`` was closed
     except BaseException as error:  # ``ask`` raises it
         put(error)
     finally:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 QUESTION = (Message(role="user", content="?"),)
 PROBE = "Zq7kAnswer"  # an answer that no template writes by itself
-# Llama-3.2's template writes today's date where it isn't given one, and then its own default. Tokens must not depend
-# on the day: a stored log-probability would not be the row's any more.
+# Llama-3.2's template writes today's date unless it is given one. This is its own default. Tokens must not depend on
+# the day: a stored log-probability would no longer be that of the row.
 DATE = "26 Jul 2024"
 
 
@@ -198,7 +198,7 @@ class ChatTemplate:
     def _plain_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         text = "".join(f"{message['content']}\n\n" for message in messages)
         ids = tuple(self.tokenizer(text)["input_ids"])
-        # An end of text that a tokenizer adds by itself would stand between prompt and answer.
+        # An end of text that the tokenizer adds would come between prompt and answer.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _ended(self, response: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The tests of a prompt, run on an answer's code.
 
 The code is the answer's last fenced block of Python (or of no named language), or the whole answer where it has no
-fence. It has to compile, then runs as a module, then each test runs as a program that sees its names. Models write
-this code: it runs in the sandbox of ``scoring/sandbox.py``, and only where ``allow_code`` says so.
+fence. It is compiled and run as a module, then each test runs as a program that sees its names. Models write this
+code: it runs in the sandbox of ``scoring/sandbox.py``, and only where ``allow_code`` says so.
 """
 
 from __future__ import annotations

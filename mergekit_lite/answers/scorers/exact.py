@@ -1,7 +1,7 @@
 """Exact match with the reference.
 
-The whole answer, or what a regular expression finds in it, is compared with the whole reference; white space at the
-ends doesn't count, nor does how much of it stands between words.
+The whole answer, or the last match of a regular expression in it, is compared with the whole reference. Neither white
+space at the ends counts, nor its amount between words.
 """
 
 from __future__ import annotations

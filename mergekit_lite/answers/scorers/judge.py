@@ -1,8 +1,8 @@
 """A language model as judge: grades one answer at a time, behind an OpenAI-compatible server.
 
-The judge sees the conversation and the answer between tags and is told to end with ``Grade: N``. The number is looked
-for in what it says after its thoughts; a reply without one, with a range, or with a number off the scale gives no
-score. Before a judge is trusted it is worth a look at what it says to an empty and to an absurd answer.
+The judge sees the conversation and the answer between tags and is asked to end with ``Grade: N``. The number is read
+from its reply, after its thoughts; a reply without a number, with a range, or with a number off the scale gives no
+score. Before you trust a judge, read its replies to an empty and to an absurd answer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Options(ScorerOptions):
     temperature: Annotated[float, Field(ge=0)] = 0
     max_tokens: Positive = 1024
     timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
-    retries: Annotated[int, Field(ge=0)] = 8  # of a request that failed
+    retries: Annotated[int, Field(ge=0)] = 8  # repetitions of a request that failed
 
     @field_validator("prompt")
     @classmethod

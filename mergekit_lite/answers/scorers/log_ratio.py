@@ -1,11 +1,11 @@
-"""CDR: how much likelier a strong model finds an answer than a weak one; needs no reward model.
+"""CDR: the log-ratio of an answer under a strong and a weak model, which needs no reward model.
 
     score(x, y) = log π_strong(y | c, x) − log π_weak(y | x)
 
 summed over the tokens of the answer and the end of its turn. From "Dr. SoW: density ratio of strong-over-weak LLMs"
-(arXiv:2411.02481); the formula is known from a summary, not read in the paper. ``c`` customises the strong model's
+(arXiv:2411.02481); the formula is from a summary, not from the paper itself. ``c`` customises the strong model's
 prompt by the domain. Each model reads the text through its own tokenizer and template, so they need not be of one
-family. The wider apart the two are, the better the score: a model and what it was tuned from, for instance.
+family. The further apart the two are, the better the score: a model and the one it was tuned from, for instance.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ Wang, Xiong, Xie, Zhao, Zhang, "Interpretable preferences via multi-objective re
     g     = s · softmax(f(h_prompt) / τ)   gate; f: gating.layers.*, linear, ReLU between them; s: gating.logit_scale
     score = Σ_k g_k r_k
 
-``last`` is the last token, ``prompt`` the one that ends the turn before the answer. The published model class looks for
-it as the start of the last ``<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n`` and so can be led astray by
-an answer that has such a header in it; here it is where the messages end. Names and shapes of the head's tensors are
-those of RLHFlow/ArmoRM-Llama3-8B-v0.1, read in its model class and headers; its weights were not run here. A folder
+``last`` is the last token, ``prompt`` the one that ends the turn before the answer. The published model class searches
+for the last ``<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n``, so an answer with such a header in it
+misleads it; here the messages before the answer end there. Names and shapes of the head's tensors are those of
+RLHFlow/ArmoRM-Llama3-8B-v0.1, from its model class and headers; its weights were not run here. A folder
 with other names is refused. The head is small and computed on the CPU in float32.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES, TRANSFORM, SCALE = "regression_layer.weight", "reward_transform_matrix", "gating.logit_scale"
 LAYER = "gating.layers."
-TEMPERATURE = 10.0  # where the configuration has none
+TEMPERATURE = 10.0  # the default
 
 
 class Gate(NamedTuple):

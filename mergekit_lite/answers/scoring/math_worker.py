@@ -1,4 +1,4 @@
-"""The process in which ``scorers/maths.py`` has answers compared.
+"""The process in which ``scorers/maths.py`` compares answers.
 
     python -m mergekit_lite.answers.scoring.math_worker SECONDS MEMORY
 
@@ -23,7 +23,7 @@ def main(seconds: int, memory: int) -> None:
     import math_verify  # noqa: F401  # imported before the first question comes
 
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed
+    os.dup2(2, 1)  # all other output
     print("{}", file=replies, flush=True)
     for line in sys.stdin:
         question = json.loads(line)

@@ -1,6 +1,6 @@
-"""Runs code that a model wrote where it can do little harm.
+"""A sandbox, in which code that a model wrote can do little harm.
 
-On Linux it gets namespaces of its own (``unshare`` of util-linux), and so
+On Linux the code gets namespaces of its own (``unshare`` of util-linux), and so
 
 - no network, not even the machine's own;
 - no sight of other processes, nor a way to signal them; when it is done or its time is over, all it started is killed;
@@ -38,9 +38,9 @@ from mergekit_lite.errors import MergekitLiteError
 INSIDE = Path(__file__).with_name("sandboxed.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
 WALLS = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--")
-LONGEST_REPORT = 1 << 16  # bytes: what a pipe holds without a reader
-PATIENCE = 3  # seconds by the clock for one of the processor, which others use too
-FIRST_USER = 2_000_000_000  # beyond those that anybody gives out
+LONGEST_REPORT = 1 << 16  # bytes: the capacity of a pipe
+PATIENCE = 3  # seconds by the clock for one of processor time: other programs use the processor too
+FIRST_USER = 2_000_000_000  # beyond the ids of real users
 users = itertools.count()
 
 
@@ -51,7 +51,7 @@ class SandboxLimits(ScorerOptions):
     memory_mb: Positive = 1024  # address space of a process
     files_mb: Positive = 16  # all its files together, and each
     processes: Positive = 16
-    without_walls: bool = False  # no namespaces: see above
+    without_walls: bool = False  # no namespaces, only the other limits
 
 
 class SandboxResult(NamedTuple):
@@ -90,7 +90,7 @@ def run_sandboxed(code: str, tests: Sequence[str], limits: SandboxLimits) -> San
         raise SandboxError(_no_walls(verdict["wall"]))
     if verdict is not None:
         return SandboxResult(bool(verdict["passed"]), str(verdict["why"]))
-    if complaint:  # of unshare: what runs inside is silent
+    if complaint:  # of ``unshare``: the program inside writes nothing there
         raise SandboxError(_no_walls(complaint))
     return SandboxResult(False, _ended(status, limits))
 
@@ -132,7 +132,7 @@ def _run(task: dict[str, Any], limits: SandboxLimits) -> tuple[int | None, bytes
     ):
         given.write(json.dumps(task).encode())
         given.seek(0)
-        # The pipe is read once all is over: whoever writes more than it holds waits until then.
+        # The pipe is read once the program has ended; a program that fills it waits until it is killed.
         process = subprocess.Popen(
             command,
             stdin=given,

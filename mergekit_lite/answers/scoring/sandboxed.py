@@ -23,7 +23,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-ROOT = "/tmp"  # any folder that exists: what is mounted on it here, nobody else sees
+ROOT = "/tmp"  # any folder that exists: mounts on it are visible in this namespace only
 SCRATCH = "/scratch"
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
@@ -58,7 +58,7 @@ def main() -> None:
         run(task, reports)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os._exit(status if status >= 0 else 128 - status)  # as shells tell signals
+    os._exit(status if status >= 0 else 128 - status)  # a signal's exit status, as in shells
 
 
 def silence() -> None:
@@ -133,14 +133,14 @@ def run(task: dict[str, Any], reports: int) -> None:
     stage = "the code"
     try:
         program = compile(task["code"], "answer.py", "exec", dont_inherit=True)
-        module = types.ModuleType("answer")  # not __main__: what an answer does when it is run is not asked for
+        module = types.ModuleType("answer")  # not __main__: an answer's main program isn't tested
         sys.modules["answer"] = module
         exec(program, module.__dict__)
         for number, test in enumerate(task["tests"], 1):
             stage = f"test {number}"
             exec(compile(test, "test.py", "exec", dont_inherit=True), dict(module.__dict__))
         verdict["passed"] = True
-    except BaseException as error:  # SystemExit too: leaving early is no way to pass
+    except BaseException as error:  # SystemExit too: leaving early doesn't pass
         said = traceback.format_exception_only(type(error), error)[-1].strip()
         verdict["why"] = f"{stage}: {said[:SHOWN]}"
     send(reports, verdict)

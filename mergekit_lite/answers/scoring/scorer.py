@@ -111,11 +111,11 @@ class ScorerKind:
 
     Attributes:
         name: of the kind.
-        make: the class; raises MergekitLiteError where it can't be opened.
-        needs: the settings it can't do without, and a word for what each is, such as MODEL.
-        takes: the settings that have an effect besides.
+        make: the class, which raises MergekitLiteError where it can't be opened.
+        needs: the required settings, each with a word for its value, such as MODEL.
+        takes: the optional settings that have an effect.
         read_together: whether the answers of one batch change each other's scores in the last bits.
-        check: mistakes in settings that can be seen without opening anything.
+        check: yields further mistakes in settings, without opening anything.
     """
 
     name: str

@@ -66,7 +66,7 @@ class LocalGenerator(Local):
     @cached_property
     def loaded(self) -> ReadyModel:
         loaded = ready(self.resident.model, self.tokenizer, self.sampling)
-        # Far out candidates overflow; their answers show it, and the search needn't end.
+        # Candidates far out overflow; their answers show it, and the search needn't end.
         loaded.model.generation_config.remove_invalid_values = True
         return loaded
 

@@ -154,7 +154,7 @@ class Contest:
     def _measured(self, params: Params) -> Point:
         sizes = looks(len(self.clusters), self.settings.batch)
         if not self.settings.stop_early or len(self.study.rows(params, self.items)) == len(self.items):
-            sizes = [len(self.clusters)]  # nothing to save
+            sizes = [len(self.clusters)]  # a look would save nothing
         confidence = shared_confidence(self.settings.confidence, len(sizes))
         why = ""
         for size in sizes:

@@ -199,7 +199,7 @@ def _penalised_step(w: Floats, slope: Floats, curvature: Floats) -> Floats:
     # Where a weight becomes 0 its equation is step = −w, else curvature·step = −slope − sign.
     systems = np.where(on[:, :, None], curvature, np.eye(w.size))
     steps = np.linalg.solve(systems, np.where(on, -slope - signs, -w)[:, :, None])[:, :, 0]
-    steps = np.where(on, steps, -w)  # to the bit, whatever was pivoted
+    steps = np.where(on, steps, -w)  # exactly, without the solver's rounding
     values = steps @ slope + ((steps @ curvature) * steps).sum(1) / 2 + np.abs(w + steps).sum(1)
     as_given = (np.sign(np.where(on, w + steps, 0.0)) == signs).all(1)
     return np.asarray(steps[np.where(as_given, values, np.inf).argmin()])
