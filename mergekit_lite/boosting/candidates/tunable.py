@@ -196,23 +196,23 @@ class RecipeTuning:
         text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
         return text
 
-    def _put(self, tree: Tree, tunable: Tunable, params: Sequence[float]) -> None:
+    def _put(self, tree: Tree, tunable: Tunable, numbers: Sequence[float]) -> None:
         """Put numbers at a tunable's path. Raises LookupError where that leads to no number."""
         within, last = _parent(tree, tunable.path)
         old = within.get(last) if isinstance(within, dict) else within[last]
         if isinstance(old, str) or (isinstance(old, dict) and "value" not in old):
             raise LookupError(f"{last!r} is no number")
-        entries = list(self._entries(tunable, params))
+        entries = list(self._entries(tunable, numbers))
         within[last] = entries[0]["value"] if list(entries[0]) == ["value"] else [*entries, *_beyond(old, entries)]
 
-    def _entries(self, tunable: Tunable, params: Sequence[float]) -> Iterator[dict[str, Any]]:
+    def _entries(self, tunable: Tunable, numbers: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Yield the numbers as entries of a recipe: with filters, layers, gradients."""
         if tunable.groups:
             if self.layers is None or self.layers < tunable.groups:
                 many = "are not known" if self.layers is None else f"are only {self.layers}"
                 raise LookupError(f"the layers of the models {many}: write a --tune with layers= for each run")
             ends = [self.layers * number // tunable.groups for number in range(tunable.groups + 1)]
-            for run, number in zip(pairwise(ends), params, strict=True):
+            for run, number in zip(pairwise(ends), numbers, strict=True):
                 yield {"layers": list(run), "value": number}
             return
         entry: dict[str, Any] = {}
@@ -220,7 +220,7 @@ class RecipeTuning:
             entry["filter"] = tunable.filter
         if tunable.layers is not None:
             entry["layers"] = list(tunable.layers)
-        yield entry | {"value": list(params) if tunable.gradient else params[0]}
+        yield entry | {"value": list(numbers) if tunable.gradient else numbers[0]}
 
 
 def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:
