@@ -16,8 +16,8 @@ from demo.distill.skills import MAX_ANSWER_TOKENS
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt, read_rows, seed_of
-from mergekit_lite.answers.scorers.exact import Exact, Options
-from mergekit_lite.answers.scorers.scorer import Judged
+from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings
 
 PATTERN = "[0-9a-z]+$"  # as in the recipes
 DRAWS = 2  # answers to each prompt
@@ -54,9 +54,8 @@ def verdicts(model: Path, asked: Sequence[Prompt], draws: int, sampling: Samplin
     respondent = Local(model.name, str(model), sampling, batch_size=256)
     answers = {answer.key: answer for answer in respondent.answers(tasks, frozenset(task.key for task in tasks))}
     found = [answers[task.key] for task in tasks]
-    scores = Exact("right", Options(pattern=PATTERN)).score(
-        [Judged(task.prompt, answer.text) for task, answer in zip(tasks, found, strict=True)]
-    )
+    with open_scorer(ScorerSettings(name="right", kind="exact", options={"pattern": PATTERN})) as exact:
+        scores = exact.score([Judged(task.prompt, answer.text) for task, answer in zip(tasks, found, strict=True)])
     right = [float(score.value == 1 and answer.finish == "stop") for score, answer in zip(scores, found, strict=True)]
     return means(right, draws), means([float(len(answer.text)) for answer in found], draws)
 

@@ -203,7 +203,7 @@ def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[A
 
 def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Reporter) -> Iterator[str]:
     """Report repeated requests, and yield a message where answers are missing."""
-    source, failures = asked.source, who.troubles
+    source, failures = asked.source, who.failures
     if failures.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
         reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")

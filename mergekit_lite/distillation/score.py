@@ -22,8 +22,8 @@ from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt, read_rows
-from mergekit_lite.answers.scorers.registry import open_scorer
-from mergekit_lite.answers.scorers.scorer import Judged, Score, Scorer
+from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer
@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 SHOWN = 3  # reasons of missing scores in a warning
 WINDOWS = 16  # batches, or rounds of concurrent requests, that are judged and written together
-READ_TOGETHER = ("reward", "log_ratio")  # kinds whose scores depend in the last bits on the other answers of a batch
 WITHOUT_EFFECT = {"name", "domains", "server", "api_key_variable", "concurrency", "batch_size", "allow_code"}
 OPTIONS_WITHOUT_EFFECT = ("device", "timeout", "retries")
 
@@ -86,7 +85,7 @@ def score(recipe: Recipe, reporter: Reporter) -> None:
     Raises:
         UsageError: there are no answers, or a scorer's settings are wrong or not those of its existing verdicts.
         CheckpointError: a model can't be loaded.
-        FenceError: this machine can't sandbox model-written code.
+        SandboxError: this machine can't sandbox model-written code.
         RunError: a judge's server can't be reached.
     """
     tasks = plan(recipe, reporter)
@@ -160,7 +159,7 @@ def _judge(judge: Scorer, task: ScoringTask, reporter: Reporter) -> None:
                 wanted = [item for item in window if item.key in missing]
                 if not wanted:
                     continue
-                items = window if task.scorer.kind in READ_TOGETHER else wanted
+                items = window if kind_of(task.scorer.kind).read_together else wanted
                 verdicts = judge.score([item.judged for item in items])
                 task.ledger.append(_row(item, verdict) for item, verdict in zip(items, verdicts, strict=True))
                 advance(len(wanted))
@@ -179,7 +178,7 @@ def _row(item: Item, verdict: Score) -> dict[str, Any]:
 
 
 def _window_size(scorer: RecipeScorer) -> int:
-    return WINDOWS * (scorer.concurrency if scorer.kind == "judge" else scorer.batch_size)
+    return WINDOWS * kind_of(scorer.kind).at_once(scorer)
 
 
 def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -1,4 +1,4 @@
-"""A candidate's weights, put into a model block by block by the engine that writes models."""
+"""A candidate's weights, written into a model block by block by the engine that writes models."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mergekit_lite.planning import Plan
 
 
 class Parameters(Records):
-    """Takes a workspace's place in the engine: what is written goes into the parameters of a model."""
+    """The engine's sink that writes into the parameters of a model instead of a file."""
 
     def __init__(self, places: Places, kinds: Mapping[str, torch.dtype]) -> None:
-        """``kinds`` are the dtypes of what will be written; a parameter of another dtype rounds it, as loading does."""
+        """``kinds`` are the output's dtypes; a parameter of another dtype rounds them, as loading does."""
         super().__init__()
         self.places = places
         self.kinds = kinds
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Put bytes into a parameter."""
+        """Write bytes into a parameter."""
         if not data:
             return
         values = torch.frombuffer(data, dtype=self.kinds[tensor])
@@ -35,10 +35,10 @@ class Parameters(Records):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What setting the weights did.
+    """The result of setting the weights.
 
     Attributes:
-        report: as of a written model.
+        report: the same as a written model's.
         nonfinite: tensors that hold NaN or infinity.
     """
 
@@ -46,17 +46,19 @@ class Rewritten:
     nonfinite: tuple[str, ...]
 
 
+@dataclass(frozen=True)
 class Weights:
-    """The weights of a built model, to be set again and again."""
+    """Sets the weights of a built model to those of one plan after another.
 
-    def __init__(self, built: Built, device: str, threads: int | None = None) -> None:
-        """``device`` computes: bits are those of a model that is written by the same one."""
-        self.built = built
-        self.device = device
-        self.threads = threads
+    ``device`` computes: the bits are those of a model written by the same device.
+    """
+
+    built: Built
+    device: str
+    threads: int | None = None
 
     def set(self, plan: Plan) -> Rewritten:
-        """Make the model the plan's first output.
+        """Set the weights to the plan's first output.
 
         Raises:
             CheckpointError: an input changed.

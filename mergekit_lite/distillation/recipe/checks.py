@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mergekit_lite.answers.prompts import Prompts
-from mergekit_lite.answers.scorers.registry import wrong_settings
+from mergekit_lite.answers.scoring.registry import wrong_settings
 from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, RecipeScorer, Source
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts
-from mergekit_lite.answers.scorers.settings import ScorerSettings
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 
 TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import read_rows
-from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.distillation.reporting.held_out import LENGTH, MODELS, Comparison
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages.drawing import COLOURS

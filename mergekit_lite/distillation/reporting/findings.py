@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mergekit_lite.answers.statistics import Interval
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporting import curves

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from xxhash import xxh3_64_hexdigest
 
+from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
-from mergekit_lite.answers.statistics import Interval, interval, paired
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
 from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeScorer, Source

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
-from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.distillation.reporting.curves import Picture
 from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
 from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, Comparison, Model

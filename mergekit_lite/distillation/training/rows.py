@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from xxhash import xxh3_128
 
 from mergekit_lite.answers.rows import Message, read_rows, seed_of
-from mergekit_lite.answers.template import ChatTemplate, Limits, TemplateError, Tokens, fitted
+from mergekit_lite.answers.template import ChatTemplate, LengthLimits, TemplateError, Tokens, fitted
 from mergekit_lite.errors import UsageError, counted, listing
 
 Role = Literal["source", "target"]
@@ -111,7 +111,7 @@ class TokenRows:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, row: UnfittedRow, limits: Limits) -> None:
+    def add(self, row: UnfittedRow, limits: LengthLimits) -> None:
         """Add a row if it is within the limits, or can be cut to them; else count it."""
         within = fitted(row.responses, limits)
         if within is None:
@@ -133,7 +133,7 @@ M = TypeVar("M", bound=BaseModel)
 Tokeniser = Callable[[Any, ChatTemplate], list[UnfittedRow]]
 
 
-def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> TokenRows:
+def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
     """Return the rows of ``pairs/sft.jsonl`` as tokens.
 
     Raises:
@@ -146,7 +146,7 @@ def sft_rows(path: Path, template: ChatTemplate, limits: Limits) -> TokenRows:
     return _read(path, SftRow, tokenise, template, limits)
 
 
-def preference_rows(path: Path, template: ChatTemplate, limits: Limits) -> TokenRows:
+def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
     """Return the rows of ``pairs/preference.jsonl`` as tokens. All must have equally many chosen responses.
 
     A row with several rejected responses becomes as many rows, one for each of them with all chosen responses.
@@ -193,7 +193,7 @@ def _messages(turns: Sequence[Turn]) -> list[Message]:
     return [Message(role=turn.role, content=turn.content) for turn in turns]
 
 
-def _read(path: Path, model: type[M], tokenise: Tokeniser, template: ChatTemplate, limits: Limits) -> TokenRows:
+def _read(path: Path, model: type[M], tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
     tokens = TokenRows(notes=[template.note] if template.note else [])
     for line in read_rows(path, tokens.problems):
         try:

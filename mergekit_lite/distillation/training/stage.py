@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergekit_lite.answers.template import ChatTemplate, Limits
+from mergekit_lite.answers.template import ChatTemplate, LengthLimits
 from mergekit_lite.distillation.objectives import OBJECTIVES, Objective
 from mergekit_lite.distillation.recipe.schema import Preference, Training
 from mergekit_lite.distillation.reporter import Silent
@@ -130,7 +130,7 @@ class TrainingStage:
             UsageError: there is none, or the objective can't take them.
         """
         template = ChatTemplate(tokenizer_of(self.start))
-        limits = Limits(self.training.max_length, self.training.max_prompt_length, self.training.too_long)
+        limits = LengthLimits(self.training.max_length, self.training.max_prompt_length, self.training.too_long)
         if not isinstance(self.training, Preference):
             return sft_rows(self.rows_path, template, limits)
         data = preference_rows(self.rows_path, template, limits)
