@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_lite.output import target
+from mergekit_lite.output import file_writer
 from tests.models import State, read_folder, state, tree_bytes, tuned, write_folder
 from tests.processes import Ended, killed_at, run, started, wait_for_spans
 
@@ -229,7 +229,7 @@ def test_two_runs_on_one_output(place: Path) -> None:
 def limited(reserving: bool) -> None:
     """Let no file of this process grow beyond 20 MB."""
     if not reserving:
-        target._reserve = lambda *_: None
+        file_writer._reserve = lambda *_: None
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 
 

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 import mergekit_lite
-from mergekit_lite.output.beside import files_beside
+from mergekit_lite.output.companions import files_beside
 from tests.models import bytes_of, read_folder, same_bytes, state, tuned, write_folder
 
 transformers = pytest.importorskip("transformers")

@@ -101,7 +101,7 @@ def command(
     if plot is not None:
         plots.save(comparison, plot)
     if html_path is not None:
-        from mergekit_lite.comparison.page import page
+        from mergekit_lite.comparison.html_report import page
 
         html_path.write_text(page(comparison), encoding="utf-8")
     if as_json:
@@ -119,7 +119,7 @@ def command(
 def _show(screen: Screen, comparison: Comparison) -> None:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.comparison import letter
-    from mergekit_lite.comparison.summary import suggestions
+    from mergekit_lite.comparison.suggestions import suggestions
 
     letters = [letter(number) for number in range(len(comparison.models))]
     rows = zip(["base", *letters], [comparison.base, *comparison.models], strict=True)
@@ -143,7 +143,7 @@ def _show(screen: Screen, comparison: Comparison) -> None:
 def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.comparison import looks_like
-    from mergekit_lite.comparison.summary import figure, percent
+    from mergekit_lite.comparison.suggestions import figure, percent
 
     all_of, settings = comparison.overall, comparison.settings
     of_models = [
@@ -182,7 +182,7 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
 
 def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.comparison.summary import figure, percent
+    from mergekit_lite.comparison.suggestions import figure, percent
 
     several = len(letters) > 1
     rows = [

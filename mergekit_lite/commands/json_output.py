@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.memory import memory_estimate
-from mergekit_lite.output.beside import travelling
+from mergekit_lite.output.companions import travelling
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished

@@ -18,7 +18,7 @@ from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
-from mergekit_lite.output.beside import travelling
+from mergekit_lite.output.companions import travelling
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report

@@ -14,7 +14,7 @@ from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import Extracted
+    from mergekit_lite.vectors.extraction import Extracted
 
 
 class Signed(click.Command):
@@ -96,7 +96,7 @@ def extract(
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import extract_vector
+    from mergekit_lite.vectors.extraction import extract_vector
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with running.resumable(), screen.progress() as progress:
@@ -150,7 +150,7 @@ def apply(base: str, vectors: tuple[str, ...], output: str, how: running.How, **
     A VECTOR is a file made by extract or combine, or a LoRA adapter (a folder or a hub repository). A scale below 0
     takes it away; so does a minus before its name.
     """
-    from mergekit_lite.vectors.apply import plan_apply
+    from mergekit_lite.vectors.application import plan_apply
 
     running.carry_out(plan_apply(base, vectors, output, shard_size=how.shard_size, **options), how)
 
@@ -177,6 +177,6 @@ def combine(
     vectors: tuple[str, ...], output: str, method: str, parameters: dict[str, Any], how: running.How, **options: Any
 ) -> None:
     """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero."""
-    from mergekit_lite.vectors.combine import plan_combine
+    from mergekit_lite.vectors.combination import plan_combine
 
     running.carry_out(plan_combine(vectors, output, method, parameters, **options), how)

@@ -14,12 +14,12 @@ import numpy as np
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.comparison.deltas import Deltas, Finding, Settings, Tally, shares
+from mergekit_lite.comparison.shared_tensors import Unmatched, match
 from mergekit_lite.comparison.survey import Numbers, Progress, survey
 from mergekit_lite.dtypes import float_named
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
-from mergekit_lite.vectors.matching import Unmatched, match
 
 TINY = 1e-6  # RMS below which even an alignment on a 7B model would be unusually small
 HUGE = 1e-3

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from mergekit_lite import dtypes
+from mergekit_lite.comparison.shared_tensors import Match
 from mergekit_lite.comparison.survey import Numbers, Reduction
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
@@ -22,7 +23,6 @@ from mergekit_lite.methods import sce
 from mergekit_lite.methods.passes import Block, TensorInfo, Totals, Weighted
 from mergekit_lite.methods.passes import Reduction as Request
 from mergekit_lite.methods.statistics import largest
-from mergekit_lite.vectors.matching import Match
 
 Answer = TypeVar("Answer")
 

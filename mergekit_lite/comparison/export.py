@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from mergekit_lite.comparison.comparison import Comparison, Figures, layer_name, letter, looks_like
 from mergekit_lite.comparison.deltas import SMALLEST
-from mergekit_lite.comparison.summary import CAN_NOT_TELL, how, suggestions
+from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, how, suggestions
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would compute what begins with one of these
 

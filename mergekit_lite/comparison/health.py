@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergekit_lite.comparison.shared_tensors import Match
 from mergekit_lite.comparison.survey import LARGEST, WIDEST_ROW, Reduction
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import counted
-from mergekit_lite.vectors.matching import Match
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
 from mergekit_lite.comparison.health import Health, Weights
+from mergekit_lite.comparison.shared_tensors import alone, module_of
 from mergekit_lite.comparison.survey import Progress, survey
 from mergekit_lite.errors import counted
 from mergekit_lite.options import named_options
@@ -23,7 +24,6 @@ from mergekit_lite.planning.configs import LAYER_COUNTS, NOT_TEXT
 from mergekit_lite.planning.tokenizers import is_tokenizer_file, template_of, vocabulary_of
 from mergekit_lite.recipe.layers import place, stacks
 from mergekit_lite.recipe.templates import TEMPLATES
-from mergekit_lite.vectors.matching import alone, module_of
 
 FEW = 0.1  # share of the layers that may differ from the others by accident; above, it is by design
 SHOWN_LAYERS = 8

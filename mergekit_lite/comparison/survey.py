@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.comparison.shared_tensors import Match
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods.passes import SECTION, STATISTICS_BLOCK
-from mergekit_lite.vectors.matching import Match
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 256, 512  # of the largest sample of a tensor
 SAMPLED = 32  # in large models a sample is one element in so many

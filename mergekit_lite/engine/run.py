@@ -18,7 +18,7 @@ from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.options import named_options
-from mergekit_lite.output.beside import write_beside
+from mergekit_lite.output.companions import write_beside
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
 from mergekit_lite.planning import Plan
 

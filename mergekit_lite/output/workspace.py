@@ -21,8 +21,8 @@ from pathlib import Path
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.layout import Layout, OutputFile, write_torch_skeleton
+from mergekit_lite.output.file_writer import PAGE, Pace, Target
 from mergekit_lite.output.journal import Journal, Record
-from mergekit_lite.output.target import PAGE, Pace, Target
 from mergekit_lite.planning import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"

@@ -21,7 +21,7 @@ from mergekit_lite.checkpoint.pieces import by_rows
 from mergekit_lite.errors import RunError
 from mergekit_lite.methods.passes import Passes, Reduction, TensorInfo, Totals, joined
 from mergekit_lite.methods.statistics import largest
-from mergekit_lite.vectors.pairs import BLOCK, Difference, bits, read
+from mergekit_lite.vectors.differences import BLOCK, Difference, bits, read
 
 Put = Callable[[str, int, torch.Tensor], None]  # (part, index of the first element, values)
 

@@ -18,8 +18,8 @@ from mergekit_lite.checkpoint import Checkpoint, tied_weights
 from mergekit_lite.checkpoint.adapter import PREFIX
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.errors import PlanError
+from mergekit_lite.vectors.differences import Pair
 from mergekit_lite.vectors.encoders import Sketch
-from mergekit_lite.vectors.pairs import Pair
 
 WEIGHTS = "adapter_model.safetensors"
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # layers are transformers' Conv1D

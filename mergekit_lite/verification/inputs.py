@@ -13,9 +13,9 @@ from mergekit_lite.output.workspace import is_single_file
 from mergekit_lite.planning import Plan, plan
 from mergekit_lite.planning.planner import method_parameters, plan_merge
 from mergekit_lite.recipe import parse
-from mergekit_lite.verification.manifest import Input, Manifest
+from mergekit_lite.verification.manifest_schema import Input, Manifest
 from mergekit_lite.verification.pair import pair_recipe
-from mergekit_lite.verification.verdict import Finding
+from mergekit_lite.verification.result import Finding
 
 COMBINES = "combines"  # in the recipe of a combination of task vectors
 

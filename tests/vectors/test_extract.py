@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import CheckpointError, NonFiniteError, PlanError, RunError, UsageError
 from mergekit_lite.output.workspace import Workspace
-from mergekit_lite.vectors.apply import apply_vectors
+from mergekit_lite.vectors.application import apply_vectors
 from mergekit_lite.vectors.encoders import split
-from mergekit_lite.vectors.extract import Settings, extract_vector
+from mergekit_lite.vectors.extraction import Settings, extract_vector
 from tests.adapters import lora, write_adapter
 from tests.models import read_folder, same_bytes, state, tree_bytes, tuned, write_folder
 from tests.vectors.family import BIG, CONFIG, assert_same, distance

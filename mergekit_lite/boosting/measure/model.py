@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import PlanError, UsageError, nearest
-from mergekit_lite.output.beside import written_config
+from mergekit_lite.output.companions import written_config
 from mergekit_lite.planning import Plan
 
 Places = Mapping[str, torch.Tensor]

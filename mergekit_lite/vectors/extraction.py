@@ -34,9 +34,9 @@ from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
 from mergekit_lite.vectors import peft_folder
+from mergekit_lite.vectors.differences import Difference, Pair, paired
 from mergekit_lite.vectors.encoders import Dense, Encoder, Part, Signs, Sketch, Sparse, Whole
-from mergekit_lite.vectors.lowrank import LowRank
-from mergekit_lite.vectors.pairs import Difference, Pair, paired
+from mergekit_lite.vectors.low_rank_encoder import LowRank
 
 Format = Literal["dense", "sparse", "lowrank", "sign", "lora"]
 FORMATS = get_args(Format)

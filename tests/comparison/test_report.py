@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mergekit_lite.commands import main
 from mergekit_lite.comparison import plots
 from mergekit_lite.comparison.comparison import Comparison, compare
-from mergekit_lite.comparison.page import page
+from mergekit_lite.comparison.html_report import page
 from tests.browser import Browser
 from tests.models import State, state, tuned, write_folder
 

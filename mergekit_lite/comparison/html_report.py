@@ -7,7 +7,7 @@ from itertools import combinations
 
 from mergekit_lite.comparison import plots
 from mergekit_lite.comparison.comparison import Comparison, Figures, letter, looks_like
-from mergekit_lite.comparison.summary import CAN_NOT_TELL, figure, how, percent, suggestions
+from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, figure, how, percent, suggestions
 from mergekit_lite.errors import counted
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 

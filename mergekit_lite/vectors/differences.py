@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.comparison.shared_tensors import alike
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import NonFiniteError
 from mergekit_lite.planning.matching import is_buffer
-from mergekit_lite.vectors.matching import alike
 
 BLOCK = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
 

@@ -19,10 +19,10 @@ from mergekit_lite.options import named_options
 from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.verification.inputs import Inputs, open_inputs, plan_again
-from mergekit_lite.verification.manifest import Manifest, read_manifest
-from mergekit_lite.verification.published import Published, check_digests, open_published
-from mergekit_lite.verification.recompute import Recomputation
-from mergekit_lite.verification.verdict import Finding, Verdict
+from mergekit_lite.verification.manifest_schema import Manifest, read_manifest
+from mergekit_lite.verification.output_files import Published, check_digests, open_published
+from mergekit_lite.verification.recomputation import Recomputation
+from mergekit_lite.verification.result import Finding, Verdict
 
 SAMPLES = 8
 Samples = int | Literal["all"] | None

@@ -15,9 +15,9 @@ from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.errors import MergekitLiteError
 from mergekit_lite.planning import Plan
-from mergekit_lite.verification.manifest import Manifest
-from mergekit_lite.verification.published import differing
-from mergekit_lite.verification.verdict import Finding
+from mergekit_lite.verification.manifest_schema import Manifest
+from mergekit_lite.verification.output_files import differing
+from mergekit_lite.verification.result import Finding
 
 LAST_BITS = 1e-9  # of a sum in float64, in proportion
 

@@ -21,8 +21,8 @@ from mergekit_lite.errors import CheckpointError, RunError
 from mergekit_lite.layout import INDEX_NAME
 from mergekit_lite.output.manifest import file_digest, frame_digest
 from mergekit_lite.output.workspace import is_single_file
-from mergekit_lite.verification.manifest import DIGEST, Manifest, Tensor, WrittenFile
-from mergekit_lite.verification.verdict import Finding
+from mergekit_lite.verification.manifest_schema import DIGEST, Manifest, Tensor, WrittenFile
+from mergekit_lite.verification.result import Finding
 
 WIDEST = 8  # bytes of an element
 

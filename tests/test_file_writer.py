@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from mergekit_lite.errors import RunError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
-from mergekit_lite.output import target
-from mergekit_lite.output.target import PAGE, Pace, Target
+from mergekit_lite.output import file_writer
+from mergekit_lite.output.file_writer import PAGE, Pace, Target
 from mergekit_lite.output.workspace import Workspace
 
 SIZE = 40 * PAGE + 777
@@ -33,8 +33,8 @@ Writing = Callable[..., int]
 @pytest.fixture(autouse=True)
 def small_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are enough: every write counts, and takes several direct ones."""
-    monkeypatch.setattr(target, "SMALL", 1)
-    monkeypatch.setattr(target, "STAGE", 4 * PAGE)
+    monkeypatch.setattr(file_writer, "SMALL", 1)
+    monkeypatch.setattr(file_writer, "STAGE", 4 * PAGE)
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ def test_memory_that_lies_in_its_page_as_the_file_does_is_not_copied(
     memory = memoryview(mmap.mmap(-1, 8 * PAGE))
     memory[:] = noise(0, 8 * PAGE)
     copies: list[int] = []
-    staged = target._stage
-    monkeypatch.setattr(target, "_stage", lambda: copies.append(1) or staged())
+    staged = file_writer._stage
+    monkeypatch.setattr(file_writer, "_stage", lambda: copies.append(1) or staged())
     for skew, moved, copied in ((0, 0, False), (8, 0, False), (PAGE - 2, 0, False), (8, 2, True)):
         data = memory[skew + moved : 6 * PAGE + 10]
         file.write(3 * PAGE + skew, data)
@@ -128,7 +128,7 @@ def test_many_threads_side_by_side(tmp_path: Path, direct_writes: list[int]) -> 
         file.close()
         assert (tmp_path / str(number)).read_bytes() == wanted
     assert all(length % PAGE == 0 for length in direct_writes)
-    assert direct_writes or target._opened_directly(tmp_path / "0") is None
+    assert direct_writes or file_writer._opened_directly(tmp_path / "0") is None
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])

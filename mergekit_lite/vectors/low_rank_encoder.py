@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 
 from mergekit_lite import draws
+from mergekit_lite.vectors.differences import BLOCK, Difference, read
 from mergekit_lite.vectors.encoders import Part, Put, Sketch
-from mergekit_lite.vectors.pairs import BLOCK, Difference, read
 
 OVERSAMPLING, ITERATIONS = 10, 2
 KEPT = 1 << 25  # elements; smaller matrices stay in memory, as float32

@@ -19,8 +19,8 @@ from mergekit_lite.comparison.deltas import Settings
 from mergekit_lite.comparison.export import as_data
 from mergekit_lite.errors import PlanError
 from tests.adapters import lora, write_adapter
+from tests.comparison import naive
 from tests.models import State, state, tuned, write_folder
-from tests.vectors import naive
 
 SETTINGS = Settings(top_k=0.3, alphas=(0.1, 0.5), dtypes=("bfloat16", "float16"))
 NAIVE = {"top_k": 0.3, "alphas": [0.1, 0.5], "dtypes": ["bfloat16", "float16"]}
