@@ -128,12 +128,13 @@ def _show(screen: Screen, comparison: Comparison) -> None:
         screen.out.print("", made, sep="\n")
     units = [(name, figures) for name, figures in comparison.layers.items()]
     screen.out.print("", _units("layer", letters, units), sep="\n")
-    found = sorted(comparison.findings, key=lambda finding: -float(finding.tally["means"].max()))
-    shown = comparison.findings if screen.verbose else found[:SHOWN]
+    shown = comparison.tensors if screen.verbose else comparison.most_changed[:SHOWN]
     title = "tensor" if screen.verbose else "tensors that changed most"
-    screen.out.print("", _units(title, letters, [(one.match.name, comparison.of(one)) for one in shown]), sep="\n")
-    if len(found) > len(shown):
-        screen.out.print(f"… and {len(found) - len(shown):,} more (-v shows all)")
+    screen.out.print(
+        "", _units(title, letters, [(one.tensor.name, comparison.figures(one)) for one in shown]), sep="\n"
+    )
+    if len(comparison.tensors) > len(shown):
+        screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
     for said in suggestions(comparison):
         screen.out.print(f"• {said}", markup=False)

@@ -1,6 +1,6 @@
-"""Which tensors of several models are the same one; for looking at them, what can't be compared is told, no error.
+"""Shared tensors: those that several models have under one name, and why others can't be compared.
 
-A head that a model ties to its embedding is compared by that embedding. Where one vocabulary has more rows than
+In place of a head that a model ties to its embedding stands that embedding. Where one vocabulary has more rows than
 another, the rows that all models have are compared.
 """
 
@@ -18,15 +18,15 @@ from mergekit_lite.recipe.layers import place, stacks
 
 
 @dataclass(frozen=True)
-class Match:
-    """One tensor of all models.
+class SharedTensor:
+    """One tensor that all models have.
 
     Attributes:
-        name: of the tensor.
-        shape: of what is compared.
+        name: its name.
+        shape: shape of the part that is compared.
         specs: the first model's tensor, then the others'.
         stack, layer: the layer it belongs to; None where it is outside the layers.
-        module: its name within the layer without ``.weight``, experts counted as one: ``mlp.experts.*.up_proj``.
+        module: its name within the layer without ``.weight``, the same for all experts: ``mlp.experts.*.up_proj``.
     """
 
     name: str
@@ -38,100 +38,103 @@ class Match:
 
     @property
     def numel(self) -> int:
-        """Elements that are compared."""
+        """Number of elements that are compared."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read."""
+        """Number of bytes to read."""
         return sum(self.numel * dtypes.size(spec.stored_dtype) for spec in self.specs)
 
     @property
     def row(self) -> int:
-        """Elements in a row: of the last dimension, all of them in a vector."""
+        """Number of elements in a row: the last dimension; all elements of a vector."""
         return self.shape[-1] if len(self.shape) > 1 else self.numel
 
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A tensor that is not compared, and why."""
+    """A tensor that is not compared, and the reason."""
 
     model: str
     name: str
     why: str
 
 
-def match(models: Sequence[Checkpoint]) -> tuple[list[Match], list[Unmatched], list[str]]:
+def shared_tensors(models: Sequence[Checkpoint]) -> tuple[list[SharedTensor], list[Unmatched], list[str]]:
     """Find the tensors that all models have.
 
     Args:
-        models: the first one's tensors give order and names.
+        models: at least one; the first one gives names and order.
 
     Returns:
-        What can be compared, in the order of the first model's files; what can't; and what the user should know.
+        The tensors that can be compared, in the order of the first model's files; the others; and notes for the user.
 
     Raises:
-        PlanError: nothing can be compared.
+        PlanError: no tensor can be compared; the reasons are named.
     """
     first = models[0]
     depth = stacks(first.tensors)
-    found: list[Match] = []
-    left: list[Unmatched] = []
+    shared: list[SharedTensor] = []
+    unmatched: list[Unmatched] = []
     notes: list[str] = []
-    for name, specs in alike(models):
+    for name, specs in tensors_by_name(models):
         owner = next(model for model in models if name in model.tensors)
         if problem := _why_not(name, specs, models):
-            left.append(Unmatched(owner.reference, name, problem))
+            unmatched.append(Unmatched(owner.reference, name, problem))
             continue
-        whole = tuple(filter(None, specs))
+        present = tuple(filter(None, specs))  # all of them: none is missing
         notes += [
             f"{name} is compared with {spec.name} of {model.reference}, which ties it"
-            for spec, model in zip(whole, models, strict=True)
+            for spec, model in zip(present, models, strict=True)
             if spec.name != name
         ]
-        shape = min((spec.shape for spec in whole), key=lambda shape: shape[:1])
-        if len({spec.shape for spec in whole}) > 1:
+        shape = min((spec.shape for spec in present), key=lambda shape: shape[:1])
+        if len({spec.shape for spec in present}) > 1:
             notes.append(f"{name}: the first {shape[0]:,} rows are compared, not all models have more")
-        found.append(_placed(name, shape, whole, depth))
-    left += [Unmatched(first.reference, name, why) for name, why in first.left_out.items()]
-    if not found:
-        reasons = [f"{one.name} of {one.model}: {one.why}" for one in left] or ["there are no tensors"]
+        shared.append(_shared_tensor(name, shape, present, depth))
+    unmatched += [Unmatched(first.reference, name, why) for name, why in first.left_out.items()]
+    if not shared:
+        reasons = [f"{tensor.name} of {tensor.model}: {tensor.why}" for tensor in unmatched] or ["there are no tensors"]
         raise PlanError(["no tensor of these models can be compared", *reasons])
-    return found, left, notes
+    return shared, unmatched, notes
 
 
-def alike(models: Sequence[Checkpoint]) -> Iterator[tuple[str, tuple[TensorSpec | None, ...]]]:
-    """Every tensor that any of the models has: its name, and what each model has of it.
+def tensors_by_name(models: Sequence[Checkpoint]) -> Iterator[tuple[str, tuple[TensorSpec | None, ...]]]:
+    """Yield each name of a tensor in any of the models, and the tensor that each model has for it.
 
-    That is None where a model lacks it, and the embedding for a head that the model ties to it. The first model gives
-    the order; what it doesn't have comes last.
+    For a head that a model ties to its embedding that is the embedding; None where the model has nothing. The order is
+    the first model's; names that it doesn't have come last.
     """
     for name in dict.fromkeys(name for model in models for name in model.tensors):
         yield name, tuple(tied_weights.counterpart(name, model.tensors) for model in models)
 
 
-def alone(model: Checkpoint) -> list[Match]:
-    """The float tensors of one model."""
+def float_tensors(model: Checkpoint) -> list[SharedTensor]:
+    """Return the float tensors of one model that aren't empty."""
     depth = stacks(model.tensors)
     floats = (spec for spec in model.tensors.values() if dtypes.is_float(spec.dtype) and spec.numel)
-    return [_placed(spec.name, spec.shape, (spec,), depth) for spec in floats]
+    return [_shared_tensor(spec.name, spec.shape, (spec,), depth) for spec in floats]
 
 
-def module_of(rest: str) -> str:
-    """A tensor's name within its layer, the same for all experts and without ``.weight``."""
+def module_name(rest: str) -> str:
+    """Return a tensor's name within its layer without ``.weight``, with ``*`` for each number, as of an expert."""
     parts = ["*" if part.isdigit() else part for part in rest.removesuffix(".weight").split(".")]
     return ".".join(parts)
 
 
-def _placed(name: str, shape: tuple[int, ...], specs: tuple[TensorSpec, ...], depth: Mapping[str, int]) -> Match:
-    at = place(name)
-    if at is None or at.stack not in depth:
-        return Match(name, shape, specs, module=module_of(name))
-    return Match(name, shape, specs, at.stack, at.layer, module_of(at.rest))
+def _shared_tensor(
+    name: str, shape: tuple[int, ...], specs: tuple[TensorSpec, ...], depth: Mapping[str, int]
+) -> SharedTensor:
+    """Return the tensor with its place among the layers; ``depth`` is the number of layers of each stack."""
+    position = place(name)
+    if position is None or position.stack not in depth:
+        return SharedTensor(name, shape, specs, module=module_name(name))
+    return SharedTensor(name, shape, specs, position.stack, position.layer, module_name(position.rest))
 
 
 def _why_not(name: str, specs: Sequence[TensorSpec | None], models: Sequence[Checkpoint]) -> str:
-    """Why a tensor can't be compared; empty where it can."""
+    """Say why a tensor can't be compared; empty where it can."""
     first = next(spec for spec in specs if spec is not None)
     for spec, model in zip(specs, models, strict=True):
         if spec is None:
@@ -147,6 +150,6 @@ def _why_not(name: str, specs: Sequence[TensorSpec | None], models: Sequence[Che
 
 
 def _is_vocabulary(spec: TensorSpec, other: TensorSpec) -> bool:
-    """Whether two tensors differ in nothing but the number of tokens."""
-    alike = len(spec.shape) == len(other.shape) > 0 and spec.shape[1:] == other.shape[1:]
-    return alike and tied_weights.is_vocabulary(spec.name)
+    """Return True where two tensors differ in nothing but the number of tokens."""
+    same_width = len(spec.shape) == len(other.shape) > 0 and spec.shape[1:] == other.shape[1:]
+    return same_width and tied_weights.is_vocabulary(spec.name)

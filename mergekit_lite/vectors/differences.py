@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.comparison.shared_tensors import alike
+from mergekit_lite.comparison.shared_tensors import tensors_by_name
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import NonFiniteError
 from mergekit_lite.planning.matching import is_buffer
@@ -99,7 +99,7 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def paired(base: Checkpoint, tuned: Checkpoint) -> tuple[list[Pair], list[str], list[str]]:
-    """Match the tensors of two models.
+    """SharedTensor the tensors of two models.
 
     A head that one model ties to its embedding is compared with that embedding.
 
@@ -109,7 +109,7 @@ def paired(base: Checkpoint, tuned: Checkpoint) -> tuple[list[Pair], list[str], 
     pairs: list[Pair] = []
     notes: list[str] = []
     problems: list[str] = []
-    for name, (after, before) in alike((tuned, base)):
+    for name, (after, before) in tensors_by_name((tuned, base)):
         if after is None and is_buffer(name):
             notes.append(f"{name}: a buffer that only {base.reference} has; models made with the vector keep it")
         elif after is None:
