@@ -114,7 +114,7 @@ def _show(extracted: Extracted, screen: Screen) -> None:
 
     if screen.verbose:
         rows = [
-            (tensor.name, tensor.how, size(tensor.nbytes), f"{math.sqrt(tensor.square):.3g}", f"{tensor.error:.4f}")
+            (tensor.name, tensor.encoder, size(tensor.nbytes), f"{math.sqrt(tensor.square):.3g}", f"{tensor.error:.4f}")
             for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))

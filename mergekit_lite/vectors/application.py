@@ -1,4 +1,4 @@
-"""Add task vectors and adapters to a model: a recipe of one line, that goes the road of every merge."""
+"""Application of task vectors and adapters to a model: a recipe of one line, carried out like any merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Combine task vectors by any method of the recipes: each stands for a model over a base of zeros."""
+"""Combination of task vectors by any method of the recipes: each is taken for a model over a base of zeros."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def plan_combine(
     if not vectors:
         raise UsageError("No task vector was given: mergekit-lite vector combine --method ties a b -o v.safetensors.")
     named = [addend(str(text)) for text in vectors]
-    opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in _files(named)]
+    _check_files(named)
+    opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in named]
     if not rebase:
         _check_one_base(opened)
     takes = method_parameters()
@@ -67,11 +68,11 @@ def plan_combine(
     sources[ZERO] = _zeros(list(sources.values()))
     plan = plan_merge(loaded, path, text=text, opened=sources)
     tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in plan.jobs]
-    written = _written(opened)
+    written = _written_dtypes(opened)
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}
     metadata = described("dense", opened[0].base, about)
-    recipe_told = {**plan.recipes[0], "combines": [str(one) for one in named]}
-    return replace(plan, recipes=(recipe_told,), layout=safetensors_layout([tensors], path.name, metadata))
+    manifest_recipe = {**plan.recipes[0], "combines": [str(one) for one in named]}
+    return replace(plan, recipes=(manifest_recipe,), layout=safetensors_layout([tensors], path.name, metadata))
 
 
 @named_options
@@ -111,20 +112,21 @@ def combine_vectors(
     return run(planned, **run_options)
 
 
-def _files(named: Sequence[Addend]) -> Sequence[Addend]:
+def _check_files(named: Sequence[Addend]) -> None:
+    """Raise PlanError where a vector is no file."""
     wrong = [f"{one.path}: is not a file" for one in named if not Path(one.path).expanduser().is_file()]
     if wrong:
         remedy = "an adapter is made one with: vector extract BASE BASE+ADAPTER -o v.safetensors"
         raise PlanError([f"{text}; {remedy}" for text in wrong])
-    return named
 
 
 def _model(one: Addend, weighted: bool) -> dict[str, Any]:
-    """A recipe's entry. Where the method gives models weights and no common one is given, each counts once."""
+    """Return a model's entry in the recipe, with its weight where the method takes weights (1 by default)."""
     return {"model": one.path} | ({"parameters": {"weight": one.scale}} if weighted or one.scale != 1 else {})
 
 
 def _check_one_base(vectors: Sequence[Vector]) -> None:
+    """Raise CheckpointError where vectors were made from different bases."""
     first = vectors[0]
     for other in vectors[1:]:
         if not other.base.is_of(first.base):
@@ -135,13 +137,13 @@ def _check_one_base(vectors: Sequence[Vector]) -> None:
 
 
 def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:
-    """Each vector as a model; what one of them doesn't change is zero there."""
-    own = [vector.over_zero() for vector in vectors]
-    everything: dict[str, TensorSpec] = {}
+    """Return each vector as a model; a tensor that a vector doesn't change is zero in its model."""
+    over_zero = [vector.over_zero() for vector in vectors]
+    specs: dict[str, TensorSpec] = {}  # of every tensor that any vector changes
     problems: list[str] = []
-    for vector, tensors in zip(vectors, own, strict=True):
+    for vector, tensors in zip(vectors, over_zero, strict=True):
         for name, spec in tensors.items():
-            other = everything.setdefault(name, spec)
+            other = specs.setdefault(name, spec)
             if other.shape != spec.shape:
                 problems.append(f"{name}: shape {list(spec.shape)} in {vector.reference}, but {list(other.shape)}")
     if problems:
@@ -151,27 +153,28 @@ def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:
             vector.reference,
             vector.path,
             (vector.file,),
-            {name: tensors.get(name) or _nothing(spec, vector.path) for name, spec in everything.items()},
+            {name: tensors.get(name) or _zero_tensor(spec, vector.path) for name, spec in specs.items()},
         )
-        for vector, tensors in zip(vectors, own, strict=True)
+        for vector, tensors in zip(vectors, over_zero, strict=True)
     ]
 
 
-def _nothing(spec: TensorSpec, path: Path) -> TensorSpec:
+def _zero_tensor(spec: TensorSpec, path: Path) -> TensorSpec:
+    """Return a tensor of zeros of the shape and dtype of another."""
     return from_zero(Delta(spec.name, spec.dtype, spec.shape), path)
 
 
 def _zeros(models: Sequence[Checkpoint]) -> Checkpoint:
-    """The base: zero everywhere. It takes its names and shapes, and no byte, from the first vector."""
+    """Return the base, which is zero everywhere; its names and shapes are those of the first vector."""
     first = models[0]
     tensors = {name: replace(spec, change=Change(None, ())) for name, spec in first.tensors.items()}
     return replace(first, reference=ZERO, tensors=tensors)
 
 
-def _written(vectors: Sequence[Vector]) -> dict[str, str]:
-    """The dtype in which each tensor is written when the result is applied: the first vector's that tells."""
-    written: dict[str, str] = {}
+def _written_dtypes(vectors: Sequence[Vector]) -> dict[str, str]:
+    """Return the dtype in which applying the result writes each tensor: that of the first vector which changes it."""
+    dtype_of: dict[str, str] = {}
     for vector in vectors:
         for name, delta in vector.deltas.items():
-            written.setdefault(name, delta.dtype)
-    return written
+            dtype_of.setdefault(name, delta.dtype)
+    return dtype_of

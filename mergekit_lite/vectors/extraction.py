@@ -1,7 +1,7 @@
-"""Make a task vector from two models: tuned − base, tensor by tensor, into one file or a PEFT adapter.
+"""Extraction of a task vector from two models: tuned − base, tensor by tensor, into one file or a PEFT adapter.
 
-Each tensor is read twice: once to tell how long its parts will be, so that the file's header can be written first, and
-once to write them. What is made appears under its name when it is complete.
+Each tensor is read twice: once to compute how long its parts will be, so that the file's header can be written first,
+and once to write them. The output appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -34,9 +34,17 @@ from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
 from mergekit_lite.vectors import peft_folder
-from mergekit_lite.vectors.differences import Difference, Pair, paired
-from mergekit_lite.vectors.encoders import Dense, Encoder, Part, Signs, Sketch, Sparse, Whole
-from mergekit_lite.vectors.low_rank_encoder import LowRank
+from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
+from mergekit_lite.vectors.encoders import (
+    DenseEncoder,
+    Encoder,
+    SignEncoder,
+    SparseEncoder,
+    StoragePlan,
+    StoredPart,
+    WholeEncoder,
+)
+from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 Format = Literal["dense", "sparse", "lowrank", "sign", "lora"]
 FORMATS = get_args(Format)
@@ -45,8 +53,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How differences are stored; what a format doesn't take is None. ``seed`` is of the random projections."""
+class ExtractSettings:
+    """Options of an extraction; those that the format doesn't take are None."""
 
     format: Format = "dense"
     density: float | None = None
@@ -56,7 +64,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the models. Raises UsageError."""
+        """Raise UsageError where an option is out of bounds, or the format doesn't take it."""
         if self.format not in FORMATS:
             raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(FORMATS)}.")
         takes = {"sparse": ("density", "threshold"), "lowrank": ("rank", "energy"), "lora": ("rank", "energy")}
@@ -73,11 +81,18 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """One tensor of a vector: how it is stored, in how many bytes, ‖difference‖² and ‖what is thrown away‖²."""
+class StoredTensor:
+    """One tensor of a vector.
+
+    Attributes:
+        name: of the tensor.
+        encoder: name of the encoder that stored it.
+        nbytes: number of bytes stored.
+        square, lost: ‖difference‖² and ‖what is thrown away‖².
+    """
 
     name: str
-    how: str
+    encoder: str
     nbytes: int
     square: float
     lost: float
@@ -90,11 +105,19 @@ class Kept:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was made: its path and size, its tensors, how many tensors don't differ, and notes for the user."""
+    """Result of an extraction.
+
+    Attributes:
+        output: path of the vector.
+        nbytes: number of bytes of its file of weights.
+        tensors: the tensors that differ.
+        unchanged: number of tensors that don't.
+        notes: facts that the user should know.
+    """
 
     output: Path
     nbytes: int
-    tensors: tuple[Kept, ...]
+    tensors: tuple[StoredTensor, ...]
     unchanged: int
     notes: tuple[str, ...]
 
@@ -105,10 +128,15 @@ class Extracted:
         return math.sqrt(math.fsum(tensor.lost for tensor in self.tensors) / square) if square else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the result as plain data."""
         tensors = {
-            kept.name: {"stored": kept.how, "bytes": kept.nbytes, "norm": math.sqrt(kept.square), "error": kept.error}
-            for kept in self.tensors
+            tensor.name: {
+                "stored": tensor.encoder,
+                "bytes": tensor.nbytes,
+                "norm": math.sqrt(tensor.square),
+                "error": tensor.error,
+            }
+            for tensor in self.tensors
         }
         return {
             "path": str(self.output),
@@ -167,22 +195,22 @@ def extract_vector(
         NonFiniteError: a weight is NaN or infinite.
         RunError: reading or writing failed.
     """
-    settings = Settings(format, density, threshold, rank, energy, seed)
+    settings = ExtractSettings(format, density, threshold, rank, energy, seed)
     path = Path(output).expanduser()
     _check_name(path, settings.format)
     place = chosen_device(device)
     before, after = open_checkpoint(base), open_checkpoint(tuned)
-    pairs, notes, problems = paired(before, after)
+    pairs, notes, problems = pair_tensors(before, after)
     if settings.format == "lora":
-        problems += peft_folder.problems(pairs)
+        problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
     check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
     spill = working_folder(path) / "factors"
-    making = _Making(before, after, settings, threads or available_cores(), place, spill, resume, progress)
+    extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, resume, progress)
     try:
         with tuned_process():
-            return making.run(path, pairs, notes)
+            return extraction.run(path, pairs, notes)
     finally:
         shutil.rmtree(spill, ignore_errors=True)
         with suppress(OSError):
@@ -190,140 +218,138 @@ def extract_vector(
 
 
 def _check_name(path: Path, form: str) -> None:
+    """Raise UsageError where the output's name doesn't fit the format."""
     if form == "lora" and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise UsageError(f"{path}: an adapter is a folder. Name one: -o ./adapter.")
     if form != "lora" and path.suffix != ".safetensors":
         raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
 
 
+@dataclass(frozen=True, slots=True)
+class _ChangedTensor:
+    """A tensor that differs: its encoder, the parts to be written, and ‖difference‖²."""
+
+    pair: TensorPair
+    encoder: Encoder
+    storage: StoragePlan
+    square: float
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of its parts."""
+        return sum(map(_part_bytes, self.storage.parts))
+
+
 @dataclass
-class _Making:
+class _Extraction:
     """One extraction under way."""
 
     before: Checkpoint
     after: Checkpoint
-    settings: Settings
+    settings: ExtractSettings
     threads: int
     device: str
     spill: Path
     resume: bool
     progress: Progress | None
 
-    def __post_init__(self) -> None:
-        self.done = 0
-
-    def run(self, output: Path, pairs: list[Pair], notes: list[str]) -> Extracted:
+    def run(self, output: Path, pairs: list[TensorPair], notes: list[str]) -> Extracted:
         if self.settings.energy is not None:
             self.spill.mkdir(parents=True, exist_ok=True)
-        self.in_all = 2 * sum(pair.nbytes for pair in pairs)
-        measured = dict(self._each(pairs, lambda reader, pair: (pair.name, self._measure(Difference(pair, reader)))))
-        found = {name: one for name, one in measured.items() if one is not None}
-        changed = [pair for pair in pairs if pair.name in found]
+        self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
+        planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
+        changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
+        changed_pairs = [tensor.pair for tensor in changed.values()]
         if self.settings.format == "lora":
-            peft_folder.check_changed(changed, self.before)
-        sketches = {pair.name: found[pair.name][1] for pair in changed}
-        layout, named = self._laid_out(output, changed, sketches)
+            peft_folder.check_changed(changed_pairs, self.before)
+        layout, named = self._layout(output, changed)
         sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
         this_run = f"{__version__} {self.settings} {self.before.reference} {self.after.reference}"
         workspace = Workspace(output, layout, this_run, sources, fresh=not self.resume)
-        numbers = {pair.name: number for number, pair in enumerate(changed)}
+        numbers = {name: number for number, name in enumerate(changed)}
 
-        def write(reader: Reader, pair: Pair) -> tuple[str, Record]:
-            encoder, sketch, _ = found[pair.name]
-            places = {part.suffix: (named(pair.name, part.suffix), _part_bytes(part)) for part in sketch.parts}
-            known = workspace.record(numbers[pair.name], 0)
-            if known is not None and known.output == " ".join(_digest(workspace, *at) for at in places.values()):
-                return pair.name, known
-            digests = {part: xxhash.xxh3_128() for part in places}
-
-            def put(part: str, start: int, values: torch.Tensor) -> None:
-                data = bytes_of(values.contiguous())
-                if len(data):
-                    workspace.write(places[part][0], start * values.element_size(), data)
-                    digests[part].update(data)
-
-            lost = encoder.write(Difference(pair, reader), sketch, put)
-            output = " ".join(digest.hexdigest() for digest in digests.values())
-            return pair.name, Record(numbers[pair.name], 0, (), output, (lost,), ())
+        def write(reader: Reader, pair: TensorPair) -> Record:
+            return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
 
         try:
             lost: dict[str, float] = {}
-            for name, record in self._each(changed, write):
+            for name, record in self._each(changed_pairs, write):
                 workspace.done(record)
                 [lost[name]] = record.sums
             for model in (self.before, self.after):
                 model.check_unchanged()
-            kept = [
-                Kept(name, type(encoder).__name__.lower(), _nbytes(sketch), square, lost[name])
-                for name, (encoder, sketch, square) in ((pair.name, found[pair.name]) for pair in changed)
+            stored = [
+                StoredTensor(name, tensor.encoder.name, tensor.nbytes, tensor.square, lost[name])
+                for name, tensor in changed.items()
             ]
-            made = Extracted(output, layout.nbytes, tuple(kept), len(pairs) - len(changed), tuple(notes))
-            self._beside(workspace.result, made, changed, sketches)
+            extracted = Extracted(output, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
+            self._write_small_files(workspace.result, extracted, changed)
             workspace.publish()
         finally:
             workspace.close()
-        return made
+        return extracted
 
-    def _each(self, pairs: list[Pair], do: Callable[[Reader, Pair], tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """Do something for each pair, on all threads; what it made, by the tensor's name."""
-        nbytes = {pair.name: pair.nbytes for pair in pairs}
+    def _each(self, pairs: list[TensorPair], do: Callable[[Reader, TensorPair], T]) -> Iterator[tuple[str, T]]:
+        """Call ``do`` for each pair, on all threads; yield each tensor's name and what it returned."""
         pool = Pool(self.threads, CPU, 0, 0)
-        for name, made in pool.run(pairs, lambda _, reader, pair: do(reader, pair)):
-            self.done += nbytes[name]
+        for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair))):
+            self.done += pair.nbytes
             if self.progress is not None:
                 self.progress(self.done, self.in_all)
-            yield name, made
+            yield pair.name, result
 
-    def _measure(self, difference: Difference) -> tuple[Encoder, Sketch, float] | None:
-        """How a tensor is stored, and ‖difference‖²; None where there is none."""
+    def _plan(self, difference: TensorDifference) -> _ChangedTensor | None:
+        """Choose a tensor's encoder and compute its parts; None where nothing changed."""
         pair = difference.pair
-        if pair.base is not None and difference.is_nothing:
+        if pair.base is not None and difference.is_empty:
             return None
         if pair.base is None or not dtypes.is_float(pair.tuned.dtype):
-            return Whole(), Whole().measure(difference), 0.0
+            return _ChangedTensor(pair, WholeEncoder(), WholeEncoder().plan(difference), 0.0)
         encoder = self._encoder(pair)
         square = math.fsum(delta.square_().sum().item() for _, delta in difference.deltas())
-        sketch = encoder.measure(difference)
-        if self.settings.format == "lowrank" and _nbytes(sketch) >= pair.tuned.numel * dtypes.size(pair.stored):
-            encoder, sketch = Dense(), Dense().measure(difference)  # factors that save nothing
-        return encoder, sketch, square
+        tensor = _ChangedTensor(pair, encoder, encoder.plan(difference), square)
+        if self.settings.format == "lowrank" and tensor.nbytes >= pair.tuned.numel * dtypes.size(pair.stored):
+            encoder = DenseEncoder()  # the factors would save nothing
+            return _ChangedTensor(pair, encoder, encoder.plan(difference), square)
+        return tensor
 
-    def _encoder(self, pair: Pair) -> Encoder:
-        """How a tensor is stored that both models have."""
+    def _encoder(self, pair: TensorPair) -> Encoder:
+        """Return the encoder for a tensor that both models have."""
         settings, shape = self.settings, pair.tuned.shape
         match settings.format:
             case "sparse":
-                return Sparse(settings.density, settings.threshold)
+                return SparseEncoder(settings.density, settings.threshold)
             case "sign" if len(shape) > 1 and not tied_weights.is_vocabulary(pair.name):
-                return Signs()
+                return SignEncoder()
             case "lowrank" if len(shape) == 2 and (settings.rank or 1) * sum(shape) < math.prod(shape):
-                return LowRank(settings.rank, settings.energy, settings.seed, self.device, self.spill)
+                return self._low_rank_encoder()
+            case "lora" if peft_folder.is_layer(pair):
+                return self._low_rank_encoder(peft_folder.is_transposed(self.before))
             case "lora":
-                if peft_folder.is_layer(pair):
-                    turned = peft_folder.is_transposed(self.before)
-                    return LowRank(settings.rank, settings.energy, settings.seed, self.device, self.spill, turned)
-                return Whole()
-        return Dense()
+                return WholeEncoder()
+        return DenseEncoder()
 
-    def _laid_out(
-        self, output: Path, changed: list[Pair], sketches: Mapping[str, Sketch]
-    ) -> tuple[Layout, Callable[[str, str], str]]:
-        """Where every part will lie, and a part's name in the file."""
+    def _low_rank_encoder(self, turned: bool = False) -> Encoder:
+        settings = self.settings
+        return LowRankEncoder(settings.rank, settings.energy, settings.seed, self.device, self.spill, turned)
+
+    def _layout(self, output: Path, changed: Mapping[str, _ChangedTensor]) -> tuple[Layout, Callable[[str, str], str]]:
+        """Lay out all parts, and return the function that names a tensor's part in the file."""
         lora = self.settings.format == "lora"
-        named = peft_folder.naming(sketches, self.before) if lora else part_name
-        tensors = [
-            OutputTensor(named(pair.name, part.suffix), part.dtype, part.shape)
-            for pair in changed
-            for part in sketches[pair.name].parts
+        named = peft_folder.naming(_storage(changed), self.before) if lora else part_name
+        parts = [
+            OutputTensor(named(name, part.suffix), part.dtype, part.shape)
+            for name, tensor in changed.items()
+            for part in tensor.storage.parts
         ]
         if lora:
-            return safetensors_layout([tensors], peft_folder.WEIGHTS), named
-        about = {pair.name: (_described_dtype(pair, sketches[pair.name]), pair.tuned.shape) for pair in changed}
-        metadata = described(self.settings.format, self.before.identity(), about)
-        return safetensors_layout([tensors], output.name, metadata), named
+            return safetensors_layout([parts], peft_folder.WEIGHTS), named
+        deltas = {name: (_written_dtype(tensor), tensor.pair.tuned.shape) for name, tensor in changed.items()}
+        metadata = described(self.settings.format, self.before.identity(), deltas)
+        return safetensors_layout([parts], output.name, metadata), named
 
-    def _beside(self, result: Path, made: Extracted, changed: list[Pair], sketches: Mapping[str, Sketch]) -> None:
-        """Write the manifest, and what else an adapter's folder has."""
+    def _write_small_files(self, folder: Path, extracted: Extracted, changed: Mapping[str, _ChangedTensor]) -> None:
+        """Write the manifest, and an adapter's config."""
         manifest = {
             "tool": "mergekit_lite",
             "version": __version__,
@@ -331,16 +357,46 @@ class _Making:
             "settings": {key: value for key, value in vars(self.settings).items() if value is not None},
             "base": self.before.identity()._asdict(),
             "tuned": self.after.identity()._asdict(),
-            **{key: value for key, value in made.to_json().items() if key != "path"},
+            **{key: value for key, value in extracted.to_json().items() if key != "path"},
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (result / manifest_path(made.output).name).write_text(text, encoding="utf-8")
+        (folder / manifest_path(extracted.output).name).write_text(text, encoding="utf-8")
         if self.settings.format == "lora":
-            peft_folder.write_config(result, self.before, changed, sketches, self.settings.rank)
+            pairs = [tensor.pair for tensor in changed.values()]
+            peft_folder.write_config(folder, self.before, pairs, _storage(changed), self.settings.rank)
+
+
+def _write(
+    tensor: _ChangedTensor, number: int, reader: Reader, workspace: Workspace, named: Callable[[str, str], str]
+) -> Record:
+    """Write the parts of a tensor, unless an earlier run did; return the journal's record of them.
+
+    Args:
+        tensor: what to write.
+        number: of the tensor in the journal.
+        reader: of the models.
+        workspace: of the output.
+        named: names a tensor's part in the file.
+    """
+    parts = {part.suffix: (named(tensor.pair.name, part.suffix), _part_bytes(part)) for part in tensor.storage.parts}
+    earlier = workspace.record(number, 0)
+    if earlier is not None and earlier.output == " ".join(_digest(workspace, *part) for part in parts.values()):
+        return earlier
+    digests = {suffix: xxhash.xxh3_128() for suffix in parts}
+
+    def write_part(suffix: str, start: int, values: torch.Tensor) -> None:
+        data = bytes_of(values.contiguous())
+        if len(data):
+            workspace.write(parts[suffix][0], start * values.element_size(), data)
+            digests[suffix].update(data)
+
+    lost = tensor.encoder.write(TensorDifference(tensor.pair, reader), tensor.storage, write_part)
+    digest = " ".join(digest.hexdigest() for digest in digests.values())
+    return Record(number, 0, (), digest, (lost,), ())
 
 
 def _digest(workspace: Workspace, tensor: str, nbytes: int) -> str:
-    """The digest of what an earlier run wrote of a tensor; empty where it is not all there."""
+    """Return the digest of what an earlier run wrote of a tensor; empty where it is not complete."""
     digest = xxhash.xxh3_128()
     for start, count in cut(0, nbytes, CHUNK):
         buffer = memoryview(bytearray(count))
@@ -351,18 +407,18 @@ def _digest(workspace: Workspace, tensor: str, nbytes: int) -> str:
 
 
 def part_name(tensor: str, part: str) -> str:
-    """A part's name in a file of task vectors."""
+    """Return a part's name in a file of task vectors."""
     return f"{tensor}:{part}" if part else tensor
 
 
-def _described_dtype(pair: Pair, sketch: Sketch) -> str:
-    """The dtype in which a tensor made with the vector is written."""
-    return pair.tuned.dtype if sketch.parts[0].suffix == "whole" else pair.written
+def _storage(changed: Mapping[str, _ChangedTensor]) -> dict[str, StoragePlan]:
+    return {name: tensor.storage for name, tensor in changed.items()}
 
 
-def _nbytes(sketch: Sketch) -> int:
-    return sum(_part_bytes(part) for part in sketch.parts)
+def _written_dtype(tensor: _ChangedTensor) -> str:
+    """Return the dtype in which a tensor made with the vector is written."""
+    return tensor.pair.tuned.dtype if tensor.storage.parts[0].suffix == "whole" else tensor.pair.written
 
 
-def _part_bytes(part: Part) -> int:
+def _part_bytes(part: StoredPart) -> int:
     return math.prod(part.shape) * dtypes.size(part.dtype)
