@@ -18,7 +18,7 @@ from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.options import named_options
-from mergekit_lite.output.companions import write_beside
+from mergekit_lite.output.companions import write_companions
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
 from mergekit_lite.planning import Plan
 
@@ -108,7 +108,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_beside(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
+            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
             workspace.publish()
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)

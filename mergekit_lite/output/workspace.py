@@ -1,6 +1,6 @@
-"""The working folder of one output, beside it, and the step that makes it the output.
+"""Workspace of one output: its working folder, and the step that makes it the output.
 
-    .NAME.partial/journal.jsonl    what is done
+    .NAME.partial/journal.jsonl    the spans that are written
     .NAME.partial/lock             held by the process that works here
     .NAME.partial/result/…         the files, complete only when every span is journalled
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.layout import Layout, OutputFile, write_torch_skeleton
-from mergekit_lite.output.file_writer import PAGE, Pace, Target
+from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
 from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.planning import Plan
 
@@ -29,18 +29,18 @@ MANIFEST_NAME = "mergekit_lite_manifest.json"
 
 
 def is_single_file(output: Path) -> bool:
-    """Whether an output path names one file rather than a folder."""
+    """Return True where an output path names one file, not a folder."""
     return output.suffix in WEIGHT_SUFFIXES
 
 
 def working_folder(output: Path) -> Path:
-    """Where an output is made."""
+    """Return the folder in which an output is made."""
     output = output.absolute()
     return output.with_name(f".{output.name}.partial")
 
 
 def manifest_path(output: Path) -> Path:
-    """Where a finished output's manifest is."""
+    """Return the path of a finished output's manifest."""
     return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
 
 
@@ -101,17 +101,17 @@ def tidy(output: Path) -> None:
 
 
 class Workspace:
-    """The files of one output while they are being made. Writes go to their final offsets, from any thread."""
+    """Files of one output while they are made. Writes go to their final offsets, from any thread."""
 
     def __init__(
         self, output: Path, layout: Layout, digest: str, sources: Sequence[tuple[str, int, int]], *, fresh: bool
     ) -> None:
-        """Take the working folder, or make it.
+        """Create the working folder, or go on with the one of an earlier run.
 
         Args:
-            output: the path to be made.
+            output: path of the output.
             layout: of its files.
-            digest: of the plan, as the journal will name it.
+            digest: of the plan; the journal names it.
             sources: path, size and time of every input file.
             fresh: drop what an earlier run left.
 
@@ -122,8 +122,8 @@ class Workspace:
         self.folder = working_folder(self.output)
         self.result = self.folder / "result"
         self.layout = layout
-        self._targets: list[Target] = []
-        self._pace = Pace()
+        self._targets: list[FileWriter] = []
+        self._times = WriteTimes()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -150,7 +150,7 @@ class Workspace:
         self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
         self._targets = [self._open(file) for file in self.layout.files]
 
-    def _open(self, file: OutputFile) -> Target:
+    def _open(self, file: OutputFile) -> FileWriter:
         path = self.result / file.name
         whole = path.exists() and path.stat().st_size == file.size
         if not whole:
@@ -160,23 +160,20 @@ class Workspace:
                 write_torch_skeleton(path, file.tensors, self.layout.nest)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise RunError(f"{path}: torch can't lay the file out: {str(error).splitlines()[0]}") from error
-        target = Target(path, file.size, self._pace)
+        target = FileWriter(path, file.size, self._times)
         if self.layout.nest is None:
             target.write(0, memoryview(file.header))
         return target
 
     def skew(self, tensor: str, offset: int) -> int:
-        """How far behind the begin of a page of its file the byte at this offset of a tensor lies.
+        """Return how many bytes after the start of a page of the file the byte at this offset of a tensor lies.
 
-        Memory that lies so behind the begin of a page too is written without a copy.
+        Memory that lies as many bytes after the start of a page is written without a copy.
         """
         return (self.layout.places[tensor][1] + offset) % PAGE
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Put bytes in their place: ``offset`` bytes into a tensor.
-
-        Raises RunError (disk full, file limit, I/O error).
-        """
+        """Write bytes of a tensor, from its byte ``offset`` on. Raises RunError (disk full, file limit, I/O error)."""
         number, start = self.layout.places[tensor]
         try:
             self._targets[number].write(start + offset, data)
@@ -184,16 +181,16 @@ class Workspace:
             raise RunError(_described(error, self.result / self.layout.files[number].name)) from error
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
-        """Read back what an earlier run wrote; False where it is not all there."""
+        """Fill ``buffer`` with what an earlier run wrote; return False where the file ends before."""
         number, start = self.layout.places[tensor]
         return self._targets[number].read(start + offset, buffer)
 
     def record(self, job: int, begin: int) -> Record | None:
-        """What an earlier run noted of a span."""
+        """Return an earlier run's record of a span, or None."""
         return self.journal.records.get((job, begin))
 
     def done(self, record: Record) -> None:
-        """Note that a span's bytes are written."""
+        """Record that a span's bytes are written. Raises RunError."""
         try:
             self.journal.add(record)
         except OSError as error:
@@ -216,7 +213,7 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the files and let go of the folder."""
+        """Close the files and release the folder."""
         for target in self._targets:
             target.close()
         self._targets.clear()
