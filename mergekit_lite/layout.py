@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import torch_file
+from mergekit_lite.checkpoint import formats
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
 INDEX_NAME = "model.safetensors.index.json"
@@ -92,7 +92,27 @@ def safetensors_layout(
     return Layout(tuple(files), places)
 
 
-def torch_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+    """Lay out a single file, in the format that its name ends with.
+
+    Args:
+        tensors: in the wished order.
+        name: of the file, for which ``is_single_file`` is true.
+        nest: the keys to nest the tensors under, where the format has such.
+    """
+    return _FILE_LAYOUTS[Path(name).suffix](tensors, name, nest)
+
+
+def is_single_file(output: Path) -> bool:
+    """Return whether an output path names one file rather than a folder."""
+    return output.suffix in _FILE_LAYOUTS
+
+
+def _safetensors_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+    return safetensors_layout([tensors], name)
+
+
+def _torch_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
     """Lay out a torch file.
 
     torch writes it once without data, as a sparse temporary file whose records show where the data belong.
@@ -100,10 +120,19 @@ def torch_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ..
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name  # torch writes the file's name into it, so even its length matters
         write_torch_skeleton(path, tensors, nest)
-        _, specs, _, _ = torch_file.read_layout(path)
+        specs = formats.read_header(path).tensors
         size = path.stat().st_size
     places = {spec.name: (0, spec.offset) for spec in specs.values()}
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
+
+
+_FileLayout = Callable[[Sequence[OutputTensor], str, tuple[str, ...]], Layout]
+_FILE_LAYOUTS: Mapping[str, _FileLayout] = {
+    ".safetensors": _safetensors_file,
+    ".bin": _torch_file,
+    ".pt": _torch_file,
+    ".pth": _torch_file,
+}
 
 
 def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:

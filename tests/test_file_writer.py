@@ -42,7 +42,7 @@ def direct_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The lengths of the direct writes, as the system took them, while the two ways take turns."""
     taken: list[int] = []
     turns = cycle((True, False))
-    monkeypatch.setattr(WriteTimes, "is_direct_next", lambda self: next(turns) and self._seconds[True] < math.inf)
+    monkeypatch.setattr(WriteTimes, "choose_direct", lambda self: next(turns) and self._seconds[True] < math.inf)
     write_pages = FileWriter._write_pages
 
     def counting(self: FileWriter, position: int, pages: memoryview) -> int:
@@ -85,7 +85,7 @@ def test_the_bytes_are_those_of_plain_writes(writes: list[tuple[int, int, bool]]
         path, wanted = Path(folder) / "file", bytearray(SIZE)
         file = FileWriter(path, SIZE, WriteTimes())
         for number, (position, length, direct) in enumerate(writes):
-            patch.setattr(WriteTimes, "is_direct_next", lambda _, way=direct: way and file._direct is not None)
+            patch.setattr(WriteTimes, "choose_direct", lambda _, way=direct: way and file._direct is not None)
             data = noise(number, min(length, SIZE - position))
             file.write(position, data)
             wanted[position : position + len(data)] = data
@@ -100,7 +100,7 @@ def test_memory_that_lies_in_its_page_as_the_file_does_is_not_copied(
 ) -> None:
     if file._direct is None:
         pytest.skip("no direct writes here")
-    monkeypatch.setattr(WriteTimes, "is_direct_next", lambda _: True)
+    monkeypatch.setattr(WriteTimes, "choose_direct", lambda _: True)
     memory = memoryview(mmap.mmap(-1, 8 * PAGE))
     memory[:] = noise(0, 8 * PAGE)
     copies: list[int] = []

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
 from mergekit_lite.checkpoint.folder import read_json
 from mergekit_lite.errors import CheckpointError, listing, shortened
 
-MAX_RANK = 4096  # beyond it the fixed point of the factors would have fewer digits than float32 needs
 MAX_ALPHA = 1e30
 MERGE_IT = "Merge it with peft (model.merge_and_unload()), save that, and name the result"
 PLAIN = (  # how it was trained, or what the tensors' names and shapes tell anyway

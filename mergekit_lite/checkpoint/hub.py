@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
+from mergekit_lite.checkpoint import formats
 from mergekit_lite.errors import CheckpointError, listing, nearest
 
 REPOSITORY = re.compile(
@@ -48,7 +49,7 @@ class Fetched:
 def is_repository(reference: str) -> bool:
     """Whether a reference has the form of a repository's name."""
     match = REPOSITORY.fullmatch(reference)
-    return match is not None and not reference.endswith(folders.WEIGHT_SUFFIXES) and ".." not in reference
+    return match is not None and not reference.endswith(formats.SUFFIXES) and ".." not in reference
 
 
 def fetch(reference: str, *, adapter: bool = False) -> Fetched:

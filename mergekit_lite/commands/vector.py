@@ -26,12 +26,12 @@ class Signed(click.Command):
 
 
 def _signed(argument: str) -> str:
-    from mergekit_lite.checkpoint.references import addend
+    from mergekit_lite.checkpoint.references import parse_addition
 
     rest = argument[1:]
     if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():
         return argument
-    found = addend(rest)
+    found = parse_addition(rest)
     if not Path(found.path).expanduser().exists():
         return argument
     return str(found._replace(scale=-found.scale)) if argument.startswith("-") else rest

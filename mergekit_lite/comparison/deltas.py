@@ -21,8 +21,9 @@ from mergekit_lite.comparison.survey import FloatArray, Sums
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
-from mergekit_lite.methods.passes import Block, Reduction, TensorInfo, Totals, Weighted
+from mergekit_lite.methods.contract import Block, Reduction, TensorInfo, Totals, WithCoefficients, answered
 from mergekit_lite.methods.statistics import largest
+from mergekit_lite.ops.torch_ops import figures_of
 
 Returned = TypeVar("Returned")
 
@@ -214,7 +215,7 @@ class DeltaMeasurement:
         block = list(sample.flatten(1))
         info = TensorInfo(tensor.name, (block[0].numel(),), len(block) - 1, has_base=True)
         merging = _run_steps(sce.sce(info, select_topk=self.settings.select_topk), block)
-        assert isinstance(merging, Weighted)
+        assert isinstance(merging, WithCoefficients)
         return merging.coefficients
 
 
@@ -269,10 +270,4 @@ def _sizes(flat: torch.Tensor) -> torch.Tensor:
 
 def _run_steps(steps: Generator[Reduction, Totals, Returned], block: Block) -> Returned:
     """Run the steps of a method over one block in memory, and return what they return."""
-    try:
-        request = next(steps)
-        while True:
-            request = steps.send(request.of(block, 0).numpy())
-    except StopIteration as finished:
-        returned: Returned = finished.value
-        return returned
+    return answered(steps, lambda reduction: figures_of(reduction.of, block, 0).numpy())

@@ -94,13 +94,13 @@ class Inspection:
     @property
     def quantised(self) -> str:
         """Text that says how the weights are quantised."""
-        scaled = [spec for spec in self.checkpoint.tensors.values() if spec.scale is not None]
-        if not scaled:
+        quantised = [spec for spec in self.checkpoint.tensors.values() if spec.quantised]
+        if not quantised:
             return "no"
-        blocks = sorted({"×".join(map(str, spec.scale.block)) for spec in scaled if spec.scale})
-        kinds = ", ".join(sorted({spec.stored_dtype for spec in scaled}))
+        blocks = sorted({"×".join(map(str, spec.encoding.block)) for spec in quantised if spec.encoding.block})
+        kinds = ", ".join(sorted({spec.stored_dtype for spec in quantised}))
         shown = ", ".join(blocks[:3]) + (" …" if len(blocks) > 3 else "")
-        return f"{counted(len(scaled), 'tensor')} in {kinds}, a scale for each block of {shown}"
+        return f"{counted(len(quantised), 'tensor')} in {kinds}, a scale for each block of {shown}"
 
 
 @named_options

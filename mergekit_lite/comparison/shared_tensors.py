@@ -44,7 +44,7 @@ class SharedTensor:
     @property
     def nbytes(self) -> int:
         """Number of bytes to read."""
-        return sum(self.numel * dtypes.size(spec.stored_dtype) for spec in self.specs)
+        return sum(spec.stored_bytes(self.numel) for spec in self.specs)
 
     @property
     def row(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mergekit_lite.engine.tensor_merge import TensorMerge, without_torch
+from mergekit_lite.checkpoint.encodings.sum import Sum
+from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
 from mergekit_lite.planning import Job, Plan
 
@@ -18,20 +19,16 @@ def memory_estimate(plan: Plan, threads: int | None) -> int:
     from mergekit_lite.engine.pool import writing_workers
 
     buffers = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
-    folds = any(spec.change is not None for job in plan.jobs for spec in job.inputs)
+    folds = any(isinstance(spec.encoding, Sum) for job in plan.jobs for spec in job.inputs)
     kept = REMEMBERED_FACTORS if folds else 0
     buffers += FOLDING if folds else 0
-    runtime = PYTHON if _without_torch(plan) else WITH_TORCH
+    runtime = WITH_TORCH if _needs_torch(plan) else PYTHON
     return runtime + kept + (threads or writing_workers()) * buffers + PER_TENSOR * len(plan.jobs)
 
 
-def _without_torch(plan: Plan) -> bool:
-    """Whether no tensor needs torch: told by the first one of each kind."""
+def _needs_torch(plan: Plan) -> bool:
+    """Return whether a tensor needs torch, looking at the first one of each kind."""
     first: dict[object, Job] = {}
     for job in plan.jobs:
         first.setdefault((job.method, job.dtype, *(spec.dtype for spec in job.inputs)), job)
-    for job in first.values():
-        ways = [TensorMerge(job, 0, plan.seed, 0, job.numel, plan.rounding)] if job.merged else []
-        if not without_torch(job, ways):
-            return False
-    return True
+    return any(needs_torch(job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged else []) for job in first.values())

@@ -13,7 +13,7 @@ nearly equal rows is far below the rounding errors of its terms in 16 or 32 bits
 from __future__ import annotations
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Reduction, Steps, TensorInfo
+from mergekit_lite.methods.contract import Block, Reduction, Steps, TensorInfo
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.statistics import largest
 

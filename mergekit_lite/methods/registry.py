@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
-from mergekit_lite.methods.passes import Observed, Passes, TensorInfo
+from mergekit_lite.methods.parameters import Parameter
+from mergekit_lite.ops.operations import Figures
 
 METHODS: dict[str, Method] = {}
 
@@ -22,7 +22,7 @@ class Method:
 
     Attributes:
         name: as written in a recipe.
-        function: ``(info, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
+        function: ``(info, **parameters)`` to what merges a block, or to the steps that lead there (see ``contract``).
         formula: one line for listings.
         source: the paper.
         base: whether a base is ``required``, ``optional`` or must be ``none``.
@@ -30,7 +30,9 @@ class Method:
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
         donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
-        observed: optional; the sums the report is made of, taken of a fixed sample of blocks.
+        observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
+            inputs.
+        check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
     """
 
     name: str
@@ -41,18 +43,20 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     rows: Callable[..., int] | None = None
     donor: Literal["base", "model"] = "base"
-    observed: Observed | None = None
+    observed: Figures | None = None
+    check: Callable[..., object] | None = None
 
     @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The keyword parameters, by their names in a recipe, with types and defaults."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by their names in a recipe."""
         return parameters.of_signature(self.function)
 
     def resolve(self, given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:
-        """Keyword arguments for this many inputs, from what a user gave.
+        """Return the keyword arguments for this many inputs, from what a user gave.
 
         Raises:
-            UsageError: the method takes another number of inputs, or these are not its parameters.
+            UsageError: the method takes another number of inputs, these are not its parameters, or their values are
+                out of range or don't go together.
         """
         if self.base == "required" and not has_base:
             raise UsageError(f"{self.name} needs a base: give it a base_model.")
@@ -64,17 +68,14 @@ class Method:
             wanted = counted(fewest, "model") if fewest == most else wanted
             beside = " beside the base" if has_base else ""
             raise UsageError(f"{self.name} merges {wanted}{beside}, got {models}.")
-        return parameters.resolved(self.name, self.parameters, given, models, has_base)
+        arguments = parameters.resolved(self.function, given, models, has_base)
+        if self.check is not None:
+            self.check(**arguments)
+        return arguments
 
     def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
         """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
         return self.rows(shape, **arguments) if self.rows is not None else 0
-
-    def start(self, info: TensorInfo, arguments: Mapping[str, Any]) -> Passes:
-        """Begin the passes over one tensor, with arguments from ``resolve``. An empty tensor needs none."""
-        if info.numel == 0:
-            return Passes(lambda block, _: block[0])
-        return Passes(self.function(info, **arguments))
 
 
 def method(**about: Any) -> Callable[[F], F]:

@@ -17,22 +17,13 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals
 from mergekit_lite.methods.linear import shares
-from mergekit_lite.methods.parameters import PerInput, PerModel
-from mergekit_lite.methods.passes import (
-    Block,
-    Combine,
-    Reduction,
-    Steps,
-    TensorInfo,
-    Totals,
-    deltas,
-    sum_of_deltas,
-    sum_of_inputs,
-)
+from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
+from mergekit_lite.ops.operations import WeightedSum
+from mergekit_lite.ops.torch_ops import deltas
 
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
@@ -72,7 +63,7 @@ def slerp(info: TensorInfo, *, t: float) -> Steps:
     """
     products = yield from gram(from_base=False)
     a, b = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], STRAIGHT)
-    return sum_of_inputs((float(a), float(b)))
+    return WeightedSum((float(a), float(b)))
 
 
 def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: object) -> int:
@@ -89,7 +80,7 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
     source="mergekit",
 )
 def nuslerp(
-    info: TensorInfo, *, weight: PerModel, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+    info: TensorInfo, *, weight: PerModel[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
     """Slerp between two models, or between what they add to a base, at the place their weights give.
 
@@ -112,7 +103,7 @@ def nuslerp(
     if nuslerp_flatten or not info.shape:
         products = yield from gram(info.has_base)
         first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return (sum_of_deltas if info.has_base else sum_of_inputs)((float(first), float(second)))
+        return WeightedSum((float(first), float(second)), info.has_base)
     if nuslerp_row_wise:
         columns = _on_arc(t, (yield Reduction(lambda block, _: _products(vectors(block), 0))), PARALLEL)
         return lambda block, _: at(block, *columns)
@@ -124,8 +115,15 @@ def nuslerp(
     return by_rows
 
 
-@method(base="optional", formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
-def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = True, eps: float = 1e-8) -> Steps:
+def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, **_: object) -> None:
+    if normalize_weights:
+        shares(weight)
+
+
+@method(base="optional", check=_have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
+def multislerp(
+    info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
+) -> Steps:
     """Mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
@@ -142,11 +140,18 @@ def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = 
     direction = np.array(weights) / (lengths + eps)
     length = _length(direction, products)
     coefficients = direction * (weights @ lengths) / length if length >= eps else np.array(weights)
-    return (sum_of_deltas if info.has_base else sum_of_inputs)(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()), info.has_base)
 
 
-@method(base="optional", formula="Karcher mean of the directions · mean length", source="Karcher 1977")
-def karcher(info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 10, tol: float = 1e-5) -> Steps:
+@method(
+    base="optional",
+    check=_have_a_mean,
+    formula="Karcher mean of the directions · mean length",
+    source="Karcher 1977",
+)
+def karcher(
+    info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
+) -> Steps:
     """The mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
@@ -165,7 +170,7 @@ def karcher(info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 10, 
     mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
     coefficients = np.zeros_like(weights)
     coefficients[there] = mean * (weights @ lengths) / lengths[there]
-    return sum_of_inputs(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()))
 
 
 def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
@@ -190,28 +195,31 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
     return mean
 
 
-@method(base="optional", formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
+@method(
+    base="optional",
+    check=_have_a_mean,
+    formula="argmin Σ w·|x − m|",
+    source="Weiszfeld 1937; Vardi & Zhang 2000",
+)
 def geometric_median(
-    info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 100, tol: float = 1e-9
-) -> Combine | Steps:
+    info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
+) -> Merge | Steps:
     """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
         info: the tensor.
-        weight: of each input, none below zero; a base is one of them.
+        weight: of each input; a base is one of them.
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.
     """
     weights = np.array(shares(weight))
-    if (weights < 0).any():
-        raise UsageError("weight: a geometric median has no weights below zero.")
     median = np.zeros_like(weights)
     if info.inputs > 1:
         # seen from the first input, so that small differences of large weights keep their digits
         products = np.zeros((info.inputs, info.inputs))
         products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
-    return sum_of_deltas(median[1:].tolist())
+    return WeightedSum(tuple(median[1:].tolist()), from_base=True)
 
 
 def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:

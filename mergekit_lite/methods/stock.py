@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.methods.passes import Block, Steps, TensorInfo, Totals, deltas, sum_of_deltas, weighted_sum
+from mergekit_lite.methods.contract import Block, Steps, TensorInfo, Totals
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
+from mergekit_lite.ops.operations import WeightedSum
+from mergekit_lite.ops.torch_ops import deltas, weighted_sum
 
 
 def _trust(products: Totals) -> Totals:
@@ -55,4 +57,4 @@ def model_stock(info: TensorInfo, *, filter_wise: bool = False) -> Steps:
         return by_rows
     products = yield from gram(from_base=True)
     share = float(_trust(products)) / info.models
-    return sum_of_deltas((share,) * info.models)
+    return WeightedSum((share,) * info.models, from_base=True)

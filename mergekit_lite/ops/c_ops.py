@@ -1,11 +1,10 @@
-"""Compiled merges of 16-bit floats on the CPU: what dozens of torch calls do, in one pass over the bytes.
+"""Operations in C, on bfloat16 and float16 in the memory of the CPU: what dozens of torch calls do, in one pass.
 
-The methods are torch expressions, and what those say is what is computed, whether a kernel does it or not: merged
-elements are the same bit for bit, sums over many elements agree to their last bits. A kernel is used where ``serve`` or
-``take`` says so: on bfloat16 and float16 on the CPU, mixed as they come, and where the package was installed with a C
-compiler at hand. For other dtypes, on a GPU, and for methods without a kernel torch runs.
+``torch_ops`` says what an operation computes, and the C functions give the same: merged elements bit for bit, sums over
+many elements to their last bits. ``does`` says which operations they do, and to which tensors: 16-bit floats, mixed as
+they come, where the package was installed with a C compiler at hand.
 
-Kernels take runs of elements in memory, be they a tensor's or a buffer's: merging bytes needs no torch at all. In every
+They take runs of elements in memory, be they a tensor's or a buffer's: merging bytes needs no torch at all. In every
 function a block's base is its first run, where there is one, and the models are the others.
 """
 
@@ -13,13 +12,19 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
+import operator
 from collections.abc import Collection, Sequence
 from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, reduce
+from typing import TYPE_CHECKING, Any
 
+from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.dtypes import name_of
+from mergekit_lite.ops import operations as op
+from mergekit_lite.ops.operations import BUCKETS, LOWER, UPPER, DeltaSizes, Masks, Merge, Statistic, draw_limit
+from mergekit_lite.ops.tensor_kind import TensorKind
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -41,9 +46,10 @@ class Run(ctypes.Structure):
 
     _fields_ = (("words", c_void_p), ("count", c_size_t), ("half", c_int64))
 
-    def part(self, elements: slice) -> Run:
-        """Some of the elements."""
-        return Run(self.words + elements.start * SIZE, elements.stop - elements.start, self.half)
+    def __getitem__(self, elements: slice) -> Run:
+        """Return some of the elements; the slice's begin lies among them."""
+        stop = min(elements.stop, self.count)
+        return Run(self.words + elements.start * SIZE, stop - elements.start, self.half)
 
 
 class Keep(ctypes.Structure):
@@ -90,6 +96,158 @@ def compiled() -> ctypes.CDLL | None:
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+class COps:
+    """The backend, for every tensor it takes."""
+
+    needs_torch = False
+
+    def of_bytes(self, chunk: memoryview, dtype: str) -> Run:
+        """Return the elements that some bytes are."""
+        return run(chunk, dtype)
+
+    def of_tensor(self, tensor: torch.Tensor) -> Run:
+        """Return the elements of a tensor, which has to last as long."""
+        assert take(tensor), "the kernels read memory of the CPU, 16-bit elements one behind the other"
+        return run_of(tensor)
+
+    def merge(self, operation: Merge, block: Sequence[Run], start: int, out: Run, length: int) -> None:
+        """Merge a block at once: tile by tile it stays in the cache, so that ``length`` doesn't matter."""
+        if isinstance(operation, op.WeightedSum):
+            block = [block[number] for number in operation.order] if operation.order else block
+            keeps, row = _keeps_of(operation.masks, len(operation.coefficients))
+            numbers = operation.coefficients, operation.divisor
+            merge_sum(out, block, operation.from_base, *numbers, keeps, start, row)
+        else:
+            assert isinstance(operation, op.Election) and isinstance(operation.kept, tuple)
+            keeps, row = _keeps_of(operation.kept, len(operation.votes))
+            numbers_of_election = operation.votes, operation.shares, operation.weights, operation.scale
+            merge_elected(out, block, *numbers_of_election, keeps, start, row)
+
+    def sum(self, operation: Statistic, block: Sequence[Run], start: int, length: int) -> npt.NDArray[Any]:
+        """Return the figures over a block, added up over parts of ``length`` elements."""
+        parts = (
+            np.asarray(_figures(operation, [run[first : first + length] for run in block], start + first))
+            for first in range(0, block[0].count, length)
+        )
+        return reduce(operator.add, parts)
+
+    def figures(self, operation: Statistic, block: Sequence[Run]) -> list[float]:
+        """Return the figures of one block."""
+        return list(_figures(operation, block, 0))
+
+
+C_OPS = COps()
+
+
+def does(operation: Merge | Statistic, kind: TensorKind) -> bool:
+    """Return whether there is a C function for an operation on a tensor in the memory of the CPU."""
+    if not serve(kind.dtypes):
+        return False
+    match operation:
+        case op.WeightedSum():
+            return kind.rounding_key is None and _keep(operation.masks, kind)
+        case op.Election():
+            return kind.rounding_key is None and isinstance(operation.kept, tuple) and _keep(operation.kept, kind)
+        case op.Lengths():
+            return _keep(operation.masks, kind)
+        case op.CountUpperBits() | op.CountLowerBits() | op.CompareSizes() | op.CountEqual():
+            return isinstance(operation.quantities, DeltaSizes)
+    return isinstance(operation, op.AllFinite | op.InnerProducts | op.Step | op.Sizes)
+
+
+def _keep(masks: Masks, kind: TensorKind) -> bool:
+    """Return whether the masks can be told to C: one key serves the draws of so many elements, and no more."""
+    return kind.elements <= 2 * draws.WORDS or not any(isinstance(mask, op.ByChance | op.ByRank) for mask in masks)
+
+
+def _figures(operation: Statistic, block: Sequence[Run], start: int) -> Sequence[float] | npt.NDArray[Any]:
+    match operation:
+        case op.AllFinite():
+            return [float(all_finite(block[0]))]
+        case op.InnerProducts():
+            return inner_products(block, operation.from_base)
+        case op.Step():
+            out, base, origin = block  # seen from the origin: ⟨out, out⟩, ⟨−δ, out⟩, ⟨−δ, −δ⟩
+            _, against_delta, square = inner_products([origin, out, base], has_base=True)
+            return [-against_delta, square]
+        case op.Lengths():
+            return lengths(block, *_placed(operation.masks, len(block) - 1, start))
+        case op.Sizes():
+            return _sizes(operation, block, start)
+        case op.CountUpperBits():
+            return np.stack([count_upper_bits(UPPER, *pair) for pair in _pairs(operation.quantities, block)])
+        case op.CountLowerBits():
+            pairs = _pairs(operation.quantities, block)
+            return np.stack([count_lower_bits(LOWER, *pairs[number], first) for number, first in operation.bins])
+        case op.CompareSizes():
+            return _compared(operation, block, start)
+        case op.CountEqual():
+            return _equal(operation, block, start)
+    raise AssertionError(operation)  # ``does`` says which there are
+
+
+def _sizes(operation: op.Sizes, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
+    base, *models = block
+    if operation.squared:
+        sums = [inner_products([base, model], has_base=True)[0] for model in models]
+    else:
+        sums = lengths(block, *_placed((), len(models), start))[: len(models)]
+    return np.array([*sums, base.count]) * operation.factor
+
+
+def _compared(operation: op.CompareSizes, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
+    counts = np.zeros(operation.shape, np.int64)
+    pairs = _pairs(operation.quantities, block)
+    for row, (base, model), thresholds in zip(counts, pairs, operation.thresholds, strict=True):
+        for threshold, counted in zip(thresholds, row, strict=False):
+            counted[0] = base.count
+            compare_sizes(counted[1:], base, model, threshold, operation.origin + start, operation.step)
+    return counts
+
+
+def _equal(operation: op.CountEqual, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
+    counts = np.zeros((len(operation.equals), 2 + BUCKETS), np.int64)
+    first = operation.origin + start
+    part = slice(max(operation.begin - first, 0), operation.begin + operation.width - first)
+    pairs = _pairs(operation.quantities, block)
+    for row, (number, threshold) in zip(counts, operation.equals, strict=True):
+        base, model = (run[part] for run in pairs[number])
+        compare_sizes(row, base, model, threshold, first + part.start - operation.begin, operation.step)
+    return counts[:, 2:]
+
+
+def _pairs(quantities: op.Quantities, block: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Return the base and the model whose distance each quantity is."""
+    assert isinstance(quantities, DeltaSizes)
+    return [(block[0], block[1 + model]) for model in quantities.models]
+
+
+def _keeps_of(masks: Masks, models: int) -> tuple[list[Keep], int]:
+    """Return what C is told of the masks, and the length of a row where they rank rows, else 0."""
+    rows = [mask.columns for mask in masks if isinstance(mask, op.ByRank)]
+    return [_keep_of(mask) for mask in masks or (None,) * models], rows[0] if rows else 0
+
+
+def _placed(masks: Masks, models: int, start: int) -> tuple[list[Keep], int, int]:
+    keeps, row = _keeps_of(masks, models)
+    return keeps, start, row
+
+
+def _keep_of(mask: op.Mask) -> Keep:
+    match mask:
+        case op.BySize():
+            high = mask.outliers or op.Cut(math.inf, 0)
+            low = mask.largest
+            return Keep(BY_SIZE, low=low.threshold, low_end=low.end, high=high.threshold, high_end=high.end)
+        case op.ByChance():
+            return Keep(BY_CHANCE, key=mask.key, limit=draw_limit(mask.share))
+        case op.ByRank():
+            steps = mask.columns - 1
+            lowest, half_step = (mask.share - mask.reach, mask.reach / steps) if steps > 0 else (mask.share, 0.0)
+            return Keep(BY_RANK, key=mask.key, lowest=lowest, half_step=half_step, divide=mask.divide)
+    return Keep(EVERYTHING)
 
 
 def serve(dtypes: Collection[str]) -> bool:

@@ -9,28 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, tied_weights
-from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES, inside
+from mergekit_lite.checkpoint import Checkpoint, formats, tied_weights
+from mergekit_lite.checkpoint.folder import INDEX_ENDING, inside
+from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.errors import CheckpointError
-from mergekit_lite.layout import INDEX_NAME, index_json
+from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.manifest import manifest_of, text_of
-from mergekit_lite.output.workspace import is_single_file, manifest_path
+from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
 
 MAX_COMPANION = 100_000_000  # bytes; tokenizers of large vocabularies have some tens of megabytes
-FOREIGN_WEIGHTS = (
-    *WEIGHT_SUFFIXES,
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".ckpt",
-    ".ot",
-    ".npz",
-    ".index.json",
-)
+FOREIGN_WEIGHTS = (*formats.SUFFIXES, *refused.SUFFIXES, INDEX_ENDING)
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
 REPLACED = (

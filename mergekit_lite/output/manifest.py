@@ -12,8 +12,8 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.layout import OutputFile
-from mergekit_lite.output.workspace import MANIFEST_NAME, is_single_file
+from mergekit_lite.layout import OutputFile, is_single_file
+from mergekit_lite.output.workspace import MANIFEST_NAME
 from mergekit_lite.planning import Plan
 
 READ_BYTES = 1 << 20  # bytes read at once for a digest
@@ -71,8 +71,8 @@ def _added_to(source: Checkpoint) -> dict[str, Any]:
     if not source.added:
         return {}
     added = [
-        {"reference": addend.path, "revision": each.revision, "scale": addend.scale, "rebase": addend.rebase}
-        for each, addend in source.added
+        {"reference": addition.path, "revision": each.revision, "scale": addition.scale, "rebase": addition.rebase}
+        for each, addition in source.added
     ]
     return {"base": source.base_reference, "added": added}
 

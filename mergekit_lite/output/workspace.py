@@ -18,19 +18,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
-from mergekit_lite.layout import Layout, OutputFile, write_torch_skeleton
+from mergekit_lite.layout import Layout, OutputFile, is_single_file, write_torch_skeleton
 from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
 from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.planning import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
-
-
-def is_single_file(output: Path) -> bool:
-    """Return True where an output path names one file, not a folder."""
-    return output.suffix in WEIGHT_SUFFIXES
 
 
 def working_folder(output: Path) -> Path:

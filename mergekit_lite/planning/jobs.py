@@ -9,8 +9,7 @@ from typing import Any
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods import METHODS, Method
-from mergekit_lite.methods.passes import TensorInfo
+from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import MergeRecipe, MethodParameters, Numbers, Output
@@ -102,7 +101,7 @@ class Jobs:
             }
             arguments |= {name: value for name, value in numbers.shared.items() if value is not None}
             try:
-                check_arguments(METHODS[numbers.merge_method], arguments, len(order), has_base)
+                METHODS[numbers.merge_method].resolve(arguments, len(order), has_base)
                 self.known[key] = numbers, (arguments,)
             except UsageError as wrong:
                 self.known[key] = numbers, str(wrong)
@@ -110,15 +109,6 @@ class Jobs:
         if isinstance(found, str):
             raise WrongNumbersError(found)
         return found
-
-
-def check_arguments(method: Method, given: Arguments, models: int, has_base: bool) -> None:
-    """Begin the passes over a small tensor: before they ask for weights, methods refuse numbers that are out of bounds.
-
-    Raises:
-        UsageError: what it says.
-    """
-    method.start(TensorInfo("weight", (2, 2), models, has_base), method.resolve(given, models, has_base))
 
 
 def _check_alike(name: str, spec: TensorSpec, other: TensorSpec, where: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.folder import TORCH_SUFFIXES
-from mergekit_lite.layout import Layout, OutputTensor, grouped_by_size, safetensors_layout, torch_layout
+from mergekit_lite.layout import Layout, OutputTensor, file_layout, grouped_by_size, is_single_file, safetensors_layout
 from mergekit_lite.planning.plan import Job
 
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
@@ -75,10 +74,8 @@ def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int 
 
 
 def _layout(tensors: Sequence[OutputTensor], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
-    if output.suffix in TORCH_SUFFIXES:
-        return torch_layout(tensors, output.name, source.nest)
-    if output.suffix == ".safetensors":
-        return safetensors_layout([tensors], output.name)
+    if is_single_file(output):
+        return file_layout(tensors, output.name, source.nest)
     if shard_size is not None:
         return safetensors_layout(grouped_by_size(tensors, shard_size))
     shards: dict[Path, list[OutputTensor]] = {file.path: [] for file in source.files}

@@ -159,15 +159,5 @@ class Plan:
             )
             for job in self.jobs
         ]
-        read = [[_place(spec) for spec in job.inputs] for job in self.jobs]
+        read = [[spec.key for spec in job.inputs] for job in self.jobs]
         return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
-
-
-def _place(spec: TensorSpec) -> tuple[object, ...]:
-    """Which bytes a tensor is read from, and what they are made into."""
-    own = (spec.name, spec.dtype, spec.file.name, spec.offset)
-    if spec.change is None:
-        return (*own, spec.strides)
-    base = _place(spec.change.base) if spec.change.base else None
-    terms = [(type(term).__name__, term.scale, [_place(part) for part in term.parts]) for term in spec.change.terms]
-    return (*own, base, terms)

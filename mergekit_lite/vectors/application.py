@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.references import addend
+from mergekit_lite.checkpoint.references import parse_addition
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import Rounding, named_options
@@ -36,7 +36,7 @@ def plan_apply(
     """Plan ``base + Σ scale · vector``; see ``apply_vectors`` for the arguments and errors."""
     if not vectors:
         raise UsageError("No task vector was given: mergekit-lite vector apply BASE v.safetensors:0.5 -o OUT.")
-    added = [addend(str(text)) for text in vectors]
+    added = [parse_addition(str(text)) for text in vectors]
     if rebase:
         added = [one._replace(rebase=True) if Path(one.path).expanduser().is_file() else one for one in added]
     recipe: dict[str, Any] = {

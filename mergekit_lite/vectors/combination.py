@@ -11,9 +11,9 @@ import yaml
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
-from mergekit_lite.checkpoint.change import Change
-from mergekit_lite.checkpoint.references import Addend, addend
-from mergekit_lite.checkpoint.vector_file import Delta, Vector, described, from_zero, read_vector
+from mergekit_lite.checkpoint.encodings.sum import Sum
+from mergekit_lite.checkpoint.references import Addition, parse_addition
+from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, read_vector
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
@@ -41,11 +41,10 @@ def plan_combine(
 ) -> Plan:
     """Plan a combination of task vectors; see ``combine_vectors`` for the arguments and errors."""
     path = Path(output).expanduser()
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
+    check_output(path)
     if not vectors:
         raise UsageError("No task vector was given: mergekit-lite vector combine --method ties a b -o v.safetensors.")
-    named = [addend(str(text)) for text in vectors]
+    named = [parse_addition(str(text)) for text in vectors]
     _check_files(named)
     opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in named]
     if not rebase:
@@ -112,7 +111,7 @@ def combine_vectors(
     return run(planned, **run_options)
 
 
-def _check_files(named: Sequence[Addend]) -> None:
+def _check_files(named: Sequence[Addition]) -> None:
     """Raise PlanError where a vector is no file."""
     wrong = [f"{one.path}: is not a file" for one in named if not Path(one.path).expanduser().is_file()]
     if wrong:
@@ -120,7 +119,7 @@ def _check_files(named: Sequence[Addend]) -> None:
         raise PlanError([f"{text}; {remedy}" for text in wrong])
 
 
-def _model(one: Addend, weighted: bool) -> dict[str, Any]:
+def _model(one: Addition, weighted: bool) -> dict[str, Any]:
     """Return a model's entry in the recipe, with its weight where the method takes weights (1 by default)."""
     return {"model": one.path} | ({"parameters": {"weight": one.scale}} if weighted or one.scale != 1 else {})
 
@@ -138,7 +137,7 @@ def _check_one_base(vectors: Sequence[Vector]) -> None:
 
 def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:
     """Return each vector as a model; a tensor that a vector doesn't change is zero in its model."""
-    over_zero = [vector.over_zero() for vector in vectors]
+    over_zero = [vector.differences() for vector in vectors]
     specs: dict[str, TensorSpec] = {}  # of every tensor that any vector changes
     problems: list[str] = []
     for vector, tensors in zip(vectors, over_zero, strict=True):
@@ -161,13 +160,13 @@ def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:
 
 def _zero_tensor(spec: TensorSpec, path: Path) -> TensorSpec:
     """Return a tensor of zeros of the shape and dtype of another."""
-    return from_zero(Delta(spec.name, spec.dtype, spec.shape), path)
+    return difference(Delta(spec.name, spec.dtype, spec.shape), path)
 
 
 def _zeros(models: Sequence[Checkpoint]) -> Checkpoint:
     """Return the base, which is zero everywhere; its names and shapes are those of the first vector."""
     first = models[0]
-    tensors = {name: replace(spec, change=Change(None, ())) for name, spec in first.tensors.items()}
+    tensors = {name: replace(spec, encoding=Sum(None)) for name, spec in first.tensors.items()}
     return replace(first, reference=ZERO, tensors=tensors)
 
 

@@ -88,9 +88,7 @@ class TensorDifference:
 
 def read(reader: Reader, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
     """Read ``count`` elements of a tensor from ``start`` on: 1-D, of its dtype."""
-    out = torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype))
-    reader.read(spec, start, out)
-    return out
+    return spec.elements(reader, start, count)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.change import CHUNK
-from mergekit_lite.checkpoint.pieces import by_rows
+from mergekit_lite.checkpoint.encodings.pieces import by_rows
+from mergekit_lite.checkpoint.encodings.sparse import CHUNK
 from mergekit_lite.errors import RunError
-from mergekit_lite.methods.passes import Passes, Reduction, TensorInfo, Totals, joined
+from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals, answered
 from mergekit_lite.methods.statistics import largest
+from mergekit_lite.methods.tensor_merge import joined
+from mergekit_lite.ops.torch_ops import figures_of
 from mergekit_lite.vectors.differences import READ_ELEMENTS, TensorDifference, bits, read
 
 WritePart = Callable[[str, int, torch.Tensor], None]  # (part, index of the first element, values)
@@ -134,19 +136,8 @@ class SparseEncoder:
         tensor = difference.pair.tuned
         wanted = round((self.density or 0.0) * tensor.numel)
         info = TensorInfo(tensor.name, tensor.shape, 1, False)
-        cuts: list[Any] = []
-
-        def steps() -> Any:
-            of_blocks = yield from largest(
-                info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False
-            )
-            cuts.append(of_blocks[0][0])
-            return lambda block, _: block[0]
-
-        passes = Passes(steps())
-        while (request := passes.request) is not None:
-            passes.send(_total(request, difference))
-        [cut] = cuts
+        steps = largest(info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False)
+        [[cut]] = answered(steps, lambda reduction: _total(reduction, difference))
         return lambda delta, start: (cut.mask(delta.abs().float(), start) != 0) & (delta != 0)
 
 
@@ -260,6 +251,6 @@ def _check_exact(
         )
 
 
-def _total(request: Reduction, difference: TensorDifference) -> Totals:
+def _total(reduction: Reduction, difference: TensorDifference) -> Totals:
     """Return the requested sums over a difference."""
-    return joined(request.of([delta], start).numpy() for start, delta in difference.deltas())
+    return joined(figures_of(reduction.of, [delta], start).numpy() for start, delta in difference.deltas())

@@ -21,15 +21,15 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.adapter_config import MAX_RANK
+from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
-from mergekit_lite.checkpoint.vector_file import described
+from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.layout import Layout, OutputTensor, safetensors_layout
+from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
@@ -219,10 +219,10 @@ def extract_vector(
 
 def _check_name(path: Path, form: str) -> None:
     """Raise UsageError where the output's name doesn't fit the format."""
-    if form == "lora" and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+    if form != "lora":
+        check_output(path)
+    elif is_single_file(path):
         raise UsageError(f"{path}: an adapter is a folder. Name one: -o ./adapter.")
-    if form != "lora" and path.suffix != ".safetensors":
-        raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
 
 
 @dataclass(frozen=True, slots=True)

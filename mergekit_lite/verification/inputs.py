@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lite.checkpoint.references import Addend
+from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
-from mergekit_lite.output.workspace import is_single_file
+from mergekit_lite.layout import is_single_file
 from mergekit_lite.planning import Plan, plan
 from mergekit_lite.planning.planner import method_parameters, plan_merge
 from mergekit_lite.recipe import parse
@@ -93,8 +93,8 @@ def _parts(recorded: RecordedInput) -> list[tuple[str, str | None]]:
 def _pinned(recorded: RecordedInput) -> str:
     """Return the reference, with each hub repository at its recorded commit."""
     base, *added = (f"{part.partition('@')[0]}@{commit}" if commit else part for part, commit in _parts(recorded))
-    addends = [Addend(path, each.scale, each.rebase) for path, each in zip(added, recorded.added, strict=True)]
-    return "+".join([base, *map(str, addends)])
+    additions = [Addition(path, each.scale, each.rebase) for path, each in zip(added, recorded.added, strict=True)]
+    return "+".join([base, *map(str, additions)])
 
 
 def _is_here(reference: str) -> bool:

@@ -10,17 +10,16 @@ from typing import NamedTuple
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import TensorSpec, safetensors_file, torch_file
-from mergekit_lite.checkpoint.folder import NOT_WEIGHTS, WEIGHT_SUFFIXES, inside, weight_map
+from mergekit_lite.checkpoint import TensorSpec, formats
+from mergekit_lite.checkpoint.folder import inside, may_be_weights, weight_map
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import CheckpointError, RunError
-from mergekit_lite.layout import INDEX_NAME
+from mergekit_lite.layout import INDEX_NAME, is_single_file
 from mergekit_lite.output.manifest import file_digest, frame_digest
-from mergekit_lite.output.workspace import is_single_file
 from mergekit_lite.verification.manifest_schema import DIGEST, Manifest, RecordedFile, RecordedTensor
 from mergekit_lite.verification.result import Finding
 
@@ -72,15 +71,14 @@ def open_output(output: Path, manifest: Manifest) -> OpenedOutput:
     return OpenedOutput({name: spec for name, spec in tensors.items() if name in manifest.tensors}, tuple(findings))
 
 
-def _open(path: Path, file: RecordedFile) -> dict[str, TensorSpec]:
+def _open(path: Path, file: RecordedFile) -> Mapping[str, TensorSpec]:
     """Return the tensors of one file. Raises CheckpointError where the file as a whole is not what was written."""
     size = path.stat().st_size
     if size != file.size:
         how = "was cut short" if size < file.size else "is longer than it was"
         raise CheckpointError(f"{how}: {size:,} bytes, {file.size:,} were written")
-    header = safetensors_file.read_header if path.suffix == ".safetensors" else torch_file.read_layout
-    specs = header(path)[1]
-    if any(spec.strides is not None for spec in specs.values()):
+    specs = formats.read_header(path).tensors
+    if not all(spec.is_plain for spec in specs.values()):
         raise CheckpointError("holds a tensor that is not laid out as it was written")
     extents = [(spec.offset, spec.offset + spec.nbytes) for spec in specs.values()]
     if frame_digest(path, extents) != file.frame_xxh3_128:
@@ -101,8 +99,7 @@ def _check_folder(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor
     known = {file.name for file in manifest.files} | manifest.beside.keys()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        weights = path.name.endswith(WEIGHT_SUFFIXES) and path.name not in NOT_WEIGHTS
-        if (weights or name == INDEX_NAME) and name not in known:
+        if (may_be_weights(path.name) or name == INDEX_NAME) and name not in known:
             yield Finding(name, "is not a part of this output: whoever loads the folder may take it for one")
     for name, digest in manifest.beside.items():
         try:

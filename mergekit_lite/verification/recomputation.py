@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.run import lanes_and_block
@@ -54,7 +55,7 @@ class Recomputation:
         self.jobs = sorted(jobs)
         self.records = Records()
         self.schedule = Schedule(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
-        self.grouped = {index for (index, _), way in self.schedule.ways.items() if way.passes.group is not None}
+        self.grouped = {index for (index, _), merge in self.schedule.merges.items() if merge.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ class Recomputation:
     @property
     def also_read(self) -> int:
         """Number of other tensors that have to be read, as thresholds or coefficients span them."""
-        return len({index for index, _ in self.schedule.ways} - set(self.jobs))
+        return len({index for index, _ in self.schedule.merges} - set(self.jobs))
 
     def run(self) -> list[Finding]:
         """Make the tensors, compare them, and return what differs."""
@@ -134,13 +135,13 @@ def _agree(one: object, other: object) -> bool:
 
 def _what_changed(spec: TensorSpec) -> str:
     """Say that the bytes of an input tensor changed, or those that it is computed from."""
-    others = " and its scales" * spec.quantised + " and what is added to it" * (spec.change is not None)
+    others = " and its scales" * spec.quantised + " and what is added to it" * isinstance(spec.encoding, Sum)
     return f"an input that changed: not what was read{f' from it{others}' if others else ''} when the output was made"
 
 
 def _place(spec: TensorSpec, begin: int, end: int) -> tuple[int, int] | None:
     """Return the bytes of some elements in their file; None where their values are not stored as they are."""
-    if spec.strides is not None or spec.quantised or spec.change is not None:
+    if not spec.is_plain:
         return None
     size = dtypes.size(spec.dtype)
     return spec.offset + begin * size, spec.offset + end * size

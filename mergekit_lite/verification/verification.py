@@ -15,8 +15,9 @@ from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
+from mergekit_lite.layout import is_single_file
 from mergekit_lite.options import named_options
-from mergekit_lite.output.workspace import is_single_file, manifest_path
+from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.verification.inputs import OpenedInputs, open_inputs, plan_again
 from mergekit_lite.verification.manifest_schema import Manifest, read_manifest

@@ -108,9 +108,7 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
     """Those of the head, in float32."""
-    import torch
 
-    from mergekit_lite import dtypes
     from mergekit_lite.checkpoint import open_checkpoint
     from mergekit_lite.checkpoint.reader import Reader
 
@@ -118,9 +116,7 @@ def _head_tensors(path: str) -> dict[str, Tensor]:
     with Reader() as reader:
         for name, spec in open_checkpoint(path).tensors.items():
             if name in (OBJECTIVES, TRANSFORM, SCALE) or name.startswith(LAYER):
-                out = torch.empty(spec.numel, dtype=dtypes.torch_dtype(spec.dtype))
-                reader.read(spec, 0, out)
-                tensors[name] = out.view(spec.shape).float()
+                tensors[name] = spec.elements(reader, 0, spec.numel).view(spec.shape).float()
     return tensors
 
 

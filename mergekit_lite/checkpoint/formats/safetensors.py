@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile, check_name
+from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
+from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, shortened
 
+SUFFIXES = (".safetensors",)
+MODEL_NAMES = ("model.safetensors",)
+ADAPTER_NAMES = ("adapter_model.safetensors",)
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 16
 MAX_BYTES = 2**63 - 1
 
 
-def read_header(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], dict[str, str]]:
+def read_header(path: Path) -> Header:
     """Read and check one file's header.
-
-    Returns:
-        The file's identity, its tensors by name in the order of their bytes, and the free-form metadata.
 
     Raises:
         CheckpointError: the header is longer than the file or than 100 MB, is not the JSON object it should be, names a
@@ -55,7 +56,7 @@ def read_header(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], dict[str
     specs = [_spec(path, name, entry, start) for name, entry in entries.items()]
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
     _check_tiling(path, specs, start, total)
-    return WeightFile.identify(path, raw), {spec.name: spec for spec in specs}, metadata
+    return Header(WeightFile.identify(path, raw), {spec.name: spec for spec in specs}, metadata)
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

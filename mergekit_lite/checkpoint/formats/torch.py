@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile, check_name
+from mergekit_lite.checkpoint.encodings.strided import Strided
+from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
+from mergekit_lite.checkpoint.tensor import PLAIN, TensorSpec
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, shortened
 
+SUFFIXES = (".bin", ".pt", ".pth")
+MODEL_NAMES = ("pytorch_model.bin",)
+ADAPTER_NAMES = ("adapter_model.bin",)
 NESTS = ("state_dict", "model", "module", "state")
 MAX_NESTING = 4
 ZIP_MAGIC = b"PK\x03\x04"
@@ -27,13 +32,8 @@ ALLOCATOR = re.compile(
 )  # the loader lets a pickle allocate as much as it names
 
 
-def read_layout(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], tuple[str, ...], list[str]]:
+def read_header(path: Path) -> Header:
     """Find every tensor of a torch file.
-
-    Returns:
-        The file's identity, its tensors by name in the order of their bytes, the keys they are nested under
-        (``("model",)`` for ``{"model": {...}}``), and the names of what else the file holds and this package leaves out
-        (an epoch, an optimizer).
 
     Raises:
         CheckpointError: not a torch zip file, refused by the restricted loader, or it holds no dictionary of tensors.
@@ -54,7 +54,8 @@ def read_layout(path: Path) -> tuple[WeightFile, dict[str, TensorSpec], tuple[st
     others += [".".join((*nest, _label(key))) for key in content if key not in tensors]
     specs = [_spec(path, name, tensor, records) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: spec.offset)
-    return WeightFile.identify(path, pickled), {spec.name: spec for spec in specs}, nest, others
+    file = WeightFile.identify(path, pickled)
+    return Header(file, {spec.name: spec for spec in specs}, nest=nest, left_out=tuple(others))
 
 
 def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
@@ -155,5 +156,5 @@ def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int
             f"{path}: tensor {name!r} takes bytes {start:,} to {start + reach * dtype.size:,} of a record of "
             f"{records.get(offset, 0):,}. The file is damaged or forged, or its zip isn't torch's."
         )
-    strides = None if tensor.is_contiguous() else tensor.stride()
-    return TensorSpec(name, dtype.name, tuple(tensor.shape), path, offset + start, strides)
+    encoding = PLAIN if tensor.is_contiguous() else Strided(tensor.stride())
+    return TensorSpec(name, dtype.name, tuple(tensor.shape), path, offset + start, encoding)
