@@ -33,17 +33,9 @@ from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetenso
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
-from mergekit_lite.vectors import peft_folder
+from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
-from mergekit_lite.vectors.encoders import (
-    DenseEncoder,
-    Encoder,
-    SignEncoder,
-    SparseEncoder,
-    StoragePlan,
-    StoredPart,
-    WholeEncoder,
-)
+from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 Format = Literal["dense", "sparse", "lowrank", "sign", "lora"]
@@ -260,9 +252,10 @@ class _Extraction:
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
         changed_pairs = [tensor.pair for tensor in changed.values()]
+        storage = {name: tensor.storage for name, tensor in changed.items()}
         if self.settings.format == "lora":
             peft_folder.check_changed(changed_pairs, self.before)
-        layout, named = self._layout(output, changed)
+        layout, named = self._layout(output, changed, storage)
         sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
         this_run = f"{__version__} {self.settings} {self.before.reference} {self.after.reference}"
         workspace = Workspace(output, layout, this_run, sources, fresh=not self.resume)
@@ -283,7 +276,7 @@ class _Extraction:
                 for name, tensor in changed.items()
             ]
             extracted = Extracted(output, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
-            self._write_small_files(workspace.result, extracted, changed)
+            self._write_small_files(workspace.result, extracted, storage)
             workspace.publish()
         finally:
             workspace.close()
@@ -304,12 +297,12 @@ class _Extraction:
         if pair.base is not None and difference.is_empty:
             return None
         if pair.base is None or not dtypes.is_float(pair.tuned.dtype):
-            return _ChangedTensor(pair, WholeEncoder(), WholeEncoder().plan(difference), 0.0)
+            return _ChangedTensor(pair, encoders.WholeEncoder(), encoders.WholeEncoder().plan(difference), 0.0)
         encoder = self._encoder(pair)
         square = math.fsum(delta.square_().sum().item() for _, delta in difference.deltas())
         tensor = _ChangedTensor(pair, encoder, encoder.plan(difference), square)
         if self.settings.format == "lowrank" and tensor.nbytes >= pair.tuned.numel * dtypes.size(pair.stored):
-            encoder = DenseEncoder()  # the factors would save nothing
+            encoder = encoders.DenseEncoder()  # the factors would save nothing
             return _ChangedTensor(pair, encoder, encoder.plan(difference), square)
         return tensor
 
@@ -318,29 +311,31 @@ class _Extraction:
         settings, shape = self.settings, pair.tuned.shape
         match settings.format:
             case "sparse":
-                return SparseEncoder(settings.density, settings.threshold)
+                return encoders.SparseEncoder(settings.density, settings.threshold)
             case "sign" if len(shape) > 1 and not tied_weights.is_vocabulary(pair.name):
-                return SignEncoder()
+                return encoders.SignEncoder()
             case "lowrank" if len(shape) == 2 and (settings.rank or 1) * sum(shape) < math.prod(shape):
                 return self._low_rank_encoder()
             case "lora" if peft_folder.is_layer(pair):
                 return self._low_rank_encoder(peft_folder.is_transposed(self.before))
             case "lora":
-                return WholeEncoder()
-        return DenseEncoder()
+                return encoders.WholeEncoder()
+        return encoders.DenseEncoder()
 
     def _low_rank_encoder(self, turned: bool = False) -> Encoder:
         settings = self.settings
         return LowRankEncoder(settings.rank, settings.energy, settings.seed, self.device, self.spill, turned)
 
-    def _layout(self, output: Path, changed: Mapping[str, _ChangedTensor]) -> tuple[Layout, Callable[[str, str], str]]:
+    def _layout(
+        self, output: Path, changed: Mapping[str, _ChangedTensor], storage: Mapping[str, StoragePlan]
+    ) -> tuple[Layout, Callable[[str, str], str]]:
         """Lay out all parts, and return the function that names a tensor's part in the file."""
         lora = self.settings.format == "lora"
-        named = peft_folder.naming(_storage(changed), self.before) if lora else part_name
+        named = peft_folder.naming(storage, self.before) if lora else part_name
         parts = [
             OutputTensor(named(name, part.suffix), part.dtype, part.shape)
-            for name, tensor in changed.items()
-            for part in tensor.storage.parts
+            for name, stored in storage.items()
+            for part in stored.parts
         ]
         if lora:
             return safetensors_layout([parts], peft_folder.WEIGHTS), named
@@ -348,7 +343,7 @@ class _Extraction:
         metadata = described(self.settings.format, self.before.identity(), deltas)
         return safetensors_layout([parts], output.name, metadata), named
 
-    def _write_small_files(self, folder: Path, extracted: Extracted, changed: Mapping[str, _ChangedTensor]) -> None:
+    def _write_small_files(self, folder: Path, extracted: Extracted, storage: Mapping[str, StoragePlan]) -> None:
         """Write the manifest, and an adapter's config."""
         manifest = {
             "tool": "mergekit_lite",
@@ -362,21 +357,15 @@ class _Extraction:
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (folder / manifest_path(extracted.output).name).write_text(text, encoding="utf-8")
         if self.settings.format == "lora":
-            pairs = [tensor.pair for tensor in changed.values()]
-            peft_folder.write_config(folder, self.before, pairs, _storage(changed), self.settings.rank)
+            peft_folder.write_config(folder, self.before, storage, self.settings.rank)
 
 
 def _write(
     tensor: _ChangedTensor, number: int, reader: Reader, workspace: Workspace, named: Callable[[str, str], str]
 ) -> Record:
-    """Write the parts of a tensor, unless an earlier run did; return the journal's record of them.
+    """Write the parts of a tensor, unless an earlier run did, and return the journal's record of them.
 
-    Args:
-        tensor: what to write.
-        number: of the tensor in the journal.
-        reader: of the models.
-        workspace: of the output.
-        named: names a tensor's part in the file.
+    ``number`` is the tensor's in the journal; ``named`` returns the name of a tensor's part in the file.
     """
     parts = {part.suffix: (named(tensor.pair.name, part.suffix), _part_bytes(part)) for part in tensor.storage.parts}
     earlier = workspace.record(number, 0)
@@ -409,10 +398,6 @@ def _digest(workspace: Workspace, tensor: str, nbytes: int) -> str:
 def part_name(tensor: str, part: str) -> str:
     """Return a part's name in a file of task vectors."""
     return f"{tensor}:{part}" if part else tensor
-
-
-def _storage(changed: Mapping[str, _ChangedTensor]) -> dict[str, StoragePlan]:
-    return {name: tensor.storage for name, tensor in changed.items()}
 
 
 def _written_dtype(tensor: _ChangedTensor) -> str:

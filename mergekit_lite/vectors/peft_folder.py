@@ -82,23 +82,17 @@ def check_changed(changed: Sequence[TensorPair], base: Checkpoint) -> None:
         raise PlanError([f"{text}. Use --format lowrank" for text in faults])
 
 
-def write_config(
-    folder: Path,
-    base: Checkpoint,
-    changed: Sequence[TensorPair],
-    storage_plans: Mapping[str, StoragePlan],
-    rank: int | None,
-) -> None:
-    """Write ``adapter_config.json``; ``rank`` is the common one, if it was asked for."""
+def write_config(folder: Path, base: Checkpoint, storage_plans: Mapping[str, StoragePlan], rank: int | None) -> None:
+    """Write ``adapter_config.json`` for the tensors that changed; ``rank`` is the one that was asked for, if any."""
     ranks = {
-        pair.name.removesuffix(".weight"): storage.parts[0].shape[1]
-        for pair in changed
-        if _is_low_rank(storage := storage_plans[pair.name])
+        name.removesuffix(".weight"): storage.parts[0].shape[1]
+        for name, storage in storage_plans.items()
+        if _is_low_rank(storage)
     }
     common = rank or max(ranks.values(), default=1)
     exceptions = _patterns({module: own for module, own in ranks.items() if own != common})
-    in_full = [pair.name for pair in changed if pair.name.rpartition(".")[0] not in ranks]
-    biases = [pair.name for pair in changed if pair.name.endswith(".bias") and pair.name[: -len(".bias")] in ranks]
+    in_full = [name for name in storage_plans if name.rpartition(".")[0] not in ranks]
+    biases = [name for name in storage_plans if name.endswith(".bias") and name.removesuffix(".bias") in ranks]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -37,17 +37,7 @@ class Recomputation:
         progress: Progress,
         processes: bool,
     ) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            plan: that made the output.
-            manifest: of the output.
-            jobs: indices of the tensors in the plan.
-            device: ``cpu`` or that of torch which computes.
-            threads: number of workers; one for each core by default.
-            progress: called with (bytes read, bytes in all).
-            processes: fork the workers.
-        """
+        """Prepare; nothing is read yet. ``jobs`` are indices in the plan, other arguments are those of ``verify``."""
         workers, block = lanes_and_block(device, threads)
         self.plan = plan
         self.manifest = manifest
