@@ -148,6 +148,20 @@ def test_torch_files_in_and_files_out(tmp_path: Path, nest: tuple[str, ...], nam
     assert not list(tmp_path.glob(".*partial*"))
 
 
+def test_a_training_checkpoint_gives_its_model_and_the_plan_names_the_rest(tmp_path: Path) -> None:
+    sft = state(0)
+    aligned = {name: tensor * 1.25 for name, tensor in sft.items()}
+    for name, tensors in (("sft.pt", sft), ("dpo.pt", aligned)):
+        beside = {"optimizer": {"state": {}}, "iter_num": 5, "best_val_loss": torch.tensor(3.1)}
+        torch.save({"model": tensors} | beside, tmp_path / name)
+    plan = mergekit_lite.plan_extrapolation(tmp_path / "sft.pt", tmp_path / "dpo.pt", tmp_path / "out.pt", 1.0)
+    assert {name for _, name, _ in plan.left_out} == {"optimizer", "iter_num", "best_val_loss"}
+    mergekit_lite.extrapolate(tmp_path / "sft.pt", tmp_path / "dpo.pt", tmp_path / "out.pt", 1.0)
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert got.keys() == {"model"} and got["model"].keys() == sft.keys()
+    assert all(same_bytes(got["model"][name], torch.lerp(aligned[name], sft[name], -1.0)) for name in sft)
+
+
 def test_the_manifest_identifies_inputs_and_outputs(llamas: tuple[Path, Path], tmp_path: Path) -> None:
     """Digests as documented, recomputed here from the files' bytes."""
     import xxhash

@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, formats, tied_weights
-from mergekit_lite.checkpoint.folder import INDEX_ENDING, inside
+from mergekit_lite.checkpoint.folder import INDEX_ENDING, MAX_SMALL_BYTES, inside
 from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
@@ -20,7 +20,6 @@ from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
 
-MAX_COMPANION = 100_000_000  # bytes; tokenizers of large vocabularies have some tens of megabytes
 FOREIGN_WEIGHTS = (*formats.SUFFIXES, *refused.SUFFIXES, INDEX_ENDING)
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
@@ -59,8 +58,8 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             left[name] = "code"
         elif name.endswith(FOREIGN_WEIGHTS):
             left[name] = "other weights"
-        elif path.stat().st_size > MAX_COMPANION:
-            left[name] = f"larger than {MAX_COMPANION // 1_000_000} MB"
+        elif path.stat().st_size > MAX_SMALL_BYTES:
+            left[name] = f"larger than {MAX_SMALL_BYTES // 1_000_000} MB"
         else:
             copied.append(name)
     return copied, left

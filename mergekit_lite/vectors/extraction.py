@@ -32,7 +32,7 @@ from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
+from mergekit_lite.output.workspace import Workspace, check_target, finish_publishing, manifest_path, working_folder
 from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
@@ -197,9 +197,13 @@ def extract_vector(
         problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
+    if resume:
+        finish_publishing(path)
     check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
     spill = working_folder(path) / "factors"
-    extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, resume, progress)
+    extraction = _Extraction(
+        before, after, settings, threads or available_cores(), place, spill, resume, force, progress
+    )
     try:
         with tuned_process():
             return extraction.run(path, pairs, notes)
@@ -243,6 +247,7 @@ class _Extraction:
     device: str
     spill: Path
     resume: bool
+    force: bool
     progress: Progress | None
 
     def run(self, output: Path, pairs: list[TensorPair], notes: list[str]) -> Extracted:
@@ -277,7 +282,7 @@ class _Extraction:
             ]
             extracted = Extracted(output, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
             self._write_small_files(workspace.result, extracted, storage)
-            workspace.publish()
+            workspace.publish(force=self.force)
         finally:
             workspace.close()
         return extracted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
 from mergekit_lite.checkpoint.tensor import PLAIN, TensorSpec
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import CheckpointError, shortened
+from mergekit_lite.errors import CheckpointError, listing, shortened
 
 SUFFIXES = (".bin", ".pt", ".pth")
 MODEL_NAMES = ("pytorch_model.bin",)
@@ -36,13 +36,14 @@ def read_header(path: Path) -> Header:
     """Find every tensor of a torch file.
 
     Raises:
-        CheckpointError: not a torch zip file, refused by the restricted loader, or it holds no dictionary of tensors.
+        CheckpointError: not a torch zip file, refused by the restricted loader, or it holds no dictionary of tensors or
+            several.
     """
     pickled, records = _check_container(path)
     content = _load_meta(path, pickled)
     nest: tuple[str, ...] = ()
     others: list[str] = []
-    while (key := _nest_key(content)) is not None and len(nest) < MAX_NESTING:
+    while (key := _nest_key(path, nest, content)) is not None and len(nest) < MAX_NESTING:
         others += [".".join((*nest, _label(other))) for other in content if other != key]
         nest, content = (*nest, key), content[key]
     tensors = _tensors(content)
@@ -133,11 +134,61 @@ def _tensors(content: object) -> dict[str, torch.Tensor]:
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
-def _nest_key(content: object) -> str | None:
-    """The key under which the tensors are, or None where they are here already."""
-    if not isinstance(content, Mapping) or _tensors(content):
+def _nest_key(path: Path, nest: tuple[str, ...], content: object) -> str | None:
+    """Find the key under which the weights are, by what the mappings hold, as a file may keep a loss beside its model.
+
+    Returns:
+        The key; None where the weights are here already.
+
+    Raises:
+        CheckpointError: weights are in more than one place, and it is not clear which are meant.
+    """
+    if not isinstance(content, Mapping):
         return None
-    return next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
+    loose = list(_tensors(content).values())
+    nested = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping)}
+    held = {key: _held(value) for key, value in nested.items()}
+    # A mapping of vectors is a model only under a known name: others are losses, counters, states of random generators.
+    weights = [key for key, tensors in held.items() if _holds_weights(tensors, 1 if key in NESTS else 2)]
+    if not weights:
+        return None if loose else next((key for key in NESTS if key in nested), None)
+    numbers = sum(each.numel() for each in held[weights[0]])
+    here = _holds_weights(loose, 2) or (bool(loose) and _floats(loose) >= numbers)
+    if len(weights) > 1 or here:
+        _refuse_choice(path, nest, weights, here)
+    check_name(path, weights[0])
+    return weights[0]
+
+
+def _held(content: Mapping[object, object], depth: int = 1) -> list[torch.Tensor]:
+    """The tensors of a mapping, and of those nested in it under the known names."""
+    tensors = list(_tensors(content).values())
+    for key in NESTS if depth < MAX_NESTING else ():
+        if isinstance(inner := content.get(key), Mapping):
+            tensors += _held(inner, depth + 1)
+    return tensors
+
+
+def _holds_weights(tensors: Sequence[torch.Tensor], dimensions: int) -> bool:
+    """Whether there is a matrix among some tensors, or a floating-point one of that many dimensions."""
+    return any(each.dim() >= (dimensions if each.is_floating_point() else 2) for each in tensors)
+
+
+def _floats(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(each.numel() for each in tensors if each.is_floating_point())
+
+
+def _refuse_choice(path: Path, nest: tuple[str, ...], keys: Sequence[str], here: bool) -> None:
+    """Raise CheckpointError where weights are under several keys, or ``here`` and under a key."""
+    places = ["the top level" if not nest else f"under {'.'.join(nest)}"] if here else []
+    places += [f"under {'.'.join((*nest, _label(key)))}" for key in keys]
+    subscripts = "".join(f"[{key!r}]" for key in map(_label, (*nest, keys[0])))
+    raise CheckpointError(
+        listing(f"{path}: holds weights in several places, and it is not clear which are meant", places)
+        + "\nSave those you mean in a file of their own, for instance: "
+        'python -c "import torch; '
+        f'torch.save(torch.load({path.name!r}, weights_only=True){subscripts}, {path.stem + ".weights.pt"!r})"'
+    )
 
 
 def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorSpec:
