@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mergekit_lite.merging import merge, plan_merge_file
     from mergekit_lite.methods import merge_tensors
     from mergekit_lite.recipe import Recipe, Setting
-    from mergekit_lite.verification import Verdict, verify
+    from mergekit_lite.verification import Verification, verify
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "open_checkpoint"),
@@ -33,7 +33,7 @@ _HOMES = {
     "merging": ("merge", "plan_merge_file"),
     "methods": ("merge_tensors",),
     "recipe": ("Recipe", "Setting"),
-    "verification": ("Verdict", "verify"),
+    "verification": ("Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["Plan", "__version__", "plan", *_HOME_OF]

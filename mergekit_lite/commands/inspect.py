@@ -108,8 +108,7 @@ def _show(screen: Screen, found: Inspection) -> None:
     }
     screen.out.print(table(("", ""), list(facts.items())))
     rows = [
-        (module.name, str(module.tensors), _shape(module.shape), module.dtype, size(module.nbytes))
-        for module in found.modules
+        (group.name, str(group.tensors), _shape(group.shape), group.dtype, size(group.nbytes)) for group in found.groups
     ]
     screen.out.print(table(("tensors (* is a number)", ">count", ">shape", "dtype", ">size"), rows))
     if found.weights is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.memory import memory_estimate
-from mergekit_lite.output.beside import travelling
+from mergekit_lite.output.companions import companions
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
     """Everything the plan decides."""
-    copied, not_copied = travelling(plan)
+    copied, not_copied = companions(plan)
     return {
         "inputs": [
             {

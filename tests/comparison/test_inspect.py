@@ -46,7 +46,7 @@ def test_a_sound_model_has_no_doubts(tmp_path: Path) -> None:
     assert found.tied == "no: lm_head.weight" and found.quantised == "no"
     assert found.tokenizer["vocabulary"] == "16 tokens, numbers up to 15"
     assert found.tokenizer["chat template"] == "14 characters"
-    assert {module.name: module.tensors for module in found.modules}["model.layers.*.mlp.up_proj"] == 4
+    assert {module.name: module.tensors for module in found.groups}["model.layers.*.mlp.up_proj"] == 4
 
 
 def reshaped(tensors: State) -> None:

@@ -15,14 +15,14 @@ import mergekit_lite
 from mergekit_lite import dtypes
 from mergekit_lite.comparison import deltas, survey
 from mergekit_lite.comparison.comparison import Comparison, compare, looks_like
-from mergekit_lite.comparison.deltas import Settings
+from mergekit_lite.comparison.deltas import CompareSettings
 from mergekit_lite.comparison.export import as_data
 from mergekit_lite.errors import PlanError
 from tests.adapters import lora, write_adapter
+from tests.comparison import naive
 from tests.models import State, state, tuned, write_folder
-from tests.vectors import naive
 
-SETTINGS = Settings(top_k=0.3, alphas=(0.1, 0.5), dtypes=("bfloat16", "float16"))
+SETTINGS = CompareSettings(top_k=0.3, alphas=(0.1, 0.5), dtypes=("bfloat16", "float16"))
 NAIVE = {"top_k": 0.3, "alphas": [0.1, 0.5], "dtypes": ["bfloat16", "float16"]}
 
 
@@ -36,9 +36,9 @@ def written(folder: Path, states: list[State]) -> list[Path]:
     return [write_folder(folder / f"m{number}", one) for number, one in enumerate(states)]
 
 
-def compared(folder: Path, states: list[State], settings: Settings = SETTINGS, **how: Any) -> Comparison:
+def compared(folder: Path, states: list[State], settings: CompareSettings = SETTINGS, **how: Any) -> Comparison:
     base, *others = written(folder, states)
-    return compare(base, others, settings=settings, **{"threads": 2} | how)
+    return compare(base, others, **vars(settings), **{"threads": 2} | how)
 
 
 def close(got: Any, wanted: Any, where: str = "") -> None:
@@ -57,8 +57,8 @@ def test_closed_forms(tmp_path: Path) -> None:
     base = {"w": torch.zeros(2, 4)}
     a = {"w": torch.tensor([[3.0, 0, 0, 0], [0, 4, 0, 0]])}
     b = {"w": torch.tensor([[-3.0, 0, 0, 0], [0, 4, 0, 0]])}
-    [found] = (comparison := compared(tmp_path, [base, a, b], Settings(top_k=0.125, alphas=(0.5,)))).findings
-    figures = comparison.of(found)
+    [found] = (comparison := compared(tmp_path, [base, a, b], CompareSettings(top_k=0.125, alphas=(0.5,)))).tensors
+    figures = comparison.figures(found)
     assert figures.norm == (5, 5) and figures.rms == pytest.approx((math.sqrt(25 / 8),) * 2)
     assert figures.changed == (0.25, 0.25) and figures.varm == figures.sce == (0.5, 0.5)
     assert figures.cosine[0][1] == pytest.approx(7 / 25)
@@ -82,13 +82,13 @@ def test_equal_models_have_no_directions(tmp_path: Path) -> None:
 def test_tensors_against_the_naive_implementation(dtype: torch.dtype, count: int, tmp_path: Path) -> None:
     states = models(dtype, count=count)
     comparison = compared(tmp_path, states)
-    assert comparison.whole and len(comparison.findings) == len(states[0])
-    for finding in comparison.findings:
-        tensors = [one[finding.match.name] for one in states]
+    assert comparison.whole and len(comparison.tensors) == len(states[0])
+    for entry in comparison.tensors:
+        tensors = [one[entry.tensor.name] for one in states]
         wanted = naive.figures(tensors[0], tensors[1:], **NAIVE)
-        got = asdict(comparison.of(finding))
+        got = asdict(comparison.figures(entry))
         for name in wanted:
-            close(got[name], wanted[name], f"{finding.match.name}: {name}")
+            close(got[name], wanted[name], f"{entry.tensor.name}: {name}")
         if tensors[0].ndim == 2:
             ranks = [naive.stable_rank(one.double() - tensors[0].double()) for one in tensors[1:]]
             close(got["stable_rank"], ranks)
@@ -123,27 +123,27 @@ def test_sampled_figures_are_those_of_the_grid(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(module, name, value)
     sampled = compared(tmp_path, states)
     assert not sampled.whole and whole.whole
-    for before, after in zip(whole.findings, sampled.findings, strict=True):
-        tensors = [one[after.match.name] for one in states]
-        got, exact = asdict(sampled.of(after)), asdict(whole.of(before))
+    for before, after in zip(whole.tensors, sampled.tensors, strict=True):
+        tensors = [one[after.tensor.name] for one in states]
+        got, exact = asdict(sampled.figures(after)), asdict(whole.figures(before))
         for name in ("norm", "rms", "changed", "cosine", "both", "agree", "conflict", "split", "varm", "sce"):
             close(got[name], exact[name], name)
         if tensors[0].ndim == 2:
-            rows, columns = survey.grid(after.match, small=True)
+            rows, columns = survey.grid(after.tensor, small=True)
             tensors = [one[rows.start :: rows.step, columns.start :: columns.step] for one in tensors]
             close(got["stable_rank"], [naive.stable_rank(one.double() - tensors[0].double()) for one in tensors[1:]])
         else:
-            tensors = [one[:: survey.grid(after.match, small=True)[1].step] for one in tensors]
+            tensors = [one[:: survey.grid(after.tensor, small=True)[1].step] for one in tensors]
         wanted = naive.figures(tensors[0], tensors[1:], **NAIVE)
         for name in ("overlap", "effective", "sizes"):
-            close(got[name], wanted[name], f"{after.match.name}: {name}")
+            close(got[name], wanted[name], f"{after.tensor.name}: {name}")
 
 
 @pytest.mark.parametrize("shared", [1, 8, 1000])
 def test_no_figure_depends_on_the_workers(shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("CHUNK", 256), ("STATISTICS_BLOCK", 64), ("SECTION", 128), ("SAMPLE_ROWS", 4)):
         monkeypatch.setattr(survey, name, value)
-    monkeypatch.setattr(survey, "SHARED", shared)  # of tensors of 1 to 25 sections
+    monkeypatch.setattr(survey, "MAX_UNSHARED_SECTIONS", shared)  # of tensors of 1 to 25 sections
     states = models(hidden=40)
     found = [compared(tmp_path, states, threads=n, processes=forked) for n in (1, 3) for forked in (False, True)]
     assert len({json.dumps(as_data(comparison)) for comparison in found}) == 1
@@ -181,23 +181,23 @@ def merged(folder: Path, paths: list[Path], method: str, parameters: str) -> dic
 def test_coefficients_are_those_that_merges_report(topk: float, tmp_path: Path) -> None:
     states = models()
     paths = written(tmp_path, states)
-    comparison = compare(paths[0], paths[1:], settings=Settings(select_topk=topk))
+    comparison = compare(paths[0], paths[1:], select_topk=topk)
     by_tensor = merged(tmp_path, paths, "varm", "granularity: tensor")
     by_layer = merged(tmp_path, paths, "varm", "granularity: layer")
     by_model = merged(tmp_path, paths, "varm", "granularity: model")
     by_sce = merged(tmp_path, paths, "sce", f"select_topk: {topk}")
-    for finding in comparison.findings:
-        name = finding.match.name
-        close(comparison.of(finding).varm, list(by_tensor[name].values()), name)
-        close(finding.sce, list(by_sce[name].values()), name)
+    for entry in comparison.tensors:
+        name = entry.tensor.name
+        close(comparison.figures(entry).varm, list(by_tensor[name].values()), name)
+        close(entry.sce, list(by_sce[name].values()), name)
         close(comparison.overall.varm, list(by_model[name].values()))
-        if finding.match.layer is not None:
-            close(comparison.layers[f"model.layers.{finding.match.layer}"].varm, list(by_layer[name].values()))
+        if entry.tensor.layer is not None:
+            close(comparison.layers[f"model.layers.{entry.tensor.layer}"].varm, list(by_layer[name].values()))
 
 
 def test_the_effective_alpha_is_the_one_that_extrapolation_reports(tmp_path: Path) -> None:
     paths = written(tmp_path, models(count=1))
-    comparison = compare(paths[0], paths[1:], settings=Settings(alphas=(0.1, 0.3), dtypes=("bfloat16",)))
+    comparison = compare(paths[0], paths[1:], alphas=(0.1, 0.3), dtypes=("bfloat16",))
     run = mergekit_lite.extrapolate(paths[0], paths[1], str(tmp_path / "x{alpha}"), (0.1, 0.3))
     for report, [effective] in zip(run.reports, comparison.overall.effective[0], strict=True):
         assert effective == pytest.approx(report.effective, rel=1e-4)
@@ -224,15 +224,15 @@ def test_what_does_not_fit_is_named_and_the_rest_compared(tmp_path: Path) -> Non
     tied["extra"] = torch.ones(1).bfloat16()
     base["numbers"] = torch.ones(3, dtype=torch.int64)
     comparison = compared(tmp_path, [base, tied])
-    names = {finding.match.name for finding in comparison.findings}
+    names = {entry.tensor.name for entry in comparison.tensors}
     why = {one.name: one.why for one in comparison.unmatched}
     assert names | why.keys() == base.keys() | {"extra"} and not names & why.keys()
     assert "lm_head.weight" in names and len(comparison.notes) == 3  # the tie, and new rows, twice
     assert "[16, 8] here, [4, 4]" in why["model.layers.0.mlp.up_proj.weight"]
     assert "missing" in why["model.layers.1.mlp.up_proj.weight"] and "int64" in why["numbers"]
-    head = next(finding for finding in comparison.findings if finding.match.name == "lm_head.weight")
+    head = next(entry for entry in comparison.tensors if entry.tensor.name == "lm_head.weight")
     wanted = tied["model.embed_tokens.weight"][:16].double() - base["lm_head.weight"].double()
-    assert comparison.of(head).norm[0] == pytest.approx(float(wanted.norm()))
+    assert comparison.figures(head).norm[0] == pytest.approx(float(wanted.norm()))
 
 
 @pytest.mark.parametrize("tied", [0, 1])
@@ -243,8 +243,8 @@ def test_a_tied_head_is_compared_by_its_embedding(tied: int, tmp_path: Path) -> 
     [note] = comparison.notes
     assert "lm_head.weight is compared with model.embed_tokens.weight" in note and not comparison.unmatched
     heads = [one.get("lm_head.weight", one["model.embed_tokens.weight"]).double() for one in states]
-    found = next(finding for finding in comparison.findings if finding.match.name == "lm_head.weight")
-    assert comparison.of(found).norm[0] == pytest.approx(float((heads[1] - heads[0]).norm()))
+    found = next(entry for entry in comparison.tensors if entry.tensor.name == "lm_head.weight")
+    assert comparison.figures(found).norm[0] == pytest.approx(float((heads[1] - heads[0]).norm()))
 
 
 def test_an_adapter_is_compared_as_the_model_it_makes(tmp_path: Path) -> None:
@@ -253,11 +253,11 @@ def test_an_adapter_is_compared_as_the_model_it_makes(tmp_path: Path) -> None:
     path, tensors = write_folder(tmp_path / "base", base), lora(name, 8, 8)
     adapter = write_adapter(tmp_path / "adapter", tensors)
     comparison = compare(path, [f"{path}+{adapter}"])
-    changed = [finding for finding in comparison.findings if comparison.of(finding).norm[0]]
+    changed = [entry for entry in comparison.tensors if comparison.figures(entry).norm[0]]
     a, b = (tensors[key].double() for key in sorted(tensors))
-    [finding] = changed
-    assert finding.match.name == f"{name}.weight" and finding.stable_rank[0] <= 4.001
-    assert comparison.of(finding).norm[0] == pytest.approx(float((2 * b @ a).norm()), rel=1e-5)
+    [entry] = changed
+    assert entry.tensor.name == f"{name}.weight" and entry.stable_rank[0] <= 4.001
+    assert comparison.figures(entry).norm[0] == pytest.approx(float((2 * b @ a).norm()), rel=1e-5)
 
 
 def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
@@ -269,11 +269,11 @@ def test_what_is_not_finite_is_left_out_of_totals(tmp_path: Path) -> None:
     states = models()
     clean = compared(tmp_path, [{n: t for n, t in one.items() if n != "model.norm.weight"} for one in states]).overall
     states[1]["model.norm.weight"][3] = math.nan
-    comparison = compared(tmp_path, states, Settings(SETTINGS.top_k, SETTINGS.alphas, SETTINGS.dtypes, 0.5))
+    comparison = compared(tmp_path, states, CompareSettings(SETTINGS.top_k, SETTINGS.alphas, SETTINGS.dtypes, 0.5))
     assert comparison.nonfinite == ["model.norm.weight"]
     close(comparison.overall.norm, clean.norm)
-    bad = next(finding for finding in comparison.findings if not finding.tally.finite)
-    assert comparison.of(bad).norm[0] is None and comparison.of(bad).sce == (None,) * 3
+    bad = next(entry for entry in comparison.tensors if not entry.sums.finite)
+    assert comparison.figures(bad).norm[0] is None and comparison.figures(bad).sce == (None,) * 3
     json.dumps(as_data(comparison), allow_nan=False)
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from mergekit_lite.errors import RunError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
-from mergekit_lite.output import target
-from mergekit_lite.output.target import PAGE, Pace, Target
+from mergekit_lite.output import file_writer
+from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
 from mergekit_lite.output.workspace import Workspace
 
 SIZE = 40 * PAGE + 777
@@ -33,8 +33,8 @@ Writing = Callable[..., int]
 @pytest.fixture(autouse=True)
 def small_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are enough: every write counts, and takes several direct ones."""
-    monkeypatch.setattr(target, "SMALL", 1)
-    monkeypatch.setattr(target, "STAGE", 4 * PAGE)
+    monkeypatch.setattr(file_writer, "MIN_DIRECT", 1)
+    monkeypatch.setattr(file_writer, "DIRECT_WRITE", 4 * PAGE)
 
 
 @pytest.fixture
@@ -42,21 +42,21 @@ def direct_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The lengths of the direct writes, as the system took them, while the two ways take turns."""
     taken: list[int] = []
     turns = cycle((True, False))
-    monkeypatch.setattr(Pace, "is_direct_next", lambda self: next(turns) and self._seconds[True] < math.inf)
-    write_pages = Target._write_pages
+    monkeypatch.setattr(WriteTimes, "choose_direct", lambda self: next(turns) and self._seconds[True] < math.inf)
+    write_pages = FileWriter._write_pages
 
-    def counting(self: Target, position: int, pages: memoryview) -> int:
+    def counting(self: FileWriter, position: int, pages: memoryview) -> int:
         taken.append(write_pages(self, position, pages))
         return taken[-1]
 
-    monkeypatch.setattr(Target, "_write_pages", counting)
+    monkeypatch.setattr(FileWriter, "_write_pages", counting)
     yield taken
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[Target]:
+def file(tmp_path: Path) -> Iterator[FileWriter]:
     """A file to be written."""
-    made = Target(tmp_path / "file", SIZE, Pace())
+    made = FileWriter(tmp_path / "file", SIZE, WriteTimes())
     yield made
     made.close()
 
@@ -83,9 +83,9 @@ def test_the_bytes_are_those_of_plain_writes(writes: list[tuple[int, int, bool]]
     """Writes of any length anywhere, one over another, each in either way."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path, wanted = Path(folder) / "file", bytearray(SIZE)
-        file = Target(path, SIZE, Pace())
+        file = FileWriter(path, SIZE, WriteTimes())
         for number, (position, length, direct) in enumerate(writes):
-            patch.setattr(Pace, "is_direct_next", lambda _, way=direct: way and file._direct is not None)
+            patch.setattr(WriteTimes, "choose_direct", lambda _, way=direct: way and file._direct is not None)
             data = noise(number, min(length, SIZE - position))
             file.write(position, data)
             wanted[position : position + len(data)] = data
@@ -96,16 +96,16 @@ def test_the_bytes_are_those_of_plain_writes(writes: list[tuple[int, int, bool]]
 
 
 def test_memory_that_lies_in_its_page_as_the_file_does_is_not_copied(
-    file: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: FileWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if file._direct is None:
         pytest.skip("no direct writes here")
-    monkeypatch.setattr(Pace, "is_direct_next", lambda _: True)
+    monkeypatch.setattr(WriteTimes, "choose_direct", lambda _: True)
     memory = memoryview(mmap.mmap(-1, 8 * PAGE))
     memory[:] = noise(0, 8 * PAGE)
     copies: list[int] = []
-    staged = target._stage
-    monkeypatch.setattr(target, "_stage", lambda: copies.append(1) or staged())
+    staged = file_writer._stage
+    monkeypatch.setattr(file_writer, "_stage", lambda: copies.append(1) or staged())
     for skew, moved, copied in ((0, 0, False), (8, 0, False), (PAGE - 2, 0, False), (8, 2, True)):
         data = memory[skew + moved : 6 * PAGE + 10]
         file.write(3 * PAGE + skew, data)
@@ -122,18 +122,18 @@ def test_many_threads_side_by_side(tmp_path: Path, direct_writes: list[int]) -> 
         wanted = noise(seed + number, SIZE)
         pieces = list(pairwise([0, *sorted(chance.sample(range(1, SIZE), 30)), SIZE]))
         chance.shuffle(pieces)
-        file = Target(tmp_path / str(number), SIZE, Pace())
+        file = FileWriter(tmp_path / str(number), SIZE, WriteTimes())
         with ThreadPoolExecutor(6) as threads:
             list(threads.map(file.write, [begin for begin, _ in pieces], [wanted[begin:end] for begin, end in pieces]))
         file.close()
         assert (tmp_path / str(number)).read_bytes() == wanted
     assert all(length % PAGE == 0 for length in direct_writes)
-    assert direct_writes or target._opened_directly(tmp_path / "0") is None
+    assert direct_writes or file_writer._opened_directly(tmp_path / "0") is None
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_a_file_system_that_refuses_when_written_to(
-    file: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    file: FileWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     tried = []
 
@@ -158,7 +158,7 @@ def test_a_file_system_that_refuses_when_opened(tmp_path: Path, monkeypatch: pyt
         return plain(path, flags, mode)
 
     monkeypatch.setattr(os, "open", refusing)
-    file, wanted = Target(tmp_path / "file", SIZE, Pace()), noise(0, SIZE)
+    file, wanted = FileWriter(tmp_path / "file", SIZE, WriteTimes()), noise(0, SIZE)
     for begin in range(0, SIZE, 5 * PAGE):
         file.write(begin, wanted[begin : begin + 5 * PAGE])
     file.close()
@@ -167,7 +167,7 @@ def test_a_file_system_that_refuses_when_opened(tmp_path: Path, monkeypatch: pyt
 
 def test_a_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "O_DIRECT")
-    file, wanted = Target(tmp_path / "file", SIZE, Pace()), noise(0, SIZE)
+    file, wanted = FileWriter(tmp_path / "file", SIZE, WriteTimes()), noise(0, SIZE)
     file.write(0, wanted)
     file.write(0, wanted)
     file.close()
@@ -175,7 +175,7 @@ def test_a_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_short_direct_writes_go_on(
-    file: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct_writes: list[int]
+    file: FileWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct_writes: list[int]
 ) -> None:
     plain = os.pwrite
 
@@ -214,29 +214,29 @@ def test_what_fails_is_told(
 
 def test_the_quicker_way_is_taken() -> None:
     """Whichever it is, and when it changes; the other one is tried ever more rarely."""
-    pace = Pace()
+    times = WriteTimes()
     for cached, direct in ((1.0, 3.0), (9.0, 3.0), (9.0, 30.0)):
-        ways = [_step(pace, cached, direct) for _ in range(1000)]
+        ways = [_step(times, cached, direct) for _ in range(1000)]
         assert ways[-100:].count(direct < cached) >= 99
         assert ways.count(direct < cached) > 980
 
 
 def test_a_moment_s_delay_does_not_decide() -> None:
     """The way that was delayed once is soon tried again."""
-    pace = Pace()
+    times = WriteTimes()
     for _ in range(600):
-        _step(pace, 4.0, 1.0)
-    _step(pace, 4.0, 50.0)
-    assert [_step(pace, 4.0, 1.0) for _ in range(1000)].count(True) > 930
+        _step(times, 4.0, 1.0)
+    _step(times, 4.0, 50.0)
+    assert [_step(times, 4.0, 1.0) for _ in range(1000)].count(True) > 930
 
 
 def test_what_is_not_there_is_not_tried() -> None:
-    pace = Pace()
-    pace.refused()
-    assert not any(_step(pace, 9.0, 1.0) for _ in range(100))
+    times = WriteTimes()
+    times.never_direct()
+    assert not any(_step(times, 9.0, 1.0) for _ in range(100))
 
 
-def _step(pace: Pace, cached: float, direct: float) -> bool:
-    way = pace.is_direct_next()
-    pace.took(way, direct if way else cached)
+def _step(times: WriteTimes, cached: float, direct: float) -> bool:
+    way = times.choose_direct()
+    times.record(way, direct if way else cached)
     return way

@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""Result of a verification."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it was when the output was made.
+    """One fault: something that is not as it was when the output was made.
 
     Attributes:
-        file: where: a file of the output, or an input's reference with or without a file.
+        file: a file of the output, or an input's reference with or without a file.
         what: what is wrong with it.
-        tensor: which tensor, if it is about one.
-        bytes: the first byte in the file and the one behind the last, if they are known.
+        tensor: name of the tensor, if the fault is in one.
+        bytes: the first byte in the file and the one after the last, if they are known.
     """
 
     file: str
@@ -33,18 +33,18 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was looked at, and what was found.
+class Verification:
+    """Result of a verification.
 
     Attributes:
-        output: its path.
-        findings: what is wrong; nothing for an output that is sound.
-        notes: what may explain a finding, or is good to know.
-        unchecked: what could not be looked at, and why.
-        tensors, nbytes: whose digests were compared with the manifest's.
-        recomputed: the tensors that were made again from the inputs.
-        seed: that chose them.
-        seconds: it took.
+        output: path of the output.
+        findings: the faults; empty for an output that is sound.
+        notes: facts that may explain a fault, or that the user should know.
+        unchecked: what could not be checked, and why.
+        tensors, nbytes: number of tensors whose digests were compared with the manifest's, and of their bytes.
+        recomputed: names of the tensors that were made again from the inputs.
+        seed: of the choice of these tensors.
+        seconds: duration.
     """
 
     output: Path
@@ -59,9 +59,9 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong with what was looked at."""
+        """True where no fault was found."""
         return not self.findings
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the result as plain data."""
         return {"sound": self.sound, **asdict(self), "output": str(self.output), "seconds": round(self.seconds, 3)}

@@ -1,4 +1,4 @@
-"""What travels beside the weights: index, config, tokenizer and other small files, model card, manifest."""
+"""Companions of the weights: index, config, tokenizer and other small files, model card, manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, formats, tied_weights
-from mergekit_lite.checkpoint.folder import INDEX_ENDING, inside
+from mergekit_lite.checkpoint.folder import INDEX_ENDING, MAX_SMALL_BYTES, inside
 from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
@@ -20,7 +20,6 @@ from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
 
-SMALL = 100_000_000  # tokenizers of large vocabularies come to some tens of megabytes
 FOREIGN_WEIGHTS = (*formats.SUFFIXES, *refused.SUFFIXES, INDEX_ENDING)
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
@@ -35,8 +34,8 @@ REPLACED = (
 )
 
 
-def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
-    """Which files of a model folder are copied with its weights.
+def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
+    """Choose the files of a model folder that are copied with its weights.
 
     Returns:
         Names to copy (relative, in order), and for every other file the reason why not.
@@ -59,32 +58,34 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             left[name] = "code"
         elif name.endswith(FOREIGN_WEIGHTS):
             left[name] = "other weights"
-        elif path.stat().st_size > SMALL:
-            left[name] = f"larger than {SMALL // 1_000_000} MB"
+        elif path.stat().st_size > MAX_SMALL_BYTES:
+            left[name] = f"larger than {MAX_SMALL_BYTES // 1_000_000} MB"
         else:
             copied.append(name)
     return copied, left
 
 
-def travelling(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
-    """Which files are copied beside the weights of a plan: the donor's, and those of the tokenizer it was given.
+def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
+    """Choose the files that are copied with a plan's weights: the donor's, and those of the tokenizer it was given.
 
     Returns:
-        The files by the names they get, and for every other file the reason why not.
+        The files by their names in the output, and for every other file the reason why not.
     """
-    names, left = files_beside(plan.source)
-    found = dict.fromkeys(names, plan.source)
+    names, left = companions_of(plan.source)
+    owners = dict.fromkeys(names, plan.source)
     if plan.tokenizer is not None:
-        giver = plan.inputs[plan.tokenizer]
-        kept = {name: source for name, source in found.items() if not is_tokenizer_file(name)}
-        found = kept | {name: giver for name in files_beside(giver)[0] if is_tokenizer_file(name)}
+        owner = plan.inputs[plan.tokenizer]
+        owners = {name: source for name, source in owners.items() if not is_tokenizer_file(name)}
+        owners |= {name: owner for name in companions_of(owner)[0] if is_tokenizer_file(name)}
     if plan.chat_template is not None:
-        left |= dict.fromkeys(filter(is_template_file, found), "the recipe has a chat_template")
-        found = {name: source for name, source in found.items() if not is_template_file(name)}
-    return {name: source.folder / name for name, source in found.items() if source.folder is not None}, left
+        left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
+        owners = {name: source for name, source in owners.items() if not is_template_file(name)}
+    return {name: source.folder / name for name, source in owners.items() if source.folder is not None}, left
 
 
-def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+def write_companions(
+    plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+) -> None:
     """Write everything but the weights into ``folder``.
 
     Args:
@@ -92,7 +93,7 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
         variant: which output.
         folder: where its weights are.
         effect: the report, as plain data.
-        digests: for each tensor those of its output and inputs.
+        digests: of each tensor's output and inputs, by its name.
     """
     output = plan.outputs[variant]
     if not is_single_file(output):
@@ -102,14 +103,14 @@ def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
 
 
 def _write_model(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
-    """Write what makes a folder of weights a model."""
+    """Write the files that make a folder of weights a model."""
     source = plan.source
     if len(plan.layout.files) > 1:
         (folder / INDEX_NAME).write_text(json.dumps(index_json(plan.layout), indent=2) + "\n", encoding="utf-8")
     if source.config is not None:
         text = json.dumps(written_config(plan, digests), indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-    for name, path in travelling(plan)[0].items():
+    for name, path in companions(plan)[0].items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -133,7 +134,7 @@ def _write_template(folder: Path, template: str) -> None:
 
 
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
-    """The donor's config, true to what is written: its dtype, its tie, no quantisation that is gone."""
+    """Return the donor's config, changed to fit what is written: dtype, tied head, no quantisation that is gone."""
     source = plan.source
     config = dict(plan.config or source.config or {})
     if any(spec.quantised for spec in source.tensors.values()):
@@ -150,7 +151,7 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_value(config: Mapping[str, Any], keys: tuple[str, ...], value: object) -> dict[str, Any]:
-    """The config with these keys set wherever they stand, in its nested text or vision configs too."""
+    """Return the config with ``keys`` set wherever they occur, also in nested text or vision configs."""
     changed = dict(config)
     for key, old in config.items():
         if key in keys:
@@ -161,6 +162,6 @@ def _with_value(config: Mapping[str, Any], keys: tuple[str, ...], value: object)
 
 
 def _has_own_head(plan: Plan, digests: Mapping[str, Any]) -> bool:
-    """Whether an output head is written that differs from the embedding, so that loading must not tie them."""
+    """Return True where a written head differs from the embedding, so that loading must not tie them."""
     embeddings = {digests[job.name]["output"] for job in plan.jobs if tied_weights.is_embedding(job.name)}
     return any(tied_weights.is_head(job.name) and digests[job.name]["output"] not in embeddings for job in plan.jobs)

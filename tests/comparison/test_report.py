@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mergekit_lite.commands import main
 from mergekit_lite.comparison import plots
 from mergekit_lite.comparison.comparison import Comparison, compare
-from mergekit_lite.comparison.page import page
+from mergekit_lite.comparison.html_report import page
 from tests.browser import Browser
 from tests.models import State, state, tuned, write_folder
 
@@ -146,7 +146,7 @@ def test_the_panels_have_titles_axes_and_the_right_cells(comparison: Comparison)
     assert sorted(modules) == ["input_layernorm", "mlp.up_proj", "self_attn.q_proj"]
     cells = first.images[0].get_array()
     assert cells is not None and cells.shape == (2, 3)
-    of_tensor = {one.match.name: comparison.of(one) for one in comparison.findings}
+    of_tensor = {one.tensor.name: comparison.figures(one) for one in comparison.tensors}
     wanted = of_tensor["model.layers.1.mlp.up_proj.weight"].rms[0]
     assert cells[1, modules.index("mlp.up_proj")] == pytest.approx(wanted)
     assert outside.get_xlabel() == "outside the layers" and "log" in figure.axes[-1].get_ylabel()

@@ -1,4 +1,4 @@
-"""A comparison in plain words: what the figures suggest, and what they can't tell."""
+"""Suggestions: what the figures of a comparison suggest in words, and what they can't tell."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mergekit_lite.comparison.comparison import BANDS, Comparison, letter, looks
 from mergekit_lite.comparison.survey import LEAST_SAMPLE, SAMPLE_COLUMNS, SAMPLE_ROWS
 from mergekit_lite.errors import counted
 
-ALIKE, RELATED, APART = 0.9, 0.3, 0.1  # cosines
-KEPT = 0.2  # relative distance of the effective from the asked alpha that is worth a word
-LOW_RANK = 8.0
+ALIKE, RELATED, APART = 0.9, 0.3, 0.1  # cosines from which deltas are called so
+ALPHA_TOLERANCE = 0.2  # relative distance from the asked to the effective alpha that is mentioned
+LOW_RANK = 8.0  # median stable rank below which a change is called low
 
 CAN_NOT_TELL = (
     "None of this measures what a model can do. Deltas of equal size may matter a lot or not at all, and two that "
@@ -22,7 +22,7 @@ CAN_NOT_TELL = (
 
 
 def suggestions(comparison: Comparison) -> list[str]:
-    """What the figures suggest, a sentence or two each."""
+    """Return what the figures suggest, a sentence or two each."""
     return [
         *_sizes(comparison),
         *_directions(comparison),
@@ -34,7 +34,7 @@ def suggestions(comparison: Comparison) -> list[str]:
 
 
 def how(comparison: Comparison) -> str:
-    """Which figures are exact, and which are from a sample."""
+    """Say which figures are exact, and which are from a sample."""
     if comparison.whole:
         return "All figures are from every weight."
     return (
@@ -46,13 +46,13 @@ def how(comparison: Comparison) -> str:
 
 
 def figure(value: float | None, form: str) -> str:
-    """A figure, never −0; a dash where there is none."""
+    """Format a figure, −0 as 0; a dash for None."""
     text = "–" if value is None else format(value, form)
     return text if text.strip("-0.") else text.removeprefix("-")
 
 
 def percent(share: float | None) -> str:
-    """``66.5 %``; a dash for no figure."""
+    """Format a share as ``66.5 %``; a dash for None."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
@@ -99,7 +99,7 @@ def _rounding(comparison: Comparison) -> Iterator[str]:
             f"{alpha:g} of {letter(number)} becomes {effective:.3f}"
             for alpha, row in zip(settings.alphas, of_dtype, strict=True)
             for number, effective in enumerate(row)
-            if effective is not None and abs(effective - alpha) > KEPT * abs(alpha)
+            if effective is not None and abs(effective - alpha) > ALPHA_TOLERANCE * abs(alpha)
         ]
         if far:
             yield (

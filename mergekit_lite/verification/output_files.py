@@ -1,4 +1,4 @@
-"""The output's own files: whether they are all there, nothing else is, and every byte is the one that was written."""
+"""Files of the output: all present, no others among them, and every byte the one that was written."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import CheckpointError, RunError
 from mergekit_lite.layout import INDEX_NAME, is_single_file
 from mergekit_lite.output.manifest import file_digest, frame_digest
-from mergekit_lite.verification.manifest import DIGEST, Manifest, Tensor, WrittenFile
-from mergekit_lite.verification.verdict import Finding
+from mergekit_lite.verification.manifest_schema import DIGEST, Manifest, RecordedFile, RecordedTensor
+from mergekit_lite.verification.result import Finding
 
-WIDEST = 8  # bytes of an element
+WIDEST = 8  # bytes of the widest element
 
 
 @dataclass(frozen=True)
-class Published:
-    """The output's tensors, as far as their files can be read, and what is wrong with the files."""
+class OpenedOutput:
+    """Tensors of an output, as far as its files can be read, and what is wrong with the files."""
 
     tensors: Mapping[str, TensorSpec]
     findings: tuple[Finding, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Number of bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
 class _Span(NamedTuple):
-    """A span of one tensor of the output; ``number`` counts from the tensor's begin."""
+    """Span of elements of one tensor; ``number`` counts the tensor's spans from 0."""
 
     spec: TensorSpec
     number: int
@@ -48,18 +48,18 @@ class _Span(NamedTuple):
     end: int
 
 
-def open_published(output: Path, manifest: Manifest) -> Published:
-    """Read the headers of an output's weight files, and all of the small files beside them."""
+def open_output(output: Path, manifest: Manifest) -> OpenedOutput:
+    """Read the headers of an output's weight files, and check all its small files."""
     tensors: dict[str, TensorSpec] = {}
     findings: list[Finding] = []
     for file in manifest.files:
         try:
-            found = _opened(output if is_single_file(output) else inside(output, file.name), file)
+            specs = _open(output if is_single_file(output) else inside(output, file.name), file)
         except (CheckpointError, OSError) as error:
             findings.append(Finding(file.name, _reason(error, output / file.name)))
             continue
-        findings += [Finding(file.name, "is in another file too", name) for name in found.keys() & tensors.keys()]
-        tensors |= found
+        findings += [Finding(file.name, "is in another file too", name) for name in specs.keys() & tensors.keys()]
+        tensors |= specs
     if not findings:  # else it is known already why tensors are missing
         findings += [Finding(output.name, "is missing", name) for name in manifest.tensors.keys() - tensors.keys()]
     findings += [
@@ -67,12 +67,12 @@ def open_published(output: Path, manifest: Manifest) -> Published:
         for name in sorted(tensors.keys() - manifest.tensors.keys())
     ]
     if not is_single_file(output):
-        findings += _folder(output, manifest, tensors)
-    return Published({name: spec for name, spec in tensors.items() if name in manifest.tensors}, tuple(findings))
+        findings += _check_folder(output, manifest, tensors)
+    return OpenedOutput({name: spec for name, spec in tensors.items() if name in manifest.tensors}, tuple(findings))
 
 
-def _opened(path: Path, file: WrittenFile) -> Mapping[str, TensorSpec]:
-    """The tensors of one file. Raises CheckpointError where the file as a whole is not what was written."""
+def _open(path: Path, file: RecordedFile) -> Mapping[str, TensorSpec]:
+    """Return the tensors of one file. Raises CheckpointError where the file as a whole is not what was written."""
     size = path.stat().st_size
     if size != file.size:
         how = "was cut short" if size < file.size else "is longer than it was"
@@ -87,14 +87,15 @@ def _opened(path: Path, file: WrittenFile) -> Mapping[str, TensorSpec]:
 
 
 def _reason(error: CheckpointError | OSError, path: Path) -> str:
+    """Return an error's message without the path, which the finding names."""
     if isinstance(error, FileNotFoundError) or not path.exists():
         return "is missing"
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     return text.removeprefix(f"{path.resolve()}: ").removeprefix(f"{path}: ")
 
 
-def _folder(folder: Path, manifest: Manifest, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
-    """What is wrong with the files beside the weights, and weights that don't belong there."""
+def _check_folder(folder: Path, manifest: Manifest, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+    """Yield what is wrong with the small files, and weights that don't belong to the output."""
     known = {file.name for file in manifest.files} | manifest.beside.keys()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -109,67 +110,69 @@ def _folder(folder: Path, manifest: Manifest, tensors: Mapping[str, TensorSpec])
     if len(manifest.files) > 1 and INDEX_NAME not in manifest.beside:
         yield Finding(INDEX_NAME, "is not in the manifest, but there are several files of weights")
     elif len(manifest.files) > 1 and (folder / INDEX_NAME).exists():
-        yield from _index(folder, tensors)
+        yield from _check_index(folder, tensors)
 
 
-def _index(folder: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+    """Yield each tensor that the index places in another file than the one that holds it."""
     try:
-        told = weight_map(folder, INDEX_NAME)
+        indexed = weight_map(folder, INDEX_NAME)
     except CheckpointError as error:
         yield Finding(INDEX_NAME, _reason(error, folder / INDEX_NAME))
         return
     for name, spec in tensors.items():
-        if told.get(name) != spec.file.name:
-            yield Finding(INDEX_NAME, f"is in {spec.file.name}, the index says {told.get(name, 'nothing of it')}", name)
+        if (place := indexed.get(name)) != spec.file.name:
+            yield Finding(INDEX_NAME, f"is in {spec.file.name}, the index says {place or 'nothing of it'}", name)
 
 
 def check_digests(
-    published: Published, manifest: Manifest, workers: int, advance: Callable[[int], None]
+    output: OpenedOutput, manifest: Manifest, workers: int, advance: Callable[[int], None]
 ) -> list[Finding]:
-    """Read every tensor of the output and compare its spans' digests with the manifest's.
+    """Read every tensor of the output and compare the digests of its spans with the manifest's.
 
     Args:
-        published: the output.
-        manifest: of it.
-        workers: threads.
-        advance: is told of bytes that were read.
+        output: the output.
+        manifest: its manifest.
+        workers: number of threads.
+        advance: called with the number of bytes that were read.
     """
-    found: dict[tuple[str, int], str] = {}
+    span_digests: dict[tuple[str, int], str] = {}
     failed: dict[str, Finding] = {}
     spans: dict[str, list[_Span]] = {}
-    for name, spec in published.tensors.items():
+    for name, spec in output.tensors.items():
         merged = manifest.tensors[name].merged
         cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel))
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
     pool = Pool(workers, CPU, 1, CHUNK * WIDEST)
 
     def digest(buffers: WorkerBuffers, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
-        made = xxhash.xxh3_128()
+        hashed = xxhash.xxh3_128()
         try:
             for start, count in cut(span.begin, span.end, CHUNK):
                 if pool.stopped:
                     break
-                made.update(buffers.read(reader, 0, span.spec, start, count))
+                hashed.update(buffers.read(reader, 0, span.spec, start, count))
         except RunError as error:
             return span, _finding(span, str(error))
-        return span, made.hexdigest()
+        return span, hashed.hexdigest()
 
     with tuned_process(with_torch=False):
-        for span, made in pool.run([span for of_tensor in spans.values() for span in of_tensor], digest):
-            if isinstance(made, Finding):
-                failed[span.spec.name] = made
+        for span, result in pool.run([span for of_tensor in spans.values() for span in of_tensor], digest):
+            if isinstance(result, Finding):
+                failed[span.spec.name] = result
             else:
-                found[span.spec.name, span.number] = made
+                span_digests[span.spec.name, span.number] = result
             advance((span.end - span.begin) * dtypes.size(span.spec.dtype))
     findings = list(failed.values())
     for name, of_tensor in spans.items():
         if name not in failed:
-            digests = [found[name, span.number] for span in of_tensor]
-            findings += _differing(of_tensor, digests, manifest.tensors[name], published.tensors[name])
+            digests = [span_digests[name, span.number] for span in of_tensor]
+            findings += _differing(of_tensor, digests, manifest.tensors[name], output.tensors[name])
     return findings
 
 
-def _differing(spans: list[_Span], digests: list[str], recorded: Tensor, spec: TensorSpec) -> Iterator[Finding]:
+def _differing(spans: list[_Span], digests: list[str], recorded: RecordedTensor, spec: TensorSpec) -> Iterator[Finding]:
+    """Yield a finding for each span whose digest is not the recorded one."""
     if (wrong := differing(digests, recorded.output, recorded.spans.output if recorded.spans else None)) is None:
         yield Finding(spec.file.name, "the manifest's digests of its spans don't fit it or each other", spec.name)
     elif spans:
@@ -178,24 +181,25 @@ def _differing(spans: list[_Span], digests: list[str], recorded: Tensor, spec: T
         yield Finding(spec.file.name, "is empty, the manifest's digest is of something else", spec.name)
 
 
-def differing(found: list[str], recorded: str, spans: str | None) -> list[int] | None:
-    """Which spans of a tensor have other digests than recorded; None where the records are at odds with each other.
+def differing(digests: list[str], recorded: str, spans: str | None) -> list[int] | None:
+    """Return the numbers of the spans of a tensor whose digests differ; None where the records contradict each other.
 
     Args:
-        found: the spans' digests.
-        recorded: the tensor's.
-        spans: the spans' as recorded, where there are several.
+        digests: of the spans.
+        recorded: the tensor's recorded digest.
+        spans: the recorded digests of the spans, one after the other; None for a single span.
     """
     if spans is None:
-        if len(found) > 1:
+        if len(digests) > 1:
             return None
-        return [] if of_spans("".join(found)) == recorded else [0]
-    if of_spans(spans) != recorded or len(spans) != DIGEST * len(found):
+        return [] if of_spans("".join(digests)) == recorded else [0]
+    if of_spans(spans) != recorded or len(spans) != DIGEST * len(digests):
         return None
-    return [number for number, digest in enumerate(found) if spans[DIGEST * number :][:DIGEST] != digest]
+    return [number for number, digest in enumerate(digests) if spans[DIGEST * number :][:DIGEST] != digest]
 
 
 def _finding(span: _Span, what: str) -> Finding:
+    """Return a finding about a span, with its bytes in the file."""
     size = dtypes.size(span.spec.dtype)
     place = (span.spec.offset + span.begin * size, span.spec.offset + span.end * size)
     return Finding(span.spec.file.name, what, span.spec.name, place)

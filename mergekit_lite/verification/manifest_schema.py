@@ -1,4 +1,4 @@
-"""A manifest as it is read back: by a stranger's hand until proven otherwise."""
+"""Schema of a manifest that is read back. Until it is checked it may be damaged or forged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergekit_lite.output.workspace import manifest_path
 
 DIGEST = 32  # hexadecimal digits
 MAX_TEXT = 1000  # characters of a name or path
-MAX_BYTES = 2**63 - 1
+MAX_SIZE = 2**63 - 1
 
 
 def _printable(text: str) -> str:
@@ -36,102 +36,104 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _distinct(files: list[WrittenFile]) -> list[WrittenFile]:
+def _distinct(files: list[RecordedFile]) -> list[RecordedFile]:
     if len({file.name for file in files}) < len(files):
         raise ValueError("should name each file once")
     return files
 
 
-Text = Annotated[str, AfterValidator(_printable)]
+ShortText = Annotated[str, AfterValidator(_printable)]
 Digest = Annotated[str, Field(pattern=f"^[0-9a-f]{{{DIGEST}}}$")]
-Digests = Annotated[str, Field(pattern=f"^([0-9a-f]{{{DIGEST}}})+$")]  # one behind the other
-Size = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+DigestChain = Annotated[str, Field(pattern=f"^([0-9a-f]{{{DIGEST}}})+$")]  # one after the other
+Size = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 
 
-class _Part(BaseModel):
+class _Recorded(BaseModel):
+    """Part of a manifest: no value is converted, none is changed, unknown keys are ignored."""
+
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class InputFile(_Part):
-    """A weight file of an input."""
+class RecordedInputFile(_Recorded):
+    """One file of weights of an input."""
 
-    name: Text
+    name: ShortText
     size: Size
     header_xxh3_128: Digest
 
 
-class Added(_Part):
+class RecordedAddend(_Recorded):
     """An adapter or a task vector that was added to an input."""
 
-    reference: Text
-    revision: Text | None
+    reference: ShortText
+    revision: ShortText | None
     scale: float
     rebase: bool
 
 
-class Input(_Part):
-    """A model that went in."""
+class RecordedInput(_Recorded):
+    """One input model."""
 
-    reference: Text
-    revision: Text | None
-    base: Text | None = None
-    added: list[Added] = []
-    files: list[InputFile]
+    reference: ShortText
+    revision: ShortText | None
+    base: ShortText | None = None
+    added: list[RecordedAddend] = []
+    files: list[RecordedInputFile]
 
 
-class WrittenFile(_Part):
-    """A weight file of the output; the digest is of what lies around its tensors."""
+class RecordedFile(_Recorded):
+    """One file of weights of the output; the digest is of its bytes around the tensors."""
 
     name: Annotated[str, AfterValidator(_weight_name)]
     size: Size
     frame_xxh3_128: Digest
 
 
-class Spans(_Part):
-    """The digests of a tensor's spans, in the output and in each input."""
+class RecordedSpans(_Recorded):
+    """Digests of a tensor's spans, in the output and in each input."""
 
-    output: Digests
+    output: DigestChain
     inputs: list[Annotated[str, Field(pattern=f"^([0-9a-f]{{{DIGEST}}})*$")]]
 
 
-class Tensor(_Part):
-    """A tensor's digests; ``merged`` where its other elements were copied."""
+class RecordedTensor(_Recorded):
+    """Digests of one tensor; ``merged`` elements if the rest was copied."""
 
     output: Digest
     inputs: list[Digest]
-    spans: Spans | None = None
+    spans: RecordedSpans | None = None
     merged: Size | None = None
 
 
-class Manifest(_Part):
-    """All of a manifest that verification needs."""
+class Manifest(_Recorded):
+    """The part of a manifest that verification needs."""
 
-    version: Text
-    torch: Text
+    version: ShortText
+    torch: ShortText
     plan: Digest
     recipe: dict[str, Any]
     seed: int
-    shard_size: Annotated[int, Field(gt=0, le=MAX_BYTES)] | None
-    inputs: list[Input]
-    files: Annotated[list[WrittenFile], Field(min_length=1), AfterValidator(_distinct)]
+    shard_size: Annotated[int, Field(gt=0, le=MAX_SIZE)] | None
+    inputs: list[RecordedInput]
+    files: Annotated[list[RecordedFile], Field(min_length=1), AfterValidator(_distinct)]
     beside: dict[Annotated[str, AfterValidator(_file_name)], Digest]
-    tensors: dict[Text, Tensor]
+    tensors: dict[ShortText, RecordedTensor]
     effect: dict[str, Any]
 
     @cached_property
     def references(self) -> list[str]:
-        """The inputs' references."""
+        """References of the inputs."""
         return [source.reference for source in self.inputs]
 
 
 def read_manifest(output: Path) -> tuple[Manifest, bool]:
-    """The manifest of an output.
+    """Read the manifest of an output.
 
     Returns:
-        The manifest, and whether it is as it was written, to the byte and by its own digest.
+        The manifest; and True if it is as it was written, to the byte and by its own digest.
 
     Raises:
-        MergekitLiteError: there is none, or it can't be used; every problem is named.
+        MergekitLiteError: there is no manifest, or it can't be used; every problem is named.
     """
     path = manifest_path(output)
     if not path.exists():
@@ -149,8 +151,8 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
         as_written = path.read_bytes() == text_of(content).encode(errors="surrogatepass")
         return Manifest.model_validate(content), as_written and content.get(SEAL) == seal(content)
     except ValidationError as wrong:
-        told = wrong.errors(include_url=False, include_input=False)
-        problems = [f"{'.'.join(map(_shown, error['loc']))}: {error['msg']}" for error in told]
+        errors = wrong.errors(include_url=False, include_input=False)
+        problems = [f"{'.'.join(map(_shown, error['loc']))}: {error['msg']}" for error in errors]
     except RecursionError:
         problems = ["it is nested too deeply"]
     raise MergekitLiteError(
@@ -159,5 +161,6 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
 
 
 def _shown(part: object) -> str:
+    """Return part of a key's path as text that is short and safe to print."""
     text = str(part)
     return text if text.isprintable() and len(text) < 200 else ascii(text[:80])
