@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import mergekit_lite
+from mergekit_lite.checkpoint import folder
 from mergekit_lite.errors import CheckpointError, PlanError
 from mergekit_lite.plan.tokenizers import template_of
 from mergekit_lite.recipe.templates import TEMPLATES
@@ -171,6 +172,71 @@ def test_auto_takes_the_most_common_template_the_first_of_equals(place: Path) ->
     (place / "c" / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert templates_in(merged("chat_template: auto\n")) == {"second"}
     assert template_of(mergekit_lite.open_checkpoint("c")) == "second"
+
+
+SECRET = "the root of this host"
+
+
+def linked_out(name: str, content: str = SECRET) -> None:
+    """Make a small file of model a, the donor, a link to a file outside."""
+    Path("secret").write_text(content)
+    (Path("a") / name).unlink(missing_ok=True)
+    (Path("a") / name).symlink_to(Path("secret").absolute())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", SECRET),
+        ("chat_template.json", json.dumps({"chat_template": SECRET})),
+        ("tokenizer_config.json", json.dumps({"chat_template": SECRET})),
+    ],
+)
+def test_no_template_is_read_through_a_link_out_of_the_folder(place: Path, name: str, content: str) -> None:
+    linked_out(name, content)
+    with pytest.raises(CheckpointError, match=rf"/a/{name}: is a link that leaves its folder") as raised:
+        merged("chat_template: auto\n")
+    assert SECRET not in str(raised.value) and not Path("out").exists()
+
+
+def test_no_tokenizer_is_read_through_a_link_out_of_the_folder(place: Path) -> None:
+    write_tokenizer(place / "b", {"y": 0})
+    linked_out("tokenizer.json", json.dumps({"model": {"vocab": {SECRET: 0}}}))
+    with pytest.raises(CheckpointError, match=r"/a/tokenizer.json: is a link that leaves its folder") as raised:
+        notes()
+    assert SECRET not in str(raised.value)
+
+
+def test_nothing_of_a_linked_file_reaches_the_output(place: Path) -> None:
+    linked_out("README.md", f"---\nlicense: {SECRET!r}\n---\n")
+    for name in ("generation_config.json", "special_tokens_map.json", "LICENSE"):
+        linked_out(name)
+    out = merged()
+    assert not any(SECRET.encode() in path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
+def test_a_template_of_any_length_is_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "a" / "chat_template.jinja").write_text("x" * 2000)
+    monkeypatch.setattr(folder, "MAX_SMALL_BYTES", 1999)
+    with pytest.raises(CheckpointError, match=r"a/chat_template.jinja: is 2,000 bytes long; more than 1,999"):
+        merged("chat_template: auto\n")
+
+
+def test_templates_and_cards_in_a_cache_of_the_hub_are_read_through_its_links(place: Path) -> None:
+    blobs, snapshot = place / "models--org--a" / "blobs", place / "models--org--a" / "snapshots" / ("a" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (place / "a" / "chat_template.jinja").write_text("{# of a #}")
+    (place / "a" / "README.md").write_text("---\nlicense: mit\n---\n")
+    write_tokenizer(place / "a", {"x": 0})
+    for number, path in enumerate(sorted((place / "a").iterdir())):
+        path.rename(blobs / f"{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (place / "a").rmdir()
+    (place / "a").symlink_to(snapshot)
+    out = merged("chat_template: auto\n")
+    assert templates_in(out) == {"{# of a #}"} and (out / "tokenizer.json").exists()
+    assert "license: mit" in (out / "README.md").read_text()
 
 
 def test_a_single_file_has_no_template(place: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, ties
-from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES, inside
+from mergekit_lite.checkpoint.folder import MAX_SMALL_BYTES, WEIGHT_SUFFIXES, inside
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.layout import INDEX_NAME, index_json
@@ -19,7 +19,6 @@ from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.plan import Plan
 from mergekit_lite.plan.tokenizers import is_template_file, is_tokenizer_file
 
-SMALL = 100_000_000  # tokenizers of large vocabularies come to some tens of megabytes
 FOREIGN_WEIGHTS = (
     *WEIGHT_SUFFIXES,
     ".gguf",
@@ -68,8 +67,8 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             left[name] = "code"
         elif name.endswith(FOREIGN_WEIGHTS):
             left[name] = "other weights"
-        elif path.stat().st_size > SMALL:
-            left[name] = f"larger than {SMALL // 1_000_000} MB"
+        elif path.stat().st_size > MAX_SMALL_BYTES:
+            left[name] = f"larger than {MAX_SMALL_BYTES // 1_000_000} MB"
         else:
             copied.append(name)
     return copied, left

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.errors import counted
+from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.errors import CheckpointError, counted
 from mergekit_lite.plan import Plan
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -74,10 +74,12 @@ def _gives(plan: Plan, source: Checkpoint) -> str:
 
 def _front_matter(source: Checkpoint) -> Mapping[str, Any]:
     """The YAML between the first two ``---`` lines of a model's own card; empty where none can be read."""
-    path = source.folder / "README.md" if source.folder else Path()
     try:
+        path = small_file(source.folder, "README.md") if source.folder else None
+        if path is None:
+            return {}
         _, text, _ = path.read_text(encoding="utf-8").split("---\n", 2)
         front = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (CheckpointError, OSError, ValueError, yaml.YAMLError):
         return {}
     return front if isinstance(front, dict) else {}

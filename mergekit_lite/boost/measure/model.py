@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import PlanError, UsageError, nearest
 from mergekit_lite.output.beside import written_config
 from mergekit_lite.plan import Plan
@@ -176,7 +177,7 @@ def _add_generation_config(plan: Plan, model: Any) -> None:
     from transformers import GenerationConfig
 
     folder = plan.source.folder
-    if folder is not None and (folder / "generation_config.json").is_file():
+    if folder is not None and small_file(folder, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
