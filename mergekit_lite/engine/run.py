@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,15 @@ from mergekit_lite.engine.spans import BLOCK, GRAIN
 from mergekit_lite.engine.work import Progress, Work
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.output.beside import write_beside
-from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
+from mergekit_lite.output.workspace import (
+    Workspace,
+    check_target,
+    finish_publishing,
+    is_half_published,
+    manifest_path,
+    own_manifest,
+    tidy,
+)
 from mergekit_lite.plan import Plan
 
 OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")
@@ -72,11 +80,15 @@ def run(
     lanes, usual_block = lanes_and_block(place, threads, writing_workers())
     grains = -(-(block or usual_block) // GRAIN)
     check_outputs(plan, resume=resume, force=force)
-    finished = _finished(plan, resume)
+    if resume:
+        for output in plan.outputs:
+            finish_publishing(output)
+    finished = [resume and own_manifest(output, plan, v) is not None for v, output in enumerate(plan.outputs)]
+    _check_targets(plan, finished, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(finished) if not done]
-    for output, done in zip(plan.outputs, finished, strict=True):
-        if done:
-            tidy(output)
+    for v, output in enumerate(plan.outputs):
+        if finished[v]:
+            tidy(output, plan.digest(v))
     made: dict[int, Report] = {}
     with ExitStack() as stack:
         workspaces: dict[int, Workspace] = {}
@@ -94,7 +106,7 @@ def run(
             records = workspace.journal.records
             made[v] = report(plan, v, records)
             write_beside(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
-            workspace.publish()
+            workspace.publish(force=force)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
 
@@ -106,12 +118,23 @@ def plan_and_run(planned: Callable[..., Plan], *arguments: Any, **options: Any) 
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
-    """Raise UsageError where an output path would touch an input or something that exists."""
-    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    """Raise UsageError where an output path would touch an input or something that exists.
+
+    An output that its manifest calls the plan's own passes: reading all of it is left to ``run``.
+    """
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
-    for output, finished in zip(plan.outputs, _finished(plan, resume), strict=True):
-        if not finished:
+    likely = [
+        resume and (is_half_published(output) or own_manifest(output, plan, v) is not None)
+        for v, output in enumerate(plan.outputs)
+    ]
+    _check_targets(plan, likely, resume=resume, force=force)
+
+
+def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force: bool) -> None:
+    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    for output, done in zip(plan.outputs, finished, strict=True):
+        if not done:
             check_target(output, sources, resume=resume, force=force)
 
 
@@ -144,10 +167,6 @@ def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None 
     """
     lanes, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
     return threads or lanes, block
-
-
-def _finished(plan: Plan, resume: bool) -> list[bool]:
-    return [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
 
 
 def _check_inputs(plan: Plan) -> None:

@@ -83,6 +83,17 @@ class Journal:
         os.close(self._descriptor)
 
 
+def plan_of(path: Path) -> str | None:
+    """Return the digest of the plan that a journal belongs to; None where there is no journal that tells."""
+    try:
+        with path.open("rb") as file:
+            head = _parsed(file.readline())
+    except OSError:
+        return None
+    plan = head.get("plan") if isinstance(head, dict) else None
+    return plan if isinstance(plan, str) else None
+
+
 def _check_head(path: Path, found: object, head: dict[str, Any]) -> None:
     """Raise RunError where a journal's first line is not the one this run would write."""
     if not isinstance(found, dict) or found.get("plan") != head["plan"]:

@@ -4,8 +4,8 @@
     .NAME.partial/lock             held by the process that works here
     .NAME.partial/result/…         the files, complete only when every span is journalled
 
-Publishing is a rename of ``result`` (or of the one file in it): under the output's own name there is nothing, or all
-of it.
+Publishing is a rename of ``result`` (or of the one file in it, then of its manifest): under the output's own name there
+is nothing, or all of it. What stands there is replaced only with ``force``, whenever it came.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
-from mergekit_lite.output.journal import Journal, Record
+from mergekit_lite.output import renames
+from mergekit_lite.output.journal import Journal, Record, plan_of
 from mergekit_lite.output.layout import Layout, OutputFile, write_torch_skeleton
 from mergekit_lite.output.target import PAGE, Pace, Target
 from mergekit_lite.plan import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
+JOURNAL_NAME = "journal.jsonl"
 
 
 def is_single_file(output: Path) -> bool:
@@ -44,20 +48,16 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
 
 
-def is_finished(output: Path, plan: Plan, variant: int) -> bool:
-    """Whether the output exists already, made by this very plan after its inputs were last changed."""
+def own_manifest(output: Path, plan: Plan, variant: int) -> dict[str, Any] | None:
+    """Return an output's manifest if this very plan wrote it after its inputs were last changed, else None."""
     try:
         manifest = json.loads(manifest_path(output).read_bytes())
         made = manifest_path(output).stat().st_mtime_ns
     except (OSError, ValueError):
-        return False
+        return None
     newest = max((time for _, _, time in plan.sources), default=0)
-    return (
-        output.exists()
-        and made >= newest
-        and isinstance(manifest, dict)
-        and manifest.get("plan") == plan.digest(variant)
-    )
+    is_own = isinstance(manifest, dict) and manifest.get("plan") == plan.digest(variant) and made >= newest
+    return manifest if is_own and output.exists() else None
 
 
 def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
@@ -74,12 +74,12 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
         raise UsageError(f"{output}: is a folder, but its name ends like a file of weights. Choose another path.")
     if output.exists() and not is_single_file(output) and not output.is_dir():
         raise UsageError(f"{output}: is a file, not a folder. Choose another path.")
+    standing = next((path for path in (output, manifest_path(output)) if os.path.lexists(path)), None)
+    if standing is not None and not force:
+        what = "exists, and is not the result of this run" if resume else "exists"
+        raise UsageError(f"{standing}: {what}. --force replaces it.")
     if force or resume:
-        if output.exists() and not force:
-            raise UsageError(f"{output}: exists, and is not the result of this run. --force replaces it.")
         return
-    if output.exists():
-        raise UsageError(f"{output}: exists. --force replaces it.")
     if working_folder(output).exists():
         raise UsageError(
             f"{output}: an earlier run was not finished ({working_folder(output)}). "
@@ -87,17 +87,53 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
         )
 
 
-def tidy(output: Path) -> None:
-    """Remove the working folder of a published output, where a run was killed before it came to that."""
+def is_half_published(output: Path) -> bool:
+    """Whether a run was killed after it had published its file and before it published the manifest."""
+    result, manifest = working_folder(output) / "result", manifest_path(output)
+    if not is_single_file(output) or not (result / manifest.name).exists() or not output.exists():
+        return False
+    try:
+        # A published file is gone from the result, or has both names where it took a link and a removal.
+        return all(path.samefile(output) for path in result.iterdir() if path.name != manifest.name)
+    except OSError:  # another process is about to tidy up
+        return False
+
+
+def finish_publishing(output: Path) -> None:
+    """Give the manifest of a half published file its name. Raises RunError."""
+    manifest = manifest_path(output)
+    try:
+        with _locked(working_folder(output)) as is_ours:
+            if is_ours and is_half_published(output):
+                (working_folder(output) / "result" / manifest.name).replace(manifest)
+    except OSError as error:
+        raise RunError(_described(error, manifest)) from error
+
+
+def tidy(output: Path, digest: str) -> None:
+    """Remove the working folder of a published output, where a run of its plan was killed before it came to that."""
     folder = working_folder(output)
     result = folder / "result"
+    with _locked(folder) as is_ours:
+        if is_ours and (not result.exists() or not any(result.iterdir()) or plan_of(folder / JOURNAL_NAME) == digest):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a working folder; yield False where there is no such folder or another process has the lock."""
     try:
-        with (folder / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not result.exists() or not any(result.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # there is none, or somebody works there
+        lock = (folder / "lock").open("ab")  # made anew where a removal was cut short after it
+    except OSError:
+        yield False
         return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 class Workspace:
@@ -145,9 +181,9 @@ class Workspace:
     def _take(self, digest: str, sources: Sequence[tuple[str, int, int]], fresh: bool) -> None:
         if fresh:
             shutil.rmtree(self.result, ignore_errors=True)
-            (self.folder / "journal.jsonl").unlink(missing_ok=True)
+            (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
         self.result.mkdir(exist_ok=True)
-        self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
+        self.journal = Journal(self.folder / JOURNAL_NAME, digest, sources)
         self._targets = [self._open(file) for file in self.layout.files]
 
     def _open(self, file: OutputFile) -> Target:
@@ -197,23 +233,47 @@ class Workspace:
         try:
             self.journal.add(record)
         except OSError as error:
-            raise RunError(_described(error, self.folder / "journal.jsonl")) from error
+            raise RunError(_described(error, self.folder / JOURNAL_NAME)) from error
 
-    def publish(self) -> None:
-        """Give the finished result its name, and remove the working folder."""
-        replaced = self.folder / "replaced"
+    def publish(self, *, force: bool) -> None:
+        """Give the finished result its name, and remove the working folder.
+
+        Args:
+            force: replace what has the name.
+
+        Raises:
+            RunError: something has the name and may not be replaced, or the system refused; the result is kept.
+        """
         try:
             if is_single_file(self.output):
-                manifest = manifest_path(self.output)
-                (self.result / manifest.name).replace(manifest)
-                (self.result / self.layout.files[0].name).replace(self.output)  # named as the first variant's
+                self._publish_file(force)
+            elif force and os.path.lexists(self.output):
+                renames.replace_folder(self.result, self.output, self.folder / "replaced")
             else:
-                if self.output.exists():
-                    self.output.rename(replaced)
-                self.result.rename(self.output)
+                renames.rename(self.result, self.output)
+        except FileExistsError as error:
+            raise RunError(
+                f"{error.filename2}: appeared while this output was made, and was left as it is. The finished work is "
+                "kept: --resume --force puts it there, --resume does once the name is free."
+            ) from error
         except OSError as error:
             raise RunError(_described(error, self.output)) from error
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _publish_file(self, force: bool) -> None:
+        """Publish the file first: a manifest beside bytes of another run would vouch for them."""
+        manifest = manifest_path(self.output)
+        written, described = self.result / self.layout.files[0].name, self.result / manifest.name
+        if force:
+            written.replace(self.output)  # the result's is named as the first variant's
+            described.replace(manifest)
+            return
+        renames.rename(written, self.output)
+        try:
+            renames.rename(described, manifest)
+        except FileExistsError:
+            renames.rename(self.output, written)
+            raise
 
     def close(self) -> None:
         """Close the files and let go of the folder."""

@@ -31,7 +31,7 @@ from mergekit_lite.engine.spans import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.layout import Layout, OutputTensor, safetensors_layout
-from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
+from mergekit_lite.output.workspace import Workspace, check_target, finish_publishing, manifest_path, working_folder
 from mergekit_lite.vectors import peft_folder
 from mergekit_lite.vectors.encoders import Dense, Encoder, Part, Signs, Sketch, Sparse, Whole
 from mergekit_lite.vectors.lowrank import LowRank
@@ -160,9 +160,11 @@ def extract(
         problems += peft_folder.problems(pairs)
     if problems:
         raise PlanError(problems)
+    if resume:
+        finish_publishing(path)
     check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
     spill = working_folder(path) / "factors"
-    making = _Making(before, after, settings, threads or available_cores(), place, spill, resume, progress)
+    making = _Making(before, after, settings, threads or available_cores(), place, spill, resume, force, progress)
     try:
         with tuned_process():
             return making.run(path, pairs, notes)
@@ -190,6 +192,7 @@ class _Making:
     device: str
     spill: Path
     resume: bool
+    force: bool
     progress: Progress | None
 
     def __post_init__(self) -> None:
@@ -242,7 +245,7 @@ class _Making:
             ]
             made = Extracted(output, layout.nbytes, tuple(kept), len(pairs) - len(changed), tuple(notes))
             self._beside(workspace.result, made, changed, sketches)
-            workspace.publish()
+            workspace.publish(force=self.force)
         finally:
             workspace.close()
         return made
