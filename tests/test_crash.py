@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 
 from mergekit_lite.commands import main
 from mergekit_lite.output import renames, target
-from mergekit_lite.output.workspace import Workspace
+from mergekit_lite.output.workspace import Workspace, manifest_path
 from tests.models import State, read_folder, state, tree_bytes, tuned, write_folder
 from tests.processes import Ended, killed_at, run, started, wait_for_spans
 
@@ -103,6 +103,39 @@ def test_killed_before_each_change_of_the_disk_and_resumed(small: Path, output: 
     assert unfinished > 5 and published
 
 
+@pytest.mark.parametrize(("output", "first"), [("forced", 36), ("forced.safetensors", 24)])
+def test_killed_before_each_change_that_publishes_over_an_old_output(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, first: int
+) -> None:
+    """What stands is the old output or the new one, and no remedy calls the old one made."""
+    monkeypatch.chdir(small)
+    assert invoked(*PAIR, "--alpha", "0.9", "-o", output).exit_code == 0
+    assert not same_as_whole(small, output)
+    keep(small, output, tmp_path / "old")
+    unpublished = published = 0
+    for change in count(first):
+        killed = run(small, *PAIR, "-o", output, "--force", *SLOWLY, before=partial(killed_at, change))
+        if killed.returncode == 0:  # it makes no more changes than that
+            break
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        keep(small, output, tmp_path / "killed")
+        for remedy in (["--resume"], ["--resume", "--force"], ["--force"]):
+            ended = invoked(*PAIR, "-o", output, *remedy)
+            published += ended.exit_code == 0 and remedy == ["--resume"]
+            if ended.exit_code != 0:  # only --force replaces the old output, which is as it was
+                unpublished += 1
+                assert remedy == ["--resume"] and "--force replaces it" in ended.output
+                assert not same_as_whole(small, output) and invoked("verify", output).exit_code == 0
+                assert invoked(*PAIR, "-o", output, "--resume", "--force").exit_code == 0
+            assert same_as_whole(small, output)
+            assert invoked("verify", output).exit_code == 0
+            assert not (small / f".{output}.partial").exists()
+            put_back(small, output, tmp_path / "killed")
+        put_back(small, output, tmp_path / "old")
+    assert unpublished and published
+    remove(small, output)
+
+
 def invoked(*arguments: str) -> Result:
     """The command in this process."""
     return CliRunner().invoke(main, list(arguments))
@@ -111,6 +144,23 @@ def invoked(*arguments: str) -> Result:
 def paths_of(place: Path, output: str) -> list[Path]:
     """An output and what may be left beside it."""
     return [place / name for name in (output, f".{output}.partial", f"{output}.manifest.json")]
+
+
+def keep(place: Path, output: str, where: Path) -> None:
+    """Copy an output and what is left beside it, times and all."""
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir()
+    for path in paths_of(place, output):
+        if path.is_dir():
+            shutil.copytree(path, where / path.name)
+        elif path.exists():
+            shutil.copy2(path, where)
+
+
+def put_back(place: Path, output: str, where: Path) -> None:
+    """Undo all since ``keep``."""
+    remove(place, output)
+    shutil.copytree(where, place, dirs_exist_ok=True)
 
 
 def remove(place: Path, output: str) -> None:
@@ -131,6 +181,24 @@ def test_what_was_replaced_and_not_yet_removed_hinders_no_later_run(
         (small / f".{output}.partial" / "replaced" / "inner").mkdir(parents=True)
         assert invoked(*PAIR, "--seed", str(len(options)), "-o", output, *options).exit_code == 0
         assert not (small / f".{output}.partial").exists()
+    remove(small, output)
+
+
+@pytest.mark.parametrize("output", ["told", "told.safetensors"])
+def test_a_manifest_beside_other_bytes_makes_no_output_finished(
+    small: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """As a run could leave that was killed between its two renames; sizes and headers are the same."""
+    monkeypatch.chdir(small)
+    assert invoked(*PAIR, "-o", output).exit_code == 0
+    manifest = manifest_path(small / output)
+    described = manifest.read_bytes()
+    assert invoked(*PAIR, "--alpha", "0.9", "-o", output, "--force").exit_code == 0
+    manifest.write_bytes(described)
+    ended = invoked(*PAIR, "-o", output, "--resume")
+    assert ended.exit_code == 2 and "--force replaces it" in ended.output and not same_as_whole(small, output)
+    assert invoked(*PAIR, "-o", output, "--resume", "--force").exit_code == 0
+    assert same_as_whole(small, output)
     remove(small, output)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.deferred import torch
+from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.lane import CPU
 from mergekit_lite.engine.pool import available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
@@ -83,7 +84,7 @@ def run(
     if resume:
         for output in plan.outputs:
             finish_publishing(output)
-    finished = [resume and own_manifest(output, plan, v) is not None for v, output in enumerate(plan.outputs)]
+    finished = [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
     _check_targets(plan, finished, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(finished) if not done]
     for v, output in enumerate(plan.outputs):

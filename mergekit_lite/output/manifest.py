@@ -12,7 +12,7 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.output.layout import OutputFile
+from mergekit_lite.output.layout import Layout, OutputFile
 from mergekit_lite.output.workspace import MANIFEST_NAME, is_single_file
 from mergekit_lite.plan import Plan
 
@@ -54,7 +54,7 @@ def manifest_of(
             for source in plan.inputs
         ],
         "files": [
-            {"name": file.name, "size": file.size, "frame_xxh3_128": _frame_of(plan, folder, file)}
+            {"name": file.name, "size": file.size, "frame_xxh3_128": frame_of(plan.layout, folder / file.name, file)}
             for file in plan.layout.files
         ],
         "beside": {} if is_single_file(plan.outputs[variant]) else _beside(plan, folder),
@@ -108,11 +108,11 @@ def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
     return digest.hexdigest()
 
 
-def _frame_of(plan: Plan, folder: Path, file: OutputFile) -> str:
-    begins = [plan.layout.places[tensor.name][1] for tensor in file.tensors]
+def frame_of(layout: Layout, path: Path, file: OutputFile) -> str:
+    """Return the digest of what lies around the tensors of an output's file. Raises OSError."""
+    begins = [layout.places[tensor.name][1] for tensor in file.tensors]
     return frame_digest(
-        folder / file.name,
-        [(begin, begin + tensor.nbytes) for begin, tensor in zip(begins, file.tensors, strict=True)],
+        path, [(begin, begin + tensor.nbytes) for begin, tensor in zip(begins, file.tensors, strict=True)]
     )
 
 
