@@ -12,7 +12,7 @@ from typing import Any
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.pool import available_cores, writing_workers
+from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
@@ -86,7 +86,7 @@ def run(
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        Schedule(plan, workspaces, place, workers, grains * GRAIN, progress, processes).run()
+        Schedule(plan, workspaces, Workers(workers, place, grains * GRAIN, processes), progress).run()
         _check_inputs(plan)
         if not allow_nonfinite:
             _refuse_nonfinite(plan, workspaces)

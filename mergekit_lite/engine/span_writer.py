@@ -24,7 +24,7 @@ from mergekit_lite.planning import Plan
 
 
 class SpanWriter:
-    """Makes the spans of a plan.
+    """The maker of a plan's spans.
 
     Attributes:
         chunk: elements read and written at once.
@@ -39,7 +39,7 @@ class SpanWriter:
         self.share = observed_share(plan)
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
-        """Whether an earlier run wrote this span and its bytes are still what it wrote."""
+        """Return whether an earlier run wrote this span and its bytes are still what it wrote."""
         record = sink.record(span.index, span.begin)
         if record is None:
             return False
@@ -129,7 +129,7 @@ class SpanWriter:
         buffers.wait()
 
     def _look(self, span: Span, inputs: Sequence[memoryview], out: memoryview, made: _Made) -> None:
-        """Note which inputs aren't finite where a chunk of the output isn't; −1 where they all are."""
+        """Note which inputs aren't finite where a chunk of the output isn't; −1 where all inputs are."""
         if not all_finite(out, span.job.dtype):
             sources = [spec.dtype for spec in span.job.inputs[: len(inputs)]]
             made.bad |= {number for number, dtype in enumerate(sources) if not all_finite(inputs[number], dtype)} or {
@@ -148,10 +148,10 @@ class _Chunk:
 
 
 class _Made:
-    """What is known of a span of one variant when it is written: digest, observed sums, inputs that weren't finite."""
+    """What is known of a span of one output when it is written: digest, observed sums, inputs that weren't finite."""
 
     def __init__(self) -> None:
-        """Nothing made yet."""
+        """Begin with nothing."""
         self.digest = xxhash.xxh3_128()
         self.sums: list[float] = []
         self.bad: set[int] = set()
@@ -163,7 +163,7 @@ class _Made:
 
 
 def is_copied(span: Span) -> bool:
-    """Whether its bytes are those of the input."""
+    """Return whether a span's bytes are those of the input."""
     return not span.merged and span.job.inputs[0].dtype == span.job.dtype
 
 

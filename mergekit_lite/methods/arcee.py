@@ -25,7 +25,7 @@ from mergekit_lite.methods.statistics import largest
     source="mergekit",
 )
 def arcee_fusion(info: TensorInfo) -> Steps:
-    """The base with the model's elements where their change stands out.
+    """Give the base the model's elements where their change stands out.
 
     Args:
         info: the tensor; its rows are along the last axis.

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.sink import Records
@@ -42,7 +43,8 @@ class Recomputation:
         self.device = device
         self.jobs = sorted(jobs)
         self.records = Records()
-        self.work = Schedule(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
+        team = Workers(workers, device, block, processes)
+        self.work = Schedule(plan, {0: self.records}, team, progress, set(jobs))
         self.grouped = {index for (index, _), merge in self.work.merges.items() if merge.group is not None}
 
     @property
