@@ -37,9 +37,11 @@ def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals
         products: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …).
         straight: where sin² of the angle is not above this, the straight line.
     """
+    # cos θ = ⟨a, b⟩ / (|a|·|b|); a vector without length counts as orthogonal
     lengths = np.sqrt(products[0] * products[1])
     cosine = np.clip(np.where(lengths > 0, products[2] / np.where(lengths > 0, lengths, 1), 0), -1, 1)
     angle = np.arccos(cosine)
+    # the straight line where sin θ is too small to divide by; the 1 in its place divides nothing that is used
     line = 1 - cosine * cosine <= straight
     sine = np.where(line, 1, np.sin(angle))
     a = np.where(line, 1 - t, np.sin((1 - t) * angle) / sine)
@@ -163,33 +165,40 @@ def karcher(
     weights = np.array(shares(weight))
     products = yield from gram(from_base=False)
     lengths = np.sqrt(products.diagonal())
-    there = lengths > 0  # a zero tensor has no direction
-    if not there.any():
+    # the directions, of those inputs that have one: a zero tensor has none
+    directed = lengths > 0
+    if not directed.any():
         return lambda block, _: torch.zeros_like(block[0])
-    units = products[there][:, there] / np.outer(lengths[there], lengths[there])
-    mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
+    units = products[directed][:, directed] / np.outer(lengths[directed], lengths[directed])
+    mean = _karcher_mean(units, weights[directed] / weights[directed].sum(), max_iter, tol)
+    # the mean direction at the weighted mean length, as a combination of the inputs themselves
     coefficients = np.zeros_like(weights)
-    coefficients[there] = mean * (weights @ lengths) / lengths[there]
+    coefficients[directed] = mean * (weights @ lengths) / lengths[directed]
     return WeightedSum(tuple(coefficients.tolist()))
 
 
 def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
     """Return the mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
+    # begin at the normalised weighted sum; where that vanishes, at the first vector
     mean = weights
     if _length(mean, units) < tol:
         mean = np.zeros_like(weights)
         mean[0] = 1
     mean = mean / _length(mean, units)
     for _ in range(max_iter):
+        # each vector's angle to the mean
         cosines = np.clip(units @ mean, -1, 1)
         angles = np.arccos(cosines)
         sines = np.sin(angles)
-        # θ/sin θ is 1 at 0; opposite to the mean there is no tangent
+        # The tangent at the mean towards a vector u, as long as the angle: θ/sin θ·(u − cos θ·mean). θ/sin θ is 1 at 0;
+        # opposite to the mean there is no tangent.
         pulls = weights * np.where(sines > tol, angles / np.where(sines > tol, sines, 1), cosines > 0)
+        # the weighted mean of the tangents: zero at the mean on the sphere
         tangent = pulls - (pulls @ cosines) * mean
         step = _length(tangent, units)
         if step < tol:
             break
+        # go that far along the great circle, and undo what rounding does to the length
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
         mean = mean / _length(mean, units)
     return mean
@@ -228,14 +237,17 @@ def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> 
     median = weights
     spread = max(_length(point - median, products) for point in points)
     for _ in range(max_iter):
+        # each point that isn't hit pulls by its weight over its distance
         distances = np.array([_length(point - median, products) for point in points])
         away = distances > tol * spread
         pulls = np.where(away, weights / np.where(away, distances, 1), 0)
         if pulls.sum() == 0:
             break
+        # Weiszfeld's step: to the mean of the points so weighted
         target = pulls / pulls.sum()
         step = target - median
-        # a point that is hit holds on with its weight
+        # A point that is hit holds on with its weight: the step shrinks by that share of the others' pull, to nothing
+        # where the point is the median (Vardi & Zhang).
         force = _length(step, products) * pulls.sum()
         step = step * max(1 - weights[~away].sum() / force, 0) if force > 0 else step * 0
         median = median + step
