@@ -20,9 +20,9 @@ else:
         """A stand-in for the module of its name, which is imported when its first attribute is asked for."""
 
         def __getattr__(self, name: str) -> Any:
-            found = getattr(importlib.import_module(self.__name__), name)
-            setattr(self, name, found)  # from now on without this detour
-            return found
+            attribute = getattr(importlib.import_module(self.__name__), name)
+            setattr(self, name, attribute)  # from now on without this detour
+            return attribute
 
     np = _Deferred("numpy")
     torch = _Deferred("torch")

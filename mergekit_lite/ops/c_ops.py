@@ -88,14 +88,14 @@ SIGNATURES = {
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
     """Return the compiled functions; None where the package was installed without them."""
-    found = importlib.util.find_spec("mergekit_lite.ops._compiled")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("mergekit_lite.ops._compiled")
+    if spec is None or spec.origin is None:
         return None
-    loaded = ctypes.CDLL(found.origin)
+    library = ctypes.CDLL(spec.origin)
     for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return loaded
+    return library
 
 
 class COps:
@@ -159,7 +159,7 @@ def does(operation: Merge | Statistic, kind: TensorKind) -> bool:
 
 
 def _can_keep(masks: Masks, kind: TensorKind) -> bool:
-    """Return whether the masks can be told to C: one key serves the draws of so many elements, and no more."""
+    """Return whether C can keep to the masks: it draws by one key, which serves no more elements than that."""
     return kind.elements <= 2 * draws.WORDS or not any(isinstance(mask, op.ByChance | op.ByRank) for mask in masks)
 
 
