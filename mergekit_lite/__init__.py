@@ -25,6 +25,7 @@ from mergekit_lite._version import __version__ as __version__
 if TYPE_CHECKING:
     from mergekit_lite.boosting.boosting import Boosted as Boosted
     from mergekit_lite.boosting.boosting import boost as boost
+    from mergekit_lite.boosting.options import BoostOptions as BoostOptions
     from mergekit_lite.checkpoint import Checkpoint as Checkpoint
     from mergekit_lite.checkpoint import open_checkpoint as open_checkpoint
     from mergekit_lite.comparison.comparison import Comparison as Comparison
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from mergekit_lite.verification import verify as verify
 
 __all__ = [
+    "BoostOptions",
     "Boosted",
     "Checkpoint",
     "CheckpointError",
@@ -100,6 +102,7 @@ __all__ = [
 
 _NAMES = {  # by the module that has them
     "boosting.boosting": ("Boosted", "boost"),
+    "boosting.options": ("BoostOptions",),
     "checkpoint": ("Checkpoint", "open_checkpoint"),
     "comparison.comparison": ("Comparison", "compare"),
     "comparison.inspection": ("Inspection", "inspect"),
