@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_lite.commands import Group
 from mergekit_lite.commands.reporter import TerminalReporter
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 SKIPPING = ("sample", "pair")  # take --skip-missing
 
 
-@click.group(name="distill")
+@click.group(name="distill", cls=Group)
 def command() -> None:
     """Distill strong models into a small one by preferences: WRPO, FuseChat-3.0.
 
@@ -77,7 +78,10 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
 @stage("sample", ("--skip-missing",))
 @skip_missing_option
 def sample(recipe: Path, quiet: bool, skip_missing: bool) -> None:
-    """Ask the sources of RECIPE: prompts × sources × samples. Asks only for what is missing."""
+    """Ask the sources of RECIPE: prompts × sources × samples.
+
+    Asks only for what is missing.
+    """
     _carry_out("sample", _load(recipe), TerminalReporter(quiet=quiet), skip_missing=skip_missing)
 
 
@@ -90,7 +94,10 @@ def score(recipe: Path, quiet: bool) -> None:
 @stage("pair", ("--skip-missing",))
 @skip_missing_option
 def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
-    """Make SFT and preference rows of answers and scores, and count what became of every prompt."""
+    """Make SFT and preference rows of the answers.
+
+    Prints what became of every prompt.
+    """
     _carry_out("pair", _load(recipe), TerminalReporter(quiet=quiet), skip_missing=skip_missing)
 
 
@@ -102,7 +109,10 @@ def train(recipe: Path, quiet: bool) -> None:
 
 @stage("report")
 def report(recipe: Path, quiet: bool) -> None:
-    """Write the report: curves, scores before and after on held-out prompts, answers side by side."""
+    """Write the report.
+
+    It has curves, scores before and after on held-out prompts, and answers side by side.
+    """
     _carry_out("report", _load(recipe), TerminalReporter(quiet=quiet))
 
 
