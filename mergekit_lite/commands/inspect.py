@@ -56,11 +56,8 @@ def _show(screen: Screen, inspection: Inspection) -> None:
         "model": checkpoint.reference + (f" at {checkpoint.revision}" if checkpoint.revision else ""),
         "weights": f"{counted(inspection.parameters, 'parameter')} in {counted(len(checkpoint.tensors), 'tensor')}, "
         f"{size(inspection.nbytes)} in {counted(len(checkpoint.files), 'file')}",
-        "dtypes": ", ".join(
-            f"{dtype} {count / max(inspection.parameters, 1):.1%}" for dtype, count in inspection.dtypes.items()
-        ),
-        "layers": ", ".join(f"{length} of {stack or 'the model'}" for stack, length in inspection.stacks.items())
-        or "none",
+        "dtypes": ", ".join(f"{dtype} {count / parameters:.1%}" for dtype, count in inspection.dtypes.items()),
+        "layers": ", ".join(stacks) or "none",
         "head tied": inspection.tied,
         "quantised": inspection.quantised,
         **{key.replace("_", " "): json.dumps(value, ensure_ascii=False) for key, value in inspection.config.items()},

@@ -12,10 +12,10 @@ function a block's base is its first run, where there is one, and the models are
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Collection, Sequence
 from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lite.deferred import np, torch
@@ -82,10 +82,10 @@ SIGNATURES = {
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
     """The compiled functions; None where the package was installed without them."""
-    found = importlib.util.find_spec("mergekit_lite.ops._compiled")
-    if found is None or found.origin is None:
+    library = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
+    if not library.exists():
         return None
-    loaded = ctypes.CDLL(found.origin)
+    loaded = ctypes.CDLL(str(library))
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
