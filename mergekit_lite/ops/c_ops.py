@@ -11,12 +11,12 @@ function a block's base is its first run, where there is one, and the models are
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
 import operator
 from collections.abc import Collection, Sequence
 from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache, reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import draws
@@ -88,10 +88,10 @@ SIGNATURES = {
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
     """Return the compiled functions; None where the package was installed without them."""
-    spec = importlib.util.find_spec("mergekit_lite.ops._compiled")
-    if spec is None or spec.origin is None:
+    path = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
+    if not path.exists():
         return None
-    library = ctypes.CDLL(spec.origin)
+    library = ctypes.CDLL(str(path))
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
