@@ -32,7 +32,13 @@ from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.workspace import Workspace, check_target, finish_publishing, manifest_path, working_folder
+from mergekit_lite.output.workspace import (
+    OutputWorkspace,
+    check_target,
+    finish_publishing,
+    manifest_path,
+    working_folder,
+)
 from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
@@ -263,7 +269,7 @@ class _Extraction:
         layout, named = self._layout(output, changed, storage)
         sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
         this_run = f"{__version__} {self.settings} {self.before.reference} {self.after.reference}"
-        workspace = Workspace(output, layout, this_run, sources, fresh=not self.resume)
+        workspace = OutputWorkspace(output, layout, this_run, sources, fresh=not self.resume)
         numbers = {name: number for number, name in enumerate(changed)}
 
         def write(reader: Reader, pair: TensorPair) -> Record:
@@ -366,7 +372,7 @@ class _Extraction:
 
 
 def _write(
-    tensor: _ChangedTensor, number: int, reader: Reader, workspace: Workspace, named: Callable[[str, str], str]
+    tensor: _ChangedTensor, number: int, reader: Reader, workspace: OutputWorkspace, named: Callable[[str, str], str]
 ) -> Record:
     """Write the parts of a tensor, unless an earlier run did, and return the journal's record of them.
 
@@ -389,7 +395,7 @@ def _write(
     return Record(number, 0, (), digest, (lost,), ())
 
 
-def _digest(workspace: Workspace, tensor: str, nbytes: int) -> str:
+def _digest(workspace: OutputWorkspace, tensor: str, nbytes: int) -> str:
     """Return the digest of what an earlier run wrote of a tensor; empty where it is not complete."""
     digest = xxhash.xxh3_128()
     for start, count in cut(0, nbytes, CHUNK):
