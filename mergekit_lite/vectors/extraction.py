@@ -27,6 +27,7 @@ from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
@@ -44,9 +45,7 @@ from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
-Format = Literal["dense", "sparse", "lowrank", "sign", "lora"]
-FORMATS = get_args(Format)
-Progress = Callable[[int, int], None]
+VectorFormat = Literal["dense", "sparse", "lowrank", "sign", "lora"]
 T = TypeVar("T")
 
 
@@ -54,7 +53,7 @@ T = TypeVar("T")
 class ExtractSettings:
     """Options of an extraction; those that the format doesn't take are None."""
 
-    format: Format = "dense"
+    format: VectorFormat = "dense"
     density: float | None = None
     threshold: float | None = None
     rank: int | None = None
@@ -63,8 +62,8 @@ class ExtractSettings:
 
     def __post_init__(self) -> None:
         """Raise UsageError where an option is out of bounds, or the format doesn't take it."""
-        if self.format not in FORMATS:
-            raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(FORMATS)}.")
+        if self.format not in get_args(VectorFormat):
+            raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(get_args(VectorFormat))}.")
         takes = {"sparse": ("density", "threshold"), "lowrank": ("rank", "energy"), "lora": ("rank", "energy")}
         choices = takes.get(self.format, ())
         given = [name for name in ("density", "threshold", "rank", "energy") if getattr(self, name) is not None]
@@ -152,7 +151,7 @@ def extract_vector(
     tuned: str | Path,
     output: str | Path,
     *,
-    format: Format = "dense",
+    format: VectorFormat = "dense",
     density: float | None = None,
     threshold: float | None = None,
     rank: int | None = None,
