@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 
 from mergekit_lite.commands import main
 from mergekit_lite.output import file_writer, renames
-from mergekit_lite.output.workspace import Workspace, manifest_path
+from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from tests.models import State, read_folder, state, tree_bytes, tuned, write_folder
 from tests.processes import Ended, killed_at, run, started, wait_for_spans
 
@@ -252,19 +252,19 @@ def test_what_appears_under_the_name_of_an_output_is_left_alone(
     if system == "no links either":
         monkeypatch.setattr(Path, "hardlink_to", refused)
     monkeypatch.chdir(small)
-    publish = Workspace.publish
+    publish = OutputWorkspace.publish
     for remedy in ("free", "force"):
 
-        def publish_late(workspace: Workspace, *, force: bool) -> None:
+        def publish_late(workspace: OutputWorkspace, *, force: bool) -> None:
             intrude(small / name, kind)
             publish(workspace, force=force)
 
-        monkeypatch.setattr(Workspace, "publish", publish_late)
+        monkeypatch.setattr(OutputWorkspace, "publish", publish_late)
         ended = invoked(*PAIR, "-o", output)
         assert ended.exit_code == 1 and name in ended.output and "--resume --force" in ended.output
         assert is_as_it_was(small / name, kind)
         assert name == output or not (small / output).exists()
-        monkeypatch.setattr(Workspace, "publish", publish)
+        monkeypatch.setattr(OutputWorkspace, "publish", publish)
         if remedy == "free" or (output, kind) in NEVER_REPLACED:
             renames.remove(small / name)
             ended = invoked(*PAIR, "-o", output, "--resume")

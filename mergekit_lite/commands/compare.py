@@ -14,7 +14,7 @@ from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.comparison.comparison import Comparison, Figures
+    from mergekit_lite.comparison.comparison import Comparison, DeltaFigures
 
 SHOWN = 10
 WRITABLE = click.Path(dir_okay=False, path_type=Path)
@@ -181,7 +181,7 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     return [*tables, table(("rounded to", ">alpha", *(f">{name}" for name in letters)), alphas)]
 
 
-def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
+def _units(title: str, letters: list[str], units: list[tuple[str, DeltaFigures]]) -> Any:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.suggestions import figure, percent
 

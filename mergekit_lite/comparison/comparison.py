@@ -15,8 +15,9 @@ import numpy as np
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.comparison.deltas import CompareSettings, DeltaMeasurement, DeltaSums, TensorComparison, shares
 from mergekit_lite.comparison.shared_tensors import Unmatched, shared_tensors
-from mergekit_lite.comparison.survey import FloatArray, Progress, survey
+from mergekit_lite.comparison.survey import FloatArray, survey
 from mergekit_lite.dtypes import float_named
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
@@ -29,7 +30,7 @@ PairValues = tuple[ModelValues, ...]  # one figure for each two models, or anoth
 
 
 @dataclass(frozen=True)
-class Figures:
+class DeltaFigures:
     """Figures of a tensor, a layer or a whole model. None stands for a figure without meaning (0 / 0).
 
     Attributes:
@@ -101,12 +102,12 @@ class Comparison:
         return sorted(self.tensors, key=lambda compared: -float(compared.sums["mean_squares"].max()))
 
     @cached_property
-    def overall(self) -> Figures:
+    def overall(self) -> DeltaFigures:
         """Figures of all tensors together. VaRM's coefficients are those of its granularity ``model``."""
         return self._joint_figures(self.tensors, "products")
 
     @cached_property
-    def layers(self) -> dict[str, Figures]:
+    def layers(self) -> dict[str, DeltaFigures]:
         """Figures of each layer, and of the tensors outside them, by name.
 
         VaRM's coefficients are those of its granularity ``layer``.
@@ -119,16 +120,16 @@ class Comparison:
             for name, members in sorted(layers.items(), key=_by_layer)
         }
 
-    def figures(self, compared: TensorComparison) -> Figures:
+    def figures(self, compared: TensorComparison) -> DeltaFigures:
         """Return the figures of one tensor."""
         return self._figures([compared], compared.sums, "products")
 
-    def _joint_figures(self, tensors: Sequence[TensorComparison], varm_from: str) -> Figures:
+    def _joint_figures(self, tensors: Sequence[TensorComparison], varm_from: str) -> DeltaFigures:
         """Return the figures of several tensors, without those that aren't finite if others are."""
         counted = [compared for compared in tensors if compared.sums.finite] or tensors
         return self._figures(counted, reduce(add, (compared.sums for compared in counted)), varm_from)
 
-    def _figures(self, tensors: Sequence[TensorComparison], sums: DeltaSums, varm_from: str) -> Figures:
+    def _figures(self, tensors: Sequence[TensorComparison], sums: DeltaSums, varm_from: str) -> DeltaFigures:
         """Return the figures of some tensors.
 
         Args:
@@ -142,7 +143,7 @@ class Comparison:
         mask_sizes = np.diag(sums["in_masks"])
         sce = np.array([compared.sce for compared in tensors])
         ranks = [compared.stable_rank for compared in tensors if compared.stable_rank]
-        return Figures(
+        return DeltaFigures(
             elements=elements,
             norm=_or_none(norms),
             rms=_or_none(norms / math.sqrt(elements)),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from mergekit_lite.comparison.comparison import Comparison, Figures, layer_name, letter, looks_like
+from mergekit_lite.comparison.comparison import Comparison, DeltaFigures, layer_name, letter, looks_like
 from mergekit_lite.comparison.deltas import SMALLEST_EXPONENT
 from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, how, suggestions
 
@@ -75,7 +75,7 @@ def write_csv(comparison: Comparison, file: TextIO) -> None:
             writer.writerow([_harmless(cell) for cell in row])
 
 
-def _units(comparison: Comparison) -> Iterator[tuple[str, str, str, str, Figures]]:
+def _units(comparison: Comparison) -> Iterator[tuple[str, str, str, str, DeltaFigures]]:
     """Yield the kind, name, layer and module of each unit, and its figures."""
     yield "all", "", "", "", comparison.overall
     for name, figures in comparison.layers.items():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from mergekit_lite.comparison import plots
-from mergekit_lite.comparison.comparison import Comparison, Figures, letter, looks_like
+from mergekit_lite.comparison.comparison import Comparison, DeltaFigures, letter, looks_like
 from mergekit_lite.comparison.deltas import TensorComparison
 from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, figure, how, percent, suggestions
 from mergekit_lite.errors import counted
@@ -85,20 +85,20 @@ def _unit_heads(letters: Sequence[str]) -> list[str]:
     return [*each, *pairs, "signs split"]
 
 
-def _unit_cells(figures: Figures) -> list[Text]:
+def _unit_cells(figures: DeltaFigures) -> list[Text]:
     cells = [_small(rms) for rms in figures.rms] + [_share(changed) for changed in figures.changed]
     cells += [_plain(varm) for varm in figures.varm]
     cells += [_plain(figures.cosine[i][j]) for i, j in combinations(range(len(figures.rms)), 2)]
     return [*cells, _share(figures.split)]
 
 
-def _model_cells(figures: Figures, number: int) -> list[Text]:
+def _model_cells(figures: DeltaFigures, number: int) -> list[Text]:
     sizes = [_small(figures.rms[number]), _plain(figures.norm[number], 4), _share(figures.changed[number])]
     weights = [_plain(figures.varm[number], 3), _plain(figures.sce[number], 3), _plain(figures.stable_rank[number], 1)]
     return [*sizes, *weights, looks_like(figures.rms[number])]
 
 
-def _pair_cells(figures: Figures, i: int, j: int) -> list[Text]:
+def _pair_cells(figures: DeltaFigures, i: int, j: int) -> list[Text]:
     squares = (figures.both, figures.agree, figures.conflict, figures.overlap)
     return [_plain(figures.cosine[i][j], 3), *(_share(square[i][j]) for square in squares)]
 

@@ -8,7 +8,7 @@ than a sum, is a grid of evenly spaced rows and columns. Of a tensor no larger t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from mergekit_lite.comparison.shared_tensors import SharedTensor
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods.tensor_merge import SECTION, STATISTICS_BLOCK
 
@@ -36,7 +37,6 @@ Sums = Mapping[str, FloatArray]  # by name; each additive over blocks, but for L
 ElementRange = tuple[int, int]  # first element, and the one after the last
 Measured = TypeVar("Measured")
 Measured_co = TypeVar("Measured_co", covariant=True)
-Progress = Callable[[int, int], None]
 
 
 class Measurement(Protocol[Measured_co]):

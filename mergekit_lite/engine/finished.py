@@ -1,4 +1,4 @@
-"""Whether an output is made already: known by its bytes, which a manifest only describes."""
+"""Recognition of an output that is finished: by its bytes, as a manifest only describes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mergekit_lite.planning import Job, Plan
 
 
 def is_finished(output: Path, plan: Plan, variant: int) -> bool:
-    """Whether this very plan made the weights that stand under an output's name; every byte of them is read."""
+    """Return True where this very plan made the weights under an output's name; every byte of them is read."""
     manifest = own_manifest(output, plan, variant)
     if manifest is None:
         return False
@@ -40,7 +40,7 @@ def is_finished(output: Path, plan: Plan, variant: int) -> bool:
 
 
 def _digest(content: IO[bytes], job: Job) -> str:
-    """Return the digest of a job's tensor, as manifests hold it; the file stands at its begin."""
+    """Return the digest of a job's tensor, as manifests hold it; the file is positioned at its first byte."""
     spans: list[str] = []
     for begin, end in bounds(job.numel, job.merged):
         digest = xxhash.xxh3_128()

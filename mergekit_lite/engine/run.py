@@ -21,7 +21,7 @@ from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.options import named_options
 from mergekit_lite.output.companions import write_companions
 from mergekit_lite.output.workspace import (
-    Workspace,
+    OutputWorkspace,
     check_target,
     finish_publishing,
     is_half_published,
@@ -106,9 +106,9 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
             tidy(output, plan.digest(v))
     made: dict[int, Report] = {}
     with ExitStack() as stack:
-        workspaces: dict[int, Workspace] = {}
+        workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            workspaces[v] = Workspace(
+            workspaces[v] = OutputWorkspace(
                 plan.outputs[v], plan.layout, plan.digest(v), plan.sources, fresh=force and not resume
             )
             stack.callback(workspaces[v].close)
@@ -184,7 +184,7 @@ def _check_inputs(plan: Plan) -> None:
         checkpoint.check_unchanged()
 
 
-def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, Workspace]) -> None:
+def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, OutputWorkspace]) -> None:
     found: dict[str, None] = {}
     for workspace in workspaces.values():
         for record in workspace.journal.records.values():

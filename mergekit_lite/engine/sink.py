@@ -8,7 +8,7 @@ from mergekit_lite.output.journal import Record
 
 
 class Sink(Protocol):
-    """Where the bytes of one output go: a ``Workspace``, or what only looks at them."""
+    """Where the bytes of one output go: an ``OutputWorkspace``, or what only looks at them."""
 
     def record(self, job: int, begin: int) -> Record | None:
         """Return what is known of a span that was written earlier."""

@@ -1,7 +1,7 @@
-"""Renames that leave alone what has the new name already, or let it change places with what gets the name.
+"""Renames that never overwrite: they fail where the new name is taken, or exchange the two.
 
-Linux does either in one step (renameat2, since 3.15, on most file systems). Where it can't, a file gets its second name
-by a hard link, which is refused where the name is taken; for a folder the name is looked at right before.
+Linux does either in one step (renameat2, since 3.15, on most file systems). Elsewhere a file gets its second name by a
+hard link, which fails where the name is taken; for a folder the name is checked right before the rename.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file or folder. Raises OSError; FileExistsError where anything has the new name."""
+    """Rename a file or folder. Raises OSError; FileExistsError where the new name is taken."""
     try:
         renameat2(source, target, NO_REPLACE)
     except OSError as error:
@@ -28,7 +28,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def replace_folder(folder: Path, target: Path, aside: Path) -> None:
-    """Give a folder the name of what is replaced, and that the name ``aside``. Raises OSError."""
+    """Rename ``target`` to ``aside`` and ``folder`` to ``target``. Raises OSError."""
     remove(aside)
     try:
         renameat2(folder, target, EXCHANGE)
@@ -42,7 +42,7 @@ def replace_folder(folder: Path, target: Path, aside: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all in it, a file or a link, if there is one. Raises OSError."""
+    """Remove a folder with its content, a file or a link; do nothing where the path doesn't exist. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

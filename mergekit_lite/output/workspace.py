@@ -5,7 +5,7 @@
     .NAME.partial/result/…         the files, complete only when every span is journalled
 
 Publishing is a rename of ``result`` (or of the one file in it, then of its manifest): under the output's own name there
-is nothing, or all of it. What stands there is replaced only with ``force``, whenever it came.
+is nothing, or all of it. What has that name is replaced only with ``force``, even if it appeared during the run.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
 
 
 def is_half_published(output: Path) -> bool:
-    """Whether a run was killed after it had published its file and before it published the manifest."""
+    """Return True where a run was killed between publishing its file and publishing the manifest."""
     result, manifest = working_folder(output) / "result", manifest_path(output)
     if not is_single_file(output) or not (result / manifest.name).exists() or not output.exists():
         return False
@@ -105,7 +105,7 @@ def finish_publishing(output: Path) -> None:
 
 
 def tidy(output: Path, digest: str) -> None:
-    """Remove the working folder of a published output, where a run of its plan was killed before it came to that."""
+    """Remove the working folder of a published output, where a run of its plan was killed before it did so."""
     folder = working_folder(output)
     result = folder / "result"
     with _locked(folder) as is_ours:
@@ -130,7 +130,7 @@ def _locked(folder: Path) -> Iterator[bool]:
             yield True
 
 
-class Workspace:
+class OutputWorkspace:
     """Files of one output while they are made. Writes go to their final offsets, from any thread."""
 
     def __init__(

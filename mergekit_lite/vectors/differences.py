@@ -60,7 +60,7 @@ class TensorDifference:
             count = min(READ_ELEMENTS, self.pair.tuned.numel - start)
             blocks = []
             for spec in (self.pair.base, self.pair.tuned):
-                values = read(self.reader, spec, start, count).double()
+                values = spec.elements(self.reader, start, count).double()
                 if not bool(torch.isfinite(values).all()):
                     raise NonFiniteError(f"NaN or infinity in {spec.name} ({spec.file}): it has no difference.")
                 blocks.append(values)
@@ -80,15 +80,10 @@ class TensorDifference:
         numel = self.pair.tuned.numel
         for start in range(0, numel, READ_ELEMENTS):
             count = min(READ_ELEMENTS, numel - start)
-            before, after = (read(self.reader, spec, start, count) for spec in (self.pair.base, self.pair.tuned))
+            before, after = (spec.elements(self.reader, start, count) for spec in (self.pair.base, self.pair.tuned))
             if not torch.equal(bits(before), bits(after)):
                 return False
         return True
-
-
-def read(reader: Reader, spec: TensorSpec, start: int, count: int) -> torch.Tensor:
-    """Read ``count`` elements of a tensor from ``start`` on: 1-D, of its dtype."""
-    return spec.elements(reader, start, count)
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals, answer
 from mergekit_lite.methods.statistics import largest
 from mergekit_lite.methods.tensor_merge import joined
 from mergekit_lite.ops.torch_ops import figures_of
-from mergekit_lite.vectors.differences import READ_ELEMENTS, TensorDifference, bits, read
+from mergekit_lite.vectors.differences import READ_ELEMENTS, TensorDifference, bits
 
 WritePart = Callable[[str, int, torch.Tensor], None]  # (part, index of the first element, values)
 
@@ -71,7 +71,8 @@ class WholeEncoder:
         """Copy the tensor."""
         tuned = difference.pair.tuned
         for start in range(0, tuned.numel, READ_ELEMENTS):
-            write_part("whole", start, read(difference.reader, tuned, start, min(READ_ELEMENTS, tuned.numel - start)))
+            count = min(READ_ELEMENTS, tuned.numel - start)
+            write_part("whole", start, tuned.elements(difference.reader, start, count))
         return 0.0
 
 

@@ -27,20 +27,25 @@ from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.run import chosen_device
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.workspace import Workspace, check_target, finish_publishing, manifest_path, working_folder
+from mergekit_lite.output.workspace import (
+    OutputWorkspace,
+    check_target,
+    finish_publishing,
+    manifest_path,
+    working_folder,
+)
 from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
-Format = Literal["dense", "sparse", "lowrank", "sign", "lora"]
-FORMATS = get_args(Format)
-Progress = Callable[[int, int], None]
+VectorFormat = Literal["dense", "sparse", "lowrank", "sign", "lora"]
 T = TypeVar("T")
 
 
@@ -48,7 +53,7 @@ T = TypeVar("T")
 class ExtractSettings:
     """Options of an extraction; those that the format doesn't take are None."""
 
-    format: Format = "dense"
+    format: VectorFormat = "dense"
     density: float | None = None
     threshold: float | None = None
     rank: int | None = None
@@ -57,8 +62,8 @@ class ExtractSettings:
 
     def __post_init__(self) -> None:
         """Raise UsageError where an option is out of bounds, or the format doesn't take it."""
-        if self.format not in FORMATS:
-            raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(FORMATS)}.")
+        if self.format not in get_args(VectorFormat):
+            raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(get_args(VectorFormat))}.")
         takes = {"sparse": ("density", "threshold"), "lowrank": ("rank", "energy"), "lora": ("rank", "energy")}
         choices = takes.get(self.format, ())
         given = [name for name in ("density", "threshold", "rank", "energy") if getattr(self, name) is not None]
@@ -146,7 +151,7 @@ def extract_vector(
     tuned: str | Path,
     output: str | Path,
     *,
-    format: Format = "dense",
+    format: VectorFormat = "dense",
     density: float | None = None,
     threshold: float | None = None,
     rank: int | None = None,
@@ -263,7 +268,7 @@ class _Extraction:
         layout, named = self._layout(output, changed, storage)
         sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
         this_run = f"{__version__} {self.settings} {self.before.reference} {self.after.reference}"
-        workspace = Workspace(output, layout, this_run, sources, fresh=not self.resume)
+        workspace = OutputWorkspace(output, layout, this_run, sources, fresh=not self.resume)
         numbers = {name: number for number, name in enumerate(changed)}
 
         def write(reader: Reader, pair: TensorPair) -> Record:
@@ -366,7 +371,7 @@ class _Extraction:
 
 
 def _write(
-    tensor: _ChangedTensor, number: int, reader: Reader, workspace: Workspace, named: Callable[[str, str], str]
+    tensor: _ChangedTensor, number: int, reader: Reader, workspace: OutputWorkspace, named: Callable[[str, str], str]
 ) -> Record:
     """Write the parts of a tensor, unless an earlier run did, and return the journal's record of them.
 
@@ -389,7 +394,7 @@ def _write(
     return Record(number, 0, (), digest, (lost,), ())
 
 
-def _digest(workspace: Workspace, tensor: str, nbytes: int) -> str:
+def _digest(workspace: OutputWorkspace, tensor: str, nbytes: int) -> str:
     """Return the digest of what an earlier run wrote of a tensor; empty where it is not complete."""
     digest = xxhash.xxh3_128()
     for start, count in cut(0, nbytes, CHUNK):

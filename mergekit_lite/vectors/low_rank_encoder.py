@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from mergekit_lite import draws
-from mergekit_lite.vectors.differences import READ_ELEMENTS, TensorDifference, read
+from mergekit_lite.vectors.differences import READ_ELEMENTS, TensorDifference
 from mergekit_lite.vectors.encoders import StoragePlan, StoredPart, WritePart
 
 OVERSAMPLING, ITERATIONS = 10, 2
@@ -153,8 +153,8 @@ def row_blocks(difference: TensorDifference, device: str) -> Iterator[tuple[int,
     height = max(1, READ_ELEMENTS // max(1, columns))
     for row in range(0, rows, height):
         start, count = row * columns, min(height, rows - row) * columns
-        tuned = read(difference.reader, pair.tuned, start, count).to(device).double()
-        base = read(difference.reader, pair.base, start, count).to(device).double()
+        tuned = pair.tuned.elements(difference.reader, start, count).to(device).double()
+        base = pair.base.elements(difference.reader, start, count).to(device).double()
         yield row, tuned.sub_(base).float().view(-1, columns)
 
 

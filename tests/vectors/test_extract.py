@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import CheckpointError, NonFiniteError, PlanError, RunError, UsageError
-from mergekit_lite.output.workspace import Workspace
+from mergekit_lite.output.workspace import OutputWorkspace
 from mergekit_lite.vectors.application import apply_vectors
 from mergekit_lite.vectors.encoders import split
 from mergekit_lite.vectors.extraction import ExtractSettings, extract_vector
@@ -249,7 +249,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(how: ExtractSettings, damaged: 
         [file] = (work / "result").glob("*.safetensors")
         content = file.read_bytes()
         file.write_bytes(content[:8] + content[8:].translate(bytes(255 - byte for byte in range(256))))
-    with mock.patch.object(Workspace, "write", autospec=True, side_effect=Workspace.write) as writes:
+    with mock.patch.object(OutputWorkspace, "write", autospec=True, side_effect=OutputWorkspace.write) as writes:
         made = extract_vector("base", "math", names[1], **vars(how), resume=True)
     written = {call.args[1] for call in writes.call_args_list}
     again = [kept.name for kept in made.tensors if any(kept.name.removesuffix(".weight") in name for name in written)]
