@@ -10,19 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite._version import __version__
-from mergekit_lite.planning import (
-    Plan,  # at once: the function takes the name of its module
-    plan,
-)
+from mergekit_lite.planning import Plan, make_plan
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
     from mergekit_lite.engine.run import Finished, run
     from mergekit_lite.errors import MergekitLiteError
     from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
-    from mergekit_lite.merging import merge, plan_merge_file
+    from mergekit_lite.merging import merge, plan_merge
     from mergekit_lite.methods import merge_tensors
-    from mergekit_lite.recipe import Recipe, Setting
+    from mergekit_lite.recipe import Recipe
     from mergekit_lite.verification import Verdict, verify
 
 _HOMES = {
@@ -30,13 +27,13 @@ _HOMES = {
     "engine.run": ("Finished", "run"),
     "errors": ("MergekitLiteError",),
     "extrapolation": ("extrapolate", "plan_extrapolation"),
-    "merging": ("merge", "plan_merge_file"),
+    "merging": ("merge", "plan_merge"),
     "methods": ("merge_tensors",),
-    "recipe": ("Recipe", "Setting"),
+    "recipe": ("Recipe",),
     "verification": ("Verdict", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = ["Plan", "__version__", "plan", *_HOME_OF]
+__all__ = ["Plan", "__version__", "make_plan", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError
-from mergekit_lite.planning import Plan, plan
-from mergekit_lite.recipe import Recipe, Setting
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import Recipe, Slice, Source
+from mergekit_lite.recipe.rules import REGEX, Filter, Rule
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint import Checkpoint
@@ -36,23 +38,24 @@ def plan_extrapolation(
 
     ``opened`` are models that are open already, by reference.
     """
-    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
+    alphas = [_number(value) for value in (alpha if isinstance(alpha, Sequence) else [alpha])]
     if not alphas:
         raise UsageError("No alpha was given.")
-    rules = tuple((alpha_for or {}).items())
+    rules = tuple(Rule((_number(value),), _regex(pattern)) for pattern, value in (alpha_for or {}).items())
     recipe = Recipe(
-        merge_method="expo",
-        models=(str(aligned), str(sft)),
-        variants=tuple({"alpha": Setting(value, rules)} for value in alphas),
-        include=tuple(include),
-        exclude=tuple(exclude),
+        "expo",
+        (Slice((Source(str(aligned)), Source(str(sft))), base=1),),
+        base_model=str(sft),
+        outputs=tuple({"alpha": (*rules, Rule((value,)))} for value in alphas),
+        include=tuple(map(_regex, include)),
+        exclude=tuple(map(_regex, exclude)),
         out_dtype=dtypes.float_named(out_dtype) if out_dtype else None,
         rounding=rounding,
         seed=seed,
         new_rows=new_rows,
-        shard_size=shard_size,
     )
-    return plan(recipe, named_outputs(str(output), alphas), opened=opened)
+    paths = named_outputs(str(output), alphas)
+    return make_plan(recipe, paths, shard_size=shard_size, opened=opened, strict=True)
 
 
 def extrapolate(
@@ -75,7 +78,7 @@ def extrapolate(
         The outputs' paths, and for each a report with the effective alpha.
 
     Raises:
-        MergekitLiteError: one of its kinds, as ``plan`` and ``run`` say.
+        MergekitLiteError: one of its kinds, as ``make_plan`` and ``run`` say.
     """
     from mergekit_lite.engine.run import plan_and_run
 
@@ -83,7 +86,7 @@ def extrapolate(
 
 
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
-    """The path of each alpha's output. Raises UsageError where several would have the same."""
+    """Return the path of each alpha's output. Raises UsageError where several would have the same."""
     if len(set(alphas)) < len(alphas):
         raise UsageError("The same alpha was given twice.")
     if len(alphas) > 1 and "{alpha}" not in output:
@@ -91,3 +94,14 @@ def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
             f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}."
         )
     return [Path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]
+
+
+def _regex(pattern: str) -> Filter:
+    return Filter(REGEX + pattern)
+
+
+def _number(value: float) -> float:
+    """Return an alpha as a float. Raises UsageError where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"alpha expects finite numbers, got {value!r}.")
+    return float(value)

@@ -97,9 +97,9 @@ def test_torch_is_imported_where_there_is_no_kernel(
     has_base = method not in ("linear", "karcher")
     (tmp_path / "recipe.yml").write_text(json.dumps(recipe | {"base_model": str(folders[0])} if has_base else recipe))
     code = (
-        "import sys; from mergekit_lite.merging import plan_merge_file; from mergekit_lite.engine.run import run\n"
+        "import sys; from mergekit_lite.merging import plan_merge; from mergekit_lite.engine.run import run\n"
         "from mergekit_lite.engine.memory import WITH_TORCH, memory_estimate\n"
-        f"plan = plan_merge_file({str(tmp_path / 'recipe.yml')!r}, {str(tmp_path / 'out')!r})\n"
+        f"plan = plan_merge({str(tmp_path / 'recipe.yml')!r}, {str(tmp_path / 'out')!r})\n"
         f"assert (memory_estimate(plan, 1) > WITH_TORCH) is {by_torch}\n"
         "assert run(plan).outputs\n"
         f"assert ('torch' in sys.modules) is {by_torch} and 'transformers' not in sys.modules"
@@ -157,7 +157,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pair: Path) -> None:
         "x0.1",
         "x0.3",
         "expo alpha 0.1 | alpha 0.3",
-        "copy (not selected)",
+        "copy (excluded)",
         "bfloat16",
         "of memory",
     ):

@@ -88,7 +88,7 @@ def test_every_method_streams_to_what_it_gives_in_memory(
     assert all(same_bytes(got[tensor], again[tensor]) for tensor in got)
     base = read_folder(place / "base") if method.base == "required" else None
     models = [read_folder(place / f"m{number + 1}") for number in range(count)]
-    plan = mergekit_lite.plan_merge_file(tmp_path / "one.yml", tmp_path / "unused")
+    plan = mergekit_lite.plan_merge(tmp_path / "one.yml", tmp_path / "unused")
     order = [job.name for job in plan.jobs]
     states = [{tensor: state[tensor] for tensor in order} for state in ([base] if base else []) + models]
     expected = mergekit_lite.methods.merge_states(

@@ -118,7 +118,7 @@ def test_include_exclude_and_alpha_for(tmp_path: Path) -> None:
     alphas = {job.name: job.parameters[0]["alpha"] for job in plan.merged}
     assert set(alphas) == {name for name in sft if "layers." in name and "layernorm" not in name}
     assert all(alpha == (0.1 if "layers.0." in name else 0.9) for name, alpha in alphas.items())
-    assert {job.why for job in plan.copied} == {"not selected"}
+    assert {job.why for job in plan.copied} == {"not included", "excluded"}
 
 
 @pytest.mark.parametrize("options", [{"include": ["("]}, {"alpha_for": {"[": 1.0}}, {"out_dtype": "int8"}])

@@ -9,7 +9,7 @@ import torch
 
 import mergekit_lite
 from mergekit_lite.planning.planner import method_parameters
-from mergekit_lite.recipe import MergeRecipe, parse, text_of
+from mergekit_lite.recipe import Recipe, parse, text_of
 from tests.models import State, read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def llama(layers: int) -> State:
     return made
 
 
-def layers_of(recipe: MergeRecipe) -> int:
+def layers_of(recipe: Recipe) -> int:
     """How deep the models have to be."""
     ends = [source.layers[1] for part in recipe.slices for source in part.sources if source.layers]
     return max([LAYERS, *ends])
@@ -51,7 +51,7 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         tensors = base if model == recipe.base_model else tuned(base, number + 1)
         write_folder(tmp_path / model.partition("@")[0], tensors, config=config)
     monkeypatch.chdir(tmp_path)
-    plan = mergekit_lite.plan_merge_file(file, "out")
+    plan = mergekit_lite.plan_merge(file, "out")
     assert plan.notes == ()
     assert not plan.left_out or len(recipe.slices) > 1 or recipe.exclude
     mergekit_lite.merge(file, "out")

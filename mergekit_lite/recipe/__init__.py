@@ -1,15 +1,14 @@
 """Recipes: what the user wants, as data."""
 
 from mergekit_lite.recipe.layers import Output, Outputs, outputs
-from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
-from mergekit_lite.recipe.recipe import Recipe, Setting
+from mergekit_lite.recipe.recipe import Override, Recipe, Slice, Source
 from mergekit_lite.recipe.resolve import Numbers, Resolved, resolve
 from mergekit_lite.recipe.schema import parse
+from mergekit_lite.recipe.writing import as_data, to_yaml
 from mergekit_lite.yaml_document import RecipeError, text_of
 
 __all__ = [
-    "MergeRecipe",
     "MethodParameters",
     "Numbers",
     "Output",
@@ -19,11 +18,12 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Resolved",
-    "Setting",
     "Slice",
     "Source",
+    "as_data",
     "outputs",
     "parse",
     "resolve",
     "text_of",
+    "to_yaml",
 ]

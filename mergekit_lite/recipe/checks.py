@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mergekit_lite.recipe.merge import MergeRecipe, Slice
 from mergekit_lite.recipe.parameters import MethodParameters
+from mergekit_lite.recipe.recipe import Recipe, Slice
 from mergekit_lite.recipe.rules import Parameters
 from mergekit_lite.yaml_document import Mark, Remark
 
 Methods = Mapping[str, MethodParameters]
 
 
-def miscounted(recipe: MergeRecipe, methods: Methods) -> Iterator[Remark]:
+def miscounted(recipe: Recipe, methods: Methods) -> Iterator[Remark]:
     """Slices with too few or too many models for their methods, without a base, or with ranges that differ."""
     for part in (part for part in recipe.slices if part.sources):
         where = _in_slice(recipe, part)
@@ -22,21 +22,11 @@ def miscounted(recipe: MergeRecipe, methods: Methods) -> Iterator[Remark]:
                 yield Remark(at, f"{name} needs a base_model{where}")
             elif not methods[name].counts(number):
                 yield Remark(at, f"{name} merges {methods[name].expected}, got {number}{where}")
-        problem = uneven(part)
-        if problem is not None:
-            yield Remark(part.at, problem)
+        if part.uneven:
+            yield Remark(part.at, part.uneven)
 
 
-def uneven(part: Slice) -> str | None:
-    """What to say about a slice whose sources have ranges of different lengths."""
-    ranges = [(source.model, source.layers) for source in part.sources if source.layers is not None]
-    if len({end - start for _, (start, end) in ranges}) <= 1:
-        return None
-    listed = ", ".join(f"{model} [{start}, {end}]" for model, (start, end) in ranges)
-    return f"all sources of a slice have the same number of layers, got {listed}"
-
-
-def lacking(recipe: MergeRecipe, methods: Methods) -> Iterator[Remark]:
+def lacking(recipe: Recipe, methods: Methods) -> Iterator[Remark]:
     """Parameters without a default that are given nowhere."""
     for part in recipe.slices:
         for name, over, at in _methods(recipe):
@@ -50,7 +40,7 @@ def lacking(recipe: MergeRecipe, methods: Methods) -> Iterator[Remark]:
 
 
 def _lacking_of_models(
-    recipe: MergeRecipe, part: Slice, takes: MethodParameters, name: str, key: str, at: Mark
+    recipe: Recipe, part: Slice, takes: MethodParameters, name: str, key: str, at: Mark
 ) -> Iterator[Remark]:
     merged = _merged(part, takes)
     # A source without a model has been complained about.
@@ -64,7 +54,7 @@ def _lacking_of_models(
         yield Remark(source.at, f"{name} needs the parameter {key!r} of {source.model!r}{unlisted}")
 
 
-def _methods(recipe: MergeRecipe) -> Iterator[tuple[str, Parameters, Mark]]:
+def _methods(recipe: Recipe) -> Iterator[tuple[str, Parameters, Mark]]:
     """Each method of the recipe with the parameters that an override gives it, and its place."""
     yield recipe.merge_method, {}, recipe.at
     for override in recipe.overrides:
@@ -76,5 +66,5 @@ def _merged(part: Slice, takes: MethodParameters) -> list[int]:
     return [index for index in range(len(part.sources)) if takes.base == "none" or index != part.base]
 
 
-def _in_slice(recipe: MergeRecipe, part: Slice) -> str:
+def _in_slice(recipe: Recipe, part: Slice) -> str:
     return f" in the slice of line {part.at.line}" if len(recipe.slices) > 1 else ""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from mergekit_lite.errors import counted
 from mergekit_lite.recipe.layers import Output
-from mergekit_lite.recipe.merge import MergeRecipe
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
-from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Spot, along, rule_for
+from mergekit_lite.recipe.recipe import Recipe
+from mergekit_lite.recipe.rules import Filter, Parameters, Spot, along, rule_for
 from mergekit_lite.yaml_document import Remark, Value
 
 
@@ -53,7 +53,7 @@ class Resolved(NamedTuple):
     notes: tuple[Remark, ...]
 
 
-def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str, MethodParameters]) -> Resolved:
+def resolve(recipe: Recipe, outputs: Sequence[Output], methods: Mapping[str, MethodParameters]) -> Resolved:
     """The numbers of all tensors.
 
     Args:
@@ -62,7 +62,7 @@ def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str
         methods: what each method takes.
     """
     resolving = _Resolving(recipe, methods, tuple(_filters(recipe)))
-    numbers = tuple(None if recipe.excludes(output.spot) else resolving.numbers(output) for output in outputs)
+    numbers = tuple(None if recipe.why_copied(output.spot) else resolving.numbers(output) for output in outputs)
     spots = [output.spot for output in outputs]
     return Resolved(numbers, tuple(resolving.problems()), tuple(sorted(_idle(recipe, resolving.used, spots))))
 
@@ -71,7 +71,7 @@ def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str
 class _Resolving:
     """Tensors for which the same filters match, at the same point of the gradients, share their numbers."""
 
-    recipe: MergeRecipe
+    recipe: Recipe
     methods: Mapping[str, MethodParameters]
     filters: tuple[Filter, ...]
     used: set[int] = field(default_factory=set)  # rules that decided something, by identity
@@ -142,30 +142,23 @@ class _Resolving:
             yield f"{text} for {tensors[0]}{more}"
 
 
-def _idle(recipe: MergeRecipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:
+def _idle(recipe: Recipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:
     """Filters that do nothing: often a name misspelt."""
-    for parameters in _levels(recipe):
+    for parameters in recipe.levels:
         for name, rules in parameters.items():
             for rule in rules:
                 if not rule.filter.matches_all and id(rule) not in used:
                     yield Remark(rule.filter.at, f"the filter {rule.filter} of {name!r} decides for no tensor")
-    others = [("exclude", pattern) for pattern in recipe.exclude]
+    others = [("include", pattern) for pattern in recipe.include]
+    others += [("exclude", pattern) for pattern in recipe.exclude]
     others += [("an override", override.filter) for override in recipe.overrides]
     for name, pattern in others:
         if not any(pattern.matches(spot) for spot in spots):
             yield Remark(pattern.at, f"the filter {pattern} of {name} matches no tensor")
 
 
-def _filters(recipe: MergeRecipe) -> Iterator[Filter]:
+def _filters(recipe: Recipe) -> Iterator[Filter]:
     """All that look at a tensor before its numbers are known."""
     yield from (override.filter for override in recipe.overrides)
-    for parameters in _levels(recipe):
+    for parameters in recipe.levels:
         yield from (rule.filter for rules in parameters.values() for rule in rules if not rule.filter.matches_all)
-
-
-def _levels(recipe: MergeRecipe) -> Iterator[Mapping[str, tuple[Rule, ...]]]:
-    yield recipe.parameters
-    for part in recipe.slices:
-        yield part.parameters
-        yield from (source.parameters for source in part.sources)
-    yield from (override.parameters for override in recipe.overrides)

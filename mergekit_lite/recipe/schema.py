@@ -18,13 +18,15 @@
 
 Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
 
-    exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors copied from the base
+    include: [mlp, self_attn]      # the tensors that are merged; all others are copied
+    exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors that are copied
     overrides:                     # for the tensors of a filter: other parameters, or another method
       - filter: norm               # and/or layers: [first, end]; the first override that matches decides
         merge_method: linear       # default: the recipe's
         parameters: {weight: 1}    # before all other levels; for what they lack those hold too
     seed: 0                        # of everything random (random_seed is read as well)
     rounding: stochastic           # or nearest, the default
+    new_rows: copy                 # of expo: rows that only the aligned model's vocabulary has; or refuse, the default
 
 Everything else is an error, and all errors are told at once. What mergekit has and this has not yet is refused by name.
 """
@@ -37,15 +39,16 @@ from dataclasses import dataclass, field, replace
 from mergekit_lite.errors import nearest
 from mergekit_lite.recipe import settings
 from mergekit_lite.recipe.checks import lacking, miscounted
-from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
+from mergekit_lite.recipe.recipe import NEW_ROWS, Override, Recipe, Slice, Source
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
+from mergekit_lite.rounding import ROUNDINGS
 from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "exclude", "overrides", "seed", "random_seed", "rounding",
+    "tokenizer", "chat_template", "include", "exclude", "new_rows", "overrides", "seed", "random_seed", "rounding",
 )  # fmt: skip
 MODEL_KEYS = ("model", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
@@ -62,7 +65,7 @@ REFUSED = {
 NO_EFFECT = {"int8_mask": "int8_mask has no effect and is ignored"}
 
 
-def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> MergeRecipe:
+def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> Recipe:
     """The recipe in a YAML text.
 
     Args:
@@ -97,7 +100,7 @@ class _Parser:
     base: str | None = None
     refused: bool = False  # whether a parameter stands where it can't
 
-    def recipe(self, root: Node) -> MergeRecipe:
+    def recipe(self, root: Node) -> Recipe:
         parts = fields(root, "the recipe", KEYS, self.problems, self.misplaced | REFUSED)
         main = self.method(parts.get("merge_method"), root.at)
         self.base = self.base_model(parts)
@@ -105,21 +108,23 @@ class _Parser:
         overrides = [self.override(node, main) for node in overridden]
         named = {main, *(override.merge_method for override, _ in overrides)}
         self.used = tuple(dict.fromkeys([main, *(o.merge_method for o, _ in overrides)])) if "" not in named else ()
-        recipe = MergeRecipe(
+        recipe = Recipe(
             main,
             self.slices(parts, root.at),
             self.base,
             self.parameters(parts, self.used),
-            tuple(
-                Override(made.filter, made.merge_method, self.parameters(keys, (made.merge_method,)), made.at)
-                for made, keys in overrides
+            overrides=tuple(
+                replace(override, parameters=self.parameters(keys, (override.merge_method,)))
+                for override, keys in overrides
             ),
-            tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
-            settings.dtype(parts.get("dtype"), "dtype", self.problems),
-            settings.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
-            self.rounding(parts.get("rounding")),
-            settings.seed(parts, self.problems, self.notes),
-            settings.template(parts.get("chat_template"), self.problems),
+            include=tuple(self.pattern(node) for node in self.several(parts.get("include"))),
+            exclude=tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
+            dtype=settings.dtype(parts.get("dtype"), "dtype", self.problems),
+            out_dtype=settings.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
+            rounding=self.chosen(parts, "rounding", ROUNDINGS),
+            seed=settings.seed(parts, self.problems, self.notes),
+            new_rows=self.chosen(parts, "new_rows", NEW_ROWS),
+            chat_template=settings.template(parts.get("chat_template"), self.problems),
             notes=tuple(self.notes),
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
@@ -262,7 +267,7 @@ class _Parser:
         return (node,) if isinstance(node, Scalar | Fields) else items(node, "filters", self.problems)
 
     def pattern(self, node: Node) -> Filter:
-        """An entry of ``exclude``."""
+        """An entry of ``include`` or ``exclude``."""
         if isinstance(node, Fields):
             parts = fields(node, "a filter", ("filter", "layers"), self.problems)
             if not parts:
@@ -270,6 +275,6 @@ class _Parser:
             return filter_of(parts, self.problems)
         return filter_of({"filter": node}, self.problems)
 
-    def rounding(self, node: Node | None) -> str:
-        known = ("nearest", "stochastic")
-        return "nearest" if node is None else choice(node, "rounding", known, self.problems) or "nearest"
+    def chosen(self, parts: Mapping[str, Node], name: str, known: tuple[str, ...]) -> str:
+        """One of the known texts; the first one where the recipe doesn't say."""
+        return (choice(parts[name], name, known, self.problems) if name in parts else None) or known[0]

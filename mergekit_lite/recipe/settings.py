@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
-from mergekit_lite.recipe.templates import TEMPLATES
+from mergekit_lite.recipe.recipe import BASE, KNOWN_TEMPLATES, is_template
 from mergekit_lite.recipe.values import Remarks, fields, text
 from mergekit_lite.yaml_document import Fields, Node, Remark, Scalar, describe
 
@@ -80,11 +80,10 @@ def template(node: Node | None, problems: Remarks) -> str | None:
     if node is None:
         return None
     written = text(node, "chat_template", problems)
-    known = ("auto", *TEMPLATES)
-    if not written or written in known or ("{" in written and len(written) >= 20):
+    if not written or is_template(written):
         return written or None
-    expected = f"'chat_template' expects {', '.join(known)} or a Jinja template, got {describe(node)}."
-    problems.append(Remark(node.at, expected + nearest(written, known)))
+    expected = f"'chat_template' expects {', '.join(KNOWN_TEMPLATES)} or a Jinja template, got {describe(node)}."
+    problems.append(Remark(node.at, expected + nearest(written, KNOWN_TEMPLATES)))
     return None
 
 
@@ -112,7 +111,7 @@ def _tokenizer_source(
 ) -> str | None:
     """mergekit's default in a ``tokenizer`` block is ``union``."""
     written = reference(node, name, problems) if node is not None else "union"
-    if not written or written == "base" or written in models:
+    if not written or written == BASE or written in models:
         return written or None
     at = (node or near).at
     if written == "union":
@@ -120,5 +119,5 @@ def _tokenizer_source(
         problems.append(Remark(at, f"{name}: union is not supported yet: {remedy}"))
     else:
         expected = f"{name} expects 'base' or one of the recipe's models, got {written!r}."
-        problems.append(Remark(at, expected + nearest(written, ("base", *models))))
+        problems.append(Remark(at, expected + nearest(written, (BASE, *models))))
     return None

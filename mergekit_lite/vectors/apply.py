@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.references import addend
 from mergekit_lite.errors import UsageError
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.planning.planner import method_parameters
+from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -44,8 +42,8 @@ def plan_apply(
         recipe["out_dtype"] = dtypes.float_named(dtype)
     if rounding != "nearest":
         recipe |= {"rounding": rounding, "seed": seed}
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
-    return plan_merge(parse(text, method_parameters()), output, shard_size=shard_size, text=text)
+    text = to_yaml(recipe)
+    return make_plan(parse(text, method_parameters()), [output], shard_size=shard_size, text=text)
 
 
 def apply(base: str | Path, vectors: Sequence[str], output: str | Path, **options: Any) -> Finished:
@@ -60,7 +58,7 @@ def apply(base: str | Path, vectors: Sequence[str], output: str | Path, **option
 
     Raises:
         CheckpointError: a vector can't be opened, doesn't fit, or was made from another base.
-        MergekitLiteError: others of its kinds, as ``plan_merge`` and ``run`` say.
+        MergekitLiteError: others of its kinds, as ``make_plan`` and ``run`` say.
     """
     from mergekit_lite.engine.run import plan_and_run
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.change import Change
@@ -16,9 +14,9 @@ from mergekit_lite.checkpoint.references import Addend, addend
 from mergekit_lite.checkpoint.vector_file import Delta, Vector, described, from_zero, read_vector
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.planning.planner import method_parameters
+from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -58,11 +56,11 @@ def plan_combine(
     }
     if base is not None:
         recipe["base_model"] = base
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
+    text = to_yaml(recipe)
     loaded = parse(text, takes, "vector combine")
     sources = {one.path: checkpoint for one, checkpoint in zip(named, _over_zero(opened), strict=True)}
     sources[ZERO] = _zeros(list(sources.values()))
-    plan = plan_merge(loaded, path, text=text, opened=sources)
+    plan = make_plan(loaded, [path], text=text, opened=sources)
     tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in plan.jobs]
     written = _written(opened)
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}
@@ -86,7 +84,7 @@ def combine(
 
     Raises:
         CheckpointError: a vector can't be opened, holds tensors in full, or is of another base.
-        MergekitLiteError: others of its kinds, as ``plan_merge`` and ``run`` say.
+        MergekitLiteError: others of its kinds, as ``make_plan`` and ``run`` say.
     """
     from mergekit_lite.engine.run import plan_and_run
 

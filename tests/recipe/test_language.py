@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.recipe import MergeRecipe, Parameter, Slice, Source, parse, text_of
+from mergekit_lite.planning.planner import config_source
+from mergekit_lite.recipe import Parameter, Recipe, Slice, Source, parse, text_of
 from mergekit_lite.recipe.rules import Filter, Rule
 from tests.recipe.methods import METHODS
 
 
-def read(text: str) -> MergeRecipe:
+def read(text: str) -> Recipe:
     return parse(dedent(text), METHODS)
 
 
@@ -61,7 +62,7 @@ def test_everything() -> None:
         {"lambda": (Rule((2.0,), Filter("mlp")),)},
     )
     second = Slice((Source("b@main+lora", (4, 8)), Source("other", (4, 8))), 1)
-    assert recipe == MergeRecipe(
+    assert recipe == Recipe(
         "dare_ties",
         (first, second),
         "base",
@@ -70,18 +71,17 @@ def test_everything() -> None:
             "normalize": one(True),
             "rescale": one("density"),
         },
-        (),
-        (Filter("norm"),),
-        "bfloat16",
-        "float32",
-        "stochastic",
-        7,
-        "chatml",
-        "base",
+        exclude=(Filter("norm"),),
+        dtype="bfloat16",
+        out_dtype="float32",
+        rounding="stochastic",
+        seed=7,
+        chat_template="chatml",
+        tokenizer="base",
     )
     assert [str(note) for note in recipe.notes] == ["14:3: int8_mask has no effect and is ignored"]
     assert recipe.models == ("a", "base", "b@main+lora", "other")
-    assert recipe.donor == "base"
+    assert config_source(recipe) == "base"
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
@@ -104,7 +104,7 @@ def test_everything() -> None:
 def test_references(written: str, expected: str) -> None:
     recipe = read(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: {written}\n")
     assert recipe.models == (expected,)
-    assert recipe.donor == expected
+    assert config_source(recipe) == expected
     based = read(f"merge_method: sce\nbase_model: {written}\nmodels: [{{model: a}}]\n")
     assert (based.base_model, based.models, based.slices[0].base) == (expected, ("a", expected), 1)
 
@@ -116,9 +116,9 @@ def test_the_base_joins_the_models() -> None:
     assert listed.slices[0].base == 0
     merged = read("merge_method: linear\nbase_model: m\nmodels: [{model: a}]\nparameters: {weight: 1}\n")
     assert [s.model for s in merged.slices[0].sources] == ["a", "m"]
-    donor = read("merge_method: passthrough\nbase_model: m\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n")
-    assert donor.slices[0] == Slice((Source("a", (0, 2)),))
-    assert (donor.donor, donor.models) == ("m", ("a", "m"))
+    beside = read("merge_method: passthrough\nbase_model: m\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n")
+    assert beside.slices[0] == Slice((Source("a", (0, 2)),))
+    assert (config_source(beside), beside.models) == ("m", ("a", "m"))
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_empty_keys_are_as_absent() -> None:
 
 @pytest.mark.parametrize("source", ["tokenizer_source: base", "tokenizer_source: m", "tokenizer: {source: base}"])
 def test_the_tokenizer_of_the_base(source: str) -> None:
-    assert read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}").donor == "m"
+    assert config_source(read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}")) == "m"
     without_base = f"merge_method: linear\nmodels: [{{model: m, parameters: {{weight: 1}}}}]\n{source}"
-    assert read(without_base).donor == "m"
+    assert config_source(read(without_base)) == "m"
 
 
 def test_notes() -> None:

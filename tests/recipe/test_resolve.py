@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.recipe import MergeRecipe, Resolved, outputs, parse, resolve
+from mergekit_lite.recipe import Recipe, Resolved, outputs, parse, resolve
 from tests.recipe.methods import METHODS
 from tests.recipe.test_layers import llama
 
 LAYERS = 5
 
 
-def resolved(text: str, layers: int = LAYERS) -> tuple[MergeRecipe, Resolved, dict[str, Any]]:
+def resolved(text: str, layers: int = LAYERS) -> tuple[Recipe, Resolved, dict[str, Any]]:
     recipe = parse(dedent(text), METHODS)
     made = outputs(recipe.slices, {model: llama(layers) for model in recipe.models})
     assert not made.problems

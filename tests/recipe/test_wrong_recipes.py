@@ -17,7 +17,7 @@ PAIR = "models:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, paramet
 SLICES = TAIL + "parameters: {weight: 1}\nslices:\n"
 ROOT_KEYS = (
     "merge_method, models, slices, base_model, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
-    "chat_template, exclude, overrides, seed, random_seed, rounding"
+    "chat_template, include, exclude, new_rows, overrides, seed, random_seed, rounding"
 )
 
 # (what is tried, the text, every complaint)
@@ -121,6 +121,8 @@ WRONG = [
     ("regex", TAIL + "models: [{model: a, parameters: {weight: {filter: 'regex:(', value: 1}}}]\n", ["2:51: 'regex:(' is no regular expression: missing ), unterminated subpattern at position 0"]),
     ("layers", TAIL + "models: [{model: a, parameters: {weight: {layers: 3, value: 1}}}]\n", ["2:51: 'layers' expects two whole numbers, [first, end], got the number 3"]),
     # --- exclude and overrides
+    ("include a number", TAIL + PAIR + "include: [1]\n", ["5:11: 'filter' expects text, got the number 1: put it in quotes, '1', if it is one"]),
+    ("new rows", TAIL + PAIR + "new_rows: copi\n", ["5:11: 'new_rows' expects one of refuse, copy, got the text 'copi'. Did you mean 'copy'?"]),
     ("exclude nothing", TAIL + PAIR + "exclude: [{}]\n", ["5:11: the filter has neither 'filter' nor 'layers'"]),
     ("exclude a number", TAIL + PAIR + "exclude: [1]\n", ["5:11: 'filter' expects text, got the number 1: put it in quotes, '1', if it is one"]),
     ("override of all", TAIL + PAIR + "overrides: [{merge_method: linear}]\n", ["5:13: the override has neither 'filter' nor 'layers'"]),

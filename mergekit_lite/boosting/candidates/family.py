@@ -15,8 +15,8 @@ from mergekit_lite.boosting.candidates.ranges import Range
 from mergekit_lite.boosting.candidates.tunable import Pair, RecipeTuning, Tunable, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.extrapolation import plan_extrapolation
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.planning.planner import config_source, method_parameters
 from mergekit_lite.recipe import parse, text_of
 
 UNWRITTEN = Path("boosted")  # where a candidate would lie, were it written
@@ -82,7 +82,7 @@ class RecipeFamily:
         self.path = path
         self.shard_size = shard_size
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
-        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.donor].config))
+        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[config_source(recipe)].config))
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
         self.baseline: Numbers = self.tuning.as_written
 
@@ -90,7 +90,7 @@ class RecipeFamily:
         """The plan that ``merge`` makes for the recipe with these numbers."""
         text = self.tuning.text(numbers)
         recipe = parse(text, method_parameters(), f"{self.path} with {_told(numbers)}")
-        return plan_merge(recipe, output, shard_size=self.shard_size, text=text, opened=self.opened)
+        return make_plan(recipe, [output], shard_size=self.shard_size, text=text, opened=self.opened)
 
 
 def _told(numbers: Numbers) -> str:
