@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def recipe_for(method: Method, place: Path) -> tuple[dict[str, Any], dict[str, A
     """A recipe of a method, its parameters, and how many models it merges."""
     least, most = method.models
     count = min(3, most or 3) if least <= 3 else least
-    parameters = {name: VALUES[name] for name, p in method.parameters.items() if p.default is inspect.Parameter.empty}
+    parameters = {name: VALUES[name] for name, p in method.parameters.items() if p.required}
     if "density" in method.parameters:
         parameters["density"] = VALUES["density"]
     models = [{"model": str(place / f"m{number + 1}")} for number in range(count)]

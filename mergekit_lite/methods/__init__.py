@@ -12,6 +12,7 @@ from mergekit_lite.methods import (  # noqa: F401  (importing a family registers
     varm,
 )
 from mergekit_lite.methods.in_memory import merge_states, merge_tensors
+from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.methods.passes import Block, Combine, Passes, Reduction, TensorInfo, Weighted
 from mergekit_lite.methods.registry import METHODS, Method, method_named
 
@@ -20,6 +21,7 @@ __all__ = [
     "Block",
     "Combine",
     "Method",
+    "Parameter",
     "Passes",
     "Reduction",
     "TensorInfo",

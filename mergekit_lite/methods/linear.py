@@ -11,7 +11,7 @@ mergekit's ``linear`` makes NaN where the weights sum to zero; here that is an e
 from __future__ import annotations
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.parameters import PerInput
+from mergekit_lite.methods.parameters import PerInput, Share
 from mergekit_lite.methods.passes import Combine, TensorInfo, moved, sum_of_deltas, sum_of_inputs
 from mergekit_lite.methods.registry import method
 
@@ -24,8 +24,13 @@ def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-@method(base="optional", formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
-def linear(info: TensorInfo, *, weight: PerInput, normalize: bool = True) -> Combine:
+def _have_a_mean(*, weight: tuple[float, ...], normalize: bool) -> None:
+    if normalize:
+        shares(weight)
+
+
+@method(base="optional", check=_have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
+def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True) -> Combine:
     """Weighted sum of the inputs; a base is one of them.
 
     Args:
@@ -36,7 +41,6 @@ def linear(info: TensorInfo, *, weight: PerInput, normalize: bool = True) -> Com
     if not normalize:
         return sum_of_inputs(weight)
     # Means of 16-bit values often lie halfway between two of them. Summed first and divided then they still do.
-    shares(weight)
     weights = weight if len(set(weight)) > 1 else (1.0,) * len(weight)
     return sum_of_inputs(weights, divisor=sum(weights))
 
@@ -48,15 +52,13 @@ def uniform_soup(info: TensorInfo) -> Combine:
 
 
 @method(base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
-def ema(info: TensorInfo, *, decay: float = 0.9) -> Combine:
+def ema(info: TensorInfo, *, decay: Share = 0.9) -> Combine:
     """Exponential moving average of checkpoints in their order, beginning at the first one (the base, where given).
 
     Args:
         info: the tensor.
-        decay: what an average keeps when the next checkpoint comes, from 0 to 1.
+        decay: what an average keeps when the next checkpoint comes.
     """
-    if not 0 <= decay <= 1:
-        raise UsageError(f"decay: expected 0 to 1, got {decay:g}.")
     later = info.inputs - 1
     weights = (decay**later, *((1 - decay) * decay ** (later - i) for i in range(1, later + 1)))
     return linear(info, weight=weights, normalize=False)
@@ -85,7 +87,7 @@ def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Combine:
 
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
-def passthrough(info: TensorInfo, *, scale: PerInput = (1.0,)) -> Combine:
+def passthrough(info: TensorInfo, *, scale: PerInput[float] = (1.0,)) -> Combine:
     """One model's tensor as it is, or scaled.
 
     Args:

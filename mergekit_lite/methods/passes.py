@@ -29,8 +29,8 @@ SECTION = 1 << 23  # elements; what one worker sums at a time
 SAMPLE_PIECE, SAMPLE_EVERY = 1 << 12, 32  # a sample is every 32nd piece of so many elements, the first one always
 
 # The inputs of one block, the base's first where there is one; all of one shape and dtype.
-Block: TypeAlias = "list[torch.Tensor]"
-Combine: TypeAlias = "Callable[[Block, int], torch.Tensor]"  # (block, index of its first element) to the merged block
+Block: TypeAlias = list["torch.Tensor"]
+Combine: TypeAlias = Callable[[Block, int], "torch.Tensor"]  # (block, index of its first element) to the merged block
 Totals: TypeAlias = "npt.NDArray[Any]"  # small, on the host, float64 or int64
 Kernel = Callable[[Sequence[c_ops.Run], int, c_ops.Run], None]  # the same, into the third argument
 
@@ -89,7 +89,7 @@ class Reduction:
     kernel: Callable[[Sequence[c_ops.Run], int], Totals] | None = None
 
 
-Steps: TypeAlias = "Generator[Reduction, Totals, Combine]"
+Steps: TypeAlias = Generator[Reduction, "Totals", Combine]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
+from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.methods.passes import Observed, Passes, TensorInfo
 
 METHODS: dict[str, Method] = {}
@@ -31,6 +31,7 @@ class Method:
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
         donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
         observed: optional; the sums the report is made of, taken of a fixed sample of blocks.
+        check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
     """
 
     name: str
@@ -42,17 +43,19 @@ class Method:
     rows: Callable[..., int] | None = None
     donor: Literal["base", "model"] = "base"
     observed: Observed | None = None
+    check: Callable[..., object] | None = None
 
     @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The keyword parameters, by their names in a recipe, with types and defaults."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by their names in a recipe."""
         return parameters.of_signature(self.function)
 
     def resolve(self, given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:
-        """Keyword arguments for this many inputs, from what a user gave.
+        """Return the keyword arguments for this many inputs, from what a user gave.
 
         Raises:
-            UsageError: the method takes another number of inputs, or these are not its parameters.
+            UsageError: the method takes another number of inputs, these are not its parameters, or their values are
+                out of range or don't go together.
         """
         if self.base == "required" and not has_base:
             raise UsageError(f"{self.name} needs a base: give it a base_model.")
@@ -64,7 +67,10 @@ class Method:
             wanted = counted(fewest, "model") if fewest == most else wanted
             beside = " beside the base" if has_base else ""
             raise UsageError(f"{self.name} merges {wanted}{beside}, got {models}.")
-        return parameters.resolved(self.name, self.parameters, given, models, has_base)
+        arguments = parameters.resolved(self.function, given, models, has_base)
+        if self.check is not None:
+            self.check(**arguments)
+        return arguments
 
     def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
         """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""

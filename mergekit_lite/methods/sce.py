@@ -30,8 +30,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.election import elected
+from mergekit_lite.methods.parameters import Share
 from mergekit_lite.methods.passes import Block, Compiled, Reduction, Steps, TensorInfo, Weighted, deltas
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import Cut, gram, largest
@@ -44,9 +44,8 @@ from mergekit_lite.ops import c_ops
 def sce(
     info: TensorInfo,
     *,
-    select_topk: float = 1.0,
+    select_topk: Share = 1.0,
     variant: Literal["mergekit", "fusechat", "paper"] = "mergekit",
-    int8_mask: bool = False,
 ) -> Steps:
     """Merge deltas by coefficients that follow from where the models disagree.
 
@@ -54,10 +53,7 @@ def sce(
         info: the tensor.
         select_topk: share of the elements that vary between the models, those with the largest variance, to select.
         variant: whose SCE (see the module).
-        int8_mask: mergekit's, without effect.
     """
-    if not 0 <= select_topk <= 1:
-        raise UsageError(f"select_topk: expected 0 to 1, got {select_topk:g}.")
     cut = None
     if select_topk < 1:
         [[cut]] = yield from largest(

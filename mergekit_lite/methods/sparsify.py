@@ -25,7 +25,6 @@ from typing import Literal, TypeAlias, TypeVar
 
 from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.passes import Block, Reduction, TensorInfo, Totals, deltas
 from mergekit_lite.methods.statistics import Cut, largest, total
 from mergekit_lite.ops import c_ops
@@ -76,7 +75,6 @@ def magnitude(info: TensorInfo, density: tuple[float, ...], trim: Trim) -> Spars
 
 def inliers(info: TensorInfo, density: tuple[float, ...], gamma: tuple[float, ...], trim: Trim) -> Sparsifier:
     """Keep the largest elements but the very largest ones. Where there are too few, the smallest are kept."""
-    _check_shares(gamma=gamma)
 
     def counts(model: int, elements: int, _: int) -> list[int]:
         kept, outliers = int(density[model] * elements), int(gamma[model] * elements)
@@ -94,7 +92,6 @@ def _by_size(
     group: str,
 ) -> Sparsifier:
     """Keep the k largest of each delta, without the largest of a second k where there is one."""
-    _check_shares(density=density)
     trimmed = [model for model in range(info.models) if density[model] < 1]
     if not trimmed:
         return whole(info)
@@ -130,7 +127,6 @@ def _by_size(
 
 def chance(info: TensorInfo, density: tuple[float, ...]) -> Sparse:
     """Keep each element with the probability ``density``."""
-    _check_shares(density=density)
     keys = [draws.stream_key(info.seed, info.name, FIRST_STREAM + model) for model in range(info.models)]
 
     def sparse(made: Block, start: int) -> Block:
@@ -155,13 +151,6 @@ def ranked_chance(info: TensorInfo, density: tuple[float, ...], epsilon: tuple[f
         epsilon: how far the probability goes below and above it, for each model.
         divide: divide what is kept by its probability, as in the paper.
     """
-    _check_shares(density=density)
-    for share, reach in zip(density, epsilon, strict=True):
-        if share < 1 and not (share - reach > 0 and share + reach < 1 and reach >= 0):
-            raise UsageError(
-                f"density {share:g} and epsilon {reach:g}: probabilities from {share - reach:g} to {share + reach:g}"
-                " don't all lie between 0 and 1. Choose a smaller epsilon."
-            )
     keys = [draws.stream_key(info.seed, info.name, FIRST_STREAM + model) for model in range(info.models)]
 
     def sparse(made: Block, start: int) -> Block:
@@ -215,12 +204,6 @@ def rescaling(
 def _told(info: TensorInfo, keeps: list[Keep]) -> tuple[Keep, ...] | None:
     """What a kernel is told where elements are drawn: none is beyond those that one key serves."""
     return tuple(keeps) if info.numel <= 2 * draws.WORDS else None
-
-
-def _check_shares(**given: tuple[float, ...]) -> None:
-    for name, shares in given.items():
-        if not all(0 <= share <= 1 for share in shares):
-            raise UsageError(f"{name}: expected numbers from 0 to 1, got {', '.join(f'{x:g}' for x in shares)}.")
 
 
 def _draws(key: int, start: int, like: torch.Tensor) -> torch.Tensor:

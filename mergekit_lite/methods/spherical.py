@@ -17,9 +17,8 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.linear import shares
-from mergekit_lite.methods.parameters import PerInput, PerModel
+from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
 from mergekit_lite.methods.passes import (
     Block,
     Combine,
@@ -89,7 +88,7 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
     source="mergekit",
 )
 def nuslerp(
-    info: TensorInfo, *, weight: PerModel, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+    info: TensorInfo, *, weight: PerModel[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
     """Slerp between two models, or between what they add to a base, at the place their weights give.
 
@@ -124,8 +123,15 @@ def nuslerp(
     return by_rows
 
 
-@method(base="optional", formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
-def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = True, eps: float = 1e-8) -> Steps:
+def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, **_: object) -> None:
+    if normalize_weights:
+        shares(weight)
+
+
+@method(base="optional", check=_have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
+def multislerp(
+    info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
+) -> Steps:
     """Mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
@@ -145,8 +151,15 @@ def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = 
     return (sum_of_deltas if info.has_base else sum_of_inputs)(coefficients.tolist())
 
 
-@method(base="optional", formula="Karcher mean of the directions · mean length", source="Karcher 1977")
-def karcher(info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 10, tol: float = 1e-5) -> Steps:
+@method(
+    base="optional",
+    check=_have_a_mean,
+    formula="Karcher mean of the directions · mean length",
+    source="Karcher 1977",
+)
+def karcher(
+    info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
+) -> Steps:
     """The mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
@@ -190,21 +203,24 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
     return mean
 
 
-@method(base="optional", formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
+@method(
+    base="optional",
+    check=_have_a_mean,
+    formula="argmin Σ w·|x − m|",
+    source="Weiszfeld 1937; Vardi & Zhang 2000",
+)
 def geometric_median(
-    info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 100, tol: float = 1e-9
+    info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
 ) -> Combine | Steps:
     """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
         info: the tensor.
-        weight: of each input, none below zero; a base is one of them.
+        weight: of each input; a base is one of them.
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.
     """
     weights = np.array(shares(weight))
-    if (weights < 0).any():
-        raise UsageError("weight: a geometric median has no weights below zero.")
     median = np.zeros_like(weights)
     if info.inputs > 1:
         # seen from the first input, so that small differences of large weights keep their digits

@@ -20,8 +20,9 @@ second one; here it is always the last.
 from __future__ import annotations
 
 from mergekit_lite.deferred import torch
+from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.election import elected
-from mergekit_lite.methods.parameters import PerModel
+from mergekit_lite.methods.parameters import NotNegative, PerModel, Share
 from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, TensorInfo, deltas, weighted_sum
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.sparsify import (
@@ -80,9 +81,18 @@ def _elected(
     )
 
 
+def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...], **_: object) -> None:
+    for share, reach in zip(density, epsilon, strict=True):
+        if share < 1 and not 0 < share - reach <= share + reach < 1:
+            raise UsageError(
+                f"density {share:g} and epsilon {reach:g}: probabilities from {share - reach:g} to {share + reach:g}"
+                " don't all lie between 0 and 1. Choose a smaller epsilon."
+            )
+
+
 @method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
 def task_arithmetic(
-    info: TensorInfo, *, weight: PerModel, normalize: bool = False, lambda_: float = 1.0, int8_mask: bool = False
+    info: TensorInfo, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0
 ) -> Combine:
     """Add the models' deltas to the base.
 
@@ -91,7 +101,6 @@ def task_arithmetic(
         weight: of each model's delta.
         normalize: divide by the sum of the weights.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
     return _added(whole(info), (1.0,) * info.models, weight, normalize, lambda_)
 
@@ -100,13 +109,12 @@ def task_arithmetic(
 def ties(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
     normalize: bool = True,
     rescale: Rescale = False,
     lambda_: float = 1.0,
     trim: Trim = "tensor",
-    int8_mask: bool = False,
 ) -> Steps:
     """Trim each delta to its largest elements, elect signs, average what agrees.
 
@@ -118,7 +126,6 @@ def ties(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
-        int8_mask: mergekit's, without effect.
     """
     sparse = yield from magnitude(info, density, trim)
     factors = yield from rescaling(sparse, density, rescale)
@@ -129,14 +136,13 @@ def ties(
 def breadcrumbs(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    gamma: PerModel = (0.01,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    gamma: PerModel[Share] = (0.01,),
     normalize: bool = False,
     rescale: Rescale = False,
     lambda_: float = 1.0,
     trim: Trim = "tensor",
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop each delta's largest and small elements, add the rest.
 
@@ -149,7 +155,6 @@ def breadcrumbs(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
-        int8_mask: mergekit's, without effect.
     """
     sparse = yield from inliers(info, density, gamma, trim)
     factors = yield from rescaling(sparse, density, rescale)
@@ -160,14 +165,13 @@ def breadcrumbs(
 def breadcrumbs_ties(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    gamma: PerModel = (0.01,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    gamma: PerModel[Share] = (0.01,),
     normalize: bool = False,
     rescale: Rescale = False,
     lambda_: float = 1.0,
     trim: Trim = "tensor",
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop each delta's largest and small elements, elect signs, add what agrees.
 
@@ -180,7 +184,6 @@ def breadcrumbs_ties(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
-        int8_mask: mergekit's, without effect.
     """
     sparse = yield from inliers(info, density, gamma, trim)
     factors = yield from rescaling(sparse, density, rescale)
@@ -191,12 +194,11 @@ def breadcrumbs_ties(
 def dare_linear(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
     normalize: bool = False,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, add the rest, rescaled.
 
@@ -207,7 +209,6 @@ def dare_linear(
         normalize: divide by the weights.
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
     sparse = chance(info, density)
     factors = yield from rescaling(sparse, density, rescale)
@@ -218,12 +219,11 @@ def dare_linear(
 def dare_ties(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
     normalize: bool = False,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees.
 
@@ -234,24 +234,22 @@ def dare_ties(
         normalize: divide by the weights of those that agree.
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
     sparse = chance(info, density)
     factors = yield from rescaling(sparse, density, rescale)
     return _elected(sparse, factors, weight, normalize, lambda_)
 
 
-@method(rows=last_axis, formula=ELECTED.format("drop"), source=DELLA)
+@method(rows=last_axis, check=_stay_probabilities, formula=ELECTED.format("drop"), source=DELLA)
 def della(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    epsilon: PerModel = (0.15,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    epsilon: PerModel[NotNegative] = (0.15,),
     normalize: bool = True,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average.
 
@@ -263,24 +261,22 @@ def della(
         normalize: divide by the weights of those that agree.
         rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
     sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
     factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
     return _elected(sparse, factors, weight, normalize, lambda_)
 
 
-@method(rows=last_axis, formula=ADDED.format("drop"), source=DELLA)
+@method(rows=last_axis, check=_stay_probabilities, formula=ADDED.format("drop"), source=DELLA)
 def della_linear(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    epsilon: PerModel = (0.15,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    epsilon: PerModel[NotNegative] = (0.15,),
     normalize: bool = False,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, small ones more often, add the rest, rescaled.
 
@@ -292,7 +288,6 @@ def della_linear(
         normalize: divide by the weights.
         rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
     sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
     factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.parameters import NotNegative
 from mergekit_lite.methods.passes import (
     Block,
     Combine,
@@ -49,7 +49,7 @@ def varm(
     *,
     granularity: Literal["model", "layer", "module", "tensor", "element"] = "tensor",
     measure: Measure = "square",
-    temperature: float = 0.0,
+    temperature: NotNegative = 0.0,
 ) -> Combine | Steps:
     """Add the models' deltas, each weighted by its share of the change.
 
@@ -59,8 +59,6 @@ def varm(
         measure: of change: mean square or mean magnitude.
         temperature: above 0, the weights are the softmax of the measures divided by it.
     """
-    if temperature < 0:
-        raise UsageError(f"temperature: expected 0 or more, got {temperature:g}.")
     if granularity == "element":
         return lambda block, _: _by_element(block, measure, temperature)
     return _by_unit(info, granularity, measure, temperature)

@@ -9,8 +9,7 @@ from typing import Any
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods import METHODS, Method
-from mergekit_lite.methods.passes import TensorInfo
+from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import MethodParameters, Numbers, Output, Recipe
@@ -148,7 +147,7 @@ class Jobs:
             }
             arguments |= {name: value for name, value in numbers.shared.items() if value is not None}
             try:
-                check_arguments(METHODS[numbers.merge_method], arguments, len(order), has_base)
+                METHODS[numbers.merge_method].resolve(arguments, len(order), has_base)
                 self.known[key] = numbers, arguments
             except UsageError as wrong:
                 self.known[key] = numbers, str(wrong)
@@ -156,12 +155,3 @@ class Jobs:
         if isinstance(sound, str):
             raise WrongNumbersError(sound)
         return sound
-
-
-def check_arguments(method: Method, given: Arguments, models: int, has_base: bool) -> None:
-    """Begin the passes over a small tensor: before they ask for weights, methods refuse numbers that are out of bounds.
-
-    Raises:
-        UsageError: what it says.
-    """
-    method.start(TensorInfo("weight", (2, 2), models, has_base), method.resolve(given, models, has_base))

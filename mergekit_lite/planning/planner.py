@@ -5,25 +5,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.methods import METHODS, Method, method_named
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
-from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError, check_arguments
+from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
 from mergekit_lite.planning.plan import Job, Plan
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies
-from mergekit_lite.recipe import MethodParameters, Numbers, Output, Parameter, Recipe, as_data, resolve
+from mergekit_lite.recipe import MethodParameters, Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE
-from mergekit_lite.recipe.schema import NO_EFFECT
-from mergekit_lite.yaml_document import Value
 
 SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
@@ -37,34 +32,11 @@ def method_parameters() -> dict[str, MethodParameters]:
 
 
 def _parameters_of(method: Method) -> MethodParameters:
-    shared: dict[str, Parameter] = {}
-    per_model: dict[str, Parameter] = {}
-    base = method.base
-    for name, parameter in method.parameters.items():
-        if name in NO_EFFECT:
-            continue
-        marks = getattr(parameter.annotation, "__metadata__", ())
-        default = parameter.default
-        objection = partial(_objection, method, name)
-        if marks:
-            single = default[0] if isinstance(default, tuple) else default
-            of_one = Parameter.of(get_args(get_args(parameter.annotation)[0])[0], single)
-            per_model[name] = replace(of_one, objection=objection)
-            base = "none" if "input" in marks else base  # a base with a number of its own is merged like any other
-        else:
-            shared[name] = replace(Parameter.of(parameter.annotation, default), objection=objection)
-    return MethodParameters(shared, per_model, base, method.models)
-
-
-def _objection(method: Method, name: str, value: Value) -> str | None:
-    """What a method has against one value of a parameter, all others being harmless."""
-    needed = {other: 1.0 for other, known in method.parameters.items() if known.default is known.empty}
-    try:
-        check_arguments(method, needed | {name: value}, method.models[0], method.base == "required")
-    except UsageError as wrong:
-        key, colon, reason = str(wrong).partition(": ")
-        return reason.rstrip(".") if colon and key == name else None
-    return None
+    shared = {name: parameter for name, parameter in method.parameters.items() if not parameter.each}
+    per_model = {name: parameter for name, parameter in method.parameters.items() if parameter.each}
+    # A base with a number of its own is merged like any other model.
+    merges_base = any(parameter.each == "input" for parameter in per_model.values())
+    return MethodParameters(shared, per_model, "none" if merges_base else method.base, method.models)
 
 
 @contextmanager

@@ -5,52 +5,15 @@ The recipe language knows no method by name. It is handed a table of these, made
 
 from __future__ import annotations
 
-import inspect
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal
 
-from mergekit_lite.yaml_document import Value
+from mergekit_lite.methods.parameters import Parameter
 
 Base = Literal["required", "optional", "none"]
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter.
-
-    Attributes:
-        types: any of ``float``, ``int``, ``bool``, ``str``.
-        default: where the recipe gives no value.
-        required: the recipe must give a value.
-        choices: the texts that are allowed, where not all are.
-        objection: what the method has against a value of the right type, or None.
-    """
-
-    types: tuple[type, ...] = (float,)
-    default: Value | None = None
-    required: bool = False
-    choices: tuple[str, ...] = ()
-    objection: Callable[[Value], str | None] = field(default=lambda value: None, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, hint: Any, default: Any = inspect.Parameter.empty) -> Parameter:
-        """From a type hint (``float``, ``bool | Literal['l1', 'density']``, ``float | None`` …) and a default."""
-        arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        choices = [choice for arm in arms if get_origin(arm) is Literal for choice in get_args(arm)]
-        kinds = [arm for arm in arms if arm in (float, int, bool, str)] + [type(choice) for choice in choices]
-        required = default is inspect.Parameter.empty
-        texts = tuple(choice for choice in choices if isinstance(choice, str))
-        return cls(tuple(dict.fromkeys(kinds)), None if required else default, required, texts)
-
-    @property
-    def expected(self) -> str:
-        """``a number``, ``true or false``: what a message asks for."""
-        texts = [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else ["text"]
-        number = ["a number"] if float in self.types else ["a whole number"] if int in self.types else []
-        truth = ["true or false"] if bool in self.types else []
-        return " or ".join([*number, *truth, *(texts if str in self.types else [])])
+__all__ = ["Base", "MethodParameters", "Parameter"]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mergekit_lite.errors import nearest
+from mergekit_lite.methods.parameters import NO_EFFECT
 from mergekit_lite.recipe import settings
 from mergekit_lite.recipe.checks import lacking, miscounted
 from mergekit_lite.recipe.parameters import MethodParameters, Parameter
@@ -62,7 +63,6 @@ REFUSED = {
     **{key: f"{key}: {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
     **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
 }
-NO_EFFECT = {"int8_mask": "int8_mask has no effect and is ignored"}
 
 
 def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> Recipe:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
 from mergekit_lite.planning.planner import config_source
-from mergekit_lite.recipe import Parameter, Recipe, Slice, Source, parse, text_of
+from mergekit_lite.recipe import Recipe, Slice, Source, parse, text_of
 from mergekit_lite.recipe.rules import Filter, Rule
 from tests.recipe.methods import METHODS
 
@@ -209,22 +208,6 @@ def test_files(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="Can't read"):
         text_of(path)
-
-
-def signature(
-    *, t: float, n: int = 3, on: bool = True, scale: float | None = None, how: bool | Literal["l1", "density"] = True
-) -> None: ...
-
-
-def test_parameters_from_a_signature() -> None:
-    hints = inspect.signature(signature, eval_str=True).parameters
-    assert {name: Parameter.of(hint.annotation, hint.default) for name, hint in hints.items()} == {
-        "t": Parameter((float,), required=True),
-        "n": Parameter((int,), 3),
-        "on": Parameter((bool,), True),
-        "scale": Parameter((float,)),
-        "how": Parameter((bool, str), True, choices=("l1", "density")),
-    }
 
 
 NUMBERS = st.floats(-10, 10) | st.integers(-10, 10)
