@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import Recipe, as_data, parse, text_of, to_yaml
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def plan_merge(
         text, source = to_yaml(recipe), "The recipe"
     else:
         text, source = text_of(Path(recipe)), str(recipe)
-    return make_plan(parse(text, method_parameters(), source), [output], shard_size=shard_size, text=text)
+    return make_plan(parse(text, source), [output], shard_size=shard_size, text=text)
 
 
 def merge(

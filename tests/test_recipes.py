@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import Recipe, parse, text_of
 from tests.models import State, read_folder, state, tuned, write_folder
 
@@ -37,7 +36,7 @@ def layers_of(recipe: Recipe) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = parse(text_of(file), method_parameters(), str(file))
+    recipe = parse(text_of(file), str(file))
     layers = layers_of(recipe)
     config = {
         "model_type": "llama",

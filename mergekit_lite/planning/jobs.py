@@ -12,7 +12,7 @@ from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
-from mergekit_lite.recipe import MethodParameters, Numbers, Output, Recipe
+from mergekit_lite.recipe import Numbers, Output, Recipe
 from mergekit_lite.recipe.layers import Input
 from mergekit_lite.recipe.rules import Spot
 
@@ -34,7 +34,6 @@ class Jobs:
     Attributes:
         recipe: the recipe.
         inputs: its models, opened.
-        takes: what each method takes.
         parts: for each slice which of the inputs its sources are.
         donor: which of the inputs gives config and tokenizer.
         continues: whether the output continues the model that is merged (ExPO), not the base. Then that model decides
@@ -45,7 +44,6 @@ class Jobs:
 
     recipe: Recipe
     inputs: Sequence[Checkpoint]
-    takes: Mapping[str, MethodParameters]
     parts: Sequence[Sequence[int]]
     donor: int
     continues: bool
@@ -106,7 +104,7 @@ class Jobs:
         if not is_float:
             return copied_from(lead, f"{spec.dtype} is not for arithmetic")
         method = next(each.merge_method for each in numbers if each is not None)
-        has_base = part.base is not None and self.takes[method].base != "none"
+        has_base = part.base is not None and not METHODS[method].merges_base
         order = [index for index in specs if not (has_base and index == part.base)]
         parameters = tuple(self._arguments(each, tuple(order), has_base) for each in numbers if each is not None)
         order += [index for index in specs if has_base and index == part.base]

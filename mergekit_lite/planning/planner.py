@@ -10,13 +10,13 @@ from pathlib import Path
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
-from mergekit_lite.methods import METHODS, Method, method_named
+from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
 from mergekit_lite.planning.plan import Job, Plan
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies
-from mergekit_lite.recipe import MethodParameters, Numbers, Output, Recipe, as_data, resolve
+from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE
 
@@ -24,19 +24,6 @@ SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "rms_norm_eps",
                 "tie_word_embeddings", "vocab_size", "hidden_act", "bos_token_id", "eos_token_id")  # fmt: skip
-
-
-def method_parameters() -> dict[str, MethodParameters]:
-    """What each registered method takes, as the recipe language wants to know it."""
-    return {name: _parameters_of(method) for name, method in METHODS.items()}
-
-
-def _parameters_of(method: Method) -> MethodParameters:
-    shared = {name: parameter for name, parameter in method.parameters.items() if not parameter.each}
-    per_model = {name: parameter for name, parameter in method.parameters.items() if parameter.each}
-    # A base with a number of its own is merged like any other model.
-    merges_base = any(parameter.each == "input" for parameter in per_model.values())
-    return MethodParameters(shared, per_model, "none" if merges_base else method.base, method.models)
 
 
 @contextmanager
@@ -79,15 +66,14 @@ def make_plan(
     """
     _check(recipe, len(outputs), shard_size)
     inputs = _opened(recipe.models, opened or {})
-    takes = method_parameters()
     source = config_source(recipe)
     donor = recipe.models.index(source)
     by_reference = dict(zip(recipe.models, inputs, strict=True))
     made = outputs_of(recipe.slices, {model: list(each.tensors) for model, each in by_reference.items()}, source)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
-    making = Jobs(recipe, inputs, takes, parts, donor, METHODS[recipe.merge_method].donor == "model")
+    making = Jobs(recipe, inputs, parts, donor, METHODS[recipe.merge_method].donor == "model")
     tensors = [making.with_ties(tensor) for tensor in made.tensors]
-    resolved = [resolve(alone, tensors, takes) for alone in recipe.for_outputs]
+    resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*made.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += _unmatched(recipe, tensors) if strict else []

@@ -13,8 +13,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
+from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.recipe.layers import Output
-from mergekit_lite.recipe.parameters import MethodParameters, Parameter
 from mergekit_lite.recipe.recipe import Recipe
 from mergekit_lite.recipe.rules import Filter, Parameters, Spot, along, rule_for
 from mergekit_lite.yaml_document import Remark, Value
@@ -53,15 +54,14 @@ class Resolved(NamedTuple):
     notes: tuple[Remark, ...]
 
 
-def resolve(recipe: Recipe, outputs: Sequence[Output], methods: Mapping[str, MethodParameters]) -> Resolved:
+def resolve(recipe: Recipe, outputs: Sequence[Output]) -> Resolved:
     """The numbers of all tensors.
 
     Args:
         recipe: the recipe.
         outputs: its tensors, from ``layers.outputs``.
-        methods: what each method takes.
     """
-    resolving = _Resolving(recipe, methods, tuple(_filters(recipe)))
+    resolving = _Resolving(recipe, tuple(_filters(recipe)))
     numbers = tuple(None if recipe.why_copied(output.spot) else resolving.numbers(output) for output in outputs)
     spots = [output.spot for output in outputs]
     return Resolved(numbers, tuple(resolving.problems()), tuple(sorted(_idle(recipe, resolving.used, spots))))
@@ -72,7 +72,6 @@ class _Resolving:
     """Tensors for which the same filters match, at the same point of the gradients, share their numbers."""
 
     recipe: Recipe
-    methods: Mapping[str, MethodParameters]
     filters: tuple[Filter, ...]
     used: set[int] = field(default_factory=set)  # rules that decided something, by identity
     wrong: dict[str, list[str]] = field(default_factory=dict)  # problem: the tensors that have it
@@ -100,22 +99,24 @@ class _Resolving:
         part = self.recipe.slices[output.part]
         override = self.recipe.override_for(output.spot)
         name = override.merge_method if override else self.recipe.merge_method
-        takes = self.methods[name]
+        method = METHODS[name]
         above: list[Parameters] = [override.parameters] if override else []
         below = [part.parameters, self.recipe.parameters]
         shared = {
             key: self.value(_Asked(name, key, parameter, output.spot), [*above, *below], output.t, problems)
-            for key, parameter in takes.shared.items()
+            for key, parameter in method.parameters.items()
+            if not parameter.each
         }
         per_model = []
         for index, spot in output.inputs:
             source = part.sources[index]
-            merged = takes.base == "none" or index != part.base
+            merged = method.merges_base or index != part.base
             levels = [*above, source.parameters, *below]
             per_model.append(
                 {
                     key: self.value(_Asked(name, key, parameter, spot, source.model), levels, output.t, problems)
-                    for key, parameter in (takes.per_model.items() if merged else ())
+                    for key, parameter in method.parameters.items()
+                    if parameter.each and merged
                 }
             )
         return Numbers(name, shared, tuple(per_model))

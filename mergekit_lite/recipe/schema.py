@@ -37,10 +37,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mergekit_lite.errors import nearest
-from mergekit_lite.methods.parameters import NO_EFFECT
+from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
 from mergekit_lite.recipe import settings
 from mergekit_lite.recipe.checks import lacking, miscounted
-from mergekit_lite.recipe.parameters import MethodParameters, Parameter
 from mergekit_lite.recipe.recipe import NEW_ROWS, Override, Recipe, Slice, Source
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
@@ -65,27 +65,26 @@ REFUSED = {
 }
 
 
-def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> Recipe:
+def parse(content: str, source: str = "The recipe") -> Recipe:
     """The recipe in a YAML text.
 
     Args:
         content: the text.
-        methods: what each method takes.
         source: where the text is from, for messages.
 
     Raises:
         RecipeError: with every problem and its place.
     """
-    parser = _Parser(methods)
+    parser = _Parser()
     root = read(content, source)
     if not isinstance(root, Fields):
         expected = f"a recipe is a mapping with merge_method and models or slices, got {describe(root)}"
         raise RecipeError(source, [Remark(root.at, expected)])
     recipe = parser.recipe(root)
     if parser.used:
-        parser.problems += miscounted(recipe, methods)
+        parser.problems += miscounted(recipe)
         # A misspelt parameter is told once, not also as one that is lacking.
-        parser.problems += [] if parser.refused else lacking(recipe, methods)
+        parser.problems += [] if parser.refused else lacking(recipe)
     if parser.problems:
         raise RecipeError(source, parser.problems)
     return recipe
@@ -93,7 +92,6 @@ def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "
 
 @dataclass
 class _Parser:
-    methods: Mapping[str, MethodParameters]
     problems: list[Remark] = field(default_factory=list)
     notes: list[Remark] = field(default_factory=list)
     used: tuple[str, ...] = ()  # methods of the recipe; empty where one is unknown, so that no parameter is judged
@@ -133,7 +131,7 @@ class _Parser:
     @property
     def misplaced(self) -> dict[str, str]:
         """Parameters that stand beside 'parameters' instead of under it."""
-        names = {name for method in self.methods.values() for name in method.all} | NO_EFFECT.keys()
+        names = {name for method in METHODS.values() for name in method.parameters} | NO_EFFECT.keys()
         return {name: f"{name!r} is a parameter: put it under 'parameters'" for name in names}
 
     def method(self, node: Node | None, at: Mark) -> str:
@@ -141,9 +139,9 @@ class _Parser:
             self.problems.append(Remark(at, "the recipe has no 'merge_method'"))
             return ""
         name = text(node, "merge_method", self.problems)
-        if name in self.methods or not name:
+        if name in METHODS or not name:
             return name
-        hint = nearest(name, self.methods) or f" Known: {', '.join(sorted(self.methods))}."
+        hint = nearest(name, METHODS) or f" Known: {', '.join(sorted(METHODS))}."
         self.problems.append(Remark(node.at, f"unknown merge_method {name!r}.{hint}"))
         return ""
 
@@ -204,8 +202,12 @@ class _Parser:
             if source.model and source.model in {earlier.model for earlier in sources[:index]}:
                 self.problems.append(Remark(source.at, f"{source.model!r} is listed twice: a model goes in once"))
         listed = [source.model for source in sources]
+        continues = bool(self.used) and all(METHODS[name].donor == "model" for name in self.used)
+        if base is not None and listed == [base] and continues:
+            self.notes.append(Remark(sources[0].at, f"{base!r} is continued from itself: it is the base_model too"))
+            return Slice((*sources, Source(base, sources[0].layers, at=at)), 1, parameters, at)
         ranges = {source.layers for source in sources}
-        wanted = ranges == {None} or any(self.methods[name].base != "none" for name in self.used)
+        wanted = ranges == {None} or not all(METHODS[name].merges_base for name in self.used)
         if base is not None and base not in listed and wanted and sources:
             if len(ranges) > 1:
                 differ = f"base_model {base!r} is not among the sources and their ranges differ: list it with its own"
@@ -225,9 +227,10 @@ class _Parser:
             return {}
         taken: dict[str, Parameter] = {}
         for name in reversed(methods):
-            takes = self.methods[name]
-            apart = base and takes.base != "none"
-            taken |= {} if apart else takes.per_model if model is not None else takes.all
+            if base and not METHODS[name].merges_base:
+                continue
+            known = METHODS[name].parameters
+            taken |= {key: parameter for key, parameter in known.items() if model is None or parameter.each}
         found = {}
         for key, value in node.entries:
             if key.text in NO_EFFECT:
@@ -245,11 +248,12 @@ class _Parser:
         """Why a parameter can't stand where it does."""
         who = " and ".join(methods)
         verb = "takes" if len(methods) == 1 else "take"
-        if any(name in self.methods[method].shared for method in methods):
+        known = [METHODS[method].parameters for method in methods]
+        if any(name in each and not each[name].each for each in known):
             return f"{name!r} is one value for all models: put it under the recipe's 'parameters'"
-        if base and any(name in self.methods[method].per_model for method in methods):
+        if base and any(name in each for each in known):
             return f"{who} {verb} no {name!r} of the base model {model!r}: remove it"
-        everything = {key for method in methods for key in self.methods[method].all}
+        everything = {key for each in known for key in each}
         hint = nearest(name, everything) or (f" Known: {', '.join(sorted(everything))}." if everything else "")
         return f"{who} {verb} no parameter {name!r}.{hint}"
 

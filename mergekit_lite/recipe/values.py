@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from mergekit_lite.errors import nearest
-from mergekit_lite.recipe.parameters import Parameter
+from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.recipe.rules import Filter, Rule, Rules
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar, Value, describe
 

@@ -10,7 +10,6 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.references import addend
 from mergekit_lite.errors import UsageError
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def plan_apply(
     if rounding != "nearest":
         recipe |= {"rounding": rounding, "seed": seed}
     text = to_yaml(recipe)
-    return make_plan(parse(text, method_parameters()), [output], shard_size=shard_size, text=text)
+    return make_plan(parse(text), [output], shard_size=shard_size, text=text)
 
 
 def apply(base: str | Path, vectors: Sequence[str], output: str | Path, **options: Any) -> Finished:

@@ -14,8 +14,8 @@ from mergekit_lite.checkpoint.references import Addend, addend
 from mergekit_lite.checkpoint.vector_file import Delta, Vector, described, from_zero, read_vector
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
+from mergekit_lite.methods import METHODS
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ def plan_combine(
     opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in _files(named)]
     if not rebase:
         _check_one_base(opened)
-    takes = method_parameters()
-    base = None if method in takes and takes[method].base == "none" else ZERO
-    weighted = method in takes and "weight" in takes[method].per_model and "weight" not in (parameters or {})
+    known = METHODS.get(method)
+    base = None if known is not None and known.merges_base else ZERO
+    each = known.parameters["weight"].each if known is not None and "weight" in known.parameters else ""
+    weighted = bool(each) and "weight" not in (parameters or {})
     recipe: dict[str, Any] = {
         "merge_method": method,
         "models": [_model(one, weighted) for one in named],
@@ -57,7 +58,7 @@ def plan_combine(
     if base is not None:
         recipe["base_model"] = base
     text = to_yaml(recipe)
-    loaded = parse(text, takes, "vector combine")
+    loaded = parse(text, "vector combine")
     sources = {one.path: checkpoint for one, checkpoint in zip(named, _over_zero(opened), strict=True)}
     sources[ZERO] = _zeros(list(sources.values()))
     plan = make_plan(loaded, [path], text=text, opened=sources)

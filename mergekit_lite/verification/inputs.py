@@ -11,7 +11,6 @@ from mergekit_lite.checkpoint.references import Addend
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.output.workspace import is_single_file
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.verification.manifest import Input, Manifest
 from mergekit_lite.verification.verdict import Finding
@@ -119,7 +118,7 @@ def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
     written = manifest.recipe.get("text")
     text = written if isinstance(written, str) else ""
-    recipe = parse(text or to_yaml(manifest.recipe), method_parameters(), "The manifest's recipe")
+    recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
     return make_plan(recipe, [name], shard_size=manifest.shard_size, text=text, opened=opened)
 

@@ -16,11 +16,10 @@ from mergekit_lite.errors import UsageError
 from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import Recipe, Slice, Source, parse, text_of
 from mergekit_lite.recipe.rules import Filter, Rule
-from tests.recipe.methods import METHODS
 
 
 def read(text: str) -> Recipe:
-    return parse(dedent(text), METHODS)
+    return parse(dedent(text))
 
 
 def one(value: Any) -> tuple[Rule, ...]:
@@ -204,7 +203,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Can't read the recipe .*recipe\.yml"):
         text_of(path)
     path.write_bytes(b"\xef\xbb\xbfmerge_method: sce\nbase_model: m\nmodels: [{model: a}]\n")
-    assert parse(text_of(path), METHODS).merge_method == "sce"
+    assert parse(text_of(path)).merge_method == "sce"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="Can't read"):
         text_of(path)
@@ -247,7 +246,7 @@ def test_round_trip(models: list[dict[str, Any]], shared: dict[str, Any], flow: 
         "models": [{"model": name, "parameters": own} for name, own in zip(names, models, strict=True)],
         "parameters": {"weight": 1.0, **shared},
     }
-    recipe = parse(yaml.safe_dump(tree, default_flow_style=flow), METHODS)
+    recipe = parse(yaml.safe_dump(tree, default_flow_style=flow))
     assert [dict(source.parameters) for source in recipe.slices[0].sources[:-1]] == [
         {key: rules_of(setting) for key, setting in own.items()} for own in models
     ]

@@ -7,15 +7,14 @@ from textwrap import dedent
 
 from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import Output, Recipe, Resolved, outputs, parse, resolve
-from tests.recipe.methods import METHODS
 from tests.recipe.test_layers import llama
 
 
 def planned(text: str, layers: int) -> tuple[Recipe, tuple[Output, ...], Resolved]:
-    recipe = parse(dedent(text), METHODS)
+    recipe = parse(dedent(text))
     made = outputs(recipe.slices, {model: llama(layers) for model in recipe.models})
     assert made.problems == ()
-    found = resolve(recipe, made.tensors, METHODS)
+    found = resolve(recipe, made.tensors)
     assert found.problems == found.notes == ()
     return recipe, made.tensors, found
 

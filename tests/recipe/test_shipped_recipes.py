@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import Recipe, outputs, parse, resolve, text_of
-from tests.recipe.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yml"))
@@ -63,14 +63,14 @@ PUBLISHED = {
 
 
 def loaded(path: Path) -> Recipe:
-    return parse(text_of(path), METHODS, str(path))
+    return parse(text_of(path), str(path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe(path: Path) -> None:
     recipe = loaded(path)
     made = outputs(recipe.slices, dict.fromkeys(recipe.models, NAMES))
-    found = resolve(recipe, made.tensors, METHODS)
+    found = resolve(recipe, made.tensors)
     assert recipe.notes == made.problems == found.problems == found.notes == ()
     assert len(found.numbers) == len(made.tensors) >= len(NAMES)
 

@@ -9,7 +9,6 @@ from textwrap import dedent
 import pytest
 
 from mergekit_lite.recipe import RecipeError, parse
-from tests.recipe.methods import METHODS
 
 TAIL = "merge_method: linear\n"
 TIES = "merge_method: ties\nbase_model: base\n"
@@ -137,7 +136,7 @@ WRONG = [
 @pytest.mark.parametrize(("text", "complaints"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_complaints(text: str, complaints: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse(text, METHODS)
+        parse(text)
     assert [str(problem) for problem in caught.value.problems] == complaints
 
 
@@ -151,7 +150,7 @@ def test_all_at_once() -> None:
         dtype: int3
     """)
     with pytest.raises(RecipeError) as caught:
-        parse(text, METHODS, "mine.yml")
+        parse(text, "mine.yml")
     assert caught.value.exit_code == 2
     assert str(caught.value) == dedent("""\
         mine.yml has 5 problems:
@@ -166,9 +165,9 @@ def test_billion_laughs() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
     with pytest.raises(RecipeError, match="aliases expand to more than 100,000 values"):
-        parse("\n".join(lines), METHODS)
+        parse("\n".join(lines))
 
 
 def test_nesting() -> None:
     with pytest.raises(RecipeError, match="nested too deeply"):
-        parse("[" * 20_000, METHODS)
+        parse("[" * 20_000)

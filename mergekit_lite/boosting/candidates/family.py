@@ -16,7 +16,7 @@ from mergekit_lite.boosting.candidates.tunable import Pair, RecipeTuning, Tunabl
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.planning.planner import config_source, method_parameters
+from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import parse, text_of
 
 UNWRITTEN = Path("boosted")  # where a candidate would lie, were it written
@@ -78,7 +78,7 @@ class RecipeFamily:
             UsageError: it can't be read, or a path leads nowhere.
         """
         content = text_of(path)
-        recipe = parse(content, method_parameters(), str(path))
+        recipe = parse(content, str(path))
         self.path = path
         self.shard_size = shard_size
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
@@ -89,7 +89,7 @@ class RecipeFamily:
     def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:
         """The plan that ``merge`` makes for the recipe with these numbers."""
         text = self.tuning.text(numbers)
-        recipe = parse(text, method_parameters(), f"{self.path} with {_told(numbers)}")
+        recipe = parse(text, f"{self.path} with {_told(numbers)}")
         return make_plan(recipe, [output], shard_size=self.shard_size, text=text, opened=self.opened)
 
 
