@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
+from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
+from mergekit_lite.options import NewRows, Rounding, named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
 from mergekit_lite.recipe.rules import REGEX, Filter, Rule
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mergekit_lite.checkpoint import Checkpoint
-    from mergekit_lite.engine.run import Finished
 
 
+@named_options
 def plan_extrapolation(
     sft: str | Path,
     aligned: str | Path,
@@ -28,9 +32,9 @@ def plan_extrapolation(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     out_dtype: str | None = None,
-    rounding: str = "nearest",
+    rounding: Rounding = "nearest",
     seed: int = 0,
-    new_rows: str = "refuse",
+    new_rows: NewRows = "refuse",
     shard_size: int | None = None,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
@@ -58,8 +62,22 @@ def plan_extrapolation(
     return make_plan(recipe, paths, shard_size=shard_size, opened=opened, strict=True)
 
 
+@named_options
 def extrapolate(
-    sft: str | Path, aligned: str | Path, output: str | Path, alpha: float | Sequence[float], **options: Any
+    sft: str | Path,
+    aligned: str | Path,
+    output: str | Path,
+    alpha: float | Sequence[float],
+    *,
+    alpha_for: Mapping[str, float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    out_dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    new_rows: NewRows = "refuse",
+    shard_size: int | None = None,
+    **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Make the models ``aligned + alpha·(aligned − sft)`` (ExPO, arXiv 2404.16792).
 
@@ -69,20 +87,40 @@ def extrapolate(
         output: a folder, or a ``.safetensors`` / ``.pt`` file. ``{alpha}`` in it becomes the alpha; needed for
             several alphas.
         alpha: one number, or several for as many outputs from one read of the inputs. 0 is ``aligned``, −1 is ``sft``.
-        options: of ``plan_extrapolation`` (``alpha_for`` {regex: alpha}, ``include``, ``exclude``, ``out_dtype``,
-            ``rounding`` ``nearest`` | ``stochastic``, ``seed``, ``new_rows`` ``refuse`` | ``copy``, ``shard_size`` in
-            bytes) and of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``,
-            ``processes``).
+        alpha_for: other alphas, by a regular expression that is searched in a tensor's name; the first match counts.
+        include: regular expressions; only tensors whose names match one are extrapolated, the others copied.
+        exclude: regular expressions; tensors whose names match one are copied from ``aligned``.
+        out_dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``; by default each tensor's own in ``aligned``.
+        rounding: ``nearest``, or ``stochastic``, which keeps steps smaller than the dtype's spacing, on average.
+        seed: of the stochastic rounding.
+        new_rows: ``copy`` takes vocabulary rows that only ``aligned`` has from there; ``refuse`` is an error.
+        shard_size: most bytes of data in one file; by default the shards of ``aligned``.
+        **run_options: see ``RunOptions``.
 
     Returns:
         The outputs' paths, and for each a report with the effective alpha.
 
     Raises:
-        MergekitLiteError: one of its kinds, as ``make_plan`` and ``run`` say.
+        UsageError: an option is wrong, or an output exists.
+        CheckpointError: a model can't be opened.
+        PlanError: the models don't fit together; every problem is named.
+        RunError, NonFiniteError: as ``run`` says.
     """
-    from mergekit_lite.engine.run import plan_and_run
-
-    return plan_and_run(plan_extrapolation, sft, aligned, output, alpha, **options)
+    planned = plan_extrapolation(
+        sft,
+        aligned,
+        output,
+        alpha,
+        alpha_for=alpha_for,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        rounding=rounding,
+        seed=seed,
+        new_rows=new_rows,
+        shard_size=shard_size,
+    )
+    return run(planned, **run_options)
 
 
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite.engine.run import Finished, RunOptions, run
+from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, as_data, parse, text_of, to_yaml
 
 if TYPE_CHECKING:
-    from mergekit_lite.engine.run import Finished
+    from typing_extensions import Unpack
 
 
+@named_options
 def plan_merge(
     recipe: str | Path | Mapping[str, Any] | Recipe, output: str | Path, *, shard_size: int | None = None
 ) -> Plan:
@@ -26,12 +29,13 @@ def plan_merge(
     return make_plan(parse(text, source), [output], shard_size=shard_size, text=text)
 
 
+@named_options
 def merge(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     output: str | Path,
     *,
     shard_size: int | None = None,
-    **how: Any,
+    **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Merge models as a recipe says.
 
@@ -39,12 +43,15 @@ def merge(
         recipe: a YAML file in mergekit's language, the same as a mapping, or a ``Recipe``.
         output: a folder, or a ``.safetensors`` or ``.pt`` file.
         shard_size: most bytes of data in one file.
-        how: of ``run`` (``threads``, ``device``, ``resume``, ``force``, ``allow_nonfinite``, ``progress``,
-            ``processes``).
+        **run_options: see ``RunOptions``.
+
+    Returns:
+        The output's path and its report.
 
     Raises:
-        MergekitLiteError: one of its kinds, as ``make_plan`` and ``run`` say.
+        UsageError: the recipe is wrong, with every problem's line and column, or the output exists.
+        CheckpointError: a model can't be opened.
+        PlanError: the models don't fit together; every problem is named.
+        RunError, NonFiniteError: as ``run`` says.
     """
-    from mergekit_lite.engine.run import run
-
-    return run(plan_merge(recipe, output, shard_size=shard_size), **how)
+    return run(plan_merge(recipe, output, shard_size=shard_size), **run_options)

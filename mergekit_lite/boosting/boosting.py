@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,17 @@ from mergekit_lite.boosting.measure.likelihood import Ranking, Reading
 from mergekit_lite.boosting.measure.resident_model import Stand
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.measure.tasks import Harness
-from mergekit_lite.boosting.request import Prepared, described
+from mergekit_lite.boosting.options import BoostOptions, request_of
+from mergekit_lite.boosting.request import Prepared, described, prepare
 from mergekit_lite.boosting.search import choice
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.point import Point
 from mergekit_lite.boosting.search.study import Study
+from mergekit_lite.options import named_options
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.engine.schedule import Progress
 
@@ -59,7 +63,40 @@ class Boosted:
         }
 
 
+@named_options
 def boost(
+    *,
+    output: str | Path,
+    scores: Sequence[str],
+    sft: str | Path | None = None,
+    aligned: str | Path | None = None,
+    recipe: str | Path | None = None,
+    **options: Unpack[BoostOptions],
+) -> Boosted:
+    """Choose how far to go past ``aligned``, or numbers of a recipe, by measuring, and make that model.
+
+    What is measured is kept in ``OUTPUT.boost``: a search that was killed goes on, and measures nothing twice.
+
+    Args:
+        output: the chosen model's folder.
+        scores: ``KIND[:WHAT]`` each, as the command's ``--score`` takes them; the first one decides: ``reward:MODEL``,
+            ``maths``, ``pairs``, ``nll:FILE``, ``lm-eval:TASK`` …
+        sft: the model before alignment, with ``aligned``: any reference.
+        aligned: the model after.
+        recipe: instead of a pair, a merge recipe, with the option ``tune``.
+        **options: see ``BoostOptions``.
+
+    Returns:
+        The search's result, the report's path, and the model that was made, if a candidate is better than the baseline.
+
+    Raises:
+        UsageError: an option is wrong; every problem that can be seen at once is named.
+        MergekitLiteError: a candidate can't be made or asked, or the output not written. What was measured is kept.
+    """
+    return search_and_write(prepare(request_of(output, scores, sft, aligned, recipe, options)))
+
+
+def search_and_write(
     prepared: Prepared,
     measured: Callable[[Point], None] = lambda point: None,
     writing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite import dtypes
 from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
@@ -73,14 +72,11 @@ def command(
     For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
     largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
     """
-    named = tuple(dtypes.float_named(name) for name in dtype)
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison import export, plots
     from mergekit_lite.comparison.comparison import compare
-    from mergekit_lite.comparison.deltas import Settings
     from mergekit_lite.pages.drawing import check_drawable
 
-    settings = Settings(top_k, alpha, named, select_topk)
     if plot is not None or html_path is not None:
         check_drawable(plot)
     for path in (csv_path, plot, html_path):
@@ -88,7 +84,15 @@ def command(
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("comparing") as progress:
         comparison = compare(
-            base, models, settings=settings, threads=threads, progress=progress, processes=running.PROCESSES
+            base,
+            models,
+            top_k=top_k,
+            alphas=alpha,
+            dtypes=dtype,
+            select_topk=select_topk,
+            threads=threads,
+            progress=progress,
+            processes=running.PROCESSES,
         )
     if csv_path is not None:
         table = io.StringIO()

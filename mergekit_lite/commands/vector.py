@@ -65,7 +65,6 @@ Examples:
 @click.option("-o", "--output", required=True, help="A .safetensors file; for the format lora a folder.")
 @click.option(
     "--format",
-    "form",
     type=click.Choice(["dense", "sparse", "lowrank", "sign", "lora"]),
     default="dense",
     show_default=True,
@@ -87,60 +86,43 @@ def extract(
     base: str,
     tuned: str,
     output: str,
-    form: str,
-    threads: int | None,
-    device: str,
-    resume: bool,
-    force: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
-    **numbers: Any,
+    **options: Any,
 ) -> None:
     """Make the task vector of TUNED: what was added to BASE. Prints what it takes and what it throws away.
 
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import Settings
-    from mergekit_lite.vectors.extract import extract as made_by
+    from mergekit_lite.vectors.extract import extract_vector
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
-    settings = Settings(form, **numbers)
     with running.resumable(), screen.progress() as progress:
-        made = made_by(
-            base,
-            tuned,
-            output,
-            settings,
-            threads=threads,
-            device=device,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-    for note in made.notes:
+        extracted = extract_vector(base, tuned, output, progress=progress, **options)
+    for note in extracted.notes:
         screen.warn(note)
     if as_json:
-        click.echo(json.dumps(made.to_json(), indent=1))
+        click.echo(json.dumps(extracted.to_json(), indent=1))
     elif not quiet:
-        _show(made, screen)
+        _show(extracted, screen)
 
 
-def _show(made: Extracted, screen: Screen) -> None:
+def _show(extracted: Extracted, screen: Screen) -> None:
     from mergekit_lite.commands.screen import size, table
 
     if screen.verbose:
         rows = [
-            (kept.name, kept.how, size(kept.nbytes), f"{math.sqrt(kept.square):.3g}", f"{kept.error:.4f}")
-            for kept in made.tensors
+            (tensor.name, tensor.how, size(tensor.nbytes), f"{math.sqrt(tensor.square):.3g}", f"{tensor.error:.4f}")
+            for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
-    screen.out.print(f"[bold green]made[/] {made.output}  {size(made.nbytes)}")
-    differ = f"{counted(len(made.tensors), 'tensor')} differ, {made.unchanged:,} don't"
-    exact = not any(kept.lost for kept in made.tensors)
-    told = "nothing thrown away" if exact else f"thrown away: {made.error:.4f} of ‖difference‖"
-    screen.out.print(f"  {differ}; {told}")
+    screen.out.print(f"[bold green]made[/] {extracted.output}  {size(extracted.nbytes)}")
+    differ = f"{counted(len(extracted.tensors), 'tensor')} differ, {extracted.unchanged:,} don't"
+    exact = not any(tensor.lost for tensor in extracted.tensors)
+    loss = "nothing thrown away" if exact else f"thrown away: {extracted.error:.4f} of ‖difference‖"
+    screen.out.print(f"  {differ}; {loss}")
 
 
 @command.command(

@@ -15,7 +15,9 @@ import numpy as np
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.comparison.deltas import Deltas, Finding, Settings, Tally, shares
 from mergekit_lite.comparison.survey import Numbers, Progress, survey
+from mergekit_lite.dtypes import float_named
 from mergekit_lite.errors import UsageError
+from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
 from mergekit_lite.vectors.matching import Unmatched, match
 
@@ -140,36 +142,47 @@ class Comparison:
         )
 
 
+@named_options
 def compare(
     base: str | Path,
     models: Sequence[str | Path],
     *,
-    settings: Settings | None = None,
+    top_k: float = 0.2,
+    alphas: Sequence[float] = (0.1, 0.3, 0.5),
+    dtypes: Sequence[str] = ("bfloat16", "float16"),
+    select_topk: float = 1.0,
     threads: int | None = None,
     progress: Progress | None = None,
     processes: bool = False,
 ) -> Comparison:
-    """Look at what some models changed in their common base: one read of each.
+    """Compare what some models changed in their common base: one read of each.
 
     Args:
         base: a path or hub reference.
         models: one or more, tuned from it.
-        settings: shares, alphas and dtypes that figures are told for.
+        top_k: share of the elements in a mask of the largest changes, in (0, 1].
+        alphas: of the extrapolations whose effect after rounding is computed.
+        dtypes: the float dtypes that those are rounded to.
+        select_topk: SCE's share of the elements to select, in (0, 1].
         threads: workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
         processes: fork the workers, as for ``run``.
 
+    Returns:
+        Figures of each tensor, each layer and all of the model.
+
     Raises:
-        UsageError: no model is given.
+        UsageError: an option is wrong, or no model is given.
         CheckpointError: a model can't be opened, or changed while it was read.
         PlanError: no tensor can be compared.
         RunError: a file can't be read.
     """
+    settings = Settings(top_k, tuple(alphas), tuple(map(float_named, dtypes)), select_topk)
     if not models:
         raise UsageError("Name at least one model to compare with the base.")
     opened = [open_checkpoint(reference) for reference in (base, *models)]
     matches, unmatched, notes = match(opened)
-    study = Deltas(settings or Settings(), len(models))
+    study = Deltas(settings, len(models))
     # the sums of all in one piece of memory: kept one by one between freed temporaries they made the heap grow
     rows = np.empty((len(matches), study.shapes.width))
     found: dict[int, Finding] = {}

@@ -18,6 +18,7 @@ from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, ti
 from mergekit_lite.comparison.health import Health, Weights
 from mergekit_lite.comparison.survey import Progress, survey
 from mergekit_lite.errors import counted
+from mergekit_lite.options import named_options
 from mergekit_lite.planning.configs import LAYER_COUNTS, NOT_TEXT
 from mergekit_lite.planning.tokenizers import is_tokenizer_file, template_of, vocabulary_of
 from mergekit_lite.recipe.layers import place, stacks
@@ -101,6 +102,7 @@ class Inspection:
         return f"{counted(len(scaled), 'tensor')} in {kinds}, a scale for each block of {shown}"
 
 
+@named_options
 def inspect(
     model: str | Path,
     *,
@@ -109,7 +111,7 @@ def inspect(
     progress: Progress | None = None,
     processes: bool = False,
 ) -> Inspection:
-    """Look at a model.
+    """Inspect a model: what it is made of, and what looks wrong with it.
 
     Args:
         model: a path or hub reference.
@@ -117,6 +119,9 @@ def inspect(
         threads: workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
         processes: fork the workers, as for ``run``.
+
+    Returns:
+        Tensors, groups of them, facts of config and tokenizer, and hints at what looks wrong.
 
     Raises:
         CheckpointError: it can't be opened.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
@@ -17,11 +17,14 @@ from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
+from mergekit_lite.options import named_options
 from mergekit_lite.output.beside import write_beside
 from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
 from mergekit_lite.planning import Plan
 
-OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 GPU_LANES = 6
 GPU_BLOCK = 1 << 22
 
@@ -35,24 +38,12 @@ class Finished:
     seconds: float
 
 
-def run(
-    plan: Plan,
-    *,
-    threads: int | None = None,
-    device: str = "cpu",
-    block: int | None = None,
-    resume: bool = False,
-    force: bool = False,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-    processes: bool = False,
-) -> Finished:
-    """Carry out a plan.
+class RunOptions(TypedDict, total=False):
+    """How a plan is run: the options of ``run``, and of every function that plans and runs in one call.
 
-    Args:
-        plan: from ``plan(...)``.
+    Attributes:
         threads: workers; by default one more than there are cores, or enough to keep a GPU's copies going.
-        device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where there is one).
+        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where one is there).
         block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
         resume: go on with what an earlier run of the same plan left.
         force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
@@ -60,6 +51,28 @@ def run(
         progress: called with (bytes read, bytes in all) after each span.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
+    """
+
+    threads: int | None
+    device: str
+    block: int | None
+    resume: bool
+    force: bool
+    allow_nonfinite: bool
+    progress: Progress | None
+    processes: bool
+
+
+@named_options
+def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
+    """Carry out a plan.
+
+    Args:
+        plan: from ``plan_extrapolation``, ``plan_merge`` or another of the planning functions.
+        **options: see ``RunOptions``.
+
+    Returns:
+        The outputs' paths, a report for each of them, and the seconds it took.
 
     Raises:
         UsageError: an output exists, or lies in an input; the device is not there.
@@ -68,9 +81,10 @@ def run(
         NonFiniteError: weights are NaN or infinite; everything is kept for ``resume`` with ``allow_nonfinite``.
     """
     started = time.monotonic()
-    place = chosen_device(device)
-    workers, usual_block = lanes_and_block(place, threads, writing_workers())
-    grains = -(-(block or usual_block) // GRAIN)
+    resume, force = options.get("resume", False), options.get("force", False)
+    place = chosen_device(options.get("device", CPU))
+    workers, usual_block = lanes_and_block(place, options.get("threads"), writing_workers())
+    block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
     finished = _finished(plan, resume)
     unfinished = [v for v, done in enumerate(finished) if not done]
@@ -86,9 +100,10 @@ def run(
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        Schedule(plan, workspaces, place, workers, grains * GRAIN, progress, processes).run()
+        progress, processes = options.get("progress"), options.get("processes", False)
+        Schedule(plan, workspaces, place, workers, block, progress, processes).run()
         _check_inputs(plan)
-        if not allow_nonfinite:
+        if not options.get("allow_nonfinite", False):
             _refuse_nonfinite(plan, workspaces)
         for v, workspace in workspaces.items():
             records = workspace.journal.records
@@ -97,12 +112,6 @@ def run(
             workspace.publish()
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
-
-
-def plan_and_run(planned: Callable[..., Plan], *arguments: Any, **options: Any) -> Finished:
-    """Carry out what ``planned(*arguments)`` plans. Each option goes to the one of ``run`` and ``planned`` it is of."""
-    how = {name: options.pop(name) for name in OPTIONS if name in options}
-    return run(planned(*arguments, **options), **how)
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:

@@ -11,6 +11,7 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.methods import METHODS, method_named
+from mergekit_lite.options import named_options
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
@@ -38,6 +39,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@named_options
 @_uncollected()
 def make_plan(
     recipe: Recipe,

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.references import addend
+from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
+from mergekit_lite.options import Rounding, named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
-    from mergekit_lite.engine.run import Finished
+    from typing_extensions import Unpack
 
 
+@named_options
 def plan_apply(
     base: str | Path,
     vectors: Sequence[str],
@@ -23,11 +26,11 @@ def plan_apply(
     *,
     rebase: bool = False,
     dtype: str | None = None,
-    rounding: str = "nearest",
+    rounding: Rounding = "nearest",
     seed: int = 0,
     shard_size: int | None = None,
 ) -> Plan:
-    """Plan ``base + Σ scale · vector``; see ``apply`` for the arguments and errors."""
+    """Plan ``base + Σ scale · vector``; see ``apply_vectors`` for the arguments and errors."""
     if not vectors:
         raise UsageError("No task vector was given: mergekit-lite vector apply BASE v.safetensors:0.5 -o OUT.")
     added = [addend(str(text)) for text in vectors]
@@ -45,20 +48,42 @@ def plan_apply(
     return make_plan(parse(text), [output], shard_size=shard_size, text=text)
 
 
-def apply(base: str | Path, vectors: Sequence[str], output: str | Path, **options: Any) -> Finished:
+@named_options
+def apply_vectors(
+    base: str | Path,
+    vectors: Sequence[str],
+    output: str | Path,
+    *,
+    rebase: bool = False,
+    dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    shard_size: int | None = None,
+    **run_options: Unpack[RunOptions],
+) -> Finished:
     """Make the model ``base + Σ scale · vector``: summed in float64, rounded once.
 
     Args:
         base: the model: any reference.
         vectors: task vectors (files) and LoRA adapters (folders, hub repositories), each ``PATH`` or ``PATH:SCALE``.
         output: a folder, or a ``.safetensors`` / ``.pt`` file.
-        options: ``rebase`` (add vectors to another base than theirs), ``dtype``, ``rounding``, ``seed``,
-            ``shard_size``, and those of ``run``.
+        rebase: add vectors to another base than the one they were made from.
+        dtype: of all float tensors; by default that of the tuned model.
+        rounding: ``nearest``, or ``stochastic``, which keeps steps smaller than the dtype's spacing, on average.
+        seed: of the stochastic rounding.
+        shard_size: most bytes of data in one file; by default the shards of ``base``.
+        **run_options: see ``RunOptions``.
+
+    Returns:
+        The output's path and its report.
 
     Raises:
+        UsageError: an option is wrong, or the output exists.
         CheckpointError: a vector can't be opened, doesn't fit, or was made from another base.
-        MergekitLiteError: others of its kinds, as ``make_plan`` and ``run`` say.
+        PlanError: model and vectors don't fit together; every problem is named.
+        RunError, NonFiniteError: as ``run`` says.
     """
-    from mergekit_lite.engine.run import plan_and_run
-
-    return plan_and_run(plan_apply, base, vectors, output, **options)
+    planned = plan_apply(
+        base, vectors, output, rebase=rebase, dtype=dtype, rounding=rounding, seed=seed, shard_size=shard_size
+    )
+    return run(planned, **run_options)

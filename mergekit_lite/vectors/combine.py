@@ -12,18 +12,21 @@ from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.change import Change
 from mergekit_lite.checkpoint.references import Addend, addend
 from mergekit_lite.checkpoint.vector_file import Delta, Vector, described, from_zero, read_vector
+from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.methods import METHODS
+from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
-    from mergekit_lite.engine.run import Finished
+    from typing_extensions import Unpack
 
 ZERO = "zero"
 
 
+@named_options
 def plan_combine(
     vectors: Sequence[str],
     output: str | Path,
@@ -34,7 +37,7 @@ def plan_combine(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Plan:
-    """Plan a combination of task vectors; see ``combine`` for the arguments and errors."""
+    """Plan a combination of task vectors; see ``combine_vectors`` for the arguments and errors."""
     path = Path(output).expanduser()
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
@@ -70,8 +73,17 @@ def plan_combine(
     return replace(plan, recipes=(recipe_told,), layout=safetensors_layout([tensors], path.name, metadata))
 
 
-def combine(
-    vectors: Sequence[str], output: str | Path, method: str, parameters: Mapping[str, Any] | None = None, **options: Any
+@named_options
+def combine_vectors(
+    vectors: Sequence[str],
+    output: str | Path,
+    method: str,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    rebase: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+    **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Combine task vectors of one base into one, that may be applied like any other.
 
@@ -80,16 +92,22 @@ def combine(
         output: a ``.safetensors`` file.
         method: any method of the recipes; the base of those that need one is zero.
         parameters: the method's, for all vectors.
-        options: ``rebase`` (take vectors of different bases for vectors of the first one's), ``dtype`` of the result
-            (float32), ``seed``, and those of ``run``.
+        rebase: take vectors of different bases for vectors of the first one's.
+        dtype: of the result.
+        seed: of methods that draw.
+        **run_options: see ``RunOptions``.
+
+    Returns:
+        The output's path and its report.
 
     Raises:
+        UsageError: an option, the method or a parameter is wrong, or the output exists.
         CheckpointError: a vector can't be opened, holds tensors in full, or is of another base.
-        MergekitLiteError: others of its kinds, as ``make_plan`` and ``run`` say.
+        PlanError: the vectors don't fit together; every problem is named.
+        RunError, NonFiniteError: as ``run`` says.
     """
-    from mergekit_lite.engine.run import plan_and_run
-
-    return plan_and_run(plan_combine, vectors, output, method, parameters, **options)
+    planned = plan_combine(vectors, output, method, parameters, rebase=rebase, dtype=dtype, seed=seed)
+    return run(planned, **run_options)
 
 
 def _files(named: Sequence[Addend]) -> Sequence[Addend]:

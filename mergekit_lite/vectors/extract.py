@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import xxhash
@@ -30,6 +30,7 @@ from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, safetensors_layout
+from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import Workspace, check_target, manifest_path, working_folder
 from mergekit_lite.vectors import peft_folder
@@ -37,7 +38,8 @@ from mergekit_lite.vectors.encoders import Dense, Encoder, Part, Signs, Sketch, 
 from mergekit_lite.vectors.lowrank import LowRank
 from mergekit_lite.vectors.pairs import Difference, Pair, paired
 
-FORMATS = ("dense", "sparse", "lowrank", "sign", "lora")
+Format = Literal["dense", "sparse", "lowrank", "sign", "lora"]
+FORMATS = get_args(Format)
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ T = TypeVar("T")
 class Settings:
     """How differences are stored; what a format doesn't take is None. ``seed`` is of the random projections."""
 
-    format: str = "dense"
+    format: Format = "dense"
     density: float | None = None
     threshold: float | None = None
     rank: int | None = None
@@ -118,12 +120,18 @@ class Extracted:
         }
 
 
-def extract(
+@named_options
+def extract_vector(
     base: str | Path,
     tuned: str | Path,
     output: str | Path,
-    settings: Settings | None = None,
     *,
+    format: Format = "dense",
+    density: float | None = None,
+    threshold: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
     threads: int | None = None,
     device: str = "cpu",
     resume: bool = False,
@@ -136,21 +144,30 @@ def extract(
         base: the model before tuning: any reference.
         tuned: the model after.
         output: a ``.safetensors`` file; for the format ``lora`` a folder.
-        settings: the format and its numbers; dense by default.
+        format: ``dense`` is exact; ``sparse``, ``lowrank``, ``sign`` and ``lora`` throw some of the difference away.
+        density: sparse: the share of each tensor that is kept, its largest differences, in (0, 1].
+        threshold: sparse, instead of ``density``: the least size of a difference that is kept.
+        rank: lowrank, lora: of the factors.
+        energy: lowrank, lora, instead of ``rank``: the least rank that keeps this share of ‖difference‖², in (0, 1].
+        seed: lowrank, lora: of the random projections.
         threads: workers; one for each core by default.
         device: where low-rank factors are computed.
         resume: go on with what an earlier run of the same extraction left.
         force: replace an existing output, and drop what an earlier run left unless ``resume`` is set too.
         progress: called with (bytes read, bytes in all) after each tensor.
 
+    Returns:
+        The output's path, its bytes, and for each tensor how it is stored and what share is thrown away.
+
     Raises:
-        UsageError: the output exists or an earlier run was not finished, or its name doesn't fit the format.
+        UsageError: an option is wrong, the output exists or an earlier run was not finished, or its name doesn't fit
+            the format.
         CheckpointError: a model can't be opened.
         PlanError: the models don't fit together; every problem is named.
         NonFiniteError: a weight is NaN or infinite.
         RunError: reading or writing failed.
     """
-    settings = settings or Settings()
+    settings = Settings(format, density, threshold, rank, energy, seed)
     path = Path(output).expanduser()
     _check_name(path, settings.format)
     place = chosen_device(device)

@@ -15,6 +15,7 @@ from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.run import chosen_device, lanes_and_block
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
+from mergekit_lite.options import named_options
 from mergekit_lite.output.workspace import is_single_file, manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.verification.inputs import Inputs, open_inputs, plan_again
@@ -27,6 +28,7 @@ SAMPLES = 8
 Samples = int | Literal["all"] | None
 
 
+@named_options
 def verify(
     output: str | Path,
     *,

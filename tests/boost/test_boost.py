@@ -22,7 +22,7 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.template import ChatTemplate
-from mergekit_lite.boosting.boosting import bench_of, boost
+from mergekit_lite.boosting.boosting import bench_of, search_and_write
 from mergekit_lite.boosting.measure.answering import Answering
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.commands import main
@@ -92,11 +92,11 @@ def test_where_nothing_helps_there_is_no_model_and_no_error(
 
 def test_a_second_boost_measures_nothing_and_makes_nothing(models: Path, tmp_path: Path) -> None:
     request = request_of(models, tmp_path / "out", "pairs", pairs=models / "pairs.jsonl", start=16.0, final_step=16.0)
-    first = boost(prepare(request))
+    first = search_and_write(prepare(request))
     assert first.finished is not None
     kept = [*(tmp_path / "out").iterdir(), *(tmp_path / "out.boost" / "candidates").iterdir()]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    second = boost(prepare(request))
+    second = search_and_write(prepare(request))
     assert second.result.chosen == first.result.chosen
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -113,7 +113,7 @@ def test_a_recipe_is_tuned_and_merged(models: Path, tmp_path: Path) -> None:
         recipe=tmp_path / "recipe.yml", tune=("models.0.parameters.weight=1:33",), search="grid",
         grid={"models.0.parameters.weight": (17.0, 33.0)},
     )  # fmt: skip
-    boosted = boost(prepare(request))
+    boosted = search_and_write(prepare(request))
     assert boosted.result.baseline.numbers == {"models.0.parameters.weight": 1.0}
     assert boosted.finished is not None
     made = tree_bytes(tmp_path / "out")
@@ -126,7 +126,7 @@ def test_several_numbers_by_optuna(models: Path, tmp_path: Path) -> None:
     request = replace(request, scores=(f"nll:{models / 'texts.txt'}",))
     prepared = prepare(request)
     assert prepared.search == "tpe"
-    boosted = boost(prepared)
+    boosted = search_and_write(prepared)
     assert len(boosted.result.points) == 3
     assert (tmp_path / "out.boost" / "study.db").exists()
 
@@ -238,7 +238,7 @@ def test_no_answer_is_made_that_is_not_wanted(
     prompts = write_prompts(tmp_path, 128)
     grid = {"search": "grid", "grid": {"alpha": (0.5, 4.0)}, "batch_size": 4, "held_out": held_out}
     request = request_of(models, tmp_path / "out", SPACES, prompts=(prompts,), **grid)
-    boost(prepare(request))
+    search_and_write(prepare(request))
     kept = sum(len(rows) for rows in rows_of(tmp_path / "out.boost").values())
     assert len(made) == kept >= 3 * 64
 
@@ -277,7 +277,7 @@ def test_a_candidate_that_overflows_is_out_and_the_search_goes_on(tmp_path: Path
     data = {"pairs": write_pairs(tmp_path, 8), "prompts": (write_prompts(tmp_path, 8),)}
     wide = {"tune": ("alpha=0:10000000",), "search": "grid", "grid": {"alpha": (1.0, 1e7)}}
     request = request_of(tmp_path, tmp_path / "out", "pairs", SPACES, **data, **wide)
-    boosted = boost(prepare(request))
+    boosted = search_and_write(prepare(request))
     last = boosted.result.points[-1]
     assert last.facts["nonfinite"] and not last.score.items and not last.allowed
     assert boosted.result.points[0].score.items == 8

@@ -38,7 +38,7 @@ def written(folder: Path, states: list[State]) -> list[Path]:
 
 def compared(folder: Path, states: list[State], settings: Settings = SETTINGS, **how: Any) -> Comparison:
     base, *others = written(folder, states)
-    return compare(base, others, settings=settings, **{"threads": 2} | how)
+    return compare(base, others, **vars(settings), **{"threads": 2} | how)
 
 
 def close(got: Any, wanted: Any, where: str = "") -> None:
@@ -181,7 +181,7 @@ def merged(folder: Path, paths: list[Path], method: str, parameters: str) -> dic
 def test_coefficients_are_those_that_merges_report(topk: float, tmp_path: Path) -> None:
     states = models()
     paths = written(tmp_path, states)
-    comparison = compare(paths[0], paths[1:], settings=Settings(select_topk=topk))
+    comparison = compare(paths[0], paths[1:], select_topk=topk)
     by_tensor = merged(tmp_path, paths, "varm", "granularity: tensor")
     by_layer = merged(tmp_path, paths, "varm", "granularity: layer")
     by_model = merged(tmp_path, paths, "varm", "granularity: model")
@@ -197,7 +197,7 @@ def test_coefficients_are_those_that_merges_report(topk: float, tmp_path: Path) 
 
 def test_the_effective_alpha_is_the_one_that_extrapolation_reports(tmp_path: Path) -> None:
     paths = written(tmp_path, models(count=1))
-    comparison = compare(paths[0], paths[1:], settings=Settings(alphas=(0.1, 0.3), dtypes=("bfloat16",)))
+    comparison = compare(paths[0], paths[1:], alphas=(0.1, 0.3), dtypes=("bfloat16",))
     run = mergekit_lite.extrapolate(paths[0], paths[1], str(tmp_path / "x{alpha}"), (0.1, 0.3))
     for report, [effective] in zip(run.reports, comparison.overall.effective[0], strict=True):
         assert effective == pytest.approx(report.effective, rel=1e-4)

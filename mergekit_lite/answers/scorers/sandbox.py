@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from mergekit_lite.answers.scorers.settings import Positive, Strict
 from mergekit_lite.errors import MergekitLiteError
 
-INSIDE = Path(__file__).with_name("fenced.py")
+INSIDE = Path(__file__).with_name("sandboxed.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
 WALLS = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--")
 MOST_TOLD = 1 << 16  # bytes: what a pipe holds without a reader

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boosting.boosting import bench_of, boost
+from mergekit_lite.boosting.boosting import bench_of, search_and_write
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
@@ -42,7 +42,7 @@ def request_of(models: Path, output: Path, how: str = "", **options: Any) -> Req
 
 def test_each_candidate_is_served_and_removed(models: Path, tmp_path: Path) -> None:
     request = request_of(models, tmp_path / "out", search="grid", grid={"alpha": (0.5, 1.0)})
-    boosted = boost(prepare(request))
+    boosted = search_and_write(prepare(request))
     assert boosted.result.chosen == {"alpha": 1.0}
     assert [point.gain.mean for point in boosted.result.points] == [2.0, 4.0]
     assert boosted.result.points[0].facts["effective"] == pytest.approx(0.5, abs=1e-4)
