@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def plan_extrapolation(
     sft: str | Path,
     aligned: str | Path,
-    output: str | Path,
-    alpha: float | Sequence[float],
+    output: str | Path | None = None,
+    alpha: float | Sequence[float] = (),
     *,
     alpha_for: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
@@ -58,7 +58,7 @@ def plan_extrapolation(
         seed=seed,
         new_rows=new_rows,
     )
-    paths = named_outputs(str(output), alphas)
+    paths = named_outputs(default_output(str(aligned)) if output is None else str(output), alphas)
     return make_plan(recipe, paths, shard_size=shard_size, opened=opened, strict=True)
 
 
@@ -66,8 +66,8 @@ def plan_extrapolation(
 def extrapolate(
     sft: str | Path,
     aligned: str | Path,
-    output: str | Path,
-    alpha: float | Sequence[float],
+    output: str | Path | None = None,
+    alpha: float | Sequence[float] = (),
     *,
     alpha_for: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
@@ -85,7 +85,8 @@ def extrapolate(
         sft: the model before alignment: a path or hub reference.
         aligned: the model after; it gives the output its tensors, shards, dtypes, config and tokenizer.
         output: a folder, or a ``.safetensors`` / ``.pt`` file. ``{alpha}`` in it becomes the alpha; needed for
-            several alphas.
+            several alphas. By default it is named after the aligned model and the alpha, in the working folder:
+            ``dpo-expo-0.3.pt`` for ``runs/dpo.pt``, the folder ``dpo-expo-0.3`` for a folder or hub repository.
         alpha: one number, or several for as many outputs from one read of the inputs. 0 is ``aligned``, −1 is ``sft``.
         alpha_for: other alphas, by a regular expression that is searched in a tensor's name; the first match counts.
         include: regular expressions; only tensors whose names match one are extrapolated, the others copied.
@@ -121,6 +122,15 @@ def extrapolate(
         shard_size=shard_size,
     )
     return run(planned, **run_options)
+
+
+def default_output(aligned: str) -> str:
+    """Return ``NAME-expo-{alpha}`` with the last part of the aligned model's name; a file keeps its suffix."""
+    path = Path(aligned).expanduser()
+    if path.is_file():
+        return f"{path.stem}-expo-{{alpha}}{path.suffix}"
+    name = path.resolve().name if path.exists() else path.name.partition("@")[0]
+    return f"{name}-expo-{{alpha}}"
 
 
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
