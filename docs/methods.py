@@ -12,7 +12,6 @@ from mergekit_lite.methods import (  # fmt: skip
     Method,
     Parameter,
     arcee,
-    election,
     elementwise,
     expo,
     linear,
@@ -26,7 +25,7 @@ from mergekit_lite.methods import (  # fmt: skip
 from mergekit_lite.methods.parameters import NO_EFFECT
 
 PAGE = Path(__file__).with_suffix(".md")
-FAMILIES = (linear, spherical, stock, task_vectors, sparsify, election, sce, varm, elementwise, arcee, expo)
+FAMILIES = (linear, spherical, stock, task_vectors, sparsify, sce, varm, elementwise, arcee, expo)
 HEAD = """\
 # Methods
 

@@ -19,9 +19,10 @@ from mergekit_lite.comparison.survey import Numbers, Reduction
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
-from mergekit_lite.methods.passes import Block, TensorInfo, Totals, Weighted
-from mergekit_lite.methods.passes import Reduction as Request
+from mergekit_lite.methods.contract import Block, TensorInfo, Totals, WithCoefficients, answered
+from mergekit_lite.methods.contract import Reduction as Request
 from mergekit_lite.methods.statistics import largest
+from mergekit_lite.ops.torch_ops import figures_of
 from mergekit_lite.vectors.matching import Match
 
 Answer = TypeVar("Answer")
@@ -210,7 +211,7 @@ class Deltas:
         block = list(sample.flatten(1))
         info = TensorInfo(match.name, (block[0].numel(),), len(block) - 1, has_base=True)
         merging = _answered(sce.sce(info, select_topk=self.settings.select_topk), block)
-        assert isinstance(merging, Weighted)
+        assert isinstance(merging, WithCoefficients)
         return merging.coefficients
 
 
@@ -263,11 +264,5 @@ def _sizes(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _answered(steps: Generator[Request, Totals, Answer], block: Block) -> Answer:
-    """Lead passes over one block in memory to their end."""
-    try:
-        request = next(steps)
-        while True:
-            request = steps.send(request.of(block, 0).numpy())
-    except StopIteration as finished:
-        answer: Answer = finished.value
-        return answer
+    """Lead a search through one block in memory to its end."""
+    return answered(steps, lambda request: figures_of(request.of, block, 0).numpy())

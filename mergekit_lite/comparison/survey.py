@@ -20,7 +20,7 @@ from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
 from mergekit_lite.engine.tiling import CHUNK, cut
-from mergekit_lite.methods.passes import SECTION, STATISTICS_BLOCK
+from mergekit_lite.methods.tensor_merge import SECTION, STATISTICS_BLOCK
 from mergekit_lite.vectors.matching import Match
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 256, 512  # of the largest sample of a tensor

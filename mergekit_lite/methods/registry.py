@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
 from mergekit_lite.methods.parameters import Parameter
-from mergekit_lite.methods.passes import Observed, Passes, TensorInfo
+from mergekit_lite.ops.operations import Figures
 
 METHODS: dict[str, Method] = {}
 
@@ -23,7 +23,7 @@ class Method:
 
     Attributes:
         name: as written in a recipe.
-        function: ``(info, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
+        function: ``(info, **parameters)`` to what merges a block, or to the steps that lead there (see ``contract``).
         formula: one line for listings.
         source: the paper.
         base: whether a base is ``required``, ``optional`` or must be ``none``.
@@ -31,7 +31,8 @@ class Method:
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
         donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
-        observed: optional; the sums the report is made of, taken of a fixed sample of blocks.
+        observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
+            inputs.
         check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
     """
 
@@ -43,7 +44,7 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     rows: Callable[..., int] | None = None
     donor: Literal["base", "model"] = "base"
-    observed: Observed | None = None
+    observed: Figures | None = None
     check: Callable[..., object] | None = None
 
     @property
@@ -94,14 +95,8 @@ class Method:
         return arguments
 
     def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
-        """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
+        """Return the length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
         return self.rows(shape, **arguments) if self.rows is not None else 0
-
-    def start(self, info: TensorInfo, arguments: Mapping[str, Any]) -> Passes:
-        """Begin the passes over one tensor, with arguments from ``resolve``. An empty tensor needs none."""
-        if info.numel == 0:
-            return Passes(lambda block, _: block[0])
-        return Passes(self.function(info, **arguments))
 
 
 def method(**about: Any) -> Callable[[F], F]:
@@ -122,5 +117,5 @@ def method_named(name: str) -> Method:
 
 
 def last_axis(shape: tuple[int, ...], **_: Any) -> int:
-    """Rows along the last axis; a vector is one row."""
+    """Return the length of rows along the last axis; a vector is one row."""
     return shape[-1] if shape else 1

@@ -17,28 +17,20 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
+from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals
 from mergekit_lite.methods.linear import shares
 from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
-from mergekit_lite.methods.passes import (
-    Block,
-    Combine,
-    Reduction,
-    Steps,
-    TensorInfo,
-    Totals,
-    deltas,
-    sum_of_deltas,
-    sum_of_inputs,
-)
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
+from mergekit_lite.ops.operations import WeightedSum
+from mergekit_lite.ops.torch_ops import deltas
 
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
 
 
 def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
-    """Coefficients of a and b at ``t`` of the arc between them.
+    """Return the coefficients of a and b at ``t`` of the arc between them.
 
     Args:
         t: 0 is a, 1 is b.
@@ -56,14 +48,14 @@ def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals
 
 
 def _products(vectors: Block, axis: int) -> torch.Tensor:
-    """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
+    """Return ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
     a, b = (vector.double() for vector in vectors)
     return torch.stack([(x * y).sum(axis) for x, y in ((a, a), (b, b), (a, b))])
 
 
 @method(models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
 def slerp(info: TensorInfo, *, t: float) -> Steps:
-    """Spherical interpolation between the base and one model, each tensor as one vector.
+    """Interpolate between the base and one model along the sphere, each tensor as one vector.
 
     Args:
         info: the tensor.
@@ -71,7 +63,7 @@ def slerp(info: TensorInfo, *, t: float) -> Steps:
     """
     products = yield from gram(from_base=False)
     a, b = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], STRAIGHT)
-    return sum_of_inputs((float(a), float(b)))
+    return WeightedSum((float(a), float(b)))
 
 
 def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: object) -> int:
@@ -90,7 +82,7 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
 def nuslerp(
     info: TensorInfo, *, weight: PerModel[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
-    """Slerp between two models, or between what they add to a base, at the place their weights give.
+    """Interpolate along the sphere between two models, or what they add to a base, at the place their weights give.
 
     Args:
         info: the tensor.
@@ -111,7 +103,7 @@ def nuslerp(
     if nuslerp_flatten or not info.shape:
         products = yield from gram(info.has_base)
         first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return (sum_of_deltas if info.has_base else sum_of_inputs)((float(first), float(second)))
+        return WeightedSum((float(first), float(second)), info.has_base)
     if nuslerp_row_wise:
         columns = _on_arc(t, (yield Reduction(lambda block, _: _products(vectors(block), 0))), PARALLEL)
         return lambda block, _: at(block, *columns)
@@ -132,7 +124,7 @@ def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, *
 def multislerp(
     info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:
-    """Mean direction at the mean length, of several models or of what they add to a base.
+    """Take the mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
         info: the tensor.
@@ -148,7 +140,7 @@ def multislerp(
     direction = np.array(weights) / (lengths + eps)
     length = _length(direction, products)
     coefficients = direction * (weights @ lengths) / length if length >= eps else np.array(weights)
-    return (sum_of_deltas if info.has_base else sum_of_inputs)(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()), info.has_base)
 
 
 @method(
@@ -160,7 +152,7 @@ def multislerp(
 def karcher(
     info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
 ) -> Steps:
-    """The mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
+    """Take the mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
         info: the tensor.
@@ -178,11 +170,11 @@ def karcher(
     mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
     coefficients = np.zeros_like(weights)
     coefficients[there] = mean * (weights @ lengths) / lengths[there]
-    return sum_of_inputs(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()))
 
 
 def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
-    """The mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
+    """Return the mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
     mean = weights
     if _length(mean, units) < tol:
         mean = np.zeros_like(weights)
@@ -211,8 +203,8 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
 )
 def geometric_median(
     info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
-) -> Combine | Steps:
-    """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
+) -> Merge | Steps:
+    """Take the point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
         info: the tensor.
@@ -227,11 +219,11 @@ def geometric_median(
         products = np.zeros((info.inputs, info.inputs))
         products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
-    return sum_of_deltas(median[1:].tolist())
+    return WeightedSum(tuple(median[1:].tolist()), from_base=True)
 
 
 def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
-    """The median as a combination of the points, from their inner products: float64 of shape (n,)."""
+    """Return the median as a combination of the points, from their inner products: float64 of shape (n,)."""
     points = np.eye(len(weights))
     median = weights
     spread = max(_length(point - median, products) for point in points)
@@ -253,5 +245,5 @@ def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> 
 
 
 def _length(vector: Totals, products: Totals) -> float:
-    """The length of a combination of vectors, from their inner products."""
+    """Return the length of a combination of vectors, from their inner products."""
     return math.sqrt(max(float(vector @ products @ vector), 0.0))  # NaN stays

@@ -19,24 +19,12 @@ second one; here it is always the last.
 
 from __future__ import annotations
 
-from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.election import elected
+from mergekit_lite.methods.contract import Merge, Steps, TensorInfo
 from mergekit_lite.methods.parameters import NotNegative, PerModel, Share
-from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, TensorInfo, deltas, weighted_sum
 from mergekit_lite.methods.registry import last_axis, method
-from mergekit_lite.methods.sparsify import (
-    Rescale,
-    Sparse,
-    Trim,
-    chance,
-    inliers,
-    magnitude,
-    ranked_chance,
-    rescaling,
-    whole,
-)
-from mergekit_lite.ops import c_ops
+from mergekit_lite.methods.sparsify import Rescale, Trim, chance, inliers, magnitude, ranked_chance, rescaling
+from mergekit_lite.ops.operations import Election, Masks, WeightedSum
 
 ADDED = "base + lambda·Σ w·{}(x − base)"
 ELECTED = "base + lambda·Σ w·{0}(x − base)·[sign elected]"
@@ -45,40 +33,19 @@ DARE, DELLA = "Yu et al. 2024, arXiv 2311.03099", "Deep et al. 2024, arXiv 2406.
 
 
 def _added(
-    sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Combine:
+    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
+) -> Merge:
     divisor = sum(weights) if normalize else 1.0
     scale = scale / (divisor if abs(divisor) >= 1e-8 else 1.0)
-    coefficients = [weight * factor * scale for weight, factor in zip(weights, factors, strict=True)]
-
-    def combine(block: Block, start: int) -> torch.Tensor:
-        return weighted_sum(sparse(deltas(block), start), coefficients).add_(block[0])
-
-    if (keeps := sparse.keeps) is None:
-        return combine
-    return Compiled(
-        combine,
-        lambda block, start, out: c_ops.merge_sum(out, block, True, coefficients, 1.0, keeps, start, sparse.row),
-    )
+    coefficients = tuple(weight * factor * scale for weight, factor in zip(weights, factors, strict=True))
+    return WeightedSum(coefficients, from_base=True, masks=masks)
 
 
 def _elected(
-    sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Combine:
-    votes = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
-    shares, divided = (1.0,) * len(votes), weights if normalize else None
-
-    def combine(block: Block, start: int) -> torch.Tensor:
-        return elected(block[0], sparse(deltas(block), start), votes, shares, divided, scale)
-
-    if (keeps := sparse.keeps) is None:
-        return combine
-    return Compiled(
-        combine,
-        lambda block, start, out: c_ops.merge_elected(
-            out, block, votes, shares, divided, scale, keeps, start, sparse.row
-        ),
-    )
+    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
+) -> Merge:
+    votes = tuple(weight * factor for weight, factor in zip(weights, factors, strict=True))
+    return Election(votes, (1.0,) * len(votes), weights if normalize else None, scale, masks)
 
 
 def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...], **_: object) -> None:
@@ -93,7 +60,7 @@ def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...
 @method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
 def task_arithmetic(
     info: TensorInfo, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0
-) -> Combine:
+) -> Merge:
     """Add the models' deltas to the base.
 
     Args:
@@ -102,7 +69,7 @@ def task_arithmetic(
         normalize: divide by the sum of the weights.
         lambda_: scales what is added.
     """
-    return _added(whole(info), (1.0,) * info.models, weight, normalize, lambda_)
+    return _added((), (1.0,) * info.models, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("top"), source=TIES)
@@ -127,9 +94,9 @@ def ties(
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
     """
-    sparse = yield from magnitude(info, density, trim)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = yield from magnitude(info, density, trim)
+    factors = yield from rescaling(masks, density, rescale)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("inliers"), source=CRUMBS)
@@ -156,9 +123,9 @@ def breadcrumbs(
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
     """
-    sparse = yield from inliers(info, density, gamma, trim)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _added(sparse, factors, weight, normalize, lambda_)
+    masks = yield from inliers(info, density, gamma, trim)
+    factors = yield from rescaling(masks, density, rescale)
+    return _added(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("inliers"), source=CRUMBS)
@@ -185,9 +152,9 @@ def breadcrumbs_ties(
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
     """
-    sparse = yield from inliers(info, density, gamma, trim)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = yield from inliers(info, density, gamma, trim)
+    factors = yield from rescaling(masks, density, rescale)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("drop"), source=DARE)
@@ -210,9 +177,9 @@ def dare_linear(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
     """
-    sparse = chance(info, density)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _added(sparse, factors, weight, normalize, lambda_)
+    masks = chance(info, density)
+    factors = yield from rescaling(masks, density, rescale)
+    return _added(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("drop"), source=DARE)
@@ -235,9 +202,9 @@ def dare_ties(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
     """
-    sparse = chance(info, density)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = chance(info, density)
+    factors = yield from rescaling(masks, density, rescale)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
 @method(rows=last_axis, check=_stay_probabilities, formula=ELECTED.format("drop"), source=DELLA)
@@ -262,9 +229,9 @@ def della(
         rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
         lambda_: scales what is added.
     """
-    sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
-    factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = ranked_chance(info, density, epsilon, divide=rescale == "density")
+    factors = yield from rescaling(masks, density, rescale if rescale != "density" else False)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
 @method(rows=last_axis, check=_stay_probabilities, formula=ADDED.format("drop"), source=DELLA)
@@ -289,6 +256,6 @@ def della_linear(
         rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
         lambda_: scales what is added.
     """
-    sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
-    factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
-    return _added(sparse, factors, weight, normalize, lambda_)
+    masks = ranked_chance(info, density, epsilon, divide=rescale == "density")
+    factors = yield from rescaling(masks, density, rescale if rescale != "density" else False)
+    return _added(masks, factors, weight, normalize, lambda_)

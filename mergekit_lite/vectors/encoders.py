@@ -19,8 +19,10 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.change import CHUNK
 from mergekit_lite.checkpoint.pieces import by_rows
 from mergekit_lite.errors import RunError
-from mergekit_lite.methods.passes import Passes, Reduction, TensorInfo, Totals, joined
+from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals, answered
 from mergekit_lite.methods.statistics import largest
+from mergekit_lite.methods.tensor_merge import joined
+from mergekit_lite.ops.torch_ops import figures_of
 from mergekit_lite.vectors.pairs import BLOCK, Difference, bits, read
 
 Put = Callable[[str, int, torch.Tensor], None]  # (part, index of the first element, values)
@@ -124,19 +126,8 @@ class Sparse:
         tensor = difference.pair.tuned
         wanted = round((self.density or 0.0) * tensor.numel)
         info = TensorInfo(tensor.name, tensor.shape, 1, False)
-        found: list[Any] = []
-
-        def steps() -> Any:
-            cuts = yield from largest(
-                info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False
-            )
-            found.append(cuts[0][0])
-            return lambda block, _: block[0]
-
-        passes = Passes(steps())
-        while (request := passes.request) is not None:
-            passes.send(_total(request, difference))
-        [cut] = found
+        steps = largest(info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False)
+        [[cut]] = answered(steps, lambda reduction: _total(reduction, difference))
         return lambda delta, start: (cut.mask(delta.abs().float(), start) != 0) & (delta != 0)
 
 
@@ -244,4 +235,4 @@ def _check_exact(
 
 def _total(request: Reduction, difference: Difference) -> Totals:
     """The requested sums over a difference."""
-    return joined(request.of([delta], start).numpy() for start, delta in difference.deltas())
+    return joined(figures_of(request.of, [delta], start).numpy() for start, delta in difference.deltas())

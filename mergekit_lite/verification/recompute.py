@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.sink import Records
@@ -42,8 +43,9 @@ class Recomputation:
         self.device = device
         self.jobs = sorted(jobs)
         self.records = Records()
-        self.work = Schedule(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
-        self.grouped = {index for (index, _), way in self.work.ways.items() if way.passes.group is not None}
+        team = Workers(workers, device, block, processes)
+        self.work = Schedule(plan, {0: self.records}, team, progress, set(jobs))
+        self.grouped = {index for (index, _), merge in self.work.merges.items() if merge.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ class Recomputation:
     @property
     def beyond(self) -> int:
         """How many other tensors have to be read, as thresholds or coefficients span them."""
-        return len({index for index, _ in self.work.ways} - set(self.jobs))
+        return len({index for index, _ in self.work.merges} - set(self.jobs))
 
     def run(self) -> list[Finding]:
         """Make the tensors and compare them."""

@@ -9,6 +9,7 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.boosting.measure.model import Built, Places
+from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import lanes_and_block
 from mergekit_lite.engine.schedule import Schedule
@@ -65,10 +66,10 @@ class Weights:
         used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
         kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
         parameters = Parameters(self.built.places, kinds)
-        lanes, block = lanes_and_block(self.device, self.threads)
+        count, block = lanes_and_block(self.device, self.threads)
         for source in plan.inputs:
             source.check_unchanged()
-        Schedule(plan, {0: parameters}, self.device, lanes, block, None, only=used).run()
+        Schedule(plan, {0: parameters}, Workers(count, self.device, block), None, only=used).run()
         bad = {plan.jobs[record.job].name for record in parameters.made.values() if record.bad}
         return Rewritten(report(plan, 0, parameters.made), tuple(sorted(bad)))
 
