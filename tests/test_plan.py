@@ -28,7 +28,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     sft = state(0)
     plan = planned(tmp_path, sft, tuned(sft, 1))
     assert {job.name for job in plan.jobs} == set(sft)
-    assert all(job.merged == sft[job.name].numel() for job in plan.jobs)
+    assert all(job.merged_elements == sft[job.name].numel() for job in plan.jobs)
     assert plan.left_out == ()
     assert plan.bytes_to_read == 2 * sum(tensor.nbytes for tensor in sft.values())
 

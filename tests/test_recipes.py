@@ -57,7 +57,7 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     merged = read_folder(tmp_path / "out")
     assert merged.keys() == {job.name for job in plan.jobs}
     assert all(tensor.isfinite().all() for tensor in merged.values())
-    assert any(job.merged for job in plan.jobs)
+    assert any(job.merged_elements for job in plan.jobs)
 
 
 def test_recipes_are_found() -> None:

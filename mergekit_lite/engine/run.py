@@ -31,7 +31,7 @@ GPU_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run made: a path and a report for each variant, in the order of the plan's outputs."""
+    """What a run made: a path and a report for each output, in the order of the plan's outputs."""
 
     outputs: tuple[Path, ...]
     reports: tuple[Report, ...]
@@ -96,7 +96,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         workspaces: dict[int, Workspace] = {}
         for v in unfinished:
             workspaces[v] = Workspace(
-                plan.outputs[v], plan.layout, plan.digest(v), plan.sources, fresh=force and not resume
+                plan.outputs[v], plan.layout, plan.digest(v), plan.input_files, fresh=force and not resume
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)

@@ -93,24 +93,24 @@ def travelling(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
     return {name: source.folder / name for name, source in found.items() if source.folder is not None}, left
 
 
-def write_beside(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+def write_beside(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
     """Write everything but the weights into ``folder``.
 
     Args:
         plan: the plan.
-        variant: which output.
+        number: which output.
         folder: where its weights are.
         effect: the report, as plain data.
         digests: for each tensor those of its output and inputs.
     """
-    output = plan.outputs[variant]
+    output = plan.outputs[number]
     if not is_single_file(output):
-        _write_model(plan, variant, folder, effect, digests)
-    manifest = text_of(manifest_of(plan, variant, folder, effect, digests))
+        _write_model(plan, number, folder, effect, digests)
+    manifest = text_of(manifest_of(plan, number, folder, effect, digests))
     (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
 
 
-def _write_model(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
     """Write what makes a folder of weights a model."""
     source = plan.source
     if len(plan.layout.files) > 1:
@@ -129,7 +129,7 @@ def _write_model(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
     if effect["coefficients"]:
         text = json.dumps(effect["coefficients"], indent=1, ensure_ascii=False) + "\n"
         (folder / COEFFICIENTS_NAME).write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, variant, effect), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, number, effect), encoding="utf-8")
 
 
 def _write_template(folder: Path, template: str) -> None:

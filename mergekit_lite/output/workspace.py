@@ -44,19 +44,19 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
 
 
-def is_finished(output: Path, plan: Plan, variant: int) -> bool:
+def is_finished(output: Path, plan: Plan, number: int) -> bool:
     """Whether the output exists already, made by this very plan after its inputs were last changed."""
     try:
         manifest = json.loads(manifest_path(output).read_bytes())
         made = manifest_path(output).stat().st_mtime_ns
     except (OSError, ValueError):
         return False
-    newest = max((time for _, _, time in plan.sources), default=0)
+    newest = max((time for _, _, time in plan.input_files), default=0)
     return (
         output.exists()
         and made >= newest
         and isinstance(manifest, dict)
-        and manifest.get("plan") == plan.digest(variant)
+        and manifest.get("plan") == plan.digest(number)
     )
 
 
@@ -206,7 +206,7 @@ class Workspace:
             if is_single_file(self.output):
                 manifest = manifest_path(self.output)
                 (self.result / manifest.name).replace(manifest)
-                (self.result / self.layout.files[0].name).replace(self.output)  # named as the first variant's
+                (self.result / self.layout.files[0].name).replace(self.output)  # named as the first output's
             else:
                 if self.output.exists():
                     self.output.rename(replaced)

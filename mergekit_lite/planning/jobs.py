@@ -118,7 +118,7 @@ class Jobs:
             has_base=has_base,
             method=method,
             parameters=parameters,
-            merged=merged,
+            merged_elements=merged,
         )
 
     def _lead(self, tensor: Output, specs: Mapping[int, TensorSpec]) -> int:

@@ -199,7 +199,7 @@ def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
 def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkpoint) -> list[str]:
     """Return what the user should know about tensors that are left out, or where all are copied."""
     heads = [f"{name} is left out: {why}." for name, why in spare.items() if tied_weights.is_head(name)]
-    if any(job.merged for job in jobs):
+    if any(job.merged_elements for job in jobs):
         return heads
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
 

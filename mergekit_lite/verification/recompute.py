@@ -73,11 +73,11 @@ class Recomputation:
     def _of_tensor(self, index: int) -> Iterator[Finding]:
         job = self.plan.jobs[index]
         recorded = self.manifest.tensors.get(job.name)
-        cut = job.merged if 0 < job.merged < job.numel else None
+        cut = job.merged_elements if 0 < job.merged_elements < job.numel else None
         if recorded is None or len(recorded.inputs) != len(job.inputs) or recorded.merged != cut:
             yield Finding("manifest", "has no digests of it, or of other inputs or spans than it has", job.name)
             return
-        cuts = list(bounds(job.numel, job.merged))
+        cuts = list(bounds(job.numel, job.merged_elements))
         records = [self.records.made[index, begin] for begin, _ in cuts]
         changed = False
         for number, spec in enumerate(job.inputs):
