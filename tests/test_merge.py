@@ -166,7 +166,7 @@ def test_all_that_does_not_fit_is_told_together(place: Path, tmp_path: Path) -> 
         assert part in str(raised.value)
 
 
-def test_the_donor_is_the_base_else_the_first_model(place: Path, tmp_path: Path) -> None:
+def test_config_and_tokenizer_come_from_the_base_else_the_first_model(place: Path, tmp_path: Path) -> None:
     (place / "m2" / "chat_template.jinja").write_text("two")
     (place / "base" / "chat_template.jinja").write_text("base")
     models = [{"model": str(place / "m2")}, {"model": str(place / "m1")}]

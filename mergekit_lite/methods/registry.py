@@ -30,7 +30,7 @@ class Method:
         models: the fewest and the most models without the base; None for any number.
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
-        donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
+        config_source: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
         observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
             inputs.
         check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
@@ -43,7 +43,7 @@ class Method:
     base: Literal["required", "optional", "none"] = "required"
     models: tuple[int, int | None] = (1, None)
     rows: Callable[..., int] | None = None
-    donor: Literal["base", "model"] = "base"
+    config_source: Literal["base", "model"] = "base"
     observed: Figures | None = None
     check: Callable[..., object] | None = None
 

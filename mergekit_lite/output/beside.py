@@ -76,7 +76,7 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
 
 
 def travelling(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
-    """Which files are copied beside the weights of a plan: the donor's, and those of the tokenizer it was given.
+    """Which files are copied beside the weights of a plan: the config source's, and those of the tokenizer it was given.
 
     Returns:
         The files by the names they get, and for every other file the reason why not.
@@ -142,7 +142,7 @@ def _write_template(folder: Path, template: str) -> None:
 
 
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
-    """The donor's config, true to what is written: its dtype, its tie, no quantisation that is gone."""
+    """The config that is taken over, true to what is written: its dtype, its tie, no quantisation that is gone."""
     source = plan.source
     config = dict(plan.config or source.config or {})
     if any(spec.quantised for spec in source.tensors.values()):

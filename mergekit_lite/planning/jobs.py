@@ -35,7 +35,7 @@ class Jobs:
         recipe: the recipe.
         inputs: its models, opened.
         parts: for each slice which of the inputs its sources are.
-        donor: which of the inputs gives config and tokenizer.
+        config_source: which of the inputs gives config and tokenizer.
         continues: whether the output continues the model that is merged (ExPO), not the base. Then that model decides
             which tensors there are, in which dtypes, and with how many rows.
         tied: a message for each head that an embedding stands in for.
@@ -45,7 +45,7 @@ class Jobs:
     recipe: Recipe
     inputs: Sequence[Checkpoint]
     parts: Sequence[Sequence[int]]
-    donor: int
+    config_source: int
     continues: bool
     tied: list[str] = field(default_factory=list)
     known: dict[object, tuple[Numbers, Arguments | str]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Jobs:
             return replace(made, name=name)
 
         if why := self.recipe.why_copied(tensor.spot):
-            return copied_from(next((index for index in specs if models[index] == self.donor), lead), why)
+            return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)
         missing = [self.inputs[model].reference for index, model in enumerate(models) if index not in specs]
         if missing and is_buffer(name):
             return copied_from(lead, "a buffer not all models have")

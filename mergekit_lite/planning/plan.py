@@ -30,7 +30,8 @@ class Job:
         has_base: whether the last input is the base.
         method: the method's name; empty for a copy.
         parameters: the method's keyword arguments, once for each output. Empty for a copy.
-        merged_elements: how many leading elements go through the method; the rest is copied from the first input. 0 for a copy.
+        merged_elements: how many leading elements go through the method, 0 for a copy; the rest is copied from the
+            first input.
         why: for a copy, the reason.
     """
 
@@ -63,7 +64,7 @@ class Plan:
     Attributes:
         recipes: what was asked for, as plain data that YAML can hold; once for each output.
         inputs: the opened checkpoints.
-        donor: which of them gives config, tokenizer and what else travels beside the weights.
+        config_source: which of them gives config, tokenizer and what else travels beside the weights.
         jobs: one for each output tensor, in the order they are written.
         left_out: what no output tensor is made of: (reference, name, reason).
         layout: where each output tensor lies; the same for every output.
@@ -71,8 +72,8 @@ class Plan:
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
         out_dtype: the dtype asked for, if one was.
-        config: the output's config but for dtype and tie, where layers were moved; None for the donor's.
-        tokenizer: which of the inputs gives the tokenizer, where that is not the donor.
+        config: the output's config but for dtype and tie, where layers were moved; None for that of ``config_source``.
+        tokenizer: which of the inputs gives the tokenizer, where ``config_source`` doesn't.
         chat_template: the output's, as text; None for the tokenizer's own.
         text: the recipe as it was written, where it was a file.
         shard_size: most bytes of data in one file, if that was asked for.
@@ -81,7 +82,7 @@ class Plan:
 
     recipes: tuple[Mapping[str, Any], ...]
     inputs: tuple[Checkpoint, ...]
-    donor: int
+    config_source: int
     jobs: tuple[Job, ...]
     left_out: tuple[tuple[str, str, str], ...]
     layout: Layout
@@ -99,7 +100,7 @@ class Plan:
     @property
     def source(self) -> Checkpoint:
         """The checkpoint that gives config, tokenizer and what else travels beside the weights."""
-        return self.inputs[self.donor]
+        return self.inputs[self.config_source]
 
     @property
     def merged(self) -> list[Job]:
@@ -141,7 +142,7 @@ class Plan:
         """Identifies one output: plans with equal digests write the same bytes from equal files, wherever those lie."""
         described = [
             __version__,
-            (self.recipes[number], self.text, self.rounding, self.seed, self.donor),
+            (self.recipes[number], self.text, self.rounding, self.seed, self.config_source),
             (self.config, self.tokenizer, self.chat_template),
             [(file.path.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
             [(file.name, file.size) for file in self.layout.files],

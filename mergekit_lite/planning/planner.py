@@ -68,19 +68,20 @@ def make_plan(
     """
     _check(recipe, len(outputs), shard_size)
     inputs = _opened(recipe.models, opened or {})
-    source = config_source(recipe)
-    donor = recipe.models.index(source)
+    config_source = recipe.models.index(recipe.config_source)
     by_reference = dict(zip(recipe.models, inputs, strict=True))
-    made = outputs_of(recipe.slices, {model: list(each.tensors) for model, each in by_reference.items()}, source)
+    made = outputs_of(
+        recipe.slices, {model: list(each.tensors) for model, each in by_reference.items()}, recipe.config_source
+    )
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
-    making = Jobs(recipe, inputs, parts, donor, METHODS[recipe.merge_method].donor == "model")
+    making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in made.tensors]
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*made.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += _unmatched(recipe, tensors) if strict else []
-    problems += disagreements(MUST_AGREE, inputs, inputs[donor])
-    tokenizer = _tokenizer(recipe, donor)
+    problems += disagreements(MUST_AGREE, inputs, config_source)
+    tokenizer = _tokenizer(recipe, config_source)
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
     if foreign and recipe.tokenizer is not None:
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
@@ -91,14 +92,14 @@ def make_plan(
     if problems:
         raise PlanError(problems)
     paths = tuple(Path(output).expanduser() for output in outputs)
-    moved = any(job.name not in inputs[donor].tensors for job in jobs)
-    layout = arranged(jobs, inputs[donor], paths[0], shard_size or (SHARD_SIZE if moved else None))
+    moved = any(job.name not in inputs[config_source].tensors for job in jobs)
+    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
     origins = _origins(made.layers, recipe, tensors, parts) if made.layers is not None else None
-    config, notes_on_config = relayered(inputs, donor, origins) if origins else (None, [])
+    config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
-    notes += _notes_on_jobs(jobs, spare, inputs[donor])
+    notes += _notes_on_jobs(jobs, spare, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
-    differing = disagreements(SHOULD_AGREE, inputs, inputs[donor])
+    differing = disagreements(SHOULD_AGREE, inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
     if paths[0].suffix in WEIGHT_SUFFIXES and (template is not None or recipe.tokenizer is not None):
@@ -107,7 +108,7 @@ def make_plan(
     return Plan(
         recipes=tuple(written if text else as_data(alone) for alone in recipe.for_outputs),
         inputs=inputs,
-        donor=donor,
+        config_source=config_source,
         jobs=tuple(jobs),
         left_out=tuple(_left_out(inputs, jobs, spare)),
         layout=layout,
@@ -116,19 +117,12 @@ def make_plan(
         seed=recipe.seed,
         out_dtype=recipe.out_dtype or recipe.dtype,
         config=config,
-        tokenizer=None if tokenizer == donor else tokenizer,
+        tokenizer=None if tokenizer == config_source else tokenizer,
         chat_template=template,
         text=text,
         shard_size=shard_size,
         notes=tuple(notes),
     )
-
-
-def config_source(recipe: Recipe) -> str:
-    """Return the model that gives config and tokenizer: the base, else the first one; the one that ExPO continues."""
-    if METHODS[recipe.merge_method].donor == "model":
-        return next((model for model in recipe.models if model != recipe.base_model), recipe.models[0])
-    return recipe.base_model or recipe.models[0]
 
 
 def _check(recipe: Recipe, outputs: int, shard_size: int | None) -> None:
@@ -193,7 +187,7 @@ def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
     """Return what is wrong about filters that match no tensor of the output."""
     names = {tensor.spot for tensor in tensors}
     filters = dict.fromkeys(each for each in recipe.filters if not any(map(each.matches, names)))
-    return [f"the pattern {each.expression!r} matches no tensor of {config_source(recipe)}" for each in filters]
+    return [f"the pattern {each.expression!r} matches no tensor of {recipe.config_source}" for each in filters]
 
 
 def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkpoint) -> list[str]:
@@ -204,10 +198,10 @@ def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkp
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
 
 
-def _tokenizer(recipe: Recipe, donor: int) -> int:
+def _tokenizer(recipe: Recipe, config_source: int) -> int:
     """Which of the models gives the tokenizer."""
     if recipe.tokenizer is None:
-        return donor
+        return config_source
     return recipe.models.index(
         (recipe.base_model or recipe.models[0]) if recipe.tokenizer == BASE else recipe.tokenizer
     )

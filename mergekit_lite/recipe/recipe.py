@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, listing, nearest
+from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe.rules import NOWHERE, Filter, Parameters, Spot, joined
 from mergekit_lite.recipe.templates import TEMPLATES
 from mergekit_lite.rounding import ROUNDINGS
@@ -132,6 +133,13 @@ class Recipe:
         """Every model that is read, once, in the order of the recipe; a base that is no input comes last."""
         listed = [source.model for part in self.slices for source in part.sources]
         return tuple(dict.fromkeys([*listed, *([self.base_model] if self.base_model else [])]))
+
+    @property
+    def config_source(self) -> str:
+        """The model that gives config and tokenizer: the base, else the first one; the one that ExPO continues."""
+        if METHODS[self.merge_method].config_source == "model":
+            return next((model for model in self.models if model != self.base_model), self.models[0])
+        return self.base_model or self.models[0]
 
     @property
     def for_outputs(self) -> tuple[Recipe, ...]:

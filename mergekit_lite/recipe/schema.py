@@ -202,7 +202,7 @@ class _Parser:
             if source.model and source.model in {earlier.model for earlier in sources[:index]}:
                 self.problems.append(Remark(source.at, f"{source.model!r} is listed twice: a model goes in once"))
         listed = [source.model for source in sources]
-        continues = bool(self.used) and all(METHODS[name].donor == "model" for name in self.used)
+        continues = bool(self.used) and all(METHODS[name].config_source == "model" for name in self.used)
         if base is not None and listed == [base] and continues:
             self.notes.append(Remark(sources[0].at, f"{base!r} is continued from itself: it is the base_model too"))
             return Slice((*sources, Source(base, sources[0].layers, at=at)), 1, parameters, at)

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import Recipe, Slice, Source, parse, text_of
 from mergekit_lite.recipe.rules import Filter, Rule
 
@@ -79,7 +78,7 @@ def test_everything() -> None:
     )
     assert [str(note) for note in recipe.notes] == ["14:3: int8_mask has no effect and is ignored"]
     assert recipe.models == ("a", "base", "b@main+lora", "other")
-    assert config_source(recipe) == "base"
+    assert recipe.config_source == "base"
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
@@ -102,7 +101,7 @@ def test_everything() -> None:
 def test_references(written: str, expected: str) -> None:
     recipe = read(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: {written}\n")
     assert recipe.models == (expected,)
-    assert config_source(recipe) == expected
+    assert recipe.config_source == expected
     based = read(f"merge_method: sce\nbase_model: {written}\nmodels: [{{model: a}}]\n")
     assert (based.base_model, based.models, based.slices[0].base) == (expected, ("a", expected), 1)
 
@@ -116,7 +115,7 @@ def test_the_base_joins_the_models() -> None:
     assert [s.model for s in merged.slices[0].sources] == ["a", "m"]
     beside = read("merge_method: passthrough\nbase_model: m\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n")
     assert beside.slices[0] == Slice((Source("a", (0, 2)),))
-    assert (config_source(beside), beside.models) == ("m", ("a", "m"))
+    assert (beside.config_source, beside.models) == ("m", ("a", "m"))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +164,9 @@ def test_empty_keys_are_as_absent() -> None:
 
 @pytest.mark.parametrize("source", ["tokenizer_source: base", "tokenizer_source: m", "tokenizer: {source: base}"])
 def test_the_tokenizer_of_the_base(source: str) -> None:
-    assert config_source(read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}")) == "m"
+    assert read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}").config_source == "m"
     without_base = f"merge_method: linear\nmodels: [{{model: m, parameters: {{weight: 1}}}}]\n{source}"
-    assert config_source(read(without_base)) == "m"
+    assert read(without_base).config_source == "m"
 
 
 def test_notes() -> None:

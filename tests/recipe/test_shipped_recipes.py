@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mergekit_lite.methods import METHODS
-from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import Recipe, outputs, parse, resolve, text_of
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +108,7 @@ def test_expo_as_published() -> None:
 
 def test_fusechat_and_fuseo1_as_published() -> None:
     first, second = (loaded(ROOT / "recipes/fusechat" / f"fusechat-7b-{name}.yml") for name in ("v1-varm", "v2-sce"))
-    assert config_source(first) == config_source(second) == "openchat/openchat_3.5"
+    assert first.config_source == second.config_source == "openchat/openchat_3.5"
     assert (len(first.models), len(second.models)) == (3, 6)
     assert second.parameters["select_topk"][0].values == (0.1,)
     others = [loaded(path) for path in RECIPES if path.parent.name == "fuseo1"]

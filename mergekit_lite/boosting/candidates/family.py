@@ -16,7 +16,6 @@ from mergekit_lite.boosting.candidates.tunable import Pair, RecipeTuning, Tunabl
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.planning.planner import config_source
 from mergekit_lite.recipe import parse, text_of
 
 UNWRITTEN = Path("boosted")  # where a candidate would lie, were it written
@@ -82,7 +81,7 @@ class RecipeFamily:
         self.path = path
         self.shard_size = shard_size
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
-        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[config_source(recipe)].config))
+        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.config_source].config))
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
         self.baseline: Numbers = self.tuning.as_written
 
