@@ -76,7 +76,7 @@ def files_beside(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
 
 
 def travelling(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
-    """Which files are copied beside the weights of a plan: the config source's, and those of the tokenizer it was given.
+    """Which files are copied beside a plan's weights: the config source's, and those of the tokenizer it was given.
 
     Returns:
         The files by the names they get, and for every other file the reason why not.

@@ -115,9 +115,7 @@ def _by_layer(
             yield configs[config_source][key][min(layer, len(configs[config_source][key]) - 1)]
     if lacking:
         number = sum(lacking.values())
-        notes.append(
-            f"{key}: the models of {number} moved layers don't list it: for them the entries of the output's config stay"
-        )
+        notes.append(f"{key}: the models of {number} moved layers don't list it: there the config's own entries stay")
 
 
 def _listed(config: Config, key: str) -> Sequence[object]:

@@ -33,14 +33,13 @@ Everything else is an error, and all errors are told at once. What mergekit has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mergekit_lite.errors import nearest
-from mergekit_lite.methods import METHODS
+from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
-from mergekit_lite.recipe import settings
-from mergekit_lite.recipe.checks import lacking, miscounted
+from mergekit_lite.recipe import values
 from mergekit_lite.recipe.recipe import NEW_ROWS, Override, Recipe, Slice, Source
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
@@ -82,9 +81,9 @@ def parse(content: str, source: str = "The recipe") -> Recipe:
         raise RecipeError(source, [Remark(root.at, expected)])
     recipe = parser.recipe(root)
     if parser.used:
-        parser.problems += miscounted(recipe)
+        parser.problems += _miscounted(recipe)
         # A misspelt parameter is told once, not also as one that is lacking.
-        parser.problems += [] if parser.refused else lacking(recipe)
+        parser.problems += [] if parser.refused else _lacking(recipe)
     if parser.problems:
         raise RecipeError(source, parser.problems)
     return recipe
@@ -117,16 +116,16 @@ class _Parser:
             ),
             include=tuple(self.pattern(node) for node in self.several(parts.get("include"))),
             exclude=tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
-            dtype=settings.dtype(parts.get("dtype"), "dtype", self.problems),
-            out_dtype=settings.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
+            dtype=values.dtype(parts.get("dtype"), "dtype", self.problems),
+            out_dtype=values.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
             rounding=self.chosen(parts, "rounding", ROUNDINGS),
-            seed=settings.seed(parts, self.problems, self.notes),
+            seed=values.seed(parts, self.problems, self.notes),
             new_rows=self.chosen(parts, "new_rows", NEW_ROWS),
-            chat_template=settings.template(parts.get("chat_template"), self.problems),
+            chat_template=values.template(parts.get("chat_template"), self.problems),
             notes=tuple(self.notes),
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
-        return replace(recipe, tokenizer=settings.tokenizer(parts, recipe.models, self.problems))
+        return replace(recipe, tokenizer=values.tokenizer(parts, recipe.models, self.problems))
 
     @property
     def misplaced(self) -> dict[str, str]:
@@ -147,7 +146,7 @@ class _Parser:
 
     def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
         """A reference; empty where it is wrong, None where there is none."""
-        return settings.reference(parts[name], name, self.problems) if name in parts else None
+        return values.reference(parts[name], name, self.problems) if name in parts else None
 
     def base_model(self, parts: Mapping[str, Node]) -> str | None:
         """The base, which can't be a task vector; empty where it is wrong, None where there is none."""
@@ -282,3 +281,59 @@ class _Parser:
     def chosen(self, parts: Mapping[str, Node], name: str, known: tuple[str, ...]) -> str:
         """One of the known texts; the first one where the recipe doesn't say."""
         return (choice(parts[name], name, known, self.problems) if name in parts else None) or known[0]
+
+
+def _miscounted(recipe: Recipe) -> Iterator[Remark]:
+    """Slices with too few or too many models for their methods, without a base, or with ranges that differ."""
+    for part in (part for part in recipe.slices if part.sources):
+        where = _in_slice(recipe, part)
+        for method, _, at in _methods(recipe):
+            number = len(_merged(part, method))
+            if method.base == "required" and part.base is None:
+                yield Remark(at, f"{method.name} needs a base_model{where}")
+            elif not method.counts(number):
+                yield Remark(at, f"{method.name} merges {method.expected}, got {number}{where}")
+        if part.uneven:
+            yield Remark(part.at, part.uneven)
+
+
+def _lacking(recipe: Recipe) -> Iterator[Remark]:
+    """Parameters without a default that are given nowhere."""
+    for part in recipe.slices:
+        for method, over, at in _methods(recipe):
+            levels = (over, part.parameters, recipe.parameters)
+            required = {key for key, parameter in method.parameters.items() if parameter.required}
+            for key in sorted(required - {key for level in levels for key in level}):
+                if method.parameters[key].each:
+                    yield from _lacking_of_models(recipe, part, method, key, at)
+                else:
+                    yield Remark(at, f"{method.name} needs the parameter {key!r}{_in_slice(recipe, part)}")
+
+
+def _lacking_of_models(recipe: Recipe, part: Slice, method: Method, key: str, at: Mark) -> Iterator[Remark]:
+    merged = _merged(part, method)
+    # A source without a model has been complained about.
+    without = [index for index in merged if key not in part.sources[index].parameters and part.sources[index].model]
+    if len(without) == len(merged) > 1:
+        yield Remark(at, f"{method.name} needs the parameter {key!r} of each model{_in_slice(recipe, part)}")
+        return
+    for source in (part.sources[index] for index in without):
+        # A base that the recipe doesn't list has the place of the list.
+        unlisted = ": base_model is one of the models that are merged" if source.at == part.at else ""
+        yield Remark(source.at, f"{method.name} needs the parameter {key!r} of {source.model!r}{unlisted}")
+
+
+def _methods(recipe: Recipe) -> Iterator[tuple[Method, Parameters, Mark]]:
+    """Each method of the recipe with the parameters that an override gives it, and its place."""
+    yield METHODS[recipe.merge_method], {}, recipe.at
+    for override in recipe.overrides:
+        yield METHODS[override.merge_method], override.parameters, override.at
+
+
+def _merged(part: Slice, method: Method) -> list[int]:
+    """The sources that a method merges: all but the base, where it has another use for that."""
+    return [index for index in range(len(part.sources)) if method.merges_base or index != part.base]
+
+
+def _in_slice(recipe: Recipe, part: Slice) -> str:
+    return f" in the slice of line {part.at.line}" if len(recipe.slices) > 1 else ""
