@@ -45,7 +45,7 @@ class Term(ABC):
 
 @dataclass(frozen=True, slots=True)
 class VectorTerm(Term):
-    """A term as a task vector stores it. Its file may come from anybody, so that its parts are checked."""
+    """A term as a task vector stores it. Its file may come from anybody, so its parts are checked on opening."""
 
     @abstractmethod
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
@@ -56,7 +56,7 @@ class VectorTerm(Term):
         """
 
     def check_values(self) -> None:
-        """Raise CheckpointError where those values in the parts that are looked at on opening are wrong."""
+        """Raise CheckpointError where values are wrong that later reads rely on. Most terms have none such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Sum(Encoding):
 
     @property
     def block(self) -> Block | None:
-        """The base's."""
+        """The block of the base."""
         return self.base.encoding.block if self.base else None
 
     @property
