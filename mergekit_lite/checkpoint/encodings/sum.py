@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from mergekit_lite.checkpoint.encodings.pieces import pieces
 from mergekit_lite.checkpoint.reader import Reader
@@ -24,9 +24,9 @@ class Term(ABC):
     scale: float = field(default=1.0, kw_only=True)
 
     @property
-    @abstractmethod
     def parts(self) -> tuple[TensorSpec, ...]:
-        """The stored tensors it is made of."""
+        """The stored tensors it is made of: its fields but for the scale."""
+        return tuple(getattr(self, part.name) for part in fields(self) if part.name != "scale")
 
     @abstractmethod
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
