@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import mergekit_lite
+from docs import api as page_of_python
 from docs import methods as page_of_methods
 from mergekit_lite.commands import main
 from mergekit_lite.methods import METHODS
@@ -49,7 +50,7 @@ def test_the_examples_are_found() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_without_a_note(name: str, place: Path) -> None:
-    assert mergekit_lite.plan_merge_file(name, "out").notes == ()
+    assert mergekit_lite.plan_merge(name, "out").notes == ()
     mergekit_lite.merge(name, "out")
     assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == (
         12 if "stack" in name else 8
@@ -67,7 +68,7 @@ def test_what_the_additions_say(place: Path) -> None:
     base, got = read_folder(place / "base"), read_folder(place / "out")
     copied = {name for name in base if same_bytes(base[name], got[name])}
     assert copied == {"lm_head.weight", *(f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))}
-    jobs = {job.name: job for job in mergekit_lite.plan_merge_file("additions.yml", "x").jobs}
+    jobs = {job.name: job for job in mergekit_lite.plan_merge("additions.yml", "x").jobs}
     assert jobs["model.layers.7.self_attn.q_proj.weight"].method == "task_arithmetic"
     assert jobs["model.layers.7.mlp.up_proj.weight"].parameters[0]["density"] == (0.9, 0.9)
     assert jobs["model.layers.7.mlp.up_proj.weight"].parameters[0]["weight"] == (0.5, 0.5)
@@ -111,6 +112,12 @@ def test_files_merge_into_a_file(place: Path) -> None:
 
 def test_the_page_of_methods_is_up_to_date() -> None:
     assert page_of_methods.PAGE.read_text(encoding="utf-8") == page_of_methods.page(), "run: python -m docs.methods"
+
+
+def test_the_page_of_python_is_up_to_date_and_complete() -> None:
+    assert page_of_python.PAGE.read_text(encoding="utf-8") == page_of_python.page(), "run: python -m docs.api"
+    listed = [name for names in page_of_python.SECTIONS.values() for name in names]
+    assert sorted([*listed, "__version__"]) == mergekit_lite.__all__
 
 
 def test_the_page_of_methods_tells_of_all() -> None:

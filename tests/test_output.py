@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 import mergekit_lite
-from mergekit_lite.output.beside import files_beside
+from mergekit_lite.output.companions import companions_of
 from tests.models import bytes_of, read_folder, same_bytes, state, tuned, write_folder
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
         "LICENSE", "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
     }  # fmt: skip
     left_out = {"modeling_evil.py": "code", "onnx/model.onnx": "other weights", "training.gguf": "other weights"}
-    assert files_beside(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
+    assert companions_of(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["tags"] == ["mergekit-lite", "merge"] and "base_model" not in front  # paths mean nothing on the hub

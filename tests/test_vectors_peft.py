@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import PlanError
-from mergekit_lite.vectors.apply import apply
-from mergekit_lite.vectors.extract import Settings, extract
+from mergekit_lite.vectors.application import apply_vectors
+from mergekit_lite.vectors.extraction import extract_vector
 from tests.checkpoint.reading import read_all
 from tests.models import read_folder, state, tuned, write_folder
 
@@ -69,7 +69,7 @@ def merged_by_peft(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("how", [{"rank": 4}, {"energy": 0.9999}], ids=str)
 def test_peft_loads_what_is_made(kind: str, matrices_only: bool, how: dict[str, Any], tmp_path: Path) -> None:
     save_pair(tmp_path, kind, matrices_only)
-    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", Settings("lora", **how))
+    made = extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", format="lora", **how)
     assert made.error < (1e-3 if "rank" in how else 1e-2)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
@@ -101,14 +101,14 @@ def test_several_adapters_act_as_products(tmp_path: Path) -> None:
     for number in (1, 2):
         merged = peft.PeftModel.from_pretrained(merged, tmp_path / f"a{number}").merge_and_unload()
     expected = merged.state_dict()
-    apply(tmp_path / "base", [str(tmp_path / "a1"), str(tmp_path / "a2")], tmp_path / "out")
+    apply_vectors(tmp_path / "base", [str(tmp_path / "a1"), str(tmp_path / "a2")], tmp_path / "out")
     for name, tensor in read_folder(tmp_path / "out").items():
         torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=1e-7, msg=name)
 
 
 def test_modules_of_lesser_rank_have_patterns(tmp_path: Path) -> None:
     save_pair(tmp_path, "Llama")
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", Settings("lora", rank=20))
+    extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", format="lora", rank=20)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 20
     assert config["rank_pattern"] and set(config["rank_pattern"].values()) == {16}  # k_proj and v_proj are (16, 32)
@@ -141,7 +141,7 @@ def test_layers_that_store_their_weights_transposed(bare: bool, how: dict[str, A
             file = tmp_path / name / "model.safetensors"
             tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
             save_file(tensors, file, metadata={"format": "pt"})
-    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", Settings("lora", **how))
+    made = extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", format="lora", **how)
     assert made.error < (1e-3 if "rank" in how else 1e-2)
     theirs = merged_by_peft(tmp_path, "GPT2LMHead")
     ours = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))
@@ -168,5 +168,5 @@ def test_what_an_adapter_can_not_hold(tmp_path: Path) -> None:
         ("experts", "trained", "no weight or bias of a layer"),
     ):
         with pytest.raises(PlanError, match=told):
-            extract(tmp_path / before, tmp_path / after, tmp_path / "adapter", Settings("lora", rank=2))
+            extract_vector(tmp_path / before, tmp_path / after, tmp_path / "adapter", format="lora", rank=2)
         assert not (tmp_path / "adapter").exists()

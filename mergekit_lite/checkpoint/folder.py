@@ -22,6 +22,7 @@ SHARD = re.compile(
     rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})"
 )
 MAX_JSON_BYTES = 100_000_000  # an index of a million tensors is no larger
+MAX_SMALL_BYTES = 100_000_000  # of what travels beside weights: tokenizers come to some tens of megabytes
 MAX_FILE_NAME = 255  # of every common file system
 
 
@@ -120,6 +121,19 @@ def inside(folder: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{folder / name}: is not a regular file.")
     return root / name
+
+
+def small_file(folder: Path, name: str) -> Path | None:
+    """Return the path of a file that lies beside a model's weights, to be read whole; None where there is none.
+
+    Raises CheckpointError where a link leads out of the folder, or the file is larger than ``MAX_SMALL_BYTES``.
+    """
+    if not (folder / name).is_file():
+        return None
+    path = inside(folder, name)
+    if (size := path.stat().st_size) > MAX_SMALL_BYTES:
+        raise CheckpointError(f"{folder / name}: is {size:,} bytes long; more than {MAX_SMALL_BYTES:,} is refused.")
+    return path
 
 
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:

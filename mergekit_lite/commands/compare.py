@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite import dtypes
 from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.comparison.comparison import Comparison, Figures
+    from mergekit_lite.comparison.comparison import Comparison, DeltaFigures
 
 SHOWN = 10
 WRITABLE = click.Path(dir_okay=False, path_type=Path)
@@ -73,14 +72,11 @@ def command(
     For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
     largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
     """
-    named = tuple(dtypes.float_named(name) for name in dtype)
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison import export, plots
     from mergekit_lite.comparison.comparison import compare
-    from mergekit_lite.comparison.deltas import Settings
     from mergekit_lite.pages.drawing import check_drawable
 
-    settings = Settings(top_k, alpha, named, select_topk)
     if plot is not None or html_path is not None:
         check_drawable(plot)
     for path in (csv_path, plot, html_path):
@@ -88,7 +84,15 @@ def command(
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("comparing") as progress:
         comparison = compare(
-            base, models, settings=settings, threads=threads, progress=progress, processes=running.PROCESSES
+            base,
+            models,
+            top_k=top_k,
+            alphas=alpha,
+            dtypes=dtype,
+            select_topk=select_topk,
+            threads=threads,
+            progress=progress,
+            processes=running.PROCESSES,
         )
     if csv_path is not None:
         table = io.StringIO()
@@ -97,7 +101,7 @@ def command(
     if plot is not None:
         plots.save(comparison, plot)
     if html_path is not None:
-        from mergekit_lite.comparison.page import page
+        from mergekit_lite.comparison.html_report import page
 
         html_path.write_text(page(comparison), encoding="utf-8")
     if as_json:
@@ -115,7 +119,7 @@ def command(
 def _show(screen: Screen, comparison: Comparison) -> None:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.comparison import letter
-    from mergekit_lite.comparison.summary import suggestions
+    from mergekit_lite.comparison.suggestions import suggestions
 
     letters = [letter(number) for number in range(len(comparison.models))]
     rows = zip(["base", *letters], [comparison.base, *comparison.models], strict=True)
@@ -124,12 +128,13 @@ def _show(screen: Screen, comparison: Comparison) -> None:
         screen.out.print("", made, sep="\n")
     units = [(name, figures) for name, figures in comparison.layers.items()]
     screen.out.print("", _units("layer", letters, units), sep="\n")
-    found = sorted(comparison.findings, key=lambda finding: -float(finding.tally["means"].max()))
-    shown = comparison.findings if screen.verbose else found[:SHOWN]
+    shown = comparison.tensors if screen.verbose else comparison.most_changed[:SHOWN]
     title = "tensor" if screen.verbose else "tensors that changed most"
-    screen.out.print("", _units(title, letters, [(one.match.name, comparison.of(one)) for one in shown]), sep="\n")
-    if len(found) > len(shown):
-        screen.out.print(f"… and {len(found) - len(shown):,} more (-v shows all)")
+    screen.out.print(
+        "", _units(title, letters, [(one.tensor.name, comparison.figures(one)) for one in shown]), sep="\n"
+    )
+    if len(comparison.tensors) > len(shown):
+        screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
     for said in suggestions(comparison):
         screen.out.print(f"• {said}", markup=False)
@@ -139,7 +144,7 @@ def _show(screen: Screen, comparison: Comparison) -> None:
 def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.comparison import looks_like
-    from mergekit_lite.comparison.summary import figure, percent
+    from mergekit_lite.comparison.suggestions import figure, percent
 
     all_of, settings = comparison.overall, comparison.settings
     of_models = [
@@ -176,9 +181,9 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     return [*tables, table(("rounded to", ">alpha", *(f">{name}" for name in letters)), alphas)]
 
 
-def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
+def _units(title: str, letters: list[str], units: list[tuple[str, DeltaFigures]]) -> Any:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.comparison.summary import figure, percent
+    from mergekit_lite.comparison.suggestions import figure, percent
 
     several = len(letters) > 1
     rows = [

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import running, values
+from mergekit_lite.commands import Group, running, values
+from mergekit_lite.engine.run import RunOptions
 from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import Extracted
+    from mergekit_lite.vectors.extraction import Extracted
 
 
 class Signed(click.Command):
-    """Takes ``+a -b`` as arguments, where a and b are there: ``-b`` is b times −1, not an option."""
+    """A command that takes ``+a -b`` as arguments, where a and b exist: ``-b`` is b times −1, not an option."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Rewrite them before options are looked for."""
+        """Rewrite arguments with a sign before click looks for options."""
         return super().parse_args(context, [_signed(argument) for argument in arguments])
 
 
@@ -31,15 +32,15 @@ def _signed(argument: str) -> str:
     rest = argument[1:]
     if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():
         return argument
-    found = parse_addition(rest)
-    if not Path(found.path).expanduser().exists():
+    vector = parse_addition(rest)
+    if not Path(vector.path).expanduser().exists():
         return argument
-    return str(found._replace(scale=-found.scale)) if argument.startswith("-") else rest
+    return str(vector._replace(scale=-vector.scale)) if argument.startswith("-") else rest
 
 
-@click.group(name="vector")
+@click.group(name="vector", cls=Group)
 def command() -> None:
-    """Task vectors, tuned − base, as files: extract, apply, combine.
+    """Work with task vectors, tuned − base, as files: extract, apply, combine.
 
     \b
     Examples:
@@ -51,6 +52,7 @@ def command() -> None:
 
 @command.command(
     name="extract",
+    short_help="Make a task vector: tuned − base.",
     epilog="""\b
 Examples:
   mergekit-lite vector extract ./base ./tuned -o v.safetensors
@@ -65,7 +67,6 @@ Examples:
 @click.option("-o", "--output", required=True, help="A .safetensors file; for the format lora a folder.")
 @click.option(
     "--format",
-    "form",
     type=click.Choice(["dense", "sparse", "lowrank", "sign", "lora"]),
     default="dense",
     show_default=True,
@@ -87,64 +88,48 @@ def extract(
     base: str,
     tuned: str,
     output: str,
-    form: str,
-    threads: int | None,
-    device: str,
-    resume: bool,
-    force: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
-    **numbers: Any,
+    **options: Any,
 ) -> None:
     """Make the task vector of TUNED: what was added to BASE. Prints what it takes and what it throws away.
 
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import Settings
-    from mergekit_lite.vectors.extract import extract as made_by
+    from mergekit_lite.vectors.extraction import extract_vector
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
-    settings = Settings(form, **numbers)
     with running.resumable(), screen.progress() as progress:
-        made = made_by(
-            base,
-            tuned,
-            output,
-            settings,
-            threads=threads,
-            device=device,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-    for note in made.notes:
+        extracted = extract_vector(base, tuned, output, progress=progress, **options)
+    for note in extracted.notes:
         screen.warn(note)
     if as_json:
-        click.echo(json.dumps(made.to_json(), indent=1))
+        click.echo(json.dumps(extracted.to_json(), indent=1))
     elif not quiet:
-        _show(made, screen)
+        _show(extracted, screen)
 
 
-def _show(made: Extracted, screen: Screen) -> None:
+def _show(extracted: Extracted, screen: Screen) -> None:
     from mergekit_lite.commands.screen import size, table
 
     if screen.verbose:
         rows = [
-            (kept.name, kept.how, size(kept.nbytes), f"{math.sqrt(kept.square):.3g}", f"{kept.error:.4f}")
-            for kept in made.tensors
+            (tensor.name, tensor.encoder, size(tensor.nbytes), f"{math.sqrt(tensor.square):.3g}", f"{tensor.error:.4f}")
+            for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
-    screen.out.print(f"[bold green]made[/] {made.output}  {size(made.nbytes)}")
-    differ = f"{counted(len(made.tensors), 'tensor')} differ, {made.unchanged:,} don't"
-    exact = not any(kept.lost for kept in made.tensors)
-    told = "nothing thrown away" if exact else f"thrown away: {made.error:.4f} of ‖difference‖"
-    screen.out.print(f"  {differ}; {told}")
+    screen.out.print(f"[bold green]made[/] {extracted.output}  {size(extracted.nbytes)}")
+    differ = f"{counted(len(extracted.tensors), 'tensor')} differ, {extracted.unchanged:,} don't"
+    exact = not any(tensor.lost for tensor in extracted.tensors)
+    loss = "nothing thrown away" if exact else f"thrown away: {extracted.error:.4f} of ‖difference‖"
+    screen.out.print(f"  {differ}; {loss}")
 
 
 @command.command(
     name="apply",
+    short_help="Add task vectors or adapters to a model.",
     cls=Signed,
     epilog="""\b
 Examples:
@@ -160,21 +145,30 @@ Examples:
 @click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file.")
 @click.option("--rebase", is_flag=True, help="Add vectors to another base than the one they were made from.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64; that of the tuned model by default.")
-@running.rounding
-@running.options
-def apply(base: str, vectors: tuple[str, ...], output: str, how: running.How, **options: Any) -> None:
+@running.takes_rounding
+@running.takes_shard_size
+@running.takes_run_options
+def apply(
+    base: str,
+    vectors: tuple[str, ...],
+    output: str,
+    run_options: RunOptions,
+    view: running.View,
+    **options: Any,
+) -> None:
     """Add task vectors to BASE: base + Σ scale · vector, summed in float64 and rounded once.
 
     A VECTOR is a file made by extract or combine, or a LoRA adapter (a folder or a hub repository). A scale below 0
     takes it away; so does a minus before its name.
     """
-    from mergekit_lite.vectors.apply import plan_apply
+    from mergekit_lite.vectors.application import plan_apply
 
-    running.carry_out(plan_apply(base, vectors, output, shard_size=how.shard_size, **options), how)
+    running.carry_out(plan_apply(base, vectors, output, **options), run_options, view)
 
 
 @command.command(
     name="combine",
+    short_help="Combine task vectors into one, by any method.",
     epilog="""\b
 Examples:
   mergekit-lite vector combine --method ties -p density=0.2 math.safetensors code.safetensors -o both.safetensors
@@ -190,11 +184,17 @@ Examples:
 @click.option("--rebase", is_flag=True, help="Take vectors of different bases for vectors of the first one's.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the result.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw.")
-@running.options
+@running.takes_run_options
 def combine(
-    vectors: tuple[str, ...], output: str, method: str, parameters: dict[str, Any], how: running.How, **options: Any
+    vectors: tuple[str, ...],
+    output: str,
+    method: str,
+    parameters: dict[str, Any],
+    run_options: RunOptions,
+    view: running.View,
+    **options: Any,
 ) -> None:
     """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero."""
-    from mergekit_lite.vectors.combine import plan_combine
+    from mergekit_lite.vectors.combination import plan_combine
 
-    running.carry_out(plan_combine(vectors, output, method, parameters, **options), how)
+    running.carry_out(plan_combine(vectors, output, method, parameters, **options), run_options, view)

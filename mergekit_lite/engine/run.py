@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.pool import available_cores, writing_workers
+from mergekit_lite.engine.finished import is_finished
+from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
-from mergekit_lite.output.beside import write_beside
-from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
+from mergekit_lite.options import named_options
+from mergekit_lite.output.companions import write_companions
+from mergekit_lite.output.workspace import (
+    OutputWorkspace,
+    check_target,
+    finish_publishing,
+    is_half_published,
+    manifest_path,
+    own_manifest,
+    tidy,
+)
 from mergekit_lite.planning import Plan
 
-OPTIONS = ("threads", "device", "block", "resume", "force", "allow_nonfinite", "progress", "processes")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 GPU_LANES = 6
 GPU_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run made: a path and a report for each variant, in the order of the plan's outputs."""
+    """What a run made: a path and a report for each output, in the order of the plan's outputs."""
 
     outputs: tuple[Path, ...]
     reports: tuple[Report, ...]
     seconds: float
 
 
-def run(
-    plan: Plan,
-    *,
-    threads: int | None = None,
-    device: str = "cpu",
-    block: int | None = None,
-    resume: bool = False,
-    force: bool = False,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-    processes: bool = False,
-) -> Finished:
-    """Carry out a plan.
+class RunOptions(TypedDict, total=False):
+    """How a plan is run: the options of ``run``, and of every function that plans and runs in one call.
 
-    Args:
-        plan: from ``plan(...)``.
+    Attributes:
         threads: workers; by default one more than there are cores, or enough to keep a GPU's copies going.
-        device: ``cpu``, ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where there is one).
+        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where one is there).
         block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
         resume: go on with what an earlier run of the same plan left.
         force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
@@ -60,6 +60,28 @@ def run(
         progress: called with (bytes read, bytes in all) after each span.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
+    """
+
+    threads: int | None
+    device: str
+    block: int | None
+    resume: bool
+    force: bool
+    allow_nonfinite: bool
+    progress: Progress | None
+    processes: bool
+
+
+@named_options
+def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
+    """Carry out a plan.
+
+    Args:
+        plan: from ``plan_extrapolation``, ``plan_merge`` or another of the planning functions.
+        **options: see ``RunOptions``.
+
+    Returns:
+        The outputs' paths, a report for each of them, and the seconds it took.
 
     Raises:
         UsageError: an output exists, or lies in an input; the device is not there.
@@ -68,50 +90,61 @@ def run(
         NonFiniteError: weights are NaN or infinite; everything is kept for ``resume`` with ``allow_nonfinite``.
     """
     started = time.monotonic()
-    place = chosen_device(device)
-    workers, usual_block = lanes_and_block(place, threads, writing_workers())
-    grains = -(-(block or usual_block) // GRAIN)
+    resume, force = options.get("resume", False), options.get("force", False)
+    place = chosen_device(options.get("device", CPU))
+    workers, usual_block = lanes_and_block(place, options.get("threads"), writing_workers())
+    block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
-    finished = _finished(plan, resume)
+    if resume:
+        for output in plan.outputs:
+            finish_publishing(output)
+    finished = [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
+    _check_targets(plan, finished, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(finished) if not done]
-    for output, done in zip(plan.outputs, finished, strict=True):
-        if done:
-            tidy(output)
+    for v, output in enumerate(plan.outputs):
+        if finished[v]:
+            tidy(output, plan.digest(v))
     made: dict[int, Report] = {}
     with ExitStack() as stack:
-        workspaces: dict[int, Workspace] = {}
+        workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            workspaces[v] = Workspace(
-                plan.outputs[v], plan.layout, plan.digest(v), plan.sources, fresh=force and not resume
+            workspaces[v] = OutputWorkspace(
+                plan.outputs[v], plan.layout, plan.digest(v), plan.input_files, fresh=force and not resume
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        Schedule(plan, workspaces, place, workers, grains * GRAIN, progress, processes).run()
+        team = Workers(workers, place, block, options.get("processes", False))
+        Schedule(plan, workspaces, team, options.get("progress")).run()
         _check_inputs(plan)
-        if not allow_nonfinite:
+        if not options.get("allow_nonfinite", False):
             _refuse_nonfinite(plan, workspaces)
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_beside(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
-            workspace.publish()
+            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
+            workspace.publish(force=force)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
 
 
-def plan_and_run(planned: Callable[..., Plan], *arguments: Any, **options: Any) -> Finished:
-    """Carry out what ``planned(*arguments)`` plans. Each option goes to the one of ``run`` and ``planned`` it is of."""
-    how = {name: options.pop(name) for name in OPTIONS if name in options}
-    return run(planned(*arguments, **options), **how)
-
-
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
-    """Raise UsageError where an output path would touch an input or something that exists."""
-    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    """Raise UsageError where an output path would touch an input or something that exists.
+
+    An output that its manifest calls the plan's own passes: reading all of it is left to ``run``.
+    """
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
-    for output, finished in zip(plan.outputs, _finished(plan, resume), strict=True):
-        if not finished:
+    likely = [
+        resume and (is_half_published(output) or own_manifest(output, plan, v) is not None)
+        for v, output in enumerate(plan.outputs)
+    ]
+    _check_targets(plan, likely, resume=resume, force=force)
+
+
+def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force: bool) -> None:
+    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    for output, done in zip(plan.outputs, finished, strict=True):
+        if not done:
             check_target(output, sources, resume=resume, force=force)
 
 
@@ -146,16 +179,12 @@ def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None 
     return threads or workers, block
 
 
-def _finished(plan: Plan, resume: bool) -> list[bool]:
-    return [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
-
-
 def _check_inputs(plan: Plan) -> None:
     for checkpoint in plan.inputs:
         checkpoint.check_unchanged()
 
 
-def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, Workspace]) -> None:
+def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, OutputWorkspace]) -> None:
     found: dict[str, None] = {}
     for workspace in workspaces.values():
         for record in workspace.journal.records.values():

@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.vector_file import KEY, read_vector
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, NonFiniteError, RunError
-from mergekit_lite.vectors.apply import apply
-from mergekit_lite.vectors.extract import Settings, extract
+from mergekit_lite.vectors.application import apply_vectors
+from mergekit_lite.vectors.extraction import ExtractSettings, extract_vector
 from tests.checkpoint.reading import read_all
 from tests.models import State, state, tuned, write_folder
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 FORMATS = {
-    "dense": Settings(),
-    "sparse": Settings("sparse", density=0.3),
-    "sign": Settings("sign"),
-    "lowrank": Settings("lowrank", rank=2),
+    "dense": ExtractSettings(),
+    "sparse": ExtractSettings("sparse", density=0.3),
+    "sign": ExtractSettings("sign"),
+    "lowrank": ExtractSettings("lowrank", rank=2),
 }
 About = dict[str, Any]
 Lie = Callable[[State, About], object]
@@ -40,7 +40,7 @@ def place(tmp_path: Path) -> Path:
     write_folder(tmp_path / "base", state(0, hidden=32))
     write_folder(tmp_path / "tuned", tuned(state(0, hidden=32), 1))
     for name, how in FORMATS.items():
-        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / f"{name}.safetensors", how)
+        extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / f"{name}.safetensors", **vars(how))
     return tmp_path
 
 
@@ -141,7 +141,7 @@ def test_refused_when_read(form: str, name: str, change: Any, error: type[Except
     """Nothing is published."""
     path = forged(place / f"{form}.safetensors", put(name, change))
     with pytest.raises(error, match="q_proj"):
-        apply(place / "base", [str(path)], place / "out")
+        apply_vectors(place / "base", [str(path)], place / "out")
     assert not (place / "out").exists()
 
 

@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import CheckpointError, NonFiniteError, PlanError, RunError, UsageError
-from mergekit_lite.output.workspace import Workspace
-from mergekit_lite.vectors.apply import apply
+from mergekit_lite.output.workspace import OutputWorkspace
+from mergekit_lite.vectors.application import apply_vectors
 from mergekit_lite.vectors.encoders import split
-from mergekit_lite.vectors.extract import Settings, extract
+from mergekit_lite.vectors.extraction import ExtractSettings, extract_vector
 from tests.adapters import lora, write_adapter
 from tests.models import read_folder, same_bytes, state, tree_bytes, tuned, write_folder
 from tests.vectors.family import BIG, CONFIG, assert_same, distance
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOSSY = (
-    Settings("sparse", density=0.2),
-    Settings("sparse", threshold=1e-3),
-    Settings("sign"),
-    Settings("lowrank", rank=4),
-    Settings("lowrank", energy=0.5),
+    ExtractSettings("sparse", density=0.2),
+    ExtractSettings("sparse", threshold=1e-3),
+    ExtractSettings("sign"),
+    ExtractSettings("lowrank", rank=4),
+    ExtractSettings("lowrank", energy=0.5),
 )
 
 
@@ -53,9 +53,9 @@ def test_dense_gives_the_tuned_model_back_to_the_bit(dtype: torch.dtype, close: 
     write_folder(tmp_path / "base", {"a.weight": base, "b.weight": base[:0], "c": base[:1].clone().reshape(())})
     expected = {"a.weight": model, "b.weight": base[:0], "c": model[:1].clone().reshape(())}
     write_folder(tmp_path / "tuned", expected)
-    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors")
+    made = extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors")
     assert made.error == 0
-    apply(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out")
+    apply_vectors(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out")
     assert_same(read_folder(tmp_path / "out"), expected)
 
 
@@ -87,8 +87,8 @@ def test_dtypes_that_differ(tmp_path: Path) -> None:
     write_folder(tmp_path / "narrow", narrow)
     write_folder(tmp_path / "same", {name: tensor.bfloat16() for name, tensor in base.items()})
     for before, after in (("wide", "narrow"), ("narrow", "wide"), ("wide", "same")):
-        extract(tmp_path / before, tmp_path / after, tmp_path / "v.safetensors", force=True)
-        apply(tmp_path / before, [str(tmp_path / "v.safetensors")], tmp_path / "out", force=True)
+        extract_vector(tmp_path / before, tmp_path / after, tmp_path / "v.safetensors", force=True)
+        apply_vectors(tmp_path / before, [str(tmp_path / "v.safetensors")], tmp_path / "out", force=True)
         assert_same(read_folder(tmp_path / "out"), read_folder(tmp_path / after))
 
 
@@ -101,17 +101,17 @@ def test_tensors_that_are_no_differences(tmp_path: Path) -> None:
     after["lm_head.weight"] = torch.cat([after["lm_head.weight"], torch.ones(2, 8).bfloat16()])
     write_folder(tmp_path / "base", base)
     write_folder(tmp_path / "tuned", after)
-    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors")
+    made = extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors")
     told = "\n".join(made.notes)
     assert made.unchanged == 1 and all(name in told for name in ("value_head", "lm_head", "inv_freq"))
-    apply(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out")
+    apply_vectors(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out")
     assert_same(read_folder(tmp_path / "out"), after | {"rotary_emb.inv_freq": base["rotary_emb.inv_freq"]})
     with pytest.raises(CheckpointError, match=r"(?s)3 problems.*it can't be scaled"):
-        apply(tmp_path / "base", [f"{tmp_path / 'v.safetensors'}:0.5"], tmp_path / "half")
+        apply_vectors(tmp_path / "base", [f"{tmp_path / 'v.safetensors'}:0.5"], tmp_path / "half")
     del base["model.norm.weight"]
     write_folder(tmp_path / "less", base)
     with pytest.raises(PlanError, match=r"model.norm.weight: is in .*tuned, but not in .*less"):
-        extract(tmp_path / "tuned", tmp_path / "less", tmp_path / "w.safetensors")
+        extract_vector(tmp_path / "tuned", tmp_path / "less", tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("tied", ["base", "tuned"])
@@ -120,9 +120,9 @@ def test_tied_heads(tied: str, tmp_path: Path) -> None:
     del {"base": base, "tuned": after}[tied]["lm_head.weight"]
     write_folder(tmp_path / "base", base, config=CONFIG | {"tie_word_embeddings": tied == "base"})
     write_folder(tmp_path / "tuned", after)
-    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors")
+    made = extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors")
     assert "ties it" in "".join(made.notes)
-    apply(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out")
+    apply_vectors(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out")
     expected = dict(after)
     expected.setdefault("lm_head.weight", after["model.embed_tokens.weight"])
     assert_same(read_folder(tmp_path / "out"), expected)
@@ -130,9 +130,9 @@ def test_tied_heads(tied: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", LOSSY, ids=str)
-def test_what_is_thrown_away_is_told(how: Settings, place: Path) -> None:
-    made = extract("base", "math", "v.safetensors", how)
-    apply("base", ["v.safetensors"], "out", dtype="float32")
+def test_what_is_thrown_away_is_told(how: ExtractSettings, place: Path) -> None:
+    made = extract_vector("base", "math", "v.safetensors", **vars(how))
+    apply_vectors("base", ["v.safetensors"], "out", dtype="float32")
     base, after = read_folder(place / "base"), read_folder(place / "math")
     actual = distance(read_folder(place / "out"), after) / distance(base, after)
     assert made.error == pytest.approx(actual, rel=1e-4)
@@ -147,19 +147,19 @@ def test_closed_forms(tmp_path: Path) -> None:
     write_folder(tmp_path / "base", {"x.weight": base})
     write_folder(tmp_path / "tuned", {"x.weight": delta})
 
-    def via(how: Settings) -> torch.Tensor:
-        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors", how, force=True)
-        apply(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out", force=True)
+    def via(how: ExtractSettings) -> torch.Tensor:
+        extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors", **vars(how), force=True)
+        apply_vectors(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out", force=True)
         return read_folder(tmp_path / "out")["x.weight"]
 
-    assert via(Settings("sign")).tolist() == [[2, -2, 2, -2], [2, 2, -2, 2]]
-    assert via(Settings("sparse", density=0.25)).tolist() == [[0, 0, 0, -4], [0, 0, 0, 5]]
+    assert via(ExtractSettings("sign")).tolist() == [[2, -2, 2, -2], [2, 2, -2, 2]]
+    assert via(ExtractSettings("sparse", density=0.25)).tolist() == [[0, 0, 0, -4], [0, 0, 0, 5]]
     # four of magnitude 1 share a place: the one with the lowest index is kept
-    assert via(Settings("sparse", density=0.5)).tolist() == [[3, -1, 0, -4], [0, 0, 0, 5]]
-    assert via(Settings("sparse", threshold=3)).tolist() == [[3, 0, 0, -4], [0, 0, 0, 5]]
+    assert via(ExtractSettings("sparse", density=0.5)).tolist() == [[3, -1, 0, -4], [0, 0, 0, 5]]
+    assert via(ExtractSettings("sparse", threshold=3)).tolist() == [[3, 0, 0, -4], [0, 0, 0, 5]]
     left, values, right = torch.linalg.svd(delta.double())
     best = values[0] * left[:, :1] @ right[:1]
-    torch.testing.assert_close(via(Settings("lowrank", rank=1)).double(), best, atol=1e-6, rtol=0)
+    torch.testing.assert_close(via(ExtractSettings("lowrank", rank=1)).double(), best, atol=1e-6, rtol=0)
 
 
 def test_low_rank_is_near_the_best_and_finds_what_is_there(tmp_path: Path) -> None:
@@ -171,23 +171,23 @@ def test_low_rank_is_near_the_best_and_finds_what_is_there(tmp_path: Path) -> No
     slow = decaying.U * (torch.arange(1, 201) ** -0.5) @ decaying.Vh
     write_folder(tmp_path / "base", {"x.weight": base, "y.weight": base.clone()})
     write_folder(tmp_path / "tuned", {"x.weight": factors, "y.weight": slow})
-    made = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors", Settings("lowrank", rank=16))
+    made = extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors", format="lowrank", rank=16)
     exact, near = made.tensors
     values = torch.linalg.svdvals(slow.double()).square()
     assert exact.error < 1e-3
     assert near.error == pytest.approx(float((values[16:].sum() / values.sum()) ** 0.5), rel=5e-3)
-    by_energy = Settings("lowrank", energy=0.999)
-    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "w.safetensors", by_energy)
+    by_energy = ExtractSettings("lowrank", energy=0.999)
+    extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "w.safetensors", **vars(by_energy))
     assert load_file(tmp_path / "w.safetensors")["x.weight:left"].shape[1] <= rank
 
 
-@pytest.mark.parametrize("how", (Settings(), *LOSSY), ids=str)
-def test_same_bytes_for_any_threads_and_blocks(how: Settings, place: Path) -> None:
+@pytest.mark.parametrize("how", (ExtractSettings(), *LOSSY), ids=str)
+def test_same_bytes_for_any_threads_and_blocks(how: ExtractSettings, place: Path) -> None:
     for threads in (1, 3):
-        extract("base", "math", f"{threads}.safetensors", how, threads=threads)
+        extract_vector("base", "math", f"{threads}.safetensors", **vars(how), threads=threads)
     assert Path("1.safetensors").read_bytes() == Path("3.safetensors").read_bytes()
     for output, block, threads in (("one", 1 << 15, 1), ("three", 1 << 20, 3)):
-        apply("base", ["1.safetensors:0.7"], output, block=block, threads=threads)
+        apply_vectors("base", ["1.safetensors:0.7"], output, block=block, threads=threads)
     assert_same(read_folder(place / "one"), read_folder(place / "three"))
 
 
@@ -196,8 +196,8 @@ def test_any_run_of_elements_reads_alike(place: Path) -> None:
     from tests.checkpoint.reading import read_all
 
     adapter = write_adapter(place / "adapter", lora(BIG.removesuffix(".weight"), 1501, 1100))
-    for number, how in enumerate((Settings(), *LOSSY)):
-        extract("base", "math", f"{number}.safetensors", how)
+    for number, how in enumerate((ExtractSettings(), *LOSSY)):
+        extract_vector("base", "math", f"{number}.safetensors", **vars(how))
     checkpoint = open_checkpoint(f"base+{adapter}:-0.5+" + "+".join(f"{n}.safetensors:0.3" for n in range(6)))
     whole = read_all(checkpoint)[BIG].flatten()
     with Reader() as reader:
@@ -214,34 +214,34 @@ def stop(done: int, total: int) -> None:
 
 
 def test_outputs_are_never_replaced_or_half_made(place: Path) -> None:
-    extract("base", "math", "v.safetensors")
+    extract_vector("base", "math", "v.safetensors")
     before = Path("v.safetensors").read_bytes()
     for how in ({}, {"resume": True}):
         with pytest.raises(UsageError, match=r"--force"):
-            extract("base", "code", "v.safetensors", **how)
+            extract_vector("base", "code", "v.safetensors", **how)
     with pytest.raises(RuntimeError, match="stopped"):
-        extract("base", "code", "v.safetensors", force=True, progress=stop)
+        extract_vector("base", "code", "v.safetensors", force=True, progress=stop)
     assert Path("v.safetensors").read_bytes() == before
     with pytest.raises(RuntimeError, match="stopped"):
-        extract("base", "code", "w.safetensors", Settings("lowrank", energy=0.1), progress=stop)
+        extract_vector("base", "code", "w.safetensors", format="lowrank", energy=0.1, progress=stop)
     assert not Path("w.safetensors").exists()
     with pytest.raises(UsageError, match=r"not finished .*--resume goes on with it, --force starts over"):
-        extract("base", "code", "w.safetensors")
+        extract_vector("base", "code", "w.safetensors")
     with pytest.raises(RunError, match=r"another plan .*--force starts over"):
-        extract("base", "code", "w.safetensors", resume=True)
-    extract("base", "code", "w.safetensors", force=True)
+        extract_vector("base", "code", "w.safetensors", resume=True)
+    extract_vector("base", "code", "w.safetensors", force=True)
     with pytest.raises(UsageError, match="Inputs are never touched"):
-        extract("base", "code", "base/v.safetensors")
+        extract_vector("base", "code", "base/v.safetensors")
     assert not list(place.glob(".w*"))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("how", (Settings(), *LOSSY, Settings("lora", rank=4)), ids=str)
-def test_a_stopped_run_goes_on_to_the_same_bytes(how: Settings, damaged: bool, place: Path) -> None:
+@pytest.mark.parametrize("how", (ExtractSettings(), *LOSSY, ExtractSettings("lora", rank=4)), ids=str)
+def test_a_stopped_run_goes_on_to_the_same_bytes(how: ExtractSettings, damaged: bool, place: Path) -> None:
     names = ("whole", "stopped") if how.format == "lora" else ("whole.safetensors", "stopped.safetensors")
-    extract("base", "math", names[0], how)
+    extract_vector("base", "math", names[0], **vars(how))
     with pytest.raises(RuntimeError, match="stopped"):
-        extract("base", "math", names[1], how, threads=1, progress=stop)
+        extract_vector("base", "math", names[1], **vars(how), threads=1, progress=stop)
     work = place / f".{names[1]}.partial"
     records = [json.loads(line) for line in (work / "journal.jsonl").read_text().splitlines()[1:]]
     assert 0 < len(records) < 10
@@ -249,8 +249,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(how: Settings, damaged: bool, p
         [file] = (work / "result").glob("*.safetensors")
         content = file.read_bytes()
         file.write_bytes(content[:8] + content[8:].translate(bytes(255 - byte for byte in range(256))))
-    with mock.patch.object(Workspace, "write", autospec=True, side_effect=Workspace.write) as writes:
-        made = extract("base", "math", names[1], how, resume=True)
+    with mock.patch.object(OutputWorkspace, "write", autospec=True, side_effect=OutputWorkspace.write) as writes:
+        made = extract_vector("base", "math", names[1], **vars(how), resume=True)
     written = {call.args[1] for call in writes.call_args_list}
     again = [kept.name for kept in made.tensors if any(kept.name.removesuffix(".weight") in name for name in written)]
     assert len(again) == len(made.tensors) - (0 if damaged else len(records))
@@ -274,14 +274,14 @@ def test_what_can_not_be_asked(place: Path) -> None:
     }
     for told, what in wrong.items():
         with pytest.raises(UsageError, match=told):
-            Settings(**what)
+            ExtractSettings(**what)
     with pytest.raises(UsageError, match=r"a \.safetensors file"):
-        extract("base", "math", "v")
+        extract_vector("base", "math", "v")
     with pytest.raises(UsageError, match="an adapter is a folder"):
-        extract("base", "math", "v.safetensors", Settings("lora", rank=4))
+        extract_vector("base", "math", "v.safetensors", format="lora", rank=4)
     math = read_folder(place / "math")
     math["model.norm.weight"][1] = torch.nan
     write_folder(place / "bad", math, config=CONFIG)
     with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
-        extract("base", "bad", "v.safetensors")
+        extract_vector("base", "bad", "v.safetensors")
     assert not list(place.glob("v*"))
