@@ -80,7 +80,7 @@ class TensorSpec:
     """One tensor: its name, dtype and shape, where its bytes lie, and how they are stored.
 
     Attributes:
-        name: its name.
+        name: the name in the checkpoint.
         dtype: what a reader gets.
         shape: its sizes.
         file: the file it lies in; of a sum, the base's.
@@ -124,7 +124,7 @@ class TensorSpec:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Plain data that tells which bytes it is read from, and what they are made into."""
+        """Plain data that identifies the bytes it is read from, and what is done to them."""
         return (self.name, self.dtype, self.file.name, self.offset, *self.encoding.key)
 
     def stored_bytes(self, count: int) -> int:

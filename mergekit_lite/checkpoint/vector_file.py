@@ -34,16 +34,20 @@ from mergekit_lite.errors import CheckpointError, UsageError, counted, listing, 
 
 KEY = "task_vector"
 VERSION = 1
-KINDS: Mapping[tuple[str, ...], Callable[..., VectorTerm]] = {
+TERMS: Mapping[tuple[str, ...], Callable[..., VectorTerm]] = {  # by the names of their parts
     ("",): Dense,
     ("starts", "places", "values"): Sparse,
     ("left", "right"): LowRank,
     ("bits", "sizes"): Signs,
 }
 EXACT: tuple[list[type], ...] = ([Dense], [Dense, Sparse])
-WAYS = {"dense": EXACT, "sparse": ([Sparse],), "lowrank": ([LowRank], *EXACT), "sign": ([Signs], *EXACT)}
-FORMATS = tuple(WAYS)
-PARTS = (*(part for parts in KINDS for part in parts if part), "whole")
+FORMS = {  # by the format of a vector, the terms that a tensor may have
+    "dense": EXACT,
+    "sparse": ([Sparse],),
+    "lowrank": ([LowRank], *EXACT),
+    "sign": ([Signs], *EXACT),
+}
+PARTS = (*(part for parts in TERMS for part in parts if part), "whole")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Vector:
         reference: the text it was opened by.
         path: of its file.
         file: the file's identity.
-        format: one of ``FORMATS``.
+        format: one of ``FORMS``.
         base: the model that it was made from.
         deltas: what it holds, by the name of the tensor.
         revision: always None: vectors are local files.
@@ -94,7 +98,7 @@ class Vector:
 
         Args:
             base: its tensors by name.
-            config: not needed; adapters, which are added likewise, need it.
+            config: not used; it is an argument because adapters, which are added by the same call, need it.
             scale: of the whole vector.
 
         Returns:
@@ -160,7 +164,7 @@ def check_output(path: Path) -> None:
 
 
 def is_vector(metadata: Mapping[str, str]) -> bool:
-    """Return whether the metadata of a safetensors file say that it holds a task vector."""
+    """Return whether a safetensors file with this metadata holds a task vector."""
     return KEY in metadata
 
 
@@ -217,8 +221,8 @@ def _about(path: Path, text: str) -> dict[str, Any]:
             f"{path}: is a task vector of version {shortened(repr(version), 40)}, this program reads {VERSION}. "
             "Update mergekit-lite, or extract the vector again."
         )
-    if about.get("format") not in FORMATS:
-        refuse(f"has format {shortened(repr(about.get('format')), 40)}, expected one of {', '.join(FORMATS)}")
+    if about.get("format") not in FORMS:
+        refuse(f"has format {shortened(repr(about.get('format')), 40)}, expected one of {', '.join(FORMS)}")
     base = about.get("base")
     if not isinstance(base, dict) or set(base) != set(Identity._fields):
         refuse(f"of the base should hold {', '.join(Identity._fields)}")
@@ -254,10 +258,10 @@ def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSp
         return Delta(name, dtype, shape, (), whole)
     terms: list[VectorTerm] = []
     unused = dict(parts)
-    for keys, kind in KINDS.items():
+    for keys, kind in TERMS.items():
         if unused.keys() >= set(keys):
             terms.append(kind(*(unused.pop(key) for key in keys)))
-    if unused or [type(term) for term in terms] not in WAYS[form]:
+    if unused or [type(term) for term in terms] not in FORMS[form]:
         names = ", ".join(sorted(spec.name for spec in parts.values())) or "nothing"
         raise CheckpointError(f"{shortened(name)}: found {names}, which is no way to store a difference")
     if not dtypes.is_float(dtype):

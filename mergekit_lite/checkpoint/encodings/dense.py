@@ -17,11 +17,6 @@ class Dense(VectorTerm):
 
     values: TensorSpec
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        """The values."""
-        return (self.values,)
-
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add the values."""
         total += self.values.elements(reader, start, len(total)).double().mul_(self.scale)

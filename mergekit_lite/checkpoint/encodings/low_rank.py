@@ -37,11 +37,6 @@ class LowRank(VectorTerm):
     left: TensorSpec
     right: TensorSpec
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        """The factors."""
-        return self.left, self.right
-
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add the product of the factors."""
         for row, column, part in by_rows(start, total, self.right.shape[-1]):

@@ -17,11 +17,6 @@ class Replace(Term):
     target: TensorSpec
     origin: TensorSpec
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        """Both tensors."""
-        return self.target, self.origin
-
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add the difference, computed in float64."""
         target = self.target.elements(reader, start, len(total)).double()

@@ -28,11 +28,6 @@ class Signs(VectorTerm):
     bits: TensorSpec
     sizes: TensorSpec
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        """Signs and sizes."""
-        return self.bits, self.sizes
-
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add each row's size, positive or negative."""
         skipped = start % 8  # bits of the first byte that belong to elements before

@@ -30,11 +30,6 @@ class Sparse(VectorTerm):
     places: TensorSpec
     values: TensorSpec
 
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        """The index and the values."""
-        return self.starts, self.places, self.values
-
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add the stored values. One takes the place of a zero, so that the sum keeps its sign: −0 isn't 0."""
         # The chunks that ``total`` touches, and how many values each of them has.

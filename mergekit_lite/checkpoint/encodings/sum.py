@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from mergekit_lite.checkpoint.encodings.pieces import pieces
 from mergekit_lite.checkpoint.reader import Reader
@@ -24,9 +24,9 @@ class Term(ABC):
     scale: float = field(default=1.0, kw_only=True)
 
     @property
-    @abstractmethod
     def parts(self) -> tuple[TensorSpec, ...]:
-        """The stored tensors it is made of."""
+        """The stored tensors it is made of: its fields but for the scale."""
+        return tuple(getattr(self, part.name) for part in fields(self) if part.name != "scale")
 
     @abstractmethod
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ class Term(ABC):
 
 @dataclass(frozen=True, slots=True)
 class VectorTerm(Term):
-    """A term as a task vector stores it. Its file may come from anybody, so that its parts are checked."""
+    """A term as a task vector stores it. Its file may come from anybody, so its parts are checked on opening."""
 
     @abstractmethod
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
@@ -56,7 +56,7 @@ class VectorTerm(Term):
         """
 
     def check_values(self) -> None:
-        """Raise CheckpointError where those values in the parts that are looked at on opening are wrong."""
+        """Raise CheckpointError where values are wrong that later reads rely on. Most terms have none such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Sum(Encoding):
 
     @property
     def block(self) -> Block | None:
-        """The base's."""
+        """The block of the base."""
         return self.base.encoding.block if self.base else None
 
     @property
