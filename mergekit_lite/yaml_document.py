@@ -29,7 +29,7 @@ Value = bool | int | float | str
 
 
 def text_of(path: Path) -> str:
-    """The text of a recipe's file, as it is. Raises UsageError where it can't be read."""
+    """Return the text of a recipe's file, as it is. Raises UsageError where it can't be read."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -57,7 +57,7 @@ class Remark(NamedTuple):
 
 
 class RecipeError(UsageError):
-    """The recipe is wrong. Carries everything that was found, in the order of the text."""
+    """The recipe is wrong. Carries every problem, in the order of the text."""
 
     def __init__(self, source: str, problems: Iterable[Remark]):
         self.problems = tuple(sorted(set(problems)))
@@ -95,7 +95,7 @@ Node = Scalar | Items | Fields
 
 
 def describe(node: Node) -> str:
-    """``the text 'high'``, ``the number 3``, ``a list``: for "expected …, got …"."""
+    """Return ``the text 'high'``, ``the number 3``, ``a list``: for "expected …, got …"."""
     if isinstance(node, Items):
         return "a list" if node.items else "an empty list"
     if isinstance(node, Fields):
@@ -108,12 +108,12 @@ def describe(node: Node) -> str:
 
 
 def read(text: str, source: str, needs: str = "merge_method and models") -> Node:
-    """The tree of a YAML text.
+    """Return the tree of a YAML text.
 
     Args:
         text: the YAML.
         source: where it is from, for messages.
-        needs: what an empty recipe is told it needs.
+        needs: what the message about an empty recipe asks for.
 
     Raises:
         RecipeError: it is no YAML, has several documents, or breaks one of the rules above.
@@ -224,7 +224,7 @@ class _Reading:
         return Fields(tuple((merged | own).values()), at), total
 
     def merge(self, node: Node, into: dict[str, tuple[Scalar, Node]]) -> None:
-        """What ``<<: *defaults`` or ``<<: [*a, *b]`` brings; of several, the first one wins."""
+        """Add what ``<<: *defaults`` or ``<<: [*a, *b]`` names; of several, the first one wins."""
         sources: Sequence[Node] = node.items if isinstance(node, Items) else (node,)
         for part in sources:
             if isinstance(part, Fields):

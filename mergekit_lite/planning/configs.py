@@ -51,7 +51,7 @@ def relayered(
 ) -> tuple[Config | None, list[str]]:
     """Return the config for layers in another order, and what the user should know about it.
 
-    Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are made
+    Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are config
     anew from the configs of the models that the layers come from; nested text configs too.
 
     Args:
@@ -64,38 +64,38 @@ def relayered(
         return None, []
     notes: list[str] = []
     configs = [source.config or {} for source in inputs]
-    made = _section(own, configs, config_source, layers, notes)
-    return made, [f"config: {note}" for note in notes]
+    config = _section(own, configs, config_source, layers, notes)
+    return config, [f"config: {note}" for note in notes]
 
 
 def _section(
     own: Config, configs: Sequence[Config], config_source: int, layers: Sequence[Origin], notes: list[str]
 ) -> dict[str, Any]:
-    """A config, or a nested one, with what goes by layers; ``configs`` are the same section of each input."""
-    made = dict(own)
+    """Return a config, or a nested one, section anew for the layers; ``configs`` are that section of each input's."""
+    section = dict(own)
     moved = list(layers) != [(config_source, layer) for layer in range(len(layers))]
     for key, value in own.items():
         if key in LAYER_COUNTS:
-            made[key] = len(layers)
+            section[key] = len(layers)
         elif isinstance(value, dict) and key.endswith("_config") and key not in NOT_TEXT:
             nested = [config.get(key) for config in configs]
-            made[key] = _section(
+            section[key] = _section(
                 value, [n if isinstance(n, dict) else {} for n in nested], config_source, layers, notes
             )
         elif key in LAYER_NUMBERS and isinstance(value, list) and moved:
-            made[key] = [at for at, (model, layer) in enumerate(layers) if layer in _listed(configs[model], key)]
+            section[key] = [at for at, (model, layer) in enumerate(layers) if layer in _listed(configs[model], key)]
         elif _is_by_layer(key, value, own):
-            made[key] = list(_by_layer(key, configs, config_source, layers, notes))
+            section[key] = list(_by_layer(key, configs, config_source, layers, notes))
         elif moved and _picks_layers(key, value, own):
             notes.append(
                 f"{key}: {json.dumps(value)} goes by the layers' numbers, and layers were moved: "
                 "see whether it still says what is meant"
             )
-    return made
+    return section
 
 
 def _is_by_layer(key: str, value: object, config: Config) -> bool:
-    """Whether a setting is a list with an entry for each layer."""
+    """Return whether a setting is a list with an entry for each layer."""
     counts = [config[name] for name in LAYER_COUNTS if name in config]
     ids = key == "architectures" or key.endswith(("token_id", "token_ids"))
     return isinstance(value, list) and len(value) in counts and not ids
@@ -104,7 +104,7 @@ def _is_by_layer(key: str, value: object, config: Config) -> bool:
 def _by_layer(
     key: str, configs: Sequence[Config], config_source: int, layers: Sequence[Origin], notes: list[str]
 ) -> Iterator[object]:
-    """The entry of each layer, from its own model's config; where that has none, the output's own of that number."""
+    """Yield each layer's entry from its own model's config; where that has none, the config's own of that number."""
     lacking: dict[int, int] = {}
     for model, layer in layers:
         listed = configs[model].get(key)
@@ -124,7 +124,7 @@ def _listed(config: Config, key: str) -> Sequence[object]:
 
 
 def _picks_layers(key: str, value: object, config: Config) -> bool:
-    """Whether a setting picks layers by their number, and picks any."""
+    """Return whether a setting picks layers by their number, and picks any."""
     if key not in BY_NUMBER or value is None or isinstance(value, list) or value == BY_NUMBER[key]:
         return False
     if key == "sliding_window_pattern" and "layer_types" in config:

@@ -57,7 +57,7 @@ class Jobs:
         """
         if not tied_weights.is_head(tensor.spot.name):
             return tensor
-        inputs = {made.source: made for made in tensor.inputs}
+        inputs = {each.source: each for each in tensor.inputs}
         base = self.recipe.slices[tensor.part].base
         for index, model in enumerate(self.parts[tensor.part]):
             embedding = tied_weights.tied_to(tensor.spot.name, self.inputs[model].tensors)
@@ -80,14 +80,14 @@ class Jobs:
             WrongNumbersError: the method refuses the numbers.
         """
         part, name, models = self.recipe.slices[tensor.part], tensor.spot.name, self.parts[tensor.part]
-        specs = {made.source: self.inputs[models[made.source]].tensors[made.spot.name] for made in tensor.inputs}
+        specs = {each.source: self.inputs[models[each.source]].tensors[each.spot.name] for each in tensor.inputs}
         lead = self._lead(tensor, specs)
         spec = specs[lead]
         asked = self.recipe.out_dtype or self.recipe.dtype
 
         def copied_from(source: int, why: str) -> Job:
-            made = copied(specs[source], models[source], output_dtype(specs[source], asked), why)
-            return replace(made, name=name)
+            job = copied(specs[source], models[source], output_dtype(specs[source], asked), why)
+            return replace(job, name=name)
 
         if why := self.recipe.why_copied(tensor.spot):
             return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)

@@ -18,7 +18,7 @@ class MismatchError(Exception):
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is a buffer that models compute on loading, and some checkpoints hold by accident."""
+    """Return whether a tensor is a buffer that models compute on loading, and some checkpoints hold by accident."""
     return name.endswith(BUFFERS)
 
 
@@ -52,19 +52,19 @@ def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, 
 
 
 def output_dtype(spec: TensorSpec, asked: str | None) -> str:
-    """The dtype a tensor is written in: a float in the one asked for, else as the checkpoint would be written."""
+    """Return the dtype a tensor is written in: a float's in the one asked for, else as in the checkpoint."""
     if not dtypes.is_float(spec.dtype):
         return spec.dtype
     return asked or spec.written_as or spec.dtype
 
 
 def copied(spec: TensorSpec, model: int, dtype: str, why: str) -> Job:
-    """The job that takes a tensor over as it is."""
+    """Return the job that takes a tensor over as it is."""
     return Job(spec.name, spec.shape, dtype, (spec,), (model,), why=why)
 
 
 def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
-    """The layout of the jobs' tensors, and the jobs put into its order.
+    """Return the layout of the jobs' tensors; put the jobs into its order.
 
     Args:
         jobs: sorted in place.

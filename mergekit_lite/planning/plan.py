@@ -139,7 +139,7 @@ class Plan:
         return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files]
 
     def digest(self, number: int) -> str:
-        """Identifies one output: plans with equal digests write the same bytes from equal files, wherever those lie."""
+        """Return what identifies an output: equal digests write equal bytes from equal files, wherever those lie."""
         described = [
             __version__,
             (self.recipes[number], self.text, self.rounding, self.seed, self.config_source),

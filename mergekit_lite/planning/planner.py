@@ -29,7 +29,7 @@ SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_e
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """A plan is very many small objects that all stay: looking for garbage among them took a third of the time."""
+    """Switch the search for garbage off: a plan is many small objects that stay, and it took a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -70,15 +70,15 @@ def make_plan(
     inputs = _opened(recipe.models, opened or {})
     config_source = recipe.models.index(recipe.config_source)
     by_reference = dict(zip(recipe.models, inputs, strict=True))
-    made = outputs_of(
+    layered = outputs_of(
         recipe.slices, {model: list(each.tensors) for model, each in by_reference.items()}, recipe.config_source
     )
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
     making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
-    tensors = [making.with_ties(tensor) for tensor in made.tensors]
+    tensors = [making.with_ties(tensor) for tensor in layered.tensors]
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
-    problems = [*made.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += _unmatched(recipe, tensors) if strict else []
     problems += disagreements(MUST_AGREE, inputs, config_source)
     tokenizer = _tokenizer(recipe, config_source)
@@ -94,7 +94,7 @@ def make_plan(
     paths = tuple(Path(output).expanduser() for output in outputs)
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
-    origins = _origins(made.layers, recipe, tensors, parts) if made.layers is not None else None
+    origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += _notes_on_jobs(jobs, spare, inputs[config_source])
@@ -142,7 +142,7 @@ def _check(recipe: Recipe, outputs: int, shard_size: int | None) -> None:
 
 
 def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:
-    """Every model. Raises CheckpointError that tells of all that can't be opened."""
+    """Open every model. Raises CheckpointError that names all that can't be opened."""
     opened: list[Checkpoint] = []
     wrong: list[CheckpointError] = []
     for reference in references:
@@ -199,7 +199,7 @@ def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkp
 
 
 def _tokenizer(recipe: Recipe, config_source: int) -> int:
-    """Which of the models gives the tokenizer."""
+    """Return which of the models gives the tokenizer."""
     if recipe.tokenizer is None:
         return config_source
     return recipe.models.index(
@@ -208,14 +208,14 @@ def _tokenizer(recipe: Recipe, config_source: int) -> int:
 
 
 def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:
-    """Where each layer of the output is from: of several sources the base, else the first."""
+    """Return where each layer of the output is from: of several sources the base, else the first."""
     origins: dict[int, Origin] = {}
     for tensor in tensors:
         if tensor.spot.layer is not None:
             base = recipe.slices[tensor.part].base
-            made = next((made for made in tensor.inputs if made.source == base), tensor.inputs[0])
-            assert made.spot.layer is not None
-            origins[tensor.spot.layer] = (parts[tensor.part][made.source], made.spot.layer)
+            origin = next((each for each in tensor.inputs if each.source == base), tensor.inputs[0])
+            assert origin.spot.layer is not None
+            origins[tensor.spot.layer] = (parts[tensor.part][origin.source], origin.spot.layer)
     return [origins[layer] for layer in range(layers)]
 
 

@@ -22,17 +22,17 @@ MORE_TEMPLATES = "additional_chat_templates/"
 
 
 def is_template_file(name: str) -> bool:
-    """Whether a file of a model folder holds a chat template and nothing else."""
+    """Return whether a file of a model folder holds a chat template and nothing else."""
     return name in TEMPLATE_FILES or name.startswith(MORE_TEMPLATES)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file of a model folder is a part of its tokenizer, its chat template included."""
+    """Return whether a file of a model folder is a part of its tokenizer, its chat template included."""
     return name in TOKENIZER_FILES or is_template_file(name)
 
 
 def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
-    """The template that a recipe asks for: its text.
+    """Return the text of the template that a recipe asks for.
 
     Args:
         asked: ``auto`` (the one that most models have; of several the one listed first), a name, or a template.
@@ -43,8 +43,8 @@ def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
     """
     if asked != "auto":
         return TEMPLATES.get(asked, asked)
-    found = Counter(template for source in inputs if (template := template_of(source)) is not None)
-    return found.most_common(1)[0][0] if found else None  # most_common keeps the order of equal counts
+    templates = Counter(template for source in inputs if (template := template_of(source)) is not None)
+    return templates.most_common(1)[0][0] if templates else None  # most_common keeps the order of equal counts
 
 
 def template_of(source: Checkpoint) -> str | None:
@@ -57,22 +57,23 @@ def template_of(source: Checkpoint) -> str | None:
     if path := small_file(source.folder, "chat_template.jinja"):
         return path.read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _json(small_file(source.folder, name)).get("chat_template")
-        if isinstance(found, list):  # several by name
-            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
-        if isinstance(found, str):
-            return found
+        template = _json(small_file(source.folder, name)).get("chat_template")
+        if isinstance(template, list):  # several by name
+            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
     return None
 
 
 def vocabulary_of(source: Checkpoint) -> dict[int, str]:
-    """The tokens of a model's ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
+    """Return the tokens of a model's ``tokenizer.json`` by their numbers; empty where none is understood."""
     path = _file(source)
     return _vocabulary(path) if path else {}
 
 
 def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> tuple[list[str], list[str]]:
-    """How the models' vocabularies differ from that of the output's tokenizer.
+    """Compare the models' vocabularies with that of the output's tokenizer.
 
     Returns:
         Models in which some rows stand for other tokens, and models that have tokens more, each as a message.
@@ -108,24 +109,24 @@ def _file(source: Checkpoint) -> Path | None:
 
 
 def _vocabulary(path: Path) -> dict[int, str]:
-    """The tokens of a ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
+    """Return the tokens of a ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
     content = _json(path)
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    found: dict[int, str] = {}
+    tokens: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        found = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
+        tokens = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
     elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
-        found = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+        tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and isinstance(token.get("id"), int):
-            found[token["id"]] = str(token.get("content"))
-    return found
+            tokens[token["id"]] = str(token.get("content"))
+    return tokens
 
 
 def _json(path: Path | None) -> dict[str, object]:
-    """A JSON object; empty where there is none: the file travels as it is, this only looks into it."""
+    """Return a JSON object; empty where it can't be read: the file travels as it is, this only looks into it."""
     try:
         return read_json(path) if path else {}
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Which tensors belong to which layer, and what the layers of the output are made of.
+"""Layers of models by the names of their tensors, and what the layers of the output are made of.
 
 Layers are found from the tensors' names, not from a table of architectures. The first component of a name that is a
 number counts the layers: ``model.layers.7.mlp.up_proj.weight``, ``transformer.h.7.ln_1.bias``, ``blocks.7.ln1.weight``.
@@ -71,29 +71,29 @@ class Outputs(NamedTuple):
 
 @lru_cache(maxsize=1 << 17)
 def place(name: str) -> Place | None:
-    """Where the first number in a name puts it."""
-    found = FIRST_NUMBER.fullmatch(name)
-    return Place(found[1] or "", int(found[2]), found[3]) if found else None
+    """Return the place of a tensor by the first number in its name; None where its name has none."""
+    match = FIRST_NUMBER.fullmatch(name)
+    return Place(match[1] or "", int(match[2]), match[3]) if match else None
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
-    """The stacks of layers in a model, with their lengths.
+    """Return the stacks of layers in a model, with their lengths.
 
     >>> stacks(["embed.weight", "h.0.mlp.weight", "h.1.mlp.weight", "score.0.weight"])
     {'h': 2}
     """
     numbers: dict[str, set[int]] = {}
     deep = set()
-    for found in filter(None, map(place, names)):
-        numbers.setdefault(found.stack, set()).add(found.layer)
-        if "." in found.rest:
-            deep.add(found.stack)
-    return {stack: len(found) for stack, found in numbers.items() if stack in deep and max(found) == len(found) - 1}
+    for at in filter(None, map(place, names)):
+        numbers.setdefault(at.stack, set()).add(at.layer)
+        if "." in at.rest:
+            deep.add(at.stack)
+    return {stack: len(own) for stack, own in numbers.items() if stack in deep and max(own) == len(own) - 1}
 
 
 @cache
 def depth(layer: int, layers: int) -> Fraction:
-    """t of one layer of several."""
+    """Return t of one layer of several."""
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
 
 
@@ -113,11 +113,11 @@ def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]], first: 
 
 def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outputs:
     """Return what ``models:`` makes: every name of every model."""
-    found = {source.model: stacks(names[source.model]) for source in part.sources}
+    depths = {source.model: stacks(names[source.model]) for source in part.sources}
     order = sorted(range(len(part.sources)), key=lambda index: part.sources[index].model != first)
     lengths: dict[str, dict[int, str]] = {}
     for index in order:
-        for stack, length in found[part.sources[index].model].items():
+        for stack, length in depths[part.sources[index].model].items():
             lengths.setdefault(stack, {}).setdefault(length, part.sources[index].model)
     problems = [
         f"{stack} has {' and '.join(f'{length} layers in {model}' for length, model in seen.items())}: "
@@ -129,14 +129,14 @@ def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outp
     for index in order:
         for name in names[part.sources[index].model]:
             having.setdefault(name, []).append(index)
-    made = []
+    tensors = []
     for name, sources in having.items():
         at = place(name)
         length = next(iter(lengths[at.stack])) if at and at.stack in lengths else 0
         spot = Spot(name, at.layer if at and length else None)
         t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)
-        made.append(Output(spot, 0, t, tuple(Input(index, spot) for index in sorted(sources))))
-    return Outputs(tuple(made), None, tuple(problems))
+        tensors.append(Output(spot, 0, t, tuple(Input(index, spot) for index in sorted(sources))))
+    return Outputs(tuple(tensors), None, tuple(problems))
 
 
 class _Layered(NamedTuple):
@@ -151,7 +151,7 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
     problems: list[str] = []
     models = dict.fromkeys(source.model for part in slices for source in part.sources)
     layered = {model: _layered(model, names[model], problems) for model in models}
-    known = {model: found for model, found in layered.items() if found is not None}
+    known = {model: each for model, each in layered.items() if each is not None}
     for part in slices:
         problems += filter(None, [part.uneven])
         problems += [
@@ -160,14 +160,14 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
             if source.model in known
             for problem in _beyond(source, known[source.model])
         ]
-    named = {found.stack for found in known.values()}
+    named = {each.stack for each in known.values()}
     if len(named) > 1:
-        listed = ", ".join(f"{found.stack} in {model}" for model, found in known.items())
+        listed = ", ".join(f"{each.stack} in {model}" for model, each in known.items())
         problems.append(f"the layers have different names, so they can't stand behind each other: {listed}")
     if problems:
         return Outputs((), None, tuple(problems))
     stack = named.pop()
-    made = _outside(slices[0], 0, known, behind=False)
+    tensors = _outside(slices[0], 0, known, behind=False)
     total = 0
     for number, part in enumerate(slices):
         starts = [source.layers[0] if source.layers else 0 for source in part.sources]
@@ -178,15 +178,15 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
                 at = starts[index] + layer
                 for rest in known[source.model].layers[at]:
                     rests.setdefault(rest, []).append(Input(index, Spot(_name(stack, at, rest), at)))
-            made += [
+            tensors += [
                 Output(
                     Spot(_name(stack, total + layer, rest), total + layer), number, depth(layer, length), tuple(into)
                 )
                 for rest, into in rests.items()
             ]
         total += length
-    made += _outside(slices[-1], len(slices) - 1, known, behind=True)
-    return Outputs(tuple(made), total, ())
+    tensors += _outside(slices[-1], len(slices) - 1, known, behind=True)
+    return Outputs(tuple(tensors), total, ())
 
 
 def _name(stack: str, layer: int, rest: str) -> str:
@@ -198,13 +198,13 @@ def _length(source: Source, known: Mapping[str, _Layered]) -> int:
 
 
 def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered | None:
-    found = stacks(names)
-    if len(found) != 1:
-        listed = ", ".join(f"{stack} ({counted(length, 'layer')})" for stack, length in found.items())
-        got = f"has several: {listed}" if found else "has none whose numbers run from 0 to n − 1"
+    depths = stacks(names)
+    if len(depths) != 1:
+        listed = ", ".join(f"{stack} ({counted(length, 'layer')})" for stack, length in depths.items())
+        got = f"has several: {listed}" if depths else "has none whose numbers run from 0 to n − 1"
         problems.append(f"slices need a model with one stack of layers, and {model} {got}")
         return None
-    [(stack, length)] = found.items()
+    [(stack, length)] = depths.items()
     layers: list[list[str]] = [[] for _ in range(length)]
     others = []
     for name in names:
@@ -216,18 +216,18 @@ def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered 
     return _Layered(stack, tuple(map(tuple, layers)), tuple(others))
 
 
-def _beyond(source: Source, found: _Layered) -> list[str]:
-    start, end = source.layers or (0, len(found.layers))
+def _beyond(source: Source, layered: _Layered) -> list[str]:
+    start, end = source.layers or (0, len(layered.layers))
     if start >= end:
         return [f"line {source.at.line}: layer_range [{start}, {end}] of {source.model} is empty"]
-    if end > len(found.layers):
-        has = f"{source.model} has {counted(len(found.layers), 'layer')}"
+    if end > len(layered.layers):
+        has = f"{source.model} has {counted(len(layered.layers), 'layer')}"
         return [f"line {source.at.line}: layer_range [{start}, {end}] goes too far, {has}"]
     return []
 
 
 def _outside(part: Slice, number: int, known: Mapping[str, _Layered], behind: bool) -> list[Output]:
-    """The tensors before the layers or behind them, of one slice."""
+    """Return the tensors before the layers or behind them, of one slice."""
     having: dict[str, list[Input]] = {}
     for index, source in enumerate(part.sources):
         for name in known[source.model].others:
@@ -237,5 +237,5 @@ def _outside(part: Slice, number: int, known: Mapping[str, _Layered], behind: bo
 
 
 def is_behind(name: str) -> bool:
-    """Whether a tensor outside the layers stands behind them."""
+    """Return whether a tensor outside the layers stands behind them."""
     return bool(HEAD.search(name)) or (not EMBEDDING.search(name) and bool(LAST_NORM.search(name)))

@@ -59,7 +59,7 @@ class Slice:
 
     @property
     def uneven(self) -> str | None:
-        """What is wrong where the sources have ranges of different lengths, else None."""
+        """A message where the sources have ranges of different lengths, else None."""
         ranges = [(source.model, source.layers) for source in self.sources if source.layers is not None]
         if len({end - start for _, (start, end) in ranges}) <= 1:
             return None

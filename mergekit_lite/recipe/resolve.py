@@ -32,7 +32,7 @@ class _Asked(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What one tensor is made with.
+    """The method and the values that one tensor is made with.
 
     Attributes:
         merge_method: by which method.
@@ -55,7 +55,7 @@ class Resolved(NamedTuple):
 
 
 def resolve(recipe: Recipe, outputs: Sequence[Output]) -> Resolved:
-    """The numbers of all tensors.
+    """Return the numbers of all tensors.
 
     Args:
         recipe: the recipe.
@@ -90,7 +90,7 @@ class _Resolving:
         return numbers
 
     def matching(self, spot: Spot) -> tuple[bool, ...]:
-        """Which of the recipe's filters match."""
+        """Return which of the recipe's filters match."""
         if spot not in self.matches:
             self.matches[spot] = tuple([pattern.matches(spot) for pattern in self.filters])
         return self.matches[spot]
@@ -144,7 +144,7 @@ class _Resolving:
 
 
 def _idle(recipe: Recipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:
-    """Filters that do nothing: often a name misspelt."""
+    """Yield a note for each filter that does nothing: often a name misspelt."""
     for parameters in recipe.levels:
         for name, rules in parameters.items():
             for rule in rules:
@@ -159,7 +159,7 @@ def _idle(recipe: Recipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Rem
 
 
 def _filters(recipe: Recipe) -> Iterator[Filter]:
-    """All that look at a tensor before its numbers are known."""
+    """Yield the filters that look at a tensor before its numbers are known."""
     yield from (override.filter for override in recipe.overrides)
     for parameters in recipe.levels:
         yield from (rule.filter for rules in parameters.values() for rule in rules if not rule.filter.matches_all)

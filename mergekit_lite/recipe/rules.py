@@ -1,4 +1,4 @@
-"""Which tensors a value is for, and how it runs along the layers.
+"""Rules: the tensors a value is for, and how it runs along the layers.
 
 A parameter is written in one of three ways:
 
@@ -38,7 +38,7 @@ NOWHERE = Mark(1, 1)
 
 
 class Spot(NamedTuple):
-    """What a filter looks at: a tensor's name, and its layer if it has one."""
+    """A tensor as a filter sees it: its name, and its layer if it has one."""
 
     name: str
     layer: int | None = None
@@ -46,7 +46,7 @@ class Spot(NamedTuple):
 
 @dataclass(frozen=True)
 class Filter:
-    """Which tensors."""
+    """A choice of tensors by a part of their names, a regular expression, or their layers."""
 
     text: str = "*"
     layers: tuple[int, int] | None = None
@@ -66,11 +66,11 @@ class Filter:
 
     @property
     def matches_all(self) -> bool:
-        """Whether there is nothing that it does not match."""
+        """Whether the filter matches every tensor."""
         return self.text == "*" and self.layers is None
 
     def matches(self, spot: Spot) -> bool:
-        """Whether this tensor is meant."""
+        """Return whether a tensor matches."""
         if self.layers is not None and (spot.layer is None or not self.layers[0] <= spot.layer < self.layers[1]):
             return False
         return self.text == "*" or self.pattern.search(spot.name) is not None
@@ -94,7 +94,7 @@ Parameters = Mapping[str, Rules]
 
 
 def along(values: Sequence[Value], t: Fraction) -> Value:
-    """The value of a gradient at t, 0 ≤ t ≤ 1.
+    """Return the value of a gradient at t, 0 ≤ t ≤ 1.
 
     >>> along([0, 10, 30], Fraction(1, 4)), along([0, 10, 30], Fraction(3, 4))
     (5.0, 20.0)
@@ -122,11 +122,11 @@ def _until_all(rules: Rules) -> Rules:
 
 
 def first(rules: Iterable[Rule], spot: Spot) -> Rule | None:
-    """The rule that decides for a tensor."""
+    """Return the rule that decides for a tensor."""
     return next((rule for rule in rules if rule.filter.matches(spot)), None)
 
 
 def rule_for(name: str, levels: Iterable[Parameters], spot: Spot) -> Rule | None:
-    """The rule that decides a parameter for a tensor: of the first level in which one matches."""
-    found = (first(level[name], spot) for level in levels if name in level)
-    return next((rule for rule in found if rule is not None), None)
+    """Return the rule that decides a parameter for a tensor: of the first level in which one matches."""
+    rules = (first(level[name], spot) for level in levels if name in level)
+    return next((rule for rule in rules if rule is not None), None)

@@ -9,7 +9,7 @@
           - {model: org/a, layer_range: [0, 24], parameters: {weight: 1}}
         base_model: org/base       # for this slice
         parameters: {weight: 1}
-    base_model: org/base           # beside it a model may be vector:v.safetensors, a task vector added to it
+    base_model: org/base           # with it a model may be vector:v.safetensors, a task vector added to it
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
     out_dtype: float32             # of the output, before dtype
@@ -28,7 +28,7 @@ Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit
     rounding: stochastic           # or nearest, the default
     new_rows: copy                 # of expo: rows that only the aligned model's vocabulary has; or refuse, the default
 
-Everything else is an error, and all errors are told at once. What mergekit has and this has not yet is refused by name.
+Everything else is an error, and all errors are reported at once. What only mergekit has is refused by name.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ REFUSED = {
 
 
 def parse(content: str, source: str = "The recipe") -> Recipe:
-    """The recipe in a YAML text.
+    """Return the recipe in a YAML text.
 
     Args:
         content: the text.
@@ -82,7 +82,7 @@ def parse(content: str, source: str = "The recipe") -> Recipe:
     recipe = parser.recipe(root)
     if parser.used:
         parser.problems += _miscounted(recipe)
-        # A misspelt parameter is told once, not also as one that is lacking.
+        # A misspelt parameter is reported once, not also as one that is missing.
         parser.problems += [] if parser.refused else _lacking(recipe)
     if parser.problems:
         raise RecipeError(source, parser.problems)
@@ -129,7 +129,7 @@ class _Parser:
 
     @property
     def misplaced(self) -> dict[str, str]:
-        """Parameters that stand beside 'parameters' instead of under it."""
+        """A message for each parameter that stands next to 'parameters' instead of under it."""
         names = {name for method in METHODS.values() for name in method.parameters} | NO_EFFECT.keys()
         return {name: f"{name!r} is a parameter: put it under 'parameters'" for name in names}
 
@@ -145,11 +145,11 @@ class _Parser:
         return ""
 
     def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
-        """A reference; empty where it is wrong, None where there is none."""
+        """Return a reference; empty where it is wrong, None where the key is missing."""
         return values.reference(parts[name], name, self.problems) if name in parts else None
 
     def base_model(self, parts: Mapping[str, Node]) -> str | None:
-        """The base, which can't be a task vector; empty where it is wrong, None where there is none."""
+        """Return the base, which can't be a task vector; empty where it is wrong, None where the key is missing."""
         name = self.reference(parts, "base_model")
         if name is not None and name.startswith(VECTORS):
             self.problems.append(Remark(parts["base_model"].at, f"base_model {name!r} is a task vector, not a model"))
@@ -192,7 +192,7 @@ class _Parser:
         return Source(model, layers, self.parameters(parts, self.used, model, model == base), node.at)
 
     def completed(self, sources: list[Source], base: str | None, parameters: Parameters, at: Mark) -> Slice:
-        """The slice with its base among the sources.
+        """Return the slice with its base among the sources.
 
         As in mergekit, ``models:`` merges a base that it doesn't list. Slices name their sources themselves: there the
         base joins only where a method has a use for it.
@@ -217,7 +217,7 @@ class _Parser:
     def parameters(
         self, parts: Mapping[str, Node], methods: tuple[str, ...], model: str | None = None, base: bool = False
     ) -> dict[str, Rules]:
-        """The parameters of one level: of the model named, else of several."""
+        """Return the parameters of one level: of the model named, else of several."""
         node = parts.get("parameters")
         if node is None or not methods or "" in methods:
             return {}
@@ -230,7 +230,7 @@ class _Parser:
                 continue
             known = METHODS[name].parameters
             taken |= {key: parameter for key, parameter in known.items() if model is None or parameter.each}
-        found = {}
+        by_name = {}
         for key, value in node.entries:
             if key.text in NO_EFFECT:
                 self.notes.append(Remark(key.at, NO_EFFECT[key.text]))
@@ -240,11 +240,11 @@ class _Parser:
             elif isinstance(value, Scalar) and value.value is None:
                 self.problems.append(Remark(key.at, f"{key.text!r} has no value"))
             else:
-                found[key.text] = rules(value, key.text, taken[key.text], self.problems, self.notes)
-        return found
+                by_name[key.text] = rules(value, key.text, taken[key.text], self.problems, self.notes)
+        return by_name
 
     def refusal(self, name: str, methods: tuple[str, ...], model: str | None, base: bool) -> str:
-        """Why a parameter can't stand where it does."""
+        """Return why a parameter can't stand where it does."""
         who = " and ".join(methods)
         verb = "takes" if len(methods) == 1 else "take"
         known = [METHODS[method].parameters for method in methods]
@@ -266,11 +266,11 @@ class _Parser:
         return Override(filter_of(parts, self.problems), name, at=node.at), parts
 
     def several(self, node: Node | None) -> tuple[Node, ...]:
-        """A list, or one thing alone."""
+        """Return the entries of a list, or the one thing that stands in its place."""
         return (node,) if isinstance(node, Scalar | Fields) else items(node, "filters", self.problems)
 
     def pattern(self, node: Node) -> Filter:
-        """An entry of ``include`` or ``exclude``."""
+        """Return the filter of an entry of ``include`` or ``exclude``."""
         if isinstance(node, Fields):
             parts = fields(node, "a filter", ("filter", "layers"), self.problems)
             if not parts:
@@ -279,12 +279,12 @@ class _Parser:
         return filter_of({"filter": node}, self.problems)
 
     def chosen(self, parts: Mapping[str, Node], name: str, known: tuple[str, ...]) -> str:
-        """One of the known texts; the first one where the recipe doesn't say."""
+        """Return one of the known texts; the first one where the recipe doesn't say."""
         return (choice(parts[name], name, known, self.problems) if name in parts else None) or known[0]
 
 
 def _miscounted(recipe: Recipe) -> Iterator[Remark]:
-    """Slices with too few or too many models for their methods, without a base, or with ranges that differ."""
+    """Yield slices with too few or too many models for their methods, without a base, or with ranges that differ."""
     for part in (part for part in recipe.slices if part.sources):
         where = _in_slice(recipe, part)
         for method, _, at in _methods(recipe):
@@ -298,7 +298,7 @@ def _miscounted(recipe: Recipe) -> Iterator[Remark]:
 
 
 def _lacking(recipe: Recipe) -> Iterator[Remark]:
-    """Parameters without a default that are given nowhere."""
+    """Yield parameters without a default that are given nowhere."""
     for part in recipe.slices:
         for method, over, at in _methods(recipe):
             levels = (over, part.parameters, recipe.parameters)
@@ -324,14 +324,14 @@ def _lacking_of_models(recipe: Recipe, part: Slice, method: Method, key: str, at
 
 
 def _methods(recipe: Recipe) -> Iterator[tuple[Method, Parameters, Mark]]:
-    """Each method of the recipe with the parameters that an override gives it, and its place."""
+    """Yield each method of the recipe with the parameters that an override gives it, and its place."""
     yield METHODS[recipe.merge_method], {}, recipe.at
     for override in recipe.overrides:
         yield METHODS[override.merge_method], override.parameters, override.at
 
 
 def _merged(part: Slice, method: Method) -> list[int]:
-    """The sources that a method merges: all but the base, where it has another use for that."""
+    """Return the sources that a method merges: all but the base, where it has another use for that."""
     return [index for index in range(len(part.sources)) if method.merges_base or index != part.base]
 
 

@@ -1,6 +1,6 @@
 """From nodes to values: keys, texts, filters, parameters, references, dtypes, seed, tokenizer, template.
 
-What is wrong is added to a list of problems, so that all of it can be told at once; what is returned then only serves
+What is wrong is added to a list of problems, so that all of it is reported at once; what is returned then only serves
 to read on.
 """
 
@@ -28,34 +28,34 @@ OLD_NAMES = {"pattern": "unknown key 'pattern' in a filter: it is called 'filter
 
 
 def fields(
-    node: Node, what: str, known: Iterable[str], problems: Remarks, told: Mapping[str, str] | None = None
+    node: Node, what: str, known: Iterable[str], problems: Remarks, refused: Mapping[str, str] | None = None
 ) -> dict[str, Node]:
-    """The values of a mapping by key, without those that are empty.
+    """Return the values of a mapping by key, without those that are empty.
 
     Args:
         node: should be a mapping.
         what: what it is, for messages: ``a model``.
         known: the keys it may have.
         problems: is added to.
-        told: keys it may not have, with what to say about them.
+        refused: keys it may not have, with what to say about them.
     """
     known = tuple(known)
     if not isinstance(node, Fields):
         problems.append(Remark(node.at, f"expected {what} (a mapping of {', '.join(known)}), got {describe(node)}"))
         return {}
-    found = {}
+    by_key = {}
     for key, value in node.entries:
         if key.text not in known:
             text = f"unknown key {key.text!r} in {what}."
             hint = nearest(key.text, known) or f" Known: {', '.join(known)}."
-            problems.append(Remark(key.at, (told or {}).get(key.text) or text + hint))
+            problems.append(Remark(key.at, (refused or {}).get(key.text) or text + hint))
         elif not (isinstance(value, Scalar) and value.value is None):
-            found[key.text] = value
-    return found
+            by_key[key.text] = value
+    return by_key
 
 
 def items(node: Node | None, what: str, problems: Remarks) -> tuple[Node, ...]:
-    """The entries of a list that may not be empty."""
+    """Return the entries of a list that may not be empty."""
     if node is None:
         return ()
     if not isinstance(node, Items) or not node.items:
@@ -65,7 +65,7 @@ def items(node: Node | None, what: str, problems: Remarks) -> tuple[Node, ...]:
 
 
 def text(node: Node, name: str, problems: Remarks) -> str:
-    """A text that is not empty; the empty one where there is none."""
+    """Return a text that is not empty; the empty one where the node is something else."""
     if isinstance(node, Scalar) and isinstance(node.value, str) and node.value:
         return node.value
     quoted = isinstance(node, Scalar) and node.value not in (None, "")
@@ -75,7 +75,7 @@ def text(node: Node, name: str, problems: Remarks) -> str:
 
 
 def choice(node: Node, name: str, known: Iterable[str], problems: Remarks) -> str | None:
-    """One of the known texts."""
+    """Return one of the known texts, or None."""
     known = tuple(known)
     if isinstance(node, Scalar) and node.value in known:
         return str(node.value)
@@ -85,7 +85,7 @@ def choice(node: Node, name: str, known: Iterable[str], problems: Remarks) -> st
 
 
 def layer_range(node: Node, name: str, problems: Remarks) -> tuple[int, int] | None:
-    """``[first, end]``, the end not included."""
+    """Return ``[first, end]``, the end not included, or None."""
     ends = [item.value for item in node.items if isinstance(item, Scalar)] if isinstance(node, Items) else []
     numbers = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
     if not isinstance(node, Items) or len(numbers) != 2 or len(node.items) != 2:
@@ -106,24 +106,24 @@ def _brief(node: Node) -> str:
 
 
 def filter_of(entry: Mapping[str, Node], problems: Remarks) -> Filter:
-    """The filter made of the keys ``filter`` and ``layers`` of an entry."""
+    """Return the filter made of the keys ``filter`` and ``layers`` of an entry."""
     name, layers = entry.get("filter"), entry.get("layers")
     at = next((node.at for node in (name, layers) if node is not None), Filter().at)
-    made = Filter(
+    pattern = Filter(
         (text(name, "filter", problems) or "*") if name is not None else "*",
         layer_range(layers, "layers", problems) if layers is not None else None,
         at,
     )
     try:
-        made.pattern  # noqa: B018  (compiled here so that its error is told with its place)
+        pattern.pattern  # noqa: B018  (compiled here so that its error has its place)
     except re.error as error:
-        problems.append(Remark(at, f"{made.text!r} is no regular expression: {error}"))
+        problems.append(Remark(at, f"{pattern.text!r} is no regular expression: {error}"))
         return Filter(at=at)
-    return made
+    return pattern
 
 
 def rules(node: Node, name: str, parameter: Parameter, problems: Remarks, notes: Remarks) -> Rules:
-    """The rules of one parameter."""
+    """Return the rules of one parameter."""
     if isinstance(node, Scalar):
         return _rule(node, Filter(), name, parameter, problems)
     if isinstance(node, Fields):
@@ -142,7 +142,7 @@ def rules(node: Node, name: str, parameter: Parameter, problems: Remarks, notes:
 
 
 def _filtered(entries: Iterable[Node], name: str, parameter: Parameter, problems: Remarks, notes: Remarks) -> Rules:
-    found: list[Rule] = []
+    ordered: list[Rule] = []
     for entry in entries:
         parts = fields(entry, f"a filter of {name!r}", RULE_KEYS, problems, OLD_NAMES)
         if "value" not in parts:
@@ -150,34 +150,34 @@ def _filtered(entries: Iterable[Node], name: str, parameter: Parameter, problems
         elif isinstance(parts["value"], Fields):
             problems.append(Remark(parts["value"].at, f"{name!r} expects {parameter.expected}, got a mapping"))
         else:
-            if found and found[-1].filter.matches_all:
+            if ordered and ordered[-1].filter.matches_all:
                 notes.append(Remark(entry.at, f"this entry of {name!r} is never reached: one above matches everything"))
-            found += _rule(parts["value"], filter_of(parts, problems), name, parameter, problems)
-    return tuple(found)
+            ordered += _rule(parts["value"], filter_of(parts, problems), name, parameter, problems)
+    return tuple(ordered)
 
 
 def _rule(node: Node, which: Filter, name: str, parameter: Parameter, problems: Remarks) -> Rules:
-    """The rule of a scalar or a gradient; none where something is wrong with it."""
+    """Return the rule of a scalar or a gradient; none where something is wrong with it."""
     if isinstance(node, Items) and not node.items:
         problems.append(Remark(node.at, f"{name!r} is an empty list: a gradient has at least one value"))
         return ()
-    found = []
+    values = []
     for part in node.items if isinstance(node, Items) else (node,):
         value = _converted(part.value, parameter) if isinstance(part, Scalar) else None
         if value is None:
             problems.append(Remark(part.at, f"{name!r} expects {parameter.expected}, got {describe(part)}"))
             continue
-        found.append(value)
+        values.append(value)
         if objection := parameter.objection(value):
             problems.append(Remark(part.at, f"{name!r}: {objection}"))
-    if len({type(value) for value in found}) > 1:
+    if len({type(value) for value in values}) > 1:
         problems.append(Remark(node.at, f"{name!r} is a gradient of mixed kinds: numbers, truth values or texts alone"))
         return ()
-    return (Rule(tuple(found), which, node.at),) if found else ()
+    return (Rule(tuple(values), which, node.at),) if values else ()
 
 
 def _converted(value: Value | None, parameter: Parameter) -> Value | None:
-    """The value as one of the parameter's types, or None. 0 and 1 are truth values, as in mergekit-evolve's recipes."""
+    """Return the value in one of the parameter's types, or None; 0 and 1 are truth values too."""
     types = parameter.types
     if isinstance(value, str):
         if str in types and (not parameter.choices or value in parameter.choices):
@@ -204,7 +204,7 @@ def _number(written: str) -> float | None:
 
 
 def reference(node: Node, name: str, problems: Remarks) -> str:
-    """A reference as text, ``model@revision+lora@revision``; empty where it is wrong."""
+    """Return a reference as text, ``model@revision+lora@revision``; empty where it is wrong."""
     if not isinstance(node, Fields):
         return text(node, name, problems)
     parts = fields(node, "a model reference", ("model", "lora"), problems, ARCHITECTURE)
@@ -217,7 +217,7 @@ def reference(node: Node, name: str, problems: Remarks) -> str:
 
 
 def _located(node: Node, name: str, problems: Remarks) -> str:
-    """``path@revision``, from text or from ``{path, revision}``."""
+    """Return ``path@revision``, from text or from ``{path, revision}``."""
     if not isinstance(node, Fields):
         return text(node, name, problems)
     parts = fields(node, "a model reference", ("path", "revision"), problems)
@@ -232,7 +232,7 @@ def _located(node: Node, name: str, problems: Remarks) -> str:
 
 
 def dtype(node: Node | None, name: str, problems: Remarks) -> str | None:
-    """A float dtype by its name in torch."""
+    """Return a float dtype by its name in torch; None where the key is missing or wrong."""
     if node is None:
         return None
     written = text(node, name, problems)
@@ -246,7 +246,7 @@ def dtype(node: Node | None, name: str, problems: Remarks) -> str | None:
 
 
 def seed(parts: Mapping[str, Node], problems: Remarks, notes: Remarks) -> int:
-    """The seed, under either of its names."""
+    """Return the seed, under either of its names."""
     node = parts.get("seed", parts.get("random_seed"))
     if node is None:
         return 0
@@ -263,7 +263,7 @@ def seed(parts: Mapping[str, Node], problems: Remarks, notes: Remarks) -> int:
 
 
 def template(node: Node | None, problems: Remarks) -> str | None:
-    """``auto``, a template's name, or a template itself."""
+    """Return ``auto``, a template's name, or a template itself; None where the key is missing or wrong."""
     if node is None:
         return None
     written = text(node, "chat_template", problems)
@@ -275,7 +275,7 @@ def template(node: Node | None, problems: Remarks) -> str | None:
 
 
 def tokenizer(parts: Mapping[str, Node], models: tuple[str, ...], problems: Remarks) -> str | None:
-    """Whose tokenizer is asked for: ``base``, one of the models, or None where the recipe doesn't say."""
+    """Return whose tokenizer is asked for: ``base``, one of the models, or None where the recipe doesn't say."""
     if "tokenizer" in parts and "tokenizer_source" in parts:
         problems.append(Remark(parts["tokenizer"].at, "'tokenizer' and 'tokenizer_source' exclude each other"))
     if "tokenizer_source" in parts:
@@ -296,7 +296,7 @@ def tokenizer(parts: Mapping[str, Node], models: tuple[str, ...], problems: Rema
 def _tokenizer_source(
     node: Node | None, near: Node, name: str, models: tuple[str, ...], problems: Remarks
 ) -> str | None:
-    """mergekit's default in a ``tokenizer`` block is ``union``."""
+    """Return whose tokenizer is asked for; mergekit's default in a ``tokenizer`` block is ``union``."""
     written = reference(node, name, problems) if node is not None else "union"
     if not written or written == BASE or written in models:
         return written or None
