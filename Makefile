@@ -7,6 +7,7 @@
 #              unless MERGEKIT=
 # make parity  the same recipes through mergekit and through ours, compared in docs/parity.md (minutes)
 # make check   formatting, lint, types
+# make dist    a source package and a wheel of this platform for every Python, and a test that they install and merge
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost demo-distill test bench parity check clean
+.PHONY: demo demo-boost demo-distill test bench parity check dist clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -48,6 +49,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+dist: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m pytest -m slow tests/test_dist.py
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt mergekit_lite/ops/kernels.c
 	$(PYTHON) -m venv $(VENV)

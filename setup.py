@@ -1,15 +1,50 @@
-"""The compiled kernels; all else is in pyproject.toml.
+"""The compiled kernels, and wheels that serve every Python; all else is in pyproject.toml.
 
-They are loaded through ctypes. Without a C compiler the package installs without them, and torch does the same, slower.
-Nothing may be contracted to a fused multiply-add: results have to be torch's, bit for bit.
+The kernels are a plain shared library, loaded through ctypes: they know nothing of Python, and so their name and the
+wheel's tag carry no version of it. Without a C compiler the package installs without them, and torch does the same,
+slower. Nothing may be contracted to a fused multiply-add: results have to be torch's, bit for bit.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+KERNELS = "mergekit_lite.ops._compiled"
+
+
+class PlainLibrary(build_ext):
+    """Builds a shared library instead of a Python module."""
+
+    def get_ext_filename(self, fullname):
+        """Return the library's path, the same for every Python (ops/c_ops.py looks for it)."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def get_export_symbols(self, ext):
+        """Return nothing to export beside what the source marks: there is no PyInit function."""
+        return ext.export_symbols
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel by its platform alone: by the oldest glibc that the kernels run with, where they need one."""
+
+    def get_tag(self):
+        """Return the tags of Python, ABI and platform."""
+        platform = super().get_tag()[2]
+        library = Path(self.bdist_dir, *KERNELS.split(".")).with_suffix(".so")
+        versions = re.findall(rb"GLIBC_2\.(\d+)", library.read_bytes()) if library.exists() else []
+        if versions and platform.startswith("linux_"):
+            platform = platform.replace("linux", f"manylinux_2_{max(17, *map(int, versions))}", 1)
+        return "py3", "none", platform
+
 
 setup(
+    cmdclass={"build_ext": PlainLibrary, "bdist_wheel": AnyPythonWheel},
     ext_modules=[
         Extension(
-            "mergekit_lite.ops._compiled",
+            KERNELS,
             sources=["mergekit_lite/ops/kernels.c"],
             extra_compile_args=[
                 "-O3",
@@ -20,5 +55,5 @@ setup(
             ],
             optional=True,
         )
-    ]
+    ],
 )

@@ -1,45 +1,137 @@
-"""mergekit_lite: arithmetic on the weights of language models, at the speed of a file copy.
+"""Arithmetic on the weights of language models, at the speed of a file copy.
 
-The public names. Those that need torch are imported when they are first used, so that importing the package costs
-little.
+    import mergekit_lite as ml
+
+    ml.extrapolate("./sft", "./dpo", "./expo", 0.3)  # dpo + 0.3·(dpo − sft)
+    ml.merge("recipe.yml", "./merged", threads=4)  # a recipe in mergekit's language
+    assert ml.verify("./merged").sound  # every byte of it, and some tensors made again
+
+    ml.extract_vector("./base", "./tuned", "math.safetensors", format="sparse", density=0.1)
+    ml.apply_vectors("./base", ["math.safetensors:0.5"], "./half")
+    print(ml.compare("./base", ["./math", "./code"]).overall.cosine)
+
+Every function does what the command of its name does, and raises a ``MergekitLiteError`` where it can't. Models are
+folders, ``.safetensors`` or torch files, or hub repositories (``org/name``, ``org/name@revision``). docs/api.md lists
+all of it. What needs torch is imported when it is first used: importing the package costs little.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mergekit_lite._version import __version__
-from mergekit_lite.planning import (
-    Plan,  # at once: the function takes the name of its module
-    plan,
-)
+from mergekit_lite._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-    from mergekit_lite.engine.run import Finished, run
-    from mergekit_lite.errors import MergekitLiteError
-    from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
-    from mergekit_lite.merging import merge, plan_merge_file
-    from mergekit_lite.methods import merge_tensors
-    from mergekit_lite.recipe import Recipe, Setting
-    from mergekit_lite.verification import Verification, verify
+    from mergekit_lite.boosting.boosting import Boosted as Boosted
+    from mergekit_lite.boosting.boosting import boost as boost
+    from mergekit_lite.boosting.options import BoostOptions as BoostOptions
+    from mergekit_lite.checkpoint import Checkpoint as Checkpoint
+    from mergekit_lite.checkpoint import open_checkpoint as open_checkpoint
+    from mergekit_lite.comparison.comparison import Comparison as Comparison
+    from mergekit_lite.comparison.comparison import compare as compare
+    from mergekit_lite.comparison.inspection import Inspection as Inspection
+    from mergekit_lite.comparison.inspection import inspect as inspect
+    from mergekit_lite.distillation.distilling import distill as distill
+    from mergekit_lite.distillation.reporting.findings import Findings as Findings
+    from mergekit_lite.engine.run import Finished as Finished
+    from mergekit_lite.engine.run import RunOptions as RunOptions
+    from mergekit_lite.engine.run import run as run
+    from mergekit_lite.errors import CheckpointError as CheckpointError
+    from mergekit_lite.errors import MergekitLiteError as MergekitLiteError
+    from mergekit_lite.errors import NonFiniteError as NonFiniteError
+    from mergekit_lite.errors import PlanError as PlanError
+    from mergekit_lite.errors import RunError as RunError
+    from mergekit_lite.errors import UsageError as UsageError
+    from mergekit_lite.extrapolation import extrapolate as extrapolate
+    from mergekit_lite.extrapolation import plan_extrapolation as plan_extrapolation
+    from mergekit_lite.merging import merge as merge
+    from mergekit_lite.merging import plan_merge_file as plan_merge_file
+    from mergekit_lite.methods import merge_states as merge_states
+    from mergekit_lite.methods import merge_tensors as merge_tensors
+    from mergekit_lite.planning import Plan as Plan
+    from mergekit_lite.planning.pair import plan as plan
+    from mergekit_lite.recipe import Recipe as Recipe
+    from mergekit_lite.recipe import Setting as Setting
+    from mergekit_lite.vectors.application import apply_vectors as apply_vectors
+    from mergekit_lite.vectors.combination import combine_vectors as combine_vectors
+    from mergekit_lite.vectors.extraction import Extracted as Extracted
+    from mergekit_lite.vectors.extraction import extract_vector as extract_vector
+    from mergekit_lite.verification import Verification as Verification
+    from mergekit_lite.verification import verify as verify
 
-_HOMES = {
+__all__ = [
+    "BoostOptions",
+    "Boosted",
+    "Checkpoint",
+    "CheckpointError",
+    "Comparison",
+    "Extracted",
+    "Findings",
+    "Finished",
+    "Inspection",
+    "MergekitLiteError",
+    "NonFiniteError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RunError",
+    "RunOptions",
+    "Setting",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "apply_vectors",
+    "boost",
+    "combine_vectors",
+    "compare",
+    "distill",
+    "extract_vector",
+    "extrapolate",
+    "inspect",
+    "merge",
+    "merge_states",
+    "merge_tensors",
+    "open_checkpoint",
+    "plan",
+    "plan_extrapolation",
+    "plan_merge_file",
+    "run",
+    "verify",
+]
+
+_NAMES = {  # by the module that has them
+    "boosting.boosting": ("Boosted", "boost"),
+    "boosting.options": ("BoostOptions",),
     "checkpoint": ("Checkpoint", "open_checkpoint"),
-    "engine.run": ("Finished", "run"),
-    "errors": ("MergekitLiteError",),
+    "comparison.comparison": ("Comparison", "compare"),
+    "comparison.inspection": ("Inspection", "inspect"),
+    "distillation.distilling": ("distill",),
+    "distillation.reporting.findings": ("Findings",),
+    "engine.run": ("Finished", "RunOptions", "run"),
+    "errors": ("CheckpointError", "MergekitLiteError", "NonFiniteError", "PlanError", "RunError", "UsageError"),
     "extrapolation": ("extrapolate", "plan_extrapolation"),
     "merging": ("merge", "plan_merge_file"),
-    "methods": ("merge_tensors",),
+    "methods": ("merge_states", "merge_tensors"),
+    "planning": ("Plan",),
+    "planning.pair": ("plan",),
     "recipe": ("Recipe", "Setting"),
+    "vectors.application": ("apply_vectors",),
+    "vectors.combination": ("combine_vectors",),
+    "vectors.extraction": ("Extracted", "extract_vector"),
     "verification": ("Verification", "verify"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = ["Plan", "__version__", "plan", *_HOME_OF]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(import_module(f"mergekit_lite.{_HOME_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

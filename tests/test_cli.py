@@ -190,11 +190,8 @@ def test_merge_takes_its_output_as_mergekit_does(pair: Path) -> None:
     assert code == 2 and "nothing.yml" in err
     code, told, _ = invoke("methods", "ties")
     assert code == 0 and "Yadav" in told and "subject" not in told
-    assert (
-        "  density (a number from 0 to 1 for each model, default 1.0): share of each delta's elements that is kept.\n"
-        in told
-    )
-    assert "  lambda (float, default 1.0): scales what is added.\n" in told
+    assert "  density (a number from 0 to 1 for each model, default 1.0): share of each delta's elements that" in told
+    assert "  lambda (a number, default 1.0): scales what is added.\n" in told
     code, _, err = invoke("methods", "tise")
     assert code == 2 and "Did you mean 'ties'" in err
 
@@ -213,3 +210,37 @@ def test_deltas_of_the_wrong_size_are_warned_of(pair: Path) -> None:
     assert "RMS(delta) is 0" in err
     _, _, err = invoke("extrapolate", "sft", "dpo", "--alpha", "0.1", "-o", "x", "--dry-run")
     assert "Warning" not in err
+
+
+def test_helps_are_neither_cut_nor_marked_up() -> None:
+    groups = [[], ["vector"], ["distill"]]
+    stages = [["vector", name] for name in ("extract", "apply", "combine")]
+    stages += [["distill", name] for name in ("run", "sample", "score", "pair", "train", "report")]
+    for arguments in (*groups, *stages, *([name] for name in COMMANDS)):
+        code, told, _ = invoke(*arguments, "--help")
+        assert code == 0 and "`" not in told, arguments
+        listed = told.partition("\nCommands:\n")[2] if arguments in groups else ""
+        assert not any(line.endswith(("...", "…")) for line in listed.splitlines()), listed
+        assert "Example" in told and "mergekit-lite " in told.split("Example")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["bost"], "Did you mean 'boost'?"),
+        (["vector", "aply"], "Did you mean 'apply'?"),
+        (["distill", "trian"], "Did you mean 'train'?"),
+        (["merge", "r.yml", "--froce"], "--force"),
+    ],
+)
+def test_what_is_misspelt_has_its_nearest_name_in_the_message(arguments: list[str], nearest: str) -> None:
+    code, _, err = invoke(*arguments)
+    assert code == 2 and nearest in err
+
+
+def test_a_python_without_the_dependencies_is_told_what_to_install() -> None:
+    result = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "cli.py"), "--help"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1 and f"-m pip install -e {ROOT}" in result.stderr

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import mergekit_lite
+from docs import api as page_of_python
 from docs import methods as page_of_methods
 from mergekit_lite.commands import main
 from mergekit_lite.methods import METHODS
@@ -111,6 +112,12 @@ def test_files_merge_into_a_file(place: Path) -> None:
 
 def test_the_page_of_methods_is_up_to_date() -> None:
     assert page_of_methods.PAGE.read_text(encoding="utf-8") == page_of_methods.page(), "run: python -m docs.methods"
+
+
+def test_the_page_of_python_is_up_to_date_and_complete() -> None:
+    assert page_of_python.PAGE.read_text(encoding="utf-8") == page_of_python.page(), "run: python -m docs.api"
+    listed = [name for names in page_of_python.SECTIONS.values() for name in names]
+    assert sorted([*listed, "__version__"]) == mergekit_lite.__all__
 
 
 def test_the_page_of_methods_tells_of_all() -> None:

@@ -278,7 +278,7 @@ def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Ma
 
 
 def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> TensorSpec:
-    """Return the tensor that takes the place of the base's; scaled or beside other terms, its distance from the base.
+    """Return the tensor that takes the base's place; if scaled or one of several terms, the base with the difference.
 
     Raises:
         CheckpointError: it is not for arithmetic, or has another shape than the base's.

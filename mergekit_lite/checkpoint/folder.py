@@ -17,7 +17,7 @@ from mergekit_lite.errors import CheckpointError, listing
 
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_ENDING = ".index.json"
-NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # what trainers leave beside them
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
 SHARD = re.compile(
     rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})"
 )

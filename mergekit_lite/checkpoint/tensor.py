@@ -34,7 +34,7 @@ class Encoding(ABC):
             spec: the tensor, whose encoding this is.
             reader: to read with.
             start: index of the first element.
-            out: bytes, not none; their number says how many elements, of ``spec.dtype``.
+            out: bytes; their number says how many elements, of ``spec.dtype``.
 
         Raises:
             RunError: a file can't be read, or is damaged.
@@ -142,8 +142,7 @@ class TensorSpec:
         Raises:
             RunError: a file can't be read, or ends before its header says it does.
         """
-        if out:
-            self.encoding.fill(self, reader, start, out)
+        self.encoding.fill(self, reader, start, out)
 
     def read(self, reader: Reader, start: int, out: torch.Tensor) -> None:
         """Fill a contiguous CPU tensor of ``dtype`` with the elements ``start …``; errors as in ``fill``."""

@@ -4,7 +4,7 @@ The metadata's entry ``task_vector`` is JSON: ``version``, ``format``, the ``bas
 for each name the dtype it is written in and its shape. The tensor ``NAME`` is stored as one of
 
     NAME                                    every difference (dense); another tool reads the file as a model of them
-    NAME:starts, NAME:places, NAME:values   some of them (sparse); beside ``NAME`` what rounding it left out
+    NAME:starts, NAME:places, NAME:values   some of them (sparse); together with ``NAME``, what rounding that left out
     NAME:left, NAME:right                   factors of low rank
     NAME:bits, NAME:sizes                   signs, and a size for each row
     NAME:whole                              no difference but the tensor itself: one that the base lacks, or has in

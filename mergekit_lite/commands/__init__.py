@@ -10,21 +10,45 @@ from importlib import import_module
 import click
 
 from mergekit_lite._version import __version__
-from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.errors import MergekitLiteError, nearest
 
-COMMANDS = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector", "distill", "boost")
-
-KEPT = {  # what goes on by itself where it stopped; others tell more by their own interruption
+COMMANDS = {  # with what help says of each in a line
+    "extrapolate": "Go past an aligned model: ExPO on two checkpoints.",
+    "merge": "Merge models as a recipe says.",
+    "plan": "Print what a recipe would do.",
+    "verify": "Check an output against its manifest.",
+    "methods": "List the merge methods, or describe one.",
+    "inspect": "Show what a model is made of.",
+    "compare": "Show what models changed in their base.",
+    "vector": "Extract, apply and combine task vectors.",
+    "distill": "Teach a small model by preferences.",
+    "boost": "Choose alpha or recipe numbers by measuring.",
+}
+RESUMED = {  # commands that go on by themselves where they stopped, with what an interrupted user should know
     "distill": "What was finished is kept: the same command goes on.",
     "boost": "What was measured is kept: the same command goes on.",
 }
+LEFT_AT_ONCE = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
 
 
-class Commands(click.Group):
+class Group(click.Group):
+    """A group of commands that names the nearest one where an unknown one is asked for."""
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the arguments name. Raises click.UsageError."""
+        name, known = arguments[0], self.list_commands(context)
+        if name not in known and not name.startswith("-"):
+            raise click.UsageError(f"No such command {name!r}.{nearest(name, known)}", context)
+        return super().resolve_command(context, arguments)
+
+
+class Commands(Group):
     """Finds a command in the module of its name, and turns the package's errors into messages and exit codes."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """The names of all commands."""
+        """Return the names of all commands, in the order in which help shows them."""
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
@@ -33,6 +57,11 @@ class Commands(click.Group):
             return None
         command: click.Command = import_module(f"mergekit_lite.commands.{name}").command
         return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of commands, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, context: click.Context) -> object:
         """Run the command; an error of this package is a message, not a traceback."""
@@ -43,8 +72,8 @@ class Commands(click.Group):
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt as interruption:
-            kept = str(interruption) or KEPT.get(context.invoked_subcommand or "", "")
-            click.echo(f"\nInterrupted. {kept}".rstrip(), err=True)
+            advice = str(interruption) or RESUMED.get(context.invoked_subcommand or "", "")
+            click.echo(f"\nInterrupted. {advice}".rstrip(), err=True)
             sys.exit(1)
 
 
@@ -62,10 +91,11 @@ def main() -> None:
 
 
 def start() -> None:
-    """The process's entry point.
+    """Run the command line as a process of its own.
 
-    Leaves without tearing down the interpreter, which takes 0.3 s once torch is loaded. Garbage is searched for less
-    often than usual: nearly all that importing torch makes stays, and the search took a tenth of the import.
+    Garbage is searched for less often than usual: nearly all that importing torch makes stays, and the search took a
+    tenth of the import. Tearing down the interpreter takes 0.3 s once torch is loaded: commands that run nothing but
+    this package leave without it. Others may have to end what they started, such as a log that is uploaded.
     """
     gc.set_threshold(50_000, 20, 20)
     code: object = 0
@@ -75,4 +105,7 @@ def start() -> None:
         code = leaving.code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+    status = code if isinstance(code, int) else 0 if code is None else 1
+    if len(sys.argv) > 1 and sys.argv[1] in LEFT_AT_ONCE:
+        os._exit(status)
+    sys.exit(status)

@@ -8,22 +8,34 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from mergekit_lite.commands import values
-from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergekit_lite.boosting.request import Prepared, Request
+    from mergekit_lite.boosting.options import BoostOptions
+    from mergekit_lite.boosting.request import Prepared
     from mergekit_lite.boosting.search.point import Point
     from mergekit_lite.commands.screen import Screen
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
-WHAT: tuple[Option, ...] = (
+
+class ScoreOption(click.Option):
+    """``--score``: its help lists the kinds of scores there are when it is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help."""
+        from mergekit_lite.boosting.measure.scores import forms
+
+        self.help = f"{'; '.join(forms().values())}. The first one decides."
+        return super().get_help_record(ctx)
+
+
+TASK: tuple[Option, ...] = (
     click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The chosen model's folder."),
     click.option("--recipe", type=FILE, help="Instead of SFT and ALIGNED: a merge recipe, with --tune."),
     click.option(
@@ -35,14 +47,13 @@ WHAT: tuple[Option, ...] = (
     click.option(
         "--score",
         "scores",
+        cls=ScoreOption,
         metavar="KIND[:WHAT]",
         multiple=True,
-        help="reward:MODEL, maths, exact, code, judge:MODEL,server=URL, function:MODULE:NAME, log-ratio, pairs, "
-        "nll:FILE or lm-eval:TASK. The first one decides.",
     ),
     click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer."),
     click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs."),
-    click.option("--limit", type=click.IntRange(min=1), help="Only so many prompts, pairs and texts."),
+    click.option("--limit", type=int, help="Only so many prompts, pairs and texts."),
 )
 SEARCH: tuple[Option, ...] = (
     click.option(
@@ -54,7 +65,7 @@ SEARCH: tuple[Option, ...] = (
     click.option("--step", type=float, help="The bracket's first step; --start by default."),
     click.option("--final-step", type=float, help="The bracket's last step; by default goes by the best alpha."),
     click.option("--grid", metavar="[NAME=]A,B…", multiple=True, help="The grid's values; NAME is alpha by default."),
-    click.option("--trials", type=click.IntRange(min=1), default=30, show_default=True, help="Of tpe and cmaes."),
+    click.option("--trials", type=int, default=30, show_default=True, help="Of tpe and cmaes."),
     click.option("--storage", metavar="URL", help="Optuna's database; SQLite in the search's folder by default."),
     click.option(
         "--limits",
@@ -63,23 +74,23 @@ SEARCH: tuple[Option, ...] = (
         help="What answers may become at most: growth, truncated, repetition, identical, unscored, kl, kl_per_token, "
         "loss:SCORE; none is no limit.",
     ),
-    click.option("--confidence", type=click.FloatRange(0.5, 0.999), default=0.95, show_default=True),
+    click.option("--confidence", type=float, default=0.95, show_default=True, help="That a candidate is better."),
     click.option(
         "--held-out",
-        type=click.FloatRange(0, 0.9),
+        type=float,
         default=0.5,
         show_default=True,
-        help="The share of items that takes no part in the search and confirms its choice.",
+        help="The share of items, up to 0.9, that takes no part in the search and confirms its choice.",
     ),
     click.option("--all-items", is_flag=True, help="Measure every candidate on all items, hopeless ones too."),
     click.option("--study", type=click.Path(path_type=Path), help="The search's folder; OUTPUT.boost by default."),
 )
 ANSWERS: tuple[Option, ...] = (
-    click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is greedy."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True),
-    click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer."),
-    click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True),
+    click.option("--temperature", type=float, default=0.7, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=float, default=0.9, show_default=True, help="Share of the likeliest tokens."),
+    click.option("--max-tokens", type=int, default=512, show_default=True, help="Of an answer."),
+    click.option("--samples", type=int, default=1, show_default=True, help="Answers to each prompt."),
+    click.option("--batch-size", type=int, default=16, show_default=True, help="Answers made at once."),
     click.option("--no-kl", is_flag=True, help="Don't compute how likely answers are under candidate and baseline."),
     click.option(
         "--serve-command",
@@ -88,7 +99,7 @@ ANSWERS: tuple[Option, ...] = (
         "{port} in its place, for instance 'vllm serve {model} --port {port}'.",
     ),
     click.option("--serve-patience", type=float, default=600.0, show_default=True, help="Seconds until it is ready."),
-    click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True, help="Open requests."),
+    click.option("--concurrency", type=int, default=32, show_default=True, help="Open requests."),
 )
 MODEL: tuple[Option, ...] = (
     click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate."),
@@ -98,7 +109,7 @@ MODEL: tuple[Option, ...] = (
     click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="Likewise."),
     click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding."),
-    click.option("--threads", type=click.IntRange(min=1), help="That set weights; one for each core by default."),
+    click.option("--threads", type=int, help="That set weights; one for each core by default."),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists."),
     click.option("--dry-run", is_flag=True, help="Check everything and print what would be done."),
@@ -109,7 +120,7 @@ MODEL: tuple[Option, ...] = (
 
 def options(function: Callable[..., None]) -> Callable[..., None]:
     """Give the command its options, in the order in which help shows them."""
-    for option in reversed((*WHAT, *SEARCH, *ANSWERS, *MODEL)):
+    for option in reversed((*TASK, *SEARCH, *ANSWERS, *MODEL)):
         function = option(function)
     return function
 
@@ -120,7 +131,7 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 Examples:
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score reward:./rm -o ./boosted
   mergekit-lite boost ./sft ./dpo --pairs prefs.jsonl --score pairs -o ./boosted
-  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log-ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log_ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
   mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
       --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
 """,
@@ -128,22 +139,34 @@ Examples:
 @click.argument("sft", required=False)
 @click.argument("aligned", required=False)
 @options
-def command(sft: str | None, aligned: str | None, **given: Any) -> None:
+def command(
+    sft: str | None,
+    aligned: str | None,
+    output: Path,
+    scores: tuple[str, ...],
+    recipe: Path | None,
+    grid: tuple[str, ...],
+    all_items: bool,
+    no_kl: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
     """Choose how far to go past ALIGNED by measuring, and make that model.
 
     The models are loaded once, as one; each candidate's weights are set in place, exactly as they would be written.
     What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
     candidate is sure to be better, that is the answer, and no model is made.
     """
+    from mergekit_lite.boosting.options import request_of
     from mergekit_lite.boosting.request import described, prepare
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.planning.delta_check import delta_warning
 
-    as_json, dry_run = given.pop("as_json"), given.pop("dry_run")
-    screen = Screen(quiet=given.pop("quiet") or as_json, verbose=False)
-    if aligned is None and sft is not None:
-        raise UsageError("Name both models: mergekit-lite boost SFT ALIGNED …")
-    prepared = prepare(_request(sft, aligned, given))
+    screen = Screen(quiet=quiet or as_json, verbose=False)
+    given |= {"grid": _grid(grid), "stop_early": not all_items, "likelihoods": not no_kl}
+    prepared = prepare(request_of(output, scores, sft, aligned, recipe, cast("BoostOptions", given)))
     for note in (*prepared.notes, delta_warning(prepared.family.plan(prepared.family.baseline))):
         screen.warn(note)
     if not dry_run:
@@ -154,37 +177,20 @@ def command(sft: str | None, aligned: str | None, **given: Any) -> None:
         _show(prepared, screen)
 
 
-def _request(sft: str | None, aligned: str | None, given: dict[str, Any]) -> Request:
-    from mergekit_lite.answers.asking import Sampling
-    from mergekit_lite.boosting.request import Request
-
-    given["sampling"] = Sampling(**{name: given.pop(name) for name in ("temperature", "top_p", "max_tokens")})
-    given["stop_early"] = not given.pop("all_items")
-    given["likelihoods"] = not given.pop("no_kl")
-    given["grid"] = _grid(given["grid"])
-    of_pair = {name: given.pop(name) for name in ("include", "exclude", "new_rows", "out_dtype", "rounding")}
-    of_pair |= {"shard_size": given.pop("shard_size")}
-    if sft is not None:
-        of_pair["seed"] = given["seed"]
-    usual = {"new_rows": "refuse", "rounding": "nearest"}
-    chosen = {name: value for name, value in of_pair.items() if value and value != usual.get(name)}
-    return Request(sft=sft, aligned=aligned, options=chosen, **given)
-
-
 def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
-    found: dict[str, tuple[float, ...]] = {}
+    grid: dict[str, tuple[float, ...]] = {}
     for text in texts:
         name, _, listed = text.rpartition("=")
-        found[name or "alpha"] = values.alphas(None, None, listed)
-    return found
+        grid[name or "alpha"] = values.alphas(None, None, listed)
+    return grid
 
 
 def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
-    from mergekit_lite.boosting.boosting import boost
+    from mergekit_lite.boosting.boosting import search_and_write
     from mergekit_lite.boosting.summary import verdict
 
-    with _tidy_end():
-        boosted = boost(prepared, _teller(screen), screen.progress)
+    with _stopping_the_server():
+        boosted = search_and_write(prepared, _shown_on(screen), screen.progress)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return
@@ -197,8 +203,8 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
 
 
 @contextmanager
-def _tidy_end() -> Iterator[None]:
-    """A process that is asked to end stops the server it started first."""
+def _stopping_the_server() -> Iterator[None]:
+    """Turn a request to end this process into an exit, so that contexts stop the server they started."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -206,15 +212,15 @@ def _tidy_end() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _teller(screen: Screen) -> Callable[[Point], None]:
+def _shown_on(screen: Screen) -> Callable[[Point], None]:
     from mergekit_lite.boosting.summary import figures
 
-    def tell(point: Point) -> None:
+    def show(point: Point) -> None:
         if not screen.quiet:
             why = point.dropped or ", ".join(point.beyond)
             screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
 
-    return tell
+    return show
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:
@@ -222,5 +228,5 @@ def _show(prepared: Prepared, screen: Screen) -> None:
     from mergekit_lite.commands.screen import table
 
     folder, output = prepared.request.folder, prepared.request.output
-    told = {**described(prepared), "kept in": str(folder), "output": str(output)}
-    screen.out.print(table(("", ""), told.items()))
+    facts = {**described(prepared), "kept in": str(folder), "output": str(output)}
+    screen.out.print(table(("", ""), facts.items()))

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands.reporter import Teller
+from mergekit_lite.commands import Group
+from mergekit_lite.commands.reporter import TerminalReporter
 
 if TYPE_CHECKING:
-    from mergekit_lite.distillation.dry_run import Outlook
-    from mergekit_lite.distillation.recipe import Recipe
+    from mergekit_lite.distillation.dry_run import DryRun
+    from mergekit_lite.distillation.recipe.schema import Recipe
 
 SKIPPING = ("sample", "pair")  # take --skip-missing
-ROUND = ("sample", "score", "pair", "train")
 
 
-@click.group(name="distill")
+@click.group(name="distill", cls=Group)
 def command() -> None:
     """Distill strong models into a small one by preferences: WRPO, FuseChat-3.0.
 
@@ -36,15 +36,15 @@ def command() -> None:
 
 
 def stage(name: str, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], click.Command]:
-    """A command of one recipe."""
+    """Return a decorator that makes a function the command of a stage, with a recipe as its argument."""
     lines = "".join(f"\n  mergekit-lite distill {name} {arguments}" for arguments in ("recipe.yaml", *examples))
 
-    def made(function: Callable[..., None]) -> click.Command:
+    def as_command(function: Callable[..., None]) -> click.Command:
         function = click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")(function)
         function = click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))(function)
         return command.command(name=name, epilog=f"\b\nExamples:{lines}")(function)
 
-    return made
+    return as_command
 
 
 skip_missing_option = click.option(
@@ -57,91 +57,97 @@ skip_missing_option = click.option(
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
 def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: bool) -> None:
-    """All stages of RECIPE in their order. What is done is not done again.
+    """Run all stages of RECIPE in their order. What is done is not done again.
 
     Where pairs are made of the target's own answers, it is asked for them once its SFT is done: sample, score, pair
     and train have a second turn then.
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run.")
-    from mergekit_lite.distillation.sample import check as sample_check
-    from mergekit_lite.distillation.train import check as train_check
+    from mergekit_lite.distillation.distilling import run_stages
+    from mergekit_lite.distillation.train import check
 
-    loaded, teller = _load(recipe), Teller(quiet=quiet or as_json)
-    train_check(loaded)  # what training would refuse hours later
+    loaded, reporter = _load(recipe), TerminalReporter(quiet=quiet or as_json)
+    check(loaded)  # what training would refuse hours later
     if dry_run:
-        _show_plan(loaded, teller, as_json)
-        return
-    sample_check(loaded, and_target=True)
-    for name in (*ROUND, *(ROUND if loaded.target_source is not None else ()), "report"):
-        teller.line(f"[{name}]")
-        _carry_out(name, loaded, teller, skip_missing=skip_missing)
+        _show_plan(loaded, reporter, as_json)
+    else:
+        run_stages(loaded, reporter, skip_missing=skip_missing)
 
 
 @stage("sample", ("--skip-missing",))
 @skip_missing_option
 def sample(recipe: Path, quiet: bool, skip_missing: bool) -> None:
-    """Ask the sources of RECIPE: prompts × sources × samples. Asks only for what is missing."""
-    _carry_out("sample", _load(recipe), Teller(quiet=quiet), skip_missing=skip_missing)
+    """Ask the sources of RECIPE: prompts × sources × samples.
+
+    Asks only for what is missing.
+    """
+    _carry_out("sample", _load(recipe), TerminalReporter(quiet=quiet), skip_missing=skip_missing)
 
 
 @stage("score")
 def score(recipe: Path, quiet: bool) -> None:
     """Score the answers: reward models, verifiers, judges."""
-    _carry_out("score", _load(recipe), Teller(quiet=quiet))
+    _carry_out("score", _load(recipe), TerminalReporter(quiet=quiet))
 
 
 @stage("pair", ("--skip-missing",))
 @skip_missing_option
 def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
-    """Make SFT and preference rows of answers and scores, and tell what became of every prompt."""
-    _carry_out("pair", _load(recipe), Teller(quiet=quiet), skip_missing=skip_missing)
+    """Make SFT and preference rows of the answers.
+
+    Prints what became of every prompt.
+    """
+    _carry_out("pair", _load(recipe), TerminalReporter(quiet=quiet), skip_missing=skip_missing)
 
 
 @stage("train")
 def train(recipe: Path, quiet: bool) -> None:
     """Train the target: SFT, then preferences, as far as there are rows."""
-    _carry_out("train", _load(recipe), Teller(quiet=quiet))
+    _carry_out("train", _load(recipe), TerminalReporter(quiet=quiet))
 
 
 @stage("report")
 def report(recipe: Path, quiet: bool) -> None:
-    """Curves, scores before and after on held-out prompts, answers side by side."""
-    _carry_out("report", _load(recipe), Teller(quiet=quiet))
+    """Write the report.
+
+    It has curves, scores before and after on held-out prompts, and answers side by side.
+    """
+    _carry_out("report", _load(recipe), TerminalReporter(quiet=quiet))
 
 
 def _load(path: Path) -> Recipe:
-    from mergekit_lite.distillation.loading import load
+    from mergekit_lite.distillation.recipe.loading import load
 
     return load(path)
 
 
-def _carry_out(name: str, recipe: Recipe, teller: Teller, *, skip_missing: bool = False) -> None:
+def _carry_out(name: str, recipe: Recipe, reporter: TerminalReporter, *, skip_missing: bool = False) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
     options: dict[str, Any] = {"skip_missing": True} if name in SKIPPING and skip_missing else {}
-    getattr(import_module(f"mergekit_lite.distillation.{name}"), name)(recipe, teller, **options)
+    getattr(import_module(f"mergekit_lite.distillation.{name}"), name)(recipe, reporter, **options)
 
 
-def _show_plan(recipe: Recipe, teller: Teller, as_json: bool) -> None:
-    from mergekit_lite.distillation.dry_run import outlook
-    from mergekit_lite.distillation.prompts import gathered
+def _show_plan(recipe: Recipe, reporter: TerminalReporter, as_json: bool) -> None:
+    from mergekit_lite.distillation import prompts
+    from mergekit_lite.distillation.dry_run import dry_run
 
-    plan = outlook(recipe, gathered(recipe, teller))
+    plan = dry_run(recipe, prompts.read(recipe, reporter))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
     else:
-        _print_plan(recipe, plan, teller)
+        _print_plan(recipe, plan, reporter)
 
 
-def _print_plan(recipe: Recipe, plan: Outlook, teller: Teller) -> None:
+def _print_plan(recipe: Recipe, plan: DryRun, reporter: TerminalReporter) -> None:
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
-    teller.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
-    teller.line("")
+    reporter.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
+    reporter.line("")
     sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}") for s in plan.sources]
-    teller.table(("source", "model", "asked", ">answers", ">done"), sources)
-    teller.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
+    reporter.table(("source", "model", "asked", ">answers", ">done"), sources)
+    reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
-    teller.table(("training", ">rows ≤", ">steps ≤"), stages)
-    teller.line(f"\neverything lies in {recipe.folder}")
+    reporter.table(("training", ">rows ≤", ">steps ≤"), stages)
+    reporter.line(f"\neverything lies in {recipe.folder}")
     for missing in plan.missing_models:
-        teller.warn(missing)
+        reporter.warn(missing)

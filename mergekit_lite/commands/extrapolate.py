@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mergekit_lite.commands import running, values
+from mergekit_lite.engine.run import RunOptions
 
 
 @click.command(
@@ -51,15 +52,17 @@ Examples:
     help="Vocabulary rows that only ALIGNED has.",
 )
 @click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
-@running.rounding
-@running.options
+@running.takes_rounding
+@running.takes_shard_size
+@running.takes_run_options
 def command(
     sft: str,
     aligned: str,
     output: str,
     alpha: tuple[float, ...],
     alpha_for: dict[str, float],
-    how: running.How,
+    run_options: RunOptions,
+    view: running.View,
     **options: Any,
 ) -> None:
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
@@ -69,5 +72,5 @@ def command(
     """
     from mergekit_lite.extrapolation import plan_extrapolation
 
-    plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, shard_size=how.shard_size, **options)
-    running.carry_out(plan, how)
+    plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, **options)
+    running.carry_out(plan, run_options, view)

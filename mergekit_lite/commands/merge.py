@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mergekit_lite.commands import running
+from mergekit_lite.engine.run import RunOptions
 from mergekit_lite.errors import UsageError
 
 
@@ -22,16 +23,24 @@ Examples:
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("out", required=False)
 @click.option("-o", "--output", help="A folder, or a .safetensors or .pt file; the same as OUT.")
-@running.options
-def command(recipe: Path, out: str | None, output: str | None, how: running.How) -> None:
+@running.takes_shard_size
+@running.takes_run_options
+def command(
+    recipe: Path,
+    out: str | None,
+    output: str | None,
+    shard_size: int | None,
+    run_options: RunOptions,
+    view: running.View,
+) -> None:
     """Merge models as RECIPE says, a YAML file in mergekit's language.
 
     Everything is checked before a weight is read: the recipe, the models' names, shapes and dtypes, the room on the
-    disk. ``mergekit-lite methods`` lists the methods.
+    disk. The command methods lists the methods.
     """
     from mergekit_lite.merging import plan_merge_file
 
     output = output or out
     if output is None or (out is not None and output != out):
         raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
-    running.carry_out(plan_merge_file(recipe, output, shard_size=how.shard_size), how)
+    running.carry_out(plan_merge_file(recipe, output, shard_size=shard_size), run_options, view)

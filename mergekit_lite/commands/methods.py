@@ -45,7 +45,7 @@ def command(name: str | None) -> None:
 
 
 def told(method: Method) -> tuple[str, dict[str, str]]:
-    """What a method's docstring says of it, and of each of its parameters."""
+    """Return what a method's docstring says of it, and of each of its parameters."""
     summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
     text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
     found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)

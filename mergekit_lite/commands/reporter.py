@@ -1,4 +1,4 @@
-"""What the stages of a distillation tell, on the screen."""
+"""The reports of a distillation's stages, on the terminal."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from rich.text import Text
 from mergekit_lite.commands.screen import PLAIN_INTERVAL, console, table
 
 
-class Teller:
-    """Results go to standard output, all else to standard error. Progress is a bar for each task on a terminal,
-    elsewhere a line now and then."""
+class TerminalReporter:
+    """Prints results to standard output, all else to standard error.
+
+    Progress is a bar for each task on a terminal, elsewhere a line now and then.
+    """
 
     def __init__(self, *, quiet: bool = False):
-        """``quiet`` leaves warnings only."""
+        """With ``quiet``, print warnings only."""
         self.quiet = quiet
         self.out = console(sys.stdout)
         self.err = console(sys.stderr)
         self._bars: Progress | None = None
 
     def line(self, text: str) -> None:
-        """A result or a step."""
+        """Print a result or a step."""
         if not self.quiet:
             self._print(Text(text))
 
     def warn(self, text: str) -> None:
-        """Something to look at."""
+        """Print what the user should look at."""
         self.err.print(Text.assemble(("Warning: ", "yellow bold"), text))
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table."""
+        """Print a table."""
         if not self.quiet:
             self._print(table(headings, rows))
 
     def _print(self, what: RenderableType) -> None:
-        # what is printed past bars that are on the screen would be drawn over
+        # bars that are on the screen would be drawn over what is printed elsewhere
         (self.err if self._bars else self.out).print(what)
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Progress with rate and time left."""
+        """Show progress with rate and time left; yields what is called with the number of items done."""
         if self.quiet or not total:
             yield lambda more: None
         elif self.err.is_terminal:
@@ -78,14 +80,15 @@ class Teller:
 
 
 class _Rate(ProgressColumn):
-    """Items a second."""
+    """A column of items a second."""
 
     def render(self, task: Task) -> Text:
+        """Return the rate of one task."""
         return Text("" if task.speed is None else rate(task.speed), "dim")
 
 
 def rate(speed: float) -> str:
-    """``12.3/s``, or ``4.2/min`` where it is slow."""
+    """Return a rate as text: ``12.3/s``, or ``4.2/min`` where it is slow."""
     return f"{speed:.1f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
 
 

@@ -1,9 +1,10 @@
-"""What all commands that write models have in common: how a plan is run, and what is shown of it."""
+"""Options and steps that all commands which write models share: how a plan is run, and what is shown of it."""
 
 from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import values
+from mergekit_lite.engine.run import RunOptions, check_outputs, run
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
@@ -22,15 +24,9 @@ PROCESSES = sys.platform == "linux"  # whether workers are forked: elsewhere sys
 
 
 @dataclass(frozen=True)
-class How:
-    """The options of ``options``, by their names."""
+class View:
+    """What a command shows: the plan alone or the result too, as text or JSON, and how much of it."""
 
-    shard_size: int | None
-    threads: int | None
-    device: str
-    resume: bool
-    force: bool
-    allow_nonfinite: bool
     dry_run: bool
     as_json: bool
     quiet: bool
@@ -38,12 +34,6 @@ class How:
 
 
 OPTIONS = (
-    click.option(
-        "--shard-size",
-        metavar="SIZE",
-        callback=values.size,
-        help="Most bytes in one file, for instance 5GB; by default shards as in the model that gives the config.",
-    ),
     click.option(
         "--threads",
         type=click.IntRange(min=1),
@@ -60,20 +50,32 @@ OPTIONS = (
 )
 
 
-def options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of running a plan; the function gets them together as ``how``."""
+def takes_run_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of running a plan.
+
+    The function gets them together as ``run_options`` (RunOptions) and ``view`` (View).
+    """
 
     @functools.wraps(function)
-    def with_how(**arguments: Any) -> None:
-        how = How(**{field.name: arguments.pop(field.name) for field in fields(How)})
-        function(how=how, **arguments)
+    def with_groups(**arguments: Any) -> None:
+        run_options = {name: arguments.pop(name) for name in RunOptions.__annotations__ if name in arguments}
+        view = View(**{field.name: arguments.pop(field.name) for field in fields(View)})
+        function(run_options=run_options, view=view, **arguments)
 
     for option in reversed(OPTIONS):
-        with_how = option(with_how)
-    return with_how
+        with_groups = option(with_groups)
+    return with_groups
 
 
-def rounding(function: Callable[..., None]) -> Callable[..., None]:
+takes_shard_size = click.option(
+    "--shard-size",
+    metavar="SIZE",
+    callback=values.size,
+    help="Most bytes in one file, for instance 5GB; by default shards as in the model that gives the config.",
+)
+
+
+def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of rounding, for methods that draw nothing else."""
     function = click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")(
         function
@@ -87,40 +89,30 @@ def rounding(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
-def carry_out(plan: Plan, how: How) -> None:
+def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     """Show or run a plan."""
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
-
-    # torch comes in only here, once the request is known to be sound
-    from mergekit_lite.engine.run import check_outputs, run
     from mergekit_lite.planning.delta_check import delta_warning
 
-    screen = Screen(quiet=how.quiet or how.as_json, verbose=how.verbose)
-    check_outputs(plan, resume=how.resume, force=how.force)
-    if not how.resume:
+    screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
+    resume, threads = run_options["resume"], run_options["threads"]
+    check_outputs(plan, resume=resume, force=run_options["force"])
+    if not resume:
         _check_room(plan)
-    if how.dry_run and how.as_json:
-        click.echo(json.dumps(json_output.of_plan(plan, how.threads), indent=1))
-    elif how.dry_run:
-        screen.plan(plan, how.threads)
+    if view.dry_run and view.as_json:
+        click.echo(json.dumps(json_output.of_plan(plan, threads), indent=1))
+    elif view.dry_run:
+        screen.plan(plan, threads)
     else:
         screen.headline(plan)
     screen.warn(delta_warning(plan))
-    if how.dry_run:
+    if view.dry_run:
         return
     with resumable(), screen.progress() as progress:
-        finished = run(
-            plan,
-            threads=how.threads,
-            device=how.device,
-            resume=how.resume,
-            force=how.force,
-            allow_nonfinite=how.allow_nonfinite,
-            progress=progress,
-            processes=PROCESSES,
-        )
-    if how.as_json:
+        options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES}
+        finished = run(plan, **options)
+    if view.as_json:
         click.echo(json.dumps(json_output.of_finished(finished), indent=1))
     screen.finished(plan, finished)
 
@@ -135,9 +127,7 @@ def resumable() -> Iterator[None]:
 
 
 def _check_room(plan: Plan) -> None:
-    """Refuse before the start what can't fit on the disk."""
-    import shutil
-
+    """Raise RunError where the outputs can't fit on the disk."""
     parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.bytes_to_write:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import running, values
+from mergekit_lite.commands import Group, running, values
+from mergekit_lite.engine.run import RunOptions
 from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Signed(click.Command):
-    """Takes ``+a -b`` as arguments, where a and b are there: ``-b`` is b times −1, not an option."""
+    """A command that takes ``+a -b`` as arguments, where a and b exist: ``-b`` is b times −1, not an option."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Rewrite them before options are looked for."""
+        """Rewrite arguments with a sign before click looks for options."""
         return super().parse_args(context, [_signed(argument) for argument in arguments])
 
 
@@ -31,15 +32,15 @@ def _signed(argument: str) -> str:
     rest = argument[1:]
     if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():
         return argument
-    found = parse_addition(rest)
-    if not Path(found.path).expanduser().exists():
+    vector = parse_addition(rest)
+    if not Path(vector.path).expanduser().exists():
         return argument
-    return str(found._replace(scale=-found.scale)) if argument.startswith("-") else rest
+    return str(vector._replace(scale=-vector.scale)) if argument.startswith("-") else rest
 
 
-@click.group(name="vector")
+@click.group(name="vector", cls=Group)
 def command() -> None:
-    """Task vectors, tuned − base, as files: extract, apply, combine.
+    """Work with task vectors, tuned − base, as files: extract, apply, combine.
 
     \b
     Examples:
@@ -51,6 +52,7 @@ def command() -> None:
 
 @command.command(
     name="extract",
+    short_help="Make a task vector: tuned − base.",
     epilog="""\b
 Examples:
   mergekit-lite vector extract ./base ./tuned -o v.safetensors
@@ -127,6 +129,7 @@ def _show(extracted: Extracted, screen: Screen) -> None:
 
 @command.command(
     name="apply",
+    short_help="Add task vectors or adapters to a model.",
     cls=Signed,
     epilog="""\b
 Examples:
@@ -142,9 +145,17 @@ Examples:
 @click.option("-o", "--output", required=True, help="A folder, or a .safetensors or .pt file.")
 @click.option("--rebase", is_flag=True, help="Add vectors to another base than the one they were made from.")
 @click.option("--dtype", help="float32, bfloat16, float16 or float64; that of the tuned model by default.")
-@running.rounding
-@running.options
-def apply(base: str, vectors: tuple[str, ...], output: str, how: running.How, **options: Any) -> None:
+@running.takes_rounding
+@running.takes_shard_size
+@running.takes_run_options
+def apply(
+    base: str,
+    vectors: tuple[str, ...],
+    output: str,
+    run_options: RunOptions,
+    view: running.View,
+    **options: Any,
+) -> None:
     """Add task vectors to BASE: base + Σ scale · vector, summed in float64 and rounded once.
 
     A VECTOR is a file made by extract or combine, or a LoRA adapter (a folder or a hub repository). A scale below 0
@@ -152,11 +163,12 @@ def apply(base: str, vectors: tuple[str, ...], output: str, how: running.How, **
     """
     from mergekit_lite.vectors.application import plan_apply
 
-    running.carry_out(plan_apply(base, vectors, output, shard_size=how.shard_size, **options), how)
+    running.carry_out(plan_apply(base, vectors, output, **options), run_options, view)
 
 
 @command.command(
     name="combine",
+    short_help="Combine task vectors into one, by any method.",
     epilog="""\b
 Examples:
   mergekit-lite vector combine --method ties -p density=0.2 math.safetensors code.safetensors -o both.safetensors
@@ -172,11 +184,17 @@ Examples:
 @click.option("--rebase", is_flag=True, help="Take vectors of different bases for vectors of the first one's.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the result.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of methods that draw.")
-@running.options
+@running.takes_run_options
 def combine(
-    vectors: tuple[str, ...], output: str, method: str, parameters: dict[str, Any], how: running.How, **options: Any
+    vectors: tuple[str, ...],
+    output: str,
+    method: str,
+    parameters: dict[str, Any],
+    run_options: RunOptions,
+    view: running.View,
+    **options: Any,
 ) -> None:
     """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero."""
     from mergekit_lite.vectors.combination import plan_combine
 
-    running.carry_out(plan_combine(vectors, output, method, parameters, **options), how)
+    running.carry_out(plan_combine(vectors, output, method, parameters, **options), run_options, view)

@@ -61,7 +61,7 @@ def command(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Check OUT, which ``extrapolate`` or ``merge`` made, against its manifest: every byte of it by digest.
+    """Check OUT, which extrapolate or merge made, against its manifest: every byte of it by digest.
 
     Then make some of its tensors again, from the inputs, and compare. Exit code 0: sound; 1: not; 2: wrong usage.
     """
@@ -85,11 +85,11 @@ def command(
     if as_json:
         click.echo(json.dumps(verdict.to_json(), indent=1))
     else:
-        _tell(verdict, quiet, verbose)
+        _show(verdict, quiet, verbose)
     sys.exit(0 if verdict.sound else 1)
 
 
-def _tell(verdict: Verification, quiet: bool, verbose: bool) -> None:
+def _show(verdict: Verification, quiet: bool, verbose: bool) -> None:
     shown = sys.maxsize if verbose else SHOWN
     lines: list[str] = []
     if not quiet:
@@ -113,5 +113,5 @@ def _tell(verdict: Verification, quiet: bool, verbose: bool) -> None:
 
 
 def _plain(line: str) -> str:
-    """The line without what could play tricks on a terminal."""
+    """Return the line without characters that could play tricks on a terminal."""
     return "".join(character if character.isprintable() else "�" for character in line)

@@ -5,10 +5,11 @@ What looks wrong is a hint, never an error: architectures whose layers differ by
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from mergekit_lite.recipe.templates import TEMPLATES
 
 ACCIDENT_SHARE = 0.1  # share of the layers that differ up to which it looks like an accident, above it like design
 SHOWN_LAYERS = 8
+FROM_CONFIG = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
+               "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
 EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 Layers = Mapping[int, Mapping[str, TensorSpec]]  # of one stack: by number, then by name within the layer
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -102,6 +105,44 @@ class Inspection:
         kinds = ", ".join(sorted({spec.stored_dtype for spec in quantised}))
         shown = ", ".join(blocks[:3]) + (" …" if len(blocks) > 3 else "")
         return f"{counted(len(quantised), 'tensor')} in {kinds}, a scale for each block of {shown}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What its config says of its size and kind."""
+        return {key: value for key, value in (self.checkpoint.config or {}).items() if key in FROM_CONFIG}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain data; None where a figure has no meaning."""
+        weights = {one.name: asdict(one) for one in self.weights or ()}
+        return {
+            "model": self.checkpoint.reference,
+            "revision": self.checkpoint.revision,
+            "files": [{"name": file.path.name, "bytes": file.size} for file in self.checkpoint.files],
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": self.dtypes,
+            "stacks": dict(self.stacks),
+            "tied": self.tied,
+            "quantised": self.quantised,
+            "config": self.config,
+            "tokenizer": dict(self.tokenizer),
+            "left_out": dict(self.checkpoint.left_out),
+            "doubts": list(self.doubts),
+            "tensors": [
+                {
+                    "name": name,
+                    "dtype": spec.stored_dtype,
+                    "shape": list(spec.shape),
+                    "bytes": spec.nbytes,
+                    **{key: _finite(value) for key, value in weights.get(name, {}).items() if key != "name"},
+                }
+                for name, spec in self.checkpoint.tensors.items()
+            ],
+        }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @named_options
@@ -234,7 +275,7 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
     ):
         yield "config.json: tie_word_embeddings is false, but there is no output head"
     dtype = config.get("dtype", config.get("torch_dtype"))
-    stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if dtypes.is_float(spec.stored_dtype)}
+    stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if spec.stored_dtype in dtypes.FLOATS}
     if isinstance(dtype, str) and stored and dtype not in stored:
         yield f"config.json: the dtype is {dtype}, the tensors are {', '.join(sorted(stored))}"
     yield from _doubts_of_tokenizer(checkpoint)

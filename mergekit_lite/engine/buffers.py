@@ -1,8 +1,8 @@
 """The buffers of one worker.
 
-On the CPU a lane is a few buffers that stay in cache. On a GPU its host buffers are pinned and it has a stream of its
-own: copies to the device, arithmetic and copies back are queued there without waiting, so that while one lane's block
-is on its way, another's is computed and a third is read or written.
+On the CPU they are a few buffers that stay in cache. For a GPU they are pinned, and the worker has a stream of its own:
+copies to the device, arithmetic and copies back are queued there without waiting, so that while one worker's block is
+on its way, another's is computed and a third is read or written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WorkerBuffers:
         self._stream = None if device == CPU else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def working(self) -> AbstractContextManager[object]:
-        """The context in which the lane's tensors are made and used."""
+        """Return the context in which the worker's tensors are made and used."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int, skew: int = 0) -> memoryview:
@@ -62,7 +62,7 @@ class WorkerBuffers:
         return self._inputs[index][:end]
 
     def output(self, nbytes: int, skew: int = 0) -> memoryview:
-        """Room for a chunk of the output, valid until the next call; ``skew`` as in ``read``."""
+        """Return room for a chunk of the output, valid until the next call; ``skew`` as in ``read``."""
         return self._output[skew : skew + nbytes]
 
     def wait(self) -> None:
@@ -72,7 +72,7 @@ class WorkerBuffers:
 
 
 def _buffer(device: str, nbytes: int) -> memoryview:
-    """Memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
+    """Return memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
     nbytes += mmap.PAGESIZE
     if device == CPU:
         return memoryview(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

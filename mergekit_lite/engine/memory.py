@@ -9,21 +9,21 @@ from mergekit_lite.planning import Job, Plan
 
 PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
-FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each lane
+FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
 PER_TENSOR = 4_000  # the plan and the journal
 
 
 def memory_estimate(plan: Plan, threads: int | None) -> int:
-    """Bytes of resident memory a run on the CPU is expected to take at most."""
+    """Return the bytes of resident memory that a run on the CPU is expected to take at most."""
     from mergekit_lite.engine.pool import writing_workers
 
     buffers = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
     folds = any(isinstance(spec.encoding, Sum) for job in plan.jobs for spec in job.inputs)
-    kept = REMEMBERED_FACTORS if folds else 0
+    factors = REMEMBERED_FACTORS if folds else 0
     buffers += FOLDING if folds else 0
     runtime = WITH_TORCH if _needs_torch(plan) else PYTHON
-    return runtime + kept + (threads or writing_workers()) * buffers + PER_TENSOR * len(plan.jobs)
+    return runtime + factors + (threads or writing_workers()) * buffers + PER_TENSOR * len(plan.jobs)
 
 
 def _needs_torch(plan: Plan) -> bool:

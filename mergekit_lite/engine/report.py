@@ -54,21 +54,21 @@ class Report:
     @property
     def worst(self) -> list[TensorEffect]:
         """The tensors whose effective alpha is furthest from the asked one, furthest first."""
-        told = [tensor for tensor in self.tensors if tensor.effective is not None]
-        return sorted(told, key=lambda tensor: -abs((tensor.effective or 0.0) - tensor.asked))
+        changed = [tensor for tensor in self.tensors if tensor.effective is not None]
+        return sorted(changed, key=lambda tensor: -abs((tensor.effective or 0.0) - tensor.asked))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return it as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Report:
-        """The report that ``to_json`` gave."""
+        """Return the report that ``to_json`` gave."""
         return cls(**{**content, "tensors": tuple(TensorEffect(**tensor) for tensor in content["tensors"])})
 
 
 def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) -> Report:
-    """Sum up one variant. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
+    """Sum up one output. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
     by_job: dict[int, list[Record]] = {}
     for key in sorted(records):
         by_job.setdefault(key[0], []).append(records[key])
@@ -107,21 +107,21 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
 
 
 def _coefficients(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, float]]:
-    """By tensor and model; those of a model that is listed twice are added up."""
-    found: dict[str, dict[str, float]] = {}
+    """Return the coefficients by tensor and model; those of a model that is listed twice are added up."""
+    coefficients: dict[str, dict[str, float]] = {}
     for index, job in enumerate(plan.jobs):
         record = records.get((index, 0))
         if record is None or not record.coefficients:
             continue
-        of_tensor = found.setdefault(job.name, {})
+        of_tensor = coefficients.setdefault(job.name, {})
         for model, coefficient in zip(job.models, record.coefficients, strict=False):  # a base comes last, without one
             reference = plan.inputs[model].reference
             of_tensor[reference] = of_tensor.get(reference, 0.0) + coefficient
-    return found
+    return coefficients
 
 
 def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:
-    """For each output tensor the digests of its bytes and of its inputs': xxh3-128 over the digests of the spans.
+    """Return for each output tensor the digests of its bytes and its inputs': xxh3-128 over the digests of the spans.
 
     Where there are several spans, theirs too, one behind the other; and how many elements went through the method where
     the rest was copied, as the two parts have spans of their own.
@@ -147,5 +147,5 @@ def _digests(job: Job, records: list[Record]) -> dict[str, Any]:
 
 
 def of_spans(digests: str) -> str:
-    """A tensor's digest from the hex digests of its spans, one behind the other."""
+    """Return a tensor's digest from the hex digests of its spans, one behind the other."""
     return xxhash.xxh3_128_hexdigest(digests.encode())

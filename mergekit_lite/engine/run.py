@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.finished import is_finished
-from mergekit_lite.engine.pool import available_cores, writing_workers
+from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
@@ -113,8 +113,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        progress, processes = options.get("progress"), options.get("processes", False)
-        Schedule(plan, workspaces, place, workers, block, progress, processes).run()
+        team = Workers(workers, place, block, options.get("processes", False))
+        Schedule(plan, workspaces, team, options.get("progress")).run()
         _check_inputs(plan)
         if not options.get("allow_nonfinite", False):
             _refuse_nonfinite(plan, workspaces)

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
-from mergekit_lite.engine.pool import Pool, tuned_process
+from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter
 from mergekit_lite.engine.tensor_merge import JobMerge, Section, gather, merges_of, needed, needs_torch
@@ -20,24 +20,21 @@ Progress = Callable[[int, int], None]
 
 
 class Schedule:
-    """One pass over a plan's spans for the variants that are still to be made."""
+    """One pass over a plan's spans for the outputs that are still to be made."""
 
     def __init__(
         self,
         plan: Plan,
         workspaces: Mapping[int, Sink],
-        device: str,
-        workers: int,
-        block: int,
+        workers: Workers,
         progress: Progress | None,
-        processes: bool = False,
         only: Collection[int] | None = None,
     ) -> None:
         """Prepare; nothing is read yet. ``only`` are the indices of the jobs to do, by default all."""
         self.plan = plan
         self.workspaces = workspaces
-        self.device = device
-        self.writer = SpanWriter(plan, device, block)
+        self.device = workers.device
+        self.writer = SpanWriter(plan, workers.device, workers.block)
         self.progress = progress
         self.spans = [span for span in spans(plan) if only is None or span.index in only]
         self.merges = merges_of(plan, workspaces.keys())
@@ -47,7 +44,8 @@ class Schedule:
         self.bytes_done = 0
         rows = max((merge.row for merge in self.merges.values()), default=0)
         room = max(self.writer.chunk, CHUNK) + 2 * rows
-        self.pool = Pool(workers, device, plan.most_inputs, room * plan.widest_element, processes=processes)
+        nbytes = room * plan.widest_element
+        self.pool = Pool(workers.count, self.device, plan.most_inputs, nbytes, processes=workers.processes)
 
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
@@ -67,7 +65,7 @@ class Schedule:
         return self.device != CPU or any(needs_torch(self.plan.jobs[index], of_job[index]) for index in of_job)
 
     def _tasks(self) -> list[list[Span]]:
-        """The spans that one worker takes at a time: those of a tensor together where it has statistics to gather."""
+        """Return the spans that one worker takes at a time: all of a tensor where it has statistics to gather."""
         waiting = {index for (index, _), merge in self.merges.items() if merge.request is not None}
         tasks: dict[tuple[int, int], list[Span]] = {}
         for span in by_turns(self.plan, self.spans, self.pool.workers):
@@ -114,7 +112,7 @@ class Schedule:
 
 
 def by_turns(plan: Plan, spans: Sequence[Span], files: int) -> Iterator[Span]:
-    """The spans, alternating between as many output files as there are workers.
+    """Yield the spans, alternating between as many output files as there are workers.
 
     Two writers of one file wait for each other in the kernel; side by side in two files they don't. Each file is
     still written from its begin to its end.
@@ -129,6 +127,6 @@ def by_turns(plan: Plan, spans: Sequence[Span], files: int) -> Iterator[Span]:
 
 
 def _cost(span: Span) -> int:
-    """Bytes read for a span: what progress is measured in."""
+    """Return the bytes read for a span: what progress is measured in."""
     sources = span.job.inputs if span.merged else span.job.inputs[:1]
     return sum(spec.stored_bytes(span.end - span.begin) for spec in sources)

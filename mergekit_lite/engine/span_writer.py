@@ -24,7 +24,7 @@ from mergekit_lite.planning import Plan
 
 
 class SpanWriter:
-    """Makes the spans of a plan.
+    """The maker of a plan's spans.
 
     Attributes:
         chunk: elements read and written at once.
@@ -39,7 +39,7 @@ class SpanWriter:
         self.share = observed_share(plan)
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
-        """Whether an earlier run wrote this span and its bytes are still what it wrote."""
+        """Return whether an earlier run wrote this span and its bytes are still what it wrote."""
         record = sink.record(span.index, span.begin)
         if record is None:
             return False
@@ -78,7 +78,7 @@ class SpanWriter:
         sources = job.inputs if span.merged else job.inputs[:1]
         size = dtypes.size(job.dtype)
         read_digests = [xxhash.xxh3_128() for _ in sources]
-        made = {output: _Made() for output in sinks}
+        results = {output: _Result() for output in sinks}
         for start, count in cut(span.begin, span.end, self.chunk):
             if stopped():
                 return []
@@ -96,20 +96,20 @@ class SpanWriter:
                 out = inputs[0]
                 if not is_copied(span):
                     out = buffers.output((last - first) * size, skew)
-                    self._fill(_Chunk(span, first, inputs, out), buffers, merges.get(output), made[output])
-                self._look(span, inputs, out, made[output])
+                    self._fill(_Chunk(span, first, inputs, out), buffers, merges.get(output), results[output])
+                self._look(span, inputs, out, results[output])
                 data = _part(out, wanted, size)
                 sink.write(job.name, start * size, data)
-                made[output].digest.update(data)
+                results[output].digest.update(data)
         read = [digest.hexdigest() for digest in read_digests]
         records: list[tuple[int, Record]] = []
-        for output, done in made.items():
-            written, bad = done.digest.hexdigest(), sorted(done.bad)
+        for output, result in results.items():
+            written, bad = result.digest.hexdigest(), sorted(result.bad)
             coefficients = merges[output].coefficients if output in merges and span.begin == 0 else ()
-            records.append((output, Record(span.index, span.begin, read, written, done.sums, bad, coefficients)))
+            records.append((output, Record(span.index, span.begin, read, written, result.sums, bad, coefficients)))
         return records
 
-    def _fill(self, chunk: _Chunk, buffers: WorkerBuffers, merge: JobMerge | None, made: _Made) -> None:
+    def _fill(self, chunk: _Chunk, buffers: WorkerBuffers, merge: JobMerge | None, result: _Result) -> None:
         """Merge one chunk of one output, or cast it where there is no merge."""
         job = chunk.span.job
         if merge is None:
@@ -125,16 +125,15 @@ class SpanWriter:
         if merge is not None and (observed := merge.method.observed) is not None:
             elements = len(chunk.out) // dtypes.size(job.dtype)
             for grain in observed_grains(chunk.span.begin, chunk.start, elements, self.share):
-                made.add(ops.figures(observed, [view[grain] for view in (out, *block)]), grain.stop - grain.start)
+                result.add(ops.figures(observed, [view[grain] for view in (out, *block)]), grain.stop - grain.start)
         buffers.wait()
 
-    def _look(self, span: Span, inputs: Sequence[memoryview], out: memoryview, made: _Made) -> None:
-        """Note which inputs aren't finite where a chunk of the output isn't; −1 where they all are."""
+    def _look(self, span: Span, inputs: Sequence[memoryview], out: memoryview, result: _Result) -> None:
+        """Note which inputs aren't finite where a chunk of the output isn't; −1 where all inputs are."""
         if not all_finite(out, span.job.dtype):
             sources = [spec.dtype for spec in span.job.inputs[: len(inputs)]]
-            made.bad |= {number for number, dtype in enumerate(sources) if not all_finite(inputs[number], dtype)} or {
-                -1
-            }
+            bad = {number for number, dtype in enumerate(sources) if not all_finite(inputs[number], dtype)}
+            result.bad |= bad or {-1}
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,11 @@ class _Chunk:
     out: memoryview
 
 
-class _Made:
-    """What is known of a span of one variant when it is written: digest, observed sums, inputs that weren't finite."""
+class _Result:
+    """What is known of a span of one output when it is written: digest, observed sums, inputs that weren't finite."""
 
     def __init__(self) -> None:
-        """Nothing made yet."""
+        """Begin with nothing."""
         self.digest = xxhash.xxh3_128()
         self.sums: list[float] = []
         self.bad: set[int] = set()
@@ -163,7 +162,7 @@ class _Made:
 
 
 def is_copied(span: Span) -> bool:
-    """Whether its bytes are those of the input."""
+    """Return whether a span's bytes are those of the input."""
     return not span.merged and span.job.inputs[0].dtype == span.job.dtype
 
 

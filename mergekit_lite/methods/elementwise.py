@@ -31,7 +31,7 @@ def nearswap(info: TensorInfo, *, t: NotNegative) -> Merge:
 
 @method(formula="base + lambda·(δ with the largest |δ|)", source="Marczak et al. 2024, arXiv 2407.06322")
 def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Merge:
-    """Per element, the delta of the model that changed it most; of equal ones the first model's.
+    """Add per element the delta of the model that changed it most; of equal ones the first model's.
 
     Args:
         info: the tensor.
@@ -91,7 +91,7 @@ def ram(info: TensorInfo, *, epsilon: NotNegative = 1e-5) -> Merge:
     formula="as ram; what one model alone changed times 1 + r·clamp(shared/unique, 0, alpha)", source="arXiv 2601.13572"
 )
 def ramplus_tl(info: TensorInfo, *, epsilon: NotNegative = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Steps:
-    """As ``ram``, with what one model alone changed enlarged: by how much of its change in the tensor is shared.
+    """Merge as ``ram``, and enlarge what one model alone changed, by how much of its change in the tensor is shared.
 
     Args:
         info: the tensor.
@@ -112,7 +112,7 @@ def ramplus_tl(info: TensorInfo, *, epsilon: NotNegative = 1e-5, r: float = 0.1,
 
 
 def _shared_mean(block: Block, epsilon: float, alone: tuple[float, ...]) -> torch.Tensor:
-    """Base plus the mean of the deltas that changed an element; ``alone`` are the factors where only one did."""
+    """Return the base plus the mean of the deltas that changed an element, times ``alone`` where only one did."""
     moved = deltas(block)
     changes = torch.zeros_like(moved[0])
     total, scaled = torch.zeros_like(changes), torch.zeros_like(changes)

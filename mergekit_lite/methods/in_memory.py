@@ -61,7 +61,11 @@ def merge_states(
     block: int = BLOCK,
     **parameters: Any,
 ) -> dict[str, torch.Tensor]:
-    """Merge whole state dicts, so that statistics may span the model. Otherwise as ``merge_tensors``."""
+    """Merge whole state dicts, so that statistics may span the model; see ``merge_tensors`` for arguments and errors.
+
+    Args:
+        models: state dicts with the same names; those of the first one, or of the base, are merged.
+    """
     method = method_named(name)
     arguments = method.resolve(parameters, len(models), base is not None)
     states = [*([] if base is None else [base]), *models]

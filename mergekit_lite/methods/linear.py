@@ -18,7 +18,7 @@ from mergekit_lite.ops.operations import WeightedSum
 
 
 def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
-    """The weights divided by their sum. Raises UsageError where that is zero."""
+    """Return the weights divided by their sum. Raises UsageError where that is zero."""
     total = sum(weights)
     if total == 0:
         raise UsageError(f"The weights {', '.join(f'{w:g}' for w in weights)} sum to zero: there is no mean with them.")
@@ -32,7 +32,7 @@ def _have_a_mean(*, weight: tuple[float, ...], normalize: bool) -> None:
 
 @method(base="optional", check=_have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
 def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True) -> Merge:
-    """Weighted sum of the inputs; a base is one of them.
+    """Take the weighted sum of the inputs; a base is one of them.
 
     Args:
         info: the tensor.
@@ -48,13 +48,13 @@ def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True)
 
 @method(base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")
 def uniform_soup(info: TensorInfo) -> Merge:
-    """Plain mean of the inputs; a base is one of them."""
+    """Take the plain mean of the inputs; a base is one of them."""
     return linear(info, weight=(1.0,) * info.inputs)
 
 
 @method(base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
 def ema(info: TensorInfo, *, decay: Share = 0.9) -> Merge:
-    """Exponential moving average of checkpoints in their order, beginning at the first one (the base, where given).
+    """Take the exponential moving average of checkpoints in their order, from the first one (the base, if any) on.
 
     Args:
         info: the tensor.
@@ -89,7 +89,7 @@ def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Merge:
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
 def passthrough(info: TensorInfo, *, scale: PerInput[float] = (1.0,)) -> Merge:
-    """One model's tensor as it is, or scaled.
+    """Pass one model's tensor through as it is, or scaled.
 
     Args:
         info: the tensor.

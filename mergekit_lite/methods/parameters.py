@@ -30,11 +30,11 @@ class Bounds:
     most: float = math.inf
 
     def __contains__(self, number: float) -> bool:
-        """Whether the number lies in the range."""
+        """Return whether the number lies in the range."""
         return self.least <= number <= self.most
 
     def __str__(self) -> str:
-        """`` from 0 to 1``: what follows ``a number`` in a message; nothing where every number will do."""
+        """Return `` from 0 to 1``: what follows ``a number`` in a message; nothing where every number will do."""
         if self.most < math.inf:
             return f" from {self.least:g} to {self.most:g}"
         return f" from {self.least:g} on" if self.least > -math.inf else ""

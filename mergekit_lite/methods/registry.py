@@ -74,7 +74,7 @@ class Method:
         return arguments
 
     def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
-        """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
+        """Return the length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
         return self.rows(shape, **arguments) if self.rows is not None else 0
 
 
@@ -96,5 +96,5 @@ def method_named(name: str) -> Method:
 
 
 def last_axis(shape: tuple[int, ...], **_: Any) -> int:
-    """Rows along the last axis; a vector is one row."""
+    """Return the length of rows along the last axis; a vector is one row."""
     return shape[-1] if shape else 1

@@ -83,7 +83,7 @@ def sce(
 
 
 def _variance(models: Block) -> torch.Tensor:
-    """Per element, n² times the variance over the models, as float32.
+    """Return per element n² times the variance over the models, as float32.
 
     Seen from the first model: the same whatever the base, and zero where all agree, not nearly zero.
     """

@@ -30,16 +30,18 @@ PARALLEL = 1e-16  # up to which nuslerp does
 
 
 def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
-    """Coefficients of a and b at ``t`` of the arc between them.
+    """Return the coefficients of a and b at ``t`` of the arc between them.
 
     Args:
         t: 0 is a, 1 is b.
         products: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …).
         straight: where sin² of the angle is not above this, the straight line.
     """
+    # cos θ = ⟨a, b⟩ / (|a|·|b|); a vector without length counts as orthogonal
     lengths = np.sqrt(products[0] * products[1])
     cosine = np.clip(np.where(lengths > 0, products[2] / np.where(lengths > 0, lengths, 1), 0), -1, 1)
     angle = np.arccos(cosine)
+    # the straight line where sin θ is too small to divide by; the 1 in its place divides nothing that is used
     line = 1 - cosine * cosine <= straight
     sine = np.where(line, 1, np.sin(angle))
     a = np.where(line, 1 - t, np.sin((1 - t) * angle) / sine)
@@ -48,14 +50,14 @@ def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals
 
 
 def _products(vectors: Block, axis: int) -> torch.Tensor:
-    """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
+    """Return ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
     a, b = (vector.double() for vector in vectors)
     return torch.stack([(x * y).sum(axis) for x, y in ((a, a), (b, b), (a, b))])
 
 
 @method(models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
 def slerp(info: TensorInfo, *, t: float) -> Steps:
-    """Spherical interpolation between the base and one model, each tensor as one vector.
+    """Interpolate between the base and one model along the sphere, each tensor as one vector.
 
     Args:
         info: the tensor.
@@ -82,7 +84,7 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
 def nuslerp(
     info: TensorInfo, *, weight: PerModel[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
-    """Slerp between two models, or between what they add to a base, at the place their weights give.
+    """Interpolate along the sphere between two models, or what they add to a base, at the place their weights give.
 
     Args:
         info: the tensor.
@@ -124,7 +126,7 @@ def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, *
 def multislerp(
     info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:
-    """Mean direction at the mean length, of several models or of what they add to a base.
+    """Take the mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
         info: the tensor.
@@ -152,7 +154,7 @@ def multislerp(
 def karcher(
     info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
 ) -> Steps:
-    """The mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
+    """Take the mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
         info: the tensor.
@@ -163,33 +165,40 @@ def karcher(
     weights = np.array(shares(weight))
     products = yield from gram(from_base=False)
     lengths = np.sqrt(products.diagonal())
-    there = lengths > 0  # a zero tensor has no direction
-    if not there.any():
+    # the directions, of those inputs that have one: a zero tensor has none
+    directed = lengths > 0
+    if not directed.any():
         return lambda block, _: torch.zeros_like(block[0])
-    units = products[there][:, there] / np.outer(lengths[there], lengths[there])
-    mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
+    units = products[directed][:, directed] / np.outer(lengths[directed], lengths[directed])
+    mean = _karcher_mean(units, weights[directed] / weights[directed].sum(), max_iter, tol)
+    # the mean direction at the weighted mean length, as a combination of the inputs themselves
     coefficients = np.zeros_like(weights)
-    coefficients[there] = mean * (weights @ lengths) / lengths[there]
+    coefficients[directed] = mean * (weights @ lengths) / lengths[directed]
     return WeightedSum(tuple(coefficients.tolist()))
 
 
 def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
-    """The mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
+    """Return the mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
+    # begin at the normalised weighted sum; where that vanishes, at the first vector
     mean = weights
     if _length(mean, units) < tol:
         mean = np.zeros_like(weights)
         mean[0] = 1
     mean = mean / _length(mean, units)
     for _ in range(max_iter):
+        # each vector's angle to the mean
         cosines = np.clip(units @ mean, -1, 1)
         angles = np.arccos(cosines)
         sines = np.sin(angles)
-        # θ/sin θ is 1 at 0; opposite to the mean there is no tangent
+        # The tangent at the mean towards a vector u, as long as the angle: θ/sin θ·(u − cos θ·mean). θ/sin θ is 1 at 0;
+        # opposite to the mean there is no tangent.
         pulls = weights * np.where(sines > tol, angles / np.where(sines > tol, sines, 1), cosines > 0)
+        # the weighted mean of the tangents: zero at the mean on the sphere
         tangent = pulls - (pulls @ cosines) * mean
         step = _length(tangent, units)
         if step < tol:
             break
+        # go that far along the great circle, and undo what rounding does to the length
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
         mean = mean / _length(mean, units)
     return mean
@@ -204,7 +213,7 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
 def geometric_median(
     info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
 ) -> Merge | Steps:
-    """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
+    """Take the point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
         info: the tensor.
@@ -223,19 +232,22 @@ def geometric_median(
 
 
 def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
-    """The median as a combination of the points, from their inner products: float64 of shape (n,)."""
+    """Return the median as a combination of the points, from their inner products: float64 of shape (n,)."""
     points = np.eye(len(weights))
     median = weights
     spread = max(_length(point - median, products) for point in points)
     for _ in range(max_iter):
+        # each point that isn't hit pulls by its weight over its distance
         distances = np.array([_length(point - median, products) for point in points])
         away = distances > tol * spread
         pulls = np.where(away, weights / np.where(away, distances, 1), 0)
         if pulls.sum() == 0:
             break
+        # Weiszfeld's step: to the mean of the points so weighted
         target = pulls / pulls.sum()
         step = target - median
-        # a point that is hit holds on with its weight
+        # A point that is hit holds on with its weight: the step shrinks by that share of the others' pull, to nothing
+        # where the point is the median (Vardi & Zhang).
         force = _length(step, products) * pulls.sum()
         step = step * max(1 - weights[~away].sum() / force, 0) if force > 0 else step * 0
         median = median + step
@@ -245,5 +257,5 @@ def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> 
 
 
 def _length(vector: Totals, products: Totals) -> float:
-    """The length of a combination of vectors, from their inner products."""
+    """Return the length of a combination of vectors, from their inner products."""
     return math.sqrt(max(float(vector @ products @ vector), 0.0))  # NaN stays

@@ -84,7 +84,7 @@ def _by_element(block: Block, measure: Measure, temperature: float) -> torch.Ten
 
 
 def _shares(changes: Totals, temperature: float) -> tuple[float, ...]:
-    """Weights that sum to 1."""
+    """Return the weights: shares of the changes, or their softmax; they sum to 1."""
     if temperature > 0:
         changes = np.exp((changes - changes.max()) / temperature)
     total = float(changes.sum())

@@ -11,12 +11,12 @@ function a block's base is its first run, where there is one, and the models are
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
 import operator
 from collections.abc import Collection, Sequence
 from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import lru_cache, reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import draws
@@ -87,15 +87,15 @@ SIGNATURES = {
 
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
-    """The compiled functions; None where the package was installed without them."""
-    found = importlib.util.find_spec("mergekit_lite.ops._compiled")
-    if found is None or found.origin is None:
+    """Return the compiled functions; None where the package was installed without them."""
+    path = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
+    if not path.exists():
         return None
-    loaded = ctypes.CDLL(found.origin)
+    library = ctypes.CDLL(str(path))
     for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return loaded
+    return library
 
 
 class COps:
@@ -117,13 +117,14 @@ class COps:
         if isinstance(operation, op.WeightedSum):
             block = [block[number] for number in operation.order] if operation.order else block
             keeps, row = _keeps_of(operation.masks, len(operation.coefficients))
-            numbers = operation.coefficients, operation.divisor
-            merge_sum(out, block, operation.from_base, *numbers, keeps, start, row)
-        else:
-            assert isinstance(operation, op.Election) and isinstance(operation.kept, tuple)
-            keeps, row = _keeps_of(operation.kept, len(operation.votes))
-            numbers_of_election = operation.votes, operation.shares, operation.weights, operation.scale
-            merge_elected(out, block, *numbers_of_election, keeps, start, row)
+            numbers: tuple[object, ...] = (_floats(operation.coefficients), operation.divisor)
+            _call("merge_sum", out, *_parted(block, operation.from_base), *numbers, _keeps(keeps), row, start)
+            return
+        assert isinstance(operation, op.Election) and isinstance(operation.kept, tuple)
+        keeps, row = _keeps_of(operation.kept, len(operation.votes))
+        weights = None if operation.weights is None else _floats(operation.weights)
+        numbers = (_floats(operation.votes), _floats(operation.shares), weights, operation.scale)
+        _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start)
 
     def sum(self, operation: Statistic, block: Sequence[Run], start: int, length: int) -> npt.NDArray[Any]:
         """Return the figures over a block, added up over parts of ``length`` elements."""
@@ -147,18 +148,18 @@ def does(operation: Merge | Statistic, kind: TensorKind) -> bool:
         return False
     match operation:
         case op.WeightedSum():
-            return kind.rounding_key is None and _keep(operation.masks, kind)
+            return kind.rounding_key is None and _can_keep(operation.masks, kind)
         case op.Election():
-            return kind.rounding_key is None and isinstance(operation.kept, tuple) and _keep(operation.kept, kind)
+            return kind.rounding_key is None and isinstance(operation.kept, tuple) and _can_keep(operation.kept, kind)
         case op.Lengths():
-            return _keep(operation.masks, kind)
+            return _can_keep(operation.masks, kind)
         case op.CountUpperBits() | op.CountLowerBits() | op.CompareSizes() | op.CountEqual():
             return isinstance(operation.quantities, DeltaSizes)
     return isinstance(operation, op.AllFinite | op.InnerProducts | op.Step | op.Sizes)
 
 
-def _keep(masks: Masks, kind: TensorKind) -> bool:
-    """Return whether the masks can be told to C: one key serves the draws of so many elements, and no more."""
+def _can_keep(masks: Masks, kind: TensorKind) -> bool:
+    """Return whether C can keep to the masks: it draws by one key, which serves no more elements than that."""
     return kind.elements <= 2 * draws.WORDS or not any(isinstance(mask, op.ByChance | op.ByRank) for mask in masks)
 
 
@@ -173,7 +174,8 @@ def _figures(operation: Statistic, block: Sequence[Run], start: int) -> Sequence
             _, against_delta, square = inner_products([origin, out, base], has_base=True)
             return [-against_delta, square]
         case op.Lengths():
-            return lengths(block, *_placed(operation.masks, len(block) - 1, start))
+            keeps, row = _keeps_of(operation.masks, len(block) - 1)
+            return lengths(block, keeps, start, row)
         case op.Sizes():
             return _sizes(operation, block, start)
         case op.CountUpperBits():
@@ -193,7 +195,7 @@ def _sizes(operation: op.Sizes, block: Sequence[Run], start: int) -> npt.NDArray
     if operation.squared:
         sums = [inner_products([base, model], has_base=True)[0] for model in models]
     else:
-        sums = lengths(block, *_placed((), len(models), start))[: len(models)]
+        sums = lengths(block, [Keep(EVERYTHING)] * len(models), start)[: len(models)]
     return np.array([*sums, base.count]) * operation.factor
 
 
@@ -225,14 +227,9 @@ def _pairs(quantities: op.Quantities, block: Sequence[Run]) -> list[tuple[Run, R
 
 
 def _keeps_of(masks: Masks, models: int) -> tuple[list[Keep], int]:
-    """Return what C is told of the masks, and the length of a row where they rank rows, else 0."""
+    """Return what is kept of each model, and the length of a row where rows are ranked, else 0."""
     rows = [mask.columns for mask in masks if isinstance(mask, op.ByRank)]
     return [_keep_of(mask) for mask in masks or (None,) * models], rows[0] if rows else 0
-
-
-def _placed(masks: Masks, models: int, start: int) -> tuple[list[Keep], int, int]:
-    keeps, row = _keeps_of(masks, models)
-    return keeps, start, row
 
 
 def _keep_of(mask: op.Mask) -> Keep:
@@ -251,77 +248,36 @@ def _keep_of(mask: op.Mask) -> Keep:
 
 
 def serve(dtypes: Collection[str]) -> bool:
-    """Whether the kernels can be used on tensors of these dtypes, one for each, in the memory of the CPU."""
+    """Return whether the kernels can be used on tensors of these dtypes, one for each, in the memory of the CPU."""
     return compiled() is not None and len(dtypes) <= MOST_TENSORS and all(dtype in DTYPES for dtype in dtypes)
 
 
 def take(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can be used on these tensors."""
+    """Return whether the kernels can be used on these tensors."""
     return serve([name_of(tensor.dtype) for tensor in tensors]) and all(
         tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors
     )
 
 
 def run(data: memoryview, dtype: str) -> Run:
-    """The elements that some bytes are; at least one."""
+    """Return the elements that some bytes are; at least one."""
     return Run(ctypes.addressof(c_char.from_buffer(data)), len(data) // SIZE, dtype == "float16")
 
 
 def run_of(tensor: torch.Tensor) -> Run:
-    """The elements of a tensor."""
+    """Return the elements of a tensor."""
     return Run(tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.float16)
 
 
-def merge_sum(
-    out: Run,
-    block: Sequence[Run],
-    has_base: bool,
-    coefficients: Sequence[float],
-    divisor: float,
-    keeps: Sequence[Keep],
-    start: int,
-    row: int = 0,
-) -> None:
-    """(Σ coefficient·model) / divisor; with a base: base + (Σ coefficient·kept delta) / divisor.
-
-    Args:
-        out: gets the result.
-        block: as many elements each.
-        has_base: whether the first one is a base.
-        coefficients, keeps: one for each model.
-        divisor: 1 divides by nothing.
-        start: index of the block's first element.
-        row: where something is kept by rank, the length of the rows, which blocks don't split.
-    """
-    numbers = (_floats(coefficients), divisor)
-    _call("merge_sum", out, *_parted(block, has_base), *numbers, _keeps(keeps), row, start)
-
-
-def merge_elected(
-    out: Run,
-    block: Sequence[Run],
-    votes: Sequence[float],
-    shares: Sequence[float],
-    weights: Sequence[float] | None,
-    scale: float,
-    keeps: Sequence[Keep],
-    start: int,
-    row: int = 0,
-) -> None:
-    """Base plus those kept deltas that have the elected sign, into ``out``: ``methods.election`` has the formula."""
-    numbers = (_floats(votes), _floats(shares), None if weights is None else _floats(weights), scale)
-    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start)
-
-
 def lengths(block: Sequence[Run], keeps: Sequence[Keep], start: int, row: int = 0) -> list[float]:
-    """Σ|δ| of each model, then of what is kept of each."""
+    """Return Σ|δ| of each model, then of what is kept of each."""
     sums = (c_double * (2 * len(keeps)))()
     _call("lengths", sums, *_parted(block, True), _keeps(keeps), row, start)
     return list(sums)
 
 
 def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
-    """The lower triangle, row by row, of the inner products of the deltas, or without a base of the models."""
+    """Return the lower triangle, row by row, of the inner products of the deltas, or without a base of the models."""
     n = len(block) - has_base
     products = (c_double * (n * (n + 1) // 2))()
     _call("inner_products", products, *_parted(block, has_base))
@@ -329,14 +285,14 @@ def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
 
 
 def count_upper_bits(bins: int, base: Run, model: Run) -> npt.NDArray[np.int64]:
-    """How many sizes of deltas there are by the upper 16 bits of the float32, zero by itself: in so many bins."""
+    """Count the sizes of deltas by the upper 16 bits of the float32, zero by itself, in ``bins`` bins."""
     counts = np.zeros(bins, np.int64)
     _call("count_upper_bits", counts.ctypes.data, base, model)
     return counts
 
 
 def count_lower_bits(bins: int, base: Run, model: Run, first: int) -> npt.NDArray[np.int64]:
-    """How many sizes of deltas have each of so many bit patterns from ``first`` on."""
+    """Count the sizes of deltas that have each of ``bins`` bit patterns from ``first`` on."""
     counts = np.zeros(bins, np.int64)
     _call("count_lower_bits", counts.ctypes.data, bins, base, model, first)
     return counts
@@ -358,7 +314,7 @@ def compare_sizes(
 
 
 def all_finite(run: Run) -> bool:
-    """Whether a run holds neither NaN nor infinity."""
+    """Return whether a run holds neither NaN nor infinity."""
     return bool(_call("all_finite", run))
 
 

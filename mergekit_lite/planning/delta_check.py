@@ -1,4 +1,4 @@
-"""A look at the delta before the run: its size on a small sample tells alignment from fine-tuning."""
+"""The delta, looked at before the run: its size on a small sample tells alignment from fine-tuning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BORDER = math.sqrt(RMS_OF_ALIGNMENT * RMS_OF_FINETUNING)
 
 
 def delta_rms(plan: Plan) -> float | None:
-    """Root mean square of (first − second input) over a fixed sample: the middle of evenly spaced tensors.
+    """Return the root mean square of (first − second input) over a fixed sample: the middle of evenly spaced tensors.
 
     None where no tensor is merged.
     """
@@ -52,7 +52,7 @@ def _square(reader: Reader, specs: Sequence[TensorSpec], start: int, count: int)
 
 
 def delta_warning(plan: Plan) -> str | None:
-    """What the size of the delta suggests, where it suggests trouble."""
+    """Return what the size of the delta suggests, where it suggests trouble."""
     if any(job.method != "expo" for job in plan.merged):
         return None  # the bands are those of alignment
     rms = delta_rms(plan)

@@ -10,6 +10,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.run import lanes_and_block
 from mergekit_lite.engine.schedule import Progress, Schedule
@@ -44,7 +45,8 @@ class Recomputation:
         self.device = device
         self.jobs = sorted(jobs)
         self.records = Records()
-        self.schedule = Schedule(plan, {0: self.records}, device, workers, block, progress, processes, set(jobs))
+        team = Workers(workers, device, block, processes)
+        self.schedule = Schedule(plan, {0: self.records}, team, progress, set(jobs))
         self.grouped = {index for (index, _), merge in self.schedule.merges.items() if merge.group is not None}
 
     @property

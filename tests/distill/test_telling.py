@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mergekit_lite.commands import reporter
-from mergekit_lite.commands.reporter import Teller, rate
+from mergekit_lite.commands.reporter import TerminalReporter, rate
 
 
 def test_in_a_pipe_progress_is_a_line_now_and_then(
@@ -16,7 +16,7 @@ def test_in_a_pipe_progress_is_a_line_now_and_then(
 ) -> None:
     now = iter([0.0, 5.0, 20.0, 25.0])
     monkeypatch.setattr(reporter.time, "monotonic", lambda: next(now))
-    with Teller().progress("gemma", 1000, 200) as advance:
+    with TerminalReporter().progress("gemma", 1000, 200) as advance:
         for _ in range(3):
             advance(100)
     told = capsys.readouterr()
@@ -25,7 +25,7 @@ def test_in_a_pipe_progress_is_a_line_now_and_then(
 
 
 def test_on_a_terminal_every_task_has_its_bar() -> None:
-    teller = Teller()
+    teller = TerminalReporter()
     screen = io.StringIO()
     teller.err = Console(file=screen, force_terminal=True, width=100)
     with teller.progress("gemma", 10, 5) as one, teller.progress("qwen", 20) as other:
@@ -39,7 +39,7 @@ def test_on_a_terminal_every_task_has_its_bar() -> None:
 
 def test_results_go_to_standard_output_and_warnings_are_never_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (False, True):
-        teller = Teller(quiet=quiet)
+        teller = TerminalReporter(quiet=quiet)
         teller.line("[pair] a line")
         teller.table(("name", ">count"), [("x", "1")])
         teller.warn("[look]")

@@ -66,6 +66,11 @@ def test_all_problems_at_once() -> None:
         assert words in str(problem.value)
 
 
+def test_what_mergekit_takes_without_effect() -> None:
+    with_it, without = (merge_tensors("ties", X, [2 * X], weight=1, **more) for more in ({"int8_mask": True}, {}))
+    assert torch.equal(with_it, without)
+
+
 def test_a_tensor_that_a_model_lacks() -> None:
     with pytest.raises(UsageError, match="'b' is not in every model"):
         merge_states("uniform_soup", None, [{"a": X, "b": X}, {"a": X}])

@@ -36,7 +36,7 @@ class Sparse(VectorTerm):
         return self.starts, self.places, self.values
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
-        """Add the stored values. To a zero they are not added but put in its place, so that −0 is told from 0."""
+        """Add the stored values. One takes the place of a zero, so that the sum keeps its sign: −0 isn't 0."""
         # The chunks that ``total`` touches, and how many values each of them has.
         first, last = start // CHUNK, -(-(start + len(total)) // CHUNK)
         starts = self.starts.elements(reader, first, last - first + 1)

@@ -18,6 +18,8 @@ class Strided(Encoding):
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Pick the elements, which are scattered, from a mapping of the file."""
         values = tensor_of(out, spec.dtype)
+        if not out:
+            return
         # Count each element's index through the dimensions, the last one first, and add up its distance from the first.
         index = torch.arange(start, start + values.numel())
         position = torch.zeros_like(index)

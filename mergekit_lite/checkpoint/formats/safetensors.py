@@ -60,6 +60,8 @@ def read_header(path: Path) -> Header:
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    """Parse the JSON object of a header. Raises CheckpointError where it is none, or names a key twice."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) != len(pairs):
@@ -86,6 +88,14 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
 
 
 def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
+    """Return the tensor that an entry of the header describes, once dtype, shape and offsets fit each other.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        entry: what the header says of it.
+        start: where the data begin in the file; offsets count from there.
+    """
     check_name(path, name)
 
     def damaged(what: str) -> CheckpointError:
@@ -122,6 +132,16 @@ def _naturals(values: object) -> bool:
 
 
 def _check_tiling(path: Path, specs: list[TensorSpec], start: int, total: int) -> None:
+    """Raise CheckpointError where the tensors, in the order of their offsets, don't tile the data without a gap.
+
+    An empty tensor takes no bytes, and is sorted before the one that begins at the same offset.
+
+    Args:
+        path: the file.
+        specs: its tensors.
+        start: where the data begin in the file.
+        total: size of the file.
+    """
     position = start
     for spec in specs:
         if spec.offset != position:

@@ -1,7 +1,13 @@
-"""Where the tensors lie in a ``.pt``, ``.pth`` or ``.bin`` file that ``torch.save`` wrote.
+"""The places of the tensors in a ``.pt``, ``.pth`` or ``.bin`` file that ``torch.save`` wrote.
 
-The pickle inside is only ever read by torch's own restricted loader (``weights_only=True``), onto the ``meta`` device:
-it yields names, shapes and each storage's offset in the file without touching a weight. Each offset is then checked
+Such a file is a zip without compression:
+
+    NAME/data.pkl        a pickle: the saved object, in which a tensor is a storage's key, an offset, sizes and strides
+    NAME/data/KEY        the bytes of one storage, which several tensors may share
+    NAME/byteorder, …    short notes
+
+The pickle is only ever read by torch's own restricted loader (``weights_only=True``), onto the ``meta`` device: it
+yields names, shapes and each storage's offset in the file without touching a weight. Each offset is then checked
 against the zip's own records, and the weights are read like any other file's.
 """
 
@@ -23,13 +29,11 @@ from mergekit_lite.errors import CheckpointError, listing, shortened
 SUFFIXES = (".bin", ".pt", ".pth")
 MODEL_NAMES = ("pytorch_model.bin",)
 ADAPTER_NAMES = ("adapter_model.bin",)
-NESTS = ("state_dict", "model", "module", "state")
+NESTS = ("state_dict", "model", "module", "state")  # keys that training programs put a model's weights under
 MAX_NESTING = 4
 ZIP_MAGIC = b"PK\x03\x04"
 LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and extra field
-ALLOCATOR = re.compile(
-    rb"c(builtins|__builtin__)\nbytearray\n"
-)  # the loader lets a pickle allocate as much as it names
+ALLOCATOR = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")  # would allocate as much as the pickle names
 
 
 def read_header(path: Path) -> Header:
@@ -41,6 +45,7 @@ def read_header(path: Path) -> Header:
     """
     pickled, records = _check_container(path)
     content = _load_meta(path, pickled)
+    # Go down to the mapping that holds the weights, and note what is passed on the way.
     nest: tuple[str, ...] = ()
     others: list[str] = []
     while (key := _nest_key(path, nest, content)) is not None and len(nest) < MAX_NESTING:
@@ -60,10 +65,13 @@ def read_header(path: Path) -> Header:
 
 
 def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
-    """Check the zip around the pickle.
+    """Check the zip around the pickle, and find the places of its records.
 
     Returns:
-        The pickle, which identifies the file's structure, and each record's length by the offset of its data.
+        The pickle, which identifies the file's structure, and each record's length in bytes by its data's offset.
+
+    Raises:
+        CheckpointError: the file can't be read, or isn't a zip as ``torch.save`` writes it.
     """
     try:
         with path.open("rb") as file:
@@ -94,7 +102,8 @@ def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
 
 
 def _record(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where the data of a zip record begins in the file, and how many bytes it has."""
+    """Return the offset in the file at which the data of a zip record begins, and how many bytes it has."""
+    # The lengths of name and extra field are read from the record itself: the directory's may be others.
     file.seek(entry.header_offset)
     header = file.read(LOCAL_HEADER_BYTES)
     if len(header) < LOCAL_HEADER_BYTES or header[:4] != ZIP_MAGIC or entry.compress_size != entry.file_size:
@@ -104,6 +113,7 @@ def _record(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _load_meta(path: Path, pickled: bytes) -> Any:
+    """Load the saved object, its tensors without data. Raises CheckpointError where torch's loader refuses it."""
     if ALLOCATOR.search(pickled):
         raise CheckpointError(
             f"{path}: asks for memory beside its tensors (a bytearray), which is refused. Keep tensors only."
@@ -124,11 +134,12 @@ def _load_meta(path: Path, pickled: bytes) -> Any:
 
 
 def _label(key: object) -> str:
-    """How a key of a pickled dictionary is shown; only text is safe to print."""
+    """Return how a key of a pickled dictionary is shown; only text is safe to print."""
     return shortened(key, 80) if isinstance(key, str) and key.isprintable() else f"<{type(key).__name__}>"
 
 
 def _tensors(content: object) -> dict[str, torch.Tensor]:
+    """Return the tensors of a mapping by name, not those in mappings within it."""
     if not isinstance(content, Mapping):
         return {}
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
@@ -161,7 +172,7 @@ def _nest_key(path: Path, nest: tuple[str, ...], content: object) -> str | None:
 
 
 def _held(content: Mapping[object, object], depth: int = 1) -> list[torch.Tensor]:
-    """The tensors of a mapping, and of those nested in it under the known names."""
+    """Return the tensors of a mapping, and of those nested in it under the known names."""
     tensors = list(_tensors(content).values())
     for key in NESTS if depth < MAX_NESTING else ():
         if isinstance(inner := content.get(key), Mapping):
@@ -170,11 +181,12 @@ def _held(content: Mapping[object, object], depth: int = 1) -> list[torch.Tensor
 
 
 def _holds_weights(tensors: Sequence[torch.Tensor], dimensions: int) -> bool:
-    """Whether there is a matrix among some tensors, or a floating-point one of that many dimensions."""
+    """Return whether one of the tensors is a matrix, or a floating-point one of at least ``dimensions``."""
     return any(each.dim() >= (dimensions if each.is_floating_point() else 2) for each in tensors)
 
 
 def _floats(tensors: Sequence[torch.Tensor]) -> int:
+    """Return how many floating-point numbers the tensors hold."""
     return sum(each.numel() for each in tensors if each.is_floating_point())
 
 
@@ -192,7 +204,19 @@ def _refuse_choice(path: Path, nest: tuple[str, ...], keys: Sequence[str], here:
 
 
 def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorSpec:
+    """Return the place of a tensor, once its storage's record is long enough for it.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        tensor: on the meta device, as torch's loader made it.
+        records: the length of each record of the zip by the offset of its data.
+
+    Raises:
+        CheckpointError: it is no plain dense tensor, or reaches beyond its record.
+    """
     check_name(path, name)
+    # The loader notes where in the file a storage begins.
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.layout == torch.strided else None
     dtype = dtypes.BY_NAME.get(dtypes.name_of(tensor.dtype))
     if offset is None or dtype is None or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
@@ -201,6 +225,7 @@ def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int
             "negated; that is not supported. Save it as a plain dense tensor."
         )
     start = tensor.storage_offset() * dtype.size
+    # The distance from the first element to the one behind the last, by the strides, which a forged file chooses.
     reach = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() and start + reach * dtype.size > records.get(offset, 0):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""From a YAML file to a recipe, or to everything that is wrong with it, each with line and column."""
+"""YAML to a recipe, or to all of its problems, each with line and column."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_lite.answers.prompts import Prompts
-from mergekit_lite.distillation.checks import contradictions
-from mergekit_lite.distillation.recipe import TARGET, Recipe, Scorer, Source
+from mergekit_lite.distillation.recipe.checks import KeyPath, contradictions
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, Source
 from mergekit_lite.errors import nearest
 from mergekit_lite.yaml_document import (
     Fields,
@@ -30,7 +30,7 @@ from mergekit_lite.yaml_document import (
 )
 
 NEEDS = "folder, target, prompts, sources, scorers, pairs and train"
-EXPECTED = {  # for pydantic's words, which are a programmer's
+EXPECTED = {  # pydantic's types of errors: what to tell a user who knows no Python
     "string_type": "text: put it in quotes, if it is one",
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
     "int_type": "a whole number",
@@ -45,48 +45,49 @@ EXPECTED = {  # for pydantic's words, which are a programmer's
 
 
 def load(path: Path) -> Recipe:
-    """The recipe in a file. Paths in it are relative to the file's folder.
+    """Return the recipe in a file. Paths in it are relative to the file's folder.
 
     Raises:
-        RecipeError: with every problem and its place.
+        RecipeError: with every problem, its line and column.
         UsageError: the file can't be read.
     """
     return parse(text_of(path), str(path), path.resolve().parent)
 
 
 def parse(content: str, source: str, folder: Path) -> Recipe:
-    """The recipe in a YAML text.
+    """Return the recipe in a YAML text.
 
     Args:
         content: the text.
-        source: where it is from, for messages.
-        folder: what its paths are relative to.
+        source: the file's name, for messages.
+        folder: what paths in the recipe are relative to.
 
     Raises:
-        RecipeError: with every problem and its place.
+        RecipeError: with every problem, its line and column.
     """
     root = read(content, source, NEEDS)
     if not isinstance(root, Fields):
         raise RecipeError(source, [Remark(root.at, f"a recipe is a mapping with {NEEDS}, got {describe(root)}")])
     problems: list[Remark] = []
     data = _plain(root, problems)
-    own = data.get("target_source")
-    if isinstance(own, dict):  # its name and model are known
-        data["target_source"] = {"name": TARGET, "model": TARGET, **own}
+    target_source = data.get("target_source")
+    if isinstance(target_source, dict):  # users leave its name and model out
+        data["target_source"] = {"name": TARGET, "model": TARGET, **target_source}
     try:
-        recipe = Recipe.model_validate_json(json.dumps(data), strict=True)  # JSON: lists for tuples, texts for paths
+        # From JSON, as strict validation of Python objects takes no list for a tuple and no text for a path.
+        recipe = Recipe.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         problems += _described(root, error)
     if problems:
         raise RecipeError(source, problems)
-    wrong = [Remark(_place(root, problem.at).node.at, problem.text) for problem in contradictions(recipe)]
-    if wrong:
-        raise RecipeError(source, wrong)
+    problems = [Remark(_place(root, problem.at).node.at, problem.text) for problem in contradictions(recipe)]
+    if problems:
+        raise RecipeError(source, problems)
     return _located(recipe, folder)
 
 
 def _plain(node: Node, problems: list[Remark]) -> Any:
-    """A tree as JSON has it. A key without a value is as good as no key."""
+    """Return a tree as JSON values. A key without a value is left out, so it has its default."""
     if isinstance(node, Items):
         return [_plain(item, problems) for item in node.items]
     if isinstance(node, Fields):
@@ -102,52 +103,52 @@ def _plain(node: Node, problems: list[Remark]) -> Any:
 
 
 class _Place(NamedTuple):
-    """Where in the tree something is."""
+    """The node of the YAML tree that a problem is reported at."""
 
     node: Node
-    key: Scalar | None  # the node's own key, where it is in a mapping
-    rest: tuple[int | str, ...]  # of the way there: what is not in the tree
+    key: Scalar | None  # the node's key in its mapping
 
 
-def _place(root: Node, way: tuple[int | str, ...]) -> _Place:
-    """Follow a way of keys and numbers as far as it goes."""
+def _place(root: Node, path: KeyPath) -> _Place:
+    """Return the node at a path, or where a key is absent the last node before it."""
     node, key = root, None
-    for done, step in enumerate(way):
+    for step in path:
         if isinstance(node, Items) and isinstance(step, int) and step < len(node.items):
             node, key = node.items[step], None
             continue
         entry = next((e for e in node.entries if e[0].text == step), None) if isinstance(node, Fields) else None
         if entry is None:
-            return _Place(node, key, way[done:])
+            break
         key, node = entry
-    return _Place(node, key, ())
+    return _Place(node, key)
 
 
 def _described(root: Node, error: ValidationError) -> Iterator[Remark]:
-    """pydantic's errors as remarks. A value that suits none of several types is told once, with all of them."""
-    found: dict[tuple[Mark, str], list[str]] = {}
+    """Yield pydantic's errors as remarks. A value that fits none of several types is one remark with all of them."""
+    expected: dict[tuple[Mark, str], list[str]] = {}
     for details in error.errors(include_url=False, include_context=True):
-        at, what, why = _remark(root, details)
-        found.setdefault((at, what), []).append(why)
-    for (at, what), reasons in found.items():
-        yield Remark(at, what + ", or ".join(dict.fromkeys(reasons)))
+        at, subject, expectation = _remark(root, details)
+        expected.setdefault((at, subject), []).append(expectation)
+    for (at, subject), expectations in expected.items():
+        yield Remark(at, subject + ", or ".join(dict.fromkeys(expectations)))
 
 
 def _remark(root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
-    way = details["loc"]
-    place = _place(root, way)
+    """Return where one of pydantic's errors is, its subject with what was got, and what was expected or a hint."""
+    path = details["loc"]
+    place = _place(root, path)
     name = str(place.key.text) if place.key else "an entry" if place.node is not root else "the recipe"
     if details["type"] == "extra_forbidden":
-        key = str(way[-1])
-        known = _known(way[:-1])
+        key = str(path[-1])
+        known = _known(path[:-1])
         hint = nearest(key, known) or f" Known: {', '.join(known)}."
-        parent = _place(root, way[:-1])
-        inside = parent.key.text if parent.key else _owner(way[:-1])
+        parent = _place(root, path[:-1])
+        inside = parent.key.text if parent.key else _owner(path[:-1])
         return (place.key.at if place.key else place.node.at), f"unknown key {key!r} in {inside}.", hint
-    if details["type"] == "missing" and isinstance(way[-1], int):
+    if details["type"] == "missing" and isinstance(path[-1], int):
         return place.node.at, f"{name!r} has too few values", ""
     if details["type"] == "missing":
-        return place.node.at, f"{_owner(way[:-1])} has no {str(way[-1])!r}", ""
+        return place.node.at, f"{_owner(path[:-1])} has no {str(path[-1])!r}", ""
     got = describe(place.node)
     expected = EXPECTED.get(details["type"]) or details["msg"].removeprefix("Input should be ")
     hint = nearest(place.node.text, re.findall("'([^']+)'", expected)) if isinstance(place.node, Scalar) else ""
@@ -155,25 +156,27 @@ def _remark(root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
     return place.node.at, f"{name!r} is {got}, expected " if place.key else f"{got}: expected ", expected
 
 
-def _owner(way: tuple[int | str, ...]) -> str:
-    """``sources[2]``, for messages."""
-    return "".join(f"[{step + 1}]" if isinstance(step, int) else f".{step}" for step in way).lstrip(".") or "the recipe"
+def _owner(path: KeyPath) -> str:
+    """Return a path as text, counted from 1: ``sources[2]``."""
+    return (
+        "".join(f"[{step + 1}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or "the recipe"
+    )
 
 
-def _known(way: tuple[int | str, ...]) -> list[str]:
-    """The keys that the mapping at a place may have."""
-    found: Any = Recipe
-    for step in way:
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            field = found.model_fields.get(str(step))
-            found = _bare(field.annotation) if field else None
-        else:  # a list or a mapping: its values
-            found = _bare(get_args(found)[-1 if get_origin(found) is dict else 0]) if get_args(found) else None
-    return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
+def _known(path: KeyPath) -> list[str]:
+    """Return the keys that the mapping at a path may have."""
+    kind: Any = Recipe
+    for step in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(step))
+            kind = _bare(field.annotation) if field else None
+        else:  # a list or a mapping: the type of its values
+            kind = _bare(get_args(kind)[-1 if get_origin(kind) is dict else 0]) if get_args(kind) else None
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
 def _bare(annotation: Any) -> Any:
-    """A type without what Annotated and ``| None`` add."""
+    """Return a type without ``Annotated`` and ``| None``."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
@@ -182,7 +185,7 @@ def _bare(annotation: Any) -> Any:
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the paths of its own folder."""
+    """Return the recipe with its relative paths resolved against a folder."""
     report = recipe.report.model_copy(update={"prompts": tuple(_prompts(p, folder) for p in recipe.report.prompts)})
     return recipe.model_copy(
         update={
@@ -204,14 +207,14 @@ def _source(source: Source, folder: Path) -> Source:
     return source if source.server else source.model_copy(update={"model": _model(source.model, folder)})
 
 
-def _scorer(scorer: Scorer, folder: Path) -> Scorer:
+def _scorer(scorer: RecipeScorer, folder: Path) -> RecipeScorer:
     keys = ("strong", "weak") if scorer.server or scorer.kind == "function" else ("model", "strong", "weak")
     named: Mapping[str, str | None] = {key: getattr(scorer, key) for key in keys}
     return scorer.model_copy(update={key: _model(text, folder) for key, text in named.items() if text})
 
 
 def _model(text: str, folder: Path) -> str:
-    """A model's path from the recipe's folder; what is no path there is a name on the hub."""
+    """Return a model's path resolved against the recipe's folder, or its name on the hub unchanged."""
     path = Path(text).expanduser()
     is_path = path.is_absolute() or text.startswith((".", "~")) or (folder / path).is_dir()
     return str((folder / path).resolve()) if is_path else text

@@ -9,22 +9,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mergekit_lite.answers.rows import Prompt, write_text
-from mergekit_lite.distillation.assign import Fate, Lost, Sft, Waiting
-from mergekit_lite.distillation.reporter import Tell
-from mergekit_lite.distillation.rules import Pair
+from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting
+from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rules import PreferencePair
 
 
 @dataclass
 class Counts:
-    """Of one domain, in prompts but for ``answers``.
+    """Numbers of one domain's prompts, and of the answers to them.
 
     Attributes:
-        prompts: that were asked.
-        sft: that became SFT rows.
-        preference: that became preference rows.
-        waiting: that wait for the target's own answers.
-        dropped: by stage and reason.
-        answers: of the sources and of the target: all, and what kept some of them from use.
+        prompts: all prompts.
+        sft: prompts that became SFT rows.
+        preference: prompts that became preference rows.
+        waiting: prompts that wait for the target's own answers.
+        dropped: prompts that became no row, by stage and reason.
+        answers: all answers of the sources and the target, and the unusable ones by reason.
     """
 
     prompts: int = 0
@@ -36,24 +36,24 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Rows of both stages, those that wait included."""
+        """Rows of both stages, with those that wait."""
         return self.sft + self.preference + self.waiting
 
     @property
     def share(self) -> str:
-        """Of SFT rows, as the card prints it."""
+        """Share of SFT rows, as the card prints it."""
         return f"{100 * self.sft / self.total:.1f}%" if self.total else "–"
 
 
 @dataclass(frozen=True)
-class Table:
-    """All domains, and their sum."""
+class PairingTable:
+    """The counts of each domain, and their sum."""
 
     domains: Mapping[str, Counts]
 
     @property
     def overall(self) -> Counts:
-        """The sum of all domains."""
+        """The sum over all domains."""
         counts = list(self.domains.values())
         return Counts(
             prompts=sum(one.prompts for one in counts),
@@ -65,13 +65,13 @@ class Table:
         )
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write the table as JSON, atomically."""
         rows = {name: _row(counts) for name, counts in self.domains.items()}
         text = json.dumps({"domains": rows, "all": _row(self.overall)}, indent=1, ensure_ascii=False)
         write_text(path, f"{text}\n")
 
-    def show(self, tell: Tell) -> None:
-        """Counts, then losses."""
+    def show(self, reporter: Reporter) -> None:
+        """Report the counts as a table, then the losses as another."""
         named = [*self.domains.items(), *([("all", self.overall)] if len(self.domains) > 1 else [])]
         waiting = any(counts.waiting for _, counts in named)
         heads = ["domain", ">prompts", ">dropped", ">total", ">SFT", ">preference", *[">waiting"][: int(waiting)]]
@@ -80,7 +80,7 @@ class Table:
             figures = [counts.prompts, sum(counts.dropped.values()), counts.total, counts.sft, counts.preference]
             figures += [counts.waiting] if waiting else []
             rows.append([name or "–", *(f"{figure:,}" for figure in figures), counts.share])
-        tell.table([*heads, ">SFT share"], rows)
+        reporter.table([*heads, ">SFT share"], rows)
         losses = [
             [name or "–", f"{number:,}", what]
             for name, counts in self.domains.items()
@@ -88,31 +88,37 @@ class Table:
             if what != "answers"
         ]
         if losses:
-            tell.table(["domain", ">lost", "why"], losses)
+            reporter.table(["domain", ">lost", "why"], losses)
 
 
-def table_of(became: Mapping[str, Fate], prompts: Mapping[str, Prompt], answers: Mapping[str, Counter[str]]) -> Table:
-    """The counts of what became of all prompts."""
+def table_of(
+    assigned: Mapping[str, Assignment], prompts: Mapping[str, Prompt], answers: Mapping[str, Counter[str]]
+) -> PairingTable:
+    """Count the assignments and answers by domain.
+
+    Args:
+        assigned: by the prompt's id.
+        prompts: by id.
+        answers: numbers of answers by domain and kind, as ``Inventory.counts``.
+    """
     domains: dict[str, Counts] = {}
-    for prompt, fate in became.items():
+    for prompt, assignment in assigned.items():
         domain = prompts[prompt].domain
         counts = domains.setdefault(domain, Counts(answers=_answers(answers.get(domain, Counter()))))
         counts.prompts += 1
-        counts.sft += isinstance(fate, Sft)
-        counts.preference += isinstance(fate, Pair)
-        counts.waiting += isinstance(fate, Waiting)
-        if isinstance(fate, Lost):
-            why = f"prompts, {fate.stage}: {fate.reason.why}"
+        counts.sft += isinstance(assignment, SftExample)
+        counts.preference += isinstance(assignment, PreferencePair)
+        counts.waiting += isinstance(assignment, Waiting)
+        if isinstance(assignment, Dropped):
+            why = f"prompts, {assignment.stage}: {assignment.reason.why}"
             counts.dropped[why] = counts.dropped.get(why, 0) + 1
     for counts in domains.values():
         counts.dropped = dict(sorted(counts.dropped.items()))
-    return Table(domains)
+    return PairingTable(domains)
 
 
-def _answers(counted: Counter[str]) -> dict[str, int]:
-    return {
-        what if what == "answers" else f"answers: {what}": counted[what] for what in sorted(counted) if counted[what]
-    }
+def _answers(counts: Counter[str]) -> dict[str, int]:
+    return {what if what == "answers" else f"answers: {what}": counts[what] for what in sorted(counts) if counts[what]}
 
 
 def _row(counts: Counts) -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""Runs code that a model wrote where it can do little harm.
+"""A sandbox, in which code that a model wrote can do little harm.
 
-On Linux it gets namespaces of its own (``unshare`` of util-linux), and so
+On Linux the code gets namespaces of its own (``unshare`` of util-linux), and so
 
 - no network, not even the machine's own;
 - no sight of other processes, nor a way to signal them; when it is done or its time is over, all it started is killed;
@@ -32,44 +32,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.answers.scorers.settings import Positive, Strict
+from mergekit_lite.answers.scoring.scorer import Positive, ScorerOptions
 from mergekit_lite.errors import MergekitLiteError
 
 INSIDE = Path(__file__).with_name("sandboxed.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
 WALLS = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--")
-MOST_TOLD = 1 << 16  # bytes: what a pipe holds without a reader
-PATIENCE = 3  # seconds by the clock for one of the processor, which others use too
-FIRST_USER = 2_000_000_000  # beyond those that anybody gives out
+LONGEST_REPORT = 1 << 16  # bytes: the capacity of a pipe
+PATIENCE = 3  # seconds by the clock for one of processor time: other programs use the processor too
+FIRST_USER = 2_000_000_000  # beyond the ids of real users
 users = itertools.count()
 
 
-class Limits(Strict):
-    """What code may use."""
+class SandboxLimits(ScorerOptions):
+    """The resources that an answer's code may use."""
 
     seconds: Positive = 10  # of processor time
     memory_mb: Positive = 1024  # address space of a process
     files_mb: Positive = 16  # all its files together, and each
     processes: Positive = 16
-    without_walls: bool = False  # no namespaces: see above
+    without_walls: bool = False  # no namespaces, only the other limits
 
 
-class Outcome(NamedTuple):
-    """Whether all tests passed, and if not, why."""
+class SandboxResult(NamedTuple):
+    """The result of a run: whether all tests passed, and if not, why."""
 
     passed: bool
     why: str = ""
 
 
-class FenceError(MergekitLiteError):
-    """The fence can't be put up here."""
+class SandboxError(MergekitLiteError):
+    """The sandbox can't be built on this machine."""
 
 
-def run_fenced(code: str, tests: Sequence[str], limits: Limits) -> Outcome:
+def run_sandboxed(code: str, tests: Sequence[str], limits: SandboxLimits) -> SandboxResult:
     """Run the code, then each test, a program that sees the names of the code and raises where it fails.
 
     Raises:
-        FenceError: a wall can't be built; nothing ran.
+        SandboxError: the sandbox can't be built; nothing ran.
     """
     task = {
         "code": code,
@@ -84,45 +84,45 @@ def run_fenced(code: str, tests: Sequence[str], limits: Limits) -> Outcome:
         "walls": not limits.without_walls,
         "visible": visible_paths(),
     }
-    status, told, complaint = _run(task, limits)
-    verdict = _verdict(told)
+    status, report, complaint = _run(task, limits)
+    verdict = _verdict(report)
     if verdict is not None and "wall" in verdict:
-        raise FenceError(_no_walls(verdict["wall"]))
+        raise SandboxError(_no_walls(verdict["wall"]))
     if verdict is not None:
-        return Outcome(bool(verdict["passed"]), str(verdict["why"]))
-    if complaint:  # of unshare: what runs inside is silent
-        raise FenceError(_no_walls(complaint))
-    return Outcome(False, _ended(status, limits))
+        return SandboxResult(bool(verdict["passed"]), str(verdict["why"]))
+    if complaint:  # of ``unshare``: the program inside writes nothing there
+        raise SandboxError(_no_walls(complaint))
+    return SandboxResult(False, _ended(status, limits))
 
 
-def check_fence(limits: Limits) -> None:
-    """Run nothing, to see that it can be run.
+def check_sandbox(limits: SandboxLimits) -> None:
+    """Run an empty program, to see that the sandbox works.
 
     Raises:
-        FenceError: it can't be.
+        SandboxError: it can't be built.
     """
-    outcome = run_fenced("", [], limits)
+    outcome = run_sandboxed("", [], limits)
     if not outcome.passed:
-        raise FenceError(_no_walls(outcome.why))
+        raise SandboxError(_no_walls(outcome.why))
 
 
 def visible_paths() -> list[str]:
-    """What can be read behind the walls: the system's programs and libraries, and Python's own, no packages."""
+    """Return the folders that code can read: the system's programs and libraries and Python's own, no packages."""
     folders = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix]
-    kept: list[str] = []
+    visible: list[str] = []
     for folder in folders:
-        if Path(folder).exists() and not any(Path(folder).is_relative_to(parent) for parent in kept):
-            kept.append(folder)
-    return kept
+        if Path(folder).exists() and not any(Path(folder).is_relative_to(parent) for parent in visible):
+            visible.append(folder)
+    return visible
 
 
-def _run(task: dict[str, Any], limits: Limits) -> tuple[int | None, bytes, str]:
-    """Exit status (None: out of time), what the program told, and what starting it complained of."""
+def _run(task: dict[str, Any], limits: SandboxLimits) -> tuple[int | None, bytes, str]:
+    """Return the exit status (None: out of time), the program's report, and the complaints of whoever starts it."""
     command = [sys.executable, "-I", "-S", str(INSIDE)]
     if task["walls"]:
         unshare = shutil.which("unshare")
         if unshare is None:
-            raise FenceError(_no_walls("there is no program `unshare` (of util-linux)"))
+            raise SandboxError(_no_walls("there is no program `unshare` (of util-linux)"))
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         command = [unshare, *user, *WALLS, *command]
     with (
@@ -132,7 +132,7 @@ def _run(task: dict[str, Any], limits: Limits) -> tuple[int | None, bytes, str]:
     ):
         given.write(json.dumps(task).encode())
         given.seek(0)
-        # The pipe is read once all is over: whoever writes more than it holds waits until then.
+        # The pipe is read once the program has ended; a program that fills it waits until it is killed.
         process = subprocess.Popen(
             command,
             stdin=given,
@@ -151,27 +151,27 @@ def _run(task: dict[str, Any], limits: Limits) -> tuple[int | None, bytes, str]:
             finally:
                 _kill(process)
             os.set_blocking(process.stdout.fileno(), False)
-            told = process.stdout.read(MOST_TOLD) or b""
+            report = process.stdout.read(LONGEST_REPORT) or b""
         complaints.seek(0)
-        return status, told, complaints.read(2000).decode(errors="replace").strip()
+        return status, report, complaints.read(2000).decode(errors="replace").strip()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The whole group; behind walls, ``--kill-child`` takes what has left it."""
+    """Kill the process group; with namespaces ``--kill-child`` kills what has left it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _verdict(told: bytes) -> dict[str, Any] | None:
+def _verdict(report: bytes) -> dict[str, Any] | None:
     try:
-        verdict = json.loads(told)
+        verdict = json.loads(report)
     except (ValueError, RecursionError):
         return None
     return verdict if isinstance(verdict, dict) and ("wall" in verdict or "passed" in verdict) else None
 
 
-def _ended(status: int | None, limits: Limits) -> str:
+def _ended(status: int | None, limits: SandboxLimits) -> str:
     if status is None:
         return f"not done after {PATIENCE * limits.seconds + 1} s"
     return f"ended before its tests did, with status {status}: beyond a limit, or of its own will"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mergekit_lite.answers.statistics import interval, paired
+from mergekit_lite.answers.intervals import interval, paired
 from mergekit_lite.boosting.search.looks import PORTION, looks, portion, shared_confidence
 
 SIMULATIONS = 300

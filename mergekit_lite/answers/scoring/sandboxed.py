@@ -1,6 +1,6 @@
-"""The program inside the fence: runs an answer's code and its tests, and tells in a line of JSON whether they pass.
+"""The program inside the sandbox: runs an answer's code and its tests, and reports in a line of JSON whether they pass.
 
-It is started by ``fence.py`` with ``python -I -S`` and reads its task from standard input:
+It is started by ``sandbox.py`` with ``python -I -S`` and reads its task from standard input:
 
     {"code": …, "tests": [ … ], "limits": {"cpu", "memory", "files", "processes"}, "user": 1234 or null,
      "walls": true, "visible": [paths]}
@@ -23,7 +23,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-ROOT = "/tmp"  # any folder that exists: what is mounted on it here, nobody else sees
+ROOT = "/tmp"  # any folder that exists: mounts on it are visible in this namespace only
 SCRATCH = "/scratch"
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
@@ -39,30 +39,30 @@ def main() -> None:
     """Read the task, put up the walls, run the code."""
     os.umask(0o022)
     task = json.load(sys.stdin)
-    told = os.dup(1)
+    reports = os.dup(1)
     silence()
     if not task["walls"]:
         confine(task)
-        run(task, told)
+        run(task, reports)
         return
     try:
         build_walls(task["visible"], task["limits"]["files"])
     except OSError as error:
-        tell(told, {"wall": f"{error.filename}: {error.strerror}"})
+        send(reports, {"wall": f"{error.filename}: {error.strerror}"})
         return
     child = os.fork()
     if child == 0:
         os.setsid()
         give_up_privileges(task["user"])
         confine(task)
-        run(task, told)
+        run(task, reports)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os._exit(status if status >= 0 else 128 - status)  # as shells tell signals
+    os._exit(status if status >= 0 else 128 - status)  # a signal's exit status, as in shells
 
 
 def silence() -> None:
-    """Nothing to read, and what is printed goes nowhere."""
+    """Connect standard input, output and error to the null device."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
@@ -70,7 +70,7 @@ def silence() -> None:
 
 
 def build_walls(visible: list[str], scratch_bytes: int) -> None:
-    """A root of its own: ``visible`` read-only, an empty scratch folder, two devices; no /proc, no home."""
+    """Build a root of its own: ``visible`` read-only, an empty scratch folder, two devices; no /proc, no home."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in visible:
@@ -85,7 +85,7 @@ def build_walls(visible: list[str], scratch_bytes: int) -> None:
 
 
 def show(path: str) -> None:
-    """The same file or folder, or symbolic link, under the new root."""
+    """Mount a file or folder, or copy a symbolic link, under the new root."""
     inside = Path(ROOT + path)
     inside.parent.mkdir(parents=True, exist_ok=True)
     if Path(path).is_symlink():
@@ -99,7 +99,7 @@ def show(path: str) -> None:
 
 
 def give_up_privileges(user: int | None) -> None:
-    """No capability, none to be had by a program with more rights; where root runs this, a user that nobody is."""
+    """Drop all capabilities, and the way to new ones; where root runs this, become a user that nobody is."""
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     if user is not None:
@@ -112,7 +112,7 @@ def give_up_privileges(user: int | None) -> None:
 
 
 def confine(task: dict[str, Any]) -> None:
-    """The limits that hold without walls too."""
+    """Set the limits that hold without namespaces too."""
     limits = task["limits"]
     for name, most in (
         ("RLIMIT_CPU", limits["cpu"]),
@@ -127,38 +127,38 @@ def confine(task: dict[str, Any]) -> None:
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-def run(task: dict[str, Any], told: int) -> None:
-    """The code once, then each test with its names."""
+def run(task: dict[str, Any], reports: int) -> None:
+    """Run the code once, then each test with its names, and report."""
     verdict: dict[str, Any] = {"passed": False, "why": ""}
     stage = "the code"
     try:
         program = compile(task["code"], "answer.py", "exec", dont_inherit=True)
-        module = types.ModuleType("answer")  # not __main__: what an answer does when it is run is not asked for
+        module = types.ModuleType("answer")  # not __main__: an answer's main program isn't tested
         sys.modules["answer"] = module
         exec(program, module.__dict__)
         for number, test in enumerate(task["tests"], 1):
             stage = f"test {number}"
             exec(compile(test, "test.py", "exec", dont_inherit=True), dict(module.__dict__))
         verdict["passed"] = True
-    except BaseException as error:  # SystemExit too: leaving early is no way to pass
+    except BaseException as error:  # SystemExit too: leaving early doesn't pass
         said = traceback.format_exception_only(type(error), error)[-1].strip()
         verdict["why"] = f"{stage}: {said[:SHOWN]}"
-    tell(told, verdict)
+    send(reports, verdict)
 
 
-def tell(told: int, verdict: dict[str, Any]) -> None:
-    """The line that is waited for outside."""
-    os.write(told, json.dumps(verdict).encode() + b"\n")
+def send(reports: int, verdict: dict[str, Any]) -> None:
+    """Write the line that ``sandbox.py`` waits for."""
+    os.write(reports, json.dumps(verdict).encode() + b"\n")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    """mount(2)."""
+    """Call mount(2)."""
     named = [None if text is None else text.encode() for text in (source, target, kind)]
     check(libc.mount(*named, ctypes.c_ulong(flags), None if data is None else data.encode()), f"mount {target}")
 
 
 def make_read_only(folder: str) -> None:
-    """Everything mounted below it too."""
+    """Make a folder and everything mounted below it read-only."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     done = libc.syscall(
         ctypes.c_long(SYS_MOUNT_SETATTR),
@@ -172,7 +172,7 @@ def make_read_only(folder: str) -> None:
 
 
 def check(result: int, what: str) -> None:
-    """Raise what the C library's call left behind."""
+    """Raise OSError with the C library's error number where a call failed."""
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), what)

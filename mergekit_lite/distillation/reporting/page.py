@@ -1,4 +1,4 @@
-"""The report as text: one list of blocks, written as Markdown and as an HTML page."""
+"""The report as a list of blocks, and its two forms: Markdown and an HTML page."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
-from mergekit_lite.answers.statistics import Interval
-from mergekit_lite.distillation.curves import Picture
-from mergekit_lite.distillation.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
-from mergekit_lite.distillation.held_out import CUT, LENGTH, Comparison, Model
+from mergekit_lite.distillation.reporting.curves import Picture
+from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, Comparison, Model
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages import html
 from mergekit_lite.pages.drawing import svg
 from mergekit_lite.pages.html import Cell, Markup, Text, element
 
-SHOWN = 4000  # characters of an answer
+SHOWN = 4000  # characters of a text; the rest is cut
 STAGE_NAMES = {"sft": "SFT", "preference": "Preference training"}
 
 
 class Heading(NamedTuple):
-    """Of a section; of a part of one where ``level`` is 3."""
+    """A heading of a section (level 2), or of a part of one (3)."""
 
     text: str
     level: int = 2
 
 
 class Paragraph(NamedTuple):
-    """Plain text."""
+    """A paragraph of plain text."""
 
     text: str
 
@@ -40,8 +40,8 @@ class Bullets(NamedTuple):
     items: Sequence[str]
 
 
-class Rows(NamedTuple):
-    """A table."""
+class TableBlock(NamedTuple):
+    """A table; without column headings, a list of names and values."""
 
     label: str
     heads: Sequence[str]
@@ -49,25 +49,25 @@ class Rows(NamedTuple):
 
 
 class Verbatim(NamedTuple):
-    """What somebody else wrote, as it is."""
+    """A labelled text of a user or a model, shown as it is."""
 
     label: str
     text: str
 
 
-Block = Heading | Paragraph | Bullets | Rows | Verbatim | Picture
+Block = Heading | Paragraph | Bullets | TableBlock | Verbatim | Picture
 
 
 def title(findings: Findings) -> str:
-    """Of the report."""
+    """Return the report's title."""
     return f"What {findings.recipe.target} learnt from {len(findings.recipe.sources)} sources"
 
 
 def blocks(findings: Findings) -> Iterator[Block]:
-    """The report, from what it says to what it is made of."""
-    yield Rows("The distillation", ["", ""], _about(findings))
+    """Yield the blocks of the report: conclusions, comparison, training, data, examples."""
+    yield TableBlock("The distillation", ["", ""], _about(findings))
     yield Heading("What this says")
-    yield Bullets(findings.said)
+    yield Bullets(findings.conclusions)
     yield Heading("What it can’t tell")
     yield Bullets(CAN_NOT_TELL)
     pictures = {picture.name: picture for picture in findings.pictures}
@@ -101,41 +101,42 @@ def _held_out(comparison: Comparison, picture: Picture) -> Iterator[Block]:
         "means with 95 % bootstrap intervals over the prompts."
     )
     heads = ["", *comparison.scorers, LENGTH, "cut off"]
-    yield Rows("Means", heads, [_of_model(comparison, model, None) for model in comparison.answered])
+    yield TableBlock("Means", heads, [_of_model(comparison, model, None) for model in comparison.answers])
     yield Paragraph("Differences are taken prompt by prompt, so what makes a prompt hard for all drops out.")
-    yield Rows("Differences", ["", "figure", "difference", "prompts", "beyond noise"], list(_differences(comparison)))
+    yield TableBlock(
+        "Differences", ["", "figure", "difference", "prompts", "beyond noise"], list(_differences(comparison))
+    )
     yield picture
     if len(comparison.domains) > 1:
         rows = [
             [domain or "–", NAMES[model], *_of_model(comparison, model, domain)[1:]]
             for domain in comparison.domains
-            for model in comparison.answered
+            for model in comparison.answers
         ]
-        yield Rows("By domain", ["domain", "model", *heads[1:]], rows)
+        yield TableBlock("By domain", ["domain", "model", *heads[1:]], rows)
 
 
 def _of_model(comparison: Comparison, model: Model, domain: str | None) -> list[Text]:
-    of = [comparison.mean(model, figure, domain) for figure in (*comparison.scorers, LENGTH)]
+    means = [comparison.mean(model, metric, domain) for metric in (*comparison.scorers, LENGTH)]
     cut = comparison.mean(model, CUT, domain).mean
     share = Cell("–" if math.isnan(cut) else f"{100 * cut:.1f} %", None if math.isnan(cut) else cut)
-    return [NAMES[model], *(_figure(one) for one in of), share]
+    return [NAMES[model], *(_figure(mean) for mean in means), share]
 
 
-def _figure(of: Interval) -> Cell:
-    return Cell(with_ends(of), of.mean if math.isfinite(of.mean) else None)
+def _figure(interval: Interval) -> Cell:
+    return Cell(with_ends(interval), interval.mean if math.isfinite(interval.mean) else None)
 
 
 def _differences(comparison: Comparison) -> Iterator[Sequence[Text]]:
-    for one in comparison.differences:
-        if one.of.items:
-            way = f"{NAMES[one.after]} − {NAMES[one.before]}"
-            prompts = Cell(f"{one.of.items:,}", one.of.items)
+    for difference in comparison.differences:
+        interval = difference.interval
+        if interval.items:
             yield [
-                way,
-                one.figure,
-                Cell(with_ends(one.of, signed=True), one.of.mean),
-                prompts,
-                "yes" if one.beyond_noise else "no",
+                f"{NAMES[difference.after]} − {NAMES[difference.before]}",
+                difference.metric,
+                Cell(with_ends(interval, signed=True), interval.mean),
+                Cell(f"{interval.items:,}", interval.items),
+                "yes" if difference.beyond_noise else "no",
             ]
 
 
@@ -146,7 +147,7 @@ def _log(findings: Findings, stage: str) -> Iterator[Block]:
         [key, *(Cell(f"{row[key]:.4g}", row[key]) if key in row else Cell("–", None) for row in (log[0], log[-1]))]
         for key in columns
     ]
-    yield Rows(STAGE_NAMES[stage], ["", f"step {log[0]['step']:,}", f"step {log[-1]['step']:,}"], rows)
+    yield TableBlock(STAGE_NAMES[stage], ["", f"step {log[0]['step']:,}", f"step {log[-1]['step']:,}"], rows)
 
 
 def _data(findings: Findings) -> Iterator[Block]:
@@ -156,16 +157,16 @@ def _data(findings: Findings) -> Iterator[Block]:
     counts = {**findings.table["domains"], "all": findings.table["all"]}
     names = ("prompts", "total", "sft", "preference")
     rows: list[Sequence[Text]] = [
-        [name or "–", *(Cell(f"{of[key]:,}", of[key]) for key in names), Cell(of["share"], None)]
-        for name, of in counts.items()
+        [name or "–", *(Cell(f"{row[key]:,}", row[key]) for key in names), Cell(row["share"], None)]
+        for name, row in counts.items()
     ]
-    yield Rows("Rows by domain", ["domain", "prompts", "rows", "SFT", "preference", "SFT share"], rows)
+    yield TableBlock("Rows by domain", ["domain", "prompts", "rows", "SFT", "preference", "SFT share"], rows)
     losses: list[Sequence[Text]] = [
         [why, Cell(f"{number:,}", number)]
         for why, number in [*counts["all"]["dropped"].items(), *counts["all"]["answers"].items()]
     ]
     if losses:
-        yield Rows("Losses", ["what", "number"], losses)
+        yield TableBlock("Losses", ["what", "number"], losses)
 
 
 def _examples(findings: Findings, comparison: Comparison) -> Iterator[Block]:
@@ -177,24 +178,24 @@ def _examples(findings: Findings, comparison: Comparison) -> Iterator[Block]:
         yield Verbatim("asked", _conversation(prompt))
         if prompt.reference is not None:
             yield Verbatim("right answer", prompt.reference)
-        for model, answered in comparison.answered.items():
+        for model, answers in comparison.answers.items():
             scores = [
                 f"{scorer} {value:.4g}"
                 for scorer in comparison.scorers
-                if (value := answered.figures[scorer].get(prompt.id)) is not None
+                if (value := answers.metrics[scorer].get(prompt.id)) is not None
             ]
             label = ": ".join([NAMES[model], *([", ".join(scores)] if scores else [])])
-            yield Verbatim(label, shortened(answered.texts.get(prompt.id, ""), SHOWN))
+            yield Verbatim(label, shortened(answers.texts.get(prompt.id, ""), SHOWN))
 
 
 def _conversation(prompt: Prompt) -> str:
     if len(prompt.messages) == 1:
         return shortened(prompt.messages[0]["content"], SHOWN)
-    return "\n\n".join(f"{one['role']}: {shortened(one['content'], SHOWN)}" for one in prompt.messages)
+    return "\n\n".join(f"{message['role']}: {shortened(message['content'], SHOWN)}" for message in prompt.messages)
 
 
 def markdown(findings: Findings) -> str:
-    """The report as Markdown; pictures are files beside it."""
+    """Return the report as Markdown; it refers to the pictures as files in its folder."""
     return "\n\n".join([f"# {_plain(title(findings))}", *map(_as_markdown, blocks(findings))]) + "\n"
 
 
@@ -219,17 +220,17 @@ def _as_markdown(block: Block) -> str:
     return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
 
 
-def _is_figure(rows: Rows, column: int) -> bool:
-    return all(isinstance(row[column], Cell) for row in rows.rows)
+def _is_figure(table: TableBlock, column: int) -> bool:
+    return all(isinstance(row[column], Cell) for row in table.rows)
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown doesn't take for more than that."""
+    """Return text on one line, with the characters escaped that have a meaning in Markdown."""
     return re.sub(r"([\\`*_<>|\[\]#])", r"\\\1", text.replace("\n", " "))
 
 
 def page(findings: Findings) -> str:
-    """The report as one HTML page that needs nothing else."""
+    """Return the report as one HTML page without external files."""
     heading = element("h1", title(findings))
     return html.document(title(findings), [heading, *map(_as_html, blocks(findings))])
 

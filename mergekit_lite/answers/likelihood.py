@@ -1,4 +1,4 @@
-"""How likely a model finds given texts: functions of a loaded model and rows, in batches."""
+"""Log-probabilities of given texts under a loaded model, in batches."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class LogProb(NamedTuple):
-    """Of some tokens, given what came before them: Σ_t log π(y_t | x, y_<t), and how many they are."""
+    """The log-probability of some tokens given those before them, Σ_t log π(y_t | x, y_<t), and their number."""
 
     total: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Length-normalised: of a token."""
+        """The mean log-probability of a token."""
         return self.total / self.tokens
 
 
 class Pair(NamedTuple):
-    """A preference."""
+    """A preference: of two responses to a conversation, the chosen one is better."""
 
     messages: Sequence[Message]
     chosen: str
@@ -33,33 +33,35 @@ class Pair(NamedTuple):
 
 
 def log_probs(model: PreTrainedModel, rows: Sequence[Tokens], batch_size: int = 8) -> list[LogProb]:
-    """Of each response given its prompt, in order.
+    """Return the log-probability of each response given its prompt, in order.
 
     Args:
         model: a causal language model with a head that ``logprobs.check_head`` accepts.
         rows: tokens, no more than the model takes; the first of a row is never scored, for nothing predicts it.
-        batch_size: rows that are read at once; those of like length are.
+        batch_size: rows that are read at once; they have similar lengths.
     """
     import torch
 
     from mergekit_lite.answers.logprobs import padded, response_log_probs
 
     order = sorted(range(len(rows)), key=lambda place: -sum(map(len, rows[place])))
-    found: dict[int, LogProb] = {}
+    by_place: dict[int, LogProb] = {}
     with torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             places = order[start : start + batch_size]
             batch = padded([rows[place] for place in places], device=model.device)
-            told = response_log_probs(model, batch)
-            values = zip(told.sums.double().tolist(), told.lengths.tolist(), strict=True)
-            found |= {place: LogProb(*value) for place, value in zip(places, values, strict=True)}
-    return [found[place] for place in range(len(rows))]
+            responses = response_log_probs(model, batch)
+            values = zip(responses.sums.double().tolist(), responses.lengths.tolist(), strict=True)
+            by_place |= {place: LogProb(*value) for place, value in zip(places, values, strict=True)}
+    return [by_place[place] for place in range(len(rows))]
 
 
 def text_log_probs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int, batch_size: int = 8
 ) -> list[LogProb]:
-    """Of plain texts, without a chat template; ``-mean`` is the negative log-likelihood per token.
+    """Return the log-probability of each plain text, without a chat template.
+
+    ``-mean`` of a result is the negative log-likelihood per token.
 
     A text longer than ``window`` tokens is cut into pieces of that length; each one's first token is predicted from the
     last one of the piece before, so all but a text's first are scored, each once. A text of no more than one token has

@@ -7,10 +7,10 @@ Wang, Xiong, Xie, Zhao, Zhang, "Interpretable preferences via multi-objective re
     g     = s · softmax(f(h_prompt) / τ)   gate; f: gating.layers.*, linear, ReLU between them; s: gating.logit_scale
     score = Σ_k g_k r_k
 
-``last`` is the last token, ``prompt`` the one that ends the turn before the answer. The published model class looks for
-it as the start of the last ``<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n`` and so can be led astray by
-an answer that has such a header in it; here it is where the messages end. Names and shapes of the head's tensors are
-those of RLHFlow/ArmoRM-Llama3-8B-v0.1, read in its model class and headers; its weights were not run here. A folder
+``last`` is the last token, ``prompt`` the one that ends the turn before the answer. The published model class searches
+for the last ``<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n``, so an answer with such a header in it
+misleads it; here the messages before the answer end there. Names and shapes of the head's tensors are those of
+RLHFlow/ArmoRM-Llama3-8B-v0.1, from its model class and headers; its weights were not run here. A folder
 with other names is refused. The head is small and computed on the CPU in float32.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES, TRANSFORM, SCALE = "regression_layer.weight", "reward_transform_matrix", "gating.logit_scale"
 LAYER = "gating.layers."
-TEMPERATURE = 10.0  # where the configuration has none
+TEMPERATURE = 10.0  # the default
 
 
 class Gate(NamedTuple):
@@ -51,7 +51,7 @@ class Gate(NamedTuple):
     temperature: float
 
     def score(self, last: Tensor, prompt: Tensor) -> Tensor:
-        """Scores (B,) of hidden states (B, H) at the last token and at the prompt's."""
+        """Return scores (B,) of hidden states (B, H) at the last token and at the prompt's."""
         gate = prompt
         for weight, bias in self.layers[:-1]:
             gate = (gate @ weight.T + bias).relu()
@@ -68,7 +68,7 @@ class Gated:
         self.gate = gate
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """The score of each conversation; ``prompt`` is all before the answer."""
+        """Return the score of each conversation; a row's ``prompt`` is everything before the answer."""
         import torch
 
         from mergekit_lite.answers.logprobs import padded
@@ -83,12 +83,12 @@ class Gated:
 
 
 def is_gated(config: PretrainedConfig) -> bool:
-    """Whether the configuration is of a model with a gated head."""
+    """Return whether the configuration is that of a model with a gated head."""
     return any(name.endswith("ForRewardModelWithGating") for name in config.architectures or ())
 
 
 def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
-    """Backbone and head from the folder's weights, without the code that comes with them.
+    """Load backbone and head from the folder's weights, without running the code that comes with them.
 
     Raises:
         CheckpointError: a tensor is missing, or is not as described above.
@@ -103,11 +103,14 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
     problems += _misfits(tensors, model.config.hidden_size, getattr(config, "num_objectives", None))
     if problems:
         raise CheckpointError(listing(f"{path} is no reward model of the ArmoRM family", problems))
-    return Gated(model, _gate(tensors, float(getattr(config, "gating_temperature", TEMPERATURE))))
+    depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
+    layers = tuple((tensors[f"{LAYER}{n}.weight"], tensors[f"{LAYER}{n}.bias"]) for n in range(depth))
+    temperature = float(getattr(config, "gating_temperature", TEMPERATURE))
+    return Gated(model, Gate(tensors[OBJECTIVES], tensors[TRANSFORM], layers, tensors[SCALE], temperature))
 
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
-    """Those of the head, in float32."""
+    """Read the tensors of the head, in float32."""
 
     from mergekit_lite.checkpoint import open_checkpoint
     from mergekit_lite.checkpoint.reader import Reader
@@ -121,7 +124,7 @@ def _head_tensors(path: str) -> dict[str, Tensor]:
 
 
 def _misfits(tensors: Mapping[str, Tensor], hidden: int, objectives: int | None) -> list[str]:
-    """What is missing of the head or has another shape than it should."""
+    """Return a message for each tensor of the head that is missing, unknown or of a wrong shape."""
     depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
     names = [OBJECTIVES, TRANSFORM, SCALE]
     names += [f"{LAYER}{layer}.{kind}" for layer in range(max(depth, 1)) for kind in ("weight", "bias")]
@@ -140,9 +143,3 @@ def _misfits(tensors: Mapping[str, Tensor], hidden: int, objectives: int | None)
         for name, shape in expected.items()
         if tuple(tensors[name].shape) != shape
     ]
-
-
-def _gate(tensors: Mapping[str, Tensor], temperature: float) -> Gate:
-    depth = sum(name.endswith(".weight") for name in tensors if name.startswith(LAYER))
-    layers = tuple((tensors[f"{LAYER}{n}.weight"], tensors[f"{LAYER}{n}.bias"]) for n in range(depth))
-    return Gate(tensors[OBJECTIVES], tensors[TRANSFORM], layers, tensors[SCALE], temperature)

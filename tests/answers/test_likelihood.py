@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_lite.answers.likelihood import LogProb, log_probs, text_log_probs
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs, text_log_probs
-from mergekit_lite.answers.scorers.registry import open_scorer
-from mergekit_lite.answers.scorers.scorer import Judged, Score
-from mergekit_lite.answers.scorers.settings import ScorerSettings
+from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Score, ScorerSettings
 from mergekit_lite.answers.template import ChatTemplate, Tokens
 from mergekit_lite.errors import CheckpointError
 from tests.answers.scorers.asked import judged

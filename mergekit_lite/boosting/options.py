@@ -1,0 +1,148 @@
+"""The options of a boost, flat as the command line and Python have them, and the request that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.boosting.request import SAMPLING, Request
+from mergekit_lite.errors import UsageError
+from mergekit_lite.options import NewRows, Rounding
+
+RANGES = {
+    **dict.fromkeys(
+        ("limit", "trials", "max_tokens", "samples", "batch_size", "concurrency", "threads"), (1, math.inf)
+    ),
+    **dict.fromkeys(("temperature", "serve_patience"), (0, math.inf)),
+    "confidence": (0.5, 0.999),
+    "held_out": (0, 0.9),
+    "top_p": (1e-6, 1),
+}
+OF_SAMPLING = ("temperature", "top_p", "max_tokens")
+OF_PAIR = {  # options of ``plan_extrapolation`` with the values that a request leaves out
+    "include": (),
+    "exclude": (),
+    "new_rows": "refuse",
+    "out_dtype": None,
+    "rounding": "nearest",
+    "shard_size": None,
+}
+
+
+class BoostOptions(TypedDict, total=False):
+    """The options of ``boost``.
+
+    Attributes:
+        tune: what is searched for, ``PATH=LOW:HIGH`` each: ``alpha=0:8``, ``parameters.t[filter=mlp]=0:1``.
+        prompts: JSONL or Parquet files with prompts to answer.
+        pairs: a JSONL file with preference pairs, for the score ``pairs``.
+        limit: most prompts, pairs and texts that are used.
+        search: ``bracket`` for one alpha (the default there), ``grid``, ``tpe`` (the default else) or ``cmaes``.
+        start: the bracket's first alpha; 0.5 by default.
+        step: the bracket's first step; ``start`` by default.
+        final_step: the bracket's last step; by default it goes by the best alpha.
+        grid: the grid's values by the name of what is tuned.
+        trials: of tpe and cmaes; 30 by default.
+        storage: URL of Optuna's database; SQLite in the search's folder by default.
+        limits: what answers may become at most, ``NAME=MOST`` each: ``growth=1.2``, ``kl=none``.
+        confidence: with which a candidate is better, in [0.5, 0.999]; 0.95 by default.
+        held_out: share of the items that only confirm the choice, in [0, 0.9]; 0.5 by default.
+        stop_early: measure hopeless candidates on some of the items only; True by default.
+        study: the search's folder; ``OUTPUT.boost`` by default.
+        temperature: of answers; 0.7 by default, 0 is greedy.
+        top_p: of answers, in (0, 1]; 0.9 by default.
+        max_tokens: most tokens of an answer; 512 by default.
+        samples: answers to each prompt; 1 by default.
+        batch_size: answers made at once; 16 by default.
+        likelihoods: compute how likely answers are under candidate and baseline; True by default.
+        serve_command: starts a server of each candidate; ``{model}`` and ``{port}`` stand for its folder and port.
+        serve_patience: seconds until the server is ready; 600 by default.
+        concurrency: open requests to the server; 32 by default.
+        include, exclude, new_rows, out_dtype, rounding, shard_size: as of ``extrapolate``, for a pair.
+        seed: of answers, the items' order and rounding; 0 by default.
+        threads: that set weights; one for each core by default.
+        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto``.
+        force: replace an existing output.
+    """
+
+    tune: Sequence[str]
+    prompts: Sequence[str | Path]
+    pairs: str | Path | None
+    limit: int | None
+    search: Literal["bracket", "grid", "tpe", "cmaes"] | None
+    start: float
+    step: float | None
+    final_step: float | None
+    grid: Mapping[str, Sequence[float]]
+    trials: int
+    storage: str | None
+    limits: Sequence[str]
+    confidence: float
+    held_out: float
+    stop_early: bool
+    study: str | Path | None
+    temperature: float
+    top_p: float
+    max_tokens: int
+    samples: int
+    batch_size: int
+    likelihoods: bool
+    serve_command: str | None
+    serve_patience: float
+    concurrency: int
+    include: Sequence[str]
+    exclude: Sequence[str]
+    new_rows: NewRows
+    out_dtype: str | None
+    rounding: Rounding
+    shard_size: int | None
+    seed: int
+    threads: int | None
+    device: str
+    force: bool
+
+
+def request_of(
+    output: str | Path,
+    scores: Sequence[str],
+    sft: str | Path | None,
+    aligned: str | Path | None,
+    recipe: str | Path | None,
+    options: BoostOptions,
+) -> Request:
+    """Return the request that flat options make; ``prepare`` checks it.
+
+    Raises:
+        UsageError: one model of the pair is missing, or a number is out of its range.
+    """
+    if (sft is None) != (aligned is None):
+        raise UsageError("Name both models: mergekit-lite boost SFT ALIGNED …")
+    given: dict[str, Any] = dict(options)
+    for name, (low, high) in RANGES.items():
+        value = given.get(name)
+        if value is not None and not low <= value <= high:
+            upper = f" up to {high:g}" if math.isfinite(high) else ""
+            raise UsageError(f"--{name.replace('_', '-')}: expected a number from {low:g}{upper}, got {value:g}.")
+    sampling = {name: given.pop(name) for name in OF_SAMPLING if name in given}
+    of_pair = {name: given.pop(name, usual) for name, usual in OF_PAIR.items()}
+    if sft is not None:
+        of_pair["seed"] = given.get("seed", 0)
+    for name in ("tune", "prompts", "limits"):
+        given[name] = tuple(given.get(name, ()))
+    given["prompts"] = tuple(map(Path, given["prompts"]))
+    pairs, study = given.pop("pairs", None), given.pop("study", None)
+    return Request(
+        output=Path(output),
+        scores=tuple(scores),
+        sft=None if sft is None else str(sft),
+        aligned=None if aligned is None else str(aligned),
+        sampling=Sampling(**(SAMPLING.model_dump() | sampling)),
+        options={name: value for name, value in of_pair.items() if value and value != OF_PAIR.get(name)},
+        recipe=None if recipe is None else Path(recipe),
+        pairs=None if pairs is None else Path(pairs),
+        study=None if study is None else Path(study),
+        **given,
+    )

@@ -1,0 +1,59 @@
+"""Distill in one call: what the command ``distill run`` does, for Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mergekit_lite.distillation import sample as sampling
+from mergekit_lite.distillation import train as training
+from mergekit_lite.distillation.pair import pair
+from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.report import report
+from mergekit_lite.distillation.reporter import Reporter, Silent
+from mergekit_lite.distillation.reporting.findings import Findings
+from mergekit_lite.distillation.score import score
+from mergekit_lite.options import named_options
+
+
+@named_options
+def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporter | None = None) -> Findings:
+    """Distill strong models into a small one by preferences, as a recipe says: sample, score, pair, train and report.
+
+    Every stage reads and writes files in the recipe's folder; what is done is not done again.
+
+    Args:
+        recipe: a YAML file; see docs/distill.md.
+        skip_missing: go on without the answers that a source fails to give.
+        reporter: gets results, warnings and progress; by default nothing is shown.
+
+    Returns:
+        What training did to answers on held-out prompts, as the report has it.
+
+    Raises:
+        UsageError: the recipe is wrong; every problem is named with its line and column.
+        MergekitLiteError: a model can't be asked, judged or trained. What was finished is kept.
+    """
+    loaded = load(Path(recipe))
+    training.check(loaded)  # what would be refused hours later
+    return run_stages(loaded, reporter or Silent(), skip_missing=skip_missing)
+
+
+def run_stages(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> Findings:
+    """Run all stages in their order.
+
+    Where pairs are made of the target's own answers, it is asked for them once its SFT is done: sample, score, pair and
+    train have a second turn then.
+    """
+    sampling.check(recipe, and_target=True)
+    for _ in range(1 if recipe.target_source is None else 2):
+        reporter.line("[sample]")
+        sampling.sample(recipe, reporter, skip_missing=skip_missing)
+        reporter.line("[score]")
+        score(recipe, reporter)
+        reporter.line("[pair]")
+        pair(recipe, reporter, skip_missing=skip_missing)
+        reporter.line("[train]")
+        training.train(recipe, reporter)
+    reporter.line("[report]")
+    return report(recipe, reporter)
