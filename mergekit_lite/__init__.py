@@ -46,13 +46,12 @@ if TYPE_CHECKING:
     from mergekit_lite.extrapolation import extrapolate as extrapolate
     from mergekit_lite.extrapolation import plan_extrapolation as plan_extrapolation
     from mergekit_lite.merging import merge as merge
-    from mergekit_lite.merging import plan_merge_file as plan_merge_file
+    from mergekit_lite.merging import plan_merge as plan_merge
     from mergekit_lite.methods import merge_states as merge_states
     from mergekit_lite.methods import merge_tensors as merge_tensors
     from mergekit_lite.planning import Plan as Plan
-    from mergekit_lite.planning.pair import plan as plan
+    from mergekit_lite.planning import make_plan as make_plan
     from mergekit_lite.recipe import Recipe as Recipe
-    from mergekit_lite.recipe import Setting as Setting
     from mergekit_lite.vectors.application import apply_vectors as apply_vectors
     from mergekit_lite.vectors.combination import combine_vectors as combine_vectors
     from mergekit_lite.vectors.extraction import Extracted as Extracted
@@ -77,7 +76,6 @@ __all__ = [
     "Recipe",
     "RunError",
     "RunOptions",
-    "Setting",
     "UsageError",
     "Verification",
     "__version__",
@@ -89,13 +87,13 @@ __all__ = [
     "extract_vector",
     "extrapolate",
     "inspect",
+    "make_plan",
     "merge",
     "merge_states",
     "merge_tensors",
     "open_checkpoint",
-    "plan",
     "plan_extrapolation",
-    "plan_merge_file",
+    "plan_merge",
     "run",
     "verify",
 ]
@@ -111,11 +109,10 @@ _NAMES = {  # by the module that has them
     "engine.run": ("Finished", "RunOptions", "run"),
     "errors": ("CheckpointError", "MergekitLiteError", "NonFiniteError", "PlanError", "RunError", "UsageError"),
     "extrapolation": ("extrapolate", "plan_extrapolation"),
-    "merging": ("merge", "plan_merge_file"),
+    "merging": ("merge", "plan_merge"),
     "methods": ("merge_states", "merge_tensors"),
-    "planning": ("Plan",),
-    "planning.pair": ("plan",),
-    "recipe": ("Recipe", "Setting"),
+    "planning": ("Plan", "make_plan"),
+    "recipe": ("Recipe",),
     "vectors.application": ("apply_vectors",),
     "vectors.combination": ("combine_vectors",),
     "vectors.extraction": ("Extracted", "extract_vector"),

@@ -41,7 +41,7 @@ class Row:
 
 def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
     """One recipe on models of one dtype."""
-    from mergekit_lite.merging import plan_merge_file
+    from mergekit_lite.merging import plan_merge
     from parity import both, models
     from parity.borders import borders
     from parity.fusechat import by_formulas
@@ -64,7 +64,7 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
         return _alike(recipe, dtype, elements, home, ours, theirs)
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(body))
-    at = borders(plan_merge_file(path, folder / "none"))
+    at = borders(plan_merge(path, folder / "none"))
     with_mergekit = apart(ours, theirs, rounded, SAME_FLOAT32 if kind == "float32" else ALLOWED, at)
     with_exact = apart(ours, exact, rounded, ALLOWED, at)
     cells = [

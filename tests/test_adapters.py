@@ -115,7 +115,7 @@ def test_plan_and_manifest_name_both(place: Path) -> None:
 def test_the_card_links_the_base(place: Path) -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "./base+./adapter"}]}
     (place / "r.yml").write_text(yaml.safe_dump(recipe))
-    plan = mergekit_lite.plan_merge_file("r.yml", "out")
+    plan = mergekit_lite.plan_merge("r.yml", "out")
     [source] = plan.inputs
     [(adapter, addition)] = source.added
     fetched = replace(

@@ -47,7 +47,7 @@ def merged(more: str = "", text: str = TEXT) -> Path:
 
 def notes(more: str = "", text: str = TEXT) -> str:
     Path("r.yml").write_text(text + more, encoding="utf-8")
-    return "\n".join(mergekit_lite.plan_merge_file("r.yml", "out").notes)
+    return "\n".join(mergekit_lite.plan_merge("r.yml", "out").notes)
 
 
 def write_tokenizer(folder: Path, tokens: Mapping[str, int], template: str | None = None) -> None:
@@ -88,7 +88,7 @@ def test_models_of_the_hub_are_linked_and_named_in_the_front_matter(place: Path)
     from mergekit_lite.output.card import model_card
 
     Path("r.yml").write_text(TEXT)
-    plan = mergekit_lite.plan_merge_file("r.yml", "out")
+    plan = mergekit_lite.plan_merge("r.yml", "out")
     hub = replace(plan.inputs[1], reference="org/name@main", revision="0123")
     effect = {"merged": 1, "copied": 0, "effective": None}
     card = model_card(replace(plan, inputs=(plan.inputs[0], hub, plan.inputs[2])), 0, effect)
@@ -241,7 +241,7 @@ def test_templates_and_cards_in_a_cache_of_the_hub_are_read_through_its_links(pl
 
 def test_a_single_file_has_no_template(place: Path) -> None:
     Path("r.yml").write_text(TEXT + "chat_template: chatml\n")
-    assert any("do nothing" in note for note in mergekit_lite.plan_merge_file("r.yml", "out.safetensors").notes)
+    assert any("do nothing" in note for note in mergekit_lite.plan_merge("r.yml", "out.safetensors").notes)
     assert notes("chat_template: chatml\n") == ""
 
 

@@ -47,10 +47,10 @@ def of_finished(finished: Finished) -> dict[str, Any]:
 
 def what_happens(plan: Plan, job: Job) -> str:
     """One job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
-    if not job.merged:
+    if not job.merged_elements:
         return f"copy ({job.why})" if job.why else "copy"
     numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)
-    return f"{job.method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
+    return f"{job.method} {numbers}" + (", new rows copied" if job.merged_elements < job.numel else "")
 
 
 def shown(value: Any) -> str:
@@ -68,5 +68,5 @@ def _of_job(plan: Plan, job: Job) -> dict[str, Any]:
         "method": job.method or "copy",
         "why": job.why,
         "parameters": [dict(parameters) for parameters in job.parameters],
-        "copied_elements": job.numel - job.merged,
+        "copied_elements": job.numel - job.merged_elements,
     }

@@ -42,7 +42,7 @@ def is_finished(output: Path, plan: Plan, variant: int) -> bool:
 def _digest(content: IO[bytes], job: Job) -> str:
     """Return the digest of a job's tensor, as manifests hold it; the file is positioned at its first byte."""
     spans: list[str] = []
-    for begin, end in bounds(job.numel, job.merged):
+    for begin, end in bounds(job.numel, job.merged_elements):
         digest = xxhash.xxh3_128()
         left = (end - begin) * dtypes.size(job.dtype)
         while left and (piece := content.read(min(READ_BYTES, left))):

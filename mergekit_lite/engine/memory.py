@@ -31,4 +31,7 @@ def _needs_torch(plan: Plan) -> bool:
     first: dict[object, Job] = {}
     for job in plan.jobs:
         first.setdefault((job.method, job.dtype, *(spec.dtype for spec in job.inputs)), job)
-    return any(needs_torch(job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged else []) for job in first.values())
+    return any(
+        needs_torch(job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged_elements else [])
+        for job in first.values()
+    )

@@ -67,7 +67,7 @@ class Report:
         return cls(**{**content, "tensors": tuple(TensorEffect(**tensor) for tensor in content["tensors"])})
 
 
-def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) -> Report:
+def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -> Report:
     """Sum up one output. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
     by_job: dict[int, list[Record]] = {}
     for key in sorted(records):
@@ -77,22 +77,22 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
     deltas: list[float] = []  # ⟨delta, delta⟩ likewise
     identical = seen_all = 0
     for index, job in enumerate(plan.jobs):
-        if not job.merged:
+        if not job.merged_elements:
             continue
         of_job = [record for record in by_job.get(index, []) if record.sums]
         if not of_job:
             continue
         dot, square, seen = (math.fsum(record.sums[k] for record in of_job) for k in range(3))
         identical += all(len(set(record.inputs)) == 1 for record in of_job)
-        seen_all += seen == job.merged
-        asked = job.parameters[variant].get("alpha", 0.0)
+        seen_all += seen == job.merged_elements
+        asked = job.parameters[number].get("alpha", 0.0)
         effects.append(
             TensorEffect(job.name, asked, dot / square if square else None, math.sqrt(square / seen) if seen else 0.0)
         )
-        moved.append(dot * job.merged / seen if seen else 0.0)
-        deltas.append(square * job.merged / seen if seen else 0.0)
+        moved.append(dot * job.merged_elements / seen if seen else 0.0)
+        deltas.append(square * job.merged_elements / seen if seen else 0.0)
     total = math.fsum(deltas)
-    elements = sum(job.merged for job in plan.merged) if effects else 0
+    elements = sum(job.merged_elements for job in plan.merged) if effects else 0
     return Report(
         merged=len(plan.merged),
         copied=len(plan.copied),
@@ -141,8 +141,8 @@ def _digests(job: Job, records: list[Record]) -> dict[str, Any]:
     digests: dict[str, Any] = {"output": of_spans(output), "inputs": [of_spans(each) for each in inputs]}
     if len(records) > 1:
         digests["spans"] = {"output": output, "inputs": inputs}
-    if 0 < job.merged < job.numel:
-        digests["merged"] = job.merged
+    if 0 < job.merged_elements < job.numel:
+        digests["merged"] = job.merged_elements
     return digests
 
 

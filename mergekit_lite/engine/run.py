@@ -40,7 +40,7 @@ GPU_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run made: a path and a report for each variant, in the order of the plan's outputs."""
+    """What a run made: a path and a report for each output, in the order of the plan's outputs."""
 
     outputs: tuple[Path, ...]
     reports: tuple[Report, ...]
@@ -109,7 +109,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
             workspaces[v] = OutputWorkspace(
-                plan.outputs[v], plan.layout, plan.digest(v), plan.sources, fresh=force and not resume
+                plan.outputs[v], plan.layout, plan.digest(v), plan.input_files, fresh=force and not resume
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)

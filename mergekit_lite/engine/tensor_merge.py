@@ -88,7 +88,7 @@ def merges_of(plan: Plan, outputs: Collection[int]) -> dict[tuple[int, int], Job
     merges: dict[tuple[int, int], JobMerge] = {}
     offset, extent = 0, sum(job.numel for job in plan.jobs)
     for index, job in enumerate(plan.jobs):
-        if job.merged:
+        if job.merged_elements:
             for output in outputs:
                 merges[index, output] = JobMerge(plan, job, output, offset, extent)
         offset += job.numel
@@ -102,7 +102,7 @@ def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
         job: the tensor.
         merges: one for each output, where it is merged.
     """
-    copies = job.merged < job.numel
+    copies = job.merged_elements < job.numel
     return (
         any(merge.ops(CPU).needs_torch for merge in merges)
         or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))

@@ -42,8 +42,8 @@ def spans(plan: Plan) -> list[Span]:
 
 
 def _of_job(index: int, job: Job) -> Iterator[Span]:
-    for begin, end in bounds(job.numel, job.merged):
-        yield Span(index, job, begin, end, end <= job.merged)
+    for begin, end in bounds(job.numel, job.merged_elements):
+        yield Span(index, job, begin, end, end <= job.merged_elements)
 
 
 def bounds(numel: int, merged: int) -> Iterator[tuple[int, int]]:
@@ -61,7 +61,7 @@ def cut(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:
 
 def observed_share(plan: Plan) -> int:
     """Return one grain in how many is observed: every one where that costs little, else a fixed sample."""
-    return 1 if sum(job.merged for job in plan.jobs) <= OBSERVED_WHOLE else SAMPLED
+    return 1 if sum(job.merged_elements for job in plan.jobs) <= OBSERVED_WHOLE else SAMPLED
 
 
 def observed_grains(begin: int, start: int, count: int, share: int) -> Iterator[slice]:

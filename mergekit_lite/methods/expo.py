@@ -24,7 +24,7 @@ from mergekit_lite.ops.operations import Step
     formula="aligned + alpha·(aligned − sft)",
     source="Zheng et al. 2025, arXiv 2404.16792",
     models=(1, 1),
-    donor="model",
+    config_source="model",
     observed=Step(),
 )
 def expo(info: TensorInfo, *, alpha: float) -> Merge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from mergekit_lite.errors import UsageError, counted, nearest
@@ -29,7 +30,7 @@ class Method:
         models: the fewest and the most models without the base; None for any number.
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
-        donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
+        config_source: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
         observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
             inputs.
         check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
@@ -42,7 +43,7 @@ class Method:
     base: Literal["required", "optional", "none"] = "required"
     models: tuple[int, int | None] = (1, None)
     rows: Callable[..., int] | None = None
-    donor: Literal["base", "model"] = "base"
+    config_source: Literal["base", "model"] = "base"
     observed: Figures | None = None
     check: Callable[..., object] | None = None
 
@@ -50,6 +51,26 @@ class Method:
     def parameters(self) -> Mapping[str, Parameter]:
         """The parameters by their names in a recipe."""
         return parameters.of_signature(self.function)
+
+    @cached_property
+    def merges_base(self) -> bool:
+        """Whether a base is merged like any other model, with numbers of its own."""
+        return self.base == "none" or any(parameter.each == "input" for parameter in self.parameters.values())
+
+    @property
+    def expected(self) -> str:
+        """``exactly 2 models``, ``2 or more models besides base_model``: what a message asks for."""
+        fewest, most = self.models
+        number = (
+            f"exactly {fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        )
+        noun = "model" if fewest == most == 1 else "models"
+        return f"{number} {noun}{'' if self.merges_base else ' besides base_model'}"
+
+    def counts(self, models: int) -> bool:
+        """Return whether the method can merge this many models, not counting a base that it doesn't merge."""
+        fewest, most = self.models
+        return models >= fewest and (most is None or models <= most)
 
     def resolve(self, given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:
         """Return the keyword arguments for this many inputs, from what a user gave.
@@ -62,8 +83,8 @@ class Method:
             raise UsageError(f"{self.name} needs a base: give it a base_model.")
         if self.base == "none" and has_base:
             raise UsageError(f"{self.name} has no use for a base: list it among the models, or leave it out.")
-        fewest, most = self.models
-        if models < fewest or (most is not None and models > most):
+        if not self.counts(models):
+            fewest, most = self.models
             wanted = f"{fewest} or more models" if most is None else f"{fewest} to {most} models"
             wanted = counted(fewest, "model") if fewest == most else wanted
             beside = " beside the base" if has_base else ""

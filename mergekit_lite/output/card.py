@@ -15,7 +15,7 @@ from mergekit_lite.planning import Plan
 KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
-def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
+def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
     """Return the README.md of one output, with the front matter that the hub reads."""
     sources = [plan.source, *(source for source in plan.inputs if source is not plan.source)]
     front = {key: value for key, value in _front_matter(plan.source).items() if key in KEPT_KEYS}
@@ -23,16 +23,16 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
         front["base_model"] = on_hub
     front["tags"] = ["mergekit-lite", "merge"]
     front.setdefault("library_name", "transformers")
-    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[variant]), sort_keys=False, allow_unicode=True)
+    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[number]), sort_keys=False, allow_unicode=True)
     fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {plan.outputs[variant].name}",
+        f"# {plan.outputs[number].name}",
         "",
-        f"Made from other models by arithmetic on their weights (method `{plan.recipes[variant]['merge_method']}` of "
+        f"Made from other models by arithmetic on their weights (method `{plan.recipes[number]['merge_method']}` of "
         "mergekit_lite), without training:",
         "",
         *(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),

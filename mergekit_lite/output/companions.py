@@ -66,7 +66,7 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
 
 
 def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
-    """Choose the files that are copied with a plan's weights: the donor's, and those of the tokenizer it was given.
+    """Choose the files copied with a plan's weights: the config source's, and those of the tokenizer it was given.
 
     Returns:
         The files by their names in the output, and for every other file the reason why not.
@@ -84,25 +84,25 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def write_companions(
-    plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> None:
     """Write everything but the weights into ``folder``.
 
     Args:
         plan: the plan.
-        variant: which output.
+        number: which output.
         folder: where its weights are.
         effect: the report, as plain data.
         digests: of each tensor's output and inputs, by its name.
     """
-    output = plan.outputs[variant]
+    output = plan.outputs[number]
     if not is_single_file(output):
-        _write_model(plan, variant, folder, effect, digests)
-    manifest = text_of(manifest_of(plan, variant, folder, effect, digests))
+        _write_model(plan, number, folder, effect, digests)
+    manifest = text_of(manifest_of(plan, number, folder, effect, digests))
     (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
 
 
-def _write_model(plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
     """Write the files that make a folder of weights a model."""
     source = plan.source
     if len(plan.layout.files) > 1:
@@ -121,7 +121,7 @@ def _write_model(plan: Plan, variant: int, folder: Path, effect: Mapping[str, An
     if effect["coefficients"]:
         text = json.dumps(effect["coefficients"], indent=1, ensure_ascii=False) + "\n"
         (folder / COEFFICIENTS_NAME).write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, variant, effect), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, number, effect), encoding="utf-8")
 
 
 def _write_template(folder: Path, template: str) -> None:
@@ -134,7 +134,7 @@ def _write_template(folder: Path, template: str) -> None:
 
 
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the donor's config, changed to fit what is written: dtype, tied head, no quantisation that is gone."""
+    """Return the config source's config, true to what is written: dtype, tied head, no quantisation that is gone."""
     source = plan.source
     config = dict(plan.config or source.config or {})
     if any(spec.quantised for spec in source.tensors.values()):

@@ -22,13 +22,13 @@ NOT_SEALED = ("README.md", MANIFEST_NAME)  # users edit the card
 
 
 def manifest_of(
-    plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the manifest of an output, without times and paths of this machine: equal runs give equal manifests.
 
     Args:
         plan: the plan.
-        variant: which output.
+        number: which output.
         folder: where its other files are.
         effect: the report, as plain data.
         digests: of each tensor's output and inputs, by its name.
@@ -37,8 +37,8 @@ def manifest_of(
         "tool": "mergekit_lite",
         "version": __version__,
         "torch": metadata.version("torch"),
-        "plan": plan.digest(variant),
-        "recipe": plan.recipes[variant],
+        "plan": plan.digest(number),
+        "recipe": plan.recipes[number],
         "seed": plan.seed,
         "shard_size": plan.shard_size,
         "inputs": [
@@ -57,7 +57,7 @@ def manifest_of(
             {"name": file.name, "size": file.size, "frame_xxh3_128": frame_of(plan.layout, folder / file.name, file)}
             for file in plan.layout.files
         ],
-        "beside": {} if is_single_file(plan.outputs[variant]) else _beside(plan, folder),
+        "beside": {} if is_single_file(plan.outputs[number]) else _beside(plan, folder),
         "digest": "xxh3-128 of the hex xxh3-128 digests of every 8,388,608 elements",
         "tensors": digests,
         "left_out": [list(entry) for entry in plan.left_out],

@@ -33,8 +33,8 @@ def delta_rms(plan: Plan) -> float | None:
     square = elements = 0.0
     with Reader() as reader:
         for job in chosen:
-            count = min(ELEMENTS, job.merged)
-            start = (job.merged - count) // 2
+            count = min(ELEMENTS, job.merged_elements)
+            start = (job.merged_elements - count) // 2
             square += _square(reader, (job.inputs[0], job.inputs[:2][-1]), start, count) if count else 0.0
             elements += count
     return math.sqrt(square / elements) if elements else None

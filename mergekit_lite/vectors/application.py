@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.references import parse_addition
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import Rounding, named_options
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,8 +44,8 @@ def plan_apply(
         recipe["out_dtype"] = dtypes.float_named(dtype)
     if rounding != "nearest":
         recipe |= {"rounding": rounding, "seed": seed}
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
-    return plan_merge(parse(text, method_parameters()), output, shard_size=shard_size, text=text)
+    text = to_yaml(recipe)
+    return make_plan(parse(text), [output], shard_size=shard_size, text=text)
 
 
 @named_options

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.sum import Sum
@@ -17,10 +15,10 @@ from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, de
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
+from mergekit_lite.methods import METHODS
 from mergekit_lite.options import named_options
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import parse, to_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,9 +47,10 @@ def plan_combine(
     opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in named]
     if not rebase:
         _check_one_base(opened)
-    takes = method_parameters()
-    base = None if method in takes and takes[method].base == "none" else ZERO
-    weighted = method in takes and "weight" in takes[method].per_model and "weight" not in (parameters or {})
+    known = METHODS.get(method)
+    base = None if known is not None and known.merges_base else ZERO
+    each = known.parameters["weight"].each if known is not None and "weight" in known.parameters else ""
+    weighted = bool(each) and "weight" not in (parameters or {})
     recipe: dict[str, Any] = {
         "merge_method": method,
         "models": [_model(one, weighted) for one in named],
@@ -61,11 +60,11 @@ def plan_combine(
     }
     if base is not None:
         recipe["base_model"] = base
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
-    loaded = parse(text, takes, "vector combine")
+    text = to_yaml(recipe)
+    loaded = parse(text, "vector combine")
     sources = {one.path: checkpoint for one, checkpoint in zip(named, _over_zero(opened), strict=True)}
     sources[ZERO] = _zeros(list(sources.values()))
-    plan = plan_merge(loaded, path, text=text, opened=sources)
+    plan = make_plan(loaded, [path], text=text, opened=sources)
     tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in plan.jobs]
     written = _written_dtypes(opened)
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}

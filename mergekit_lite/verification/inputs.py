@@ -10,11 +10,9 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.planning import Plan, plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
-from mergekit_lite.verification.pair import pair_recipe
 from mergekit_lite.verification.result import Finding
 
 COMBINES = "combines"  # in the recipe of a combination of task vectors
@@ -127,14 +125,11 @@ def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
     """
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
-    text = manifest.recipe.get("text")
-    if isinstance(text, str):
-        merging = parse(text, method_parameters(), "The manifest's recipe")
-        _check_known(merging.models, opened)
-        return plan_merge(merging, name, shard_size=manifest.shard_size, text=text, opened=opened)
-    recipe = pair_recipe(manifest.recipe, seed=manifest.seed, shard_size=manifest.shard_size)
+    written = manifest.recipe.get("text")
+    text = written if isinstance(written, str) else ""
+    recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
-    return plan(recipe, [name], opened=opened)
+    return make_plan(recipe, [name], shard_size=manifest.shard_size, text=text, opened=opened)
 
 
 def _check_known(models: tuple[str, ...], opened: Mapping[str, Checkpoint]) -> None:

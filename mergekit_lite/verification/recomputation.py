@@ -76,11 +76,11 @@ class Recomputation:
         """Compare the digests of one tensor and of its inputs with the recorded ones."""
         job = self.plan.jobs[index]
         recorded = self.manifest.tensors.get(job.name)
-        partly_merged = job.merged if 0 < job.merged < job.numel else None
+        partly_merged = job.merged_elements if 0 < job.merged_elements < job.numel else None
         if recorded is None or len(recorded.inputs) != len(job.inputs) or recorded.merged != partly_merged:
             yield Finding("manifest", "has no digests of it, or of other inputs or spans than it has", job.name)
             return
-        cuts = list(bounds(job.numel, job.merged))
+        cuts = list(bounds(job.numel, job.merged_elements))
         records = [self.records.made[index, begin] for begin, _ in cuts]
         changed = False
         for number, spec in enumerate(job.inputs):

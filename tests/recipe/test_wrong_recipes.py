@@ -9,7 +9,6 @@ from textwrap import dedent
 import pytest
 
 from mergekit_lite.recipe import RecipeError, parse
-from tests.recipe.methods import METHODS
 
 TAIL = "merge_method: linear\n"
 TIES = "merge_method: ties\nbase_model: base\n"
@@ -17,7 +16,7 @@ PAIR = "models:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, paramet
 SLICES = TAIL + "parameters: {weight: 1}\nslices:\n"
 ROOT_KEYS = (
     "merge_method, models, slices, base_model, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
-    "chat_template, exclude, overrides, seed, random_seed, rounding"
+    "chat_template, include, exclude, new_rows, overrides, seed, random_seed, rounding"
 )
 
 # (what is tried, the text, every complaint)
@@ -121,6 +120,8 @@ WRONG = [
     ("regex", TAIL + "models: [{model: a, parameters: {weight: {filter: 'regex:(', value: 1}}}]\n", ["2:51: 'regex:(' is no regular expression: missing ), unterminated subpattern at position 0"]),
     ("layers", TAIL + "models: [{model: a, parameters: {weight: {layers: 3, value: 1}}}]\n", ["2:51: 'layers' expects two whole numbers, [first, end], got the number 3"]),
     # --- exclude and overrides
+    ("include a number", TAIL + PAIR + "include: [1]\n", ["5:11: 'filter' expects text, got the number 1: put it in quotes, '1', if it is one"]),
+    ("new rows", TAIL + PAIR + "new_rows: copi\n", ["5:11: 'new_rows' expects one of refuse, copy, got the text 'copi'. Did you mean 'copy'?"]),
     ("exclude nothing", TAIL + PAIR + "exclude: [{}]\n", ["5:11: the filter has neither 'filter' nor 'layers'"]),
     ("exclude a number", TAIL + PAIR + "exclude: [1]\n", ["5:11: 'filter' expects text, got the number 1: put it in quotes, '1', if it is one"]),
     ("override of all", TAIL + PAIR + "overrides: [{merge_method: linear}]\n", ["5:13: the override has neither 'filter' nor 'layers'"]),
@@ -135,7 +136,7 @@ WRONG = [
 @pytest.mark.parametrize(("text", "complaints"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_complaints(text: str, complaints: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse(text, METHODS)
+        parse(text)
     assert [str(problem) for problem in caught.value.problems] == complaints
 
 
@@ -149,7 +150,7 @@ def test_all_at_once() -> None:
         dtype: int3
     """)
     with pytest.raises(RecipeError) as caught:
-        parse(text, METHODS, "mine.yml")
+        parse(text, "mine.yml")
     assert caught.value.exit_code == 2
     assert str(caught.value) == dedent("""\
         mine.yml has 5 problems:
@@ -164,9 +165,9 @@ def test_billion_laughs() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
     with pytest.raises(RecipeError, match="aliases expand to more than 100,000 values"):
-        parse("\n".join(lines), METHODS)
+        parse("\n".join(lines))
 
 
 def test_nesting() -> None:
     with pytest.raises(RecipeError, match="nested too deeply"):
-        parse("[" * 20_000, METHODS)
+        parse("[" * 20_000)

@@ -14,8 +14,7 @@ from mergekit_lite.boosting.candidates.ranges import Range
 from mergekit_lite.boosting.candidates.tunable import PairTuning, RecipeTuning, Tunable, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.extrapolation import plan_extrapolation
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
+from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, text_of
 
 UNWRITTEN = Path("boosted")  # the output in the plans of candidates that aren't written
@@ -77,19 +76,19 @@ class RecipeFamily:
             UsageError: it can't be read, or has no parameter at a path.
         """
         content = text_of(path)
-        recipe = parse(content, method_parameters(), str(path))
+        recipe = parse(content, str(path))
         self.path = path
         self.shard_size = shard_size
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
-        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.donor].config))
+        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.config_source].config))
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
         self.baseline: Params = self.tuning.as_written
 
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan as ``merge`` does for the recipe with these params."""
         text = self.tuning.text(params)
-        recipe = parse(text, method_parameters(), f"{self.path} with {_text_of(params)}")
-        return plan_merge(recipe, output, shard_size=self.shard_size, text=text, opened=self.opened)
+        recipe = parse(text, f"{self.path} with {_text_of(params)}")
+        return make_plan(recipe, [output], shard_size=self.shard_size, text=text, opened=self.opened)
 
 
 def _text_of(params: Params) -> str:

@@ -90,7 +90,7 @@ def tokenizer_of(plan: Plan) -> Any:
     """
     from transformers import AutoTokenizer
 
-    giver = plan.inputs[plan.donor if plan.tokenizer is None else plan.tokenizer]
+    giver = plan.inputs[plan.config_source if plan.tokenizer is None else plan.tokenizer]
     if giver.folder is None:
         raise UsageError(f"{giver.reference}: is a single file, without a tokenizer. Name the folder of the model.")
     try:
