@@ -94,14 +94,14 @@ def plan_of(path: Path) -> str | None:
     return plan if isinstance(plan, str) else None
 
 
-def _check_head(path: Path, found: object, head: dict[str, Any]) -> None:
+def _check_head(path: Path, first_line: object, head: dict[str, Any]) -> None:
     """Raise RunError where a journal's first line is not the one this run would write."""
-    if not isinstance(found, dict) or found.get("plan") != head["plan"]:
+    if not isinstance(first_line, dict) or first_line.get("plan") != head["plan"]:
         raise RunError(
             f"{path.parent}: holds an unfinished run of another plan (other models, options or version). "
             "--force starts over."
         )
-    changed = [source[0] for source in head["sources"] if source not in found.get("sources", ())]
+    changed = [source[0] for source in head["sources"] if source not in first_line.get("sources", ())]
     if changed:
         raise RunError(
             listing(f"{path.parent}: inputs that changed since the run was stopped; --force starts over", changed)

@@ -46,11 +46,11 @@ def own_manifest(output: Path, plan: Plan, number: int) -> dict[str, Any] | None
     """Return an output's manifest if this very plan wrote it after its inputs were last changed, else None."""
     try:
         manifest = json.loads(manifest_path(output).read_bytes())
-        made = manifest_path(output).stat().st_mtime_ns
+        written = manifest_path(output).stat().st_mtime_ns
     except (OSError, ValueError):
         return None
     newest = max((time for _, _, time in plan.input_files), default=0)
-    is_own = isinstance(manifest, dict) and manifest.get("plan") == plan.digest(number) and made >= newest
+    is_own = isinstance(manifest, dict) and manifest.get("plan") == plan.digest(number) and written >= newest
     return manifest if is_own and output.exists() else None
 
 
