@@ -54,13 +54,8 @@ class DryRun(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return {
-            "domains": [domain._asdict() for domain in self.domains],
-            "sources": [source._asdict() for source in self.sources],
-            "scorers": list(self.scorers),
-            "training": [steps._asdict() for steps in self.training],
-            "missing_models": list(self.missing_models),
-        }
+        tables = {key: [row._asdict() for row in getattr(self, key)] for key in ("domains", "sources", "training")}
+        return {**self._asdict(), **tables}
 
 
 def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:

@@ -157,40 +157,25 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(
-    *,
-    formula: str,
-    source: str,
-    when: str,
-    reference: bool = True,
-    squares: bool = False,
-    fuses: bool = False,
+    formula: str, source: str, when: str, **needs: bool
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
-    """Register an objective under its function's name; the arguments are ``Objective``'s attributes."""
+    """Register an objective under its function's name; all arguments are attributes of ``Objective``."""
 
     def register(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
-        name = function.__name__
-        OBJECTIVES[name] = Objective(name, function, formula, source, when, reference, squares, fuses)
+        OBJECTIVES[function.__name__] = Objective(function.__name__, function, formula, source, when, **needs)
         return function
 
     return register
 
 
-@objective(
-    formula="−log σ(β(ρ_w − ρ_l))",
-    source="DPO, 2305.18290",
-    when="the baseline; β 0.01 to 0.1",
-)
+@objective("−log σ(β(ρ_w − ρ_l))", "DPO, 2305.18290", "the baseline; β 0.01 to 0.1")
 def dpo(rows: LogProbs, *, beta: Positive = 0.1, smoothing: Smoothing = 0.0) -> Outcome:
     """Return −(1−ε) log σ(z) − ε log σ(−z), z = β(ρ_w − ρ_l), with the smoothing ε of conservative DPO."""
     chosen, rejected = rows.ratios()
     return _pairwise(_logistic(beta * (chosen - rejected), smoothing), beta * chosen, beta * rejected)
 
 
-@objective(
-    formula="−log σ(β(ρ̄_w − ρ̄_l))",
-    source="Tülu 3, 2411.15124",
-    when="lengths of chosen and rejected differ much; β 5 to 10",
-)
+@objective("−log σ(β(ρ̄_w − ρ̄_l))", "Tülu 3, 2411.15124", "lengths of chosen and rejected differ much; β 5 to 10")
 def dpo_norm(rows: LogProbs, *, beta: Positive = 10.0, smoothing: Smoothing = 0.0) -> Outcome:
     """Return the loss of DPO with each log-ratio divided by its response's length: z = β(ρ̄_w − ρ̄_l).
 
@@ -201,9 +186,9 @@ def dpo_norm(rows: LogProbs, *, beta: Positive = 10.0, smoothing: Smoothing = 0.
 
 
 @objective(
-    formula="−log σ(β(α Σ_i v_i ρ(y_i) + (1 − α) ρ(y_t) − ρ_l))",
-    source="WRPO, 2412.03187",
-    when="pairs of the rule `wrpo`: chosen responses of sources, y_i, and of the target, y_t",
+    "−log σ(β(α Σ_i v_i ρ(y_i) + (1 − α) ρ(y_t) − ρ_l))",
+    "WRPO, 2412.03187",
+    "pairs of the rule `wrpo`: chosen responses of sources, y_i, and of the target, y_t",
     fuses=True,
 )
 def wrpo(
@@ -245,9 +230,9 @@ def wrpo(
 
 
 @objective(
-    formula="−log σ(β(ā_w − ā_l) − γ)",
-    source="SimPO, 2405.14734",
-    when="no reference, so half the passes; sensitive to its options",
+    "−log σ(β(ā_w − ā_l) − γ)",
+    "SimPO, 2405.14734",
+    "no reference, so half the passes; sensitive to its options",
     reference=False,
 )
 def simpo(rows: LogProbs, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, smoothing: Smoothing = 0.0) -> Outcome:
@@ -256,23 +241,14 @@ def simpo(rows: LogProbs, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, smo
     return _pairwise(_logistic(beta * (chosen - rejected) - gamma, smoothing), beta * chosen, beta * rejected)
 
 
-@objective(
-    formula="(ρ_w − ρ_l − 1/(2β))²",
-    source="IPO, 2310.12036",
-    when="noisy labels: it doesn't push a pair on for ever",
-)
+@objective("(ρ_w − ρ_l − 1/(2β))²", "IPO, 2310.12036", "noisy labels: it doesn't push a pair on for ever")
 def ipo(rows: LogProbs, *, beta: Positive = 0.1, length_normalised: bool = False) -> Outcome:
     """Return (ρ_w − ρ_l − 1/(2β))². TRL takes ρ̄ for ρ, which is ``length_normalised`` here."""
     chosen, rejected = rows.ratios(length_normalised)
     return _pairwise((chosen - rejected - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected)
 
 
-@objective(
-    formula="−ā_w − λ log σ(log-odds)",
-    source="ORPO, 2403.07691",
-    when="without SFT before",
-    reference=False,
-)
+@objective("−ā_w − λ log σ(log-odds)", "ORPO, 2403.07691", "without SFT before", reference=False)
 def orpo(rows: LogProbs, *, weight: NonNegative = 0.1) -> Outcome:
     """Return −ā_w − λ log σ(o_w − o_l), with the log-odds o = ā − log(1 − e^ā) and λ = ``weight``.
 
@@ -283,12 +259,7 @@ def orpo(rows: LogProbs, *, weight: NonNegative = 0.1) -> Outcome:
     return _pairwise(-chosen + weight * softplus(-odds), weight * chosen, weight * rejected)
 
 
-@objective(
-    formula="max(0, γ − (ā_w − ā_l))",
-    source="RePO, 2503.07426",
-    when="SimPO with one option less",
-    reference=False,
-)
+@objective("max(0, γ − (ā_w − ā_l))", "RePO, 2503.07426", "SimPO with one option less", reference=False)
 def repo(rows: LogProbs, *, gamma: NonNegative = 0.5) -> Outcome:
     """Return max(0, γ − (ā_w − ā_l)), the limit of SimPO as β → ∞."""
     chosen, rejected = rows.averages()
@@ -296,9 +267,9 @@ def repo(rows: LogProbs, *, gamma: NonNegative = 0.5) -> Outcome:
 
 
 @objective(
-    formula="min(1, u_w u_l) · DPO",
-    source="WPO, 2406.11827",
-    when="off-policy pairs: u tells how likely a response is to the model",
+    "min(1, u_w u_l) · DPO",
+    "WPO, 2406.11827",
+    "off-policy pairs: u tells how likely a response is to the model",
     squares=True,
 )
 def wpo(rows: LogProbs, *, beta: Positive = 0.01, smoothing: Smoothing = 0.0) -> Outcome:
@@ -315,9 +286,9 @@ def wpo(rows: LogProbs, *, beta: Positive = 0.01, smoothing: Smoothing = 0.0) ->
 
 
 @objective(
-    formula="½[(ρ_w − (P_w − ½)/β)² + (ρ_l − (P_l − ½)/β)²]",
-    source="SPPO, 2405.00675",
-    when="best and worst of many own samples; P: the probability that a response beats the others",
+    "½[(ρ_w − (P_w − ½)/β)² + (ρ_l − (P_l − ½)/β)²]",
+    "SPPO, 2405.00675",
+    "best and worst of many own samples; P: the probability that a response beats the others",
 )
 def sppo(rows: LogProbs, *, beta: Positive = 0.001) -> Outcome:
     """Return ½[(ρ_w − (P_w − ½)/β)² + (ρ_l − (P_l − ½)/β)²]; P is the probability that a response beats the others.
@@ -331,11 +302,7 @@ def sppo(rows: LogProbs, *, beta: Positive = 0.001) -> Outcome:
     return _pairwise(loss, beta * chosen, beta * rejected)
 
 
-@objective(
-    formula="−log σ(β(ρ_w − ρ_l) + α(n_w − n_l))",
-    source="R-DPO, 2403.19159",
-    when="answers get longer and longer",
-)
+@objective("−log σ(β(ρ_w − ρ_l) + α(n_w − n_l))", "R-DPO, 2403.19159", "answers get longer and longer")
 def rdpo(rows: LogProbs, *, beta: Positive = 0.1, alpha: NonNegative = 0.02) -> Outcome:
     """Return −log σ(β(ρ_w − ρ_l) + α(n_w − n_l)): pairs whose chosen response is longer have smaller gradients."""
     chosen, rejected = rows.ratios()

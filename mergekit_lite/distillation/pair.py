@@ -162,13 +162,15 @@ def _used(assignment: Assignment) -> Iterable[Candidate]:
     return (*assignment.chosen, *assignment.rejected) if isinstance(assignment, PreferencePair) else ()
 
 
+def _question(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.id, "domain": prompt.domain, "messages": prompt.messages}
+
+
 def _sft_row(prompt: Prompt, example: SftExample, pairing: Pairing, responses: Responses) -> dict[str, Any]:
     answer = example.answer
     response = responses[answer.source, Key(prompt.id, answer.index)]
     return {
-        "prompt": prompt.id,
-        "domain": prompt.domain,
-        "messages": prompt.messages,
+        **_question(prompt),
         "response": response["text"],
         "source": answer.source,
         "index": answer.index,
@@ -195,9 +197,7 @@ def _preference_row(
         }
 
     return {
-        "prompt": prompt.id,
-        "domain": prompt.domain,
-        "messages": prompt.messages,
+        **_question(prompt),
         "chosen": [written(answer) for answer in pair.chosen],
         "rejected": [written(answer) for answer in pair.rejected],
         "gap": pair.gap,

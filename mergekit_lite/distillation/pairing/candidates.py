@@ -106,11 +106,7 @@ def candidates(
 
 
 def _candidate(
-    row: Mapping[str, Any],
-    source: str,
-    own: bool,
-    pairing: Pairing,
-    scores: Mapping[str, Mapping[Key, Verdict]],
+    row: Mapping[str, Any], source: str, own: bool, pairing: Pairing, scores: Mapping[str, Mapping[Key, Verdict]]
 ) -> Candidate | str:
     """Return an answer with its scores, or the reason why it can't be used."""
     text, key = row["text"], Key(row["prompt"], row["index"])

@@ -55,14 +55,8 @@ class PairingTable:
     def overall(self) -> Counts:
         """The sum over all domains."""
         counts = list(self.domains.values())
-        return Counts(
-            prompts=sum(one.prompts for one in counts),
-            sft=sum(one.sft for one in counts),
-            preference=sum(one.preference for one in counts),
-            waiting=sum(one.waiting for one in counts),
-            dropped=_summed(one.dropped for one in counts),
-            answers=_summed(one.answers for one in counts),
-        )
+        numbers = (sum(getattr(each, name) for each in counts) for name in ("prompts", "sft", "preference", "waiting"))
+        return Counts(*numbers, *(_summed(getattr(each, name) for each in counts) for name in ("dropped", "answers")))
 
     def write(self, path: Path) -> None:
         """Write the table as JSON, atomically."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.registry import wrong_settings
-from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, RecipeScorer, Source
+from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, Source
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -31,13 +31,16 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     for number, source in enumerate(recipe.sources):
         yield from _source(("sources", number), source)
     for number, scorer in enumerate(recipe.scorers):
-        yield from _scorer(("scorers", number), scorer)
+        yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _target_source(recipe)
     for at, prompts in _prompts(recipe):
         yield from _one_origin(at, prompts)
     yield from pairing_problems(recipe)
     for number, name in enumerate(recipe.report.scores or ()):
-        yield from _known_scorer(recipe, ("report", "scores", number), name)
+        known = [scorer.name for scorer in recipe.scorers]
+        if name not in known:
+            hint = nearest(name, known) or f" There are: {', '.join(known)}."
+            yield Problem(("report", "scores", number), f"no scorer is named {name!r}.{hint}")
 
 
 def pairing_problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[Problem]:
@@ -91,13 +94,6 @@ def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
 
 
-def _known_scorer(recipe: Recipe, at: KeyPath, name: str) -> Iterator[Problem]:
-    known = [scorer.name for scorer in recipe.scorers]
-    if name not in known:
-        hint = nearest(name, known) or f" There are: {', '.join(known)}."
-        yield Problem(at, f"no scorer is named {name!r}.{hint}")
-
-
 def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
     for number, name in enumerate(names):
         at: KeyPath = (key, number, "name")
@@ -123,10 +119,6 @@ def _source(at: KeyPath, source: Source) -> Iterator[Problem]:
                 hint = nearest(domain, source.domains)
                 text = f"samples for {domain!r}, which is not among the source's 'domains'.{hint}"
                 yield Problem((*at, "samples_for", domain), text)
-
-
-def _scorer(at: KeyPath, scorer: RecipeScorer) -> Iterator[Problem]:
-    yield from (Problem((*at, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
 
 
 def _target_source(recipe: Recipe) -> Iterator[Problem]:

@@ -16,18 +16,7 @@ from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.distillation.recipe.checks import KeyPath, contradictions
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, Source
 from mergekit_lite.errors import nearest
-from mergekit_lite.yaml_document import (
-    Fields,
-    Items,
-    Mark,
-    Node,
-    RecipeError,
-    Remark,
-    Scalar,
-    describe,
-    read,
-    text_of,
-)
+from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read, text_of
 
 NEEDS = "folder, target, prompts, sources, scorers, pairs and train"
 EXPECTED = {  # pydantic's types of errors: what to tell a user who knows no Python

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -144,11 +145,7 @@ class SftTrainer(ResponseTrainer):
         return inputs
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Inputs,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Module, inputs: Inputs, *_: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Return the loss of this part of a step's batch as its share of the mean over the batch's tokens.
 
@@ -204,13 +201,7 @@ class PreferenceTrainer(ResponseTrainer):
         inputs["wins"] = torch.tensor([row.wins or sure for row in rows])
         return inputs
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Inputs,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def compute_loss(self, model: Module, inputs: Inputs, *_: Any, **__: Any) -> Tensor:
         """Return the mean loss of these rows, and add their figures to the means."""
         outputs = model(**{name: inputs[name] for name in MODEL_INPUTS}, squares=self.objective.squares)
         rows = self.log_probs(outputs, inputs)
