@@ -121,7 +121,7 @@ def extrapolate(
 
 
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
-    """The path of each alpha's output. Raises UsageError where several would have the same."""
+    """Return the path of each alpha's output. Raises UsageError where several would have the same."""
     if len(set(alphas)) < len(alphas):
         raise UsageError("The same alpha was given twice.")
     if len(alphas) > 1 and "{alpha}" not in output:
