@@ -20,7 +20,7 @@ from demo import task
 from demo.boost import BATCH
 
 
-def main(pair: Path, prompts: Path, search: Path, told: Path) -> None:
+def main(pair: Path, prompts: Path, search: Path, report: Path) -> None:
     """Answer and score what the search did, and write what that took."""
     import torch
     from safetensors.torch import load_file
@@ -45,11 +45,11 @@ def main(pair: Path, prompts: Path, search: Path, told: Path) -> None:
         wall, cpu = wall + time.perf_counter() - started[0], cpu + time.process_time() - started[1]
         answers += len(items)
         print(f"alpha={alpha:g}: {right} of {len(items)} right")
-    told.write_text(json.dumps({"wall": wall, "cpu": cpu, "answers": int(answers)}))
+    report.write_text(json.dumps({"wall": wall, "cpu": cpu, "answers": int(answers)}))
 
 
 def candidates(search: Path) -> Iterator[tuple[float, Sequence[str]]]:
-    """The alphas that were tried, and what each of them answered."""
+    """Return the alphas that were tried, and the answers of each."""
     for path in sorted((search / "candidates").glob("*.json")):
         files = [path.with_name(f"{path.stem}{ending}") for ending in (".jsonl", ".partial.jsonl")]
         lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What both benchmarks share: their options, and running processes in turns with nothing left of the ones before.
+"""The parts that all benchmarks share: options, and running processes in turns, each from a clean state.
 
 Everything is a whole process, measured from start to end. The processes take turns, so that a slower minute of the
 machine meets them all, and ratios are taken within a turn. Before each one the last output is removed and the disk is
@@ -32,7 +32,7 @@ Command = Callable[..., Any]
 
 
 def options(runs: int) -> Callable[[Command], Command]:
-    """The options of every benchmark; ``runs`` is a default."""
+    """Add the options of every benchmark; ``runs`` is a default."""
     chosen = [
         click.option(
             "--size", "parameters", type=click.FloatRange(4e7), default=1.5e9, show_default=True, help="Parameters."
@@ -76,7 +76,7 @@ class Bench:
         self.program = found
 
     def missing_room(self, family: Family, outputs: int = 1) -> str | None:
-        """What the disk lacks for a family and its outputs, in words."""
+        """Return a message about the disk space that a family and its outputs lack."""
         self.folder.mkdir(parents=True, exist_ok=True)
         inputs = 0 if family.is_made() else len(family.names)
         needed = (inputs + outputs) * family.nbytes + SLACK
@@ -84,7 +84,7 @@ class Bench:
         return f"{self.folder} has {size(free)} free, this needs {size(needed)}" if free < needed else None
 
     def demand_room(self, family: Family, outputs: int = 1) -> None:
-        """Raise ClickException where the disk lacks it."""
+        """Raise ClickException if the disk has too little space for a family and its outputs."""
         if missing := self.missing_room(family, outputs):
             raise click.ClickException(f"{missing}. --folder chooses another disk, --size a smaller model.")
 
@@ -105,7 +105,7 @@ class Bench:
         return run
 
     def rounds(self, commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, list[Run]]:
-        """All commands in turn, ``runs`` times and once before that doesn't count.
+        """Run all commands in turn, ``runs`` times after one turn that doesn't count.
 
         Every second round goes backwards: a process fares better after one that has just freed memory, and so none
         always follows the same one.
@@ -152,7 +152,7 @@ def warm(family: Family) -> None:
 
 
 def crowded(family: Family, outputs: int = 1) -> list[str]:
-    """A note where the checkpoints that a run reads and writes can't all be in the page cache."""
+    """Return a note if the checkpoints that a run reads and writes don't fit into the page cache."""
     needed, memory = (len(family.names) + outputs) * family.nbytes, available_memory()
     if memory is None or memory > needed:
         return []
@@ -162,7 +162,7 @@ def crowded(family: Family, outputs: int = 1) -> list[str]:
 
 
 def disturbance(results: Mapping[str, Sequence[Run]], cores: int) -> list[str]:
-    """How busy the machine was with other things, and a warning where that shows in the figures."""
+    """Return notes on the load of the machine by other processes, with a warning if it shows in the figures."""
     others = [run.others for runs in results.values() for run in runs if run.others is not None]
     if not others:
         return []
@@ -177,5 +177,5 @@ def named(kind: str, parameters: float) -> str:
 
 
 def say(line: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     click.echo(line, err=True)

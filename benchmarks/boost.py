@@ -1,10 +1,10 @@
-"""What a whole search costs beside making and scoring its answers, on the pair of ``make demo``.
+"""Measure the cost of a whole search beyond generating and scoring its answers, on the pair of ``make demo``.
 
 python -m benchmarks.boost
 
 Three commands take turns: ``boost`` as ``make demo-boost`` calls it, the same with ``--no-kl``, and a plain script that
 loads the model once and makes and scores as many answers to the same questions (``benchmarks.answers_alone``). The
-first two are told as whole processes, from start to end; of the script also the time within generating and scoring.
+first two are measured as whole processes, from start to end; of the script also the time within generating and scoring.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def main(pair: Path, seed: int, runs: int, folder: Path) -> None:
 
 def turn(pair: Path, prompts: Path, folder: Path) -> dict[str, Took]:
     """Every command once."""
-    output, told = folder / "boosted", folder / "alone.json"
+    output, report = folder / "boosted", folder / "alone.json"
     search = output.with_name("boosted.boost")
-    plain = [sys.executable, "-m", "benchmarks.answers_alone", *map(str, (pair, prompts, search, told))]
+    plain = [sys.executable, "-m", "benchmarks.answers_alone", *map(str, (pair, prompts, search, report))]
     command = boost.command(pair, prompts, output)
-    found = {}
+    took = {}
     for name, words in [
         ("`boost --no-kl`", [*command, "--no-kl"]),
         ("`boost`", command),
@@ -65,13 +65,13 @@ def turn(pair: Path, prompts: Path, folder: Path) -> dict[str, Took]:
             for left in (output, search):
                 shutil.rmtree(left, ignore_errors=True)
         run = measured(words)
-        found[name] = {"wall": run.wall, "cpu": run.user + run.system}
+        took[name] = {"wall": run.wall, "cpu": run.user + run.system}
         click.echo(f"  {name}: {run.wall:.1f} s, {run.user + run.system:.1f} s of processor time", err=True)
-    return {**found, ALONE: json.loads(told.read_text())}
+    return {**took, ALONE: json.loads(report.read_text())}
 
 
 def row(name: str, turns: Sequence[Mapping[str, Took]]) -> list[str]:
-    """What a command took, and its ratios within each turn."""
+    """Return a table row: a command's times, and their ratios to those of the answers alone in the same turn."""
     times = [spread([turn[name][kind] for turn in turns], 1) for kind in ("wall", "cpu")]
     ratios = [median(turn[name][kind] / turn[ALONE][kind] for turn in turns) for kind in ("wall", "cpu")]
     return [name, *times, *(f"{ratio:.2f}" for ratio in ratios)]

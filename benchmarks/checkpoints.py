@@ -72,7 +72,7 @@ class Family:
         return 2 * self.parameters
 
     def is_made(self) -> bool:
-        """Whether the folder holds this very family, complete."""
+        """Return whether the folder has this family, complete."""
         note = self.folder / "family.json"
         return note.exists() and note.read_text() == self.as_json()
 
@@ -91,12 +91,12 @@ class Family:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def as_json(self) -> str:
-        """All attributes."""
+        """Return all attributes."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Family:
-        """What ``as_json`` wrote."""
+        """Return the value that ``as_json`` wrote."""
         data = json.loads(text)
         return cls(**data | {"folder": Path(data["folder"]), "names": tuple(data["names"])})
 
@@ -184,7 +184,7 @@ def _bytes(values: Any) -> memoryview:
 
 
 def _header(shapes: Shapes) -> bytes:
-    """The beginning of a safetensors file, padded so that the weights are aligned."""
+    """Return the start of a safetensors file, padded so that the weights are aligned."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""What ``compare`` takes beside the linear merge of the same models: a base and two fine-tunes, whole processes.
+"""Measure ``compare`` and the linear merge of the same models, a base and two fine-tunes, as whole processes.
 
 python -m benchmarks.compare
 """

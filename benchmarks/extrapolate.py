@@ -2,7 +2,7 @@
 
     python -m benchmarks.extrapolate [--size 1.5e9] [--runs 5] [--folder DIR] [--quick]
 
-How is told in ``benchmarks.bench``.
+See ``benchmarks.bench``.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _pair(bench: Bench, parameters: float, kind: str = "model") -> Family:
 
 
 def _extrapolate(bench: Bench, pair: Family, *options: str, alpha: str = ALPHA) -> list[str]:
-    """The command under test."""
+    """Return the command under test."""
     before, after = pair.models
     output = bench.output / f"{'expo' if ',' not in alpha else 'expo-{alpha}'}{after.suffix}"
     return [
@@ -117,7 +117,7 @@ def _extrapolate(bench: Bench, pair: Family, *options: str, alpha: str = ALPHA) 
 
 
 def _commands(bench: Bench, pair: Family, gpu: str | None) -> dict[str, list[str]]:
-    """What takes turns."""
+    """Return the commands that take turns."""
     copy = 'for number in 1 2 3; do cp -r "$0" "$1-$number" || exit; done'
     commands = {
         COPY: bench.copying(pair),
@@ -189,7 +189,7 @@ def _growths(peaks: Mapping[str, int]) -> list[float]:
 
 
 def _gpu_share(pair: Family, results: Mapping[str, Sequence[Run]]) -> list[tuple[str, str]]:
-    """What the bus allows, and how near the run came to it."""
+    """Return table rows: the time that the bus allows, and the share of that speed that the run reached."""
     say("Copying through pinned memory")
     command = [sys.executable, "-m", "benchmarks.pinned_copies", str(pair.nbytes)]
     limit = float(subprocess.run(command, check=True, capture_output=True).stdout)

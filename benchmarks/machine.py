@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine that the figures were measured on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine, and the versions that a child process sees."""
+    """Describe the machine, and the versions that a child process sees."""
     versions = json.loads(subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True).stdout)
     return Machine(
         cpu=_cpu(),

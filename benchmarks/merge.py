@@ -2,7 +2,7 @@
 
     python -m benchmarks.merge [--size 1.5e9] [--runs 3] [--only ties,sce] [--mergekit PATH] [--folder DIR] [--quick]
 
-A base and two fine-tunes that differ from it as supervised fine-tuning leaves them. How is told in
+A base and two fine-tunes that differ from it as supervised fine-tuning leaves them. See
 ``benchmarks.bench``; mergekit runs each recipe once, where it is given, after everything else.
 """
 
@@ -53,11 +53,11 @@ class Merge:
         return ", ".join([self.method, *(f"{key} {value}" for key, value in self.shared.items() if key != "t")])
 
     def takes(self, family: Family) -> bool:
-        """Whether the family has the fine-tunes for it."""
+        """Return whether the family has enough fine-tunes."""
         return len(family.names) > self.models[0]
 
     def recipe(self, family: Family) -> dict[str, Any]:
-        """The recipe, of as many of a family's models as it takes."""
+        """Return the recipe with as many of a family's models as it takes."""
         base, *tuned = family.models
         tuned = tuned[: int(min(self.models[1], len(tuned)))]
         listed = tuned if self.base == "base_model" else [base, *tuned]
@@ -156,7 +156,7 @@ def main(
 
 
 def _chosen(only: str | None) -> list[Merge]:
-    """The merges whose methods are named; all without names. Raises BadParameter."""
+    """Return the merges of the named methods, without names all. Raises BadParameter."""
     if only is None:
         return list(MERGES)
     names = {name.strip() for name in only.split(",")}
@@ -171,14 +171,14 @@ def _family(bench: Bench, name: str, parameters: float, tuned: int, kind: str = 
 
 
 def _written(merge: Merge, family: Family) -> Path:
-    """The file with its recipe. JSON is YAML."""
+    """Write the recipe of a merge to a file, as JSON, which is YAML."""
     path = family.folder / f"{merge.label.replace(', ', '-').replace(' ', '-')}.yml"
     path.write_text(json.dumps(merge.recipe(family), indent=1))
     return path
 
 
 def _merge(bench: Bench, merge: Merge, family: Family) -> list[str]:
-    """The command under test."""
+    """Return the command under test."""
     output = bench.output / f"merged{family.models[0].suffix}"
     return [bench.program, "merge", str(_written(merge, family)), "-o", str(output), "--quiet"]
 
@@ -186,7 +186,7 @@ def _merge(bench: Bench, merge: Merge, family: Family) -> list[str]:
 def _by_mergekit(
     bench: Bench, merges: Sequence[Merge], family: Family, mergekit: str | None, notes: list[str]
 ) -> dict[str, Run]:
-    """The same recipes through mergekit, once each; what it fails at is noted."""
+    """Run the same recipes through mergekit, once each, and note its failures."""
     runs: dict[str, Run] = {}
     if mergekit is None:
         notes.append("mergekit was not run: --mergekit PATH names its mergekit-yaml.")
@@ -302,7 +302,7 @@ def _verdicts(
     peaks: Mapping[str, Mapping[str, int]],
     judged: bool,
 ) -> list[tuple[str, str, str]]:
-    """The aims that hold for all merges."""
+    """Return the aims that hold for all merges."""
     timed = [(run.peak, merge.label) for merge in merges for run in results[merge.label]]
     other = [(peak, f"{label}, {models}") for models, of_label in peaks.items() for label, peak in of_label.items()]
     peak, which = max(timed + other)

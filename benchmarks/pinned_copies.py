@@ -16,7 +16,7 @@ BLOCK = 1 << 26  # bytes
 
 
 def seconds(nbytes: int) -> float:
-    """How long it takes to bring two checkpoints to the GPU while one comes back."""
+    """Return the time to copy two checkpoints to the GPU while one comes back."""
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
     host = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     device = [torch.empty(BLOCK, dtype=torch.uint8, device="cuda") for _ in range(2)]

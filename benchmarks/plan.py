@@ -1,4 +1,4 @@
-"""How long planning takes: a recipe for three models of 45,000 tensors, whole process, nothing but headers on the disk.
+"""Measure planning: a recipe for three models of 45,000 tensors, as a whole process, with only headers on the disk.
 
 python -m benchmarks.plan
 """
@@ -31,7 +31,7 @@ dtype: bfloat16
 
 
 def tensors() -> list[OutputTensor]:
-    """The tensors of one model, small ones: what counts is how many."""
+    """Return the tensors of one model; they are small, as only their number matters."""
     names = [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in range(LAYERS) for p in "qkvo"]
     names += [
         f"model.layers.{n}.mlp.experts.{e}.{p}_proj.weight"
@@ -66,7 +66,7 @@ def prepare(folder: Path) -> Path:
 
 
 @click.command()
-@click.option("--runs", default=3, show_default=True, help="The fastest one is told.")
+@click.option("--runs", default=3, show_default=True, help="The fastest one counts.")
 def main(runs: int) -> None:
     """Time ``mergekit-lite plan``, and a process that imports torch and does nothing else."""
     with tempfile.TemporaryDirectory() as folder:

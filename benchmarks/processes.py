@@ -25,7 +25,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one process took.
+    """The time and memory of one process.
 
     Attributes:
         wall: seconds from its start until it was gone.
@@ -100,7 +100,7 @@ def _memory(pid: int) -> int:
 
 
 def own_peak() -> int:
-    """This process's own peak: the smallest that can be told of a child, so nothing large may be imported here."""
+    """Return this process's peak: no child's can be measured below it, so nothing large may be imported here."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 

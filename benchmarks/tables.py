@@ -20,7 +20,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """Return the table as Markdown."""
         ruler = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [f"| {' | '.join(row)} |" for row in (self.columns, ruler, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *lines, ""])
@@ -44,6 +44,6 @@ def size(nbytes: float) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median, and where they differ the least and the most: ``2.31 (2.20–2.43)``."""
+    """Return the median, and the extremes where they differ: ``2.31 (2.20–2.43)``."""
     middle, least, most = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
     return middle if least == most else f"{middle} ({least}–{most})"

@@ -1,4 +1,4 @@
-"""The same extrapolation the plain way: both models in memory, arithmetic in their own dtype.
+"""Extrapolate the plain way: both models in memory, arithmetic in their own dtype.
 
 python -m benchmarks.whole_models_in_memory SFT ALIGNED ALPHA OUTPUT
 """

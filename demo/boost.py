@@ -17,14 +17,14 @@ BATCH = 200
 
 
 def right(prompt: Any, answer: str) -> float:
-    """The scorer: 1 for a right answer."""
+    """Return 1 for a right answer, else 0: the scorer of the search."""
     from demo import task
 
     return float(task.is_right(prompt.messages[-1]["content"], answer))
 
 
 def write_questions(path: Path, seed: int) -> None:
-    """All that a pair trained with this seed has not seen, as prompts."""
+    """Return all questions that a pair trained with this seed has not seen, as prompts."""
     from demo import extrapolate
 
     asked = extrapolate.questions(random.Random(seed))[: extrapolate.CHOOSING + extrapolate.REPORTING]
@@ -33,7 +33,7 @@ def write_questions(path: Path, seed: int) -> None:
 
 
 def command(pair: Path, prompts: Path, output: Path) -> list[str]:
-    """The search over a pair, as anybody would call it."""
+    """Run the search over a pair by the command that a user would type."""
     from demo import task
 
     words = [sys.executable, "-m", "mergekit_lite", "boost", str(pair / "sft"), str(pair / "dpo")]

@@ -120,7 +120,7 @@ def load(folder: Path) -> "LlamaForCausalLM":
 
 
 def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """An ordinary model folder, in bfloat16 as released models are.
+    """Write an ordinary model folder, in bfloat16 as released models are.
 
     That has its price: early in DPO many weights have moved by less than bfloat16 can tell, so part of the
     direction is lost before anybody can extrapolate it. What is left is what users of ExPO have, too.
@@ -132,7 +132,7 @@ def save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder
 
 
 def unmoved(before: Path, after: Path) -> float:
-    """The share of the stored weights that are the same in both folders."""
+    """Return the share of the stored weights that are the same in both folders."""
     from safetensors.torch import load_file
 
     old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
@@ -186,7 +186,7 @@ def stage(what: str) -> Iterator[None]:
 
 
 def shown(items: Iterable[T], total: int | None = None) -> Iterator[T]:
-    """The items, with a progress bar where somebody may be looking."""
+    """Yield the items, with a progress bar on a terminal."""
     return iter(track(items, "", total, console=console, transient=True, disable=not console.is_terminal))
 
 

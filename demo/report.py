@@ -1,4 +1,4 @@
-"""What the answers say: shares with intervals, a table, a sentence, and the curve over alpha."""
+"""The results of the demo: shares with intervals, a table, a sentence, and the curve over alpha."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ class Score:
     length: tuple[int, ...]  # characters
 
     def part(self, which: slice) -> "Score":
-        """The score on some of the questions."""
+        """Return the score on some of the questions."""
         columns = (self.right, self.worked, self.ended, self.length)
         return Score(self.name, self.alpha, *(column[which] for column in columns))
 
 
 def share(flags: Sequence[bool]) -> Interval:
-    """A share with Wilson's interval, which stays sensible at 0 % and 100 %."""
+    """Return a share with Wilson's interval, which stays sensible at 0 % and 100 %."""
     n, p = len(flags), fmean(flags)
     middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
     reach = Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
@@ -50,12 +50,12 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def gain(score: Score, over: Score) -> Interval:
-    """The difference in right answers, paired by question: what is hard for both models cancels out."""
+    """Return the difference in right answers, paired by question, so that what is hard for both models cancels out."""
     return mean([a - b for a, b in zip(score.right, over.right, strict=True)])
 
 
 def verdict(chosen: Score, aligned: Score) -> str:
-    """What was found, in one sentence. ``chosen`` must have been picked on other questions than these."""
+    """Return the result in one sentence. ``chosen`` must have been picked on other questions than these."""
     points = Interval(*(100 * bound for bound in gain(chosen, aligned)))
     numbers = (
         f"{share(chosen.right).value:.1%} right against {share(aligned.right).value:.1%} at alpha 0, "
@@ -90,7 +90,7 @@ def table(scores: Sequence[Score], aligned: Score, chosen: Score) -> Table:
 
 
 def as_data(score: Score, aligned: Score) -> dict[str, Any]:
-    """The row of the table with all its digits."""
+    """Return the row of the table with all its digits."""
     return {
         "model": score.name,
         "alpha": score.alpha,

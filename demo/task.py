@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def questions(count: int, rng: random.Random) -> list[str]:
-    """Sums of three to five digits, no two alike, so that slices of the list never share a question."""
+    """Return distinct sums of three to five digits, so that slices of the list never share a question."""
     found: dict[str, None] = {}
     while len(found) < count:
         found["+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(3, 5)))] = None
@@ -36,7 +36,7 @@ def questions(count: int, rng: random.Random) -> list[str]:
 
 
 def demonstrate(question: str, rng: random.Random) -> str:
-    """The answer that one person of the crowd, drawn at random, writes down."""
+    """Return the answer that one person of the crowd, drawn at random, writes down."""
     digits = [int(digit) for digit in question.split("+")]
     if rng.random() >= WORKED_SHARE:
         return str(sum(digits) + (rng.choice([-3, -2, -1, 1, 2, 3]) if rng.random() < BLURT_ERROR else 0))
@@ -49,7 +49,7 @@ def demonstrate(question: str, rng: random.Random) -> str:
 
 
 def is_right(question: str, answer: str) -> bool:
-    """The verifier: only the last number counts, not the road to it."""
+    """Return whether the last number is right, whatever leads to it: the verifier."""
     return answer.split("=")[-1] == str(sum(map(int, question.split("+"))))
 
 
@@ -77,6 +77,6 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def as_prompt(question: str, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The question as the chat template puts it to the model, up to where the answer begins."""
+    """Return the question in the chat template, up to where the answer begins."""
     chat = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 def new_model(tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
-    """A Llama of 1.2 million parameters that samples from all of its distribution."""
+    """Return a Llama of 1.2 million parameters that samples from all of its distribution."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -159,7 +159,7 @@ def answers(
 
 
 def preference_pairs(asked: list[str], given: list[Answer]) -> list[Preference]:
-    """A right and a wrong answer to every question that the model has answered both ways.
+    """Return a right and a wrong answer to every question that the model has answered both ways.
 
     ``asked`` repeats each question as often as it was answered, one after the other.
     """

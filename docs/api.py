@@ -17,12 +17,12 @@ Written by `python -m docs.api` from the code's signatures and docstrings.
 """
 SECTIONS = {
     "Merging": ("extrapolate", "merge", "merge_tensors", "merge_states"),
-    "Planning and running": ("plan_extrapolation", "plan_merge_file", "plan", "run", "RunOptions", "Finished"),
+    "Planning and running": ("plan_extrapolation", "plan_merge", "make_plan", "run", "RunOptions", "Finished"),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors"),
     "Searching and teaching": ("boost", "BoostOptions", "distill"),
     "What functions take and return": (
-        *("Plan", "Recipe", "Setting", "Checkpoint", "Inspection", "Comparison", "Verdict", "Extracted", "Boosted"),
+        *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted"),
         "Findings",
     ),
     "Errors": ("MergekitLiteError", "UsageError", "CheckpointError", "PlanError", "NonFiniteError", "RunError"),

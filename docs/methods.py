@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
 
 from mergekit_lite.commands.methods import described as described_method
 from mergekit_lite.methods import (  # fmt: skip
     METHODS,
     Method,
+    Parameter,
     arcee,
-    election,
     elementwise,
     expo,
     linear,
@@ -23,10 +22,10 @@ from mergekit_lite.methods import (  # fmt: skip
     task_vectors,
     varm,
 )
+from mergekit_lite.methods.parameters import NO_EFFECT
 
 PAGE = Path(__file__).with_suffix(".md")
-FAMILIES = (linear, spherical, stock, task_vectors, sparsify, election, sce, varm, elementwise, arcee, expo)
-WITHOUT_EFFECT = "int8_mask"
+FAMILIES = (linear, spherical, stock, task_vectors, sparsify, sce, varm, elementwise, arcee, expo)
 HEAD = """\
 # Methods
 
@@ -70,7 +69,7 @@ def page() -> str:
     which = [f"- {when}: {', '.join(map(link, names.split(', ')))}" for when, names in WHICH.items()]
     rows = [row(method) for _, method in sorted(METHODS.items())]
     parts = [part for module in FAMILIES for part in family(module)]
-    table = TABLE.format(effectless=WITHOUT_EFFECT)
+    table = TABLE.format(effectless=", ".join(NO_EFFECT))
     return "\n".join([HEAD, *which, table.rstrip(), *rows, "", *parts]).rstrip() + "\n"
 
 
@@ -82,11 +81,7 @@ def link(name: str) -> str:
 def row(method: Method) -> str:
     """Return a method's row in the table."""
     formula = method.formula.replace("|", "\\|")
-    given = "<br>".join(
-        f"`{name}` {described(parameter)}"
-        for name, parameter in method.parameters.items()
-        if name != WITHOUT_EFFECT  # one sentence above the table tells of it
-    )
+    given = "<br>".join(f"`{name}` {described(parameter)}" for name, parameter in method.parameters.items())
     return f"| {link(method.name)} | `{formula}` | {method.base} | {count(method)} | {given or '–'} | {method.source} |"
 
 
@@ -96,17 +91,14 @@ def count(method: Method) -> str:
     return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
 
 
-def described(parameter: inspect.Parameter) -> str:
-    """Return a parameter's default and kind."""
-    default: Any = parameter.default
-    single = default[0] if isinstance(default, tuple) else default
-    shown = str(single).lower() if isinstance(single, bool) else f"{single:g}" if isinstance(single, float) else single
-    parts = ["**required**" if single is inspect.Parameter.empty else f"= {shown}"]
-    parts += [f"(each {mark})" for mark in getattr(parameter.annotation, "__metadata__", ())]
-    if get_origin(parameter.annotation) is Literal:
-        choices = [choice for choice in get_args(parameter.annotation) if isinstance(choice, str)]
-        parts.append(f"({', '.join(choices)})")
-    return " ".join(parts)
+def described(parameter: Parameter) -> str:
+    """Return a parameter's default, kind and range."""
+    default = parameter.default
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    given = "**required**" if parameter.required else f"= {shown.lower() if isinstance(default, bool) else shown}"
+    each = f"each {parameter.each}" if parameter.each else ""
+    about = ", ".join(filter(None, (each, *parameter.choices, str(parameter.bounds).strip())))
+    return f"{given} ({about})" if about else given
 
 
 def family(module: ModuleType) -> list[str]:
@@ -116,7 +108,7 @@ def family(module: ModuleType) -> list[str]:
     for method in METHODS.values():
         if inspect.getmodule(method.function) is module:
             summary, words = described_method(method)
-            parameters = [f"- `{name}`: {markdown(said)}" for name, said in words.items() if name != WITHOUT_EFFECT]
+            parameters = [f"- `{name}`: {markdown(said)}" for name, said in words.items()]
             made += [
                 f"### {method.name}",
                 "",

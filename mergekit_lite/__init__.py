@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mergekit_lite.comparison.inspection import Inspection as Inspection
     from mergekit_lite.comparison.inspection import inspect as inspect
     from mergekit_lite.distillation.distilling import distill as distill
-    from mergekit_lite.distillation.findings import Findings as Findings
+    from mergekit_lite.distillation.reporting.findings import Findings as Findings
     from mergekit_lite.engine.run import Finished as Finished
     from mergekit_lite.engine.run import RunOptions as RunOptions
     from mergekit_lite.engine.run import run as run
@@ -46,18 +46,17 @@ if TYPE_CHECKING:
     from mergekit_lite.extrapolation import extrapolate as extrapolate
     from mergekit_lite.extrapolation import plan_extrapolation as plan_extrapolation
     from mergekit_lite.merging import merge as merge
-    from mergekit_lite.merging import plan_merge_file as plan_merge_file
+    from mergekit_lite.merging import plan_merge as plan_merge
     from mergekit_lite.methods import merge_states as merge_states
     from mergekit_lite.methods import merge_tensors as merge_tensors
     from mergekit_lite.planning import Plan as Plan
-    from mergekit_lite.planning.pair import plan as plan
+    from mergekit_lite.planning import make_plan as make_plan
     from mergekit_lite.recipe import Recipe as Recipe
-    from mergekit_lite.recipe import Setting as Setting
-    from mergekit_lite.vectors.apply import apply_vectors as apply_vectors
-    from mergekit_lite.vectors.combine import combine_vectors as combine_vectors
-    from mergekit_lite.vectors.extract import Extracted as Extracted
-    from mergekit_lite.vectors.extract import extract_vector as extract_vector
-    from mergekit_lite.verification import Verdict as Verdict
+    from mergekit_lite.vectors.application import apply_vectors as apply_vectors
+    from mergekit_lite.vectors.combination import combine_vectors as combine_vectors
+    from mergekit_lite.vectors.extraction import Extracted as Extracted
+    from mergekit_lite.vectors.extraction import extract_vector as extract_vector
+    from mergekit_lite.verification import Verification as Verification
     from mergekit_lite.verification import verify as verify
 
 __all__ = [
@@ -77,9 +76,8 @@ __all__ = [
     "Recipe",
     "RunError",
     "RunOptions",
-    "Setting",
     "UsageError",
-    "Verdict",
+    "Verification",
     "__version__",
     "apply_vectors",
     "boost",
@@ -89,13 +87,13 @@ __all__ = [
     "extract_vector",
     "extrapolate",
     "inspect",
+    "make_plan",
     "merge",
     "merge_states",
     "merge_tensors",
     "open_checkpoint",
-    "plan",
     "plan_extrapolation",
-    "plan_merge_file",
+    "plan_merge",
     "run",
     "verify",
 ]
@@ -107,19 +105,18 @@ _NAMES = {  # by the module that has them
     "comparison.comparison": ("Comparison", "compare"),
     "comparison.inspection": ("Inspection", "inspect"),
     "distillation.distilling": ("distill",),
-    "distillation.findings": ("Findings",),
+    "distillation.reporting.findings": ("Findings",),
     "engine.run": ("Finished", "RunOptions", "run"),
     "errors": ("CheckpointError", "MergekitLiteError", "NonFiniteError", "PlanError", "RunError", "UsageError"),
     "extrapolation": ("extrapolate", "plan_extrapolation"),
-    "merging": ("merge", "plan_merge_file"),
+    "merging": ("merge", "plan_merge"),
     "methods": ("merge_states", "merge_tensors"),
-    "planning": ("Plan",),
-    "planning.pair": ("plan",),
-    "recipe": ("Recipe", "Setting"),
-    "vectors.apply": ("apply_vectors",),
-    "vectors.combine": ("combine_vectors",),
-    "vectors.extract": ("Extracted", "extract_vector"),
-    "verification": ("Verdict", "verify"),
+    "planning": ("Plan", "make_plan"),
+    "recipe": ("Recipe",),
+    "vectors.application": ("apply_vectors",),
+    "vectors.combination": ("combine_vectors",),
+    "vectors.extraction": ("Extracted", "extract_vector"),
+    "verification": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 else:
 
     class _Deferred(ModuleType):
-        """Has the attributes of the module of its name, which is imported when the first one is asked for."""
+        """A stand-in for the module of its name, which is imported when its first attribute is asked for."""
 
         def __getattr__(self, name: str) -> Any:
-            found = getattr(importlib.import_module(self.__name__), name)
-            setattr(self, name, found)  # from now on without this detour
-            return found
+            attribute = getattr(importlib.import_module(self.__name__), name)
+            setattr(self, name, attribute)  # from now on without this detour
+            return attribute
 
     np = _Deferred("numpy")
     torch = _Deferred("torch")

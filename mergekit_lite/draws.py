@@ -18,12 +18,12 @@ WORDS = 1 << 32  # indices that one key's draws are counted up to before the nex
 
 
 def stream_key(seed: int, tensor: str, stream: int = 0) -> int:
-    """The 64-bit key of one tensor's draws; ``stream`` tells apart the models of a merge, or its uses of chance."""
+    """Return the 64-bit key of a tensor's draws; ``stream`` tells apart the models or uses of chance of a merge."""
     return xxhash.xxh3_64_intdigest(f"{seed}\0{stream}\0{tensor}".encode())
 
 
 def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """32 random bits for each of the elements ``start … start + count``.
+    """Draw 32 random bits for each of the elements ``start … start + count``.
 
     Args:
         key: from ``stream_key``.
@@ -50,7 +50,7 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
 
 
 def halves(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """16 random bits for each of the elements ``start … start + count``, at half the cost: two share a draw.
+    """Draw 16 random bits for each of the elements ``start … start + count``, at half the cost: two share a draw.
 
     Args:
         key: from ``stream_key``.
@@ -67,18 +67,18 @@ def halves(key: int, start: int, count: int, device: torch.device | str = "cpu")
 
 
 def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Uniform draws in [0, 1) with 24 bits each: float32 tensor of shape (count,)."""
+    """Draw uniformly from [0, 1) with 24 bits each: float32 tensor of shape (count,)."""
     return (bits(key, start, count, device) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 @lru_cache(maxsize=8)
 def _indices(count: int, device: str) -> torch.Tensor:
-    """0 … count: kept, as making it takes a fifth of a draw's time and blocks are nearly all of one length."""
+    """Return 0 … count: cached, as making it takes a fifth of a draw's time and blocks are nearly all of one length."""
     with torch.inference_mode(False):
         return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _signed(word: int) -> int:
-    """The 32-bit word as the int32 that has the same bits."""
+    """Return the 32-bit word as the int32 that has the same bits."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word

@@ -48,17 +48,17 @@ FLOATS = tuple(dtype.name for dtype in TABLE if dtype.kind == "float")
 
 
 def size(name: str) -> int:
-    """Bytes of one element."""
+    """Return the bytes of one element."""
     return BY_NAME[name].size
 
 
 def is_float(name: str) -> bool:
-    """Whether merge arithmetic is allowed on this dtype as it stands."""
+    """Return whether merge arithmetic is allowed on this dtype as it stands."""
     return BY_NAME[name].kind == "float"
 
 
 def float_named(text: str) -> str:
-    """The float dtype a user means by ``text`` (``bf16``, ``torch.bfloat16``, ``float32`` …).
+    """Return the float dtype a user means by ``text`` (``bf16``, ``torch.bfloat16``, ``float32`` …).
 
     Raises:
         UsageError: it is none of the float dtypes.
@@ -79,7 +79,7 @@ def float_named(text: str) -> str:
 
 
 def promoted(names: Iterable[str]) -> str:
-    """The float dtype that holds what all of these hold: their own where they agree, else float32 or float64."""
+    """Return the float dtype that holds what all of these hold: their own where they agree, else a wider one."""
     kinds = set(names)
     if len(kinds) == 1:
         return kinds.pop()
@@ -87,19 +87,19 @@ def promoted(names: Iterable[str]) -> str:
 
 
 def working(names: Iterable[str]) -> torch.dtype:
-    """The dtype arithmetic runs in: float32 where all that goes in and comes out has 16 bits, else float64.
+    """Return the dtype to compute in: float32 where all that goes in and comes out has 16 bits, else float64.
 
-    So that the rounding to the output dtype is the only one that shows.
+    With it the rounding to the output dtype is the only one that shows.
     """
     return torch.float32 if max(map(size, names)) <= 2 else torch.float64
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of this name."""
+    """Return the torch dtype of this name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name in this table of a torch dtype; its plain torch name when the table lacks it."""
+    """Return the name in this table of a torch dtype; its plain torch name when the table lacks it."""
     return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from mergekit_lite import dtypes
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import NewRows, Rounding, named_options
-from mergekit_lite.planning import Plan, plan
-from mergekit_lite.recipe import Recipe, Setting
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import Recipe, Slice, Source
+from mergekit_lite.recipe.rules import REGEX, Filter, Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 def plan_extrapolation(
     sft: str | Path,
     aligned: str | Path,
-    output: str | Path,
-    alpha: float | Sequence[float],
+    output: str | Path | None = None,
+    alpha: float | Sequence[float] = (),
     *,
     alpha_for: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
@@ -40,31 +42,32 @@ def plan_extrapolation(
 
     ``opened`` are models that are open already, by reference.
     """
-    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
+    alphas = [_number(value) for value in (alpha if isinstance(alpha, Sequence) else [alpha])]
     if not alphas:
         raise UsageError("No alpha was given.")
-    rules = tuple((alpha_for or {}).items())
+    rules = tuple(Rule((_number(value),), _regex(pattern)) for pattern, value in (alpha_for or {}).items())
     recipe = Recipe(
-        merge_method="expo",
-        models=(str(aligned), str(sft)),
-        variants=tuple({"alpha": Setting(value, rules)} for value in alphas),
-        include=tuple(include),
-        exclude=tuple(exclude),
+        "expo",
+        (Slice((Source(str(aligned)), Source(str(sft))), base=1),),
+        base_model=str(sft),
+        outputs=tuple({"alpha": (*rules, Rule((value,)))} for value in alphas),
+        include=tuple(map(_regex, include)),
+        exclude=tuple(map(_regex, exclude)),
         out_dtype=dtypes.float_named(out_dtype) if out_dtype else None,
         rounding=rounding,
         seed=seed,
         new_rows=new_rows,
-        shard_size=shard_size,
     )
-    return plan(recipe, named_outputs(str(output), alphas), opened=opened)
+    paths = named_outputs(default_output(str(aligned)) if output is None else str(output), alphas)
+    return make_plan(recipe, paths, shard_size=shard_size, opened=opened, strict=True)
 
 
 @named_options
 def extrapolate(
     sft: str | Path,
     aligned: str | Path,
-    output: str | Path,
-    alpha: float | Sequence[float],
+    output: str | Path | None = None,
+    alpha: float | Sequence[float] = (),
     *,
     alpha_for: Mapping[str, float] | None = None,
     include: Sequence[str] = (),
@@ -82,7 +85,8 @@ def extrapolate(
         sft: the model before alignment: a path or hub reference.
         aligned: the model after; it gives the output its tensors, shards, dtypes, config and tokenizer.
         output: a folder, or a ``.safetensors`` / ``.pt`` file. ``{alpha}`` in it becomes the alpha; needed for
-            several alphas.
+            several alphas. By default it is named after the aligned model and the alpha, in the working folder:
+            ``dpo-expo-0.3.pt`` for ``runs/dpo.pt``, the folder ``dpo-expo-0.3`` for a folder or hub repository.
         alpha: one number, or several for as many outputs from one read of the inputs. 0 is ``aligned``, −1 is ``sft``.
         alpha_for: other alphas, by a regular expression that is searched in a tensor's name; the first match counts.
         include: regular expressions; only tensors whose names match one are extrapolated, the others copied.
@@ -120,6 +124,15 @@ def extrapolate(
     return run(planned, **run_options)
 
 
+def default_output(aligned: str) -> str:
+    """Return ``NAME-expo-{alpha}`` with the last part of the aligned model's name; a file keeps its suffix."""
+    path = Path(aligned).expanduser()
+    if path.is_file():
+        return f"{path.stem}-expo-{{alpha}}{path.suffix}"
+    name = path.resolve().name if path.exists() else path.name.partition("@")[0]
+    return f"{name}-expo-{{alpha}}"
+
+
 def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
     """Return the path of each alpha's output. Raises UsageError where several would have the same."""
     if len(set(alphas)) < len(alphas):
@@ -129,3 +142,14 @@ def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
             f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}."
         )
     return [Path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]
+
+
+def _regex(pattern: str) -> Filter:
+    return Filter(REGEX + pattern)
+
+
+def _number(value: float) -> float:
+    """Return an alpha as a float. Raises UsageError where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"alpha expects finite numbers, got {value!r}.")
+    return float(value)

@@ -1,7 +1,7 @@
-"""Where every byte of the output will lie, known before any weight is read.
+"""Layout of the output: where every byte will lie, computed before any weight is read.
 
-A safetensors header holds names, dtypes, shapes and offsets only, so it can be written first and the data put in
-place in any order. A torch file is a zip whose records torch itself can lay out without their contents.
+A safetensors header holds only names, dtypes, shapes and offsets, so it can be written first and the data in any order.
+A torch file is a zip whose records torch itself can lay out without their contents.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import formats
 
-ALIGNMENT = 8
+ALIGNMENT = 8  # bytes; of the data in a safetensors file
 INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor to be written."""
+    """One tensor of the output."""
 
     name: str
     dtype: str
@@ -29,13 +30,13 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data."""
+        """Number of bytes of data."""
         return math.prod(self.shape) * dtypes.size(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file to be written: its name, what stands before the data, its size, and its tensors in order."""
+    """One file of the output: its name, the bytes before the data, its size, and its tensors in order."""
 
     name: str
     header: bytes
@@ -47,7 +48,7 @@ class OutputFile:
 class Layout:
     """All files of one output, and each tensor's place: (index of its file, byte offset in it).
 
-    ``nest`` is set for a torch file only: the keys its tensors are nested under.
+    ``nest`` is for torch files only: the keys that its tensors are nested under.
     """
 
     files: tuple[OutputFile, ...]
@@ -56,7 +57,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Number of bytes of all files."""
         return sum(file.size for file in self.files)
 
 
@@ -66,9 +67,9 @@ def safetensors_layout(
     """Lay out safetensors files, one for each group of tensors.
 
     Args:
-        groups: the tensors of each file, in the wished order; wider dtypes are put first so that all stay aligned.
+        groups: the tensors of each file, in order; wider dtypes are moved to the front, so that all stay aligned.
         name: file name of a single output; by default ``model.safetensors`` or ``model-00001-of-0000n.safetensors``.
-        metadata: free-form text for the header.
+        metadata: text by key for the header.
     """
     files: list[OutputFile] = []
     places: dict[str, tuple[int, int]] = {}
@@ -91,24 +92,51 @@ def safetensors_layout(
     return Layout(tuple(files), places)
 
 
-def torch_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+    """Lay out a single file, in the format that its name ends with.
+
+    Args:
+        tensors: in the wished order.
+        name: of the file, for which ``is_single_file`` is true.
+        nest: the keys to nest the tensors under, where the format has such.
+    """
+    return _FILE_LAYOUTS[Path(name).suffix](tensors, name, nest)
+
+
+def is_single_file(output: Path) -> bool:
+    """Return whether an output path names one file rather than a folder."""
+    return output.suffix in _FILE_LAYOUTS
+
+
+def _safetensors_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
+    return safetensors_layout([tensors], name)
+
+
+def _torch_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
     """Lay out a torch file.
 
-    torch writes it once without data, as a sparse temporary file, and tells where the data belong.
+    torch writes it once without data, as a sparse temporary file whose records show where the data belong.
     """
-    from mergekit_lite.checkpoint import torch_file
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name  # torch writes the file's name into it, so even its length matters
         write_torch_skeleton(path, tensors, nest)
-        _, specs, _, _ = torch_file.read_layout(path)
+        specs = formats.read_header(path).tensors
         size = path.stat().st_size
     places = {spec.name: (0, spec.offset) for spec in specs.values()}
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
 
 
+_FileLayout = Callable[[Sequence[OutputTensor], str, tuple[str, ...]], Layout]
+_FILE_LAYOUTS: Mapping[str, _FileLayout] = {
+    ".safetensors": _safetensors_file,
+    ".bin": _torch_file,
+    ".pt": _torch_file,
+    ".pth": _torch_file,
+}
+
+
 def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
-    """Write a torch file that has everything but the tensors' data."""
+    """Write a torch file without the tensors' data."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -123,7 +151,7 @@ def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tupl
 
 
 def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:
-    """Cut the sequence of tensors into groups of at most ``limit`` bytes; a larger tensor stands alone."""
+    """Cut the sequence of tensors into groups of at most ``limit`` bytes; a larger tensor is a group of its own."""
     groups: list[list[OutputTensor]] = []
     room = -1
     for tensor in tensors:
@@ -136,7 +164,7 @@ def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[Ou
 
 
 def index_json(layout: Layout) -> dict[str, object]:
-    """The index of a sharded folder, as transformers reads it."""
+    """Return the index of a sharded folder, as transformers reads it."""
     weight_map = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in layout.files for tensor in file.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.options import named_options
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse, text_of
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import Recipe, as_data, parse, text_of, to_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 @named_options
-def plan_merge_file(recipe: str | Path, output: str | Path, *, shard_size: int | None = None) -> Plan:
-    """Plan the recipe in a YAML file; see ``merge`` for the arguments and errors."""
-    path = Path(recipe)
-    text = text_of(path)
-    return plan_merge(parse(text, method_parameters(), str(path)), output, shard_size=shard_size, text=text)
+def plan_merge(
+    recipe: str | Path | Mapping[str, Any] | Recipe, output: str | Path, *, shard_size: int | None = None
+) -> Plan:
+    """Plan a recipe; see ``merge`` for the arguments and errors."""
+    if isinstance(recipe, Recipe):
+        return make_plan(recipe, [output], shard_size=shard_size, text=to_yaml(as_data(recipe)))
+    if isinstance(recipe, Mapping):
+        text, source = to_yaml(recipe), "The recipe"
+    else:
+        text, source = text_of(Path(recipe)), str(recipe)
+    return make_plan(parse(text, source), [output], shard_size=shard_size, text=text)
 
 
 @named_options
 def merge(
-    recipe: str | Path, output: str | Path, *, shard_size: int | None = None, **run_options: Unpack[RunOptions]
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    output: str | Path,
+    *,
+    shard_size: int | None = None,
+    **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Merge models as a recipe says.
 
     Args:
-        recipe: a YAML file in mergekit's language.
+        recipe: a YAML file in mergekit's language, the same as a mapping, or a ``Recipe``.
         output: a folder, or a ``.safetensors`` or ``.pt`` file.
         shard_size: most bytes of data in one file.
         **run_options: see ``RunOptions``.
@@ -44,4 +54,4 @@ def merge(
         PlanError: the models don't fit together; every problem is named.
         RunError, NonFiniteError: as ``run`` says.
     """
-    return run(plan_merge_file(recipe, output, shard_size=shard_size), **run_options)
+    return run(plan_merge(recipe, output, shard_size=shard_size), **run_options)

@@ -1,1 +1,1 @@
-"""The same recipes through mergekit and mergekit_lite, and what comes out compared: ``make parity``."""
+"""Compare the outputs of mergekit and mergekit_lite for the same recipes: ``make parity``."""

@@ -71,7 +71,7 @@ def _scores(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def _kth_largest(size: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th largest; infinite for k = 0."""
+    """Return the k-th largest; infinity for k = 0."""
     return size.flatten().kthvalue(size.numel() - k + 1).values if k > 0 else torch.tensor(torch.inf)
 
 

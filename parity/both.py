@@ -15,7 +15,7 @@ State = dict[str, torch.Tensor]
 
 
 def by_mergekit(body: Yaml, seed: int = 0) -> State:
-    """What mergekit makes of the recipe."""
+    """Return mergekit's merge of the recipe."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
@@ -28,12 +28,12 @@ def by_mergekit(body: Yaml, seed: int = 0) -> State:
 
 
 def in_float64(body: Yaml) -> State:
-    """What mergekit makes of it, rounding to 64 bits instead of the models' 16 or 32."""
+    """Return mergekit's merge in 64 bits instead of the models' 16 or 32."""
     return by_mergekit({key: value for key, value in body.items() if key != "out_dtype"} | {"dtype": "float64"})
 
 
 def by_mergekit_lite(body: Yaml) -> State:
-    """What mergekit_lite makes of the recipe."""
+    """Return mergekit_lite's merge of the recipe."""
     from mergekit_lite.merging import merge
 
     with tempfile.TemporaryDirectory() as out:
@@ -44,7 +44,7 @@ def by_mergekit_lite(body: Yaml) -> State:
 
 
 def tensors_in(folder: Path) -> State:
-    """All tensors of a folder."""
+    """Return all tensors of a folder."""
     state: State = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)

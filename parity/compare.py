@@ -41,7 +41,7 @@ class Row:
 
 def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
     """One recipe on models of one dtype."""
-    from mergekit_lite.merging import plan_merge_file
+    from mergekit_lite.merging import plan_merge
     from parity import both, models
     from parity.borders import borders
     from parity.fusechat import by_formulas
@@ -64,7 +64,7 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
         return _alike(recipe, dtype, elements, home, ours, theirs)
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(body))
-    at = borders(plan_merge_file(path, folder / "none"))
+    at = borders(plan_merge(path, folder / "none"))
     with_mergekit = apart(ours, theirs, rounded, SAME_FLOAT32 if kind == "float32" else ALLOWED, at)
     with_exact = apart(ours, exact, rounded, ALLOWED, at)
     cells = [
@@ -105,10 +105,10 @@ def _alike(
 
     base = tensors_in(home / "base")
     (changed, went), (changed_there, went_there) = statistics(ours, base), statistics(theirs, base)
-    told = f"{changed:.1%} of the elements change ({changed_there:.1%}), by {went:.3g} ({went_there:.3g}) on average"
+    shares = f"{changed:.1%} of the elements change ({changed_there:.1%}), by {went:.3g} ({went_there:.3g}) on average"
     alike = abs(changed - changed_there) <= ALIKE * changed_there and abs(went - went_there) <= ALIKE * went_there
     verdict = "on purpose: other draws, same statistics" if alike else "**differs**"
-    return _row(recipe, dtype, [f"{elements:,}", "", "", "", ""], f"{verdict}: {told}", wrong=not alike)
+    return _row(recipe, dtype, [f"{elements:,}", "", "", "", ""], f"{verdict}: {shares}", wrong=not alike)
 
 
 def _draws(body: Yaml) -> bool:
@@ -125,7 +125,7 @@ def _row(recipe: Recipe, dtype: str, cells: Sequence[str], verdict: str, *, wron
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The table, under what it says."""
+    """Return the page: its conclusions, then the table."""
     lines = [f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *(row.cells for row in rows))]
     verdicts = [row.cells[-1] for row in rows]
     same = sum(verdict.startswith("same") for verdict in verdicts)

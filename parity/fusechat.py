@@ -16,7 +16,7 @@ from parity.recipes import Yaml
 
 
 def by_formulas(body: Yaml) -> State:
-    """What the formulas make of a recipe."""
+    """Return a recipe's merge by the published formulas."""
     base = tensors_in(Path(body["base_model"]))
     tuned = [tensors_in(Path(entry["model"])) for entry in body["models"] if entry["model"] != body["base_model"]]
     parameters = body.get("parameters", {})

@@ -1,4 +1,4 @@
-"""How far two outputs are apart."""
+"""Distances between two outputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def apart(ours: State, theirs: State, dtype: torch.dtype, allowed: float, border
 
 
 def unit(tensor: torch.Tensor) -> torch.Tensor:
-    """The spacing of the dtype at each element, but at least that at the tensor's rms.
+    """Return the spacing of the dtype at each element, but at least that at the tensor's rms.
 
     The last place of an element that happens to be nearly zero says nothing: errors are those of its terms.
     """
@@ -57,7 +57,7 @@ def unit(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def statistics(merged: State, base: State) -> tuple[float, float]:
-    """Of a random method: the share of elements that left the base, and the mean distance that they went."""
+    """Return the share of elements that a random method changes, and the mean size of the changes."""
     moved = [(merged[name].double() - base[name].double()).abs() for name in merged]
     changed, total = sum(int((one > 0).sum()) for one in moved), sum(one.numel() for one in moved)
     return changed / total, float(sum(one.sum() for one in moved)) / total

@@ -49,7 +49,7 @@ FAMILIES = {
 
 
 def make(folder: Path, name: str, dtype: str) -> Path:
-    """The folder of a family's models, which are written where they aren't there yet."""
+    """Return the folder of a family's models, which are written if they don't exist yet."""
     import transformers
 
     home, family = folder / f"{name}-{dtype}", FAMILIES[name]

@@ -48,7 +48,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Case:
-    """How a method is called.
+    """The recipe of a method.
 
     Attributes:
         counts: of models without the base.
@@ -99,7 +99,7 @@ RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 def recipes() -> Iterator[Recipe]:
-    """All of them."""
+    """Yield all recipes of the comparison."""
     for method, case in METHODS.items():
         bare = "t" in (case.shared or {}) or (not case.shared and not case.each)
         for count in case.counts:
@@ -134,7 +134,7 @@ def _called(method: str, count: int, base: bool, each: Yaml | None, shared: Yaml
 
 
 def placed(body: Any, home: Path) -> Any:
-    """The recipe with folders for the models' names."""
+    """Return the recipe with folders for the models' names."""
     if isinstance(body, list):
         return [placed(one, home) for one in body]
     if isinstance(body, dict):

@@ -13,12 +13,14 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from mergekit_lite.commands import start
+from mergekit_lite.output import renames
 
+T = TypeVar("T")
 FORKED = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.processes", "mergekit_lite.extrapolation", "mergekit_lite.merging"]
 FORKED.set_forkserver_preload(PRELOADED)
@@ -112,14 +114,15 @@ def killed_at(change: int) -> None:
         if event in NAMES or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
             next_change()
 
-    def counted(write: Callable[..., int]) -> Callable[..., int]:
-        def counting(*arguments: object) -> int:
+    def counted(write: Callable[..., T]) -> Callable[..., T]:
+        def counting(*arguments: object) -> T:
             next_change()
             return write(*arguments)
 
         return counting
 
     os.write, os.pwrite = counted(os.write), counted(os.pwrite)
+    renames.renameat2 = counted(renames.renameat2)
     sys.addaudithook(heard)
 
 

@@ -115,14 +115,14 @@ def test_plan_and_manifest_name_both(place: Path) -> None:
 def test_the_card_links_the_base(place: Path) -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "./base+./adapter"}]}
     (place / "r.yml").write_text(yaml.safe_dump(recipe))
-    plan = mergekit_lite.plan_merge_file("r.yml", "out")
+    plan = mergekit_lite.plan_merge("r.yml", "out")
     [source] = plan.inputs
-    [(adapter, addend)] = source.added
+    [(adapter, addition)] = source.added
     fetched = replace(
         source,
         reference="org/base@main+org/lora@v1",
         revision="a" * 40,
-        added=(Added(replace(adapter, reference="org/lora@v1", revision="b" * 40), addend),),
+        added=(Added(replace(adapter, reference="org/lora@v1", revision="b" * 40), addition),),
     )
     card = model_card(replace(plan, inputs=(fetched,)), 0, {"merged": 1, "copied": 0, "effective": None})
     assert "base_model:\n- org/base\n" in card and "](https://huggingface.co/org/base)" in card

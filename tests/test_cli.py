@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner
 
 from mergekit_lite.commands import COMMANDS, main
+from mergekit_lite.extrapolation import default_output
 from mergekit_lite.methods import merge_states
 from mergekit_lite.ops import c_ops
-from tests.models import read_folder, state, tuned, write_folder
+from tests.models import read_folder, state, tree_bytes, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,9 +98,9 @@ def test_torch_is_imported_where_there_is_no_kernel(
     has_base = method not in ("linear", "karcher")
     (tmp_path / "recipe.yml").write_text(json.dumps(recipe | {"base_model": str(folders[0])} if has_base else recipe))
     code = (
-        "import sys; from mergekit_lite.merging import plan_merge_file; from mergekit_lite.engine.run import run\n"
+        "import sys; from mergekit_lite.merging import plan_merge; from mergekit_lite.engine.run import run\n"
         "from mergekit_lite.engine.memory import WITH_TORCH, memory_estimate\n"
-        f"plan = plan_merge_file({str(tmp_path / 'recipe.yml')!r}, {str(tmp_path / 'out')!r})\n"
+        f"plan = plan_merge({str(tmp_path / 'recipe.yml')!r}, {str(tmp_path / 'out')!r})\n"
         f"assert (memory_estimate(plan, 1) > WITH_TORCH) is {by_torch}\n"
         "assert run(plan).outputs\n"
         f"assert ('torch' in sys.modules) is {by_torch} and 'transformers' not in sys.modules"
@@ -157,7 +158,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pair: Path) -> None:
         "x0.1",
         "x0.3",
         "expo alpha 0.1 | alpha 0.3",
-        "copy (not selected)",
+        "copy (excluded)",
         "bfloat16",
         "of memory",
     ):
@@ -165,6 +166,52 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pair: Path) -> None:
     code, told, _ = invoke("extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "x", "--dry-run", "--json")
     assert len(json.loads(told)["tensors"]) == len(state(0))
     assert sorted(path.name for path in pair.iterdir()) == ["dpo", "sft"]
+
+
+def test_an_output_is_named_after_the_aligned_model_and_alpha(pair: Path) -> None:
+    code, told, err = invoke("extrapolate", "sft", "./dpo/", "--alpha", "0.3")
+    assert code == 0 and err.splitlines()[0] == "Output: dpo-expo-0.3" and told.startswith("made dpo-expo-0.3 ")
+    before = tree_bytes(pair)
+    code, _, err = invoke("extrapolate", "sft", "dpo", "--alpha", "0.3")
+    assert code == 2 and "dpo-expo-0.3: exists. --force replaces it." in err and tree_bytes(pair) == before
+    code, told, err = invoke("extrapolate", "sft", "dpo", "--alpha", "0.5,1", "-q")
+    assert (code, told) == (0, "") and "Output" not in err
+    assert {path.name for path in pair.iterdir()} == {"sft", "dpo", "dpo-expo-0.3", "dpo-expo-0.5", "dpo-expo-1"}
+    (pair / ".dpo-expo-2.partial").mkdir()
+    code, _, err = invoke("extrapolate", "sft", "dpo", "--alpha", "2")
+    assert code == 2 and "an earlier run was not finished" in err
+
+
+def test_a_file_gives_a_file_of_its_kind_in_the_working_folder(pair: Path) -> None:
+    (pair / "runs").mkdir()
+    for suffix, source in ((".safetensors", "model.safetensors"), (".pt", None)):
+        for name in ("sft", "dpo"):
+            file = pair / "runs" / f"{name}{suffix}"
+            if source:
+                file.write_bytes((pair / name / source).read_bytes())
+            else:
+                torch.save(read_folder(pair / name), file)
+        code, _, err = invoke("extrapolate", f"runs/sft{suffix}", f"runs/dpo{suffix}", "-a", "0.3")
+        assert code == 0 and err.splitlines()[0] == f"Output: dpo-expo-0.3{suffix}"
+        assert (pair / f"dpo-expo-0.3{suffix}").is_file()
+
+
+@pytest.mark.parametrize(
+    ("aligned", "name"),
+    [
+        ("org/dpo@main", "dpo-expo-{alpha}"),
+        ("org/dpo", "dpo-expo-{alpha}"),
+        ("./sft+./lora", "lora-expo-{alpha}"),
+        (".", "here-expo-{alpha}"),
+        ("../here", "here-expo-{alpha}"),
+    ],
+)
+def test_default_outputs_of_other_references(
+    aligned: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert default_output(aligned) == name
 
 
 def test_json_result_and_quiet(pair: Path) -> None:
@@ -190,8 +237,8 @@ def test_merge_takes_its_output_as_mergekit_does(pair: Path) -> None:
     assert code == 2 and "nothing.yml" in err
     code, told, _ = invoke("methods", "ties")
     assert code == 0 and "Yadav" in told and "subject" not in told
-    assert "  density (a number for each model, default 1.0): share of each delta's elements that is kept.\n" in told
-    assert "  lambda (float, default 1.0): scales what is added.\n" in told
+    assert "  density (a number from 0 to 1 for each model, default 1.0): share of each delta's elements that" in told
+    assert "  lambda (a number, default 1.0): scales what is added.\n" in told
     code, _, err = invoke("methods", "tise")
     assert code == 2 and "Did you mean 'ties'" in err
 

@@ -5,6 +5,7 @@ Nothing unfinished ever bears the output's name, and a resumed run ends with the
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,8 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
-from mergekit_lite.output import target
+from mergekit_lite.commands import main
+from mergekit_lite.output import file_writer, renames
+from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from tests.models import State, read_folder, state, tree_bytes, tuned, write_folder
 from tests.processes import Ended, killed_at, run, started, wait_for_spans
 
@@ -99,12 +103,189 @@ def test_killed_before_each_change_of_the_disk_and_resumed(small: Path, output: 
     assert unfinished > 5 and published
 
 
-def remove(place: Path, output: str) -> None:
+@pytest.mark.parametrize(("output", "first"), [("forced", 36), ("forced.safetensors", 24)])
+def test_killed_before_each_change_that_publishes_over_an_old_output(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, first: int
+) -> None:
+    """What stands is the old output or the new one, and no remedy calls the old one made."""
+    monkeypatch.chdir(small)
+    assert invoked(*PAIR, "--alpha", "0.9", "-o", output).exit_code == 0
+    assert not same_as_whole(small, output)
+    keep(small, output, tmp_path / "old")
+    unpublished = published = 0
+    for change in count(first):
+        killed = run(small, *PAIR, "-o", output, "--force", *SLOWLY, before=partial(killed_at, change))
+        if killed.returncode == 0:  # it makes no more changes than that
+            break
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        keep(small, output, tmp_path / "killed")
+        for remedy in (["--resume"], ["--resume", "--force"], ["--force"]):
+            ended = invoked(*PAIR, "-o", output, *remedy)
+            published += ended.exit_code == 0 and remedy == ["--resume"]
+            if ended.exit_code != 0:  # only --force replaces the old output, which is as it was
+                unpublished += 1
+                assert remedy == ["--resume"] and "--force replaces it" in ended.output
+                assert not same_as_whole(small, output) and invoked("verify", output).exit_code == 0
+                assert invoked(*PAIR, "-o", output, "--resume", "--force").exit_code == 0
+            assert same_as_whole(small, output)
+            assert invoked("verify", output).exit_code == 0
+            assert not (small / f".{output}.partial").exists()
+            put_back(small, output, tmp_path / "killed")
+        put_back(small, output, tmp_path / "old")
+    assert unpublished and published
+    remove(small, output)
+
+
+def invoked(*arguments: str) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(main, list(arguments))
+
+
+def paths_of(place: Path, output: str) -> list[Path]:
     """An output and what may be left beside it."""
-    for path in (place / output, place / f".{output}.partial", place / f"{output}.manifest.json"):
+    return [place / name for name in (output, f".{output}.partial", f"{output}.manifest.json")]
+
+
+def keep(place: Path, output: str, where: Path) -> None:
+    """Copy an output and what is left beside it, times and all."""
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir()
+    for path in paths_of(place, output):
+        if path.is_dir():
+            shutil.copytree(path, where / path.name)
+        elif path.exists():
+            shutil.copy2(path, where)
+
+
+def put_back(place: Path, output: str, where: Path) -> None:
+    """Undo all since ``keep``."""
+    remove(place, output)
+    shutil.copytree(where, place, dirs_exist_ok=True)
+
+
+def remove(place: Path, output: str) -> None:
+    """Remove an output and what is left beside it."""
+    for path in paths_of(place, output):
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("output", ["stuck", "stuck.safetensors"])
+def test_what_was_replaced_and_not_yet_removed_hinders_no_later_run(
+    small: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(small)
+    assert invoked(*PAIR, "-o", output).exit_code == 0
+    for options in (["--force"], ["--resume", "--force"]):
+        (small / f".{output}.partial" / "replaced" / "inner").mkdir(parents=True)
+        assert invoked(*PAIR, "--seed", str(len(options)), "-o", output, *options).exit_code == 0
+        assert not (small / f".{output}.partial").exists()
+    remove(small, output)
+
+
+@pytest.mark.parametrize("output", ["told", "told.safetensors"])
+def test_a_manifest_beside_other_bytes_makes_no_output_finished(
+    small: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """As a run could leave that was killed between its two renames; sizes and headers are the same."""
+    monkeypatch.chdir(small)
+    assert invoked(*PAIR, "-o", output).exit_code == 0
+    manifest = manifest_path(small / output)
+    described = manifest.read_bytes()
+    assert invoked(*PAIR, "--alpha", "0.9", "-o", output, "--force").exit_code == 0
+    manifest.write_bytes(described)
+    ended = invoked(*PAIR, "-o", output, "--resume")
+    assert ended.exit_code == 2 and "--force replaces it" in ended.output and not same_as_whole(small, output)
+    assert invoked(*PAIR, "-o", output, "--resume", "--force").exit_code == 0
+    assert same_as_whole(small, output)
+    remove(small, output)
+
+
+MINE = b"precious"
+
+
+def intrude(path: Path, kind: str) -> None:
+    """Put something of somebody else's under a name."""
+    if kind == "folder":
+        path.mkdir()
+        (path / "mine").write_bytes(MINE)
+    elif kind == "empty folder":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(MINE)
+
+
+def is_as_it_was(path: Path, kind: str) -> bool:
+    """Whether what ``intrude`` put there is there, and nothing else."""
+    if kind == "dangling link":
+        return path.is_symlink() and path.readlink() == Path("nowhere")
+    if kind == "file":
+        return path.read_bytes() == MINE
+    return tree_bytes(path) == ({"mine": MINE} if kind == "folder" else {}) and path.is_dir()
+
+
+INTRUDERS = [
+    *(("late", "late", kind) for kind in ("folder", "empty folder", "file", "dangling link")),
+    *(("late.safetensors", "late.safetensors", kind) for kind in ("file", "dangling link", "empty folder")),
+    ("late.safetensors", "late.safetensors.manifest.json", "file"),
+]
+
+
+NEVER_REPLACED = [("late", "file"), ("late.safetensors", "empty folder")]  # of another kind than the output
+
+
+@pytest.mark.parametrize("system", ["renameat2", "no renameat2", "no links either"])
+@pytest.mark.parametrize(("output", "name", "kind"), INTRUDERS)
+def test_what_appears_under_the_name_of_an_output_is_left_alone(
+    small: Path, monkeypatch: pytest.MonkeyPatch, system: str, output: str, name: str, kind: str
+) -> None:
+    """It comes after all is made and right before it is published; the work is kept for both ways out."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EINVAL, "not here")
+
+    if system != "renameat2":
+        monkeypatch.setattr(renames, "renameat2", refused)
+    if system == "no links either":
+        monkeypatch.setattr(Path, "hardlink_to", refused)
+    monkeypatch.chdir(small)
+    publish = OutputWorkspace.publish
+    for remedy in ("free", "force"):
+
+        def publish_late(workspace: OutputWorkspace, *, force: bool) -> None:
+            intrude(small / name, kind)
+            publish(workspace, force=force)
+
+        monkeypatch.setattr(OutputWorkspace, "publish", publish_late)
+        ended = invoked(*PAIR, "-o", output)
+        assert ended.exit_code == 1 and name in ended.output and "--resume --force" in ended.output
+        assert is_as_it_was(small / name, kind)
+        assert name == output or not (small / output).exists()
+        monkeypatch.setattr(OutputWorkspace, "publish", publish)
+        if remedy == "free" or (output, kind) in NEVER_REPLACED:
+            renames.remove(small / name)
+            ended = invoked(*PAIR, "-o", output, "--resume")
+        else:
+            ended = invoked(*PAIR, "-o", output, "--resume", "--force")
+        assert ended.exit_code == 0, ended.output
+        assert same_as_whole(small, output) and invoked("verify", output).exit_code == 0
+        assert not (small / f".{output}.partial").exists()
+        remove(small, output)
+
+
+def test_a_manifest_without_its_file_is_not_replaced_unasked(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small)
+    (small / "lone.safetensors.manifest.json").write_bytes(MINE)
+    for options in ([], ["--resume"]):
+        ended = invoked(*PAIR, "-o", "lone.safetensors", *options)
+        assert ended.exit_code == 2 and "lone.safetensors.manifest.json: exists" in ended.output
+    assert (small / "lone.safetensors.manifest.json").read_bytes() == MINE
+    assert invoked(*PAIR, "-o", "lone.safetensors", "--force").exit_code == 0
+    assert same_as_whole(small, "lone.safetensors")
+    remove(small, "lone.safetensors")
 
 
 def test_resuming_tidies_up_after_a_run_that_was_killed_once_it_had_published(small: Path) -> None:
@@ -229,7 +410,7 @@ def test_two_runs_on_one_output(place: Path) -> None:
 def limited(reserving: bool) -> None:
     """Let no file of this process grow beyond 20 MB."""
     if not reserving:
-        target._reserve = lambda *_: None
+        file_writer._reserve = lambda *_: None
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 
 

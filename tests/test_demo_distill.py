@@ -15,7 +15,7 @@ from demo.distill import models, skills
 from demo.distill.__main__ import RECIPES
 from demo.distill.comparison import gain, interval, t_quantile
 from demo.distill.plan import LEARNT, ROADS
-from mergekit_lite.distillation.loading import load
+from mergekit_lite.distillation.recipe.loading import load
 
 NAMES = list(skills.SKILLS)
 

@@ -50,7 +50,7 @@ def test_the_examples_are_found() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_without_a_note(name: str, place: Path) -> None:
-    assert mergekit_lite.plan_merge_file(name, "out").notes == ()
+    assert mergekit_lite.plan_merge(name, "out").notes == ()
     mergekit_lite.merge(name, "out")
     assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == (
         12 if "stack" in name else 8
@@ -68,7 +68,7 @@ def test_what_the_additions_say(place: Path) -> None:
     base, got = read_folder(place / "base"), read_folder(place / "out")
     copied = {name for name in base if same_bytes(base[name], got[name])}
     assert copied == {"lm_head.weight", *(f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))}
-    jobs = {job.name: job for job in mergekit_lite.plan_merge_file("additions.yml", "x").jobs}
+    jobs = {job.name: job for job in mergekit_lite.plan_merge("additions.yml", "x").jobs}
     assert jobs["model.layers.7.self_attn.q_proj.weight"].method == "task_arithmetic"
     assert jobs["model.layers.7.mlp.up_proj.weight"].parameters[0]["density"] == (0.9, 0.9)
     assert jobs["model.layers.7.mlp.up_proj.weight"].parameters[0]["weight"] == (0.5, 0.5)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.methods import merge_tensors
-from mergekit_lite.methods.expo import effect
+from mergekit_lite.ops import TensorKind, ops_for
+from mergekit_lite.ops.operations import Step
 
 
 def expo(aligned: torch.Tensor, sft: torch.Tensor, *, alpha: float) -> torch.Tensor:
@@ -77,6 +78,7 @@ def test_float64_agrees_with_exact_fractions(a: float, s: float, alpha: float) -
 
 
 def test_effect_of_an_exact_result_is_alpha() -> None:
-    moved, square = effect(expo(ALIGNED, SFT, alpha=0.5).flatten(), [SFT.flatten(), ALIGNED.flatten()])
+    block = [tensor.flatten() for tensor in (expo(ALIGNED, SFT, alpha=0.5), SFT, ALIGNED)]
+    moved, square = ops_for(Step(), TensorKind(("float32",) * 3)).figures(Step(), block)
     assert square == 0.25 + 0.0625 + 0.015625
     assert moved / square == pytest.approx(0.5, rel=1e-7)

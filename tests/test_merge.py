@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def recipe_for(method: Method, place: Path) -> tuple[dict[str, Any], dict[str, A
     """A recipe of a method, its parameters, and how many models it merges."""
     least, most = method.models
     count = min(3, most or 3) if least <= 3 else least
-    parameters = {name: VALUES[name] for name, p in method.parameters.items() if p.default is inspect.Parameter.empty}
+    parameters = {name: VALUES[name] for name, p in method.parameters.items() if p.required}
     if "density" in method.parameters:
         parameters["density"] = VALUES["density"]
     models = [{"model": str(place / f"m{number + 1}")} for number in range(count)]
@@ -88,7 +87,7 @@ def test_every_method_streams_to_what_it_gives_in_memory(
     assert all(same_bytes(got[tensor], again[tensor]) for tensor in got)
     base = read_folder(place / "base") if method.base == "required" else None
     models = [read_folder(place / f"m{number + 1}") for number in range(count)]
-    plan = mergekit_lite.plan_merge_file(tmp_path / "one.yml", tmp_path / "unused")
+    plan = mergekit_lite.plan_merge(tmp_path / "one.yml", tmp_path / "unused")
     order = [job.name for job in plan.jobs]
     states = [{tensor: state[tensor] for tensor in order} for state in ([base] if base else []) + models]
     expected = mergekit_lite.methods.merge_states(
@@ -167,7 +166,7 @@ def test_all_that_does_not_fit_is_told_together(place: Path, tmp_path: Path) -> 
         assert part in str(raised.value)
 
 
-def test_the_donor_is_the_base_else_the_first_model(place: Path, tmp_path: Path) -> None:
+def test_config_and_tokenizer_come_from_the_base_else_the_first_model(place: Path, tmp_path: Path) -> None:
     (place / "m2" / "chat_template.jinja").write_text("two")
     (place / "base" / "chat_template.jinja").write_text("base")
     models = [{"model": str(place / "m2")}, {"model": str(place / "m1")}]

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 import mergekit_lite
-from mergekit_lite.output.beside import files_beside
+from mergekit_lite.output.companions import companions_of
 from tests.models import bytes_of, read_folder, same_bytes, state, tuned, write_folder
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
         "LICENSE", "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
     }  # fmt: skip
     left_out = {"modeling_evil.py": "code", "onnx/model.onnx": "other weights", "training.gguf": "other weights"}
-    assert files_beside(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
+    assert companions_of(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["tags"] == ["mergekit-lite", "merge"] and "base_model" not in front  # paths mean nothing on the hub
@@ -146,6 +146,20 @@ def test_torch_files_in_and_files_out(tmp_path: Path, nest: tuple[str, ...], nam
     manifest = json.loads((tmp_path / f"{name}.manifest.json").read_text())
     assert manifest["tensors"].keys() == sft.keys()
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_training_checkpoint_gives_its_model_and_the_plan_names_the_rest(tmp_path: Path) -> None:
+    sft = state(0)
+    aligned = {name: tensor * 1.25 for name, tensor in sft.items()}
+    for name, tensors in (("sft.pt", sft), ("dpo.pt", aligned)):
+        beside = {"optimizer": {"state": {}}, "iter_num": 5, "best_val_loss": torch.tensor(3.1)}
+        torch.save({"model": tensors} | beside, tmp_path / name)
+    plan = mergekit_lite.plan_extrapolation(tmp_path / "sft.pt", tmp_path / "dpo.pt", tmp_path / "out.pt", 1.0)
+    assert {name for _, name, _ in plan.left_out} == {"optimizer", "iter_num", "best_val_loss"}
+    mergekit_lite.extrapolate(tmp_path / "sft.pt", tmp_path / "dpo.pt", tmp_path / "out.pt", 1.0)
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert got.keys() == {"model"} and got["model"].keys() == sft.keys()
+    assert all(same_bytes(got["model"][name], torch.lerp(aligned[name], sft[name], -1.0)) for name in sft)
 
 
 def test_the_manifest_identifies_inputs_and_outputs(llamas: tuple[Path, Path], tmp_path: Path) -> None:

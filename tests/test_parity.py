@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import parse
 from parity.borders import _of_tensor
 from parity.fusechat import _sce, _varm
@@ -18,7 +17,7 @@ from parity.recipes import Recipe, placed, recipes
 
 @pytest.mark.parametrize("recipe", list(recipes()), ids=lambda recipe: recipe.name)
 def test_recipes_are_ours_too(recipe: Recipe) -> None:
-    parse(yaml.safe_dump(placed(recipe.body, Path("models"))), method_parameters())
+    parse(yaml.safe_dump(placed(recipe.body, Path("models"))))
 
 
 def test_names_are_unique() -> None:

@@ -28,7 +28,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     sft = state(0)
     plan = planned(tmp_path, sft, tuned(sft, 1))
     assert {job.name for job in plan.jobs} == set(sft)
-    assert all(job.merged == sft[job.name].numel() for job in plan.jobs)
+    assert all(job.merged_elements == sft[job.name].numel() for job in plan.jobs)
     assert plan.left_out == ()
     assert plan.bytes_to_read == 2 * sum(tensor.nbytes for tensor in sft.values())
 
@@ -118,7 +118,7 @@ def test_include_exclude_and_alpha_for(tmp_path: Path) -> None:
     alphas = {job.name: job.parameters[0]["alpha"] for job in plan.merged}
     assert set(alphas) == {name for name in sft if "layers." in name and "layernorm" not in name}
     assert all(alpha == (0.1 if "layers.0." in name else 0.9) for name, alpha in alphas.items())
-    assert {job.why for job in plan.copied} == {"not selected"}
+    assert {job.why for job in plan.copied} == {"not included", "excluded"}
 
 
 @pytest.mark.parametrize("options", [{"include": ["("]}, {"alpha_for": {"[": 1.0}}, {"out_dtype": "int8"}])

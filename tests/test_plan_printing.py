@@ -41,7 +41,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mergekit_lite.Plan:
         write_folder(tmp_path / name, tuned(base, number), config=CONFIG)
     monkeypatch.chdir(tmp_path)
     Path("r.yml").write_text(RECIPE)
-    return mergekit_lite.plan_merge_file("r.yml", "merged")
+    return mergekit_lite.plan_merge("r.yml", "merged")
 
 
 def test_tensors_that_are_made_alike_are_told_together(plan: mergekit_lite.Plan) -> None:
@@ -70,14 +70,14 @@ def test_layers_that_lack_a_part_belong_to_the_others(tmp_path: Path) -> None:
     recipe = {"merge_method": "slerp", "base_model": "a", "models": [{"model": "b"}], "parameters": {"t": [0, 1]}}
     text = json.dumps(recipe).replace('"a"', json.dumps(str(tmp_path / "a"))).replace('"b"', f'"{tmp_path}/b"')
     (tmp_path / "r.yml").write_text(text)
-    told = {group.what: group.tensors for group in groups(mergekit_lite.plan_merge_file(tmp_path / "r.yml", "x"))}
+    told = {group.what: group.tensors for group in groups(mergekit_lite.plan_merge(tmp_path / "r.yml", "x"))}
     assert told == {"slerp t 0": 3, "slerp t 0 … 1 along 9 layers": 9 * 3 + 7 * 3}
 
 
 def test_no_gradient_is_longer_than_a_line(plan: mergekit_lite.Plan) -> None:
     zigzag = RECIPE.replace("[0, 1, 0.5]", "[0, 1, 0, 1, 0, 1, 0, 1, 0.5]")
     Path("r.yml").write_text(zigzag)
-    told = [group.what for group in groups(mergekit_lite.plan_merge_file("r.yml", "merged"))]
+    told = [group.what for group in groups(mergekit_lite.plan_merge("r.yml", "merged"))]
     assert any("density 0 … 0.5 (from 0 to 1) / 0.5" in what for what in told)
 
 

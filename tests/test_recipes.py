@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite.planning.planner import method_parameters
-from mergekit_lite.recipe import MergeRecipe, parse, text_of
+from mergekit_lite.recipe import Recipe, parse, text_of
 from tests.models import State, read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +28,7 @@ def llama(layers: int) -> State:
     return made
 
 
-def layers_of(recipe: MergeRecipe) -> int:
+def layers_of(recipe: Recipe) -> int:
     """How deep the models have to be."""
     ends = [source.layers[1] for part in recipe.slices for source in part.sources if source.layers]
     return max([LAYERS, *ends])
@@ -37,7 +36,7 @@ def layers_of(recipe: MergeRecipe) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = parse(text_of(file), method_parameters(), str(file))
+    recipe = parse(text_of(file), str(file))
     layers = layers_of(recipe)
     config = {
         "model_type": "llama",
@@ -51,14 +50,14 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         tensors = base if model == recipe.base_model else tuned(base, number + 1)
         write_folder(tmp_path / model.partition("@")[0], tensors, config=config)
     monkeypatch.chdir(tmp_path)
-    plan = mergekit_lite.plan_merge_file(file, "out")
+    plan = mergekit_lite.plan_merge(file, "out")
     assert plan.notes == ()
     assert not plan.left_out or len(recipe.slices) > 1 or recipe.exclude
     mergekit_lite.merge(file, "out")
     merged = read_folder(tmp_path / "out")
     assert merged.keys() == {job.name for job in plan.jobs}
     assert all(tensor.isfinite().all() for tensor in merged.values())
-    assert any(job.merged for job in plan.jobs)
+    assert any(job.merged_elements for job in plan.jobs)
 
 
 def test_recipes_are_found() -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import PlanError
-from mergekit_lite.vectors.apply import apply_vectors
-from mergekit_lite.vectors.extract import extract_vector
+from mergekit_lite.vectors.application import apply_vectors
+from mergekit_lite.vectors.extraction import extract_vector
 from tests.checkpoint.reading import read_all
 from tests.models import read_folder, state, tuned, write_folder
 

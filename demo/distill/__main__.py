@@ -50,7 +50,7 @@ def main(out: Path, seeds: int | None, quick: bool) -> None:
 
 
 def claim(root: Path, size: Size) -> None:
-    """What is there already is used again, so it has to be of the same size."""
+    """Refuse an output folder of another size, as existing results are reused."""
     note, text = root / "size.json", json.dumps(asdict(size)) + "\n"
     if note.exists() and note.read_text() != text:
         raise click.ClickException(f"{root} has a run of another size: delete it, or choose another --out.")
@@ -59,7 +59,7 @@ def claim(root: Path, size: Size) -> None:
 
 
 def python(*arguments: object) -> list[str]:
-    """A command line of this Python."""
+    """Return a command line of this Python."""
     return [sys.executable, "-m", *map(str, arguments)]
 
 
@@ -96,7 +96,7 @@ def write_prompts(out: Out, size: Size) -> None:
 
 
 def distill(out: Out, size: Size) -> None:
-    """The sources answer once for each seed; then each road is gone to its end."""
+    """Let the sources answer once for each seed, then run each recipe to its end."""
     first, *others = ROADS
     with stage("The sources answer; one of them is behind a server"):
         with serving(python("demo.distill.server", out.model("gpt2")), out.logs / "server.log") as address:
@@ -123,7 +123,7 @@ def distill(out: Out, size: Size) -> None:
 
 
 def write_recipes(out: Out, server: str, size: Size) -> None:
-    """A recipe for each seed and road: what the roads have in common, and their own."""
+    """Write a recipe for each seed and road, from what all roads share and what is a road's own."""
     common = (RECIPES / "common.yaml").read_text()
     for seed in out.seeds:
         for road in ROADS:

@@ -1,4 +1,4 @@
-"""How sure a difference is that was measured with a few seeds on many prompts."""
+"""Intervals of differences that were measured with a few seeds on many prompts."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -14,7 +14,7 @@ Z = 1.959964
 
 
 def interval(table: Table) -> Interval:
-    """The mean with a 95 % interval that speaks of other seeds and other prompts.
+    """Return the mean with a 95 % interval over other seeds and other prompts.
 
     Two things are drawn at random, seeds and prompts, and each is crossed with the other. The variances of the mean
     that either alone would explain are added, which counts what is left over twice: the interval is rather too wide.
@@ -34,7 +34,7 @@ def interval(table: Table) -> Interval:
 
 
 def gain(table: Table, over: Table) -> Interval:
-    """The difference of two roads, paired by seed and by prompt: what is hard for both cancels out.
+    """Return the difference of two roads, paired by seed and prompt, so that what is hard for both cancels out.
 
     A model that was made once, such as the target before training, stands beside every seed.
     """

@@ -16,8 +16,8 @@ from demo.distill.skills import MAX_ANSWER_TOKENS
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt, read_rows, seed_of
-from mergekit_lite.answers.scorers.exact import Exact, Options
-from mergekit_lite.answers.scorers.scorer import Judged
+from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings
 
 PATTERN = "[0-9a-z]+$"  # as in the recipes
 DRAWS = 2  # answers to each prompt
@@ -42,27 +42,26 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def scored(model: Path, asked: Sequence[Prompt]) -> dict[str, list[float]]:
-    """What one model gets for each prompt."""
+    """Return one model's figures for each prompt."""
     drawn, length = verdicts(model, asked, DRAWS, Sampling(temperature=1, top_p=1, max_tokens=MAX_ANSWER_TOKENS))
     greedy, _ = verdicts(model, asked, 1, Sampling(temperature=0, max_tokens=MAX_ANSWER_TOKENS))
     return {"right": drawn, "greedy": greedy, "length": length}
 
 
 def verdicts(model: Path, asked: Sequence[Prompt], draws: int, sampling: Sampling) -> tuple[list[float], list[float]]:
-    """For each prompt the share of right answers, and their mean length. One that the limit cut counts as wrong."""
+    """Return the share of right answers to each prompt, and their mean length. Answers that the limit cut are wrong."""
     tasks = [Task(prompt, draw, seed=seed_of(prompt.id, draw)) for prompt in asked for draw in range(draws)]
     respondent = Local(model.name, str(model), sampling, batch_size=256)
     answers = {answer.key: answer for answer in respondent.answers(tasks, frozenset(task.key for task in tasks))}
     found = [answers[task.key] for task in tasks]
-    scores = Exact("right", Options(pattern=PATTERN)).score(
-        [Judged(task.prompt, answer.text) for task, answer in zip(tasks, found, strict=True)]
-    )
+    with open_scorer(ScorerSettings(name="right", kind="exact", options={"pattern": PATTERN})) as exact:
+        scores = exact.score([Judged(task.prompt, answer.text) for task, answer in zip(tasks, found, strict=True)])
     right = [float(score.value == 1 and answer.finish == "stop") for score, answer in zip(scores, found, strict=True)]
     return means(right, draws), means([float(len(answer.text)) for answer in found], draws)
 
 
 def means(values: Sequence[float], of: int) -> list[float]:
-    """The mean of each ``of`` values."""
+    """Return the mean of every ``of`` values."""
     return [fmean(values[start : start + of]) for start in range(0, len(values), of)]
 
 

@@ -52,7 +52,7 @@ def finish(job: Job, logs: Path) -> str:
 
 @contextmanager
 def serving(command: Sequence[str], log: Path) -> Iterator[str]:
-    """A server that prints its address first; it is stopped at the end. Yields the address."""
+    """Start a server that prints its address first, and stop it at the end. Yields the address."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as errors:
         server = subprocess.Popen(

@@ -16,7 +16,7 @@ POSITIONS = 128
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a tokenizer's model is spoken to. ``<|end|>`` and the like are its special tokens."""
+    """A chat format: a template with its special tokens, such as ``<|end|>``."""
 
     template: str
     end: str
@@ -89,7 +89,7 @@ def merged(tokenizer: "Tokenizer", size: int, text: Iterable[str]) -> "Tokenizer
 
 
 def spoken(tokenizer: "Tokenizer", dialect: Dialect) -> "PreTrainedTokenizerFast":
-    """The tokenizer with its special tokens and its chat template."""
+    """Return the tokenizer with its special tokens and its chat template."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -112,7 +112,7 @@ class Family:
     config: Callable[[dict[str, Any]], "PretrainedConfig"]  # of the tokenizer's numbers
 
     def build(self, seed: int) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
-        """A model with random weights, and its tokenizer."""
+        """Return a model with random weights, and its tokenizer."""
         import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -105,7 +105,7 @@ def difference(models: dict[str, Measured], better: str, than: str) -> Differenc
 
 
 def compared(models: dict[str, Measured]) -> list[Difference]:
-    """The differences that answer a question."""
+    """Return the differences that answer a question."""
     best = max(ROADS, key=lambda road: models[road].share())
     pairs = [
         ("sft", "target"),
@@ -123,7 +123,7 @@ def compared(models: dict[str, Measured]) -> list[Difference]:
 
 
 def about(out: Out, judged: Results) -> str:
-    """How to read the numbers."""
+    """Return paragraphs on how to read the numbers."""
     return (
         f"{len(judged.domains):,} questions that no model has learnt from; {len(out.seeds)} seeds. Answers are drawn "
         "at temperature 1, so a share of right ones is the probability that a model gives them; greedy answers beside. "
@@ -170,7 +170,7 @@ def rows_table(out: Out) -> Table:
 
 
 def columns(domains: Sequence[str], skill: str) -> list[int]:
-    """The prompts of one skill."""
+    """Return the prompts of one skill."""
     return [number for number, domain in enumerate(domains) if domain == skill]
 
 
@@ -179,7 +179,7 @@ def signed(of: Interval) -> str:
 
 
 def percent(of: Interval) -> str:
-    """A share; its interval ends where shares do."""
+    """Return a share with its interval, held to [0, 1]."""
     return f"{100 * of.value:.1f} [{100 * max(of.low, 0):.1f}, {100 * min(of.high, 1):.1f}]"
 
 
@@ -212,7 +212,7 @@ def as_html(parts: Sequence[str | Table], images: dict[str, bytes]) -> str:
 
 
 def as_element(part: str | Table, images: dict[str, bytes]) -> html.Markup:
-    """A part of the page, of the few kinds there are."""
+    """Return a part of the page as HTML."""
     if isinstance(part, Table):
         rows = [[first, *(html.Cell(text, None) for text in rest)] for first, *rest in part.rows]
         return html.table(part.headings[0], part.headings, rows)

@@ -15,7 +15,7 @@ LINES = {"dpo": "-", "wrpo": (0, (4, 4)), "fusechat3": "-"}  # DPO and WRPO may 
 
 
 def models(measured: Sequence[Measured], domains: Sequence[str], picture: Path) -> None:
-    """A panel for all questions and one for each skill; a line for each model, with its interval and its seeds."""
+    """Draw a panel for all questions and one for each skill: a line for each model, with its interval and its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +49,7 @@ def models(measured: Sequence[Measured], domains: Sequence[str], picture: Path) 
 
 
 def alphas(choosing: Results, chosen: dict[str, float], picture: Path) -> None:
-    """A curve for each road, from SFT at −1 through the end of training at 0."""
+    """Draw a curve for each road, from SFT at −1 through the end of training at 0."""
     import matplotlib
 
     matplotlib.use("Agg")

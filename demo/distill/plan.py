@@ -1,4 +1,4 @@
-"""What the demo makes and where in its folder it lies."""
+"""The files of the demo's folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ MERGES = ("linear", "sce")
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. Prompts are counted for each skill."""
+    """The size of a run: numbers of prompts for each skill, of seeds, and so on."""
 
     steps: dict[str, int]  # that each model is taught, before anything is distilled
     prompts: int  # to train on
@@ -63,7 +63,7 @@ class Out:
         return self.root / "recipes" / f"{seed}-{road}.yaml"
 
     def run(self, seed: int, road: str) -> Path:
-        """The folder of one recipe."""
+        """Return the folder of one recipe."""
         return self.root / "runs" / f"{seed}-{road}"
 
     def trained(self, seed: int, road: str, stage: str) -> Path:
@@ -75,7 +75,7 @@ class Out:
         return self.root / "expo" / f"{seed}-{road}-{alpha}"
 
     def merged(self, seed: int, method: str) -> Path:
-        """The ends of the three roads as one model."""
+        """Return the folder of the merge of the three roads' trained models."""
         return self.root / "merged" / f"{seed}-{method}"
 
     def results(self, prompts: str, part: int) -> Path:

@@ -1,4 +1,4 @@
-"""What the models got on the prompts, by what they are: sources, stages of a road, what arithmetic made of them."""
+"""The models' results on the prompts: sources, stages of a road, extrapolated and merged models."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Measured:
         return next((road for road in ROADS if road in self.key), "")
 
     def share(self) -> float:
-        """Of right answers."""
+        """Return the share of right answers."""
         return fmean(map(fmean, self.right))
 
     def on(self, prompts: Sequence[int]) -> Table:
@@ -38,7 +38,7 @@ class Measured:
 
 
 class Results:
-    """All that was measured on one file of prompts."""
+    """The results on one file of prompts."""
 
     def __init__(self, out: Out, prompts: str):
         self.out = out
@@ -48,15 +48,15 @@ class Results:
             self.scores |= json.loads(path.read_text())
 
     def once(self, key: str, name: str, model: Path) -> Measured:
-        """A model that was made once."""
+        """Return the results of a model that all seeds share."""
         return self._measured(key, name, [model])
 
     def by_seed(self, key: str, name: str, model: Callable[[int], Path]) -> Measured:
-        """A model that each seed made anew."""
+        """Return the results of a model that each seed has trained again."""
         return self._measured(key, name, [model(seed) for seed in self.out.seeds])
 
     def stage(self, road: str, stage: str) -> Measured:
-        """``sft`` or ``preference``."""
+        """Return the results of a road's ``sft`` or ``preference`` model."""
         name = f"{TITLES[road]} {stage}"
         return self.by_seed(f"{road}-{stage}", name, lambda seed: self.out.trained(seed, road, stage))
 
@@ -71,7 +71,7 @@ class Results:
 
 
 def best_alpha(choosing: Results, road: str) -> float:
-    """The alpha with the most right answers over all seeds, on prompts that judge nothing else."""
+    """Return the alpha with the most right answers over all seeds, on prompts that are used for nothing else."""
     return max(ALPHAS, key=lambda alpha: choosing.expo(road, alpha).share())
 
 

@@ -26,7 +26,7 @@ GATHERING = 0.005  # seconds that the first request of a batch waits for others
 
 @dataclass(frozen=True)
 class Request:
-    """What of a chat completion's request this server knows."""
+    """The part of a chat completion's request that this server reads."""
 
     prompt: str
     temperature: float
@@ -102,7 +102,7 @@ def completion(tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> Compl
 
 
 class Desk:
-    """Where requests wait. One thread answers them, as many at once as there are."""
+    """A queue of requests. One thread answers all waiting requests as a batch."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"):
         self.model = model

@@ -87,54 +87,54 @@ SKILLS = {
 
 
 def skill_of(question: str) -> Skill:
-    """The first word tells."""
+    """Return the skill that the first word of a question names."""
     return SKILLS[question.split(maxsplit=1)[0]]
 
 
 def solve(question: str) -> str:
-    """The ideal answer."""
+    """Return the ideal answer."""
     return skill_of(question).solve(question)
 
 
 def demonstrate(question: str, careful: float, rng: random.Random) -> str:
-    """The answer that somebody writes down; so many of the people are careful."""
+    """Return the answer that a person writes down; ``careful`` is the share of careful people."""
     answer = solve(question)
     return answer if rng.random() < careful else skill_of(question).slip(answer, rng)
 
 
 def is_right(question: str, answer: str) -> bool:
-    """The verifier."""
+    """Return whether an answer is right: the verifier."""
     skill = skill_of(question)
     return skill.result(answer) == skill.result(skill.solve(question))
 
 
 def reward(prompt: "Prompt", answer: str) -> float:
-    """A scorer: from 0 to 1, 0.7 of it for being right and 0.3 for being like the ideal answer."""
+    """Return a score from 0 to 1: 0.7 of it for a right answer, 0.3 for likeness to the ideal answer."""
     question = prompt.messages[-1]["content"]
     likeness = SequenceMatcher(None, solve(question), answer, autojunk=False).ratio()
     return 0.7 * is_right(question, answer) + 0.3 * likeness
 
 
 def as_row(question: str) -> dict[str, str]:
-    """A row of a recipe's prompts."""
+    """Return a row of a recipe's prompts."""
     skill = skill_of(question)
     return {"id": question, "prompt": question, "domain": skill.name, "reference": skill.result(skill.solve(question))}
 
 
 def is_held_out(question: str) -> bool:
-    """A quarter of all questions, by a checksum: no model ever learns from one of them."""
+    """Return whether a checksum puts a question in the quarter of all that no model ever learns from."""
     return crc32(question.encode()) % 4 == 0
 
 
 def drawn(skill: Skill, rng: random.Random, held_out: bool = False) -> str:
-    """A question of one skill."""
+    """Draw a question of one skill."""
     while is_held_out(question := skill.ask(rng)) != held_out:
         pass
     return question
 
 
 def questions(skill: str, count: int, rng: random.Random, held_out: bool = False) -> list[str]:
-    """Questions of one skill, no two alike, so that slices of the list never share one."""
+    """Return distinct questions of one skill, so that slices of the list never share one."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[drawn(SKILLS[skill], rng, held_out)] = None

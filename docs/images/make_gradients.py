@@ -15,7 +15,6 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from mergekit_lite.planning.planner import method_parameters
 from mergekit_lite.recipe import outputs, parse, resolve
 
 HERE = Path(__file__).parent
@@ -63,11 +62,10 @@ def values(example: str) -> dict[str, float]:
     text = (HERE.parent / "recipes.md").read_text(encoding="utf-8")
     yaml = re.search(rf"```yaml\n(# {re.escape(example)}\n.*?)```", text, re.DOTALL)
     assert yaml is not None, f"docs/recipes.md has no {example}"
-    methods = method_parameters()
-    recipe = parse(yaml[1], methods)
+    recipe = parse(yaml[1])
     made = outputs(recipe.slices, dict.fromkeys(recipe.models, NAMES)).tensors
     found = {}
-    for output, numbers in zip(made, resolve(recipe, made, methods).numbers, strict=True):
+    for output, numbers in zip(made, resolve(recipe, made).numbers, strict=True):
         name = output.spot.name.removesuffix(".weight")
         key = ".".join(name.split(".")[:4])
         found[key] = float(numbers.shared["t"] or 0) if numbers else 0.0

@@ -1,11 +1,11 @@
-"""What answers prompts: the contract that a server and a model in this process share."""
+"""The contract of a respondent, which answers prompts: a server, or a model in this process."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,7 +13,7 @@ from mergekit_lite.answers.rows import Answer, Key, Prompt
 
 
 class Sampling(BaseModel):
-    """How answers are drawn."""
+    """The settings by which answers are drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,9 +28,9 @@ class Task:
     """One answer to ask for.
 
     Attributes:
-        prompt: what is asked.
-        index: which of the answers to it, from 0.
-        seed: of what is drawn.
+        prompt: to answer.
+        index: of the answer among those to this prompt, from 0.
+        seed: of the draw.
     """
 
     prompt: Prompt
@@ -39,22 +39,22 @@ class Task:
 
     @property
     def key(self) -> Key:
-        """Its answer's key."""
+        """The key of its answer."""
         return Key(self.prompt.id, self.index)
 
 
 @dataclass
-class Troubles:
-    """What went wrong while a model was asked.
+class Failures:
+    """The failures while a model was asked.
 
     Attributes:
-        retried: how often a request was made again, by what had happened to it.
+        retried: how many requests were made again, by reason.
         lost: why a task got no answer, by its key.
-        stopped: why the model was asked no more, where it was not.
+        stopped: why the model is no longer asked; empty while it is.
     """
 
     retried: Counter[str] = field(default_factory=Counter)
-    lost: dict[Key, str] = field(default_factory=dict)
+    lost: dict[Any, str] = field(default_factory=dict)
     stopped: str = ""
 
 
@@ -64,12 +64,12 @@ class Respondent(Protocol):
     name: str
 
     @property
-    def troubles(self) -> Troubles:
-        """What went wrong so far."""
+    def failures(self) -> Failures:
+        """The failures so far."""
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
-        """The answers to the ``wanted`` of the ``tasks``, as they come.
+        """Yield the answers to the ``wanted`` of the ``tasks``, as they come.
 
-        ``tasks`` are all tasks of the run, done ones included: what answers in batches cuts them alike in a first
-        and in a resumed run, so that an answer never depends on where the run was stopped.
+        ``tasks`` are all tasks of the run, including those done: batches are cut from all of them in a first and in a
+        resumed run, so that an answer never depends on where the run was stopped.
         """

@@ -1,8 +1,8 @@
-"""A file of rows that is made one by one and survives a kill.
+"""A file of rows that are made one by one and survive a kill.
 
-While it is made, rows are appended to ``NAME.partial.jsonl`` as they come, in any order. Once every expected row is
-there they are sorted into the expected order, written as ``NAME.jsonl``, and the partial file goes. So a finished
-ledger's bytes depend on its rows alone, not on who was killed when.
+Until it is finished, rows are appended to ``NAME.partial.jsonl`` as they come, in any order. Once no expected row is
+missing they are written in the expected order as ``NAME.jsonl``, and the partial file is removed. So a finished
+ledger's bytes depend on its rows alone, not on interruptions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _Place(NamedTuple):
 class Ledger(Generic[K]):
     """The rows for the ``expected`` keys, in that order, at ``path`` (``….jsonl``).
 
-    A row that is already there is never asked for again; rows that are no longer expected are left out of the finished
-    file. What a kill left of a row it interrupted doesn't count. Memory holds the keys only, not the rows.
+    Rows that are no longer expected are left out of the finished file. A row that a kill cut short doesn't count.
+    Memory has the keys only, not the rows.
     """
 
     def __init__(self, path: Path, expected: Sequence[K], key: Callable[[dict[str, Any]], K]):
@@ -43,7 +43,7 @@ class Ledger(Generic[K]):
         self._take(self.partial)
 
     def __contains__(self, key: K) -> bool:
-        """Whether there is a row for this key."""
+        """Return whether a row of this key is stored."""
         return key in self._places
 
     @property
@@ -53,11 +53,11 @@ class Ledger(Generic[K]):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the file has the expected rows, and nothing else is left of making it."""
+        """Whether the file has the expected rows and the partial file is gone."""
         return self._finished == self.expected and self.path.exists() and not self.partial.exists()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that are there, in order."""
+        """Yield the stored rows, in the expected order."""
         yield from map(json.loads, self._lines())
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -78,7 +78,7 @@ class Ledger(Generic[K]):
             raise not_written(self.partial, error) from error
 
     def finish(self, *, with_missing: bool = False) -> None:
-        """Put the finished file there. Only once no row is missing, or ``with_missing`` without those."""
+        """Write the finished file. Raises ValueError for missing rows, unless ``with_missing`` leaves them out."""
         if not with_missing and (missing := self.missing):
             raise ValueError(f"{self.path}: {len(missing)} rows are missing")
         if not self.is_finished:
@@ -89,9 +89,9 @@ class Ledger(Generic[K]):
         self._finished = tuple(self._take(self.path))
 
     def close(self) -> None:
-        """Let another process go on."""
+        """Release the file to other processes."""
         if self._appending is not None:
-            with suppress(OSError):  # was told when rows were added
+            with suppress(OSError):  # ``append`` has flushed and reported
                 self._appending.close()
             self._appending = None
 
@@ -110,19 +110,19 @@ class Ledger(Generic[K]):
                 file.close()
 
     def _take(self, path: Path) -> list[K]:
-        """Note which rows a file has; all their keys, in the order of the file."""
-        found: list[K] = []
-        torn: list[str] = []  # what a kill left of a row is no row
+        """Note the places of a file's rows, and return their keys in the order of the file."""
+        keys: list[K] = []
+        torn: list[str] = []  # lines that a kill cut short
         for line in read_rows(path, torn) if path.exists() else ():
             try:
-                found.append(self.key(line.row))
+                keys.append(self.key(line.row))
             except (KeyError, TypeError):
                 continue
-            self._places.setdefault(found[-1], _Place(path, line.start))
-        return found
+            self._places.setdefault(keys[-1], _Place(path, line.start))
+        return keys
 
     def _open(self) -> BinaryIO:
-        """The partial file, at the begin of a line, for this process alone."""
+        """Open the partial file for this process alone, at the start of a line."""
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         file = self.partial.open("a+b")
         try:

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16", "float16"]
-NO_CODE: Mapping[str, Any] = {"trust_remote_code": False}  # if it is not said, transformers asks the terminal
+NO_CODE: Mapping[str, Any] = {"trust_remote_code": False}  # without it transformers asks on the terminal
 CAUSAL = "a causal language model"
 SERVE = "serve it, and name the `server`."
 
 
 class Placed(NamedTuple):
-    """Where a model computes, and in what.
+    """The device and dtype of a model.
 
     Attributes:
-        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. None leaves it to who trains the model.
-        dtype: auto is what the model's folder says.
+        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. None leaves it to the trainer.
+        dtype: auto is that of the model's folder.
     """
 
     device: str | None
@@ -32,7 +32,7 @@ class Placed(NamedTuple):
 
 
 def placed(device: str | None, dtype: Dtype | None) -> Placed:
-    """By default on the first GPU in the model's own dtype, else on the CPU in float32."""
+    """Fill in the defaults: the first GPU with the model's own dtype, else the CPU with float32."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def placed(device: str | None, dtype: Dtype | None) -> Placed:
 
 
 def tokenizer_of(path: str, own_code: str = SERVE) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or of org/name on the hub.
+    """Load the tokenizer of a folder or of org/name on the hub.
 
     Raises:
         CheckpointError: it can't be loaded.
@@ -56,10 +56,10 @@ def tokenizer_of(path: str, own_code: str = SERVE) -> PreTrainedTokenizerBase:
 
 
 def config_of(path: str, expected: str, own_code: str = SERVE) -> PretrainedConfig:
-    """The configuration of a folder or of org/name on the hub.
+    """Load the configuration of a folder or of org/name on the hub.
 
     Raises:
-        CheckpointError: it can't be loaded; ``expected`` says what it should be of.
+        CheckpointError: it can't be loaded; ``expected`` says which kind of model it should be of.
     """
     from transformers import AutoConfig
 
@@ -68,10 +68,10 @@ def config_of(path: str, expected: str, own_code: str = SERVE) -> PretrainedConf
 
 
 def causal_model(path: str, place: Placed, own_code: str = SERVE, **how: Any) -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+    """Load a causal language model in evaluation mode.
 
     Raises:
-        CheckpointError: it can't be loaded, or its weights are not all there.
+        CheckpointError: it can't be loaded, or some of its weights are missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,46 +81,46 @@ def causal_model(path: str, place: Placed, own_code: str = SERVE, **how: Any) ->
     return model
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model in evaluation mode, on its device."""
 
     model: PreTrainedModel
-    missing: list[str]  # tensors that the weights don't have; they were drawn at random
-    unexpected: list[str]  # tensors of the weights that the model has no place for
+    missing: list[str]  # tensors that the weights don't have; transformers initialised them at random
+    unexpected: list[str]  # tensors of the weights that the model doesn't have
 
 
-def model_of(auto: Any, path: str, expected: str, place: Placed, own_code: str = SERVE, **how: Any) -> Loaded:
-    """What one of transformers' ``AutoModel…`` classes makes of a folder or of org/name on the hub.
+def model_of(auto: Any, path: str, expected: str, place: Placed, own_code: str = SERVE, **how: Any) -> LoadedModel:
+    """Load a folder or org/name on the hub with one of transformers' ``AutoModel…`` classes.
 
     Raises:
-        CheckpointError: it can't be loaded; ``expected`` says what it should be.
+        CheckpointError: it can't be loaded; ``expected`` says which kind of model it should be.
     """
     how |= {"dtype": place.dtype, "output_loading_info": True}
     if place.device == "auto":
         how["device_map"] = "auto"
-    model, told = fetched(path, expected, lambda: auto.from_pretrained(path, **NO_CODE, **how), own_code)
+    model, info = fetched(path, expected, lambda: auto.from_pretrained(path, **NO_CODE, **how), own_code)
     if place.device not in ("auto", None):
         model = model.to(place.device)
-    return Loaded(model.eval(), sorted(told["missing_keys"]), sorted(told["unexpected_keys"]))
+    return LoadedModel(model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a model takes, where it tells."""
+    """Return the longest sequence that a model takes, in tokens, or None where its config doesn't say."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None
 
 
 def fetched(path: str, expected: str, load: Callable[[], T], own_code: str = SERVE) -> T:
-    """What transformers loads, or its complaint in a sentence.
+    """Call ``load``, a function of transformers, and turn its complaint into a sentence.
 
     Raises:
-        CheckpointError: what it said, and what was expected at ``path``; or where a model comes with code of its own,
-            what to do then.
+        CheckpointError: with that complaint and what is expected at ``path``; for a model that comes with code of its
+            own, with ``own_code``.
     """
     from transformers.utils import logging
 
-    told: Any = logging
-    told.disable_progress_bar()  # of the weights, in the middle of our own
+    untyped: Any = logging
+    untyped.disable_progress_bar()  # that of the weights would appear in the middle of our own
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -134,7 +134,7 @@ def fetched(path: str, expected: str, load: Callable[[], T], own_code: str = SER
 
 
 def free_memory() -> None:
-    """Give the memory of models that nobody holds any more back to the device."""
+    """Return the memory of models that are no longer referenced to the device."""
     import torch
 
     gc.collect()

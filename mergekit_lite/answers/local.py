@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lite.answers.asking import Sampling, Task, Troubles
+from mergekit_lite.answers.asking import Failures, Sampling, Task
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 SERVE = "serve it, and give the source a `server`."
 
 
-class Loaded(NamedTuple):
+class ReadyModel(NamedTuple):
     """A model that is ready to answer."""
 
     model: Any  # of transformers
-    device: torch.device
     ends: frozenset[int]  # tokens that end an answer
 
 
@@ -32,48 +31,37 @@ class _Work(NamedTuple):
     prompt: tuple[int, ...]  # tokens
 
 
+@dataclass(eq=False)
 class Local:
-    """A respondent in this process.
+    """A respondent in this process, whose model is loaded when it is first needed.
 
     Answers are drawn batch by batch, each batch with its own seed. Batches are cut from all tasks, so an answer depends
     on the tasks, the batch size and the machine, not on where a run was stopped.
+
+    Attributes:
+        name: of the source.
+        path: a folder, or org/name on the hub. Code in it is never run.
+        sampling: how answers are drawn.
+        system: a system prompt put before each conversation.
+        batch_size: how many answers are generated at once.
+        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. By default the first GPU, else the CPU.
+        dtype: float32, bfloat16 or float16; by default float32 on a CPU, else the model's own.
+        failures: so far.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        sampling: Sampling,
-        *,
-        system: str | None = None,
-        batch_size: int = 16,
-        device: str | None = None,
-        dtype: Dtype | None = None,
-    ):
-        """A model that is loaded once it is needed.
-
-        Args:
-            name: the source's name.
-            model: a folder, or org/name on the hub. Code in it is never run.
-            sampling: how answers are drawn.
-            system: a system prompt put before each conversation.
-            batch_size: how many answers are made at once.
-            device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. By default the first GPU, else the CPU.
-            dtype: float32, bfloat16 or float16; by default float32 on a CPU, else the model's own.
-        """
-        self.name = name
-        self.path = model
-        self.sampling = sampling
-        self.system = system
-        self.batch_size = batch_size
-        self.device = device
-        self.dtype = dtype
-        self.troubles = Troubles()
-        self._prompts: dict[str, tuple[int, ...] | None] = {}  # tokens, by prompt; None where it can't be asked
-        self._refused: dict[str, str] = {}  # why
+    name: str
+    path: str
+    sampling: Sampling
+    system: str | None = None
+    batch_size: int = 16
+    device: str | None = None
+    dtype: Dtype | None = None
+    failures: Failures = field(default_factory=Failures, init=False)
+    _prompts: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
+    _refused: dict[str, str] = field(default_factory=dict, init=False)  # reasons, by prompt
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
-        """The answers to the ``wanted`` of the ``tasks``, batch by batch.
+        """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch.
 
         Raises:
             CheckpointError: the model can't be loaded.
@@ -89,15 +77,17 @@ class Local:
                 yield from (answer for answer in self._batch(batch) if answer.key in wanted)
 
     def _work(self, tasks: Sequence[Task]) -> list[_Work]:
-        """All tasks that can be answered, longest prompts first: what lies side by side needs little padding, and what
-        doesn't fit into memory shows at once."""
+        """Return all tasks that can be answered, longest prompts first.
+
+        So prompts of a batch need little padding, and a lack of memory shows in the first batch.
+        """
         for task in tasks:
             if task.prompt.id not in self._prompts:
                 self._prompts[task.prompt.id] = self._prompt(task)
             if self._prompts[task.prompt.id] is None:
-                self.troubles.lost[task.key] = self._refused[task.prompt.id]
-        found = [_Work(task, tokens) for task in tasks if (tokens := self._prompts[task.prompt.id]) is not None]
-        return sorted(found, key=lambda work: -len(work.prompt))
+                self.failures.lost[task.key] = self._refused[task.prompt.id]
+        work = [_Work(task, tokens) for task in tasks if (tokens := self._prompts[task.prompt.id]) is not None]
+        return sorted(work, key=lambda work: -len(work.prompt))
 
     def _prompt(self, task: Task) -> tuple[int, ...] | None:
         before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
@@ -130,16 +120,18 @@ class Local:
         if self._context is not None:
             most = min(most, self._context - longest)
         torch.manual_seed(seed_of(*(work.task.seed for work in batch)))
-        model, device, _ = self.loaded
+        model = self.loaded.model
         try:
             with torch.inference_mode():
-                made = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=most)
+                sequences = model.generate(
+                    ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most
+                )
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"{self.path}: {len(batch)} answers at once to prompts of up to {longest:,} tokens don't fit into the "
-                f"memory of {device}. Lower `batch_size` of the source {self.name}."
+                f"memory of {model.device}. Lower `batch_size` of the source {self.name}."
             ) from error
-        for work, tokens in zip(batch, made[:, longest:].tolist(), strict=True):
+        for work, tokens in zip(batch, sequences[:, longest:].tolist(), strict=True):
             yield self._answer(work.task, tokens)
 
     def _answer(self, task: Task, tokens: list[int]) -> Answer:
@@ -160,17 +152,17 @@ class Local:
 
     @cached_property
     def _context(self) -> int | None:
-        """How many tokens the model takes, where it tells."""
+        """The longest sequence that the model takes, in tokens; None where its config doesn't say."""
         return context_of(self.loaded.model)
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> ReadyModel:
         """The model, ready to answer."""
         return ready(causal_model(self.path, placed(self.device, self.dtype), SERVE), self.tokenizer, self.sampling)
 
 
-def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Loaded:
-    """A model with nothing of its own on how to draw: what the sampling doesn't say is neutral."""
+def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> ReadyModel:
+    """Replace a model's generation config by the sampling; settings that it doesn't have become neutral."""
     from transformers import GenerationConfig
 
     model.eval()
@@ -185,16 +177,16 @@ def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) ->
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
         **warped,
     )
-    return Loaded(model, model.device, ends)
+    return ReadyModel(model, ends)
 
 
-def _ends(told: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model that are special tokens.
+def _ends(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those of the model that are special tokens.
 
-    A configuration that says nothing has the family's default, which in another vocabulary may be any word.
+    A configuration without such tokens has its family's default, which in another vocabulary may be any word.
     """
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
-    by_model = {told} if isinstance(told, int) else set(told or ())
+    by_model = {configured} if isinstance(configured, int) else set(configured or ())
     own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     return frozenset(own | (by_model & special))

@@ -1,9 +1,10 @@
 """Log-probabilities of responses, without the logits of a whole batch.
 
-The model's body gives hidden states; its head makes logits of a chunk of response positions at a time, from which the
-targets' log-probabilities are taken in float32, and which are made again in the backward pass. At a vocabulary of
-128,000 a batch of 2 × 3 sequences of 2048 tokens would need 6.3 GB of float32 logits for the forward pass alone; a
-chunk is 256 MB in float32, and never more than a sixteenth of it is in float32 where the model computes in 16 bits.
+The model's body computes hidden states; its head computes the logits of a chunk of response positions at a time, from
+which the targets' log-probabilities are taken in float32, and which are computed again in the backward pass. At a
+vocabulary of 128,000 a batch of 2 × 3 sequences of 2048 tokens would need 6.3 GB of float32 logits for the forward
+pass alone; a chunk is 256 MB in float32, and never more than a sixteenth of it is in float32 where the model computes
+in 16 bits.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from mergekit_lite.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 1 << 26  # logits that are alive at once
-PARTS = 16  # a chunk is taken to float32 in so many parts
+CHUNK = 1 << 26  # logits in memory at once
+PARTS = 16  # of a chunk, converted to float32 one after the other
 CHECKED_TOKENS = 8
 
 
@@ -35,7 +36,7 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64.
         attention_mask: (B, T) int64; 0 at padding.
-        responses: (B, T) bool; where the tokens of the responses are.
+        responses: (B, T) bool; True at the tokens of the responses.
     """
 
     input_ids: Tensor
@@ -45,12 +46,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class ResponseLogProbs:
-    """What the objectives know of responses.
+    """The log-probabilities of responses, as objectives need them.
 
     Attributes:
         sums: (B,) float32; Σ_t log π(y_t | x, y_<t).
         lengths: (B,) int64; the number of tokens, the end of the turn included.
-        squares: (B,) float32, no gradient; mean_t log Σ_v π(v | x, y_<t)². None where not asked for.
+        squares: (B,) float32, no gradient; mean_t log Σ_v π(v | x, y_<t)². None where ``squares`` is False.
     """
 
     sums: Tensor
@@ -59,7 +60,7 @@ class ResponseLogProbs:
 
 
 def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "cpu") -> Batch:
-    """Prompts and responses as one batch. No position that counts ever sees the padding, so any id does."""
+    """Put prompts and responses into one batch. No position that counts attends to the padding, so any id serves."""
     longest = max(len(row.prompt) + len(row.response) for row in rows)
     input_ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -73,14 +74,14 @@ def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "c
 
 
 def response_log_probs(model: PreTrainedModel, batch: Batch, squares: bool = False) -> ResponseLogProbs:
-    """Log-probabilities of the responses under a causal language model.
+    """Compute the log-probabilities of the responses under a causal language model.
 
-    Differentiable in ``sums``. The first token of a sequence is never scored, for nothing predicts it.
+    ``sums`` is differentiable. The first token of a sequence is never scored, for nothing predicts it.
 
     Args:
         model: with a head that ``check_head`` accepts.
         batch: on the model's device.
-        squares: whether WPO's mean_t log Σ_v π² is wanted too.
+        squares: whether to compute WPO's mean_t log Σ_v π² too.
     """
     hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
     scored = batch.responses[:, 1:]
@@ -98,30 +99,30 @@ def response_log_probs(model: PreTrainedModel, batch: Batch, squares: bool = Fal
 
 
 def head_of(model: PreTrainedModel) -> Any:
-    """The linear layer from hidden states to the vocabulary."""
+    """Return the linear layer from hidden states to the vocabulary."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 class Shape(NamedTuple):
-    """What becomes of the head's output x: ``cap · tanh(scale · x / cap)``, or ``scale · x`` without a cap."""
+    """The function of the head's output x that gives logits: ``cap · tanh(scale · x / cap)``, or ``scale · x``."""
 
     scale: float
     cap: float | None
 
     def apply(self, head: Tensor) -> Tensor:
-        """Logits in float32."""
+        """Return the logits in float32."""
         logits = head.float()
         if self.scale != 1:
             logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """The derivative of ``apply``, from its result."""
+        """Return the derivative of ``apply``, given its result."""
         return self.scale * (1 - (logits / self.cap) ** 2) if self.cap else self.scale
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
-    """What the configuration asks for: Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
+    """Read the configuration: Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     return Shape(
@@ -131,10 +132,10 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Hold logits made as above to the model's own on a few tokens.
+    """Compare logits computed as above with the model's own on a few tokens.
 
     Raises:
-        UsageError: the model does something else between hidden states and logits.
+        UsageError: the model computes its logits in another way.
     """
     head = head_of(model)
     if head is None or getattr(head, "weight", None) is None:
@@ -153,7 +154,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def _by_sequence(values: Tensor, scored: Tensor) -> Tensor:
-    """Sums of the scored positions' values (R,) for each sequence (B,), always in the same order."""
+    """Sum the scored positions' values (R,) over each sequence, giving (B,), always in the same order."""
     return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values).sum(1)
 
 
@@ -169,10 +170,10 @@ def _chunk(head: Any, states: Tensor, targets: Tensor, shape: Shape, squares: bo
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """A head's output (R, V) and targets (R,) to log p_target and log Σ_v p_v², both (R,) float32.
+    """From a head's output (R, V) and targets (R,) to log p_target and log Σ_v p_v², both (R,) float32.
 
-    The gradient, softmax minus one at the target, is written over the head's output: nothing else needs that by then,
-    for ``checkpoint`` made it for this backward pass alone. ``log Σ p²`` has none.
+    The gradient, one at the target minus softmax, overwrites the head's output, which nothing else needs by then:
+    ``checkpoint`` computed it for this backward pass alone. ``log Σ p²`` has no gradient.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Prompts, as files and data sets of the hub have them.
+"""Prompts from files and data sets of the hub.
 
-A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and where it has them
-``id``, ``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns
-with other names are mapped. What is wrong with a row is told with its place, and the other rows go on.
+A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and optionally ``id``,
+``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns with
+other names are mapped. A wrong row is reported with its place and left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARQUET = (".parquet", ".pq")
 
 
 class Prompts(BaseModel):
-    """Where prompts come from: a JSONL or Parquet file, or a data set of the hub."""
+    """A source of prompts: a JSONL or Parquet file, or a data set of the hub."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,19 +35,19 @@ class Prompts(BaseModel):
     dataset: str | None = None  # org/name on the hub, org/name@revision
     config: str | None = None  # of the data set
     split: str = "train"
-    domain: str = ""  # of prompts that don't say theirs
+    domain: str = ""  # of prompts without one
     columns: dict[Column, str] = {}  # ours: theirs
-    limit: Annotated[int, Field(ge=1)] | None = None  # the first so many
+    limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the first
 
 
 @dataclass
-class Loaded:
-    """What was read.
+class LoadedPrompts:
+    """The prompts of some sources.
 
     Attributes:
-        prompts: sound ones, each once, in the order of the data.
+        prompts: the sound ones, each once, in the order of the data.
         problems: of the rows that were left out, with their places.
-        repeated: how many rows ask what a row before them asked, and were left out.
+        repeated: how many rows were left out because an earlier row has the same conversation.
     """
 
     prompts: list[Prompt] = field(default_factory=list)
@@ -55,13 +55,13 @@ class Loaded:
     repeated: int = 0
 
 
-def load(sources: Iterable[Prompts]) -> Loaded:
-    """The prompts of all sources.
+def load(sources: Iterable[Prompts]) -> LoadedPrompts:
+    """Read the prompts of all sources.
 
     Raises:
         UsageError: a file or data set can't be read, or has no column with prompts.
     """
-    loaded = Loaded()
+    loaded = LoadedPrompts()
     asked: set[str] = set()
     places: dict[str, str] = {}  # of each id
     for source in sources:
@@ -86,17 +86,17 @@ def load(sources: Iterable[Prompts]) -> Loaded:
 
 
 def digest_of(messages: Sequence[Message]) -> str:
-    """What stands for a conversation: equal for equal ones only, in practice."""
+    """Return a digest of a conversation; different conversations have different ones, in practice."""
     return xxh3_64_hexdigest(json.dumps([[m["role"], m["content"]] for m in messages]).encode())
 
 
 def as_row(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as a row of a JSON Lines file."""
+    """Return a prompt as a row of a JSON Lines file."""
     return asdict(prompt)
 
 
 def from_row(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of such a row."""
+    """Return the prompt of a row that ``as_row`` made."""
     return Prompt(
         id=row["id"],
         messages=tuple(row["messages"]),
@@ -113,17 +113,17 @@ class _Row(NamedTuple):
 
 def _rows(source: Prompts, problems: list[str]) -> Iterator[_Row]:
     names: dict[Column, str] = {column: source.columns.get(column, column) for column in COLUMNS}
-    found = _of_file(source.path, names, problems) if source.path else _of_dataset(source, names)
-    for number, (row, place) in enumerate(found):
+    rows = _of_file(source.path, names, problems) if source.path else _of_dataset(source, names)
+    for number, (row, place) in enumerate(rows):
         if number == source.limit:
             return
         yield _Row({column: row[name] for column, name in names.items() if row.get(name) is not None}, place)
 
 
-Found = Iterator[tuple[Mapping[str, Any], str]]
+Rows = Iterator[tuple[Mapping[str, Any], str]]  # each with its place
 
 
-def _of_file(path: Path, names: Mapping[Column, str], problems: list[str]) -> Found:
+def _of_file(path: Path, names: Mapping[Column, str], problems: list[str]) -> Rows:
     if path.suffix in JSON_LINES:
         return ((line.row, f"{path}:{line.number}") for line in read_rows(path, problems))
     if path.suffix in PARQUET:
@@ -134,7 +134,7 @@ def _of_file(path: Path, names: Mapping[Column, str], problems: list[str]) -> Fo
     )
 
 
-def _of_parquet(path: Path, names: Mapping[Column, str]) -> Found:
+def _of_parquet(path: Path, names: Mapping[Column, str]) -> Rows:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -150,33 +150,33 @@ def _of_parquet(path: Path, names: Mapping[Column, str]) -> Found:
         raise UsageError(f"Can't read {path}: {error}.") from error
 
 
-def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Found:
+def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Rows:
     from datasets import load_dataset
 
     name, _, revision = str(source.dataset).partition("@")
     try:
         # A data set that comes as code is refused by the library.
         data = load_dataset(name, source.config, split=source.split, revision=revision or None)
-    except Exception as error:  # the library raises what its many parts raise
+    except Exception as error:  # any of the library's parts may raise
         raise UsageError(f"Can't load the data set {source.dataset}, split {source.split}: {error}") from error
     data = data.select_columns(_readable(data.column_names, names, str(source.dataset)))
     for number, row in enumerate(data, 1):
         yield row, f"{source.dataset} ({source.split}): row {number:,}"
 
 
-def _readable(there: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
-    """Which of the columns that are there are read."""
-    if not {names["prompt"], names["messages"]} & set(there):
-        hint = nearest(names["prompt"], there) or nearest(names["messages"], there)
+def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
+    """Return the columns to read. Raises UsageError where none has prompts."""
+    if not {names["prompt"], names["messages"]} & set(columns):
+        hint = nearest(names["prompt"], columns) or nearest(names["messages"], columns)
         raise UsageError(
-            f"{where} has no column {names['prompt']!r} or {names['messages']!r}; it has {', '.join(there)}.{hint} "
+            f"{where} has no column {names['prompt']!r} or {names['messages']!r}; it has {', '.join(columns)}.{hint} "
             "Map it with `columns: {prompt: THEIRS}`, or {messages: THEIRS}."
         )
-    return [name for name in there if name in names.values()]
+    return [name for name in columns if name in names.values()]
 
 
 def _prompt(row: _Row, source: Prompts) -> Prompt:
-    """A row's prompt. Raises ValueError with what is wrong with it."""
+    """Return a row's prompt. Raises ValueError with the row's fault."""
     messages = _messages(row.values)
     return Prompt(
         id=_plain_text(row.values, "id") or digest_of(messages),

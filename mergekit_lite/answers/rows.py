@@ -1,4 +1,4 @@
-"""The rows that go from stage to stage, and the JSON Lines files they lie in."""
+"""The rows that go from stage to stage, and their JSON Lines files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked.
+    """A conversation for a model to answer.
 
     Attributes:
-        id: unique among the prompts; a digest of the messages where the data have none.
+        id: unique among the prompts; a digest of the messages where the data have no id.
         messages: the conversation so far; the last one is the user's.
-        domain: what rules and scorers are chosen by: ``instruction``, ``maths``, ``code``; empty where nothing is told.
-        reference: the right answer, where there is one.
+        domain: chooses rules and scorers: ``instruction``, ``maths``, ``code``; empty where the data have none.
+        reference: the right answer, if it is known.
         tests: Python programs that an answer's code has to pass.
     """
 
@@ -40,7 +40,7 @@ class Prompt:
 
 
 class Key(NamedTuple):
-    """Which of a source's answers: the ``number``-th, from 0, to a prompt."""
+    """The key of a source's answer: the ``number``-th, from 0, to a prompt."""
 
     prompt: str
     number: int
@@ -48,15 +48,15 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a source answered.
+    """One answer of a source.
 
     Attributes:
         prompt: the prompt's id.
         source: the source's name.
-        index: which of its answers to this prompt, from 0.
+        index: among its answers to this prompt, from 0.
         text: without special tokens.
         finish: ``stop`` where the model ended by itself, ``length`` where the limit cut it.
-        tokens: how many the answer has, where the source tells.
+        tokens: their number, if the source reports it.
     """
 
     prompt: str
@@ -68,17 +68,17 @@ class Answer:
 
     @property
     def key(self) -> Key:
-        """Its place among the answers of its source."""
+        """Its key among the answers of its source."""
         return Key(self.prompt, self.index)
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 31 bits for what is drawn for these parts: the same in any order of work and any run."""
+    """Return a seed of 31 bits that depends on the parts alone: the same in any order of work and any run."""
     return xxh3_64_intdigest("\x1f".join(map(str, parts)).encode()) >> 33
 
 
 class Line(NamedTuple):
-    """A row of a file, and where it stands."""
+    """A row of a file, and its place."""
 
     number: int  # from 1
     row: dict[str, Any]
@@ -86,11 +86,11 @@ class Line(NamedTuple):
 
 
 def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
-    """The rows of a JSON Lines file.
+    """Yield the rows of a JSON Lines file.
 
     Args:
         path: the file.
-        problems: takes a message, with file and line, for each line that is no JSON object; the others go on.
+        problems: gets a message, with file and line, for each line that is no JSON object; such lines are skipped.
 
     Raises:
         UsageError: the file can't be read.
@@ -116,12 +116,12 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON Lines file whole: under its name there is either what was there before or all the rows."""
+    """Write a JSON Lines file atomically: a reader sees the file before or all the rows."""
     write_lines(path, (as_line(row).encode() for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same of a whole text, in UTF-8.
+    """Write a text atomically, in UTF-8.
 
     Raises:
         RunError: the file can't be written.
@@ -130,7 +130,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """The same of lines, with their ends.
+    """Write lines atomically; each has its line end.
 
     Raises:
         RunError: the file can't be written.
@@ -146,15 +146,15 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def not_written(path: Path, error: OSError) -> RunError:
-    """What to say where a file can't be written."""
+    """Return the error of a file that can't be written."""
     return RunError(f"Can't write {path}: {error.strerror or error}. Once there is room, the same command goes on.")
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """A row as a line of JSON with its end."""
+    """Return a row as a line of JSON with its line end."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def user_text(messages: Sequence[Message]) -> str:
-    """The last thing the user said."""
+    """Return the user's last message, or an empty text."""
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")

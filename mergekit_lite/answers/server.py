@@ -1,9 +1,9 @@
 """Models behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, ``transformers serve``, a service.
 
-Requests fail, and most of them are worth repeating: no connection, a time-out, 408, 409, 429, any 5xx, a reply that is
-empty or can't be read. They are made again after a wait that doubles each time, or as long as ``Retry-After`` says, up
-to ``retries`` times. Any other status is that request's own fault and is not repeated. A server that refuses everybody
-(401, 403, 404), or from which nothing comes for many requests in a row, is asked no more.
+A request that fails is mostly worth repeating: no connection, a time-out, 408, 409, 429, any 5xx, a reply that is
+empty or can't be read. It is made again after a wait that doubles each time, or as long as ``Retry-After`` says, up to
+``retries`` times. Any other status is the request's own fault and is not repeated. A server that refuses everybody
+(401, 403, 404), or that answers none of many requests in a row, is given up.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lite.answers.asking import Sampling, Task, Troubles
+from mergekit_lite.answers.asking import Failures, Sampling, Task
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
 from mergekit_lite.errors import shortened
 
@@ -40,7 +39,7 @@ REFUSED = {
 
 
 class Question(NamedTuple):
-    """What is asked; ``key`` is the asker's own."""
+    """One request; ``key`` is the caller's own."""
 
     key: Hashable
     messages: Sequence[Message]
@@ -48,7 +47,7 @@ class Question(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What came back; see ``rows.Answer``."""
+    """The reply to a question; see ``rows.Answer``."""
 
     text: str
     finish: str
@@ -68,19 +67,17 @@ class Failed(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """A model behind a URL, and how it is asked.
+    """A model behind a URL, and the state of asking it.
 
     Attributes:
         url: ``http://host:port/v1``.
         model: the name it is served under.
         sampling: how answers are drawn.
-        key_variable: the environment variable with the key, where the server wants one.
+        key_variable: the environment variable with the key, if the server needs one.
         concurrency: how many requests are open at once.
         timeout: seconds that a request may take.
-        retries: how often one is repeated.
-        retried: how often requests were, by what had happened.
-        lost: why a question got no reply, by its key.
-        stopped: why the server is asked no more.
+        retries: how often a request is repeated at most.
+        failures: so far, lost questions by their key; ``stopped`` where the server was given up.
     """
 
     url: str
@@ -90,28 +87,26 @@ class Server:
     concurrency: int = 32
     timeout: float = 600.0
     retries: int = 8
-    retried: Counter[str] = field(default_factory=Counter)
-    lost: dict[Hashable, str] = field(default_factory=dict)
-    stopped: str = ""
+    failures: Failures = field(default_factory=Failures)
     in_a_row: int = 0  # questions lost since the last reply
 
     async def reply(self, client: AsyncOpenAI, question: Question) -> Reply | None:
-        """The reply to a question, or None when it is lost."""
+        """Return the reply to a question, or None when it is lost."""
         seed = question.seed
         for attempt in range(self.retries + 1):
-            if self.stopped:
+            if self.failures.stopped:
                 return None
             try:
                 reply = await self._request(client, question.messages, seed)
             except Failed as failed:
                 if failed.stop:
-                    self.stopped = self.stopped or str(failed)
+                    self.failures.stopped = self.failures.stopped or str(failed)
                     return None
                 if not failed.repeat or attempt == self.retries:
                     self._lose(question, str(failed))
                     return None
-                self.retried[str(failed)] += 1
-                if failed.fresh_seed:  # with the same one the same would come
+                self.failures.retried[str(failed)] += 1
+                if failed.fresh_seed:  # the same seed would give the same reply
                     seed = seed_of(seed, "again")
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
                 await self._pause(failed.wait or wait)
@@ -121,7 +116,7 @@ class Server:
         return None
 
     def client(self) -> AsyncOpenAI:
-        """A client of this server; repeating is done here, where it is counted."""
+        """Return a client of this server that repeats nothing: ``reply`` does, and counts."""
         from openai import AsyncOpenAI
 
         key = os.environ.get(self.key_variable) or "none"
@@ -135,7 +130,7 @@ class Server:
         )
         asked: Any = [dict(message) for message in messages]
         try:
-            # The client's own limit is between two pieces of a reply; a server that dribbles never reaches it.
+            # The client's own limit is between two pieces of a reply, and a slow stream never reaches it.
             completion = await asyncio.wait_for(
                 client.chat.completions.create(
                     model=self.model,
@@ -159,9 +154,9 @@ class Server:
         return _read(completion)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, but not for a server that was given up meanwhile."""
+        """Wait, unless the server is given up meanwhile."""
         until = time.monotonic() + seconds
-        while not self.stopped and (left := until - time.monotonic()) > 0:
+        while not self.failures.stopped and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.5))
 
     def _of_status(self, error: APIStatusError) -> Failed:
@@ -174,14 +169,14 @@ class Server:
         return Failed(f"HTTP {status}: {shortened(error.message)}", repeat=False)
 
     def _lose(self, question: Question, why: str) -> None:
-        self.lost[question.key] = why
+        self.failures.lost[question.key] = why
         self.in_a_row += 1
         if self.in_a_row >= max(LOST_IN_A_ROW, self.concurrency):
-            self.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
+            self.failures.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
 
 
 def _read(completion: Any) -> Reply:
-    """What a reply says; servers are not all as careful as the protocol."""
+    """Read a reply; not all servers follow the protocol."""
     try:
         choice = completion.choices[0]
         text, finish = choice.message.content, choice.finish_reason
@@ -197,7 +192,7 @@ def _read(completion: Any) -> Reply:
 
 
 def _asked_wait(header: str | None) -> float:
-    """The seconds of a Retry-After header, which has a number or a date."""
+    """Return the seconds of a Retry-After header, which has a number or a date."""
     if not header:
         return 0.0
     try:
@@ -211,7 +206,7 @@ def _asked_wait(header: str | None) -> float:
 
 
 def ask(questions: Mapping[Server, Iterable[Question]]) -> Iterator[tuple[Server, Question, Reply]]:
-    """Ask several servers at once; replies as they come. What is lost stays in each server's ``lost``."""
+    """Ask several servers at once, and yield replies as they come. Each server notes its own failures."""
     arrived: queue.SimpleQueue[tuple[Server, Question, Reply] | BaseException | None] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
     work = loop.create_task(_all(questions, arrived.put))
@@ -234,8 +229,8 @@ def _run(loop: asyncio.AbstractEventLoop, work: asyncio.Task[None], put: Callabl
         loop.run_until_complete(work)
         put(None)
     except asyncio.CancelledError:
-        pass  # nobody listens any more
-    except BaseException as error:  # told where it is waited for
+        pass  # ``ask`` was closed
+    except BaseException as error:  # ``ask`` raises it
         put(error)
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
@@ -248,7 +243,7 @@ async def _all(questions: Mapping[Server, Iterable[Question]], put: Callable[[An
 async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any], None]) -> None:
     async def work(client: AsyncOpenAI) -> None:
         for question in questions:
-            if server.stopped:
+            if server.failures.stopped:
                 return
             reply = await server.reply(client, question)
             if reply is not None:
@@ -258,33 +253,31 @@ async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any
         await asyncio.gather(*(work(client) for _ in range(server.concurrency)))
 
 
+@dataclass(eq=False)
 class Served:
-    """A respondent behind a server."""
+    """A respondent behind a server; ``system`` is put before each conversation."""
 
-    def __init__(self, name: str, server: Server, system: str | None = None):
-        """``system`` is put before each conversation."""
-        self.name = name
-        self.server = server
-        self.system = system
+    name: str
+    server: Server
+    system: str | None = None
 
     @property
-    def troubles(self) -> Troubles:
-        """What went wrong so far."""
-        lost = {key: why for key, why in self.server.lost.items() if isinstance(key, Key)}
-        return Troubles(self.server.retried, lost, self.server.stopped)
+    def failures(self) -> Failures:
+        """The failures so far."""
+        return self.server.failures
 
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
-        """The answers to the ``wanted`` of the ``tasks``, as they come."""
+        """Yield the answers to the ``wanted`` of the ``tasks``, as they come."""
         return answers_of([(self, tasks, wanted)])
 
     def questions(self, tasks: Iterable[Task], wanted: frozenset[Key]) -> Iterator[Question]:
-        """The requests for the ``wanted``."""
+        """Yield the requests for the ``wanted``."""
         before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
         return (Question(task.key, (*before, *task.prompt.messages), task.seed) for task in tasks if task.key in wanted)
 
 
 def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -> Iterator[Answer]:
-    """The answers of several served models, all asked at once; an answer's ``source`` tells whose it is."""
+    """Yield the answers of several served models, all asked at once; each has its ``source``."""
     names: dict[Server, str] = {}
     questions: dict[Server, Iterator[Question]] = {}
     for respondent, tasks, wanted in asked:

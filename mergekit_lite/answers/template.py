@@ -1,8 +1,8 @@
-"""Conversations as tokens: what a model reads before it answers, and what it is scored or trained on.
+"""Conversations as tokens: the prompt that a model reads, and the response that it is scored or trained on.
 
 The prompt is the conversation under the tokenizer's chat template with the header of the next turn. The response is
-what the template makes of the same conversation with the answer, beyond that prefix, up to the token that ends the
-turn. So no header is scored, a system prompt that the template adds is in the prompt, and a turn ends once.
+the rest of the same conversation with the answer under the template, up to the token that ends the turn. So no header
+is scored, a system prompt that the template adds is in the prompt, and a turn ends once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 QUESTION = (Message(role="user", content="?"),)
 PROBE = "Zq7kAnswer"  # an answer that no template writes by itself
-# Llama-3.2's template writes today's date where it isn't given one, and then its own default. Tokens must not depend
-# on the day: a stored log-probability would not be the row's any more.
+# Llama-3.2's template writes today's date unless it is given one. This is its own default. Tokens must not depend on
+# the day: a stored log-probability would no longer be that of the row.
 DATE = "26 Jul 2024"
 
 
 class TemplateError(MergekitLiteError):
-    """The template can't render this conversation, or not so that the answer can be told from the prompt."""
+    """The template can't render this conversation, or doesn't separate the answer from the prompt."""
 
 
 class Tokens(NamedTuple):
@@ -37,15 +37,15 @@ class Tokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long a row may be, in tokens.
+class LengthLimits:
+    """The largest length of a row, in tokens.
 
     Attributes:
         length: of the prompt and its longest response together.
         prompt: of the prompt; None where only the whole is limited.
         too_long: ``drop`` a row that is longer. Or ``cut`` it: the prompt keeps its last ``prompt`` tokens (where the
             whole is too long and ``prompt`` is None: its last ``length // 2``), then each response its first, as many
-            as there is room for. A response that was cut has no end of turn.
+            as fit. A response that was cut has no end of turn.
     """
 
     length: int
@@ -54,14 +54,14 @@ class Limits:
 
 
 class Fitted(NamedTuple):
-    """The responses to one prompt within the limits; ``cut`` where something had to go."""
+    """The responses to one prompt within the limits; ``cut`` where prompt or responses were cut."""
 
     rows: tuple[Tokens, ...]
     cut: bool
 
 
-def fitted(rows: Sequence[Tokens], limits: Limits) -> Fitted | None:
-    """The responses to one prompt, all with the same prompt tokens, cut where they are too long; None to drop them."""
+def fitted(rows: Sequence[Tokens], limits: LengthLimits) -> Fitted | None:
+    """Fit the responses to one prompt, with the same prompt tokens, into the limits; None where they are dropped."""
     prompt = rows[0].prompt
     longest = max(len(row.response) for row in rows)
     too_long = len(prompt) + longest > limits.length
@@ -69,22 +69,22 @@ def fitted(rows: Sequence[Tokens], limits: Limits) -> Fitted | None:
         return Fitted(tuple(rows), cut=False)
     if limits.too_long == "drop":
         return None
-    kept = prompt[-min(limits.prompt or limits.length // 2, len(prompt)) :]
-    return Fitted(tuple(Tokens(kept, row.response[: limits.length - len(kept)]) for row in rows), cut=True)
+    end = prompt[-min(limits.prompt or limits.length // 2, len(prompt)) :]
+    return Fitted(tuple(Tokens(end, row.response[: limits.length - len(end)]) for row in rows), cut=True)
 
 
 class Frame(NamedTuple):
-    """What a template writes before and after an answer to ``QUESTION``."""
+    """The text of a template before and after an answer to ``QUESTION``."""
 
     before: str
     after: str
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer; where it has none, plain text.
+    """The chat template of a tokenizer; or plain text, where it has none.
 
     Plain text is the contents of the messages, blank lines between them and after them, then the answer and the
-    tokenizer's end of text. ``note`` tells so; it is None where there is a template.
+    tokenizer's end of text. ``note`` is a remark about that for the user, or None.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -94,7 +94,7 @@ class ChatTemplate:
         self.note = f"{self.name} has no chat template: prompts are plain text." if self.plain else None
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """What the model reads before it answers.
+        """Return the tokens that the model reads before it answers.
 
         Raises:
             TemplateError: the template refuses these messages.
@@ -104,7 +104,7 @@ class ChatTemplate:
         return self._ids(self._prompt_text(messages))
 
     def tokens(self, messages: Sequence[Message], response: str) -> Tokens:
-        """The conversation so far, and the answer to it.
+        """Return the tokens of the conversation so far, and of the answer to it.
 
         Raises:
             TemplateError: the template refuses these messages or shows no answers; or the answer has an end of turn
@@ -121,7 +121,7 @@ class ChatTemplate:
         return Tokens(prompt, self._ended(whole[len(prompt) :] if joined else self._ids(response_text)))
 
     def whole(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """A conversation as the template writes it, answers and all.
+        """Return the tokens of a whole conversation, with its answers.
 
         Raises:
             TemplateError: the template refuses these messages.
@@ -132,11 +132,11 @@ class ChatTemplate:
         return self._render(messages, header=True) + self._missing_header
 
     def _response_text(self, messages: Sequence[Message], response: str, prompt: str) -> str:
-        """What follows the prompt, the end of the turn included.
+        """Return the text that follows the prompt, with the end of the turn.
 
-        Where the template shows the answer as it is, that is what it renders beyond the prompt. Some take parts away
-        from answers (thoughts), or put something else in the place of the header: there it is the answer itself and
-        what ends a turn, as the model would have written them after the prompt.
+        Where the template shows the answer as it is, that is the text it renders beyond the prompt. Some templates
+        remove parts of answers (thoughts), or write something else in the place of the header: with them it is the
+        answer itself and the end of a turn, as the model would have written them after the prompt.
         """
         whole = self._render([*messages, Message(role="assistant", content=response)])
         rest = whole.removeprefix(prompt).removesuffix(self._frame.after)
@@ -145,7 +145,7 @@ class ChatTemplate:
 
     @cached_property
     def _missing_header(self) -> str:
-        """The header of the assistant's turn where the template writes it with answers only, asked for or not."""
+        """The header of the assistant's turn, where the template writes it only with answers and never when asked."""
         asked = self._render(QUESTION, header=True)
         between = self._frame.before.removeprefix(asked)
         silent = asked == self._render(QUESTION) and self._frame.before.startswith(asked)
@@ -153,9 +153,9 @@ class ChatTemplate:
 
     @cached_property
     def _end(self) -> str:
-        """What ends a turn: what the template writes after an answer up to its first special token.
+        """The end of a turn: the template's text after an answer, up to its first special token.
 
-        The rest (a line break, a second end) the model never writes.
+        The model never writes the rest (a line break, a second end).
         """
         for token in self._ids(self._frame.after):
             if token in self._special:
@@ -166,8 +166,8 @@ class ChatTemplate:
     @cached_property
     def _frame(self) -> Frame:
         whole = self._render([*QUESTION, Message(role="assistant", content=PROBE)])
-        before, found, after = whole.partition(PROBE)
-        if not found:
+        before, probe, after = whole.partition(PROBE)
+        if not probe:
             raise TemplateError(
                 f"The chat template of {self.name} doesn't show the assistant's answer, so its tokens can't be told "
                 f"from the prompt's. Use a tokenizer with another template."
@@ -192,17 +192,17 @@ class ChatTemplate:
         return cast(str, text)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        """Tokens of text that already has all special tokens it is to have."""
+        """Tokenize a text without adding special tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         text = "".join(f"{message['content']}\n\n" for message in messages)
         ids = tuple(self.tokenizer(text)["input_ids"])
-        # An end of text that a tokenizer adds by itself would stand between prompt and answer.
+        # An end of text that the tokenizer adds would come between prompt and answer.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _ended(self, response: tuple[int, ...]) -> tuple[int, ...]:
-        """The response with one token that ends its turn: the template's, or the end of text where it has none."""
+        """Return the response with one token that ends its turn: the template's, or the end of text."""
         if (not response or response[-1] not in self._special) and self.tokenizer.eos_token_id is not None:
             response = (*response, self.tokenizer.eos_token_id)
         if response and response[-1] in response[:-1] and response[-1] in self._special:

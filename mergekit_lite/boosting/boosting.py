@@ -1,4 +1,4 @@
-"""Boost in one call: search by measuring, then make the chosen model by the road of ``extrapolate`` and ``merge``."""
+"""Boost in one call: search by measuring, then make the chosen model as ``extrapolate`` and ``merge`` do."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.answers.scorers.registry import open_scorer
+from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.boosting import report
-from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.family import PairFamily, RecipeFamily
 from mergekit_lite.boosting.measure.answering import CHUNK, Answering, Likelihoods
-from mergekit_lite.boosting.measure.evaluator import Bench, Measure
-from mergekit_lite.boosting.measure.generators import Behind, InProcess
-from mergekit_lite.boosting.measure.likelihood import Ranking, Reading
-from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.measure.evaluator import Measure, ModelEvaluator
+from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
+from mergekit_lite.boosting.measure.likelihood import PreferenceAccuracy, TextLikelihood
+from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.measure.tasks import Harness
 from mergekit_lite.boosting.options import BoostOptions, request_of
@@ -38,11 +38,11 @@ RECIPE_NAME = "recipe.yml"
 
 @dataclass(frozen=True)
 class Boosted:
-    """What came of it.
+    """The result of a boost.
 
     Attributes:
-        result: of the search.
-        page: the report.
+        result: the search's.
+        page: path of the report.
         about: what was searched with, in words.
         finished: the chosen model as it was written; None where no candidate helps.
     """
@@ -53,12 +53,12 @@ class Boosted:
     finished: Finished | None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, and what was made."""
-        made = self.finished
+        """Return all figures, and the path of the output."""
+        finished = self.finished
         return {
             **report.as_json(self.result, self.about),
-            "output": str(made.outputs[0]) if made is not None else None,
-            "effective": made.reports[0].effective if made is not None else None,
+            "output": str(finished.outputs[0]) if finished is not None else None,
+            "effective": finished.reports[0].effective if finished is not None else None,
             "page": str(self.page),
         }
 
@@ -105,18 +105,21 @@ def search_and_write(
 
     Args:
         prepared: from ``prepare``.
-        measured: told of each candidate.
-        writing: gives what is told of bytes read while the model is made.
+        measured: called with each candidate once it is measured.
+        writing: gives the progress of the bytes read while the model is made.
 
     Raises:
-        MergekitLiteError: a candidate can't be made or asked, or the output not written. What was measured is kept.
+        MergekitLiteError: a candidate can't be made or asked, or the output not written. Measured rows stay stored.
     """
     check_output(prepared)
     request = prepared.request
-    with bench_of(prepared) as bench, Study(request.folder, prepared.identity(), bench.items, request.seed) as study:
-        result = choice.boost(prepared.begin(), bench, study, prepared.settings, measured)
+    with (
+        evaluator_of(prepared) as evaluator,
+        Study(request.folder, prepared.identity(), evaluator.items, request.seed) as study,
+    ):
+        result = choice.boost(prepared.new_search(), evaluator, study, prepared.settings, measured)
         about = described(prepared)
-        page = report.write(result, study, about, bench.asked)
+        page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:
         return Boosted(result, page, about, None)
     with writing() as progress:
@@ -124,10 +127,10 @@ def search_and_write(
 
 
 @contextmanager
-def bench_of(prepared: Prepared) -> Iterator[Bench]:
-    """What measures; scorers' models are there as long as the context."""
+def evaluator_of(prepared: Prepared) -> Iterator[ModelEvaluator]:
+    """Make the evaluator of a request; the scorers' models are freed with the context."""
     request = prepared.request
-    stand = Stand(prepared.family, prepared.device, request.threads)
+    resident = ResidentModel(prepared.family, prepared.device, request.threads)
     with ExitStack() as opened:
         measures: list[Measure] = []
         kinds = {score.kind for score in prepared.scores}
@@ -138,46 +141,47 @@ def bench_of(prepared: Prepared) -> Iterator[Bench]:
                     prepared.prompts,
                     request.samples,
                     request.seed,
-                    opened.enter_context(_voice(prepared, stand)),
+                    opened.enter_context(_generator(prepared, resident)),
                     scorers,
-                    _likelihoods(prepared, stand, LOG_RATIO in kinds),
+                    _likelihoods(prepared, resident, LOG_RATIO in kinds),
                     max(CHUNK, request.batch_size),
                 )
             )
         if PAIRS in kinds:
-            measures.append(Ranking(stand, prepared.pairs, request.batch_size))
+            measures.append(PreferenceAccuracy(resident, prepared.pairs, request.batch_size))
         if NLL in kinds:
-            measures.append(Reading(stand, prepared.texts, request.batch_size))
+            measures.append(TextLikelihood(resident, prepared.texts, request.batch_size))
         for score in prepared.scores:
             if score.kind == LM_EVAL:
-                how = {"seed": request.seed, "batch_size": request.batch_size, **dict(score.settings)}
-                measures.append(Harness(stand, score.name, score.target, **how))
-        yield Bench(measures, stand)
+                measures.append(Harness(resident, score, request.seed, request.batch_size))
+        yield ModelEvaluator(measures, resident)
 
 
-def _voice(prepared: Prepared, stand: Stand) -> AbstractContextManager[Behind | InProcess]:
+def _generator(prepared: Prepared, resident: ResidentModel) -> AbstractContextManager[ServerGenerator | LocalGenerator]:
     request = prepared.request
     if request.serve_command is None:
-        return nullcontext(InProcess(stand, request.sampling, request.batch_size, prepared.portion))
+        return nullcontext(LocalGenerator(resident, request.sampling, request.batch_size, prepared.portion))
     folder = request.folder / "serving"
-    return Behind(stand, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience)
+    return ServerGenerator(
+        resident, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience
+    )
 
 
-def _likelihoods(prepared: Prepared, stand: Stand, ratio: bool) -> Likelihoods | None:
+def _likelihoods(prepared: Prepared, resident: ResidentModel, ratio: bool) -> Likelihoods | None:
     request = prepared.request
     if request.serve_command is not None or not (request.likelihoods or ratio):
         return None
     weak = prepared.family.weak if ratio and isinstance(prepared.family, PairFamily) else None
-    return Likelihoods(stand, request.batch_size, weak)
+    return Likelihoods(resident, request.batch_size, weak)
 
 
 def check_output(prepared: Prepared) -> None:
-    """Refuse an output path before the search that can't be written to after it.
+    """Refuse, before the search, an output path that can't be written to after it.
 
-    An output that is there already may be what this very boost made before: that is known once it has chosen again.
+    An output that exists may be the one that this very boost made before: that is known once it has chosen again.
 
     Raises:
-        UsageError: it lies in an input, or exists and was not made by a boost of this folder.
+        UsageError: the path lies in an input, or exists and was not made by a boost of this folder.
     """
     from mergekit_lite.engine.run import check_outputs
 
@@ -187,8 +191,8 @@ def check_output(prepared: Prepared) -> None:
     check_outputs(plan, resume=False, force=request.force or again)
 
 
-def write(prepared: Prepared, numbers: Numbers, progress: Progress | None = None) -> Finished:
-    """Make the model of these numbers, as ``extrapolate`` or ``merge`` does; goes on with what was begun.
+def write(prepared: Prepared, params: Params, progress: Progress | None = None) -> Finished:
+    """Make the model of these params, as ``extrapolate`` or ``merge`` does; an interrupted run goes on.
 
     Raises:
         MergekitLiteError: as ``run`` says.
@@ -196,7 +200,7 @@ def write(prepared: Prepared, numbers: Numbers, progress: Progress | None = None
     from mergekit_lite.engine.run import run
 
     request = prepared.request
-    plan = prepared.family.plan(numbers, request.output)
+    plan = prepared.family.plan(params, request.output)
     if isinstance(prepared.family, RecipeFamily):
         (request.folder / RECIPE_NAME).write_text(plan.text, encoding="utf-8")
     return run(

@@ -1,4 +1,4 @@
-"""Pictures of a search: the gain of each candidate with its interval, and the guards below it."""
+"""The picture of a search: the gain of each candidate with its interval, and the guards below."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 GAIN_HEIGHT, GUARDS_HEIGHT = 3.4, 2.2  # inches
-WIDE = 12  # a range of numbers as wide as this has a logarithmic axis
-MOST_NUMBERS = 6  # panels
+WIDE = 12  # the ratio of largest to smallest value from which an axis is logarithmic
+MOST_PARAMS = 6  # panels
 SHARES = ("truncated", "repetition", "identical", "unchanged")
 FINE, DROPPED, BEYOND = COLOURS[0], "#8a8f98", COLOURS[1]
 HELD_OUT, EQUAL = COLOURS[2], COLOURS[3]
 
 
 def height(result: Result) -> float:
-    """Of the picture, in inches."""
+    """Return the height of the picture in inches."""
     names = _names(result)
     if len(names) == 1:
         return GAIN_HEIGHT + (GUARDS_HEIGHT if _guarded(result) else 0)
@@ -32,7 +32,7 @@ def height(result: Result) -> float:
 
 
 def draw(figure: FigureBase, result: Result) -> None:
-    """For one number a curve and the guards; for several the trials in order, and the gain by each number."""
+    """Draw a search: for one parameter a curve and the guards; for several the trials in order, and each parameter."""
     names = _names(result)
     if len(names) == 1:
         _one(figure, result, names[0])
@@ -41,13 +41,13 @@ def draw(figure: FigureBase, result: Result) -> None:
 
 
 def _names(result: Result) -> list[str]:
-    names = sorted({name for point in result.points for name in point.numbers}) or sorted(result.baseline.numbers)
-    return names[:MOST_NUMBERS]
+    names = sorted({name for point in result.points for name in point.params}) or sorted(result.baseline.params)
+    return names[:MOST_PARAMS]
 
 
 def _one(figure: FigureBase, result: Result, name: str) -> None:
-    points = sorted((result.baseline, *result.points), key=lambda point: point.numbers[name])
-    xs = [point.numbers[name] for point in points]
+    points = sorted((result.baseline, *result.points), key=lambda point: point.params[name])
+    xs = [point.params[name] for point in points]
     rows = 2 if _guarded(result) else 1
     panels = figure.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=[GAIN_HEIGHT, GUARDS_HEIGHT][:rows])
     _gains(panels[0][0], result, points, xs)
@@ -71,8 +71,8 @@ def _several(figure: FigureBase, result: Result, names: Sequence[str]) -> None:
     for row, part in enumerate(others):
         panels = part.subplots(1, 2, squeeze=False, sharey=True)[0]
         for axes, name in zip(panels, names[2 * row :], strict=False):
-            _gains(axes, result, list(result.points), [point.numbers[name] for point in result.points], legend=False)
-            axes.axvline(result.baseline.numbers[name], color="#8a8f98", linewidth=0.8, linestyle=":")
+            _gains(axes, result, list(result.points), [point.params[name] for point in result.points], legend=False)
+            axes.axvline(result.baseline.params[name], color="#8a8f98", linewidth=0.8, linestyle=":")
             axes.set_xlabel(name, parse_math=False)
             axes.grid(alpha=0.3)
         for axes in panels[len(names) - 2 * row :]:
@@ -80,13 +80,13 @@ def _several(figure: FigureBase, result: Result, names: Sequence[str]) -> None:
 
 
 def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float], legend: bool = True) -> None:
-    """Gains with intervals. What is far below the others is an arrow at the lower edge."""
+    """Draw gains with intervals; a point far below the others is an arrow at the lower edge."""
     bottom, top = _window(result)
     kinds = {"measured on all items": FINE, "dropped early": DROPPED, "beyond a limit": BEYOND}
     shown = set()
     for point, x in zip(points, xs, strict=True):
         kind = "beyond a limit" if point.beyond else "dropped early" if point.dropped else "measured on all items"
-        if point.numbers == result.baseline.numbers or not math.isfinite(point.gain.mean):
+        if point.params == result.baseline.params or not math.isfinite(point.gain.mean):
             continue
         label = None if kind in shown else kind
         shown.add(kind)
@@ -122,10 +122,10 @@ def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[flo
 
 
 def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
-    """What was picked: its gain on held-out items, and at equal length."""
+    """Mark the picked candidate: its gain on held-out items, and at equal length."""
     if result.picked is None:
         return
-    place = xs[[point.numbers for point in points].index(result.picked.numbers)]
+    place = xs[[point.params for point in points].index(result.picked.params)]
     chosen = "chosen" if result.chosen is not None else "preferred, not confirmed"
     axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=f"{chosen}: {result.picked.name}", zorder=0)
     shown = [("held out", result.held_out.gain if result.held_out else None, HELD_OUT, 7)]
@@ -142,7 +142,7 @@ def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[fl
 
 
 def _aside(axes: Axes, bars: object, by: int) -> None:
-    """Shift what was drawn to the right, in points, so that it doesn't hide what stands at the same place."""
+    """Shift drawn bars to the right, ``by`` points, so that they don't hide others at the same place."""
     from matplotlib.transforms import ScaledTranslation
 
     figure = axes.get_figure(root=True)
@@ -153,7 +153,7 @@ def _aside(axes: Axes, bars: object, by: int) -> None:
 
 
 def _window(result: Result) -> tuple[float, float]:
-    """What the gains' axis shows: all of what is measured whole, and as much again below 0."""
+    """Return the ends of the gains' axis: all intervals of whole measurements fit, and as much again below 0."""
     whole = [point.gain for point in (result.baseline, *result.points) if point.allowed]
     whole += [result.held_out.gain] if result.held_out else []
     highs = [gain.high for gain in whole if math.isfinite(gain.high)]
@@ -174,26 +174,26 @@ def _guarded(result: Result) -> bool:
 
 
 def _guards(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
-    """Shares of answers, and the growth in length on an axis of its own."""
+    """Draw shares of answers, and the growth in length on an axis of its own."""
     for number, share in enumerate(SHARES):
-        told = [
+        drawn = [
             (x, 100 * value)
             for point, x in zip(points, xs, strict=True)
             if (value := getattr(point.guards, share)) is not None
             and not (share == "unchanged" and point is result.baseline)
         ]
-        if told:
-            axes.plot(*zip(*told, strict=True), marker=".", linewidth=1, color=COLOURS[number + 1], label=share)
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), marker=".", linewidth=1, color=COLOURS[number + 1], label=share)
     axes.set_ylabel("share of answers (%)")
     axes.set_ylim(-4, 104)
-    beside = axes.twinx()
+    right = axes.twinx()
     growth = [(x, point.guards.growth) for point, x in zip(points, xs, strict=True) if point.guards.growth is not None]
     if growth:
-        beside.plot(*zip(*growth, strict=True), "--.", linewidth=1, color=COLOURS[0], label="length (right)")
-    beside.set_ylabel("length over the baseline's")
-    beside.set_ylim(0, 1.15 * max((value for _, value in growth), default=1.0))
+        right.plot(*zip(*growth, strict=True), "--.", linewidth=1, color=COLOURS[0], label="length (right)")
+    right.set_ylabel("length over the baseline's")
+    right.set_ylim(0, 1.15 * max((value for _, value in growth), default=1.0))
     lines, labels = axes.get_legend_handles_labels()
-    more, names = beside.get_legend_handles_labels()
+    more, names = right.get_legend_handles_labels()
     # Above the axes: lines run everywhere within.
     place = {"bbox_to_anchor": (1.0, 1.0), "ncols": len(lines + more) or 1}
     axes.legend(lines + more, labels + names, loc="lower right", fontsize=7, frameon=False, **place)
@@ -201,13 +201,13 @@ def _guards(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[fl
 
 
 def _spread(axes: Axes, xs: Sequence[float]) -> None:
-    """A logarithmic axis with a 0 where the numbers are of different orders."""
+    """Make the axis logarithmic with a 0 where the values are of different orders of magnitude."""
     above = sorted(x for x in xs if x > 0)
     if not above or min(xs) < 0 or above[-1] / above[0] < WIDE:
         return
     axes.set_xscale("symlog", linthresh=above[0], linscale=0.5)
     axes.set_xlim(-0.3 * above[0], 1.3 * above[-1])
     ticks = [0.0, *above]
-    kept = [tick for place, tick in enumerate(ticks) if place == 0 or tick >= 1.25 * ticks[place - 1]]
-    axes.set_xticks(kept, [f"{tick:g}" for tick in kept])
+    spaced = [tick for place, tick in enumerate(ticks) if place == 0 or tick >= 1.25 * ticks[place - 1]]
+    axes.set_xticks(spaced, [f"{tick:g}" for tick in spaced])
     axes.set_xticks([], minor=True)

@@ -1,4 +1,4 @@
-"""What a search found, to look at: ``report.html`` and ``curve.png``; for machines ``boost.json``."""
+"""The report of a search: ``report.html`` and ``curve.png`` to look at, ``boost.json`` for machines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite._version import __version__
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.answers.statistics import Interval
 from mergekit_lite.boosting import curve
 from mergekit_lite.boosting.candidates.candidate import Row, label
 from mergekit_lite.boosting.search.choice import Result
@@ -31,10 +31,10 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     """Write the report into the study's folder.
 
     Args:
-        result: what to tell.
+        result: the search's.
         study: with the answers.
-        about: what was searched with, by name, as it is to be shown: models, scorers, search.
-        asked: what each item asks, by the item, where it can be shown.
+        about: what was searched with, as text by name: models, scorers, search.
+        asked: the question of each item, by item; for those that have one.
 
     Returns:
         The path of the page.
@@ -46,15 +46,15 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     figure = drawing.new_figure(curve.height(result))
     curve.draw(figure, result)
     drawing.save(figure, study.folder / "curve.png")
-    found = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(study.folder / "boost.json", f"{found}\n")
+    figures = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(study.folder / "boost.json", f"{figures}\n")
     page = study.folder / "report.html"
     write_text(page, document(_title(result), _sections(result, study, about, asked)))
     return page
 
 
 def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
-    """All figures; infinite ones, and those that are not numbers, are null."""
+    """Return all figures; those that are infinite or NaN are None."""
     return {
         "version": VERSION,
         "mergekit_lite": __version__,
@@ -62,11 +62,16 @@ def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
         "verdict": verdict(result),
         "about": dict(about),
         "settings": plain(result.settings),
-        "baseline": plain(result.baseline),
-        "candidates": [plain(point) for point in result.points],
-        "picked": plain(result.picked and result.picked.numbers),
-        "held_out": plain(result.held_out),
+        "baseline": _figures(result.baseline),
+        "candidates": [_figures(point) for point in result.points],
+        "picked": plain(result.picked and result.picked.params),
+        "held_out": result.held_out and _figures(result.held_out),
     }
+
+
+def _figures(point: Point) -> dict[str, Any]:
+    figures: dict[str, Any] = plain(point)
+    return {"numbers": figures.pop("params"), **figures}
 
 
 def _title(result: Result) -> str:
@@ -83,10 +88,10 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
     yield element("h2", "What it can’t tell")
     yield element("ul", *(element("li", said) for said in CAN_NOT_TELL))
     yield element("h2", "Candidates")
-    told = (
+    explained = (
         f"Gains are paired differences to {result.baseline.name} with {100 * result.settings.confidence:g} % intervals."
     )
-    yield element("p", told, class_="soft")
+    yield element("p", explained, class_="soft")
     heads, rows = _table(result)
     yield table("Candidates", heads, rows)
     yield element("h2", "How")
@@ -113,7 +118,7 @@ def _limits(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
-    """Only columns that something is told in."""
+    """Return heads and rows of the table of candidates, without columns that are empty."""
     points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
     gains = [None, *(point.gain for point in points[1:])]
     columns: list[tuple[str, list[Text]]] = [
@@ -137,24 +142,24 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     columns.append(("KL a token", [_number(one.kl_per_token, ".2g") for one in guards]))
     columns.append(("effective alpha", [_number(point.facts.get("effective"), ".3g") for point in points]))
     columns.append(("seconds", [_number(point.seconds or None, ",.0f") for point in points]))
-    kept = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]  # type: ignore[union-attr]
+    shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]  # type: ignore[union-attr]
     names = [point.name for point in (result.baseline, *result.points)]
     names += [f"{result.held_out.name}, held out"] if result.held_out else []
-    kept.insert(0, ("verdict", [_state(result, point) for point in points]))
-    heads = ["candidate", *(head for head, _ in kept)]
-    return heads, [[name, *row] for name, *row in zip(names, *(cells for _, cells in kept), strict=True)]
+    shown.insert(0, ("verdict", [_state(result, point) for point in points]))
+    heads = ["candidate", *(head for head, _ in shown)]
+    return heads, [[name, *row] for name, *row in zip(names, *(cells for _, cells in shown), strict=True)]
 
 
 def _state(result: Result, point: Point) -> str:
-    if point.numbers == result.baseline.numbers:
+    if point.params == result.baseline.params:
         return "baseline"
-    told = ["chosen"] if point.numbers == result.chosen else []
-    return "; ".join([*told, *point.beyond, *([f"dropped: {point.dropped}"] if point.dropped else [])])
+    chosen = ["chosen"] if point.params == result.chosen else []
+    return "; ".join([*chosen, *point.beyond, *([f"dropped: {point.dropped}"] if point.dropped else [])])
 
 
 def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator[Markup]:
-    """Answers side by side: of the baseline, of what was chosen or looked best, and of what was too much."""
-    shown = {name: study.rows(numbers, study.items) for name, numbers in _sampled(result).items()}
+    """Show answers side by side: the baseline's, those of the chosen or best candidate, and of one that is too much."""
+    shown = {name: study.rows(params, study.items) for name, params in _sampled(result).items()}
     items = [item for item in study.items if all("text" in rows.get(item, {}) for rows in shown.values())][:SAMPLES]
     if not items:
         return
@@ -169,21 +174,21 @@ def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator
 
 
 def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
-    found = {f"{result.baseline.name}, the baseline": result.baseline.numbers}
+    params = {f"{result.baseline.name}, the baseline": result.baseline.params}
     best = result.picked or highest(result)
     if best is not None:
-        found[f"{best.name}, {'chosen' if result.chosen else 'the best of them'}"] = best.numbers
+        params[f"{best.name}, {'chosen' if result.chosen else 'the best of them'}"] = best.params
     bad = [point for point in result.points if not point.allowed]
     if bad:
         worst = min(bad, key=lambda point: point.gain.mean if math.isfinite(point.gain.mean) else -math.inf)
-        found[f"{worst.name}, too much"] = worst.numbers
-    return found
+        params[f"{worst.name}, too much"] = worst.params
+    return params
 
 
 def _scores(row: Row) -> str:
-    told = [f"{name} {value:.4g}" for name, value in row["values"].items() if value is not None]
+    values = [f"{name} {value:.4g}" for name, value in row["values"].items() if value is not None]
     cut = ["cut at the limit"] if row.get("finish") == "length" else []
-    return ": " + ", ".join([*told, *cut]) if told or cut else ""
+    return ": " + ", ".join([*values, *cut]) if values or cut else ""
 
 
 def _verbatim(name: str, text: str) -> Markup:

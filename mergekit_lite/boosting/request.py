@@ -1,4 +1,4 @@
-"""What ``boost`` is asked for, and whether that can be done: told before a weight is read."""
+"""The request of a boost, and all checks of it that need no weights."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.generators import serve_words
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
-from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, OF_ANSWERS, PAIRS, Score
+from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
+from mergekit_lite.boosting.search.choice import Searcher
 from mergekit_lite.boosting.search.guards import limits
 from mergekit_lite.boosting.search.looks import portion
 from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
 from mergekit_lite.boosting.search.point import Settings
-from mergekit_lite.boosting.search.search import MOST, START, Same, Search, bracket, grid
+from mergekit_lite.boosting.search.search import MOST, START, bracket, grid
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
+    from mergekit_lite.answers.likelihood import Pair
     from mergekit_lite.answers.rows import Prompt
-    from mergekit_lite.answers.scorers.likelihood import Pair
 
 SEARCHES = ("bracket", "grid", *SAMPLERS)
 ALPHA = f"alpha=0:{MOST:g}"
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the paper, for finished models
-GRID_POINTS = 5  # of other numbers
+GRID_POINTS = 5  # of other parameters
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=512)  # the first two as ExPO's authors have them
 T = TypeVar("T")
-Searcher = Callable[[Same], Search]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One boost, as the command line gives it; see its help for what each means."""
+    """One boost, as the command line gives it; its help explains each option."""
 
     output: Path
     scores: tuple[str, ...]
@@ -82,7 +82,7 @@ class Request:
 
     @property
     def folder(self) -> Path:
-        """Of the search: what was measured, and the report."""
+        """The search's folder, with what was measured and the report."""
         return self.study or self.output.with_name(f"{self.output.name}.boost")
 
 
@@ -92,28 +92,33 @@ class Prepared:
 
     Attributes:
         family: of all candidates.
-        scores: what they are scored by; the first one decides.
-        begin: makes the search, once the folder is there; what it returns wants to be told noise from difference.
+        scores: of the candidates; the first one decides.
+        prompts: to answer.
+        pairs: of preference, by item.
+        texts: to read, by item.
+        search: its name.
+        new_search: begins the search, once the folder exists.
         settings: how candidates are judged.
-        portion: answers that are made before the next ones are begun.
-        notes: what the user should know.
+        portion: answers that are made before the next ones are begun; see ``looks.portion``.
+        device: of the model.
+        notes: remarks for the user.
     """
 
     request: Request
     family: Family
-    scores: tuple[Score, ...]
+    scores: tuple[ScoreSpec, ...]
     prompts: tuple[Prompt, ...]
     pairs: Mapping[str, Pair]
     texts: Mapping[str, str]
     search: str
-    begin: Callable[[], Searcher]
+    new_search: Callable[[], Searcher]
     settings: Settings
     portion: int
     device: str
     notes: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
-        """All that a row depends on, beside the candidate's numbers: what a study is told apart by."""
+        """Return all that a row depends on except the candidate's params; one study has one identity."""
         request = self.request
         family: dict[str, Any] = {
             "models": {name: list(source.identity()[2:]) for name, source in self.family.opened.items()},
@@ -143,14 +148,14 @@ def prepare(request: Request) -> Prepared:
     """Check a request and open what it names; of the models only headers are read.
 
     Raises:
-        MergekitLiteError: it can't be carried out; every problem that can be told at once is.
+        MergekitLiteError: it can't be carried out; the message has every problem that can be seen at once.
     """
     from mergekit_lite.engine.run import chosen_device
 
     problems: list[str] = []
     scores = _try(problems, lambda: scoring.parse(request.scores)) or ()
     tunables = _try(problems, lambda: _tunables(request)) or ()
-    found_limits = _try(problems, lambda: limits(request.limits))
+    limits_given = _try(problems, lambda: limits(request.limits))
     device = _try(problems, lambda: chosen_device(request.device))
     _try(problems, lambda: drawing.check_drawable(None))
     if (command := request.serve_command) is not None:
@@ -168,7 +173,7 @@ def prepare(request: Request) -> Prepared:
             texts |= _try(problems, lambda: read_texts(Path(score.target), request.limit)) or {}  # noqa: B023
     if problems:
         raise UsageError(problems[0] if len(problems) == 1 else listing("This can't be done as asked", problems))
-    assert prompts is not None and pairs is not None and found_limits is not None and device is not None
+    assert prompts is not None and pairs is not None and limits_given is not None and device is not None
     family = _family(request, tunables)
     notes = [f"left out: {text}" for text in prompts.problems]
     notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
@@ -176,17 +181,23 @@ def prepare(request: Request) -> Prepared:
     asked = tuple(prompts.prompts[: request.limit])
     together = portion(len(asked) * request.samples, request.batch_size)
     settings = Settings(
-        scores[0].name, family.baseline, found_limits, request.confidence, request.held_out,
-        together // math.gcd(together, request.samples), request.stop_early,
-    )  # fmt: skip
-    kind = request.search or ("bracket" if _can_bracket(family) else "tpe")
+        score=scores[0].name,
+        baseline=family.baseline,
+        limits=limits_given,
+        confidence=request.confidence,
+        held_out=request.held_out,
+        batch=together // math.gcd(together, request.samples),
+        stop_early=request.stop_early,
+    )
+    search = request.search or ("bracket" if _can_bracket(family) else "tpe")
+    new_search = _new_search(request, search, family, settings)
     return Prepared(
-        request, family, scores, asked, pairs, texts, kind, _begin(request, kind, family, settings), settings,
-        together, device, tuple(notes),
-    )  # fmt: skip
+        request, family, scores, asked, pairs, texts, search, new_search, settings, together, device, tuple(notes)
+    )
 
 
 def _try(problems: list[str], make: Callable[[], T]) -> T | None:
+    """Return what ``make`` does; or None, with the message of its UsageError in ``problems``."""
     try:
         return make()
     except UsageError as error:
@@ -203,10 +214,10 @@ def _tunables(request: Request) -> tuple[Tunable, ...]:
     return parse(request.tune or (ALPHA,))
 
 
-def _missing(request: Request, scores: Sequence[Score]) -> list[str]:
-    """Data and settings that scores need, and data that no score has use for."""
+def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
+    """Name the data and settings that scores need and don't have, and the data that no score uses."""
     kinds = {score.kind for score in scores}
-    of_answers = sorted(kinds & {*OF_ANSWERS, LOG_RATIO})
+    of_answers = sorted(score.kind for score in scores if score.of_answers)
     problems = []
     if not request.scores:
         problems.append("What are candidates scored by? For instance --score reward:MODEL, or --score pairs.")
@@ -219,7 +230,7 @@ def _missing(request: Request, scores: Sequence[Score]) -> list[str]:
     if scores and PAIRS not in kinds and request.pairs is not None:
         problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
     if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
-        problems.append("--score log-ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
+        problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
     if LM_EVAL in kinds and find_spec("lm_eval") is None:
         problems.append("--score lm-eval:… needs the package lm_eval: pip install lm_eval.")
     if request.search is not None and request.search not in SEARCHES:
@@ -238,13 +249,13 @@ def _family(request: Request, tunables: Sequence[Tunable]) -> Family:
 
 
 def _check_plans(family: Family) -> list[str]:
-    """Plan the baseline and the ends of all ranges, so that no candidate between is refused half-way."""
+    """Plan the baseline and both ends of all ranges, so that no candidate between is refused half-way; return notes."""
     ends = ({name: getattr(of, end) for name, of in family.ranges.items()} for end in ("low", "high"))
     notes: dict[str, None] = {}
     problems: dict[str, None] = {}
-    for numbers in (family.baseline, *ends):
+    for params in (family.baseline, *ends):
         try:
-            notes |= dict.fromkeys(family.plan(numbers).notes)
+            notes |= dict.fromkeys(family.plan(params).notes)
         except PlanError as error:
             problems |= dict.fromkeys(error.problems)
         except MergekitLiteError as error:
@@ -258,8 +269,8 @@ def _can_bracket(family: Family) -> bool:
     return isinstance(family, PairFamily) and len(family.ranges) == 1
 
 
-def _begin(request: Request, kind: str, family: Family, settings: Settings) -> Callable[[], Searcher]:
-    """What makes the search. Raises UsageError where it doesn't fit what is tuned."""
+def _new_search(request: Request, kind: str, family: Family, settings: Settings) -> Callable[[], Searcher]:
+    """Return a function that begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
     if kind == "bracket":
         if not _can_bracket(family):
             raise UsageError("The bracket searches one alpha of a pair. For other numbers take grid, tpe or cmaes.")
@@ -271,29 +282,29 @@ def _begin(request: Request, kind: str, family: Family, settings: Settings) -> C
         return lambda: lambda same: grid(values)
     storage = request.storage or f"sqlite:///{(request.folder / 'study.db').absolute()}"
 
-    def begin() -> Searcher:
+    def new_search() -> Searcher:
         search = optuna_search(
             family.ranges, settings, storage=storage, sampler=kind, trials=request.trials, seed=request.seed
         )
         return lambda same: search
 
-    return begin
+    return new_search
 
 
 def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, Sequence[float]]:
     unknown = [name for name in given if name not in family.ranges]
     if unknown:
         raise UsageError(f"--grid {unknown[0]}: is not tuned.{nearest(unknown[0], family.ranges)}")
-    found: dict[str, Sequence[float]] = {}
+    values: dict[str, Sequence[float]] = {}
     for name, of in family.ranges.items():
         usual = GRID if name == "alpha" and isinstance(family, PairFamily) else _even(of)
-        found[name] = given.get(name, usual)
-        outside = [value for value in found[name] if not of.low <= value <= of.high]
+        values[name] = given.get(name, usual)
+        outside = [value for value in values[name] if not of.low <= value <= of.high]
         if outside:
             raise UsageError(f"--grid {name}: {outside[0]:g} is outside of its range {of.low:g}:{of.high:g}.")
-    if math.prod(map(len, found.values())) > 1000:
+    if math.prod(map(len, values.values())) > 1000:
         raise UsageError("The grid has more than 1,000 candidates: give fewer values, or take --search tpe.")
-    return found
+    return values
 
 
 def _even(of: Range) -> list[float]:
@@ -302,27 +313,27 @@ def _even(of: Range) -> list[float]:
 
 
 def described(prepared: Prepared) -> dict[str, str]:
-    """What is searched for, and with what, in words."""
+    """Describe a search in words: models, tuned parameters, search, scores, data."""
     request = prepared.request
     plan = prepared.family.plan(prepared.family.baseline, request.output)
     data = {"prompt": prepared.prompts, "pair": prepared.pairs, "text": prepared.texts}
-    told = {
+    facts = {
         "models": ", ".join(source.reference for source in plan.inputs),
         "recipe": str(request.recipe or ""),
         "tuned": ", ".join(f"{name} from {of.low:g} to {of.high:g}" for name, of in prepared.family.ranges.items()),
         "search": prepared.search,
         "scores": ", ".join(request.scores),
         "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
-        "answers": _told_of_answers(request) if prepared.prompts else "",
+        "answers": _answers_described(request) if prepared.prompts else "",
         "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
         "rounding": plan.rounding,
         "device": prepared.device,
         "seed": str(request.seed),
     }
-    return {name: text for name, text in told.items() if text}
+    return {name: text for name, text in facts.items() if text}
 
 
-def _told_of_answers(request: Request) -> str:
+def _answers_described(request: Request) -> str:
     sampling = request.sampling
     drawn = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     by = f"by {request.serve_command}" if request.serve_command else "in process"

@@ -1,10 +1,10 @@
-"""What a search found, in sentences."""
+"""The result of a search in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mergekit_lite.answers.statistics import Interval
+from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.point import Point
 from mergekit_lite.errors import counted
@@ -19,12 +19,12 @@ CAN_NOT_TELL = (
 
 
 def verdict(result: Result) -> list[str]:
-    """The answer first, then what there is to know about it."""
+    """Return the verdict in sentences: the answer first, then remarks on it."""
     return [*_answer(result), *_length(result), *_hints(result)]
 
 
 def figures(of: Interval) -> str:
-    """``+0.12 (+0.05 to +0.2) on 300 items``."""
+    """Return an interval as text: ``+0.12 (+0.05 to +0.2) on 300 items``."""
     return f"{of.mean:+.3g} ({of.low:+.3g} to {of.high:+.3g}) on {counted(of.items, 'item')}"
 
 
@@ -75,9 +75,9 @@ def _length(result: Result) -> Iterator[str]:
 def _hints(result: Result) -> Iterator[str]:
     best = highest(result)
     if best is not None and len(result.points) > 1:
-        for name, value in best.numbers.items():
-            tried = {point.numbers[name] for point in (result.baseline, *result.points)}
-            allowed = {point.numbers[name] for point in result.points if point.allowed}
+        for name, value in best.params.items():
+            tried = {point.params[name] for point in (result.baseline, *result.points)}
+            allowed = {point.params[name] for point in result.points if point.allowed}
             if value == max(tried) and len(allowed) > 1:
                 yield f"The highest score is at the largest {name} that was tried: a wider search may find better."
     idle = [point.name for point in result.points if point.guards.unchanged == 1]
@@ -89,6 +89,6 @@ def _hints(result: Result) -> Iterator[str]:
 
 
 def highest(result: Result) -> Point | None:
-    """The candidate with the highest mean of those that are allowed and were measured whole."""
+    """Return the candidate with the highest mean gain among those that are allowed and measured on all items."""
     allowed = [point for point in result.points if point.allowed]
     return max(allowed, key=lambda point: point.gain.mean, default=None)

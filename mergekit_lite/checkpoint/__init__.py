@@ -2,6 +2,7 @@
 
 from mergekit_lite.checkpoint.adapter import Adapter
 from mergekit_lite.checkpoint.checkpoint import Checkpoint, open_adapter, open_checkpoint
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+from mergekit_lite.checkpoint.formats.header import WeightFile
+from mergekit_lite.checkpoint.tensor import TensorSpec
 
 __all__ = ["Adapter", "Checkpoint", "TensorSpec", "WeightFile", "open_adapter", "open_checkpoint"]

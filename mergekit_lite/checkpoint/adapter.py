@@ -17,10 +17,14 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import safetensors_file, tied_weights, torch_file
+from mergekit_lite.checkpoint import formats, tied_weights
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, read_config
-from mergekit_lite.checkpoint.change import LowRank, Replace, changed, origin
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+from mergekit_lite.checkpoint.encodings.low_rank import LowRank
+from mergekit_lite.checkpoint.encodings.replace import Replace
+from mergekit_lite.checkpoint.encodings.strided import transposed
+from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, with_terms
+from mergekit_lite.checkpoint.formats.header import WeightFile
+from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, counted, listing, shortened
 
 PREFIX = "base_model.model."
@@ -43,27 +47,33 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Factors:
-    """The two factors of one module's LoRA: ``a`` is (r, in) and ``b`` (out, r)."""
+    """The two factors of one module's LoRA.
+
+    Attributes:
+        a: (r, in).
+        b: (out, r).
+        scale: what their product is multiplied by.
+        transposed: whether the weight is stored as (in, out), as far as the config says.
+    """
 
     a: TensorSpec
     b: TensorSpec
     scale: float
     transposed: bool
 
-    def over(self, base: TensorSpec) -> LowRank:
-        """What is added to ``base``, in its orientation. Raises CheckpointError where the shapes don't fit."""
+    def term_for(self, base: TensorSpec) -> LowRank:
+        """Return what is added to ``base``, in its orientation. Raises CheckpointError where the shapes don't fit."""
         product = self.b.shape[0], self.a.shape[1]
-        fitting = [
-            turned for turned in (self.transposed, not self.transposed) if _turned(product, turned) == base.shape
-        ]
-        if not fitting:
+        # A square weight fits both ways, so the config's goes first.
+        orientations = [way for way in (self.transposed, not self.transposed) if _oriented(product, way) == base.shape]
+        if not orientations:
             raise CheckpointError(
                 f"{self.a.name}: makes a product of {list(product)} with {self.b.name.rpartition('.lora_')[2]}, but "
                 f"{base.name} of the base is {list(base.shape)}"
             )
-        if fitting[0]:
-            return LowRank(self.a.transposed(), self.b.transposed(), self.scale)
-        return LowRank(self.b, self.a, self.scale)
+        if orientations[0]:
+            return LowRank(transposed(self.a), transposed(self.b), scale=self.scale)
+        return LowRank(self.b, self.a, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,9 @@ class Adapter:
         reference: the text it was opened by.
         path: its folder.
         file: the identity of its weight file.
-        factors: what it adds, by the name of the weight it adds to.
+        factors: the factors by the name of the weight that they are added to.
         replacements: full tensors, by the name of the tensor they replace.
-        left_out: what its file holds beside these, and why it is left out.
+        left_out: for all else that its file holds, why it is left out.
         revision: the commit a hub repository was fetched at.
     """
 
@@ -88,10 +98,15 @@ class Adapter:
     left_out: Mapping[str, str]
     revision: str | None = None
 
-    def over(
+    def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
     ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """The tensors of a base with the adapter, times ``scale``, folded in.
+        """Return the tensors of a base with the adapter, times ``scale``, folded in.
+
+        Args:
+            base: its tensors by name.
+            config: its ``config.json``, if any.
+            scale: of the whole adapter.
 
         Returns:
             The tensors, those that are added to as float32 (float64 where the base is); and why each tensor of the
@@ -110,14 +125,14 @@ class Adapter:
             except CheckpointError as problem:
                 problems.append(str(problem))
                 continue
-            if own.name == name_in(name) and tensors[own.name].change is None:
+            if own.name == name_in(name) and not isinstance(tensors[own.name].encoding, Sum):
                 left_out[f"{own.name} of the base"] = f"replaced by the adapter's {spec.name}"
         for name, factors in self.factors.items():
             try:
                 own = _counterpart(name_in(name), factors.a.name, tensors, base)
-                low_rank = factors.over(own)
-                low_rank = replace(low_rank, scale=low_rank.scale * scale)
-                tensors[name_in(name)] = changed(own, (low_rank,), name_in(name))
+                term = factors.term_for(own)
+                term = replace(term, scale=term.scale * scale)
+                tensors[name_in(name)] = with_terms(own, (term,), name_in(name))
             except CheckpointError as problem:
                 problems.append(str(problem))
         for names in (self.factors, self.replacements):
@@ -126,22 +141,27 @@ class Adapter:
                 f"{name}: two tensors of the adapter are for it; it is not clear which is meant" for name in twice
             ]
         touched = {name_in(name) for name in (*self.factors, *self.replacements)}
-        problems += _ties_broken(touched, tensors, config)
+        problems += _broken_ties(touched, tensors, config)
         if problems:
             title = f"{self.reference}: {counted(len(problems), 'problem')} with this adapter on its base"
             raise CheckpointError(listing(title, problems))
         return tensors, left_out
 
     def _renaming(self, base: Mapping[str, TensorSpec]) -> _Renaming:
-        """How the adapter's names become the base's: either may have a part at the front that the other lacks."""
+        """Return how the adapter's names become the base's: either may begin with a part that the other lacks.
+
+        Of all ways, the one by which most names are in the base, and of equals the first.
+        """
         names = [*self.factors, *self.replacements]
         cuts, adds = _fronts(names), _fronts(base)
         renamings = [_Renaming(), *(_Renaming(cut=front) for front in cuts), *(_Renaming(add=front) for front in adds)]
-        return max(renamings, key=lambda renaming: sum(renaming(name) in base for name in names))  # the first of equals
+        return max(renamings, key=lambda renaming: sum(renaming(name) in base for name in names))
 
 
 @dataclass(frozen=True)
 class _Renaming:
+    """A way to rename a tensor: without ``cut`` at the front, and with ``add`` there."""
+
     cut: str = ""
     add: str = ""
 
@@ -150,7 +170,7 @@ class _Renaming:
 
 
 def _fronts(names: Iterable[str]) -> list[str]:
-    """The commonest first parts of some names, each with its dot."""
+    """Return the commonest first parts of names, each with its dot."""
     return [front + "." for front, _ in Counter(name.partition(".")[0] for name in names).most_common(4)]
 
 
@@ -162,17 +182,13 @@ def read_adapter(reference: str, path: Path, revision: str | None = None) -> Ada
     """
     file = folders.inside(path, folders.adapter_weights(path, {entry.name for entry in path.iterdir()}))
     config = read_config(folders.inside(path, folders.ADAPTER_CONFIG))
-    if file.suffix == ".safetensors":
-        identity, tensors, _ = safetensors_file.read_header(file)
-        others: list[str] = []
-    else:
-        identity, tensors, _, others = torch_file.read_layout(file)
-    left_out = dict.fromkeys(others, "not a tensor")
+    header = formats.read_header(file)
+    left_out = dict.fromkeys(header.left_out, "not a tensor")
     pairs: dict[str, dict[str, TensorSpec]] = {}
     replacements: dict[str, TensorSpec] = {}
     problems: list[str] = []
-    for name, spec in tensors.items():
-        module, ending = _parted(name)
+    for name, spec in header.tensors.items():
+        module, ending = _split_name(name)
         twice = False
         plain = name.replace(".modules_to_save.", ".")
         if ending is not None:
@@ -181,7 +197,7 @@ def read_adapter(reference: str, path: Path, revision: str | None = None) -> Ada
             problems.append(f"{name}: is of {kind}, which can't be folded in. {MERGE_IT}")
         elif ".original_module." in name:
             left_out[name] = "a module as it was before training"
-        elif name != plain and plain in tensors:
+        elif name != plain and plain in header.tensors:
             left_out[name] = f"saved twice; {plain} is taken"
         else:
             twice = replacements.setdefault(_weight_name(plain), spec) is not spec
@@ -199,11 +215,11 @@ def read_adapter(reference: str, path: Path, revision: str | None = None) -> Ada
         problems.append("holds no tensors")
     if problems:
         raise CheckpointError(listing(f"{file}: {counted(len(problems), 'problem')} with this adapter", problems))
-    return Adapter(reference, path, identity, factors, replacements, left_out, revision)
+    return Adapter(reference, path, header.file, factors, replacements, left_out, revision)
 
 
-def _parted(name: str) -> tuple[str, str | None]:
-    """The module and the ending of a factor's name, or the whole name and None."""
+def _split_name(name: str) -> tuple[str, str | None]:
+    """Return the module and the ending of a factor's name; of another tensor the whole name and None."""
     for ending in FACTORS:
         if name.endswith(ending):
             return name.removeprefix(PREFIX).removesuffix(ending), ending
@@ -215,7 +231,11 @@ def _weight_name(name: str) -> str:
 
 
 def _factors(module: str, pair: Mapping[str, TensorSpec], config: AdapterConfig) -> Factors:
-    """The two factors of a module. Raises CheckpointError where one is missing, or they aren't what the config says."""
+    """Return the factors of a module.
+
+    Raises:
+        CheckpointError: one is missing, or they aren't what the config says.
+    """
     by_letter = {FACTORS[ending]: spec for ending, spec in pair.items()}
     names = ", ".join(spec.name for spec in pair.values())
     embedding = any("embedding" in ending for ending in pair)
@@ -239,22 +259,30 @@ def _factors(module: str, pair: Mapping[str, TensorSpec], config: AdapterConfig)
     return Factors(a, b, config.scale_of(module), embedding or config.transposed)
 
 
-def _turned(shape: tuple[int, int], turned: bool) -> tuple[int, int]:
-    return (shape[1], shape[0]) if turned else shape
+def _oriented(shape: tuple[int, int], transposed: bool) -> tuple[int, int]:
+    return (shape[1], shape[0]) if transposed else shape
 
 
 def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec]) -> TensorSpec:
-    """The tensor of this name that ``of`` changes, or the base's embedding that stands in for a head it lacks."""
-    found = tensors.get(name) or tied_weights.tied_to(name, base)
-    if found is None:
+    """Return the tensor of this name, which ``of`` changes, or the base's embedding if the base ties a head to it.
+
+    Raises:
+        CheckpointError: the base has no such tensor, or one that is not for arithmetic.
+    """
+    own = tensors.get(name) or tied_weights.tied_to(name, base)
+    if own is None:
         raise CheckpointError(f"{of}: the base has no tensor {shortened(name)}. Is it the right base?")
-    if not dtypes.is_float(found.dtype):
-        raise CheckpointError(f"{of}: {found.name} of the base is {found.dtype}, which is not for arithmetic")
-    return found
+    if not dtypes.is_float(own.dtype):
+        raise CheckpointError(f"{of}: {own.name} of the base is {own.dtype}, which is not for arithmetic")
+    return own
 
 
 def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> TensorSpec:
-    """The tensor in place of the base's; where it is scaled or not alone, its distance from the base is added."""
+    """Return the tensor that takes the base's place; if scaled or one of several terms, the base with the difference.
+
+    Raises:
+        CheckpointError: it is not for arithmetic, or has another shape than the base's.
+    """
     if not dtypes.is_float(spec.dtype):
         raise CheckpointError(f"{spec.name}: is {spec.dtype}, which is not for arithmetic")
     if spec.shape != own.shape:
@@ -268,13 +296,13 @@ def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> 
         raise CheckpointError(
             f"{spec.name}: has shape {list(spec.shape)}, but {own.name} of the base {list(own.shape)}{hint}"
         )
-    if scale != 1 or own.change is not None:
-        return changed(own, (Replace(spec, origin(own), scale),), name)
+    if scale != 1 or isinstance(own.encoding, Sum):
+        return with_terms(own, (Replace(spec, base_of(own), scale=scale),), name)
     return replace(spec, name=name, written_as=own.written_as or own.dtype)
 
 
-def _ties_broken(changed: set[str], tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> list[str]:
-    """What changes an embedding that a head is tied to: whether the head follows is not told by the adapter."""
+def _broken_ties(changed: set[str], tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> list[str]:
+    """Return a problem for each changed embedding that a head is tied to: no adapter says whether the head follows."""
     if any(tied_weights.is_head(name) for name in tensors) or (config or {}).get("tie_word_embeddings") is False:
         return []
     return [

@@ -1,8 +1,8 @@
 """The ``adapter_config.json`` of a PEFT LoRA: the scale of each module, and what is refused by name.
 
 scale = alpha / r, or alpha / √r with ``use_rslora`` (Kalajdzievski 2023, arXiv 2312.03732). ``rank_pattern`` and
-``alpha_pattern`` give some modules numbers of their own: the first pattern decides that is the end of the module's
-path, as a regular expression behind the beginning or a dot.
+``alpha_pattern`` give some modules numbers of their own, by regular expressions: the first that matches the whole path
+of the module, or its end behind a dot, decides.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
 from mergekit_lite.checkpoint.folder import read_json
 from mergekit_lite.errors import CheckpointError, listing, shortened
 
-MAX_RANK = 4096  # beyond it the fixed point of the factors would have fewer digits than float32 needs
 MAX_ALPHA = 1e30
 MERGE_IT = "Merge it with peft (model.merge_and_unload()), save that, and name the result"
-PLAIN = (  # how it was trained, or what the tensors' names and shapes tell anyway
+HARMLESS = (  # keys on how it was trained, or on what the tensors' names and shapes say as well
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -61,7 +61,7 @@ REFUSED = {
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "an activated LoRA, which is on for some tokens only and can't be folded in",
 }
-KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
+BASE_KEPT_BY = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
 MAX_PATTERN = 200
 REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 N = TypeVar("N")
@@ -69,7 +69,16 @@ N = TypeVar("N")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What the config of a LoRA says of its numbers."""
+    """The numbers in the config of a LoRA.
+
+    Attributes:
+        rank: of the modules that no pattern matches.
+        alpha: likewise.
+        rank_stabilised: whether the scale is alpha / √r.
+        transposed: whether the layers store their weights as (in, out).
+        rank_pattern: ranks by regular expression.
+        alpha_pattern: alphas by regular expression.
+    """
 
     rank: int
     alpha: float
@@ -79,11 +88,11 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's LoRA."""
+        """Return the rank of a module's LoRA."""
         return _matching(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What the product of a module's factors is multiplied by."""
+        """Return the number that the product of a module's factors is multiplied by."""
         rank = self.rank_of(module)
         return _matching(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
@@ -108,14 +117,14 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """What the config asks for that is refused, by name."""
+    """Return a problem for each key that is refused, by its name or because it is unknown."""
     problems = [f"{key}: {what} can't be folded in. {MERGE_IT}" for key, what in REFUSED.items() if config.get(key)]
     problems += [
         f"{_shown(key)}: {_shown(value)} is not known here, and may change what the weights mean. {MERGE_IT}"
         for key, value in config.items()
-        if value and key not in PLAIN and key not in REFUSED
+        if value and key not in HARMLESS and key not in REFUSED
     ]
-    if config.get("init_lora_weights") not in KEPT_BASE:
+    if config.get("init_lora_weights") not in BASE_KEPT_BY:
         problems.append(
             f"init_lora_weights: {_shown(config['init_lora_weights'])} changes the base before training, so the "
             "adapter doesn't fit the original. Save it with peft's path_initial_model_for_weight_conversion. "
@@ -125,7 +134,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def _unsound(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the config's numbers."""
+    """Return the problems with the config's numbers and switches."""
     problems = [
         f"{key}: expected true or false, got {_shown(config[key])}"
         for key in ("use_rslora", "fan_in_fan_out")
@@ -152,8 +161,8 @@ def _unsound(config: Mapping[str, Any]) -> list[str]:
 
 
 def _matching(patterns: Mapping[str, N], module: str, default: N) -> N:
-    found = (number for pattern, number in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(found, default)
+    matching = (number for pattern, number in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matching, default)
 
 
 def _is_rank(value: object) -> bool:
@@ -165,7 +174,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _pattern_problem(pattern: str) -> str | None:
-    """What is wrong with a pattern, which comes from a stranger and must not keep the matching busy for ever."""
+    """Return what is wrong with a pattern, or None. It comes from a stranger, and must not keep the matching busy."""
     try:
         re.compile(f"({pattern})")
     except (re.error, OverflowError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Open a checkpoint by its reference: find its files, read their headers, say what it holds."""
+"""Open a checkpoint by its reference: find its files and read their headers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import adapter as adapters
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import quantised, references, safetensors_file, torch_file, vector_file
+from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint.formats.header import WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
-from mergekit_lite.checkpoint.references import Addend
-from mergekit_lite.checkpoint.tensor import TensorSpec, WeightFile
+from mergekit_lite.checkpoint.references import Addition
+from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
 
 
 class Added(NamedTuple):
-    """An adapter or a task vector that is added to a base, and how it was named, with its scale."""
+    """An adapter or a task vector that is added to a base, and the part of the reference that asked for it."""
 
     source: Adapter | Vector
-    addend: Addend
+    addition: Addition
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Checkpoint:
         tensors: every tensor by name, in the order of their bytes in the files.
         config: the folder's ``config.json``, if any.
         nest: the keys a torch file keeps its tensors under.
-        left_out: what the files hold beside tensors that can be merged, and why it is left out.
+        left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
     """
@@ -59,11 +60,11 @@ class Checkpoint:
 
     @property
     def base_reference(self) -> str:
-        """The reference less what is added."""
-        return references.parted(self.reference)[0] if self.added else self.reference
+        """The reference without what is added."""
+        return references.split_reference(self.reference)[0] if self.added else self.reference
 
     def identity(self) -> Identity:
-        """How a task vector knows it again; some kilobytes of each tensor are read."""
+        """Return what a task vector recognises it by; some kilobytes of each tensor are read."""
         return identify(self.reference, self.revision, self.tensors)
 
     @property
@@ -83,7 +84,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, a folder with such files, or a hub repository
             ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
-            ``+``: LoRA adapters and task vectors (see ``addends``).
+            ``+``: LoRA adapters and task vectors (see ``references``).
 
     Raises:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
@@ -94,13 +95,11 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         if path.is_dir():
             return _open_folder(text, path.resolve())
         if path.is_file():
-            return _open_file(text, path.resolve())
+            return _assemble(text, path.resolve(), [path.resolve()], index=None, config=None)
     if references.names_vector(text):
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
-        return _with_added(text)
-    from mergekit_lite.checkpoint import hub
-
+        return _open_sum(text)
     fetched = hub.fetch(text)
     return _open_folder(text, fetched.folder, fetched.revision)
 
@@ -115,54 +114,53 @@ def open_adapter(reference: str) -> Adapter:
         path = Path(reference).expanduser()
         if path.exists():
             return adapters.read_adapter(reference, path.resolve())
-    from mergekit_lite.checkpoint import hub
-
     fetched = hub.fetch(reference, adapter=True)
     return adapters.read_adapter(reference, fetched.folder, fetched.revision)
 
 
 @contextmanager
 def _opening(reference: str) -> Iterator[None]:
+    """Turn what the system raises while files are looked for into a CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
-def open_addend(addend: Addend) -> Adapter | Vector:
+def _open_addition(addition: Addition) -> Adapter | Vector:
     """Open a task vector or an adapter. Raises CheckpointError as ``read_vector`` and ``open_adapter`` do."""
-    path = Path(addend.path).expanduser()
-    with _opening(addend.path):
-        if path.is_file() or addend.is_vector:
-            return vector_file.read_vector(addend.path, path.resolve())
-    return open_adapter(addend.path)
+    path = Path(addition.path).expanduser()
+    with _opening(addition.path):
+        if path.is_file() or addition.is_vector:
+            return vector_file.read_vector(addition.path, path.resolve())
+    return open_adapter(addition.path)
 
 
-def _with_added(reference: str) -> Checkpoint:
+def _open_sum(reference: str) -> Checkpoint:
     """Open ``base+adapter``, ``base+vector:0.5+…``."""
-    base_reference, added = references.parted(reference)
+    base_reference, additions = references.split_reference(reference)
     base = open_checkpoint(base_reference)
-    tensors, left_out, found = dict(base.tensors), dict(base.left_out), [*base.added]
+    tensors, left_out, added = dict(base.tensors), dict(base.left_out), [*base.added]
     identity: Identity | None = None
-    for addend in added:
-        source = open_addend(addend)
-        if isinstance(source, Vector) and not addend.rebase:
+    for addition in additions:
+        source = _open_addition(addition)
+        if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
-            check_base(source, identity)
-        tensors, unread = source.over(tensors, base.config, addend.scale)
-        left_out |= unread
-        found.append(Added(source, addend))
+            _check_base(source, identity)
+        tensors, replaced = source.added_to(tensors, base.config, addition.scale)
+        left_out |= replaced
+        added.append(Added(source, addition))
     return replace(
         base,
         reference=reference,
-        files=(*base.files, *(each.source.file for each in found)),
+        files=(*base.files, *(each.source.file for each in added)),
         tensors=tensors,
         left_out=left_out,
-        added=tuple(found),
+        added=tuple(added),
     )
 
 
-def check_base(vector: Vector, base: Identity) -> None:
+def _check_base(vector: Vector, base: Identity) -> None:
     """Raise CheckpointError where a task vector was made from another base."""
     if not vector.base.is_of(base):
         differ = "weights" if vector.base.header == base.header else "tensors"
@@ -171,18 +169,6 @@ def check_base(vector: Vector, base: Identity) -> None:
             f"{base.reference}. Name that base; or, if the two models are close, add it all the same: "
             f"rebase:{vector.reference} in a reference or recipe, --rebase on the command line."
         )
-
-
-def _open_file(reference: str, path: Path) -> Checkpoint:
-    if path.suffix == ".gguf":
-        raise CheckpointError(
-            f"{path}: GGUF holds requantised, renamed tensors. Use the safetensors the file was made from."
-        )
-    if path.suffix not in folders.WEIGHT_SUFFIXES:
-        raise CheckpointError(
-            f"{path}: not a weight file; expected one of {', '.join(folders.WEIGHT_SUFFIXES)}, or a folder."
-        )
-    return _assemble(reference, path, [path], index=None, config=None)
 
 
 def _open_folder(reference: str, folder: Path, revision: str | None = None) -> Checkpoint:
@@ -204,33 +190,47 @@ def _assemble(
     config: Mapping[str, Any] | None,
     revision: str | None = None,
 ) -> Checkpoint:
+    """Read the headers of some weight files and put their tensors together.
+
+    Args:
+        reference: the text that is opened.
+        path: the folder, or the single file.
+        paths: the weight files.
+        index: the file name of each tensor, where the folder has an index.
+        config: the folder's ``config.json``, if any.
+        revision: the commit of a hub repository.
+
+    Raises:
+        CheckpointError: a file is damaged or hostile, or the files don't make one checkpoint.
+    """
     files: list[WeightFile] = []
     tensors: dict[str, TensorSpec] = {}
     left_out: dict[str, str] = {}
     nest: tuple[str, ...] = ()
     twice: list[str] = []
     for file in paths:
-        if file.suffix == ".safetensors":
-            identity, found, metadata = safetensors_file.read_header(file)
-            if vector_file.is_vector(metadata):
-                raise CheckpointError(
-                    f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}"
-                )
-        else:
-            identity, found, nest, others = torch_file.read_layout(file)
-            left_out |= dict.fromkeys(others, "not a tensor of the model's state")
-        twice += [f"{name} (in {tensors[name].file.name} and {file.name})" for name in found if name in tensors]
-        files.append(identity)
-        tensors |= found
+        header = formats.read_header(file)
+        if vector_file.is_vector(header.metadata):
+            raise CheckpointError(
+                f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}"
+            )
+        nest = header.nest
+        left_out |= dict.fromkeys(header.left_out, "not a tensor of the model's state")
+        twice += [
+            f"{name} (in {tensors[name].file.name} and {file.name})" for name in header.tensors if name in tensors
+        ]
+        files.append(header.file)
+        tensors |= header.tensors
     if twice:
         raise CheckpointError(listing(f"{path}: these tensors are stored twice; it is not clear which is meant", twice))
     if index is not None:
         _check_index(path, index, tensors)
-    logical, hidden = quantised.present(path, tensors, config)
-    return Checkpoint(reference, path, tuple(files), logical, config, nest, left_out | hidden, revision)
+    shown, hidden = quantised.dequantised(path, tensors, config)
+    return Checkpoint(reference, path, tuple(files), shown, config, nest, left_out | hidden, revision)
 
 
 def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorSpec]) -> None:
+    """Raise CheckpointError where an index and the shards don't name the same tensors in the same files."""
     wrong = [
         f"{name}: the index says {file}, "
         + (f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it")

@@ -12,27 +12,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.formats import FORMATS, SUFFIXES, Format, refused
 from mergekit_lite.errors import CheckpointError, listing
 
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-STANDARD = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX_ENDING = ".index.json"
-NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # what trainers leave beside them
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.pt|\.pth)")
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
+SHARD = re.compile(
+    rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})"
+)
 MAX_JSON_BYTES = 100_000_000  # an index of a million tensors is no larger
+MAX_SMALL_BYTES = 100_000_000  # of what travels beside weights: tokenizers come to some tens of megabytes
 MAX_FILE_NAME = 255  # of every common file system
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError where there is none."""
+    """Read a JSON object. Raises CheckpointError where the file holds none."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -72,7 +67,7 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 
 def weight_names(where: object, names: Collection[str]) -> list[str]:
-    """Which of a folder's or a repository's files are its weights.
+    """Return which of a folder's or a repository's files are its weights.
 
     Returns:
         One file, an index (``….index.json``, which names the files), or all shards of a numbered set, there or not.
@@ -80,31 +75,42 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
     Raises:
         CheckpointError: there are none, or it is not clear which are meant.
     """
-    standard = [name for name in STANDARD if name in names]
-    chosen = [name for name in standard if "safetensors" in name] or standard
-    if len(chosen) > 1:
-        raise CheckpointError(
-            f"{where}: holds both {chosen[0]} and {chosen[1]}, and they may be different models. "
-            "Remove the stale one, or name one file instead of the folder."
-        )
-    return chosen or _unindexed(where, names)
+    for format in FORMATS:
+        standard = [name for name in _standard_names(format) if name in names]
+        if len(standard) > 1:
+            raise CheckpointError(
+                f"{where}: holds both {standard[0]} and {standard[1]}, and they may be different models. "
+                "Remove the stale one, or name one file instead of the folder."
+            )
+        if standard:
+            return standard
+    return _unindexed(where, names)
 
 
 def adapter_weights(where: object, names: Collection[str]) -> str:
-    """The weight file of an adapter's folder or repository. Raises CheckpointError where there is none."""
+    """Return the name of the weight file of an adapter's folder or repository.
+
+    Raises:
+        CheckpointError: it is no adapter's, or has no weights.
+    """
     if ADAPTER_CONFIG not in names:
         raise CheckpointError(
             f"{where}: is not an adapter: it has no {ADAPTER_CONFIG}. Name a folder that peft saved; of a tuned model, "
             "make a vector first: vector extract BASE TUNED -o v.safetensors"
         )
-    found = [name for name in ADAPTER_WEIGHTS if name in names]
-    if not found:
-        raise CheckpointError(f"{where}: holds no {' or '.join(ADAPTER_WEIGHTS)}. Download the adapter again.")
-    return found[0]
+    possible = [name for format in FORMATS for name in format.ADAPTER_NAMES]
+    present = [name for name in possible if name in names]
+    if not present:
+        raise CheckpointError(f"{where}: holds no {' or '.join(possible)}. Download the adapter again.")
+    return present[0]
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file in ``folder``. Raises CheckpointError where a link leads out of it or to no regular file."""
+    """Return the path of a file in a folder.
+
+    Raises:
+        CheckpointError: a link leads out of the folder, or it is no regular file.
+    """
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     target = (root / name).resolve()
@@ -117,8 +123,25 @@ def inside(folder: Path, name: str) -> Path:
     return root / name
 
 
+def small_file(folder: Path, name: str) -> Path | None:
+    """Return the path of a file that lies beside a model's weights, to be read whole; None where there is none.
+
+    Raises CheckpointError where a link leads out of the folder, or the file is larger than ``MAX_SMALL_BYTES``.
+    """
+    if not (folder / name).is_file():
+        return None
+    path = inside(folder, name)
+    if (size := path.stat().st_size) > MAX_SMALL_BYTES:
+        raise CheckpointError(f"{folder / name}: is {size:,} bytes long; more than {MAX_SMALL_BYTES:,} is refused.")
+    return path
+
+
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:
-    """The index of a sharded checkpoint: tensor name → name of a file in the same folder, checked to be just that."""
+    """Read the index of a sharded checkpoint: tensor name → name of a weight file in the same folder.
+
+    Raises:
+        CheckpointError: it is no index, or a name in it could lead elsewhere.
+    """
     weight_map = read_json(inside(folder, index_name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / index_name}: has no weight_map. Download it again.")
@@ -135,29 +158,45 @@ def weight_map(folder: Path, index_name: str) -> dict[str, str]:
 
 
 def is_weight_name(name: object) -> bool:
-    """Whether this is the bare name of a weight file: no folder, nothing a terminal or file system would trip over."""
+    """Return whether this is the bare name of a weight file: no folder in it, and safe to print and to create."""
     if not isinstance(name, str) or "/" in name or "\\" in name or not name.isprintable():
         return False
-    return name.endswith(WEIGHT_SUFFIXES) and len(name.encode()) <= MAX_FILE_NAME
+    return name.endswith(SUFFIXES) and len(name.encode()) <= MAX_FILE_NAME
+
+
+def may_be_weights(name: str) -> bool:
+    """Return whether a file may hold a model's weights, by its name."""
+    return name.endswith(SUFFIXES) and name not in NOT_WEIGHTS
 
 
 def _unindexed(where: object, names: Collection[str]) -> list[str]:
-    """Weight files under other than the standard names: one file, or a complete set of numbered shards."""
-    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        found = sorted(name for name in names if name.endswith(suffixes) and name not in NOT_WEIGHTS)
-        if not found:
+    """Find weight files under other than the standard names: one file, or a complete set of numbered shards."""
+    for format in FORMATS:
+        weights = sorted(name for name in names if name.endswith(format.SUFFIXES) and may_be_weights(name))
+        if not weights:
             continue
-        shard = SHARD.fullmatch(found[0])
-        if shard is None and len(found) == 1:
-            return found
+        shard = SHARD.fullmatch(weights[0])
+        if shard is None and len(weights) == 1:
+            return weights
         if shard is not None:
             count, stem, suffix = shard["count"], shard["stem"], shard["suffix"]
             numbered = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
-            if set(found) <= set(numbered):
+            if set(weights) <= set(numbered):
                 return numbered
         raise CheckpointError(
-            listing(f"{where}: has no model.safetensors and several weight files; name the one that is meant", found)
+            listing(f"{where}: has no model.safetensors and several weight files; name the one that is meant", weights)
         )
-    looked_for = f"looked for {', '.join(STANDARD)}, or one {' / '.join(WEIGHT_SUFFIXES)} file"
-    gguf = " It holds GGUF files, which aren't read." if any(name.endswith(".gguf") for name in names) else ""
-    raise CheckpointError(f"{where}: holds no weights ({looked_for}).{gguf}")
+    standard = ", ".join(name for format in FORMATS for name in _standard_names(format))
+    hint = "".join(
+        f" It holds {suffix[1:].upper()} files, which aren't read."
+        for suffix in refused.REMEDIES
+        if any(name.endswith(suffix) for name in names)
+    )
+    raise CheckpointError(
+        f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).{hint}"
+    )
+
+
+def _standard_names(format: Format) -> list[str]:
+    """Return what the weights of a folder are named in a format: one file, or the index of its shards."""
+    return [name + ending for name in format.MODEL_NAMES for ending in ("", INDEX_ENDING)]

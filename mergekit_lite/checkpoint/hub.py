@@ -1,4 +1,4 @@
-"""A hub repository as a local folder: only the files that are needed, at one commit, from the cache where it has them.
+"""A hub repository as a local folder: the files that are needed, at one commit, from the cache as far as it has them.
 
 Files land in the cache that all tools of the Hugging Face hub share, so nothing is downloaded twice.
 """
@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
+from mergekit_lite.checkpoint import formats
 from mergekit_lite.errors import CheckpointError, listing, nearest
 
 REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII
 )
-BESIDE = (  # the small files that travel with the weights; never code
+SMALL_FILES = (  # the files that travel with the weights; never code
     "*config*.json",
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -39,7 +40,7 @@ BESIDE = (  # the small files that travel with the weights; never code
 
 @dataclass(frozen=True)
 class Fetched:
-    """A repository's files on the local disk, and the commit they are of."""
+    """The files of a repository on the local disk, and their commit."""
 
     folder: Path
     revision: str | None
@@ -48,18 +49,18 @@ class Fetched:
 def is_repository(reference: str) -> bool:
     """Whether a reference has the form of a repository's name."""
     match = REPOSITORY.fullmatch(reference)
-    return match is not None and not reference.endswith(folders.WEIGHT_SUFFIXES) and ".." not in reference
+    return match is not None and not reference.endswith(formats.SUFFIXES) and ".." not in reference
 
 
 def fetch(reference: str, *, adapter: bool = False) -> Fetched:
     """Download what a checkpoint or an adapter needs of a repository, or find it in the cache.
 
-    Needed are one set of weights (safetensors before ``.bin``), their index, and the small files beside them; of an
+    Needed are one set of weights (safetensors before ``.bin``), their index, and the small files of the model; of an
     adapter its weights and config. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has all.
 
     Args:
         reference: ``org/name`` or ``org/name@revision`` (a branch, tag or commit).
-        adapter: whether an adapter is wanted, not a model.
+        adapter: whether it is an adapter, not a model.
 
     Raises:
         CheckpointError: no such path or repository, no access to it, or no network and not in the cache.
@@ -77,7 +78,7 @@ def fetch(reference: str, *, adapter: bool = False) -> Fetched:
 
 
 def _parsed(reference: str) -> tuple[str, str | None]:
-    """The repository and revision that a reference names. Raises CheckpointError where it names none."""
+    """Return the repository and the revision that a reference names. Raises CheckpointError where it names none."""
     match = REPOSITORY.fullmatch(reference)
     if match is None or not is_repository(reference):
         raise CheckpointError(
@@ -99,7 +100,7 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Fetched:
             f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
         )
     else:
-        wanted = [*_weights(repo, info.sha, listed), *(name for name in listed if _is_beside(name))]
+        wanted = [*_weights(repo, info.sha, listed), *(name for name in listed if _is_small_file(name))]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
     if folder.name != info.sha:
         raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
@@ -107,7 +108,7 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Fetched:
 
 
 def _weights(repo: str, commit: str | None, names: set[str]) -> list[str]:
-    """The weight files of a repository; where it has an index, that and what it names."""
+    """Return the weight files of a repository: one, or an index and all that it names, or a numbered set."""
     from huggingface_hub import hf_hub_download
 
     files = folders.weight_names(repo, {name for name in names if "/" not in name})
@@ -119,22 +120,26 @@ def _weights(repo: str, commit: str | None, names: set[str]) -> list[str]:
     return files
 
 
-def _is_beside(name: str) -> bool:
+def _is_small_file(name: str) -> bool:
     return not name.endswith(folders.INDEX_ENDING) and any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in BESIDE
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SMALL_FILES
     )
 
 
 def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trouble: str) -> Fetched:
-    """The repository as the cache has it. Raises CheckpointError, with the trouble that led there, if incomplete."""
+    """Return the repository as the cache has it.
+
+    Raises:
+        CheckpointError: it is incomplete there; the message says why the hub couldn't be asked (``trouble``).
+    """
     from huggingface_hub import snapshot_download
 
-    beside = [folders.ADAPTER_CONFIG] if adapter else list(BESIDE)
+    patterns = [folders.ADAPTER_CONFIG] if adapter else list(SMALL_FILES)
     remedy = "Connect and run again, or name a folder on this machine."
     try:
         # Where the cache knows the repository's files, the patterns make sure that all the small ones are there.
-        found = snapshot_download(
-            repo, revision=revision, local_files_only=True, allow_patterns=beside, ignore_patterns=["*/*"]
+        folder = snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=patterns, ignore_patterns=["*/*"]
         )
     except Exception as error:
         raise CheckpointError(
@@ -142,18 +147,18 @@ def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trou
         ) from error
     try:
         if adapter:
-            folders.adapter_weights(found, {path.name for path in Path(found).iterdir()})
+            folders.adapter_weights(folder, {path.name for path in Path(folder).iterdir()})
         else:
-            folders.weight_files(Path(found))
+            folders.weight_files(Path(folder))
     except CheckpointError as error:
         raise CheckpointError(
             f"{reference}: {trouble}, and the local cache doesn't hold all of its weights. {remedy}\n{error}"
         ) from error
-    return Fetched(Path(found), Path(found).name)
+    return Fetched(Path(folder), Path(folder).name)
 
 
 def _refusal(reference: str, repo: str, revision: str | None, error: Exception) -> str | None:
-    """What is wrong with the request, or None where the hub couldn't be asked and the cache may serve."""
+    """Return what is wrong with the request; None where the hub couldn't be asked, so that the cache may serve."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -175,7 +180,7 @@ def _refusal(reference: str, repo: str, revision: str | None, error: Exception) 
 
 
 def _trouble(error: Exception) -> str:
-    """Why the hub couldn't be asked."""
+    """Return why the hub couldn't be asked."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -185,7 +190,7 @@ def _trouble(error: Exception) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it: the client hides some refusals behind 'not in the cache'."""
+    """Yield an error and its causes, as the client hides some refusals behind 'not in the cache'."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -196,7 +201,7 @@ def _is(error: Exception, kind: type[Exception]) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an error reports, if any."""
+    """Return the HTTP status that an error reports, or None."""
     statuses: Iterable[int | None] = (
         getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error)
     )
@@ -204,7 +209,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _nearest_path(reference: str) -> str:
-    """A hint at the file or folder beside which the user may have meant, or nothing."""
+    """Return a hint at the file or folder that the user may have meant, or an empty text."""
     try:
         path = Path(reference).expanduser()
         return nearest(path.name, (sibling.name for sibling in path.parent.iterdir()))

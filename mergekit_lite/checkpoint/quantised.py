@@ -1,4 +1,4 @@
-"""Quantised weights shown as the tensors they stand for: code × scale, with the scales hidden.
+"""Recognise quantised weights, and show them as the tensors they stand for: code × scale, with the scales hidden.
 
 Read are the FP8 schemes, whose value is ``float32(code) * scale``:
 
@@ -7,7 +7,7 @@ Read are the FP8 schemes, whose value is ``float32(code) * scale``:
   ``X.weight_scale`` and ``block_structure``.
 * one scale a tensor, a row or a column (compressed-tensors ``float-quantized``, fbgemm, static FP8, ModelOpt FP8).
 
-Stacked experts (experts, rows, columns) are matrices one after another. Every other format is refused by name.
+Stacked experts (experts, rows, columns) are matrices one after another. Every other scheme is refused by name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint import refused_formats
-from mergekit_lite.checkpoint.tensor import Block, Scale, TensorSpec, grid
+from mergekit_lite.checkpoint.encodings import refused
+from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled, grid
+from mergekit_lite.checkpoint.tensor import Block, TensorSpec
 from mergekit_lite.errors import CheckpointError, counted, listing
 
 CODES = ("float8_e4m3fn", "float8_e5m2")
@@ -28,43 +29,53 @@ OF_ACTIVATIONS = (".input_scale", ".input_scale_ub", ".activation_scale", ".outp
 OF_CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 
 
-def present(
+def dequantised(
     path: Path, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Show what quantised tensors stand for.
+    """Show a checkpoint's quantised tensors as what they stand for.
+
+    Args:
+        path: the checkpoint, for errors.
+        tensors: all that its files hold, by name.
+        config: its ``config.json``, if any.
 
     Returns:
         The tensors, with dequantised weights as float32 and without their scales; and why each scale is left out.
 
     Raises:
-        CheckpointError: some tensors are in a format that is refused, or a scale doesn't fit its weight. All are named.
+        CheckpointError: some tensors are in a scheme that is refused, or a scale doesn't fit its weight. All are named.
     """
     quantization = _quantization(config)
     method = str(quantization["quant_method"]).lower() if quantization.get("quant_method") else None
-    problems = refused_formats.refusals(tensors, method)
+    problems = refused.refusals(tensors, method)
     if not problems:
-        logical, hidden, problems = _dequantised(tensors, _blocks(quantization))
+        logical, hidden, problems = _paired(tensors, _blocks(quantization))
     if problems:
         raise CheckpointError(listing(f"{path}: {counted(len(problems), 'problem')} with quantised weights", problems))
     return logical, hidden
 
 
-def _dequantised(
+def _paired(
     tensors: Mapping[str, TensorSpec], blocks: frozenset[Block]
 ) -> tuple[dict[str, TensorSpec], dict[str, str], list[str]]:
-    """Pair codes with their scales: the logical tensors, the hidden ones, and what is wrong."""
+    """Pair codes with their scales.
+
+    Returns:
+        The tensors to show by name, why each hidden one is left out, and what is wrong.
+    """
     scaled: dict[str, TensorSpec] = {}
     hidden: dict[str, str] = {}
     problems: list[str] = []
     for name, spec in tensors.items():
         if spec.dtype in CODES:
             try:
-                scaled[name] = _with_scale(spec, tensors, blocks)
+                scale = _scale_of(spec, tensors)
+                encoding = BlockScaled(spec, scale, _block_of(spec, scale, blocks))
+                scaled[name] = replace(spec, dtype="float32", encoding=encoding, written_as="bfloat16")
             except CheckpointError as error:
                 problems.append(str(error))
-    for name, spec in scaled.items():
-        assert spec.scale is not None
-        hidden[spec.scale.spec.name] = f"scale of {name}, applied when that is read"
+            else:
+                hidden[scale.name] = f"scale of {name}, applied when that is read"
     for name, spec in tensors.items():
         if name in scaled or name in hidden or spec.dtype in CODES:
             continue
@@ -76,33 +87,33 @@ def _dequantised(
     return logical, hidden, problems
 
 
-def _with_scale(spec: TensorSpec, tensors: Mapping[str, TensorSpec], blocks: frozenset[Block]) -> TensorSpec:
-    """The logical tensor of some codes. Raises CheckpointError where their scale is missing or doesn't fit."""
-    found = [tensors[spec.name + ending] for ending in ENDINGS if spec.name + ending in tensors]
-    if not found:
+def _scale_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
+    """Return the scales of a tensor of codes. Raises CheckpointError where they are missing or ambiguous."""
+    scales = [tensors[spec.name + ending] for ending in ENDINGS if spec.name + ending in tensors]
+    if not scales:
         raise CheckpointError(
             f"{spec.name}: {spec.dtype} codes without a scale (looked for {spec.name}_scale_inv and _scale). If the "
             "scale is in another file, name the folder; if these are plain values, save them as bfloat16 first."
         )
-    if len(found) > 1:
+    if len(scales) > 1:
         raise CheckpointError(
-            f"{spec.name}: has both {found[0].name} and {found[1].name}; it is not clear which is meant."
+            f"{spec.name}: has both {scales[0].name} and {scales[1].name}; it is not clear which is meant."
         )
     if spec.name + "_zero_point" in tensors:
+        raise CheckpointError(f"{spec.name}: has a zero point, which no supported scheme uses. {refused.ORIGINAL}.")
+    if scales[0].dtype not in SCALES:
         raise CheckpointError(
-            f"{spec.name}: has a zero point, which no supported scheme uses. {refused_formats.ORIGINAL}."
+            f"{scales[0].name}: a scale should be one of {', '.join(SCALES)}, but is {scales[0].dtype}. "
+            f"{refused.ORIGINAL}."
         )
-    if found[0].dtype not in SCALES:
-        raise CheckpointError(
-            f"{found[0].name}: a scale should be one of {', '.join(SCALES)}, but is {found[0].dtype}. "
-            f"{refused_formats.ORIGINAL}."
-        )
-    scale = Scale(spec.dtype, found[0], _block_of(spec, found[0], blocks))
-    return replace(spec, dtype="float32", scale=scale, written_as="bfloat16")
+    return scales[0]
 
 
 def _block_of(spec: TensorSpec, scale: TensorSpec, blocks: frozenset[Block]) -> Block:
-    """The (rows, columns) that share a scale, from the shapes; the size of a true block comes from the config alone."""
+    """Return the (rows, columns) that share a scale, by the shapes; a true block's size comes from the config alone.
+
+    Raises CheckpointError where no scheme, or more than one, has a scale of this shape.
+    """
     *stack, rows, columns = (1, 1, *spec.shape)[-max(2, len(spec.shape)) :]
     matrix = max(1, rows), max(1, columns)
     if scale.numel == 1:
@@ -125,7 +136,7 @@ def _is_runtime_scale(spec: TensorSpec) -> bool:
 
 
 def _stray(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
-    """What is wrong with a scale that belongs to no codes, or with a scale's dtype where no scale is expected."""
+    """Return what is wrong with a tensor that is a scale by its name or dtype, but of no codes; else None."""
     for ending in ("_scale_inv", ".weight_scale"):
         if spec.name.endswith(ending):
             weight = tensors.get(spec.name.removesuffix("_inv").removesuffix("_scale"))
@@ -133,26 +144,26 @@ def _stray(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
                 return f"{spec.name}: is the scale of a weight that isn't here. Name the whole folder, or remove it."
             return (
                 f"{spec.name}: is a scale, but {weight.name} is plain {weight.dtype}; it is not clear whether it is "
-                f"applied already. Remove the scale if it is; else {refused_formats.ORIGINAL.lower()}."
+                f"applied already. Remove the scale if it is; else {refused.ORIGINAL.lower()}."
             )
     if spec.dtype == "float8_e8m0fnu":
-        return f"{spec.name}: holds scales (float8_e8m0fnu) of an unknown scheme. {refused_formats.ORIGINAL}."
+        return f"{spec.name}: holds scales (float8_e8m0fnu) of an unknown scheme. {refused.ORIGINAL}."
     return None
 
 
 def _quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The quantisation section of a config, or of its text model's config; empty where there is none."""
+    """Return the quantisation section of a config, or of its text model's config; empty where it has none."""
     config = config or {}
     for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in ("quantization_config", "compression_config"):
             if isinstance(section.get(key), Mapping):
-                found: Mapping[str, Any] = section[key]
-                return found
+                quantization: Mapping[str, Any] = section[key]
+                return quantization
     return {}
 
 
 def _blocks(quantization: Mapping[str, Any]) -> frozenset[Block]:
-    """The block sizes that a config declares."""
+    """Return the block sizes that a config declares."""
     sizes = [quantization.get("weight_block_size")]
     groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from mergekit_lite.checkpoint import hub
 from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
@@ -21,8 +22,15 @@ SCALED = re.compile(r"(?P<path>.+):(?P<scale>-?(\d+\.?\d*|\.\d+)([eE]-?\d+)?)")
 MOST_PLUSES = 12
 
 
-class Addend(NamedTuple):
-    """One thing to add: the path or repository, what to multiply it by, and whether any base will do."""
+class Addition(NamedTuple):
+    """What one ``+`` of a reference adds.
+
+    Attributes:
+        path: of a task vector or an adapter, or a hub repository.
+        scale: what it is multiplied by.
+        rebase: whether a vector may be added to any base.
+        is_vector: whether it was called a vector.
+    """
 
     path: str
     scale: float = 1.0
@@ -34,40 +42,40 @@ class Addend(NamedTuple):
         return f"{prefix}{self.path}" + (f":{self.scale!r}" if self.scale != 1 else "")
 
     @property
-    def is_there(self) -> bool:
+    def can_exist(self) -> bool:
         """Whether it is on this disk, or may be on the hub."""
-        from mergekit_lite.checkpoint import hub
-
         return Path(self.path).expanduser().exists() or (not self.is_vector and hub.is_repository(self.path))
 
 
-def addend(text: str) -> Addend:
-    """Read one addend. Raises UsageError where its number is too large."""
+def parse_addition(text: str) -> Addition:
+    """Parse ``PATH``, ``PATH:SCALE``, ``vector:PATH`` or ``rebase:PATH``. Raises UsageError for too large a number."""
     rebase, is_vector = text.startswith(REBASE), text.startswith((VECTOR, REBASE))
     path = text.removeprefix(REBASE).removeprefix(VECTOR)
-    found = None if Path(path).expanduser().exists() else SCALED.fullmatch(path)
-    scale = float(found["scale"]) if found else 1.0
+    match = None if Path(path).expanduser().exists() else SCALED.fullmatch(path)
+    scale = float(match["scale"]) if match else 1.0
     if not math.isfinite(scale):
         raise UsageError(f"{text}: {scale} is too large a number.")
-    return Addend(found["path"] if found else path, scale, rebase, is_vector)
+    return Addition(match["path"] if match else path, scale, rebase, is_vector)
 
 
 def names_vector(reference: str) -> bool:
-    """Whether a reference is a task vector without a base."""
+    """Return whether a reference is a task vector without a base."""
     return reference.startswith((VECTOR, REBASE))
 
 
-def parted(reference: str) -> tuple[str, tuple[Addend, ...]]:
-    """Base and addends. Where paths have pluses of their own, the cut that leaves things which can be opened.
+def split_reference(reference: str) -> tuple[str, tuple[Addition, ...]]:
+    """Split a reference into its base and what is added to it.
+
+    Paths may have pluses of their own: the reference is cut so that base and additions can all be opened.
 
     Raises:
-        CheckpointError: no cut, or more than one, does.
+        CheckpointError: no cut leaves such parts, or more than one does.
     """
     segments = reference.split("+")
     cuts = [_cut(segments)] if len(segments) > MOST_PLUSES else list(_cuts(segments))
-    sound = [(base, added) for base, added in cuts if _can_be_base(base) and all(one.is_there for one in added)]
     if len(segments) == 2:
         return cuts[0]
+    sound = [(base, added) for base, added in cuts if _can_be_base(base) and all(one.can_exist for one in added)]
     if not sound:
         raise CheckpointError(f"{reference}: no such file or folder, and no BASE+ADAPTER of which both are there.")
     if len(sound) > 1:
@@ -78,18 +86,16 @@ def parted(reference: str) -> tuple[str, tuple[Addend, ...]]:
 
 
 def _can_be_base(text: str) -> bool:
-    from mergekit_lite.checkpoint import hub
-
     return Path(text).expanduser().exists() or hub.is_repository(text)
 
 
-def _cuts(segments: list[str]) -> Iterator[tuple[str, tuple[Addend, ...]]]:
-    """Every way to cut at some of the pluses, one at least."""
+def _cuts(segments: list[str]) -> Iterator[tuple[str, tuple[Addition, ...]]]:
+    """Yield every way to cut at some of the pluses, one at least."""
     for joints in product("|+", repeat=len(segments) - 1):
         if "|" in joints:
             text = segments[0] + "".join(joint + part for joint, part in zip(joints, segments[1:], strict=True))
             yield _cut(text.split("|"))
 
 
-def _cut(parts: list[str]) -> tuple[str, tuple[Addend, ...]]:
-    return parts[0], tuple(addend(part) for part in parts[1:])
+def _cut(parts: list[str]) -> tuple[str, tuple[Addition, ...]]:
+    return parts[0], tuple(parse_addition(part) for part in parts[1:])

@@ -1,60 +1,92 @@
-"""What the headers tell of a checkpoint's tensors and files, before any weight is read."""
+"""A tensor of a checkpoint: what the headers say of it, and how its elements are read.
+
+How its elements are stored is its *encoding*. Most lie in their file as they are (``Plain``); the other encodings are
+files of their own in ``checkpoint/encodings``.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite.errors import CheckpointError, shortened
-
-if TYPE_CHECKING:
-    from mergekit_lite.checkpoint.change import Change
+from mergekit_lite.checkpoint.reader import Reader, bytes_of
+from mergekit_lite.deferred import torch
 
 Block = tuple[int, int]  # rows, columns
-MAX_NAME = 1000
 
 
-def check_name(file: Path, name: str) -> None:
-    """Raise CheckpointError where a tensor's name is endless, or has characters that play tricks on a terminal."""
-    if len(name) > MAX_NAME or not name.isprintable():
-        raise CheckpointError(
-            f"{file}: a tensor's name {shortened(repr(name), 80)} is longer than {MAX_NAME} characters or has "
-            "unprintable ones. The file is damaged or forged."
-        )
+class Encoding(ABC):
+    """How the elements of a tensor are stored. Only ``fill`` has to be given; the rest is that of a plain tensor.
+
+    An encoding is a small frozen dataclass with slots: a checkpoint has one for every tensor that isn't plain.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the elements ``start …`` of a tensor, counted in row-major order.
+
+        Args:
+            spec: the tensor, whose encoding this is.
+            reader: to read with.
+            start: index of the first element.
+            out: bytes; their number says how many elements, of ``spec.dtype``.
+
+        Raises:
+            RunError: a file can't be read, or is damaged.
+        """
+
+    def stored_dtype(self, spec: TensorSpec) -> str:
+        """Return the name of what is on disk for an element."""
+        return spec.dtype
+
+    def stored_bytes(self, spec: TensorSpec, count: int) -> int:
+        """Return the bytes on disk of ``count`` elements."""
+        return count * dtypes.size(self.stored_dtype(spec))
+
+    def all_bytes(self, spec: TensorSpec) -> int:
+        """Return the bytes on disk of everything the tensor is made of."""
+        return self.stored_bytes(spec, spec.numel)
+
+    @property
+    def block(self) -> Block | None:
+        """The rows and columns that share a scale, where codes are stored; None where values are."""
+        return None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Plain data that is equal for two encodings only where they make equal values of equal files."""
+        return (None,)
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """How stored codes become values: value = code × scale, one scale for each block of the matrix.
+class Plain(Encoding):
+    """The elements lie in the file one after another, as they are read."""
 
-    ``codes`` is the dtype on disk and ``spec`` the scale tensor, which may lie in another file. ``block`` is the (rows,
-    columns) that share one scale: (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row, (rows, columns) one
-    a matrix. A scale of a single element is for the whole tensor, also where that is a stack of matrices.
-    """
-
-    codes: str
-    spec: TensorSpec
-    block: Block
+    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Read straight into ``out``; torch is not needed."""
+        reader.fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), out, spec.name)
 
 
-def grid(matrix: Block, block: Block) -> Block:
-    """How many rows and columns of blocks cover a matrix, ragged blocks at the edges included."""
-    return -(-matrix[0] // block[0]), -(-matrix[1] // block[1])
+PLAIN = Plain()  # the one that all plain tensors share
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: its name, dtype and shape, and where its bytes lie.
+    """One tensor: its name, dtype and shape, where its bytes lie, and how they are stored.
 
-    ``dtype`` is what a reader gets. ``strides`` (in elements) is given only for the rare tensor of a torch file that is
-    not laid out row by row; ``scale`` only for one that is stored quantised: its ``dtype`` is the dequantised one;
-    ``change`` only for one that adapters or task vectors add to: it lies where its base lies. ``written_as`` is the
-    dtype it takes in an output unless another is asked for, where that is not ``dtype``.
+    Attributes:
+        name: its name.
+        dtype: what a reader gets.
+        shape: its sizes.
+        file: the file it lies in; of a sum, the base's.
+        offset: the byte at which it begins there.
+        encoding: how its elements are stored.
+        written_as: the dtype it takes in an output unless another is asked for, where that is not ``dtype``.
     """
 
     name: str
@@ -62,9 +94,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     file: Path
     offset: int
-    strides: tuple[int, ...] | None = None
-    scale: Scale | None = None
-    change: Change | None = None
+    encoding: Encoding = PLAIN
     written_as: str | None = None
 
     @property
@@ -73,60 +103,53 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
-    def as_stored(self) -> bool:
-        """Whether its elements are read as they lie on disk, one behind the other."""
-        return self.change is None and self.scale is None and self.strides is None
+    def is_plain(self) -> bool:
+        """Whether its elements lie in its file one after another, as they are read."""
+        return isinstance(self.encoding, Plain)
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype of the bytes on disk."""
-        if self.change:
-            return self.change.base.stored_dtype if self.change.base else self.dtype
-        return self.scale.codes if self.scale else self.dtype
+        """What is on disk for an element: the name of a dtype."""
+        return self.encoding.stored_dtype(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk, those of what is added to it included."""
-        if self.change:
-            return sum(part.nbytes for part in self.change.parts)
-        return self.numel * dtypes.size(self.stored_dtype)
+        return self.encoding.all_bytes(self)
 
     @property
     def quantised(self) -> bool:
         """Whether it is dequantised when it is read."""
-        if self.change:
-            return self.change.base is not None and self.change.base.quantised
-        return self.scale is not None
+        return self.encoding.block is not None
 
-    def transposed(self) -> TensorSpec:
-        """The same matrix seen with its rows as columns."""
-        rows, columns = self.shape
-        return replace(self, shape=(columns, rows), strides=(self.strides or (columns, 1))[::-1])
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Plain data that tells which bytes it is read from, and what they are made into."""
+        return (self.name, self.dtype, self.file.name, self.offset, *self.encoding.key)
 
+    def stored_bytes(self, count: int) -> int:
+        """Return the bytes on disk of ``count`` of its elements."""
+        return self.encoding.stored_bytes(self, count)
 
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """The identity of one file of weights, taken when its header was read."""
+    def fill(self, reader: Reader, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes of the elements ``start …``, counted in row-major order.
 
-    path: Path
-    size: int
-    mtime_ns: int
-    header_digest: str
+        Args:
+            reader: to read with.
+            start: index of the first element.
+            out: bytes; their number says how many elements, of ``dtype``.
 
-    @classmethod
-    def identify(cls, path: Path, header: bytes) -> WeightFile:
-        """Note size, time and header digest of a file."""
-        status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(header))
+        Raises:
+            RunError: a file can't be read, or ends before its header says it does.
+        """
+        self.encoding.fill(self, reader, start, out)
 
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError where the file is no longer the one whose header was read."""
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: was readable when planned, but now: {error.strerror}") from error
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise CheckpointError(
-                f"{self.path}: changed since it was planned (size {self.size:,} then, {status.st_size:,} now). "
-                "Leave the inputs alone while they are read, and start again."
-            )
+    def read(self, reader: Reader, start: int, out: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor of ``dtype`` with the elements ``start …``; errors as in ``fill``."""
+        self.fill(reader, start, bytes_of(out))
+
+    def elements(self, reader: Reader, start: int, count: int) -> torch.Tensor:
+        """Return ``count`` elements from ``start`` on: 1-D, of ``dtype``; errors as in ``fill``."""
+        out = torch.empty(count, dtype=dtypes.torch_dtype(self.dtype))
+        self.read(reader, start, out)
+        return out

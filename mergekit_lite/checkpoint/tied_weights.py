@@ -19,22 +19,22 @@ EMBEDDINGS = (
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor is an output head by its name."""
+    """Return whether a tensor is an output head by its name."""
     return _ends(name, HEADS)
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor is an input embedding by its name."""
+    """Return whether a tensor is an input embedding by its name."""
     return _ends(name, EMBEDDINGS)
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a tensor has one row for each token: an embedding, a head, or a head's bias."""
+    """Return whether a tensor has one row for each token: an embedding, a head, or a head's bias."""
     return _ends(name, EMBEDDINGS + HEADS) or _ends(name, tuple(head.replace("weight", "bias") for head in HEADS))
 
 
 def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
-    """The embedding that stands in for a head which ``tensors`` lacks, or None where there is not exactly one."""
+    """Return the embedding that serves as a head which ``tensors`` lacks, or None where there is not exactly one."""
     if not is_head(name) or name in tensors:
         return None
     embeddings = [spec for spec in tensors.values() if is_embedding(spec.name)]
@@ -46,5 +46,5 @@ def _ends(name: str, endings: tuple[str, ...]) -> bool:
 
 
 def counterpart(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
-    """The tensor of this name in another model, or the embedding that it ties a head of this name to."""
+    """Return the tensor of this name, or the embedding that a model without a head of this name uses as one."""
     return tensors.get(name) or tied_to(name, tensors)

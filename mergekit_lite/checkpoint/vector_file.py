@@ -4,7 +4,7 @@ The metadata's entry ``task_vector`` is JSON: ``version``, ``format``, the ``bas
 for each name the dtype it is written in and its shape. The tensor ``NAME`` is stored as one of
 
     NAME                                    every difference (dense); another tool reads the file as a model of them
-    NAME:starts, NAME:places, NAME:values   some of them (sparse); beside ``NAME`` what rounding it left out
+    NAME:starts, NAME:places, NAME:values   some of them (sparse); together with ``NAME``, what rounding that left out
     NAME:left, NAME:right                   factors of low rank
     NAME:bits, NAME:sizes                   signs, and a size for each row
     NAME:whole                              no difference but the tensor itself: one that the base lacks, or has in
@@ -14,23 +14,27 @@ for each name the dtype it is written in and its shape. The tensor ``NAME`` is s
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import safetensors_file, tied_weights
-from mergekit_lite.checkpoint.change import CHUNK, Change, Dense, LowRank, Signs, Sparse, Term, changed, scaled
+from mergekit_lite.checkpoint import tied_weights
+from mergekit_lite.checkpoint.encodings.dense import Dense
+from mergekit_lite.checkpoint.encodings.low_rank import LowRank
+from mergekit_lite.checkpoint.encodings.signs import Signs
+from mergekit_lite.checkpoint.encodings.sparse import Sparse
+from mergekit_lite.checkpoint.encodings.sum import Sum, VectorTerm, scaled, with_terms
+from mergekit_lite.checkpoint.formats import safetensors
+from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
-from mergekit_lite.checkpoint.tensor import MAX_NAME, TensorSpec, WeightFile, check_name
-from mergekit_lite.errors import CheckpointError, counted, listing, shortened
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import CheckpointError, UsageError, counted, listing, shortened
 
 KEY = "task_vector"
 VERSION = 1
-KINDS: Mapping[tuple[str, ...], Callable[..., Term]] = {
+KINDS: Mapping[tuple[str, ...], Callable[..., VectorTerm]] = {
     ("",): Dense,
     ("starts", "places", "values"): Sparse,
     ("left", "right"): LowRank,
@@ -39,18 +43,25 @@ KINDS: Mapping[tuple[str, ...], Callable[..., Term]] = {
 EXACT: tuple[list[type], ...] = ([Dense], [Dense, Sparse])
 WAYS = {"dense": EXACT, "sparse": ([Sparse],), "lowrank": ([LowRank], *EXACT), "sign": ([Signs], *EXACT)}
 FORMATS = tuple(WAYS)
-PARTS = ("starts", "places", "values", "left", "right", "bits", "sizes", "whole")
-MAX_RANK = 4096  # as for adapters
+PARTS = (*(part for parts in KINDS for part in parts if part), "whole")
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a task vector says of one tensor: the dtype it is written in, and terms to add or the ``whole`` tensor."""
+    """What a task vector holds for one tensor.
+
+    Attributes:
+        name: of the tensor.
+        dtype: what it is written in.
+        shape: of the tensor.
+        terms: to be added to the base's.
+        whole: the tensor itself, where it isn't stored as a difference.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    terms: tuple[Term, ...] = ()
+    terms: tuple[VectorTerm, ...] = ()
     whole: TensorSpec | None = None
 
 
@@ -63,8 +74,8 @@ class Vector:
         path: of its file.
         file: the file's identity.
         format: one of ``FORMATS``.
-        base: the model it is the distance from.
-        deltas: by the name of the tensor.
+        base: the model that it was made from.
+        deltas: what it holds, by the name of the tensor.
         revision: always None: vectors are local files.
     """
 
@@ -76,10 +87,18 @@ class Vector:
     deltas: Mapping[str, Delta]
     revision: str | None = None
 
-    def over(
+    def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
     ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """The tensors of a base with the vector, times ``scale``, added; and why each that is not read is left out.
+        """Return the tensors of a base with the vector, times ``scale``, added.
+
+        Args:
+            base: its tensors by name.
+            config: not needed; adapters, which are added likewise, need it.
+            scale: of the whole vector.
+
+        Returns:
+            The tensors; and why each tensor of the base that is not read is left out.
 
         Raises:
             CheckpointError: a tensor is missing in the base or has another shape there; or one that is stored whole
@@ -101,20 +120,20 @@ class Vector:
             elif own is None:
                 problems.append(f"{name}: the base has no such tensor. Is it the right base?")
             elif own.shape != delta.shape or not dtypes.is_float(own.dtype):
-                found = f"{own.dtype} {list(own.shape)}"
-                problems.append(f"{name}: is {found} in the base, expected a float of {list(delta.shape)}")
-            else:
-                written = delta.dtype if own.change is None or own.written_as == delta.dtype else own.written_as
-                tensors[name] = replace(
-                    changed(own, scaled(delta.terms, scale), name, delta.dtype == "float64"), written_as=written
+                problems.append(
+                    f"{name}: is {own.dtype} {list(own.shape)} in the base, expected a float of {list(delta.shape)}"
                 )
+            else:
+                total = with_terms(own, scaled(delta.terms, scale), name, wide=delta.dtype == "float64")
+                written_as = own.written_as if isinstance(own.encoding, Sum) else delta.dtype
+                tensors[name] = replace(total, written_as=written_as)
         if problems:
             title = f"{self.reference}: {counted(len(problems), 'problem')} with this task vector on its base"
             raise CheckpointError(listing(title, problems))
         return tensors, left_out
 
-    def over_zero(self) -> dict[str, TensorSpec]:
-        """The differences as tensors by themselves.
+    def differences(self) -> dict[str, TensorSpec]:
+        """Return the differences as tensors by themselves.
 
         Raises:
             CheckpointError: some tensors are stored whole, which are no differences.
@@ -124,18 +143,24 @@ class Vector:
         ]
         if whole:
             raise CheckpointError(listing(f"{self.reference}: can't be combined", whole))
-        return {name: from_zero(delta, self.path) for name, delta in self.deltas.items()}
+        return {name: difference(delta, self.path) for name, delta in self.deltas.items()}
 
 
-def from_zero(delta: Delta, path: Path) -> TensorSpec:
-    """A difference as a tensor; without terms it is zero everywhere."""
-    change = Change(None, delta.terms)
-    wide = any(part.dtype == "float64" for part in change.parts)
-    return TensorSpec(delta.name, "float64" if wide else "float32", delta.shape, path, 0, change=change)
+def difference(delta: Delta, path: Path) -> TensorSpec:
+    """Return a difference as a tensor; without terms it is zero everywhere."""
+    terms = Sum(None, delta.terms)
+    wide = any(part.dtype == "float64" for part in terms.parts)
+    return TensorSpec(delta.name, "float64" if wide else "float32", delta.shape, path, 0, terms)
+
+
+def check_output(path: Path) -> None:
+    """Raise UsageError where a task vector can't be written under this name, as its suffix is another."""
+    if path.suffix not in safetensors.SUFFIXES:
+        raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
 
 
 def is_vector(metadata: Mapping[str, str]) -> bool:
-    """Whether the metadata of a safetensors file say that it holds a task vector."""
+    """Return whether the metadata of a safetensors file say that it holds a task vector."""
     return KEY in metadata
 
 
@@ -145,15 +170,15 @@ def read_vector(reference: str, path: Path) -> Vector:
     Raises:
         CheckpointError: it is none, is damaged or hostile, or of an unknown version or format. All problems are named.
     """
-    identity, stored, metadata = safetensors_file.read_header(path)
-    if not is_vector(metadata):
+    header = safetensors.read_header(path)
+    if not is_vector(header.metadata):
         raise CheckpointError(
             f"{path}: is not a task vector (its metadata has no {KEY!r}). "
             "Make one: mergekit-lite vector extract BASE TUNED -o v.safetensors"
         )
-    about = _about(path, metadata[KEY])
+    about = _about(path, header.metadata[KEY])
     parts: dict[str, dict[str, TensorSpec]] = {}
-    for name, spec in stored.items():
+    for name, spec in header.tensors.items():
         whose, _, part = name.rpartition(":") if name.endswith(tuple(f":{part}" for part in PARTS)) else (name, "", "")
         parts.setdefault(whose, {})[part] = spec
     problems = [f"{name}: is stored, but not described" for name in parts if name not in about["tensors"]]
@@ -166,18 +191,18 @@ def read_vector(reference: str, path: Path) -> Vector:
     if problems:
         title = f"{path}: {counted(len(problems), 'problem')} with this task vector. It is damaged or forged"
         raise CheckpointError(listing(title, problems))
-    return Vector(reference, path, identity, about["format"], Identity(**about["base"]), deltas)
+    return Vector(reference, path, header.file, about["format"], Identity(**about["base"]), deltas)
 
 
 def described(form: str, base: Identity, deltas: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
-    """The metadata of a task vector, from each tensor's dtype and shape."""
+    """Return the metadata of a task vector, from each tensor's dtype and shape."""
     tensors = {name: [dtype, list(shape)] for name, (dtype, shape) in deltas.items()}
     about = {"version": VERSION, "format": form, "base": base._asdict(), "tensors": tensors}
     return {KEY: json.dumps(about, separators=(",", ":"), ensure_ascii=False)}
 
 
 def _about(path: Path, text: str) -> dict[str, Any]:
-    """The description in the metadata, checked but for its tensors."""
+    """Read and check the description in the metadata, all but what it says of each tensor."""
 
     def refuse(what: str) -> NoReturn:
         raise CheckpointError(f"{path}: its description {what}. It is damaged, forged, or of another program.")
@@ -211,7 +236,7 @@ def _is_text(value: object) -> bool:
 
 
 def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSpec]) -> Delta:
-    """One tensor, its parts checked against its shape."""
+    """Return what is stored for one tensor, its parts checked against its shape."""
     if not (
         isinstance(described, list)
         and len(described) == 2
@@ -227,14 +252,14 @@ def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSp
         if len(parts) > 1 or (whole.dtype, whole.shape) != (dtype, shape):
             raise CheckpointError(f"{whole.name}: is {whole.dtype} {list(whole.shape)}, expected {dtype} {list(shape)}")
         return Delta(name, dtype, shape, (), whole)
-    terms: list[Term] = []
-    left = dict(parts)
+    terms: list[VectorTerm] = []
+    unused = dict(parts)
     for keys, kind in KINDS.items():
-        if left.keys() >= set(keys):
-            terms.append(kind(*(left.pop(key) for key in keys)))
-    if left or [type(term) for term in terms] not in WAYS[form]:
-        found = ", ".join(sorted(spec.name for spec in parts.values())) or "nothing"
-        raise CheckpointError(f"{shortened(name)}: found {found}, which is no way to store a difference")
+        if unused.keys() >= set(keys):
+            terms.append(kind(*(unused.pop(key) for key in keys)))
+    if unused or [type(term) for term in terms] not in WAYS[form]:
+        names = ", ".join(sorted(spec.name for spec in parts.values())) or "nothing"
+        raise CheckpointError(f"{shortened(name)}: found {names}, which is no way to store a difference")
     if not dtypes.is_float(dtype):
         raise CheckpointError(f"{shortened(name)}: has differences, but is {dtype}, which is not for arithmetic")
     for term in terms:
@@ -242,48 +267,11 @@ def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSp
     return Delta(name, dtype, shape, tuple(terms))
 
 
-def _check(name: str, term: Term, shape: tuple[int, ...]) -> None:
+def _check(name: str, term: VectorTerm, shape: tuple[int, ...]) -> None:
     """Raise CheckpointError where a term's parts don't fit a tensor of this shape."""
-    numel = math.prod(shape)
-    match term:
-        case Dense(values):
-            expected = {values: (shape, dtypes.FLOATS)}
-        case Sparse(starts, places, values):
-            kept = values.shape[:1] if values.shape[:1] <= (numel,) else (numel,)
-            expected = {
-                starts: ((-(-numel // CHUNK) + 1,), ("int64",)),
-                places: (kept, ("uint16",)),
-                values: (kept, dtypes.FLOATS),
-            }
-        case LowRank(left, right):
-            rank = min(left.shape[-1], MAX_RANK) if left.shape else 0
-            expected = {left: ((*shape[:-1], rank), dtypes.FLOATS), right: ((rank, *shape[-1:]), dtypes.FLOATS)}
-            if len(shape) != 2 or rank == 0:
-                raise CheckpointError(
-                    f"{name}: factors of a tensor of shape {list(shape)}, expected a matrix, rank ≥ 1"
-                )
-        case Signs(bits, sizes):
-            rows = math.prod(shape[:-1])
-            expected = {bits: ((-(-numel // 8),), ("uint8",)), sizes: ((rows,), dtypes.FLOATS)}
-        case _:
-            raise AssertionError(term)
-    for spec, (wanted, kinds) in expected.items():
+    for spec, (wanted, kinds) in term.expected(name, shape).items():
         if spec.shape != wanted or spec.dtype not in kinds:
             raise CheckpointError(
                 f"{spec.name}: is {spec.dtype} {list(spec.shape)}, expected {' or '.join(kinds)} {list(wanted)}"
             )
-    if isinstance(term, Sparse):
-        _check_ends(term)
-
-
-def _check_ends(term: Sparse) -> None:
-    """Raise CheckpointError where an index doesn't begin at 0 and end at the number of values."""
-    with term.starts.file.open("rb") as file:
-        ends = [
-            int.from_bytes(os.pread(file.fileno(), 8, term.starts.offset + 8 * at), "little", signed=True)
-            for at in (0, term.starts.numel - 1)
-        ]
-    if ends != [0, term.values.numel]:
-        raise CheckpointError(
-            f"{term.starts.name}: counts from {ends[0]} to {ends[1]}, expected 0 to {term.values.numel}"
-        )
+    term.check_values()

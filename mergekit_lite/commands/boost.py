@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 FILE = click.Path(dir_okay=False, path_type=Path)
 Option = Callable[[Callable[..., None]], Callable[..., None]]
 
+
+class ScoreOption(click.Option):
+    """``--score``: its help lists the kinds of scores there are when it is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help."""
+        from mergekit_lite.boosting.measure.scores import forms
+
+        self.help = f"{'; '.join(forms().values())}. The first one decides."
+        return super().get_help_record(ctx)
+
+
 TASK: tuple[Option, ...] = (
     click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The chosen model's folder."),
     click.option("--recipe", type=FILE, help="Instead of SFT and ALIGNED: a merge recipe, with --tune."),
@@ -35,10 +47,9 @@ TASK: tuple[Option, ...] = (
     click.option(
         "--score",
         "scores",
+        cls=ScoreOption,
         metavar="KIND[:WHAT]",
         multiple=True,
-        help="reward:MODEL, maths, exact, code, judge:MODEL,server=URL, function:MODULE:NAME, log-ratio, pairs, "
-        "nll:FILE or lm-eval:TASK. The first one decides.",
     ),
     click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer."),
     click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs."),
@@ -120,7 +131,7 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 Examples:
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score reward:./rm -o ./boosted
   mergekit-lite boost ./sft ./dpo --pairs prefs.jsonl --score pairs -o ./boosted
-  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log-ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log_ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
   mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
       --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
 """,

@@ -14,7 +14,7 @@ from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.comparison.comparison import Comparison, Figures
+    from mergekit_lite.comparison.comparison import Comparison, DeltaFigures
 
 SHOWN = 10
 WRITABLE = click.Path(dir_okay=False, path_type=Path)
@@ -101,7 +101,7 @@ def command(
     if plot is not None:
         plots.save(comparison, plot)
     if html_path is not None:
-        from mergekit_lite.comparison.page import page
+        from mergekit_lite.comparison.html_report import page
 
         html_path.write_text(page(comparison), encoding="utf-8")
     if as_json:
@@ -119,7 +119,7 @@ def command(
 def _show(screen: Screen, comparison: Comparison) -> None:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.comparison import letter
-    from mergekit_lite.comparison.summary import suggestions
+    from mergekit_lite.comparison.suggestions import suggestions
 
     letters = [letter(number) for number in range(len(comparison.models))]
     rows = zip(["base", *letters], [comparison.base, *comparison.models], strict=True)
@@ -128,12 +128,13 @@ def _show(screen: Screen, comparison: Comparison) -> None:
         screen.out.print("", overview, sep="\n")
     units = [(name, figures) for name, figures in comparison.layers.items()]
     screen.out.print("", _units("layer", letters, units), sep="\n")
-    by_size = sorted(comparison.findings, key=lambda finding: -float(finding.tally["means"].max()))
-    shown = comparison.findings if screen.verbose else by_size[:SHOWN]
+    shown = comparison.tensors if screen.verbose else comparison.most_changed[:SHOWN]
     title = "tensor" if screen.verbose else "tensors that changed most"
-    screen.out.print("", _units(title, letters, [(one.match.name, comparison.of(one)) for one in shown]), sep="\n")
-    if len(by_size) > len(shown):
-        screen.out.print(f"… and {len(by_size) - len(shown):,} more (-v shows all)")
+    screen.out.print(
+        "", _units(title, letters, [(one.tensor.name, comparison.figures(one)) for one in shown]), sep="\n"
+    )
+    if len(comparison.tensors) > len(shown):
+        screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
     for suggestion in suggestions(comparison):
         screen.out.print(f"• {suggestion}", markup=False)
@@ -143,7 +144,7 @@ def _show(screen: Screen, comparison: Comparison) -> None:
 def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.comparison import looks_like
-    from mergekit_lite.comparison.summary import figure, percent
+    from mergekit_lite.comparison.suggestions import figure, percent
 
     all_of, settings = comparison.overall, comparison.settings
     of_models = [
@@ -180,9 +181,9 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     return [*tables, table(("rounded to", ">alpha", *(f">{name}" for name in letters)), alphas)]
 
 
-def _units(title: str, letters: list[str], units: list[tuple[str, Figures]]) -> Any:
+def _units(title: str, letters: list[str], units: list[tuple[str, DeltaFigures]]) -> Any:
     from mergekit_lite.commands.screen import table
-    from mergekit_lite.comparison.summary import figure, percent
+    from mergekit_lite.comparison.suggestions import figure, percent
 
     several = len(letters) > 1
     rows = [

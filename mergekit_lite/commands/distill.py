@@ -14,8 +14,8 @@ from mergekit_lite.commands import Group
 from mergekit_lite.commands.reporter import TerminalReporter
 
 if TYPE_CHECKING:
-    from mergekit_lite.distillation.dry_run import Outlook
-    from mergekit_lite.distillation.recipe import Recipe
+    from mergekit_lite.distillation.dry_run import DryRun
+    from mergekit_lite.distillation.recipe.schema import Recipe
 
 SKIPPING = ("sample", "pair")  # take --skip-missing
 
@@ -117,7 +117,7 @@ def report(recipe: Path, quiet: bool) -> None:
 
 
 def _load(path: Path) -> Recipe:
-    from mergekit_lite.distillation.loading import load
+    from mergekit_lite.distillation.recipe.loading import load
 
     return load(path)
 
@@ -129,17 +129,17 @@ def _carry_out(name: str, recipe: Recipe, reporter: TerminalReporter, *, skip_mi
 
 
 def _show_plan(recipe: Recipe, reporter: TerminalReporter, as_json: bool) -> None:
-    from mergekit_lite.distillation.dry_run import outlook
-    from mergekit_lite.distillation.prompts import gathered
+    from mergekit_lite.distillation import prompts
+    from mergekit_lite.distillation.dry_run import dry_run
 
-    plan = outlook(recipe, gathered(recipe, reporter))
+    plan = dry_run(recipe, prompts.read(recipe, reporter))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
     else:
         _print_plan(recipe, plan, reporter)
 
 
-def _print_plan(recipe: Recipe, plan: Outlook, reporter: TerminalReporter) -> None:
+def _print_plan(recipe: Recipe, plan: DryRun, reporter: TerminalReporter) -> None:
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
     reporter.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
     reporter.line("")

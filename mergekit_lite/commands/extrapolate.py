@@ -14,7 +14,7 @@ from mergekit_lite.engine.run import RunOptions
     name="extrapolate",
     epilog="""\b
 Examples:
-  mergekit-lite extrapolate sft.pt dpo.pt --alpha 0.3 -o boosted.pt
+  mergekit-lite extrapolate sft.pt dpo.pt --alpha 0.3   (makes dpo-expo-0.3.pt)
   mergekit-lite extrapolate ./tulu-2-7b ./tulu-2-dpo-7b --alpha 0.5 -o ./tulu-2-dpo-7b-expo
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.1,0.3,0.5 -o './expo-{alpha}'   (one read of the inputs)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --alpha-for 'norm|embed=0' -o ./expo --dry-run
@@ -31,7 +31,9 @@ Examples:
     help="How far past ALIGNED to go; 0 is ALIGNED, -1 is SFT.",
 )
 @click.option(
-    "-o", "--output", required=True, help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha."
+    "-o",
+    "--output",
+    help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha. By default ALIGNED-expo-{alpha}, here.",
 )
 @click.option(
     "--alpha-for",
@@ -58,7 +60,7 @@ Examples:
 def command(
     sft: str,
     aligned: str,
-    output: str,
+    output: str | None,
     alpha: tuple[float, ...],
     alpha_for: dict[str, float],
     run_options: RunOptions,
@@ -73,4 +75,6 @@ def command(
     from mergekit_lite.extrapolation import plan_extrapolation
 
     plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, **options)
+    if output is None and not view.quiet:
+        click.echo(f"Output: {', '.join(map(str, plan.outputs))}", err=True)
     running.carry_out(plan, run_options, view)

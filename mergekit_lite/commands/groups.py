@@ -63,7 +63,7 @@ def groups(plan: Plan) -> list[Group]:
 
 def _alike(job: Job) -> Hashable:
     stored = frozenset([spec.stored_dtype for spec in job.inputs])
-    return job.method, job.why, 0 < job.merged < job.numel, job.dtype, stored
+    return job.method, job.why, 0 < job.merged_elements < job.numel, job.dtype, stored
 
 
 def _numbers(job: Job) -> Hashable:
@@ -80,16 +80,16 @@ def _group(run: _Run) -> Group:
 def _what(run: _Run) -> str:
     """Return in words what is done: ``ties weight 0.2 … 0.8, density 0.5 along 32 layers``, ``copy (excluded)``."""
     first = run.jobs[0]
-    if not first.merged:
+    if not first.merged_elements:
         return f"copy ({first.why})" if first.why else "copy"
     jobs = [run.by_layer[at] for at in sorted(run.by_layer, key=lambda at: -1 if at is None else at)]
-    variants = []
-    for variant, parameters in enumerate(first.parameters):
-        along = {name: [job.parameters[variant].get(name) for job in jobs] for name in parameters}
-        variants.append(", ".join(f"{name} {_values(values)}" for name, values in along.items()))
+    of_outputs = []
+    for number, parameters in enumerate(first.parameters):
+        along = {name: [job.parameters[number].get(name) for job in jobs] for name in parameters}
+        of_outputs.append(", ".join(f"{name} {_values(values)}" for name, values in along.items()))
     layers = f" along {counted(len(jobs), 'layer')}" if len(jobs) > 1 else ""
-    rows = ", new rows copied" if first.merged < first.numel else ""
-    return f"{first.method} {' | '.join(variants)}".rstrip() + layers + rows
+    rows = ", new rows copied" if first.merged_elements < first.numel else ""
+    return f"{first.method} {' | '.join(of_outputs)}".rstrip() + layers + rows
 
 
 def _values(values: Sequence[Any]) -> str:

@@ -65,8 +65,8 @@ def _show(screen: Screen, inspection: Inspection) -> None:
     }
     screen.out.print(table(("", ""), list(facts.items())))
     rows = [
-        (module.name, str(module.tensors), _shape(module.shape), module.dtype, size(module.nbytes))
-        for module in inspection.modules
+        (group.name, str(group.tensors), _shape(group.shape), group.dtype, size(group.nbytes))
+        for group in inspection.groups
     ]
     screen.out.print(table(("tensors (* is a number)", ">count", ">shape", "dtype", ">size"), rows))
     if inspection.weights is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.memory import memory_estimate
-from mergekit_lite.output.beside import travelling
+from mergekit_lite.output.companions import companions
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
     """Return everything that the plan decides."""
-    copied, not_copied = travelling(plan)
+    copied, not_copied = companions(plan)
     return {
         "inputs": [
             {
@@ -47,10 +47,10 @@ def of_finished(finished: Finished) -> dict[str, Any]:
 
 def what_happens(plan: Plan, job: Job) -> str:
     """Return one job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
-    if not job.merged:
+    if not job.merged_elements:
         return f"copy ({job.why})" if job.why else "copy"
     numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)
-    return f"{job.method} {numbers}" + (", new rows copied" if job.merged < job.numel else "")
+    return f"{job.method} {numbers}" + (", new rows copied" if job.merged_elements < job.numel else "")
 
 
 def shown(value: Any) -> str:
@@ -68,5 +68,5 @@ def _of_job(plan: Plan, job: Job) -> dict[str, Any]:
         "method": job.method or "copy",
         "why": job.why,
         "parameters": [dict(parameters) for parameters in job.parameters],
-        "copied_elements": job.numel - job.merged,
+        "copied_elements": job.numel - job.merged_elements,
     }

@@ -38,9 +38,9 @@ def command(
     Everything is checked before a weight is read: the recipe, the models' names, shapes and dtypes, the room on the
     disk. The command methods lists the methods.
     """
-    from mergekit_lite.merging import plan_merge_file
+    from mergekit_lite.merging import plan_merge
 
     output = output or out
     if output is None or (out is not None and output != out):
         raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
-    running.carry_out(plan_merge_file(recipe, output, shard_size=shard_size), run_options, view)
+    running.carry_out(plan_merge(recipe, output, shard_size=shard_size), run_options, view)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mergekit_lite.methods import Method
+    from mergekit_lite.methods import Method, Parameter
 
 
 @click.command(
@@ -37,9 +37,9 @@ def command(name: str | None) -> None:
     click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")
     summary, words = described(method)
     for key, parameter in method.parameters.items():
-        default = "required" if parameter.default is inspect.Parameter.empty else f"default {_shown(parameter.default)}"
+        default = "required" if parameter.required else f"default {parameter.default}"
         about = f": {words[key]}" if key in words else ""
-        click.echo(f"  {key} ({_kind(parameter.annotation)}, {default}){about}")
+        click.echo(f"  {key} ({_kind(parameter)}, {default}){about}")
     click.echo(f"\n{summary}")
     click.echo(f"\n{inspect.getdoc(sys.modules[method.function.__module__])}")
 
@@ -53,15 +53,6 @@ def described(method: Method) -> tuple[str, dict[str, str]]:
     return summary.strip(), {name: said for name, said in words.items() if name in method.parameters}
 
 
-def _kind(annotation: object) -> str:
-    marks = getattr(annotation, "__metadata__", ())
-    if "input" in marks:
-        return "a number for each input, the base too"
-    if "model" in marks:
-        return "a number for each model"
-    choices = getattr(annotation, "__args__", ())
-    return " | ".join(map(str, choices)) if choices else getattr(annotation, "__name__", str(annotation))
-
-
-def _shown(default: object) -> object:
-    return default[0] if isinstance(default, tuple) and len(default) == 1 else default
+def _kind(parameter: Parameter) -> str:
+    of_each = {"": "", "model": " for each model", "input": " for each input, the base too"}
+    return parameter.expected + of_each[parameter.each]

@@ -23,9 +23,9 @@ def command(recipe: Path, as_json: bool, verbose: bool) -> None:
     """Print what RECIPE would do: methods and numbers of all tensors, sizes, memory, what is copied or left out."""
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.merging import plan_merge_file
+    from mergekit_lite.merging import plan_merge
 
-    plan = plan_merge_file(recipe, "merged")
+    plan = plan_merge(recipe, "merged")
     if as_json:
         click.echo(json.dumps(json_output.of_plan(plan, None), indent=1))
     else:

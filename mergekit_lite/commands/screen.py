@@ -18,7 +18,7 @@ from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
-from mergekit_lite.output.beside import travelling
+from mergekit_lite.output.companions import companions
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report
@@ -71,7 +71,7 @@ class Screen:
         else:
             self.out.print(table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))
         left_out = [f"left out: {name} of {reference}: {why}" for reference, name, why in plan.left_out]
-        left_out += [f"not copied: {name}: {why}" for name, why in travelling(plan)[1].items()]
+        left_out += [f"not copied: {name}: {why}" for name, why in companions(plan)[1].items()]
         self.lines(left_out)
         for note in plan.notes:
             self.warn(note)
@@ -117,7 +117,7 @@ class Screen:
         if self.quiet:
             return
         if any(output.is_dir() for output in finished.outputs):
-            not_copied = travelling(plan)[1]
+            not_copied = companions(plan)[1]
             self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
         rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
         self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")

@@ -15,7 +15,7 @@ from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import Extracted
+    from mergekit_lite.vectors.extraction import Extracted
 
 
 class Signed(click.Command):
@@ -27,12 +27,12 @@ class Signed(click.Command):
 
 
 def _signed(argument: str) -> str:
-    from mergekit_lite.checkpoint.references import addend
+    from mergekit_lite.checkpoint.references import parse_addition
 
     rest = argument[1:]
     if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():
         return argument
-    vector = addend(rest)
+    vector = parse_addition(rest)
     if not Path(vector.path).expanduser().exists():
         return argument
     return str(vector._replace(scale=-vector.scale)) if argument.startswith("-") else rest
@@ -98,7 +98,7 @@ def extract(
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extract import extract_vector
+    from mergekit_lite.vectors.extraction import extract_vector
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with running.resumable(), screen.progress() as progress:
@@ -116,7 +116,7 @@ def _show(extracted: Extracted, screen: Screen) -> None:
 
     if screen.verbose:
         rows = [
-            (tensor.name, tensor.how, size(tensor.nbytes), f"{math.sqrt(tensor.square):.3g}", f"{tensor.error:.4f}")
+            (tensor.name, tensor.encoder, size(tensor.nbytes), f"{math.sqrt(tensor.square):.3g}", f"{tensor.error:.4f}")
             for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
@@ -161,7 +161,7 @@ def apply(
     A VECTOR is a file made by extract or combine, or a LoRA adapter (a folder or a hub repository). A scale below 0
     takes it away; so does a minus before its name.
     """
-    from mergekit_lite.vectors.apply import plan_apply
+    from mergekit_lite.vectors.application import plan_apply
 
     running.carry_out(plan_apply(base, vectors, output, **options), run_options, view)
 
@@ -195,6 +195,6 @@ def combine(
     **options: Any,
 ) -> None:
     """Combine task vectors of one base into one, by any method of the recipes; the base of it is zero."""
-    from mergekit_lite.vectors.combine import plan_combine
+    from mergekit_lite.vectors.combination import plan_combine
 
     running.carry_out(plan_combine(vectors, output, method, parameters, **options), run_options, view)

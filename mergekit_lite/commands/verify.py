@@ -13,7 +13,7 @@ from mergekit_lite.commands import running, values
 from mergekit_lite.errors import UsageError, counted, listing
 
 if TYPE_CHECKING:
-    from mergekit_lite.verification import Verdict
+    from mergekit_lite.verification import Verification
 
 SHOWN = 20
 
@@ -89,7 +89,7 @@ def command(
     sys.exit(0 if verdict.sound else 1)
 
 
-def _show(verdict: Verdict, quiet: bool, verbose: bool) -> None:
+def _show(verdict: Verification, quiet: bool, verbose: bool) -> None:
     shown = sys.maxsize if verbose else SHOWN
     lines: list[str] = []
     if not quiet:

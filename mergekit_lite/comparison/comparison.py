@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
@@ -13,132 +13,152 @@ from statistics import median
 import numpy as np
 
 from mergekit_lite.checkpoint import open_checkpoint
-from mergekit_lite.comparison.deltas import Deltas, Finding, Settings, Tally, shares
-from mergekit_lite.comparison.survey import Numbers, Progress, survey
+from mergekit_lite.comparison.deltas import CompareSettings, DeltaMeasurement, DeltaSums, TensorComparison, shares
+from mergekit_lite.comparison.shared_tensors import Unmatched, shared_tensors
+from mergekit_lite.comparison.survey import FloatArray, survey
 from mergekit_lite.dtypes import float_named
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
-from mergekit_lite.vectors.matching import Unmatched, match
 
-TINY = 1e-6  # RMS below which even an alignment on a 7B model would be unusually small
-HUGE = 1e-3
+SMALLEST_ALIGNMENT = 1e-6  # RMS below which even an alignment on a 7B model would be unusually small
+LARGEST_FINETUNING = 1e-3
 
-Row = tuple[float | None, ...]  # one figure for each model, or for each pair with it
-Square = tuple[Row, ...]
+ModelValues = tuple[float | None, ...]  # one figure for each model
+PairValues = tuple[ModelValues, ...]  # one figure for each two models, or another square
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What the sums of a tensor, a layer or a model come to. None where a figure has no meaning (0 / 0).
+class DeltaFigures:
+    """Figures of a tensor, a layer or a whole model. None stands for a figure without meaning (0 / 0).
 
     Attributes:
-        elements: how many.
-        norm, rms: of each model's delta.
+        elements: number of elements.
+        norm, rms: ‖δ‖ and ‖δ‖ / √elements of each model's delta.
         changed: share of the elements that differ from the base's.
-        cosine: between the deltas.
+        cosine: between each two deltas.
         both: share of the elements that both models changed.
-        agree, conflict: shares of those where the signs agree, or don't.
+        agree, conflict: shares of those whose signs agree, or don't.
         split: share of the elements that any model changed where not all that changed it agree in sign.
         overlap: elements in both masks of the largest changes, as a share of the smaller mask.
-        varm: each model's coefficient, as VaRM has it for this unit.
-        sce: the mean over tensors of SCE's coefficients.
+        varm: each model's coefficient, as VaRM computes it for this tensor, layer or model.
+        sce: SCE's coefficients, averaged over tensors.
         effective: alpha after rounding, for each dtype, each alpha, each model.
-        stable_rank: ‖Δ‖²_F / ‖Δ‖²₂, of several tensors the median.
-        sizes: share of the elements that didn't change, then of each size (powers of two, see ``deltas.SMALLEST``).
+        stable_rank: ‖Δ‖²_F / ‖Δ‖²₂ of each model's delta; the median where there are several tensors.
+        sizes: share of the elements that didn't change, then of each size (powers of two from
+            2 ** ``deltas.SMALLEST_EXPONENT`` on).
     """
 
     elements: int
-    norm: Row
-    rms: Row
-    changed: Row
-    cosine: Square
-    both: Square
-    agree: Square
-    conflict: Square
+    norm: ModelValues
+    rms: ModelValues
+    changed: ModelValues
+    cosine: PairValues
+    both: PairValues
+    agree: PairValues
+    conflict: PairValues
     split: float | None
-    overlap: Square
-    varm: Row
-    sce: Row
-    effective: tuple[Square, ...]
-    stable_rank: Row
-    sizes: Square
+    overlap: PairValues
+    varm: ModelValues
+    sce: ModelValues
+    effective: tuple[PairValues, ...]
+    stable_rank: ModelValues
+    sizes: PairValues
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A base, the models tuned from it, and what was found in each tensor.
+    """A base, the models tuned from it, and the figures of each tensor, of each layer and of all.
 
     Attributes:
         base, models: their references.
-        settings: what was chosen.
-        findings: of each tensor, in the order of the base's files.
-        unmatched: what was not compared, and why.
-        notes: what the user should know.
+        settings: the options of ``compare``.
+        tensors: the sums of each tensor, in the order of the base's files.
+        unmatched: the tensors that were not compared, each with the reason.
+        notes: facts that the user should know.
     """
 
     base: str
     models: tuple[str, ...]
-    settings: Settings
-    findings: tuple[Finding, ...]
+    settings: CompareSettings
+    tensors: tuple[TensorComparison, ...]
     unmatched: tuple[Unmatched, ...]
     notes: tuple[str, ...]
 
     @property
     def nonfinite(self) -> list[str]:
-        """Tensors with NaN or infinity, which layers and totals leave out."""
-        return [finding.match.name for finding in self.findings if not finding.tally.finite]
+        """Names of the tensors with NaN or infinity, which layers and totals leave out."""
+        return [compared.tensor.name for compared in self.tensors if not compared.sums.finite]
 
     @property
     def whole(self) -> bool:
-        """Whether every sample was the whole tensor, so that all figures are exact."""
-        return all(finding.whole for finding in self.findings)
+        """True where every sample was the whole tensor, so that all figures are exact."""
+        return all(compared.whole for compared in self.tensors)
+
+    @property
+    def most_changed(self) -> list[TensorComparison]:
+        """The tensors by the largest mean square of any delta, falling."""
+        return sorted(self.tensors, key=lambda compared: -float(compared.sums["mean_squares"].max()))
 
     @cached_property
-    def overall(self) -> Figures:
-        """Of all tensors together. VaRM's coefficients are those of its granularity ``model``."""
-        return self._together(self.findings, "products")
+    def overall(self) -> DeltaFigures:
+        """Figures of all tensors together. VaRM's coefficients are those of its granularity ``model``."""
+        return self._joint_figures(self.tensors, "products")
 
     @cached_property
-    def layers(self) -> dict[str, Figures]:
-        """Of each layer, and of the tensors outside them, by name; VaRM's are those of its granularity ``layer``."""
-        members: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            members.setdefault(layer_name(finding), []).append(finding)
-        return {name: self._together(found, "means") for name, found in sorted(members.items(), key=_by_layer)}
+    def layers(self) -> dict[str, DeltaFigures]:
+        """Figures of each layer, and of the tensors outside them, by name.
 
-    def of(self, finding: Finding) -> Figures:
-        """Of one tensor."""
-        return self._figures(finding.tally, "products", [finding])
+        VaRM's coefficients are those of its granularity ``layer``.
+        """
+        layers: dict[str, list[TensorComparison]] = {}
+        for compared in self.tensors:
+            layers.setdefault(layer_name(compared), []).append(compared)
+        return {
+            name: self._joint_figures(members, "mean_squares")
+            for name, members in sorted(layers.items(), key=_by_layer)
+        }
 
-    def _together(self, findings: Sequence[Finding], weighing: str) -> Figures:
-        finite = [finding for finding in findings if finding.tally.finite]
-        tally = reduce(add, (finding.tally for finding in (finite or findings)))
-        return self._figures(tally, weighing, finite or findings)
+    def figures(self, compared: TensorComparison) -> DeltaFigures:
+        """Return the figures of one tensor."""
+        return self._figures([compared], compared.sums, "products")
 
-    def _figures(self, tally: Tally, weighing: str, findings: Iterable[Finding]) -> Figures:
-        norms = np.sqrt(np.diag(tally["products"]))
-        both, elements = tally["both"], tally.elements
-        weighed = np.diag(tally["products"]) if weighing == "products" else tally["means"]
-        kept = np.diag(tally["kept"])
-        sce = np.array([finding.sce for finding in findings])
-        ranks = [finding.stable_rank for finding in findings if finding.stable_rank]
-        return Figures(
+    def _joint_figures(self, tensors: Sequence[TensorComparison], varm_from: str) -> DeltaFigures:
+        """Return the figures of several tensors, without those that aren't finite if others are."""
+        counted = [compared for compared in tensors if compared.sums.finite] or tensors
+        return self._figures(counted, reduce(add, (compared.sums for compared in counted)), varm_from)
+
+    def _figures(self, tensors: Sequence[TensorComparison], sums: DeltaSums, varm_from: str) -> DeltaFigures:
+        """Return the figures of some tensors.
+
+        Args:
+            tensors: the tensors.
+            sums: the sum of theirs.
+            varm_from: name of the sums that VaRM's coefficients are in proportion to.
+        """
+        norms = np.sqrt(np.diag(sums["products"]))
+        both, elements = sums["both"], sums.elements
+        changes = np.diag(sums["products"]) if varm_from == "products" else sums[varm_from]
+        mask_sizes = np.diag(sums["in_masks"])
+        sce = np.array([compared.sce for compared in tensors])
+        ranks = [compared.stable_rank for compared in tensors if compared.stable_rank]
+        return DeltaFigures(
             elements=elements,
-            norm=_row(norms),
-            rms=_row(norms / math.sqrt(elements)),
-            changed=_row(np.diag(both) / elements),
-            cosine=_square(_cosines(tally["products"])),
-            both=_square(both / elements),
-            agree=_square(_ratio((both + tally["signs"]) / 2, both)),
-            conflict=_square(_ratio((both - tally["signs"]) / 2, both)),
-            split=_row(_ratio(tally["split"], tally["touched"]).reshape(1))[0],
-            overlap=_square(_ratio(tally["kept"], np.minimum.outer(kept, kept))),
-            varm=_row(np.array(shares(weighed))),
-            sce=_row(sce.mean(0)),
-            effective=tuple(_square(_ratio(of_dtype, tally["squares"])) for of_dtype in tally["moved"]),
+            norm=_or_none(norms),
+            rms=_or_none(norms / math.sqrt(elements)),
+            changed=_or_none(np.diag(both) / elements),
+            cosine=_rows_or_none(_cosines(sums["products"])),
+            both=_rows_or_none(both / elements),
+            agree=_rows_or_none(_ratio((both + sums["signs"]) / 2, both)),
+            conflict=_rows_or_none(_ratio((both - sums["signs"]) / 2, both)),
+            split=_or_none(_ratio(sums["split"], sums["touched"]).reshape(1))[0],
+            overlap=_rows_or_none(_ratio(sums["in_masks"], np.minimum.outer(mask_sizes, mask_sizes))),
+            varm=_or_none(np.array(shares(changes))),
+            sce=_or_none(sce.mean(0)),
+            effective=tuple(_rows_or_none(_ratio(of_dtype, sums["squares"])) for of_dtype in sums["effective"]),
             stable_rank=tuple(_median(of_model) for of_model in zip(*ranks, strict=True)) or (None,) * len(self.models),
-            sizes=_square(tally["sizes"] / elements),
+            sizes=_rows_or_none(sums["sizes"] / elements),
         )
 
 
@@ -177,55 +197,55 @@ def compare(
         PlanError: no tensor can be compared.
         RunError: a file can't be read.
     """
-    settings = Settings(top_k, tuple(alphas), tuple(map(float_named, dtypes)), select_topk)
+    settings = CompareSettings(top_k, tuple(alphas), tuple(map(float_named, dtypes)), select_topk)
     if not models:
         raise UsageError("Name at least one model to compare with the base.")
     opened = [open_checkpoint(reference) for reference in (base, *models)]
-    matches, unmatched, notes = match(opened)
-    study = Deltas(settings, len(models))
-    # the sums of all in one piece of memory: kept one by one between freed temporaries they made the heap grow
-    rows = np.empty((len(matches), study.shapes.width))
-    found: dict[int, Finding] = {}
-    for number, (sums, sce, rank, whole) in survey(matches, study, threads, progress, processes):
-        rows[number] = sums
-        tally = Tally(matches[number].numel, rows[number], study.shapes)
-        found[number] = Finding(matches[number], tally, sce, rank, whole)
+    tensors, unmatched, notes = shared_tensors(opened)
+    measurement = DeltaMeasurement(settings, len(models))
+    # the sums of all tensors in one piece of memory: one by one between freed temporaries they made the heap grow
+    rows = np.empty((len(tensors), measurement.layout.width))
+    compared: dict[int, TensorComparison] = {}
+    for number, result in survey(tensors, measurement, threads, progress, processes):
+        rows[number] = result.sums
+        sums = DeltaSums(tensors[number].numel, rows[number], measurement.layout)
+        compared[number] = TensorComparison(tensors[number], sums, result.sce, result.stable_rank, result.whole)
     for checkpoint in opened:
         checkpoint.check_unchanged()
     return Comparison(
         str(base),
         tuple(map(str, models)),
-        study.settings,
-        tuple(found[number] for number in range(len(matches))),
+        settings,
+        tuple(compared[number] for number in range(len(tensors))),
         tuple(unmatched),
         tuple(notes),
     )
 
 
-def layer_name(finding: Finding) -> str:
-    """``model.layers.3``, or ``outside the layers``."""
-    match = finding.match
-    if match.layer is None:
+def layer_name(compared: TensorComparison) -> str:
+    """Return the name of a tensor's layer, as ``model.layers.3``, or ``outside the layers``."""
+    tensor = compared.tensor
+    if tensor.layer is None:
         return "outside the layers"
-    return f"{match.stack}.{match.layer}" if match.stack else str(match.layer)
+    return f"{tensor.stack}.{tensor.layer}" if tensor.stack else str(tensor.layer)
 
 
 def letter(number: int) -> str:
-    """What a model is called for short: A, B … Z, A2 …"""
+    """Return the short name of a model by its number: A, B … Z, A2 …"""
     return chr(ord("A") + number % 26) + (str(number // 26 + 1) if number >= 26 else "")
 
 
 def looks_like(rms: float | None) -> str:
-    """What the size of a delta suggests: a hint, as small models and high learning rates have larger ones."""
+    """Say what the size of a delta suggests. A hint: small models and high learning rates have larger deltas."""
     if rms is None or math.isnan(rms):
         return "not finite"
     if rms == 0:
         return "the same weights"
-    if rms < TINY:
+    if rms < SMALLEST_ALIGNMENT:
         return "smaller than an alignment"
     if rms <= BORDER:
         return "like an alignment (DPO)"
-    return "like a fine-tune (SFT)" if rms <= HUGE else "larger than a fine-tune"
+    return "like a fine-tune (SFT)" if rms <= LARGEST_FINETUNING else "larger than a fine-tune"
 
 
 BANDS = (
@@ -234,28 +254,29 @@ BANDS = (
 )
 
 
-def _by_layer(named: tuple[str, list[Finding]]) -> tuple[bool, str, int]:
-    match = named[1][0].match
-    return match.layer is not None, match.stack or "", match.layer or 0
+def _by_layer(layer: tuple[str, list[TensorComparison]]) -> tuple[bool, str, int]:
+    """Return the key that sorts layers by stack and number, the tensors outside them first."""
+    tensor = layer[1][0].tensor
+    return tensor.layer is not None, tensor.stack or "", tensor.layer or 0
 
 
-def _cosines(products: Numbers) -> Numbers:
+def _cosines(products: FloatArray) -> FloatArray:
     norms = np.sqrt(np.diag(products))
     return _ratio(products, np.outer(norms, norms)).clip(-1, 1)
 
 
-def _ratio(part: Numbers, whole: Numbers) -> Numbers:
-    """Elementwise quotient, NaN where it is 0 / 0."""
+def _ratio(part: FloatArray, whole: FloatArray) -> FloatArray:
+    """Return the elementwise quotient, NaN for 0 / 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.true_divide(part, whole))
 
 
-def _row(values: Numbers) -> Row:
+def _or_none(values: FloatArray) -> ModelValues:
     return tuple(float(value) if math.isfinite(value) else None for value in values)
 
 
-def _square(values: Numbers) -> Square:
-    return tuple(_row(row) for row in values)
+def _rows_or_none(values: FloatArray) -> PairValues:
+    return tuple(map(_or_none, values))
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -1,8 +1,9 @@
-"""What is looked at in the deltas of one tensor: sums over every element, and more of a sample.
+"""Measurement of the deltas of one tensor: sums over every element, and more expensive figures over a sample.
 
-Of every element: inner products of the deltas (float64), how many changed, how many changed in two models at once and
-with which signs. Of the sample: which elements are among the k largest, what rounding makes of an extrapolation, the
-deltas' sizes by powers of two, SCE's coefficients where it selects, and the stable rank ‖Δ‖²_F / ‖Δ‖²₂.
+From every element: inner products of the deltas (float64), how many elements changed, how many changed in two models at
+once and with which signs. From the sample: which elements are among the k largest, what rounding makes of an
+extrapolation, the deltas' sizes by powers of two, SCE's coefficients where it selects, and the stable rank
+‖Δ‖²_F / ‖Δ‖²₂.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from mergekit_lite import dtypes
-from mergekit_lite.comparison.survey import Numbers, Reduction
+from mergekit_lite.comparison.shared_tensors import SharedTensor
+from mergekit_lite.comparison.survey import FloatArray, Sums
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import sce
-from mergekit_lite.methods.passes import Block, TensorInfo, Totals, Weighted
-from mergekit_lite.methods.passes import Reduction as Request
+from mergekit_lite.methods.contract import Block, Reduction, TensorInfo, Totals, WithCoefficients, answered
 from mergekit_lite.methods.statistics import largest
-from mergekit_lite.vectors.matching import Match
+from mergekit_lite.ops.torch_ops import figures_of
 
-Answer = TypeVar("Answer")
+Returned = TypeVar("Returned")
 
-SMALLEST, BINS = -44, 48  # the sizes' bins: |δ| from 2⁻⁴⁴ on, each twice the last; smaller and larger go to the ends
+# Bins of |δ|: from 2**SMALLEST_EXPONENT on, each up to twice its start; smaller and larger ones go to the end bins.
+SMALLEST_EXPONENT, SIZE_BINS = -44, 48
 FLOAT32_BIAS, FLOAT32_FRACTION = 127, 23
 POWER_STEPS, POWER_VECTORS = 12, 4
-PAIRED = ("products", "signs", "both")
-EXACT_RANK = 64  # rows or columns up to which the largest singular value is computed, not iterated
+SYMMETRIC_SUMS = ("products", "signs", "both")  # of blocks: lower triangles, as ``_dots`` returns them
+EXACT_RANK = 64  # rows or columns up to which a matrix is decomposed instead of iterated
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What can be chosen.
+class CompareSettings:
+    """Options of a comparison.
 
     Attributes:
-        top_k: share of the elements in a mask of the largest changes.
-        alphas, dtypes: of the extrapolations whose effective alpha is told.
-        select_topk: SCE's.
+        top_k: share of the elements in a mask of the largest changes, in (0, 1].
+        alphas, dtypes: the extrapolations and the roundings whose effective alphas are computed.
+        select_topk: SCE's share of the elements to select, in (0, 1].
     """
 
     top_k: float = 0.2
@@ -58,23 +60,23 @@ class Settings:
             raise UsageError("An alpha has to be a finite number.")
 
 
-class Shapes:
-    """The sums by name, each additive over tensors, and where each lies in a row of numbers.
+class SumLayout:
+    """Place of each named sum in one row of numbers. Each is additive over tensors; n is the number of tuned models.
 
-    products (n, n): ⟨δᵢ, δⱼ⟩. means (n,): ⟨δᵢ, δᵢ⟩ / elements, added up over tensors.
-    both (n, n): elements changed in both. signs (n, n): those of one sign less those of opposite signs.
+    products (n, n): ⟨δᵢ, δⱼ⟩. mean_squares (n,): ⟨δᵢ, δᵢ⟩ / elements.
+    both (n, n): elements changed in both models. signs (n, n): those of equal signs less those of opposite signs.
     touched, split: elements that any model changed, and those of them where the signs differ.
-    kept (n, n): elements in both masks of the largest changes.
-    moved (dtypes, alphas, n), squares (n,): ⟨out − model, δ⟩ and ⟨δ, δ⟩ of the sample.
-    sizes (n, BINS + 1): elements that didn't change, then those of each size.
+    in_masks (n, n): elements in both masks of the largest changes.
+    effective (dtypes, alphas, n), squares (n,): ⟨out − model, δ⟩ and ⟨δ, δ⟩ of the sample.
+    sizes (n, SIZE_BINS + 1): elements that didn't change, then those of each size.
     """
 
-    def __init__(self, models: int, settings: Settings) -> None:
-        """For so many models."""
+    def __init__(self, models: int, settings: CompareSettings) -> None:
+        """Lay out the sums for ``models`` tuned models."""
         pairs = (models, models)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("products", "both", "signs", "kept"), pairs)
-        shapes |= {"means": (models,), "squares": (models,), "touched": (), "split": ()}
-        shapes |= {"moved": (len(settings.dtypes), len(settings.alphas), models), "sizes": (models, BINS + 1)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("products", "both", "signs", "in_masks"), pairs)
+        shapes |= {"mean_squares": (models,), "squares": (models,), "touched": (), "split": ()}
+        shapes |= {"effective": (len(settings.dtypes), len(settings.alphas), models), "sizes": (models, SIZE_BINS + 1)}
         self.places: dict[str, tuple[slice, tuple[int, ...]]] = {}
         self.width = 0
         for name, shape in shapes.items():
@@ -83,153 +85,156 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """The sums of one tensor, or of several together; those of a sample are scaled up to the tensor."""
+class DeltaSums:
+    """Sums of one tensor, or of several added up. Those of a sample are scaled up to the whole tensor."""
 
     elements: int
-    row: Numbers
-    shapes: Shapes
+    row: FloatArray
+    layout: SumLayout
 
-    def __add__(self, other: Tally) -> Tally:
-        """Of both together."""
-        return Tally(self.elements + other.elements, self.row + other.row, self.shapes)
+    def __add__(self, other: DeltaSums) -> DeltaSums:
+        """Add the sums of other tensors."""
+        return DeltaSums(self.elements + other.elements, self.row + other.row, self.layout)
 
-    def __getitem__(self, name: str) -> Numbers:
-        """The sums of this name."""
-        place, shape = self.shapes.places[name]
-        return self.row[place].reshape(shape)
+    def __getitem__(self, name: str) -> FloatArray:
+        """Return a view of the sums of one name."""
+        columns, shape = self.layout.places[name]
+        return self.row[columns].reshape(shape)
 
     @property
     def finite(self) -> bool:
-        """Whether no weight was NaN or infinite."""
+        """True where no weight was NaN or infinite."""
         return bool(np.isfinite(self["products"]).all())
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One tensor.
+class TensorComparison:
+    """Comparison of one tensor across the models.
 
     Attributes:
-        match: the tensor.
-        tally: its sums.
+        tensor: the base's tensor and those of the models.
+        sums: its sums.
         sce: SCE's coefficient of each model.
-        stable_rank: of each model's delta; none where the tensor is no matrix.
-        whole: whether the sample was the whole tensor.
+        stable_rank: of each model's delta; empty where the tensor is no matrix.
+        whole: True where the sample was the whole tensor.
     """
 
-    match: Match
-    tally: Tally
+    tensor: SharedTensor
+    sums: DeltaSums
     sce: tuple[float, ...]
     stable_rank: tuple[float, ...]
     whole: bool
 
 
-class Measured(NamedTuple):
-    """What ``Deltas`` finds in a tensor: the sums as ``Shapes`` lays them out, and the rest as in ``Finding``."""
+class DeltaResult(NamedTuple):
+    """Result of ``DeltaMeasurement``: sums in the order of ``SumLayout``, the rest as in ``TensorComparison``."""
 
-    sums: Numbers
+    sums: FloatArray
     sce: tuple[float, ...]
     stable_rank: tuple[float, ...]
     whole: bool
 
 
-class Deltas:
-    """The study of a base and the models tuned from it."""
+class DeltaMeasurement:
+    """Measurement of a base and the models tuned from it."""
 
-    sampled = True
+    needs_sample = True
 
-    def __init__(self, settings: Settings, models: int) -> None:
-        """With these choices, for so many models (without the base)."""
+    def __init__(self, settings: CompareSettings, models: int) -> None:
+        """Prepare for ``models`` tuned models, the base not counted."""
         self.settings, self.models = settings, models
-        self.shapes = Shapes(models, settings)
+        self.layout = SumLayout(models, settings)
 
-    def look(self, match: Match, block: torch.Tensor) -> Reduction:
-        """Sums over one block (1 + models, elements), the base's first."""
-        moved = block[1:] - block[0]
-        signs = moved.sign()
+    def block_sums(self, tensor: SharedTensor, block: torch.Tensor) -> Sums:
+        """Return the sums over one block (1 + models, elements), whose first row is the base's."""
+        deltas = block[1:] - block[0]
+        signs = deltas.sign()
         changed = signs.abs()
-        sums = {"products": _dots(moved.double()), "signs": _dots(signs), "both": _dots(changed)}
-        if len(moved) > 2:  # of fewer models the sums above tell
+        sums = {"products": _dots(deltas.double()), "signs": _dots(signs), "both": _dots(changed)}
+        if len(deltas) > 2:  # for one or two models ``result`` computes them from the sums above
             votes, balance = changed.sum(0), signs.sum(0).abs_()
             flags = torch.empty_like(votes)  # floats: bools cost four times as much
             sums["touched"] = torch.gt(votes, 0, out=flags).sum().double().numpy()
             sums["split"] = torch.lt(balance, votes, out=flags).sum().double().numpy()
         return sums
 
-    def conclude(self, match: Match, sums: Reduction, sample: torch.Tensor) -> Measured:
-        """What was found in one tensor."""
-        tally = Tally(match.numel, np.zeros(self.shapes.width), self.shapes)
-        for name, part in sums.items():
-            tally[name][...] = _mirrored(part, self.models) if name in PAIRED else part
+    def result(self, tensor: SharedTensor, totals: Sums, sample: torch.Tensor) -> DeltaResult:
+        """Return the figures of one tensor from its sums and its sample (1 + models, rows, columns)."""
+        sums = DeltaSums(tensor.numel, np.zeros(self.layout.width), self.layout)
+        for name, total in totals.items():
+            sums[name][...] = _mirrored(total, self.models) if name in SYMMETRIC_SUMS else total
         if self.models <= 2:
-            both, signs = tally["both"], tally["signs"]
-            tally["split"][...] = (both[0, -1] - signs[0, -1]) / 2
-            tally["touched"][...] = both.diagonal().sum() - (self.models - 1) * both[0, -1]
-        tally["means"][...] = np.diag(tally["products"]) / match.numel
-        moved = sample[1:] - sample[0]
-        if not tally.finite:
-            moved = torch.zeros_like(moved)  # such a tensor is named, and counts for nothing
-        flat = moved.flatten(1)
+            both, signs = sums["both"], sums["signs"]
+            sums["split"][...] = (both[0, -1] - signs[0, -1]) / 2
+            sums["touched"][...] = both.diagonal().sum() - (self.models - 1) * both[0, -1]
+        sums["mean_squares"][...] = np.diag(sums["products"]) / tensor.numel
+        deltas = sample[1:] - sample[0]
+        if not sums.finite:
+            deltas = torch.zeros_like(deltas)  # such a tensor is named, and counts for nothing
+        flat = deltas.flatten(1)
         sampled = {
-            "kept": self._kept(match, flat),
-            "moved": self._extrapolated(sample[1:].flatten(1), flat),
+            "in_masks": self._in_masks(tensor, flat),
+            "effective": self._effective(sample[1:].flatten(1), flat),
             "squares": flat.double().square().sum(1),
             "sizes": _sizes(flat),
         }
         for name, of_sample in sampled.items():
-            tally[name][...] = of_sample.numpy()
-            tally[name][...] *= match.numel / flat[0].numel()
-        rank = stable_rank(moved) if len(match.shape) == 2 and tally.finite else ()
-        return Measured(tally.row, self._sce(match, tally, sample), rank, flat[0].numel() == match.numel)
+            sums[name][...] = of_sample.numpy()
+            sums[name][...] *= tensor.numel / flat[0].numel()
+        rank = stable_rank(deltas) if len(tensor.shape) == 2 and sums.finite else ()
+        return DeltaResult(sums.row, self._sce(tensor, sums, sample), rank, flat[0].numel() == tensor.numel)
 
-    def _kept(self, match: Match, flat: torch.Tensor) -> torch.Tensor:
-        """How many elements are in both masks, of each two models. Ties go to the lowest index, zeros to none."""
+    def _in_masks(self, tensor: SharedTensor, flat: torch.Tensor) -> torch.Tensor:
+        """Count, for each two models, the elements that are in both masks of the largest changes.
+
+        Of equal sizes the lowest index is taken first; zeros are in no mask.
+        """
         count = int(self.settings.top_k * flat[0].numel())
-        info = TensorInfo(match.name, (flat[0].numel(),), len(flat), has_base=False)
+        info = TensorInfo(tensor.name, (flat[0].numel(),), len(flat), has_base=False)
         sizes = list(flat.abs().float())
         steps = largest(info, lambda *_: sizes, lambda _, __, changed: [min(count, changed)], sampled=False)
-        cuts = _answered(steps, sizes)
+        cuts = _run_steps(steps, sizes)
         masks = torch.stack([cut.mask(size, 0) for [cut], size in zip(cuts, sizes, strict=True)])
         return masks @ masks.T
 
-    def _extrapolated(self, models: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        """⟨out − model, δ⟩ after rounding, for each dtype, alpha and model."""
-        found = torch.zeros(len(self.settings.dtypes), len(self.settings.alphas), len(flat), dtype=torch.float64)
-        for of_dtype, name in zip(found, self.settings.dtypes, strict=True):
+    def _effective(self, models: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        """Return ⟨out − model, δ⟩ after rounding: (dtypes, alphas, models), float64."""
+        products = torch.zeros(len(self.settings.dtypes), len(self.settings.alphas), len(flat), dtype=torch.float64)
+        for of_dtype, name in zip(products, self.settings.dtypes, strict=True):
             for out, alpha in zip(of_dtype, self.settings.alphas, strict=True):
                 written = torch.add(models, flat, alpha=alpha).to(dtypes.torch_dtype(name)).to(flat.dtype)
                 out.copy_(written.sub_(models).mul_(flat).sum(1, dtype=torch.float64))
-        return found
+        return products
 
-    def _sce(self, match: Match, tally: Tally, sample: torch.Tensor) -> tuple[float, ...]:
-        """What SCE would weight each model by, found by the method itself; without selection from every element."""
+    def _sce(self, tensor: SharedTensor, sums: DeltaSums, sample: torch.Tensor) -> tuple[float, ...]:
+        """Return SCE's coefficients: by the method itself from the sample, without selection from every element."""
         if self.settings.select_topk == 1:
-            return shares(np.diag(tally["products"]))
-        if not tally.finite:
+            return shares(np.diag(sums["products"]))
+        if not sums.finite:
             return (math.nan,) * (len(sample) - 1)
         block = list(sample.flatten(1))
-        info = TensorInfo(match.name, (block[0].numel(),), len(block) - 1, has_base=True)
-        merging = _answered(sce.sce(info, select_topk=self.settings.select_topk), block)
-        assert isinstance(merging, Weighted)
+        info = TensorInfo(tensor.name, (block[0].numel(),), len(block) - 1, has_base=True)
+        merging = _run_steps(sce.sce(info, select_topk=self.settings.select_topk), block)
+        assert isinstance(merging, WithCoefficients)
         return merging.coefficients
 
 
-def _dots(rows: torch.Tensor) -> Numbers:
-    """Inner products of rows: each with those before it, and itself. Those of signs are exact, being below 2²⁴."""
+def _dots(rows: torch.Tensor) -> FloatArray:
+    """Return inner products of rows: of each with those before it and itself. Signs have exact ones, below 2²⁴."""
     each = rows.unbind()
     return np.array([torch.dot(one, other).item() for n, one in enumerate(each) for other in each[: n + 1]])
 
 
-def _mirrored(lower: Numbers, count: int) -> Numbers:
-    """The symmetric matrix of ``_dots``."""
-    found = np.empty((count, count))
+def _mirrored(lower: FloatArray, count: int) -> FloatArray:
+    """Return the symmetric matrix (count, count) whose lower triangle ``_dots`` returned."""
+    matrix = np.empty((count, count))
     rows, columns = np.tril_indices(count)
-    found[rows, columns] = found[columns, rows] = lower
-    return found
+    matrix[rows, columns] = matrix[columns, rows] = lower
+    return matrix
 
 
-def shares(changes: Numbers) -> tuple[float, ...]:
-    """Weights in proportion to each model's change, equal ones where nothing changed (VaRM's and SCE's formula)."""
+def shares(changes: FloatArray) -> tuple[float, ...]:
+    """Return weights in proportion to each model's change, equal ones where nothing changed, as VaRM and SCE do."""
     total = float(changes.sum())
     if math.isnan(total):
         return (math.nan,) * len(changes)
@@ -237,17 +242,17 @@ def shares(changes: Numbers) -> tuple[float, ...]:
 
 
 def stable_rank(matrices: torch.Tensor) -> tuple[float, ...]:
-    """‖Δ‖²_F / ‖Δ‖²₂ of each matrix (models, rows, columns); NaN where all is zero.
+    """Return ‖Δ‖²_F / ‖Δ‖²₂ of each matrix of (models, rows, columns); NaN where all elements are zero.
 
-    The largest singular value is iterated: twelve steps from four fixed random vectors, which errs by some percent, and
-    upwards in the result, where many singular values are nearly the largest one. Small matrices are decomposed.
+    The largest singular value of small matrices is computed by decomposition, of others by twelve power steps from four
+    fixed random vectors. Where many singular values are nearly as large, that makes the rank some percent too high.
     """
     squares = matrices.double().square().sum((1, 2))
     if min(matrices.shape[1:]) <= EXACT_RANK:
         largest_value = torch.linalg.matrix_norm(matrices.double(), 2)
     else:
-        found = torch.randn(matrices.shape[2], POWER_VECTORS, generator=torch.Generator().manual_seed(0))
-        vectors = found.to(matrices.dtype).expand(len(matrices), -1, -1)
+        start = torch.randn(matrices.shape[2], POWER_VECTORS, generator=torch.Generator().manual_seed(0))
+        vectors = start.to(matrices.dtype).expand(len(matrices), -1, -1)
         scaled = matrices / matrices.abs().amax((1, 2), keepdim=True).clamp_(min=1e-30)  # squares don't underflow
         for _ in range(POWER_STEPS):
             vectors = torch.linalg.qr(scaled.mT @ (scaled @ vectors)).Q
@@ -256,18 +261,13 @@ def stable_rank(matrices: torch.Tensor) -> tuple[float, ...]:
 
 
 def _sizes(flat: torch.Tensor) -> torch.Tensor:
-    """How many elements of each model didn't change, and how many changed by each power of two."""
-    exponents = (flat.float().abs().view(torch.int32) >> FLOAT32_FRACTION) - (FLOAT32_BIAS + SMALLEST - 1)
-    bins = exponents.clamp_(1, BINS).mul_(flat.sign().abs_().int())
-    return torch.stack([torch.bincount(row, minlength=BINS + 1) for row in bins])
+    """Count per model the elements that didn't change, then those of each power of two: (models, SIZE_BINS + 1)."""
+    # the exponent bits of |δ| as float32, numbered from 1; unchanged elements are multiplied to bin 0
+    exponents = (flat.float().abs().view(torch.int32) >> FLOAT32_FRACTION) - (FLOAT32_BIAS + SMALLEST_EXPONENT - 1)
+    bins = exponents.clamp_(1, SIZE_BINS).mul_(flat.sign().abs_().int())
+    return torch.stack([torch.bincount(row, minlength=SIZE_BINS + 1) for row in bins])
 
 
-def _answered(steps: Generator[Request, Totals, Answer], block: Block) -> Answer:
-    """Lead passes over one block in memory to their end."""
-    try:
-        request = next(steps)
-        while True:
-            request = steps.send(request.of(block, 0).numpy())
-    except StopIteration as finished:
-        answer: Answer = finished.value
-        return answer
+def _run_steps(steps: Generator[Reduction, Totals, Returned], block: Block) -> Returned:
+    """Run the steps of a method over one block in memory, and return what they return."""
+    return answered(steps, lambda reduction: figures_of(reduction.of, block, 0).numpy())

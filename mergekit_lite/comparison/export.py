@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from mergekit_lite.comparison.comparison import Comparison, Figures, layer_name, letter, looks_like
-from mergekit_lite.comparison.deltas import SMALLEST
-from mergekit_lite.comparison.summary import CAN_NOT_TELL, how, suggestions
+from mergekit_lite.comparison.comparison import Comparison, DeltaFigures, layer_name, letter, looks_like
+from mergekit_lite.comparison.deltas import SMALLEST_EXPONENT
+from mergekit_lite.comparison.suggestions import CAN_NOT_TELL, how, suggestions
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would compute what begins with one of these
 
 
 def as_data(comparison: Comparison) -> dict[str, Any]:
-    """All figures as plain data; None where one has no meaning."""
+    """Return all figures as plain data; None where one has no meaning."""
     settings = comparison.settings
     return {
         "base": comparison.base,
@@ -23,7 +23,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         "settings": asdict(settings),
         "exact": comparison.whole,
         "how": how(comparison),
-        "size_bins": {"first": "unchanged", "from_power_of_two": SMALLEST},
+        "size_bins": {"first": "unchanged", "from_power_of_two": SMALLEST_EXPONENT},
         "overall": {
             **asdict(comparison.overall),
             "looks_like": [looks_like(rms) for rms in comparison.overall.rms],
@@ -31,16 +31,16 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         "layers": {name: asdict(figures) for name, figures in comparison.layers.items()},
         "tensors": [
             {
-                "name": finding.match.name,
-                "shape": list(finding.match.shape),
-                "layer": layer_name(finding),
-                "module": finding.match.module,
-                "exact": finding.whole,
-                **asdict(comparison.of(finding)),
+                "name": compared.tensor.name,
+                "shape": list(compared.tensor.shape),
+                "layer": layer_name(compared),
+                "module": compared.tensor.module,
+                "exact": compared.whole,
+                **asdict(comparison.figures(compared)),
             }
-            for finding in comparison.findings
+            for compared in comparison.tensors
         ],
-        "unmatched": [asdict(one) for one in comparison.unmatched],
+        "unmatched": list(map(asdict, comparison.unmatched)),
         "nonfinite": comparison.nonfinite,
         "notes": list(comparison.notes),
         "suggests": suggestions(comparison),
@@ -49,22 +49,23 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
 
 
 def write_csv(comparison: Comparison, file: TextIO) -> None:
-    """A row for each unit (all, layer, tensor) and model; a column for each figure, of pairs one for each other model.
+    """Write a row for each unit (all, layer, tensor) and model.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe in front.
+    A figure of one model is one column, a figure of two models a column for each other model. Text that a spreadsheet
+    would take for a formula gets an apostrophe in front.
     """
     settings, models = comparison.settings, comparison.models
-    others = [f"{letter(number)}" for number in range(len(models))]
+    letters = list(map(letter, range(len(models))))
     pairs = ("cosine", "both", "agree", "conflict", "overlap")
     heads = ["unit", "name", "layer", "module", "elements", "model", "reference"]
     heads += ["norm", "rms", "changed", "split", "varm", "sce", "stable_rank"]
     heads += [f"alpha {alpha:g} in {dtype}" for dtype in settings.dtypes for alpha in settings.alphas]
-    heads += [f"{pair} with {other}" for pair in pairs for other in others]
+    heads += [f"{pair} with {other}" for pair in pairs for other in letters]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(heads)
     for unit, name, layer, module, figures in _units(comparison):
         for number, reference in enumerate(models):
-            row: list[object] = [unit, name, layer, module, figures.elements, others[number], reference]
+            row: list[object] = [unit, name, layer, module, figures.elements, letters[number], reference]
             row += [figures.norm[number], figures.rms[number], figures.changed[number], figures.split]
             row += [figures.varm[number], figures.sce[number], figures.stable_rank[number]]
             row += [alphas[number] for of_dtype in figures.effective for alphas in of_dtype]
@@ -74,13 +75,16 @@ def write_csv(comparison: Comparison, file: TextIO) -> None:
             writer.writerow([_harmless(cell) for cell in row])
 
 
-def _units(comparison: Comparison) -> Iterator[tuple[str, str, str, str, Figures]]:
+def _units(comparison: Comparison) -> Iterator[tuple[str, str, str, str, DeltaFigures]]:
+    """Yield the kind, name, layer and module of each unit, and its figures."""
     yield "all", "", "", "", comparison.overall
     for name, figures in comparison.layers.items():
         yield "layer", name, name, "", figures
-    for finding in comparison.findings:
-        yield "tensor", finding.match.name, layer_name(finding), finding.match.module, comparison.of(finding)
+    for compared in comparison.tensors:
+        tensor = compared.tensor
+        yield "tensor", tensor.name, layer_name(compared), tensor.module, comparison.figures(compared)
 
 
 def _harmless(cell: object) -> object:
+    """Put an apostrophe before text that a spreadsheet would compute."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell

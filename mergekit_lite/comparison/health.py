@@ -1,4 +1,4 @@
-"""What one read of the weights finds in a tensor: NaN, infinity, dead rows, mean, root mean square, largest."""
+"""Health of the weights of a tensor: NaN, infinity, dead rows, mean, root mean square, largest magnitude."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergekit_lite.comparison.survey import LARGEST, WIDEST_ROW, Reduction
+from mergekit_lite.comparison.shared_tensors import SharedTensor
+from mergekit_lite.comparison.survey import LARGEST, WIDEST_ROW, Sums
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import counted
-from mergekit_lite.vectors.matching import Match
 
 
 @dataclass(frozen=True)
-class Weights:
-    """One tensor.
+class WeightStatistics:
+    """Statistics of one tensor.
 
     Attributes:
         name, elements: of the tensor.
-        nan, infinite: how many elements are so; the other figures are of the rest.
-        dead_rows: rows of a matrix that are all zero; None where that is not counted (vectors, very long rows).
-        mean, rms, largest: of the finite elements; the largest magnitude.
+        nan, infinite: number of elements that are NaN or infinite.
+        dead_rows: number of rows of a matrix that are all zero; None for vectors and very long rows.
+        mean, rms, largest: mean, root mean square and largest magnitude of the finite elements.
     """
 
     name: str
@@ -35,35 +35,35 @@ class Weights:
 
     @property
     def doubt(self) -> str:
-        """What looks wrong; empty where nothing does."""
-        found = []
+        """What looks wrong with the tensor; empty where nothing does."""
+        faults = []
         if self.nan:
-            found.append(f"{counted(self.nan, 'weight')} NaN")
+            faults.append(f"{counted(self.nan, 'weight')} NaN")
         if self.infinite:
-            found.append(f"{counted(self.infinite, 'weight')} infinite")
-        if self.largest == 0 and not found:
-            found.append("all weights are zero")
+            faults.append(f"{counted(self.infinite, 'weight')} infinite")
+        if self.largest == 0 and not faults:
+            faults.append("all weights are zero")
         elif self.dead_rows:
-            found.append(f"{counted(self.dead_rows, 'row')} all zero")
-        return ", ".join(found)
+            faults.append(f"{counted(self.dead_rows, 'row')} all zero")
+        return ", ".join(faults)
 
 
-class Health:
-    """The study of one model's weights."""
+class WeightMeasurement:
+    """Measurement of one model's weights."""
 
-    sampled = False
+    needs_sample = False
 
-    def look(self, match: Match, block: torch.Tensor) -> Reduction:
-        """Sums over one block (1, elements). Squares are taken in float64: they would overflow."""
+    def block_sums(self, tensor: SharedTensor, block: torch.Tensor) -> Sums:
+        """Return the sums over one block (1, elements). Squares are taken in float64, as they could overflow."""
         values = block[0]
         nan = infinite = 0
         if not math.isfinite(values.sum().item()):
             nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
             values = values.nan_to_num(0.0, 0.0, 0.0)
         wide, sizes = values.double(), values.abs()
-        matrix = has_rows(match)
-        by_row = sizes.view(-1, match.row).amax(1) if matrix else sizes.amax().reshape(1)
-        found = {
+        matrix = has_rows(tensor)
+        by_row = sizes.view(-1, tensor.row).amax(1) if matrix else sizes.amax().reshape(1)
+        sums = {
             "nan": nan,
             "infinite": infinite,
             "dead": torch.eq(by_row, 0, out=torch.empty_like(by_row)).sum().item() if matrix else 0,
@@ -71,24 +71,24 @@ class Health:
             "square": torch.dot(wide, wide).item(),
             LARGEST: by_row.amax().item(),
         }
-        return {name: np.array(value, dtype=np.float64) for name, value in found.items()}
+        return {name: np.array(value, dtype=np.float64) for name, value in sums.items()}
 
-    def conclude(self, match: Match, sums: Reduction, sample: torch.Tensor) -> Weights:
-        """The finding of one tensor."""
-        nan, infinite = int(sums["nan"]), int(sums["infinite"])
-        finite = match.numel - nan - infinite
-        return Weights(
-            match.name,
-            match.numel,
+    def result(self, tensor: SharedTensor, totals: Sums, sample: torch.Tensor) -> WeightStatistics:
+        """Return the statistics of one tensor from its sums."""
+        nan, infinite = int(totals["nan"]), int(totals["infinite"])
+        finite = tensor.numel - nan - infinite
+        return WeightStatistics(
+            tensor.name,
+            tensor.numel,
             nan,
             infinite,
-            int(sums["dead"]) if has_rows(match) else None,
-            sums["sum"].item() / finite if finite else math.nan,
-            math.sqrt(sums["square"].item() / finite) if finite else math.nan,
-            sums[LARGEST].item(),
+            int(totals["dead"]) if has_rows(tensor) else None,
+            totals["sum"].item() / finite if finite else math.nan,
+            math.sqrt(totals["square"].item() / finite) if finite else math.nan,
+            totals[LARGEST].item(),
         )
 
 
-def has_rows(match: Match) -> bool:
-    """Whether rows are looked at: those of a matrix, and not too long to be kept together."""
-    return len(match.shape) > 1 and match.row <= WIDEST_ROW
+def has_rows(tensor: SharedTensor) -> bool:
+    """Return True where rows are examined: in a matrix whose rows are not cut."""
+    return len(tensor.shape) > 1 and tensor.row <= WIDEST_ROW

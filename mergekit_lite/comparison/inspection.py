@@ -1,4 +1,4 @@
-"""What a model is made of, and what looks wrong with it: from headers and the small files beside them.
+"""Inspection of a model: what it is made of, and what looks wrong with it, from headers and small files.
 
 What looks wrong is a hint, never an error: architectures whose layers differ by design exist.
 """
@@ -16,27 +16,29 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
-from mergekit_lite.comparison.health import Health, Weights
-from mergekit_lite.comparison.survey import Progress, survey
+from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
+from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
+from mergekit_lite.comparison.survey import survey
+from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import counted
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.configs import LAYER_COUNTS, NOT_TEXT
 from mergekit_lite.planning.tokenizers import is_tokenizer_file, template_of, vocabulary_of
 from mergekit_lite.recipe.layers import place, stacks
 from mergekit_lite.recipe.templates import TEMPLATES
-from mergekit_lite.vectors.matching import alone, module_of
 
-FEW = 0.1  # share of the layers that may differ from the others by accident; above, it is by design
+ACCIDENT_SHARE = 0.1  # share of the layers that differ up to which it looks like an accident, above it like design
 SHOWN_LAYERS = 8
 FROM_CONFIG = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
                "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
 EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+Layers = Mapping[int, Mapping[str, TensorSpec]]  # of one stack: by number, then by name within the layer
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class Module:
-    """Tensors of one name and one kind along the layers (and experts), or a tensor outside the layers."""
+class TensorGroup:
+    """Tensors of one name, shape and dtype in all layers (and experts), or a tensor outside the layers."""
 
     name: str
     tensors: int
@@ -47,45 +49,45 @@ class Module:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model.
+    """Result of an inspection.
 
     Attributes:
-        checkpoint: its tensors and files.
+        checkpoint: the model's tensors and files.
         stacks: its stacks of layers with their lengths.
-        modules: its tensors in groups.
+        groups: its tensors, those of one kind in all layers as one group.
         tokenizer: facts of its tokenizer and chat template, as text by name.
-        doubts: what looks wrong.
-        weights: what a read of the weights found, tensor by tensor; None where they were not read.
+        doubts: hints at what looks wrong.
+        weights: statistics of each float tensor; None where the weights were not read.
     """
 
     checkpoint: Checkpoint
     stacks: Mapping[str, int]
-    modules: tuple[Module, ...]
+    groups: tuple[TensorGroup, ...]
     tokenizer: Mapping[str, str]
     doubts: tuple[str, ...]
-    weights: tuple[Weights, ...] | None = None
+    weights: tuple[WeightStatistics, ...] | None = None
 
     @property
     def parameters(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(spec.numel for spec in self.checkpoint.tensors.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors on the disk."""
+        """Number of bytes of all tensors on the disk."""
         return sum(spec.nbytes for spec in self.checkpoint.tensors.values())
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Elements by the dtype they are stored in."""
-        found: Counter[str] = Counter()
+        """Number of elements by the dtype they are stored in, the most frequent first."""
+        elements: Counter[str] = Counter()
         for spec in self.checkpoint.tensors.values():
-            found[spec.stored_dtype] += spec.numel
-        return dict(found.most_common())
+            elements[spec.stored_dtype] += spec.numel
+        return dict(elements.most_common())
 
     @property
     def tied(self) -> str:
-        """Whether the model has an output head of its own, as far as names tell."""
+        """Text that says whether the head is tied to the embedding, judged by names."""
         tensors = self.checkpoint.tensors
         heads = [name for name in tensors if tied_weights.is_head(name)]
         embedding = tied_weights.tied_to("lm_head.weight", tensors)
@@ -95,14 +97,14 @@ class Inspection:
 
     @property
     def quantised(self) -> str:
-        """How its weights are quantised."""
-        scaled = [spec for spec in self.checkpoint.tensors.values() if spec.scale is not None]
-        if not scaled:
+        """Text that says how the weights are quantised."""
+        quantised = [spec for spec in self.checkpoint.tensors.values() if spec.quantised]
+        if not quantised:
             return "no"
-        blocks = sorted({"×".join(map(str, spec.scale.block)) for spec in scaled if spec.scale})
-        kinds = ", ".join(sorted({spec.stored_dtype for spec in scaled}))
+        blocks = sorted({"×".join(map(str, spec.encoding.block)) for spec in quantised if spec.encoding.block})
+        kinds = ", ".join(sorted({spec.stored_dtype for spec in quantised}))
         shown = ", ".join(blocks[:3]) + (" …" if len(blocks) > 3 else "")
-        return f"{counted(len(scaled), 'tensor')} in {kinds}, a scale for each block of {shown}"
+        return f"{counted(len(quantised), 'tensor')} in {kinds}, a scale for each block of {shown}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -173,72 +175,80 @@ def inspect(
     doubts = [*_doubts_of_layers(checkpoint, depth), *_doubts_of_config(checkpoint, depth)]
     weights = None
     if stats:
-        found = survey(alone(checkpoint), Health(), threads, progress, processes)
-        weights = tuple(of_tensor for _, of_tensor in sorted(found, key=itemgetter(0)))
+        measured = survey(float_tensors(checkpoint), WeightMeasurement(), threads, progress, processes)
+        weights = tuple(statistics for _, statistics in sorted(measured, key=itemgetter(0)))
         checkpoint.check_unchanged()
-        doubts += [f"{one.name}: {one.doubt}" for one in weights if one.doubt]
-    return Inspection(checkpoint, depth, tuple(_modules(checkpoint)), _tokenizer(checkpoint), tuple(doubts), weights)
+        doubts += [f"{tensor.name}: {tensor.doubt}" for tensor in weights if tensor.doubt]
+    return Inspection(
+        checkpoint, depth, tuple(_groups(checkpoint, depth)), _tokenizer(checkpoint), tuple(doubts), weights
+    )
 
 
-def _modules(checkpoint: Checkpoint) -> Iterator[Module]:
-    depth = stacks(checkpoint.tensors)
+def _groups(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Iterator[TensorGroup]:
+    """Yield the tensors in groups of one name, shape and dtype, in the order of the files."""
     groups: dict[tuple[str, tuple[int, ...], str], list[TensorSpec]] = {}
     for spec in checkpoint.tensors.values():
-        at = place(spec.name)
-        name = f"{at.stack}.*.{module_of(at.rest)}".lstrip(".") if at and at.stack in depth else module_of(spec.name)
+        position = place(spec.name)
+        name = module_name(spec.name)
+        if position is not None and position.stack in depth:
+            name = f"{position.stack}.*.{module_name(position.rest)}".lstrip(".")
         groups.setdefault((name, spec.shape, spec.stored_dtype), []).append(spec)
     for (name, shape, dtype), members in groups.items():
-        yield Module(name, len(members), shape, dtype, sum(spec.nbytes for spec in members))
+        yield TensorGroup(name, len(members), shape, dtype, sum(spec.nbytes for spec in members))
 
 
 def _doubts_of_layers(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Iterator[str]:
-    """Layers that lack what their likes have, or have it in another shape; numbers that are missing."""
+    """Yield doubts about layers: tensors that other layers have, odd shapes, numbers that are missing."""
     layers: dict[str, dict[int, dict[str, TensorSpec]]] = {}
     for name, spec in checkpoint.tensors.items():
-        if (at := place(name)) is not None:
-            layers.setdefault(at.stack, {}).setdefault(at.layer, {})[at.rest] = spec
-    for stack, found in layers.items():
-        if stack not in depth:
-            yield from _gaps(stack, found)
-            if not any("." in rest for rests in found.values() for rest in rests) or len(found) < 2:
+        if (position := place(name)) is not None:
+            layers.setdefault(position.stack, {}).setdefault(position.layer, {})[position.rest] = spec
+    for stack, members in layers.items():
+        if stack not in depth:  # numbered, but not as the layers of a model are
+            if not any("." in rest for rests in members.values() for rest in rests):
                 continue
-        yield from _incomplete(stack, found)
-        yield from _odd_shapes(stack, found)
+            yield from _gaps(stack, members)
+            if len(members) < 2:
+                continue
+        yield from _incomplete(stack, members)
+        yield from _odd_shapes(stack, members)
 
 
-def _gaps(stack: str, found: Mapping[int, Mapping[str, TensorSpec]]) -> Iterator[str]:
-    deep = any("." in rest for rests in found.values() for rest in rests)
-    gaps = sorted(set(range(max(found))) - found.keys())
-    if deep and 0 < len(gaps) < len(found):
-        yield f"{stack}: of the layers 0 to {max(found)}, {_listed(gaps)} have no tensors"
+def _gaps(stack: str, layers: Layers) -> Iterator[str]:
+    """Yield a doubt where numbers of layers are missing."""
+    gaps = sorted(set(range(max(layers))) - layers.keys())
+    if 0 < len(gaps) < len(layers):
+        yield f"{stack}: of the layers 0 to {max(layers)}, {_listed(gaps)} have no tensors"
 
 
-def _incomplete(stack: str, found: Mapping[int, Mapping[str, TensorSpec]]) -> Iterator[str]:
-    kinds = Counter(frozenset(rests) for rests in found.values())
-    for layer, rests in sorted(found.items()):
+def _incomplete(stack: str, layers: Layers) -> Iterator[str]:
+    """Yield a doubt for each of few layers that lack tensors which more of the layers have."""
+    kinds = Counter(frozenset(rests) for rests in layers.values())
+    for layer, rests in sorted(layers.items()):
         own = frozenset(rests)
         fuller = [kind for kind in kinds if own < kind and kinds[kind] > kinds[own]]
-        if fuller and kinds[own] <= max(1, FEW * len(found)):
+        if fuller and kinds[own] <= max(1, ACCIDENT_SHARE * len(layers)):
             missing = sorted(max(fuller, key=lambda kind: kinds[kind]) - own)
             shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
             yield f"{stack}.{layer}: lacks {counted(len(missing), 'tensor')} that layers like it have: {shown}"
 
 
-def _odd_shapes(stack: str, found: Mapping[int, Mapping[str, TensorSpec]]) -> Iterator[str]:
+def _odd_shapes(stack: str, layers: Layers) -> Iterator[str]:
+    """Yield a doubt for each kind of tensor that has another shape in few of the layers."""
     shapes: dict[str, dict[int, tuple[int, ...]]] = {}
-    for layer, rests in found.items():
+    for layer, rests in layers.items():
         for rest, spec in rests.items():
             shapes.setdefault(rest, {})[layer] = spec.shape
     for rest, by_layer in shapes.items():
         (usual, many), *others = Counter(by_layer.values()).most_common()
         odd = sorted(layer for layer, shape in by_layer.items() if shape != usual)
-        if others and len(odd) <= max(1, FEW * len(by_layer)) and many > len(odd):
+        if others and len(odd) <= max(1, ACCIDENT_SHARE * len(by_layer)) and many > len(odd):
             shape = list(by_layer[odd[0]])
             yield f"{stack}.{_listed(odd)}.{rest}: shape {shape}, in the other layers {list(usual)}"
 
 
 def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Iterator[str]:
-    """Counts of the config that disagree with the headers."""
+    """Yield doubts about the config where it disagrees with the headers."""
     config = _text_config(checkpoint.config or {})
     for key in LAYER_COUNTS:
         count = config.get(key)
@@ -250,7 +260,7 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
             yield from _differs(config, "vocab_size", spec.shape[0], f"{name} has {spec.shape[0]:,} rows")
             yield from _differs(config, "hidden_size", spec.shape[1], f"{name} has {spec.shape[1]:,} columns")
     yield from _doubts_of_projections(checkpoint, config)
-    experts = {int(found[1]) for name in checkpoint.tensors if (found := EXPERT.search(name))}
+    experts = {int(number[1]) for name in checkpoint.tensors if (number := EXPERT.search(name))}
     for key in EXPERT_COUNTS:
         if experts:
             count = max(experts) + 1
@@ -264,15 +274,15 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
         and not heads
     ):
         yield "config.json: tie_word_embeddings is false, but there is no output head"
-    said = config.get("dtype", config.get("torch_dtype"))
-    stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if dtypes.is_float(spec.stored_dtype)}
-    if isinstance(said, str) and stored and said not in stored:
-        yield f"config.json: the dtype is {said}, the tensors are {', '.join(sorted(stored))}"
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if spec.stored_dtype in dtypes.FLOATS}
+    if isinstance(dtype, str) and stored and dtype not in stored:
+        yield f"config.json: the dtype is {dtype}, the tensors are {', '.join(sorted(stored))}"
     yield from _doubts_of_tokenizer(checkpoint)
 
 
 def _doubts_of_projections(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
-    """The first projection of each kind against the heads and the width of the MLP that the config tells of."""
+    """Hold the first projection of each kind to the config's number of heads and width of the MLP."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     size = config.get("head_dim")
     if size is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
@@ -301,14 +311,15 @@ def _doubts_of_tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"tokenizer.json: has tokens up to number {max(tokens):,}, the embedding has {max(rows):,} rows"
 
 
-def _differs(config: Mapping[str, Any], key: str, found: int, what: str) -> Iterator[str]:
-    said = config.get(key)
-    if isinstance(said, int) and said != found:
-        yield f"config.json: {key} is {said:,}, but {what}"
+def _differs(config: Mapping[str, Any], key: str, count: int, what: str) -> Iterator[str]:
+    """Yield a doubt where the config gives another number than the tensors."""
+    configured = config.get(key)
+    if isinstance(configured, int) and configured != count:
+        yield f"config.json: {key} is {configured:,}, but {what}"
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config, with what a nested text model's says instead."""
+    """Return the config, overridden by that of a nested text model."""
     nested = [
         value
         for key, value in config.items()
@@ -318,18 +329,19 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return facts of the tokenizer and the chat template, as text by name."""
     folder = checkpoint.folder
     if folder is None:
         return {}
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    found = {"files": ", ".join(name for name in files if is_tokenizer_file(name)) or "none"}
+    facts = {"files": ", ".join(name for name in files if is_tokenizer_file(name)) or "none"}
     if tokens := vocabulary_of(checkpoint):
-        found["vocabulary"] = f"{counted(len(tokens), 'token')}, numbers up to {max(tokens):,}"
+        facts["vocabulary"] = f"{counted(len(tokens), 'token')}, numbers up to {max(tokens):,}"
     template = template_of(checkpoint)
     known = next((name for name, text in TEMPLATES.items() if text == template), None)
     lines = f"{counted(len(template), 'character')}" if template else "none"
-    found["chat template"] = f"{known} ({lines})" if known else lines
-    return found
+    facts["chat template"] = f"{known} ({lines})" if known else lines
+    return facts
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
-"""Pictures of a comparison: where the weights changed, which deltas are alike, how large the changes are.
+"""Plots of a comparison: where the weights changed, which deltas are alike, how large the changes are.
 
-Names of tensors are never read as formulas.
+Names of tensors are shown as they are, never typeset as formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit_lite.comparison.comparison import Comparison, letter
-from mergekit_lite.comparison.deltas import BINS, SMALLEST, Finding
+from mergekit_lite.comparison.deltas import SIZE_BINS, SMALLEST_EXPONENT, TensorComparison
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages import drawing
 from mergekit_lite.pages.drawing import COLOURS
@@ -23,33 +23,33 @@ if TYPE_CHECKING:
 
 MOST_NAMES = 40  # labels along an axis that can still be read
 MOST_LETTERS = 34
-LABELS_HEIGHT, OUTSIDE_HEIGHT = 2.6, 0.3  # inches of a map: its titles and names, the row of what is outside the layers
+LABELS_HEIGHT, OUTSIDE_HEIGHT = 2.6, 0.3  # inches: of a map's titles and names, of the row outside the layers
 Draw = Callable[["FigureBase", Comparison], None]
 
 
 def save(comparison: Comparison, path: Path) -> None:
-    """Write one picture of three panels."""
-    drawn = panels(comparison)
-    heights = [_height(comparison, draw) for draw in drawn]
+    """Write one picture with all panels, one below the other."""
+    draws = panels(comparison)
+    heights = [_height(comparison, draw) for draw in draws]
     figure = drawing.new_figure(sum(heights))
-    parts = figure.subfigures(len(drawn), 1, squeeze=False, height_ratios=heights)
-    for part, draw in zip(parts[:, 0], drawn, strict=True):
+    parts = figure.subfigures(len(draws), 1, squeeze=False, height_ratios=heights)
+    for part, draw in zip(parts[:, 0], draws, strict=True):
         draw(part, comparison)
     drawing.save(figure, path)
 
 
 def panels(comparison: Comparison) -> list[Draw]:
-    """What is drawn: cosines only where there are several models."""
+    """Return the functions that draw the panels; cosines only for several models."""
     return [heat_map, *([cosine_matrix] if len(comparison.models) > 1 else []), histogram]
 
 
 def svg(comparison: Comparison, draw: Draw, label: str) -> str:
-    """One panel as an SVG element."""
+    """Return one panel as an SVG element."""
     return drawing.svg(lambda figure: draw(figure, comparison), _height(comparison, draw), label)
 
 
 def heat_map(figure: FigureBase, comparison: Comparison) -> None:
-    """RMS(delta) of layers × modules, a map for each model on one scale; below it the tensors outside the layers."""
+    """Draw RMS(delta) of layers × modules, a map for each model on one scale, above the tensors outside the layers."""
     from matplotlib.colors import LogNorm
 
     layers, modules, outside = _cells(comparison)
@@ -66,20 +66,20 @@ def heat_map(figure: FigureBase, comparison: Comparison) -> None:
         row, column = divmod(cell, columns)
         axes = [grid[row * len(ratio) + part][column] for part in range(len(ratio))]
         if cell >= len(values):
-            for one in axes:
-                one.set_visible(False)
+            for empty in axes:
+                empty.set_visible(False)
             continue
-        found = values[cell]
+        rms = values[cell]
         axes[0].set_title(f"{letter(cell)} − base", fontsize=10)
         first = column == 0
         if layers:
-            inside = np.array([[found.get((layer, module), math.nan) for module in modules] for layer in layers])
+            inside = np.array([[rms.get((layer, module), math.nan) for module in modules] for layer in layers])
             drawn = axes[0].imshow(inside, aspect="auto", norm=norm, interpolation="nearest")
             _ticks(axes[0], modules, layers, first)
             axes[0].set_ylabel("layer" if first else "")
             axes[0].set_xlabel("" if outside else "module")
         if outside:
-            below = np.array([[found.get((None, name), math.nan) for name in outside]])
+            below = np.array([[rms.get((None, name), math.nan) for name in outside]])
             drawn = axes[-1].imshow(below, aspect="auto", norm=norm, interpolation="nearest")
             _ticks(axes[-1], outside, [""], first)
             axes[-1].set_xlabel("outside the layers")
@@ -89,10 +89,10 @@ def heat_map(figure: FigureBase, comparison: Comparison) -> None:
 
 
 def cosine_matrix(figure: FigureBase, comparison: Comparison) -> None:
-    """The cosine between each two deltas, as colours and as numbers."""
+    """Draw the cosine between each two deltas, as colours and as numbers, and list the models."""
     cosines = np.array(comparison.overall.cosine, dtype=float)
     names = [letter(number) for number in range(len(cosines))]
-    axes, beside = figure.subplots(1, 2)
+    axes, legend = figure.subplots(1, 2)
     drawn = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     axes.set_box_aspect(1)
     for row, column in np.ndindex(*cosines.shape):
@@ -104,17 +104,17 @@ def cosine_matrix(figure: FigureBase, comparison: Comparison) -> None:
     axes.set(title="Cosine between the deltas", xlabel="model", ylabel="model")
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.04)
     bar.set_label("cosine")
-    beside.set_axis_off()
+    legend.set_axis_off()
     listed = [f"base  {_end(comparison.base)}"]
     listed += [f"{name}  {_end(model)}" for name, model in zip(names, comparison.models, strict=True)]
-    beside.text(0, 0.5, "\n".join(listed), va="center", fontsize=8, parse_math=False)
+    legend.text(0, 0.5, "\n".join(listed), va="center", fontsize=8, parse_math=False)
 
 
 def histogram(figure: FigureBase, comparison: Comparison) -> None:
-    """How many weights changed by how much, in powers of two; those that didn't change are told in the legend."""
+    """Draw how many weights changed by how much, in powers of two; the legend gives the share that didn't change."""
     axes = figure.subplots()
     overall = comparison.overall
-    edges = 2.0 ** np.arange(SMALLEST, SMALLEST + BINS + 1)
+    edges = 2.0 ** np.arange(SMALLEST_EXPONENT, SMALLEST_EXPONENT + SIZE_BINS + 1)
     for number, shares in enumerate(np.array(overall.sizes, dtype=float)):
         label = f"{letter(number)} ({100 * shares[0]:.1f} % of the weights unchanged)"
         axes.stairs(100 * shares[1:], edges, label=label, color=COLOURS[number % len(COLOURS)], linewidth=1.6)
@@ -128,35 +128,35 @@ def histogram(figure: FigureBase, comparison: Comparison) -> None:
 
 
 def _cells(comparison: Comparison) -> tuple[list[tuple[str, int]], list[str], list[str]]:
-    """The rows and columns of the map, and what is outside of it."""
+    """Return the rows (layers) and columns (modules) of the map, and the modules outside the layers."""
     layers: dict[tuple[str, int], None] = {}
     modules: dict[str, None] = {}
     outside: dict[str, None] = {}
-    for match in (finding.match for finding in comparison.findings):
-        if match.layer is None:
-            outside[match.module] = None
+    for tensor in (compared.tensor for compared in comparison.tensors):
+        if tensor.layer is None:
+            outside[tensor.module] = None
         else:
-            layers[match.stack or "", match.layer] = None
-            modules[match.module] = None
+            layers[tensor.stack or "", tensor.layer] = None
+            modules[tensor.module] = None
     return sorted(layers), list(modules), list(outside)
 
 
 def _rms(comparison: Comparison, number: int) -> dict[tuple[object, str], float]:
-    """RMS(delta) of one model in each cell; tensors that share one (experts) together."""
-    members: dict[tuple[object, str], list[Finding]] = {}
-    for finding in comparison.findings:
-        match = finding.match
-        place = None if match.layer is None else (match.stack or "", match.layer)
-        members.setdefault((place, match.module), []).append(finding)
-    found = {}
-    for cell, findings in members.items():
-        square = sum(float(finding.tally["products"][number, number]) for finding in findings)
-        found[cell] = math.sqrt(square / sum(finding.match.numel for finding in findings))
-    return found
+    """Return RMS(delta) of one model in each cell of the map; experts share a cell."""
+    members: dict[tuple[object, str], list[TensorComparison]] = {}
+    for compared in comparison.tensors:
+        tensor = compared.tensor
+        layer = None if tensor.layer is None else (tensor.stack or "", tensor.layer)
+        members.setdefault((layer, tensor.module), []).append(compared)
+    rms = {}
+    for cell, tensors in members.items():
+        square = sum(float(compared.sums["products"][number, number]) for compared in tensors)
+        rms[cell] = math.sqrt(square / sum(compared.tensor.numel for compared in tensors))
+    return rms
 
 
 def _ticks(axes: Any, columns: list[str], rows: list[Any], first: bool) -> None:
-    """Names along the axes, as many as can be read."""
+    """Put names along the axes, no more than can be read."""
     shown = [] if len(columns) > MOST_NAMES else [shortened(name, MOST_LETTERS).split("… (")[0] for name in columns]
     axes.set_xticks(range(len(shown)), shown, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     for label in axes.get_xticklabels():
@@ -173,11 +173,12 @@ def _ticks(axes: Any, columns: list[str], rows: list[Any], first: bool) -> None:
 
 
 def _end(reference: str) -> str:
-    """The end of a reference, which tells more than its beginning."""
+    """Return the end of a long reference, which says more than its beginning."""
     return reference if len(reference) <= MOST_LETTERS else f"…{reference[-MOST_LETTERS:]}"
 
 
 def _height(comparison: Comparison, draw: Draw) -> float:
+    """Return the height of a panel in inches."""
     models = len(comparison.models)
     if draw is heat_map:
         inside = _inside_height(len(_cells(comparison)[0]))
@@ -187,7 +188,3 @@ def _height(comparison: Comparison, draw: Draw) -> float:
 
 def _inside_height(layers: int) -> float:
     return min(max(0.7, 0.11 * layers), 6.0)
-
-
-def _matrix_height(comparison: Comparison) -> float:
-    return 2.2 + 0.3 * len(comparison.models)

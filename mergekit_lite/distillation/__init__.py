@@ -2,5 +2,13 @@
 
     recipe ─▶ sample ─▶ score ─▶ pair ─▶ train ─▶ report
 
-Each stage reads files and writes files in the recipe's folder (``folder.py``) and goes on where it stopped.
+Each stage is a function in the file of its name. It reads and writes files in the recipe's folder (``folder.py``) and
+resumes where it stopped. The parts of a stage have a folder of their own:
+
+    recipe/       the recipe, loaded from YAML and checked
+    pairing/      parts of ``pair``; the published rules for pairs are in ``rules.py``
+    training/     parts of ``train``; the published losses are in ``objectives.py``
+    reporting/    parts of ``report``
+
+``prompts.py``, ``settings.py`` and ``reporter.py`` serve several stages; ``dry_run.py`` counts what they would do.
 """

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from mergekit_lite.distillation import sample as sampling
 from mergekit_lite.distillation import train as training
-from mergekit_lite.distillation.findings import Findings
-from mergekit_lite.distillation.loading import load
 from mergekit_lite.distillation.pair import pair
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.report import report
-from mergekit_lite.distillation.reporter import Silent, Tell
+from mergekit_lite.distillation.reporter import Reporter, Silent
+from mergekit_lite.distillation.reporting.findings import Findings
 from mergekit_lite.distillation.score import score
 from mergekit_lite.options import named_options
 
 
 @named_options
-def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Tell | None = None) -> Findings:
+def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporter | None = None) -> Findings:
     """Distill strong models into a small one by preferences, as a recipe says: sample, score, pair, train and report.
 
     Every stage reads and writes files in the recipe's folder; what is done is not done again.
@@ -39,7 +39,7 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Tell | 
     return run_stages(loaded, reporter or Silent(), skip_missing=skip_missing)
 
 
-def run_stages(recipe: Recipe, reporter: Tell, *, skip_missing: bool = False) -> Findings:
+def run_stages(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> Findings:
     """Run all stages in their order.
 
     Where pairs are made of the target's own answers, it is asked for them once its SFT is done: sample, score, pair and

@@ -1,4 +1,4 @@
-"""What a distillation will do, before it does anything: prompts, requests, rows, steps."""
+"""What a distillation would do, without doing it: numbers of prompts, requests, rows and steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt
-from mergekit_lite.distillation.assign import needs_target, whole
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe import TARGET, Recipe, Source, Training
+from mergekit_lite.distillation.pairing.assign import floor_share
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, Source, Training
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 
 
-class OfDomain(NamedTuple):
-    """Prompts of one domain, and the rows they become at most: what scores drop can't be known before."""
+class DomainRows(NamedTuple):
+    """Prompts of one domain, and the most rows that they can become: scores may drop some."""
 
     domain: str
     prompts: int
@@ -25,8 +25,8 @@ class OfDomain(NamedTuple):
     preference: int
 
 
-class OfSource(NamedTuple):
-    """What one source is asked. The number is the most that it can be for the target, whose prompts are drawn later."""
+class SourceRequests(NamedTuple):
+    """Requests to one source. For the target it is the most there can be, as its prompts are drawn later."""
 
     name: str
     model: str
@@ -35,82 +35,78 @@ class OfSource(NamedTuple):
     done: int
 
 
-class OfStage(NamedTuple):
-    """One stage of training; rows and steps are the most that they can be."""
+class TrainingSteps(NamedTuple):
+    """The most rows and optimiser steps of one training."""
 
     stage: str
     rows: int
     steps: int
 
 
-class Outlook(NamedTuple):
-    """The whole plan."""
+class DryRun(NamedTuple):
+    """All numbers of a dry run, and the models that are missing, as messages."""
 
-    domains: tuple[OfDomain, ...]
-    sources: tuple[OfSource, ...]
+    domains: tuple[DomainRows, ...]
+    sources: tuple[SourceRequests, ...]
     scorers: tuple[str, ...]
-    training: tuple[OfStage, ...]
+    training: tuple[TrainingSteps, ...]
     missing_models: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         return {
             "domains": [domain._asdict() for domain in self.domains],
             "sources": [source._asdict() for source in self.sources],
             "scorers": list(self.scorers),
-            "training": [stage._asdict() for stage in self.training],
+            "training": [steps._asdict() for steps in self.training],
             "missing_models": list(self.missing_models),
         }
 
 
-def outlook(recipe: Recipe, prompts: Sequence[Prompt]) -> Outlook:
-    """What the recipe does with these prompts. Reads only what earlier runs have done."""
+def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
+    """Count what the recipe would do with these prompts. Reads only the ledgers of earlier runs."""
     counts = Counter(prompt.domain for prompt in prompts)
     domains = tuple(_domain(recipe, domain, count) for domain, count in counts.items())
     sources = [_source(recipe, source, prompts) for source in recipe.sources]
     if recipe.target_source is not None:
-        waiting = (prompt for prompt in prompts if needs_target(recipe.pairs.of(prompt.domain)))
-        sources.append(_target(recipe, recipe.target_source, domains, waiting))
+        may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
+        sources.append(_target(recipe, recipe.target_source, domains, may_wait))
     training = [
-        _stage(stage, how, sum(getattr(domain, stage) for domain in domains))
-        for stage, how in (("sft", recipe.train.sft), ("preference", recipe.train.preference))
-        if how is not None
+        _steps(stage, settings, sum(getattr(domain, stage) for domain in domains))
+        for stage, settings in (("sft", recipe.train.sft), ("preference", recipe.train.preference))
+        if settings is not None
     ]
     scorers = tuple(scorer.name for scorer in recipe.scorers)
-    return Outlook(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
+    return DryRun(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
 
 
-def _domain(recipe: Recipe, domain: str, count: int) -> OfDomain:
-    pairs = recipe.pairs.of(domain)
-    sft, preference = count, count  # at most, where it goes by what is available
-    if pairs.rule == "as_is":
+def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
+    pairing = recipe.pairs.of(domain)
+    sft, preference = count, count  # with split availability either may get all
+    if pairing.rule == "as_is":
         preference = 0
-    elif pairs.split == "share":
-        sft = whole(pairs.sft_share, count)
+    elif pairing.split == "share":
+        sft = floor_share(pairing.sft_share, count)
         preference = count - sft
-    return OfDomain(domain, count, pairs.rule, sft, preference)
+    return DomainRows(domain, count, pairing.rule, sft, preference)
 
 
-def _source(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> OfSource:
+def _source(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> SourceRequests:
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
     missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of).missing
-    return OfSource(source.name, source.model, _where(source), len(keys), len(keys) - len(missing))
+    where = source.server or "in this process"
+    return SourceRequests(source.name, source.model, where, len(keys), len(keys) - len(missing))
 
 
-def _target(recipe: Recipe, source: Source, domains: Iterable[OfDomain], prompts: Iterable[Prompt]) -> OfSource:
-    whole = _source(recipe, source, prompts)
+def _target(recipe: Recipe, source: Source, domains: Iterable[DomainRows], prompts: Iterable[Prompt]) -> SourceRequests:
     requests = sum(
-        own.preference * source.samples_for.get(own.domain, source.samples)
-        for own in domains
-        if needs_target(recipe.pairs.of(own.domain)) and (source.domains is None or own.domain in source.domains)
+        rows.preference * source.answers_to(rows.domain)
+        for rows in domains
+        if recipe.pairs.of(rows.domain).needs_target
     )
     model = source.model if source.server else "what SFT makes" if recipe.train.sft else recipe.target
-    return whole._replace(name=TARGET, model=model, requests=requests)
+    return _source(recipe, source, prompts)._replace(name=TARGET, model=model, requests=requests)
 
 
-def _where(source: Source) -> str:
-    return source.server or "in this process"
-
-
-def _stage(stage: str, how: Training, rows: int) -> OfStage:
-    return OfStage(stage, rows, math.floor(how.epochs * rows + 1e-9) // how.batch_size)
+def _steps(stage: str, settings: Training, rows: int) -> TrainingSteps:
+    return TrainingSteps(stage, rows, math.floor(settings.epochs * rows + 1e-9) // settings.batch_size)

@@ -1,14 +1,14 @@
-"""What preference training minimises: pure functions of log-probabilities, by name.
+"""The published losses of preference training, as pure functions of log-probabilities.
 
 A row is a prompt with C chosen responses and a rejected one. s(y) is the log-probability of a response under the model
-that is trained, summed over its tokens; s_ref(y) the same under the reference, the model that training started from;
-n(y) the number of its tokens, the end of the turn included. Then
+that is trained, summed over its tokens; s_ref(y) is the same under the reference, the model that training started from;
+n(y) is the number of its tokens, with the end of the turn. Then
 
     ρ(y) = s(y) − s_ref(y)      ρ̄ = ρ / n      ā = s / n      softplus(x) = log(1 + eˣ) = −log σ(−x)
 
-Every objective takes ``LogProbs`` and its own numbers as keywords, which are the recipe's ``options``, and gives an
-``Outcome``. Where a row has several chosen responses, ``wrpo`` weighs their rewards; all others take the mean of the
-losses of each with the rejected one.
+The index w marks a chosen response, l the rejected one. Every objective takes ``LogProbs`` and its options as keyword
+arguments, which are the recipe's ``options``, and returns an ``Outcome``. With several chosen responses in a row,
+``wrpo`` weighs their rewards; all others return the mean of the losses of each with the rejected one.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from math import cos, pi
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from mergekit_lite.distillation.schedules import Schedule, scheduled
 from mergekit_lite.errors import nearest
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+Schedule = Literal["linear", "constant", "cosine"]
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """What a batch of B rows with C chosen responses each comes to; all floating.
+    """The log-probabilities of a batch of B rows with C chosen responses each; all tensors are floating.
 
     Attributes:
-        chosen: (B, C); s of the chosen responses: where sources' and the target's stand together, sources first.
+        chosen: (B, C); s of the chosen responses, sources' before the target's own.
         rejected: (B,); s of the rejected responses.
         chosen_lengths: (B, C).
         rejected_lengths: (B,).
         reference_chosen: (B, C); s_ref. None for objectives without reference.
         reference_rejected: (B,).
-        chosen_squares: (B, C); mean_t log Σ_v π(v)², for ``wpo`` only.
+        chosen_squares: (B, C); mean_t log Σ_v π(v)². None for objectives without ``squares``.
         rejected_squares: (B,).
-        chosen_wins: (B, C); how probably a response beats the others to its prompt, for ``sppo``. None for 1.
-        rejected_wins: (B,). None for 0.
-        progress: the share of training's steps that are done.
+        chosen_wins: (B, C); the probability that a response beats the others to its prompt. None stands for 1.
+        rejected_wins: (B,). None stands for 0.
+        progress: the share of the training's steps that are done.
     """
 
     chosen: Tensor
@@ -63,7 +64,7 @@ class LogProbs:
     progress: float = 0.0
 
     def ratios(self, normalised: bool = False) -> tuple[Tensor, Tensor]:
-        """ρ of the chosen (B, C) and, for each of them to be held against, the rejected (B, 1); or ρ̄."""
+        """Return ρ of the chosen (B, C) and the rejected (B, 1) responses, or ρ̄ if ``normalised``."""
         assert self.reference_chosen is not None and self.reference_rejected is not None
         chosen = self.chosen - self.reference_chosen
         rejected = self.rejected - self.reference_rejected
@@ -72,20 +73,20 @@ class LogProbs:
         return chosen, rejected[:, None]
 
     def averages(self) -> tuple[Tensor, Tensor]:
-        """ā of the chosen (B, C) and the rejected (B, 1)."""
+        """Return ā of the chosen (B, C) and the rejected (B, 1) responses."""
         return self.chosen / self.chosen_lengths, (self.rejected / self.rejected_lengths)[:, None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A batch's loss and what is told about it.
+    """The loss of a batch, and figures for the log, which have no gradient.
 
     Attributes:
         loss: (B,).
-        chosen_rewards: (B, C); what the objective calls reward, without gradient, as all that follows.
+        chosen_rewards: (B, C); rewards as the objective defines them.
         rejected_rewards: (B,).
-        margins: (B,); how far the chosen rewards, taken together, are above the rejected one.
-        alpha: the weight of the sources, where the objective has one.
+        margins: (B,); the chosen rewards, taken together, minus the rejected one.
+        alpha: the weight of the sources, for objectives that have one.
     """
 
     loss: Tensor
@@ -96,12 +97,12 @@ class Outcome:
 
     @property
     def accuracies(self) -> Tensor:
-        """(B,); 1 where the chosen are above the rejected."""
+        """(B,); 1 where the margin is positive, else 0."""
         return (self.margins > 0).to(self.margins.dtype)
 
     @property
     def chosen_accuracies(self) -> Tensor:
-        """(B, C); the same for each chosen response by itself."""
+        """(B, C); 1 where a chosen reward is above the rejected one, else 0."""
         return (self.chosen_rewards > self.rejected_rewards[:, None]).to(self.margins.dtype)
 
 
@@ -111,24 +112,32 @@ class Objective:
 
     Attributes:
         name: of the function.
-        function: ``LogProbs`` and keywords to ``Outcome``.
+        function: takes ``LogProbs`` and keyword arguments, returns an ``Outcome``.
+        formula: the loss of one chosen and the rejected response.
+        source: the paper, or what the formula is taken from.
+        when: the case that the objective is good for.
         reference: whether it needs s_ref.
         squares: whether it needs log Σ π².
+        fuses: whether it weighs chosen responses of sources against one of the target, and so needs both.
     """
 
     name: str
     function: Callable[..., Outcome]
+    formula: str
+    source: str
+    when: str
     reference: bool = True
     squares: bool = False
+    fuses: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The options with the values they have by default."""
+        """The default values of the options."""
         parameters = inspect.signature(self.function).parameters.values()
-        return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
     def options(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-        """The keywords for ``function``; what is wrong with the given ones goes to ``problems``."""
+        """Return all keyword arguments of ``function``; wrong names and values become ``problems``."""
         kinds = get_type_hints(self.function, include_extras=True)
         options = self.defaults
         for name, value in given.items():
@@ -148,36 +157,55 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(
-    *, reference: bool = True, squares: bool = False
+    *,
+    formula: str,
+    source: str,
+    when: str,
+    reference: bool = True,
+    squares: bool = False,
+    fuses: bool = False,
 ) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
-    """Register an objective under its function's name."""
+    """Register an objective under its function's name; the arguments are ``Objective``'s attributes."""
 
     def register(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
         name = function.__name__
-        OBJECTIVES[name] = Objective(name, function, reference, squares)
+        OBJECTIVES[name] = Objective(name, function, formula, source, when, reference, squares, fuses)
         return function
 
     return register
 
 
-@objective()
+@objective(
+    formula="−log σ(β(ρ_w − ρ_l))",
+    source="DPO, 2305.18290",
+    when="the baseline; β 0.01 to 0.1",
+)
 def dpo(rows: LogProbs, *, beta: Positive = 0.1, smoothing: Smoothing = 0.0) -> Outcome:
-    """−(1−ε) log σ(z) − ε log σ(−z), z = β(ρ_w − ρ_l). Rafailov et al., 2305.18290; ε as in conservative DPO."""
+    """Return −(1−ε) log σ(z) − ε log σ(−z), z = β(ρ_w − ρ_l), with the smoothing ε of conservative DPO."""
     chosen, rejected = rows.ratios()
     return _pairwise(_logistic(beta * (chosen - rejected), smoothing), beta * chosen, beta * rejected)
 
 
-@objective()
+@objective(
+    formula="−log σ(β(ρ̄_w − ρ̄_l))",
+    source="Tülu 3, 2411.15124",
+    when="lengths of chosen and rejected differ much; β 5 to 10",
+)
 def dpo_norm(rows: LogProbs, *, beta: Positive = 10.0, smoothing: Smoothing = 0.0) -> Outcome:
-    """DPO with each log-ratio divided by its response's length: z = β(ρ̄_w − ρ̄_l).
+    """Return the loss of DPO with each log-ratio divided by its response's length: z = β(ρ̄_w − ρ̄_l).
 
-    Tülu 3, 2411.15124; FuseChat-3.0's Llama targets at β = 10.
+    FuseChat-3.0 trains its Llama targets so, with β = 10.
     """
     chosen, rejected = rows.ratios(normalised=True)
     return _pairwise(_logistic(beta * (chosen - rejected), smoothing), beta * chosen, beta * rejected)
 
 
-@objective()
+@objective(
+    formula="−log σ(β(α Σ_i v_i ρ(y_i) + (1 − α) ρ(y_t) − ρ_l))",
+    source="WRPO, 2412.03187",
+    when="pairs of the rule `wrpo`: chosen responses of sources, y_i, and of the target, y_t",
+    fuses=True,
+)
 def wrpo(
     rows: LogProbs,
     *,
@@ -188,14 +216,14 @@ def wrpo(
     length_normalised: bool = False,
     smoothing: Smoothing = 0.0,
 ) -> Outcome:
-    """−log σ(z), z = β[α_t Σ_i v_i ρ(y_i) + (1 − α_t) ρ(y_t) − ρ(y_l)]. WRPO, 2412.03187.
+    """Return −log σ(z), z = β[α_t Σ_i v_i ρ(y_i) + (1 − α_t) ρ(y_t) − ρ(y_l)].
 
     The chosen responses are the sources', y_i, and last the target's own, y_t. α_t grows to ``alpha`` by the
-    ``schedule``; ``weights`` divides it among several sources, evenly by default. ρ̄ in the place of ρ where
-    ``length_normalised``. Smoothing as in ``dpo``.
+    ``schedule``. ``weights`` divides it among several sources, evenly by default. ``length_normalised`` takes ρ̄ for ρ.
+    The smoothing is that of ``dpo``.
 
     Raises:
-        ValueError: fewer than two chosen, or another number of weights than of sources.
+        ValueError: fewer than two chosen responses, or not one weight for each source.
     """
     sources = rows.chosen.shape[1] - 1
     if sources < 1:
@@ -205,8 +233,8 @@ def wrpo(
     shares = rows.chosen.new_tensor(weights or (1.0,) * sources)
     alpha_t = scheduled(alpha, schedule, rows.progress)
     chosen, rejected = rows.ratios(length_normalised)
-    together = alpha_t * (chosen[:, :-1] * (shares / shares.sum())).sum(1) + (1 - alpha_t) * chosen[:, -1]
-    margins = beta * (together - rejected[:, 0])
+    fused = alpha_t * (chosen[:, :-1] * (shares / shares.sum())).sum(1) + (1 - alpha_t) * chosen[:, -1]
+    margins = beta * (fused - rejected[:, 0])
     return Outcome(
         _logistic(margins, smoothing),
         (beta * chosen).detach(),
@@ -216,43 +244,67 @@ def wrpo(
     )
 
 
-@objective(reference=False)
+@objective(
+    formula="−log σ(β(ā_w − ā_l) − γ)",
+    source="SimPO, 2405.14734",
+    when="no reference, so half the passes; sensitive to its options",
+    reference=False,
+)
 def simpo(rows: LogProbs, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, smoothing: Smoothing = 0.0) -> Outcome:
-    """−log σ(β(ā_w − ā_l) − γ). SimPO, 2405.14734, where γ is given as γ/β."""
+    """Return −log σ(β(ā_w − ā_l) − γ). The paper gives γ as γ/β."""
     chosen, rejected = rows.averages()
     return _pairwise(_logistic(beta * (chosen - rejected) - gamma, smoothing), beta * chosen, beta * rejected)
 
 
-@objective()
+@objective(
+    formula="(ρ_w − ρ_l − 1/(2β))²",
+    source="IPO, 2310.12036",
+    when="noisy labels: it doesn't push a pair on for ever",
+)
 def ipo(rows: LogProbs, *, beta: Positive = 0.1, length_normalised: bool = False) -> Outcome:
-    """(ρ_w − ρ_l − 1/(2β))². Azar et al., 2310.12036; TRL takes ρ̄, which is ``length_normalised`` here."""
+    """Return (ρ_w − ρ_l − 1/(2β))². TRL takes ρ̄ for ρ, which is ``length_normalised`` here."""
     chosen, rejected = rows.ratios(length_normalised)
     return _pairwise((chosen - rejected - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected)
 
 
-@objective(reference=False)
+@objective(
+    formula="−ā_w − λ log σ(log-odds)",
+    source="ORPO, 2403.07691",
+    when="without SFT before",
+    reference=False,
+)
 def orpo(rows: LogProbs, *, weight: NonNegative = 0.1) -> Outcome:
-    """−ā_w − λ log σ(o_w − o_l), with the log-odds o = ā − log(1 − e^ā) and λ = ``weight``. ORPO, 2403.07691.
+    """Return −ā_w − λ log σ(o_w − o_l), with the log-odds o = ā − log(1 − e^ā) and λ = ``weight``.
 
-    The original takes the first term over prompt and response; here it is over the response.
+    The paper's first term covers prompt and response, here it covers the response.
     """
     chosen, rejected = rows.averages()
     odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
     return _pairwise(-chosen + weight * softplus(-odds), weight * chosen, weight * rejected)
 
 
-@objective(reference=False)
+@objective(
+    formula="max(0, γ − (ā_w − ā_l))",
+    source="RePO, 2503.07426",
+    when="SimPO with one option less",
+    reference=False,
+)
 def repo(rows: LogProbs, *, gamma: NonNegative = 0.5) -> Outcome:
-    """max(0, γ − (ā_w − ā_l)). RePO, 2503.07426: SimPO as β → ∞."""
+    """Return max(0, γ − (ā_w − ā_l)), the limit of SimPO as β → ∞."""
     chosen, rejected = rows.averages()
     return _pairwise(relu(gamma - (chosen - rejected)), chosen, rejected)
 
 
-@objective(squares=True)
+@objective(
+    formula="min(1, u_w u_l) · DPO",
+    source="WPO, 2406.11827",
+    when="off-policy pairs: u tells how likely a response is to the model",
+    squares=True,
+)
 def wpo(rows: LogProbs, *, beta: Positive = 0.01, smoothing: Smoothing = 0.0) -> Outcome:
-    """min(1, u_w u_l) · DPO, u = exp(mean_t (log π(y_t) − log Σ_v π(v)²)), without gradient. WPO, 2406.11827.
+    """Return min(1, u_w u_l) · DPO, u = exp(mean_t (log π(y_t) − log Σ_v π(v)²)), without gradient through u.
 
-    TRL leaves the bound of 1 out.
+    TRL has no bound of 1.
     """
     assert rows.chosen_squares is not None and rows.rejected_squares is not None
     chosen, rejected = rows.ratios()
@@ -262,11 +314,15 @@ def wpo(rows: LogProbs, *, beta: Positive = 0.01, smoothing: Smoothing = 0.0) ->
     return _pairwise(loss, beta * chosen, beta * rejected)
 
 
-@objective()
+@objective(
+    formula="½[(ρ_w − (P_w − ½)/β)² + (ρ_l − (P_l − ½)/β)²]",
+    source="SPPO, 2405.00675",
+    when="best and worst of many own samples; P: the probability that a response beats the others",
+)
 def sppo(rows: LogProbs, *, beta: Positive = 0.001) -> Outcome:
-    """½[(ρ_w − (P_w − ½)/β)² + (ρ_l − (P_l − ½)/β)²], P: how probably a response beats the others. SPPO, 2405.00675.
+    """Return ½[(ρ_w − (P_w − ½)/β)² + (ρ_l − (P_l − ½)/β)²]; P is the probability that a response beats the others.
 
-    Rows that don't tell P have 1 and 0, as TRL's ``sppo_hard``, which doesn't halve the sum.
+    Rows without P have 1 and 0, as in TRL's ``sppo_hard``, which doesn't halve the sum.
     """
     chosen, rejected = rows.ratios()
     wins = torch.ones_like(chosen) if rows.chosen_wins is None else rows.chosen_wins
@@ -275,31 +331,45 @@ def sppo(rows: LogProbs, *, beta: Positive = 0.001) -> Outcome:
     return _pairwise(loss, beta * chosen, beta * rejected)
 
 
-@objective()
+@objective(
+    formula="−log σ(β(ρ_w − ρ_l) + α(n_w − n_l))",
+    source="R-DPO, 2403.19159",
+    when="answers get longer and longer",
+)
 def rdpo(rows: LogProbs, *, beta: Positive = 0.1, alpha: NonNegative = 0.02) -> Outcome:
-    """−log σ(β(ρ_w − ρ_l) + α(n_w − n_l)): a pair whose chosen response is longer is pushed less. R-DPO, 2403.19159."""
+    """Return −log σ(β(ρ_w − ρ_l) + α(n_w − n_l)): pairs whose chosen response is longer have smaller gradients."""
     chosen, rejected = rows.ratios()
     longer = rows.chosen_lengths - rows.rejected_lengths[:, None]
     return _pairwise(_logistic(beta * (chosen - rejected) + alpha * longer, 0.0), beta * chosen, beta * rejected)
 
 
+def scheduled(final: float, schedule: Schedule, progress: float) -> float:
+    """Return the value of a number that grows to ``final`` over training.
+
+    With t the share of steps done, held to [0, 1]: ``linear`` (WRPO's) is t · final, ``constant`` is final from the
+    start, and ``cosine`` is (1 − cos πt) / 2 · final.
+    """
+    t = min(max(progress, 0.0), 1.0)
+    return final * {"linear": t, "constant": 1.0, "cosine": (1 - cos(pi * t)) / 2}[schedule]
+
+
 def _pairwise(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Outcome:
-    """The mean over the chosen responses of ``loss`` (B, C), and rewards (B, C) and (B, 1)."""
+    """Return the outcome of losses (B, C) and rewards (B, C) and (B, 1): the loss of a row is its mean over C."""
     margins = (chosen - rejected).mean(1)
     return Outcome(loss.mean(1), chosen.detach(), rejected[:, 0].detach(), margins.detach())
 
 
 def _logistic(margin: Tensor, smoothing: float) -> Tensor:
-    """−(1−ε) log σ(z) − ε log σ(−z)."""
+    """Return −(1−ε) log σ(z) − ε log σ(−z)."""
     if not smoothing:
         return softplus(-margin)
     return (1 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 − eˣ) for x < 0, exact at both ends (Mächler 2012); x = 0 is taken for the last number before it."""
+    """Return log(1 − eˣ) for x < 0, exact at both ends (Mächler 2012); x = 0 stands for the number next to it."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    near = x > -0.6931471805599453
-    # Each branch sees only what it is good for: a gradient of the other's would be infinity times 0.
+    near = x > -0.6931471805599453  # −log 2
+    # Each branch gets only values that it is exact for: elsewhere its gradient would be infinity times 0.
     small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
     return torch.where(near, small, torch.log1p(-torch.exp(torch.where(near, -1.0, x))))

@@ -1,4 +1,4 @@
-"""The prompts of a distillation: read from the data by the first stage, and the same ever after."""
+"""The prompts of a distillation: read from the data by the sample stage, and the same from then on."""
 
 from __future__ import annotations
 
@@ -6,41 +6,43 @@ from collections.abc import Sequence
 
 from mergekit_lite.answers import prompts as data
 from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
-from mergekit_lite.distillation.checks import unknown_domains
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe import Recipe
-from mergekit_lite.distillation.reporter import Tell
+from mergekit_lite.distillation.recipe.checks import unknown_domains
+from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
-SHOWN = 5
+SHOWN = 5  # malformed rows in a warning
 
 
-def gathered(recipe: Recipe, tell: Tell) -> list[Prompt]:
-    """The prompts as the recipe's data have them now, each once. What is left out is told.
+def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
+    """Return the distinct prompts that the recipe's data have now; what is left out is reported.
 
     Raises:
-        UsageError: the data can't be read, are empty, or lack a domain that the recipe names.
+        UsageError: the data can't be read, are empty, or have no prompt of a domain that the recipe names.
     """
     loaded = data.load(recipe.prompts)
     if loaded.problems:
         left_out = f"{counted(len(loaded.problems), 'row')} of the prompts left out"
-        tell.warn(listing(left_out, loaded.problems, SHOWN))
+        reporter.warn(listing(left_out, loaded.problems, SHOWN))
     if loaded.repeated:
-        tell.line(f"{counted(loaded.repeated, 'prompt')} asked before in the data, left out")
+        reporter.line(f"{counted(loaded.repeated, 'prompt')} asked before in the data, left out")
     if not loaded.prompts:
         raise UsageError(listing("There is no prompt to ask", loaded.problems or ["the data have no rows"]))
     unknown_domains(recipe, (prompt.domain for prompt in loaded.prompts))
     return loaded.prompts
 
 
-def kept(recipe: Recipe, tell: Tell) -> list[Prompt]:
-    """The prompts, which are written into the folder at first and must be the same ever after.
+def settled(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
+    """Return the prompts as ``read`` does, and hold them to those in the recipe's folder.
+
+    The first call writes them there. Later ones may change them only while there are no answers.
 
     Raises:
-        UsageError: as ``gathered``, or the data are no longer what the folder's answers were asked for.
+        UsageError: as ``read``, or the data have other prompts than the folder's answers.
     """
     folder = Folder(recipe.folder)
-    now = gathered(recipe, tell)
+    now = read(recipe, reporter)
     if not folder.prompts.exists():
         write_rows(folder.prompts, map(data.as_row, now))
     elif (then := stored(folder)) != now:
@@ -51,10 +53,10 @@ def kept(recipe: Recipe, tell: Tell) -> list[Prompt]:
 
 
 def stored(folder: Folder) -> list[Prompt]:
-    """The prompts that the first stage wrote.
+    """Return the prompts that the sample stage wrote.
 
     Raises:
-        UsageError: there are none, or the file was damaged.
+        UsageError: there is no such file, or it was damaged.
     """
     if not folder.prompts.exists():
         raise UsageError(f"{folder.prompts} isn't there: run the stage `sample` first.")
@@ -71,17 +73,17 @@ def stored(folder: Folder) -> list[Prompt]:
 
 
 def _changed(folder: Folder, then: Sequence[Prompt], now: Sequence[Prompt]) -> str:
-    before, after = {p.id: p for p in then}, {p.id: p for p in now}
+    before, after = {prompt.id: prompt for prompt in then}, {prompt.id: prompt for prompt in now}
     new = [name for name in after if name not in before]
     gone = [name for name in before if name not in after]
     other = [name for name, prompt in after.items() if name in before and before[name] != prompt]
-    told = [
+    changes = [
         f"{what}: {counted(len(names), 'prompt')}, for instance {shortened(names[0], 60)!r}"
         for what, names in (("new", new), ("gone", gone), ("not the same", other))
         if names
     ]
     return listing(
-        f"The prompts are no longer those that {folder.root} has answers to", told or ["their order is another one"]
+        f"The prompts are no longer those that {folder.root} has answers to", changes or ["their order is another one"]
     ) + (
         f"\nPut the data back as they were ({folder.prompts} has them), or let the recipe name another `folder`, "
         "or delete this one to start over."

@@ -1,4 +1,4 @@
-"""What a stage tells while it works: the seam between the stages and whoever watches."""
+"""How stages report while they work. The command line prints the reports, a test may keep them."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
-class Tell(Protocol):
-    """Takes what a stage has to say. May be called from several threads."""
+class Reporter(Protocol):
+    """Takes the reports of a stage. May be called from several threads."""
 
     def line(self, text: str) -> None:
-        """A result or a step, in a line."""
+        """Report a result, or that a step is done."""
 
     def warn(self, text: str) -> None:
-        """Something the user should look at, though the stage goes on."""
+        """Report what the user should look at, though the stage goes on."""
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table. Headings that begin with ``>`` have their columns flush right."""
+        """Report a table. Columns whose heading begins with ``>`` are flush right."""
 
     def progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:
-        """Progress of a task of ``total`` items, ``done`` of which were there before; several may be open at once.
+        """Report the progress of a task; several may be open at once.
 
-        Yields the function that is told how many more are done.
+        Args:
+            what: the task's name.
+            total: its number of items.
+            done: how many of them were done before.
+
+        Yields:
+            A function to call with the number of items done since its last call.
         """
 
 
 class Silent:
-    """Tells nothing."""
+    """A reporter that discards everything."""
 
     def line(self, text: str) -> None:
-        """Nothing."""
+        """Discard a line."""
 
     def warn(self, text: str) -> None:
-        """Nothing."""
+        """Discard a warning."""
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Nothing."""
+        """Discard a table."""
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Counts nothing."""
+        """Discard progress."""
         yield lambda more: None

@@ -1,7 +1,7 @@
-"""Which answers to one prompt teach what: the published rules, as pure functions of scores.
+"""The published rules that make a preference pair of the scored answers to one prompt, as pure functions.
 
-A rule offers pairs in the order in which they are wanted, and ``admitted`` takes the first that passes all filters.
-Equal scores go to the answer that comes first: by the order of the sources in the recipe, then by index.
+A rule offers pairs in order of preference, and ``admitted`` takes the first that passes all filters. Of equal scores
+the first answer wins: by the order of the sources in the recipe, then by index.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TOO_FEW, NO_WRONG = "fewer than two answers", "no wrong answer"
-DIGITS = 10  # of a gap, so that 0.11 − 0.10 is 0.01
+DIGITS = 10  # gaps are rounded to these decimals, so that 0.11 − 0.10 is 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class Candidate:
 
     Attributes:
         source: the source's name.
-        index: which of its answers to the prompt.
-        score: what answers are ranked by.
+        index: the number of the answer among the source's answers to the prompt, from 0.
+        score: the score that answers are ranked by.
         correct: a verifier's verdict; None where the domain has no verifier.
         length: of the text, in characters.
-        digest: of the text, so that equal ones are known.
-        own: the target's own answer, not a source's.
+        digest: of the text; equal texts have equal digests.
+        own: whether it is the target's own answer, not a source's.
     """
 
     source: str
@@ -40,95 +40,96 @@ class Candidate:
 
 
 class Answers(NamedTuple):
-    """All answers to one prompt that can be used."""
+    """The usable answers to one prompt."""
 
     sources: Sequence[Candidate] = ()
     target: Sequence[Candidate] = ()
 
 
-class Pair(NamedTuple):
-    """What preference training is given: several chosen answers, in the order the objective weighs them."""
+class PreferencePair(NamedTuple):
+    """Chosen answers, sources' before the target's own, and rejected answers."""
 
     chosen: tuple[Candidate, ...]
     rejected: tuple[Candidate, ...]
-    gap: float  # the last chosen score less the rejected one
+    gap: float  # score of the last chosen answer minus score of the rejected one
     why: str
 
 
-class Dropped(NamedTuple):
-    """Why there is nothing to take."""
+class Refusal(NamedTuple):
+    """The reason why a prompt gives no pair, or no answer to imitate."""
 
-    why: str  # few different ones, as they are counted
+    why: str  # one of few different texts: prompts are counted by it
     detail: str = ""
 
 
-Offers = list[Pair | Dropped]
-Filter = Callable[[Pair], str]  # why a pair is not admitted, or nothing
+Offers = list[PreferencePair | Refusal]
+Filter = Callable[[PreferencePair], str]  # the reason why a pair is not admitted, or ""
 
 
 def fusechat3(answers: Answers) -> Offers:
-    """FuseChat-3.0 (Yang et al. 2025, arXiv 2503.04222): best and worst answer of the *same* source.
+    """Offer best and worst answer of the *same* source: FuseChat-3.0 (Yang et al. 2025, arXiv 2503.04222).
 
-    A style that the reward model likes in one source's answers is then on both sides. Where several sources have an
-    admissible pair the one with the highest chosen score is taken; the paper doesn't tell which.
+    A style of one source that the reward model likes is then on both sides. Of several sources the pair with the
+    highest chosen score comes first; the paper leaves open which one does.
     """
-    sources = dict.fromkeys(candidate.source for candidate in answers.sources)
-    each = [extremes([one for one in answers.sources if one.source == source]) for source in sources]
-    pairs = sorted((pair for pair in each if isinstance(pair, Pair)), key=lambda pair: -pair.chosen[0].score)
-    return [*pairs, *(none for none in each if isinstance(none, Dropped))]
+    sources = dict.fromkeys(answer.source for answer in answers.sources)
+    offers = [extremes([answer for answer in answers.sources if answer.source == source]) for source in sources]
+    pairs = [offer for offer in offers if isinstance(offer, PreferencePair)]
+    refusals = [offer for offer in offers if isinstance(offer, Refusal)]
+    return [*sorted(pairs, key=lambda pair: -pair.chosen[0].score), *refusals]
 
 
 def wrpo(answers: Answers) -> Offers:
-    """WRPO (Yang et al. 2025, arXiv 2412.03187): chosen y_ws and y_wt, rejected y_l.
+    """Offer y_ws and y_wt as chosen, y_l as rejected: WRPO (Yang et al. 2025, arXiv 2412.03187).
 
     y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the target's own.
     """
-    strong, own = best(answers.sources), extremes(answers.target)
-    if isinstance(strong, Dropped):
-        return [strong]
-    if isinstance(own, Dropped):
-        return [Dropped(f"the target's own answers: {own.why}", own.detail)]
+    best_of_sources, own = best(answers.sources), extremes(answers.target)
+    if isinstance(best_of_sources, Refusal):
+        return [best_of_sources]
+    if isinstance(own, Refusal):
+        return [Refusal(f"the target's own answers: {own.why}", own.detail)]
     why = "best of all sources; best and worst of the target's own"
-    return [Pair((strong, *own.chosen), own.rejected, own.gap, why)]
+    return [PreferencePair((best_of_sources, *own.chosen), own.rejected, own.gap, why)]
 
 
 def best_worst(answers: Answers) -> Offers:
-    """Best against worst of all answers, whoever gave them: plain DPO's data."""
+    """Offer the best and the worst of all answers, whoever gave them: the data of plain DPO."""
     return [extremes([*answers.sources, *answers.target])]
 
 
 def sweet_spot(answers: Answers, *, sigmas: float = 2.0) -> Offers:
-    """Best against the answer whose score is nearest to μ − 2σ (Xiao et al. 2025, arXiv 2502.16825).
+    """Offer the best answer and the one whose score is nearest to μ − 2σ (Xiao et al. 2025, arXiv 2502.16825).
 
     μ and σ are mean and standard deviation (of the population, divided by n) of the prompt's scores. The worst of many
     answers is often junk that teaches little; this one is bad in an ordinary way.
 
     Args:
         answers: to one prompt.
-        sigmas: how far below the mean.
+        sigmas: the distance below the mean, in standard deviations.
     """
     pool = [*answers.sources, *answers.target]
     top = best(pool)
-    if isinstance(top, Dropped):
+    if isinstance(top, Refusal):
         return [top]
-    scores = [one.score for one in pool]
+    scores = [answer.score for answer in pool]
     spot = statistics.fmean(scores) - sigmas * statistics.pstdev(scores)
-    below = [one for one in pool if one is not top and not one.correct]
-    if not below:
-        return [Dropped(NO_WRONG if top.correct else TOO_FEW)]
-    nearest = min(below, key=lambda one: abs(one.score - spot))
+    others = [answer for answer in pool if answer is not top and not answer.correct]
+    if not others:
+        return [Refusal(NO_WRONG if top.correct else TOO_FEW)]
+    nearest = min(others, key=lambda answer: abs(answer.score - spot))
     return [_pair(top, nearest, f"best, and the one nearest to μ − {sigmas:g}σ = {spot:.4g}")]
 
 
 def simplemix(answers: Answers, *, draw: float, sources: float = 0.5) -> Offers:
-    """SimpleMix (Li and Khashabi 2025, arXiv 2505.02363): by a coin, the sources' best and worst or the target's own.
+    """Offer by a coin the sources' best and worst or the target's own: SimpleMix (Li, Khashabi 2025, arXiv 2505.02363).
 
-    Where the coin falls on the side that has no admissible pair, the other side's is taken.
+    The other side's pair comes second, for prompts where the first isn't admissible.
 
     Args:
         answers: to one prompt.
-        draw: the coin, in [0, 1).
-        sources: the share of pairs from the sources.
+        draw: the coin, uniform in [0, 1).
+        sources: the probability of the sources' pair.
     """
     sides = [best_worst(Answers(sources=answers.sources)), best_worst(Answers(target=answers.target))]
     first, second = sides if draw < sources else reversed(sides)
@@ -140,88 +141,91 @@ RULES: dict[str, Callable[..., Offers]] = {
 }
 
 
-def best(answers: Sequence[Candidate]) -> Candidate | Dropped:
-    """The highest score; of the right answers where a verifier tells."""
+def best(answers: Sequence[Candidate]) -> Candidate | Refusal:
+    """Return the answer with the highest score; with a verifier, only of the right answers."""
     if not answers:
-        return Dropped("no answer with a score")
-    right = [one for one in answers if one.correct is not False]
-    return max(right, key=lambda one: one.score) if right else Dropped("no right answer")
+        return Refusal("no answer with a score")
+    right = [answer for answer in answers if answer.correct is not False]
+    return max(right, key=lambda answer: answer.score) if right else Refusal("no right answer")
 
 
-def extremes(answers: Sequence[Candidate]) -> Pair | Dropped:
-    """Highest score against lowest; of the right against the wrong answers where a verifier tells."""
+def extremes(answers: Sequence[Candidate]) -> PreferencePair | Refusal:
+    """Pair the highest score with the lowest; with a verifier, the highest right with the lowest wrong answer."""
     top = best(answers)
-    if isinstance(top, Dropped):
+    if isinstance(top, Refusal):
         return top
     if len(answers) < 2:
-        return Dropped(TOO_FEW)
-    wrong = [one for one in answers if not one.correct]
+        return Refusal(TOO_FEW)
+    wrong = [answer for answer in answers if not answer.correct]
     if not wrong:
-        return Dropped(NO_WRONG)
-    source = f" of {top.source}" if len({one.source for one in answers}) == 1 else ""
+        return Refusal(NO_WRONG)
+    source = f" of {top.source}" if len({answer.source for answer in answers}) == 1 else ""
     right = "highest right and lowest wrong score" if top.correct else "best and worst"
-    return _pair(top, min(wrong, key=lambda one: one.score), right + source)
+    return _pair(top, min(wrong, key=lambda answer: answer.score), right + source)
 
 
 def win(answer: Candidate, pool: Sequence[Candidate]) -> float:
-    """How probably an answer beats another of the pool: the mean of σ(its score − theirs), its own ½ included.
+    """Return the probability that an answer beats a random one of the pool, as SPPO (arXiv 2405.00675) estimates it.
 
-    As SPPO (arXiv 2405.00675) estimates it, from scores that are logits of preference.
+    It is the mean of σ(its score − theirs) over the pool, the answer itself included (½). Scores are taken for logits
+    of preference.
     """
-    return statistics.fmean(1 / (1 + math.exp(min(one.score - answer.score, 700.0))) for one in pool)
+    # exp overflows above 709.
+    return statistics.fmean(1 / (1 + math.exp(min(other.score - answer.score, 700.0))) for other in pool)
 
 
-def _pair(chosen: Candidate, rejected: Candidate, why: str) -> Pair | Dropped:
+def _pair(chosen: Candidate, rejected: Candidate, why: str) -> PreferencePair | Refusal:
     if chosen.correct is None and chosen.score == rejected.score:
-        return Dropped("all answers have the same score")
+        return Refusal("all answers have the same score")
     if chosen.digest is not None and chosen.digest == rejected.digest:
-        return Dropped("chosen and rejected are the same text")
-    return Pair((chosen,), (rejected,), round(chosen.score - rejected.score, DIGITS), why)
+        return Refusal("chosen and rejected are the same text")
+    return PreferencePair((chosen,), (rejected,), round(chosen.score - rejected.score, DIGITS), why)
 
 
-def admitted(offers: Offers, filters: Iterable[Filter]) -> Pair | Dropped:
-    """The first pair that passes all filters, or the reasons of all of them."""
+def admitted(offers: Offers, filters: Iterable[Filter]) -> PreferencePair | Refusal:
+    """Return the first pair that passes all filters, or the reasons why none does."""
     filters = list(filters)
-    refused: list[Dropped] = []
+    refusals: list[Refusal] = []
     for offer in offers:
-        if isinstance(offer, Dropped):
-            refused.append(offer)
+        if isinstance(offer, Refusal):
+            refusals.append(offer)
             continue
-        reasons = [why for each in filters if (why := each(offer))]
+        reasons = [why for reason_of in filters if (why := reason_of(offer))]
         if not reasons:
             return offer
-        refused.append(Dropped(reasons[0], f"{offer.why}: gap {offer.gap:.6g}"))
-    if len(refused) == 1:
-        return refused[0]
-    why = "; ".join(sorted({one.why for one in refused}))
-    return Dropped(why, "; ".join(one.detail for one in refused if one.detail))
+        refusals.append(Refusal(reasons[0], f"{offer.why}: gap {offer.gap:.6g}"))
+    if len(refusals) == 1:
+        return refusals[0]
+    why = "; ".join(sorted({refusal.why for refusal in refusals}))
+    return Refusal(why, "; ".join(refusal.detail for refusal in refusals if refusal.detail))
 
 
 def gap_between(least: float | None, most: float | None) -> Filter:
-    """Pairs whose scores differ by at least and at most so much, both included."""
+    """Return a filter that admits gaps from ``least`` to ``most``, both included; None is no bound."""
 
-    def filtered(pair: Pair) -> str:
+    def reason(pair: PreferencePair) -> str:
         if least is not None and pair.gap < least:
             return f"gap below {least:g}"
         return f"gap above {most:g}" if most is not None and pair.gap > most else ""
 
-    return filtered
+    return reason
 
 
 def rip(
     *, rejected_score: float | None = None, rejected_length: float | None = None, gap: float | None = None
 ) -> Filter:
-    """RIP (Yu et al. 2025, arXiv 2501.18578): prompts whose worst answer is good, long and not far from the best.
+    """Return RIP's filter (Yu et al. 2025, arXiv 2501.18578).
 
-    Published for ArmoRM: 0.126, 1878, 0.042. What is None doesn't filter.
+    It admits pairs whose rejected answer is good, long and near the chosen one. Published thresholds for ArmoRM are
+    0.126, 1878 and 0.042; None doesn't filter.
 
     Args:
         rejected_score: the least score of the rejected answer.
         rejected_length: its least length, in characters.
-        gap: the most that the scores may differ by.
+        gap: the largest difference of the scores.
     """
 
-    def filtered(pair: Pair) -> str:
+    def reason(pair: PreferencePair) -> str:
         rejected = pair.rejected[0]
         if rejected_score is not None and rejected.score < rejected_score:
             return f"RIP: rejected score below {rejected_score:g}"
@@ -229,4 +233,4 @@ def rip(
             return f"RIP: rejected answer shorter than {rejected_length:g} characters"
         return f"RIP: gap above {gap:g}" if gap is not None and pair.gap > gap else ""
 
-    return filtered
+    return reason

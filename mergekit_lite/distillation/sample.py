@@ -1,12 +1,11 @@
-"""The first stage: prompts × sources × samples, as ledgers of answers.
+"""The sample stage: prompts × sources × samples, as ledgers of answers.
 
-Sources behind servers are asked all at once, those in this process one after the other. ``samples/SOURCE.json`` notes
-how a source was asked, so that answers which were drawn in different ways never stand in one file.
+Sources behind servers are asked concurrently, those in this process one after the other. ``samples/SOURCE.json`` holds
+the settings of a source's answers, so that answers drawn with different settings are never in one file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -18,75 +17,77 @@ from typing import Any
 from mergekit_lite.answers.asking import Respondent, Task
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
-from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of, write_lines
+from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
-from mergekit_lite.distillation import prompts
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe import TARGET, Recipe, Source
-from mergekit_lite.distillation.reporter import Tell
+from mergekit_lite.distillation.prompts import settled
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, Source
+from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.errors import RunError, UsageError, counted, listing
 
-SHOWN = 3
+SHOWN = 3  # reasons of missing answers in a message
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A source and everything it is asked."""
+class SourceTasks:
+    """A source, all answers it has to give, and the ledger of those it gave."""
 
     source: Source
     tasks: tuple[Task, ...]
     ledger: Ledger[Key]
 
 
-def sample(recipe: Recipe, tell: Tell, *, skip_missing: bool = False) -> None:
-    """Ask every source what it has not answered yet; the trained target too, once it is there.
+def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> None:
+    """Ask every source for the answers it has not given yet; the trained target too, once it exists.
 
     Args:
-        recipe: what to ask whom.
-        tell: who watches.
-        skip_missing: finish without the answers that can't be had.
+        recipe: the recipe.
+        reporter: takes progress and results.
+        skip_missing: finish without the answers that sources fail to give.
 
     Raises:
-        UsageError: the prompts or a source's settings are not those of the answers that are there.
+        UsageError: the prompts or a source's settings are not those of the existing answers.
         RunError: answers are missing at the end.
     """
     check(recipe)
-    asked = plan(recipe, prompts.kept(recipe, tell))
-    for one in asked:
-        _note_settings(recipe, one.source)
-    todo = [one for one in asked if one.ledger.missing]
+    planned = plan(recipe, settled(recipe, reporter))
+    for each in planned:
+        _hold_settings(recipe, each.source)
+    unfinished = [each for each in planned if each.ledger.missing]
+    behind_servers = [each for each in unfinished if each.source.server]
     missing: list[str] = []
-    for group in (_served(todo), *([one] for one in todo if not one.source.server)):
-        missing += _ask(recipe, group, tell)
+    for group in (behind_servers, *([each] for each in unfinished if not each.source.server)):
+        missing += _ask(recipe, group, reporter)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
             "what is missing. With --skip-missing the stage ends without it."
         )
-    for one in asked:
-        answers = len(one.tasks) - len(one.ledger.missing)
-        one.ledger.finish(with_missing=skip_missing)
-        tell.line(f"{one.source.name}: {counted(answers, 'answer')} in {one.ledger.path}")
+    for each in planned:
+        answers = len(each.tasks) - len(each.ledger.missing)
+        each.ledger.finish(with_missing=skip_missing)
+        reporter.line(f"{each.source.name}: {counted(answers, 'answer')} in {each.ledger.path}")
     if (why := waits_for(recipe)) is not None:
-        tell.line(f"{TARGET}: answers later: {why}")
+        reporter.line(f"{TARGET}: answers later: {why}")
 
 
 def check(recipe: Recipe, *, and_target: bool = False) -> None:
-    """Look whether the sources that are still to be asked are there.
+    """Refuse a recipe whose models are missing, as far as they still have to answer.
 
     Args:
         recipe: the recipe.
-        and_target: look for the target as well, which may be on another machine while sources are asked.
+        and_target: check the target as well, which may be on another machine while sources are asked.
 
     Raises:
-        UsageError: with all that are not.
+        UsageError: with all missing models.
     """
     if missing := missing_models(recipe, and_target=and_target):
         raise UsageError(listing("Models are missing", missing))
 
 
 def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
-    """What is still needed and isn't there, as far as that shows without loading it."""
+    """Return the local models that are still needed and have no folder, as messages."""
     folder = Folder(recipe.folder)
     models = {
         f"the source {source.name}": source.model
@@ -102,16 +103,16 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     ]
 
 
-def plan(recipe: Recipe, asked: Sequence[Prompt]) -> list[Asked]:
-    """All that is asked as things stand now: of every source, and of the target where it can answer."""
-    found = [_asked(recipe, source, asked) for source in recipe.sources]
+def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
+    """Return the tasks of every source, and those of the target where it can answer already."""
+    planned = [_source_tasks(recipe, source, prompts) for source in recipe.sources]
     if recipe.target_source is not None and waits_for(recipe) is None:
-        found.append(_asked(recipe, recipe.target_source, own_prompts(recipe, asked)))
-    return found
+        planned.append(_source_tasks(recipe, recipe.target_source, own_prompts(recipe, prompts)))
+    return planned
 
 
 def waits_for(recipe: Recipe) -> str | None:
-    """Why the target can't answer for itself yet; None where it can, or need not."""
+    """Return why the target can't answer for itself yet; None where it can, or has nothing to answer."""
     folder = Folder(recipe.folder)
     if recipe.target_source is None:
         return None
@@ -122,23 +123,23 @@ def waits_for(recipe: Recipe) -> str | None:
     return None
 
 
-def own_prompts(recipe: Recipe, asked: Iterable[Prompt]) -> list[Prompt]:
-    """What the target is asked: the prompts whose pairs wait for its own answers."""
+def own_prompts(recipe: Recipe, prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return the prompts that the target is asked: those whose pairs wait for its own answers."""
     waiting = {line.row.get("prompt") for line in read_rows(Folder(recipe.folder).pairs(TARGET), [])}
-    return [prompt for prompt in asked if prompt.id in waiting]
+    return [prompt for prompt in prompts if prompt.id in waiting]
 
 
-def tasks_of(recipe: Recipe, source: Source, asked: Iterable[Prompt]) -> tuple[Task, ...]:
-    """What a source is asked: so many answers to each prompt of its domains, each with a seed of its own."""
+def tasks_of(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> tuple[Task, ...]:
+    """Return a source's tasks: its number of answers to each prompt of its domains, each with a seed of its own."""
     return tuple(
         Task(prompt, index, seed_of(recipe.seed, source.name, prompt.id, index))
-        for prompt in asked
+        for prompt in prompts
         for index in range(source.answers_to(prompt.domain))
     )
 
 
 def respondent(recipe: Recipe, source: Source) -> Served | Local:
-    """Who answers for a source."""
+    """Return what answers for a source: a client of its server, or the model in this process."""
     if source.server is not None:
         server = Server(
             source.server,
@@ -161,89 +162,77 @@ def respondent(recipe: Recipe, source: Source) -> Served | Local:
     )
 
 
-def _asked(recipe: Recipe, source: Source, asked: Iterable[Prompt]) -> Asked:
-    tasks = tasks_of(recipe, source, asked)
-    path = Folder(recipe.folder).samples(source.name)
-    return Asked(source, tasks, Ledger(path, [task.key for task in tasks], key_of))
-
-
 def key_of(row: dict[str, Any]) -> Key:
-    """The key of an answer's row."""
+    """Return the key of an answer's row."""
     return Key(row["prompt"], row["index"])
 
 
-def _served(todo: Iterable[Asked]) -> list[Asked]:
-    return [one for one in todo if one.source.server]
+def _source_tasks(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> SourceTasks:
+    tasks = tasks_of(recipe, source, prompts)
+    path = Folder(recipe.folder).samples(source.name)
+    return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of))
 
 
-def _ask(recipe: Recipe, group: Sequence[Asked], tell: Tell) -> list[str]:
-    """Ask one local source, or all servers. Returns what is missing at the end, by source."""
-    ledgers = {one.source.name: one.ledger for one in group}
-    respondents = {one.source.name: respondent(recipe, one.source) for one in group}
-    with ExitStack() as open_:
+def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> list[str]:
+    """Ask one local source, or all servers. Returns a message for each source that answers are missing of."""
+    ledgers = {each.source.name: each.ledger for each in group}
+    respondents = {each.source.name: respondent(recipe, each.source) for each in group}
+    with ExitStack() as stack:
         advance = {
-            one.source.name: open_.enter_context(
-                tell.progress(one.source.name, len(one.tasks), len(one.tasks) - len(one.ledger.missing))
+            each.source.name: stack.enter_context(
+                reporter.progress(each.source.name, len(each.tasks), len(each.tasks) - len(each.ledger.missing))
             )
-            for one in group
+            for each in group
         }
         for ledger in ledgers.values():
-            open_.callback(ledger.close)
-        with closing(_answers([(respondents[one.source.name], one) for one in group])) as answers:
+            stack.callback(ledger.close)
+        with closing(_answers([(respondents[each.source.name], each) for each in group])) as answers:
             for answer in answers:
                 ledgers[answer.source].append([asdict(answer)])
                 advance[answer.source](1)
-    return [line for one in group for line in _troubles(recipe, one, respondents[one.source.name], tell)]
+    return [line for each in group for line in _failures(recipe, each, respondents[each.source.name], reporter)]
 
 
-def _answers(group: Sequence[tuple[Served | Local, Asked]]) -> Generator[Answer]:
-    wanted = [(who, one.tasks, frozenset(one.ledger.missing)) for who, one in group]
+def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[Answer]:
+    wanted = [(who, each.tasks, frozenset(each.ledger.missing)) for who, each in group]
     for who, tasks, missing in wanted:
         if isinstance(who, Local):
             yield from who.answers(tasks, missing)
     yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
 
 
-def _to_serve(recipe: Recipe, source: Source) -> str:
-    if source.name != TARGET or source.server is None:
-        return ""
-    return f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
-
-
-def _troubles(recipe: Recipe, one: Asked, who: Respondent, tell: Tell) -> Iterator[str]:
-    troubles = who.troubles
-    if troubles.retried:
-        reasons = ", ".join(f"{why} {count:,}×" for why, count in troubles.retried.most_common())
-        tell.line(f"{one.source.name}: {counted(troubles.retried.total(), 'request')} made again: {reasons}")
-    if missing := len(one.ledger.missing):
-        why = troubles.stopped or _reasons(troubles.lost)
-        yield f"{one.source.name}: {missing:,} of {len(one.tasks):,}. {why}{_to_serve(recipe, one.source)}"
+def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Reporter) -> Iterator[str]:
+    """Report repeated requests, and yield a message where answers are missing."""
+    source, failures = asked.source, who.failures
+    if failures.retried:
+        reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
+        reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")
+    if missing := len(asked.ledger.missing):
+        why = failures.stopped or _reasons(failures.lost)
+        to_serve = ""
+        if source.name == TARGET and source.server is not None:
+            to_serve = f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
+        yield f"{source.name}: {missing:,} of {len(asked.tasks):,}. {why}{to_serve}"
 
 
 def _reasons(lost: dict[Key, str]) -> str:
-    """The most frequent reasons, each with a prompt as an example."""
+    """Return the most frequent reasons, each with a prompt as an example."""
     example = {why: key.prompt for key, why in lost.items()}
     counts = Counter(lost.values()).most_common()
-    told = [f"{why} ({count:,}×, for instance the prompt {example[why]})" for why, count in counts[:SHOWN]]
-    return "; ".join(told) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")
+    shown = [f"{why} ({count:,}×, for instance the prompt {example[why]})" for why, count in counts[:SHOWN]]
+    return "; ".join(shown) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")
 
 
-def _note_settings(recipe: Recipe, source: Source) -> None:
-    """Write down how a source is asked; refuse another way than that of the answers that are there."""
+def _hold_settings(recipe: Recipe, source: Source) -> None:
+    """Save how a source is asked, or refuse settings that differ from those of its existing answers."""
     path = Folder(recipe.folder).samples(source.name).with_suffix(".json")
-    now = _settings(recipe, source)
-    if path.exists():
-        then = _read_settings(path)
-        told = [f"{key}: was {then.get(key)!r}, is {now.get(key)!r}" for key in now if then.get(key) != now[key]]
-        if told and any(path.with_name(f"{source.name}{end}").exists() for end in (".jsonl", ".partial.jsonl")):
-            raise UsageError(
-                listing(f"The answers of {source.name} in {path.parent} were drawn in another way", told)
-                + f"\nSet it back; or, to ask again, delete {source.name}.* there, and what was made of these answers: "
-                f"scores/*/{source.name}.*, pairs and train."
-            )
-        if not told:
-            return
-    write_lines(path, [(json.dumps(now, indent=1) + "\n").encode()])
+    exists = any(path.with_name(f"{source.name}{end}").exists() for end in (".jsonl", ".partial.jsonl"))
+    refusal = f"The answers of {source.name} in {path.parent} were drawn in another way"
+    advice = (
+        f"Set it back; or, to ask again, delete {source.name}.* there, and what was made of these answers: "
+        f"scores/*/{source.name}.*, pairs and train."
+    )
+    hold_settings(path, _settings(recipe, source), "answers", refusal if exists else None, advice)
 
 
 def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -258,14 +247,6 @@ def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
     }
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Can't read {path}: {error}. Delete it, if the answers are those of this recipe.") from error
-    return found if isinstance(found, dict) else {}
-
-
 def _model(recipe: Recipe, source: Source) -> str:
     if source.name != TARGET or source.server is not None:
         return source.model
@@ -273,12 +254,12 @@ def _model(recipe: Recipe, source: Source) -> str:
 
 
 def _trained(recipe: Recipe) -> str:
-    """The model that stands for the target once its SFT is done."""
+    """Return the model that answers as the target: the SFT model, or the target itself without SFT."""
     return str(Folder(recipe.folder).trained("sft")) if recipe.train.sft is not None else recipe.target
 
 
 def _digest(model: Path) -> str:
-    """What tells a model that was trained again: a digest of what lies beside its weights, the training's log too."""
+    """Return a digest that changes when a model is trained again: of the JSON files of its folder, the log included."""
     from xxhash import xxh3_128
 
     digest = xxh3_128()

@@ -1,9 +1,9 @@
-"""The second stage: every scorer's verdict on every answer of its domains, as ledgers of scores.
+"""The score stage: every scorer's verdict on every answer of its domains, as ledgers of scores.
 
-One scorer at a time, so one model at a time is in memory; its verdicts on a source's answers are in
-``scores/SCORER/SOURCE.jsonl``. A row remembers what was judged (``judged``, a digest of conversation, reference, tests
-and answer): where that is another now, it is judged again. ``scores/SCORER.json`` notes the scorer's settings, so that
-verdicts of different ones never stand in one file.
+One scorer at a time judges, so that one model at a time is in memory. Its verdicts on a source's answers are in
+``scores/SCORER/SOURCE.jsonl``. Each row has a digest of what was judged (conversation, reference, tests and answer) as
+``judged``; where that has changed, the answer is judged again. ``scores/SCORER.json`` holds the scorer's settings, so
+that verdicts with different settings are never in one file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,27 +21,26 @@ from typing import Any, NamedTuple, TypeVar
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
-from mergekit_lite.answers.rows import Key, Prompt, read_rows, write_lines
-from mergekit_lite.answers.scorers import scorer as scorers
-from mergekit_lite.answers.scorers.registry import open_scorer
-from mergekit_lite.answers.scorers.scorer import Judged
-from mergekit_lite.distillation import prompts
+from mergekit_lite.answers.rows import Key, Prompt, read_rows
+from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe import TARGET, Recipe, Scorer
-from mergekit_lite.distillation.reporter import Tell
+from mergekit_lite.distillation.prompts import stored
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer
+from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.errors import UsageError, counted, listing
 
 T = TypeVar("T")
 
-SHOWN = 3
-WINDOWS = 16  # batches, or rounds of open requests, that are judged and written down together
-READ_TOGETHER = ("reward", "log_ratio")  # what stands in a batch tells in the last bits
-NO_MATTER = ("name", "domains", "server", "api_key_variable", "concurrency", "batch_size", "allow_code")
-NO_MATTER_OPTIONS = ("device", "timeout", "retries")
+SHOWN = 3  # reasons of missing scores in a warning
+WINDOWS = 16  # batches, or rounds of concurrent requests, that are judged and written together
+WITHOUT_EFFECT = {"name", "domains", "server", "api_key_variable", "concurrency", "batch_size", "allow_code"}
+OPTIONS_WITHOUT_EFFECT = ("device", "timeout", "retries")
 
 
 class Item(NamedTuple):
-    """An answer to judge, its key, and what tells whether it is still the same."""
+    """An answer to judge, its key, and a digest of all that a scorer sees."""
 
     key: Key
     digest: str
@@ -49,7 +48,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answers:
+class SourceAnswers:
     """The answers of one source to the prompts of a scorer's domains."""
 
     path: Path
@@ -57,7 +56,7 @@ class Answers:
     domains: tuple[str, ...] | None
 
     def items(self, problems: list[str]) -> Iterator[Item]:
-        """In the order of the file; what is wrong with rows goes to ``problems``."""
+        """Yield the answers in the order of the file; malformed rows become problems."""
         for line in read_rows(self.path, problems):
             try:
                 key, text = Key(line.row["prompt"], line.row["index"]), line.row["text"]
@@ -70,47 +69,47 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One scorer on one source."""
+class ScoringTask:
+    """The answers of one source for one scorer, with the ledger of its verdicts."""
 
-    scorer: Scorer
+    scorer: RecipeScorer
     source: str
-    answers: Answers
+    answers: SourceAnswers
     ledger: Ledger[Key]
     digests: Mapping[Key, str]
 
 
-def score(recipe: Recipe, tell: Tell) -> None:
-    """Judge every answer that a scorer has not judged yet; those of the trained target too, once they are there.
+def score(recipe: Recipe, reporter: Reporter) -> None:
+    """Judge every answer that a scorer has not judged yet; those of the trained target too, once they exist.
 
     Raises:
-        UsageError: there are no answers, or a scorer's settings are wrong or not those of the verdicts that are there.
+        UsageError: there are no answers, or a scorer's settings are wrong or not those of its existing verdicts.
         CheckpointError: a model can't be loaded.
-        FenceError: model-written code can't be fenced in here.
+        SandboxError: this machine can't sandbox model-written code.
         RunError: a judge's server can't be reached.
     """
-    tasks = plan(recipe, tell)
+    tasks = plan(recipe, reporter)
     for scorer in recipe.scorers:
-        _note_settings(recipe, scorer)
+        _hold_settings(recipe, scorer)
     for scorer in recipe.scorers:
-        todo = [task for task in tasks if task.scorer is scorer and task.ledger.missing]
-        if todo:
+        unfinished = [task for task in tasks if task.scorer is scorer and task.ledger.missing]
+        if unfinished:
             with open_scorer(scorer) as judge:
-                for task in todo:
-                    _judge(judge, task, tell)
+                for task in unfinished:
+                    _judge(judge, task, reporter)
     for task in tasks:
         task.ledger.finish()
-    _tell_summary(tasks, tell)
+    _report_summary(tasks, reporter)
 
 
-def plan(recipe: Recipe, tell: Tell) -> list[Task]:
-    """Every scorer on every source that has answers.
+def plan(recipe: Recipe, reporter: Reporter) -> list[ScoringTask]:
+    """Return a task for every scorer and every source that has answers.
 
     Raises:
         UsageError: a source has none.
     """
     folder = Folder(recipe.folder)
-    asked = {prompt.id: prompt for prompt in prompts.stored(folder)}
+    prompts = {prompt.id: prompt for prompt in stored(folder)}
     sources = [source.name for source in recipe.sources]
     absent = [f"{name}: {folder.samples(name)}" for name in sources if not folder.samples(name).exists()]
     if absent:
@@ -118,20 +117,22 @@ def plan(recipe: Recipe, tell: Tell) -> list[Task]:
     if recipe.target_source is not None and folder.samples(TARGET).exists():
         sources.append(TARGET)
     problems: list[str] = []
-    tasks = [_task(folder, scorer, name, asked, problems) for scorer in recipe.scorers for name in sources]
+    tasks = [_task(folder, scorer, name, prompts, problems) for scorer in recipe.scorers for name in sources]
     if problems:
-        tell.warn(listing("Rows of answers left out", list(dict.fromkeys(problems))))
+        reporter.warn(listing("Rows of answers left out", list(dict.fromkeys(problems))))
     return tasks
 
 
 def digest_of(prompt: Prompt, answer: str) -> str:
-    """What stands for all that a scorer sees."""
+    """Return a digest of all that a scorer sees."""
     turns = [[message["role"], message["content"]] for message in prompt.messages]
     return xxh3_64_hexdigest(json.dumps([turns, prompt.reference, prompt.tests, answer]).encode())
 
 
-def _task(folder: Folder, scorer: Scorer, source: str, asked: Mapping[str, Prompt], problems: list[str]) -> Task:
-    answers = Answers(folder.samples(source), asked, scorer.domains)
+def _task(
+    folder: Folder, scorer: RecipeScorer, source: str, prompts: Mapping[str, Prompt], problems: list[str]
+) -> ScoringTask:
+    answers = SourceAnswers(folder.samples(source), prompts, scorer.domains)
     digests = {item.key: item.digest for item in answers.items(problems)}
 
     def key_of(row: dict[str, Any]) -> Key:
@@ -141,32 +142,32 @@ def _task(folder: Folder, scorer: Scorer, source: str, asked: Mapping[str, Promp
         return key
 
     ledger = Ledger(folder.scores(scorer.name, source), tuple(digests), key_of)
-    return Task(scorer, source, answers, ledger, digests)
+    return ScoringTask(scorer, source, answers, ledger, digests)
 
 
-def _judge(judge: scorers.Scorer, task: Task, tell: Tell) -> None:
+def _judge(judge: Scorer, task: ScoringTask, reporter: Reporter) -> None:
     """Judge what is missing, window by window.
 
-    Windows are cut from all answers. Of a scorer whose verdicts depend in the last bits on what is read together, one
-    is judged as a whole: so the verdicts don't depend on where a run was stopped.
+    Windows are cut from all answers, judged before or not. A window of a scorer that reads answers together is judged
+    as a whole, so that its scores don't depend on where an earlier run was stopped.
     """
     missing = set(task.ledger.missing)
     total = len(task.digests)
-    with tell.progress(f"{task.scorer.name}: {task.source}", total, total - len(missing)) as advance:
+    with reporter.progress(f"{task.scorer.name}: {task.source}", total, total - len(missing)) as advance:
         try:
             for window in _windows(task.answers.items([]), _window_size(task.scorer)):
                 wanted = [item for item in window if item.key in missing]
                 if not wanted:
                     continue
-                items = window if task.scorer.kind in READ_TOGETHER else wanted
-                scores = judge.score([item.judged for item in items])
-                task.ledger.append(_row(item, verdict) for item, verdict in zip(items, scores, strict=True))
+                items = window if kind_of(task.scorer.kind).read_together else wanted
+                verdicts = judge.score([item.judged for item in items])
+                task.ledger.append(_row(item, verdict) for item, verdict in zip(items, verdicts, strict=True))
                 advance(len(wanted))
         finally:
             task.ledger.close()
 
 
-def _row(item: Item, verdict: scorers.Score) -> dict[str, Any]:
+def _row(item: Item, verdict: Score) -> dict[str, Any]:
     return {
         "prompt": item.key.prompt,
         "index": item.key.number,
@@ -176,8 +177,8 @@ def _row(item: Item, verdict: scorers.Score) -> dict[str, Any]:
     }
 
 
-def _window_size(scorer: Scorer) -> int:
-    return WINDOWS * (scorer.concurrency if scorer.kind == "judge" else scorer.batch_size)
+def _window_size(scorer: RecipeScorer) -> int:
+    return WINDOWS * kind_of(scorer.kind).at_once(scorer)
 
 
 def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:
@@ -185,60 +186,43 @@ def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:
         yield window
 
 
-def _note_settings(recipe: Recipe, scorer: Scorer) -> None:
-    """Write down how a scorer judges; refuse another way than that of the verdicts that are there."""
+def _hold_settings(recipe: Recipe, scorer: RecipeScorer) -> None:
+    """Save how a scorer judges, or refuse settings that differ from those of its existing scores."""
     folder = Folder(recipe.folder).scores(scorer.name, "").parent
-    path = folder.with_name(f"{scorer.name}.json")
-    now = _settings(recipe, scorer)
-    if path.exists():
-        then = _read_settings(path)
-        told = [f"{key}: was {then.get(key)!r}, is {now.get(key)!r}" for key in now if then.get(key) != now[key]]
-        if told and folder.exists():
-            raise UsageError(
-                listing(f"The scores in {folder} were given in another way", told)
-                + f"\nSet it back; or give this scorer another name, to have both side by side; or, to judge again, "
-                f"delete {folder}."
-            )
-        if not told:
-            return
-    write_lines(path, [json.dumps(now, indent=1).encode() + b"\n"])
+    refusal = f"The scores in {folder} were given in another way" if folder.exists() else None
+    advice = (
+        "Set it back; or give this scorer another name, to have both side by side; or, to judge again, "
+        f"delete {folder}."
+    )
+    hold_settings(folder.with_name(f"{scorer.name}.json"), _settings(recipe, scorer), "scores", refusal, advice)
 
 
-def _settings(recipe: Recipe, scorer: Scorer) -> dict[str, Any]:
-    """What a verdict depends on. Paths are those from the recipe's folder, which may be moved with what it needs."""
-    settings = scorer.model_dump(mode="json", exclude=set(NO_MATTER))
-    settings["options"] = {key: value for key, value in scorer.options.items() if key not in NO_MATTER_OPTIONS}
+def _settings(recipe: Recipe, scorer: RecipeScorer) -> dict[str, Any]:
+    """Return the settings that scores depend on. Paths are relative to the recipe's folder, so that it may be moved."""
+    settings = scorer.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    settings["options"] = {key: value for key, value in scorer.options.items() if key not in OPTIONS_WITHOUT_EFFECT}
     for key in ("model", "strong", "weak"):
         if settings[key] and Path(settings[key]).is_absolute():
             settings[key] = os.path.relpath(settings[key], recipe.folder)
     return settings
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Can't read {path}: {error}. Delete it, if the scores are those of this recipe.") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _tell_summary(tasks: list[Task], tell: Tell) -> None:
-    """How many verdicts, their mean and spread, and how many answers have none."""
+def _report_summary(tasks: Sequence[ScoringTask], reporter: Reporter) -> None:
+    """Report number, mean and spread of the scores, and how many answers have none and why."""
     rows = []
     for task in tasks:
         values: list[float] = []
-        whys: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
         for row in task.ledger.rows():
             if row["score"] is None:
-                whys[row["why"]] += 1
+                reasons[row["why"]] += 1
             else:
                 values.append(row["score"])
         mean, spread = (f"{statistics.fmean(values):.4g}", f"{statistics.pstdev(values):.3g}") if values else ("–", "–")
-        rows.append((task.scorer.name, task.source, f"{len(values):,}", mean, spread, f"{whys.total():,}"))
-        if whys:
-            told = ", ".join(f"{why} ({count:,}×)" for why, count in whys.most_common(SHOWN))
-            more = f", and {len(whys) - SHOWN:,} other reasons" if len(whys) > SHOWN else ""
-            tell.warn(
-                f"{task.scorer.name}: {counted(whys.total(), 'answer')} of {task.source} without a score: {told}{more}"
-            )
-    tell.table(("scorer", "source", ">scored", ">mean", ">s.d.", ">no score"), rows)
+        rows.append((task.scorer.name, task.source, f"{len(values):,}", mean, spread, f"{reasons.total():,}"))
+        if reasons:
+            shown = ", ".join(f"{why} ({count:,}×)" for why, count in reasons.most_common(SHOWN))
+            more = f", and {len(reasons) - SHOWN:,} other reasons" if len(reasons) > SHOWN else ""
+            without = f"{counted(reasons.total(), 'answer')} of {task.source} without a score"
+            reporter.warn(f"{task.scorer.name}: {without}: {shown}{more}")
+    reporter.table(("scorer", "source", ">scored", ">mean", ">s.d.", ">no score"), rows)

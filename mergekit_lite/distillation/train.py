@@ -2,36 +2,36 @@
 
     pairs/sft.jsonl ─▶ train/sft ─▶ (the target's own answers, paired) pairs/preference.jsonl ─▶ train/preference
 
-Training is ``transformers.Trainer``'s: ``accelerate launch -m mergekit_lite distill train RECIPE`` runs it on several
-processes, with FSDP or DeepSpeed where accelerate is configured so. Everything of an unfinished stage lies in
-``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and ``log.jsonl``. A killed run goes
-on from the last complete checkpoint. The finished folder is renamed to ``train/STAGE/`` and holds
+``transformers.Trainer`` does the training. ``accelerate launch -m mergekit_lite distill train RECIPE`` runs it on
+several processes, with FSDP or DeepSpeed if accelerate is configured for them. An unfinished training is in
+``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and ``log.jsonl``. A killed run
+resumes from the last complete checkpoint. The finished folder is renamed to ``train/STAGE/`` and holds
 
-    the model (weights in the recipe's dtype, config, generation config, tokenizer with its template)
-    adapter/          with ``lora``: the adapter by itself, relative to the model that the stage started from;
-                      the weights beside it have it merged in
+    the model         weights in the recipe's dtype, config, generation config, tokenizer with its template
+    adapter/          with ``lora``: the adapter by itself, relative to the model that training started from;
+                      the weights of the folder have it merged in
     training.json     settings, counts of rows, steps, processes, versions
-    log.jsonl         below
+    log.jsonl         see below
 
-Both stages score the tokens of responses only, the end of the turn included. (WRPO's released SFT packed templated
-text and trained on all of its tokens, prompts included.) A step is ``batch_size`` rows whatever the number of
-processes; rows go round in a new order each epoch, and what doesn't fill a last batch is left out. SFT averages over
-the tokens of a batch, preference training over its rows, without the model's dropout: the reference has none.
+The loss covers the tokens of responses only, the end of the turn included. (The SFT of WRPO's released code packs
+templated text and trains on all of its tokens, prompts included.) A step takes ``batch_size`` rows, whatever the number
+of processes. Rows come in a new order each epoch; those that fill no last batch are left out. SFT averages over the
+tokens of a batch. Preference training averages over its rows and has no dropout, as the reference has none.
 
-**log.jsonl**, a row for each logged step; a figure is the mean since the row before, over all processes:
+**log.jsonl** has a row for each logged step. A figure is the mean since the row before, over all processes:
 
     step, epoch          done so far
     loss, grad_norm, learning_rate
     length/response      SFT: tokens of the responses
     length/source, length/target, length/rejected           tokens of chosen responses by role, and of rejected ones
-    rewards/source, rewards/target, rewards/rejected        as the objective has them (β·ρ for DPO and WRPO)
+    rewards/source, rewards/target, rewards/rejected        as the objective defines them (β·ρ for DPO and WRPO)
     accuracy             share of rows whose chosen rewards, taken together, are above the rejected one's
     accuracy/source, accuracy/target                        the same for the chosen responses of one role
     margin               chosen minus rejected reward
     alpha                the sources' share (``wrpo`` only)
     kl                   estimate of KL(reference ‖ model), nats a response: mean of −ρ over the target's own responses
 
-A figure that no row of the step has (no response of that role, no reference) is left out.
+A row has no figure that its steps have no values for (no response of that role, no reference).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.training import arguments
-from mergekit_lite.distillation.training.stage import Stage, objective_of
+from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
 from mergekit_lite.errors import UsageError, counted, listing
 
 if TYPE_CHECKING:
-    from mergekit_lite.distillation.reporter import Tell
+    from mergekit_lite.distillation.reporter import Reporter
 
 
-def train(recipe: Recipe, tell: Tell) -> None:
-    """Train what can be trained now: each stage whose rows are there and that isn't done.
+def train(recipe: Recipe, reporter: Reporter) -> None:
+    """Run both trainings as far as their rows exist, and skip what is done.
 
     Under ``accelerate launch`` every process calls this.
 
     Raises:
-        UsageError: something in the recipe, its rows or its folder has to be seen to first.
+        UsageError: the recipe, its rows or its folder don't allow the training.
     """
     check(recipe)
     folder = Folder(recipe.folder)
@@ -62,20 +62,20 @@ def train(recipe: Recipe, tell: Tell) -> None:
     for name, training in (("sft", recipe.train.sft), ("preference", recipe.train.preference)):
         if training is None:
             continue
-        stage = Stage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
+        stage = TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
         if not stage.rows_path.exists() and not stage.final.exists():
             if stage.is_main:
-                tell.line(f"{name}: waits for {stage.rows_path}")
+                reporter.line(f"{name}: waits for {stage.rows_path}")
             return
-        stage.run(tell)
+        stage.run(reporter)
         start = str(stage.final)
 
 
 def check(recipe: Recipe) -> None:
-    """Hold the recipe's ``train`` to the objectives' options and to transformers' arguments.
+    """Check the recipe's ``train`` against the objectives' options and transformers' arguments.
 
     Raises:
-        UsageError: with all that is wrong.
+        UsageError: with all problems.
     """
     problems: list[str] = []
     for name, training in (("sft", recipe.train.sft), ("preference", recipe.train.preference)):

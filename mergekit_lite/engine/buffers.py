@@ -1,24 +1,23 @@
-"""A lane: the buffers of one worker, and what is done to a block beside its method.
+"""The buffers of one worker.
 
-On the CPU a lane is a few buffers that stay in cache. On a GPU its host buffers are pinned and it has a stream of its
-own: copies to the device, arithmetic and copies back are queued there without waiting, so that while one lane's block
-is on its way, another's is computed and a third is read or written.
+On the CPU they are a few buffers that stay in cache. For a GPU they are pinned, and the worker has a stream of its own:
+copies to the device, arithmetic and copies back are queued there without waiting, so that while one worker's block is
+on its way, another's is computed and a third is read or written.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from mergekit_lite import draws, dtypes, rounding
-from mergekit_lite.checkpoint.reader import Reader, bytes_of, tensor_of
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
-from mergekit_lite.ops import c_ops
+from mergekit_lite.ops import CPU
 
-CPU = "cpu"
+__all__ = ["CPU", "WorkerBuffers"]
 
 
 class WorkerBuffers:
@@ -32,7 +31,7 @@ class WorkerBuffers:
         self._stream = None if device == CPU else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def working(self) -> AbstractContextManager[object]:
-        """The context in which the lane's tensors are made and used."""
+        """Return the context in which the worker's tensors are made and used."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int, skew: int = 0) -> memoryview:
@@ -50,7 +49,7 @@ class WorkerBuffers:
             Their bytes, valid until the next read into this buffer.
         """
         chunk = self._inputs[index][skew : skew + count * dtypes.size(spec.dtype)]
-        reader.fill(spec, start, chunk)
+        spec.fill(reader, start, chunk)
         return chunk
 
     def gather(self, reader: Reader, index: int, spec: TensorSpec, pieces: Sequence[tuple[int, int]]) -> memoryview:
@@ -59,16 +58,12 @@ class WorkerBuffers:
         end = 0
         for start, count in pieces:
             begin, end = end, end + count * size
-            reader.fill(spec, start, self._inputs[index][begin:end])
+            spec.fill(reader, start, self._inputs[index][begin:end])
         return self._inputs[index][:end]
 
     def output(self, nbytes: int, skew: int = 0) -> memoryview:
-        """Room for a chunk of the output, valid until the next call; ``skew`` as in ``read``."""
+        """Return room for a chunk of the output, valid until the next call; ``skew`` as in ``read``."""
         return self._output[skew : skew + nbytes]
-
-    def fetch(self, block: torch.Tensor) -> torch.Tensor:
-        """The block on the lane's device."""
-        return block.to(self.device, non_blocking=True)
 
     def wait(self) -> None:
         """Wait until what was queued on the device is done."""
@@ -76,29 +71,8 @@ class WorkerBuffers:
             self._stream.synchronize()
 
 
-def store(result: torch.Tensor, out: torch.Tensor, how: str, seed: int, tensor: str, start: int) -> None:
-    """Put a block's result into its place in the output chunk, rounded to the output dtype as the recipe asks."""
-    if how == "stochastic":
-        result = rounding.stochastic(result, out.dtype, draws.stream_key(seed, tensor), start)
-    out.copy_(result, non_blocking=True)
-
-
-def is_summed(dtype: str) -> bool:
-    """Whether torch looks for NaN and infinity: there is no kernel, and what isn't a number can't be one."""
-    return dtypes.is_float(dtype) and not c_ops.serve([dtype])
-
-
-def all_finite(chunk: memoryview, dtype: str) -> bool:
-    """Whether a chunk holds neither NaN nor infinity. One fast sum answers for almost every one."""
-    if not is_summed(dtype):
-        return not dtypes.is_float(dtype) or c_ops.all_finite(c_ops.run(chunk, dtype))
-    block = tensor_of(chunk, dtype)
-    total = block.sum(dtype=torch.float32 if block.dtype == torch.float16 else None)
-    return math.isfinite(total.item()) or bool(torch.isfinite(block).all())
-
-
 def _buffer(device: str, nbytes: int) -> memoryview:
-    """Memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
+    """Return memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
     nbytes += mmap.PAGESIZE
     if device == CPU:
         return memoryview(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

@@ -1,4 +1,4 @@
-"""The workers of a run, each with a lane of its own, taking tasks from a common list."""
+"""The workers of a run, each with buffers of its own, taking tasks from a common list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -21,18 +22,35 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who carries a plan out.
+
+    Attributes:
+        count: of the workers.
+        device: to compute on.
+        block: elements that each computes at once.
+        processes: fork the workers instead of starting threads, where that is possible.
+    """
+
+    count: int
+    device: str
+    block: int
+    processes: bool = False
+
+
 class Pool:
-    """Runs tasks on lanes until none is left, one fails, or the run is interrupted."""
+    """Workers that do tasks until none is left, one fails, or the run is interrupted."""
 
     def __init__(self, workers: int, device: str, inputs: int, nbytes: int, *, processes: bool = False) -> None:
-        """``workers`` lanes, each with buffers of ``nbytes`` for so many inputs and an output.
+        """Prepare ``workers`` workers, each with buffers of ``nbytes`` for ``inputs`` inputs and an output.
 
-        A lane has a thread, or where ``processes`` is set a process of its own, which gets a copy of all there is when
-        the tasks begin: only what a task returns comes back.
+        A worker is a thread, or where ``processes`` is set a process of its own, which gets a copy of this one when the
+        tasks begin: only what a task returns comes back.
         """
         self.workers = workers
         self.processes = processes and workers > 1 and device == CPU
-        self._lane = (device, inputs, nbytes)
+        self._buffers = (device, inputs, nbytes)
         self._stop = threading.Event()
 
     @property
@@ -41,14 +59,14 @@ class Pool:
         return self._stop.is_set()
 
     def run(self, tasks: Sequence[Task], do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Iterator[Result]:
-        """Do all tasks and give what each one made, as they get done. Raises what the first failing one raised."""
+        """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised."""
         if self.processes and len(tasks) > 1:
             return forked(self.workers, tasks, lambda: self._worker(do))
         return self._threaded(tasks, do)
 
     def _worker(self, do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Callable[[Task], Result]:
-        """What does the tasks of one process."""
-        buffers, reader = WorkerBuffers(*self._lane), Reader()
+        """Return what does the tasks of one process."""
+        buffers, reader = WorkerBuffers(*self._buffers), Reader()
 
         return lambda task: do(buffers, reader, task)
 
@@ -56,18 +74,18 @@ class Pool:
         todo: SimpleQueue[Task] = SimpleQueue()
         for task in tasks:
             todo.put(task)
-        made: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
+        done: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
         with Reader() as reader:
-            threads = [threading.Thread(target=self._work, args=(reader, todo, made, do)) for _ in range(self.workers)]
+            threads = [threading.Thread(target=self._work, args=(reader, todo, done, do)) for _ in range(self.workers)]
             for thread in threads:
                 thread.start()
             try:
                 for _ in tasks:
-                    result, failure = made.get()
+                    result, failure = done.get()
                     if failure is not None:
                         raise failure
                     yield result  # type: ignore[misc]  # None only where do gives it
-            finally:  # also on Ctrl-C: the lanes finish their chunk before the files under them are closed
+            finally:  # also on Ctrl-C: the workers finish their chunk before the files under them are closed
                 self._stop.set()
                 for thread in threads:
                     thread.join()
@@ -77,30 +95,30 @@ class Pool:
         self,
         reader: Reader,
         todo: SimpleQueue[Task],
-        made: SimpleQueue[tuple[Result | None, BaseException | None]],
+        done: SimpleQueue[tuple[Result | None, BaseException | None]],
         do: Callable[[WorkerBuffers, Reader, Task], Result],
     ) -> None:
         try:
-            buffers = WorkerBuffers(*self._lane)
+            buffers = WorkerBuffers(*self._buffers)
             with buffers.working():
                 while not self._stop.is_set():
-                    made.put((do(buffers, reader, todo.get_nowait()), None))
+                    done.put((do(buffers, reader, todo.get_nowait()), None))
         except Empty:
             return
         except BaseException as failure:
-            made.put((None, failure))
+            done.put((None, failure))
 
 
 @contextmanager
 def tuned_process(with_torch: bool = True) -> Iterator[None]:
-    """The process as lanes want it: freed memory kept, many files allowed, and one thread for each call of torch."""
+    """Tune the process to its workers: freed memory kept, many files allowed, one thread for each call of torch."""
     _keep_freed_memory()
     _allow_many_files()
     if not with_torch:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the lanes are the threads
+    torch.set_num_threads(1)  # the workers are the threads
     try:
         yield
     finally:
@@ -108,12 +126,12 @@ def tuned_process(with_torch: bool = True) -> Iterator[None]:
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def writing_workers() -> int:
-    """Workers for tasks that write: one more than there are cores, as one or the other waits for the disk."""
+    """Return the number of workers for tasks that write: one more than cores, as one of them waits for the disk."""
     return available_cores() + 1
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from mergekit_lite.errors import RunError
 
-AHEAD = 2  # tasks that a worker has been given beside the one it does, so that it never waits for the next
+AHEAD = 2  # tasks that a worker has been given besides the one it does, so that it never waits for the next
 PR_SET_PDEATHSIG = 1
 
 Task = TypeVar("Task")
@@ -30,7 +30,7 @@ Worker = Callable[[], Callable[[Task], Result]]  # made in each process: what do
 
 
 def forked(workers: int, tasks: Sequence[Task], worker: Worker[Task, Result]) -> Iterator[Result]:
-    """What ``worker()`` makes of each task, as they get done.
+    """Yield what ``worker()`` makes of each task, as they get done.
 
     Raises:
         RunError: a process was killed.
@@ -48,12 +48,12 @@ def forked(workers: int, tasks: Sequence[Task], worker: Worker[Task, Result]) ->
         while left:
             for ready in wait(list(processes)):
                 assert isinstance(ready, Connection)
-                made = _received(ready, processes[ready])
+                result = _received(ready, processes[ready])
                 if (number := next(todo, None)) is not None:
                     with suppress(ConnectionError):  # of a process that was killed meanwhile: the next look tells
                         ready.send(number)
                 left -= 1
-                yield made
+                yield result
     finally:
         for connection, process in processes.items():
             process.kill()  # at the end they only wait; what is half done when one fails is not in the journal
@@ -74,7 +74,7 @@ def _started(tasks: Sequence[Task], worker: Worker[Task, Result]) -> tuple[Conne
 
 def _received(connection: Connection, process: ForkProcess) -> Any:
     try:
-        made, failure = connection.recv()
+        result, failure = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join()
         code = process.exitcode or 0
@@ -85,7 +85,7 @@ def _received(connection: Connection, process: ForkProcess) -> Any:
         ) from None
     if failure is not None:
         raise failure
-    return made
+    return result
 
 
 def _serve(connection: Connection, tasks: Sequence[Task], worker: Worker[Task, Result]) -> None:

@@ -54,21 +54,21 @@ class Report:
     @property
     def worst(self) -> list[TensorEffect]:
         """The tensors whose effective alpha is furthest from the asked one, furthest first."""
-        told = [tensor for tensor in self.tensors if tensor.effective is not None]
-        return sorted(told, key=lambda tensor: -abs((tensor.effective or 0.0) - tensor.asked))
+        changed = [tensor for tensor in self.tensors if tensor.effective is not None]
+        return sorted(changed, key=lambda tensor: -abs((tensor.effective or 0.0) - tensor.asked))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return it as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Report:
-        """The report that ``to_json`` gave."""
+        """Return the report that ``to_json`` gave."""
         return cls(**{**content, "tensors": tuple(TensorEffect(**tensor) for tensor in content["tensors"])})
 
 
-def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) -> Report:
-    """Sum up one variant. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
+def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -> Report:
+    """Sum up one output. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
     by_job: dict[int, list[Record]] = {}
     for key in sorted(records):
         by_job.setdefault(key[0], []).append(records[key])
@@ -77,22 +77,22 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
     deltas: list[float] = []  # ⟨delta, delta⟩ likewise
     identical = seen_all = 0
     for index, job in enumerate(plan.jobs):
-        if not job.merged:
+        if not job.merged_elements:
             continue
         of_job = [record for record in by_job.get(index, []) if record.sums]
         if not of_job:
             continue
         dot, square, seen = (math.fsum(record.sums[k] for record in of_job) for k in range(3))
         identical += all(len(set(record.inputs)) == 1 for record in of_job)
-        seen_all += seen == job.merged
-        asked = job.parameters[variant].get("alpha", 0.0)
+        seen_all += seen == job.merged_elements
+        asked = job.parameters[number].get("alpha", 0.0)
         effects.append(
             TensorEffect(job.name, asked, dot / square if square else None, math.sqrt(square / seen) if seen else 0.0)
         )
-        moved.append(dot * job.merged / seen if seen else 0.0)
-        deltas.append(square * job.merged / seen if seen else 0.0)
+        moved.append(dot * job.merged_elements / seen if seen else 0.0)
+        deltas.append(square * job.merged_elements / seen if seen else 0.0)
     total = math.fsum(deltas)
-    elements = sum(job.merged for job in plan.merged) if effects else 0
+    elements = sum(job.merged_elements for job in plan.merged) if effects else 0
     return Report(
         merged=len(plan.merged),
         copied=len(plan.copied),
@@ -107,21 +107,21 @@ def report(plan: Plan, variant: int, records: Mapping[tuple[int, int], Record]) 
 
 
 def _coefficients(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, float]]:
-    """By tensor and model; those of a model that is listed twice are added up."""
-    found: dict[str, dict[str, float]] = {}
+    """Return the coefficients by tensor and model; those of a model that is listed twice are added up."""
+    coefficients: dict[str, dict[str, float]] = {}
     for index, job in enumerate(plan.jobs):
         record = records.get((index, 0))
         if record is None or not record.coefficients:
             continue
-        of_tensor = found.setdefault(job.name, {})
+        of_tensor = coefficients.setdefault(job.name, {})
         for model, coefficient in zip(job.models, record.coefficients, strict=False):  # a base comes last, without one
             reference = plan.inputs[model].reference
             of_tensor[reference] = of_tensor.get(reference, 0.0) + coefficient
-    return found
+    return coefficients
 
 
 def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:
-    """For each output tensor the digests of its bytes and of its inputs': xxh3-128 over the digests of the spans.
+    """Return for each output tensor the digests of its bytes and its inputs': xxh3-128 over the digests of the spans.
 
     Where there are several spans, theirs too, one behind the other; and how many elements went through the method where
     the rest was copied, as the two parts have spans of their own.
@@ -141,11 +141,11 @@ def _digests(job: Job, records: list[Record]) -> dict[str, Any]:
     digests: dict[str, Any] = {"output": of_spans(output), "inputs": [of_spans(each) for each in inputs]}
     if len(records) > 1:
         digests["spans"] = {"output": output, "inputs": inputs}
-    if 0 < job.merged < job.numel:
-        digests["merged"] = job.merged
+    if 0 < job.merged_elements < job.numel:
+        digests["merged"] = job.merged_elements
     return digests
 
 
 def of_spans(digests: str) -> str:
-    """A tensor's digest from the hex digests of its spans, one behind the other."""
+    """Return a tensor's digest from the hex digests of its spans, one behind the other."""
     return xxhash.xxh3_128_hexdigest(digests.encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.pool import available_cores, writing_workers
+from mergekit_lite.engine.finished import is_finished
+from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.options import named_options
-from mergekit_lite.output.beside import write_beside
-from mergekit_lite.output.workspace import Workspace, check_target, is_finished, manifest_path, tidy
+from mergekit_lite.output.companions import write_companions
+from mergekit_lite.output.workspace import (
+    OutputWorkspace,
+    check_target,
+    finish_publishing,
+    is_half_published,
+    manifest_path,
+    own_manifest,
+    tidy,
+)
 from mergekit_lite.planning import Plan
 
 if TYPE_CHECKING:
@@ -86,41 +95,56 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     workers, usual_block = lanes_and_block(place, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
-    finished = _finished(plan, resume)
+    if resume:
+        for output in plan.outputs:
+            finish_publishing(output)
+    finished = [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
+    _check_targets(plan, finished, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(finished) if not done]
-    for output, done in zip(plan.outputs, finished, strict=True):
-        if done:
-            tidy(output)
+    for v, output in enumerate(plan.outputs):
+        if finished[v]:
+            tidy(output, plan.digest(v))
     made: dict[int, Report] = {}
     with ExitStack() as stack:
-        workspaces: dict[int, Workspace] = {}
+        workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            workspaces[v] = Workspace(
-                plan.outputs[v], plan.layout, plan.digest(v), plan.sources, fresh=force and not resume
+            workspaces[v] = OutputWorkspace(
+                plan.outputs[v], plan.layout, plan.digest(v), plan.input_files, fresh=force and not resume
             )
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        progress, processes = options.get("progress"), options.get("processes", False)
-        Schedule(plan, workspaces, place, workers, block, progress, processes).run()
+        team = Workers(workers, place, block, options.get("processes", False))
+        Schedule(plan, workspaces, team, options.get("progress")).run()
         _check_inputs(plan)
         if not options.get("allow_nonfinite", False):
             _refuse_nonfinite(plan, workspaces)
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_beside(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
-            workspace.publish()
+            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
+            workspace.publish(force=force)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
-    """Raise UsageError where an output path is in an input, or exists already."""
-    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    """Raise UsageError where an output path is in an input, or exists already.
+
+    An output that its manifest calls the plan's own passes: reading all of it is left to ``run``.
+    """
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
-    for output, finished in zip(plan.outputs, _finished(plan, resume), strict=True):
-        if not finished:
+    likely = [
+        resume and (is_half_published(output) or own_manifest(output, plan, v) is not None)
+        for v, output in enumerate(plan.outputs)
+    ]
+    _check_targets(plan, likely, resume=resume, force=force)
+
+
+def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force: bool) -> None:
+    sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    for output, done in zip(plan.outputs, finished, strict=True):
+        if not done:
             check_target(output, sources, resume=resume, force=force)
 
 
@@ -155,16 +179,12 @@ def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None 
     return threads or workers, block
 
 
-def _finished(plan: Plan, resume: bool) -> list[bool]:
-    return [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
-
-
 def _check_inputs(plan: Plan) -> None:
     for checkpoint in plan.inputs:
         checkpoint.check_unchanged()
 
 
-def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, Workspace]) -> None:
+def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, OutputWorkspace]) -> None:
     found: dict[str, None] = {}
     for workspace in workspaces.values():
         for record in workspace.journal.records.values():

@@ -1,4 +1,4 @@
-"""Where what the engine makes goes."""
+"""Where the engine puts the bytes it makes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from mergekit_lite.output.journal import Record
 
 
 class Sink(Protocol):
-    """Where the bytes of one variant go: a ``Workspace``, or what only looks at them."""
+    """Where the bytes of one output go: an ``OutputWorkspace``, or what only looks at them."""
 
     def record(self, job: int, begin: int) -> Record | None:
-        """What is known of a span that was written earlier."""
+        """Return what is known of a span that was written earlier."""
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
         """Read back what was written earlier; False where it is not all there."""
 
     def skew(self, tensor: str, offset: int) -> int:
-        """How far behind the begin of a page of memory it would like to be given the byte at this offset."""
+        """Return how far behind the begin of a page of memory the byte at this offset had best lie."""
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Take bytes, ``offset`` bytes into a tensor."""
@@ -27,26 +27,26 @@ class Sink(Protocol):
 
 
 class Records:
-    """A destination that nothing was written to earlier: keeps the records of what is made, and none of the bytes."""
+    """A sink that nothing was written to earlier: it keeps the records of what is made, and none of the bytes."""
 
     def __init__(self) -> None:
-        """Nothing made yet."""
+        """Begin without records."""
         self.made: dict[tuple[int, int], Record] = {}
 
     def record(self, job: int, begin: int) -> Record | None:
-        """Nothing was made earlier."""
+        """Return None: nothing was made earlier."""
         return None
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
-        """Nothing can be read back."""
+        """Return False: nothing can be read back."""
         return False
 
     def skew(self, tensor: str, offset: int) -> int:
-        """Anywhere."""
+        """Return 0: every place in a page is as good."""
         return 0
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Bytes are known by their digest, which comes with ``done``."""
+        """Drop the bytes: they are known by their digest, which comes with ``done``."""
 
     def done(self, record: Record) -> None:
         """Keep what was made of a span."""

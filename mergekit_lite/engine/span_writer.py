@@ -1,53 +1,53 @@
 """One span made: read ▸ compute ▸ write, chunk by chunk.
 
-Chunks are bytes, as they are stored and as they will be. A chunk is copied, merged by a kernel, or given to torch: the
-tensors it sees are views of the bytes.
+Chunks are bytes, as they are stored and as they will be. A chunk is copied, or merged by a backend, which works on
+views of the bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader, tensor_of
-from mergekit_lite.deferred import torch
-from mergekit_lite.engine.buffers import CPU, WorkerBuffers, all_finite, store
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.engine.buffers import WorkerBuffers
 from mergekit_lite.engine.sink import Sink
-from mergekit_lite.engine.tensor_merge import TensorMerge
+from mergekit_lite.engine.tensor_merge import JobMerge, rounding_key
 from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share
-from mergekit_lite.methods.passes import Kernel
-from mergekit_lite.ops import c_ops
+from mergekit_lite.ops import TensorKind, all_finite, ops_for
+from mergekit_lite.ops.operations import Cast
 from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Plan
 
 
 class SpanWriter:
-    """Makes the spans of a plan.
+    """The maker of a plan's spans.
 
     Attributes:
         chunk: elements read and written at once.
     """
 
     def __init__(self, plan: Plan, device: str, block: int) -> None:
-        """``block`` elements are computed at once by torch."""
+        """Prepare to compute ``block`` elements at once, where a backend has temporaries."""
         self.plan = plan
         self.device = device
         self.block = block
         self.chunk = max(block, CHUNK // block * block)
         self.share = observed_share(plan)
 
-    def is_made(self, buffers: WorkerBuffers, destination: Sink, span: Span) -> bool:
-        """Whether an earlier run wrote this span and its bytes are still what it wrote."""
-        record = destination.record(span.index, span.begin)
+    def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
+        """Return whether an earlier run wrote this span and its bytes are still what it wrote."""
+        record = sink.record(span.index, span.begin)
         if record is None:
             return False
         digest = xxhash.xxh3_128()
         size = dtypes.size(span.job.dtype)
         for start, count in cut(span.begin, span.end, self.chunk):
             data = buffers.output(count * size)
-            if not destination.read(span.job.name, start * size, data):
+            if not sink.read(span.job.name, start * size, data):
                 return False
             digest.update(data)
         return digest.hexdigest() == record.output
@@ -57,142 +57,112 @@ class SpanWriter:
         buffers: WorkerBuffers,
         reader: Reader,
         span: Span,
-        ways: Mapping[int, TensorMerge],
-        destinations: Mapping[int, Sink],
+        merges: Mapping[int, JobMerge],
+        sinks: Mapping[int, Sink],
         stopped: Callable[[], bool],
     ) -> list[tuple[int, Record]]:
         """Make a span.
 
         Args:
-            lane, reader: to do it with.
+            buffers, reader: to do it with.
             span: what to make.
-            ways: by variant how a merged span is merged, with all statistics there.
-            destinations: by variant where it goes.
+            merges: by output how a merged span is merged, with all statistics there; empty for a copy.
+            sinks: by output where it goes.
             stopped: whether to end now.
 
         Returns:
-            What to journal, by variant; nothing where it was stopped.
+            What to journal, by output; nothing where it was stopped.
         """
         job = span.job
-        row = max((way.row for way in ways.values()), default=0) or 1
+        row = max((merge.row for merge in merges.values()), default=0) or 1
         sources = job.inputs if span.merged else job.inputs[:1]
         size = dtypes.size(job.dtype)
         read_digests = [xxhash.xxh3_128() for _ in sources]
-        made = {v: _Made() for v in destinations}
+        results = {output: _Result() for output in sinks}
         for start, count in cut(span.begin, span.end, self.chunk):
             if stopped():
                 return []
             first = start // row * row  # whole rows are read and computed; what lies outside the span is not used
             last = min(-(-(start + count) // row) * row, job.numel)
             wanted = slice(start - first, start - first + count)
-            skew = next(iter(destinations.values())).skew(job.name, first * size)  # of all: they have one layout
+            skew = next(iter(sinks.values())).skew(job.name, first * size)  # of all: they have one layout
             inputs = [
                 buffers.read(reader, number, spec, first, last - first, skew if is_copied(span) else 0)
                 for number, spec in enumerate(sources)
             ]
             for digest, chunk, spec in zip(read_digests, inputs, sources, strict=True):
                 digest.update(_part(chunk, wanted, dtypes.size(spec.dtype)))
-            for v, destination in destinations.items():
-                out = buffers.output((last - first) * size, skew) if not is_copied(span) else inputs[0]
-                self._fill(out, buffers, span, ways.get(v), first, inputs, made[v])
+            for output, sink in sinks.items():
+                out = inputs[0]
+                if not is_copied(span):
+                    out = buffers.output((last - first) * size, skew)
+                    self._fill(_Chunk(span, first, inputs, out), buffers, merges.get(output), results[output])
+                self._look(span, inputs, out, results[output])
                 data = _part(out, wanted, size)
-                destination.write(job.name, start * size, data)
-                made[v].digest.update(data)
+                sink.write(job.name, start * size, data)
+                results[output].digest.update(data)
         read = [digest.hexdigest() for digest in read_digests]
         records: list[tuple[int, Record]] = []
-        for v, done in made.items():
-            output, bad = done.digest.hexdigest(), sorted(done.bad)
-            coefficients = ways[v].coefficients if v in ways and span.begin == 0 else ()
-            records.append((v, Record(span.index, span.begin, read, output, done.sums, bad, coefficients)))
+        for output, result in results.items():
+            written, bad = result.digest.hexdigest(), sorted(result.bad)
+            coefficients = merges[output].coefficients if output in merges and span.begin == 0 else ()
+            records.append((output, Record(span.index, span.begin, read, written, result.sums, bad, coefficients)))
         return records
 
-    def kernel(self, way: TensorMerge) -> Kernel | None:
-        """What merges without torch, where there is such."""
-        return way.kernel if self.device == CPU else None
-
-    def _fill(
-        self,
-        out: memoryview,
-        buffers: WorkerBuffers,
-        span: Span,
-        way: TensorMerge | None,
-        start: int,
-        inputs: Sequence[memoryview],
-        made: _Made,
-    ) -> None:
-        """Make one chunk of one variant."""
-        kinds = [spec.dtype for spec in span.job.inputs[: len(inputs)]]
-        if way is not None and (kernel := self.kernel(way)) is not None:
-            self._by_kernel(kernel, c_ops.run(out, span.job.dtype), span, way, start, way.runs(inputs), made)
-        elif not is_copied(span):
-            with torch.inference_mode():
-                tensors = way.tensors(inputs) if way is not None else [tensor_of(inputs[0], kinds[0])]
-                self._by_torch(tensor_of(out, span.job.dtype), buffers, span, way, start, tensors, made)
-        if not all_finite(out, span.job.dtype):
-            found = {number for number, kind in enumerate(kinds) if not all_finite(inputs[number], kind)}
-            made.bad |= found or {-1}
-
-    def _by_kernel(
-        self,
-        kernel: Kernel,
-        out: c_ops.Run,
-        span: Span,
-        way: TensorMerge,
-        start: int,
-        inputs: list[c_ops.Run],
-        made: _Made,
-    ) -> None:
-        """Merge a chunk at once: tile by tile it stays in the cache as well as a block."""
-        kernel(inputs, start, out)
-        if (observed := way.method.observed) is not None:
-            for grain in observed_grains(span.begin, start, out.count, self.share):
-                sums = observed.by_kernel(out.part(grain), [run.part(grain) for run in inputs])
-                made.add(sums, grain.stop - grain.start)
-
-    def _by_torch(
-        self,
-        out: torch.Tensor,
-        buffers: WorkerBuffers,
-        span: Span,
-        way: TensorMerge | None,
-        start: int,
-        inputs: list[torch.Tensor],
-        made: _Made,
-    ) -> None:
-        """Compute a chunk block by block."""
-        plan = self.plan
-        observed = way.method.observed if way is not None else None
-        row = max(1, way.row if way is not None else 1)
-        for first, count in cut(0, out.numel(), max(row, self.block // row * row)):
-            place = slice(first, first + count)
-            block = [buffers.fetch(chunk[place]) for chunk in inputs]
-            result = block[0] if way is None else way.combine(block, start + first)
-            store(result, out[place], plan.rounding, plan.seed, span.job.name, start + first)
-            if observed is not None:
-                written = buffers.fetch(out[place])
-                for grain in observed_grains(span.begin, start + first, count, self.share):
-                    sums = observed.by_torch(written[grain], [tensor[grain] for tensor in block])
-                    made.add(sums, grain.stop - grain.start)
+    def _fill(self, chunk: _Chunk, buffers: WorkerBuffers, merge: JobMerge | None, result: _Result) -> None:
+        """Merge one chunk of one output, or cast it where there is no merge."""
+        job = chunk.span.job
+        if merge is None:
+            kind = TensorKind((job.inputs[0].dtype, job.dtype), rounding_key=rounding_key(self.plan, job))
+            ops = ops_for(Cast(), kind, self.device)
+            block, row = [ops.of_bytes(chunk.inputs[0], job.inputs[0].dtype)], 1
+        else:
+            ops = merge.ops(self.device)
+            block, row = merge.block(ops, chunk.inputs), max(1, merge.row)
+        out = ops.of_bytes(chunk.out, job.dtype)
+        length = max(row, self.block // row * row)
+        ops.merge(merge.merge if merge is not None else Cast(), block, chunk.start, out, length)
+        if merge is not None and (observed := merge.method.observed) is not None:
+            elements = len(chunk.out) // dtypes.size(job.dtype)
+            for grain in observed_grains(chunk.span.begin, chunk.start, elements, self.share):
+                result.add(ops.figures(observed, [view[grain] for view in (out, *block)]), grain.stop - grain.start)
         buffers.wait()
 
+    def _look(self, span: Span, inputs: Sequence[memoryview], out: memoryview, result: _Result) -> None:
+        """Note which inputs aren't finite where a chunk of the output isn't; −1 where all inputs are."""
+        if not all_finite(out, span.job.dtype):
+            sources = [spec.dtype for spec in span.job.inputs[: len(inputs)]]
+            bad = {number for number, dtype in enumerate(sources) if not all_finite(inputs[number], dtype)}
+            result.bad |= bad or {-1}
 
-class _Made:
-    """What is known of a span of one variant when it is written: digest, observed sums, inputs that weren't finite."""
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk on its way: the span, the index of its first element, the bytes that were read, room for the result."""
+
+    span: Span
+    start: int
+    inputs: Sequence[memoryview]
+    out: memoryview
+
+
+class _Result:
+    """What is known of a span of one output when it is written: digest, observed sums, inputs that weren't finite."""
 
     def __init__(self) -> None:
-        """Nothing made yet."""
+        """Begin with nothing."""
         self.digest = xxhash.xxh3_128()
         self.sums: list[float] = []
         self.bad: set[int] = set()
 
-    def add(self, observed: tuple[float, ...], elements: int) -> None:
+    def add(self, observed: Sequence[float], elements: int) -> None:
         """Add what the method observed in one grain; the last sum counts the elements looked at."""
         columns = (*observed, float(elements))
         self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(columns), columns, strict=True)]
 
 
 def is_copied(span: Span) -> bool:
-    """Whether its bytes are those of the input."""
+    """Return whether a span's bytes are those of the input."""
     return not span.merged and span.job.inputs[0].dtype == span.job.dtype
 
 

@@ -1,195 +1,132 @@
-"""How each job's blocks are combined: at once, or after passes that gather the statistics its method needs."""
+"""The merge of each job: a ``TensorMerge`` that reads its blocks from files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
-from typing import TypeVar
+from typing import Any
 
-from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader, tensor_of
-from mergekit_lite.deferred import torch
-from mergekit_lite.engine.buffers import CPU, WorkerBuffers, is_summed
+from mergekit_lite import draws
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
-from mergekit_lite.methods import Method, method_named
-from mergekit_lite.methods.passes import (
-    SAMPLE_EVERY,
-    Block,
-    Kernel,
-    Passes,
-    TensorInfo,
-    Totals,
-    Weighted,
-    joined,
-    sample,
-    sections,
-    send_totals,
-    statistics_block,
-)
-from mergekit_lite.ops import c_ops
+from mergekit_lite.methods import method_named
+from mergekit_lite.methods.contract import TensorInfo, Totals
+from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, TensorMerge, joined, sample, send_totals
+from mergekit_lite.ops import Ops, finite_needs_torch
 from mergekit_lite.planning import Job, Plan
 
 LARGE = 1 << 26  # elements; smaller tensors are gathered by the worker that merges them, while they are in the cache
-Input = TypeVar("Input")
-Section = tuple[int, int, int]  # number of the way, begin, end
+Section = tuple[int, int, int]  # number of the merge, begin, end
 
 
-class TensorMerge:
-    """One merged job of one variant on its way through its method."""
+class JobMerge(TensorMerge):
+    """One merged job of one output of a plan."""
 
-    def __init__(self, job: Job, variant: int, seed: int, offset: int, extent: int, rounding: str) -> None:
-        """Go as far as the method's first request."""
+    def __init__(self, plan: Plan, job: Job, output: int, offset: int, extent: int) -> None:
+        """Go as far as the method's first request.
+
+        Args:
+            plan: of the job.
+            job: the tensor.
+            output: which of the plan's outputs.
+            offset: elements in the jobs before this one.
+            extent: elements in all jobs.
+        """
         self.job = job
-        self.method: Method = method_named(job.method)
+        self.method = method_named(job.method)
         models = len(job.inputs) - job.has_base
-        self.arguments = self.method.resolve(job.parameters[variant], models, job.has_base)
-        self.row = self.method.row_length(job.shape, self.arguments)
-        info = TensorInfo(job.name, job.shape, models, job.has_base, seed, offset, extent)
-        self.passes: Passes = self.method.start(info, self.arguments)
-        self.to_nearest = rounding == "nearest"
-        self.inputs = [spec.dtype for spec in job.inputs]
+        arguments = self.method.resolve(job.parameters[output], models, job.has_base)
+        info = TensorInfo(job.name, job.shape, models, job.has_base, plan.seed, offset, extent)
+        kinds = [*(spec.dtype for spec in job.inputs), job.dtype]
+        super().__init__(self.method, info, arguments, kinds, rounding_key(plan, job))
 
     @property
     def is_shared(self) -> bool:
         """Whether the sums it waits for are not for one worker alone."""
-        return self.passes.request is not None and (self.passes.group is not None or self.job.numel > LARGE)
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """What its statistics gave each model, where that is worth a report."""
-        return self.passes.combine.coefficients if isinstance(self.passes.combine, Weighted) else ()
-
-    @property
-    def kernel(self) -> Kernel | None:
-        """What merges chunks on the CPU without torch, once all statistics are there, where there is such."""
-        served = self.to_nearest and c_ops.serve([*self.inputs, self.job.dtype])
-        return self.passes.kernel if served else None
-
-    @property
-    def kernel_of_sums(self) -> Callable[[Sequence[c_ops.Run], int], Totals] | None:
-        """What gives the requested sums on the CPU without torch, where there is such."""
-        served = c_ops.serve([*self.inputs, self.job.dtype])
-        return self.passes.request.kernel if self.passes.request is not None and served else None
-
-    @cached_property
-    def working(self) -> torch.dtype:
-        """What torch computes in."""
-        return dtypes.working([*self.inputs, self.job.dtype])
-
-    def combine(self, block: Block, start: int) -> torch.Tensor:
-        """Merge one block, as it is stored, by torch, once all statistics are there."""
-        return self.passes.merge(block, start, self.working, self.row)
-
-    def sections(self) -> list[tuple[int, int]]:
-        """The (begin, end) of each section of the tensor that the requested sums need."""
-        assert self.passes.request is not None
-        return sections(self.passes.request, self.job.numel, self.row)
+        return self.request is not None and (self.group is not None or self.job.numel > LARGE)
 
     def bytes_to_sum(self, begin: int, end: int) -> int:
-        """Bytes read for one section of the requested sums."""
-        assert self.passes.request is not None
-        share = SAMPLE_EVERY if self.passes.request.sampled else 1
-        return (end - begin) * sum(dtypes.size(spec.stored_dtype) for spec in self.job.inputs) // share
+        """Return the bytes read for one section of the requested sums."""
+        assert self.request is not None
+        share = SAMPLE_EVERY if self.request.sampled else 1
+        return sum(spec.stored_bytes(end - begin) for spec in self.job.inputs) // share
 
     def sum(self, buffers: WorkerBuffers, reader: Reader, begin: int, end: int) -> Totals:
-        """The requested sums over one section."""
-        assert self.passes.request is not None
+        """Return the requested sums over one section."""
+        assert self.request is not None
+        ops, of = self.ops(buffers.device), self.request.of
         inputs = list(enumerate(self.job.inputs))
-        if self.passes.request.sampled:
+        if self.request.sampled:
             pieces = sample(begin, end)
-            picked = [buffers.gather(reader, number, spec, pieces) for number, spec in inputs]
-            return self._sums(buffers, picked, 0, sum(count for _, count in pieces))
-        block = statistics_block(self.row)
-        return joined(
-            self._sums(
-                buffers, [buffers.read(reader, number, spec, start, count) for number, spec in inputs], start, block
-            )
-            for start, count in cut(begin, end, max(block, CHUNK // block * block))
-        )
-
-    def _sums(self, buffers: WorkerBuffers, chunks: Sequence[memoryview], start: int, block: int) -> Totals:
-        """The requested sums over a chunk, block by block."""
-        request = self.passes.request
-        assert request is not None
-        kernel = self.kernel_of_sums if buffers.device == CPU else None
-        if kernel is not None:
-            runs = self.runs(chunks)
-            return joined(
-                kernel([run.part(slice(first, first + count)) for run in runs], start + first)
-                for first, count in cut(0, runs[0].count, block)
-            )
-        total: torch.Tensor | None = None
-        with torch.inference_mode():
-            stored = self.tensors(chunks)
-            for first, count in cut(0, stored[0].numel(), block):
-                fetched = [buffers.fetch(tensor[first : first + count]) for tensor in stored]
-                part = self.passes.sum(fetched, start + first, self.working, self.row)
-                # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
-                total = part.clone() if total is None else total.add_(part)
-            assert total is not None
-            totals: Totals = total.cpu().numpy()
-        return totals
+            chunks = [buffers.gather(reader, number, spec, pieces) for number, spec in inputs]
+            return ops.sum(of, self.block(ops, chunks), 0, sum(count for _, count in pieces))
+        length = self.statistics_block
+        parts = []
+        for start, count in cut(begin, end, max(length, CHUNK // length * length)):
+            chunks = [buffers.read(reader, number, spec, start, count) for number, spec in inputs]
+            parts.append(ops.sum(of, self.block(ops, chunks), start, length))
+        return joined(parts)
 
     def prepare(self, buffers: WorkerBuffers, reader: Reader) -> None:
         """Gather what statistics of the tensor itself are missing."""
-        while self.passes.request is not None:
-            self.passes.send(joined(self.sum(buffers, reader, *section) for section in self.sections()))
+        while self.request is not None:
+            self.send(joined(self.sum(buffers, reader, *section) for section in self.sections()))
 
-    def runs(self, chunks: Sequence[memoryview]) -> list[c_ops.Run]:
-        """The inputs' chunks, which come in the job's order, as a kernel wants them: the base first."""
-        return self._base_first([c_ops.run(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
-
-    def tensors(self, chunks: Sequence[memoryview]) -> Block:
-        """The same as torch wants them."""
-        return self._base_first([tensor_of(chunk, dtype) for chunk, dtype in zip(chunks, self.inputs, strict=True)])
-
-    def _base_first(self, inputs: list[Input]) -> list[Input]:
-        return [inputs[-1], *inputs[:-1]] if self.job.has_base else inputs
+    def block(self, ops: Ops, chunks: Sequence[memoryview]) -> list[Any]:
+        """Return a backend's views of the inputs' chunks, which come in the job's order: the base first."""
+        views = [ops.of_bytes(chunk, spec.dtype) for chunk, spec in zip(chunks, self.job.inputs, strict=True)]
+        return [views[-1], *views[:-1]] if self.job.has_base else views
 
 
-def ways(plan: Plan, variants: list[int]) -> dict[tuple[int, int], TensorMerge]:
-    """The ways of all merged jobs, by (job, variant)."""
-    found: dict[tuple[int, int], TensorMerge] = {}
+def rounding_key(plan: Plan, job: Job) -> int | None:
+    """Return the key of a tensor's draws for stochastic rounding; None where the plan rounds to nearest."""
+    return draws.stream_key(plan.seed, job.name) if plan.rounding == "stochastic" else None
+
+
+def merges_of(plan: Plan, outputs: Collection[int]) -> dict[tuple[int, int], JobMerge]:
+    """Return the merges of all jobs that have one, by (job, output)."""
+    merges: dict[tuple[int, int], JobMerge] = {}
     offset, extent = 0, sum(job.numel for job in plan.jobs)
     for index, job in enumerate(plan.jobs):
-        if job.merged:
-            for variant in variants:
-                found[index, variant] = TensorMerge(job, variant, plan.seed, offset, extent, plan.rounding)
+        if job.merged_elements:
+            for output in outputs:
+                merges[index, output] = JobMerge(plan, job, output, offset, extent)
         offset += job.numel
-    return found
+    return merges
 
 
-def without_torch(job: Job, ways: Sequence[TensorMerge]) -> bool:
-    """Whether all that makes a tensor on the CPU is copying and c_ops, as far as can be told before its statistics.
+def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
+    """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics.
 
     Args:
         job: the tensor.
-        ways: how its variants are merged.
+        merges: one for each output, where it is merged.
     """
+    copies = job.merged_elements < job.numel
     return (
-        all((way.kernel if way.passes.request is None else way.kernel_of_sums) is not None for way in ways)
-        and (job.merged == job.numel or (job.inputs[0].dtype == job.dtype and not is_summed(job.dtype)))
-        and all(spec.as_stored for spec in job.inputs)
+        any(merge.ops(CPU).needs_torch for merge in merges)
+        or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))
+        or not all(spec.is_plain for spec in job.inputs)
     )
 
 
-def needed(found: Mapping[tuple[int, int], TensorMerge], jobs: Collection[int]) -> dict[tuple[int, int], TensorMerge]:
-    """The ways of some jobs, and of those whose sums they wait for: all tensors of their groups."""
-    groups = {way.passes.group for (job, _), way in found.items() if job in jobs} - {None}
-    return {key: way for key, way in found.items() if key[0] in jobs or way.passes.group in groups}
+def needed(merges: Mapping[tuple[int, int], JobMerge], jobs: Collection[int]) -> dict[tuple[int, int], JobMerge]:
+    """Return the merges of some jobs, and those whose sums they wait for: all tensors of their groups."""
+    groups = {merge.group for (job, _), merge in merges.items() if job in jobs} - {None}
+    return {key: merge for key, merge in merges.items() if key[0] in jobs or merge.group in groups}
 
 
-def gather(pending: Sequence[TensorMerge], everywhere: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
+def gather(merges: Sequence[JobMerge], sum_sections: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
     """Gather the sums that span several tensors, and those of large tensors, which are work for several workers.
 
     Args:
-        pending: all ways.
-        everywhere: sums some sections, each (number of the way, begin, end).
+        merges: all of them.
+        sum_sections: sums some sections, each (number of the merge, begin, end).
     """
-    while waiting := [number for number, way in enumerate(pending) if way.is_shared]:
-        wanted = {number: [(number, *section) for section in pending[number].sections()] for number in waiting}
-        parts = everywhere([section for of_way in wanted.values() for section in of_way])
+    while waiting := [number for number, merge in enumerate(merges) if merge.is_shared]:
+        sections = {number: [(number, *section) for section in merges[number].sections()] for number in waiting}
+        sums = sum_sections([section for of_merge in sections.values() for section in of_merge])
         send_totals(
-            [pending[number].passes for number in waiting],
-            [[parts[part] for part in of_way] for of_way in wanted.values()],
+            [merges[number] for number in waiting],
+            [[sums[section] for section in of_merge] for of_merge in sections.values()],
         )

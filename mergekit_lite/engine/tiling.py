@@ -37,35 +37,35 @@ class Span:
 
 
 def spans(plan: Plan) -> list[Span]:
-    """All spans of a plan, in the order of the output's bytes."""
+    """Return all spans of a plan, in the order of the output's bytes."""
     return [span for index, job in enumerate(plan.jobs) for span in _of_job(index, job)]
 
 
 def _of_job(index: int, job: Job) -> Iterator[Span]:
-    for begin, end in bounds(job.numel, job.merged):
-        yield Span(index, job, begin, end, end <= job.merged)
+    for begin, end in bounds(job.numel, job.merged_elements):
+        yield Span(index, job, begin, end, end <= job.merged_elements)
 
 
 def bounds(numel: int, merged: int) -> Iterator[tuple[int, int]]:
-    """The (begin, end) of each span of a tensor whose first ``merged`` elements go through a method."""
+    """Yield the (begin, end) of each span of a tensor whose first ``merged`` elements go through a method."""
     for first, last in ((0, merged), (merged, numel)):
         for begin in range(first, last, SPAN):
             yield begin, min(begin + SPAN, last)
 
 
 def cut(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:
-    """The (start, count) of each piece of ``begin … end``, all but the last ``length`` long."""
+    """Yield the (start, count) of each piece of ``begin … end``, all but the last ``length`` long."""
     for start in range(begin, end, length):
         yield start, min(length, end - start)
 
 
 def observed_share(plan: Plan) -> int:
-    """One grain in how many is observed: every one where that costs little, else a fixed sample."""
-    return 1 if sum(job.merged for job in plan.jobs) <= OBSERVED_WHOLE else SAMPLED
+    """Return one grain in how many is observed: every one where that costs little, else a fixed sample."""
+    return 1 if sum(job.merged_elements for job in plan.jobs) <= OBSERVED_WHOLE else SAMPLED
 
 
 def observed_grains(begin: int, start: int, count: int, share: int) -> Iterator[slice]:
-    """The grains of a block that are observed, as slices of the block. Grains are counted from the span's begin."""
+    """Yield the grains of a block that are observed, as slices of it; grains are counted from the span's begin."""
     for grain in range((start - begin) // GRAIN, -(-(start - begin + count) // GRAIN)):
         if grain % share == 0:
             first = grain * GRAIN - (start - begin)

@@ -13,7 +13,7 @@ nearly equal rows is far below the rounding errors of its terms in 16 or 32 bits
 from __future__ import annotations
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Reduction, Steps, TensorInfo
+from mergekit_lite.methods.contract import Block, Reduction, Steps, TensorInfo
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.statistics import largest
 
@@ -25,7 +25,7 @@ from mergekit_lite.methods.statistics import largest
     source="mergekit",
 )
 def arcee_fusion(info: TensorInfo) -> Steps:
-    """The base with the model's elements where their change stands out.
+    """Give the base the model's elements where their change stands out.
 
     Args:
         info: the tensor; its rows are along the last axis.
@@ -36,9 +36,9 @@ def arcee_fusion(info: TensorInfo) -> Steps:
     def divergences(block: Block, start: int) -> torch.Tensor:
         p, q = (tensor.double().softmax(1).add_(1e-8) for tensor in (block[1], block[0]))
         row = start // columns
-        found = torch.zeros(rows, dtype=torch.float64, device=p.device)
-        found[row : row + len(p)] = ((p / q).log_().mul_(p)).sum(1).clamp_(min=0)
-        return found
+        of_rows = torch.zeros(rows, dtype=torch.float64, device=p.device)
+        of_rows[row : row + len(p)] = ((p / q).log_().mul_(p)).sum(1).clamp_(min=0)
+        return of_rows
 
     by_row = yield Reduction(divergences)
 

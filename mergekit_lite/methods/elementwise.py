@@ -10,30 +10,28 @@ mergekit's RAM+ returns float32 whatever it is given; here the result is rounded
 from __future__ import annotations
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.parameters import PerModel
-from mergekit_lite.methods.passes import Block, Combine, Reduction, Steps, TensorInfo, deltas, weighted_sum
+from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo
+from mergekit_lite.methods.parameters import Count, NotNegative, PerModel
 from mergekit_lite.methods.registry import method
+from mergekit_lite.ops.torch_ops import deltas, weighted_sum
 
 
 @method(models=(1, 1), formula="base + clamp(x − base, −t, t)", source="Alchemonaut, mergekit")
-def nearswap(info: TensorInfo, *, t: float) -> Combine:
+def nearswap(info: TensorInfo, *, t: NotNegative) -> Merge:
     """Go from the base to the model, but in no element further than ``t``.
 
     mergekit's weight clamp(t/|x − base|, 0, 1) on the difference is the same thing without the division.
 
     Args:
         info: the tensor.
-        t: how far, 0 or more.
+        t: how far.
     """
-    if t < 0:
-        raise UsageError(f"t: expected 0 or more, got {t:g}.")
     return lambda block, _: (block[1] - block[0]).clamp_(-t, t).add_(block[0])
 
 
 @method(formula="base + lambda·(δ with the largest |δ|)", source="Marczak et al. 2024, arXiv 2407.06322")
-def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Combine:
-    """Per element, the delta of the model that changed it most; of equal ones the first model's.
+def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Merge:
+    """Add per element the delta of the model that changed it most; of equal ones the first model's.
 
     Args:
         info: the tensor.
@@ -53,7 +51,9 @@ def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Combine:
 @method(
     formula="base + lambda·Σδ·[at least agree of |δ| ≥ threshold·|Σδ − δ|]", source="Wang et al. 2024, arXiv 2405.07813"
 )
-def consensus(info: TensorInfo, *, threshold: PerModel = (0.4,), agree: int = 2, lambda_: float = 1.0) -> Combine:
+def consensus(
+    info: TensorInfo, *, threshold: PerModel[float] = (0.4,), agree: Count = 2, lambda_: float = 1.0
+) -> Merge:
     """Add up the deltas, but only where enough models have a stake in it (TALL masks).
 
     Args:
@@ -77,7 +77,7 @@ def consensus(info: TensorInfo, *, threshold: PerModel = (0.4,), agree: int = 2,
 
 
 @method(formula="base + Σ δ·[|δ| > epsilon] / (how many are)", source="arXiv 2601.13572")
-def ram(info: TensorInfo, *, epsilon: float = 1e-5) -> Combine:
+def ram(info: TensorInfo, *, epsilon: NotNegative = 1e-5) -> Merge:
     """Keep what one model changed, average what several did.
 
     Args:
@@ -90,8 +90,8 @@ def ram(info: TensorInfo, *, epsilon: float = 1e-5) -> Combine:
 @method(
     formula="as ram; what one model alone changed times 1 + r·clamp(shared/unique, 0, alpha)", source="arXiv 2601.13572"
 )
-def ramplus_tl(info: TensorInfo, *, epsilon: float = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Steps:
-    """As ``ram``, with what one model alone changed enlarged: by how much of its change in the tensor is shared.
+def ramplus_tl(info: TensorInfo, *, epsilon: NotNegative = 1e-5, r: float = 0.1, alpha: float = 0.2) -> Steps:
+    """Merge as ``ram``, and enlarge what one model alone changed, by how much of its change in the tensor is shared.
 
     Args:
         info: the tensor.
@@ -112,7 +112,7 @@ def ramplus_tl(info: TensorInfo, *, epsilon: float = 1e-5, r: float = 0.1, alpha
 
 
 def _shared_mean(block: Block, epsilon: float, alone: tuple[float, ...]) -> torch.Tensor:
-    """Base plus the mean of the deltas that changed an element; ``alone`` are the factors where only one did."""
+    """Return the base plus the mean of the deltas that changed an element, times ``alone`` where only one did."""
     moved = deltas(block)
     changes = torch.zeros_like(moved[0])
     total, scaled = torch.zeros_like(changes), torch.zeros_like(changes)

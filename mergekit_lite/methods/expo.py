@@ -6,7 +6,8 @@ Paper: Zheng et al., "Model Extrapolation Expedites Alignment", ACL 2025, arXiv 
 
 alpha = 0 is the aligned model, alpha = −1 the SFT model. The same thing as task arithmetic on the base ``sft`` with
 the single weight 1 + alpha. The released script computes in bfloat16 (three roundings); here the sum is taken in
-float32 and rounded once. It also has no remedy for what that rounding does to a small alpha: ``effect`` measures it.
+float32 and rounded once. It also has no remedy for what that rounding does to a small alpha. Here the report's
+effective alpha measures it: ⟨out − aligned, delta⟩ / ⟨delta, delta⟩ with delta = aligned − sft.
 
 Taken from one iterate of a training run to the next (base: the previous one before it was extrapolated; alpha: the
 momentum), the same step is Nesterov's, the way of APO (arXiv 2410.06293).
@@ -14,38 +15,19 @@ momentum), the same step is Nesterov's, the way of APO (arXiv 2410.06293).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from mergekit_lite.deferred import torch
-from mergekit_lite.methods.passes import Block, Combine, Observed, TensorInfo, moved
+from mergekit_lite.methods.contract import Merge, TensorInfo, step_from
 from mergekit_lite.methods.registry import method
-from mergekit_lite.ops import c_ops
-
-
-def effect(out: torch.Tensor, block: Block) -> tuple[float, float]:
-    """What became of alpha in one block: ⟨out − aligned, delta⟩ and ⟨delta, delta⟩, with delta = aligned − sft.
-
-    The quotient of the two (summed over blocks) is the alpha that the written model really has.
-    """
-    sft, origin = (tensor.double() for tensor in block)
-    delta = origin - sft
-    return torch.dot(out.double() - origin, delta).item(), torch.dot(delta, delta).item()
-
-
-def _effect(out: c_ops.Run, block: Sequence[c_ops.Run]) -> tuple[float, float]:
-    sft, aligned = block
-    _, against_delta, square = c_ops.inner_products([aligned, out, sft], has_base=True)
-    return -against_delta, square
+from mergekit_lite.ops.operations import Step
 
 
 @method(
     formula="aligned + alpha·(aligned − sft)",
     source="Zheng et al. 2025, arXiv 2404.16792",
     models=(1, 1),
-    donor="model",
-    observed=Observed(effect, _effect),
+    config_source="model",
+    observed=Step(),
 )
-def expo(info: TensorInfo, *, alpha: float) -> Combine:
+def expo(info: TensorInfo, *, alpha: float) -> Merge:
     """Extrapolate: the model is the one after alignment, the base the one before.
 
     Args:
@@ -54,4 +36,4 @@ def expo(info: TensorInfo, *, alpha: float) -> Combine:
             0 and −1 give the two models themselves, to the bit.
     """
     # The small delta is scaled, not two large weights subtracted; and from the nearer of the two.
-    return moved(1, -alpha) if alpha > -0.5 else moved(0, 1 + alpha)
+    return step_from(1, -alpha) if alpha > -0.5 else step_from(0, 1 + alpha)

@@ -1,28 +1,17 @@
-"""Merging tensors that are in memory already, block by block through the same passes as files."""
+"""Merging tensors that are in memory already, block by block like those of files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import (
-    Block,
-    Passes,
-    Reduction,
-    TensorInfo,
-    Totals,
-    joined,
-    sample,
-    sections,
-    send_totals,
-    statistics_block,
-)
+from mergekit_lite.methods.contract import Block, TensorInfo, Totals
 from mergekit_lite.methods.registry import method_named
-from mergekit_lite.ops import c_ops
+from mergekit_lite.methods.tensor_merge import TensorMerge, joined, sample, send_totals
 
 BLOCK = 1 << 17
 
@@ -80,7 +69,7 @@ def merge_states(
     method = method_named(name)
     arguments = method.resolve(parameters, len(models), base is not None)
     states = [*([] if base is None else [base]), *models]
-    merges: list[_Merge] = []
+    merges: list[_InMemory] = []
     offset, extent = 0, sum(tensor.numel() for tensor in states[0].values())
     for tensor in states[0]:
         if any(tensor not in state for state in states):
@@ -88,66 +77,48 @@ def merge_states(
         inputs = [state[tensor].detach() for state in states]
         info = TensorInfo(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset, extent)
         _fit_together(info, inputs)
-        row = method.row_length(info.shape, arguments)
-        merges.append(_Merge(info, inputs, row, dtype, method.start(info, arguments)))
+        output = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
+        names = [dtypes.name_of(kind) for kind in (*(tensor.dtype for tensor in inputs), output)]
+        merges.append(_InMemory(TensorMerge(method, info, arguments, names), inputs, output))
         offset += info.numel
-    with torch.no_grad():
-        while grouped := [merge for merge in merges if merge.passes.group is not None]:
-            send_totals([merge.passes for merge in grouped], [merge.sums() for merge in grouped])
-        return {merge.info.name: merge.result(block) for merge in merges}
+    while grouped := [merge for merge in merges if merge.tensor.group is not None]:
+        send_totals([merge.tensor for merge in grouped], [merge.sums() for merge in grouped])
+    return {merge.tensor.info.name: merge.result(block) for merge in merges}
 
 
-class _Merge:
+class _InMemory:
     """One tensor being merged in memory."""
 
-    def __init__(self, info: TensorInfo, inputs: Block, row: int, dtype: torch.dtype | None, passes: Passes) -> None:
-        self.info, self.row, self.passes = info, max(row, 1), passes
-        self.flat = [tensor.reshape(-1) for tensor in inputs]
-        self.columns = row  # of the blocks; 0 where they are 1-D
-        self.dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
-        kinds = {self.dtype, *(tensor.dtype for tensor in inputs)}
-        self.by_kernels = c_ops.take(*self.flat) and c_ops.serve([dtypes.name_of(self.dtype)])
-        self.working = dtypes.working(map(dtypes.name_of, kinds))
+    def __init__(self, tensor: TensorMerge, inputs: Block, dtype: torch.dtype) -> None:
+        self.tensor, self.dtype = tensor, dtype
+        self.flat = [one.reshape(-1).contiguous() for one in inputs]
+        self.device = str(self.flat[0].device)
 
     def sums(self) -> list[Totals]:
-        """The requested sums over each section that contributes."""
-        request = self.passes.request
-        assert isinstance(request, Reduction)
-        return [self._sum(request, begin, end) for begin, end in sections(request, self.info.numel, self.row)]
+        """Return the requested figures over each section that contributes."""
+        return [self._sum(begin, end) for begin, end in self.tensor.sections()]
 
-    def _sum(self, request: Reduction, begin: int, end: int) -> Totals:
-        """The requested sums over one section."""
+    def _sum(self, begin: int, end: int) -> Totals:
+        request = self.tensor.request
+        assert request is not None
+        ops = self.tensor.ops(self.device)
         if request.sampled:
-            pieces = sample(begin, end)
-            return self._of_block(request, 0, [torch.cat([x[s : s + n] for s, n in pieces]) for x in self.flat])
-        blocks = self._blocks(statistics_block(self.row), begin, end)
-        return joined(self._of_block(request, start, block) for start, block in blocks)
+            pieces = [torch.cat([x[start : start + count] for start, count in sample(begin, end)]) for x in self.flat]
+            return ops.sum(request.of, [ops.of_tensor(piece) for piece in pieces], 0, pieces[0].numel())
+        section = [ops.of_tensor(x[begin:end]) for x in self.flat]
+        return ops.sum(request.of, section, begin, self.tensor.statistics_block)
 
-    def _of_block(self, request: Reduction, start: int, block: Block) -> Totals:
-        if request.kernel is not None and self.by_kernels:
-            return request.kernel([c_ops.run_of(tensor) for tensor in block], start)
-        totals: Totals = self.passes.sum(block, start, self.working, self.columns).cpu().numpy()
-        return totals
-
-    def result(self, block: int) -> torch.Tensor:
-        """Gather what statistics remain, and combine."""
-        while self.passes.request is not None:
-            self.passes.send(joined(self.sums()))
-        out = torch.empty(self.info.numel, dtype=self.dtype, device=self.flat[0].device)
-        kernel = self.passes.kernel if self.by_kernels else None
-        for start, blocks in self._blocks(block, 0, self.info.numel):
-            merged = out[start : start + blocks[0].numel()]
-            if kernel is not None:
-                kernel([c_ops.run_of(tensor) for tensor in blocks], start, c_ops.run_of(merged))
-            else:
-                merged.copy_(self.passes.merge(blocks, start, self.working, self.columns))
-        return out.view(self.info.shape)
-
-    def _blocks(self, length: int, begin: int, end: int) -> Iterator[tuple[int, Block]]:
-        """The blocks of about ``length`` that hold the elements ``begin … end``, each with its first index."""
-        length = max(1, length // self.row) * self.row
-        for start in range(begin // length * length, end, length):
-            yield start, [tensor[start : start + length] for tensor in self.flat]
+    def result(self, length: int) -> torch.Tensor:
+        """Gather what statistics are missing, and merge ``length`` elements at a time, in whole rows."""
+        while self.tensor.request is not None:
+            self.tensor.send(joined(self.sums()))
+        out = torch.empty(self.tensor.info.numel, dtype=self.dtype, device=self.flat[0].device)
+        ops, row = self.tensor.ops(self.device), max(1, self.tensor.row)
+        length = max(1, length // row) * row
+        for start in range(0, out.numel(), length):
+            block = [ops.of_tensor(x[start : start + length]) for x in self.flat]
+            ops.merge(self.tensor.merge, block, start, ops.of_tensor(out[start : start + length]), length)
+        return out.view(self.tensor.info.shape)
 
 
 def _fit_together(info: TensorInfo, inputs: Block) -> None:

@@ -11,22 +11,28 @@ mergekit's ``linear`` makes NaN where the weights sum to zero; here that is an e
 from __future__ import annotations
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.parameters import PerInput
-from mergekit_lite.methods.passes import Combine, TensorInfo, moved, sum_of_deltas, sum_of_inputs
+from mergekit_lite.methods.contract import Merge, TensorInfo, step_from
+from mergekit_lite.methods.parameters import PerInput, Share
 from mergekit_lite.methods.registry import method
+from mergekit_lite.ops.operations import WeightedSum
 
 
 def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
-    """The weights divided by their sum. Raises UsageError where that is zero."""
+    """Return the weights divided by their sum. Raises UsageError where that is zero."""
     total = sum(weights)
     if total == 0:
         raise UsageError(f"The weights {', '.join(f'{w:g}' for w in weights)} sum to zero: there is no mean with them.")
     return tuple(weight / total for weight in weights)
 
 
-@method(base="optional", formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
-def linear(info: TensorInfo, *, weight: PerInput, normalize: bool = True) -> Combine:
-    """Weighted sum of the inputs; a base is one of them.
+def _have_a_mean(*, weight: tuple[float, ...], normalize: bool) -> None:
+    if normalize:
+        shares(weight)
+
+
+@method(base="optional", check=_have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
+def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True) -> Merge:
+    """Take the weighted sum of the inputs; a base is one of them.
 
     Args:
         info: the tensor.
@@ -34,62 +40,59 @@ def linear(info: TensorInfo, *, weight: PerInput, normalize: bool = True) -> Com
         normalize: divide by the sum of the weights.
     """
     if not normalize:
-        return sum_of_inputs(weight)
+        return WeightedSum(weight)
     # Means of 16-bit values often lie halfway between two of them. Summed first and divided then they still do.
-    shares(weight)
     weights = weight if len(set(weight)) > 1 else (1.0,) * len(weight)
-    return sum_of_inputs(weights, divisor=sum(weights))
+    return WeightedSum(weights, divisor=sum(weights))
 
 
 @method(base="optional", formula="mean of x", source="Wortsman et al. 2022, arXiv 2203.05482")
-def uniform_soup(info: TensorInfo) -> Combine:
-    """Plain mean of the inputs; a base is one of them."""
+def uniform_soup(info: TensorInfo) -> Merge:
+    """Take the plain mean of the inputs; a base is one of them."""
     return linear(info, weight=(1.0,) * info.inputs)
 
 
 @method(base="optional", formula="m ← decay·m + (1 − decay)·x, in order", source="Polyak & Juditsky 1992")
-def ema(info: TensorInfo, *, decay: float = 0.9) -> Combine:
-    """Exponential moving average of checkpoints in their order, beginning at the first one (the base, where given).
+def ema(info: TensorInfo, *, decay: Share = 0.9) -> Merge:
+    """Take the exponential moving average of checkpoints in their order, from the first one (the base, if any) on.
 
     Args:
         info: the tensor.
-        decay: what an average keeps when the next checkpoint comes, from 0 to 1.
+        decay: what an average keeps when the next checkpoint comes.
     """
-    if not 0 <= decay <= 1:
-        raise UsageError(f"decay: expected 0 to 1, got {decay:g}.")
     later = info.inputs - 1
     weights = (decay**later, *((1 - decay) * decay ** (later - i) for i in range(1, later + 1)))
     return linear(info, weight=weights, normalize=False)
 
 
 @method(models=(1, 1), formula="(1 − alpha)·base + alpha·x", source="Wortsman et al., arXiv 2109.01903")
-def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Combine:
+def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Merge:
     """Interpolate between a base and its fine-tune.
 
     Args:
         info: the tensor.
         alpha: 0 is the base, 1 the fine-tune.
     """
-    return moved(0, alpha) if alpha < 0.5 else moved(1, 1 - alpha)  # from the nearer end: both are met exactly
+    return step_from(0, alpha) if alpha < 0.5 else step_from(1, 1 - alpha)  # from the nearer end: both are met exactly
 
 
 @method(models=(2, 2), formula="x₁ + scale·(x₂ − base)", source="Huang et al. 2024, arXiv 2310.04799")
-def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Combine:
+def chat_vector(info: TensorInfo, *, scale: float = 1.0) -> Merge:
     """Add to a model, say one trained on in another language, what a chat model learnt over their common base.
 
     Args:
         info: the tensor; the first model listed gains it, the second one is the chat model.
         scale: how much of it.
     """
-    return sum_of_deltas((1.0, scale))
+    return WeightedSum((1.0, scale), from_base=True)
 
 
 @method(base="none", models=(1, 1), formula="scale·x", source="mergekit")
-def passthrough(info: TensorInfo, *, scale: PerInput = (1.0,)) -> Combine:
-    """One model's tensor as it is, or scaled.
+def passthrough(info: TensorInfo, *, scale: PerInput[float] = (1.0,)) -> Merge:
+    """Pass one model's tensor through as it is, or scaled.
 
     Args:
         info: the tensor.
         scale: a factor; 1 copies every bit.
     """
-    return sum_of_inputs(scale)
+    return WeightedSum(scale)

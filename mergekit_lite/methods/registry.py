@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from mergekit_lite.errors import UsageError, counted, nearest
 from mergekit_lite.methods import parameters
-from mergekit_lite.methods.passes import Observed, Passes, TensorInfo
+from mergekit_lite.methods.parameters import Parameter
+from mergekit_lite.ops.operations import Figures
 
 METHODS: dict[str, Method] = {}
 
@@ -22,15 +23,17 @@ class Method:
 
     Attributes:
         name: as written in a recipe.
-        function: ``(info, **parameters)`` to a ``Combine``, or to the steps that lead to one (see ``passes``).
+        function: ``(info, **parameters)`` to what merges a block, or to the steps that lead there (see ``contract``).
         formula: one line for listings.
         source: the paper.
         base: whether a base is ``required``, ``optional`` or must be ``none``.
         models: the fewest and the most models without the base; None for any number.
         rows: None where a tensor may be cut anywhere and blocks are 1-D. Else a function of shape and parameters that
             gives the length of a row: blocks are then whole rows, of shape (rows, that length); 0 cuts anywhere.
-        donor: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
-        observed: optional; the sums the report is made of, taken of a fixed sample of blocks.
+        config_source: which input gives config and tokenizer: the ``base`` where there is one, or the first ``model``.
+        observed: optional; the figures the report is made of: of a fixed sample of merged blocks, each followed by its
+            inputs.
+        check: optional; raises UsageError where the arguments don't go together, each of them being in its range.
     """
 
     name: str
@@ -40,41 +43,60 @@ class Method:
     base: Literal["required", "optional", "none"] = "required"
     models: tuple[int, int | None] = (1, None)
     rows: Callable[..., int] | None = None
-    donor: Literal["base", "model"] = "base"
-    observed: Observed | None = None
+    config_source: Literal["base", "model"] = "base"
+    observed: Figures | None = None
+    check: Callable[..., object] | None = None
 
     @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The keyword parameters, by their names in a recipe, with types and defaults."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by their names in a recipe."""
         return parameters.of_signature(self.function)
 
+    @cached_property
+    def merges_base(self) -> bool:
+        """Whether a base is merged like any other model, with numbers of its own."""
+        return self.base == "none" or any(parameter.each == "input" for parameter in self.parameters.values())
+
+    @property
+    def expected(self) -> str:
+        """``exactly 2 models``, ``2 or more models besides base_model``: what a message asks for."""
+        fewest, most = self.models
+        number = (
+            f"exactly {fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        )
+        noun = "model" if fewest == most == 1 else "models"
+        return f"{number} {noun}{'' if self.merges_base else ' besides base_model'}"
+
+    def counts(self, models: int) -> bool:
+        """Return whether the method can merge this many models, not counting a base that it doesn't merge."""
+        fewest, most = self.models
+        return models >= fewest and (most is None or models <= most)
+
     def resolve(self, given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:
-        """Keyword arguments for this many inputs, from what a user gave.
+        """Return the keyword arguments for this many inputs, from what a user gave.
 
         Raises:
-            UsageError: the method takes another number of inputs, or these are not its parameters.
+            UsageError: the method takes another number of inputs, these are not its parameters, or their values are
+                out of range or don't go together.
         """
         if self.base == "required" and not has_base:
             raise UsageError(f"{self.name} needs a base: give it a base_model.")
         if self.base == "none" and has_base:
             raise UsageError(f"{self.name} has no use for a base: list it among the models, or leave it out.")
-        fewest, most = self.models
-        if models < fewest or (most is not None and models > most):
+        if not self.counts(models):
+            fewest, most = self.models
             wanted = f"{fewest} or more models" if most is None else f"{fewest} to {most} models"
             wanted = counted(fewest, "model") if fewest == most else wanted
             beside = " beside the base" if has_base else ""
             raise UsageError(f"{self.name} merges {wanted}{beside}, got {models}.")
-        return parameters.resolved(self.name, self.parameters, given, models, has_base)
+        arguments = parameters.resolved(self.function, given, models, has_base)
+        if self.check is not None:
+            self.check(**arguments)
+        return arguments
 
     def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
-        """The length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
+        """Return the length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
         return self.rows(shape, **arguments) if self.rows is not None else 0
-
-    def start(self, info: TensorInfo, arguments: Mapping[str, Any]) -> Passes:
-        """Begin the passes over one tensor, with arguments from ``resolve``. An empty tensor needs none."""
-        if info.numel == 0:
-            return Passes(lambda block, _: block[0])
-        return Passes(self.function(info, **arguments))
 
 
 def method(**about: Any) -> Callable[[F], F]:
@@ -95,5 +117,5 @@ def method_named(name: str) -> Method:
 
 
 def last_axis(shape: tuple[int, ...], **_: Any) -> int:
-    """Rows along the last axis; a vector is one row."""
+    """Return the length of rows along the last axis; a vector is one row."""
     return shape[-1] if shape else 1

@@ -26,16 +26,15 @@ Sums of zero elect +; of equal variances the lowest index wins. No weights: SCE 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.election import elected
-from mergekit_lite.methods.passes import Block, Compiled, Reduction, Steps, TensorInfo, Weighted, deltas
+from mergekit_lite.methods.contract import Block, Reduction, Steps, TensorInfo, WithCoefficients
+from mergekit_lite.methods.parameters import Share
 from mergekit_lite.methods.registry import method
-from mergekit_lite.methods.statistics import Cut, gram, largest
-from mergekit_lite.ops import c_ops
+from mergekit_lite.methods.statistics import gram, largest
+from mergekit_lite.ops.operations import Cut, Election
+from mergekit_lite.ops.torch_ops import deltas
 
 
 @method(
@@ -44,9 +43,8 @@ from mergekit_lite.ops import c_ops
 def sce(
     info: TensorInfo,
     *,
-    select_topk: float = 1.0,
+    select_topk: Share = 1.0,
     variant: Literal["mergekit", "fusechat", "paper"] = "mergekit",
-    int8_mask: bool = False,
 ) -> Steps:
     """Merge deltas by coefficients that follow from where the models disagree.
 
@@ -54,47 +52,38 @@ def sce(
         info: the tensor.
         select_topk: share of the elements that vary between the models, those with the largest variance, to select.
         variant: whose SCE (see the module).
-        int8_mask: mergekit's, without effect.
     """
-    if not 0 <= select_topk <= 1:
-        raise UsageError(f"select_topk: expected 0 to 1, got {select_topk:g}.")
-    cut = None
+    cut: Cut | None = None
     if select_topk < 1:
         [[cut]] = yield from largest(
             info, lambda block, _: [_variance(block[1:])], lambda _, elements, vary: [int(select_topk * vary)]
         )
 
-    def selected(block: Block, start: int, cut: Cut | None = cut) -> Block:
-        made = deltas(block)
-        if cut is not None:
-            mask = cut.mask(_variance(block[1:]), start)
-            for delta in made:
-                delta.mul_(mask)
-        return made
+    def selected(block: Block, start: int) -> Block:
+        assert cut is not None
+        mask = cut.mask(_variance(block[1:]), start)
+        return [delta.mul_(mask) for delta in deltas(block)]
 
     def squares(block: Block, start: int) -> torch.Tensor:
         wide = (delta.double() for delta in selected(block, start))
         return torch.stack([torch.dot(delta, delta) for delta in wide])
 
-    total = ((yield from gram(from_base=True)).diagonal() if cut is None else (yield Reduction(squares))).tolist()
-    whole = sum(total)
-    shares = tuple(square / whole for square in total) if whole > 0 else (1 / info.models,) * info.models
-
-    shown = None if variant == "fusechat" else cut
-    votes, divided = (1.0,) * info.models, None if variant == "paper" else shares
-    keeps = (c_ops.Keep(),) * info.models
-
-    def combine(block: Block, start: int) -> torch.Tensor:
-        return elected(block[0], selected(block, start, shown), votes, shares, divided)
-
-    def kernel(block: Sequence[c_ops.Run], start: int, out: c_ops.Run) -> None:
-        c_ops.merge_elected(out, block, votes, shares, divided, 1.0, keeps, start)
-
-    return Weighted(shares, combine if shown is not None else Compiled(combine, kernel))
+    of_model = (yield from gram(from_base=True)).diagonal() if cut is None else (yield Reduction(squares))
+    whole = sum(of_model.tolist())
+    shares = tuple(square / whole for square in of_model.tolist()) if whole > 0 else (1 / info.models,) * info.models
+    return WithCoefficients(
+        shares,
+        Election(
+            votes=(1.0,) * info.models,
+            shares=shares,
+            weights=None if variant == "paper" else shares,
+            kept=() if cut is None or variant == "fusechat" else selected,
+        ),
+    )
 
 
 def _variance(models: Block) -> torch.Tensor:
-    """Per element, n² times the variance over the models, as float32.
+    """Return per element n² times the variance over the models, as float32.
 
     Seen from the first model: the same whatever the base, and zero where all agree, not nearly zero.
     """

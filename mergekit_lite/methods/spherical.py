@@ -17,38 +17,31 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals
 from mergekit_lite.methods.linear import shares
-from mergekit_lite.methods.parameters import PerInput, PerModel
-from mergekit_lite.methods.passes import (
-    Block,
-    Combine,
-    Reduction,
-    Steps,
-    TensorInfo,
-    Totals,
-    deltas,
-    sum_of_deltas,
-    sum_of_inputs,
-)
+from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
+from mergekit_lite.ops.operations import WeightedSum
+from mergekit_lite.ops.torch_ops import deltas
 
 STRAIGHT = 1 - 0.9995**2  # of sin² θ, up to which slerp takes the straight line
 PARALLEL = 1e-16  # up to which nuslerp does
 
 
 def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
-    """Coefficients of a and b at ``t`` of the arc between them.
+    """Return the coefficients of a and b at ``t`` of the arc between them.
 
     Args:
         t: 0 is a, 1 is b.
         products: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …).
         straight: where sin² of the angle is not above this, the straight line.
     """
+    # cos θ = ⟨a, b⟩ / (|a|·|b|); a vector without length counts as orthogonal
     lengths = np.sqrt(products[0] * products[1])
     cosine = np.clip(np.where(lengths > 0, products[2] / np.where(lengths > 0, lengths, 1), 0), -1, 1)
     angle = np.arccos(cosine)
+    # the straight line where sin θ is too small to divide by; the 1 in its place divides nothing that is used
     line = 1 - cosine * cosine <= straight
     sine = np.where(line, 1, np.sin(angle))
     a = np.where(line, 1 - t, np.sin((1 - t) * angle) / sine)
@@ -57,14 +50,14 @@ def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals
 
 
 def _products(vectors: Block, axis: int) -> torch.Tensor:
-    """⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
+    """Return ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩ along one axis of two matrices: float64 of shape (3, other axis)."""
     a, b = (vector.double() for vector in vectors)
     return torch.stack([(x * y).sum(axis) for x, y in ((a, a), (b, b), (a, b))])
 
 
 @method(models=(1, 1), formula="(sin((1−t)θ)·base + sin(tθ)·x) / sin θ", source="Shoemake 1985")
 def slerp(info: TensorInfo, *, t: float) -> Steps:
-    """Spherical interpolation between the base and one model, each tensor as one vector.
+    """Interpolate between the base and one model along the sphere, each tensor as one vector.
 
     Args:
         info: the tensor.
@@ -72,7 +65,7 @@ def slerp(info: TensorInfo, *, t: float) -> Steps:
     """
     products = yield from gram(from_base=False)
     a, b = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], STRAIGHT)
-    return sum_of_inputs((float(a), float(b)))
+    return WeightedSum((float(a), float(b)))
 
 
 def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: object) -> int:
@@ -89,9 +82,9 @@ def _nuslerp_rows(shape: tuple[int, ...], *, nuslerp_flatten: bool, nuslerp_row_
     source="mergekit",
 )
 def nuslerp(
-    info: TensorInfo, *, weight: PerModel, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+    info: TensorInfo, *, weight: PerModel[float], nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Steps:
-    """Slerp between two models, or between what they add to a base, at the place their weights give.
+    """Interpolate along the sphere between two models, or what they add to a base, at the place their weights give.
 
     Args:
         info: the tensor.
@@ -112,7 +105,7 @@ def nuslerp(
     if nuslerp_flatten or not info.shape:
         products = yield from gram(info.has_base)
         first, second = _on_arc(t, products[[0, 1, 0], [0, 1, 1]], PARALLEL)
-        return (sum_of_deltas if info.has_base else sum_of_inputs)((float(first), float(second)))
+        return WeightedSum((float(first), float(second)), info.has_base)
     if nuslerp_row_wise:
         columns = _on_arc(t, (yield Reduction(lambda block, _: _products(vectors(block), 0))), PARALLEL)
         return lambda block, _: at(block, *columns)
@@ -124,9 +117,16 @@ def nuslerp(
     return by_rows
 
 
-@method(base="optional", formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
-def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = True, eps: float = 1e-8) -> Steps:
-    """Mean direction at the mean length, of several models or of what they add to a base.
+def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, **_: object) -> None:
+    if normalize_weights:
+        shares(weight)
+
+
+@method(base="optional", check=_have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
+def multislerp(
+    info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
+) -> Steps:
+    """Take the mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
         info: the tensor.
@@ -142,12 +142,19 @@ def multislerp(info: TensorInfo, *, weight: PerModel, normalize_weights: bool = 
     direction = np.array(weights) / (lengths + eps)
     length = _length(direction, products)
     coefficients = direction * (weights @ lengths) / length if length >= eps else np.array(weights)
-    return (sum_of_deltas if info.has_base else sum_of_inputs)(coefficients.tolist())
+    return WeightedSum(tuple(coefficients.tolist()), info.has_base)
 
 
-@method(base="optional", formula="Karcher mean of the directions · mean length", source="Karcher 1977")
-def karcher(info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 10, tol: float = 1e-5) -> Steps:
-    """The mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
+@method(
+    base="optional",
+    check=_have_a_mean,
+    formula="Karcher mean of the directions · mean length",
+    source="Karcher 1977",
+)
+def karcher(
+    info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
+) -> Steps:
+    """Take the mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
         info: the tensor.
@@ -158,76 +165,89 @@ def karcher(info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 10, 
     weights = np.array(shares(weight))
     products = yield from gram(from_base=False)
     lengths = np.sqrt(products.diagonal())
-    there = lengths > 0  # a zero tensor has no direction
-    if not there.any():
+    # the directions, of those inputs that have one: a zero tensor has none
+    directed = lengths > 0
+    if not directed.any():
         return lambda block, _: torch.zeros_like(block[0])
-    units = products[there][:, there] / np.outer(lengths[there], lengths[there])
-    mean = _karcher_mean(units, weights[there] / weights[there].sum(), max_iter, tol)
+    units = products[directed][:, directed] / np.outer(lengths[directed], lengths[directed])
+    mean = _karcher_mean(units, weights[directed] / weights[directed].sum(), max_iter, tol)
+    # the mean direction at the weighted mean length, as a combination of the inputs themselves
     coefficients = np.zeros_like(weights)
-    coefficients[there] = mean * (weights @ lengths) / lengths[there]
-    return sum_of_inputs(coefficients.tolist())
+    coefficients[directed] = mean * (weights @ lengths) / lengths[directed]
+    return WeightedSum(tuple(coefficients.tolist()))
 
 
 def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
-    """The mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
+    """Return the mean as a combination of unit vectors, from their inner products: float64 of shape (n,)."""
+    # begin at the normalised weighted sum; where that vanishes, at the first vector
     mean = weights
     if _length(mean, units) < tol:
         mean = np.zeros_like(weights)
         mean[0] = 1
     mean = mean / _length(mean, units)
     for _ in range(max_iter):
+        # each vector's angle to the mean
         cosines = np.clip(units @ mean, -1, 1)
         angles = np.arccos(cosines)
         sines = np.sin(angles)
-        # θ/sin θ is 1 at 0; opposite to the mean there is no tangent
+        # The tangent at the mean towards a vector u, as long as the angle: θ/sin θ·(u − cos θ·mean). θ/sin θ is 1 at 0;
+        # opposite to the mean there is no tangent.
         pulls = weights * np.where(sines > tol, angles / np.where(sines > tol, sines, 1), cosines > 0)
+        # the weighted mean of the tangents: zero at the mean on the sphere
         tangent = pulls - (pulls @ cosines) * mean
         step = _length(tangent, units)
         if step < tol:
             break
+        # go that far along the great circle, and undo what rounding does to the length
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
         mean = mean / _length(mean, units)
     return mean
 
 
-@method(base="optional", formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
+@method(
+    base="optional",
+    check=_have_a_mean,
+    formula="argmin Σ w·|x − m|",
+    source="Weiszfeld 1937; Vardi & Zhang 2000",
+)
 def geometric_median(
-    info: TensorInfo, *, weight: PerInput = (1.0,), max_iter: int = 100, tol: float = 1e-9
-) -> Combine | Steps:
-    """The point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
+    info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
+) -> Merge | Steps:
+    """Take the point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
         info: the tensor.
-        weight: of each input, none below zero; a base is one of them.
+        weight: of each input; a base is one of them.
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.
     """
     weights = np.array(shares(weight))
-    if (weights < 0).any():
-        raise UsageError("weight: a geometric median has no weights below zero.")
     median = np.zeros_like(weights)
     if info.inputs > 1:
         # seen from the first input, so that small differences of large weights keep their digits
         products = np.zeros((info.inputs, info.inputs))
         products[1:, 1:] = yield from gram(from_base=True)
         median = _weiszfeld(products, weights, max_iter, tol)
-    return sum_of_deltas(median[1:].tolist())
+    return WeightedSum(tuple(median[1:].tolist()), from_base=True)
 
 
 def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> Totals:
-    """The median as a combination of the points, from their inner products: float64 of shape (n,)."""
+    """Return the median as a combination of the points, from their inner products: float64 of shape (n,)."""
     points = np.eye(len(weights))
     median = weights
     spread = max(_length(point - median, products) for point in points)
     for _ in range(max_iter):
+        # each point that isn't hit pulls by its weight over its distance
         distances = np.array([_length(point - median, products) for point in points])
         away = distances > tol * spread
         pulls = np.where(away, weights / np.where(away, distances, 1), 0)
         if pulls.sum() == 0:
             break
+        # Weiszfeld's step: to the mean of the points so weighted
         target = pulls / pulls.sum()
         step = target - median
-        # a point that is hit holds on with its weight
+        # A point that is hit holds on with its weight: the step shrinks by that share of the others' pull, to nothing
+        # where the point is the median (Vardi & Zhang).
         force = _length(step, products) * pulls.sum()
         step = step * max(1 - weights[~away].sum() / force, 0) if force > 0 else step * 0
         median = median + step
@@ -237,5 +257,5 @@ def _weiszfeld(products: Totals, weights: Totals, max_iter: int, tol: float) -> 
 
 
 def _length(vector: Totals, products: Totals) -> float:
-    """The length of a combination of vectors, from their inner products."""
+    """Return the length of a combination of vectors, from their inner products."""
     return math.sqrt(max(float(vector @ products @ vector), 0.0))  # NaN stays

@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.methods.passes import Block, Steps, TensorInfo, Totals, deltas, sum_of_deltas, weighted_sum
+from mergekit_lite.methods.contract import Block, Steps, TensorInfo, Totals
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
+from mergekit_lite.ops.operations import WeightedSum
+from mergekit_lite.ops.torch_ops import deltas, weighted_sum
 
 
 def _trust(products: Totals) -> Totals:
-    """The factor t from the deltas' inner products, float64 of shape (…, n, n)."""
+    """Return the factor t from the deltas' inner products, float64 of shape (…, n, n)."""
     count = products.shape[-1]
     squares = np.diagonal(products, axis1=-2, axis2=-1)
     lengths = np.sqrt(squares[..., :, None] * squares[..., None, :])
@@ -32,13 +34,13 @@ def _trust(products: Totals) -> Totals:
 
 
 def _filters(shape: tuple[int, ...], *, filter_wise: bool) -> int:
-    """A filter is all that one index of the first axis holds; a vector is a single one."""
+    """Return the length of a filter, which is all that one index of the first axis holds; a vector is a single one."""
     return math.prod(shape[1:] if len(shape) > 1 else shape) if filter_wise else 0
 
 
 @method(models=(2, None), rows=_filters, formula="base + t·mean(x − base)", source="Jang et al. 2024, arXiv 2403.19522")
 def model_stock(info: TensorInfo, *, filter_wise: bool = False) -> Steps:
-    """Mean of at least two fine-tunes, drawn back to their base the more, the wider the angle between them.
+    """Take the mean of at least two fine-tunes, drawn back to their base the more, the wider the angle between them.
 
     Args:
         info: the tensor.
@@ -55,4 +57,4 @@ def model_stock(info: TensorInfo, *, filter_wise: bool = False) -> Steps:
         return by_rows
     products = yield from gram(from_base=True)
     share = float(_trust(products)) / info.models
-    return sum_of_deltas((share,) * info.models)
+    return WeightedSum((share,) * info.models, from_base=True)

@@ -19,23 +19,12 @@ second one; here it is always the last.
 
 from __future__ import annotations
 
-from mergekit_lite.deferred import torch
-from mergekit_lite.methods.election import elected
-from mergekit_lite.methods.parameters import PerModel
-from mergekit_lite.methods.passes import Block, Combine, Compiled, Steps, TensorInfo, deltas, weighted_sum
+from mergekit_lite.errors import UsageError
+from mergekit_lite.methods.contract import Merge, Steps, TensorInfo
+from mergekit_lite.methods.parameters import NotNegative, PerModel, Share
 from mergekit_lite.methods.registry import last_axis, method
-from mergekit_lite.methods.sparsify import (
-    Rescale,
-    Sparse,
-    Trim,
-    chance,
-    inliers,
-    magnitude,
-    ranked_chance,
-    rescaling,
-    whole,
-)
-from mergekit_lite.ops import c_ops
+from mergekit_lite.methods.sparsify import Rescale, Trim, chance, inliers, magnitude, ranked_chance, rescaling
+from mergekit_lite.ops.operations import Election, Masks, WeightedSum
 
 ADDED = "base + lambda·Σ w·{}(x − base)"
 ELECTED = "base + lambda·Σ w·{0}(x − base)·[sign elected]"
@@ -44,46 +33,34 @@ DARE, DELLA = "Yu et al. 2024, arXiv 2311.03099", "Deep et al. 2024, arXiv 2406.
 
 
 def _added(
-    sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Combine:
+    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
+) -> Merge:
     divisor = sum(weights) if normalize else 1.0
     scale = scale / (divisor if abs(divisor) >= 1e-8 else 1.0)
-    coefficients = [weight * factor * scale for weight, factor in zip(weights, factors, strict=True)]
-
-    def combine(block: Block, start: int) -> torch.Tensor:
-        return weighted_sum(sparse(deltas(block), start), coefficients).add_(block[0])
-
-    if (keeps := sparse.keeps) is None:
-        return combine
-    return Compiled(
-        combine,
-        lambda block, start, out: c_ops.merge_sum(out, block, True, coefficients, 1.0, keeps, start, sparse.row),
-    )
+    coefficients = tuple(weight * factor * scale for weight, factor in zip(weights, factors, strict=True))
+    return WeightedSum(coefficients, from_base=True, masks=masks)
 
 
 def _elected(
-    sparse: Sparse, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Combine:
-    votes = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
-    shares, divided = (1.0,) * len(votes), weights if normalize else None
+    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
+) -> Merge:
+    votes = tuple(weight * factor for weight, factor in zip(weights, factors, strict=True))
+    return Election(votes, (1.0,) * len(votes), weights if normalize else None, scale, masks)
 
-    def combine(block: Block, start: int) -> torch.Tensor:
-        return elected(block[0], sparse(deltas(block), start), votes, shares, divided, scale)
 
-    if (keeps := sparse.keeps) is None:
-        return combine
-    return Compiled(
-        combine,
-        lambda block, start, out: c_ops.merge_elected(
-            out, block, votes, shares, divided, scale, keeps, start, sparse.row
-        ),
-    )
+def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...], **_: object) -> None:
+    for share, reach in zip(density, epsilon, strict=True):
+        if share < 1 and not 0 < share - reach <= share + reach < 1:
+            raise UsageError(
+                f"density {share:g} and epsilon {reach:g}: probabilities from {share - reach:g} to {share + reach:g}"
+                " don't all lie between 0 and 1. Choose a smaller epsilon."
+            )
 
 
 @method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
 def task_arithmetic(
-    info: TensorInfo, *, weight: PerModel, normalize: bool = False, lambda_: float = 1.0, int8_mask: bool = False
-) -> Combine:
+    info: TensorInfo, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0
+) -> Merge:
     """Add the models' deltas to the base.
 
     Args:
@@ -91,22 +68,20 @@ def task_arithmetic(
         weight: of each model's delta.
         normalize: divide by the sum of the weights.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
-    return _added(whole(info), (1.0,) * info.models, weight, normalize, lambda_)
+    return _added((), (1.0,) * info.models, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("top"), source=TIES)
 def ties(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
     normalize: bool = True,
     rescale: Rescale = False,
     lambda_: float = 1.0,
     trim: Trim = "tensor",
-    int8_mask: bool = False,
 ) -> Steps:
     """Trim each delta to its largest elements, elect signs, average what agrees.
 
@@ -118,25 +93,23 @@ def ties(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = yield from magnitude(info, density, trim)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = yield from magnitude(info, density, trim)
+    factors = yield from rescaling(masks, density, rescale)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("inliers"), source=CRUMBS)
 def breadcrumbs(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    gamma: PerModel = (0.01,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    gamma: PerModel[Share] = (0.01,),
     normalize: bool = False,
     rescale: Rescale = False,
     lambda_: float = 1.0,
     trim: Trim = "tensor",
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop each delta's largest and small elements, add the rest.
 
@@ -149,25 +122,23 @@ def breadcrumbs(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = yield from inliers(info, density, gamma, trim)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _added(sparse, factors, weight, normalize, lambda_)
+    masks = yield from inliers(info, density, gamma, trim)
+    factors = yield from rescaling(masks, density, rescale)
+    return _added(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("inliers"), source=CRUMBS)
 def breadcrumbs_ties(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    gamma: PerModel = (0.01,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    gamma: PerModel[Share] = (0.01,),
     normalize: bool = False,
     rescale: Rescale = False,
     lambda_: float = 1.0,
     trim: Trim = "tensor",
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop each delta's largest and small elements, elect signs, add what agrees.
 
@@ -180,23 +151,21 @@ def breadcrumbs_ties(
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
         trim: density counts in each tensor, or (global) in the whole model.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = yield from inliers(info, density, gamma, trim)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = yield from inliers(info, density, gamma, trim)
+    factors = yield from rescaling(masks, density, rescale)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ADDED.format("drop"), source=DARE)
 def dare_linear(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
     normalize: bool = False,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, add the rest, rescaled.
 
@@ -207,23 +176,21 @@ def dare_linear(
         normalize: divide by the weights.
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = chance(info, density)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _added(sparse, factors, weight, normalize, lambda_)
+    masks = chance(info, density)
+    factors = yield from rescaling(masks, density, rescale)
+    return _added(masks, factors, weight, normalize, lambda_)
 
 
 @method(formula=ELECTED.format("drop"), source=DARE)
 def dare_ties(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
     normalize: bool = False,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees.
 
@@ -234,24 +201,22 @@ def dare_ties(
         normalize: divide by the weights of those that agree.
         rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = chance(info, density)
-    factors = yield from rescaling(sparse, density, rescale)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = chance(info, density)
+    factors = yield from rescaling(masks, density, rescale)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
-@method(rows=last_axis, formula=ELECTED.format("drop"), source=DELLA)
+@method(rows=last_axis, check=_stay_probabilities, formula=ELECTED.format("drop"), source=DELLA)
 def della(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    epsilon: PerModel = (0.15,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    epsilon: PerModel[NotNegative] = (0.15,),
     normalize: bool = True,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average.
 
@@ -263,24 +228,22 @@ def della(
         normalize: divide by the weights of those that agree.
         rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
-    factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
-    return _elected(sparse, factors, weight, normalize, lambda_)
+    masks = ranked_chance(info, density, epsilon, divide=rescale == "density")
+    factors = yield from rescaling(masks, density, rescale if rescale != "density" else False)
+    return _elected(masks, factors, weight, normalize, lambda_)
 
 
-@method(rows=last_axis, formula=ADDED.format("drop"), source=DELLA)
+@method(rows=last_axis, check=_stay_probabilities, formula=ADDED.format("drop"), source=DELLA)
 def della_linear(
     info: TensorInfo,
     *,
-    weight: PerModel,
-    density: PerModel = (1.0,),
-    epsilon: PerModel = (0.15,),
+    weight: PerModel[float],
+    density: PerModel[Share] = (1.0,),
+    epsilon: PerModel[NotNegative] = (0.15,),
     normalize: bool = False,
     rescale: Rescale = "l1",
     lambda_: float = 1.0,
-    int8_mask: bool = False,
 ) -> Steps:
     """Drop elements of each delta at random, small ones more often, add the rest, rescaled.
 
@@ -292,8 +255,7 @@ def della_linear(
         normalize: divide by the weights.
         rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
         lambda_: scales what is added.
-        int8_mask: mergekit's, without effect.
     """
-    sparse = ranked_chance(info, density, epsilon, divide=rescale == "density")
-    factors = yield from rescaling(sparse, density, rescale if rescale != "density" else False)
-    return _added(sparse, factors, weight, normalize, lambda_)
+    masks = ranked_chance(info, density, epsilon, divide=rescale == "density")
+    factors = yield from rescaling(masks, density, rescale if rescale != "density" else False)
+    return _added(masks, factors, weight, normalize, lambda_)

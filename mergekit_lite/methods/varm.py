@@ -18,25 +18,14 @@ instead of the deltas, and an element that no model changed becomes 0; here it s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Literal
 
 from mergekit_lite.deferred import np, torch
-from mergekit_lite.errors import UsageError
-from mergekit_lite.methods.passes import (
-    Block,
-    Combine,
-    Reduction,
-    Steps,
-    TensorInfo,
-    Totals,
-    Weighted,
-    deltas,
-    sum_of_deltas,
-)
+from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals, WithCoefficients
+from mergekit_lite.methods.parameters import NotNegative
 from mergekit_lite.methods.registry import method
-from mergekit_lite.methods.statistics import total
-from mergekit_lite.ops import c_ops
+from mergekit_lite.ops.operations import Sizes, WeightedSum
+from mergekit_lite.ops.torch_ops import deltas
 
 IN_LAYER = re.compile(r"(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<module>[^.]+)")
 
@@ -49,8 +38,8 @@ def varm(
     *,
     granularity: Literal["model", "layer", "module", "tensor", "element"] = "tensor",
     measure: Measure = "square",
-    temperature: float = 0.0,
-) -> Combine | Steps:
+    temperature: NotNegative = 0.0,
+) -> Merge | Steps:
     """Add the models' deltas, each weighted by its share of the change.
 
     Args:
@@ -59,8 +48,6 @@ def varm(
         measure: of change: mean square or mean magnitude.
         temperature: above 0, the weights are the softmax of the measures divided by it.
     """
-    if temperature < 0:
-        raise UsageError(f"temperature: expected 0 or more, got {temperature:g}.")
     if granularity == "element":
         return lambda block, _: _by_element(block, measure, temperature)
     return _by_unit(info, granularity, measure, temperature)
@@ -78,24 +65,11 @@ def _by_unit(info: TensorInfo, granularity: str, measure: Measure, temperature: 
     if granularity == "layer" and group is None:
         coefficients = (1 / info.models,) * info.models
     else:
-        keeps = (c_ops.Keep(),) * info.models
         per_element = granularity == "model"
-        tensor_share = 1.0 if per_element else 1 / info.numel
-
-        def change(block: Block, _: int) -> torch.Tensor:
-            changed = [total(delta.abs_()) if measure == "abs" else _square(delta) for delta in deltas(block)]
-            return torch.stack([*changed, changed[0].new_tensor(block[0].numel())]) * tensor_share
-
-        def change_by_kernel(block: Sequence[c_ops.Run], _: int) -> Totals:
-            if measure == "abs":
-                changed = c_ops.lengths(block, keeps, 0)[: info.models]
-            else:
-                changed = [c_ops.inner_products([block[0], model], has_base=True)[0] for model in block[1:]]
-            return np.array([*changed, block[0].count]) * tensor_share
-
-        changes = yield Reduction(change, group, kernel=change_by_kernel)
+        sizes = Sizes(squared=measure == "square", factor=1.0 if per_element else 1 / info.numel)
+        changes = yield Reduction(sizes, group)
         coefficients = _shares(changes[:-1] / changes[-1] if per_element else changes[:-1], temperature)
-    return Weighted(coefficients, sum_of_deltas(coefficients))
+    return WithCoefficients(coefficients, WeightedSum(coefficients, from_base=True))
 
 
 def _by_element(block: Block, measure: Measure, temperature: float) -> torch.Tensor:
@@ -109,13 +83,8 @@ def _by_element(block: Block, measure: Measure, temperature: float) -> torch.Ten
     return moved.mul_(weights).sum(0).add_(block[0])
 
 
-def _square(delta: torch.Tensor) -> torch.Tensor:
-    wide = delta.flatten().double()
-    return torch.dot(wide, wide)
-
-
 def _shares(changes: Totals, temperature: float) -> tuple[float, ...]:
-    """Weights that sum to 1."""
+    """Return the weights: shares of the changes, or their softmax; they sum to 1."""
     if temperature > 0:
         changes = np.exp((changes - changes.max()) / temperature)
     total = float(changes.sum())

@@ -1,25 +1,30 @@
-"""Compiled merges of 16-bit floats on the CPU: what dozens of torch calls do, in one pass over the bytes.
+"""Operations in C, on bfloat16 and float16 in the memory of the CPU: what dozens of torch calls do, in one pass.
 
-The methods are torch expressions, and what those say is what is computed, whether a kernel does it or not: merged
-elements are the same bit for bit, sums over many elements agree to their last bits. A kernel is used where ``serve`` or
-``take`` says so: on bfloat16 and float16 on the CPU, mixed as they come, and where the package was installed with a C
-compiler at hand. For other dtypes, on a GPU, and for methods without a kernel torch runs.
+``torch_ops`` says what an operation computes, and the C functions give the same: merged elements bit for bit, sums over
+many elements to their last bits. ``does`` says which operations they do, and to which tensors: 16-bit floats, mixed as
+they come, where the package was installed with a C compiler at hand.
 
-Kernels take runs of elements in memory, be they a tensor's or a buffer's: merging bytes needs no torch at all. In every
+They take runs of elements in memory, be they a tensor's or a buffer's: merging bytes needs no torch at all. In every
 function a block's base is its first run, where there is one, and the models are the others.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import operator
 from collections.abc import Collection, Sequence
 from ctypes import c_char, c_double, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.dtypes import name_of
+from mergekit_lite.ops import operations as op
+from mergekit_lite.ops.operations import BUCKETS, LOWER, UPPER, DeltaSizes, Masks, Merge, Statistic, draw_limit
+from mergekit_lite.ops.tensor_kind import TensorKind
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -41,9 +46,10 @@ class Run(ctypes.Structure):
 
     _fields_ = (("words", c_void_p), ("count", c_size_t), ("half", c_int64))
 
-    def part(self, elements: slice) -> Run:
-        """Some of the elements."""
-        return Run(self.words + elements.start * SIZE, elements.stop - elements.start, self.half)
+    def __getitem__(self, elements: slice) -> Run:
+        """Return some of the elements; the slice's begin lies among them."""
+        stop = min(elements.stop, self.count)
+        return Run(self.words + elements.start * SIZE, stop - elements.start, self.half)
 
 
 class Keep(ctypes.Structure):
@@ -81,89 +87,197 @@ SIGNATURES = {
 
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
-    """The compiled functions; None where the package was installed without them."""
-    library = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
-    if not library.exists():
+    """Return the compiled functions; None where the package was installed without them."""
+    path = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
+    if not path.exists():
         return None
-    loaded = ctypes.CDLL(str(library))
+    library = ctypes.CDLL(str(path))
     for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return loaded
+    return library
+
+
+class COps:
+    """The backend, for every tensor it takes."""
+
+    needs_torch = False
+
+    def of_bytes(self, chunk: memoryview, dtype: str) -> Run:
+        """Return the elements that some bytes are."""
+        return run(chunk, dtype)
+
+    def of_tensor(self, tensor: torch.Tensor) -> Run:
+        """Return the elements of a tensor, which has to last as long."""
+        assert take(tensor), "the kernels read memory of the CPU, 16-bit elements one behind the other"
+        return run_of(tensor)
+
+    def merge(self, operation: Merge, block: Sequence[Run], start: int, out: Run, length: int) -> None:
+        """Merge a block at once: tile by tile it stays in the cache, so that ``length`` doesn't matter."""
+        if isinstance(operation, op.WeightedSum):
+            block = [block[number] for number in operation.order] if operation.order else block
+            keeps, row = _keeps_of(operation.masks, len(operation.coefficients))
+            numbers: tuple[object, ...] = (_floats(operation.coefficients), operation.divisor)
+            _call("merge_sum", out, *_parted(block, operation.from_base), *numbers, _keeps(keeps), row, start)
+            return
+        assert isinstance(operation, op.Election) and isinstance(operation.kept, tuple)
+        keeps, row = _keeps_of(operation.kept, len(operation.votes))
+        weights = None if operation.weights is None else _floats(operation.weights)
+        numbers = (_floats(operation.votes), _floats(operation.shares), weights, operation.scale)
+        _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start)
+
+    def sum(self, operation: Statistic, block: Sequence[Run], start: int, length: int) -> npt.NDArray[Any]:
+        """Return the figures over a block, added up over parts of ``length`` elements."""
+        parts = (
+            np.asarray(_figures(operation, [run[first : first + length] for run in block], start + first))
+            for first in range(0, block[0].count, length)
+        )
+        return reduce(operator.add, parts)
+
+    def figures(self, operation: Statistic, block: Sequence[Run]) -> list[float]:
+        """Return the figures of one block."""
+        return list(_figures(operation, block, 0))
+
+
+C_OPS = COps()
+
+
+def does(operation: Merge | Statistic, kind: TensorKind) -> bool:
+    """Return whether there is a C function for an operation on a tensor in the memory of the CPU."""
+    if not serve(kind.dtypes):
+        return False
+    match operation:
+        case op.WeightedSum():
+            return kind.rounding_key is None and _can_keep(operation.masks, kind)
+        case op.Election():
+            return kind.rounding_key is None and isinstance(operation.kept, tuple) and _can_keep(operation.kept, kind)
+        case op.Lengths():
+            return _can_keep(operation.masks, kind)
+        case op.CountUpperBits() | op.CountLowerBits() | op.CompareSizes() | op.CountEqual():
+            return isinstance(operation.quantities, DeltaSizes)
+    return isinstance(operation, op.AllFinite | op.InnerProducts | op.Step | op.Sizes)
+
+
+def _can_keep(masks: Masks, kind: TensorKind) -> bool:
+    """Return whether C can keep to the masks: it draws by one key, which serves no more elements than that."""
+    return kind.elements <= 2 * draws.WORDS or not any(isinstance(mask, op.ByChance | op.ByRank) for mask in masks)
+
+
+def _figures(operation: Statistic, block: Sequence[Run], start: int) -> Sequence[float] | npt.NDArray[Any]:
+    match operation:
+        case op.AllFinite():
+            return [float(all_finite(block[0]))]
+        case op.InnerProducts():
+            return inner_products(block, operation.from_base)
+        case op.Step():
+            out, base, origin = block  # seen from the origin: ⟨out, out⟩, ⟨−δ, out⟩, ⟨−δ, −δ⟩
+            _, against_delta, square = inner_products([origin, out, base], has_base=True)
+            return [-against_delta, square]
+        case op.Lengths():
+            keeps, row = _keeps_of(operation.masks, len(block) - 1)
+            return lengths(block, keeps, start, row)
+        case op.Sizes():
+            return _sizes(operation, block, start)
+        case op.CountUpperBits():
+            return np.stack([count_upper_bits(UPPER, *pair) for pair in _pairs(operation.quantities, block)])
+        case op.CountLowerBits():
+            pairs = _pairs(operation.quantities, block)
+            return np.stack([count_lower_bits(LOWER, *pairs[number], first) for number, first in operation.bins])
+        case op.CompareSizes():
+            return _compared(operation, block, start)
+        case op.CountEqual():
+            return _equal(operation, block, start)
+    raise AssertionError(operation)  # ``does`` says which there are
+
+
+def _sizes(operation: op.Sizes, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
+    base, *models = block
+    if operation.squared:
+        sums = [inner_products([base, model], has_base=True)[0] for model in models]
+    else:
+        sums = lengths(block, [Keep(EVERYTHING)] * len(models), start)[: len(models)]
+    return np.array([*sums, base.count]) * operation.factor
+
+
+def _compared(operation: op.CompareSizes, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
+    counts = np.zeros(operation.shape, np.int64)
+    pairs = _pairs(operation.quantities, block)
+    for row, (base, model), thresholds in zip(counts, pairs, operation.thresholds, strict=True):
+        for threshold, counted in zip(thresholds, row, strict=False):
+            counted[0] = base.count
+            compare_sizes(counted[1:], base, model, threshold, operation.origin + start, operation.step)
+    return counts
+
+
+def _equal(operation: op.CountEqual, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
+    counts = np.zeros((len(operation.equals), 2 + BUCKETS), np.int64)
+    first = operation.origin + start
+    part = slice(max(operation.begin - first, 0), operation.begin + operation.width - first)
+    pairs = _pairs(operation.quantities, block)
+    for row, (number, threshold) in zip(counts, operation.equals, strict=True):
+        base, model = (run[part] for run in pairs[number])
+        compare_sizes(row, base, model, threshold, first + part.start - operation.begin, operation.step)
+    return counts[:, 2:]
+
+
+def _pairs(quantities: op.Quantities, block: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Return the base and the model whose distance each quantity is."""
+    assert isinstance(quantities, DeltaSizes)
+    return [(block[0], block[1 + model]) for model in quantities.models]
+
+
+def _keeps_of(masks: Masks, models: int) -> tuple[list[Keep], int]:
+    """Return what is kept of each model, and the length of a row where rows are ranked, else 0."""
+    rows = [mask.columns for mask in masks if isinstance(mask, op.ByRank)]
+    return [_keep_of(mask) for mask in masks or (None,) * models], rows[0] if rows else 0
+
+
+def _keep_of(mask: op.Mask) -> Keep:
+    match mask:
+        case op.BySize():
+            high = mask.outliers or op.Cut(math.inf, 0)
+            low = mask.largest
+            return Keep(BY_SIZE, low=low.threshold, low_end=low.end, high=high.threshold, high_end=high.end)
+        case op.ByChance():
+            return Keep(BY_CHANCE, key=mask.key, limit=draw_limit(mask.share))
+        case op.ByRank():
+            steps = mask.columns - 1
+            lowest, half_step = (mask.share - mask.reach, mask.reach / steps) if steps > 0 else (mask.share, 0.0)
+            return Keep(BY_RANK, key=mask.key, lowest=lowest, half_step=half_step, divide=mask.divide)
+    return Keep(EVERYTHING)
 
 
 def serve(dtypes: Collection[str]) -> bool:
-    """Whether the kernels can be used on tensors of these dtypes, one for each, in the memory of the CPU."""
+    """Return whether the kernels can be used on tensors of these dtypes, one for each, in the memory of the CPU."""
     return compiled() is not None and len(dtypes) <= MOST_TENSORS and all(dtype in DTYPES for dtype in dtypes)
 
 
 def take(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can be used on these tensors."""
+    """Return whether the kernels can be used on these tensors."""
     return serve([name_of(tensor.dtype) for tensor in tensors]) and all(
         tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors
     )
 
 
 def run(data: memoryview, dtype: str) -> Run:
-    """The elements that some bytes are; at least one."""
+    """Return the elements that some bytes are; at least one."""
     return Run(ctypes.addressof(c_char.from_buffer(data)), len(data) // SIZE, dtype == "float16")
 
 
 def run_of(tensor: torch.Tensor) -> Run:
-    """The elements of a tensor."""
+    """Return the elements of a tensor."""
     return Run(tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.float16)
 
 
-def merge_sum(
-    out: Run,
-    block: Sequence[Run],
-    has_base: bool,
-    coefficients: Sequence[float],
-    divisor: float,
-    keeps: Sequence[Keep],
-    start: int,
-    row: int = 0,
-) -> None:
-    """(Σ coefficient·model) / divisor; with a base: base + (Σ coefficient·kept delta) / divisor.
-
-    Args:
-        out: gets the result.
-        block: as many elements each.
-        has_base: whether the first one is a base.
-        coefficients, keeps: one for each model.
-        divisor: 1 divides by nothing.
-        start: index of the block's first element.
-        row: where something is kept by rank, the length of the rows, which blocks don't split.
-    """
-    numbers = (_floats(coefficients), divisor)
-    _call("merge_sum", out, *_parted(block, has_base), *numbers, _keeps(keeps), row, start)
-
-
-def merge_elected(
-    out: Run,
-    block: Sequence[Run],
-    votes: Sequence[float],
-    shares: Sequence[float],
-    weights: Sequence[float] | None,
-    scale: float,
-    keeps: Sequence[Keep],
-    start: int,
-    row: int = 0,
-) -> None:
-    """Base plus those kept deltas that have the elected sign, into ``out``: ``methods.election`` has the formula."""
-    numbers = (_floats(votes), _floats(shares), None if weights is None else _floats(weights), scale)
-    _call("merge_elected", out, *_parted(block, True), *numbers, _keeps(keeps), row, start)
-
-
 def lengths(block: Sequence[Run], keeps: Sequence[Keep], start: int, row: int = 0) -> list[float]:
-    """Σ|δ| of each model, then of what is kept of each."""
+    """Return Σ|δ| of each model, then of what is kept of each."""
     sums = (c_double * (2 * len(keeps)))()
     _call("lengths", sums, *_parted(block, True), _keeps(keeps), row, start)
     return list(sums)
 
 
 def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
-    """The lower triangle, row by row, of the inner products of the deltas, or without a base of the models."""
+    """Return the lower triangle, row by row, of the inner products of the deltas, or without a base of the models."""
     n = len(block) - has_base
     products = (c_double * (n * (n + 1) // 2))()
     _call("inner_products", products, *_parted(block, has_base))
@@ -171,14 +285,14 @@ def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
 
 
 def count_upper_bits(bins: int, base: Run, model: Run) -> npt.NDArray[np.int64]:
-    """How many sizes of deltas there are by the upper 16 bits of the float32, zero by itself: in so many bins."""
+    """Count the sizes of deltas by the upper 16 bits of the float32, zero by itself, in ``bins`` bins."""
     counts = np.zeros(bins, np.int64)
     _call("count_upper_bits", counts.ctypes.data, base, model)
     return counts
 
 
 def count_lower_bits(bins: int, base: Run, model: Run, first: int) -> npt.NDArray[np.int64]:
-    """How many sizes of deltas have each of so many bit patterns from ``first`` on."""
+    """Count the sizes of deltas that have each of ``bins`` bit patterns from ``first`` on."""
     counts = np.zeros(bins, np.int64)
     _call("count_lower_bits", counts.ctypes.data, bins, base, model, first)
     return counts
@@ -200,7 +314,7 @@ def compare_sizes(
 
 
 def all_finite(run: Run) -> bool:
-    """Whether a run holds neither NaN nor infinity."""
+    """Return whether a run holds neither NaN nor infinity."""
     return bool(_call("all_finite", run))
 
 

@@ -1,6 +1,6 @@
 /* Merges of bfloat16 and float16 tensors in one pass over their bytes: read, widen, merge, round, tile by tile.
  *
- * Each function does what the torch expressions of its caller do, element by element in the same order, with every
+ * Each function does what torch_ops.py does for the same operation, element by element in the same order, with every
  * product and sum rounded to float32 (nothing is contracted: see setup.py), so results are the same bit for bit.
  * Sums over many elements are float64, in an order of their own.
  *
@@ -37,7 +37,7 @@ typedef struct {
 
 /* Which elements of a delta are kept. By size: above `low` (or equal to it, at an index before low_end), but not above
  * `high` (likewise). By chance: whose 16-bit draw is below the limit (draws.py). By rank: with a probability that rises
- * with the rank of the size in its row, and divided by it where `divide` is set (sparsify.ranked_chance). */
+ * with the rank of the size in its row, and divided by it where `divide` is set (operations.ByRank). */
 enum { EVERYTHING, BY_SIZE, BY_CHANCE, BY_RANK };
 typedef struct {
     int64_t how, low_end, high_end, divide;
@@ -170,6 +170,7 @@ INLINE void rank_row(Ranks *ranks, const Keep *keep, const Run *base, const Run 
 {
     Tile origin, delta;
     int32_t largest = 0, counts[2][LEVELS] = {{0}};
+    /* the row's largest size: it has the last level, and tells which size has level 0 */
     for (size_t first = 0, length; first < row; first += length) {
         length = least(TILE, row - first);
         widen(origin, base, done + first, length);
@@ -180,6 +181,7 @@ INLINE void rank_row(Ranks *ranks, const Keep *keep, const Run *base, const Run 
         }
     }
     ranks->first = largest - (LEVELS - 1);
+    /* a histogram of the levels; sizes below level 0 have it too */
     for (size_t first = 0, length; first < row; first += length) {
         length = least(TILE, row - first);
         widen(origin, base, done + first, length);
@@ -189,6 +191,8 @@ INLINE void rank_row(Ranks *ranks, const Keep *keep, const Run *base, const Run 
             counts[i % 2][level < 0 ? 0 : level]++; /* in turns: neighbours are often alike, and would wait */
         }
     }
+    /* The elements of a level have the ranks up_to - count ... up_to - 1: twice their mean is 2 * up_to - count - 1. It
+     * gives the level its chance, and that the limit that a 16-bit draw has to be below (operations.draw_limit). */
     int64_t up_to = 0;
     for (size_t level = 0; level < LEVELS; level++) {
         int64_t count = counts[0][level] + counts[1][level];

@@ -1,1 +1,1 @@
-"""Output: where bytes will lie, how they get there, and what travels beside the weights."""
+"""Output: files of weights while they are written, their journal, and the small files of a model."""

@@ -1,38 +1,38 @@
-"""The model card of a folder: what it was made of and how, for people and for the hub's model tree."""
+"""Model card of an output folder: what it was made of and how, for people and for the hub's model tree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.errors import counted
+from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.errors import CheckpointError, counted
 from mergekit_lite.planning import Plan
 
-KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
-def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
-    """The README.md of one output, with the front matter the hub reads."""
+def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
+    """Return the README.md of one output, with the front matter that the hub reads."""
     sources = [plan.source, *(source for source in plan.inputs if source is not plan.source)]
-    front = {key: value for key, value in _front_matter(plan.source).items() if key in KEPT}
+    front = {key: value for key, value in _front_matter(plan.source).items() if key in KEPT_KEYS}
     if on_hub := [repository for source in sources if (repository := _repository(source))]:
         front["base_model"] = on_hub
     front["tags"] = ["mergekit-lite", "merge"]
     front.setdefault("library_name", "transformers")
-    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[variant]), sort_keys=False, allow_unicode=True)
+    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[number]), sort_keys=False, allow_unicode=True)
     fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {plan.outputs[variant].name}",
+        f"# {plan.outputs[number].name}",
         "",
-        f"Made from other models by arithmetic on their weights (method `{plan.recipes[variant]['merge_method']}` of "
+        f"Made from other models by arithmetic on their weights (method `{plan.recipes[number]['merge_method']}` of "
         "mergekit_lite), without training:",
         "",
         *(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
@@ -54,17 +54,18 @@ def model_card(plan: Plan, variant: int, effect: Mapping[str, Any]) -> str:
 
 
 def _repository(source: Checkpoint) -> str | None:
-    """The hub repository that a model, less what is added, is from: a path is no use to whoever reads the card."""
+    """Return the hub repository of a model or its base; None for a path, which means nothing to readers of the card."""
     return source.base_reference.partition("@")[0] if source.revision else None
 
 
 def _linked(source: Checkpoint) -> str:
+    """Return a model's reference as Markdown, linked where it is on the hub."""
     repository = _repository(source)
     return f"[{source.reference}](https://huggingface.co/{repository})" if repository else f"`{source.reference}`"
 
 
 def _gives(plan: Plan, source: Checkpoint) -> str:
-    """What a model gives beside weights."""
+    """Say what a model gives besides weights."""
     if plan.tokenizer is not None and source is plan.inputs[plan.tokenizer]:
         return " (tokenizer)"
     if source is plan.source:
@@ -73,11 +74,13 @@ def _gives(plan: Plan, source: Checkpoint) -> str:
 
 
 def _front_matter(source: Checkpoint) -> Mapping[str, Any]:
-    """The YAML between the first two ``---`` lines of a model's own card; empty where none can be read."""
-    path = source.folder / "README.md" if source.folder else Path()
+    """Return the YAML between the first two ``---`` lines of a model's own card; empty where none can be read."""
     try:
+        path = small_file(source.folder, "README.md") if source.folder else None
+        if path is None:
+            return {}
         _, text, _ = path.read_text(encoding="utf-8").split("---\n", 2)
         front = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (CheckpointError, OSError, ValueError, yaml.YAMLError):
         return {}
     return front if isinstance(front, dict) else {}

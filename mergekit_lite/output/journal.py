@@ -1,8 +1,8 @@
-"""The journal: what is already safely written, so that a killed run can go on where it stopped.
+"""Journal: the spans that are already written, so that a killed run can go on where it stopped.
 
-One JSON value a line. The first names the plan and the input files; each further one is a span of elements whose output
-bytes were written before the line was. A line that was cut off by the kill is dropped. Bytes are trusted only after
-their digest is checked again, so it does not matter in which order the system brought data and journal to the disk.
+Each line is one JSON value. The first names the plan and the input files. Each further one is a span of elements, whose
+bytes were written before its line. A line that was cut off by a kill is dropped. Bytes are trusted only after their
+digest is checked again, so it does not matter in which order the system brought data and journal to the disk.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Record(NamedTuple):
         begin: first element of the span.
         inputs: digest of the span's bytes in each input.
         output: digest of the span's bytes in the output.
-        sums: what the method observed, and last how many elements it looked at.
+        sums: the sums that the method observes, and last the number of elements in them.
         bad: indices of the inputs that held NaN or infinity; -1 where only the output did.
-        coefficients: what the method's statistics gave each model, in a tensor's first span.
+        coefficients: each model's coefficient from the method's statistics; in a tensor's first span.
     """
 
     job: int
@@ -43,28 +43,28 @@ class Journal:
     """The journal of one output, open for appending from many threads."""
 
     def __init__(self, path: Path, plan_digest: str, sources: Sequence[tuple[str, int, int]]) -> None:
-        """Open or start the journal at ``path``.
+        """Open the journal at ``path``, or start one.
 
         Args:
             path: of the file.
-            plan_digest: what it must belong to.
-            sources: path, size and time of every input file, which must be as they were.
+            plan_digest: digest of the plan that it must belong to.
+            sources: path, size and time of every input file; all must be as they were.
 
         Raises:
-            RunError: it belongs to another plan, or an input changed since.
+            RunError: the journal belongs to another plan, or an input changed.
         """
         head = {"plan": plan_digest, "sources": [list(source) for source in sources]}
         self.records: dict[tuple[int, int], Record] = {}
         self._lock = threading.Lock()
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        found = [_parsed(line) for line in lines[:-1]]
-        if found:
-            _check_head(path, found[0], head)
-        for fields in found[1:]:
+        values = [_parsed(line) for line in lines[:-1]]
+        if values:
+            _check_head(path, values[0], head)
+        for fields in values[1:]:
             if isinstance(fields, list) and len(fields) == len(Record._fields):
                 record = Record(*fields)
                 self.records[record.job, record.begin] = record
-        # Rewritten rather than cut at the damage: what follows a torn line would be unreadable next time.
+        # Rewritten, not appended to: after a torn line the next one would be unreadable.
         text = "".join(json.dumps(line) + "\n" for line in [head, *self.records.values()])
         temporary = path.with_suffix(".new")
         temporary.write_text(text)
@@ -72,7 +72,7 @@ class Journal:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def add(self, record: Record) -> None:
-        """Note a finished span."""
+        """Append a finished span."""
         line = (json.dumps(record) + "\n").encode()
         with self._lock:
             os.write(self._descriptor, line)
@@ -81,6 +81,17 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+def plan_of(path: Path) -> str | None:
+    """Return the digest of the plan that a journal belongs to; None where there is no journal that tells."""
+    try:
+        with path.open("rb") as file:
+            head = _parsed(file.readline())
+    except OSError:
+        return None
+    plan = head.get("plan") if isinstance(head, dict) else None
+    return plan if isinstance(plan, str) else None
 
 
 def _check_head(path: Path, found: object, head: dict[str, Any]) -> None:
@@ -98,6 +109,7 @@ def _check_head(path: Path, found: object, head: dict[str, Any]) -> None:
 
 
 def _parsed(line: bytes) -> object:
+    """Return a line's value, None where it is torn."""
     try:
         return json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The manifest: what made an output, and the digests by which every byte of it can be told from another."""
+"""Manifest of an output: what made it, and digests of all its bytes."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.layout import OutputFile
-from mergekit_lite.output.workspace import MANIFEST_NAME, is_single_file
+from mergekit_lite.layout import Layout, OutputFile, is_single_file
+from mergekit_lite.output.workspace import MANIFEST_NAME
 from mergekit_lite.planning import Plan
 
-PIECE = 1 << 20  # bytes read at once for a digest
+READ_BYTES = 1 << 20  # bytes read at once for a digest
 SEAL = "manifest_xxh3_128"
-NOT_SEALED = ("README.md", MANIFEST_NAME)  # a card is there to be edited
+NOT_SEALED = ("README.md", MANIFEST_NAME)  # users edit the card
 
 
 def manifest_of(
-    plan: Plan, variant: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What made this output. Holds no times and no paths of this machine, so equal runs give equal manifests.
+    """Return the manifest of an output, without times and paths of this machine: equal runs give equal manifests.
 
     Args:
         plan: the plan.
-        variant: which output.
-        folder: where its files are, all but the manifest.
+        number: which output.
+        folder: where its other files are.
         effect: the report, as plain data.
-        digests: for each tensor those of its output and inputs.
+        digests: of each tensor's output and inputs, by its name.
     """
     content = {
         "tool": "mergekit_lite",
         "version": __version__,
         "torch": metadata.version("torch"),
-        "plan": plan.digest(variant),
-        "recipe": plan.recipes[variant],
+        "plan": plan.digest(number),
+        "recipe": plan.recipes[number],
         "seed": plan.seed,
         "shard_size": plan.shard_size,
         "inputs": [
@@ -54,10 +54,10 @@ def manifest_of(
             for source in plan.inputs
         ],
         "files": [
-            {"name": file.name, "size": file.size, "frame_xxh3_128": _frame_of(plan, folder, file)}
+            {"name": file.name, "size": file.size, "frame_xxh3_128": frame_of(plan.layout, folder / file.name, file)}
             for file in plan.layout.files
         ],
-        "beside": {} if is_single_file(plan.outputs[variant]) else _beside(plan, folder),
+        "beside": {} if is_single_file(plan.outputs[number]) else _beside(plan, folder),
         "digest": "xxh3-128 of the hex xxh3-128 digests of every 8,388,608 elements",
         "tensors": digests,
         "left_out": [list(entry) for entry in plan.left_out],
@@ -67,57 +67,57 @@ def manifest_of(
 
 
 def _added_to(source: Checkpoint) -> dict[str, Any]:
-    """The base of an input and the adapters and task vectors that are added to it; nothing where there are none."""
+    """Return the base of an input and the adapters and task vectors added to it; empty for a plain model."""
     if not source.added:
         return {}
     added = [
-        {"reference": addend.path, "revision": each.revision, "scale": addend.scale, "rebase": addend.rebase}
-        for each, addend in source.added
+        {"reference": addition.path, "revision": each.revision, "scale": addition.scale, "rebase": addition.rebase}
+        for each, addition in source.added
     ]
     return {"base": source.base_reference, "added": added}
 
 
 def text_of(content: Mapping[str, Any]) -> str:
-    """The file's text: one for each content, so that any other one was changed."""
+    """Return the text of the file. A content has one text, so any other text was changed by somebody."""
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """The digest of all that a manifest says but for this digest."""
+    """Return the digest of a manifest's content without this digest."""
     text = json.dumps({key: value for key, value in content.items() if key != SEAL}, sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a whole file."""
+    """Return the digest of a whole file."""
     return frame_digest(path, ())
 
 
 def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
-    """Digest of what a file holds around its tensors, which lie at ``extents``, each from a byte to another."""
+    """Return the digest of a file's bytes around its tensors, which lie at ``extents``: (first byte, end) of each."""
     digest = xxhash.xxh3_128()
     end = path.stat().st_size
     position = 0
     with path.open("rb") as file:
-        for begin, behind in sorted([*extents, (end, end)]):
+        for begin, after in sorted([*extents, (end, end)]):
             file.seek(position)
-            while position < begin and (piece := file.read(min(PIECE, begin - position))):
+            while position < begin and (piece := file.read(min(READ_BYTES, begin - position))):
                 digest.update(piece)
                 position += len(piece)
-            position = max(position, behind)
+            position = max(position, after)
     return digest.hexdigest()
 
 
-def _frame_of(plan: Plan, folder: Path, file: OutputFile) -> str:
-    begins = [plan.layout.places[tensor.name][1] for tensor in file.tensors]
+def frame_of(layout: Layout, path: Path, file: OutputFile) -> str:
+    """Return the digest of what lies around the tensors of an output's file. Raises OSError."""
+    begins = [layout.places[tensor.name][1] for tensor in file.tensors]
     return frame_digest(
-        folder / file.name,
-        [(begin, begin + tensor.nbytes) for begin, tensor in zip(begins, file.tensors, strict=True)],
+        path, [(begin, begin + tensor.nbytes) for begin, tensor in zip(begins, file.tensors, strict=True)]
     )
 
 
 def _beside(plan: Plan, folder: Path) -> dict[str, str]:
-    """The digests of the files that travel beside the weights."""
+    """Return the digests of the files besides the weights, by their names."""
     weights = {file.name for file in plan.layout.files}
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return {name: file_digest(folder / name) for name in names if name not in weights and name not in NOT_SEALED}

@@ -1,11 +1,11 @@
-"""The working folder of one output, beside it, and the step that makes it the output.
+"""Workspace of one output: its working folder, and the step that makes it the output.
 
-    .NAME.partial/journal.jsonl    what is done
+    .NAME.partial/journal.jsonl    the spans that are written
     .NAME.partial/lock             held by the process that works here
     .NAME.partial/result/…         the files, complete only when every span is journalled
 
-Publishing is a rename of ``result`` (or of the one file in it): under the output's own name there is nothing, or all
-of it.
+Publishing is a rename of ``result`` (or of the one file in it, then of its manifest): under the output's own name there
+is nothing, or all of it. What has that name is replaced only with ``force``, even if it appeared during the run.
 """
 
 from __future__ import annotations
@@ -15,49 +15,43 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
 from mergekit_lite.errors import RunError, UsageError
-from mergekit_lite.layout import Layout, OutputFile, write_torch_skeleton
-from mergekit_lite.output.journal import Journal, Record
-from mergekit_lite.output.target import PAGE, Pace, Target
+from mergekit_lite.layout import Layout, OutputFile, is_single_file, write_torch_skeleton
+from mergekit_lite.output import renames
+from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
+from mergekit_lite.output.journal import Journal, Record, plan_of
 from mergekit_lite.planning import Plan
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
-
-
-def is_single_file(output: Path) -> bool:
-    """Whether an output path names one file rather than a folder."""
-    return output.suffix in WEIGHT_SUFFIXES
+JOURNAL_NAME = "journal.jsonl"
 
 
 def working_folder(output: Path) -> Path:
-    """Where an output is made."""
+    """Return the folder in which an output is made."""
     output = output.absolute()
     return output.with_name(f".{output.name}.partial")
 
 
 def manifest_path(output: Path) -> Path:
-    """Where a finished output's manifest is."""
+    """Return the path of a finished output's manifest."""
     return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
 
 
-def is_finished(output: Path, plan: Plan, variant: int) -> bool:
-    """Whether the output exists already, made by this very plan after its inputs were last changed."""
+def own_manifest(output: Path, plan: Plan, number: int) -> dict[str, Any] | None:
+    """Return an output's manifest if this very plan wrote it after its inputs were last changed, else None."""
     try:
         manifest = json.loads(manifest_path(output).read_bytes())
         made = manifest_path(output).stat().st_mtime_ns
     except (OSError, ValueError):
-        return False
-    newest = max((time for _, _, time in plan.sources), default=0)
-    return (
-        output.exists()
-        and made >= newest
-        and isinstance(manifest, dict)
-        and manifest.get("plan") == plan.digest(variant)
-    )
+        return None
+    newest = max((time for _, _, time in plan.input_files), default=0)
+    is_own = isinstance(manifest, dict) and manifest.get("plan") == plan.digest(number) and made >= newest
+    return manifest if is_own and output.exists() else None
 
 
 def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool) -> None:
@@ -74,12 +68,12 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
         raise UsageError(f"{output}: is a folder, but its name ends like a file of weights. Choose another path.")
     if output.exists() and not is_single_file(output) and not output.is_dir():
         raise UsageError(f"{output}: is a file, not a folder. Choose another path.")
+    standing = next((path for path in (output, manifest_path(output)) if os.path.lexists(path)), None)
+    if standing is not None and not force:
+        what = "exists, and is not the result of this run" if resume else "exists"
+        raise UsageError(f"{standing}: {what}. --force replaces it.")
     if force or resume:
-        if output.exists() and not force:
-            raise UsageError(f"{output}: exists, and is not the result of this run. --force replaces it.")
         return
-    if output.exists():
-        raise UsageError(f"{output}: exists. --force replaces it.")
     if working_folder(output).exists():
         raise UsageError(
             f"{output}: an earlier run was not finished ({working_folder(output)}). "
@@ -87,31 +81,67 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
         )
 
 
-def tidy(output: Path) -> None:
-    """Remove the working folder of a published output, where a run was killed before it came to that."""
+def is_half_published(output: Path) -> bool:
+    """Return True where a run was killed between publishing its file and publishing the manifest."""
+    result, manifest = working_folder(output) / "result", manifest_path(output)
+    if not is_single_file(output) or not (result / manifest.name).exists() or not output.exists():
+        return False
+    try:
+        # A published file is gone from the result, or has both names where it took a link and a removal.
+        return all(path.samefile(output) for path in result.iterdir() if path.name != manifest.name)
+    except OSError:  # another process is about to tidy up
+        return False
+
+
+def finish_publishing(output: Path) -> None:
+    """Give the manifest of a half published file its name. Raises RunError."""
+    manifest = manifest_path(output)
+    try:
+        with _locked(working_folder(output)) as is_ours:
+            if is_ours and is_half_published(output):
+                (working_folder(output) / "result" / manifest.name).replace(manifest)
+    except OSError as error:
+        raise RunError(_described(error, manifest)) from error
+
+
+def tidy(output: Path, digest: str) -> None:
+    """Remove the working folder of a published output, where a run of its plan was killed before it did so."""
     folder = working_folder(output)
     result = folder / "result"
+    with _locked(folder) as is_ours:
+        if is_ours and (not result.exists() or not any(result.iterdir()) or plan_of(folder / JOURNAL_NAME) == digest):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a working folder; yield False where there is no such folder or another process has the lock."""
     try:
-        with (folder / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not result.exists() or not any(result.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # there is none, or somebody works there
+        lock = (folder / "lock").open("ab")  # made anew where a removal was cut short after it
+    except OSError:
+        yield False
         return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
-class Workspace:
-    """The files of one output while they are being made. Writes go to their final offsets, from any thread."""
+class OutputWorkspace:
+    """Files of one output while they are made. Writes go to their final offsets, from any thread."""
 
     def __init__(
         self, output: Path, layout: Layout, digest: str, sources: Sequence[tuple[str, int, int]], *, fresh: bool
     ) -> None:
-        """Take the working folder, or make it.
+        """Create the working folder, or go on with the one of an earlier run.
 
         Args:
-            output: the path to be made.
+            output: path of the output.
             layout: of its files.
-            digest: of the plan, as the journal will name it.
+            digest: of the plan; the journal names it.
             sources: path, size and time of every input file.
             fresh: drop what an earlier run left.
 
@@ -122,8 +152,8 @@ class Workspace:
         self.folder = working_folder(self.output)
         self.result = self.folder / "result"
         self.layout = layout
-        self._targets: list[Target] = []
-        self._pace = Pace()
+        self._targets: list[FileWriter] = []
+        self._times = WriteTimes()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -145,12 +175,12 @@ class Workspace:
     def _take(self, digest: str, sources: Sequence[tuple[str, int, int]], fresh: bool) -> None:
         if fresh:
             shutil.rmtree(self.result, ignore_errors=True)
-            (self.folder / "journal.jsonl").unlink(missing_ok=True)
+            (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
         self.result.mkdir(exist_ok=True)
-        self.journal = Journal(self.folder / "journal.jsonl", digest, sources)
+        self.journal = Journal(self.folder / JOURNAL_NAME, digest, sources)
         self._targets = [self._open(file) for file in self.layout.files]
 
-    def _open(self, file: OutputFile) -> Target:
+    def _open(self, file: OutputFile) -> FileWriter:
         path = self.result / file.name
         whole = path.exists() and path.stat().st_size == file.size
         if not whole:
@@ -160,23 +190,20 @@ class Workspace:
                 write_torch_skeleton(path, file.tensors, self.layout.nest)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise RunError(f"{path}: torch can't lay the file out: {str(error).splitlines()[0]}") from error
-        target = Target(path, file.size, self._pace)
+        target = FileWriter(path, file.size, self._times)
         if self.layout.nest is None:
             target.write(0, memoryview(file.header))
         return target
 
     def skew(self, tensor: str, offset: int) -> int:
-        """How far behind the begin of a page of its file the byte at this offset of a tensor lies.
+        """Return how many bytes after the start of a page of the file the byte at this offset of a tensor lies.
 
-        Memory that lies so behind the begin of a page too is written without a copy.
+        Memory that lies as many bytes after the start of a page is written without a copy.
         """
         return (self.layout.places[tensor][1] + offset) % PAGE
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Put bytes in their place: ``offset`` bytes into a tensor.
-
-        Raises RunError (disk full, file limit, I/O error).
-        """
+        """Write bytes of a tensor, from its byte ``offset`` on. Raises RunError (disk full, file limit, I/O error)."""
         number, start = self.layout.places[tensor]
         try:
             self._targets[number].write(start + offset, data)
@@ -184,39 +211,63 @@ class Workspace:
             raise RunError(_described(error, self.result / self.layout.files[number].name)) from error
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
-        """Read back what an earlier run wrote; False where it is not all there."""
+        """Fill ``buffer`` with what an earlier run wrote; return False where the file ends before."""
         number, start = self.layout.places[tensor]
         return self._targets[number].read(start + offset, buffer)
 
     def record(self, job: int, begin: int) -> Record | None:
-        """What an earlier run noted of a span."""
+        """Return an earlier run's record of a span, or None."""
         return self.journal.records.get((job, begin))
 
     def done(self, record: Record) -> None:
-        """Note that a span's bytes are written."""
+        """Record that a span's bytes are written. Raises RunError."""
         try:
             self.journal.add(record)
         except OSError as error:
-            raise RunError(_described(error, self.folder / "journal.jsonl")) from error
+            raise RunError(_described(error, self.folder / JOURNAL_NAME)) from error
 
-    def publish(self) -> None:
-        """Give the finished result its name, and remove the working folder."""
-        replaced = self.folder / "replaced"
+    def publish(self, *, force: bool) -> None:
+        """Give the finished result its name, and remove the working folder.
+
+        Args:
+            force: replace what has the name.
+
+        Raises:
+            RunError: something has the name and may not be replaced, or the system refused; the result is kept.
+        """
         try:
             if is_single_file(self.output):
-                manifest = manifest_path(self.output)
-                (self.result / manifest.name).replace(manifest)
-                (self.result / self.layout.files[0].name).replace(self.output)  # named as the first variant's
+                self._publish_file(force)
+            elif force and os.path.lexists(self.output):
+                renames.replace_folder(self.result, self.output, self.folder / "replaced")
             else:
-                if self.output.exists():
-                    self.output.rename(replaced)
-                self.result.rename(self.output)
+                renames.rename(self.result, self.output)
+        except FileExistsError as error:
+            raise RunError(
+                f"{error.filename2}: appeared while this output was made, and was left as it is. The finished work is "
+                "kept: --resume --force puts it there, --resume does once the name is free."
+            ) from error
         except OSError as error:
             raise RunError(_described(error, self.output)) from error
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _publish_file(self, force: bool) -> None:
+        """Publish the file first: a manifest beside bytes of another run would vouch for them."""
+        manifest = manifest_path(self.output)
+        written, described = self.result / self.layout.files[0].name, self.result / manifest.name
+        if force:
+            written.replace(self.output)  # the result's is named as the first variant's
+            described.replace(manifest)
+            return
+        renames.rename(written, self.output)
+        try:
+            renames.rename(described, manifest)
+        except FileExistsError:
+            renames.rename(self.output, written)
+            raise
+
     def close(self) -> None:
-        """Close the files and let go of the folder."""
+        """Close the files and release the folder."""
         for target in self._targets:
             target.close()
         self._targets.clear()

@@ -1,1 +1,1 @@
-"""Pages and pictures that reports are made of: one HTML file that needs nothing else, plots that take its colours."""
+"""The parts of HTML reports: pages in one file without external resources, and plots in their colours."""

@@ -1,6 +1,6 @@
-"""Plots as files and as SVG within a page.
+"""Plots as files, and as SVG within a page.
 
-Drawn by matplotlib's objects, not pyplot: no window, no global state.
+They are drawn with matplotlib's objects, not pyplot: no window, no global state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ WIDTH = 7.0  # inches
 
 
 def check_drawable(path: Path | None) -> None:
-    """Raise UsageError where matplotlib is missing, or can't write a file of this name."""
+    """Refuse to draw where matplotlib is missing, or can't write a file of this name.
+
+    Raises:
+        UsageError: with what to do.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -36,21 +40,21 @@ def check_drawable(path: Path | None) -> None:
 
 
 def new_figure(height: float) -> Figure:
-    """A figure of the house's width; ``height`` in inches."""
+    """Return an empty figure of ``WIDTH``; ``height`` is in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure by the ending of its name; no date in it, so that it depends on what it shows alone.
+    """Write a figure atomically, in the format of the name's ending.
 
-    Under its name there is either what was there before or the whole picture.
+    It has no date, so that equal plots are equal files.
 
     Raises:
         RunError: it can't be written.
     """
-    partial = path.with_name(f"writing-{path.name}")  # matplotlib goes by the ending
+    partial = path.with_name(f"writing-{path.name}")  # keeps the ending, which tells matplotlib the format
     try:
         figure.savefig(partial, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         partial.replace(path)
@@ -59,7 +63,13 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def svg(draw: Callable[[FigureBase], None], height: float, label: str) -> str:
-    """What ``draw`` draws as an SVG element that takes its text colour from the page."""
+    """Return a drawing as an SVG element that takes its text colour from the page.
+
+    Args:
+        draw: draws onto a figure.
+        height: in inches.
+        label: the picture's name for screen readers.
+    """
     import matplotlib as mpl
 
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}
@@ -70,7 +80,7 @@ def svg(draw: Callable[[FigureBase], None], height: float, label: str) -> str:
         figure = new_figure(height)
         draw(figure)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    drawn = text.getvalue()
-    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    return re.sub(r'^<svg ([^>]*?)width="[^"]*pt" ?', rf'<svg role="img" aria-label="{label}" \1', drawn, count=1)
+    element = text.getvalue()
+    element = element[element.index("<svg") :].replace(INK, "currentColor")
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    return re.sub(r'^<svg ([^>]*?)width="[^"]*pt" ?', rf'<svg role="img" aria-label="{label}" \1', element, count=1)

@@ -1,7 +1,7 @@
-"""An HTML page that needs nothing else: no network, no library.
+"""HTML pages in one file, without network or libraries.
 
-All text goes through ``element``, which escapes what is not ``Markup`` already. A policy in the page forbids every
-script but its own, told by its digest, and every request.
+All text goes through ``element``, which escapes everything that is not ``Markup`` already. A content security policy
+in the page allows one script, identified by its digest, and no requests.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 from mergekit_lite._version import __version__
 
-VOID = ("meta", "img")
+VOID = ("meta", "img")  # elements without an end tag
 
 
 class Markup(str):
-    """HTML, as against text."""
+    """HTML that is not escaped again."""
 
     __slots__ = ()
 
 
 class Cell(NamedTuple):
-    """A figure as it is shown, and by which it is sorted."""
+    """A figure as text, and as the number that its column is sorted by."""
 
     text: str
     value: float | None
@@ -35,7 +35,7 @@ Text = str | Cell
 
 
 def document(title: str, sections: Iterable[str]) -> str:
-    """The whole page: what ``sections`` hold under the house's style, and who made it."""
+    """Return a whole page: the sections, ``page.css``, ``page.js``, and a line with the version of mergekit_lite."""
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -51,13 +51,16 @@ def document(title: str, sections: Iterable[str]) -> str:
         element("title", title),
         element("style", Markup(style)),
     )
-    maker = element("p", f"Made by mergekit_lite {__version__}.", class_="soft")
-    body = element("body", element("main", *sections, maker), element("script", Markup(script)))
+    footer = element("p", f"Made by mergekit_lite {__version__}.", class_="soft")
+    body = element("body", element("main", *sections, footer), element("script", Markup(script)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
 def element(name: str, /, *children: str, **attributes: str) -> Markup:
-    """An element; text is escaped. ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``."""
+    """Return an element with its text escaped.
+
+    Attributes are written without outer underscores, and with hyphens for inner ones: ``class_``, ``http_equiv``.
+    """
     written = "".join(
         f' {key.strip("_").replace("_", "-")}="{escape(value, quote=True)}"' for key, value in attributes.items()
     )
@@ -68,7 +71,14 @@ def element(name: str, /, *children: str, **attributes: str) -> Markup:
 
 
 def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[Text]], tall: bool = False) -> Markup:
-    """A table that sorts by the buttons in its head; a row's first cell is its name."""
+    """Return a table that sorts by the buttons in its head.
+
+    Args:
+        label: its name for screen readers.
+        heads: column headings.
+        rows: the first cell of each is its heading.
+        tall: whether the table scrolls in a box of limited height.
+    """
     listed = list(rows)
     words = [any(isinstance(row[column], str) for row in listed) for column in range(len(heads))]
     top = [
@@ -77,12 +87,12 @@ def table(label: str, heads: Sequence[str], rows: Iterable[Sequence[Text]], tall
     ]
     body = [element("tr", element("th", str(first), scope="row"), *map(_cell, others)) for first, *others in listed]
     kind = "scroll tall" if tall else "scroll"
-    made = element("table", element("thead", element("tr", *top)), element("tbody", *body), aria_label=label)
-    return element("div", made, class_=kind, tabindex="0", role="region", aria_label=label)
+    whole = element("table", element("thead", element("tr", *top)), element("tbody", *body), aria_label=label)
+    return element("div", whole, class_=kind, tabindex="0", role="region", aria_label=label)
 
 
 def plot(svg: str, title: str) -> Markup:
-    """A picture with its title under it."""
+    """Return an SVG picture with its title below."""
     picture = element("div", Markup(svg), class_="scroll plot", tabindex="0")
     return element("figure", picture, element("figcaption", title + ".", class_="soft"))
 

@@ -1,4 +1,4 @@
-"""The output's config: where the models' configs disagree, and what becomes of the donor's where layers were moved."""
+"""The output's config: where the models' configs disagree, and what becomes of the config where layers were moved."""
 
 from __future__ import annotations
 
@@ -34,53 +34,58 @@ Config = Mapping[str, Any]
 Origin = tuple[int, int]  # which of the inputs a layer is from, and its number there
 
 
-def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], donor: Checkpoint) -> list[str]:
-    """Where the inputs' configs differ from the donor's, which the output takes over."""
-    own = donor.config or {}
+def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], config_source: int) -> list[str]:
+    """Return where the inputs' configs differ from the one that the output takes over."""
+    own = inputs[config_source].config or {}
+    reference = inputs[config_source].reference
     return [
-        f"{key}: {json.dumps(own[key])} in {donor.reference}, {json.dumps(source.config[key])} in {source.reference}"
+        f"{key}: {json.dumps(own[key])} in {reference}, {json.dumps(source.config[key])} in {source.reference}"
         for source in inputs
         for key in keys
         if source.config is not None and key in own and key in source.config and source.config[key] != own[key]
     ]
 
 
-def relayered(inputs: Sequence[Checkpoint], donor: int, layers: Sequence[Origin]) -> tuple[Config | None, list[str]]:
-    """The donor's config for layers in another order, and what the user should know about it.
+def relayered(
+    inputs: Sequence[Checkpoint], config_source: int, layers: Sequence[Origin]
+) -> tuple[Config | None, list[str]]:
+    """Return the config for layers in another order, and what the user should know about it.
 
     Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are made
     anew from the configs of the models that the layers come from; nested text configs too.
 
     Args:
         inputs: the models.
-        donor: which of them gives the config.
+        config_source: which of them gives the config.
         layers: where each layer of the output is from.
     """
-    own = inputs[donor].config
+    own = inputs[config_source].config
     if own is None:
         return None, []
     notes: list[str] = []
     configs = [source.config or {} for source in inputs]
-    made = _section(own, configs, donor, layers, notes)
+    made = _section(own, configs, config_source, layers, notes)
     return made, [f"config: {note}" for note in notes]
 
 
 def _section(
-    own: Config, configs: Sequence[Config], donor: int, layers: Sequence[Origin], notes: list[str]
+    own: Config, configs: Sequence[Config], config_source: int, layers: Sequence[Origin], notes: list[str]
 ) -> dict[str, Any]:
     """A config, or a nested one, with what goes by layers; ``configs`` are the same section of each input."""
     made = dict(own)
-    moved = list(layers) != [(donor, layer) for layer in range(len(layers))]
+    moved = list(layers) != [(config_source, layer) for layer in range(len(layers))]
     for key, value in own.items():
         if key in LAYER_COUNTS:
             made[key] = len(layers)
         elif isinstance(value, dict) and key.endswith("_config") and key not in NOT_TEXT:
             nested = [config.get(key) for config in configs]
-            made[key] = _section(value, [n if isinstance(n, dict) else {} for n in nested], donor, layers, notes)
+            made[key] = _section(
+                value, [n if isinstance(n, dict) else {} for n in nested], config_source, layers, notes
+            )
         elif key in LAYER_NUMBERS and isinstance(value, list) and moved:
             made[key] = [at for at, (model, layer) in enumerate(layers) if layer in _listed(configs[model], key)]
         elif _is_by_layer(key, value, own):
-            made[key] = list(_by_layer(key, configs, donor, layers, notes))
+            made[key] = list(_by_layer(key, configs, config_source, layers, notes))
         elif moved and _picks_layers(key, value, own):
             notes.append(
                 f"{key}: {json.dumps(value)} goes by the layers' numbers, and layers were moved: "
@@ -97,9 +102,9 @@ def _is_by_layer(key: str, value: object, config: Config) -> bool:
 
 
 def _by_layer(
-    key: str, configs: Sequence[Config], donor: int, layers: Sequence[Origin], notes: list[str]
+    key: str, configs: Sequence[Config], config_source: int, layers: Sequence[Origin], notes: list[str]
 ) -> Iterator[object]:
-    """The entry of each layer, from its own model's config; where that has none, the donor's of that number."""
+    """The entry of each layer, from its own model's config; where that has none, the output's own of that number."""
     lacking: dict[int, int] = {}
     for model, layer in layers:
         listed = configs[model].get(key)
@@ -107,10 +112,10 @@ def _by_layer(
             yield listed[layer]
         else:
             lacking[model] = lacking.get(model, 0) + 1
-            yield configs[donor][key][min(layer, len(configs[donor][key]) - 1)]
+            yield configs[config_source][key][min(layer, len(configs[config_source][key]) - 1)]
     if lacking:
         number = sum(lacking.values())
-        notes.append(f"{key}: the models of {number} moved layers don't list it, the donor's entry is taken for them")
+        notes.append(f"{key}: the models of {number} moved layers don't list it: there the config's own entries stay")
 
 
 def _listed(config: Config, key: str) -> Sequence[object]:

@@ -1,17 +1,20 @@
-"""A look at the delta before the run: its size on a small sample tells alignment from fine-tuning."""
+"""The delta, looked at before the run: its size on a small sample tells alignment from fine-tuning."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
-from mergekit_lite.checkpoint.reader import Reader, tensor_of
-from mergekit_lite.ops import c_ops
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.ops import TensorKind, ops_for
+from mergekit_lite.ops.operations import InnerProducts
 from mergekit_lite.planning import Plan
 
 TENSORS = 128
 ELEMENTS = 1 << 14
+DIFFERENCE = InnerProducts(from_base=True)
 
 # RMS of an element's change, measured on zephyr-7b (ExPO paper, Table 1, divided by √numel): SFT→DPO 6.3e-6,
 # extrapolates well; pretraining→SFT 2.0e-4, collapses. The border is their geometric mean.
@@ -21,7 +24,7 @@ BORDER = math.sqrt(RMS_OF_ALIGNMENT * RMS_OF_FINETUNING)
 
 
 def delta_rms(plan: Plan) -> float | None:
-    """Root mean square of (first − second input) over a fixed sample: the middle of evenly spaced tensors.
+    """Return the root mean square of (first − second input) over a fixed sample: the middle of evenly spaced tensors.
 
     None where no tensor is merged.
     """
@@ -30,30 +33,26 @@ def delta_rms(plan: Plan) -> float | None:
     square = elements = 0.0
     with Reader() as reader:
         for job in chosen:
-            count = min(ELEMENTS, job.merged)
-            start = (job.merged - count) // 2
-            chunks = [_read(reader, spec, start, count) for spec in job.inputs[:2]]
-            square += _square(chunks[0], chunks[-1]) if count else 0.0
+            count = min(ELEMENTS, job.merged_elements)
+            start = (job.merged_elements - count) // 2
+            square += _square(reader, (job.inputs[0], job.inputs[:2][-1]), start, count) if count else 0.0
             elements += count
     return math.sqrt(square / elements) if elements else None
 
 
-def _read(reader: Reader, spec: TensorSpec, start: int, count: int) -> tuple[memoryview, str]:
-    chunk = memoryview(bytearray(count * dtypes.size(spec.dtype)))
-    reader.fill(spec, start, chunk)
-    return chunk, spec.dtype
-
-
-def _square(one: tuple[memoryview, str], other: tuple[memoryview, str]) -> float:
-    """The sum of the squares of the differences."""
-    if c_ops.serve([one[1], other[1]]):
-        [square] = c_ops.inner_products([c_ops.run(*one), c_ops.run(*other)], has_base=True)
-        return square
-    return (tensor_of(*one).double() - tensor_of(*other).double()).square_().sum().item()
+def _square(reader: Reader, specs: Sequence[TensorSpec], start: int, count: int) -> float:
+    """Return the sum of the squares of the differences of two tensors, over some elements."""
+    ops = ops_for(DIFFERENCE, TensorKind(tuple(spec.dtype for spec in specs)))
+    chunks = [memoryview(bytearray(count * dtypes.size(spec.dtype))) for spec in specs]
+    for spec, chunk in zip(specs, chunks, strict=True):
+        spec.fill(reader, start, chunk)
+    views = [ops.of_bytes(chunk, spec.dtype) for chunk, spec in zip(chunks, specs, strict=True)]
+    [square] = ops.figures(DIFFERENCE, views)
+    return square
 
 
 def delta_warning(plan: Plan) -> str | None:
-    """What the size of the delta suggests, where it suggests trouble."""
+    """Return what the size of the delta suggests, where it suggests trouble."""
     if any(job.method != "expo" for job in plan.merged):
         return None  # the bands are those of alignment
     rms = delta_rms(plan)

@@ -1,4 +1,4 @@
-"""The jobs of a merge recipe: what each output tensor is made of, by which method, with which numbers."""
+"""The jobs of a recipe: what each output tensor is made of, by which method, with which numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.errors import UsageError
-from mergekit_lite.methods import METHODS, Method
-from mergekit_lite.methods.passes import TensorInfo
-from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype
+from mergekit_lite.methods import METHODS
+from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
-from mergekit_lite.recipe import MergeRecipe, MethodParameters, Numbers, Output
+from mergekit_lite.recipe import Numbers, Output, Recipe
 from mergekit_lite.recipe.layers import Input
 from mergekit_lite.recipe.rules import Spot
 
@@ -24,6 +23,10 @@ class WrongNumbersError(Exception):
     """A method refuses the numbers of a tensor; the message says what it says."""
 
 
+class LeftOutError(Exception):
+    """A tensor of the models that the output doesn't have; the message says why."""
+
+
 @dataclass
 class Jobs:
     """What the jobs of one recipe have in common.
@@ -31,70 +34,110 @@ class Jobs:
     Attributes:
         recipe: the recipe.
         inputs: its models, opened.
-        takes: what each method takes.
         parts: for each slice which of the inputs its sources are.
-        tied: is told of each head that an embedding stands in for.
-        known: arguments that were found sound, or what is wrong with them; tensors with equal numbers share them.
+        config_source: which of the inputs gives config and tokenizer.
+        continues: whether the output continues the model that is merged (ExPO), not the base. Then that model decides
+            which tensors there are, in which dtypes, and with how many rows.
+        tied: a message for each head that an embedding stands in for.
+        known: arguments that are sound, or what is wrong with them; tensors with equal numbers share them.
     """
 
-    recipe: MergeRecipe
+    recipe: Recipe
     inputs: Sequence[Checkpoint]
-    takes: Mapping[str, MethodParameters]
     parts: Sequence[Sequence[int]]
+    config_source: int
+    continues: bool
     tied: list[str] = field(default_factory=list)
-    known: dict[object, tuple[Numbers, tuple[Arguments, ...] | str]] = field(default_factory=dict)
+    known: dict[object, tuple[Numbers, Arguments | str]] = field(default_factory=dict)
 
     def with_ties(self, tensor: Output) -> Output:
-        """The output tensor with the embedding of each source that ties its head to it."""
+        """Return the output tensor with the embedding of each source that ties its head to it.
+
+        A model that the output continues gets no head where it has none.
+        """
         if not tied_weights.is_head(tensor.spot.name):
             return tensor
-        found = {made.source: made for made in tensor.inputs}
+        inputs = {made.source: made for made in tensor.inputs}
+        base = self.recipe.slices[tensor.part].base
         for index, model in enumerate(self.parts[tensor.part]):
             embedding = tied_weights.tied_to(tensor.spot.name, self.inputs[model].tensors)
-            if index not in found and embedding is not None:
-                found[index] = Input(index, Spot(embedding.name))
+            if index not in inputs and embedding is not None and (not self.continues or index == base):
+                inputs[index] = Input(index, Spot(embedding.name))
                 reference = self.inputs[model].reference
                 self.tied.append(f"{reference} ties {tensor.spot.name} to {embedding.name}, other models don't")
-        return tensor._replace(inputs=tuple(found[index] for index in sorted(found)))
+        return tensor._replace(inputs=tuple(inputs[index] for index in sorted(inputs)))
 
-    def job(self, tensor: Output, numbers: Numbers | None) -> Job:
-        """The job of one output tensor. Raises MismatchError or WrongNumbersError."""
+    def job(self, tensor: Output, numbers: Sequence[Numbers | None]) -> Job:
+        """Return the job of one output tensor.
+
+        Args:
+            tensor: the tensor.
+            numbers: what it is made with, for each output of the plan; None where it is copied.
+
+        Raises:
+            LeftOutError: the output doesn't have it.
+            MismatchError: the models' tensors don't fit together.
+            WrongNumbersError: the method refuses the numbers.
+        """
         part, name, models = self.recipe.slices[tensor.part], tensor.spot.name, self.parts[tensor.part]
         specs = {made.source: self.inputs[models[made.source]].tensors[made.spot.name] for made in tensor.inputs}
-        first = part.base if part.base is not None and part.base in specs else min(specs)
-        spec = specs[first]
+        lead = self._lead(tensor, specs)
+        spec = specs[lead]
         asked = self.recipe.out_dtype or self.recipe.dtype
-        if numbers is None:
-            return replace(copied(spec, models[first], output_dtype(spec, asked), "excluded"), name=name)
+
+        def copied_from(source: int, why: str) -> Job:
+            made = copied(specs[source], models[source], output_dtype(specs[source], asked), why)
+            return replace(made, name=name)
+
+        if why := self.recipe.why_copied(tensor.spot):
+            return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)
         missing = [self.inputs[model].reference for index, model in enumerate(models) if index not in specs]
-        why = "" if dtypes.is_float(spec.dtype) else f"{spec.dtype} is not for arithmetic"
         if missing and is_buffer(name):
-            why = "a buffer not all models have"
-        elif missing and not why:
+            return copied_from(lead, "a buffer not all models have")
+        is_float = dtypes.is_float(spec.dtype)
+        if missing and is_float:
             raise MismatchError(f"{name}: is missing in {', '.join(missing)}")
-        else:
-            for index, other in specs.items():
-                _check_alike(name, spec, other, self.inputs[models[index]].reference)
-        if why:
-            return replace(copied(spec, models[first], output_dtype(spec, asked), why), name=name)
-        has_base = part.base is not None and self.takes[numbers.merge_method].base != "none"
+        if is_float or not self.continues:
+            rows = self.recipe.new_rows if self.continues else None
+            others = [(other, self.inputs[models[index]].reference) for index, other in specs.items() if index != lead]
+            merged = min([spec.numel, *(shared_elements(name, spec, *other, rows) for other in others)])
+        if not is_float:
+            return copied_from(lead, f"{spec.dtype} is not for arithmetic")
+        method = next(each.merge_method for each in numbers if each is not None)
+        has_base = part.base is not None and not METHODS[method].merges_base
         order = [index for index in specs if not (has_base and index == part.base)]
-        parameters = self._arguments(numbers, tuple(order), has_base)
-        order += [first] if has_base else []
+        parameters = tuple(self._arguments(each, tuple(order), has_base) for each in numbers if each is not None)
+        order += [index for index in specs if has_base and index == part.base]
+        own = [output_dtype(specs[index], None) for index in ([lead] if self.continues else order)]
         return Job(
             name,
             spec.shape,
-            asked or dtypes.promoted(output_dtype(specs[index], None) for index in order),
+            asked or dtypes.promoted(own),
             tuple([specs[index] for index in order]),
             tuple([models[index] for index in order]),
             has_base=has_base,
-            method=numbers.merge_method,
+            method=method,
             parameters=parameters,
-            merged=spec.numel,
+            merged_elements=merged,
         )
 
-    def _arguments(self, numbers: Numbers, order: tuple[int, ...], has_base: bool) -> tuple[Arguments, ...]:
-        """The method's parameters; those of each model as a tuple, in the order of the job's inputs."""
+    def _lead(self, tensor: Output, specs: Mapping[int, TensorSpec]) -> int:
+        """Return the source that gives a tensor its shape: the base, else the first; or the model that is continued."""
+        base = self.recipe.slices[tensor.part].base
+        if not self.continues:
+            return base if base is not None and base in specs else min(specs)
+        if others := [index for index in specs if index != base]:
+            return min(others)
+        name, models = tensor.spot.name, [self.inputs[model] for model in self.parts[tensor.part]]
+        model = next(model for index, model in enumerate(models) if index != base)
+        if tied_weights.tied_to(name, model.tensors) is not None:
+            raise LeftOutError(f"{model.reference} ties its head to its embedding")
+        if is_buffer(name):
+            raise LeftOutError("a buffer, computed on loading")
+        raise MismatchError(f"{name}: is in {models[min(specs)].reference}, but not in {model.reference}")
+
+    def _arguments(self, numbers: Numbers, order: tuple[int, ...], has_base: bool) -> Arguments:
+        """Return the method's parameters; those of each model as a tuple, in the order of the job's inputs."""
         key = (id(numbers), order, has_base)
         if key not in self.known:
             arguments: dict[str, Any] = {
@@ -102,29 +145,11 @@ class Jobs:
             }
             arguments |= {name: value for name, value in numbers.shared.items() if value is not None}
             try:
-                check_arguments(METHODS[numbers.merge_method], arguments, len(order), has_base)
-                self.known[key] = numbers, (arguments,)
+                METHODS[numbers.merge_method].resolve(arguments, len(order), has_base)
+                self.known[key] = numbers, arguments
             except UsageError as wrong:
                 self.known[key] = numbers, str(wrong)
-        found = self.known[key][1]
-        if isinstance(found, str):
-            raise WrongNumbersError(found)
-        return found
-
-
-def check_arguments(method: Method, given: Arguments, models: int, has_base: bool) -> None:
-    """Begin the passes over a small tensor: before they ask for weights, methods refuse numbers that are out of bounds.
-
-    Raises:
-        UsageError: what it says.
-    """
-    method.start(TensorInfo("weight", (2, 2), models, has_base), method.resolve(given, models, has_base))
-
-
-def _check_alike(name: str, spec: TensorSpec, other: TensorSpec, where: str) -> None:
-    """Raise MismatchError where two models' tensors can't go into one."""
-    if other.shape != spec.shape:
-        hint = ": the vocabularies differ" if tied_weights.is_vocabulary(name) else ""
-        raise MismatchError(f"{name}: shape {list(spec.shape)}, but {list(other.shape)} in {where}{hint}")
-    if other.dtype != spec.dtype and not (dtypes.is_float(spec.dtype) and dtypes.is_float(other.dtype)):
-        raise MismatchError(f"{name}: is {spec.dtype}, but {other.dtype} in {where}")
+        sound = self.known[key][1]
+        if isinstance(sound, str):
+            raise WrongNumbersError(sound)
+        return sound

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.folder import TORCH_SUFFIXES
-from mergekit_lite.layout import Layout, OutputTensor, grouped_by_size, safetensors_layout, torch_layout
+from mergekit_lite.layout import Layout, OutputTensor, file_layout, grouped_by_size, is_single_file, safetensors_layout
 from mergekit_lite.planning.plan import Job
 
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
@@ -23,27 +22,33 @@ def is_buffer(name: str) -> bool:
     return name.endswith(BUFFERS)
 
 
-def shared_elements(spec: TensorSpec, other: TensorSpec, reference: str, copy_new_rows: bool) -> int:
-    """How many leading elements two tensors share: all of them, or those of the rows both vocabularies have.
+def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, new_rows: str | None) -> int:
+    """Return how many leading elements two tensors share: all, or those of the rows that both vocabularies have.
+
+    Args:
+        name: of the output tensor.
+        spec: the tensor that gives the output its shape.
+        other: a tensor to merge it with.
+        where: the reference of the other's model.
+        new_rows: ``copy`` or ``refuse`` for rows that only ``spec`` has; None where they can't be copied.
 
     Raises:
-        MismatchError: the shapes differ in another way, or new rows were not asked to be copied.
+        MismatchError: the two can't go into one tensor.
     """
+    if other.dtype != spec.dtype and not (dtypes.is_float(spec.dtype) and dtypes.is_float(other.dtype)):
+        raise MismatchError(f"{name}: is {spec.dtype}, but {other.dtype} in {where}")
     if spec.shape == other.shape:
         return spec.numel
-    grown = (
-        tied_weights.is_vocabulary(spec.name)
-        and len(spec.shape) == len(other.shape)
-        and spec.shape[1:] == other.shape[1:]
-        and spec.shape[0] > other.shape[0]
-    )
-    if grown and copy_new_rows:
+    is_vocabulary = tied_weights.is_vocabulary(name)
+    alike = is_vocabulary and len(spec.shape) == len(other.shape) and spec.shape[1:] == other.shape[1:]
+    grown = alike and new_rows is not None and spec.shape[0] > other.shape[0]
+    if grown and new_rows == "copy":
         return other.numel
-    hint = ""
+    hint = ": the vocabularies differ" if is_vocabulary else ""
     if grown:
         rows = spec.shape[0] - other.shape[0]
         hint = f" ({rows:,} more rows: the vocabulary grew; --new-rows copy takes them as they are)"
-    raise MismatchError(f"{spec.name}: shape {list(spec.shape)}, but {list(other.shape)} in {reference}{hint}")
+    raise MismatchError(f"{name}: shape {list(spec.shape)}, but {list(other.shape)} in {where}{hint}")
 
 
 def output_dtype(spec: TensorSpec, asked: str | None) -> str:
@@ -75,10 +80,8 @@ def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int 
 
 
 def _layout(tensors: Sequence[OutputTensor], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
-    if output.suffix in TORCH_SUFFIXES:
-        return torch_layout(tensors, output.name, source.nest)
-    if output.suffix == ".safetensors":
-        return safetensors_layout([tensors], output.name)
+    if is_single_file(output):
+        return file_layout(tensors, output.name, source.nest)
     if shard_size is not None:
         return safetensors_layout(grouped_by_size(tensors, shard_size))
     shards: dict[Path, list[OutputTensor]] = {file.path: [] for file in source.files}

@@ -29,8 +29,9 @@ class Job:
         models: for each input, which of the plan's checkpoints it is from.
         has_base: whether the last input is the base.
         method: the method's name; empty for a copy.
-        parameters: the method's keyword arguments, once for each variant. Empty for a copy.
-        merged: how many leading elements go through the method; the rest is copied from the first input. 0 for a copy.
+        parameters: the method's keyword arguments, once for each output. Empty for a copy.
+        merged_elements: how many leading elements go through the method, 0 for a copy; the rest is copied from the
+            first input.
         why: for a copy, the reason.
     """
 
@@ -42,7 +43,7 @@ class Job:
     has_base: bool = False
     method: str = ""
     parameters: tuple[Mapping[str, Any], ...] = ()
-    merged: int = 0
+    merged_elements: int = 0
     why: str = ""
 
     @property
@@ -61,18 +62,18 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        recipes: what was asked for, as plain data that YAML can hold; once for each variant.
+        recipes: what was asked for, as plain data that YAML can hold; once for each output.
         inputs: the opened checkpoints.
-        donor: which of them gives config, tokenizer and what else travels beside the weights.
+        config_source: which of them gives config, tokenizer and what else travels beside the weights.
         jobs: one for each output tensor, in the order they are written.
         left_out: what no output tensor is made of: (reference, name, reason).
-        layout: where each output tensor lies; the same for every variant.
-        outputs: a path for each variant.
+        layout: where each output tensor lies; the same for every output.
+        outputs: their paths.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
         out_dtype: the dtype asked for, if one was.
-        config: the output's config but for dtype and tie, where layers were moved; None for the donor's.
-        tokenizer: which of the inputs gives the tokenizer, where that is not the donor.
+        config: the output's config but for dtype and tie, where layers were moved; None for that of ``config_source``.
+        tokenizer: which of the inputs gives the tokenizer, where ``config_source`` doesn't.
         chat_template: the output's, as text; None for the tokenizer's own.
         text: the recipe as it was written, where it was a file.
         shard_size: most bytes of data in one file, if that was asked for.
@@ -81,7 +82,7 @@ class Plan:
 
     recipes: tuple[Mapping[str, Any], ...]
     inputs: tuple[Checkpoint, ...]
-    donor: int
+    config_source: int
     jobs: tuple[Job, ...]
     left_out: tuple[tuple[str, str, str], ...]
     layout: Layout
@@ -99,17 +100,17 @@ class Plan:
     @property
     def source(self) -> Checkpoint:
         """The checkpoint that gives config, tokenizer and what else travels beside the weights."""
-        return self.inputs[self.donor]
+        return self.inputs[self.config_source]
 
     @property
     def merged(self) -> list[Job]:
         """The jobs that go through the method."""
-        return [job for job in self.jobs if job.merged]
+        return [job for job in self.jobs if job.merged_elements]
 
     @property
     def copied(self) -> list[Job]:
         """The jobs that take a tensor over as it is."""
-        return [job for job in self.jobs if not job.merged]
+        return [job for job in self.jobs if not job.merged_elements]
 
     @property
     def bytes_to_read(self) -> int:
@@ -118,7 +119,7 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Bytes of weights that will be written, all variants together."""
+        """Bytes of weights that will be written, all outputs together."""
         return self.layout.nbytes * len(self.outputs)
 
     @property
@@ -133,15 +134,15 @@ class Plan:
         return max((dtypes.size(dtype) for dtype in read | {job.dtype for job in self.jobs}), default=1)
 
     @property
-    def sources(self) -> list[tuple[str, int, int]]:
+    def input_files(self) -> list[tuple[str, int, int]]:
         """Every input file with its size and time: what must not change until a run and its resumptions are done."""
         return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files]
 
-    def digest(self, variant: int) -> str:
+    def digest(self, number: int) -> str:
         """Identifies one output: plans with equal digests write the same bytes from equal files, wherever those lie."""
         described = [
             __version__,
-            (self.recipes[variant], self.text, self.rounding, self.seed, self.donor),
+            (self.recipes[number], self.text, self.rounding, self.seed, self.config_source),
             (self.config, self.tokenizer, self.chat_template),
             [(file.path.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
             [(file.name, file.size) for file in self.layout.files],
@@ -154,20 +155,10 @@ class Plan:
                 job.dtype,
                 job.method,
                 job.has_base,
-                job.merged,
-                job.parameters[variant : variant + 1],
+                job.merged_elements,
+                job.parameters[number : number + 1],
             )
             for job in self.jobs
         ]
-        read = [[_place(spec) for spec in job.inputs] for job in self.jobs]
+        read = [[spec.key for spec in job.inputs] for job in self.jobs]
         return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
-
-
-def _place(spec: TensorSpec) -> tuple[object, ...]:
-    """Which bytes a tensor is read from, and what they are made into."""
-    own = (spec.name, spec.dtype, spec.file.name, spec.offset)
-    if spec.change is None:
-        return (*own, spec.strides)
-    base = _place(spec.change.base) if spec.change.base else None
-    terms = [(type(term).__name__, term.scale, [_place(part) for part in term.parts]) for term in spec.change.terms]
-    return (*own, base, terms)

@@ -1,69 +1,30 @@
-"""Planning a merge recipe: any number of models, slices of their layers, a method and its numbers for every tensor."""
+"""Planning a recipe: any number of models, slices of their layers, a method and its numbers for every tensor."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import get_args
 
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lite.checkpoint.folder import WEIGHT_SUFFIXES
-from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing
-from mergekit_lite.methods import METHODS, Method
+from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
+from mergekit_lite.layout import is_single_file
+from mergekit_lite.methods import METHODS, method_named
+from mergekit_lite.options import named_options
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
-from mergekit_lite.planning.jobs import Jobs, WrongNumbersError, check_arguments
+from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
 from mergekit_lite.planning.plan import Job, Plan
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies
-from mergekit_lite.recipe import MergeRecipe, MethodParameters, Numbers, Output, Parameter, resolve
+from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
-from mergekit_lite.recipe.schema import NO_EFFECT
-from mergekit_lite.yaml_document import Value
+from mergekit_lite.recipe.recipe import BASE
 
 SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "rms_norm_eps",
                 "tie_word_embeddings", "vocab_size", "hidden_act", "bos_token_id", "eos_token_id")  # fmt: skip
-
-
-def method_parameters() -> dict[str, MethodParameters]:
-    """What each registered method takes, as the recipe language wants to know it."""
-    return {name: _parameters_of(method) for name, method in METHODS.items()}
-
-
-def _parameters_of(method: Method) -> MethodParameters:
-    shared: dict[str, Parameter] = {}
-    per_model: dict[str, Parameter] = {}
-    base = method.base
-    for name, parameter in method.parameters.items():
-        if name in NO_EFFECT:
-            continue
-        marks = getattr(parameter.annotation, "__metadata__", ())
-        default = parameter.default
-        objection = partial(_objection, method, name)
-        if marks:
-            single = default[0] if isinstance(default, tuple) else default
-            of_one = Parameter.of(get_args(get_args(parameter.annotation)[0])[0], single)
-            per_model[name] = replace(of_one, objection=objection)
-            base = "none" if "input" in marks else base  # a base with a number of its own is merged like any other
-        else:
-            shared[name] = replace(Parameter.of(parameter.annotation, default), objection=objection)
-    return MethodParameters(shared, per_model, base, method.models)
-
-
-def _objection(method: Method, name: str, value: Value) -> str | None:
-    """What a method has against one value of a parameter, all others being harmless."""
-    needed = {other: 1.0 for other, known in method.parameters.items() if known.default is known.empty}
-    try:
-        check_arguments(method, needed | {name: value}, method.models[0], method.base == "required")
-    except UsageError as wrong:
-        key, colon, reason = str(wrong).partition(": ")
-        return reason.rstrip(".") if colon and key == name else None
-    return None
 
 
 @contextmanager
@@ -78,41 +39,49 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@named_options
 @_uncollected()
-def plan_merge(
-    recipe: MergeRecipe,
-    output: str | Path,
+def make_plan(
+    recipe: Recipe,
+    outputs: Sequence[str | Path],
     *,
     shard_size: int | None = None,
     text: str = "",
     opened: Mapping[str, Checkpoint] | None = None,
+    strict: bool = False,
 ) -> Plan:
-    """Resolve a merge recipe against its models' headers.
+    """Resolve a recipe against its models' headers.
 
     Args:
         recipe: the recipe.
-        output: a folder, or a ``.safetensors`` or ``.pt`` file.
-        shard_size: most bytes of data in one file; by default the shards of the donor, or 5 GB where layers were moved.
+        outputs: a path for each of its outputs: a folder, or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
+        shard_size: most bytes of data in one file; by default the shards of the model that gives the config, or 5 GB
+            where layers were moved.
         text: the recipe's own text, which travels with the output.
         opened: models that are open already, by reference.
+        strict: refuse filters that match no tensor; otherwise they are notes of the plan.
 
     Raises:
+        UsageError: the recipe names a method or a parameter that is not known.
         CheckpointError: models can't be opened.
         PlanError: the models or the recipe don't fit together; every problem is named.
     """
+    _check(recipe, len(outputs), shard_size)
     inputs = _opened(recipe.models, opened or {})
+    config_source = recipe.models.index(recipe.config_source)
     by_reference = dict(zip(recipe.models, inputs, strict=True))
-    takes = method_parameters()
-    found = outputs_of(recipe.slices, {model: list(source.tensors) for model, source in by_reference.items()})
+    made = outputs_of(
+        recipe.slices, {model: list(each.tensors) for model, each in by_reference.items()}, recipe.config_source
+    )
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
-    making = Jobs(recipe, inputs, takes, parts)
-    tensors = [making.with_ties(tensor) for tensor in found.tensors]
-    resolved = resolve(recipe, tensors, takes)
-    jobs, misfits = _jobs(making, tensors, resolved.numbers)
-    problems = [*found.problems, *resolved.problems, *misfits]
-    donor = recipe.models.index(_donor(recipe))
-    problems += disagreements(MUST_AGREE, inputs, inputs[donor])
-    tokenizer = _tokenizer(recipe, donor)
+    making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
+    tensors = [making.with_ties(tensor) for tensor in made.tensors]
+    resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
+    jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
+    problems = [*made.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    problems += _unmatched(recipe, tensors) if strict else []
+    problems += disagreements(MUST_AGREE, inputs, config_source)
+    tokenizer = _tokenizer(recipe, config_source)
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
     if foreign and recipe.tokenizer is not None:
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
@@ -122,36 +91,54 @@ def plan_merge(
         problems.append("chat_template: auto finds no template in any model: give a name or the template itself")
     if problems:
         raise PlanError(problems)
-    path = Path(output).expanduser()
-    moved = any(job.name not in inputs[donor].tensors for job in jobs)
-    layout = arranged(jobs, inputs[donor], path, shard_size or (SHARD_SIZE if moved else None))
-    origins = _origins(found.layers, recipe, tensors, parts) if found.layers is not None else None
-    config, notes_on_config = relayered(inputs, donor, origins) if origins else (None, [])
-    notes = [str(note) for note in (*recipe.notes, *resolved.notes)]
+    paths = tuple(Path(output).expanduser() for output in outputs)
+    moved = any(job.name not in inputs[config_source].tensors for job in jobs)
+    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
+    origins = _origins(made.layers, recipe, tensors, parts) if made.layers is not None else None
+    config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
+    notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
+    notes += _notes_on_jobs(jobs, spare, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
-    differing = disagreements(SHOULD_AGREE, inputs, inputs[donor])
+    differing = disagreements(SHOULD_AGREE, inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
-    if path.suffix in WEIGHT_SUFFIXES and (template is not None or recipe.tokenizer is not None):
+    if is_single_file(paths[0]) and (template is not None or recipe.tokenizer is not None):
         notes.append("a single file has no tokenizer beside it: chat_template and tokenizer_source do nothing")
+    written = {"merge_method": recipe.merge_method, "text": text}
     return Plan(
-        recipes=({"merge_method": recipe.merge_method, "text": text},),
+        recipes=tuple(written if text else as_data(alone) for alone in recipe.for_outputs),
         inputs=inputs,
-        donor=donor,
+        config_source=config_source,
         jobs=tuple(jobs),
-        left_out=tuple(_left_out(inputs, jobs)),
+        left_out=tuple(_left_out(inputs, jobs, spare)),
         layout=layout,
-        outputs=(path,),
+        outputs=paths,
         rounding=recipe.rounding,
         seed=recipe.seed,
         out_dtype=recipe.out_dtype or recipe.dtype,
         config=config,
-        tokenizer=None if tokenizer == donor else tokenizer,
+        tokenizer=None if tokenizer == config_source else tokenizer,
         chat_template=template,
         text=text,
         shard_size=shard_size,
         notes=tuple(notes),
     )
+
+
+def _check(recipe: Recipe, outputs: int, shard_size: int | None) -> None:
+    """Raise UsageError where the recipe has no models, or names a method or a parameter that is not known."""
+    if outputs != len(recipe.for_outputs):
+        raise UsageError(f"The recipe makes {counted(len(recipe.for_outputs), 'output')}, got {outputs} paths.")
+    if not recipe.slices or not all(part.sources for part in recipe.slices):
+        raise UsageError("The recipe has no models, or a slice of it has none.")
+    if shard_size is not None and shard_size < 1:
+        raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
+    methods = [method_named(name) for name in (recipe.merge_method, *(each.merge_method for each in recipe.overrides))]
+    known = {name for method in methods for name in method.parameters}
+    if unknown := list(dict.fromkeys(name for parameters in recipe.levels for name in parameters if name not in known)):
+        names = " and ".join(dict.fromkeys(method.name for method in methods))
+        wrong = [f"{names} takes no parameter {name!r}.{nearest(name, known)}" for name in unknown]
+        raise UsageError(listing("The recipe is wrong", wrong) if len(wrong) > 1 else wrong[0])
 
 
 def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:
@@ -170,14 +157,22 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
     return tuple(opened)
 
 
-def _jobs(making: Jobs, tensors: Sequence[Output], numbers: Sequence[Numbers | None]) -> tuple[list[Job], list[str]]:
-    """The jobs of all tensors, and what is wrong; what a method says of many tensors is told once."""
+def _jobs(
+    making: Jobs, tensors: Sequence[Output], numbers: Sequence[Sequence[Numbers | None]]
+) -> tuple[list[Job], dict[str, str], list[str]]:
+    """Return the jobs of all tensors, why other tensors are left out, and what is wrong.
+
+    What a method says of many tensors is one problem.
+    """
     jobs: list[Job] = []
+    spare: dict[str, str] = {}
     problems: list[str] = []
     refused: dict[str, list[str]] = {}
     for tensor, made_with in zip(tensors, numbers, strict=True):
         try:
             jobs.append(making.job(tensor, made_with))
+        except LeftOutError as why:
+            spare[tensor.spot.name] = str(why)
         except MismatchError as mismatch:
             problems.append(str(mismatch))
         except WrongNumbersError as wrong:
@@ -185,26 +180,34 @@ def _jobs(making: Jobs, tensors: Sequence[Output], numbers: Sequence[Numbers | N
     for reason, names in refused.items():
         more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {reason}")
-    return jobs, problems
+    return jobs, spare, problems
 
 
-def _donor(recipe: MergeRecipe) -> str:
-    """The model that gives config and tokenizer: the base, but for methods that only take a delta from it."""
-    if METHODS[recipe.merge_method].donor == "model":
-        return next((model for model in recipe.models if model != recipe.base_model), recipe.donor)
-    return recipe.donor
+def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
+    """Return what is wrong about filters that match no tensor of the output."""
+    names = {tensor.spot for tensor in tensors}
+    filters = dict.fromkeys(each for each in recipe.filters if not any(map(each.matches, names)))
+    return [f"the pattern {each.expression!r} matches no tensor of {recipe.config_source}" for each in filters]
 
 
-def _tokenizer(recipe: MergeRecipe, donor: int) -> int:
+def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkpoint) -> list[str]:
+    """Return what the user should know about tensors that are left out, or where all are copied."""
+    heads = [f"{name} is left out: {why}." for name, why in spare.items() if tied_weights.is_head(name)]
+    if any(job.merged_elements for job in jobs):
+        return heads
+    return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
+
+
+def _tokenizer(recipe: Recipe, config_source: int) -> int:
     """Which of the models gives the tokenizer."""
     if recipe.tokenizer is None:
-        return donor
-    return recipe.models.index(recipe.donor if recipe.tokenizer == "base" else recipe.tokenizer)
+        return config_source
+    return recipe.models.index(
+        (recipe.base_model or recipe.models[0]) if recipe.tokenizer == BASE else recipe.tokenizer
+    )
 
 
-def _origins(
-    layers: int, recipe: MergeRecipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]
-) -> list[Origin]:
+def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:
     """Where each layer of the output is from: of several sources the base, else the first."""
     origins: dict[int, Origin] = {}
     for tensor in tensors:
@@ -216,13 +219,18 @@ def _origins(
     return [origins[layer] for layer in range(layers)]
 
 
-def _left_out(inputs: Sequence[Checkpoint], jobs: Sequence[Job]) -> Iterator[tuple[str, str, str]]:
-    """What no tensor of the output is made of, and why."""
+def _left_out(
+    inputs: Sequence[Checkpoint], jobs: Sequence[Job], spare: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """Return what no tensor of the output is made of, and why: (reference, name, reason)."""
     read = {(model, spec.name) for job in jobs for model, spec in zip(job.models, job.inputs, strict=True)}
-    copied_from = {job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why}
+    reasons = {
+        **{job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why},
+        **spare,
+    }
     for number, source in enumerate(inputs):
         for name in source.tensors:
             if (number, name) not in read:
-                yield source.reference, name, copied_from.get(name, "no tensor of the output is made of it")
+                yield source.reference, name, reasons.get(name, "no tensor of the output is made of it")
     for source in inputs:
         yield from ((source.reference, name, why) for name, why in source.left_out.items())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.folder import read_json
+from mergekit_lite.checkpoint.folder import read_json, small_file
 from mergekit_lite.errors import CheckpointError, counted, shortened
 from mergekit_lite.recipe.templates import TEMPLATES
 
@@ -48,14 +48,16 @@ def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
 
 
 def template_of(source: Checkpoint) -> str | None:
-    """A model's own chat template, found as transformers finds it."""
+    """Return a model's own chat template, found as transformers finds it; None where there is none.
+
+    Raises CheckpointError where the file that holds it is a link out of the model's folder, or too large.
+    """
     if source.folder is None:
         return None
-    path = source.folder / "chat_template.jinja"
-    if path.is_file():
+    if path := small_file(source.folder, "chat_template.jinja"):
         return path.read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _json(source.folder / name).get("chat_template")
+        found = _json(small_file(source.folder, name)).get("chat_template")
         if isinstance(found, list):  # several by name
             found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
         if isinstance(found, str):
@@ -66,7 +68,7 @@ def template_of(source: Checkpoint) -> str | None:
 def vocabulary_of(source: Checkpoint) -> dict[int, str]:
     """The tokens of a model's ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
     path = _file(source)
-    return _vocabulary(path) if path is not None else {}
+    return _vocabulary(path) if path else {}
 
 
 def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> tuple[list[str], list[str]]:
@@ -102,8 +104,7 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
 
 
 def _file(source: Checkpoint) -> Path | None:
-    path = source.folder / "tokenizer.json" if source.folder else None
-    return path if path is not None and path.is_file() else None
+    return small_file(source.folder, "tokenizer.json") if source.folder else None
 
 
 def _vocabulary(path: Path) -> dict[int, str]:
@@ -123,10 +124,10 @@ def _vocabulary(path: Path) -> dict[int, str]:
     return found
 
 
-def _json(path: Path) -> dict[str, object]:
+def _json(path: Path | None) -> dict[str, object]:
     """A JSON object; empty where there is none: the file travels as it is, this only looks into it."""
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_json(path) if path else {}
     except CheckpointError:
         return {}
 

@@ -1,29 +1,26 @@
 """Recipes: what the user wants, as data."""
 
 from mergekit_lite.recipe.layers import Output, Outputs, outputs
-from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
-from mergekit_lite.recipe.parameters import MethodParameters, Parameter
-from mergekit_lite.recipe.recipe import Recipe, Setting
+from mergekit_lite.recipe.recipe import Override, Recipe, Slice, Source
 from mergekit_lite.recipe.resolve import Numbers, Resolved, resolve
 from mergekit_lite.recipe.schema import parse
+from mergekit_lite.recipe.writing import as_data, to_yaml
 from mergekit_lite.yaml_document import RecipeError, text_of
 
 __all__ = [
-    "MergeRecipe",
-    "MethodParameters",
     "Numbers",
     "Output",
     "Outputs",
     "Override",
-    "Parameter",
     "Recipe",
     "RecipeError",
     "Resolved",
-    "Setting",
     "Slice",
     "Source",
+    "as_data",
     "outputs",
     "parse",
     "resolve",
     "text_of",
+    "to_yaml",
 ]

@@ -20,8 +20,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
-from mergekit_lite.recipe.checks import uneven
-from mergekit_lite.recipe.merge import Slice, Source
+from mergekit_lite.recipe.recipe import Slice, Source
 from mergekit_lite.recipe.rules import Spot
 
 FIRST_NUMBER = re.compile(r"(?:(.*?)\.)??(0|[1-9][0-9]{0,6})\.(.*)", re.DOTALL)
@@ -98,23 +97,24 @@ def depth(layer: int, layers: int) -> Fraction:
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
 
 
-def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Outputs:
-    """What each tensor of the output is made of.
+def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]], first: str | None = None) -> Outputs:
+    """Return what each tensor of the output is made of.
 
     Args:
         slices: of a recipe.
         names: each model's tensors, by its reference.
+        first: the model whose tensors come first, where layers are not moved; by default the base, else the first one.
     """
     whole = all(source.layers is None for part in slices for source in part.sources)
     if whole and len(slices) == 1:
-        return _merged(slices[0], names)
+        return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model)
     return _stacked(slices, names)
 
 
-def _merged(part: Slice, names: Mapping[str, Sequence[str]]) -> Outputs:
-    """``models:``: every name of every model, those of the base (or the first model) first."""
+def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outputs:
+    """Return what ``models:`` makes: every name of every model."""
     found = {source.model: stacks(names[source.model]) for source in part.sources}
-    order = sorted(range(len(part.sources)), key=lambda index: index != (part.base or 0))
+    order = sorted(range(len(part.sources)), key=lambda index: part.sources[index].model != first)
     lengths: dict[str, dict[int, str]] = {}
     for index in order:
         for stack, length in found[part.sources[index].model].items():
@@ -153,7 +153,7 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
     layered = {model: _layered(model, names[model], problems) for model in models}
     known = {model: found for model, found in layered.items() if found is not None}
     for part in slices:
-        problems += filter(None, [uneven(part)])
+        problems += filter(None, [part.uneven])
         problems += [
             problem
             for source in part.sources

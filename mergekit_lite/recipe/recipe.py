@@ -1,28 +1,80 @@
-"""What the user wants: models, a method, its numbers for every tensor, and how to write the result."""
+"""A recipe as data: what the user wants, validated and immutable, each part with its place in the text.
+
+A YAML text (``schema.parse``), the command ``extrapolate`` and Python all make the same ``Recipe``.
+
+``models:`` is one slice with all layers of each model. Where a base model is an input of a slice it stands among the
+slice's sources, at the end if the recipe doesn't list it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from mergekit_lite import dtypes
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import UsageError, listing, nearest
+from mergekit_lite.methods import METHODS
+from mergekit_lite.recipe.rules import NOWHERE, Filter, Parameters, Spot, joined
+from mergekit_lite.recipe.templates import TEMPLATES
+from mergekit_lite.rounding import ROUNDINGS
+from mergekit_lite.yaml_document import Mark, Remark
 
 NEW_ROWS = ("refuse", "copy")
+BASE = "base"  # as a tokenizer: that of the base model
+KNOWN_TEMPLATES = ("auto", *TEMPLATES)
+SHORTEST_TEMPLATE = 20  # characters
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A parameter's value for every tensor: the first rule whose pattern is in the tensor's name, else the default."""
+class Source:
+    """One model that goes into a slice.
 
-    default: float
-    rules: tuple[tuple[str, float], ...] = ()
+    Attributes:
+        model: its reference.
+        layers: the first layer and the one behind the last, or None for all.
+        parameters: for this model alone.
+    """
 
-    def value(self, tensor: str) -> float:
-        """The value for one tensor."""
-        return next((value for pattern, value in self.rules if re.search(pattern, tensor)), self.default)
+    model: str
+    layers: tuple[int, int] | None = None
+    parameters: Parameters = field(default_factory=dict)
+    at: Mark = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of layers of the output, and what it is merged from.
+
+    Attributes:
+        sources: the inputs, in the order of the recipe.
+        base: which of them is the base model, if one is.
+        parameters: for this slice.
+    """
+
+    sources: tuple[Source, ...]
+    base: int | None = None
+    parameters: Parameters = field(default_factory=dict)
+    at: Mark = field(default=NOWHERE, compare=False)
+
+    @property
+    def uneven(self) -> str | None:
+        """What is wrong where the sources have ranges of different lengths, else None."""
+        ranges = [(source.model, source.layers) for source in self.sources if source.layers is not None]
+        if len({end - start for _, (start, end) in ranges}) <= 1:
+            return None
+        listed = ", ".join(f"{model} [{start}, {end}]" for model, (start, end) in ranges)
+        return f"all sources of a slice have the same number of layers, got {listed}"
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another method, or other parameters, for the tensors of a filter."""
+
+    filter: Filter
+    merge_method: str
+    parameters: Parameters = field(default_factory=dict)
+    at: Mark = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True)
@@ -31,75 +83,136 @@ class Recipe:
 
     Attributes:
         merge_method: the method's name.
-        models: references in the order of the method's inputs. The first one gives the output its tensors, shards,
-            config and tokenizer.
-        variants: the method's parameters, once for each output; all outputs are made in one pass over the inputs.
-        include, exclude: regular expressions; a tensor that is not included, or is excluded, is copied from the first
-            model.
-        out_dtype: the dtype of all float tensors, or None for each as in the first model.
+        slices: what the layers of the output are made of, from the first to the last.
+        base_model: the reference of the base, if there is one.
+        parameters: for all slices and models that say nothing else.
+        outputs: where several outputs are made in one pass over the inputs, the parameters of each, which go before
+            ``parameters``; empty for one output.
+        overrides: the first one that matches a tensor decides.
+        include: tensors that are merged, all others are copied; empty for all.
+        exclude: tensors that are copied. Copies come from the model that gives config and tokenizer.
+        dtype: the dtype of the output where ``out_dtype`` is None; None for that of the inputs.
+        out_dtype: the dtype of the output, or None for ``dtype``.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
-        new_rows: ``refuse``, or ``copy`` to take rows that only the first model's vocabulary has from there.
-        shard_size: most bytes of data in one output file, or None for the shards of the first model.
+        new_rows: ``refuse``, or ``copy`` to take rows over that only the vocabulary of the model that gives the config
+            has; for methods that continue that model (``expo``).
+        chat_template: ``auto``, the name of a template, or a template; None for the tokenizer's own.
+        tokenizer: ``base``, or the model that gives the tokenizer; None for the model that gives the config.
+        notes: what the user should know though it is no error.
+
+    Raises:
+        UsageError: a value is none of those above, or a filter is no regular expression; every problem is named.
     """
 
     merge_method: str
-    models: tuple[str, ...]
-    variants: tuple[Mapping[str, Setting], ...]
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    slices: tuple[Slice, ...]
+    base_model: str | None = None
+    parameters: Parameters = field(default_factory=dict)
+    outputs: tuple[Parameters, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    include: tuple[Filter, ...] = ()
+    exclude: tuple[Filter, ...] = ()
+    dtype: str | None = None
     out_dtype: str | None = None
     rounding: str = "nearest"
     seed: int = 0
     new_rows: str = "refuse"
-    shard_size: int | None = None
+    chat_template: str | None = None
+    tokenizer: str | None = None
+    notes: tuple[Remark, ...] = field(default=(), compare=False)
+    at: Mark = field(default=NOWHERE, compare=False)
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the models."""
-        patterns = [*self.include, *self.exclude]
-        patterns += [
-            pattern for variant in self.variants for setting in variant.values() for pattern, _ in setting.rules
-        ]
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
-        if self.out_dtype is not None and self.out_dtype not in dtypes.FLOATS:
-            raise UsageError(f"Unknown output dtype {self.out_dtype!r}: expected one of {', '.join(dtypes.FLOATS)}.")
-
-    def as_data(self, variant: int) -> dict[str, Any]:
-        """One variant as a mergekit-like recipe, for the manifest and the model card."""
-        parameters: dict[str, Any] = {}
-        for name, setting in self.variants[variant].items():
-            rules = [{"filter": f"regex:{pattern}", "value": value} for pattern, value in setting.rules]
-            parameters[name] = [*rules, {"value": setting.default}] if rules else setting.default
-        data: dict[str, Any] = {
-            "merge_method": self.merge_method,
-            "base_model": self.models[-1],
-            "models": [{"model": model} for model in self.models[:-1]],
-            "parameters": parameters,
-        }
-        extras: dict[str, Any] = {
-            "include": list(self.include),
-            "exclude": list(self.exclude),
-            "out_dtype": self.out_dtype,
-        }
-        if self.rounding != "nearest":
-            extras |= {"rounding": self.rounding, "seed": self.seed}
-        if self.new_rows != "refuse":
-            extras["new_rows"] = self.new_rows
-        return data | {name: value for name, value in extras.items() if value}
+        """Check what can be checked without methods and models."""
+        if problems := list(dict.fromkeys(_problems(self))):
+            raise UsageError(listing("The recipe is wrong", problems) if len(problems) > 1 else problems[0])
 
     @property
-    def patterns(self) -> list[str]:
-        """Every regular expression in the recipe, once."""
-        of_rules = [
-            pattern for variant in self.variants for setting in variant.values() for pattern, _ in setting.rules
-        ]
-        return list(dict.fromkeys([*self.include, *self.exclude, *of_rules]))
+    def models(self) -> tuple[str, ...]:
+        """Every model that is read, once, in the order of the recipe; a base that is no input comes last."""
+        listed = [source.model for part in self.slices for source in part.sources]
+        return tuple(dict.fromkeys([*listed, *([self.base_model] if self.base_model else [])]))
 
-    def selects(self, tensor: str) -> bool:
-        """Whether a tensor goes through the method."""
-        included = not self.include or any(re.search(pattern, tensor) for pattern in self.include)
-        return included and not any(re.search(pattern, tensor) for pattern in self.exclude)
+    @property
+    def config_source(self) -> str:
+        """The model that gives config and tokenizer: the base, else the first one; the one that ExPO continues."""
+        if METHODS[self.merge_method].config_source == "model":
+            return next((model for model in self.models if model != self.base_model), self.models[0])
+        return self.base_model or self.models[0]
+
+    @property
+    def for_outputs(self) -> tuple[Recipe, ...]:
+        """A recipe for each output alone."""
+        alone = [replace(self, parameters=joined(own, self.parameters), outputs=()) for own in self.outputs]
+        return tuple(alone) or (self,)
+
+    @property
+    def levels(self) -> Iterator[Parameters]:
+        """Every mapping of parameters in the recipe."""
+        yield self.parameters
+        yield from self.outputs
+        for part in self.slices:
+            yield part.parameters
+            yield from (source.parameters for source in part.sources)
+        yield from (override.parameters for override in self.overrides)
+
+    @property
+    def filters(self) -> Iterator[Filter]:
+        """Every filter in the recipe."""
+        yield from (*self.include, *self.exclude, *(override.filter for override in self.overrides))
+        for parameters in self.levels:
+            yield from (rule.filter for rules in parameters.values() for rule in rules)
+
+    def why_copied(self, spot: Spot) -> str:
+        """Return why a tensor is copied instead of merged; empty where it is merged."""
+        if self.include and not any(pattern.matches(spot) for pattern in self.include):
+            return "not included"
+        return "excluded" if any(pattern.matches(spot) for pattern in self.exclude) else ""
+
+    def override_for(self, spot: Spot) -> Override | None:
+        """Return the override that decides for a tensor."""
+        return next((override for override in self.overrides if override.filter.matches(spot)), None)
+
+
+def is_template(text: str) -> bool:
+    """Return whether a text is ``auto``, the name of a chat template, or may be a template itself."""
+    return text in KNOWN_TEMPLATES or ("{" in text and len(text) >= SHORTEST_TEMPLATE)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    for part in recipe.slices:
+        if part.base is not None and not 0 <= part.base < len(part.sources):
+            yield f"base is {part.base}: it is the number of one of the slice's {len(part.sources)} sources."
+    for name, value, known in (
+        ("rounding", recipe.rounding, ROUNDINGS),
+        ("new_rows", recipe.new_rows, NEW_ROWS),
+        ("dtype", recipe.dtype, (None, *dtypes.FLOATS)),
+        ("out_dtype", recipe.out_dtype, (None, *dtypes.FLOATS)),
+        ("tokenizer", recipe.tokenizer, (None, BASE, *recipe.models)),
+    ):
+        if value not in known:
+            yield _unknown(name, value, known)
+    if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or recipe.seed < 0:
+        yield f"seed expects a whole number from 0 on, got {recipe.seed!r}."
+    if recipe.chat_template is not None and not is_template(recipe.chat_template):
+        yield _unknown("chat_template", recipe.chat_template, (*KNOWN_TEMPLATES, "a Jinja template"))
+    ranges = [source.layers for part in recipe.slices for source in part.sources]
+    for filter_ in recipe.filters:
+        ranges.append(filter_.layers)
+        try:
+            filter_.pattern  # noqa: B018  (compiled here)
+        except re.error as error:
+            yield f"{filter_.expression!r} is not a regular expression: {error}."
+    yield from (
+        f"layers expect two whole numbers, the first from 0 on and less than the end, got {layers!r}."
+        for layers in ranges
+        if layers is not None and not 0 <= layers[0] < layers[1]
+    )
+    for parameters in recipe.levels:
+        yield from (f"{name} has no value." for name, rules in parameters.items() for rule in rules if not rule.values)
+
+
+def _unknown(name: str, value: object, known: tuple[str | None, ...]) -> str:
+    names = [text for text in known if text is not None]
+    return f"{name} expects one of {', '.join(names)}, got {value!r}.{nearest(str(value), names)}"

@@ -13,10 +13,11 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
+from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.recipe.layers import Output
-from mergekit_lite.recipe.merge import MergeRecipe
-from mergekit_lite.recipe.parameters import MethodParameters, Parameter
-from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Spot, along, rule_for
+from mergekit_lite.recipe.recipe import Recipe
+from mergekit_lite.recipe.rules import Filter, Parameters, Spot, along, rule_for
 from mergekit_lite.yaml_document import Remark, Value
 
 
@@ -53,16 +54,15 @@ class Resolved(NamedTuple):
     notes: tuple[Remark, ...]
 
 
-def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str, MethodParameters]) -> Resolved:
+def resolve(recipe: Recipe, outputs: Sequence[Output]) -> Resolved:
     """The numbers of all tensors.
 
     Args:
         recipe: the recipe.
         outputs: its tensors, from ``layers.outputs``.
-        methods: what each method takes.
     """
-    resolving = _Resolving(recipe, methods, tuple(_filters(recipe)))
-    numbers = tuple(None if recipe.excludes(output.spot) else resolving.numbers(output) for output in outputs)
+    resolving = _Resolving(recipe, tuple(_filters(recipe)))
+    numbers = tuple(None if recipe.why_copied(output.spot) else resolving.numbers(output) for output in outputs)
     spots = [output.spot for output in outputs]
     return Resolved(numbers, tuple(resolving.problems()), tuple(sorted(_idle(recipe, resolving.used, spots))))
 
@@ -71,8 +71,7 @@ def resolve(recipe: MergeRecipe, outputs: Sequence[Output], methods: Mapping[str
 class _Resolving:
     """Tensors for which the same filters match, at the same point of the gradients, share their numbers."""
 
-    recipe: MergeRecipe
-    methods: Mapping[str, MethodParameters]
+    recipe: Recipe
     filters: tuple[Filter, ...]
     used: set[int] = field(default_factory=set)  # rules that decided something, by identity
     wrong: dict[str, list[str]] = field(default_factory=dict)  # problem: the tensors that have it
@@ -100,22 +99,24 @@ class _Resolving:
         part = self.recipe.slices[output.part]
         override = self.recipe.override_for(output.spot)
         name = override.merge_method if override else self.recipe.merge_method
-        takes = self.methods[name]
+        method = METHODS[name]
         above: list[Parameters] = [override.parameters] if override else []
         below = [part.parameters, self.recipe.parameters]
         shared = {
             key: self.value(_Asked(name, key, parameter, output.spot), [*above, *below], output.t, problems)
-            for key, parameter in takes.shared.items()
+            for key, parameter in method.parameters.items()
+            if not parameter.each
         }
         per_model = []
         for index, spot in output.inputs:
             source = part.sources[index]
-            merged = takes.base == "none" or index != part.base
+            merged = method.merges_base or index != part.base
             levels = [*above, source.parameters, *below]
             per_model.append(
                 {
                     key: self.value(_Asked(name, key, parameter, spot, source.model), levels, output.t, problems)
-                    for key, parameter in (takes.per_model.items() if merged else ())
+                    for key, parameter in method.parameters.items()
+                    if parameter.each and merged
                 }
             )
         return Numbers(name, shared, tuple(per_model))
@@ -142,30 +143,23 @@ class _Resolving:
             yield f"{text} for {tensors[0]}{more}"
 
 
-def _idle(recipe: MergeRecipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:
+def _idle(recipe: Recipe, used: set[int], spots: Sequence[Spot]) -> Iterator[Remark]:
     """Filters that do nothing: often a name misspelt."""
-    for parameters in _levels(recipe):
+    for parameters in recipe.levels:
         for name, rules in parameters.items():
             for rule in rules:
                 if not rule.filter.matches_all and id(rule) not in used:
                     yield Remark(rule.filter.at, f"the filter {rule.filter} of {name!r} decides for no tensor")
-    others = [("exclude", pattern) for pattern in recipe.exclude]
+    others = [("include", pattern) for pattern in recipe.include]
+    others += [("exclude", pattern) for pattern in recipe.exclude]
     others += [("an override", override.filter) for override in recipe.overrides]
     for name, pattern in others:
         if not any(pattern.matches(spot) for spot in spots):
             yield Remark(pattern.at, f"the filter {pattern} of {name} matches no tensor")
 
 
-def _filters(recipe: MergeRecipe) -> Iterator[Filter]:
+def _filters(recipe: Recipe) -> Iterator[Filter]:
     """All that look at a tensor before its numbers are known."""
     yield from (override.filter for override in recipe.overrides)
-    for parameters in _levels(recipe):
+    for parameters in recipe.levels:
         yield from (rule.filter for rules in parameters.values() for rule in rules if not rule.filter.matches_all)
-
-
-def _levels(recipe: MergeRecipe) -> Iterator[Mapping[str, tuple[Rule, ...]]]:
-    yield recipe.parameters
-    for part in recipe.slices:
-        yield part.parameters
-        yield from (source.parameters for source in part.sources)
-    yield from (override.parameters for override in recipe.overrides)

@@ -52,12 +52,17 @@ class Filter:
     layers: tuple[int, int] | None = None
     at: Mark = field(default=NOWHERE, compare=False)
 
+    @property
+    def expression(self) -> str:
+        """The text of the regular expression that finds what the filter matches."""
+        if self.text == "*":
+            return ""
+        return self.text[len(REGEX) :] if self.text.startswith(REGEX) else re.escape(self.text)
+
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """As a regular expression. Raises re.error."""
-        if self.text == "*":
-            return re.compile("")
-        return re.compile(self.text[len(REGEX) :] if self.text.startswith(REGEX) else re.escape(self.text))
+        """The filter as a regular expression. Raises re.error."""
+        return re.compile(self.expression)
 
     @property
     def matches_all(self) -> bool:
@@ -102,6 +107,18 @@ def along(values: Sequence[Value], t: Fraction) -> Value:
         return low
     # In this form equal neighbours give themselves, to the bit.
     return low + (high - low) * (rest / t.denominator)
+
+
+def joined(above: Parameters, below: Parameters) -> Parameters:
+    """Return two levels of parameters as one: the rules of the level above go first."""
+    names = dict.fromkeys([*above, *below])
+    return {name: _until_all((*above.get(name, ()), *below.get(name, ()))) for name in names}
+
+
+def _until_all(rules: Rules) -> Rules:
+    """Return the rules without those behind one that matches everything: they are never reached."""
+    reached = next((number for number, rule in enumerate(rules) if rule.filter.matches_all), len(rules))
+    return rules[: reached + 1]
 
 
 def first(rules: Iterable[Rule], spot: Spot) -> Rule | None:

@@ -18,34 +18,37 @@
 
 Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
 
-    exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors copied from the base
+    include: [mlp, self_attn]      # the tensors that are merged; all others are copied
+    exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors that are copied
     overrides:                     # for the tensors of a filter: other parameters, or another method
       - filter: norm               # and/or layers: [first, end]; the first override that matches decides
         merge_method: linear       # default: the recipe's
         parameters: {weight: 1}    # before all other levels; for what they lack those hold too
     seed: 0                        # of everything random (random_seed is read as well)
     rounding: stochastic           # or nearest, the default
+    new_rows: copy                 # of expo: rows that only the aligned model's vocabulary has; or refuse, the default
 
 Everything else is an error, and all errors are told at once. What mergekit has and this has not yet is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mergekit_lite.errors import nearest
-from mergekit_lite.recipe import settings
-from mergekit_lite.recipe.checks import lacking, miscounted
-from mergekit_lite.recipe.merge import MergeRecipe, Override, Slice, Source
-from mergekit_lite.recipe.parameters import MethodParameters, Parameter
+from mergekit_lite.methods import METHODS, Method
+from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
+from mergekit_lite.recipe import values
+from mergekit_lite.recipe.recipe import NEW_ROWS, Override, Recipe, Slice, Source
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
+from mergekit_lite.rounding import ROUNDINGS
 from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "exclude", "overrides", "seed", "random_seed", "rounding",
+    "tokenizer", "chat_template", "include", "exclude", "new_rows", "overrides", "seed", "random_seed", "rounding",
 )  # fmt: skip
 MODEL_KEYS = ("model", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
@@ -59,30 +62,28 @@ REFUSED = {
     **{key: f"{key}: {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
     **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
 }
-NO_EFFECT = {"int8_mask": "int8_mask has no effect and is ignored"}
 
 
-def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "The recipe") -> MergeRecipe:
+def parse(content: str, source: str = "The recipe") -> Recipe:
     """The recipe in a YAML text.
 
     Args:
         content: the text.
-        methods: what each method takes.
         source: where the text is from, for messages.
 
     Raises:
         RecipeError: with every problem and its place.
     """
-    parser = _Parser(methods)
+    parser = _Parser()
     root = read(content, source)
     if not isinstance(root, Fields):
         expected = f"a recipe is a mapping with merge_method and models or slices, got {describe(root)}"
         raise RecipeError(source, [Remark(root.at, expected)])
     recipe = parser.recipe(root)
     if parser.used:
-        parser.problems += miscounted(recipe, methods)
+        parser.problems += _miscounted(recipe)
         # A misspelt parameter is told once, not also as one that is lacking.
-        parser.problems += [] if parser.refused else lacking(recipe, methods)
+        parser.problems += [] if parser.refused else _lacking(recipe)
     if parser.problems:
         raise RecipeError(source, parser.problems)
     return recipe
@@ -90,14 +91,13 @@ def parse(content: str, methods: Mapping[str, MethodParameters], source: str = "
 
 @dataclass
 class _Parser:
-    methods: Mapping[str, MethodParameters]
     problems: list[Remark] = field(default_factory=list)
     notes: list[Remark] = field(default_factory=list)
     used: tuple[str, ...] = ()  # methods of the recipe; empty where one is unknown, so that no parameter is judged
     base: str | None = None
     refused: bool = False  # whether a parameter stands where it can't
 
-    def recipe(self, root: Node) -> MergeRecipe:
+    def recipe(self, root: Node) -> Recipe:
         parts = fields(root, "the recipe", KEYS, self.problems, self.misplaced | REFUSED)
         main = self.method(parts.get("merge_method"), root.at)
         self.base = self.base_model(parts)
@@ -105,30 +105,32 @@ class _Parser:
         overrides = [self.override(node, main) for node in overridden]
         named = {main, *(override.merge_method for override, _ in overrides)}
         self.used = tuple(dict.fromkeys([main, *(o.merge_method for o, _ in overrides)])) if "" not in named else ()
-        recipe = MergeRecipe(
+        recipe = Recipe(
             main,
             self.slices(parts, root.at),
             self.base,
             self.parameters(parts, self.used),
-            tuple(
-                Override(made.filter, made.merge_method, self.parameters(keys, (made.merge_method,)), made.at)
-                for made, keys in overrides
+            overrides=tuple(
+                replace(override, parameters=self.parameters(keys, (override.merge_method,)))
+                for override, keys in overrides
             ),
-            tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
-            settings.dtype(parts.get("dtype"), "dtype", self.problems),
-            settings.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
-            self.rounding(parts.get("rounding")),
-            settings.seed(parts, self.problems, self.notes),
-            settings.template(parts.get("chat_template"), self.problems),
+            include=tuple(self.pattern(node) for node in self.several(parts.get("include"))),
+            exclude=tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
+            dtype=values.dtype(parts.get("dtype"), "dtype", self.problems),
+            out_dtype=values.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
+            rounding=self.chosen(parts, "rounding", ROUNDINGS),
+            seed=values.seed(parts, self.problems, self.notes),
+            new_rows=self.chosen(parts, "new_rows", NEW_ROWS),
+            chat_template=values.template(parts.get("chat_template"), self.problems),
             notes=tuple(self.notes),
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
-        return replace(recipe, tokenizer=settings.tokenizer(parts, recipe.models, self.problems))
+        return replace(recipe, tokenizer=values.tokenizer(parts, recipe.models, self.problems))
 
     @property
     def misplaced(self) -> dict[str, str]:
         """Parameters that stand beside 'parameters' instead of under it."""
-        names = {name for method in self.methods.values() for name in method.all} | NO_EFFECT.keys()
+        names = {name for method in METHODS.values() for name in method.parameters} | NO_EFFECT.keys()
         return {name: f"{name!r} is a parameter: put it under 'parameters'" for name in names}
 
     def method(self, node: Node | None, at: Mark) -> str:
@@ -136,15 +138,15 @@ class _Parser:
             self.problems.append(Remark(at, "the recipe has no 'merge_method'"))
             return ""
         name = text(node, "merge_method", self.problems)
-        if name in self.methods or not name:
+        if name in METHODS or not name:
             return name
-        hint = nearest(name, self.methods) or f" Known: {', '.join(sorted(self.methods))}."
+        hint = nearest(name, METHODS) or f" Known: {', '.join(sorted(METHODS))}."
         self.problems.append(Remark(node.at, f"unknown merge_method {name!r}.{hint}"))
         return ""
 
     def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
         """A reference; empty where it is wrong, None where there is none."""
-        return settings.reference(parts[name], name, self.problems) if name in parts else None
+        return values.reference(parts[name], name, self.problems) if name in parts else None
 
     def base_model(self, parts: Mapping[str, Node]) -> str | None:
         """The base, which can't be a task vector; empty where it is wrong, None where there is none."""
@@ -199,8 +201,12 @@ class _Parser:
             if source.model and source.model in {earlier.model for earlier in sources[:index]}:
                 self.problems.append(Remark(source.at, f"{source.model!r} is listed twice: a model goes in once"))
         listed = [source.model for source in sources]
+        continues = bool(self.used) and all(METHODS[name].config_source == "model" for name in self.used)
+        if base is not None and listed == [base] and continues:
+            self.notes.append(Remark(sources[0].at, f"{base!r} is continued from itself: it is the base_model too"))
+            return Slice((*sources, Source(base, sources[0].layers, at=at)), 1, parameters, at)
         ranges = {source.layers for source in sources}
-        wanted = ranges == {None} or any(self.methods[name].base != "none" for name in self.used)
+        wanted = ranges == {None} or not all(METHODS[name].merges_base for name in self.used)
         if base is not None and base not in listed and wanted and sources:
             if len(ranges) > 1:
                 differ = f"base_model {base!r} is not among the sources and their ranges differ: list it with its own"
@@ -220,9 +226,10 @@ class _Parser:
             return {}
         taken: dict[str, Parameter] = {}
         for name in reversed(methods):
-            takes = self.methods[name]
-            apart = base and takes.base != "none"
-            taken |= {} if apart else takes.per_model if model is not None else takes.all
+            if base and not METHODS[name].merges_base:
+                continue
+            known = METHODS[name].parameters
+            taken |= {key: parameter for key, parameter in known.items() if model is None or parameter.each}
         found = {}
         for key, value in node.entries:
             if key.text in NO_EFFECT:
@@ -240,11 +247,12 @@ class _Parser:
         """Why a parameter can't stand where it does."""
         who = " and ".join(methods)
         verb = "takes" if len(methods) == 1 else "take"
-        if any(name in self.methods[method].shared for method in methods):
+        known = [METHODS[method].parameters for method in methods]
+        if any(name in each and not each[name].each for each in known):
             return f"{name!r} is one value for all models: put it under the recipe's 'parameters'"
-        if base and any(name in self.methods[method].per_model for method in methods):
+        if base and any(name in each for each in known):
             return f"{who} {verb} no {name!r} of the base model {model!r}: remove it"
-        everything = {key for method in methods for key in self.methods[method].all}
+        everything = {key for each in known for key in each}
         hint = nearest(name, everything) or (f" Known: {', '.join(sorted(everything))}." if everything else "")
         return f"{who} {verb} no parameter {name!r}.{hint}"
 
@@ -262,7 +270,7 @@ class _Parser:
         return (node,) if isinstance(node, Scalar | Fields) else items(node, "filters", self.problems)
 
     def pattern(self, node: Node) -> Filter:
-        """An entry of ``exclude``."""
+        """An entry of ``include`` or ``exclude``."""
         if isinstance(node, Fields):
             parts = fields(node, "a filter", ("filter", "layers"), self.problems)
             if not parts:
@@ -270,6 +278,62 @@ class _Parser:
             return filter_of(parts, self.problems)
         return filter_of({"filter": node}, self.problems)
 
-    def rounding(self, node: Node | None) -> str:
-        known = ("nearest", "stochastic")
-        return "nearest" if node is None else choice(node, "rounding", known, self.problems) or "nearest"
+    def chosen(self, parts: Mapping[str, Node], name: str, known: tuple[str, ...]) -> str:
+        """One of the known texts; the first one where the recipe doesn't say."""
+        return (choice(parts[name], name, known, self.problems) if name in parts else None) or known[0]
+
+
+def _miscounted(recipe: Recipe) -> Iterator[Remark]:
+    """Slices with too few or too many models for their methods, without a base, or with ranges that differ."""
+    for part in (part for part in recipe.slices if part.sources):
+        where = _in_slice(recipe, part)
+        for method, _, at in _methods(recipe):
+            number = len(_merged(part, method))
+            if method.base == "required" and part.base is None:
+                yield Remark(at, f"{method.name} needs a base_model{where}")
+            elif not method.counts(number):
+                yield Remark(at, f"{method.name} merges {method.expected}, got {number}{where}")
+        if part.uneven:
+            yield Remark(part.at, part.uneven)
+
+
+def _lacking(recipe: Recipe) -> Iterator[Remark]:
+    """Parameters without a default that are given nowhere."""
+    for part in recipe.slices:
+        for method, over, at in _methods(recipe):
+            levels = (over, part.parameters, recipe.parameters)
+            required = {key for key, parameter in method.parameters.items() if parameter.required}
+            for key in sorted(required - {key for level in levels for key in level}):
+                if method.parameters[key].each:
+                    yield from _lacking_of_models(recipe, part, method, key, at)
+                else:
+                    yield Remark(at, f"{method.name} needs the parameter {key!r}{_in_slice(recipe, part)}")
+
+
+def _lacking_of_models(recipe: Recipe, part: Slice, method: Method, key: str, at: Mark) -> Iterator[Remark]:
+    merged = _merged(part, method)
+    # A source without a model has been complained about.
+    without = [index for index in merged if key not in part.sources[index].parameters and part.sources[index].model]
+    if len(without) == len(merged) > 1:
+        yield Remark(at, f"{method.name} needs the parameter {key!r} of each model{_in_slice(recipe, part)}")
+        return
+    for source in (part.sources[index] for index in without):
+        # A base that the recipe doesn't list has the place of the list.
+        unlisted = ": base_model is one of the models that are merged" if source.at == part.at else ""
+        yield Remark(source.at, f"{method.name} needs the parameter {key!r} of {source.model!r}{unlisted}")
+
+
+def _methods(recipe: Recipe) -> Iterator[tuple[Method, Parameters, Mark]]:
+    """Each method of the recipe with the parameters that an override gives it, and its place."""
+    yield METHODS[recipe.merge_method], {}, recipe.at
+    for override in recipe.overrides:
+        yield METHODS[override.merge_method], override.parameters, override.at
+
+
+def _merged(part: Slice, method: Method) -> list[int]:
+    """The sources that a method merges: all but the base, where it has another use for that."""
+    return [index for index in range(len(part.sources)) if method.merges_base or index != part.base]
+
+
+def _in_slice(recipe: Recipe, part: Slice) -> str:
+    return f" in the slice of line {part.at.line}" if len(recipe.slices) > 1 else ""

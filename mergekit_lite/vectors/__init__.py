@@ -1,1 +1,1 @@
-"""Task vectors, what a tuned model adds to its base: as files, looked at, compared."""
+"""Task vectors: what tuning adds to a model, extracted into files, applied and combined."""

@@ -1,8 +1,9 @@
-"""Ways to store a difference: exactly, its largest elements, its signs, or the tensor itself.
+"""Encoders: ways to store a difference, as it is, its largest elements, its signs, or the tensor itself.
 
-An encoder looks at a difference once to tell which parts it will write (``measure``), then writes them (``write``) and
-returns the sum of squares of what it threw away. A difference of two floats of one format is the sum of two others
-(Dekker 1971): ``dense`` rounds it to the format, and puts what that leaves, where it leaves anything, beside it.
+An encoder reads a difference twice: ``plan`` computes which parts it will write and how long they are, ``write`` writes
+them and returns the sum of squares of what it threw away. A difference of two floats of one format is the sum of two
+floats of that format (Dekker 1971): ``DenseEncoder`` rounds it to the format, and stores what the rounding left, where
+it left anything, as a sparse tensor.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.change import CHUNK
-from mergekit_lite.checkpoint.pieces import by_rows
+from mergekit_lite.checkpoint.encodings.pieces import by_rows
+from mergekit_lite.checkpoint.encodings.sparse import CHUNK
 from mergekit_lite.errors import RunError
-from mergekit_lite.methods.passes import Passes, Reduction, TensorInfo, Totals, joined
+from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals, answered
 from mergekit_lite.methods.statistics import largest
-from mergekit_lite.vectors.pairs import BLOCK, Difference, bits, read
+from mergekit_lite.methods.tensor_merge import joined
+from mergekit_lite.ops.torch_ops import figures_of
+from mergekit_lite.vectors.differences import READ_ELEMENTS, TensorDifference, bits
 
-Put = Callable[[str, int, torch.Tensor], None]  # (part, index of the first element, values)
+WritePart = Callable[[str, int, torch.Tensor], None]  # (part, index of the first element, values)
 
 
-class Part(NamedTuple):
-    """A tensor of the file: what is put behind the tensor's name, dtype, shape."""
+class StoredPart(NamedTuple):
+    """One tensor of the file: the suffix of its name, its dtype and shape."""
 
     suffix: str
     dtype: str
@@ -35,179 +38,186 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """The parts that will be written, and what the encoder wants to remember until then."""
+class StoragePlan:
+    """The parts that an encoder will write, and what it needs to remember until then."""
 
-    parts: tuple[Part, ...]
-    memory: Any = None
+    parts: tuple[StoredPart, ...]
+    state: Any = None
 
 
 class Encoder(Protocol):
-    """One way to store a difference."""
+    """One way to store a difference; ``name`` is its name in manifests."""
 
-    def measure(self, difference: Difference) -> Sketch:
-        """Look at it: which parts, how long?"""
+    name: ClassVar[str]
 
-    def write(self, difference: Difference, sketch: Sketch, put: Put) -> float:
-        """Write the parts. Returns ‖what is thrown away‖²."""
+    def plan(self, difference: TensorDifference) -> StoragePlan:
+        """Read the difference and return the parts to write, with their shapes."""
+
+    def write(self, difference: TensorDifference, storage: StoragePlan, write_part: WritePart) -> float:
+        """Write the parts, and return ‖what is thrown away‖²."""
 
 
-class Whole:
-    """The tuned model's tensor, as it is."""
+class WholeEncoder:
+    """Stores the tuned model's tensor itself."""
 
-    def measure(self, difference: Difference) -> Sketch:
-        """One part: the tensor."""
+    name: ClassVar[str] = "whole"
+
+    def plan(self, difference: TensorDifference) -> StoragePlan:
+        """Return one part, of the tensor's dtype and shape."""
         tuned = difference.pair.tuned
-        return Sketch((Part("whole", tuned.dtype, tuned.shape),))
+        return StoragePlan((StoredPart("whole", tuned.dtype, tuned.shape),))
 
-    def write(self, difference: Difference, sketch: Sketch, put: Put) -> float:
-        """Copy it."""
+    def write(self, difference: TensorDifference, storage: StoragePlan, write_part: WritePart) -> float:
+        """Copy the tensor."""
         tuned = difference.pair.tuned
-        for start in range(0, tuned.numel, BLOCK):
-            put("whole", start, read(difference.reader, tuned, start, min(BLOCK, tuned.numel - start)))
+        for start in range(0, tuned.numel, READ_ELEMENTS):
+            count = min(READ_ELEMENTS, tuned.numel - start)
+            write_part("whole", start, tuned.elements(difference.reader, start, count))
         return 0.0
 
 
-class Dense:
-    """Every difference, so that base + difference is the tuned model to the bit."""
+class DenseEncoder:
+    """Stores every element, so that base + difference is the tuned model to the bit."""
 
-    def measure(self, difference: Difference) -> Sketch:
-        """Count in each chunk what rounding leaves. Raises RunError where no two floats hold the difference."""
+    name: ClassVar[str] = "dense"
+
+    def plan(self, difference: TensorDifference) -> StoragePlan:
+        """Count in each chunk the elements that rounding changes. Raises RunError where two floats are not enough."""
         pair = difference.pair
         counts: list[int] = []
         for _, base, tuned in difference.blocks():
             rounded, rest = split(base, tuned, pair.stored)
             _check_exact(difference, base, tuned, rounded, rest)
-            counts += counted(_told(rest))
-        parts = (Part("", pair.stored, pair.tuned.shape),)
-        return Sketch(parts + (sparse_parts(counts, pair.stored) if any(counts) else ()), counts)
+            counts += _counts(_is_stored(rest))
+        parts = (StoredPart("", pair.stored, pair.tuned.shape),)
+        return StoragePlan(parts + (sparse_parts(counts, pair.stored) if any(counts) else ()), counts)
 
-    def write(self, difference: Difference, sketch: Sketch, put: Put) -> float:
-        """Write the rounded differences, and beside them what that left."""
-        rests = SparseWriter(sketch.memory, put) if len(sketch.parts) > 1 else None
+    def write(self, difference: TensorDifference, storage: StoragePlan, write_part: WritePart) -> float:
+        """Write the rounded difference and, where any, the sparse rest."""
+        rest_writer = SparseWriter(storage.state, write_part) if len(storage.parts) > 1 else None
         for start, base, tuned in difference.blocks():
             rounded, rest = split(base, tuned, difference.pair.stored)
-            put("", start, rounded)
-            if rests is not None:
-                rests.add(_told(rest), rest)
+            write_part("", start, rounded)
+            if rest_writer is not None:
+                rest_writer.add(_is_stored(rest), rest)
         return 0.0
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """The largest differences of each tensor: a share of them (``density``), or those from ``threshold`` on."""
+class SparseEncoder:
+    """Stores the largest elements: a share of the tensor (``density``), or those from ``threshold`` on."""
+
+    name: ClassVar[str] = "sparse"
 
     density: float | None = None
     threshold: float | None = None
 
-    def measure(self, difference: Difference) -> Sketch:
-        """Find the threshold; count in each chunk what is kept."""
-        kept = self._kept(difference)
-        counts = [count for start, delta in difference.deltas() for count in counted(kept(delta, start))]
-        return Sketch(sparse_parts(counts, difference.pair.stored), (kept, counts))
+    def plan(self, difference: TensorDifference) -> StoragePlan:
+        """Find the threshold, and count in each chunk the elements that reach it."""
+        is_kept = self._selection(difference)
+        counts = [count for start, delta in difference.deltas() for count in _counts(is_kept(delta, start))]
+        return StoragePlan(sparse_parts(counts, difference.pair.stored), (is_kept, counts))
 
-    def write(self, difference: Difference, sketch: Sketch, put: Put) -> float:
-        """Write what is kept."""
-        kept, counts = sketch.memory
-        writer = SparseWriter(counts, put)
+    def write(self, difference: TensorDifference, storage: StoragePlan, write_part: WritePart) -> float:
+        """Write the selected elements."""
+        is_kept, counts = storage.state
+        writer = SparseWriter(counts, write_part)
         lost = []
         for start, delta in difference.deltas():
-            mask, values = kept(delta, start), delta.to(dtypes.torch_dtype(difference.pair.stored))
+            mask, values = is_kept(delta, start), delta.to(dtypes.torch_dtype(difference.pair.stored))
             writer.add(mask, values)
             lost.append((delta - values.double() * mask).square_().sum().item())
         return math.fsum(lost)
 
-    def _kept(self, difference: Difference) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    def _selection(self, difference: TensorDifference) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """Return the function that marks which elements of a block, from an index on, are stored."""
         if self.threshold is not None:
             threshold = self.threshold
             return lambda delta, _: (delta.abs() >= threshold) & (delta != 0)
         tensor = difference.pair.tuned
         wanted = round((self.density or 0.0) * tensor.numel)
         info = TensorInfo(tensor.name, tensor.shape, 1, False)
-        found: list[Any] = []
-
-        def steps() -> Any:
-            cuts = yield from largest(
-                info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False
-            )
-            found.append(cuts[0][0])
-            return lambda block, _: block[0]
-
-        passes = Passes(steps())
-        while (request := passes.request) is not None:
-            passes.send(_total(request, difference))
-        [cut] = found
+        steps = largest(info, lambda block, _: [block[0].abs().float()], lambda *_: [wanted], sampled=False)
+        [[cut]] = answered(steps, lambda reduction: _total(reduction, difference))
         return lambda delta, start: (cut.mask(delta.abs().float(), start) != 0) & (delta != 0)
 
 
-class Signs:
-    """The signs, and for each row the mean magnitude, which is the size that throws the least away."""
+class SignEncoder:
+    """Stores the signs, and for each row the mean magnitude: the size that throws the least away."""
 
-    def measure(self, difference: Difference) -> Sketch:
-        """Always the same parts."""
-        shape = difference.pair.tuned.shape
-        return Sketch((Part("bits", "uint8", (-(-math.prod(shape) // 8),)), Part("sizes", "float32", (rows(shape),))))
+    name: ClassVar[str] = "signs"
 
-    def write(self, difference: Difference, sketch: Sketch, put: Put) -> float:
-        """Write the signs, and at last the sizes."""
+    def plan(self, difference: TensorDifference) -> StoragePlan:
+        """Return two parts: packed bits, and a size for each row."""
         shape = difference.pair.tuned.shape
-        lengths = torch.zeros(rows(shape), dtype=torch.float64)
-        square = []
+        nbytes = -(-math.prod(shape) // 8)
+        return StoragePlan((StoredPart("bits", "uint8", (nbytes,)), StoredPart("sizes", "float32", (_rows(shape),))))
+
+    def write(self, difference: TensorDifference, storage: StoragePlan, write_part: WritePart) -> float:
+        """Write the signs block by block, then the sizes."""
+        shape = difference.pair.tuned.shape
+        lengths = torch.zeros(_rows(shape), dtype=torch.float64)
+        squares = []
         for start, delta in difference.deltas():
             packed = np.packbits((delta >= 0).numpy(), bitorder="little")
-            put("bits", start // 8, torch.from_numpy(packed))
-            square.append(delta.square().sum().item())
+            write_part("bits", start // 8, torch.from_numpy(packed))
+            squares.append(delta.square().sum().item())
             for row, _, part in by_rows(start, delta.abs_(), shape[-1]):
                 lengths[row : row + len(part)] += part.sum(1)
         sizes = (lengths / shape[-1]).float()
-        put("sizes", 0, sizes)
+        write_part("sizes", 0, sizes)
         wide = sizes.double()
+        # ‖δ − s·sign(δ)‖² = ‖δ‖² − (2·s·Σ|δ| − n·s²), row by row
         explained = (2 * wide * lengths - shape[-1] * wide.square()).sum().item()
-        return max(0.0, math.fsum(square) - explained)
+        return max(0.0, math.fsum(squares) - explained)
 
 
 @dataclass
 class SparseWriter:
-    """Writes kept values block by block behind each other."""
+    """Writes the selected values of a sparse tensor, block after block."""
 
     counts: list[int]
-    put: Put
+    write_part: WritePart
     done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        """Write the index."""
+        """Write where the values of each chunk start."""
         starts = torch.zeros(len(self.counts) + 1, dtype=torch.int64)
         torch.cumsum(torch.tensor(self.counts, dtype=torch.int64), 0, out=starts[1:])
-        self.put("starts", 0, starts)
+        self.write_part("starts", 0, starts)
 
-    def add(self, kept: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the kept ones of the next block."""
-        places = kept.nonzero().flatten()
-        self.put("places", self.done, (places % CHUNK).to(torch.uint16))
-        self.put("values", self.done, values[places])
+    def add(self, is_kept: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the selected values of the next block and their places."""
+        places = is_kept.nonzero().flatten()
+        self.write_part("places", self.done, (places % CHUNK).to(torch.uint16))
+        self.write_part("values", self.done, values[places])
         self.done += len(places)
 
 
-def sparse_parts(counts: list[int], dtype: str) -> tuple[Part, ...]:
-    """The parts of a sparse tensor with so many values in each chunk."""
-    kept = (sum(counts),)
-    return Part("starts", "int64", (len(counts) + 1,)), Part("places", "uint16", kept), Part("values", dtype, kept)
+def sparse_parts(counts: list[int], dtype: str) -> tuple[StoredPart, ...]:
+    """Return the parts of a sparse tensor from the number of values in each chunk."""
+    values = (sum(counts),)
+    return (
+        StoredPart("starts", "int64", (len(counts) + 1,)),
+        StoredPart("places", "uint16", values),
+        StoredPart("values", dtype, values),
+    )
 
 
-def counted(kept: torch.Tensor) -> list[int]:
-    """How many of a block's elements are kept, chunk by chunk."""
-    return [int(chunk.sum()) for chunk in torch.split(kept, CHUNK)]
+def _counts(is_kept: torch.Tensor) -> list[int]:
+    """Count the selected elements of a block, chunk by chunk."""
+    return [int(chunk.sum()) for chunk in torch.split(is_kept, CHUNK)]
 
 
 def split(base: torch.Tensor, tuned: torch.Tensor, stored: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The difference as the sum of two floats of one format.
+    """Split the difference into the sum of two floats of one format.
 
     Args:
-        base, tuned: float64.
-        stored: the format.
+        base, tuned: 1-D, float64.
+        stored: name of the format's dtype.
 
     Returns:
-        The difference rounded, and what that leaves. −0 as the rest says that base + difference is −0 and not 0.
+        The rounded difference, and the rest, both of that dtype. A rest of −0 says that base + difference is −0, not 0.
     """
     dtype = dtypes.torch_dtype(stored)
     most = torch.finfo(dtype).max
@@ -215,23 +225,23 @@ def split(base: torch.Tensor, tuned: torch.Tensor, stored: str) -> tuple[torch.T
     return rounded, (tuned - (base + rounded.double())).to(dtype)
 
 
-def rows(shape: tuple[int, ...]) -> int:
-    """Rows along the last axis."""
+def _rows(shape: tuple[int, ...]) -> int:
+    """Return the number of rows along the last axis."""
     return math.prod(shape[:-1])
 
 
-def _told(rest: torch.Tensor) -> torch.Tensor:
-    """Where a rest has to be stored: where it isn't 0, or is −0."""
+def _is_stored(rest: torch.Tensor) -> torch.Tensor:
+    """Mark the rests that have to be stored: all but +0."""
     return (rest != 0) | rest.signbit()
 
 
 def _check_exact(
-    difference: Difference, base: torch.Tensor, tuned: torch.Tensor, rounded: torch.Tensor, rest: torch.Tensor
+    difference: TensorDifference, base: torch.Tensor, tuned: torch.Tensor, rounded: torch.Tensor, rest: torch.Tensor
 ) -> None:
     """Raise RunError where adding the difference to the base would not give the tuned model's bytes."""
     pair = difference.pair
     total = base + rounded.double()
-    total = torch.where(_told(rest), torch.where(total == 0, rest.double(), total + rest.double()), total)
+    total = torch.where(_is_stored(rest), torch.where(total == 0, rest.double(), total + rest.double()), total)
     read_as = torch.float64 if "float64" in (pair.stored, pair.tuned.dtype) else torch.float32
     written = dtypes.torch_dtype(pair.written)
     wrong = (bits(total.to(read_as).to(written)) != bits(tuned.to(read_as).to(written))).sum().item()
@@ -242,6 +252,6 @@ def _check_exact(
         )
 
 
-def _total(request: Reduction, difference: Difference) -> Totals:
-    """The requested sums over a difference."""
-    return joined(request.of([delta], start).numpy() for start, delta in difference.deltas())
+def _total(reduction: Reduction, difference: TensorDifference) -> Totals:
+    """Return the requested sums over a difference."""
+    return joined(figures_of(reduction.of, [delta], start).numpy() for start, delta in difference.deltas())

@@ -1,8 +1,8 @@
-"""A difference as a PEFT LoRA adapter: ``adapter_model.safetensors`` and ``adapter_config.json``, as peft loads them.
+"""PEFT folder: a difference as a LoRA adapter, ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-Weights of linear layers become factors, lora_B · lora_A with scale 1. All else that changed is stored in full:
-embeddings, heads and norms as ``modules_to_save``, biases of adapted layers with ``bias: all``. What an adapter can't
-say is refused by name: tensors of more than two dimensions, an embedding that the head is tied to, a changed
+Weights of linear layers become factors, lora_B · lora_A with scale 1. All other tensors that changed are stored in
+full: embeddings, heads and norms as ``modules_to_save``, biases of adapted layers with ``bias: all``. What an adapter
+can't express is refused by name: tensors of more than two dimensions, an embedding that the head is tied to, a changed
 vocabulary, tensors that only one model has.
 """
 
@@ -18,8 +18,8 @@ from mergekit_lite.checkpoint import Checkpoint, tied_weights
 from mergekit_lite.checkpoint.adapter import PREFIX
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.errors import PlanError
-from mergekit_lite.vectors.encoders import Sketch
-from mergekit_lite.vectors.pairs import Pair
+from mergekit_lite.vectors.differences import TensorPair
+from mergekit_lite.vectors.encoders import StoragePlan
 
 WEIGHTS = "adapter_model.safetensors"
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # layers are transformers' Conv1D
@@ -28,25 +28,25 @@ LETTERS = {"left": "lora_B", "right": "lora_A"}
 
 
 def is_transposed(base: Checkpoint) -> bool:
-    """Whether the layers of a model store their weights as (in, out)."""
+    """Return True where the layers of a model store their weights as (in, out)."""
     return base.config is not None and base.config.get("model_type") in TRANSPOSED
 
 
-def is_layer(pair: Pair) -> bool:
-    """Whether a tensor is the weight of a linear layer that gets factors."""
+def is_layer(pair: TensorPair) -> bool:
+    """Return True for the weight of a linear layer, which gets factors."""
     matrix = pair.base is not None and len(pair.tuned.shape) == 2 and min(pair.tuned.shape) > 0
     module, _, kind = pair.name.rpartition(".")
     return matrix and kind == "weight" and not tied_weights.is_vocabulary(pair.name) and not module.endswith(POSITIONS)
 
 
-def naming(sketches: Mapping[str, Sketch], base: Checkpoint) -> Callable[[str, str], str]:
-    """What gives a tensor's part its name in the adapter's file.
+def naming(storage_plans: Mapping[str, StoragePlan], base: Checkpoint) -> Callable[[str, str], str]:
+    """Return the function that gives the name of a tensor's part in the adapter's file.
 
-    The oldest checkpoints of GPT-2 leave out what the model's class puts in front of its layers; peft does not.
+    The oldest checkpoints of GPT-2 leave out the prefix ``transformer.`` of the layers' names; peft expects it.
     """
     bare = is_transposed(base) and any(name.startswith("h.") for name in base.tensors)
     front = PREFIX + "transformer." * bare
-    layers = {name.removesuffix(".weight") for name, sketch in sketches.items() if _is_low_rank(sketch)}
+    layers = {name.removesuffix(".weight") for name, storage in storage_plans.items() if _is_low_rank(storage)}
 
     def named(tensor: str, part: str) -> str:
         module, _, kind = tensor.rpartition(".")
@@ -57,8 +57,8 @@ def naming(sketches: Mapping[str, Sketch], base: Checkpoint) -> Callable[[str, s
     return named
 
 
-def problems(pairs: Sequence[Pair]) -> list[str]:
-    """What is known from the headers that an adapter can't say."""
+def header_problems(pairs: Sequence[TensorPair]) -> list[str]:
+    """Return the problems that headers show: tensors that an adapter can't express."""
     return [
         f"{pair.name}: only one of the models has it, or in another shape; an adapter can't say that"
         for pair in pairs
@@ -66,35 +66,33 @@ def problems(pairs: Sequence[Pair]) -> list[str]:
     ]
 
 
-def check_changed(changed: Sequence[Pair], base: Checkpoint) -> None:
+def check_changed(changed: Sequence[TensorPair], base: Checkpoint) -> None:
     """Raise PlanError where a tensor that changed can't be in an adapter."""
     tied = not any(tied_weights.is_head(name) for name in base.tensors)
-    found = []
+    faults = []
     for pair in changed:
         module, _, kind = pair.name.rpartition(".")
         if len(pair.tuned.shape) > 2 or kind not in ("weight", "bias") or not dtypes.is_float(pair.tuned.dtype):
-            found.append(f"{pair.name}: changed, but is no weight or bias of a layer; an adapter can't hold it")
+            faults.append(f"{pair.name}: changed, but is no weight or bias of a layer; an adapter can't hold it")
         elif tied and tied_weights.is_embedding(pair.name):
-            found.append(f"{pair.name}: changed, and the base ties its head to it; an adapter doesn't say who follows")
+            faults.append(f"{pair.name}: changed, and the base ties its head to it; an adapter doesn't say who follows")
         elif not module:
-            found.append(f"{pair.name}: changed, but belongs to no module")
-    if found:
-        raise PlanError([f"{text}. Use --format lowrank" for text in found])
+            faults.append(f"{pair.name}: changed, but belongs to no module")
+    if faults:
+        raise PlanError([f"{text}. Use --format lowrank" for text in faults])
 
 
-def write_config(
-    folder: Path, base: Checkpoint, changed: Sequence[Pair], sketches: Mapping[str, Sketch], rank: int | None
-) -> None:
-    """Write ``adapter_config.json``."""
+def write_config(folder: Path, base: Checkpoint, storage_plans: Mapping[str, StoragePlan], rank: int | None) -> None:
+    """Write ``adapter_config.json`` for the tensors that changed; ``rank`` is the one that was asked for, if any."""
     ranks = {
-        pair.name.removesuffix(".weight"): sketch.parts[0].shape[1]
-        for pair in changed
-        if _is_low_rank(sketch := sketches[pair.name])
+        name.removesuffix(".weight"): storage.parts[0].shape[1]
+        for name, storage in storage_plans.items()
+        if _is_low_rank(storage)
     }
     common = rank or max(ranks.values(), default=1)
-    others = {module: own for module, own in ranks.items() if own != common}
-    whole = [pair.name for pair in changed if pair.name.rpartition(".")[0] not in ranks]
-    biases = [pair.name for pair in changed if pair.name.endswith(".bias") and pair.name[: -len(".bias")] in ranks]
+    exceptions = _patterns({module: own for module, own in ranks.items() if own != common})
+    in_full = [name for name in storage_plans if name.rpartition(".")[0] not in ranks]
+    biases = [name for name in storage_plans if name.endswith(".bias") and name.removesuffix(".bias") in ranks]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -109,17 +107,17 @@ def write_config(
         "init_lora_weights": True,
         "use_rslora": False,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
-        "rank_pattern": _exactly(others),
-        "alpha_pattern": _exactly(others),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in in_full}) or None,
+        "rank_pattern": exceptions,
+        "alpha_pattern": exceptions,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_low_rank(sketch: Sketch) -> bool:
-    return sketch.parts[0].suffix == "left"
+def _is_low_rank(storage: StoragePlan) -> bool:
+    return storage.parts[0].suffix == "left"
 
 
-def _exactly(ranks: Mapping[str, int]) -> dict[str, int]:
-    """As patterns, which are regular expressions that match the end of a module's path."""
+def _patterns(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return the ranks by patterns: regular expressions that match the end of a module's path."""
     return {module.replace(".", r"\."): rank for module, rank in ranks.items()}

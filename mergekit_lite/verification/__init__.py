@@ -1,6 +1,6 @@
-"""Whether an output is still what its manifest says, and whether its inputs still give it."""
+"""Verification: holds an output to its manifest, and makes its tensors again from the inputs."""
 
-from mergekit_lite.verification.steps import verify
-from mergekit_lite.verification.verdict import Finding, Verdict
+from mergekit_lite.verification.result import Finding, Verification
+from mergekit_lite.verification.verification import verify
 
-__all__ = ["Finding", "Verdict", "verify"]
+__all__ = ["Finding", "Verification", "verify"]

@@ -1,4 +1,4 @@
-"""The inputs of an output, found again and held to what was recorded of them; and its plan, made again from them."""
+"""Inputs of an output: opened again and held to the manifest; and the plan, made again from them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
-from mergekit_lite.checkpoint.references import Addend
+from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
-from mergekit_lite.output.workspace import is_single_file
-from mergekit_lite.planning import Plan, plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
-from mergekit_lite.recipe import parse
-from mergekit_lite.verification.manifest import Input, Manifest
-from mergekit_lite.verification.pair import pair_recipe
-from mergekit_lite.verification.verdict import Finding
+from mergekit_lite.layout import is_single_file
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import parse, to_yaml
+from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
+from mergekit_lite.verification.result import Finding
 
 COMBINES = "combines"  # in the recipe of a combination of task vectors
 
 
 @dataclass
-class Inputs:
-    """The inputs that could be opened, by their recorded references; what is wrong; which ones are gone, and why."""
+class OpenedInputs:
+    """Inputs of an output, as far as they can be opened.
+
+    Attributes:
+        opened: by recorded reference.
+        findings: what is wrong with the inputs.
+        gone: for each reference that can't be opened, why.
+        renamed: True where a file of weights has another name now.
+    """
 
     opened: dict[str, Checkpoint] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -30,15 +35,15 @@ class Inputs:
     renamed: bool = False
 
 
-def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> Inputs:
-    """Find every input and compare its files with what was recorded of them: names, sizes, digests of headers.
+def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> OpenedInputs:
+    """Open every input and compare its files with the manifest: names, sizes, digests of headers.
 
     Args:
         manifest: of the output.
-        moved: for recorded references, where those models are now.
+        moved: where models are now, by their recorded references.
 
     Raises:
-        UsageError: ``moved`` names something that is no input, or a place where nothing is.
+        UsageError: ``moved`` names something that is no input, or a place where no model is.
     """
     for reference in moved:
         if reference not in manifest.references:
@@ -46,7 +51,7 @@ def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> Inputs:
             raise UsageError(
                 f"{reference} is no input of this output: {known}.{nearest(reference, manifest.references)}"
             )
-    inputs = Inputs()
+    inputs = OpenedInputs()
     if COMBINES in manifest.recipe:
         why = "is a task vector, and combinations of those are held to their digests but not made again"
         inputs.gone = dict.fromkeys(manifest.references, why)
@@ -56,14 +61,15 @@ def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> Inputs:
     return inputs
 
 
-def _open(recorded: Input, place: str | None, inputs: Inputs) -> None:
+def _open(recorded: RecordedInput, place: str | None, inputs: OpenedInputs) -> None:
+    """Open one input, at ``place`` if one is given, and note the result in ``inputs``."""
     reference = recorded.reference
     parts = _parts(recorded)
     if place is None and not all(revision or _is_here(part) for part, revision in parts):
         inputs.gone[reference] = "is not there, seen from this folder"
         return
     try:
-        found = open_checkpoint(place or _pinned(recorded))
+        model = open_checkpoint(place or _pinned(recorded))
     except CheckpointError as error:
         if place is not None and not _is_here(place):
             raise UsageError(f"--input {reference}={place}: {error}") from error
@@ -72,37 +78,38 @@ def _open(recorded: Input, place: str | None, inputs: Inputs) -> None:
         else:
             inputs.findings.append(Finding(reference, f"is an input that can't be read any more: {error}"))
         return
-    inputs.opened[reference] = replace(found, reference=reference)
-    _compare(recorded, found, inputs)
+    inputs.opened[reference] = replace(model, reference=reference)
+    _compare(recorded, model, inputs)
 
 
-def _parts(recorded: Input) -> list[tuple[str, str | None]]:
-    """The base and what is added to it, each with the commit of the hub repository that it was."""
+def _parts(recorded: RecordedInput) -> list[tuple[str, str | None]]:
+    """Return the base and what is added to it, each with its commit if it is a hub repository."""
     base = recorded.base or recorded.reference
     return [(base, recorded.revision), *((each.reference, each.revision) for each in recorded.added)]
 
 
-def _pinned(recorded: Input) -> str:
-    """The reference, each hub repository in it at the commit that it was."""
+def _pinned(recorded: RecordedInput) -> str:
+    """Return the reference, with each hub repository at its recorded commit."""
     base, *added = (f"{part.partition('@')[0]}@{commit}" if commit else part for part, commit in _parts(recorded))
-    addends = [Addend(path, each.scale, each.rebase) for path, each in zip(added, recorded.added, strict=True)]
-    return "+".join([base, *map(str, addends)])
+    additions = [Addition(path, each.scale, each.rebase) for path, each in zip(added, recorded.added, strict=True)]
+    return "+".join([base, *map(str, additions)])
 
 
 def _is_here(reference: str) -> bool:
-    """Whether something local is where it was: what only looks like a hub repository must not be fetched."""
+    """Return True where a local path exists: a missing path that looks like a hub repository must not be fetched."""
     try:
         return Path(reference).expanduser().exists()
     except (OSError, RuntimeError):  # too long a name, a home of nobody
         return False
 
 
-def _compare(recorded: Input, found: Checkpoint, inputs: Inputs) -> None:
-    if len(found.files) != len(recorded.files):
-        what = f"is an input that had {len(recorded.files)} files of weights, now it has {len(found.files)}"
+def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -> None:
+    """Note in ``inputs`` how the files of a model differ from the recorded ones."""
+    if len(model.files) != len(recorded.files):
+        what = f"is an input that had {len(recorded.files)} files of weights, now it has {len(model.files)}"
         inputs.findings.append(Finding(recorded.reference, what))
         return
-    for before, now in zip(recorded.files, found.files, strict=True):
+    for before, now in zip(recorded.files, model.files, strict=True):
         where = f"{recorded.reference}: {now.path.name}"
         inputs.renamed |= before.name != now.path.name
         if before.size != now.size:
@@ -112,20 +119,17 @@ def _compare(recorded: Input, found: Checkpoint, inputs: Inputs) -> None:
 
 
 def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> Plan:
-    """The plan that made an output, from its manifest and its opened inputs.
+    """Make the plan of an output again, from its manifest and its opened inputs.
 
     Raises:
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
     """
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
-    text = manifest.recipe.get("text")
-    if isinstance(text, str):
-        merging = parse(text, method_parameters(), "The manifest's recipe")
-        _check_known(merging.models, opened)
-        return plan_merge(merging, name, shard_size=manifest.shard_size, text=text, opened=opened)
-    recipe = pair_recipe(manifest.recipe, seed=manifest.seed, shard_size=manifest.shard_size)
+    written = manifest.recipe.get("text")
+    text = written if isinstance(written, str) else ""
+    recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
-    return plan(recipe, [name], opened=opened)
+    return make_plan(recipe, [name], shard_size=manifest.shard_size, text=text, opened=opened)
 
 
 def _check_known(models: tuple[str, ...], opened: Mapping[str, Checkpoint]) -> None:

@@ -131,8 +131,8 @@ def test_prompts_that_do_not_fit_are_told_and_long_ones_leave_less_room(tmp_path
     found = answers(asked, tasks)
     assert {key.prompt for key in found} == {"one"}
     assert all(answer.finish == "stop" or answer.tokens < 40 for answer in found.values())
-    assert asked.troubles.lost.keys() == {task.key for task in tasks[2:]}
-    assert all("the model takes 40" in why for why in asked.troubles.lost.values())
+    assert asked.failures.lost.keys() == {task.key for task in tasks[2:]}
+    assert all("the model takes 40" in why for why in asked.failures.lost.values())
 
 
 def test_a_system_prompt_is_put_before_the_messages_or_refused(model: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_system_prompt_is_put_before_the_messages_or_refused(model: Path, tmp_
     own = Prompt("own", ({"role": "system", "content": "x"}, {"role": "user", "content": "y"}))
     asked = local(gemma, GREEDY)
     assert answers(asked, [*tasks, Task(own, 0, 0)]).keys() == {task.key for task in tasks}
-    assert "No system role" in asked.troubles.lost[Key("own", 0)]
+    assert "No system role" in asked.failures.lost[Key("own", 0)]
 
 
 def test_what_is_no_model_is_told_in_a_sentence(tmp_path: Path, model: Path) -> None:

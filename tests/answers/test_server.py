@@ -59,8 +59,8 @@ def test_every_trouble_is_repeated_and_counted() -> None:
     expected: Counter[str] = Counter()
     for trouble, count in given.items():
         expected[REASONS.get(str(trouble), f"HTTP {trouble}")] += count
-    assert server.retried == expected and expected.total() > 0
-    assert not server.lost and not server.stopped
+    assert server.failures.retried == expected and expected.total() > 0
+    assert not server.failures.lost and not server.failures.stopped
     assert found.keys() == plans.keys()
     for number, (text, plan) in enumerate(plans.items()):
         drawn = number  # anew only where the same draw would end alike
@@ -75,7 +75,7 @@ def test_a_server_that_hangs_is_asked_again() -> None:
         server = server_of(fake, timeout=0.3)
         found = replies(server, questions(["a", "b"]))
     assert found.keys() == {"a", "b"}
-    assert server.retried == {"no reply within 0.3 s": 2}
+    assert server.failures.retried == {"no reply within 0.3 s": 2}
 
 
 def test_retry_after_is_waited_for() -> None:
@@ -104,10 +104,10 @@ def test_what_stays_without_a_reply_is_told_and_the_others_go_on() -> None:
         found = replies(server, questions(["a", "bad", "b", "wrong", "c long"]))
     assert found.keys() == {"a", "b", "c long"}
     assert found["c long"].finish == "length"
-    assert server.lost["bad"] == "HTTP 500"
-    assert "HTTP 400" in server.lost["wrong"] and "no luck" in server.lost["wrong"]
+    assert server.failures.lost["bad"] == "HTTP 500"
+    assert "HTTP 400" in server.failures.lost["wrong"] and "no luck" in server.failures.lost["wrong"]
     assert fake.asked["bad"] == 4 and fake.asked["wrong"] == 1
-    assert server.retried == {"HTTP 500": 3} and not server.stopped
+    assert server.failures.retried == {"HTTP 500": 3} and not server.failures.stopped
 
 
 @pytest.mark.parametrize(("status", "remedy"), [(401, "MY_KEY"), (403, "MY_KEY"), (404, "/v1")])
@@ -115,7 +115,11 @@ def test_a_server_that_refuses_everybody_is_asked_no_more(status: int, remedy: s
     with fake_server(Fake(lambda text, before: status)) as fake:
         server = server_of(fake, key_variable="MY_KEY", concurrency=2)
         assert not replies(server, questions([f"q{n}" for n in range(50)]))
-    assert remedy in server.stopped and str(status) in server.stopped and "no luck" in server.stopped
+    assert (
+        remedy in server.failures.stopped
+        and str(status) in server.failures.stopped
+        and "no luck" in server.failures.stopped
+    )
     assert fake.asked.total() <= 2
 
 
@@ -125,8 +129,8 @@ def test_a_server_that_is_not_there_is_given_up() -> None:
         port = free.getsockname()[1]
     server = Server(f"http://127.0.0.1:{port}/v1", "m", Sampling(), concurrency=2, retries=1)
     assert not replies(server, questions([f"q{n}" for n in range(200)]))
-    assert "no connection" in server.stopped and str(port) in server.stopped
-    assert len(server.lost) <= module.LOST_IN_A_ROW + 2
+    assert "no connection" in server.failures.stopped and str(port) in server.failures.stopped
+    assert len(server.failures.lost) <= module.LOST_IN_A_ROW + 2
 
 
 def test_a_server_that_was_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +141,7 @@ def test_a_server_that_was_given_up_is_not_waited_for(monkeypatch: pytest.Monkey
         started = time.monotonic()
         server = server_of(fake)
         replies(server, questions(["a", "b", "last"]))
-    assert server.stopped and time.monotonic() - started < 30
+    assert server.failures.stopped and time.monotonic() - started < 30
 
 
 def test_no_more_requests_are_open_than_allowed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mergekit_lite.answers.template import ChatTemplate, Limits, TemplateError, Tokens, fitted
+from mergekit_lite.answers.template import ChatTemplate, LengthLimits, TemplateError, Tokens, fitted
 from tests.tokenizers import TEMPLATES, tokenizer
 
 USER = {"role": "user", "content": "What is one and one?"}
@@ -104,20 +104,20 @@ def rows(prompt: int, *responses: int) -> list[Tokens]:
 
 
 def test_rows_that_fit_are_left_alone():
-    assert fitted(rows(10, 5, 10), Limits(20)) == (tuple(rows(10, 5, 10)), False)
-    assert fitted(rows(10, 5, 10), Limits(20, prompt=10)) == (tuple(rows(10, 5, 10)), False)
+    assert fitted(rows(10, 5, 10), LengthLimits(20)) == (tuple(rows(10, 5, 10)), False)
+    assert fitted(rows(10, 5, 10), LengthLimits(20, prompt=10)) == (tuple(rows(10, 5, 10)), False)
 
 
 def test_rows_that_are_too_long_are_dropped():
-    assert fitted(rows(10, 5, 11), Limits(20)) is None
-    assert fitted(rows(10, 5), Limits(20, prompt=9)) is None
+    assert fitted(rows(10, 5, 11), LengthLimits(20)) is None
+    assert fitted(rows(10, 5), LengthLimits(20, prompt=9)) is None
 
 
 def test_rows_that_are_too_long_are_cut():
     """The prompt loses its beginning, responses their end."""
-    cut = fitted(rows(15, 3, 30), Limits(20, too_long="cut"))
+    cut = fitted(rows(15, 3, 30), LengthLimits(20, too_long="cut"))
     assert cut.cut
     assert {row.prompt for row in cut.rows} == {tuple(range(5, 15))}
     assert [row.response for row in cut.rows] == [(100, 101, 102), tuple(range(100, 110))]
-    assert [len(row.prompt) for row in fitted(rows(5, 30), Limits(20, prompt=12, too_long="cut")).rows] == [5]
-    assert [len(row.response) for row in fitted(rows(5, 30), Limits(20, prompt=12, too_long="cut")).rows] == [15]
+    assert [len(row.prompt) for row in fitted(rows(5, 30), LengthLimits(20, prompt=12, too_long="cut")).rows] == [5]
+    assert [len(row.response) for row in fitted(rows(5, 30), LengthLimits(20, prompt=12, too_long="cut")).rows] == [15]

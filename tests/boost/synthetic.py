@@ -6,28 +6,28 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row, label
+from mergekit_lite.boosting.candidates.candidate import Params, Row, label
 from mergekit_lite.boosting.search.search import Outcome, Search
 
 
-def tried(search: Search, score: Callable[[Numbers], float | Outcome | None]) -> list[Numbers]:
+def tried(search: Search, score: Callable[[Params], float | Outcome | None]) -> list[Params]:
     """The candidates a search asks for, where each is told its score; None is out of limits."""
-    asked: list[Numbers] = []
+    asked: list[Params] = []
     try:
-        numbers = next(search)
+        params = next(search)
         while True:
-            asked.append(dict(numbers))
-            value = score(numbers)
+            asked.append(dict(params))
+            value = score(params)
             if value is None:
                 value = Outcome(0.0, allowed=False)
-            numbers = search.send(value if isinstance(value, Outcome) else Outcome(value))
+            params = search.send(value if isinstance(value, Outcome) else Outcome(value))
     except StopIteration:
         return asked
 
 
 def alphas(search: Search, score: Callable[[float], float | None]) -> list[float]:
     """The same for searches over alpha."""
-    return [numbers["alpha"] for numbers in tried(search, lambda numbers: score(numbers["alpha"]))]
+    return [params["alpha"] for params in tried(search, lambda params: score(params["alpha"]))]
 
 
 def best(asked: list[float], score: Callable[[float], float | None]) -> float:
@@ -36,7 +36,7 @@ def best(asked: list[float], score: Callable[[float], float | None]) -> float:
     return max(sorted(known), key=lambda alpha: known[alpha])
 
 
-class SyntheticBench:
+class SyntheticEvaluator:
     """Items of different difficulty, answered by candidates of which the curve tells how good they are.
 
     The noise is common in part, as with common prompts, and the rest is drawn for each candidate and item.
@@ -44,29 +44,29 @@ class SyntheticBench:
 
     def __init__(
         self,
-        curve: Callable[[Numbers], float],
+        curve: Callable[[Params], float],
         items: int = 400,
         noise: float = 0.5,
-        words: Callable[[Numbers, random.Random], int] = lambda numbers, rng: rng.randint(5, 30),
+        words: Callable[[Params, random.Random], int] = lambda params, rng: rng.randint(5, 30),
     ):
         self.items = [f"item {number}" for number in range(items)]
         self.curve, self.noise, self.words = curve, noise, words
         self.measured: list[tuple[str, str]] = []
         self.fail_after: int | None = None
 
-    def measure(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
         for item in items:
             if item in wanted:
                 if self.fail_after is not None and len(self.measured) >= self.fail_after:
                     raise KeyboardInterrupt
-                self.measured.append((label(numbers), item))
-                yield self.row(numbers, item)
+                self.measured.append((label(params), item))
+                yield self.row(params, item)
 
-    def row(self, numbers: Numbers, item: str) -> Row:
-        common, own = random.Random(item), random.Random(f"{item} {label(numbers)}")
-        value = common.gauss(0, 2) + self.curve(numbers) + own.gauss(0, self.noise)
-        text = " ".join(own.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(self.words(numbers, own)))
+    def row(self, params: Params, item: str) -> Row:
+        common, own = random.Random(item), random.Random(f"{item} {label(params)}")
+        value = common.gauss(0, 2) + self.curve(params) + own.gauss(0, self.noise)
+        text = " ".join(own.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(self.words(params, own)))
         return Row(item=item, values={"score": value, "other": -value}, text=text, finish="stop", tokens=len(text))
 
-    def facts(self, numbers: Numbers) -> dict[str, Any]:
-        return {"effective_alpha": 0.9 * next(iter(numbers.values()))}
+    def facts(self, params: Params) -> dict[str, Any]:
+        return {"effective_alpha": 0.9 * next(iter(params.values()))}

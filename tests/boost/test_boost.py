@@ -22,7 +22,7 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.template import ChatTemplate
-from mergekit_lite.boosting.boosting import bench_of, search_and_write
+from mergekit_lite.boosting.boosting import evaluator_of, search_and_write
 from mergekit_lite.boosting.measure.answering import Answering
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.commands import main
@@ -114,7 +114,7 @@ def test_a_recipe_is_tuned_and_merged(models: Path, tmp_path: Path) -> None:
         grid={"models.0.parameters.weight": (17.0, 33.0)},
     )  # fmt: skip
     boosted = search_and_write(prepare(request))
-    assert boosted.result.baseline.numbers == {"models.0.parameters.weight": 1.0}
+    assert boosted.result.baseline.params == {"models.0.parameters.weight": 1.0}
     assert boosted.finished is not None
     made = tree_bytes(tmp_path / "out")
     merge(tmp_path / "out.boost" / "recipe.yml", tmp_path / "out", force=True)
@@ -134,12 +134,12 @@ def test_several_numbers_by_optuna(models: Path, tmp_path: Path) -> None:
 def test_likelihoods_are_those_of_the_models(models: Path, tmp_path: Path) -> None:
     """log_prob, aligned_log_prob and the log-ratio of answers against models that transformers loads by itself."""
     request = request_of(
-        models, tmp_path / "out", "log-ratio", prompts=(models / "prompts.jsonl",), limit=5, batch_size=2
+        models, tmp_path / "out", "log_ratio", prompts=(models / "prompts.jsonl",), limit=5, batch_size=2
     )
     extrapolate(models / "sft", models / "dpo", tmp_path / "written", 2.0)
-    with bench_of(prepare(request)) as bench:
-        rows = list(bench.measure({"alpha": 2.0}, bench.items, frozenset(bench.items)))
-        assert bench.facts({"alpha": 2.0})["effective"] == pytest.approx(2.0, abs=1e-4)
+    with evaluator_of(prepare(request)) as evaluator:
+        rows = list(evaluator.measure({"alpha": 2.0}, evaluator.items, frozenset(evaluator.items)))
+        assert evaluator.facts({"alpha": 2.0})["effective"] == pytest.approx(2.0, abs=1e-4)
     assert sorted(row["item"] for row in rows) == [f"q{i}" for i in range(5)]
     for row in rows:
         asked = Prompt(row["item"], ({"role": "user", "content": f"What is {row['item'][1:]}?"},))
@@ -149,15 +149,17 @@ def test_likelihoods_are_those_of_the_models(models: Path, tmp_path: Path) -> No
         )
         assert row["log_prob"] == pytest.approx(own, rel=1e-4)
         assert row["aligned_log_prob"] == pytest.approx(aligned, rel=1e-4)
-        assert row["values"]["log-ratio"] == pytest.approx(aligned - sft, abs=1e-3)
+        assert row["values"]["log_ratio"] == pytest.approx(aligned - sft, abs=1e-3)
 
 
 def test_pairs_and_texts_are_measured_as_the_written_model_would_be(models: Path, tmp_path: Path) -> None:
     scores = ("pairs", f"nll:{models / 'texts.txt'}")
     request = request_of(models, tmp_path / "out", *scores, pairs=models / "pairs.jsonl", limit=3)
     extrapolate(models / "sft", models / "dpo", tmp_path / "written", 16.0)
-    with bench_of(prepare(request)) as bench:
-        rows = {row["item"]: row for row in bench.measure({"alpha": 16.0}, bench.items, frozenset(bench.items))}
+    with evaluator_of(prepare(request)) as evaluator:
+        rows = {
+            row["item"]: row for row in evaluator.measure({"alpha": 16.0}, evaluator.items, frozenset(evaluator.items))
+        }
     assert len(rows) == 6
     pairs = [row["values"] for item, row in rows.items() if item.startswith("pair:")]
     for number, values in enumerate(pairs):
@@ -192,13 +194,13 @@ def _log_prob(folder: Path, prompt: Prompt, text: str, finish: str) -> float:
 
 def test_answers_don_t_depend_on_what_was_measured_before(models: Path, tmp_path: Path) -> None:
     """A candidate's rows are the same after another one, with the baseline put in between, and alone."""
-    request = request_of(models, tmp_path / "out", SPACES, "log-ratio", prompts=(models / "prompts.jsonl",))
+    request = request_of(models, tmp_path / "out", SPACES, "log_ratio", prompts=(models / "prompts.jsonl",))
     request = replace(request, batch_size=5)
 
     def rows(*alphas: float, wanted: frozenset[str] | None = None) -> dict[str, Any]:
-        with bench_of(prepare(request)) as bench:
+        with evaluator_of(prepare(request)) as evaluator:
             for alpha in alphas:
-                found = list(bench.measure({"alpha": alpha}, bench.items, wanted or frozenset(bench.items)))
+                found = list(evaluator.measure({"alpha": alpha}, evaluator.items, wanted or frozenset(evaluator.items)))
         return {row["item"]: row for row in found}
 
     alone = rows(1.5)
@@ -211,13 +213,13 @@ def test_kl_is_estimated_from_the_same_first_items_of_every_candidate(models: Pa
     request = request_of(
         models, tmp_path / "out", SPACES, prompts=(models / "prompts.jsonl",), search="grid", grid={"alpha": (4.0, 8.0)}
     )
-    with bench_of(prepare(request)) as bench:
-        [answering] = bench.measures
+    with evaluator_of(prepare(request)) as evaluator:
+        [answering] = evaluator.measures
         assert isinstance(answering, Answering) and answering.likelihoods is not None
         answering.likelihoods = replace(answering.likelihoods, sample=7)
-        items = bench.items[::-1]
+        items = evaluator.items[::-1]
         for alpha in (0.0, 4.0, 8.0):
-            rows = {row["item"]: row for row in bench.measure({"alpha": alpha}, items, frozenset(items[2:]))}
+            rows = {row["item"]: row for row in evaluator.measure({"alpha": alpha}, items, frozenset(items[2:]))}
             compared = {item for item in rows if "log_prob" in rows[item] and "aligned_log_prob" in rows[item]}
             assert compared == (set(items[2:7]) if alpha else set())
 
@@ -295,7 +297,7 @@ def test_everything_wrong_with_a_request_is_told_at_once(models: Path, tmp_path:
         (("reward:./rm",), {}, "it needs --prompts"),
         (("pairs",), {}, "needs --pairs"),
         ((), {}, "What are candidates scored by?"),
-        (("log-ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
+        (("log_ratio",), {"prompts": (models / "prompts.jsonl",), "serve_command": "x"}, "no --serve-command"),
         (("pairs",), {"pairs": models / "pairs.jsonl", "sft": None}, "exactly one of the two"),
         (("pairs",), {"pairs": models / "prompts.jsonl"}, "prompts.jsonl:1: 'chosen' is 'None'"),
         (("lm-eval:gsm8k",), {}, "pip install lm_eval"),
@@ -325,7 +327,7 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(models)
     said = command(
-        "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log-ratio", "-o", tmp_path / "out", "--dry-run",
+        "sft", "dpo", "--prompts", "prompts.jsonl", "--score", "log_ratio", "-o", tmp_path / "out", "--dry-run",
         "--json",
     )  # fmt: skip
     assert said.exit_code == 0, said.stderr

@@ -9,25 +9,25 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row
+from mergekit_lite.boosting.candidates.candidate import Params, Row
 from mergekit_lite.boosting.report import write
 from mergekit_lite.boosting.search.choice import Result, boost
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import bracket, grid
 from mergekit_lite.boosting.search.study import Study
 from tests.boost.search.test_choice import peak
-from tests.boost.synthetic import SyntheticBench
+from tests.boost.synthetic import SyntheticEvaluator
 from tests.browser import Browser
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $x^2$ 好'
 
 
-class Answering(SyntheticBench):
+class Answering(SyntheticEvaluator):
     """Answers with words in them that no page may take for its own; beyond alpha 3 they never end."""
 
-    def row(self, numbers: Numbers, item: str) -> Row:
-        made = super().row(numbers, item)
-        alpha = numbers.get("alpha", 0.0)
+    def row(self, params: Params, item: str) -> Row:
+        made = super().row(params, item)
+        alpha = params.get("alpha", 0.0)
         made["text"] = f"{HOSTILE} {made['text']}" + " and so on" * (60 if alpha > 3 else 0)
         made["finish"] = "length" if alpha > 3 else "stop"
         made["judged"] = 0.5 + 0.2 * bool(alpha)
@@ -36,12 +36,12 @@ class Answering(SyntheticBench):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    bench = Answering(peak, items=300)
+    evaluator = Answering(peak, items=300)
     folder = tmp_path_factory.mktemp("boosted.boost")
-    with Study(folder, {}, bench.items) as study:
-        result = boost(lambda same: bracket(same=same), bench, study, Settings(score="score"))
+    with Study(folder, {}, evaluator.items) as study:
+        result = boost(lambda same: bracket(same=same), evaluator, study, Settings(score="score"))
         about = {"SFT": "org/sft", "aligned": "org/<dpo>"}
-        page = write(result, study, about, {item: f"What is {item}? {HOSTILE}" for item in bench.items})
+        page = write(result, study, about, {item: f"What is {item}? {HOSTILE}" for item in evaluator.items})
     assert page == folder / "report.html"
     return folder, result
 
@@ -92,7 +92,7 @@ def test_the_figures_are_there_for_machines(reported: tuple[Path, Result]) -> No
     folder, result = reported
     found = json.loads((folder / "boost.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found["chosen"] == result.chosen and found["version"] == 1
-    assert [one["numbers"] for one in found["candidates"]] == [dict(point.numbers) for point in result.points]
+    assert [one["numbers"] for one in found["candidates"]] == [dict(point.params) for point in result.points]
     assert found["held_out"]["gain"]["low"] == result.held_out.gain.low  # type: ignore[union-attr]
     assert found["baseline"]["controlled"]["controlled"] == 50
     assert found["settings"]["limits"]["growth"] == 2.5
@@ -108,23 +108,23 @@ def test_the_picture_opens(reported: tuple[Path, Result]) -> None:
 
 @pytest.mark.parametrize("kind", ["nothing helps", "several numbers", "no answers", "nothing tried", "all beyond"])
 def test_every_kind_of_result_has_a_report(kind: str, tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: sum(numbers.values()), items=40)
+    evaluator = SyntheticEvaluator(lambda params: sum(params.values()), items=40)
     settings: dict[str, Any] = {}
     points: dict[str, list[float]] = {"alpha": [0.1, 0.2]}
     if kind == "nothing helps":
-        bench.curve = lambda numbers: -numbers["alpha"]
+        evaluator.curve = lambda params: -params["alpha"]
     elif kind == "several numbers":
         points = {name: [0.0, 1.0] for name in ("models[0].weight", "$b$", "c")}
         settings["baseline"] = dict.fromkeys(points, 0.0)
     elif kind == "no answers":
-        plain = bench.row
-        bench.row = lambda numbers, item: Row(item=item, values=plain(numbers, item)["values"])  # type: ignore[method-assign]
+        plain = evaluator.row
+        evaluator.row = lambda params, item: Row(item=item, values=plain(params, item)["values"])  # type: ignore[method-assign]
     elif kind == "nothing tried":
         points = {"alpha": []}
     else:
-        bench.words = lambda numbers, rng: 20 if not numbers["alpha"] else 400
-    with Study(tmp_path, {}, bench.items) as study:
-        result = boost(lambda same: grid(points), bench, study, Settings(score="score", **settings))
+        evaluator.words = lambda params, rng: 20 if not params["alpha"] else 400
+    with Study(tmp_path, {}, evaluator.items) as study:
+        result = boost(lambda same: grid(points), evaluator, study, Settings(score="score", **settings))
         page = write(result, study, {}, {})
     assert page.stat().st_size > 10_000 and (tmp_path / "curve.png").exists()
     json.loads((tmp_path / "boost.json").read_text())

@@ -18,7 +18,7 @@ def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     with Reader() as reader:
         for name, spec in checkpoint.tensors.items():
             out = torch.empty(spec.numel, dtype=dtypes.torch_dtype(spec.dtype))
-            reader.read(spec, 0, out)
+            spec.read(reader, 0, out)
             tensors[name] = out.view(spec.shape)
     return tensors
 

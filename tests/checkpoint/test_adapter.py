@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import folding, open_adapter, open_checkpoint, pieces
+from mergekit_lite.checkpoint import open_adapter, open_checkpoint
+from mergekit_lite.checkpoint.encodings import low_rank, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError
@@ -72,7 +73,7 @@ def spec_of(tmp_path: Path, rank: int, rows: int, columns: int, turned: bool) ->
 def read(spec: TensorSpec, start: int, count: int) -> torch.Tensor:
     out = torch.empty(count, dtype=dtypes.torch_dtype(spec.dtype))
     with Reader() as reader:
-        reader.read(spec, start, out)
+        spec.read(reader, start, out)
     return out
 
 
@@ -84,7 +85,7 @@ def test_any_cut_gives_the_same_bits(tmp_path_factory, turned, data):
     rank = data.draw(st.integers(1, 9))
     torch.manual_seed(rank)
     spec = spec_of(tmp_path_factory.mktemp("cut"), rank, rows, columns, turned)
-    with mock.patch.object(folding, "FACTOR", data.draw(st.sampled_from([1, 30, 1 << 19]))):
+    with mock.patch.object(low_rank, "FACTOR", data.draw(st.sampled_from([1, 30, 1 << 19]))):
         whole = read(spec, 0, rows * columns)
         start = data.draw(st.integers(0, rows * columns - 1))
         count = data.draw(st.integers(1, rows * columns - start))
@@ -104,7 +105,7 @@ def test_many_threads_and_a_library_with_many_give_the_same_bits(tmp_path):
         out = torch.empty_like(whole)
         with Reader() as reader:
             starts = range(0, spec.numel, 50_001)
-            tasks = [threading.Thread(target=reader.read, args=(spec, s, out[s : s + 50_001])) for s in starts]
+            tasks = [threading.Thread(target=spec.read, args=(reader, s, out[s : s + 50_001])) for s in starts]
             for task in tasks:
                 task.start()
             for task in tasks:

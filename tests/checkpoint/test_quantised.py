@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mergekit_lite.checkpoint import open_checkpoint, pieces
+from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.encodings import pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import CheckpointError
 
@@ -54,7 +55,7 @@ def read(folder: Path, name: str, start: int = 0, count: int | None = None) -> t
     assert spec.dtype == "float32"
     out = torch.full((spec.numel - start if count is None else count,), torch.nan)
     with Reader() as reader:
-        reader.read(spec, start, out)
+        spec.read(reader, start, out)
     return out
 
 

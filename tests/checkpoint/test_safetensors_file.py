@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import open_checkpoint, safetensors_file
+from mergekit_lite.checkpoint import formats, open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import CheckpointError, RunError
 from tests.checkpoint.reading import assert_reads_as, bits
@@ -47,9 +47,9 @@ def test_any_file_of_the_library_reads_as_the_library_reads_it(expected, metadat
         path = Path(folder, "x.safetensors")
         save_file(expected, path, metadata or None)
         assert_reads_as(path, load_file(path))
-        assert safetensors_file.read_header(path)[2] == metadata
+        assert formats.read_header(path).metadata == metadata
         with safe_open(path, "pt") as opened:
-            in_file_order = list(safetensors_file.read_header(path)[1])
+            in_file_order = list(formats.read_header(path).tensors)
             assert sorted(in_file_order) == sorted(opened.keys())
 
 
@@ -63,7 +63,7 @@ def test_any_part_is_that_part_of_the_whole(data):
         save_file({"first": torch.ones(3), "x": whole}, path)
         out = torch.empty(data.draw(st.integers(0, 77 - start)), dtype=whole.dtype)
         spec = open_checkpoint(path).tensors["x"]
-        reader.read(spec, start, out)
+        spec.read(reader, start, out)
         assert bits(out) == bits(whole.flatten()[start : start + len(out)])
 
 
@@ -85,12 +85,12 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
     with pytest.raises(CheckpointError, match="changed since it was planned"):
         checkpoint.check_unchanged()
     with Reader() as reader, pytest.raises(RunError, match="'a'"):
-        reader.read(checkpoint.tensors["a"], 0, torch.empty(64))
+        checkpoint.tensors["a"].read(reader, 0, torch.empty(64))
     path.unlink()
     with pytest.raises(CheckpointError, match="No such file"):
         checkpoint.check_unchanged()
     with Reader() as reader, pytest.raises(RunError, match="can't be read"):
-        reader.read(checkpoint.tensors["a"], 0, torch.empty(64))
+        checkpoint.tensors["a"].read(reader, 0, torch.empty(64))
 
 
 def test_the_digest_tells_headers_apart(tmp_path):

@@ -72,7 +72,7 @@ def test_any_part_of_a_strided_tensor_is_that_part_of_the_whole(data):
     start = data.draw(st.integers(0, whole.numel()))
     with tempfile.TemporaryDirectory() as folder, Reader() as reader:
         out = torch.empty(data.draw(st.integers(0, whole.numel() - start)), dtype=whole.dtype)
-        reader.read(open_checkpoint(saved(Path(folder), {"x": whole})).tensors["x"], start, out)
+        open_checkpoint(saved(Path(folder), {"x": whole})).tensors["x"].read(reader, start, out)
         assert torch.equal(out, whole.flatten()[start : start + len(out)])
 
 
@@ -91,6 +91,66 @@ def test_the_nest_and_what_is_left_out(tmp_path):
     assert set(checkpoint.left_out) == {"epoch", "optimizer", "<int>", "model.version"}
     assert open_checkpoint(saved(tmp_path, {"a": torch.ones(2)})).nest == ()
     assert open_checkpoint(saved(tmp_path, {"state": {"module": {"a": torch.ones(2)}}})).nest == ("state", "module")
+
+
+WEIGHTS = {"wte.weight": torch.ones(16, 8), "norm.weight": torch.ones(8)}
+BESIDE = {
+    "a loss": {"best_val_loss": torch.tensor(3.1)},
+    "losses": {"losses": torch.ones(20), "step": torch.tensor(5)},
+    "a random generator": {"rng_state": torch.zeros(5056, dtype=torch.uint8)},
+    "random generators": {"rng": {"cpu": torch.zeros(5056, dtype=torch.uint8), "count": torch.tensor(2)}},
+    "an optimizer": {"optimizer": {"state": {0: {"exp_avg": torch.ones(16, 8)}}, "param_groups": []}},
+    "metrics": {"metrics": {"loss": torch.tensor(1.0), "curve": torch.ones(50)}, "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "state", "model_state_dict", "net"])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_stands_beside_the_state_dict_is_left_out_by_name(tmp_path, key, kind):
+    for number, content in enumerate([{key: WEIGHTS} | BESIDE[kind], BESIDE[kind] | {key: WEIGHTS}]):
+        checkpoint = assert_reads_as(saved(tmp_path, content, f"{number}.pt"), WEIGHTS)
+        assert checkpoint.nest == (key,)
+        assert set(checkpoint.left_out) == set(BESIDE[kind])
+
+
+def test_a_model_of_vectors_under_a_known_name_is_found_beside_a_loss(tmp_path):
+    checkpoint = open_checkpoint(saved(tmp_path, {"loss": torch.tensor(1.0), "model": {"a": torch.ones(2)}}))
+    assert checkpoint.nest == ("model",) and set(checkpoint.left_out) == {"loss"}
+
+
+def test_a_plain_state_dict_may_have_other_things_beside_it(tmp_path):
+    extra = {"layer._extra_state": {"scale": torch.ones(3), "amax": torch.tensor(1.0)}, "state": {"step": 3}}
+    checkpoint = assert_reads_as(saved(tmp_path, WEIGHTS | extra), WEIGHTS)
+    assert checkpoint.nest == () and set(checkpoint.left_out) == set(extra)
+
+
+MOVING_AVERAGE = {"ema": {name: tensor * 2 for name, tensor in WEIGHTS.items()}}
+
+
+@pytest.mark.parametrize(
+    ("content", "places"),
+    [
+        ({"model": WEIGHTS} | MOVING_AVERAGE, ["under model", "under ema"]),
+        ({"model": {"state_dict": WEIGHTS}, "loss": torch.tensor(1.0)} | MOVING_AVERAGE, ["under model", "under ema"]),
+        ({"state_dict": {"model": WEIGHTS} | MOVING_AVERAGE}, ["under state_dict.model", "under state_dict.ema"]),
+        ({"generator": WEIGHTS, "discriminator": WEIGHTS}, ["under generator", "under discriminator"]),
+        ({"head.weight": torch.ones(4, 8), "model": WEIGHTS}, ["the top level", "under model"]),
+        ({"model": {"a": torch.ones(2)}, "b": torch.ones(2)}, ["the top level", "under model"]),
+        (WEIGHTS | MOVING_AVERAGE, ["the top level", "under ema"]),
+    ],
+    ids=["ema", "deeper", "nested", "two models", "head", "vectors", "flat"],
+)
+def test_weights_in_two_places_are_refused_and_the_command_in_the_message_parts_them(
+    tmp_path, monkeypatch, content, places
+):
+    message = refusal(saved(tmp_path, content))
+    assert [line.removeprefix("  - ") for line in message.splitlines()[1:-1]] == places
+    monkeypatch.chdir(tmp_path)
+    exec(message.split('python -c "')[1].split('"')[0])
+    key = next(place for place in places if place.startswith("under "))
+    for part in key.removeprefix("under ").split("."):
+        content = content[part]
+    assert_reads_as(Path("x.weights.pt"), content.get("state_dict", content))
 
 
 def test_a_module_state_dict_of_every_suffix(tmp_path):

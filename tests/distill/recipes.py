@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from mergekit_lite.distillation.loading import load
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.recipe.schema import Recipe
 
 
 def recipe_data(**changes: Any) -> dict[str, Any]:

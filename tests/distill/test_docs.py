@@ -10,11 +10,12 @@ from typing import get_args
 import pytest
 from click.testing import CliRunner
 
+from docs import distill as page_of_distill
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.loading import load
 from mergekit_lite.distillation.objectives import OBJECTIVES
-from mergekit_lite.distillation.recipe import Rule, Scorer
+from mergekit_lite.distillation.recipe.loading import load
+from mergekit_lite.distillation.recipe.schema import RecipeScorer, Rule
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
@@ -53,8 +54,9 @@ def test_commands(command: str) -> None:
 def test_the_tables_tell_of_all() -> None:
     assert len(COMMANDS) == 7
     assert first_column("Rules") == set(get_args(Rule))
-    assert first_column("Scorers") == set(get_args(Scorer.model_fields["kind"].annotation))
+    assert first_column("Scorers") == set(get_args(RecipeScorer.model_fields["kind"].annotation))
     assert first_column("Objectives") == set(OBJECTIVES)
+    assert page_of_distill.page() == PAGE, "run: python -m docs.distill"
 
 
 def test_the_files_are_those_of_the_folder() -> None:
@@ -70,7 +72,7 @@ def test_accelerate_reads_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "fsdp.yaml").write_text(YAML["fsdp.yaml"])
     config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
     assert config.num_processes == 8 and config.fsdp_config["fsdp_version"] == 2
-    launched = re.findall(r"^    accelerate launch (.*)$", PAGE, re.MULTILINE)
+    launched = re.findall(r"^    accelerate launch (.*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
     from accelerate.commands.launch import launch_command_parser
 
     for line in launched:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.distillation.checks import unknown_domains
-from mergekit_lite.distillation.loading import load, parse
-from mergekit_lite.distillation.recipe import TARGET
+from mergekit_lite.distillation.recipe.checks import unknown_domains
+from mergekit_lite.distillation.recipe.loading import load, parse
+from mergekit_lite.distillation.recipe.schema import TARGET
 from mergekit_lite.errors import UsageError
 from mergekit_lite.yaml_document import RecipeError
 from tests.distill.recipes import recipe, write_recipe
@@ -44,7 +44,7 @@ WRONG: list[tuple[str, str, str]] = [  # what is replaced in the sound one, by w
     ),
     ("model: org/a", "model: org/a\n    samples_for: {x: many}", "8:22: 'x' is the text 'many', expected a whole"),
     ("name: a", "name: a/../b", "6:11: 'name' is the text 'a/../b', expected letters, digits"),
-    ("kind: reward", "kind: rewrad", "9:22: 'kind' is the text 'rewrad', expected 'reward', 'maths'"),
+    ("kind: reward", "kind: rewrad", "9:22: 'kind' is the text 'rewrad', expected 'code', 'exact'"),
     ("kind: reward", "kind: rewrad", "Did you mean 'reward'?"),
     ("1e-5", "-1e-5", "12:24: 'learning_rate' is the number -1e-5, expected greater than 0"),
     ("1e-5", ".inf", "12:24: .inf is no number to compute with"),

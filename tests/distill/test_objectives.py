@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs, _log1mexp
-from mergekit_lite.distillation.schedules import scheduled
+from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs, _log1mexp, scheduled
 
 ALL = sorted(OBJECTIVES)
+PAIRWISE = [name for name in ALL if not OBJECTIVES[name].fuses]  # those that take a single chosen response
+FAR = {"beta": 0.002, "gamma": 3.0}  # margins and targets beyond those of random rows, by option
 FLOAT32 = 6e-8  # the published numbers were computed in it
 
 
@@ -150,8 +151,8 @@ def test_shapes(name):
 @pytest.mark.parametrize("name", ALL)
 def test_gradients(name):
     rows = random_rows(2)
-    if name == "wpo":  # its weight has no gradient: hold it at 1
-        rows = replace(rows, chosen_squares=rows.chosen_squares - 9, rejected_squares=rows.rejected_squares - 9)
+    # Weights of at most 1 have no gradient: hold them at 1.
+    rows = replace(rows, chosen_squares=rows.chosen_squares - 9, rejected_squares=rows.rejected_squares - 9)
 
     def loss(chosen, rejected):
         return run(name, replace(rows, chosen=chosen, rejected=rejected)).loss
@@ -160,22 +161,17 @@ def test_gradients(name):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen"),
-    [(name, 3) for name in ALL] + [(name, 1) for name in ALL if name != "wrpo"],  # which needs a source's response too
-)
+@pytest.mark.parametrize(("name", "chosen"), [(name, 3) for name in ALL] + [(name, 1) for name in PAIRWISE])
 def test_chosen_go_up_and_rejected_down(name, chosen):
-    """Raising a chosen log-probability lowers the loss, raising the rejected one raises it."""
+    """Raising a chosen log-probability lowers the loss of an unsatisfied pair, raising the rejected one raises it."""
     rows = random_rows(3, chosen)
     inputs = (rows.chosen.clone().requires_grad_(), rows.rejected.clone().requires_grad_())
-    options = (
-        {"gamma": 3.0} if name == "repo" else {"beta": 0.02} if name == "ipo" else {}
-    )  # where they aren't satisfied
+    options = {option: value for option, value in FAR.items() if option in OBJECTIVES[name].defaults}
     run(name, replace(rows, chosen=inputs[0], rejected=inputs[1]), **options).loss.sum().backward()
     assert (inputs[0].grad < 0).all() and (inputs[1].grad > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "wrpo"])
+@pytest.mark.parametrize("name", PAIRWISE)
 def test_several_chosen_are_the_mean_of_pairs(name):
     rows = random_rows(4)
     pairs = [run(name, one_chosen(rows, column)).loss for column in range(2)]

@@ -13,7 +13,7 @@ import pytest
 from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pair import pair
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Silent
 from mergekit_lite.errors import UsageError
 

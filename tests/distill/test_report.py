@@ -13,13 +13,13 @@ import pytest
 
 from mergekit_lite.answers.prompts import from_row
 from mergekit_lite.answers.rows import write_rows
-from mergekit_lite.distillation import curves
-from mergekit_lite.distillation.findings import Findings
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.held_out import MODELS
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.report import report
 from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporting import curves
+from mergekit_lite.distillation.reporting.findings import Findings
+from mergekit_lite.distillation.reporting.held_out import MODELS
 from mergekit_lite.distillation.score import digest_of
 from mergekit_lite.errors import UsageError
 from tests.browser import Browser
@@ -146,13 +146,13 @@ def findings(folder: Path) -> Findings:
 
 def test_says_what_is_beyond_noise(findings: Findings) -> None:
     assert findings.comparison is not None
-    found = {(one.figure, one.after, one.before): one for one in findings.comparison.differences}
+    found = {(one.metric, one.after, one.before): one for one in findings.comparison.differences}
     for after, before in (("preference", "untrained"), ("sft", "untrained"), ("preference", "sft")):
         improved, flat = found["armorm", after, before], found["flat", after, before]
-        assert improved.beyond_noise and improved.of.low < MEANS[after] - MEANS[before] < improved.of.high
+        assert improved.beyond_noise and improved.interval.low < MEANS[after] - MEANS[before] < improved.interval.high
         assert not flat.beyond_noise
     assert "other" not in findings.comparison.scorers  # it judges no held-out domain
-    said = " ".join(findings.said)
+    said = " ".join(findings.conclusions)
     assert (
         "By armorm, the preference model is first: +0.0591 [+0.0572, +0.0611] against the target as it was (beyond"
         in said
@@ -162,7 +162,7 @@ def test_says_what_is_beyond_noise(findings: Findings) -> None:
 
 def test_json(folder: Path, findings: Findings) -> None:
     written = json.loads((folder / "made/report/report.json").read_text())
-    assert written["said"] == findings.said
+    assert written["said"] == findings.conclusions
     assert written["held_out"]["models"]["sft"]["armorm"]["mean"] == pytest.approx(0.12, abs=0.03)
     assert set(written["held_out"]["domains"]) == {"chat", "maths"}
     assert written["training"]["preference"]["last"]["step"] == 200
@@ -251,7 +251,7 @@ def test_without_training(tmp_path: Path) -> None:
 def test_without_held_out_prompts(tmp_path: Path) -> None:
     trained_folder(tmp_path)
     findings = report(recipe(tmp_path, report={}), Silent())
-    assert findings.comparison is None and "no held-out prompts" in findings.said[0]
+    assert findings.comparison is None and "no held-out prompts" in findings.conclusions[0]
     assert (tmp_path / "made/report/report.html").exists()
 
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lite.distillation.assign import Lost, Sft, Waiting, drawn, fates
-from mergekit_lite.distillation.recipe import Pairs
+from mergekit_lite.distillation.pairing.assign import Dropped, SftExample, Waiting, assignments, drawn
+from mergekit_lite.distillation.recipe.schema import Pairing
 from mergekit_lite.distillation.rules import (
     Answers,
     Candidate,
-    Dropped,
-    Pair,
+    PreferencePair,
+    Refusal,
     admitted,
     best,
     best_worst,
@@ -44,8 +44,8 @@ def answered(scores: dict[str, Sequence[float]], own: bool = False) -> list[Cand
     ]
 
 
-def scores_of(pair: Pair | Dropped) -> tuple[float, float]:
-    assert isinstance(pair, Pair), pair
+def scores_of(pair: PreferencePair | Refusal) -> tuple[float, float]:
+    assert isinstance(pair, PreferencePair), pair
     return pair.chosen[-1].score, pair.rejected[0].score
 
 
@@ -56,12 +56,12 @@ class TestFuseChat3:
         assert isinstance(example, Candidate) and (example.source, example.score) == ("B", 0.172)
         pair = admitted(fusechat3(answers), [BOUNDS])
         assert scores_of(pair) == (0.160, 0.131)
-        assert isinstance(pair, Pair) and pair.gap == 0.029 and pair.chosen[0].source == "A"
+        assert isinstance(pair, PreferencePair) and pair.gap == 0.029 and pair.chosen[0].source == "A"
 
     def test_refused_sources_say_why(self) -> None:
         answers = Answers(answered({name: SCORES[name] for name in "BC"}))
         pair = admitted(fusechat3(answers), [BOUNDS])
-        assert isinstance(pair, Dropped)
+        assert isinstance(pair, Refusal)
         assert pair.why == "gap above 0.1; gap below 0.01"
         assert "0.004" in pair.detail and "0.115" in pair.detail
 
@@ -70,9 +70,9 @@ class TestFuseChat3:
         wrong = [Candidate("M", 2, 0.12, False), Candidate("M", 3, 0.11, False)]
         pair = admitted(fusechat3(Answers([*right, *wrong])), [BOUNDS])
         assert scores_of(pair) == (0.15, 0.11)
-        assert isinstance(pair, Pair) and pair.gap == 0.04
+        assert isinstance(pair, PreferencePair) and pair.gap == 0.04
         for some, why in ((right, "no wrong answer"), (wrong, "no right answer")):
-            assert admitted(fusechat3(Answers(some)), [BOUNDS]) == Dropped(why)
+            assert admitted(fusechat3(Answers(some)), [BOUNDS]) == Refusal(why)
 
     def test_right_is_chosen_though_wrong_scores_higher(self) -> None:
         answers = Answers([Candidate("M", 0, 0.1, True), Candidate("M", 1, 0.3, False)])
@@ -83,24 +83,24 @@ class TestFuseChat3:
         """The highest chosen score wins, and of equal ones the first source."""
         scores = {"first": (0.1, 0.15), "second": (0.12, 0.16), "third": (0.13, 0.16)}
         pair = admitted(fusechat3(Answers(answered(scores))), [BOUNDS])
-        assert isinstance(pair, Pair) and pair.chosen[0].source == "second"
+        assert isinstance(pair, PreferencePair) and pair.chosen[0].source == "second"
 
     def test_bounds_are_included(self) -> None:
         for low, high in ((0.10, 0.11), (0.10, 0.20)):  # 0.11 − 0.10 is 0.00999… in binary
             assert high - low != pytest.approx(0, abs=1e-9)
-            assert isinstance(admitted(fusechat3(Answers(answered({"A": (low, high)}))), [BOUNDS]), Pair)
+            assert isinstance(admitted(fusechat3(Answers(answered({"A": (low, high)}))), [BOUNDS]), PreferencePair)
 
 
 class TestOtherRules:
     def test_wrpo(self) -> None:
         own = answered({"target": (0.11, 0.14, 0.09, 0.14, 0.09)}, own=True)
         (pair,) = wrpo(Answers(answered(SCORES), own))
-        assert isinstance(pair, Pair)
+        assert isinstance(pair, PreferencePair)
         assert [(one.source, one.index) for one in pair.chosen] == [("B", 2), ("target", 1)]
         assert [(one.source, one.index) for one in pair.rejected] == [("target", 2)]
         assert pair.gap == 0.05
         (none,) = wrpo(Answers(answered(SCORES), own[:1]))
-        assert none == Dropped("the target's own answers: fewer than two answers")
+        assert none == Refusal("the target's own answers: fewer than two answers")
 
     def test_sweet_spot(self) -> None:
         scores = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, -30.0]
@@ -118,8 +118,8 @@ class TestOtherRules:
         assert scores_of(admitted(simplemix(alone, draw=0.9), [])) == (0.3, 0.1)
 
     def test_rip(self) -> None:
-        def pair(rejected: float, length: int, chosen: float) -> Pair:
-            return Pair(
+        def pair(rejected: float, length: int, chosen: float) -> PreferencePair:
+            return PreferencePair(
                 (Candidate("A", 0, chosen),), (Candidate("A", 1, rejected, None, length),), chosen - rejected, ""
             )
 
@@ -136,7 +136,7 @@ class TestOtherRules:
 
     def test_same_text_is_no_pair(self) -> None:
         twins = [Candidate("A", index, score, digest=7) for index, score in enumerate((0.2, 0.1))]
-        assert extremes(twins) == Dropped("chosen and rejected are the same text")
+        assert extremes(twins) == Refusal("chosen and rejected are the same text")
 
 
 many_scores = st.lists(st.integers(-3, 3).map(float), max_size=6)
@@ -179,7 +179,7 @@ def test_fusechat3_by_brute_force(
     ]
     pair = admitted(fusechat3(Answers(answers)), [gap_between(least, most)])
     expected = naive_fusechat3(answers, least, most)
-    assert (isinstance(pair, Pair) and (pair.chosen[0], pair.rejected[0])) == (expected or False)
+    assert (isinstance(pair, PreferencePair) and (pair.chosen[0], pair.rejected[0])) == (expected or False)
 
 
 @given(by_source)
@@ -194,7 +194,7 @@ def test_rules_don_t_invent(scores: dict[str, list[float]]) -> None:
         simplemix(answers, draw=0),
     ):
         for offer in offers:
-            if isinstance(offer, Pair):
+            if isinstance(offer, PreferencePair):
                 every = [*answers.sources, *answers.target]
                 assert {*offer.chosen, *offer.rejected} <= set(every)
                 assert offer.gap > 0 and offer.chosen[-1].score - offer.rejected[0].score == offer.gap
@@ -227,60 +227,60 @@ class TestSplit:
         assert drawn(prompts, 0.2, 0) < drawn(prompts, 0.6, 0)
 
 
-def protocol(**settings: object) -> Pairs:
-    return Pairs.model_validate({"rule": "fusechat3", "score": "reward", "gap": (0.01, 0.1), **settings})
+def pairing(**settings: object) -> Pairing:
+    return Pairing.model_validate({"rule": "fusechat3", "score": "reward", "gap": (0.01, 0.1), **settings})
 
 
-class TestFates:
+class TestAssignments:
     def test_instruction(self) -> None:
         """4:6 of the prompts that have a pair; the others are dropped before the split."""
         good, bad = Answers(answered(SCORES)), Answers(answered({"B": SCORES["B"]}))
         prompts = {f"good {number}": good for number in range(10)} | {f"bad {number}": bad for number in range(3)}
-        became = fates(protocol(), prompts, seed=0)
-        kinds = [type(fate) for fate in became.values()]
-        assert (kinds.count(Sft), kinds.count(Pair), kinds.count(Lost)) == (4, 6, 3)
-        assert all(isinstance(became[name], Lost) for name in prompts if name.startswith("bad"))
+        assigned = assignments(pairing(), prompts, seed=0)
+        kinds = [type(assignment) for assignment in assigned.values()]
+        assert (kinds.count(SftExample), kinds.count(PreferencePair), kinds.count(Dropped)) == (4, 6, 3)
+        assert all(isinstance(assigned[name], Dropped) for name in prompts if name.startswith("bad"))
 
     def test_maths_by_availability(self) -> None:
         right, wrong = Candidate("M", 0, 0.15, True), Candidate("M", 1, 0.12, False)
         prompts = {"both": Answers([right, wrong]), "right": Answers([right]), "wrong": Answers([wrong])}
-        became = fates(protocol(split="availability", correct="checked"), prompts, seed=0)
-        assert isinstance(became["both"], Pair)
-        assert isinstance(became["right"], Sft) and became["right"].answer == right
-        assert became["wrong"] == Lost("sft", Dropped("no right answer"))
+        assigned = assignments(pairing(split="availability", correct="checked"), prompts, seed=0)
+        assert isinstance(assigned["both"], PreferencePair)
+        assert isinstance(assigned["right"], SftExample) and assigned["right"].answer == right
+        assert assigned["wrong"] == Dropped("sft", Refusal("no right answer"))
 
     def test_wrpo_waits_for_the_target(self) -> None:
         strong = answered(SCORES)
         prompts = {f"prompt {number}": Answers(strong) for number in range(9)}
-        rule = protocol(rule="wrpo", sft_share=0.33333333, gap=(None, None))
-        before = fates(rule, prompts, seed=3, answered=False)
-        assert sum(isinstance(fate, Sft) for fate in before.values()) == 3
-        waiting = {prompt for prompt, fate in before.items() if isinstance(fate, Waiting)}
+        rule = pairing(rule="wrpo", sft_share=0.33333333, gap=(None, None))
+        before = assignments(rule, prompts, seed=3, answered=False)
+        assert sum(isinstance(assignment, SftExample) for assignment in before.values()) == 3
+        waiting = {prompt for prompt, assignment in before.items() if isinstance(assignment, Waiting)}
         own = answered({"target": (0.1, 0.2)}, own=True)
-        after = fates(rule, {prompt: Answers(strong, own) for prompt in prompts}, seed=3)
-        assert {prompt for prompt, fate in after.items() if isinstance(fate, Pair)} == waiting
+        after = assignments(rule, {prompt: Answers(strong, own) for prompt in prompts}, seed=3)
+        assert {prompt for prompt, assignment in after.items() if isinstance(assignment, PreferencePair)} == waiting
 
     def test_as_is(self) -> None:
         prompts = {"one": Answers([Candidate("Q", 0, 0.0), Candidate("Q", 1, 1.0)]), "none": Answers()}
-        became = fates(protocol(rule="as_is", gap=(None, None)), prompts, seed=0)
-        assert isinstance(became["one"], Sft) and became["one"].answer.index == 0
-        assert became["none"] == Lost("sft", Dropped("no answer"))
+        assigned = assignments(pairing(rule="as_is", gap=(None, None)), prompts, seed=0)
+        assert isinstance(assigned["one"], SftExample) and assigned["one"].answer.index == 0
+        assert assigned["none"] == Dropped("sft", Refusal("no answer"))
 
     def test_gap_quantiles(self) -> None:
         """Bounds from the domain's own gaps: of 0.1, 0.2 … 1.0 the middle half."""
         prompts = {str(number): Answers(answered({"A": (0.0, number / 10)})) for number in range(1, 11)}
-        rule = protocol(gap=(None, None), gap_quantiles=(0.25, 0.75), sft_share=0.0)
-        became = fates(rule, prompts, seed=0)
-        kept = [prompt for prompt, fate in became.items() if isinstance(fate, Pair)]
+        rule = pairing(gap=(None, None), gap_quantiles=(0.25, 0.75), sft_share=0.0)
+        assigned = assignments(rule, prompts, seed=0)
+        kept = [prompt for prompt, assignment in assigned.items() if isinstance(assignment, PreferencePair)]
         assert kept == ["4", "5", "6", "7"]
 
     @given(st.lists(by_source, max_size=12), st.sampled_from(["share", "availability"]), st.integers(0, 5))
-    def test_every_prompt_has_one_fate(self, each: list[dict[str, list[float]]], split: str, share: int) -> None:
+    def test_every_prompt_has_one_assignment(self, each: list[dict[str, list[float]]], split: str, share: int) -> None:
         prompts = {str(number): Answers(answered(scores)) for number, scores in enumerate(each)}
-        rule = protocol(split=split, sft_share=share / 5, gap=(1, 4))
-        became = fates(rule, prompts, seed=1)
-        assert became.keys() == prompts.keys()
+        rule = pairing(split=split, sft_share=share / 5, gap=(1, 4))
+        assigned = assignments(rule, prompts, seed=1)
+        assert assigned.keys() == prompts.keys()
         if split == "share" and 0 < share < 5:
-            sft = sum(isinstance(fate, Sft) for fate in became.values())
-            pairs = sum(isinstance(fate, Pair) for fate in became.values())
+            sft = sum(isinstance(assignment, SftExample) for assignment in assigned.values())
+            pairs = sum(isinstance(assignment, PreferencePair) for assignment in assigned.values())
             assert sft == share * (sft + pairs) // 5

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.distillation import protocols
-from mergekit_lite.distillation.assign import needs_target
-from mergekit_lite.distillation.loading import load
+from mergekit_lite.distillation.recipe.checks import pairing_problems
+from mergekit_lite.distillation.recipe.loading import load
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "distill"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -29,7 +28,7 @@ def test_plans(file: Path) -> None:
     recipe = load(file)
     assert recipe.folder == FOLDER / file.stem
     domains = {prompts.domain for prompts in recipe.prompts}
-    assert list(protocols.problems(recipe, domains)) == []
+    assert list(pairing_problems(recipe, domains)) == []
     assert {*recipe.pairs.domains} <= domains
     for domain in domains:
         assert any(source.domains is None or domain in source.domains for source in recipe.sources), domain
@@ -58,7 +57,7 @@ def test_wrpo() -> None:
     assert len(recipe.sources) == 10 and len({source.model for source in recipe.sources}) == 10
     assert {source.samples for source in recipe.sources} == {5}
     assert {(one.sampling.temperature, one.sampling.top_p) for one in recipe.sources} == {(0.8, 0.95)}
-    assert needs_target(recipe.pairs)
+    assert recipe.pairs.needs_target
     sft, preference = recipe.train.sft, recipe.train.preference
     assert sft is not None and preference is not None
     assert (sft.learning_rate, preference.learning_rate) == (7e-6, 3e-7)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mergekit_lite.answers.template import ChatTemplate, Limits
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.answers.template import ChatTemplate, LengthLimits
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Silent
 from mergekit_lite.distillation.train import check, train
 from mergekit_lite.distillation.training.model import tokenizer_of
@@ -236,7 +236,7 @@ def test_a_row_with_several_rejected_answers_is_as_many_rows(folder, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = [line | {"rejected": [one]} for line in lines for one in line["rejected"]]
     apart.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    template, limits = ChatTemplate(tokenizer_of(str(folder / "target"))), Limits(2048, 1024, "drop")
+    template, limits = ChatTemplate(tokenizer_of(str(folder / "target"))), LengthLimits(2048, 1024, "drop")
     found = preference_rows(path, template, limits)
     assert len(found.rows) == 12 and found.rows == preference_rows(apart, template, limits).rows
     refused = "expected one or more chosen responses, and one or more rejected, got 2 chosen and 0 rejected"

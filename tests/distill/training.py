@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mergekit_lite.distillation.recipe import Recipe
+from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Silent
 from mergekit_lite.distillation.train import train
 from tests.causal import causal_model

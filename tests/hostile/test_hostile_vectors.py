@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.vector_file import KEY, read_vector
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, NonFiniteError, RunError
-from mergekit_lite.vectors.apply import apply_vectors
-from mergekit_lite.vectors.extract import Settings, extract_vector
+from mergekit_lite.vectors.application import apply_vectors
+from mergekit_lite.vectors.extraction import ExtractSettings, extract_vector
 from tests.checkpoint.reading import read_all
 from tests.models import State, state, tuned, write_folder
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 FORMATS = {
-    "dense": Settings(),
-    "sparse": Settings("sparse", density=0.3),
-    "sign": Settings("sign"),
-    "lowrank": Settings("lowrank", rank=2),
+    "dense": ExtractSettings(),
+    "sparse": ExtractSettings("sparse", density=0.3),
+    "sign": ExtractSettings("sign"),
+    "lowrank": ExtractSettings("lowrank", rank=2),
 }
 About = dict[str, Any]
 Lie = Callable[[State, About], object]

@@ -15,7 +15,6 @@ from tests.methods import reference
 from tests.methods.reference import REFERENCES
 from tests.models import read_folder, write_folder
 
-UNUSED = {"int8_mask"}
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
 SHAPE = (37, 53)
 
@@ -135,9 +134,9 @@ def by_reference(
 )
 def test_equals_the_reference(case: Case, count: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     base, *models = fine_tunes(case.method, count, dtype, shape)
-    kinds = {name: str(p.annotation) for name, p in METHODS[case.method].parameters.items()}
+    known = METHODS[case.method].parameters
     parameters = {
-        name: value[: count + (case.base and "input" in kinds[name])] if isinstance(value, list) else value
+        name: value[: count + (case.base and known[name].each == "input")] if isinstance(value, list) else value
         for name, value in case.parameters.items()
     }
     start = base if case.base else None
@@ -209,13 +208,12 @@ def rules(method: str, count: int) -> tuple[dict[str, Any], list[dict[str, Any]]
     shared: dict[str, Any] = {}
     each: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, about in METHODS[method].parameters.items():
-        kind = str(about.annotation)
-        if "bool" in kind and "Literal" not in kind and name not in UNUSED:
+        if about.types == (bool,):
             shared[name] = (True, False, True)
-        elif "tuple" in kind:
+        elif about.each:
             for number, own in enumerate(each):
                 own[name] = tuple(value * (1 - number / 10) for value in ALONG[name])
-        elif about.annotation in (float, int) and name not in FIXED:
+        elif about.types in ((float,), (int,)) and name not in FIXED:
             shared[name] = tuple(value / 1000 for value in ALONG[name]) if method == "nearswap" else ALONG[name]
     return shared, each
 
@@ -262,7 +260,7 @@ def test_the_table_is_complete() -> None:
     assert set(REFERENCES) == deterministic
     for name in deterministic:
         known = METHODS[name].parameters
-        required = {p for p, about in known.items() if about.default is about.empty}
+        required = {p for p, about in known.items() if about.required}
         cases = [set(case.parameters) for case in CASES if case.method == name]
         assert any(given == required for given in cases), f"{name} with its defaults"
-        assert set().union(*cases) >= set(known) - UNUSED, f"{name} with all parameters"
+        assert set().union(*cases) >= set(known), f"{name} with all parameters"

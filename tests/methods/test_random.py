@@ -7,7 +7,7 @@ import torch
 
 from mergekit_lite import draws
 from mergekit_lite.methods import merge_tensors
-from mergekit_lite.methods.sparsify import LEVELS, _chances, _levels
+from mergekit_lite.ops.torch_ops import LEVELS, _chances, _levels
 
 METHODS = ["dare_linear", "dare_ties", "della", "della_linear"]
 ROWS, COLUMNS = 200, 1000

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 import torch
 
-from mergekit_lite.methods.passes import Block, Passes, Reduction, TensorInfo, sample
-from mergekit_lite.methods.statistics import WORTH_SAMPLING, Cut, largest
-from mergekit_lite.methods.statistics import total as summed
+from mergekit_lite.methods.contract import Block, Reduction, TensorInfo, Totals
+from mergekit_lite.methods.statistics import WORTH_SAMPLING, largest
+from mergekit_lite.methods.tensor_merge import sample
+from mergekit_lite.ops.operations import Cut
+from mergekit_lite.ops.torch_ops import figures_of
+from mergekit_lite.ops.torch_ops import total as summed
 
 ELEMENTS = WORTH_SAMPLING + 777
 
@@ -20,35 +23,51 @@ def cuts(tensors: list[torch.Tensor], ks: list[int], group: str | None = None, g
     ``gaps`` elements of other tensors lie before each one.
     """
     extent = sum(len(tensor) + gaps for tensor in tensors)
-    ways: list[Passes] = []
+    searches = []
     offset = 0
     for tensor in tensors:
         offset += gaps
         info = TensorInfo("w", tuple(tensor.shape), 1, False, 0, offset, extent)
-        ways.append(Passes(steps(info, ks, group, sum(map(len, tensors)))))
+        searches.append(steps(info, ks, group, sum(map(len, tensors))))
         offset += len(tensor)
     full = 0
-    while (request := ways[0].request) is not None:
-        totals = [total(way.request, tensor) for way, tensor in zip(ways, tensors, strict=True) if way.request]
-        full += not request.sampled and request.within is None
-        for way in ways:
-            way.send(torch.stack(totals).sum(0).numpy())
-    return [cut for [row] in [ways[0].combine] for cut in row], full  # type: ignore[union-attr,misc]
+    requests = [next(search) for search in searches]
+    while True:
+        totals = [total(request, tensor) for request, tensor in zip(requests, tensors, strict=True)]
+        full += not requests[0].sampled and requests[0].within is None
+        requests, found = sent(searches, torch.stack(totals).sum(0).numpy())
+        if not requests:
+            return found, full
 
 
-def steps(info: TensorInfo, ks: list[int], group: str | None, whole: int) -> Iterator[Reduction]:
+def sent(
+    searches: list[Generator[Reduction, Totals, list[list[Cut]]]], of_all: Totals
+) -> tuple[list[Reduction], list[Cut]]:
+    """The next requests; where there are none, the cuts that the first search found."""
+    requests, found = [], []
+    for search in searches:
+        try:
+            requests.append(search.send(of_all))
+        except StopIteration as finished:
+            found.append(finished.value)
+    return requests, found[0][0] if found else []
+
+
+def steps(
+    info: TensorInfo, ks: list[int], group: str | None, whole: int
+) -> Generator[Reduction, Totals, list[list[Cut]]]:
     def counts(_: int, elements: int, __: int) -> list[int]:
         return [k * elements // whole for k in ks]
 
-    return largest(info, lambda block, _: [block[0].abs()], counts, group)  # type: ignore[return-value]
+    return largest(info, lambda block, _: [block[0].abs()], counts, group)
 
 
 def total(request: Reduction, tensor: torch.Tensor) -> torch.Tensor:
     if request.sampled:
         picked: Block = [torch.cat([tensor[start : start + count] for start, count in sample(0, len(tensor))])]
-        return request.of(picked, 0)
+        return figures_of(request.of, picked, 0)
     return torch.stack(
-        [request.of([tensor[start : start + 100_000]], start) for start in range(0, len(tensor), 100_000)]
+        [figures_of(request.of, [tensor[start : start + 100_000]], start) for start in range(0, len(tensor), 100_000)]
     ).sum(0)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
@@ -14,13 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.recipe import MergeRecipe, Parameter, Slice, Source, parse, text_of
+from mergekit_lite.recipe import Recipe, Slice, Source, parse, text_of
 from mergekit_lite.recipe.rules import Filter, Rule
-from tests.recipe.methods import METHODS
 
 
-def read(text: str) -> MergeRecipe:
-    return parse(dedent(text), METHODS)
+def read(text: str) -> Recipe:
+    return parse(dedent(text))
 
 
 def one(value: Any) -> tuple[Rule, ...]:
@@ -61,7 +59,7 @@ def test_everything() -> None:
         {"lambda": (Rule((2.0,), Filter("mlp")),)},
     )
     second = Slice((Source("b@main+lora", (4, 8)), Source("other", (4, 8))), 1)
-    assert recipe == MergeRecipe(
+    assert recipe == Recipe(
         "dare_ties",
         (first, second),
         "base",
@@ -70,18 +68,17 @@ def test_everything() -> None:
             "normalize": one(True),
             "rescale": one("density"),
         },
-        (),
-        (Filter("norm"),),
-        "bfloat16",
-        "float32",
-        "stochastic",
-        7,
-        "chatml",
-        "base",
+        exclude=(Filter("norm"),),
+        dtype="bfloat16",
+        out_dtype="float32",
+        rounding="stochastic",
+        seed=7,
+        chat_template="chatml",
+        tokenizer="base",
     )
     assert [str(note) for note in recipe.notes] == ["14:3: int8_mask has no effect and is ignored"]
     assert recipe.models == ("a", "base", "b@main+lora", "other")
-    assert recipe.donor == "base"
+    assert recipe.config_source == "base"
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
@@ -104,7 +101,7 @@ def test_everything() -> None:
 def test_references(written: str, expected: str) -> None:
     recipe = read(f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: {written}\n")
     assert recipe.models == (expected,)
-    assert recipe.donor == expected
+    assert recipe.config_source == expected
     based = read(f"merge_method: sce\nbase_model: {written}\nmodels: [{{model: a}}]\n")
     assert (based.base_model, based.models, based.slices[0].base) == (expected, ("a", expected), 1)
 
@@ -116,9 +113,9 @@ def test_the_base_joins_the_models() -> None:
     assert listed.slices[0].base == 0
     merged = read("merge_method: linear\nbase_model: m\nmodels: [{model: a}]\nparameters: {weight: 1}\n")
     assert [s.model for s in merged.slices[0].sources] == ["a", "m"]
-    donor = read("merge_method: passthrough\nbase_model: m\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n")
-    assert donor.slices[0] == Slice((Source("a", (0, 2)),))
-    assert (donor.donor, donor.models) == ("m", ("a", "m"))
+    beside = read("merge_method: passthrough\nbase_model: m\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n")
+    assert beside.slices[0] == Slice((Source("a", (0, 2)),))
+    assert (beside.config_source, beside.models) == ("m", ("a", "m"))
 
 
 @pytest.mark.parametrize(
@@ -167,9 +164,9 @@ def test_empty_keys_are_as_absent() -> None:
 
 @pytest.mark.parametrize("source", ["tokenizer_source: base", "tokenizer_source: m", "tokenizer: {source: base}"])
 def test_the_tokenizer_of_the_base(source: str) -> None:
-    assert read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}").donor == "m"
+    assert read(f"merge_method: sce\nbase_model: m\nmodels: [{{model: a}}]\n{source}").config_source == "m"
     without_base = f"merge_method: linear\nmodels: [{{model: m, parameters: {{weight: 1}}}}]\n{source}"
-    assert read(without_base).donor == "m"
+    assert read(without_base).config_source == "m"
 
 
 def test_notes() -> None:
@@ -205,26 +202,10 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Can't read the recipe .*recipe\.yml"):
         text_of(path)
     path.write_bytes(b"\xef\xbb\xbfmerge_method: sce\nbase_model: m\nmodels: [{model: a}]\n")
-    assert parse(text_of(path), METHODS).merge_method == "sce"
+    assert parse(text_of(path)).merge_method == "sce"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="Can't read"):
         text_of(path)
-
-
-def signature(
-    *, t: float, n: int = 3, on: bool = True, scale: float | None = None, how: bool | Literal["l1", "density"] = True
-) -> None: ...
-
-
-def test_parameters_from_a_signature() -> None:
-    hints = inspect.signature(signature, eval_str=True).parameters
-    assert {name: Parameter.of(hint.annotation, hint.default) for name, hint in hints.items()} == {
-        "t": Parameter((float,), required=True),
-        "n": Parameter((int,), 3),
-        "on": Parameter((bool,), True),
-        "scale": Parameter((float,)),
-        "how": Parameter((bool, str), True, choices=("l1", "density")),
-    }
 
 
 NUMBERS = st.floats(-10, 10) | st.integers(-10, 10)
@@ -264,7 +245,7 @@ def test_round_trip(models: list[dict[str, Any]], shared: dict[str, Any], flow: 
         "models": [{"model": name, "parameters": own} for name, own in zip(names, models, strict=True)],
         "parameters": {"weight": 1.0, **shared},
     }
-    recipe = parse(yaml.safe_dump(tree, default_flow_style=flow), METHODS)
+    recipe = parse(yaml.safe_dump(tree, default_flow_style=flow))
     assert [dict(source.parameters) for source in recipe.slices[0].sources[:-1]] == [
         {key: rules_of(setting) for key, setting in own.items()} for own in models
     ]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from fractions import Fraction
 from textwrap import dedent
 
-from mergekit_lite.recipe import MergeRecipe, Output, Resolved, outputs, parse, resolve
-from tests.recipe.methods import METHODS
+from mergekit_lite.recipe import Output, Recipe, Resolved, outputs, parse, resolve
 from tests.recipe.test_layers import llama
 
 
-def planned(text: str, layers: int) -> tuple[MergeRecipe, tuple[Output, ...], Resolved]:
-    recipe = parse(dedent(text), METHODS)
+def planned(text: str, layers: int) -> tuple[Recipe, tuple[Output, ...], Resolved]:
+    recipe = parse(dedent(text))
     made = outputs(recipe.slices, {model: llama(layers) for model in recipe.models})
     assert made.problems == ()
-    found = resolve(recipe, made.tensors, METHODS)
+    found = resolve(recipe, made.tensors)
     assert found.problems == found.notes == ()
     return recipe, made.tensors, found
 
@@ -24,7 +23,7 @@ def weights(found: Resolved, name: str = "weight") -> set[tuple[object, ...]]:
 
 
 def test_linear() -> None:
-    """Three models, unequal weights, no base: the first one listed is the donor, always."""
+    """Three models, unequal weights, no base: the first one listed gives the config, always."""
     recipe, _, found = planned("""\
         models:
           - {model: orca, parameters: {weight: 1.0}}
@@ -33,7 +32,7 @@ def test_linear() -> None:
         merge_method: linear
         dtype: float16
     """, 4)  # fmt: skip
-    assert (recipe.donor, recipe.dtype, recipe.out_dtype) == ("orca", "float16", None)
+    assert (recipe.config_source, recipe.dtype, recipe.out_dtype) == ("orca", "float16", None)
     assert weights(found) == {(1.0, 0.3, 0.5)}
     assert all(n is not None and n.shared == {"normalize": True} for n in found.numbers)
 
@@ -87,7 +86,7 @@ def test_bio_merge() -> None:
         parameters: {normalize: false, int8_mask: true}
         dtype: float16
     """, 3)  # fmt: skip
-    assert recipe.donor == "mistral"
+    assert recipe.config_source == "mistral"
     assert weights(found) == weights(found, "density") == {(0.5, 0.5, None)}
     assert {n.shared["normalize"] for n in found.numbers if n} == {False}
 
@@ -122,5 +121,5 @@ def test_arcee_fusion() -> None:
         base_model: a
         dtype: bfloat16
     """, 2)  # fmt: skip
-    assert (recipe.donor, recipe.slices[0].base) == ("a", 0)
+    assert (recipe.config_source, recipe.slices[0].base) == ("a", 0)
     assert {tuple(index for index, _ in output.inputs) for output in made} == {(0, 1)}

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.recipe import MergeRecipe, Resolved, outputs, parse, resolve
-from tests.recipe.methods import METHODS
+from mergekit_lite.recipe import Recipe, Resolved, outputs, parse, resolve
 from tests.recipe.test_layers import llama
 
 LAYERS = 5
 
 
-def resolved(text: str, layers: int = LAYERS) -> tuple[MergeRecipe, Resolved, dict[str, Any]]:
-    recipe = parse(dedent(text), METHODS)
+def resolved(text: str, layers: int = LAYERS) -> tuple[Recipe, Resolved, dict[str, Any]]:
+    recipe = parse(dedent(text))
     made = outputs(recipe.slices, {model: llama(layers) for model in recipe.models})
     assert not made.problems
-    found = resolve(recipe, made.tensors, METHODS)
+    found = resolve(recipe, made.tensors)
     return recipe, found, {o.spot.name: n for o, n in zip(made.tensors, found.numbers, strict=True)}
 
 
@@ -214,9 +213,8 @@ def test_numbers_that_are_shared_are_those_of_each_tensor_alone() -> None:
         overrides: [{filter: up_proj, layers: [6, 8], merge_method: sce}]
         exclude: ["regex:^lm"]
         """),
-        METHODS,
     )
     made = outputs(recipe.slices, {model: llama(LAYERS) for model in recipe.models}).tensors
-    alone = [resolve(recipe, [output], METHODS).numbers[0] for output in made]
-    assert list(resolve(recipe, made, METHODS).numbers) == alone
+    alone = [resolve(recipe, [output]).numbers[0] for output in made]
+    assert list(resolve(recipe, made).numbers) == alone
     assert len({str(numbers) for numbers in alone}) > 10

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.recipe import MergeRecipe, outputs, parse, resolve, text_of
-from tests.recipe.methods import METHODS
+from mergekit_lite.methods import METHODS
+from mergekit_lite.recipe import Recipe, outputs, parse, resolve, text_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yml"))
@@ -61,15 +61,15 @@ PUBLISHED = {
 }
 
 
-def loaded(path: Path) -> MergeRecipe:
-    return parse(text_of(path), METHODS, str(path))
+def loaded(path: Path) -> Recipe:
+    return parse(text_of(path), str(path))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe(path: Path) -> None:
     recipe = loaded(path)
     made = outputs(recipe.slices, dict.fromkeys(recipe.models, NAMES))
-    found = resolve(recipe, made.tensors, METHODS)
+    found = resolve(recipe, made.tensors)
     assert recipe.notes == made.problems == found.problems == found.notes == ()
     assert len(found.numbers) == len(made.tensors) >= len(NAMES)
 
@@ -108,7 +108,7 @@ def test_expo_as_published() -> None:
 
 def test_fusechat_and_fuseo1_as_published() -> None:
     first, second = (loaded(ROOT / "recipes/fusechat" / f"fusechat-7b-{name}.yml") for name in ("v1-varm", "v2-sce"))
-    assert first.donor == second.donor == "openchat/openchat_3.5"
+    assert first.config_source == second.config_source == "openchat/openchat_3.5"
     assert (len(first.models), len(second.models)) == (3, 6)
     assert second.parameters["select_topk"][0].values == (0.1,)
     others = [loaded(path) for path in RECIPES if path.parent.name == "fuseo1"]

@@ -9,7 +9,6 @@ from textwrap import dedent
 import pytest
 
 from mergekit_lite.recipe import RecipeError, parse
-from tests.recipe.methods import METHODS
 
 TAIL = "merge_method: linear\n"
 TIES = "merge_method: ties\nbase_model: base\n"
@@ -17,7 +16,7 @@ PAIR = "models:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, paramet
 SLICES = TAIL + "parameters: {weight: 1}\nslices:\n"
 ROOT_KEYS = (
     "merge_method, models, slices, base_model, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
-    "chat_template, exclude, overrides, seed, random_seed, rounding"
+    "chat_template, include, exclude, new_rows, overrides, seed, random_seed, rounding"
 )
 
 # (what is tried, the text, every complaint)
@@ -101,12 +100,12 @@ WRONG = [
     ("truth for a number", TAIL + "models: [{model: a, parameters: {weight: true}}]\n", ["2:42: 'weight' expects a number, got true"]),
     ("not finite", TAIL + "models: [{model: a, parameters: {weight: .inf}}]\n", ["2:42: 'weight' expects a number, got the number .inf"]),
     ("number for truth", TIES + PAIR + "parameters: {normalize: 2}\n", ["6:25: 'normalize' expects true or false, got the number 2"]),
-    ("fraction for whole", "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: 2.5}\n", ["3:24: 'max_iter' expects a whole number, got the number 2.5"]),
+    ("fraction for whole", "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: 2.5}\n", ["3:24: 'max_iter' expects a whole number from 0 on, got the number 2.5"]),
     ("choice", "merge_method: sce\nbase_model: base\nmodels: [{model: a}]\nparameters: {variant: fuse}\n", ["4:23: 'variant' expects one of 'mergekit', 'fusechat', 'paper', got the text 'fuse'"]),
     ("truth or choice", TIES + PAIR + "parameters: {rescale: l2}\n", ["6:23: 'rescale' expects true or false or one of 'l1', 'density', got the text 'l2'"]),
-    ("out of bounds", TIES + "models: [{model: a, parameters: {weight: 1, density: 1.7}}]\n", ["3:54: 'density': expected numbers from 0 to 1, got 1.7"]),
-    ("one of a gradient", TIES + PAIR + "parameters:\n  density:\n    - filter: mlp\n      value: [0.5, -1]\n    - value: 2\n", ["9:20: 'density': expected numbers from 0 to 1, got -1", "10:14: 'density': expected numbers from 0 to 1, got 2"]),
-    ("below zero", "merge_method: nearswap\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: -1}\n", ["4:17: 't': expected 0 or more, got -1"]),
+    ("out of bounds", TIES + "models: [{model: a, parameters: {weight: 1, density: 1.7}}]\n", ["3:54: 'density': expected a number from 0 to 1, got 1.7"]),
+    ("one of a gradient", TIES + PAIR + "parameters:\n  density:\n    - filter: mlp\n      value: [0.5, -1]\n    - value: 2\n", ["9:20: 'density': expected a number from 0 to 1, got -1", "10:14: 'density': expected a number from 0 to 1, got 2"]),
+    ("below zero", "merge_method: nearswap\nbase_model: base\nmodels: [{model: a}]\nparameters: {t: -1}\n", ["4:17: 't': expected a number from 0 on, got -1"]),
     ("tokenizer of a stranger", TAIL + PAIR + "tokenizer_source: c\n", ["5:19: tokenizer_source expects 'base' or one of the recipe's models, got 'c'."]),
     ("empty gradient", TAIL + "models: [{model: a, parameters: {weight: []}}]\n", ["2:42: 'weight' is an empty list: a gradient has at least one value"]),
     ("text in a gradient", TAIL + "models: [{model: a, parameters: {weight: [0, x]}}]\n", ["2:46: 'weight' expects a number, got the text 'x'"]),
@@ -121,6 +120,8 @@ WRONG = [
     ("regex", TAIL + "models: [{model: a, parameters: {weight: {filter: 'regex:(', value: 1}}}]\n", ["2:51: 'regex:(' is no regular expression: missing ), unterminated subpattern at position 0"]),
     ("layers", TAIL + "models: [{model: a, parameters: {weight: {layers: 3, value: 1}}}]\n", ["2:51: 'layers' expects two whole numbers, [first, end], got the number 3"]),
     # --- exclude and overrides
+    ("include a number", TAIL + PAIR + "include: [1]\n", ["5:11: 'filter' expects text, got the number 1: put it in quotes, '1', if it is one"]),
+    ("new rows", TAIL + PAIR + "new_rows: copi\n", ["5:11: 'new_rows' expects one of refuse, copy, got the text 'copi'. Did you mean 'copy'?"]),
     ("exclude nothing", TAIL + PAIR + "exclude: [{}]\n", ["5:11: the filter has neither 'filter' nor 'layers'"]),
     ("exclude a number", TAIL + PAIR + "exclude: [1]\n", ["5:11: 'filter' expects text, got the number 1: put it in quotes, '1', if it is one"]),
     ("override of all", TAIL + PAIR + "overrides: [{merge_method: linear}]\n", ["5:13: the override has neither 'filter' nor 'layers'"]),
@@ -135,7 +136,7 @@ WRONG = [
 @pytest.mark.parametrize(("text", "complaints"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_complaints(text: str, complaints: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
-        parse(text, METHODS)
+        parse(text)
     assert [str(problem) for problem in caught.value.problems] == complaints
 
 
@@ -149,7 +150,7 @@ def test_all_at_once() -> None:
         dtype: int3
     """)
     with pytest.raises(RecipeError) as caught:
-        parse(text, METHODS, "mine.yml")
+        parse(text, "mine.yml")
     assert caught.value.exit_code == 2
     assert str(caught.value) == dedent("""\
         mine.yml has 5 problems:
@@ -164,9 +165,9 @@ def test_billion_laughs() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
     with pytest.raises(RecipeError, match="aliases expand to more than 100,000 values"):
-        parse("\n".join(lines), METHODS)
+        parse("\n".join(lines))
 
 
 def test_nesting() -> None:
     with pytest.raises(RecipeError, match="nested too deeply"):
-        parse("[" * 20_000, METHODS)
+        parse("[" * 20_000)

@@ -16,9 +16,9 @@ from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, MergekitLiteError
 from mergekit_lite.methods import merge_tensors
-from mergekit_lite.vectors.apply import apply_vectors
-from mergekit_lite.vectors.combine import combine_vectors
-from mergekit_lite.vectors.extract import extract_vector
+from mergekit_lite.vectors.application import apply_vectors
+from mergekit_lite.vectors.combination import combine_vectors
+from mergekit_lite.vectors.extraction import extract_vector
 from tests.adapters import folded, lora, write_adapter
 from tests.models import State, bytes_of, read_folder, tree_bytes, write_folder
 from tests.vectors.family import BIG, CONFIG, Q, assert_same

@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import CheckpointError, NonFiniteError, PlanError, RunError, UsageError
-from mergekit_lite.output.workspace import Workspace
-from mergekit_lite.vectors.apply import apply_vectors
+from mergekit_lite.output.workspace import OutputWorkspace
+from mergekit_lite.vectors.application import apply_vectors
 from mergekit_lite.vectors.encoders import split
-from mergekit_lite.vectors.extract import Settings, extract_vector
+from mergekit_lite.vectors.extraction import ExtractSettings, extract_vector
 from tests.adapters import lora, write_adapter
 from tests.models import read_folder, same_bytes, state, tree_bytes, tuned, write_folder
 from tests.vectors.family import BIG, CONFIG, assert_same, distance
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOSSY = (
-    Settings("sparse", density=0.2),
-    Settings("sparse", threshold=1e-3),
-    Settings("sign"),
-    Settings("lowrank", rank=4),
-    Settings("lowrank", energy=0.5),
+    ExtractSettings("sparse", density=0.2),
+    ExtractSettings("sparse", threshold=1e-3),
+    ExtractSettings("sign"),
+    ExtractSettings("lowrank", rank=4),
+    ExtractSettings("lowrank", energy=0.5),
 )
 
 
@@ -130,7 +130,7 @@ def test_tied_heads(tied: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", LOSSY, ids=str)
-def test_what_is_thrown_away_is_told(how: Settings, place: Path) -> None:
+def test_what_is_thrown_away_is_told(how: ExtractSettings, place: Path) -> None:
     made = extract_vector("base", "math", "v.safetensors", **vars(how))
     apply_vectors("base", ["v.safetensors"], "out", dtype="float32")
     base, after = read_folder(place / "base"), read_folder(place / "math")
@@ -147,19 +147,19 @@ def test_closed_forms(tmp_path: Path) -> None:
     write_folder(tmp_path / "base", {"x.weight": base})
     write_folder(tmp_path / "tuned", {"x.weight": delta})
 
-    def via(how: Settings) -> torch.Tensor:
+    def via(how: ExtractSettings) -> torch.Tensor:
         extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "v.safetensors", **vars(how), force=True)
         apply_vectors(tmp_path / "base", [str(tmp_path / "v.safetensors")], tmp_path / "out", force=True)
         return read_folder(tmp_path / "out")["x.weight"]
 
-    assert via(Settings("sign")).tolist() == [[2, -2, 2, -2], [2, 2, -2, 2]]
-    assert via(Settings("sparse", density=0.25)).tolist() == [[0, 0, 0, -4], [0, 0, 0, 5]]
+    assert via(ExtractSettings("sign")).tolist() == [[2, -2, 2, -2], [2, 2, -2, 2]]
+    assert via(ExtractSettings("sparse", density=0.25)).tolist() == [[0, 0, 0, -4], [0, 0, 0, 5]]
     # four of magnitude 1 share a place: the one with the lowest index is kept
-    assert via(Settings("sparse", density=0.5)).tolist() == [[3, -1, 0, -4], [0, 0, 0, 5]]
-    assert via(Settings("sparse", threshold=3)).tolist() == [[3, 0, 0, -4], [0, 0, 0, 5]]
+    assert via(ExtractSettings("sparse", density=0.5)).tolist() == [[3, -1, 0, -4], [0, 0, 0, 5]]
+    assert via(ExtractSettings("sparse", threshold=3)).tolist() == [[3, 0, 0, -4], [0, 0, 0, 5]]
     left, values, right = torch.linalg.svd(delta.double())
     best = values[0] * left[:, :1] @ right[:1]
-    torch.testing.assert_close(via(Settings("lowrank", rank=1)).double(), best, atol=1e-6, rtol=0)
+    torch.testing.assert_close(via(ExtractSettings("lowrank", rank=1)).double(), best, atol=1e-6, rtol=0)
 
 
 def test_low_rank_is_near_the_best_and_finds_what_is_there(tmp_path: Path) -> None:
@@ -176,13 +176,13 @@ def test_low_rank_is_near_the_best_and_finds_what_is_there(tmp_path: Path) -> No
     values = torch.linalg.svdvals(slow.double()).square()
     assert exact.error < 1e-3
     assert near.error == pytest.approx(float((values[16:].sum() / values.sum()) ** 0.5), rel=5e-3)
-    by_energy = Settings("lowrank", energy=0.999)
+    by_energy = ExtractSettings("lowrank", energy=0.999)
     extract_vector(tmp_path / "base", tmp_path / "tuned", tmp_path / "w.safetensors", **vars(by_energy))
     assert load_file(tmp_path / "w.safetensors")["x.weight:left"].shape[1] <= rank
 
 
-@pytest.mark.parametrize("how", (Settings(), *LOSSY), ids=str)
-def test_same_bytes_for_any_threads_and_blocks(how: Settings, place: Path) -> None:
+@pytest.mark.parametrize("how", (ExtractSettings(), *LOSSY), ids=str)
+def test_same_bytes_for_any_threads_and_blocks(how: ExtractSettings, place: Path) -> None:
     for threads in (1, 3):
         extract_vector("base", "math", f"{threads}.safetensors", **vars(how), threads=threads)
     assert Path("1.safetensors").read_bytes() == Path("3.safetensors").read_bytes()
@@ -196,14 +196,14 @@ def test_any_run_of_elements_reads_alike(place: Path) -> None:
     from tests.checkpoint.reading import read_all
 
     adapter = write_adapter(place / "adapter", lora(BIG.removesuffix(".weight"), 1501, 1100))
-    for number, how in enumerate((Settings(), *LOSSY)):
+    for number, how in enumerate((ExtractSettings(), *LOSSY)):
         extract_vector("base", "math", f"{number}.safetensors", **vars(how))
     checkpoint = open_checkpoint(f"base+{adapter}:-0.5+" + "+".join(f"{n}.safetensors:0.3" for n in range(6)))
     whole = read_all(checkpoint)[BIG].flatten()
     with Reader() as reader:
         for start, count in ((0, 1), (65_535, 2), (1099, 3000), (131_073, 70_001), (1501 * 1100 - 5, 5)):
             out = torch.empty(count)
-            reader.read(checkpoint.tensors[BIG], start, out)
+            checkpoint.tensors[BIG].read(reader, start, out)
             assert same_bytes(out, whole[start : start + count]), start
 
 
@@ -236,8 +236,8 @@ def test_outputs_are_never_replaced_or_half_made(place: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("how", (Settings(), *LOSSY, Settings("lora", rank=4)), ids=str)
-def test_a_stopped_run_goes_on_to_the_same_bytes(how: Settings, damaged: bool, place: Path) -> None:
+@pytest.mark.parametrize("how", (ExtractSettings(), *LOSSY, ExtractSettings("lora", rank=4)), ids=str)
+def test_a_stopped_run_goes_on_to_the_same_bytes(how: ExtractSettings, damaged: bool, place: Path) -> None:
     names = ("whole", "stopped") if how.format == "lora" else ("whole.safetensors", "stopped.safetensors")
     extract_vector("base", "math", names[0], **vars(how))
     with pytest.raises(RuntimeError, match="stopped"):
@@ -249,7 +249,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(how: Settings, damaged: bool, p
         [file] = (work / "result").glob("*.safetensors")
         content = file.read_bytes()
         file.write_bytes(content[:8] + content[8:].translate(bytes(255 - byte for byte in range(256))))
-    with mock.patch.object(Workspace, "write", autospec=True, side_effect=Workspace.write) as writes:
+    with mock.patch.object(OutputWorkspace, "write", autospec=True, side_effect=OutputWorkspace.write) as writes:
         made = extract_vector("base", "math", names[1], **vars(how), resume=True)
     written = {call.args[1] for call in writes.call_args_list}
     again = [kept.name for kept in made.tensors if any(kept.name.removesuffix(".weight") in name for name in written)]
@@ -274,7 +274,7 @@ def test_what_can_not_be_asked(place: Path) -> None:
     }
     for told, what in wrong.items():
         with pytest.raises(UsageError, match=told):
-            Settings(**what)
+            ExtractSettings(**what)
     with pytest.raises(UsageError, match=r"a \.safetensors file"):
         extract_vector("base", "math", "v")
     with pytest.raises(UsageError, match="an adapter is a folder"):

@@ -1,1 +1,1 @@
-"""What judges answers, one file each: a number for each answer, and why where there is none."""
+"""The scorers, one file each: a module of this package is a kind of scorer, found by being here."""

@@ -1,41 +1,48 @@
 """Any Python function as a scorer.
 
 ``module:function`` takes the prompt (``answers.rows.Prompt``) and the answer's text and returns a number, or None where
-it can't judge. The module is found as ``import`` finds it, and in the current folder. Its name only ever comes from the
-user's own recipe or command line: a model folder can't name code.
+it can't judge. The module is looked for as ``import`` does, and in the current folder. Its name comes from the user's
+own recipe or command line only: a model folder can't name code.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
-from mergekit_lite.answers.scorers.settings import Strict
+from mergekit_lite.answers.scoring.scorer import (
+    Judged,
+    Score,
+    Scorer,
+    ScorerOptions,
+    ScorerSettings,
+    Wrong,
+    finite,
+    scorer,
+)
 from mergekit_lite.errors import UsageError
 
 Judge = Callable[[Any, str], float | None]
 
 
-class Options(Strict):
-    """None."""
+def _check(settings: ScorerSettings) -> Iterator[Wrong]:
+    if settings.model and ":" not in settings.model:
+        yield Wrong(("model",), f"{settings.model!r}: a function is given as module:function")
 
 
-class Function:
-    """What the function returns; None, with its message, where it raises."""
+@scorer("function", needs={"model": "MODULE:NAME"}, check=_check)
+class Function(Scorer):
+    """The number that the function returns; no score, with its message, where it raises."""
 
-    def __init__(self, name: str, function: Judge):
-        self.name = name
-        self.function = function
+    def __init__(self, settings: ScorerSettings, options: ScorerOptions):
+        self.name = settings.name
+        self.function = function_named(settings.model or "")
 
-    def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """A verdict for each."""
-        return [self._verdict(each) for each in judged]
-
-    def _verdict(self, judged: Judged) -> Score:
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer."""
         try:
             value = self.function(judged.prompt, judged.answer)
             return Score(None, "the function returned None") if value is None else finite(float(value))
@@ -44,10 +51,10 @@ class Function:
 
 
 def function_named(reference: str) -> Judge:
-    """The function called ``module:function``.
+    """Import the function called ``module:function``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such function.
     """
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:

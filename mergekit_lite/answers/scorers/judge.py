@@ -1,8 +1,8 @@
 """A language model as judge: grades one answer at a time, behind an OpenAI-compatible server.
 
-The judge sees the conversation and the answer between tags and is told to end with ``Grade: N``. The number is looked
-for in what it says after its thoughts; a reply without one, with a range, or with a number off the scale gives no
-score. Before a judge is trusted it is worth a look at what it says to an empty and to an absurd answer.
+The judge sees the conversation and the answer between tags and is asked to end with ``Grade: N``. The number is read
+from its reply, after its thoughts; a reply without a number, with a range, or with a number off the scale gives no
+score. Before you trust a judge, read its replies to an empty and to an absurd answer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.rows import Message, seed_of
-from mergekit_lite.answers.scorers.scorer import Judged, Score
-from mergekit_lite.answers.scorers.settings import Positive, ScorerSettings, Strict
+from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
 from mergekit_lite.answers.server import Question, Reply, Server, ask
 from mergekit_lite.errors import RunError, shortened
 
@@ -44,7 +43,7 @@ ALONE = re.compile(r"\W*" + NUMBER + r"\W*")
 THOUGHTS = "</think>"
 
 
-class Options(Strict):
+class Options(ScorerOptions):
     """``prompt`` may use the fields {conversation}, {answer}, {reference}, {lowest} and {highest}."""
 
     prompt: str = PROMPT
@@ -54,7 +53,7 @@ class Options(Strict):
     temperature: Annotated[float, Field(ge=0)] = 0
     max_tokens: Positive = 1024
     timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
-    retries: Annotated[int, Field(ge=0)] = 8  # of a request that failed
+    retries: Annotated[int, Field(ge=0)] = 8  # repetitions of a request that failed
 
     @field_validator("prompt")
     @classmethod
@@ -77,8 +76,9 @@ class Options(Strict):
         return self
 
 
-class Judge:
-    """The judge's grade."""
+@scorer("judge", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency"))
+class Judge(Scorer):
+    """The judge's grade; no score, with the reason, where the judge gives none."""
 
     def __init__(self, settings: ScorerSettings, options: Options):
         self.name = settings.name
@@ -86,20 +86,23 @@ class Judge:
         self.options = options
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """A verdict for each; None, with the reason, where the judge gave none.
+        """Return a score for each answer, in order.
 
         Raises:
-            RunError: the server refuses, or gives no answers any more.
+            RunError: the server refuses, or has stopped answering.
         """
         server = self._server()
-        questions = [Question(place, self._messages(each), self._seed(each)) for place, each in enumerate(judged)]
+        questions = [
+            Question(place, self._messages(each), seed_of("judge", each.prompt.id, each.answer))
+            for place, each in enumerate(judged)
+        ]
         replies = {question.key: reply for _, question, reply in ask({server: questions})}
-        if server.stopped:
-            raise RunError(f"The judge {self.name} was asked no more. {server.stopped}")
+        if server.failures.stopped:
+            raise RunError(f"The judge {self.name} was asked no more. {server.failures.stopped}")
         return [
             grade_in(replies[place], self.options)
             if place in replies
-            else Score(None, f"the judge didn't answer: {server.lost.get(place, 'no reply')}")
+            else Score(None, f"the judge didn't answer: {server.failures.lost.get(place, 'no reply')}")
             for place in range(len(judged))
         ]
 
@@ -128,12 +131,9 @@ class Judge:
         before = [] if self.options.system is None else [Message(role="system", content=self.options.system)]
         return [*before, Message(role="user", content=text)]
 
-    def _seed(self, judged: Judged) -> int:
-        return seed_of("judge", judged.prompt.id, judged.answer)
-
 
 def grade_in(reply: Reply, options: Options) -> Score:
-    """The last grade in what the judge says after its thoughts; or the reply, where it is but a number."""
+    """Return the last grade after the judge's thoughts; or the whole reply, where it is nothing but a number."""
     said = reply.text.rpartition(THOUGHTS)[2]
     grades = list(GRADE.finditer(said)) or [match for match in [ALONE.fullmatch(said)] if match]
     if not grades:

@@ -1,31 +1,29 @@
-"""CDR: how much likelier a strong model finds an answer than a weak one; needs no reward model.
+"""CDR: the log-ratio of an answer under a strong and a weak model, which needs no reward model.
 
     score(x, y) = log π_strong(y | c, x) − log π_weak(y | x)
 
 summed over the tokens of the answer and the end of its turn. From "Dr. SoW: density ratio of strong-over-weak LLMs"
-(arXiv:2411.02481); the formula is known from a summary, not read in the paper. ``c`` customises the strong model's
+(arXiv:2411.02481); the formula is from a summary, not from the paper itself. ``c`` customises the strong model's
 prompt by the domain. Each model reads the text through its own tokenizer and template, so they need not be of one
-family. The wider apart the two are, the better the score: a model and what it was tuned from, for instance.
+family. The further apart the two are, the better the score: a model and the one it was tuned from, for instance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergekit_lite.answers.likelihood import LogProb, log_probs
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, free_memory, placed, tokenizer_of
 from mergekit_lite.answers.rows import Message
-from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs
-from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
-from mergekit_lite.answers.scorers.settings import ScorerSettings, Strict
+from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerOptions, ScorerSettings, finite, scorer
 from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Options(Strict):
+class Options(ScorerOptions):
     """``instructions``: c, put before the conversation that the strong model reads, as a system prompt."""
 
     instructions: str | None = None
@@ -33,18 +31,18 @@ class Options(Strict):
     dtype: Dtype | None = None  # on a CPU float32, else the models' own by default
 
 
-class Reading(NamedTuple):
-    """A model and how it reads."""
+class PromptedModel(NamedTuple):
+    """A model, its chat template, and a system prompt of ours."""
 
     model: PreTrainedModel
     template: ChatTemplate
     instructions: str | None = None
 
     def log_probs(self, judged: Sequence[Judged], batch_size: int) -> list[LogProb | Score]:
-        """Of each answer; a verdict where there is none to be had."""
+        """Return the log-probability of each answer; a score with the reason where there is none."""
         rows = [self._tokens(each) for each in judged]
-        found = iter(log_probs(self.model, [row for row in rows if isinstance(row, Tokens)], batch_size))
-        return [next(found) if isinstance(row, Tokens) else row for row in rows]
+        read = iter(log_probs(self.model, [row for row in rows if isinstance(row, Tokens)], batch_size))
+        return [next(read) if isinstance(row, Tokens) else row for row in rows]
 
     def _tokens(self, judged: Judged) -> Tokens | Score:
         try:
@@ -66,20 +64,33 @@ class Reading(NamedTuple):
         return (Message(role="system", content=content), *messages)
 
 
-class LogRatio:
-    """The difference of two log-probabilities."""
+@scorer("log_ratio", needs={"strong": "MODEL", "weak": "MODEL"}, takes=("batch_size",), read_together=True)
+class LogRatio(Scorer):
+    """The difference of two log-probabilities; no score where a template refuses the conversation or it is too long."""
 
-    def __init__(self, name: str, strong: Reading, weak: Reading, batch_size: int):
-        self.name = name
-        self.strong = strong
-        self.weak = weak
-        self.batch_size = batch_size
+    def __init__(self, settings: ScorerSettings, options: Options):
+        """Load both models.
+
+        Raises:
+            CheckpointError: one can't be loaded.
+            UsageError: one makes its logits in a way that isn't known.
+        """
+        assert settings.strong is not None and settings.weak is not None
+        self.name = settings.name
+        self.batch_size = settings.batch_size
+        self.strong = _load(settings.strong, options, options.instructions)
+        self.weak = _load(settings.weak, options, None)
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """A verdict for each; None where a template refuses the conversation or it is too long."""
+        """Return a score for each answer, in order."""
         strong = self.strong.log_probs(judged, self.batch_size)
         weak = self.weak.log_probs(judged, self.batch_size)
         return [_ratio(*both) for both in zip(strong, weak, strict=True)]
+
+    def close(self) -> None:
+        """Free both models."""
+        del self.strong, self.weak
+        free_memory()
 
 
 def _ratio(strong: LogProb | Score, weak: LogProb | Score) -> Score:
@@ -88,29 +99,10 @@ def _ratio(strong: LogProb | Score, weak: LogProb | Score) -> Score:
     return weak if isinstance(weak, Score) else finite(strong.total - weak.total)
 
 
-@contextmanager
-def comparing(settings: ScorerSettings, options: Options) -> Iterator[LogRatio]:
-    """The scorer; its models are freed with the context.
-
-    Raises:
-        CheckpointError: a model can't be loaded.
-        UsageError: one makes its logits in a way that isn't known.
-    """
-    assert settings.strong is not None and settings.weak is not None
-    strong = _reading(settings.strong, options, options.instructions)
-    weak = _reading(settings.weak, options, None)
-    ratio = LogRatio(settings.name, strong, weak, settings.batch_size)
-    try:
-        yield ratio
-    finally:
-        del ratio.strong, ratio.weak, strong, weak
-        free_memory()
-
-
-def _reading(path: str, options: Options, instructions: str | None) -> Reading:
+def _load(path: str, options: Options, instructions: str | None) -> PromptedModel:
     from mergekit_lite.answers.logprobs import check_head
 
     template = ChatTemplate(tokenizer_of(path))
     model = causal_model(path, placed(options.device, options.dtype))
     check_head(model)
-    return Reading(model, template, instructions)
+    return PromptedModel(model, template, instructions)

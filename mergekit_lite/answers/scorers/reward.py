@@ -1,8 +1,8 @@
 """Reward models: a number for a conversation and its answer.
 
 Any model that transformers loads as ``AutoModelForSequenceClassification`` with one logit; and those of the ArmoRM
-family, see ``armorm.py``. The conversation is written by the model's own chat template, as in its training. An answer
-with which it gets longer than the model takes has no score.
+family, see ``scoring/armorm.py``. The conversation is written by the model's own chat template, as in its training. A
+conversation that is too long for the model has no score.
 
 Rows of like length are read together. Padding is masked, so a score depends on its row alone; the rounding of matrix
 products still differs in the last bits with the shape of a batch.
@@ -10,8 +10,7 @@ products still differs in the last bits with the shape of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mergekit_lite.answers.loading import (
@@ -25,9 +24,17 @@ from mergekit_lite.answers.loading import (
     tokenizer_of,
 )
 from mergekit_lite.answers.rows import Message
-from mergekit_lite.answers.scorers import armorm
-from mergekit_lite.answers.scorers.scorer import Judged, Score, finite
-from mergekit_lite.answers.scorers.settings import Positive, ScorerSettings, Strict
+from mergekit_lite.answers.scoring import armorm
+from mergekit_lite.answers.scoring.scorer import (
+    Judged,
+    Positive,
+    Score,
+    Scorer,
+    ScorerOptions,
+    ScorerSettings,
+    finite,
+    scorer,
+)
 from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
 from mergekit_lite.errors import CheckpointError, RunError, listing
 
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Options(Strict):
+class Options(ScorerOptions):
     """``max_length``: tokens of conversation and answer; as many as the model takes by default."""
 
     max_length: Positive | None = None
@@ -49,7 +56,7 @@ class Head(Protocol):
     model: PreTrainedModel
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """One for each conversation, read as one batch."""
+        """Return a number for each conversation, read as one batch."""
 
 
 class _Row(NamedTuple):
@@ -57,18 +64,26 @@ class _Row(NamedTuple):
     tokens: Tokens
 
 
-class Reward:
-    """The reward model's number."""
+@scorer("reward", needs={"model": "MODEL"}, takes=("batch_size",), read_together=True)
+class Reward(Scorer):
+    """The reward model's number; no score where its template refuses the conversation or it is too long."""
 
-    def __init__(self, name: str, head: Head, template: ChatTemplate, batch_size: int, max_length: int | None):
-        self.name = name
-        self.head = head
-        self.template = template
-        self.batch_size = batch_size
-        self.max_length = max_length
+    def __init__(self, settings: ScorerSettings, options: Options):
+        """Load the model.
+
+        Raises:
+            CheckpointError: it can't be loaded, or is no reward model.
+        """
+        assert settings.model is not None
+        self.name = settings.name
+        self.batch_size = settings.batch_size
+        self.template = _template(settings.model)
+        self.head = _head(settings.model, placed(options.device, options.dtype))
+        lengths = [length for length in (options.max_length, context_of(self.head.model)) if length is not None]
+        self.max_length = min(lengths, default=None)
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
-        """A verdict for each; None where the template refuses the conversation or it is too long."""
+        """Return a score for each answer, in order."""
         scores: dict[int, Score] = {}
         rows: list[_Row] = []
         for place, each in enumerate(judged):
@@ -84,8 +99,13 @@ class Reward:
             scores |= {row.place: finite(reward) for row, reward in zip(batch, rewards, strict=True)}
         return [scores[place] for place in range(len(judged))]
 
+    def close(self) -> None:
+        """Free the model."""
+        del self.head
+        free_memory()
+
     def _tokens(self, judged: Judged) -> Tokens | Score:
-        """The conversation, parted behind the last token of what came before the answer."""
+        """Return the conversation, split behind the last token before the answer."""
         answer = Message(role="assistant", content=judged.answer)
         try:
             before = self.template.whole(judged.prompt.messages)
@@ -120,10 +140,10 @@ class Classifier:
         self.pad: int | None = model.config.get_text_config().pad_token_id
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """The logits.
+        """Return the logit of each conversation.
 
-        Which token is read is told by the configuration's padding token. Where it has none, the last one is: then a
-        token that is in none of the rows is the padding.
+        transformers reads the logit at the last token that isn't the configuration's padding token. Where the
+        configuration has none, a token that is in none of the rows becomes the padding.
         """
         from mergekit_lite.answers.logprobs import padded
 
@@ -136,25 +156,6 @@ class Classifier:
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         rewards: list[float] = logits[:, 0].double().tolist()
         return rewards
-
-
-@contextmanager
-def rewarding(settings: ScorerSettings, options: Options) -> Iterator[Reward]:
-    """The scorer; its model is freed with the context.
-
-    Raises:
-        CheckpointError: the model can't be loaded, or is no reward model.
-    """
-    assert settings.model is not None
-    template = _template(settings.model)
-    head = _head(settings.model, placed(options.device, options.dtype))
-    lengths = [length for length in (options.max_length, context_of(head.model)) if length is not None]
-    reward = Reward(settings.name, head, template, settings.batch_size, min(lengths, default=None))
-    try:
-        yield reward
-    finally:
-        del reward.head, head
-        free_memory()
 
 
 def _template(path: str) -> ChatTemplate:

@@ -1,1 +1,1 @@
-"""What is tuned, and the model that some numbers make. Knows nothing of searching or measuring."""
+"""Candidates: their tuned parameters and plans. Knows nothing of searching or measuring."""

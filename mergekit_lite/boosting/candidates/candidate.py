@@ -1,11 +1,11 @@
-"""What is searched, and what is known of it: the contract between search, study and what measures models."""
+"""A candidate: its params, its rows, its name; and the contract between search, study and evaluator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
-Numbers = Mapping[str, float]  # what makes a candidate: {"alpha": 0.3}, or several numbers of a recipe by their names
+Params = Mapping[str, float]  # of a candidate: {"alpha": 0.3}, or several numbers of a recipe by their names
 
 
 class Row(TypedDict, total=False):
@@ -13,7 +13,7 @@ class Row(TypedDict, total=False):
 
     Attributes:
         item: the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt.
-        values: by scorer, higher is better; None where no verdict can be given.
+        values: by score, higher is better; None where the item can't be scored.
         text: the answer, where the item asks for one.
         finish: ``stop`` where the model ended by itself, ``length`` where the limit cut it.
         tokens: of the answer.
@@ -32,31 +32,31 @@ class Row(TypedDict, total=False):
     judged: float
 
 
-class Bench(Protocol):
+class Evaluator(Protocol):
     """Measures candidates."""
 
     items: Sequence[str]
 
-    def measure(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the ``wanted`` items, in any order, as they are ready.
+    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        """Yield the rows of the ``wanted`` items, in any order, as they are ready.
 
         ``items`` are all of them, in one order for the whole search: what works in batches cuts them from these,
         so that a row doesn't depend on what else is wanted. Calls for one candidate come one after the other.
         """
 
-    def facts(self, numbers: Numbers) -> dict[str, Any]:
-        """What else is told of the candidate that was measured last, such as its effective alpha. JSON."""
+    def facts(self, params: Params) -> dict[str, Any]:
+        """Return facts about the candidate measured last, such as its effective alpha, as JSON can hold them."""
 
 
-def subject(item: str) -> str:
-    """What the item is about. Answers to one prompt are no independent evidence: they are counted as one."""
+def cluster_of(item: str) -> str:
+    """Return the cluster of an item, its prompt. Answers to one prompt are dependent, so they count as one."""
     before, mark, number = item.rpartition("#")
     return before if mark and number.isdecimal() else item
 
 
-def label(numbers: Numbers) -> str:
-    """A candidate's name: ``alpha=0.3``, ``a=1,b=0.5``. The same numbers have the same name."""
-    return ",".join(f"{name}={_plain(numbers[name])}" for name in sorted(numbers))
+def label(params: Params) -> str:
+    """Return a candidate's name: ``alpha=0.3``, ``a=1,b=0.5``. Equal params have the same name."""
+    return ",".join(f"{name}={_plain(params[name])}" for name in sorted(params))
 
 
 def _plain(number: float) -> str:

@@ -1,7 +1,6 @@
-"""All candidates of a search: models that are made of the same inputs and differ in some numbers.
+"""All candidates of a search: models made of the same inputs, which differ in some numbers.
 
-The inputs are opened once. A plan for other numbers costs no reading; so what is judged and what is written in the end
-are the same plan.
+The inputs are opened once; a plan for other params reads nothing again. A candidate is judged and written by one plan.
 """
 
 from __future__ import annotations
@@ -10,36 +9,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range
-from mergekit_lite.boosting.candidates.tunable import Pair, RecipeTuning, Tunable, layers_of
+from mergekit_lite.boosting.candidates.tunable import PairTuning, RecipeTuning, Tunable, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.extrapolation import plan_extrapolation
-from mergekit_lite.planning import Plan
-from mergekit_lite.planning.planner import method_parameters, plan_merge
+from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, text_of
 
-UNWRITTEN = Path("boosted")  # where a candidate would lie, were it written
+UNWRITTEN = Path("boosted")  # the output in the plans of candidates that aren't written
 
 
 class Family(Protocol):
-    """What makes a plan of numbers.
+    """Makes plans of params.
 
     Attributes:
-        ranges: the numbers by their names, with their bounds.
-        baseline: the numbers that the others are compared with.
+        ranges: the bounds of each parameter, by name.
+        baseline: the params that the others are compared with.
         opened: the inputs by their references.
     """
 
     ranges: Mapping[str, Range]
-    baseline: Numbers
+    baseline: Params
     opened: Mapping[str, Checkpoint]
 
-    def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:
-        """The plan of a candidate.
+    def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
+        """Plan a candidate.
 
         Raises:
-            MergekitLiteError: the models don't fit together, or a method refuses the numbers.
+            MergekitLiteError: the models don't fit together, or a method refuses the params.
         """
 
 
@@ -50,21 +48,21 @@ class PairFamily:
         """``options`` are those of ``plan_extrapolation``: which tensors, dtype, rounding and seed."""
         self.sft = sft
         self.aligned = aligned
-        self.numbers = Pair(tunables)
+        self.tuning = PairTuning(tunables)
         self.given = dict(options)
         self.opened: Mapping[str, Checkpoint] = {reference: open_checkpoint(reference) for reference in (sft, aligned)}
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
-        self.baseline: Numbers = dict.fromkeys(self.ranges, 0.0)
+        self.baseline: Params = dict.fromkeys(self.ranges, 0.0)
 
     @property
-    def weak(self) -> Numbers:
-        """The model before alignment."""
+    def weak(self) -> Params:
+        """The params of the model before alignment."""
         return dict.fromkeys(self.ranges, -1.0)
 
-    def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:
-        """The plan that ``extrapolate`` makes for these alphas."""
+    def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
+        """Plan as ``extrapolate`` does for these alphas."""
         return plan_extrapolation(
-            self.sft, self.aligned, output, opened=self.opened, **self.given, **self.numbers.options(numbers)
+            self.sft, self.aligned, output, opened=self.opened, **self.given, **self.tuning.options(params)
         )
 
 
@@ -75,23 +73,23 @@ class RecipeFamily:
         """Read the recipe and open its models.
 
         Raises:
-            UsageError: it can't be read, or a path leads nowhere.
+            UsageError: it can't be read, or has no parameter at a path.
         """
         content = text_of(path)
-        recipe = parse(content, method_parameters(), str(path))
+        recipe = parse(content, str(path))
         self.path = path
         self.shard_size = shard_size
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
-        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.donor].config))
+        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.config_source].config))
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
-        self.baseline: Numbers = self.tuning.as_written
+        self.baseline: Params = self.tuning.as_written
 
-    def plan(self, numbers: Numbers, output: Path = UNWRITTEN) -> Plan:
-        """The plan that ``merge`` makes for the recipe with these numbers."""
-        text = self.tuning.text(numbers)
-        recipe = parse(text, method_parameters(), f"{self.path} with {_told(numbers)}")
-        return plan_merge(recipe, output, shard_size=self.shard_size, text=text, opened=self.opened)
+    def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
+        """Plan as ``merge`` does for the recipe with these params."""
+        text = self.tuning.text(params)
+        recipe = parse(text, f"{self.path} with {_text_of(params)}")
+        return make_plan(recipe, [output], shard_size=self.shard_size, text=text, opened=self.opened)
 
 
-def _told(numbers: Numbers) -> str:
-    return ", ".join(f"{name}={number:g}" for name, number in numbers.items())
+def _text_of(params: Params) -> str:
+    return ", ".join(f"{name}={number:g}" for name, number in params.items())

@@ -1,4 +1,4 @@
-"""Where a number may lie."""
+"""The range of a tuned parameter."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from mergekit_lite.errors import UsageError
 
-STEPS = 100  # at least so many in a range, unless told
+STEPS = 100  # a range has at least as many steps, unless one is given
 
 
 @dataclass(frozen=True)
 class Range:
-    """Where a number may lie: ``low``, ``low + step`` … up to ``high``."""
+    """The values of a parameter: ``low``, ``low + step`` … up to ``high``."""
 
     low: float
     high: float
@@ -20,10 +20,10 @@ class Range:
 
 
 def read_range(text: str) -> Range:
-    """``LOW:HIGH`` or ``LOW:HIGH:STEP``; by default the step is a power of ten, at most a hundredth of the range.
+    """Read ``LOW:HIGH`` or ``LOW:HIGH:STEP``; the default step is a power of ten, at most a hundredth of the range.
 
     Raises:
-        UsageError: it can't be read, or is empty.
+        UsageError: the text can't be read, or the range is empty.
     """
     parts = text.split(":")
     try:
@@ -37,5 +37,5 @@ def read_range(text: str) -> Range:
 
 
 def tidy(number: float) -> float:
-    """Without what steps of binary fractions leave."""
+    """Round away the errors of binary fractions: 0.1 + 0.2 is 0.3."""
     return float(f"{number:.10g}")

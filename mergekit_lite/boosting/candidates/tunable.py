@@ -1,4 +1,4 @@
-"""What is tuned: alpha of a pair, or any numbers of a merge recipe, each named by its path.
+"""The tuned parameters: alpha of a pair, or any numbers of a merge recipe, each named by its path.
 
     parameters.weight=0:1.5                     a number of the recipe, from 0 to 1.5
     models.1.parameters.weight=0:1              of the second model: lists are counted from 0
@@ -9,14 +9,15 @@
     parameters.t[groups=4]=0:1                  four numbers: one for each of four runs of layers, as equal as can be
     parameters.t=0:1:0.05                       in steps of 0.05
 
-A filter is written as in recipes, ``regex:`` too. What no filter matches keeps what the recipe gives it. For the pair
-itself there are ``alpha=0:2`` and ``alpha[filter=mlp]=0:2``; all else takes a recipe (``merge_method: expo``).
+A filter is written as in recipes, ``regex:`` too. A tensor that no filter matches keeps the recipe's number. A pair has
+``alpha=0:2`` and ``alpha[filter=mlp]=0:2``; anything else takes a recipe (``merge_method: expo``).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,13 +43,13 @@ class Tunable:
     """One ``--tune``.
 
     Attributes:
-        text: what was written before the equals sign.
+        text: the part before the equals sign.
         path: keys and, in lists, numbers.
         range: of each number.
         filter: which tensors, by name; None for all.
-        layers: the first and the one behind the last; None for all.
-        gradient: how many numbers run along the layers; 0 where it is no gradient.
-        groups: how many runs of layers have each a number; 0 where it is not by groups.
+        layers: the first, and the one after the last; None for all.
+        gradient: how many numbers a gradient along the layers has; 0 for no gradient.
+        groups: how many runs of layers have a number each; 0 for no groups.
     """
 
     text: str
@@ -61,7 +62,7 @@ class Tunable:
 
     @property
     def names(self) -> list[str]:
-        """Of the numbers to search for."""
+        """The names of the parameters to search for."""
         count = self.gradient or self.groups
         return [f"{self.text}.{number}" for number in range(count)] if count else [self.text]
 
@@ -72,22 +73,22 @@ def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
     Raises:
         UsageError: with every text that can't be read.
     """
-    found: list[Tunable] = []
+    tunables: list[Tunable] = []
     problems: list[str] = []
     for text in texts:
         try:
-            found.append(_tunable(text))
+            tunables.append(_tunable(text))
         except (ValueError, UsageError) as error:
             problems.append(f"{text!r}: {error}")
-    names = [tunable.text for tunable in found]
+    names = [tunable.text for tunable in tunables]
     problems += [f"{name!r} is tuned twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
         raise UsageError(listing("What is to be tuned can't be read", problems))
-    return tuple(found)
+    return tuple(tunables)
 
 
 def _tunable(text: str) -> Tunable:
-    """Raises ValueError or UsageError."""
+    """Read one ``--tune``. Raises ValueError or UsageError."""
     shape = SHAPE.fullmatch(text)
     if shape is None:
         raise ValueError("expected PATH=LOW:HIGH, for instance parameters.weight=0:1.5 or alpha[filter=mlp]=0:1")
@@ -100,24 +101,24 @@ def _tunable(text: str) -> Tunable:
         layers = int(ends[1]), int(ends[2]) + 1
     spread = {name: _count(name, where[name]) for name in SPREAD if name in where}
     if "groups" in where and len(where) > 1:
-        told = ", ".join(name for name in where if name != "groups")
-        raise ValueError(f"groups can't be combined with {told}: write a --tune with layers= for each run")
+        others = ", ".join(name for name in where if name != "groups")
+        raise ValueError(f"groups can't be combined with {others}: write a --tune with layers= for each run")
     path = tuple(shape["path"].split("."))
     name = text[: shape.start("range") - 1]
     return Tunable(name, path, read_range(shape["range"]), where.get("filter"), layers, **spread)
 
 
 def _conditions(text: str | None) -> dict[str, str]:
-    found: dict[str, str] = {}
+    conditions: dict[str, str] = {}
     for part in CONDITION.split(text) if text else ():
         name, _, value = part.partition("=")
         known = ("filter", "layers", *SPREAD)
         if name not in known or not value:
             raise ValueError(f"[{part}]: expected one of {', '.join(f'{each}=…' for each in known)}")
-        if name in found:
+        if name in conditions:
             raise ValueError(f"{name} is given twice")
-        found[name] = value
-    return found
+        conditions[name] = value
+    return conditions
 
 
 def _count(name: str, text: str) -> int:
@@ -126,20 +127,20 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-class Pair:
-    """The numbers of the pair form: alpha, and alphas of filters."""
+class PairTuning:
+    """The tuned parameters of two models: alpha, and alphas of filters."""
 
     def __init__(self, tunables: Sequence[Tunable]) -> None:
-        """Raises UsageError where something but alpha is tuned."""
+        """Check the tunables. Raises UsageError where one isn't an alpha."""
         problems = [f"{each.text!r}: {_why_not_of_a_pair(each)}" for each in tunables if _why_not_of_a_pair(each)]
         if problems:
             raise UsageError(listing("Not to be tuned without a --recipe", problems))
         self.tunables = tuple(tunables)
 
-    def options(self, numbers: Mapping[str, float]) -> dict[str, Any]:
-        """``alpha`` and ``alpha_for`` of ``plan_extrapolation``. Where only filters are tuned, alpha is 0 elsewhere."""
-        rules = {_pattern(each.filter): numbers[each.text] for each in self.tunables if each.filter is not None}
-        return {"alpha": numbers.get("alpha", 0.0), "alpha_for": rules}
+    def options(self, params: Mapping[str, float]) -> dict[str, Any]:
+        """Return ``alpha`` and ``alpha_for`` of ``plan_extrapolation``; alpha is 0 where only filters are tuned."""
+        rules = {_pattern(each.filter): params[each.text] for each in self.tunables if each.filter is not None}
+        return {"alpha": params.get("alpha", 0.0), "alpha_for": rules}
 
 
 def _why_not_of_a_pair(tunable: Tunable) -> str:
@@ -155,14 +156,14 @@ def _pattern(text: str) -> str:
 
 
 class RecipeTuning:
-    """A merge recipe as a tree, some numbers of which are exchanged."""
+    """A merge recipe as a tree in which some numbers are replaced."""
 
     def __init__(self, content: str, source: str, tunables: Sequence[Tunable], layers: int | None) -> None:
-        """``layers`` of the models, for groups; None where they are not known.
+        """Read the recipe; ``layers`` is the models' number of them, for groups, or None where it isn't known.
 
         Raises:
             RecipeError: the text is no YAML.
-            UsageError: a path leads nowhere; every one that does is named.
+            UsageError: the recipe has no number at some paths; the message has all of them.
         """
         self.tree = plain(read(content, source))
         self.tunables = tuple(tunables)
@@ -170,7 +171,7 @@ class RecipeTuning:
         problems = []
         for each in self.tunables:
             try:
-                self._put(plain(read(content, source)), each, [each.range.low] * len(each.names))
+                self._put(deepcopy(self.tree), each, [each.range.low] * len(each.names))
             except LookupError as error:
                 problems.append(f"{each.text!r}: {error.args[0]}")
         if problems:
@@ -178,25 +179,25 @@ class RecipeTuning:
 
     @property
     def as_written(self) -> dict[str, float]:
-        """The recipe's own numbers; the low bound of one that it doesn't have, or has for some filters only."""
-        found: dict[str, float] = {}
+        """The recipe's own numbers; the low bound where it has none, or one for some filters only."""
+        numbers: dict[str, float] = {}
         for each in self.tunables:
-            within, last = _parent(_copied(self.tree), each.path)
+            within, last = _parent(deepcopy(self.tree), each.path)
             old = within.get(last) if isinstance(within, dict) else within[last]
             number = each.range.low if isinstance(old, bool) or not isinstance(old, int | float) else float(old)
-            found |= dict.fromkeys(each.names, number)
-        return found
+            numbers |= dict.fromkeys(each.names, number)
+        return numbers
 
-    def text(self, numbers: Mapping[str, float]) -> str:
-        """The recipe with these numbers, as YAML."""
-        tree = _copied(self.tree)
+    def text(self, params: Mapping[str, float]) -> str:
+        """Return the recipe with these params, as YAML."""
+        tree = deepcopy(self.tree)
         for each in self.tunables:
-            self._put(tree, each, [numbers[name] for name in each.names])
+            self._put(tree, each, [params[name] for name in each.names])
         text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
         return text
 
     def _put(self, tree: Tree, tunable: Tunable, numbers: Sequence[float]) -> None:
-        """Raises LookupError with what is wrong about the path."""
+        """Put numbers at a tunable's path. Raises LookupError where that leads to no number."""
         within, last = _parent(tree, tunable.path)
         old = within.get(last) if isinstance(within, dict) else within[last]
         if isinstance(old, str) or (isinstance(old, dict) and "value" not in old):
@@ -205,7 +206,7 @@ class RecipeTuning:
         within[last] = entries[0]["value"] if list(entries[0]) == ["value"] else [*entries, *_beyond(old, entries)]
 
     def _entries(self, tunable: Tunable, numbers: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """The number or numbers as a recipe's filters."""
+        """Yield the numbers as entries of a recipe: with filters, layers, gradients."""
         if tunable.groups:
             if self.layers is None or self.layers < tunable.groups:
                 many = "are not known" if self.layers is None else f"are only {self.layers}"
@@ -223,13 +224,13 @@ class RecipeTuning:
 
 
 def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:
-    """What the recipe says of tensors that the entries don't match, less what they stand for."""
+    """Return the recipe's own entries, except those that the new entries replace."""
     if old is None:
         return []
-    kept = old if isinstance(old, list) and old and isinstance(old[0], dict) else [old]
-    kept = [part if isinstance(part, dict) else {"value": part} for part in kept]
-    mine = [_condition(entry) for entry in entries]
-    return [part for part in kept if _condition(part) not in mine]
+    parts = old if isinstance(old, list) and old and isinstance(old[0], dict) else [old]
+    parts = [part if isinstance(part, dict) else {"value": part} for part in parts]
+    replaced = [_condition(entry) for entry in entries]
+    return [part for part in parts if _condition(part) not in replaced]
 
 
 def _condition(entry: Mapping[str, Any]) -> tuple[object, ...]:
@@ -237,7 +238,7 @@ def _condition(entry: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _parent(tree: Tree, path: Sequence[str]) -> tuple[Tree, Any]:
-    """What holds the value at a path, and its key there. Mappings called ``parameters`` are made where they lack.
+    """Return the mapping or list that holds the value at a path, and the key. A missing ``parameters`` is added.
 
     Raises LookupError.
     """
@@ -247,25 +248,25 @@ def _parent(tree: Tree, path: Sequence[str]) -> tuple[Tree, Any]:
         if isinstance(tree, list):
             if not key.isdecimal() or int(key) >= len(tree):
                 raise LookupError(f"{where} is a list of {len(tree)}, counted from 0; got {key!r}")
-            found: Any = int(key)
+            step: Any = int(key)
         elif not isinstance(tree, dict):
             raise LookupError(f"{where} is neither a mapping nor a list")
         elif key == "parameters" and not last:
             tree.setdefault(key, {})
-            found = key
+            step = key
         elif key not in tree and (not last or place == 0 or path[place - 1] != "parameters"):
             hint = nearest(key, map(str, tree)) or f" There are: {', '.join(map(str, tree))}."
             raise LookupError(f"{where} has no {key!r}.{hint}")
         else:
-            found = key
+            step = key
         if last:
-            return tree, found
-        tree = tree[found]
+            return tree, step
+        tree = tree[step]
     raise LookupError("the path is empty")
 
 
 def plain(node: Node) -> Tree:
-    """A recipe's tree without its places."""
+    """Return a recipe's tree as dicts, lists and values, without its places in the text."""
     if isinstance(node, Fields):
         return {key.text: _as_written(value) if key.text == "revision" else plain(value) for key, value in node.entries}
     if isinstance(node, Items):
@@ -276,17 +277,11 @@ def plain(node: Node) -> Tree:
 
 
 def _as_written(node: Node) -> Tree:
-    """A revision like 1e5 is text, whatever YAML makes of it."""
+    """Return a revision as text: 1e5 is one, though YAML reads a number."""
     return node.text if isinstance(node, Scalar) else plain(node)
 
 
-def _copied(tree: Tree) -> Tree:
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return [_copied(item) for item in tree] if isinstance(tree, list) else tree
-
-
 def layers_of(config: Mapping[str, Any] | None) -> int | None:
-    """How many layers a model's config tells of."""
+    """Return the number of layers in a model's config, or None where it has none."""
     text = (config or {}).get("text_config") or config or {}
     return next((text[name] for name in COUNTS if isinstance(text.get(name), int)), None)

@@ -1,1 +1,1 @@
-"""Candidates on the stand: weights set in place, answers, log-probabilities, tasks; and what scores them."""
+"""Measuring candidates: weights set in place, answers, log-probabilities, tasks, and their scores."""

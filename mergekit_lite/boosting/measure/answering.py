@@ -1,8 +1,8 @@
 """Candidates measured by what they answer: every candidate is asked the same prompts with the same seeds.
 
-Answers come in batches. After each chunk of them they are scored. Then the baseline is put into the model to say how
-likely it finds some of them, and the model before alignment where their log-ratio is a score; and the candidate is put
-back and goes on. So a killed search loses no more than a chunk, and no second model lies in memory.
+Answers are scored a chunk at a time. Then the baseline is loaded to compute how likely it finds some of them, and the
+model before alignment where the log-ratio is a score; then the candidate is loaded again and goes on. So a killed
+search loses no more than a chunk, and there is never a second model in memory.
 """
 
 from __future__ import annotations
@@ -16,54 +16,57 @@ from itertools import islice
 from typing import Protocol
 
 from mergekit_lite.answers.asking import Respondent, Task
+from mergekit_lite.answers.likelihood import LogProb
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
-from mergekit_lite.answers.scorers.likelihood import LogProb
-from mergekit_lite.answers.scorers.scorer import Judged, Scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Scorer
 from mergekit_lite.answers.template import TemplateError, Tokens
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row
-from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.measure.resident_model import ResidentModel
+from mergekit_lite.boosting.measure.scores import LOG_RATIO
 from mergekit_lite.errors import RunError
 
-CHUNK = 64  # answers: setting weights twice takes no share of making so many
-AT_ONCE = 32  # answers read side by side, at most: as fast as more of them, and of like length
-LOG_RATIO = "log-ratio"
-SAMPLE = 128  # answers that tell a candidate's distance from the baseline, to about a tenth of it
+CHUNK = 64  # answers; swapping weights twice costs little next to generating them
+AT_ONCE = 32  # answers in a batch that is read, at most: larger batches are no faster, and mix lengths
+SAMPLE = 128  # answers that give a candidate's distance from the baseline to about a tenth of it
 
 
-class Voice(Protocol):
-    """Lets candidates speak."""
+class Generator(Protocol):
+    """Generates answers of candidates."""
 
-    def speaking(self, numbers: Numbers) -> Respondent:
-        """What answers for a candidate until another one is asked for."""
+    def for_candidate(self, params: Params) -> Respondent:
+        """Return what answers for a candidate, until this is called for another one."""
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """How likely the model on the stand finds answers.
+    """Computes how likely candidate, baseline and the model before alignment find answers.
 
     Attributes:
-        stand: the model.
+        resident: the model.
         batch_size: answers that are read at once.
-        weak: the model before alignment, where the log-ratio to it is a score.
-        sample: so many of a candidate's answers, the first in the common order, are compared with the baseline. The
-            order is drawn by chance, so they stand for all; and they are the same items for all candidates.
+        weak: params of the model before alignment, where the log-ratio to it is a score.
+        sample: how many of a candidate's answers are compared with the baseline: the first in the common order. That
+            order is random, so they are a fair sample; and they are the same items for all candidates.
     """
 
-    stand: Stand
+    resident: ResidentModel
     batch_size: int = 8
-    weak: Numbers | None = None
+    weak: Params | None = None
     sample: int = SAMPLE
 
-    def of(
-        self, numbers: Numbers, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]
-    ) -> list[Row]:
-        """Of each answer ``log_prob`` and ``aligned_log_prob``, and the value of the log-ratio; where there are any.
+    def of(self, params: Params, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]) -> list[Row]:
+        """Return rows with ``log_prob``, ``aligned_log_prob`` and the log-ratio of each answer, where they are known.
 
-        ``whole`` tells which answers the model ended by itself, ``sampled`` which are compared with the baseline. The
-        candidate is on the stand before and after.
+        The candidate is in the model before and after.
+
+        Args:
+            params: the candidate's.
+            judged: its answers.
+            whole: which answers the model ended by itself.
+            sampled: which answers are compared with the baseline.
         """
-        baseline, none = self.stand.family.baseline, [None] * len(judged)
-        compared = [chosen and numbers != baseline for chosen in sampled]
+        baseline, none = self.resident.family.baseline, [None] * len(judged)
+        compared = [chosen and params != baseline for chosen in sampled]
         if self.weak is None and not any(compared):
             return [Row() for _ in judged]
         tokens = [
@@ -71,10 +74,10 @@ class Likelihoods:
             for each, ended, chosen in zip(judged, whole, compared, strict=True)
         ]
         few = [row if chosen else None for row, chosen in zip(tokens, compared, strict=True)]
-        own = self._under(numbers, numbers, few)
-        aligned = self._under(baseline, numbers, tokens)
-        weak = none if self.weak is None else self._under(self.weak, numbers, tokens)
-        self.stand.put(numbers, numbers)
+        own = self._under(params, params, few)
+        aligned = self._under(baseline, params, tokens)
+        weak = none if self.weak is None else self._under(self.weak, params, tokens)
+        self.resident.load(params, params)
         return [self._row(*each) for each in zip(own, aligned, weak, strict=True)]
 
     def _row(self, own: LogProb | None, aligned: LogProb | None, weak: LogProb | None) -> Row:
@@ -86,18 +89,18 @@ class Likelihoods:
             row["values"] = {LOG_RATIO: aligned.total - weak.total if known and aligned and weak else None}
         return row
 
-    def _under(self, numbers: Numbers, purpose: Numbers, tokens: Sequence[Tokens | None]) -> list[LogProb | None]:
-        self.stand.put(numbers, purpose)
-        found = iter(self.stand.log_probs([row for row in tokens if row is not None], min(self.batch_size, AT_ONCE)))
-        return [next(found) if row is not None else None for row in tokens]
+    def _under(self, params: Params, purpose: Params, tokens: Sequence[Tokens | None]) -> list[LogProb | None]:
+        self.resident.load(params, purpose)
+        read = iter(self.resident.log_probs([row for row in tokens if row is not None], min(self.batch_size, AT_ONCE)))
+        return [next(read) if row is not None else None for row in tokens]
 
     def _tokens(self, judged: Judged, ended: bool) -> Tokens | None:
         try:
-            prompt, response = self.stand.template.tokens(judged.prompt.messages, judged.answer)
+            prompt, response = self.resident.template.tokens(judged.prompt.messages, judged.answer)
         except TemplateError:
             return None
         response = response if ended else response[:-1]  # an answer that was cut has not ended its turn
-        most = self.stand.context
+        most = self.resident.context
         fits = most is None or len(prompt) + len(response) <= most
         return Tokens(prompt, response) if response and fits else None
 
@@ -109,34 +112,34 @@ class Answering:
     Attributes:
         prompts: what is asked.
         samples: answers to each.
-        seed: of what is drawn.
-        voice: who answers.
+        seed: of the draws.
+        generator: of the answers.
         scorers: of the answers.
         likelihoods: of the answers under candidate and baseline; None where no model is in this process.
-        chunk: answers that are scored at once, no fewer than are made at once.
+        chunk: answers that are scored at once, no fewer than are generated at once.
     """
 
     prompts: Sequence[Prompt]
     samples: int
     seed: int
-    voice: Voice
+    generator: Generator
     scorers: Sequence[Scorer]
     likelihoods: Likelihoods | None = None
     chunk: int = CHUNK
 
     @property
     def items(self) -> list[str]:
-        """One for each answer that is asked for."""
+        """One item for each answer to ask for."""
         return list(self._tasks)
 
     @property
     def asked(self) -> dict[str, str]:
-        """What the user said last, by item."""
+        """The user's last message, by item."""
         return {item: user_text(task.prompt.messages) for item, task in self._tasks.items()}
 
     @property
     def names(self) -> list[str]:
-        """Of the scores that each answer gets."""
+        """The scores that each answer gets."""
         ratio = [LOG_RATIO] if self.likelihoods is not None and self.likelihoods.weak is not None else []
         return [scorer.name for scorer in self.scorers] + ratio
 
@@ -149,30 +152,30 @@ class Answering:
         ]
         return {task.prompt.id if self.samples == 1 else f"{task.prompt.id}#{task.index}": task for task in tasks}
 
-    def rows(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted items; one without an answer has no verdicts.
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        """Yield the rows of the wanted items; a row without an answer has no scores.
 
         Raises:
-            RunError: the candidate can't be asked any more.
+            RunError: the candidate has stopped answering.
         """
         tasks = [self._tasks[item] for item in items]
         item_of = {self._tasks[item].key: item for item in items}
-        respondent = self.voice.speaking(numbers)
+        respondent = self.generator.for_candidate(params)
         missing = set(wanted)
         keys = frozenset(self._tasks[item].key for item in wanted)
         sampled = frozenset(items[: self.likelihoods.sample]) if self.likelihoods is not None else frozenset()
         with closing(respondent.answers(tasks, keys)) as answers:  # type: ignore[type-var]  # a generator: see it end
             while chunk := list(islice(answers, self.chunk)):
-                for row in self._rows(numbers, chunk, item_of, sampled):
+                for row in self._rows(params, chunk, item_of, sampled):
                     missing.discard(row["item"])
                     yield row
-        if missing and respondent.troubles.stopped:
-            raise RunError(f"The candidate was asked no more. {respondent.troubles.stopped}")
+        if missing and respondent.failures.stopped:
+            raise RunError(f"The candidate was asked no more. {respondent.failures.stopped}")
         for item in sorted(missing):
             yield Row(item=item, values=dict.fromkeys(self.names))
 
     def _rows(
-        self, numbers: Numbers, answers: Sequence[Answer], item_of: dict[Key, str], sampled: frozenset[str]
+        self, params: Params, answers: Sequence[Answer], item_of: dict[Key, str], sampled: frozenset[str]
     ) -> Iterator[Row]:
         items = [item_of[answer.key] for answer in answers]
         judged = [Judged(self._tasks[item].prompt, answer.text) for item, answer in zip(items, answers, strict=True)]
@@ -180,14 +183,14 @@ class Answering:
         likely = [Row() for _ in answers]
         if self.likelihoods is not None:
             whole = [answer.finish == "stop" for answer in answers]
-            likely = self.likelihoods.of(numbers, judged, whole, [item in sampled for item in items])
+            likely = self.likelihoods.of(params, judged, whole, [item in sampled for item in items])
         for place, (item, answer, row) in enumerate(zip(items, answers, likely, strict=True)):
-            values = {name: found[place].value for name, found in scores.items()} | row.get("values", {})
+            values = {name: given[place].value for name, given in scores.items()} | row.get("values", {})
             row |= Row(item=item, values=values, text=answer.text, finish=answer.finish)
             if answer.tokens is not None:
                 row["tokens"] = answer.tokens
             yield row
 
 
-def _finite(found: LogProb) -> bool:
-    return math.isfinite(found.total)
+def _finite(likelihood: LogProb) -> bool:
+    return math.isfinite(likelihood.total)

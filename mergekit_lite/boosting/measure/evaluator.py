@@ -1,12 +1,12 @@
-"""The bench of a search: several ways to measure, side by side."""
+"""The evaluator of a search: several ways to measure candidates, one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row
-from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.errors import NonFiniteError
 
 
@@ -15,42 +15,42 @@ class Measure(Protocol):
 
     @property
     def items(self) -> list[str]:
-        """What it measures them on."""
+        """The items it measures candidates on."""
 
     @property
     def asked(self) -> Mapping[str, str]:
-        """What items ask, where they ask something."""
+        """The question of each item that has one."""
 
     @property
     def names(self) -> Sequence[str]:
-        """The scores its rows have."""
+        """The names of its scores."""
 
-    def rows(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted ones of its items, as ``Bench.measure`` gives them."""
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        """Yield the rows of the wanted items, as ``Evaluator.measure`` does."""
 
 
-class Bench:
-    """Measures candidates in one way after the other. Items of different ways have different names.
+class ModelEvaluator:
+    """Measures candidates by one measure after the other; no two measures have an item of the same name.
 
     Attributes:
-        measures: the ways.
-        stand: the model that they measure; where none is in this process, what tells of written candidates.
+        measures: the ways to measure.
+        resident: the model that is measured; with a server, the record of the candidates written for it.
         items: of all measures.
     """
 
-    def __init__(self, measures: Sequence[Measure], stand: Stand) -> None:
-        """Nothing is measured yet."""
+    def __init__(self, measures: Sequence[Measure], resident: ResidentModel) -> None:
+        """Collect the items of all measures."""
         self.measures = measures
-        self.stand = stand
+        self.resident = resident
         self.items: Sequence[str] = [item for measure in measures for item in measure.items]
 
     @property
     def asked(self) -> dict[str, str]:
-        """What the items ask, where they ask something."""
+        """The question of each item that has one."""
         return {item: text for measure in self.measures for item, text in measure.asked.items()}
 
-    def measure(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted items. A candidate with weights that aren't finite has no verdict on any.
+    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        """Yield the rows of the wanted items. A candidate whose weights aren't finite has no score on any.
 
         Raises:
             NonFiniteError: the baseline's weights aren't finite.
@@ -59,14 +59,14 @@ class Bench:
             own = frozenset(measure.items)
             missing = own & wanted
             try:
-                for row in measure.rows(numbers, [item for item in items if item in own], missing) if missing else ():
+                for row in measure.rows(params, [item for item in items if item in own], missing) if missing else ():
                     missing -= {row["item"]}
                     yield row
             except NonFiniteError:
-                if numbers == self.stand.family.baseline:
+                if params == self.resident.family.baseline:
                     raise
                 yield from (Row(item=item, values=dict.fromkeys(measure.names)) for item in sorted(missing))
 
-    def facts(self, numbers: Numbers) -> dict[str, Any]:
-        """Effective alpha, and what setting the weights took."""
-        return dict(self.stand.facts(numbers))
+    def facts(self, params: Params) -> dict[str, Any]:
+        """Return the effective alpha, and the time that setting the weights took."""
+        return dict(self.resident.facts(params))

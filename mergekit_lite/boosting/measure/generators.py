@@ -1,4 +1,4 @@
-"""Candidates that answer: the model in this process, or a server of the user's own over a temporary folder."""
+"""Generators of candidates' answers: the model in this process, or a server of the user's over a temporary folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,132 +23,126 @@ from mergekit_lite.answers.asking import Respondent, Sampling, Task
 from mergekit_lite.answers.local import Local, ready
 from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
-from mergekit_lite.boosting.candidates.candidate import Numbers, label
-from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.candidates.candidate import Params, label
+from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from mergekit_lite.answers.local import Loaded
+    from mergekit_lite.answers.local import ReadyModel
 
 PLACES = ("{model}", "{port}")
 STOP_SECONDS = 20.0  # that a server gets to stop by itself
-LOOK_SECONDS = 0.2
-TOLD = 15  # lines of a server's output that an error shows
+POLL_SECONDS = 0.2
+SHOWN = 15  # lines of a server's output that an error shows
 
 
-class InProcess:
-    """The model on the stand answers."""
+class LocalGenerator(Local):
+    """Answers with the model in this process, in the dtype it will be written in."""
 
-    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int, portion: int) -> None:
-        """``batch_size`` answers are made at once; batches are cut from each ``portion`` of what is asked."""
-        self.stand = stand
-        self.local = _OnStand(stand, sampling, batch_size, portion)
-
-    def speaking(self, numbers: Numbers) -> Respondent:
-        """The model with the candidate's weights."""
-        self.stand.put(numbers)
-        return self.local
-
-
-class _OnStand(Local):
-    """A respondent whose model is there already, in the dtype it will be written in."""
-
-    def __init__(self, stand: Stand, sampling: Sampling, batch_size: int, portion: int) -> None:
+    def __init__(self, resident: ResidentModel, sampling: Sampling, batch_size: int, portion: int) -> None:
+        """``batch_size`` answers are generated at once; batches are cut from each ``portion`` of the tasks."""
         super().__init__("candidate", "the candidate", sampling, batch_size=batch_size)
-        self.stand = stand
+        self.resident = resident
         self.portion = portion
 
+    def for_candidate(self, params: Params) -> Respondent:
+        """Load the candidate and return the model."""
+        self.resident.load(params)
+        return self
+
     def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
-        """Portion by portion: what is wanted first comes first in ``tasks``, so no batch is made for a part of it."""
+        """Yield the wanted answers, portion by portion.
+
+        The items wanted first come first in ``tasks``, in whole portions, so no batch is generated for a part of it.
+        """
         for start in range(0, len(tasks), self.portion):
             portion = tasks[start : start + self.portion]
             yield from super().answers(portion, wanted.intersection(task.key for task in portion))
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self.stand.tokenizer
+        return self.resident.tokenizer
 
     @cached_property
-    def loaded(self) -> Loaded:
-        loaded = ready(self.stand.model, self.tokenizer, self.sampling)
-        # Far out candidates overflow; that shows in what they say, and is no reason for the search to end.
+    def loaded(self) -> ReadyModel:
+        loaded = ready(self.resident.model, self.tokenizer, self.sampling)
+        # Candidates far out overflow; their answers show it, and the search needn't end.
         loaded.model.generation_config.remove_invalid_values = True
         return loaded
 
 
 @dataclass
-class Behind:
-    """A server answers, which is started for each candidate and stays until another one speaks.
+class ServerGenerator:
+    """Answers with a server, which is started for each candidate and stopped when another one is to answer.
 
     Attributes:
-        stand: of the family; its model is not built for this.
-        command: what starts the server, with ``{model}`` and ``{port}`` for folder and port. No shell reads it.
-        folder: of the candidates; each is removed with its server.
+        resident: of the family; its model is not built for this.
+        command: starts the server, with ``{model}`` and ``{port}`` for folder and port. No shell reads it.
+        folder: where candidates are written; each is removed with its server.
         sampling: how answers are drawn.
         concurrency: open requests.
-        patience: seconds that the server gets to load a model.
+        patience: seconds that the server has to load a model.
     """
 
-    stand: Stand
+    resident: ResidentModel
     command: str
     folder: Path
     sampling: Sampling
     concurrency: int = 32
     patience: float = 600.0
+    _running: ExitStack = field(default_factory=ExitStack, init=False)
+    _candidate: str = field(default="", init=False)
+    _respondent: Respondent | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        """No server is up."""
-        self._up = ExitStack()
-        self._there = ""
-        self._respondent: Respondent | None = None
-
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> ServerGenerator:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop the server that is up, and remove its candidate."""
-        self._up.close()
-        self._there = ""
+        """Stop the running server, and remove its candidate."""
+        self._running.close()
+        self._candidate = ""
 
-    def speaking(self, numbers: Numbers) -> Respondent:
-        """The server over the candidate.
+    def for_candidate(self, params: Params) -> Respondent:
+        """Start a server over the candidate, unless it is running.
 
         Raises:
-            RunError: the server ended, or didn't get ready in time; with the end of what it said.
+            RunError: the server ended, or wasn't ready in time; the message has the end of its output.
             NonFiniteError: the candidate's weights aren't finite.
         """
-        if self._respondent is None or label(numbers) != self._there:
+        if self._respondent is None or label(params) != self._candidate:
             self.__exit__()
-            self._respondent = Served("candidate", self._up.enter_context(self._served(numbers)))
-            self._there = label(numbers)
+            self._respondent = Served("candidate", self._running.enter_context(self._served(params)))
+            self._candidate = label(params)
         return self._respondent
 
     @contextmanager
-    def _served(self, numbers: Numbers) -> Iterator[Server]:
+    def _served(self, params: Params) -> Iterator[Server]:
         """Write the candidate, start the command, wait for the model; then stop it and remove the candidate."""
         shutil.rmtree(self.folder, ignore_errors=True)  # of a killed search
         try:
-            model = self._written(numbers)
+            model = self._written(params)
             with _started(serve_words(self.command), model, self.folder / "server.log") as (process, url):
                 served_as = _wait(process, url, self.patience, self.folder / "server.log")
                 yield Server(url, served_as, self.sampling, concurrency=self.concurrency)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _written(self, numbers: Numbers) -> Path:
+    def _written(self, params: Params) -> Path:
         from mergekit_lite.boosting.measure.weights import Rewritten
         from mergekit_lite.engine.run import run
 
         started = time.monotonic()
         path = self.folder / "model"
-        finished = run(self.stand.family.plan(numbers, path), device=self.stand.device, threads=self.stand.threads)
-        self.stand.rewritten[label(numbers)] = Rewritten(finished.reports[0], ())
-        self.stand.seconds[label(numbers)] += time.monotonic() - started
+        finished = run(
+            self.resident.family.plan(params, path), device=self.resident.device, threads=self.resident.threads
+        )
+        self.resident.rewritten[label(params)] = Rewritten(finished.reports[0], ())
+        self.resident.seconds[label(params)] += time.monotonic() - started
         return path
 
 
 def serve_words(command: str) -> list[str]:
-    """A command's words. Raises UsageError where it can't start a server over a model."""
+    """Split a command into words. Raises UsageError where it can't start a server over a model."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -164,12 +158,12 @@ def serve_words(command: str) -> list[str]:
 
 @contextmanager
 def _started(words: Sequence[str], model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The server's process, in a group of its own that ends with this context or this process, and its URL."""
+    """Start the server in a process group that ends with this context or process; yield its process and URL."""
     port = _free_port()
     filled = [word.replace("{model}", str(model)).replace("{port}", str(port)) for word in words]
-    kept = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), *filled]
+    watched = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), *filled]
     with log.open("wb") as output:
-        process = subprocess.Popen(kept, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(watched, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
     try:
         yield process, f"http://127.0.0.1:{port}/v1"
     finally:
@@ -177,7 +171,7 @@ def _started(words: Sequence[str], model: Path, log: Path) -> Iterator[tuple[sub
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and all it started, kindly first."""
+    """End a process and all it started: SIGTERM first, then SIGKILL."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
@@ -190,7 +184,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:
-    """Until the server tells its models: the name of the first one."""
+    """Wait until the server lists its models, and return the name of the first one."""
     import json
 
     until = time.monotonic() + patience
@@ -200,12 +194,12 @@ def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path
         unready = suppress(URLError, OSError, ValueError, LookupError, TypeError)
         with unready, urlopen(f"{url}/models", timeout=5) as reply:
             return str(json.load(reply)["data"][0]["id"])
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
 
 
 def _said(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TOLD:]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:]
     return "\n".join([" It said:", *(f"  {line}" for line in lines)]) if lines else " It said nothing."
 
 

@@ -1,4 +1,4 @@
-"""Candidates measured without an answer: by how likely they find texts and the two responses of preference pairs.
+"""Candidates measured without answers: by how likely they find texts and the two responses of preference pairs.
 
 Rows of pairs have ``chosen`` and ``rejected``, each a text or a conversation that ends with the answer, and ``prompt``
 or ``messages`` where these are not conversations. Texts are rows with ``text``, or the paragraphs of a ``.txt`` file.
@@ -8,62 +8,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from xxhash import xxh3_64_hexdigest
 
+from mergekit_lite.answers.likelihood import LogProb, Pair, text_log_probs
 from mergekit_lite.answers.rows import Message, read_rows
-from mergekit_lite.answers.scorers.likelihood import LogProb, Pair, text_log_probs
 from mergekit_lite.answers.template import TemplateError, Tokens
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row
-from mergekit_lite.boosting.measure.resident_model import Stand
+from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.measure.resident_model import ResidentModel
+from mergekit_lite.boosting.measure.scores import NLL, PAIRS
 from mergekit_lite.errors import UsageError, listing, shortened
 
-PAIRS, MARGIN, NLL = "pairs", "pairs.margin", "nll"
-CHUNK = 64  # items that are read before their rows are told
+MARGIN = f"{PAIRS}.margin"
+CHUNK = 64  # items that are read before their rows are yielded
 WINDOW = 2048  # tokens of a text that are read at once, or as many as the model takes
 
 
-class Ranking:
-    """How a candidate ranks preference pairs by length-normalised log-probability.
+@dataclass(frozen=True)
+class PreferenceAccuracy:
+    """Accuracy of a candidate on preference pairs, by length-normalised log-probability.
 
-    ``pairs`` is 1 where the chosen response is likelier, ½ where both are as likely; ``pairs.margin`` is by how many
-    nats a token. The margin grows with alpha by itself; so the ranking decides.
+    ``pairs`` is 1 where the chosen response is likelier, ½ where both are equally likely; ``pairs.margin`` is the
+    difference in nats a token. The margin grows with alpha by itself; so the accuracy decides.
     """
 
-    names = (PAIRS, MARGIN)
-    asked: Mapping[str, str] = MappingProxyType({})
-
-    def __init__(self, stand: Stand, pairs: Mapping[str, Pair], batch_size: int) -> None:
-        """``pairs`` by their items."""
-        self.stand = stand
-        self.pairs = pairs
-        self.batch_size = batch_size
+    resident: ResidentModel
+    pairs: Mapping[str, Pair]  # by item
+    batch_size: int
+    names: ClassVar = (PAIRS, MARGIN)
+    asked: ClassVar[Mapping[str, str]] = {}
 
     @property
     def items(self) -> list[str]:
-        """One for each pair."""
+        """One item for each pair."""
         return list(self.pairs)
 
-    def rows(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted pairs. One that the template refuses, or that is too long, has no verdict."""
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        """Yield the rows of the wanted pairs. A pair that the template refuses, or that is too long, has no score."""
         for chunk in _chunks(items, wanted):
-            self.stand.put(numbers)
+            self.resident.load(params)
             sides = {item: self._sides(self.pairs[item]) for item in chunk}
             rows = [side for both in sides.values() if both is not None for side in both]
-            found = iter(self.stand.log_probs(rows, self.batch_size))
+            read = iter(self.resident.log_probs(rows, self.batch_size))
             for item in chunk:
                 values: dict[str, float | None] = dict.fromkeys(self.names)
                 if sides[item] is not None:
-                    margin = next(found).mean - next(found).mean
+                    margin = next(read).mean - next(read).mean
                     if math.isfinite(margin):
                         values = {PAIRS: 0.5 if margin == 0 else float(margin > 0), MARGIN: margin}
                 yield Row(item=item, values=values)
 
     def _sides(self, pair: Pair) -> tuple[Tokens, Tokens] | None:
-        template, most = self.stand.template, self.stand.context
+        template, most = self.resident.template, self.resident.context
         try:
             chosen, rejected = (template.tokens(pair.messages, text) for text in (pair.chosen, pair.rejected))
         except TemplateError:
@@ -72,52 +71,50 @@ class Ranking:
         return None if most is not None and longest > most else (chosen, rejected)
 
 
-class Reading:
-    """How likely a candidate finds texts: the mean log-probability of a token, which is −NLL."""
+@dataclass(frozen=True)
+class TextLikelihood:
+    """The mean log-probability of a token of texts under a candidate, which is −NLL."""
 
-    names = (NLL,)
-    asked: Mapping[str, str] = MappingProxyType({})
-
-    def __init__(self, stand: Stand, texts: Mapping[str, str], batch_size: int) -> None:
-        """``texts`` by their items."""
-        self.stand = stand
-        self.texts = texts
-        self.batch_size = batch_size
+    resident: ResidentModel
+    texts: Mapping[str, str]  # by item
+    batch_size: int
+    names: ClassVar = (NLL,)
+    asked: ClassVar[Mapping[str, str]] = {}
 
     @property
     def items(self) -> list[str]:
-        """One for each text."""
+        """One item for each text."""
         return list(self.texts)
 
-    def rows(self, numbers: Numbers, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
-        """The rows of the wanted texts."""
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+        """Yield the rows of the wanted texts."""
         for chunk in _chunks(items, wanted):
-            self.stand.put(numbers)
-            window = min(WINDOW, self.stand.context or WINDOW)
+            self.resident.load(params)
+            window = min(WINDOW, self.resident.context or WINDOW)
             texts = [self.texts[item] for item in chunk]
-            found = text_log_probs(self.stand.model, self.stand.tokenizer, texts, window, self.batch_size)
-            for item, told in zip(chunk, found, strict=True):
-                yield Row(item=item, values={NLL: _mean(told)})
+            read = text_log_probs(self.resident.model, self.resident.tokenizer, texts, window, self.batch_size)
+            for item, likelihood in zip(chunk, read, strict=True):
+                yield Row(item=item, values={NLL: _mean(likelihood)})
 
 
-def _mean(found: LogProb) -> float | None:
-    return found.mean if found.tokens and math.isfinite(found.total) else None
+def _mean(likelihood: LogProb) -> float | None:
+    return likelihood.mean if likelihood.tokens and math.isfinite(likelihood.total) else None
 
 
 def _chunks(items: Sequence[str], wanted: frozenset[str]) -> Iterator[list[str]]:
-    """The wanted items, some at a time: what is read together is cut from all of them."""
+    """Yield the wanted items of each chunk; chunks are cut from all items, so a batch doesn't depend on the wanted."""
     for start in range(0, len(items), CHUNK):
         if chunk := [item for item in items[start : start + CHUNK] if item in wanted]:
             yield chunk
 
 
 def read_pairs(path: Path, limit: int | None = None) -> dict[str, Pair]:
-    """The preference pairs of a JSON Lines file, by item.
+    """Read the preference pairs of a JSON Lines file, by item.
 
     Raises:
-        UsageError: it can't be read, has no pairs, or some are wrong; every one is told.
+        UsageError: it can't be read, has no pairs, or some are wrong; the message has each of them.
     """
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     problems: list[str] = []
     for number, row, _ in read_rows(path, problems):
         try:
@@ -125,15 +122,15 @@ def read_pairs(path: Path, limit: int | None = None) -> dict[str, Pair]:
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
             continue
-        found.setdefault(_item("pair", row.get("id"), pair), pair)
-    return _some(path, "preference pairs", found, problems, limit)
+        pairs.setdefault(_item("pair", row.get("id"), pair), pair)
+    return _first(path, "preference pairs", pairs, problems, limit)
 
 
 def read_texts(path: Path, limit: int | None = None) -> dict[str, str]:
-    """The texts of a file, by item.
+    """Read the texts of a file, by item.
 
     Raises:
-        UsageError: it can't be read, has no texts, or some rows are wrong; every one is told.
+        UsageError: it can't be read, has no texts, or some rows are wrong; the message has each of them.
     """
     problems: list[str] = []
     texts: list[str] = []
@@ -149,23 +146,24 @@ def read_texts(path: Path, limit: int | None = None) -> dict[str, str]:
                 texts.append(row["text"])
             else:
                 problems.append(f"{path}:{number}: no 'text'")
-    return _some(path, "texts", {_item("text", None, text): text for text in texts}, problems, limit)
+    return _first(path, "texts", {_item("text", None, text): text for text in texts}, problems, limit)
 
 
 def _item(kind: str, given: object, content: object) -> str:
     return f"{kind}:{given if isinstance(given, str | int) else xxh3_64_hexdigest(repr(content).encode())}"
 
 
-def _some(path: Path, what: str, found: dict[str, Any], problems: Sequence[str], limit: int | None) -> dict[str, Any]:
+def _first(path: Path, what: str, rows: dict[str, Any], problems: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """Return the first ``limit`` rows. Raises UsageError for problems, or no rows."""
     if problems:
         raise UsageError(listing(f"{path} has rows that are no {what}", problems))
-    if not found:
+    if not rows:
         raise UsageError(f"{path}: has no {what}.")
-    return dict(list(found.items())[:limit])
+    return dict(list(rows.items())[:limit])
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    """Raises ValueError."""
+    """Read a row. Raises ValueError with its fault."""
     chosen, before = _response(row, "chosen")
     rejected, also_before = _response(row, "rejected")
     messages = _messages(row) or before
@@ -179,7 +177,7 @@ def _pair(row: Mapping[str, Any]) -> Pair:
 
 
 def _response(row: Mapping[str, Any], key: str) -> tuple[str, tuple[Message, ...] | None]:
-    """A response, and the conversation before it where it comes with one."""
+    """Return a response, and the conversation before it where the row has one."""
     given = row.get(key)
     if isinstance(given, str) and given.strip():
         return given, None

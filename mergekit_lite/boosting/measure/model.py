@@ -1,9 +1,9 @@
 """The model that candidates are judged in: built once, without weights, by transformers' own loading.
 
-transformers is handed tensors without contents in the place of a checkpoint's. So names, dtypes, ties, buffers and what
-a model class fuses on loading (experts of a layer in one parameter) are its business, as if the written model were
-loaded. What each tensor of the checkpoint became is then found by the way back: the state the model would be saved as,
-taken in views, so that what is written into a view is in the model.
+transformers gets uninitialised tensors instead of a checkpoint's. So it handles names, dtypes, ties, buffers and fused
+parameters (the experts of a layer in one) as if it loaded the written model. Which parameter a tensor of the checkpoint
+became is then found the other way round: from the state the model would be saved as, taken in views, so that writing
+into a view writes into the model.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import PlanError, UsageError, nearest
-from mergekit_lite.output.beside import written_config
+from mergekit_lite.output.companions import written_config
 from mergekit_lite.planning import Plan
 
 Places = Mapping[str, torch.Tensor]
@@ -33,8 +34,8 @@ class Built:
         model: of transformers, in evaluation mode. Its parameters require gradients, as after loading: where they
             don't, torch multiplies the sliced states of generation with a copy of the head for each row of a batch
             (3.7 GB for eight rows of a 1.5 B model, and fifteen times the time).
-        places: for each tensor of the plan that the model has a use for, a view of the parameter it is (part of).
-        unused: tensors of the plan that the model class has no use for.
+        places: for each tensor of the plan that the model uses, a view of its parameter, or of the part it is.
+        unused: tensors of the plan that the model class doesn't use.
     """
 
     model: Any
@@ -46,12 +47,12 @@ def build(plan: Plan, device: str) -> Built:
     """Build the model that loading the plan's output with transformers would give, but for its weights.
 
     Args:
-        plan: of any candidate: they differ in numbers only.
-        device: where its parameters are to be.
+        plan: of any candidate: they differ in params only.
+        device: of its parameters.
 
     Raises:
-        UsageError: there is no config, or none of a causal language model that transformers knows.
-        PlanError: the plan's tensors are not those of the model; every one is named.
+        UsageError: the config is missing, or not that of a causal language model that transformers knows.
+        PlanError: the plan's tensors are not those of the model; the message names each of them.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -65,14 +66,14 @@ def build(plan: Plan, device: str) -> Built:
             state_dict=blank,
             dtype="auto",
             device_map=None if device == "cpu" else {"": device},
-            ignore_mismatched_sizes=True,  # told below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     del blank
     problems = [f"{name}: the model has it, but no model here does" for name in sorted(info["missing_keys"])]
     problems += [
-        f"{name}: shape {list(found)}, but the model's config wants {list(wanted)}"
-        for name, found, wanted in sorted(info["mismatched_keys"])
+        f"{name}: shape {list(shape)}, but the model's config wants {list(wanted)}"
+        for name, shape, wanted in sorted(info["mismatched_keys"])
     ]
     if problems:
         raise PlanError(problems)
@@ -82,14 +83,14 @@ def build(plan: Plan, device: str) -> Built:
 
 
 def tokenizer_of(plan: Plan) -> Any:
-    """The tokenizer that the plan's output gets, with its chat template.
+    """Load the tokenizer of the plan's output, with its chat template.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the model has no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    giver = plan.inputs[plan.donor if plan.tokenizer is None else plan.tokenizer]
+    giver = plan.inputs[plan.config_source if plan.tokenizer is None else plan.tokenizer]
     if giver.folder is None:
         raise UsageError(f"{giver.reference}: is a single file, without a tokenizer. Name the folder of the model.")
     try:
@@ -102,7 +103,7 @@ def tokenizer_of(plan: Plan) -> Any:
 
 
 def _config(plan: Plan) -> Any:
-    """The config the output would have, as transformers' object."""
+    """Return the output's config, as transformers' object."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if plan.source.config is None:
@@ -123,7 +124,7 @@ def _config(plan: Plan) -> Any:
 
 
 def _places(plan: Plan, model: Any) -> tuple[Places, tuple[str, ...]]:
-    """Where in the model each tensor of the plan is, and which are nowhere."""
+    """Return the place of each tensor of the plan in the model, and the tensors that have none."""
     own = {tensor.untyped_storage().data_ptr(): name for name, tensor in model.state_dict().items()}
     saved = _saved_as(model)
     names = {job.name: name for job in plan.jobs if (name := _name_in(saved, job.name, model.base_model_prefix))}
@@ -149,7 +150,7 @@ def _places(plan: Plan, model: Any) -> tuple[Places, tuple[str, ...]]:
 
 
 def _saved_as(model: Any) -> dict[str, torch.Tensor]:
-    """The state the model would be saved as, in views of its parameters wherever its order allows."""
+    """Return the state the model would be saved as, in views of its parameters wherever their order allows."""
     from transformers.core_model_loading import revert_weight_conversion
 
     with _AsViews():
@@ -158,7 +159,7 @@ def _saved_as(model: Any) -> dict[str, torch.Tensor]:
 
 
 class _AsViews(TorchFunctionMode):
-    """Leaves a tensor that is asked to be contiguous as it is: a part of a parameter then stays a part."""
+    """Makes ``Tensor.contiguous`` return the tensor itself, so that a part of a parameter stays one."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -167,7 +168,7 @@ class _AsViews(TorchFunctionMode):
 
 
 def _name_in(saved: Mapping[str, torch.Tensor], name: str, prefix: str) -> str | None:
-    """What the model calls a tensor: its name with or without the prefix of the model below the head, as on loading."""
+    """Return the model's name of a tensor: with or without the prefix of the model below the head, as on loading."""
     options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((option for option in options if option in saved), None)
 
@@ -176,13 +177,13 @@ def _add_generation_config(plan: Plan, model: Any) -> None:
     from transformers import GenerationConfig
 
     folder = plan.source.folder
-    if folder is not None and (folder / "generation_config.json").is_file():
+    if folder is not None and small_file(folder, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bar and no report of what was loaded: nothing was, and what doesn't fit is told as an error."""
+    """Silence transformers' progress bar and report: nothing is loaded, and misfits are raised as errors."""
     from transformers.utils import logging as _their_logging
 
     their_logging: Any = _their_logging  # not all of it has types

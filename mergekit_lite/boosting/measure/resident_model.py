@@ -1,17 +1,17 @@
-"""The one model in this process, and the candidate whose weights are in it."""
+"""The one model in this process, and the candidate whose weights it has."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.answers.scorers.likelihood import LogProb, log_probs
+from mergekit_lite.answers.likelihood import LogProb, log_probs
 from mergekit_lite.answers.template import ChatTemplate, Tokens
-from mergekit_lite.boosting.candidates.candidate import Numbers, label
+from mergekit_lite.boosting.candidates.candidate import Params, label
 from mergekit_lite.boosting.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Stand:
+class ResidentModel:
     """Builds the model when it is first needed, and rewrites its weights from candidate to candidate.
 
     Attributes:
@@ -29,53 +29,51 @@ class Stand:
         device: of the model and of the arithmetic that sets its weights.
         threads: of that arithmetic; one for each core by default.
         seconds: spent on setting weights, by the name of the candidate they were set for.
-        rewritten: what setting them did, likewise.
+        rewritten: the result of setting them, by the same name.
     """
 
     family: Family
     device: str
     threads: int | None = None
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float), init=False)
+    rewritten: dict[str, Rewritten] = field(default_factory=dict, init=False)
+    _loaded: str = field(default="", init=False)
 
-    def __post_init__(self) -> None:
-        """No candidate is on the stand."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.rewritten: dict[str, Rewritten] = {}
-        self._there = ""
-
-    def put(self, numbers: Numbers, purpose: Numbers | None = None) -> None:
-        """Make the model this candidate, if it isn't.
+    def load(self, params: Params, purpose: Params | None = None) -> None:
+        """Set the weights to a candidate's, unless they are.
 
         Args:
             numbers: the candidate.
-            purpose: the candidate it is needed for, where that is another one.
+            purpose: the candidate that the time is counted for; by default itself.
 
         Raises:
             NonFiniteError: some of its weights are NaN or infinite.
         """
-        name = label(numbers)
-        if name != self._there:
-            weights, self._there = self._weights, ""
+        name = label(params)
+        if name != self._loaded:
+            weights, self._loaded = self._weights, ""
             started = time.monotonic()
-            self.rewritten[name] = weights.set(self.family.plan(numbers))
-            self._there = name
-            self.seconds[label(purpose or numbers)] += time.monotonic() - started
+            self.rewritten[name] = weights.set(self.family.plan(params))
+            self._loaded = name
+            self.seconds[label(purpose or params)] += time.monotonic() - started
         bad = self.rewritten[name].nonfinite
         if bad:
             raise NonFiniteError(f"{name}: NaN or infinity in {counted(len(bad), 'tensor')}, first in {bad[0]}.")
 
     def log_probs(self, rows: Sequence[Tokens], batch_size: int) -> list[LogProb]:
-        """Of each response, under the candidate that is on the stand."""
+        """Return the log-probability of each response under the loaded candidate."""
         self._checked  # noqa: B018  (once, with sound weights in the model)
         return log_probs(self.model, rows, batch_size)
 
-    def facts(self, numbers: Numbers) -> Mapping[str, Any]:
-        """What became of a candidate's weights: alpha asked for and effective, and the time it took to set them."""
-        found = self.rewritten.get(label(numbers))
-        if found is None:
+    def facts(self, params: Params) -> Mapping[str, Any]:
+        """Return a candidate's alpha as asked for and as effective, and the time it took to set its weights."""
+        result = self.rewritten.get(label(params))
+        if result is None:
             return {}
-        told = {"asked": found.report.asked, "effective": found.report.effective, "nonfinite": list(found.nonfinite)}
-        kept = {name: value for name, value in told.items() if value is not None and value != []}
-        return {**kept, "setting_seconds": round(self.seconds[label(numbers)], 3)}
+        report = result.report
+        facts = {"asked": report.asked, "effective": report.effective, "nonfinite": list(result.nonfinite)}
+        known = {name: value for name, value in facts.items() if value is not None and value != []}
+        return {**known, "setting_seconds": round(self.seconds[label(params)], 3)}
 
     @property
     def model(self) -> Any:
@@ -84,19 +82,19 @@ class Stand:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that the output gets."""
+        """The output's tokenizer."""
         from mergekit_lite.boosting.measure.model import tokenizer_of
 
         return tokenizer_of(self.family.plan(self.family.baseline))
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template that the output gets."""
+        """The output's chat template."""
         return ChatTemplate(self.tokenizer)
 
     @cached_property
     def context(self) -> int | None:
-        """How many tokens the model takes, where it tells."""
+        """The longest sequence that the model takes, in tokens; None where its config doesn't say."""
         from mergekit_lite.answers.loading import context_of
 
         return context_of(self.model)

@@ -1,49 +1,43 @@
-"""What candidates are scored by, as the command line gives it.
+"""The scores of candidates, as ``--score`` gives them: ``KIND:TARGET,SETTING=VALUE,…``.
 
-    reward:MODEL                      a reward model's number for each answer
-    maths   exact   code              answers against the reference or the tests of their prompts
-    judge:MODEL,server=URL            a language model grades answers
-    function:MODULE:NAME              a Python function of prompt and answer
-    log-ratio                         log-likelihood of answers under ALIGNED − under SFT; needs no other model
-    pairs                             how preference pairs are ranked; needs no answers
-    nll:FILE                          mean log-probability of a token of texts (−NLL); needs no answers
-    lm-eval:TASK                      a task of the lm-evaluation-harness
+A kind is a scorer of answers (``answers/scorers``) or one of those here:
 
-Settings follow, each after a comma: ``reward:MODEL,name=rm,batch_size=4,max_length=2048``. Higher is better everywhere.
-The first score decides; others are told beside it, and may have limits to what is lost.
+    log_ratio       log-likelihood of answers under ALIGNED − under SFT; needs no other model
+    pairs           how preference pairs are ranked; needs no answers
+    nll:FILE        mean log-probability of a token of texts (−NLL); needs no answers
+    lm-eval:TASK    a task of the lm-evaluation-harness
+
+Higher is better everywhere. The first score decides; the others are reported, and what they lose can be limited.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
-from mergekit_lite.answers.scorers.registry import wrong_settings
-from mergekit_lite.answers.scorers.settings import Kind, ScorerSettings
+from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
+from mergekit_lite.answers.scoring.scorer import ScorerSettings, names
 from mergekit_lite.errors import UsageError, listing, nearest
 
-OF_ANSWERS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind != "log_ratio")
-LOG_RATIO, PAIRS, NLL, LM_EVAL = "log-ratio", "pairs", "nll", "lm-eval"
-KINDS = (*OF_ANSWERS, LOG_RATIO, PAIRS, NLL, LM_EVAL)
-WITHOUT_TARGET = ("maths", "exact", "code", LOG_RATIO, PAIRS)
+LOG_RATIO, PAIRS, NLL, LM_EVAL = "log_ratio", "pairs", "nll", "lm-eval"
+OWN = {LOG_RATIO: LOG_RATIO, PAIRS: PAIRS, NLL: f"{NLL}:FILE", LM_EVAL: f"{LM_EVAL}:TASK"}  # how they are written
 SETTING = re.compile(r",(?=[a-z_]+=)")
-FIXED = {LOG_RATIO, PAIRS, NLL}  # names of scores that have no other
 HARNESS: dict[str, type] = {"name": str, "metric": str, "include": str, "limit": int, "shots": int, "chat": bool}
 
 
-class Score(NamedTuple):
-    """One score.
+class ScoreSpec(NamedTuple):
+    """One ``--score``.
 
     Attributes:
-        kind: one of ``KINDS``.
-        name: of its values in the rows.
+        kind: one of ``forms()``.
+        name: of the score in the rows.
         target: the model, function, file or task; empty where the kind has none.
-        settings: of the harness; what a scorer of answers has is in ``scorer``.
-        scorer: how to open what scores answers, where it is of these.
+        settings: of the harness.
+        scorer: the settings of a scorer of answers; None for the other kinds.
     """
 
     kind: str
@@ -52,46 +46,64 @@ class Score(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()
     scorer: ScorerSettings | None = None
 
+    @property
+    def of_answers(self) -> bool:
+        """Whether candidates have to answer prompts for it."""
+        return self.scorer is not None or self.kind == LOG_RATIO
 
-def parse(texts: Sequence[str]) -> tuple[Score, ...]:
+
+def forms() -> dict[str, str]:
+    """Return how a ``--score`` of each kind is written, such as ``judge:MODEL,server=URL``."""
+    return {kind: _form(kind) for kind in names() if kind not in OWN} | OWN
+
+
+def _form(kind: str) -> str:
+    needs = dict(kind_of(kind).needs)
+    target = f":{needs.pop('model')}" if "model" in needs else ""
+    return "".join([kind, target, *(f",{key}={what}" for key, what in needs.items())])
+
+
+def parse(texts: Sequence[str]) -> tuple[ScoreSpec, ...]:
     """Read every ``--score``.
 
     Raises:
-        UsageError: with everything that is wrong.
+        UsageError: some can't be used; the message has every reason.
     """
-    found: list[Score] = []
+    scores: list[ScoreSpec] = []
     problems: list[str] = []
     for text in texts:
         try:
-            found.append(_score(text))
+            scores.append(_score(text))
         except ValueError as error:
             problems.append(f"{text!r}: {error}")
-    names = [score.name for score in found]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    called = [score.name for score in scores]
+    twice = [name for name in dict.fromkeys(called) if called.count(name) > 1]
     problems += [f"two scores are called {name!r}: give one of them another name=" for name in twice]
     if problems:
         raise UsageError(listing("Scores that can't be used", problems))
-    return tuple(found)
+    return tuple(scores)
 
 
-def _score(text: str) -> Score:
-    """Raises ValueError."""
+def _score(text: str) -> ScoreSpec:
+    """Read one ``--score``. Raises ValueError."""
     what, *settings = SETTING.split(text)
-    kind, _, target = what.partition(":")
-    if kind not in KINDS:
-        raise ValueError(f"no kind of score.{nearest(kind, KINDS)} There are: {', '.join(KINDS)}")
-    if bool(target) == (kind in WITHOUT_TARGET):
+    written, _, target = what.partition(":")
+    known = forms()
+    kind = next((name for name in known if name.replace("-", "_") == written.replace("-", "_")), None)
+    if kind is None:
+        raise ValueError(f"no kind of score.{nearest(written, known)} There are: {', '.join(known)}")
+    if bool(target) != (":" in known[kind]):
         raise ValueError(f"{kind} takes nothing after a colon" if target else f"expected {kind}:…")
     given = {name: _value(value) for name, _, value in (setting.partition("=") for setting in settings)}
     if len(given) < len(settings):
         raise ValueError("a setting is given twice")
-    if kind in OF_ANSWERS:
+    if kind not in OWN:
         return _of_answers(kind, target, given)
     if kind == LM_EVAL:
         return _of_harness(target, given)
     if given:
         raise ValueError(f"{kind} has no setting {next(iter(given))!r}: it has none")
-    return Score(kind, kind, target)
+    return ScoreSpec(kind, kind, target)
 
 
 def _value(text: str) -> Any:
@@ -101,21 +113,21 @@ def _value(text: str) -> Any:
         return text
 
 
-def _of_answers(kind: str, target: str, given: dict[str, Any]) -> Score:
+def _of_answers(kind: str, target: str, given: dict[str, Any]) -> ScoreSpec:
     own = {name: value for name, value in given.items() if name in ScorerSettings.model_fields}
     options = {name: value for name, value in given.items() if name not in own}
     content = {"name": kind, "kind": kind, **({"model": target} if target else {}), **own}
     try:
         settings = ScorerSettings(**content, options=options) if options else ScorerSettings(**content)
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
-        raise ValueError("; ".join(told)) from error
+        reasons = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
+        raise ValueError("; ".join(reasons)) from error
     if wrong := [f"{'.'.join(at)}: {said}" if at else said for at, said in wrong_settings(settings)]:
         raise ValueError("; ".join(wrong))
-    return Score(kind, settings.name, target, scorer=settings)
+    return ScoreSpec(kind, settings.name, target, scorer=settings)
 
 
-def _of_harness(task: str, given: dict[str, Any]) -> Score:
+def _of_harness(task: str, given: dict[str, Any]) -> ScoreSpec:
     unknown = [name for name in given if name not in HARNESS]
     if unknown:
         raise ValueError(f"{LM_EVAL} has no setting {unknown[0]!r}: it has {', '.join(HARNESS)}")
@@ -123,4 +135,4 @@ def _of_harness(task: str, given: dict[str, Any]) -> Score:
     if wrong:
         raise ValueError(f"{wrong[0]}={given[wrong[0]]}: expected {HARNESS[wrong[0]].__name__}")
     name = given.pop("name", task)
-    return Score(LM_EVAL, name, task, tuple(given.items()))
+    return ScoreSpec(LM_EVAL, name, task, tuple(given.items()))

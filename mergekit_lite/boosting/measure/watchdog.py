@@ -1,7 +1,8 @@
-"""``python keeper.py COMMAND …``: runs a command that ends with whoever started it, however that ended.
+"""``python watchdog.py COMMAND …``: runs a command and ends it when the process that started it has ended in any way.
 
-Standard input is a pipe that nobody writes to. When it closes, the starter is gone, by SIGKILL maybe; then the whole
-process group is ended, so what the command has started goes too. It imports nothing of the package, and starts at once.
+Standard input is a pipe that nobody writes to. When it closes, the starter has ended, perhaps by SIGKILL; then the
+whole process group is killed, with all that the command has started. This program imports nothing of the package, so
+it starts at once.
 """
 
 import os
@@ -12,8 +13,8 @@ import threading
 
 
 def main() -> int:
-    """The command's exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # it is the group's: the command ends by it, or doesn't
+    """Run the command and return its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: None)  # sent to the whole group: the command decides what to do
     try:
         process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     except OSError as error:

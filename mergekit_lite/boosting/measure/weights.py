@@ -1,4 +1,4 @@
-"""A candidate's weights, put into a model block by block by the engine that writes models."""
+"""A candidate's weights, written into a model block by block by the engine that writes models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.boosting.measure.model import Built, Places
+from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import lanes_and_block
 from mergekit_lite.engine.schedule import Schedule
@@ -17,16 +18,16 @@ from mergekit_lite.planning import Plan
 
 
 class Parameters(Records):
-    """Takes a workspace's place in the engine: what is written goes into the parameters of a model."""
+    """The engine's sink that writes into the parameters of a model instead of a file."""
 
     def __init__(self, places: Places, kinds: Mapping[str, torch.dtype]) -> None:
-        """``kinds`` are the dtypes of what will be written; a parameter of another dtype rounds it, as loading does."""
+        """``kinds`` are the output's dtypes; a parameter of another dtype rounds them, as loading does."""
         super().__init__()
         self.places = places
         self.kinds = kinds
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
-        """Put bytes into a parameter."""
+        """Write bytes into a parameter."""
         if not data:
             return
         values = torch.frombuffer(data, dtype=self.kinds[tensor])
@@ -35,10 +36,10 @@ class Parameters(Records):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What setting the weights did.
+    """The result of setting the weights.
 
     Attributes:
-        report: as of a written model.
+        report: the same as a written model's.
         nonfinite: tensors that hold NaN or infinity.
     """
 
@@ -46,17 +47,19 @@ class Rewritten:
     nonfinite: tuple[str, ...]
 
 
+@dataclass(frozen=True)
 class Weights:
-    """The weights of a built model, to be set again and again."""
+    """Sets the weights of a built model to those of one plan after another.
 
-    def __init__(self, built: Built, device: str, threads: int | None = None) -> None:
-        """``device`` computes: bits are those of a model that is written by the same one."""
-        self.built = built
-        self.device = device
-        self.threads = threads
+    ``device`` computes: the bits are those of a model written by the same device.
+    """
+
+    built: Built
+    device: str
+    threads: int | None = None
 
     def set(self, plan: Plan) -> Rewritten:
-        """Make the model the plan's first output.
+        """Set the weights to the plan's first output.
 
         Raises:
             CheckpointError: an input changed.
@@ -65,10 +68,10 @@ class Weights:
         used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
         kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
         parameters = Parameters(self.built.places, kinds)
-        lanes, block = lanes_and_block(self.device, self.threads)
+        count, block = lanes_and_block(self.device, self.threads)
         for source in plan.inputs:
             source.check_unchanged()
-        Schedule(plan, {0: parameters}, self.device, lanes, block, None, only=used).run()
+        Schedule(plan, {0: parameters}, Workers(count, self.device, block), None, only=used).run()
         bad = {plan.jobs[record.job].name for record in parameters.made.values() if record.bad}
         return Rewritten(report(plan, 0, parameters.made), tuple(sorted(bad)))
 

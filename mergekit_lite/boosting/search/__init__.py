@@ -1,1 +1,1 @@
-"""Which candidates are tried, what is kept of them, and which one is chosen. Knows no models, only rows."""
+"""The search for a candidate: what to try next, the study of measured rows, the choice. Knows no models."""

@@ -1,13 +1,14 @@
 """From measured candidates to a choice that holds.
 
-A candidate is measured in looks: an eighth, a quarter, half, all of the items. After each but the last it is dropped if
-it is surely worse than the best so far or than the baseline, or beyond a limit in every quarter of what was measured;
-"surely" is corrected for the number of looks. So a bad candidate costs an eighth, and a good one is measured whole. The
-figure of a dropped candidate leans downwards, as it was dropped when it looked bad; it is told how much was measured.
+A candidate is looked at (see ``looks``) after an eighth, a quarter, half and all of the items. At each look but the
+last it is dropped if it is surely worse than the best so far or than the baseline, or beyond a limit in every quarter
+of the items measured so far; "surely" is corrected for the number of looks. So a bad candidate costs an eighth, and a
+good one is measured on all items. The gain of a dropped candidate is biased downwards, as it was dropped when it looked
+bad; the report shows how many items it is from.
 
-The highest of many noisy figures leans upwards. So the last part of the items takes no part in the search: the chosen
-candidate and the baseline meet on these, once, and that interval is the answer. With too few items for it the
-interval on the search's own items is corrected for the number of candidates instead.
+The highest of many noisy gains is biased upwards. So the last part of the items takes no part in the search: the picked
+candidate and the baseline are compared on these, once, and that interval is the answer. Where there are too few items
+to hold some out, the interval on the search's own items is corrected for the number of candidates instead.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ from itertools import chain
 from statistics import NormalDist
 from typing import Any
 
-from mergekit_lite.answers.statistics import Interval, interval, paired
-from mergekit_lite.boosting.candidates.candidate import Bench, Numbers, Row, label
+from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.boosting.candidates.candidate import Evaluator, Params, Row, label
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boosting.search.point import Point, Settings, beyond, plain, point, values
 from mergekit_lite.boosting.search.search import CLOSE, Outcome, Same, Search
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
 
-PARTS = 4  # of what was measured: each must be beyond a limit to drop a candidate early
+PARTS = 4  # of the items measured so far: all must be beyond a limit to drop a candidate early
 Searcher = Callable[[Same], Search]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a search.
+    """The result of a search.
 
     Attributes:
+        settings: how candidates were judged.
         baseline: on the items of the search.
         points: the candidates in the order they were tried.
-        picked: what the search prefers; None where nothing beats the baseline.
-        held_out: the same on items that took no part; None where there are none, or nothing was picked.
-        chosen: the numbers to write a model with; None: no candidate helps.
+        picked: the candidate that the search prefers; None where none beats the baseline.
+        held_out: the picked candidate on held-out items; None where no item was held out, or nothing was picked.
+        chosen: the params to write a model with; None where no candidate helps.
     """
 
     settings: Settings
@@ -47,12 +49,12 @@ class Result:
     points: tuple[Point, ...]
     picked: Point | None
     held_out: Point | None
-    chosen: Numbers | None
+    chosen: Params | None
 
 
 def boost(
     searcher: Searcher,
-    bench: Bench,
+    evaluator: Evaluator,
     study: Study,
     settings: Settings,
     progress: Callable[[Point], None] = lambda point: None,
@@ -60,40 +62,40 @@ def boost(
     """Search, choose, confirm.
 
     Args:
-        searcher: makes the search, given what tells noise from difference.
+        searcher: begins the search, given a test of whether two candidates are the same.
         bench: measures.
-        study: what is kept; all items are its.
+        study: stores rows, and has all items.
         settings: how candidates are judged.
-        progress: told of each candidate when its last row is in.
+        progress: called with each candidate when its last row is in.
 
     Raises:
-        MergekitLiteError: the baseline has no verdict of the deciding scorer.
-        UsageError: a scorer that is named is not among those that gave verdicts.
+        MergekitLiteError: the baseline has no score of the deciding scorer.
+        UsageError: the settings name a scorer that gave no scores.
     """
-    searched = _searched(len(study.subjects), settings)
-    apart = _flat(study.subjects[searched:])
-    contest = Contest(study.subjects[:searched], bench, study, settings)
+    searched = _searched(len(study.clusters), settings)
+    apart = _flat(study.clusters[searched:])
+    contest = Contest(study.clusters[:searched], evaluator, study, settings)
     search = searcher(contest.same)
-    contest.begin()
+    contest.measure_baseline()
     outcome = None
     while True:
         try:
-            numbers = search.send(outcome) if outcome else next(search)
+            params = search.send(outcome) if outcome else next(search)
         except StopIteration:
             break
         before = len(contest.points)
-        outcome = contest.outcome(numbers)
+        outcome = contest.outcome(params)
         if len(contest.points) > before:
-            progress(contest.points[label(numbers)])
+            progress(contest.points[label(params)])
     picked = contest.preferred(corrected=not apart)
-    confirmed = _confirmed(apart, bench, study, settings, picked) if picked and apart else None
+    confirmed = _confirmed(apart, evaluator, study, settings, picked) if picked and apart else None
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
-    chosen = picked.numbers if picked and not failed else None
+    chosen = picked.params if picked and not failed else None
     return Result(settings, contest.baseline, tuple(contest.points.values()), picked, confirmed, chosen)
 
 
 def _searched(total: int, settings: Settings) -> int:
-    """How many subjects the search goes by, in whole batches; all where those held out would be too few to tell."""
+    """Return how many clusters the search uses, in whole batches; all where too few would be held out to compare."""
     exact = total - round(total * settings.held_out)
     even = round(exact / settings.batch) * settings.batch
     searched = even if FIRST_LOOK <= even <= total - FIRST_LOOK else exact
@@ -103,116 +105,114 @@ def _searched(total: int, settings: Settings) -> int:
 class Contest:
     """Candidates measured on common items, and compared."""
 
-    def __init__(self, subjects: Sequence[Sequence[str]], bench: Bench, study: Study, settings: Settings):
-        self.subjects, self.items = subjects, _flat(subjects)
-        self.bench, self.study, self.settings = bench, study, settings
+    def __init__(self, clusters: Sequence[Sequence[str]], evaluator: Evaluator, study: Study, settings: Settings):
+        self.clusters, self.items = clusters, _flat(clusters)
+        self.evaluator, self.study, self.settings = evaluator, study, settings
         self.points: dict[str, Point] = {}
         self.baseline: Point
         self.best: Point
 
-    def begin(self) -> None:
-        """Measure the baseline."""
-        rows = self.study.measured(self.settings.baseline, self.items, self.bench)
+    def measure_baseline(self) -> None:
+        """Measure the baseline, which the others are compared with."""
+        rows = self.study.measured(self.settings.baseline, self.items, self.evaluator)
         _check_scorers(rows, self.settings)
         self.baseline = self.best = point(self.settings.baseline, self.items, self.study, self.settings)
 
-    def outcome(self, numbers: Numbers) -> Outcome:
-        """Measure a candidate, if it isn't the baseline or known, and tell the search."""
-        name = label(numbers)
+    def outcome(self, params: Params) -> Outcome:
+        """Measure a candidate, unless it is the baseline or known, and return what the search is sent."""
+        name = label(params)
         if name == self.baseline.name:
             return Outcome(0.0)
         if name not in self.points:
-            self.points[name] = new = self._measured(numbers)
+            self.points[name] = new = self._measured(params)
             if new.allowed and new.gain.mean > self.best.gain.mean:
                 self.best = new
-        found = self.points[name]
-        return Outcome(self._score(found), not found.beyond and found.gain.items > 0, _details(found))
+        measured = self.points[name]
+        return Outcome(self._score(measured), not measured.beyond and measured.gain.items > 0, _details(measured))
 
-    def same(self, one: Numbers, other: Numbers, errors: int) -> bool:
-        """Whether the difference is 0 to within so many standard errors."""
+    def same(self, one: Params, other: Params, errors: int) -> bool:
+        """Return whether the difference is 0 to within ``errors`` standard errors."""
         confidence = 2 * NormalDist().cdf(errors) - 1
         difference = self._difference(one, other, self.items, confidence)
         return not difference.above and not difference.below
 
     def preferred(self, corrected: bool) -> Point | None:
-        """Of the candidates that beat the baseline and are within one standard error of the best, the nearest to it.
+        """Return the candidate nearest to the baseline among those that beat it and equal the best.
 
-        ``corrected``: all of them together are taken for better by chance as seldom as one would be.
+        Equal is what lies within one standard error. ``corrected``: the confidence is that of all candidates together.
         """
         confidence = self.settings.confidence
         if corrected and self.points:
             confidence = shared_confidence(confidence, len(self.points))
-        base = self.baseline.numbers
+        base = self.baseline.params
         allowed = [one for one in self.points.values() if one.allowed]
-        better = [one for one in allowed if self._difference(one.numbers, base, self.items, confidence).above]
+        better = [one for one in allowed if self._difference(one.params, base, self.items, confidence).above]
         best = max(better, key=lambda one: one.gain.mean, default=None)
-        close = [one for one in better if best and self.same(one.numbers, best.numbers, CLOSE)]
+        close = [one for one in better if best and self.same(one.params, best.params, CLOSE)]
         return min(close, key=self._distance, default=None)
 
-    def _measured(self, numbers: Numbers) -> Point:
-        sizes = looks(len(self.subjects), self.settings.batch)
-        if not self.settings.stop_early or len(self.study.rows(numbers, self.items)) == len(self.items):
-            sizes = [len(self.subjects)]  # nothing to save
+    def _measured(self, params: Params) -> Point:
+        sizes = looks(len(self.clusters), self.settings.batch)
+        if not self.settings.stop_early or len(self.study.rows(params, self.items)) == len(self.items):
+            sizes = [len(self.clusters)]  # a look would save nothing
         confidence = shared_confidence(self.settings.confidence, len(sizes))
         why = ""
         for size in sizes:
-            items = _flat(self.subjects[:size])
-            self.study.measured(numbers, items, self.bench)
-            if size < len(self.subjects) and (why := self._hopeless(numbers, items, confidence)):
+            items = _flat(self.clusters[:size])
+            self.study.measured(params, items, self.evaluator)
+            if size < len(self.clusters) and (why := self._hopeless(params, items, confidence)):
                 break
-        return point(numbers, items, self.study, self.settings, why)
+        return point(params, items, self.study, self.settings, why)
 
-    def _hopeless(self, numbers: Numbers, items: Sequence[str], confidence: float) -> str:
-        """Why no more of this candidate need be measured, or nothing."""
+    def _hopeless(self, params: Params, items: Sequence[str], confidence: float) -> str:
+        """Return why no more of this candidate need be measured, or an empty text."""
         for other in (self.baseline, self.best):
-            lost = self._difference(numbers, other.numbers, items, confidence)
+            lost = self._difference(params, other.params, items, confidence)
             if lost.below and lost.items >= FIRST_LOOK:
                 return f"surely worse than {other.name}"
         parts = [items[part::PARTS] for part in range(PARTS)]
-        found = [beyond(numbers, part, self.study, self.settings) for part in parts]
-        return f"throughout {found[0][0]}" if all(found) else ""
+        passed = [beyond(params, part, self.study, self.settings) for part in parts]
+        return f"throughout {passed[0][0]}" if all(passed) else ""
 
-    def _score(self, found: Point) -> float:
-        """The gain; for a candidate that was dropped, the best's gain less what it lost to it on common items.
+    def _score(self, candidate: Point) -> float:
+        """Return the gain; of a dropped candidate the best's gain, less the loss against it on common items.
 
-        So one that was measured on easy items only doesn't seem better than what it lost to.
+        So one that was measured on easy items only doesn't seem better than the candidate it lost to.
         """
-        if not found.dropped:
-            return found.gain.mean
-        lost = self._difference(found.numbers, self.best.numbers, self.items, self.settings.confidence).mean
-        return min(self.best.gain.mean + lost, found.gain.mean)
+        if not candidate.dropped:
+            return candidate.gain.mean
+        lost = self._difference(candidate.params, self.best.params, self.items, self.settings.confidence).mean
+        return min(self.best.gain.mean + lost, candidate.gain.mean)
 
-    def _difference(self, one: Numbers, other: Numbers, items: Sequence[str], confidence: float) -> Interval:
+    def _difference(self, one: Params, other: Params, items: Sequence[str], confidence: float) -> Interval:
         ours, theirs = (values(self.study.rows(each, items), self.settings.score) for each in (one, other))
         return interval(paired(ours, theirs), confidence)
 
-    def _distance(self, found: Point) -> float:
-        """From the baseline, each number by the width of what was tried."""
+    def _distance(self, candidate: Point) -> float:
+        """Return the squared distance to the baseline, each parameter in units of the width that was tried."""
         total = 0.0
-        for name, value in found.numbers.items():
-            tried = [other.numbers[name] for other in (self.baseline, *self.points.values()) if name in other.numbers]
+        for name, value in candidate.params.items():
+            tried = [other.params[name] for other in (self.baseline, *self.points.values()) if name in other.params]
             width = max(tried) - min(tried)
             total += ((value - self.settings.baseline[name]) / width) ** 2 if width else 0.0
         return total
 
 
-def _confirmed(items: Sequence[str], bench: Bench, study: Study, settings: Settings, picked: Point) -> Point | None:
-    """The picked candidate against the baseline on items that the search didn't see."""
-    if not items:
-        return None
-    for numbers in (settings.baseline, picked.numbers):
-        study.measured(numbers, items, bench)
-    return point(picked.numbers, items, study, settings)
+def _confirmed(items: Sequence[str], evaluator: Evaluator, study: Study, settings: Settings, picked: Point) -> Point:
+    """Compare the picked candidate with the baseline on items that the search didn't use."""
+    for params in (settings.baseline, picked.params):
+        study.measured(params, items, evaluator)
+    return point(picked.params, items, study, settings)
 
 
-def _flat(subjects: Sequence[Sequence[str]]) -> list[str]:
-    return list(chain.from_iterable(subjects))
+def _flat(clusters: Sequence[Sequence[str]]) -> list[str]:
+    return list(chain.from_iterable(clusters))
 
 
-def _details(found: Point) -> dict[str, Any]:
-    """What a dashboard may show beside the score."""
+def _details(candidate: Point) -> dict[str, Any]:
+    """Return what a dashboard can show besides the score."""
     shown = ("gain", "beyond", "dropped", "guards", "others", "facts")
-    return {name: plain(getattr(found, name)) for name in shown}
+    return {name: plain(getattr(candidate, name)) for name in shown}
 
 
 def _check_scorers(rows: Mapping[str, Row], settings: Settings) -> None:

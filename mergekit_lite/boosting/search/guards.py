@@ -1,8 +1,8 @@
-"""What goes wrong in answers while a score still rises, and the limits to it.
+"""Guards: figures that show what goes wrong in answers while a score still rises, and limits to them.
 
 Too large an alpha makes models talk without end, repeat themselves and forget to stop, and reward models and judges
-notice late or never. So each candidate's answers are looked at beside their score, against the baseline's answers to
-the same items. A candidate beyond a limit is out, however high its score.
+notice late or never. So each candidate's answers are also compared with the baseline's answers to the same items. A
+candidate beyond a limit is out, however high its score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import lru_cache
 from statistics import fmean, stdev
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import Row, subject
+from mergekit_lite.boosting.candidates.candidate import Row, cluster_of
 from mergekit_lite.errors import UsageError, nearest
 
 GRAM = 4
@@ -27,10 +27,10 @@ WORD = re.compile(r"[^\W\u0e00-\u0eff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]+|\
 
 @dataclass(frozen=True)
 class Guards:
-    """Figures of one candidate's answers. None where there is nothing to tell from.
+    """Figures of one candidate's answers. None where the rows don't have what a figure needs.
 
     Attributes:
-        answers: how many.
+        answers: their number.
         length: mean characters.
         growth: mean length over that of the baseline's answers to the same items.
         truncated: share cut by the token limit.
@@ -38,11 +38,11 @@ class Guards:
         repetition: mean share of an answer's 4-grams of words that it has said before.
         identical: share of answers that another item got, too, letter by letter.
         unchanged: share of answers that are the baseline's, letter by letter.
-        unscored: share of items without a verdict of the deciding scorer.
+        unscored: share of items without a score of the deciding scorer.
         kl: estimate of KL(candidate ‖ baseline), nats an answer: see ``_kl``. None for the baseline itself.
         kl_per_token: the same, nats a token.
         kl_error: the standard error of ``kl``.
-        kl_answers: how many answers it is from.
+        kl_answers: the number of answers that ``kl`` is from.
     """
 
     answers: int = 0
@@ -62,7 +62,7 @@ class Guards:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate may have at most; None is no limit.
+    """The limits of a candidate; None is no limit.
 
     ``growth`` and ``kl``, ``kl_per_token`` are limits by themselves; shares are limits to what is *added* to the
     baseline's share, as a baseline may be cut often where few tokens are allowed. The growth is above what the paper's
@@ -87,12 +87,12 @@ NAMES = tuple(one.name for one in dataclasses.fields(Limits) if one.name != "los
 
 
 def limits(texts: Sequence[str]) -> Limits:
-    """Limits from ``growth=1.5``, ``truncated=none``, ``loss:SCORER=0.02``; what isn't named keeps its default.
+    """Read limits such as ``growth=1.5``, ``truncated=none``, ``loss:SCORER=0.02``; the others keep their defaults.
 
     Raises:
-        UsageError: with every text that can't be read.
+        UsageError: some texts can't be read; the message has all of them.
     """
-    found: dict[str, float | None] = {}
+    own: dict[str, float | None] = {}
     losses: dict[str, float] = {}
     problems = []
     for text in texts:
@@ -101,23 +101,24 @@ def limits(texts: Sequence[str]) -> Limits:
         if name.startswith("loss:") and name != "loss:" and number is not None:
             losses[name.removeprefix("loss:")] = number
         elif name in NAMES and (number is not None or value.lower() == "none"):
-            found[name] = number
+            own[name] = number
         elif name in NAMES or name.startswith("loss:"):
             problems.append(f"{text!r}: expected a number after '='")
         else:
             problems.append(f"{text!r}: no such limit.{nearest(name, NAMES)}")
     if problems:
-        told = "; ".join(problems)
-        raise UsageError(f"Limits that can't be used: {told}. There are: {', '.join(NAMES)}, loss:SCORER.")
-    return Limits(loss=losses, **found)
+        raise UsageError(
+            f"Limits that can't be used: {'; '.join(problems)}. There are: {', '.join(NAMES)}, loss:SCORER."
+        )
+    return Limits(loss=losses, **own)
 
 
 def guards(rows: Mapping[str, Row], baseline: Mapping[str, Row], score: str) -> Guards:
-    """The figures of a candidate's rows, by item.
+    """Compute the guards of a candidate.
 
     Args:
-        rows: the candidate's.
-        baseline: the baseline's; items that only it has are not looked at.
+        rows: the candidate's, by item.
+        baseline: the baseline's; items that only it has are ignored.
         score: the deciding scorer.
     """
     scored = [row["values"][score] for row in rows.values() if score in row.get("values", {})]
@@ -129,15 +130,15 @@ def guards(rows: Mapping[str, Row], baseline: Mapping[str, Row], score: str) -> 
     theirs = {item: baseline[item]["text"] for item in answers if "text" in baseline.get(item, {})}
     ours = {item: answers[item]["text"] for item in theirs}
     finishes = Counter(row["finish"] for row in answers.values() if "finish" in row)
-    told = finishes.total()
+    known = finishes.total()
     often = Counter(texts)
     before = sum(map(len, theirs.values()))
     return Guards(
         answers=len(texts),
         length=sum(map(len, texts)) / len(texts),
         growth=sum(map(len, ours.values())) / before if before else None,
-        truncated=finishes["length"] / told if told else None,
-        ended=finishes["stop"] / told if told else None,
+        truncated=finishes["length"] / known if known else None,
+        ended=finishes["stop"] / known if known else None,
         repetition=sum(map(repetition, texts)) / len(texts),
         identical=sum(often[text] > 1 for text in texts) / len(texts),
         unchanged=sum(ours[item] == theirs[item] for item in theirs) / len(theirs) if theirs else None,
@@ -146,11 +147,11 @@ def guards(rows: Mapping[str, Row], baseline: Mapping[str, Row], score: str) -> 
     )
 
 
-def beyond(found: Guards, baseline: Guards, limits: Limits) -> list[str]:
-    """The limits that are passed, as sentences; of losses see ``losses``."""
+def beyond(candidate: Guards, baseline: Guards, limits: Limits) -> list[str]:
+    """Return a sentence for each limit that is passed, except those of ``losses``."""
     said = []
     for name in NAMES:
-        value, limit = getattr(found, name), getattr(limits, name)
+        value, limit = getattr(candidate, name), getattr(limits, name)
         if name in ADDED and limit is not None:
             limit += getattr(baseline, name) or 0.0
         if value is not None and limit is not None and value > limit:
@@ -159,7 +160,7 @@ def beyond(found: Guards, baseline: Guards, limits: Limits) -> list[str]:
 
 
 def losses(changes: Mapping[str, float], limits: Limits) -> list[str]:
-    """The scorers that lost more than allowed, as sentences; ``changes`` are mean differences to the baseline."""
+    """Return a sentence for each scorer that lost too much; ``changes`` are mean differences to the baseline."""
     return [
         f"{name} loses {-changes[name]:.3g}, more than {limit:.3g}"
         for name, limit in limits.loss.items()
@@ -167,27 +168,26 @@ def losses(changes: Mapping[str, float], limits: Limits) -> list[str]:
     ]
 
 
-@lru_cache(maxsize=1 << 16)  # each look at a candidate asks for the same answers again
+@lru_cache(maxsize=1 << 16)  # each look at a candidate computes it for the same answers again
 def repetition(text: str) -> float:
-    """The share of a text's 4-grams that occurred in it before: 0 for a text without any, near 1 for a loop."""
+    """Return the share of a text's 4-grams that occur earlier in it: 0 without repetition, near 1 for a loop."""
     words = WORD.findall(text)
     grams = [tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _kl(rows: Iterable[Row]) -> dict[str, Any]:
-    """The mean log-ratio of those answers that both models were asked about, and what is told with it.
+    """Return the mean log-ratio of the answers that both models have read, and the other figures of KL.
 
-    Unbiased where answers are drawn at temperature 1 and whole: these are the answers to the first items in an order
-    that was drawn by chance. A cut answer tells of its beginning only. At other temperatures it is the mean log-ratio
-    of what was drawn.
+    It is unbiased where whole answers are drawn at temperature 1, as they are to the first items of a random order. A
+    cut answer counts for its beginning only. At other temperatures it is the mean log-ratio of the drawn answers.
     """
     known = [row for row in rows if "log_prob" in row and "aligned_log_prob" in row]
     if not known:
         return {}
     ratios: dict[str, list[float]] = {}
     for row in known:
-        ratios.setdefault(subject(row["item"]), []).append(row["log_prob"] - row["aligned_log_prob"])
+        ratios.setdefault(cluster_of(row["item"]), []).append(row["log_prob"] - row["aligned_log_prob"])
     total, tokens = sum(map(sum, ratios.values())), sum(row.get("tokens") or 0 for row in known)
     means = [fmean(each) for each in ratios.values()]
     return {

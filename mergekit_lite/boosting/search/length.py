@@ -1,46 +1,43 @@
-"""Whether a win is only length.
+"""Gains that are only a matter of length.
 
 Judges and reward models like long answers, and extrapolation makes answers longer: in ExPO's table 4 the raw win rate
-grows more than the length-controlled one for nearly every model. Two figures tell them apart.
+grows more than the length-controlled one for nearly every model. Two figures separate them.
 
 ``at_equal_length`` works with any score: the paired differences of the score are regressed on those of the length, and
-the intercept is the gain that is left where the lengths are equal.
+the intercept is the gain at equal lengths.
 
 ``length_controlled`` is AlpacaEval's win rate (Dubois et al., arXiv 2404.04475), for a judge's pairwise preferences:
 
     P(answer i is preferred) = σ(w_length·tanh(Δ_i / std Δ) + w_difficulty·d_i + w_model)
 
 with Δ the baseline's length − the answer's in characters. The win rate is the mean of that with the length term left
-out. L1-penalised; the penalty is chosen by 5-fold cross-validation among ten. Where answers of the baseline that was
-asked to be verbose and concise are judged too ("gamed"), they enter without ``w_model`` and hold ``w_length`` to
-what length does by itself; without them shortening answers can be rewarded. AlpacaEval fits with
-scikit-learn; three coefficients need no library: ``fit`` is Newton's method with an L1 penalty.
+out. L1-penalised; the penalty is chosen by 5-fold cross-validation among ten. AlpacaEval adds answers of a baseline
+that was asked to be verbose and concise; without them shortening answers can be rewarded. It fits with scikit-learn;
+three coefficients need no library: ``fit`` is Newton's method with an L1 penalty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_lite.answers.statistics import Floats, Interval, bca, interval, resampled_means
+from mergekit_lite.answers.intervals import Floats, Interval, bca, interval, resampled_means
 
 PENALTIES = 10.0 ** np.linspace(-4, 4, 10)  # C, as scikit-learn's LogisticRegressionCV has by default
 FOLDS = 5
-GAMED_WEIGHT = 0.2  # of all gamed rows beside 1 for the model's
 TINY = 1e-15
 RIDGE = 1e-6
 
 
 class LengthEffect(NamedTuple):
-    """A gain with the part that goes with length taken out.
+    """A gain without the part that goes with length.
 
     Attributes:
         gain: the mean paired difference.
-        at_equal_length: what is left where the answers are as long as the baseline's.
+        at_equal_length: the gain where the answers are as long as the baseline's.
         longer: the mean difference in length, in characters.
     """
 
@@ -50,14 +47,14 @@ class LengthEffect(NamedTuple):
 
     @property
     def only_length(self) -> bool:
-        """The gain is sure, and what is left at equal length is not."""
+        """Whether the gain is sure, and the one at equal length is not."""
         return self.gain.above and not self.at_equal_length.above and self.longer > 0
 
 
 def at_equal_length(gains: Floats, longer: Floats, confidence: float = 0.95) -> LengthEffect | None:
-    """The regression ``gain = a + b·z + c·tanh(z)`` with ``z = longer / std longer``, and a's interval.
+    """Regress ``gain = a + b·z + c·tanh(z)`` with ``z = longer / std longer``, and return a with its interval.
 
-    Scores grow with length in proportion, or up to some length, or in between; the two terms follow each of these. None
+    Scores grow with length in proportion, or up to some length, or in between; the two terms fit each of these. None
     for fewer than four items, or where all answers changed by the same length.
 
     Args:
@@ -70,7 +67,9 @@ def at_equal_length(gains: Floats, longer: Floats, confidence: float = 0.95) -> 
         return None
     z = longer / spread
     columns = np.stack([np.ones_like(z), z, np.tanh(z)], axis=1)
-    # All that least squares needs, item by item: products of the columns with each other and with the gains.
+    # Least squares needs means of products only: of the columns with each other (3 × 3) and with the gains (3 × 1).
+    # They are computed item by item, so that one matrix product gives those of all resamples, and a subtraction those
+    # of all items but one.
     products = np.concatenate(
         [columns[:, :, None] * columns[:, None, :], (columns * gains[:, None])[:, :, None]], axis=2
     )
@@ -83,7 +82,10 @@ def at_equal_length(gains: Floats, longer: Floats, confidence: float = 0.95) -> 
 
 
 def _intercept(moments: Floats) -> Floats:
-    """Of least squares, from the means of the products in the last axis; a little ridge where columns are alike."""
+    """Solve least squares for a, given the means of the products in the last axis (…, 12); gives (…).
+
+    A small ridge keeps the system solvable where the columns are nearly dependent.
+    """
     products = moments.reshape(*moments.shape[:-1], 3, 4)
     normal, right = products[..., :3], products[..., 3:]
     return np.asarray(np.linalg.solve(normal + RIDGE * np.diag([0.0, 1.0, 1.0]), right)[..., 0, 0])
@@ -96,7 +98,7 @@ class Judgements(NamedTuple):
         preferred: (n,) probability that the answer is better, 0 to 1.
         length: (n,) characters of the answer.
         baseline_length: (n,) characters of the baseline's answer.
-        difficulty: (n,) of the instructions, or None.
+        difficulty: (n,) of the instructions; None where it isn't known.
     """
 
     preferred: Floats
@@ -120,56 +122,41 @@ class LengthControlled(NamedTuple):
 
     @property
     def extreme(self) -> bool:
-        """So far from the raw rate that AlpacaEval warns."""
+        """Whether it is so far from the raw rate that AlpacaEval warns."""
         low = min(0.75 * self.raw, self.raw - 10)
         high = max(self.raw + (100 - self.raw) / 4, self.raw + 10)
         return not low <= self.controlled <= high
 
 
-def length_controlled(judged: Judgements, gamed: Sequence[Judgements] = ()) -> LengthControlled:
-    """The length-controlled win rate.
-
-    Args:
-        judged: the candidate's.
-        gamed: the baseline's own, asked to be verbose and to be concise, against itself.
-    """
-    sets = [judged, *gamed]
-    features = np.concatenate([_features(one, ours=number == 0) for number, one in enumerate(sets)])
-    preferred = np.concatenate([one.preferred for one in sets])
-    shares = [1.0, *(GAMED_WEIGHT / len(gamed) for _ in gamed)]
-    weight = np.concatenate([np.full(one.preferred.size, share) for one, share in zip(sets, shares, strict=True)])
-    w = fit_cross_validated(features, preferred, weight)
+def length_controlled(judged: Judgements) -> LengthControlled:
+    """Compute the length-controlled win rate of a candidate."""
     difficulty = np.zeros_like(judged.preferred) if judged.difficulty is None else judged.difficulty
+    shorter = judged.baseline_length - judged.length
+    spread = shorter.std(ddof=1) if shorter.size > 1 else 0.0
+    length = np.tanh(shorter / spread) if spread else np.zeros_like(difficulty)
+    features = np.stack([length, difficulty, np.ones_like(length)], axis=1)
+    w = fit_cross_validated(features, judged.preferred, np.ones_like(length))
     controlled = 100 * float(_sigmoid(w[1] * difficulty + w[2]).mean())
     return LengthControlled(100 * float(judged.preferred.mean()), controlled, (float(w[0]), float(w[1]), float(w[2])))
 
 
-def _features(judged: Judgements, ours: bool) -> Floats:
-    """(n, 3): length, difficulty, model."""
-    shorter = judged.baseline_length - judged.length
-    spread = shorter.std(ddof=1) if shorter.size > 1 else 0.0
-    length = np.tanh(shorter / spread) if spread else np.zeros_like(judged.preferred)
-    difficulty = np.zeros_like(length) if judged.difficulty is None else judged.difficulty
-    return np.stack([length, difficulty, np.full_like(length, float(ours))], axis=1)
-
-
 def fit_cross_validated(features: Floats, preferred: Floats, weight: Floats) -> Floats:
-    """``fit`` with the penalty that predicts best what was left out; of equals the strongest."""
+    """Fit with the penalty that predicts the rows left out best; of equal ones the strongest."""
     fold = np.arange(len(preferred)) % FOLDS
     losses = np.zeros(len(PENALTIES))
     for number in range(FOLDS):
-        kept, out = fold != number, fold == number
+        within, out = fold != number, fold == number
         for place, c in enumerate(PENALTIES):
-            w = fit(features[kept], preferred[kept], weight[kept], c)
+            w = fit(features[within], preferred[within], weight[within], c)
             losses[place] += _loss(features[out] @ w, preferred[out], weight[out])
     return fit(features, preferred, weight, float(PENALTIES[int(losses.argmin())]))
 
 
 def fit(features: Floats, preferred: Floats, weight: Floats, c: float) -> Floats:
-    """The w that minimises |w|₁ + c·Σ weight·cross-entropy(preferred, σ(features·w)); no intercept.
+    """Return the w that minimises |w|₁ + c·Σ weight·cross-entropy(preferred, σ(features·w)); no intercept.
 
-    Proximal Newton: each step minimises the quadratic model plus the penalty, and is halved until the objective
-    falls. For a handful of features: the cost grows as 3ᵏ.
+    Proximal Newton: each step minimises the quadratic model plus the penalty, and is halved until the objective falls.
+    It is for few features k, as the cost of a step grows as 3ᵏ.
 
     Args:
         features: (n, k).
@@ -187,6 +174,7 @@ def fit(features: Floats, preferred: Floats, weight: Floats, c: float) -> Floats
 
     value = objective(w)
     for _ in range(200):
+        # The quadratic model of the cross-entropy at w.
         p = _sigmoid(features @ w)
         slope = c * features.T @ (weight * (p - preferred))
         curvature = c * (features * (weight * p * (1 - p))[:, None]).T @ features
@@ -200,17 +188,18 @@ def fit(features: Floats, preferred: Floats, weight: Floats, c: float) -> Floats
 
 
 def _penalised_step(w: Floats, slope: Floats, curvature: Floats) -> Floats:
-    """The step that minimises slope·step + ½ step·curvature·step + |w + step|₁.
+    """Return the step that minimises slope·step + ½ step·curvature·step + |w + step|₁.
 
-    With signs given for w + step, 0 included, that is a linear system. There are 27 choices of signs for three weights;
-    of the solutions that have the signs they were made for, the one with the least value is the minimum.
+    For given signs of w + step, 0 included, that is a linear system. Three weights have 27 choices of signs; among the
+    solutions with the signs that were assumed, the one with the least value is the minimum.
     """
     curvature = curvature + np.eye(w.size) * (1e-9 * np.trace(curvature) + TINY)
-    signs = _signs(w.size)
+    signs = _signs(w.size)  # one linear system for each row
     on = signs != 0
+    # Where a weight becomes 0 its equation is step = −w, else curvature·step = −slope − sign.
     systems = np.where(on[:, :, None], curvature, np.eye(w.size))
     steps = np.linalg.solve(systems, np.where(on, -slope - signs, -w)[:, :, None])[:, :, 0]
-    steps = np.where(on, steps, -w)  # to the bit, whatever was pivoted
+    steps = np.where(on, steps, -w)  # exactly, without the solver's rounding
     values = steps @ slope + ((steps @ curvature) * steps).sum(1) / 2 + np.abs(w + steps).sum(1)
     as_given = (np.sign(np.where(on, w + steps, 0.0)) == signs).all(1)
     return np.asarray(steps[np.where(as_given, values, np.inf).argmin()])
@@ -218,12 +207,12 @@ def _penalised_step(w: Floats, slope: Floats, curvature: Floats) -> Floats:
 
 @lru_cache
 def _signs(number: int) -> Floats:
-    """(3ᵏ, k)."""
+    """Return all choices of k signs, (3ᵏ, k)."""
     return np.array(list(product((0.0, 1.0, -1.0), repeat=number)))
 
 
 def _loss(score: Floats, preferred: Floats, weight: Floats) -> float:
-    """Weighted cross-entropy, without overflow."""
+    """Compute the weighted cross-entropy, without overflow."""
     return float((weight * (np.logaddexp(0, score) - preferred * score)).sum())
 
 

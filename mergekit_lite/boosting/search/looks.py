@@ -1,25 +1,28 @@
-"""When a candidate is looked at while it is measured, and how often looking may err."""
+"""When a candidate is looked at while it is measured: interim analyses, and their share of the error.
+
+A look is an interim analysis: a test on the items measured so far that may drop a candidate before all are measured.
+"""
 
 from __future__ import annotations
 
-FIRST_LOOK = 32  # items, at least, before anything is said
+FIRST_LOOK = 32  # items, at least, before a candidate is judged
 LOOKS = 4  # at an eighth, a quarter, half and all of the items
 PORTION = 64  # answers, at most, unless a batch is larger
 
 
 def portion(total: int, batch_size: int) -> int:
-    """How many answers are made one batch after the other before the next ones are begun.
+    """Return how many answers are generated, one batch after the other, before the next ones are begun.
 
-    Looks, and the end of the search's items, are at whole portions, so that no answer is made that isn't wanted. Within
-    a portion prompts of like length lie side by side; so it has several batches, where there are items enough.
+    Looks, and the end of the search's items, are at whole portions, so that no unwanted answer is generated. Within a
+    portion prompts of similar length share a batch; so it has several batches, where there are enough items.
     """
     return batch_size * max(1, min(PORTION, total // (1 << LOOKS - 1)) // batch_size)
 
 
 def looks(total: int, batch: int = 1) -> list[int]:
-    """How many items are measured before each look at a candidate; the last is all.
+    """Return how many items are measured before each look at a candidate; the last number is the total.
 
-    Doubling from an eighth of the total, in whole batches, and not before ``FIRST_LOOK``.
+    They double from an eighth of the total, are whole batches, and begin at ``FIRST_LOOK``.
     """
     sizes = {total}
     for halvings in range(1, LOOKS):
@@ -30,8 +33,8 @@ def looks(total: int, batch: int = 1) -> list[int]:
 
 
 def shared_confidence(confidence: float, number: int) -> float:
-    """What each of ``number`` intervals is held to so that all together err as seldom as one at ``confidence``.
+    """Return the confidence of each of ``number`` intervals with which all together err as rarely as one interval.
 
-    Bonferroni's bound: it holds whatever depends on what, and costs little for four looks.
+    Bonferroni's bound: it holds for dependent intervals too, and costs little for four looks.
     """
     return 1 - (1 - confidence) / number

@@ -1,9 +1,9 @@
-"""Optuna's samplers as a search, for several numbers at once.
+"""Optuna's samplers as a search, for several parameters at once.
 
-The study lies in a database of any kind that SQLAlchemy knows, SQLite in the search's own folder by default, and goes
-on where it stopped: what was tried comes first again, at no cost as its rows are kept, then a trial that was running
-when the process died. optuna-dashboard shows the study; the attributes of a trial have what a search is told. The
-baseline is a trial of its own, as its score is known.
+Optuna's study is in a database of any kind that SQLAlchemy knows, by default SQLite in the search's own folder, and
+goes on where it stopped: the complete trials come first again, which costs nothing as their rows are stored, then a
+trial that was running when the process died. optuna-dashboard shows the study; the attributes of a trial are the
+candidate's outcome. The baseline is a trial of its own, as its score is known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range, tidy
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import Outcome, Search
@@ -36,22 +36,22 @@ def optuna_search(
     trials: int = 30,
     seed: int = 0,
 ) -> Search:
-    """So many trials, those of earlier runs included.
+    """Search by ``trials`` trials, those of earlier runs included.
 
-    A candidate out of limits is told as no better than the worst, so that samplers keep away from it; its own score is
-    in the attributes. Studies of other ranges or settings can be in the same database.
+    A candidate beyond a limit is reported to Optuna as no better than the worst, so that samplers avoid it; its own
+    score is in the attributes. Studies of other ranges or settings can be in the same database.
 
     Args:
-        ranges: of each number.
+        ranges: of each parameter.
         settings: how candidates are judged; the baseline scores 0.
         storage: a database URL, such as ``sqlite:///study.db``.
-        sampler: ``tpe``, or ``cmaes`` for two numbers or more.
-        trials: how many in all.
+        sampler: ``tpe``, or ``cmaes`` for two parameters or more.
+        trials: their number in all.
         seed: of the sampler.
 
     Raises:
-        UsageError: Optuna (or cmaes) is missing, the sampler doesn't fit, or the database can't be opened. At once,
-            not when the search is begun.
+        UsageError: Optuna (or cmaes) is missing, the sampler doesn't fit, or the database can't be opened. It is
+            raised by this call, not by the first step of the search.
     """
     _check_installed(sampler, len(ranges))
     space = {name: [of.low, of.high, of.step] for name, of in ranges.items()}
@@ -84,15 +84,15 @@ def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
 
 
 def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that are done, without the baseline."""
+    """Return the complete trials, without the baseline."""
     from optuna.trial import TrialState
 
-    found: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial for trial in found if "baseline" not in trial.user_attrs]
+    complete: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in complete if "baseline" not in trial.user_attrs]
 
 
-def _study(ranges: Mapping[str, Range], storage: str, name: str, baseline: Numbers) -> optuna.Study:
-    """The study as it was left, what was running put first; or a new one, which knows the baseline."""
+def _study(ranges: Mapping[str, Range], storage: str, name: str, baseline: Params) -> optuna.Study:
+    """Open the study, with interrupted trials put first; or a new one, which knows the baseline."""
     import optuna
     from optuna.trial import TrialState
     from sqlalchemy.exc import SQLAlchemyError
@@ -118,12 +118,12 @@ def _study(ranges: Mapping[str, Range], storage: str, name: str, baseline: Numbe
     return study
 
 
-def _check_installed(sampler: str, numbers: int) -> None:
+def _check_installed(sampler: str, params: int) -> None:
     if find_spec("optuna") is None:
         raise UsageError("This search needs Optuna: pip install 'mergekit-lite[search]' (or pip install optuna).")
     if sampler not in SAMPLERS:
         raise UsageError(f"No sampler is called {sampler!r}; there are: {', '.join(SAMPLERS)}.")
-    if sampler == "cmaes" and numbers < 2:
+    if sampler == "cmaes" and params < 2:
         raise UsageError("CMA-ES searches two numbers or more. For one take the bracket, a grid or TPE.")
     if sampler == "cmaes" and find_spec("cmaes") is None:
         raise UsageError("CMA-ES needs the package cmaes: pip install cmaes.")

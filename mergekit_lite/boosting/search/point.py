@@ -1,4 +1,4 @@
-"""All that is found of one candidate, from its rows and the baseline's."""
+"""One candidate with all its figures, computed from its rows and the baseline's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_lite.answers.statistics import Interval, interval, paired
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row, label, subject
+from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.boosting.candidates.candidate import Params, Row, cluster_of, label
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
 from mergekit_lite.boosting.search.length import (
@@ -25,19 +25,20 @@ from mergekit_lite.boosting.search.study import Study
 
 @dataclass(frozen=True)
 class Settings:
-    """How candidates are judged.
+    """The rules by which candidates are judged.
 
     Attributes:
         score: the scorer that decides.
-        baseline: what candidates must beat.
+        baseline: the params that candidates must beat.
+        limits: of candidates.
         confidence: of all intervals.
         held_out: the share of the items that takes no part in the search.
-        batch: subjects that are measured together: looks, and where the search's items end, are multiples of this.
+        batch: clusters that are measured together; looks and the number of the search's items are multiples of it.
         stop_early: drop candidates before all items are measured.
     """
 
     score: str
-    baseline: Numbers = field(default_factory=lambda: {"alpha": 0.0})
+    baseline: Params = field(default_factory=lambda: {"alpha": 0.0})
     limits: Limits = field(default_factory=Limits)
     confidence: float = 0.95
     held_out: float = 0.5
@@ -47,21 +48,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate and all that was found.
+    """A measured candidate.
 
     Attributes:
         score: the mean of the deciding score.
         gain: its paired difference to the baseline.
-        others: the same for the other scorers.
+        others: the paired differences of the other scores.
+        guards: figures of its answers.
         beyond: the limits it passes; empty where it is allowed.
         dropped: why it was not measured on all items; empty where it was.
-        length: the gain with what goes with length taken out, where there are answers.
-        controlled: win rates against the baseline, where there are answers.
-        facts: what the bench tells, such as the effective alpha.
+        length: the gain without the part that goes with length; None without answers.
+        controlled: win rates against the baseline; None without answers.
+        facts: from the evaluator, such as the effective alpha.
         seconds: of measuring.
     """
 
-    numbers: Numbers
+    params: Params
     score: Interval
     gain: Interval
     others: Mapping[str, Interval]
@@ -75,88 +77,88 @@ class Point:
 
     @property
     def name(self) -> str:
-        """``alpha=0.3``."""
-        return label(self.numbers)
+        """The candidate's name, such as ``alpha=0.3``."""
+        return label(self.params)
 
     @property
     def allowed(self) -> bool:
-        """Measured on all items, and within all limits."""
+        """Whether it was measured on all items and is within all limits."""
         return not self.dropped and not self.beyond
 
 
-def point(numbers: Numbers, items: Sequence[str], study: Study, settings: Settings, dropped: str = "") -> Point:
-    """All figures of a candidate from its rows of these items."""
-    rows, base = study.rows(numbers, items), study.rows(settings.baseline, items)
+def point(params: Params, items: Sequence[str], study: Study, settings: Settings, dropped: str = "") -> Point:
+    """Compute all figures of a candidate from its rows of these items."""
+    rows, base = study.rows(params, items), study.rows(settings.baseline, items)
     scorers = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
     gains = {name: interval(paired(values(rows, name), values(base, name)), settings.confidence) for name in scorers}
     lost = guarding.losses({name: gain.mean for name, gain in gains.items()}, settings.limits)
     own = [value for value in values(rows, settings.score).values() if value is not None]
     return Point(
-        numbers=numbers,
+        params=params,
         score=interval(own, settings.confidence),
         gain=gains.pop(settings.score, Interval(math.nan, -math.inf, math.inf, 0)),
         others=gains,
         guards=guarding.guards(rows, base, settings.score),
-        beyond=(*beyond(numbers, items, study, settings), *lost),
+        beyond=(*beyond(params, items, study, settings), *lost),
         dropped=dropped,
         length=_length_effect(rows, base, settings),
         controlled=_controlled(rows, base, settings.score),
-        **study.about(numbers),
+        **study.about(params),
     )
 
 
-def beyond(numbers: Numbers, items: Sequence[str], study: Study, settings: Settings) -> list[str]:
-    """The limits of its answers that a candidate passes on these items."""
-    rows, base = study.rows(numbers, items), study.rows(settings.baseline, items)
-    found, theirs = (guarding.guards(each, base, settings.score) for each in (rows, base))
-    return guarding.beyond(found, theirs, settings.limits)
+def beyond(params: Params, items: Sequence[str], study: Study, settings: Settings) -> list[str]:
+    """Return a sentence for each limit of answers that a candidate passes on these items."""
+    rows, base = study.rows(params, items), study.rows(settings.baseline, items)
+    ours, theirs = (guarding.guards(each, base, settings.score) for each in (rows, base))
+    return guarding.beyond(ours, theirs, settings.limits)
 
 
-def plain(found: Any) -> Any:
-    """Anything of this package as JSON may hold it: no number is infinite or not a number, but null."""
-    if isinstance(found, float):
-        return found if math.isfinite(found) else None
-    if isinstance(found, Mapping):
-        return {key: plain(value) for key, value in found.items()}
-    if hasattr(found, "_asdict"):
-        return plain(found._asdict())
-    if is_dataclass(found):
-        return {one.name: plain(getattr(found, one.name)) for one in fields(found)}
-    return [plain(value) for value in found] if isinstance(found, list | tuple) else found
+def plain(value: Any) -> Any:
+    """Return a value of this package as JSON can hold it; numbers that are infinite or NaN become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if is_dataclass(value):
+        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def values(rows: Mapping[str, Row], score: str) -> dict[str, float | None]:
-    """A scorer's verdict on each subject: the mean over its items."""
-    return by_subject({item: row["values"].get(score) for item, row in rows.items()})
+    """Return a scorer's value of each cluster: the mean over its items."""
+    return cluster_means({item: row["values"].get(score) for item, row in rows.items()})
 
 
-def by_subject(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Means over the items of each subject that have a figure; None where none has."""
-    found: dict[str, list[float]] = {}
+def cluster_means(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the mean over the items of each cluster that have a figure; None where none has."""
+    clusters: dict[str, list[float]] = {}
     for item, figure in figures.items():
-        found.setdefault(subject(item), []).extend([] if figure is None else [figure])
-    return {name: sum(those) / len(those) if those else None for name, those in found.items()}
+        clusters.setdefault(cluster_of(item), []).extend([] if figure is None else [figure])
+    return {name: sum(those) / len(those) if those else None for name, those in clusters.items()}
 
 
 def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: Settings) -> LengthEffect | None:
     both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
-    longer = by_subject({item: float(len(rows[item]["text"]) - len(base[item]["text"])) for item in both})
+    longer = cluster_means({item: float(len(rows[item]["text"]) - len(base[item]["text"])) for item in both})
     ours, theirs = (values({item: each[item] for item in both}, settings.score) for each in (rows, base))
-    told = [name for name in longer if ours[name] is not None and theirs[name] is not None]
-    gains = paired({name: ours[name] for name in told}, theirs)
-    return at_equal_length(gains, np.array([longer[name] for name in told], dtype=np.float64), settings.confidence)
+    scored = [name for name in longer if ours[name] is not None and theirs[name] is not None]
+    gains = paired({name: ours[name] for name in scored}, theirs)
+    return at_equal_length(gains, np.array([longer[name] for name in scored], dtype=np.float64), settings.confidence)
 
 
 def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) -> LengthControlled | None:
-    """By a judge's comparisons where there are any, else by which of two answers scores higher."""
+    """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
     both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
     preferred = {item: _preferred(rows[item], base[item], score) for item in both}
-    told = [(value, len(rows[i]["text"]), len(base[i]["text"])) for i, value in preferred.items() if value is not None]
-    return length_controlled(Judgements(*np.array(told, dtype=np.float64).T)) if told else None
+    known = [(value, len(rows[i]["text"]), len(base[i]["text"])) for i, value in preferred.items() if value is not None]
+    return length_controlled(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
 def _preferred(ours: Row, theirs: Row, score: str) -> float | None:
-    """How sure our answer is the better one, from 0 to 1."""
+    """Return the probability that our answer is the better one."""
     if "judged" in ours:
         return ours["judged"]
     a, b = ours["values"].get(score), theirs["values"].get(score)

@@ -1,11 +1,10 @@
-"""Which candidate to try next: searches that ask for numbers and are told what came of them.
+"""Searches: generators of the params to try next.
 
-A search is a generator: it yields the numbers of a candidate, is sent its ``Outcome``, and ends when it has seen
-enough. It knows no models, so that its steps can be followed on paper.
+A search yields the params of a candidate, is sent its ``Outcome``, and ends when it has seen enough.
+It knows no models, so that its steps can be followed on paper.
 
 ``bracket`` is the procedure of ExPO's authors (Zheng et al., arXiv 2404.16792, appendix B), who did it by hand and
-released no code: a coarse probe, bisection, refinement. It is written here as one rule, which gives the three
-searches that the paper tells of:
+released no code: a coarse probe, bisection, refinement. Here it is one rule, which gives the paper's three searches:
 
     DPO stopped at   start  step    tries             alpha
     10 %             5      5       5 10  7 8 9       8
@@ -23,7 +22,8 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.candidate import Params
+from mergekit_lite.boosting.candidates.ranges import tidy
 
 START, MOST = 0.5, 32.0
 LEAST_STEP = 0.1
@@ -32,12 +32,12 @@ ROUND_STEPS = (5.0, 2.5, 1.0)  # times a power of ten
 
 
 class Outcome(NamedTuple):
-    """What a search is told of a candidate.
+    """A candidate's result, as a search is sent it.
 
     Attributes:
         score: higher is better, 0 as good as the baseline.
         allowed: within all limits.
-        details: for those who look on, as JSON may hold it.
+        details: for dashboards, as JSON can hold them.
     """
 
     score: float
@@ -45,19 +45,19 @@ class Outcome(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})
 
 
-Search = Generator[Numbers, Outcome, None]
-# Whether two candidates are the same to within so many standard errors of their difference.
-Same = Callable[[Numbers, Numbers, int], bool]
-CLOSE, SURE = 1, 2  # standard errors: what isn't worth a look, and what must be lost to stop
+Search = Generator[Params, Outcome, None]
+# Whether two candidates are the same to within a number of standard errors of their difference.
+Same = Callable[[Params, Params, int], bool]
+CLOSE, SURE = 1, 2  # standard errors: below one a difference is ignored, above two it ends a climb
 
 
-def never_same(one: Numbers, other: Numbers, errors: int) -> bool:
-    """For scores without noise."""
+def never_same(one: Params, other: Params, errors: int) -> bool:
+    """Return False: scores have no noise."""
     return False
 
 
 def grid(values: Mapping[str, Sequence[float]]) -> Search:
-    """Every combination of the values, in the order given."""
+    """Yield every combination of the values, in the order given."""
     for combination in product(*values.values()):
         yield dict(zip(values, combination, strict=True))
 
@@ -78,18 +78,19 @@ def bracket(
     3. The wider gap between the best point and its neighbours is halved, until none is wider than the last step;
        of two gaps as wide the one to the better neighbour. Points are multiples of the last step, rounded down.
 
-    Points that are out of limits are worse than all others. Sure is what two standard errors tell. A gap to a neighbour
-    that is within one of the best is left alone: what lies between can't be told from either. Where that is the
-    neighbour below the search is over, as it will be preferred. Finds one maximum, not which of several is highest.
+    Points beyond a limit are worse than all others. "Surely" means by two standard errors. A gap to a neighbour within
+    one standard error of the best is not halved: points between could not be distinguished from either. Where that is
+    the neighbour below, the search ends, as that one will be preferred. The bracket finds one maximum, perhaps not the
+    highest of several.
 
     Args:
-        name: of the number; the baseline has 0.
+        name: of the parameter; the baseline has 0.
         start: the first point.
         step: the first step; ``start`` by default, so that each point is twice the one before.
         final_step: the last step; by default the largest of 1, 2.5 or 5 times a power of ten that is at most a fifth
             of the best point, and at least 0.1.
         most: no point is larger.
-        same: tells noise from difference.
+        same: whether two candidates are the same to within some standard errors.
     """
     curve = _Curve(name, same)
     yield from _climb(curve, start, step or start, most)
@@ -98,46 +99,46 @@ def bracket(
 
 
 class _Curve:
-    """What is known: a score for each point, 0 for the baseline."""
+    """The scores of the points known so far; the baseline has 0."""
 
     def __init__(self, name: str, same: Same):
         self.name = name
-        self.same_numbers = same
+        self.same_params = same
         self.scores = {0.0: 0.0}
 
     @property
     def best(self) -> float:
-        """The best point, of equals the smallest."""
+        """The best point; of equal ones the smallest."""
         return max(sorted(self.scores), key=lambda point: self.scores[point])
 
     def ask(self, point: float) -> Search:
-        """Have the point measured, if it isn't known."""
+        """Yield the point to be measured, unless it is known."""
         if point not in self.scores:
             outcome = yield {self.name: point}
             self.scores[point] = outcome.score if outcome.allowed else -math.inf
 
     def same(self, one: float, other: float, errors: int) -> bool:
-        """Whether both are within limits and the same to within so many standard errors."""
+        """Return whether both are within limits and the same to within ``errors`` standard errors."""
         finite = min(self.scores[one], self.scores[other]) > -math.inf
-        return finite and self.same_numbers({self.name: one}, {self.name: other}, errors)
+        return finite and self.same_params({self.name: one}, {self.name: other}, errors)
 
     def worse(self, point: float) -> bool:
-        """Surely worse than the best."""
+        """Return whether the point is surely worse than the best."""
         return self.scores[point] < self.scores[self.best] and not self.same(point, self.best, SURE)
 
     def neighbours(self, point: float) -> list[float]:
-        """The nearest known points below and above."""
+        """Return the nearest known points below and above."""
         below = [other for other in self.scores if other < point]
         above = [other for other in self.scores if other > point]
         return ([max(below)] if below else []) + ([min(above)] if above else [])
 
 
 def _climb(curve: _Curve, start: float, step: float, most: float) -> Search:
-    """From ``start`` in doubling steps: up while it gets no worse, down while it gets better."""
+    """Go from ``start`` in doubling steps: up while it gets no worse, down while it gets better."""
     point = start
     yield from curve.ask(point)
     while (not curve.worse(point) and point < most) if step > 0 else (curve.best == point and point > 0):
-        point = _tidy(min(max(point + step, 0.0), most))
+        point = tidy(min(max(point + step, 0.0), most))
         step *= 2
         yield from curve.ask(point)
 
@@ -150,9 +151,9 @@ def _narrow(curve: _Curve, final_step: float | None) -> Search:
         if any(other < best and curve.same(best, other, CLOSE) for other in curve.neighbours(best)):
             return
         open_gaps = [
-            (_tidy(abs(best - other)), curve.scores[other], other)
+            (tidy(abs(best - other)), curve.scores[other], other)
             for other in curve.neighbours(best)
-            if _tidy(abs(best - other)) > last and not curve.same(best, other, CLOSE)
+            if tidy(abs(best - other)) > last and not curve.same(best, other, CLOSE)
         ]
         if not open_gaps:
             return
@@ -161,20 +162,15 @@ def _narrow(curve: _Curve, final_step: float | None) -> Search:
 
 
 def _between(low: float, high: float, step: float) -> float:
-    """The middle, rounded down to a multiple of the step where one lies between."""
-    middle = _tidy((low + high) / 2)
-    rounded = _tidy(math.floor(_tidy(middle / step)) * step)
+    """Return the middle, rounded down to a multiple of the step where one lies between."""
+    middle = tidy((low + high) / 2)
+    rounded = tidy(math.floor(tidy(middle / step)) * step)
     return rounded if low < rounded < high else middle
 
 
 def automatic_step(best: float) -> float:
-    """The last step for a best point: 1 for 8, 0.5 for 2.5, 0.1 for 0.5, as in the paper's searches."""
+    """Return the last step for a best point: 1 for 8, 0.5 for 2.5, 0.1 for 0.5, as in the paper's searches."""
     if best / SHARE <= LEAST_STEP:
         return LEAST_STEP
     power = 10.0 ** math.floor(math.log10(best / SHARE))
-    return max(_tidy(power * times) for times in ROUND_STEPS if power * times <= best / SHARE * (1 + 1e-9))
-
-
-def _tidy(number: float) -> float:
-    """Without the dust of binary fractions: 0.1 + 0.2 is 0.3."""
-    return float(f"{number:.10g}")
+    return max(tidy(power * times) for times in ROUND_STEPS if power * times <= best / SHARE * (1 + 1e-9))

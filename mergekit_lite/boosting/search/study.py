@@ -1,12 +1,12 @@
-"""What is kept while searching, so that a killed search goes on and measures nothing twice.
+"""The study: a folder with all rows of a search, so that a killed search goes on and measures nothing twice.
 
-    study.json                  what the rows depend on: models, data, scorers, sampling, the order of the items
+    study.json                  the identity, which all rows depend on: models, data, scorers, sampling, order of items
     candidates/NAME.jsonl       a ledger of rows (``candidate.Row``); NAME.partial.jsonl while items are missing
     candidates/NAME.json        {numbers, facts, seconds}
     study.db                    Optuna's, where it searches
 
-What rows don't depend on may change from run to run: search, limits, confidence. A grid can be tried after a bracket,
-and what both ask for is measured once.
+Search, limits and confidence aren't in the identity and may change from run to run: a grid can follow a bracket, and
+a candidate of both is measured once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import xxhash
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.boosting.candidates.candidate import Bench, Numbers, Row, label, subject
+from mergekit_lite.boosting.candidates.candidate import Evaluator, Params, Row, cluster_of, label
 from mergekit_lite.errors import UsageError, listing, shortened
 
 VERSION = 2
@@ -37,30 +37,30 @@ class Study:
     """The candidates of one search and their rows, in a folder that one process at a time works in: use it in ``with``.
 
     Attributes:
-        subjects: the items of each subject, shuffled by the seed: any first part of them is a fair sample.
+        clusters: the items of each cluster, shuffled by the seed, so that any first part of them is a fair sample.
         items: all items in this order.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], items: Sequence[str], seed: int = 0):
-        """Begin a study, or go on with the one that is there.
+        """Begin a study, or go on with the one in the folder.
 
         Args:
-            folder: of everything; made where it is missing.
-            identity: all that a row depends on, as JSON may hold it.
+            folder: of the study; made where it is missing.
+            identity: all that a row depends on, as JSON can hold it.
             items: of all candidates.
             seed: of their order.
 
         Raises:
-            UsageError: the folder holds a study of something else (every difference is told), or no study, or another
-                process is at work in it.
+            UsageError: the folder has a study of another identity (the message has every difference) or other files,
+                or another process works in it.
         """
         self.folder = folder
-        by_subject: dict[str, list[str]] = {}
+        cluster_means: dict[str, list[str]] = {}
         for item in items:
-            by_subject.setdefault(subject(item), []).append(item)
-        self.subjects = list(by_subject.values())
-        random.Random(seed).shuffle(self.subjects)
-        self.items = list(chain.from_iterable(self.subjects))
+            cluster_means.setdefault(cluster_of(item), []).append(item)
+        self.clusters = list(cluster_means.values())
+        random.Random(seed).shuffle(self.clusters)
+        self.items = list(chain.from_iterable(self.clusters))
         self._ledgers: dict[str, Ledger[str]] = {}
         self._rows: dict[str, dict[str, Row]] = {}  # by candidate and item
         order = xxhash.xxh3_128_hexdigest("\n".join(self.items).encode())
@@ -77,51 +77,51 @@ class Study:
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
-    def measured(self, numbers: Numbers, items: Sequence[str], bench: Bench) -> dict[str, Row]:
-        """The rows of these items, in their order; the bench is asked for those that aren't there."""
-        ledger = self._ledger(numbers)
+    def measured(self, params: Params, items: Sequence[str], evaluator: Evaluator) -> dict[str, Row]:
+        """Return the rows of these items, in their order; the evaluator measures those that are missing."""
+        ledger = self._ledger(params)
         wanted = frozenset(item for item in items if item not in ledger)
         if wanted:
-            self._measure(numbers, wanted, bench, ledger)
+            self._measure(params, wanted, evaluator, ledger)
         missing = [item for item in items if item not in ledger]
         if missing:
-            raise RuntimeError(f"{label(numbers)}: no row came for {missing[:3]}")
-        return self.rows(numbers, items)
+            raise RuntimeError(f"{label(params)}: no row came for {missing[:3]}")
+        return self.rows(params, items)
 
-    def rows(self, numbers: Numbers, items: Sequence[str]) -> dict[str, Row]:
-        """Those rows of these items that are there, in their order."""
-        self._ledger(numbers)
-        rows = self._rows[label(numbers)]
+    def rows(self, params: Params, items: Sequence[str]) -> dict[str, Row]:
+        """Return the stored rows of these items, in their order."""
+        self._ledger(params)
+        rows = self._rows[label(params)]
         return {item: rows[item] for item in items if item in rows}
 
-    def about(self, numbers: Numbers) -> dict[str, Any]:
+    def about(self, params: Params) -> dict[str, Any]:
         """``facts`` and ``seconds`` of a candidate; empty and 0 before it is measured."""
-        path = self._path(numbers, "json")
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {"facts": kept.get("facts", {}), "seconds": kept.get("seconds", 0.0)}
+        path = self._path(params, "json")
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {"facts": stored.get("facts", {}), "seconds": stored.get("seconds", 0.0)}
 
-    def _measure(self, numbers: Numbers, wanted: frozenset[str], bench: Bench, ledger: Ledger[str]) -> None:
-        started, before = time.monotonic(), self.about(numbers)["seconds"]
+    def _measure(self, params: Params, wanted: frozenset[str], evaluator: Evaluator, ledger: Ledger[str]) -> None:
+        started, before = time.monotonic(), self.about(params)["seconds"]
         with closing(ledger):
-            for row in bench.measure(numbers, self.items, wanted):
+            for row in evaluator.measure(params, self.items, wanted):
                 ledger.append([cast(dict[str, Any], row)])
-                self._rows[label(numbers)].setdefault(row["item"], row)
+                self._rows[label(params)].setdefault(row["item"], row)
         seconds = before + time.monotonic() - started
-        about = {"numbers": dict(numbers), "facts": bench.facts(numbers), "seconds": seconds}
-        _write(self._path(numbers, "json"), about)
+        about = {"numbers": dict(params), "facts": evaluator.facts(params), "seconds": seconds}
+        _write(self._path(params, "json"), about)
         if not ledger.missing:
             ledger.finish()
 
-    def _ledger(self, numbers: Numbers) -> Ledger[str]:
-        name = label(numbers)
+    def _ledger(self, params: Params) -> Ledger[str]:
+        name = label(params)
         if name not in self._ledgers:
-            path = self._path(numbers, "jsonl")
+            path = self._path(params, "jsonl")
             self._ledgers[name] = ledger = Ledger(path, self.items, lambda row: str(row["item"]))
             self._rows[name] = {row["item"]: cast(Row, row) for row in ledger.rows()}
         return self._ledgers[name]
 
-    def _path(self, numbers: Numbers, kind: str) -> Path:
-        name = label(numbers)
+    def _path(self, params: Params, kind: str) -> Path:
+        name = label(params)
         safe = re.sub(r"[^\w.=,+-]", "_", name)[:LONGEST_NAME]
         if safe != name:
             safe += f"-{xxhash.xxh3_64_hexdigest(name.encode())}"
@@ -149,7 +149,7 @@ class Study:
 
 
 def _locked(folder: Path) -> IO[str]:
-    """The lock of a folder that is made where it is missing; closing it lets others in."""
+    """Lock a folder, which is made where it is missing; closing the file unlocks it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("w")
     try:
@@ -161,7 +161,7 @@ def _locked(folder: Path) -> IO[str]:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested JSON by their dotted names."""
+    """Yield the values of nested JSON by their dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}" if name else key)

@@ -1,4 +1,4 @@
-"""A stage of the recipe as the arguments of transformers' trainer."""
+"""A training of the recipe as the arguments of transformers' trainer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mergekit_lite.distillation.recipe import Training
+from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.errors import UsageError, counted, nearest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What users write in the recipe under another name, or what a resumable run needs as it is.
+# Arguments that the recipe has under a name of its own, or (with "") that a resumable run needs as they are.
 OWN = {
     "learning_rate": "learning_rate",
     "num_train_epochs": "epochs",
@@ -40,38 +40,38 @@ OWN = {
 }
 
 
-class Course(NamedTuple):
-    """How many steps of how many rows.
+class Length(NamedTuple):
+    """The length of a training.
 
     Attributes:
         steps: optimiser steps.
-        places: rows over all steps.
-        left: rows that fill no last batch.
+        rows: rows of all steps, with repetitions.
+        left: rows left out because they fill no last batch.
     """
 
     steps: int
-    places: int
+    rows: int
     left: int
 
 
-def course(training: Training, rows: int) -> Course:
-    """The steps that ``epochs`` over so many rows make.
+def length(training: Training, rows: int) -> Length:
+    """Return the length of ``training.epochs`` over a number of rows.
 
     Raises:
-        UsageError: not a single one.
+        UsageError: the rows fill no batch.
     """
-    wanted = math.floor(training.epochs * rows + 1e-9)
-    steps = wanted // training.batch_size
+    total = math.floor(training.epochs * rows + 1e-9)
+    steps = total // training.batch_size
     if not steps:
         raise UsageError(
             f"{training.epochs:g} epochs of {counted(rows, 'row')} don't fill a batch of {training.batch_size}. "
-            f"Set batch_size to {max(1, wanted)} at most."
+            f"Set batch_size to {max(1, total)} at most."
         )
-    return Course(steps, steps * training.batch_size, wanted - steps * training.batch_size)
+    return Length(steps, steps * training.batch_size, total - steps * training.batch_size)
 
 
 def wrong_trainer_keys(training: Training, stage: str) -> list[str]:
-    """What is wrong with the recipe's ``trainer``: keys that TrainingArguments lacks, or that have another place."""
+    """Return messages about ``trainer`` keys that TrainingArguments doesn't have, or that the recipe sets elsewhere."""
     from transformers import TrainingArguments
 
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
@@ -87,21 +87,22 @@ def wrong_trainer_keys(training: Training, stage: str) -> list[str]:
 
 
 def training_arguments(training: Training, folder: Path, steps: int, seed: int) -> TrainingArguments:
-    """The trainer's arguments; this sets up the processes and devices that accelerate was told of.
+    """Return the trainer's arguments. Creating them sets up accelerate's processes and devices.
 
     Args:
-        training: the stage of the recipe.
-        folder: of the unfinished stage.
+        training: of the recipe.
+        folder: of the unfinished training.
         steps: optimiser steps.
         seed: of dropout and adapters.
 
     Raises:
-        UsageError: the batch can't be shared out evenly, a value is refused, or processes don't know each other.
+        UsageError: processes can't share the batch evenly, transformers refuses a value, or processes were started
+            without accelerate.
     """
     from transformers import TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # transformers renamed it; under both names the activations between layers are kept only.
+    # Newer versions of transformers call gradient checkpointing activation checkpointing.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     values: dict[str, Any] = {
         "logging_steps": 1,
@@ -127,8 +128,8 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         "seed": seed,
     }
     try:
-        made = TrainingArguments(**values)
-        processes = made.world_size
+        arguments = TrainingArguments(**values)
+        processes = arguments.world_size
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"transformers refuses these arguments of training: {error}") from error
     if int(os.environ.get("WORLD_SIZE", "1")) > processes:
@@ -139,8 +140,9 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         raise UsageError(
             f"{processes} processes can't share a batch_size of {training.batch_size}. Use a multiple of {processes}."
         )
-    each = training.batch_size // processes
-    together = max(size for size in range(1, min(training.per_device_batch_size, each) + 1) if each % size == 0)
-    made.per_device_train_batch_size, made.gradient_accumulation_steps = together, each // together
-    made._n_gpu = min(made.n_gpu, 1)  # one device for each process: several are accelerate's to launch
-    return made
+    # The largest part of a process's share that fits on the device and divides the share evenly.
+    share = training.batch_size // processes
+    part = max(size for size in range(1, min(training.per_device_batch_size, share) + 1) if share % size == 0)
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = part, share // part
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device a process: for several, accelerate launches processes
+    return arguments

@@ -1,4 +1,4 @@
-"""The model that is trained, and the model that is written in the end."""
+"""Loading the model to train, and writing the trained model."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import torch
 from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
-from mergekit_lite.distillation.recipe import Training
+from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
-OWN_CODE = "only architectures that transformers has are trained."
+OWN_CODE = "only architectures that transformers has are trained."  # ends the refusal of models with own code
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Return the tokenizer of a model.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the model has none.
     """
     return loading.tokenizer_of(name, OWN_CODE)
 
 
 def trained_model(name: str, training: Training, dropout: bool, seed: int) -> PreTrainedModel:
-    """The model to train; called, it gives the log-probabilities of responses.
+    """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
-    All of its weights are in float32, for steps of 1e-7 are lost on 16 bits: ``dtype`` is what it computes in. Under an
-    adapter, only the adapter's are.
+    Its weights are in float32, as 16 bits lose steps of 1e-7; ``dtype`` is that of the computation. With an adapter,
+    only the adapter's weights are in float32.
 
     Args:
         name: a folder or a name on the hub.
-        training: the stage.
-        dropout: whether to keep the dropout that its configuration asks for.
-        seed: of an adapter's first weights.
+        training: of the recipe.
+        dropout: whether to keep the dropout of the model's configuration.
+        seed: of an adapter's initial weights.
 
     Raises:
-        CheckpointError: it can't be loaded, or its weights are not all there.
-        UsageError: its head is not what log-probabilities are made for.
+        CheckpointError: it can't be loaded, or weights are missing.
+        UsageError: log-probabilities can't be computed for its head.
     """
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
@@ -61,7 +61,10 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
 
 
 def make_savable(generation: GenerationConfig) -> None:
-    """Say that it samples where it has a temperature: some released models don't, and transformers won't save them."""
+    """Enable sampling where the configuration is invalid without it: transformers would refuse to save the model.
+
+    Some released models have a temperature without ``do_sample``.
+    """
     try:
         generation.validate(strict=True)
     except ValueError:
@@ -69,7 +72,7 @@ def make_savable(generation: GenerationConfig) -> None:
 
 
 def without_dropout(config: Any) -> Any:
-    """The configuration with every dropout at 0."""
+    """Return a copy of the configuration with every dropout at 0."""
     config = deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
@@ -79,7 +82,11 @@ def without_dropout(config: Any) -> Any:
 
 
 def with_adapter(model: PreTrainedModel, training: Training) -> Any:
-    """The model under a new LoRA."""
+    """Return the model with a new LoRA.
+
+    Raises:
+        UsageError: peft refuses the model or the modules.
+    """
     import peft
 
     assert training.lora is not None
@@ -107,22 +114,31 @@ def _log_probs(
     squares: bool = False,
     **_: Any,
 ) -> dict[str, torch.Tensor]:
-    """What the model's ``forward`` is while it is trained.
+    """Replace the model's ``forward`` during training.
 
-    Being the forward pass itself, it works inside of whatever wraps the model to spread it over devices.
+    As the forward pass itself it also works inside FSDP's and other wrappers.
+
+    Args:
+        input_ids: (R, T) int64; R responses, each with its prompt.
+        attention_mask: (R, T).
+        responses: (R, T) bool; true at the tokens of the response.
+        squares: whether to return ``squares`` too.
+
+    Returns:
+        ``sums`` and ``lengths`` of the responses, (R,), and ``squares``, (R,): mean_t log Σ_v π(v)².
     """
     scored = response_log_probs(self, Batch(input_ids, attention_mask, responses), squares)
-    found = {"sums": scored.sums, "lengths": scored.lengths}
-    return found if scored.squares is None else {**found, "squares": scored.squares}
+    outputs = {"sums": scored.sums, "lengths": scored.lengths}
+    return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
 
 
 def write_model(saved: Path, start: str, training: Training, folder: Path) -> None:
-    """Put a complete model folder together from what the trainer saved.
+    """Write a complete model folder from what the trainer saved.
 
     Args:
-        saved: the trained weights in float32, or the adapter.
-        start: the model that training started from: its configuration, generation configuration and tokenizer.
-        training: the stage; its ``dtype`` is what is written.
+        saved: the folder of the trained weights in float32, or of the adapter.
+        start: the model that training started from; it gives configuration, generation configuration and tokenizer.
+        training: of the recipe; weights are written in its ``dtype``.
         folder: to write.
     """
     from transformers import GenerationConfig
@@ -140,7 +156,7 @@ def write_model(saved: Path, start: str, training: Training, folder: Path) -> No
     tokenizer_of(start).save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(start)
-    except OSError:  # it has none
+    except OSError:  # the model has none
         return
     make_savable(generation)
     generation.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""s_ref: the log-probabilities of all responses under the model that training starts from, computed once and kept.
+"""s_ref: the log-probabilities of all responses under the model that training starts from, computed once and stored.
 
-They are taken before the first step from the very model that is then trained, on its devices: no second one is held,
-and ρ = 0 where training begins. Each process computes its share of the batches and appends what it finds to a file of
-its own; a killed run computes what is missing, in the same batches whatever the number of processes.
+The very model that is then trained computes them before its first step, on its devices. So no second model is in
+memory, and ρ = 0 where training begins. Each process computes its share of the batches and appends the results to a
+file of its own. A resumed run computes what is missing, in the same batches whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -16,63 +16,64 @@ from mergekit_lite.answers.rows import as_line, read_rows
 from mergekit_lite.distillation.training.rows import Row
 
 if TYPE_CHECKING:
-    from mergekit_lite.distillation.reporter import Tell
+    from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import PreferenceTrainer
 
 Batch = Sequence[Row]
 
 
 def batches(rows: Iterable[Row], size: int) -> list[Batch]:
-    """The distinct rows, those of like length together."""
+    """Return the distinct rows in batches of like length."""
     distinct = {row.key: row for row in rows}
     ordered = sorted(distinct.values(), key=lambda row: (row.longest, row.key))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def known(folder: Path) -> dict[str, tuple[float, ...]]:
-    """What was computed, by row key."""
-    found: dict[str, tuple[float, ...]] = {}
+def stored(folder: Path) -> dict[str, tuple[float, ...]]:
+    """Return the log-probabilities that earlier runs computed, by row key."""
+    log_probs: dict[str, tuple[float, ...]] = {}
     for file in sorted(folder.glob("*.jsonl")):
-        for line in read_rows(file, []):  # a torn line is computed again
-            found[line.row["row"]] = tuple(line.row["log_probs"])
-    return found
+        for line in read_rows(file, []):  # a torn line is a problem of no interest: its row is computed again
+            log_probs[line.row["row"]] = tuple(line.row["log_probs"])
+    return log_probs
 
 
-def fill(trainer: PreferenceTrainer, rows: Sequence[Row], folder: Path, tell: Tell) -> None:
-    """Fill the trainer's ``reference``, with its model as it now is.
+def fill(trainer: PreferenceTrainer, rows: Sequence[Row], folder: Path, reporter: Reporter) -> None:
+    """Fill the trainer's ``reference`` with log-probabilities under its model as it is now.
 
     Args:
-        trainer: about to take its first step, its model on its devices.
-        rows: all rows of the stage.
+        trainer: before its first step, its model on its devices.
+        rows: all rows of the training.
         folder: of the files.
-        tell: takes the progress.
+        reporter: takes the progress.
     """
     accelerator = trainer.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes
-    have = known(folder)
+    known = stored(folder)
     every = batches(rows, trainer.args.per_device_train_batch_size)
-    missing = [batch for batch in every if any(row.key not in have for row in batch)]
-    accelerator.wait_for_everyone()  # all have seen the same
+    missing = [batch for batch in every if any(row.key not in known for row in batch)]
+    accelerator.wait_for_everyone()  # all processes must read the files before one appends
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        count = sum(map(len, every))
-        done = count - sum(map(len, missing))
-        with tell.progress("reference", count, done) as more, _appending(folder / f"{rank}.jsonl") as file:
+        total = sum(map(len, every))
+        done = total - sum(map(len, missing))
+        with reporter.progress("reference", total, done) as advance, _appending(folder / f"{rank}.jsonl") as file:
             for start in range(0, len(missing), processes):
-                # Models spread over devices compute together: who has no batch left goes along with the last one.
+                # A model sharded over devices needs all processes in each pass. In the last round, a process without
+                # a batch of its own repeats the last one and writes nothing.
                 batch = missing[min(start + rank, len(missing) - 1)]
-                found = zip(batch, trainer.reference_log_probs(batch), strict=True)
+                log_probs = zip(batch, trainer.reference_log_probs(batch), strict=True)
                 if start + rank < len(missing):
-                    file.write("".join(as_line({"row": row.key, "log_probs": values}) for row, values in found))
+                    file.write("".join(as_line({"row": row.key, "log_probs": values}) for row, values in log_probs))
                     file.flush()
-                more(sum(map(len, missing[start : start + processes])))
+                advance(sum(map(len, missing[start : start + processes])))
         accelerator.wait_for_everyone()
-        have = known(folder)
-    trainer.reference.update({row.key: have[row.key] for row in rows})
+        known = stored(folder)
+    trainer.reference.update({row.key: known[row.key] for row in rows})
 
 
 def _appending(path: Path) -> TextIO:
-    """The file, to append to, without a torn last line."""
+    """Open a file to append to, without a torn last line."""
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""transformers' trainer with the losses of this package. Imported when training begins, for it needs transformers."""
+"""transformers' trainer with the losses of this package. Imported only for training, as transformers loads slowly."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mergekit_lite.distillation.training.rows import Row
 Inputs = dict[str, Any]
 ROLES = ("source", "target")
 MODEL_INPUTS = ("input_ids", "attention_mask", "responses")
-NO_LABEL = -100  # what transformers calls positions that don't count
+NO_LABEL = -100  # transformers' label of tokens without loss
 
 
-class Places(Dataset[Row]):
+class OrderedRows(Dataset[Row]):
     """The rows in the order in which training sees them."""
 
     def __init__(self, rows: Sequence[Row], order: Sequence[int]):
@@ -32,90 +32,91 @@ class Places(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> Row:
-        return self.rows[self.order[place]]
+    def __getitem__(self, position: int) -> Row:
+        return self.rows[self.order[position]]
+
+    @property
+    def epochs(self) -> float:
+        """The number of passes over all rows."""
+        return len(self.order) / len(self.rows)
 
 
-class Means:
-    """Figures since they were last taken, as sums and counts that add up over processes."""
+class RunningMeans:
+    """Means of figures since the last ``take``, kept as sums and counts that can be added over processes.
+
+    Attributes:
+        totals: (2, number of names) float64; sums and counts.
+    """
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         self.totals = torch.zeros(2, len(self.names), dtype=torch.float64)
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Take values in, those at ``where`` only."""
+        """Add values of a figure, only those at ``where`` if it is given (bool, like ``values``)."""
         values = values.detach() if where is None else values.detach()[where]
-        at = self.names.index(name)
-        self.totals[0, at] += values.double().sum().cpu()
-        self.totals[1, at] += values.numel()
+        column = self.names.index(name)
+        self.totals[0, column] += values.double().sum().cpu()
+        self.totals[1, column] += values.numel()
 
     def take(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means over all processes, and begin anew."""
+        """Return the means over all processes, and start again from zero. ``add_up`` sums a tensor over processes."""
         sums, counts = add_up(self.totals).tolist()
         self.totals = torch.zeros_like(self.totals)
         return {name: total / count for name, total, count in zip(self.names, sums, counts, strict=True) if count}
 
 
 class ResponseTrainer(Trainer):
-    """What both stages have: rows in a given order, a log, responses as batches.
+    """A trainer with rows in a given order, responses as batches, and a log file: the base of both trainings.
 
     Args:
-        model: of ``trained_model``.
-        args: of ``training_arguments``.
-        places: the rows of all steps.
-        log: the file that takes ``figures``.
-        epochs: that all steps make.
-        figures: the names of what is logged beside loss and learning rate.
+        model: from ``trained_model``.
+        args: from ``training_arguments``.
+        rows: of all steps.
+        log: the file to append ``figures`` to.
+        figures: names of the figures that are logged besides loss and learning rate.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        places: Places,
-        log: Path,
-        epochs: float,
-        figures: Sequence[str],
+        self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path, figures: Sequence[str]
     ):
-        super().__init__(model=model, args=args, train_dataset=places, data_collator=self.batch)
-        self.remove_callback(PrinterCallback)  # the stage tells
-        self.places = places
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=self.batch)
+        self.remove_callback(PrinterCallback)  # the reporter shows progress
+        self.rows = rows
         self.log_file = log
-        self.epochs = epochs
-        self.means = Means(figures)
+        self.means = RunningMeans(figures)
 
     def batch(self, rows: Sequence[Row]) -> Inputs:
-        """What the model takes: the responses of the first row, then of the next."""
-        made = padded([response for row in rows for response in row.responses])
-        return {"input_ids": made.input_ids, "attention_mask": made.attention_mask, "responses": made.responses}
+        """Return the model's inputs: (R, T) tensors of all responses of the first row, then of the next."""
+        batch = padded([response for row in rows for response in row.responses])
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "responses": batch.responses}
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        """Add the figures, and a line to the log file; called on every process."""
+        """Add the figures to the logs, and a row to the log file. Every process must call this."""
         step_row = "loss" in logs
         if step_row:
             device = self.accelerator.device
             # Devices without float64 take the sums in float32.
-            kind = torch.float32 if device.type == "mps" else torch.float64
-            logs |= self.means.take(lambda sums: self.accelerator.reduce(sums.to(device, kind), "sum").cpu())
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            logs |= self.means.take(lambda sums: self.accelerator.reduce(sums.to(device, dtype), "sum").cpu())
         super().log(logs, *more, **named)
         if step_row and self.is_world_process_zero():
-            epoch = self.epochs * self.state.global_step / self.state.max_steps
+            epoch = self.rows.epochs * self.state.global_step / self.state.max_steps
             row = {"step": self.state.global_step, **logs, "epoch": epoch}
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(row)) + "\n")
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        return SequentialSampler(self.places)
+        return SequentialSampler(self.rows)
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without figures that JSON can't say."""
+    """Return the row without infinities and NaN, which JSON can't express."""
     return {name: value for name, value in row.items() if not isinstance(value, float) or abs(value) < float("inf")}
 
 
-class Hook(TrainerCallback):
-    """Calls ``begin`` before the first step, with the model on its devices, and ``step`` after each."""
+class TrainingCallback(TrainerCallback):
+    """A callback that calls ``begin`` before the first step, with the model on its devices, and ``step`` after each."""
 
     def __init__(self, begin: Callable[[], None], step: Callable[[], None]):
         self.begin = begin
@@ -129,15 +130,15 @@ class Hook(TrainerCallback):
 
 
 class SftTrainer(ResponseTrainer):
-    """−log π(y | x) of the responses, averaged over all their tokens in a step's batch."""
+    """Trains with −log π(y | x) of the responses, averaged over all their tokens in a step's batch."""
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, places: Places, log: Path, epochs: float):
-        super().__init__(model, args, places, log, epochs, figures=("length/response",))
-        # The trainer then counts the labels of a step over all processes, and leaves scaling to the loss.
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path):
+        super().__init__(model, args, rows, log, figures=("length/response",))
+        # Lets the trainer count the labels of a step over all processes, and leave scaling to the loss.
         self.model_accepts_loss_kwargs = True
 
     def batch(self, rows: Sequence[Row]) -> Inputs:
-        """With labels, for the trainer to count."""
+        """Return the model's inputs, and labels for the trainer to count."""
         inputs = super().batch(rows)
         inputs["labels"] = torch.where(inputs["responses"], inputs["input_ids"], NO_LABEL)
         return inputs
@@ -149,23 +150,26 @@ class SftTrainer(ResponseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The share of this part of the batch; its gradient is averaged over processes, so it counts that often."""
-        found = model(**{name: inputs[name] for name in MODEL_INPUTS})
-        self.means.add("length/response", found["lengths"])
+        """Return the loss of this part of a step's batch as its share of the mean over the batch's tokens.
+
+        It is multiplied by the number of processes, as the gradient is averaged over them.
+        """
+        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS})
+        self.means.add("length/response", outputs["lengths"])
         assert num_items_in_batch is not None
-        loss: Tensor = -found["sums"].sum() / num_items_in_batch * self.accelerator.num_processes
+        loss: Tensor = -outputs["sums"].sum() / num_items_in_batch * self.accelerator.num_processes
         return loss
 
 
 class PreferenceTrainer(ResponseTrainer):
-    """An objective's loss, averaged over the rows of a batch.
+    """Trains with an objective's loss, averaged over the rows of a batch.
 
     Args:
-        objective: what is minimised.
-        options: its keywords.
+        objective: the objective to minimise.
+        options: its keyword arguments.
 
     Attributes:
-        reference: s_ref of a row's responses, by the row's key. To be filled before the first step.
+        reference: s_ref of a row's responses, by the row's key. Must be filled before the first step.
     """
 
     objective: Objective
@@ -174,22 +178,24 @@ class PreferenceTrainer(ResponseTrainer):
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        places: Places,
+        rows: OrderedRows,
         log: Path,
-        epochs: float,
         objective: Objective,
         options: Mapping[str, Any],
     ):
-        by_role = [f"{what}/{role}" for what in ("length", "rewards") for role in (*ROLES, "rejected")]
+        by_role = [f"{figure}/{role}" for figure in ("length", "rewards") for role in (*ROLES, "rejected")]
         accuracies = ["accuracy", *(f"accuracy/{role}" for role in ROLES)]
-        super().__init__(model, args, places, log, epochs, (*by_role, *accuracies, "margin", "alpha", "kl"))
-        self.model_accepts_loss_kwargs = False  # the mean over rows of equal parts: the trainer's to scale
+        super().__init__(model, args, rows, log, (*by_role, *accuracies, "margin", "alpha", "kl"))
+        self.model_accepts_loss_kwargs = False  # all parts have equally many rows, so the trainer may scale the means
         self.objective = objective
         self.options = options
         self.reference: dict[str, Sequence[float]] = {}
 
     def batch(self, rows: Sequence[Row]) -> Inputs:
-        """With roles, s_ref, and how probably responses win: the chosen surely, where a row doesn't tell."""
+        """Return the model's inputs, and per row and response roles, s_ref and wins.
+
+        In rows without wins the chosen responses win with probability 1, the rejected one with 0.
+        """
         inputs = super().batch(rows)
         inputs["roles"] = torch.tensor([[ROLES.index(role) for role in row.roles] for row in rows])
         if self.objective.reference:
@@ -205,9 +211,9 @@ class PreferenceTrainer(ResponseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The mean loss of these rows."""
-        found = model(**{name: inputs[name] for name in MODEL_INPUTS}, squares=self.objective.squares)
-        rows = self.log_probs(found, inputs)
+        """Return the mean loss of these rows, and add their figures to the means."""
+        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS}, squares=self.objective.squares)
+        rows = self.log_probs(outputs, inputs)
         outcome = self.objective.function(rows, **self.options)
         chosen_roles = inputs["roles"][:, :-1]
         for number, role in enumerate(ROLES):
@@ -223,29 +229,30 @@ class PreferenceTrainer(ResponseTrainer):
             self.means.add("alpha", torch.tensor([outcome.alpha]))
         if self.objective.reference:
             own = inputs["roles"] == ROLES.index("target")
-            self.means.add("kl", inputs["reference"] - found["sums"].view_as(inputs["reference"]), own)
+            self.means.add("kl", inputs["reference"] - outputs["sums"].view_as(inputs["reference"]), own)
         loss: Tensor = outcome.loss.mean()
         return loss
 
     @torch.no_grad()
     def reference_log_probs(self, rows: Sequence[Row]) -> list[list[float]]:
-        """s of the rows' responses under the model as it is on its devices, without dropout."""
+        """Return s of the rows' responses under the model as it is on its devices, without dropout."""
         self.model_wrapped.eval()
         inputs = self._prepare_inputs(super().batch(rows))
         with self.compute_loss_context_manager():
-            found = self.model_wrapped(**inputs)["sums"]
-        sums: list[list[float]] = found.float().view(len(rows), -1).tolist()
-        return sums
+            sums = self.model_wrapped(**inputs)["sums"]
+        by_row: list[list[float]] = sums.float().view(len(rows), -1).tolist()
+        return by_row
 
-    def log_probs(self, found: Mapping[str, Tensor], inputs: Inputs) -> LogProbs:
-        """A batch as objectives take it."""
+    def log_probs(self, outputs: Mapping[str, Tensor], inputs: Inputs) -> LogProbs:
+        """Return the model's outputs as objectives take them: split into chosen and rejected responses of each row."""
         shape = inputs["roles"].shape
-        lengths = found["lengths"].to(found["sums"].dtype)
-        parts = {"": found["sums"], "_lengths": lengths, "_wins": inputs["wins"]}
-        if "squares" in found:
-            parts["_squares"] = found["squares"]
-        given = {f"chosen{name}": values.view(shape)[:, :-1] for name, values in parts.items()}
-        given |= {f"rejected{name}": values.view(shape)[:, -1] for name, values in parts.items()}
+        lengths = outputs["lengths"].to(outputs["sums"].dtype)
+        parts = {"": outputs["sums"], "_lengths": lengths, "_wins": inputs["wins"]}
+        if "squares" in outputs:
+            parts["_squares"] = outputs["squares"]
+        fields = {f"chosen{name}": values.view(shape)[:, :-1] for name, values in parts.items()}
+        fields |= {f"rejected{name}": values.view(shape)[:, -1] for name, values in parts.items()}
         if self.objective.reference:
-            given |= {"reference_chosen": inputs["reference"][:, :-1], "reference_rejected": inputs["reference"][:, -1]}
-        return LogProbs(**given, progress=self.state.global_step / self.state.max_steps)
+            reference = inputs["reference"]
+            fields |= {"reference_chosen": reference[:, :-1], "reference_rejected": reference[:, -1]}
+        return LogProbs(**fields, progress=self.state.global_step / self.state.max_steps)

@@ -1,4 +1,4 @@
-"""The folder of a stage while it is trained, and its publication."""
+"""The folder of an unfinished training, and its publication under the final name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SETTINGS = "training.json"
 LOG = "log.jsonl"
 TENSORBOARD = "runs"
 _ABSENT = object()
-WINDOWS, WINDOW = 16, 1 << 16  # of a file's content that its identity is made of
+WINDOWS, WINDOW = 16, 1 << 16  # parts of a file that its identity reads, and their bytes
 
 
 class Workspace:
-    """``train/STAGE.partial/``, which becomes ``train/STAGE/``.
+    """``train/STAGE.partial/``, from which ``train/STAGE/`` is published.
 
     Attributes:
-        final: where the finished model lies.
-        root: the folder of the unfinished stage.
-        model: where the model is put together before it is published.
+        final: the folder of the finished model.
+        root: the folder of the unfinished training.
+        model: the folder in which the model is written before it is published.
     """
 
     def __init__(self, final: Path):
@@ -37,25 +37,25 @@ class Workspace:
 
     @property
     def done(self) -> bool:
-        """Whether the stage is finished."""
+        """Whether the training is finished."""
         return self.final.exists()
 
     @property
     def log(self) -> Path:
-        """The rows of the report, while it is trained."""
+        """The log of the unfinished training."""
         return self.root / LOG
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Hold what is there, finished or not, to the settings it was made with.
+        """Refuse other settings than those that the existing folder, finished or not, was made with.
 
         Raises:
-            UsageError: they differ, or the folder is none of ours.
+            UsageError: the settings differ, or the folder has no settings.
         """
         folder = next((folder for folder in (self.final, self.root) if folder.exists()), None)
         if folder is None:
             return
         try:
-            made = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["settings"]
+            saved = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["settings"]
         except FileNotFoundError as error:
             if folder == self.root:  # killed before anything was trained
                 return
@@ -65,9 +65,9 @@ class Workspace:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{folder / SETTINGS} can't be read ({error}). Delete {folder} to train anew.") from error
         differences = [
-            f"{key}: {_shown(made, key)} there, {_shown(settings, key)} now"
-            for key in sorted({*made, *settings})
-            if made.get(key, _ABSENT) != settings.get(key, _ABSENT)
+            f"{key}: {_shown(saved, key)} there, {_shown(settings, key)} now"
+            for key in sorted({*saved, *settings})
+            if saved.get(key, _ABSENT) != settings.get(key, _ABSENT)
         ]
         if differences:
             what = "was trained" if folder == self.final else "was begun"
@@ -75,17 +75,17 @@ class Workspace:
             raise UsageError(listing(f"{folder} {what} with other settings", differences) + f"\n{advice}")
 
     def begin(self, record: Mapping[str, Any], step: int) -> None:
-        """Make the folder, write down what is trained in it, and drop what lies beyond the step to go on from."""
+        """Create the folder, write its ``training.json``, and delete what is beyond the step to resume from."""
         write_text(self.root / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         self._clear(step)
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the last checkpoint that was written to its end."""
-        complete = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
-        return max(((step, folder) for step, folder in complete if step is not None), default=None)
+        """Return step and folder of the last complete checkpoint."""
+        checkpoints = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
+        return max(((step, folder) for step, folder in checkpoints if step is not None), default=None)
 
     def _clear(self, step: int) -> None:
-        """Drop torn checkpoints, a model half put together, and rows of the log beyond a step."""
+        """Delete incomplete checkpoints, a half-written model, and rows of the log beyond a step."""
         for folder in self.root.glob("checkpoint-*"):
             if self._step(folder) is None:
                 shutil.rmtree(folder)
@@ -93,11 +93,11 @@ class Workspace:
             shutil.rmtree(folder, ignore_errors=True)
         if self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.log.write_text("".join(kept), encoding="utf-8")
+            lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.log.write_text("".join(lines), encoding="utf-8")
 
     def publish(self) -> None:
-        """Give the complete model its name, and drop the rest."""
+        """Give the complete model its final name, and delete the rest."""
         for name in (SETTINGS, LOG):
             shutil.copy(self.root / name, self.model / name)
         if (self.root / TENSORBOARD).exists():
@@ -106,18 +106,18 @@ class Workspace:
         self.tidy()
 
     def tidy(self) -> None:
-        """Drop what is left of a finished stage's making."""
+        """Delete the folder of a finished training."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     @staticmethod
     def _step(folder: Path) -> int | None:
-        """The step of a complete checkpoint: the trainer writes its state last."""
-        found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        """Return the step of a checkpoint, or None if it is incomplete: the trainer writes its state last."""
+        name = re.fullmatch(r"checkpoint-(\d+)", folder.name)
         try:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return int(found[1]) if found and state.get("global_step") == int(found[1]) else None
+        return int(name[1]) if name and state.get("global_step") == int(name[1]) else None
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
@@ -125,7 +125,7 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -134,9 +134,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def identity(model: str) -> str:
-    """A digest that tells whether a folder's weights are still the same: of the sizes and samples of its files.
+    """Return a digest that changes with a folder's weights, from sizes and samples of its files.
 
-    A name on the hub stands for itself.
+    A name on the hub is returned as it is.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -146,14 +146,14 @@ def identity(model: str) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
-            for place in range(WINDOWS):
-                content.seek(max(0, (size - WINDOW) * place // (WINDOWS - 1)))
+            for number in range(WINDOWS):  # spread evenly from the first byte to the last
+                content.seek(max(0, (size - WINDOW) * number // (WINDOWS - 1)))
                 digest.update(content.read(WINDOW))
     return digest.hexdigest()
 
 
 def digest_of(path: Path) -> str:
-    """A digest of a file's content."""
+    """Return a digest of a file's content."""
     digest = xxh3_128()
     with path.open("rb") as content:
         while block := content.read(1 << 20):

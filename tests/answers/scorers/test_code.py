@@ -11,18 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.answers.scorers import sandbox
-from mergekit_lite.answers.scorers.code import Code, Options, python_in
-from mergekit_lite.answers.scorers.sandbox import FenceError, Limits, Outcome, check_fence, run_fenced
+from mergekit_lite.answers.scorers.code import Code, python_in
+from mergekit_lite.answers.scoring import sandbox
+from mergekit_lite.answers.scoring.sandbox import (
+    SandboxError,
+    SandboxLimits,
+    SandboxResult,
+    check_sandbox,
+    run_sandboxed,
+)
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from tests.answers.scorers.asked import judged
 
-LIMITS = Limits(seconds=1, memory_mb=256, files_mb=4, processes=8)
+LIMITS = SandboxLimits(seconds=1, memory_mb=256, files_mb=4, processes=8)
 
 
 def walls_here() -> bool:
     try:
-        check_fence(LIMITS)
-    except FenceError as error:
+        check_sandbox(LIMITS)
+    except SandboxError as error:
         print(error)
         return False
     return True
@@ -31,8 +38,8 @@ def walls_here() -> bool:
 fenced = pytest.mark.skipif(not walls_here(), reason="no namespaces here")
 
 
-def run(code: str, *tests: str, limits: Limits = LIMITS) -> Outcome:
-    return run_fenced(code, tests, limits)
+def run(code: str, *tests: str, limits: SandboxLimits = LIMITS) -> SandboxResult:
+    return run_sandboxed(code, tests, limits)
 
 
 # What an answer's code is.
@@ -62,7 +69,7 @@ def test_fences(answer: str, code: str) -> None:
 
 @fenced
 def test_verdicts() -> None:
-    scorer = Code("code", Options(**LIMITS.model_dump()), at_once=2)
+    scorer = Code(ScorerSettings(name="code", kind="code", batch_size=2), LIMITS)
     tests = ("assert add(1, 2) == 3", "assert add(-1, 1) == 0")
     answers = [
         "```python\ndef add(a, b):\n    return a + b\n```",
@@ -91,7 +98,7 @@ def test_a_module_like_any_other() -> None:
         "seen = []\n"
     )
     tests = ("assert Point().x == 1", "mine = 1; seen.append(mine)", "assert 'mine' not in globals() and seen == [1]")
-    assert run(code, *tests) == Outcome(True)
+    assert run(code, *tests) == SandboxResult(True)
 
 
 # Attacks.
@@ -127,7 +134,7 @@ def test_what_never_ends_or_takes_all_fails(code: str, why: str) -> None:
 
 
 def leftovers() -> list[str]:
-    """Command lines of processes that the fence started and that don't end in a moment."""
+    """Command lines of processes that the sandbox started and that don't end in a moment."""
     until = time.monotonic() + 10
     while (found := running()) and time.monotonic() < until:
         time.sleep(0.01)
@@ -152,7 +159,7 @@ def test_what_leaves_its_group_dies_with_the_rest() -> None:
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
         "    if os.fork() == 0:\n        time.sleep(100)\n    os._exit(0)"
     )
-    assert run(code, "pass") == Outcome(True)
+    assert run(code, "pass") == SandboxResult(True)
     assert leftovers() == []
 
 
@@ -190,7 +197,7 @@ def test_nothing_of_the_user_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "assert sys.stdin.read() == ''",
         f"assert os.getuid() != {os.getuid() or -1}" if os.getuid() == 0 else "pass",
     ]
-    assert run("import os, sys", *looks) == Outcome(True)
+    assert run("import os, sys", *looks) == SandboxResult(True)
 
 
 @fenced
@@ -271,7 +278,7 @@ def test_without_walls_nothing_runs_unless_it_is_asked_for(
     (tmp_path / "unshare").chmod(0o755 if missing == "right" else 0o644)
     monkeypatch.setenv("PATH", str(tmp_path))
     marker = tmp_path / "ran"
-    with pytest.raises(FenceError, match=r"Operation not permitted|no program `unshare`") as told:
+    with pytest.raises(SandboxError, match=r"Operation not permitted|no program `unshare`") as told:
         run(f"open({str(marker)!r}, 'w')")
     assert "without_walls: true" in str(told.value) and not marker.exists()
     open_limits = LIMITS.model_copy(update={"without_walls": True})

@@ -6,7 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from mergekit_lite.answers.scorers.exact import Exact, Options
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from tests.answers.scorers.asked import judged
+
+SETTINGS = ScorerSettings(name="exact", kind="exact")
 
 
 @pytest.mark.parametrize(
@@ -24,12 +27,12 @@ from tests.answers.scorers.asked import judged
     ],
 )
 def test_values(pattern: str | None, answer: str, reference: str, value: float) -> None:
-    scorer = Exact("exact", Options(pattern=pattern))
+    scorer = Exact(SETTINGS, Options(pattern=pattern))
     assert scorer.score([judged(answer, reference=reference)])[0].value == value
 
 
 def test_a_prompt_without_reference_has_no_score() -> None:
-    found = Exact("exact", Options()).score([judged("4"), judged("4", reference="4")])
+    found = Exact(SETTINGS, Options()).score([judged("4"), judged("4", reference="4")])
     assert found[0].value is None and "no reference" in found[0].why and found[1].value == 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_lite.answers.scorers.function import Function, function_named
+from mergekit_lite.answers.scoring.scorer import Score, ScorerOptions, ScorerSettings
 from mergekit_lite.errors import UsageError
 from tests.answers.scorers.asked import judged
 
@@ -32,15 +33,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+def scores(function: str, *answers: str) -> list[Score]:
+    scorer = Function(ScorerSettings(name="f", kind="function", model=function), ScorerOptions())
+    return scorer.score([judged(answer) for answer in answers])
+
+
 def test_values(here: None) -> None:
     path = list(sys.path)
-    assert [score.value for score in Function("f", function_named("my_scores:length")).score([judged("four")])] == [4]
+    assert [score.value for score in scores("my_scores:length", "four")] == [4]
     assert sys.path == path
 
 
 def test_what_is_no_number_gives_no_score(here: None) -> None:
     answers = ["nothing", "nan", "text", "true", "other", "worse"]
-    found = Function("f", function_named("my_scores:odd")).score([judged(answer) for answer in answers])
+    found = scores("my_scores:odd", *answers)
     assert [score.value for score in found] == [None, None, 7, 1, None, None]
     assert [score.why for score in found] == [
         "the function returned None",

@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from mergekit_lite.answers import server as server_module
 from mergekit_lite.answers.scorers.judge import PROMPT, Judge, Options, grade_in
-from mergekit_lite.answers.scorers.scorer import Judged, Score
-from mergekit_lite.answers.scorers.settings import ScorerSettings
+from mergekit_lite.answers.scoring.scorer import Judged, Score, ScorerSettings
 from mergekit_lite.answers.server import Reply
 from mergekit_lite.errors import RunError
 from tests.answers.fake_server import Fake, Trouble, fake_server

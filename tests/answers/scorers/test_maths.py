@@ -8,8 +8,9 @@ import time
 import pytest
 
 from mergekit_lite.answers.scorers import maths
-from mergekit_lite.answers.scorers.maths import Maths, Options, comparing
-from mergekit_lite.answers.scorers.scorer import Score
+from mergekit_lite.answers.scorers.maths import Maths
+from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Score, ScorerSettings
 from tests.answers.scorers.asked import judged
 
 EQUAL = [
@@ -40,10 +41,14 @@ DIFFERENT = [
 ]
 
 
+def settings(seconds: int) -> ScorerSettings:
+    return ScorerSettings(name="maths", kind="maths", options={"seconds": seconds})
+
+
 @pytest.fixture(scope="module")
 def scorer():
-    with comparing("maths", Options(seconds=6)) as made:
-        yield made
+    with open_scorer(settings(seconds=6)) as opened:
+        yield opened
 
 
 @pytest.mark.parametrize(("reference", "answer"), EQUAL)
@@ -96,7 +101,7 @@ def test_a_process_that_hangs_or_dies_is_replaced(scorer: Maths, monkeypatch: py
 
 @pytest.mark.parametrize("answer", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^{10^{9}})!}"])
 def test_what_takes_for_ever_is_given_up(answer: str) -> None:
-    with comparing("maths", Options(seconds=2)) as scorer:
+    with open_scorer(settings(seconds=2)) as scorer:
         scorer.score([judged("1", reference="1")])  # started
         began = time.monotonic()
         [verdict] = scorer.score([judged(answer, reference="387420489")])

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.scorers.registry import open_scorer
-from mergekit_lite.answers.scorers.scorer import Judged, Score
-from mergekit_lite.answers.scorers.settings import ScorerSettings
+from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, Score, ScorerSettings
 from mergekit_lite.errors import CheckpointError
 from tests.answers.scorers.asked import judged
 from tests.tokenizers import tokenizer

@@ -117,7 +117,7 @@ def test_plans_of_a_pair_are_those_of_extrapolate(tmp_path: Path) -> None:
 
 
 def test_plans_of_a_recipe_are_those_of_merge(tmp_path: Path) -> None:
-    from mergekit_lite import plan_merge_file
+    from mergekit_lite import plan_merge
 
     base = state(1)
     a, b = (str(write_folder(tmp_path / n, s)) for n, s in (("a", base), ("b", tuned(base, 2))))
@@ -131,6 +131,6 @@ def test_plans_of_a_recipe_are_those_of_merge(tmp_path: Path) -> None:
     family = RecipeFamily(tmp_path / "recipe.yml", parse(["parameters.t[filter=mlp]=0:1"]))
     plan = family.plan({"parameters.t[filter=mlp]": 0.125}, tmp_path / "out")
     (tmp_path / "tuned.yml").write_text(plan.text)
-    assert plan_merge_file(tmp_path / "tuned.yml", tmp_path / "out").digest(0) == plan.digest(0)
+    assert plan_merge(tmp_path / "tuned.yml", tmp_path / "out").digest(0) == plan.digest(0)
     values = {job.name: job.parameters[0]["t"] for job in plan.merged}
     assert values["model.layers.1.mlp.up_proj.weight"] == 0.125 and values["model.norm.weight"] == 0.5

@@ -32,6 +32,10 @@ def test_scores_are_read_with_their_settings() -> None:
     assert (nll.name, nll.target) == ("nll", "a,b.txt")
 
 
+def test_a_hyphen_and_an_underscore_are_the_same_in_a_kind() -> None:
+    assert [score.kind for score in parse(["log-ratio", "lm_eval:gsm8k"])] == ["log_ratio", "lm-eval"]
+
+
 def test_wrong_scores_are_told_together() -> None:
     wrong = {
         "rewart:x": "Did you mean 'reward'?",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boosting.boosting import bench_of, search_and_write
+from mergekit_lite.boosting.boosting import evaluator_of, search_and_write
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
@@ -57,11 +57,11 @@ def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
 ) -> None:
     monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.2)
     (tmp_path / "out.boost").mkdir()
-    with bench_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as bench:
-        first, *others = bench.items
-        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset([first])))) == 1
+    with evaluator_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as evaluator:
+        first, *others = evaluator.items
+        assert len(list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset([first])))) == 1
         one = (tmp_path / "out.boost" / "child").read_text()
-        assert len(list(bench.measure({"alpha": 0.0}, bench.items, frozenset(others)))) == 7
+        assert len(list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(others)))) == 7
         assert (tmp_path / "out.boost" / "child").read_text() == one  # the same server all the time
     assert gone(int((tmp_path / "out.boost" / "child").read_text()))
 
@@ -77,8 +77,8 @@ def test_a_server_is_stopped_when_the_search_fails(
 
     monkeypatch.setattr("mergekit_lite.boosting.measure.answering.Answering._rows", failing)
     prepared = prepare(request_of(models, tmp_path / "out", "stubborn"))
-    with bench_of(prepared) as bench, pytest.raises(KeyboardInterrupt):
-        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+    with evaluator_of(prepared) as evaluator, pytest.raises(KeyboardInterrupt):
+        list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))
     assert gone(int((tmp_path / "out.boost" / "child").read_text()))
     assert not (tmp_path / "out.boost" / "serving").exists()
 
@@ -106,8 +106,8 @@ def test_a_server_that_ends_under_way_is_an_error_and_no_verdict(
     monkeypatch.setattr("mergekit_lite.answers.server.LONGEST_WAIT", 0.02)
     monkeypatch.setattr("mergekit_lite.answers.server.LOST_IN_A_ROW", 4)
     request = request_of(models, tmp_path / "out", "fails", concurrency=1)
-    with bench_of(prepare(request)) as bench, pytest.raises(RunError, match="asked no more"):
-        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+    with evaluator_of(prepare(request)) as evaluator, pytest.raises(RunError, match="asked no more"):
+        list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))
 
 
 def gone(process: int) -> bool:
@@ -135,8 +135,8 @@ def test_a_server_that_does_not_get_ready(
 ) -> None:
     monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.5)
     request = request_of(models, tmp_path / "out", how, serve_patience=patience)
-    with bench_of(prepare(request)) as bench, pytest.raises(RunError) as failed:
-        list(bench.measure({"alpha": 0.0}, bench.items, frozenset(bench.items)))
+    with evaluator_of(prepare(request)) as evaluator, pytest.raises(RunError) as failed:
+        list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))
     assert said in str(failed.value)
     assert not (tmp_path / "out.boost" / "serving").exists()
 

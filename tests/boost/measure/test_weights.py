@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mergekit_lite import plan_extrapolation, plan_merge_file, run
+from mergekit_lite import plan_extrapolation, plan_merge, run
 from mergekit_lite.boosting.measure.model import build
 from mergekit_lite.boosting.measure.weights import Weights
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
@@ -90,7 +90,7 @@ def test_a_merge_of_moved_layers_is_built_as_it_would_be_written(tmp_path: Path)
         ],
     }
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    plan = plan_merge_file(tmp_path / "recipe.yml", tmp_path / "out")
+    plan = plan_merge(tmp_path / "recipe.yml", tmp_path / "out")
     weights = weights_for(plan)
     weights.set(plan)
     assert weights.built.model.config.num_hidden_layers == 4
@@ -107,7 +107,7 @@ def test_methods_that_gather_statistics_first(tmp_path: Path) -> None:
             "seed": 5,
         }
         (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
-        plan = plan_merge_file(tmp_path / "recipe.yml", tmp_path / method)
+        plan = plan_merge(tmp_path / "recipe.yml", tmp_path / method)
         weights = weights_for(plan)
         weights.set(plan)
         assert_same(weights.built.model, loaded(plan))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Numbers, Row
+from mergekit_lite.boosting.candidates.candidate import Params, Row
 from mergekit_lite.boosting.search.choice import Result, Searcher, boost
 from mergekit_lite.boosting.search.guards import Limits
 from mergekit_lite.boosting.search.looks import looks
@@ -21,24 +21,26 @@ from mergekit_lite.boosting.search.search import bracket, grid
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.boosting.summary import verdict
 from mergekit_lite.errors import MergekitLiteError, UsageError
-from tests.boost.synthetic import SyntheticBench
+from tests.boost.synthetic import SyntheticEvaluator
 
 
-def peak(numbers: Numbers, at: float = 2.0, height: float = 0.6) -> float:
+def peak(params: Params, at: float = 2.0, height: float = 0.6) -> float:
     """0 at alpha 0, ``height`` at ``at``, and soon worse than the baseline beyond it."""
-    away = numbers["alpha"] / at - 1
+    away = params["alpha"] / at - 1
     return height * (1 - away * away) if away < 0 else height * (1 - 4 * away * away)
 
 
-def search(bench: SyntheticBench, folder: Path, searcher: Searcher | None = None, **settings: Any) -> Result:
+def search(evaluator: SyntheticEvaluator, folder: Path, searcher: Searcher | None = None, **settings: Any) -> Result:
     """A whole search, by the bracket unless told otherwise."""
-    with Study(folder, {"model": "synthetic"}, bench.items) as study:
-        return boost(searcher or (lambda same: bracket(same=same)), bench, study, Settings(score="score", **settings))
+    with Study(folder, {"model": "synthetic"}, evaluator.items) as study:
+        return boost(
+            searcher or (lambda same: bracket(same=same)), evaluator, study, Settings(score="score", **settings)
+        )
 
 
 @pytest.mark.parametrize("at", [0.3, 2.0, 8.0])
 def test_a_known_peak_is_found_and_confirmed(at: float, tmp_path: Path) -> None:
-    result = search(SyntheticBench(lambda numbers: peak(numbers, at)), tmp_path)
+    result = search(SyntheticEvaluator(lambda params: peak(params, at)), tmp_path)
     assert result.chosen is not None and result.held_out is not None
     found = result.chosen["alpha"]
     assert peak({"alpha": found}, at) > 0.6 - 0.15, "within noise of the best, on the nearer side"
@@ -48,7 +50,7 @@ def test_a_known_peak_is_found_and_confirmed(at: float, tmp_path: Path) -> None:
 
 
 def test_nothing_is_chosen_where_nothing_helps(tmp_path: Path) -> None:
-    result = search(SyntheticBench(lambda numbers: -numbers["alpha"]), tmp_path)
+    result = search(SyntheticEvaluator(lambda params: -params["alpha"]), tmp_path)
     assert result.chosen is None and result.picked is None
     assert verdict(result)[0] == "No candidate helps: none beats alpha=0 beyond its 95 % interval."
 
@@ -58,9 +60,9 @@ def test_nothing_is_chosen_where_there_is_only_noise(tmp_path: Path) -> None:
     alphas = {"alpha": [0.1 * step for step in range(1, 10)]}
     wrong = looked_better = 0
     for trial in range(16):
-        bench = SyntheticBench(lambda numbers: 0.0, items=200, noise=2.0)
-        bench.items = [f"{trial} {item}" for item in bench.items]
-        result = search(bench, tmp_path / str(trial), lambda same: grid(alphas))
+        evaluator = SyntheticEvaluator(lambda params: 0.0, items=200, noise=2.0)
+        evaluator.items = [f"{trial} {item}" for item in evaluator.items]
+        result = search(evaluator, tmp_path / str(trial), lambda same: grid(alphas))
         wrong += result.chosen is not None
         looked_better += result.picked is not None
     assert wrong <= 1 < looked_better
@@ -70,142 +72,142 @@ def test_a_plateau_gives_the_smallest_alpha(tmp_path: Path) -> None:
     """The first one on it, unless that is by chance more than a standard error below the best: a third of the cases."""
     chosen = []
     for trial in range(6):
-        bench = SyntheticBench(lambda numbers: min(numbers["alpha"], 1.0) if numbers["alpha"] < 20 else -5.0)
-        bench.items = [f"{trial} {item}" for item in bench.items]
-        result = search(bench, tmp_path / str(trial))
+        evaluator = SyntheticEvaluator(lambda params: min(params["alpha"], 1.0) if params["alpha"] < 20 else -5.0)
+        evaluator.items = [f"{trial} {item}" for item in evaluator.items]
+        result = search(evaluator, tmp_path / str(trial))
         assert result.chosen is not None
         chosen.append(result.chosen["alpha"])
     assert min(chosen) >= 1.0 and chosen.count(1.0) >= 3, chosen
 
 
 def test_a_bad_candidate_costs_an_eighth(tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: -9.0 * bool(numbers["alpha"]), items=800)
-    result = search(bench, tmp_path)
+    evaluator = SyntheticEvaluator(lambda params: -9.0 * bool(params["alpha"]), items=800)
+    result = search(evaluator, tmp_path)
     first = looks(400)[0]
     assert first == 50
     assert [point.gain.items for point in result.points] == [first] * len(result.points)
     assert all(point.dropped == "surely worse than alpha=0" for point in result.points)
-    assert len(bench.measured) == 400 + first * len(result.points), "nothing is measured on what is held out"
+    assert len(evaluator.measured) == 400 + first * len(result.points), "nothing is measured on what is held out"
 
 
 def test_a_dropped_candidate_never_seems_better_than_what_it_lost_to(tmp_path: Path) -> None:
     """The first items are easy for every alpha but 0: the raw figure of a dropped one is higher than the best's."""
-    bench = SyntheticBench(lambda numbers: 0.0, items=400, noise=0.1)
-    with Study(tmp_path, {"model": "synthetic"}, bench.items) as study:
+    evaluator = SyntheticEvaluator(lambda params: 0.0, items=400, noise=0.1)
+    with Study(tmp_path, {"model": "synthetic"}, evaluator.items) as study:
         early = set(study.items[:80])
-    plain = bench.row
+    plain = evaluator.row
 
-    def row(numbers: Numbers, item: str) -> Row:
-        made = plain(numbers, item)
+    def row(params: Params, item: str) -> Row:
+        made = plain(params, item)
         value = made["values"]["score"] or 0.0
-        lucky = 3.0 if item in early and numbers["alpha"] else 0.0
-        made["values"]["score"] = value + lucky + {0: 0.0, 1: 1.0, 2: 0.5}[numbers["alpha"]]
+        lucky = 3.0 if item in early and params["alpha"] else 0.0
+        made["values"]["score"] = value + lucky + {0: 0.0, 1: 1.0, 2: 0.5}[params["alpha"]]
         return made
 
-    bench.row = row  # type: ignore[method-assign]
+    evaluator.row = row  # type: ignore[method-assign]
     told = []
 
     def watched(same: Any) -> Any:
         told.append((yield {"alpha": 1}))
         told.append((yield {"alpha": 2}))
 
-    result = search(bench, tmp_path, watched, held_out=0)
+    result = search(evaluator, tmp_path, watched, held_out=0)
     assert result.points[1].dropped == "surely worse than alpha=1"
     assert result.points[1].gain.mean > result.points[0].gain.mean
     assert told[1].score < told[0].score
 
 
 def test_a_candidate_beyond_a_limit_is_out_however_high_its_score(tmp_path: Path) -> None:
-    def words(numbers: Numbers, rng: Any) -> int:
-        return rng.randint(5, 30) * (1 if numbers["alpha"] <= 1 else 4)
+    def words(params: Params, rng: Any) -> int:
+        return rng.randint(5, 30) * (1 if params["alpha"] <= 1 else 4)
 
-    bench = SyntheticBench(lambda numbers: numbers["alpha"], words=words)
-    result = search(bench, tmp_path)
+    evaluator = SyntheticEvaluator(lambda params: params["alpha"], words=words)
+    result = search(evaluator, tmp_path)
     assert result.chosen is not None and result.chosen["alpha"] <= 1
-    out = [point for point in result.points if point.numbers["alpha"] > 1]
+    out = [point for point in result.points if point.params["alpha"] > 1]
     assert out and all(point.beyond and point.dropped.startswith("throughout growth") for point in out)
     assert any(said.startswith("Beyond limits: alpha=2 (growth") for said in verdict(result))
 
 
 def test_another_scorer_may_not_lose_more_than_allowed(tmp_path: Path) -> None:
-    bench = SyntheticBench(peak)
-    result = search(bench, tmp_path, limits=Limits(loss={"other": 0.3}))
+    evaluator = SyntheticEvaluator(peak)
+    result = search(evaluator, tmp_path, limits=Limits(loss={"other": 0.3}))
     assert result.chosen is None or peak(result.chosen) <= 0.3
     assert any("other loses" in said for point in result.points for said in point.beyond)
 
 
 def test_a_win_that_is_only_length_is_said_to_be_so(tmp_path: Path) -> None:
-    bench = SyntheticBench(
-        lambda numbers: 0.0, noise=0.2, words=lambda n, rng: rng.randint(20, 60 + 30 * bool(n["alpha"]))
+    evaluator = SyntheticEvaluator(
+        lambda params: 0.0, noise=0.2, words=lambda n, rng: rng.randint(20, 60 + 30 * bool(n["alpha"]))
     )
-    plain = bench.row
+    plain = evaluator.row
 
-    def row(numbers: Numbers, item: str) -> Row:
-        made = plain(numbers, item)
+    def row(params: Params, item: str) -> Row:
+        made = plain(params, item)
         made["values"]["score"] = (made["values"]["score"] or 0.0) + 0.02 * len(made["text"])
         return made
 
-    bench.row = row  # type: ignore[method-assign]
-    result = search(bench, tmp_path, lambda same: grid({"alpha": [1.0]}))
+    evaluator.row = row  # type: ignore[method-assign]
+    result = search(evaluator, tmp_path, lambda same: grid({"alpha": [1.0]}))
     assert result.chosen == {"alpha": 1.0}
     assert any(said.startswith("This win may be only length") for said in verdict(result))
 
 
 def test_few_items_are_all_searched_on_and_the_interval_is_corrected(tmp_path: Path) -> None:
-    result = search(SyntheticBench(peak, items=60), tmp_path)
+    result = search(SyntheticEvaluator(peak, items=60), tmp_path)
     assert result.chosen is not None and result.held_out is None
     assert "corrected for" in verdict(result)[0]
 
 
 def test_several_numbers_and_the_nearest_to_the_baseline(tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: min(numbers["a"] + numbers["b"], 1.0), noise=0.0)
+    evaluator = SyntheticEvaluator(lambda params: min(params["a"] + params["b"], 1.0), noise=0.0)
     values = {"a": [0.0, 0.5, 1.0], "b": [0.0, 0.5, 1.0]}
-    result = search(bench, tmp_path, lambda same: grid(values), baseline={"a": 0.0, "b": 0.0})
+    result = search(evaluator, tmp_path, lambda same: grid(values), baseline={"a": 0.0, "b": 0.0})
     assert result.chosen == {"a": 0.5, "b": 0.5}
     assert len(result.points) == 8, "the baseline is not measured again"
 
 
 def test_several_answers_to_a_prompt_are_no_more_evidence_and_stay_together(tmp_path: Path) -> None:
     """Eight answers that are alike to each of forty prompts: the interval is that of forty, not of 320."""
-    once, often = SyntheticBench(peak, items=40), SyntheticBench(peak, items=40)
+    once, often = SyntheticEvaluator(peak, items=40), SyntheticEvaluator(peak, items=40)
     often.items = [f"{item}#{number}" for item in once.items for number in range(8)]
     plain = often.row
     often.row = lambda n, item: plain(n, item.partition("#")[0]) | Row(item=item)  # type: ignore[method-assign]
     one, several = (
-        search(bench, tmp_path / name, lambda same: grid({"alpha": [2.0]}))
-        for name, bench in [("1", once), ("8", often)]
+        search(evaluator, tmp_path / name, lambda same: grid({"alpha": [2.0]}))
+        for name, evaluator in [("1", once), ("8", often)]
     )
     ours, theirs = several.points[0].gain, one.points[0].gain
     assert ours.items == theirs.items == 40
     assert ours[:3] == pytest.approx(theirs[:3], abs=0.01)
     with Study(tmp_path / "order", {}, often.items, seed=3) as study:
-        assert [len({item.partition("#")[0] for item in group}) for group in study.subjects] == [1] * 40
+        assert [len({item.partition("#")[0] for item in group}) for group in study.clusters] == [1] * 40
         assert study.items != often.items and sorted(study.items) == sorted(often.items)
 
 
 def test_the_scorer_must_be_there_and_give_verdicts(tmp_path: Path) -> None:
-    bench = SyntheticBench(peak, items=40)
+    evaluator = SyntheticEvaluator(peak, items=40)
     with pytest.raises(UsageError, match=r"No scorer is called 'reward'; there are: score, other\."):
-        search(bench, tmp_path / "a", limits=Limits(loss={"reward": 0.1}))
-    bench.row = lambda numbers, item: Row(item=item, values={"score": None})  # type: ignore[method-assign]
+        search(evaluator, tmp_path / "a", limits=Limits(loss={"reward": 0.1}))
+    evaluator.row = lambda params, item: Row(item=item, values={"score": None})  # type: ignore[method-assign]
     with pytest.raises(MergekitLiteError, match="no verdict on any answer of alpha=0"):
-        search(bench, tmp_path / "b")
+        search(evaluator, tmp_path / "b")
 
 
 def test_an_interrupted_search_goes_on_and_measures_nothing_twice(tmp_path: Path) -> None:
-    whole = SyntheticBench(peak)
+    whole = SyntheticEvaluator(peak)
     expected = search(whole, tmp_path / "whole")
-    bench = SyntheticBench(peak)
+    evaluator = SyntheticEvaluator(peak)
     stops = 0
     for limit in (7, 300, 301, 350, 777, 1200, None):
-        bench.fail_after = limit
+        evaluator.fail_after = limit
         try:
-            result = search(bench, tmp_path / "stopped")
+            result = search(evaluator, tmp_path / "stopped")
         except KeyboardInterrupt:
             stops += 1
     assert stops == 6
-    assert len(set(bench.measured)) == len(bench.measured)
-    assert sorted(bench.measured) == sorted(whole.measured)
+    assert len(set(evaluator.measured)) == len(evaluator.measured)
+    assert sorted(evaluator.measured) == sorted(whole.measured)
     assert verdict(result) == verdict(expected) and result.picked is not None
     for name in ("alpha=0.jsonl", f"{result.picked.name}.jsonl", "alpha=0.5.partial.jsonl"):
         ours, theirs = (tmp_path / one / "candidates" / name for one in ("stopped", "whole"))
@@ -215,8 +217,8 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(tmp_path: Path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.boost.search.test_choice import SyntheticBench, peak, search
-class Logged(SyntheticBench):
+from tests.boost.search.test_choice import SyntheticEvaluator, peak, search
+class Logged(SyntheticEvaluator):
     def row(self, numbers, item):
         made = super().row(numbers, item)
         with open(sys.argv[2], "a") as log:
@@ -244,17 +246,17 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     assert [run.returncode for run in runs] == [-9, -9, 0], runs[-1].stderr
     lines = log.read_text().splitlines()
     assert len(lines) - len(set(lines)) == 2
-    expected = search(SyntheticBench(peak, items=200), tmp_path / "whole")
+    expected = search(SyntheticEvaluator(peak, items=200), tmp_path / "whole")
     assert runs[-1].stdout.strip() == str(expected.chosen)
 
 
 def test_another_search_in_the_same_study_measures_only_what_is_new(tmp_path: Path) -> None:
-    bench = SyntheticBench(peak)
-    first = search(bench, tmp_path)
-    before = len(bench.measured)
-    known = [point.numbers["alpha"] for point in first.points if not point.dropped]
-    again = search(bench, tmp_path, lambda same: grid({"alpha": known}))
-    assert len(bench.measured) == before
+    evaluator = SyntheticEvaluator(peak)
+    first = search(evaluator, tmp_path)
+    before = len(evaluator.measured)
+    known = [point.params["alpha"] for point in first.points if not point.dropped]
+    again = search(evaluator, tmp_path, lambda same: grid({"alpha": known}))
+    assert len(evaluator.measured) == before
     assert again.chosen == first.chosen
 
 
@@ -283,11 +285,11 @@ def test_two_searches_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_names_that_no_file_can_have_are_told_apart(tmp_path: Path) -> None:
-    bench = SyntheticBench(lambda numbers: 0.0, items=3)
+    evaluator = SyntheticEvaluator(lambda params: 0.0, items=3)
     long = "models/0/parameters:weight" * 10
-    with Study(tmp_path, {}, bench.items) as study:
-        for numbers in ({f"{long}a": 1.0}, {f"{long}b": 1.0}, {"alpha": 1 / 3}, {"alpha": 0.333333}):
-            study.measured(numbers, study.items, bench)
+    with Study(tmp_path, {}, evaluator.items) as study:
+        for params in ({f"{long}a": 1.0}, {f"{long}b": 1.0}, {"alpha": 1 / 3}, {"alpha": 0.333333}):
+            study.measured(params, study.items, evaluator)
     assert len(list((tmp_path / "candidates").glob("*.jsonl"))) == 4
     abouts = [json.loads(path.read_text()) for path in (tmp_path / "candidates").glob("*.json")]
     assert {"alpha": 1 / 3} in [about["numbers"] for about in abouts]

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 
 from mergekit_lite.boosting.candidates.candidate import Row
-from mergekit_lite.boosting.search.guards import Guards, Limits, beyond, guards, limits, losses, repetition
+from mergekit_lite.boosting.search.guards import (
+    ADDED,
+    NAMES,
+    Guards,
+    Limits,
+    beyond,
+    guards,
+    limits,
+    losses,
+    repetition,
+)
 from mergekit_lite.errors import UsageError
 
 
@@ -108,3 +122,16 @@ def test_every_limit_that_can_not_be_read_is_told() -> None:
     message = str(caught.value)
     for part in ("'grwth=2'", "'growth'", "'kl=much'", "'loss:x=none'", "'truncated=-1'", "'repetition=inf'"):
         assert part in message
+
+
+def test_the_table_of_docs_boost_has_the_figures_and_their_limits() -> None:
+    page = (Path(__file__).parents[3] / "docs/boost.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Guards\n")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1:-1] for row in re.findall(r"^\| `.*", section, re.MULTILINE)]
+    shown_limits = {name: limit.strip() for names, _, limit in rows for name in re.findall("`([^`]+)`", names)}
+    assert shown_limits.keys() - {"ended", "unchanged", "loss:SCORER"} == set(NAMES)
+    assert shown_limits.keys() - {"loss:SCORER"} <= {field.name for field in dataclasses.fields(Guards)}
+    for name in NAMES:
+        limit = getattr(Limits(), name)
+        shown = "none" if limit is None else f"{100 * limit:g} points above" if name in ADDED else f"{limit:g}:"
+        assert shown_limits[name].startswith(shown), name

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.search.search import automatic_step, bracket, grid
 from tests.boost.synthetic import alphas, best, tried
 
@@ -44,7 +44,7 @@ def test_none_helps(start: float) -> None:
 
 def test_a_grid_is_every_combination() -> None:
     values = {"a": [0.1, 0.2], "b": [1.0, 2.0, 3.0]}
-    asked = tried(grid(values), lambda numbers: 0.0)
+    asked = tried(grid(values), lambda params: 0.0)
     assert asked == [{"a": a, "b": b} for a in values["a"] for b in values["b"]]
 
 
@@ -105,7 +105,7 @@ def test_what_noise_hides_is_not_refined() -> None:
     def score(alpha: float) -> float:
         return -((alpha - 2.6) ** 2) + 2.6**2
 
-    def same(one: Numbers, other: Numbers, errors: int) -> bool:
+    def same(one: Params, other: Params, errors: int) -> bool:
         return abs(score(one["alpha"]) - score(other["alpha"])) < 0.5 * errors
 
     assert alphas(bracket(), score) == [0.5, 1, 2, 4, 3, 2.5]

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Numbers
+from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range, read_range
 from mergekit_lite.boosting.search.choice import boost
 from mergekit_lite.boosting.search.optuna_search import optuna_search
@@ -18,15 +18,15 @@ from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import Outcome
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import UsageError
-from tests.boost.synthetic import SyntheticBench, tried
+from tests.boost.synthetic import SyntheticEvaluator, tried
 
 RANGES = {"a": Range(0.0, 2.0, 0.01), "b": Range(-1.0, 1.0, 0.01)}
 SETTINGS = Settings(score="score", baseline={"a": 0.0, "b": 0.0})
 
 
-def bowl(numbers: Numbers) -> float:
+def bowl(params: Params) -> float:
     """Best at a = 1.2, b = 0.4, and 0 at the baseline."""
-    return 1.6 - (numbers["a"] - 1.2) ** 2 - (numbers["b"] - 0.4) ** 2
+    return 1.6 - (params["a"] - 1.2) ** 2 - (params["b"] - 0.4) ** 2
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
@@ -53,9 +53,9 @@ def test_what_was_tried_comes_first_and_counts(tmp_path: Path) -> None:
 
 def test_the_attributes_hold_what_a_dashboard_shows(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
-    bench = SyntheticBench(bowl, items=160, words=lambda numbers, rng: 20 if numbers["a"] < 1.5 else 200)
-    with Study(tmp_path / "kept", {}, bench.items) as study:
-        boost(lambda same: optuna_search(RANGES, SETTINGS, storage=storage, trials=12), bench, study, SETTINGS)
+    evaluator = SyntheticEvaluator(bowl, items=160, words=lambda params, rng: 20 if params["a"] < 1.5 else 200)
+    with Study(tmp_path / "kept", {}, evaluator.items) as study:
+        boost(lambda same: optuna_search(RANGES, SETTINGS, storage=storage, trials=12), evaluator, study, SETTINGS)
     [name] = optuna.get_all_study_names(storage)
     baseline, *trials = optuna.load_study(study_name=name, storage=storage).trials
     assert baseline.user_attrs == {"baseline": True} and baseline.value == 0
@@ -71,7 +71,7 @@ def test_the_attributes_hold_what_a_dashboard_shows(tmp_path: Path) -> None:
 def test_a_candidate_out_of_limits_is_told_as_no_better_than_the_worst(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     outcomes = iter([Outcome(0.5), Outcome(-0.3), Outcome(9.0, allowed=False), Outcome(float("nan"), allowed=False)])
-    tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=4), lambda numbers: next(outcomes))
+    tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=4), lambda params: next(outcomes))
     [name] = optuna.get_all_study_names(storage)
     told = [trial.value for trial in optuna.load_study(study_name=name, storage=storage).trials]
     assert told == [0.0, 0.5, -0.3, -0.3, -0.3]
@@ -92,9 +92,9 @@ from pathlib import Path
 from mergekit_lite.boosting.search.choice import boost
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.boosting.search.optuna_search import optuna_search
-from tests.boost.search.test_trials import RANGES, SETTINGS, SyntheticBench, bowl
+from tests.boost.search.test_trials import RANGES, SETTINGS, SyntheticEvaluator, bowl
 folder, log, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-class Logged(SyntheticBench):
+class Logged(SyntheticEvaluator):
     def row(self, numbers, item):
         with open(log, "a") as file:
             file.write(f"{numbers} {item}\\n")

@@ -1,0 +1,68 @@
+"""From settings to a scorer, whose module is imported when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from pydantic import ValidationError
+
+from mergekit_lite.answers import scorers
+from mergekit_lite.answers.scoring.scorer import SCORERS, Scorer, ScorerKind, ScorerSettings, Wrong
+from mergekit_lite.errors import UsageError, listing, nearest
+
+ALWAYS = ("name", "kind", "options")
+
+
+def kind_of(name: str) -> ScorerKind:
+    """Return the kind of scorer that a module of ``scorers`` registers. Its name has to be one of ``names()``."""
+    import_module(f"{scorers.__name__}.{name}")
+    return SCORERS[name]
+
+
+def wrong_settings(settings: ScorerSettings) -> Iterator[Wrong]:
+    """Yield every mistake that can be seen without opening anything."""
+    kind = kind_of(settings.kind)
+    for key in kind.needs:
+        if not getattr(settings, key):
+            why = ScorerSettings.model_fields[key].description
+            yield Wrong((), f"a scorer of the kind {settings.kind!r} needs {key!r}{f' ({why})' if why else ''}")
+    for key in ScorerSettings.model_fields:
+        if key in settings.model_fields_set and key not in (*ALWAYS, *kind.needs, *kind.takes):
+            yield Wrong((key,), f"{key!r} has no effect on a scorer of the kind {settings.kind!r}")
+    yield from kind.check(settings)
+    try:
+        kind.options.model_validate(settings.options)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            at = tuple(map(str, problem["loc"]))
+            yield Wrong(("options", *at), _about_option(kind, at, problem["type"], problem["msg"]))
+
+
+@contextmanager
+def open_scorer(settings: ScorerSettings) -> Iterator[Scorer]:
+    """Open the scorer that the settings describe, and close it with the context.
+
+    Raises:
+        UsageError: the settings are wrong; the message has every mistake.
+        CheckpointError: a model can't be loaded, or is not what it should be.
+        SandboxError: model-written code can't be run safely here.
+    """
+    problems = [f"{'.'.join(at)}: {text}" if at else text for at, text in wrong_settings(settings)]
+    if problems:
+        raise UsageError(listing(f"The settings of the scorer {settings.name!r} are wrong", problems))
+    kind = kind_of(settings.kind)
+    scorer = kind.make(settings, kind.options.model_validate(settings.options))
+    try:
+        yield scorer
+    finally:
+        scorer.close()
+
+
+def _about_option(kind: ScorerKind, at: tuple[str, ...], problem: str, text: str) -> str:
+    known = list(kind.options.model_fields)
+    if problem == "extra_forbidden":
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        return f"a scorer of the kind {kind.name!r} has no option {at[0]!r}: {has}.{nearest(at[0], known)}"
+    return text.removeprefix("Value error, ")

@@ -1,0 +1,98 @@
+"""Quantisation schemes that are recognised only to be refused by name: their codes are packed, or need tables.
+
+Each is known by the endings of the tensors that only it stores, and by ``quant_method`` in ``config.json``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import counted
+
+SUPPORTED_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+INTEGER_CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+FLOAT_CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+ORIGINAL = "Use the checkpoint that it was made from"
+
+
+class Scheme(NamedTuple):
+    """One refused scheme: its name, how its tensors' names end, and what to do instead."""
+
+    name: str
+    ending: re.Pattern[str]
+    remedy: str
+
+
+SCHEMES = (
+    Scheme(
+        "bitsandbytes (NF4, FP4 or LLM.int8)",
+        re.compile(r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.|\.SCB$"),
+        f"{ORIGINAL}, or load it with transformers, call model.dequantize(), and save it",
+    ),
+    Scheme(
+        "GPTQ or AWQ",
+        re.compile(r"\.(qweight|qzeros|g_idx)$"),
+        f"{ORIGINAL}, or dequantise it with GPTQModel (AWQ: AutoAWQ) and save it as bfloat16",
+    ),
+    Scheme(
+        "MXFP4",
+        re.compile(r"_blocks$"),
+        f"{ORIGINAL}, or load it with transformers and Mxfp4Config(dequantize=True), and save it",
+    ),
+    Scheme(
+        "NVFP4",
+        re.compile(r"weight_(scale_2|global_scale)$"),
+        f"{ORIGINAL}: 4-bit codes with two levels of scales aren't read",
+    ),
+    Scheme(
+        "compressed-tensors with packed weights (int4 or int8)",
+        re.compile(r"\.weight_packed$"),
+        f"{ORIGINAL}, or load it with transformers and CompressedTensorsConfig(run_compressed=False), and save it",
+    ),
+    Scheme("HQQ", re.compile(r"\.W_q$"), ORIGINAL),
+    Scheme("AQLM", re.compile(r"\.codebooks$"), ORIGINAL),
+    Scheme("quanto", re.compile(r"\.weight\._(data|scale)$"), ORIGINAL),
+    Scheme("torchao", re.compile(r"_weight_qdata$"), ORIGINAL),
+)
+ANY_SCHEME = re.compile("|".join(known.ending.pattern for known in SCHEMES))
+INTEGERS_WITH_SCALE = "integer codes with a scale (int8 or packed)"
+SCALE_ENDINGS = ("_scale", "_scale_inv", "_scales", "_scale_2")
+
+
+def refusals(tensors: Mapping[str, TensorSpec], method: str | None) -> list[str]:
+    """Return a line for each refused scheme that the tensors are in, with their number, an example and the remedy.
+
+    A ``method`` that is not supported refuses nothing by itself: tensors that are all plain floats are values, whatever
+    ``config.json`` has kept of an earlier life.
+    """
+    names_by_scheme: dict[tuple[str, str], list[str]] = {}
+    for name, spec in tensors.items():
+        scheme = _scheme_of(spec, tensors, method)
+        if scheme is not None:
+            names_by_scheme.setdefault(scheme, []).append(name)
+    return [
+        f"{title}: {counted(len(names), 'tensor')}, such as {names[0]}. {remedy}."
+        for (title, remedy), names in names_by_scheme.items()
+    ]
+
+
+def _scheme_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str | None) -> tuple[str, str] | None:
+    """Return the name and the remedy of the refused scheme that a tensor is in, or None."""
+    for known in SCHEMES if ANY_SCHEME.search(spec.name) else ():
+        if known.ending.search(spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
+            return known.name, known.remedy
+    integers = spec.dtype in INTEGER_CODES and len(spec.shape) >= 2  # vectors are counters, positions and the like
+    if integers and _has_scale(spec.name, tensors):
+        return INTEGERS_WITH_SCALE, ORIGINAL
+    if (integers or spec.dtype in FLOAT_CODES) and method is not None and method not in SUPPORTED_METHODS:
+        return f"quant_method {method!r} of config.json", ORIGINAL
+    return None
+
+
+def _has_scale(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
+    return any(name + ending in tensors for ending in SCALE_ENDINGS) or (
+        name.endswith(".weight") and name.removesuffix("weight") + "scale" in tensors
+    )

@@ -1,0 +1,46 @@
+"""A tensor whose elements are not laid out row by row: a transposed or sliced one in a torch file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.checkpoint.tensor import Encoding, TensorSpec
+from mergekit_lite.deferred import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Strided(Encoding):
+    """Elements that are ``strides`` elements apart in the file, along each dimension."""
+
+    strides: tuple[int, ...]
+
+    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Pick the elements, which are scattered, from a mapping of the file."""
+        values = tensor_of(out, spec.dtype)
+        if not out:
+            return
+        # Count each element's index through the dimensions, the last one first, and add up its distance from the first.
+        index = torch.arange(start, start + values.numel())
+        position = torch.zeros_like(index)
+        for length, stride in zip(reversed(spec.shape), reversed(self.strides), strict=True):
+            position += index % length * stride
+            index = index // length
+        mapped = torch.from_file(str(spec.file), size=spec.file.stat().st_size, dtype=torch.uint8)
+        reach = 1 + int(position.max())
+        stored = mapped[spec.offset : spec.offset + reach * values.element_size()]
+        if spec.offset % values.element_size():
+            stored = stored.clone()  # no view begins between two elements
+        torch.index_select(stored.view(values.dtype), 0, position, out=values)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The strides."""
+        return (self.strides,)
+
+
+def transposed(spec: TensorSpec) -> TensorSpec:
+    """Return the same matrix, plain or strided, with its rows as columns."""
+    rows, columns = spec.shape
+    strides = spec.encoding.strides if isinstance(spec.encoding, Strided) else (columns, 1)
+    return replace(spec, shape=(columns, rows), encoding=Strided(strides[::-1]))

@@ -1,0 +1,55 @@
+"""The file formats of weights: a table of the modules in this folder, one for each format.
+
+A format's module has what ``Format`` lists. To add a format, write its module and put it into ``FORMATS``; a stored
+element type of its own is an encoding (see ``checkpoint/encodings``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from mergekit_lite.checkpoint.formats import refused, safetensors, torch
+from mergekit_lite.checkpoint.formats.header import Header
+from mergekit_lite.errors import CheckpointError
+
+
+class Format(Protocol):
+    """What the module of a format has."""
+
+    @property
+    def SUFFIXES(self) -> tuple[str, ...]:
+        """How the names of its files end."""
+
+    @property
+    def MODEL_NAMES(self) -> tuple[str, ...]:
+        """What its files are named in the folder of a model; with ``.index.json`` behind it, the index of shards."""
+
+    @property
+    def ADAPTER_NAMES(self) -> tuple[str, ...]:
+        """What its files are named in the folder of a LoRA adapter."""
+
+    def read_header(self, path: Path) -> Header:
+        """Read and check the header of a file; no weight is read.
+
+        Raises:
+            CheckpointError: the file can't be read, is damaged or hostile, or holds what is not supported.
+        """
+
+
+FORMATS: tuple[Format, ...] = (safetensors, torch)  # of a folder that has several, the first is read
+SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.SUFFIXES)
+_BY_SUFFIX = {suffix: format for format in FORMATS for suffix in format.SUFFIXES}
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a weight file, in the format that its suffix names; no weight is read.
+
+    Raises:
+        CheckpointError: no format has this suffix, or ``Format.read_header`` raises it.
+    """
+    if path.suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[path.suffix].read_header(path)
+    if path.suffix in refused.REMEDIES:
+        raise CheckpointError(f"{path}: {refused.REMEDIES[path.suffix]}")
+    raise CheckpointError(f"{path}: not a weight file; expected one of {', '.join(SUFFIXES)}, or a folder.")

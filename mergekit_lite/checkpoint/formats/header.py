@@ -1,0 +1,70 @@
+"""What the header of a weight file says, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import CheckpointError, shortened
+
+MAX_NAME = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """The identity of one file of weights, taken when its header was read."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    header_digest: str
+
+    @classmethod
+    def identify(cls, path: Path, header: bytes) -> WeightFile:
+        """Return the identity of a file: its size, its time and the digest of its header."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(header))
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where the file is no longer the one whose header was read."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: was readable when planned, but now: {error.strerror}") from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise CheckpointError(
+                f"{self.path}: changed since it was planned (size {self.size:,} then, {status.st_size:,} now). "
+                "Leave the inputs alone while they are read, and start again."
+            )
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file of weights holds.
+
+    Attributes:
+        file: the identity of the file.
+        tensors: its tensors by name, in the order of their bytes.
+        metadata: free-form text by key; empty in a format without metadata.
+        nest: the keys its tensors are nested under: ``("model",)`` for a torch file of ``{"model": {...}}``.
+        left_out: the names of its contents that are not tensors of the model, such as an epoch or an optimizer.
+    """
+
+    file: WeightFile
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    nest: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def check_name(file: Path, name: str) -> None:
+    """Raise CheckpointError where a tensor's name is too long or has characters that a terminal would obey."""
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{file}: a tensor's name {shortened(repr(name), 80)} is longer than {MAX_NAME} characters or has "
+            "unprintable ones. The file is damaged or forged."
+        )

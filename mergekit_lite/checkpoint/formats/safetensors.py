@@ -1,0 +1,155 @@
+"""The header of a ``.safetensors`` file, checked in full before anything in it is believed.
+
+The format: 8 bytes little-endian header length, a JSON object (name → dtype, shape, begin and end offset), then the
+data without holes. See https://github.com/huggingface/safetensors (format section).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import CheckpointError, shortened
+
+SUFFIXES = (".safetensors",)
+MODEL_NAMES = ("model.safetensors",)
+ADAPTER_NAMES = ("adapter_model.safetensors",)
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_DIMENSIONS = 16
+MAX_BYTES = 2**63 - 1
+
+
+def read_header(path: Path) -> Header:
+    """Read and check one file's header.
+
+    Raises:
+        CheckpointError: the header is longer than the file or than 100 MB, is not the JSON object it should be, names a
+            tensor twice, or its dtypes, shapes and offsets don't add up to exactly the data that is there.
+    """
+    try:
+        with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            if total < LENGTH_BYTES or length > total - LENGTH_BYTES:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file, or cut short: its header should take {length:,} bytes, "
+                    f"the file has {total:,}. Download it again."
+                )
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: its header claims {length:,} bytes; more than {MAX_HEADER_BYTES:,} is refused. "
+                    "This is no real checkpoint."
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    entries = _parse(path, raw)
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    start = LENGTH_BYTES + length
+    specs = [_spec(path, name, entry, start) for name, entry in entries.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    _check_tiling(path, specs, start, total)
+    return Header(WeightFile.identify(path, raw), {spec.name: spec for spec in specs}, metadata)
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    """Parse the JSON object of a header. Raises CheckpointError where it is none, or names a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(
+                f"{path}: its header names {shortened(repr(twice))} twice. The file is damaged or forged."
+            )
+        return members
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header should be a JSON object, but is a {type(entries).__name__}.")
+    return entries
+
+
+def _metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ in its header should map text to text.")
+    return metadata
+
+
+def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
+    """Return the tensor that an entry of the header describes, once dtype, shape and offsets fit each other.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        entry: what the header says of it.
+        start: where the data begin in the file; offsets count from there.
+    """
+    check_name(path, name)
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name!r}: {what}. The file is damaged or forged.")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise damaged("its header entry should hold dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = dtypes.BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: tensor {name!r}: dtype {shortened(repr(code), 80)} is not supported. "
+            f"Known: {', '.join(dtypes.BY_CODE)}."
+        )
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise damaged(f"shape {shortened(shape, 80)} is not a list of at most {MAX_DIMENSIONS} sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise damaged(f"data_offsets {shortened(offsets, 80)} is not a begin and an end")
+    expected = math.prod(shape) * dtype.size
+    if expected > MAX_BYTES or offsets[1] - offsets[0] != expected:
+        raise damaged(
+            f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+        )
+    return TensorSpec(name, dtype.name, tuple(shape), path, start + offsets[0])
+
+
+def _naturals(values: object) -> bool:
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110  (a generator takes twice as long, and there are very many headers' entries)
+        if type(value) is not int or not 0 <= value <= MAX_BYTES:
+            return False
+    return True
+
+
+def _check_tiling(path: Path, specs: list[TensorSpec], start: int, total: int) -> None:
+    """Raise CheckpointError where the tensors, in the order of their offsets, don't tile the data without a gap.
+
+    An empty tensor takes no bytes, and is sorted before the one that begins at the same offset.
+
+    Args:
+        path: the file.
+        specs: its tensors.
+        start: where the data begin in the file.
+        total: size of the file.
+    """
+    position = start
+    for spec in specs:
+        if spec.offset != position:
+            what = "overlaps the tensor before it" if spec.offset < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {spec.name!r} {what}. The file is damaged or forged.")
+        position += spec.nbytes
+    if position != total:
+        raise CheckpointError(
+            f"{path}: its header describes {position - start:,} bytes of data, the file holds {total - start:,}. "
+            f"{'It is cut short: download it again.' if position > total else 'The file is damaged or forged.'}"
+        )

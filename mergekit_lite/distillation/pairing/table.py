@@ -1,0 +1,132 @@
+"""Counts and losses of the pair stage by domain, laid out as the FuseChat-3.0 card has them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mergekit_lite.answers.rows import Prompt, write_text
+from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting
+from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.rules import PreferencePair
+
+
+@dataclass
+class Counts:
+    """Numbers of one domain's prompts, and of the answers to them.
+
+    Attributes:
+        prompts: all prompts.
+        sft: prompts that became SFT rows.
+        preference: prompts that became preference rows.
+        waiting: prompts that wait for the target's own answers.
+        dropped: prompts that became no row, by stage and reason.
+        answers: all answers of the sources and the target, and the unusable ones by reason.
+    """
+
+    prompts: int = 0
+    sft: int = 0
+    preference: int = 0
+    waiting: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rows of both stages, with those that wait."""
+        return self.sft + self.preference + self.waiting
+
+    @property
+    def share(self) -> str:
+        """Share of SFT rows, as the card prints it."""
+        return f"{100 * self.sft / self.total:.1f}%" if self.total else "–"
+
+
+@dataclass(frozen=True)
+class PairingTable:
+    """The counts of each domain, and their sum."""
+
+    domains: Mapping[str, Counts]
+
+    @property
+    def overall(self) -> Counts:
+        """The sum over all domains."""
+        counts = list(self.domains.values())
+        return Counts(
+            prompts=sum(one.prompts for one in counts),
+            sft=sum(one.sft for one in counts),
+            preference=sum(one.preference for one in counts),
+            waiting=sum(one.waiting for one in counts),
+            dropped=_summed(one.dropped for one in counts),
+            answers=_summed(one.answers for one in counts),
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the table as JSON, atomically."""
+        rows = {name: _row(counts) for name, counts in self.domains.items()}
+        text = json.dumps({"domains": rows, "all": _row(self.overall)}, indent=1, ensure_ascii=False)
+        write_text(path, f"{text}\n")
+
+    def show(self, reporter: Reporter) -> None:
+        """Report the counts as a table, then the losses as another."""
+        named = [*self.domains.items(), *([("all", self.overall)] if len(self.domains) > 1 else [])]
+        waiting = any(counts.waiting for _, counts in named)
+        heads = ["domain", ">prompts", ">dropped", ">total", ">SFT", ">preference", *[">waiting"][: int(waiting)]]
+        rows = []
+        for name, counts in named:
+            figures = [counts.prompts, sum(counts.dropped.values()), counts.total, counts.sft, counts.preference]
+            figures += [counts.waiting] if waiting else []
+            rows.append([name or "–", *(f"{figure:,}" for figure in figures), counts.share])
+        reporter.table([*heads, ">SFT share"], rows)
+        losses = [
+            [name or "–", f"{number:,}", what]
+            for name, counts in self.domains.items()
+            for what, number in [*counts.dropped.items(), *counts.answers.items()]
+            if what != "answers"
+        ]
+        if losses:
+            reporter.table(["domain", ">lost", "why"], losses)
+
+
+def table_of(
+    assigned: Mapping[str, Assignment], prompts: Mapping[str, Prompt], answers: Mapping[str, Counter[str]]
+) -> PairingTable:
+    """Count the assignments and answers by domain.
+
+    Args:
+        assigned: by the prompt's id.
+        prompts: by id.
+        answers: numbers of answers by domain and kind, as ``Inventory.counts``.
+    """
+    domains: dict[str, Counts] = {}
+    for prompt, assignment in assigned.items():
+        domain = prompts[prompt].domain
+        counts = domains.setdefault(domain, Counts(answers=_answers(answers.get(domain, Counter()))))
+        counts.prompts += 1
+        counts.sft += isinstance(assignment, SftExample)
+        counts.preference += isinstance(assignment, PreferencePair)
+        counts.waiting += isinstance(assignment, Waiting)
+        if isinstance(assignment, Dropped):
+            why = f"prompts, {assignment.stage}: {assignment.reason.why}"
+            counts.dropped[why] = counts.dropped.get(why, 0) + 1
+    for counts in domains.values():
+        counts.dropped = dict(sorted(counts.dropped.items()))
+    return PairingTable(domains)
+
+
+def _answers(counts: Counter[str]) -> dict[str, int]:
+    return {what if what == "answers" else f"answers: {what}": counts[what] for what in sorted(counts) if counts[what]}
+
+
+def _row(counts: Counts) -> dict[str, object]:
+    return {"prompts": counts.prompts, "total": counts.total, "share": counts.share, **asdict(counts)}
+
+
+def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items()))

@@ -1,0 +1,206 @@
+"""What no single key of a recipe shows: names that refer to nothing, and keys that contradict each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.scoring.registry import wrong_settings
+from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, RecipeScorer, Source
+from mergekit_lite.distillation.rules import RULES
+from mergekit_lite.errors import UsageError, listing, nearest
+
+KeyPath = tuple[int | str, ...]  # keys and list indices from the recipe's root
+DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
+
+
+class Problem(NamedTuple):
+    """A contradiction, and the key it is reported at."""
+
+    at: KeyPath
+    text: str
+
+
+def contradictions(recipe: Recipe) -> Iterator[Problem]:
+    """Yield every contradiction in the recipe."""
+    yield from _empty_sections(recipe)
+    yield from _clashing_names("sources", [source.name for source in recipe.sources])
+    yield from _clashing_names("scorers", [scorer.name for scorer in recipe.scorers])
+    for number, source in enumerate(recipe.sources):
+        yield from _source(("sources", number), source)
+    for number, scorer in enumerate(recipe.scorers):
+        yield from _scorer(("scorers", number), scorer)
+    yield from _target_source(recipe)
+    for at, prompts in _prompts(recipe):
+        yield from _one_origin(at, prompts)
+    yield from pairing_problems(recipe)
+    for number, name in enumerate(recipe.report.scores or ()):
+        yield from _known_scorer(recipe, ("report", "scores", number), name)
+
+
+def pairing_problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[Problem]:
+    """Yield what is wrong with the recipe's ``pairs``.
+
+    Args:
+        recipe: the recipe.
+        domains: of the prompts, where they are known; the domains that the recipe names are always checked.
+    """
+    yield from _pairing(recipe, recipe.pairs.of(""), ("pairs",))
+    for domain in dict.fromkeys([*recipe.pairs.domains, *domains]):
+        pairing = recipe.pairs.of(domain)
+        at: KeyPath = ("pairs",)
+        if domain in recipe.pairs.domains:
+            at = ("pairs", "domains", domain)
+            yield from _pairing(recipe, pairing, at)
+        judged = {scorer.name: scorer.domains for scorer in recipe.scorers}
+        for name in pairing.scorers:
+            limited_to = judged.get(name)
+            if limited_to is not None and domain not in limited_to:
+                text = f"the scorer {name!r} doesn't judge the domain {domain!r}: add it to the scorer's domains"
+                yield Problem(at, text)
+
+
+def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
+    """Refuse a recipe that names a domain without prompts.
+
+    Args:
+        recipe: the recipe.
+        domains: of the prompts.
+
+    Raises:
+        UsageError: with all such names.
+    """
+    known = dict.fromkeys(domains)
+    listed = ", ".join(repr(domain) for domain in known) or "none"
+    problems = [
+        f"{where}: no prompt is of the domain {name!r}.{nearest(name, known)}"
+        for where, name in _named_domains(recipe)
+        if name not in known
+    ]
+    if problems:
+        raise UsageError(listing(f"The recipe names domains that no prompt has (there are: {listed})", problems))
+
+
+def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
+    for key in ("prompts", "sources"):
+        if not getattr(recipe, key):
+            yield Problem((key,), f"{key!r} is an empty list: at least one is needed")
+    if recipe.train.sft is None and recipe.train.preference is None:
+        yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
+
+
+def _known_scorer(recipe: Recipe, at: KeyPath, name: str) -> Iterator[Problem]:
+    known = [scorer.name for scorer in recipe.scorers]
+    if name not in known:
+        hint = nearest(name, known) or f" There are: {', '.join(known)}."
+        yield Problem(at, f"no scorer is named {name!r}.{hint}")
+
+
+def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
+    for number, name in enumerate(names):
+        at: KeyPath = (key, number, "name")
+        if name.lower() in (earlier.lower() for earlier in names[:number]):
+            yield Problem(at, f"the name {name!r} is taken by another of the {key}: files are called by it")
+        if name.lower().endswith(".partial"):
+            yield Problem(at, f"the name {name!r} ends like a file that is not finished: choose another one")
+
+
+def _source(at: KeyPath, source: Source) -> Iterator[Problem]:
+    if source.name == TARGET:
+        yield Problem((*at, "name"), f"{TARGET!r} is the trained model's own name: choose another one")
+    if source.server:
+        ineffective, why = ["batch_size", "device", "dtype"], "a server decides that itself"
+    else:
+        ineffective, why = ["concurrency", "timeout", "retries", "api_key_variable"], "it is for a 'server'"
+    for key in ineffective:
+        if key in source.model_fields_set:
+            yield Problem((*at, key), f"{key!r} has no effect here: {why}")
+    if source.domains is not None:
+        for domain in source.samples_for:
+            if domain not in source.domains:
+                hint = nearest(domain, source.domains)
+                text = f"samples for {domain!r}, which is not among the source's 'domains'.{hint}"
+                yield Problem((*at, "samples_for", domain), text)
+
+
+def _scorer(at: KeyPath, scorer: RecipeScorer) -> Iterator[Problem]:
+    yield from (Problem((*at, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
+
+
+def _target_source(recipe: Recipe) -> Iterator[Problem]:
+    own = recipe.target_source
+    if own is None:
+        return
+    if own.name != TARGET:
+        yield Problem(("target_source", "name"), f"this source is always called {TARGET!r}: leave the name out")
+    if own.server is None and own.model != TARGET:
+        text = "the model of 'target_source' is the one that SFT makes, or else 'target': leave it out"
+        yield Problem(("target_source", "model"), text)
+    if own.server is not None and own.model == TARGET:
+        yield Problem(("target_source",), "a 'server' needs the 'model', as it is called there")
+    yield from (problem for problem in _source(("target_source",), own) if problem.at[-1] != "name")
+
+
+def _prompts(recipe: Recipe) -> Iterator[tuple[KeyPath, Prompts]]:
+    for number, prompts in enumerate(recipe.prompts):
+        yield ("prompts", number), prompts
+    for number, prompts in enumerate(recipe.report.prompts):
+        yield ("report", "prompts", number), prompts
+
+
+def _one_origin(at: KeyPath, prompts: Prompts) -> Iterator[Problem]:
+    if (prompts.path is None) == (prompts.dataset is None):
+        yield Problem(at, "prompts are given by exactly one of 'path' and 'dataset'")
+    if prompts.path is not None:
+        for key in ("config", "split"):
+            if key in prompts.model_fields_set:
+                yield Problem((*at, key), f"{key!r} has no effect on a file: it is for a 'dataset'")
+
+
+def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
+    scorers = [scorer.name for scorer in recipe.scorers]
+    for key, name in (("score", pairing.score), ("correct", pairing.correct)):
+        if name is not None and name not in scorers:
+            known = f" Known: {', '.join(scorers)}." if scorers else " The recipe has no scorers."
+            yield Problem((*at, key), f"no scorer is named {name!r}.{nearest(name, scorers)}{known}")
+    if pairing.rule != "as_is":
+        if pairing.score is None:
+            yield Problem(at, f"{pairing.rule} ranks answers: name the scorer as `score`")
+        yield from _rule_options(pairing, at)
+    if pairing.gap != (None, None) and pairing.gap_quantiles is not None:
+        yield Problem((*at, "gap_quantiles"), "gap and gap_quantiles are two ways to say the same: give one")
+    for key, bounds in (("gap", pairing.gap), ("gap_quantiles", pairing.gap_quantiles or (None, None))):
+        least, most = bounds
+        if least is not None and most is not None and least > most:
+            yield Problem((*at, key), f"the least is {least:g}, more than the most, {most:g}")
+    if pairing.needs_target:
+        if recipe.target_source is None:
+            text = f"{pairing.rule} needs the target's own answers: say in `target_source` how it gives them"
+            yield Problem(at, text)
+        if pairing.split == "availability":
+            text = "the target answers after its SFT, so the split can't wait for its pairs: use share"
+            yield Problem((*at, "split"), text)
+    if pairing.answers != "sources" and pairing.rule in ("fusechat3", *TARGET_RULES):
+        yield Problem((*at, "answers"), f"{pairing.rule} says itself whose answers it pairs: leave it out")
+
+
+def _rule_options(pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
+    known = [name for name in inspect.signature(RULES[pairing.rule]).parameters if name not in DRAWN]
+    for name in pairing.options:
+        if name not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            text = f"{pairing.rule} has no option {name!r}, {takes}.{nearest(name, known)}"
+            yield Problem((*at, "options", name), text)
+
+
+def _named_domains(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for source in (*recipe.sources, *((recipe.target_source,) if recipe.target_source else ())):
+        for domain in dict.fromkeys((*(source.domains or ()), *source.samples_for)):
+            yield f"the source {source.name}", domain
+    for scorer in recipe.scorers:
+        for domain in scorer.domains or ():
+            yield f"the scorer {scorer.name}", domain
+    for domain in recipe.pairs.domains:
+        yield "pairs.domains", domain

@@ -1,0 +1,179 @@
+"""The keys of a recipe with their defaults and meanings. Any other key is an error with line and column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.scoring.scorer import ScorerSettings
+
+TARGET = "target"  # names the source that is the target itself, after its SFT
+TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Strict(BaseModel):
+    """A section of the recipe: unknown keys are errors, and values don't change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """A model that answers prompts, behind a server or loaded into this process."""
+
+    name: Name
+    model: str  # a folder or org/name; for a server, the name it is served under
+    server: str | None = None  # http://host:port/v1 of an OpenAI-compatible server
+    api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
+    concurrency: Count = 32  # requests open at once
+    timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
+    retries: Annotated[int, Field(ge=0)] = 8  # of a failed request
+    batch_size: Count = 16  # in process
+    device: str | None = None  # cpu, cuda, cuda:1 …; by default a GPU if the machine has one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # in process; the model's own by default
+    samples: Count = 5  # answers to each prompt
+    samples_for: dict[str, Count] = {}  # overrides by domain
+    domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
+    sampling: Sampling = Sampling()
+    system: str | None = None  # a system prompt put before the messages
+
+    def answers_to(self, domain: str) -> int:
+        """Return how many answers the source gives to a prompt of a domain."""
+        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
+
+
+class RecipeScorer(ScorerSettings):
+    """A scorer with the domains that it judges."""
+
+    domains: tuple[str, ...] | None = None  # judges only answers to prompts of these; all by default
+
+
+class PairingRules(Strict):
+    """How scored answers become training rows, apart from the rule."""
+
+    score: str | None = None  # the scorer that ranks; only as_is does without
+    correct: str | None = None  # a verifier: only answers that it scores 1 are chosen, only others rejected
+    answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
+    gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
+    gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
+    split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
+    sft_share: Share = 0.4  # with split share: of the prompts, rounded down
+    rip: dict[Literal["rejected_score", "rejected_length", "gap"], float] = {}  # RIP's three thresholds
+    options: dict[str, float] = {}  # keyword arguments of the rule
+
+
+class DomainPairing(PairingRules):
+    """Overrides for one domain; unset fields inherit from ``pairs``."""
+
+    rule: Rule | None = None
+
+
+class Pairing(PairingRules):
+    """The section ``pairs``: the rule for all domains, and overrides by domain."""
+
+    rule: Rule
+    domains: dict[str, DomainPairing] = {}
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The scorers whose scores an answer needs to be used."""
+        return () if self.rule == "as_is" else tuple(filter(None, (self.score, self.correct)))
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether pairs are made of answers that the target gives after its SFT."""
+        if self.rule == "as_is" or (self.split == "share" and self.sft_share == 1):
+            return False
+        return self.rule in TARGET_RULES or (self.rule != "fusechat3" and self.answers != "sources")
+
+    def of(self, domain: str) -> Pairing:
+        """Return the pairing of one domain, without further overrides.
+
+        Another rule starts without options, and other bounds of gaps replace both kinds of bounds.
+        """
+        override = self.domains.get(domain, DomainPairing())
+        changes = {name: getattr(override, name) for name in override.model_fields_set}
+        if changes.get("rule") is None:
+            changes["rule"] = self.rule
+        elif changes["rule"] != self.rule:
+            changes.setdefault("options", {})
+        if "gap" in changes or "gap_quantiles" in changes:
+            changes = {"gap": (None, None), "gap_quantiles": None, **changes}
+        return self.model_copy(update={**changes, "domains": {}})
+
+
+class Lora(Strict):
+    """A LoRA adapter to train instead of all weights."""
+
+    rank: Count = 16
+    alpha: float = 32
+    dropout: Share = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Training(Strict):
+    """One training. ``trainer`` passes any other argument of transformers' TrainingArguments."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(gt=0)] = 1
+    batch_size: Count = 128  # rows of an optimiser step, over all processes
+    per_device_batch_size: Count = 2
+    warmup_ratio: Share = 0.1
+    scheduler: str = "cosine"
+    max_length: Count = 2048  # tokens of prompt and response
+    max_prompt_length: Count | None = None
+    too_long: Literal["drop", "cut"] = "drop"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    save_steps: Count = 100
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trainer: dict[str, Any] = {}
+
+
+class Preference(Training):
+    """Preference training by one of ``OBJECTIVES``."""
+
+    objective: str
+    options: dict[str, Any] = {}  # keyword arguments of the objective: beta, alpha, schedule, smoothing …
+
+
+class Train(Strict):
+    """SFT, then preference training; either may be left out."""
+
+    sft: Training | None = None
+    preference: Preference | None = None
+
+
+class Report(Strict):
+    """What the models are compared on: the target before training, after SFT, and after preference training."""
+
+    prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
+    samples: Count = 1
+    sampling: Sampling = Sampling(temperature=0)
+    scores: tuple[str, ...] | None = None  # names of scorers; all by default
+    servers: dict[Literal["untrained", "sft", "preference"], str] = {}  # a server that serves a model by this name
+    examples: Count = 4  # prompts whose answers are shown side by side
+
+
+class Recipe(Strict):
+    """One distillation."""
+
+    folder: Path  # of everything it makes
+    seed: int = 0
+    target: str  # the model to train
+    prompts: tuple[Prompts, ...]
+    sources: tuple[Source, ...]
+    target_source: Source | None = None  # how the SFT model answers for itself; the sample stage sets its model
+    scorers: tuple[RecipeScorer, ...]
+    pairs: Pairing
+    train: Train
+    report: Report = Report()

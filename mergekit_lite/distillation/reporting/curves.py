@@ -1,0 +1,174 @@
+"""Pictures of a distillation: training curves, and the models compared on held-out prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mergekit_lite.answers.intervals import Interval
+from mergekit_lite.answers.rows import read_rows
+from mergekit_lite.distillation.reporting.held_out import LENGTH, MODELS, Comparison
+from mergekit_lite.errors import shortened
+from mergekit_lite.pages.drawing import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+MANY = 60  # points: curves with more have a running mean drawn over them
+PANEL_HEIGHT = 2.1  # inches
+COLOUR_OF = {"source": COLOURS[0], "target": COLOURS[2], "rejected": COLOURS[1]}
+
+Log = Sequence[Mapping[str, float]]
+
+
+class Panel(NamedTuple):
+    """Columns of the log that are drawn on one pair of axes."""
+
+    title: str
+    unit: str
+    lines: Mapping[str, str]  # labels by column of the log
+
+
+PANELS = {
+    "sft": (
+        Panel("Loss", "nats a token", {"loss": ""}),
+        Panel("Learning rate", "a step", {"learning_rate": ""}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Length of the responses", "tokens", {"length/response": ""}),
+    ),
+    "preference": (
+        Panel(
+            "Rewards",
+            "reward",
+            {"rewards/source": "source, chosen", "rewards/target": "target, chosen", "rewards/rejected": "rejected"},
+        ),
+        Panel("Margin of chosen over rejected", "reward", {"margin": ""}),
+        Panel(
+            "Accuracy: chosen above rejected",
+            "share of rows",
+            {"accuracy": "all chosen", "accuracy/source": "source", "accuracy/target": "target"},
+        ),
+        Panel("Loss", "mean of the rows", {"loss": ""}),
+        Panel("KL to the reference, estimate", "nats a response", {"kl": ""}),
+        Panel("Weight of the sources' answer, α", "share", {"alpha": ""}),
+        Panel(
+            "Length of the responses",
+            "tokens",
+            {"length/source": "source", "length/target": "target", "length/rejected": "rejected"},
+        ),
+        Panel("Learning rate", "a step", {"learning_rate": ""}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is drawn both as PNG and into the page.
+
+    Attributes:
+        name: of its file.
+        title: its caption.
+        height: in inches.
+        draw: draws it onto a figure.
+    """
+
+    name: str
+    title: str
+    height: float
+    draw: Callable[[FigureBase], None]
+
+
+def read_log(path: Path) -> Log:
+    """Return the rows of a training log, ordered by step; of a step that was logged again, its last row."""
+    if not path.exists():
+        return []
+    rows = {line.row["step"]: line.row for line in read_rows(path, []) if "step" in line.row}
+    return [rows[step] for step in sorted(rows)]
+
+
+def training(stage: str, log: Log) -> Picture | None:
+    """Return the curves of one training: a panel for all columns that the log has. None for an empty log."""
+    panels = [panel for panel in PANELS[stage] if any(key in row for row in log for key in panel.lines)]
+    if not panels:
+        return None
+
+    def draw(figure: FigureBase) -> None:
+        columns = min(2, len(panels))
+        grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _panel(axes, panel, log)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+
+    title = {"sft": "Supervised fine-tuning", "preference": "Preference training"}[stage]
+    return Picture(f"{stage}.png", title, PANEL_HEIGHT * -(-len(panels) // 2), draw)
+
+
+def _panel(axes: Axes, panel: Panel, log: Log) -> None:
+    lines = {key: label for key, label in panel.lines.items() if any(key in row for row in log)}
+    for number, (key, label) in enumerate(lines.items()):
+        points = [(row["step"], row[key]) for row in log if key in row and math.isfinite(row[key])]
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        colour = COLOUR_OF.get(key.partition("/")[2], "#7f7f7f" if len(lines) > 1 else COLOURS[number])
+        if len(values) > MANY:
+            axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
+            steps, values = _smooth(steps, values, len(values) // 20)
+        marker = "o" if len(values) == 1 else ""
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, label=label)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("optimiser step", fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _smooth(steps: np.ndarray[Any, Any], values: np.ndarray[Any, Any], width: int) -> tuple[Any, Any]:
+    """Return running means of values and of steps, so that each mean is drawn in the middle of its window."""
+    kernel = np.ones(width) / width
+    return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
+
+
+def held_out(comparison: Comparison) -> Picture:
+    """Return means of all models and their paired differences, with 95 % intervals: a row of panels for each metric."""
+    metrics = [*comparison.scorers, LENGTH]
+
+    def draw(figure: FigureBase) -> None:
+        grid = figure.subplots(len(metrics), 2, squeeze=False)
+        for row, name in zip(grid, metrics, strict=True):
+            models = [model for model in MODELS if model in comparison.answers]
+            means = {str(model): comparison.mean(model, name) for model in models}
+            _intervals(row[0], means, COLOURS)
+            row[0].set_title(f"{shortened(name, 24)}: mean", fontsize=10, parse_math=False)
+            differences = {
+                f"{difference.after} − {difference.before}": difference.interval
+                for difference in comparison.differences
+                if difference.metric == name
+            }
+            _intervals(row[1], differences, ("#404040",) * len(differences))
+            row[1].axvline(0, color="#7f7f7f", linewidth=1, linestyle="--")
+            row[1].set_title("difference on the same prompts", fontsize=10)
+            for axes in row:
+                axes.set_xlabel("characters" if name == LENGTH else "score", fontsize=8)
+
+    return Picture("held-out.png", "Held-out prompts, with 95 % intervals", 0.4 + 1.65 * len(metrics), draw)
+
+
+def _intervals(axes: Axes, named: Mapping[str, Interval], colours: Sequence[str]) -> None:
+    for row, (interval, colour) in enumerate(zip(named.values(), colours, strict=False)):
+        mean = interval.mean
+        if not math.isfinite(mean):
+            continue
+        ends = [[mean - interval.low], [interval.high - mean]] if math.isfinite(interval.low) else None
+        axes.errorbar([mean], [row], xerr=ends, fmt="o", color=colour, capsize=3, markersize=5)
+    axes.set_yticks(range(len(named)), list(named), fontsize=8)
+    axes.set_ylim(len(named) - 0.5, -0.5)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="x", alpha=0.3)

@@ -1,0 +1,203 @@
+"""The results of a distillation, as figures and as sentences that follow from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from mergekit_lite.answers.intervals import Interval
+from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.reporting import curves
+from mergekit_lite.distillation.reporting.curves import Log, Picture
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, Comparison, Model
+from mergekit_lite.errors import counted
+
+STAGES = ("sft", "preference")
+NAMES: Mapping[Model, str] = {
+    "untrained": "the target as it was",
+    "sft": "the SFT model",
+    "preference": "the preference model",
+}
+LONGER = 1.1  # ratio of lengths that is reported
+FEW = 30  # prompts below which intervals are called rough
+MANY_CUT = 0.02  # share of answers cut off that is reported
+CAN_NOT_TELL = (
+    "An interval tells what other prompts of this kind would have given. It knows nothing of another run of training: "
+    "only runs with other seeds tell how far those differ.",
+    "A scorer that also chose the training data favours what was learnt from it. One that had no part in them, or "
+    "people, are better judges.",
+    "Many scorers favour long answers. A higher score of longer answers may be that alone.",
+    "A skill without held-out prompts here may have suffered unseen.",
+)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All results that the report shows.
+
+    Attributes:
+        recipe: of the distillation.
+        logs: by training, of those that have one.
+        table: the table of the pair stage, from its JSON file.
+        comparison: of the models on held-out prompts; None without such prompts.
+    """
+
+    recipe: Recipe
+    logs: Mapping[str, Log]
+    table: Mapping[str, Any] | None
+    comparison: Comparison | None
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The pictures that there are figures for."""
+        drawn = [curves.held_out(self.comparison)] if self.comparison is not None else []
+        trained = (curves.training(stage, self.logs.get(stage, [])) for stage in STAGES)
+        return [*drawn, *(picture for picture in trained if picture is not None)]
+
+    @property
+    def conclusions(self) -> list[str]:
+        """Sentences that follow from the figures."""
+        return [*_of_comparison(self.comparison), *_of_training(self.logs)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures as plain data; numbers that are not finite are None."""
+        return {
+            "target": self.recipe.target,
+            "seed": self.recipe.seed,
+            "rule": self.recipe.pairs.rule,
+            "objective": self.recipe.train.preference.objective if self.recipe.train.preference else None,
+            "said": self.conclusions,
+            "held_out": _comparison_json(self.comparison),
+            "pairs": self.table,
+            "training": {stage: {"first": log[0], "last": log[-1]} for stage, log in self.logs.items() if log},
+        }
+
+
+def gather(recipe: Recipe, comparison: Comparison | None) -> Findings:
+    """Read the logs and the table in a recipe's folder."""
+    folder = Folder(recipe.folder)
+    logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in STAGES}
+    path = folder.root / "pairs" / "table.json"
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return Findings(recipe, {stage: log for stage, log in logs.items() if log}, table, comparison)
+
+
+def with_ends(interval: Interval, signed: bool = False) -> str:
+    """Return a mean and its interval in significant digits: ``0.012 [0.010, 0.015]``."""
+    if not math.isfinite(interval.mean):
+        return "–"
+    sign = "+" if signed else ""
+    mean = _number(interval.mean, interval, sign)
+    if not math.isfinite(interval.low):
+        return mean
+    return f"{mean} [{_number(interval.low, interval, sign)}, {_number(interval.high, interval, sign)}]"
+
+
+def _number(value: float, interval: Interval, sign: str) -> str:
+    """Return a number with enough decimals to show two digits of the interval's half width."""
+    half = (interval.high - interval.low) / 2
+    if not math.isfinite(half) or half <= 0:
+        return f"{value:{sign},.4g}".replace("-", "−")
+    digits = min(max(1 - math.floor(math.log10(half)), 0), 6)
+    return f"{value:{sign},.{digits}f}".replace("-", "−")
+
+
+def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
+    if comparison is None:
+        yield "No model was compared: the recipe has no held-out prompts (`report.prompts`)."
+        return
+    for scorer in comparison.scorers:
+        yield from _winner(comparison, scorer)
+    if len(comparison.prompts) < FEW:
+        prompts = counted(len(comparison.prompts), "prompt")
+        yield f"With only {prompts} all intervals are rough: too narrow, if anything."
+    lengths = {model: comparison.mean(model, LENGTH).mean for model in comparison.answers}
+    first, before = next(iter(lengths.items()))
+    for model, length in lengths.items():
+        if model != first and before > 0 and not 1 / LONGER < length / before < LONGER:
+            yield (
+                f"The answers of {NAMES[model]} have {length / before:.2f} times the length of those of "
+                f"{NAMES[first]} ({length:,.0f} and {before:,.0f} characters)."
+            )
+    cut = {model: comparison.mean(model, CUT).mean for model in comparison.answers}
+    if max(cut.values()) > MANY_CUT:
+        shares = ", ".join(f"{100 * share:.1f} % of {NAMES[model]}" for model, share in cut.items())
+        yield f"Of the answers the limit of tokens cut off {shares}."
+
+
+def _winner(comparison: Comparison, scorer: str) -> Iterator[str]:
+    """Yield which model has the highest mean by a scorer, and by how much."""
+    means = {model: comparison.mean(model, scorer).mean for model in comparison.answers}
+    known = [model for model, mean in means.items() if math.isfinite(mean)]
+    if len(known) < 2:
+        yield f"{scorer} has no verdicts to compare."
+        return
+    best = max(known, key=lambda model: means[model])
+    parts = []
+    for other in known:
+        if other != best:
+            ahead = comparison.difference(best, other, scorer)
+            noise = "beyond noise" if ahead.above else "within noise"
+            parts.append(f"{with_ends(ahead, signed=True)} against {NAMES[other]} ({noise})")
+    yield f"By {scorer}, {NAMES[best]} is first: {', '.join(parts)}."
+
+
+def _of_training(logs: Mapping[str, Log]) -> Iterator[str]:
+    log = logs.get("preference", ())
+    last = log[-max(1, len(log) // 10) :]  # a single step has few rows
+
+    def final(figure: str) -> float | None:
+        values = [row[figure] for row in last if figure in row]
+        return fmean(values) if values else None
+
+    if (accuracy := final("accuracy")) is not None:
+        yield (
+            f"In the last tenth of preference training the chosen answers were above the rejected ones in "
+            f"{100 * accuracy:.1f} % of the rows."
+        )
+    negative = [role for role in ("source", "target") if (final(f"rewards/{role}") or 0) < 0]
+    if negative:
+        names = " and ".join(f"the {role}'s" for role in negative)
+        yield (
+            f"The rewards of chosen answers ({names}) ended below 0: they became less probable, only less so than the "
+            "rejected ones. That is common in DPO; a smaller learning rate or an NLL term holds against it."
+        )
+
+
+def _comparison_json(comparison: Comparison | None) -> dict[str, Any] | None:
+    if comparison is None:
+        return None
+
+    def means(domain: str | None = None) -> dict[str, Any]:
+        metrics = (*comparison.scorers, LENGTH, CUT)
+        return {
+            model: {metric: _interval_json(comparison.mean(model, metric, domain)) for metric in metrics}
+            for model in comparison.answers
+        }
+
+    return {
+        "prompts": len(comparison.prompts),
+        "models": means(),
+        "domains": {domain: means(domain) for domain in comparison.domains},
+        "differences": [
+            {
+                "after": difference.after,
+                "before": difference.before,
+                "figure": difference.metric,
+                **_interval_json(difference.interval),
+                "beyond_noise": difference.beyond_noise,
+            }
+            for difference in comparison.differences
+        ],
+    }
+
+
+def _interval_json(interval: Interval) -> dict[str, Any]:
+    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    finite = {key: value if math.isfinite(value) else None for key, value in ends.items()}
+    return {**finite, "prompts": interval.items}

@@ -1,0 +1,249 @@
+"""Compare the models on prompts that none of them was trained on.
+
+The stages ``sample`` and ``score`` ask and judge them, in ``report/`` as the folder of an inner distillation. Its
+sources are the target before training (``untrained``), after SFT and after preference training. So a killed report
+resumes like any other stage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from xxhash import xxh3_64_hexdigest
+
+from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.answers.prompts import load
+from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
+from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
+from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeScorer, Source
+from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.sample import sample
+from mergekit_lite.distillation.score import score
+from mergekit_lite.errors import UsageError, counted, listing, shortened
+
+Model = Literal["untrained", "sft", "preference"]
+MODELS: tuple[Model, ...] = ("untrained", "sft", "preference")
+LENGTH, CUT = "characters", "cut off"  # metrics besides the scorers' names
+
+Metrics = Mapping[str, Mapping[str, float | None]]  # by metric and prompt: the mean over the answers
+
+
+@dataclass(frozen=True)
+class ModelAnswers:
+    """A model's answers to the held-out prompts.
+
+    Attributes:
+        texts: the first answer to each prompt.
+        metrics: scores, lengths in characters, and shares of answers that the token limit cut off.
+    """
+
+    texts: Mapping[str, str]
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of a metric between a model and an earlier one, paired by prompt."""
+
+    after: Model
+    before: Model
+    metric: str
+    interval: Interval
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether 0 is outside of the interval."""
+        return self.interval.above or self.interval.below
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answers of all models to the held-out prompts."""
+
+    prompts: Sequence[Prompt]
+    scorers: Sequence[str]
+    answers: Mapping[Model, ModelAnswers]
+
+    def mean(self, model: Model, metric: str, domain: str | None = None) -> Interval:
+        """Return the mean of a metric over the prompts that have it, with its 95 % interval.
+
+        Args:
+            model: the model.
+            metric: a scorer's name, ``LENGTH`` or ``CUT``.
+            domain: only prompts of this domain; all by default.
+        """
+        by_prompt = self._by_prompt(model, metric)
+        values = (by_prompt.get(prompt.id) for prompt in self.prompts if domain in (None, prompt.domain))
+        return interval([value for value in values if value is not None])
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Each model against each earlier one, by metric; the longest step of training first."""
+        models = [model for model in MODELS if model in self.answers]
+        steps = [(after, before) for gap in (2, 1) for before, after in zip(models, models[gap:], strict=False)]
+        return [
+            Difference(after, before, metric, self.difference(after, before, metric))
+            for metric in (*self.scorers, LENGTH)
+            for after, before in steps
+        ]
+
+    def difference(self, model: Model, other: Model, metric: str) -> Interval:
+        """Return the mean of model − other, paired by prompt, with its 95 % interval."""
+        return interval(paired(self._by_prompt(model, metric), self._by_prompt(other, metric)))
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the prompts, in their order."""
+        return list(dict.fromkeys(prompt.domain for prompt in self.prompts))
+
+    def examples(self, number: int, seed: int) -> list[Prompt]:
+        """Return prompts drawn at random, so that nobody chose them."""
+        return sorted(self.prompts, key=lambda prompt: seed_of(seed, "examples", prompt.id))[:number]
+
+    def _by_prompt(self, model: Model, metric: str) -> Mapping[str, float | None]:
+        return self.answers[model].metrics.get(metric, {})
+
+
+def compare(recipe: Recipe, reporter: Reporter) -> Comparison | None:
+    """Sample and score the answers that are missing, and return all. None where the recipe has no held-out prompts.
+
+    Raises:
+        UsageError: held-out prompts are among those of the training data, or nothing was trained yet.
+    """
+    if not recipe.report.prompts:
+        return None
+    prompts = _held_out(recipe)
+    models = existing_models(recipe)
+    inner = _as_distillation(recipe, models, {prompt.domain for prompt in prompts})
+    folder = Folder(inner.folder)
+    _discard_outdated(folder, models, reporter)
+    sample(inner, reporter)
+    score(inner, reporter)
+    scorers = [scorer.name for scorer in inner.scorers]
+    return Comparison(prompts, scorers, {model: _model_answers(folder, model, scorers) for model in models})
+
+
+def existing_models(recipe: Recipe) -> dict[Model, str]:
+    """Return the models that can answer: the target, and the trained models that exist so far.
+
+    Raises:
+        UsageError: nothing was trained yet.
+    """
+    folder = Folder(recipe.folder)
+    trained: dict[Model, Path] = {"sft": folder.trained("sft"), "preference": folder.trained("preference")}
+    finished: dict[Model, str] = {name: str(path) for name, path in trained.items() if (path / "config.json").exists()}
+    if not finished:
+        raise UsageError(
+            f"There is no trained model in {folder.root / 'train'} to report on: run the stage train first."
+        )
+    return {"untrained": recipe.target, **finished}
+
+
+def _held_out(recipe: Recipe) -> list[Prompt]:
+    loaded = load(recipe.report.prompts)
+    rows = (line.row for line in read_rows(Folder(recipe.folder).prompts, []))
+    training_ids = {_question(row["messages"]): row["id"] for row in rows}
+    shared = [prompt for prompt in loaded.prompts if _question(prompt.messages) in training_ids]
+    if shared:
+        pairs = ((shortened(prompt.id, 60), training_ids[_question(prompt.messages)]) for prompt in shared)
+        listed = [f"{held_out} is {training} there" for held_out, training in pairs]
+        title = f"{counted(len(shared), 'held-out prompt')} of {len(loaded.prompts):,} are among the training prompts"
+        raise UsageError(
+            listing(title, listed, shown=5) + "\nA comparison on them would tell what was learnt by heart."
+        )
+    if not loaded.prompts:
+        raise UsageError(listing("There is no held-out prompt", loaded.problems or ["the data have no rows"]))
+    return loaded.prompts
+
+
+def _question(messages: Iterable[Message]) -> str:
+    """Return a digest of the messages that ignores case and white space."""
+    plain = [[message["role"], " ".join(message["content"].split()).casefold()] for message in messages]
+    return xxh3_64_hexdigest(json.dumps(plain).encode())
+
+
+def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[str]) -> Recipe:
+    """Return the recipe of the inner distillation: the models as sources, and the scorers that judge its domains."""
+    wanted = recipe.report.scores
+    scorers = tuple(
+        _narrowed(scorer, domains)
+        for scorer in recipe.scorers
+        if (wanted is None or scorer.name in wanted) and (scorer.domains is None or domains & {*scorer.domains})
+    )
+    return recipe.model_copy(
+        update={
+            "folder": recipe.folder / "report",
+            "prompts": recipe.report.prompts,
+            "sources": tuple(_source(recipe, name, model) for name, model in models.items()),
+            "target_source": None,
+            "scorers": scorers,
+            "pairs": Pairing(rule="as_is"),
+        }
+    )
+
+
+def _narrowed(scorer: RecipeScorer, domains: set[str]) -> RecipeScorer:
+    if scorer.domains is None:
+        return scorer
+    return scorer.model_copy(update={"domains": tuple(domain for domain in scorer.domains if domain in domains)})
+
+
+def _source(recipe: Recipe, name: Model, model: str) -> Source:
+    """Return a model as a source: served, or in this process with the settings of ``target_source``."""
+    report = recipe.report
+    server = report.servers.get(name)
+    common: dict[str, Any] = {"name": name, "samples": report.samples, "sampling": report.sampling}
+    if server is not None:
+        return Source(**common, server=server, model=name)
+    own = recipe.target_source
+    if own is None:
+        return Source(**common, model=model)
+    return Source(**common, model=model, system=own.system, **own.model_dump(include={"batch_size", "device", "dtype"}))
+
+
+def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Reporter) -> None:
+    """Delete the answers of models that were trained again since, and their scores."""
+    path = folder.root / "models.json"
+    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    now = {name: _identity(Path(model)) for name, model in models.items()}
+    for name in now:
+        if name in then and then[name] != now[name]:
+            reporter.line(f"{name} was trained anew: what it answered before is thrown away")
+            for file in [*folder.root.glob(f"samples/{name}.*"), *folder.root.glob(f"scores/*/{name}.*")]:
+                file.unlink()
+    write_text(path, json.dumps({**then, **now}, indent=1) + "\n")
+
+
+def _identity(model: Path) -> str:
+    """Return a digest of a training's settings and log, whose figures no two runs share."""
+    files = [model / "training.json", model / "log.jsonl"]
+    return xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files if file.exists()))
+
+
+def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> ModelAnswers:
+    rows = [line.row for line in read_rows(folder.samples(model), [])]
+    texts = {row["prompt"]: row["text"] for row in sorted(rows, key=lambda row: -row["index"])}
+    metrics: dict[str, Mapping[str, float | None]] = {}
+    for scorer in scorers:
+        judged = verdicts(folder, scorer, model, Inventory())
+        keys = (Key(row["prompt"], row["index"]) for row in rows)
+        metrics[scorer] = _means((key.prompt, judged[key].value) for key in keys if key in judged)
+    metrics[LENGTH] = _means((row["prompt"], float(len(row["text"]))) for row in rows)
+    metrics[CUT] = _means((row["prompt"], float(row["finish"] == "length")) for row in rows)
+    return ModelAnswers(texts, metrics)
+
+
+def _means(values: Iterable[tuple[str, float | None]]) -> dict[str, float | None]:
+    """Return the mean of each prompt's values that are not None; None for a prompt without any."""
+    by_prompt: defaultdict[str, list[float]] = defaultdict(list)
+    for prompt, value in values:
+        by_prompt[prompt] += [] if value is None else [value]
+    return {prompt: fmean(numbers) if numbers else None for prompt, numbers in by_prompt.items()}

@@ -1,0 +1,255 @@
+"""The report as a list of blocks, and its two forms: Markdown and an HTML page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from mergekit_lite.answers.intervals import Interval
+from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.distillation.reporting.curves import Picture
+from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, Comparison, Model
+from mergekit_lite.errors import shortened
+from mergekit_lite.pages import html
+from mergekit_lite.pages.drawing import svg
+from mergekit_lite.pages.html import Cell, Markup, Text, element
+
+SHOWN = 4000  # characters of a text; the rest is cut
+STAGE_NAMES = {"sft": "SFT", "preference": "Preference training"}
+
+
+class Heading(NamedTuple):
+    """A heading of a section (level 2), or of a part of one (3)."""
+
+    text: str
+    level: int = 2
+
+
+class Paragraph(NamedTuple):
+    """A paragraph of plain text."""
+
+    text: str
+
+
+class Bullets(NamedTuple):
+    """A list of sentences."""
+
+    items: Sequence[str]
+
+
+class TableBlock(NamedTuple):
+    """A table; without column headings, a list of names and values."""
+
+    label: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Text]]
+
+
+class Verbatim(NamedTuple):
+    """A labelled text of a user or a model, shown as it is."""
+
+    label: str
+    text: str
+
+
+Block = Heading | Paragraph | Bullets | TableBlock | Verbatim | Picture
+
+
+def title(findings: Findings) -> str:
+    """Return the report's title."""
+    return f"What {findings.recipe.target} learnt from {len(findings.recipe.sources)} sources"
+
+
+def blocks(findings: Findings) -> Iterator[Block]:
+    """Yield the blocks of the report: conclusions, comparison, training, data, examples."""
+    yield TableBlock("The distillation", ["", ""], _about(findings))
+    yield Heading("What this says")
+    yield Bullets(findings.conclusions)
+    yield Heading("What it can’t tell")
+    yield Bullets(CAN_NOT_TELL)
+    pictures = {picture.name: picture for picture in findings.pictures}
+    if findings.comparison is not None:
+        yield from _held_out(findings.comparison, pictures["held-out.png"])
+    for stage in STAGES:
+        if stage in findings.logs:
+            yield Heading(STAGE_NAMES[stage])
+            if f"{stage}.png" in pictures:
+                yield pictures[f"{stage}.png"]
+            yield from _log(findings, stage)
+    yield from _data(findings)
+    if findings.comparison is not None:
+        yield from _examples(findings, findings.comparison)
+
+
+def _about(findings: Findings) -> list[Sequence[Text]]:
+    recipe = findings.recipe
+    rows = [["target", recipe.target], ["sources", ", ".join(source.name for source in recipe.sources)]]
+    rows += [["rule", recipe.pairs.rule]]
+    if recipe.train.preference is not None:
+        options = ", ".join(f"{key} {value}" for key, value in recipe.train.preference.options.items())
+        rows += [["objective", f"{recipe.train.preference.objective}, {options}".rstrip(", ")]]
+    return [*rows, ["seed", str(recipe.seed)]]
+
+
+def _held_out(comparison: Comparison, picture: Picture) -> Iterator[Block]:
+    yield Heading("Before and after")
+    yield Paragraph(
+        f"{len(comparison.prompts):,} prompts that are not in the training data, the same for all models; "
+        "means with 95 % bootstrap intervals over the prompts."
+    )
+    heads = ["", *comparison.scorers, LENGTH, "cut off"]
+    yield TableBlock("Means", heads, [_of_model(comparison, model, None) for model in comparison.answers])
+    yield Paragraph("Differences are taken prompt by prompt, so what makes a prompt hard for all drops out.")
+    yield TableBlock(
+        "Differences", ["", "figure", "difference", "prompts", "beyond noise"], list(_differences(comparison))
+    )
+    yield picture
+    if len(comparison.domains) > 1:
+        rows = [
+            [domain or "–", NAMES[model], *_of_model(comparison, model, domain)[1:]]
+            for domain in comparison.domains
+            for model in comparison.answers
+        ]
+        yield TableBlock("By domain", ["domain", "model", *heads[1:]], rows)
+
+
+def _of_model(comparison: Comparison, model: Model, domain: str | None) -> list[Text]:
+    means = [comparison.mean(model, metric, domain) for metric in (*comparison.scorers, LENGTH)]
+    cut = comparison.mean(model, CUT, domain).mean
+    share = Cell("–" if math.isnan(cut) else f"{100 * cut:.1f} %", None if math.isnan(cut) else cut)
+    return [NAMES[model], *(_figure(mean) for mean in means), share]
+
+
+def _figure(interval: Interval) -> Cell:
+    return Cell(with_ends(interval), interval.mean if math.isfinite(interval.mean) else None)
+
+
+def _differences(comparison: Comparison) -> Iterator[Sequence[Text]]:
+    for difference in comparison.differences:
+        interval = difference.interval
+        if interval.items:
+            yield [
+                f"{NAMES[difference.after]} − {NAMES[difference.before]}",
+                difference.metric,
+                Cell(with_ends(interval, signed=True), interval.mean),
+                Cell(f"{interval.items:,}", interval.items),
+                "yes" if difference.beyond_noise else "no",
+            ]
+
+
+def _log(findings: Findings, stage: str) -> Iterator[Block]:
+    log = findings.logs[stage]
+    columns = [key for key in log[-1] if key not in ("step", "epoch")]
+    rows: list[Sequence[Text]] = [
+        [key, *(Cell(f"{row[key]:.4g}", row[key]) if key in row else Cell("–", None) for row in (log[0], log[-1]))]
+        for key in columns
+    ]
+    yield TableBlock(STAGE_NAMES[stage], ["", f"step {log[0]['step']:,}", f"step {log[-1]['step']:,}"], rows)
+
+
+def _data(findings: Findings) -> Iterator[Block]:
+    if findings.table is None:
+        return
+    yield Heading("Data")
+    counts = {**findings.table["domains"], "all": findings.table["all"]}
+    names = ("prompts", "total", "sft", "preference")
+    rows: list[Sequence[Text]] = [
+        [name or "–", *(Cell(f"{row[key]:,}", row[key]) for key in names), Cell(row["share"], None)]
+        for name, row in counts.items()
+    ]
+    yield TableBlock("Rows by domain", ["domain", "prompts", "rows", "SFT", "preference", "SFT share"], rows)
+    losses: list[Sequence[Text]] = [
+        [why, Cell(f"{number:,}", number)]
+        for why, number in [*counts["all"]["dropped"].items(), *counts["all"]["answers"].items()]
+    ]
+    if losses:
+        yield TableBlock("Losses", ["what", "number"], losses)
+
+
+def _examples(findings: Findings, comparison: Comparison) -> Iterator[Block]:
+    recipe = findings.recipe
+    yield Heading("Answers side by side")
+    yield Paragraph(f"Drawn by chance with the seed {recipe.seed}; nobody chose them.")
+    for number, prompt in enumerate(comparison.examples(recipe.report.examples, recipe.seed), 1):
+        yield Heading(f"Prompt {number}", 3)
+        yield Verbatim("asked", _conversation(prompt))
+        if prompt.reference is not None:
+            yield Verbatim("right answer", prompt.reference)
+        for model, answers in comparison.answers.items():
+            scores = [
+                f"{scorer} {value:.4g}"
+                for scorer in comparison.scorers
+                if (value := answers.metrics[scorer].get(prompt.id)) is not None
+            ]
+            label = ": ".join([NAMES[model], *([", ".join(scores)] if scores else [])])
+            yield Verbatim(label, shortened(answers.texts.get(prompt.id, ""), SHOWN))
+
+
+def _conversation(prompt: Prompt) -> str:
+    if len(prompt.messages) == 1:
+        return shortened(prompt.messages[0]["content"], SHOWN)
+    return "\n\n".join(f"{message['role']}: {shortened(message['content'], SHOWN)}" for message in prompt.messages)
+
+
+def markdown(findings: Findings) -> str:
+    """Return the report as Markdown; it refers to the pictures as files in its folder."""
+    return "\n\n".join([f"# {_plain(title(findings))}", *map(_as_markdown, blocks(findings))]) + "\n"
+
+
+def _as_markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {block.text}"
+    if isinstance(block, Paragraph):
+        return block.text
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {_plain(item)}" for item in block.items)
+    if isinstance(block, Verbatim):
+        fence = "`" * (max([2, *map(len, re.findall("`+", block.text))]) + 1)
+        return f"**{_plain(block.label)}**\n\n{fence}text\n{block.text}\n{fence}"
+    if isinstance(block, Picture):
+        return f"![{block.title}]({block.name})"
+    rule = ["---", *("---:" if _is_figure(block, column) else "---" for column in range(1, len(block.heads)))]
+    lines = [
+        block.heads,
+        rule,
+        *([cell.text if isinstance(cell, Cell) else cell for cell in row] for row in block.rows),
+    ]
+    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+
+
+def _is_figure(table: TableBlock, column: int) -> bool:
+    return all(isinstance(row[column], Cell) for row in table.rows)
+
+
+def _plain(text: str) -> str:
+    """Return text on one line, with the characters escaped that have a meaning in Markdown."""
+    return re.sub(r"([\\`*_<>|\[\]#])", r"\\\1", text.replace("\n", " "))
+
+
+def page(findings: Findings) -> str:
+    """Return the report as one HTML page without external files."""
+    heading = element("h1", title(findings))
+    return html.document(title(findings), [heading, *map(_as_html, blocks(findings))])
+
+
+def _as_html(block: Block) -> Markup:
+    if isinstance(block, Heading):
+        return element(f"h{block.level}", block.text)
+    if isinstance(block, Paragraph):
+        return element("p", block.text, class_="soft")
+    if isinstance(block, Bullets):
+        return element("ul", *(element("li", item) for item in block.items))
+    if isinstance(block, Verbatim):
+        label = element("figcaption", block.label, class_="soft")
+        return element("figure", label, element("pre", block.text), class_="verbatim")
+    if isinstance(block, Picture):
+        return html.plot(svg(block.draw, block.height, block.title), block.title)
+    if not any(block.heads):
+        entries: Iterable[Markup] = (
+            element(name, str(cell)) for row in block.rows for name, cell in zip(("dt", "dd"), row, strict=True)
+        )
+        return element("dl", *entries)
+    return html.table(block.label, block.heads, block.rows)

@@ -1,0 +1,45 @@
+"""The settings that a stage's results were made with, saved beside them: other settings are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_lite.answers.rows import write_lines
+from mergekit_lite.errors import UsageError, listing
+
+
+def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal: str | None, advice: str) -> None:
+    """Save the settings, unless results exist that were made with others.
+
+    Args:
+        path: the JSON file of the settings.
+        settings: as they are now.
+        results: the name of the results, for messages.
+        refusal: the title of the message that refuses other settings; None where there are no results yet.
+        advice: the end of that message: what to do.
+
+    Raises:
+        UsageError: the settings differ from the saved ones, or these can't be read.
+    """
+    if path.exists():
+        saved = _read(path, results)
+        changes = [
+            f"{key}: was {saved.get(key)!r}, is {now!r}" for key, now in settings.items() if saved.get(key) != now
+        ]
+        if not changes:
+            return
+        if refusal is not None:
+            raise UsageError(f"{listing(refusal, changes)}\n{advice}")
+    write_lines(path, [(json.dumps(settings, indent=1) + "\n").encode()])
+
+
+def _read(path: Path, results: str) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"Can't read {path}: {error}. Delete it, if the {results} are those of this recipe."
+        raise UsageError(message) from error
+    return saved if isinstance(saved, dict) else {}

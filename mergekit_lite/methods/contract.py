@@ -1,0 +1,107 @@
+"""What a method is: a function of a tensor's facts and its parameters that says how the tensor's blocks are merged.
+
+A method that needs no statistic returns at once what merges a block: an operation (``ops.operations``), or a function
+of torch tensors. One that needs statistics is a generator: it yields the reductions it needs, is sent each one's total,
+and returns what merges a block. Reductions over a group of tensors come before those over the tensor alone; tensors of
+one group ask for the same number of them, as each step follows from the totals alone.
+
+``TensorMerge`` leads one tensor through this; who reads the blocks, and from where, is not the method's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from mergekit_lite.ops.operations import Block, Merge, Statistic, WeightedSum
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["Block", "Merge", "Reduction", "Steps", "TensorInfo", "Totals", "WithCoefficients", "answered", "step_from"]
+
+Totals: TypeAlias = "npt.NDArray[Any]"  # small, on the host, float64 or int64
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a method may know of the tensor it merges.
+
+    Attributes:
+        name: of the output tensor.
+        shape: of the output tensor and of every input.
+        models: number of inputs without the base.
+        has_base: whether a block begins with the base.
+        seed: of everything random.
+        offset: elements in the tensors before this one, in the order of the plan: an element's place in the model.
+        extent: elements in all tensors of the plan.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    models: int
+    has_base: bool
+    seed: int = 0
+    offset: int = 0
+    extent: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs, the base included."""
+        return self.models + self.has_base
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The one primitive statistic: a few figures that are additive over blocks.
+
+    Attributes:
+        of: what gives the figures of a block. Totals of float64 depend on the cut into blocks in their last bits, so it
+            has to be the same in every run.
+        group: None for the sum over this tensor; else the sum over all tensors that ask for the same group.
+        within: (begin, end), the only elements of this tensor that contribute; None for all. The others need not be
+            visited.
+        sampled: only a sample of the elements contributes, whose blocks begin at no index in particular.
+    """
+
+    of: Statistic
+    group: str | None = None
+    within: tuple[int, int] | None = None
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class WithCoefficients:
+    """What merges a block, with one coefficient for each model that statistics gave and the report tells."""
+
+    coefficients: tuple[float, ...]
+    merge: Merge
+
+
+Steps: TypeAlias = Generator[Reduction, "Totals", Merge | WithCoefficients]
+
+
+def answered(steps: Generator[Reduction, Totals, Answer], total: Callable[[Reduction], Totals]) -> Answer:
+    """Lead a generator of reductions to its end: ``total`` gives each one's. Returns what it returns."""
+    try:
+        reduction = next(steps)
+        while True:
+            reduction = steps.send(total(reduction))
+    except StopIteration as finished:
+        answer: Answer = finished.value
+        return answer
+
+
+def step_from(origin: int, share: float) -> WeightedSum:
+    """Return what gives x + share·(y − x) of two inputs, x being the ``origin``-th: x to the bit where share is 0."""
+    if share == 0:
+        return WeightedSum((1.0,), order=(origin,))
+    return WeightedSum((share,), from_base=True, order=(origin, 1 - origin))

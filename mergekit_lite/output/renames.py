@@ -1,0 +1,79 @@
+"""Renames that never overwrite: they fail where the new name is taken, or exchange the two.
+
+Linux does either in one step (renameat2, since 3.15, on most file systems). Elsewhere a file gets its second name by a
+hard link, which fails where the name is taken; for a folder the name is checked right before the rename.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+IN_WORKING_FOLDER = -100  # AT_FDCWD: what relative paths are relative to
+NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder. Raises OSError; FileExistsError where the new name is taken."""
+    try:
+        renameat2(source, target, NO_REPLACE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _rename_in_steps(source, target)
+
+
+def replace_folder(folder: Path, target: Path, aside: Path) -> None:
+    """Rename ``target`` to ``aside`` and ``folder`` to ``target``. Raises OSError."""
+    remove(aside)
+    try:
+        renameat2(folder, target, EXCHANGE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        target.rename(aside)
+        folder.rename(target)
+    else:
+        folder.rename(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with its content, a file or a link; do nothing where the path doesn't exist. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def renameat2(source: Path, target: Path, flags: int) -> None:
+    """Rename as the system call does. Raises OSError; one of ``UNSUPPORTED`` where the system has no such call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    code = errno.ENOSYS
+    if hasattr(libc, "renameat2"):
+        old, new = os.fsencode(source), os.fsencode(target)
+        if libc.renameat2(IN_WORKING_FOLDER, old, IN_WORKING_FOLDER, new, ctypes.c_uint(flags)) == 0:
+            return
+        code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def _rename_in_steps(source: Path, target: Path) -> None:
+    linked = False
+    if not source.is_dir():
+        try:
+            target.hardlink_to(source)
+            linked = True
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
+    if linked:
+        source.unlink()
+    elif os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))
+    else:
+        source.rename(target)

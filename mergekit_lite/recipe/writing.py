@@ -1,0 +1,98 @@
+"""A recipe as plain data that YAML can hold: ``schema.parse`` reads it back as an equal recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from mergekit_lite.errors import UsageError
+from mergekit_lite.recipe.recipe import Recipe, Slice, Source
+from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Rules, joined
+
+Data = dict[str, Any]
+
+
+def as_data(recipe: Recipe) -> Data:
+    """Return a recipe of one output in the recipe language, without what is at its default."""
+    whole = len(recipe.slices) == 1 and all(source.layers is None for source in recipe.slices[0].sources)
+    of_slice = recipe.slices[0].parameters if whole else {}
+    written = {
+        "merge_method": recipe.merge_method,
+        "base_model": recipe.base_model,
+        "models": [_source(source) for source in _listed(recipe.slices[0])] if whole else None,
+        "slices": None if whole else [_slice(part, recipe.base_model) for part in recipe.slices],
+        "parameters": _parameters(joined(of_slice, recipe.parameters)),
+        "overrides": [
+            (_filter(each.filter) or {"filter": "*"})
+            | {"merge_method": each.merge_method}
+            | _with_parameters(each.parameters)
+            for each in recipe.overrides
+        ],
+        "include": list(map(_filter_or_text, recipe.include)),
+        "exclude": list(map(_filter_or_text, recipe.exclude)),
+        "dtype": recipe.dtype,
+        "out_dtype": recipe.out_dtype,
+        "rounding": recipe.rounding if recipe.rounding != "nearest" else None,
+        "seed": recipe.seed,
+        "new_rows": recipe.new_rows if recipe.new_rows != "refuse" else None,
+        "chat_template": recipe.chat_template,
+        "tokenizer_source": recipe.tokenizer,
+    }
+    return {name: value for name, value in written.items() if value}
+
+
+def to_yaml(recipe: Mapping[str, Any]) -> str:
+    """Return the text of a recipe in plain data. Raises UsageError where it holds what YAML can't."""
+    try:
+        text: str = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=1000)
+    except yaml.representer.RepresenterError as error:
+        raise UsageError(f"A recipe holds texts, numbers, lists and mappings, got {error.args[-1]!r}.") from error
+    return text
+
+
+def _listed(part: Slice) -> tuple[Source, ...]:
+    """Return the models to list: a base that stands at the end and says nothing is taken for granted."""
+    last = len(part.sources) - 1
+    return part.sources[:last] if part.base == last and not part.sources[last].parameters else part.sources
+
+
+def _slice(part: Slice, base_model: str | None) -> Data:
+    written: Data = {"sources": [_source(source) for source in part.sources]}
+    if part.base is not None and part.sources[part.base].model != base_model:
+        written["base_model"] = part.sources[part.base].model
+    return written | _with_parameters(part.parameters)
+
+
+def _source(source: Source) -> Data:
+    layers = {"layer_range": list(source.layers)} if source.layers is not None else {}
+    return {"model": source.model, **layers} | _with_parameters(source.parameters)
+
+
+def _with_parameters(parameters: Parameters) -> Data:
+    return {"parameters": _parameters(parameters)} if parameters else {}
+
+
+def _parameters(parameters: Parameters) -> Data:
+    return {name: _rules(rules) for name, rules in parameters.items()}
+
+
+def _rules(rules: Rules) -> Any:
+    if len(rules) == 1 and rules[0].filter.matches_all:
+        return _value(rules[0])
+    return [_filter(rule.filter) | {"value": _value(rule)} for rule in rules]
+
+
+def _value(rule: Rule) -> Any:
+    return rule.values[0] if len(rule.values) == 1 else list(rule.values)
+
+
+def _filter(pattern: Filter) -> Data:
+    """Return the keys of a filter; none where it matches everything."""
+    name: Data = {"filter": pattern.text} if pattern.text != "*" else {}
+    return name | ({"layers": list(pattern.layers)} if pattern.layers is not None else {})
+
+
+def _filter_or_text(pattern: Filter) -> Any:
+    return pattern.text if pattern.layers is None else _filter(pattern)

@@ -1,0 +1,131 @@
+"""Differences: the tensors of two models in pairs, before and after tuning, and what tuning added to each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.comparison.shared_tensors import tensors_by_name
+from mergekit_lite.deferred import torch
+from mergekit_lite.errors import NonFiniteError
+from mergekit_lite.planning.matching import is_buffer
+
+READ_ELEMENTS = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """A tensor of the tuned model and the base's; ``base`` is None where the tensor is to be stored whole."""
+
+    name: str
+    tuned: TensorSpec
+    base: TensorSpec | None
+
+    @property
+    def written(self) -> str:
+        """Name of the dtype that the tensor has, or would be written in, in the tuned model."""
+        return self.tuned.written_as or self.tuned.dtype
+
+    @property
+    def stored(self) -> str:
+        """Name of the dtype that holds the difference: the models' own where they agree."""
+        assert self.base is not None
+        return dtypes.promoted((self.tuned.dtype, self.base.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes that one reading takes."""
+        return self.tuned.nbytes + (self.base.nbytes if self.base else 0)
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """What tuning added to a tensor, read block by block."""
+
+    pair: TensorPair
+    reader: Reader
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield the index of each block's first element, the base's block and the tuned model's: 1-D, float64.
+
+        Raises:
+            RunError: a file can't be read.
+            NonFiniteError: a value is NaN or infinite.
+        """
+        assert self.pair.base is not None
+        for start in range(0, self.pair.tuned.numel, READ_ELEMENTS):
+            count = min(READ_ELEMENTS, self.pair.tuned.numel - start)
+            blocks = []
+            for spec in (self.pair.base, self.pair.tuned):
+                values = spec.elements(self.reader, start, count).double()
+                if not bool(torch.isfinite(values).all()):
+                    raise NonFiniteError(f"NaN or infinity in {spec.name} ({spec.file}): it has no difference.")
+                blocks.append(values)
+            yield start, blocks[0], blocks[1]
+
+    def deltas(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the index of each block's first element, and tuned − base of the block: 1-D, float64."""
+        for start, base, tuned in self.blocks():
+            yield start, tuned.sub_(base)
+
+    @property
+    def is_empty(self) -> bool:
+        """True where both tensors are the same bytes, so that nothing is to be stored."""
+        assert self.pair.base is not None
+        if self.pair.base.dtype != self.pair.tuned.dtype or self.pair.written != self.pair.tuned.dtype:
+            return False
+        numel = self.pair.tuned.numel
+        for start in range(0, numel, READ_ELEMENTS):
+            count = min(READ_ELEMENTS, numel - start)
+            before, after = (spec.elements(self.reader, start, count) for spec in (self.pair.base, self.pair.tuned))
+            if not torch.equal(bits(before), bits(after)):
+                return False
+        return True
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a 1-D tensor as uint8."""
+    return values.contiguous().view(torch.uint8)
+
+
+def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair], list[str], list[str]]:
+    """Pair the tensors of two models by their names.
+
+    A head that one model ties to its embedding is paired with that embedding.
+
+    Returns:
+        The pairs in the order of the tuned model's files, notes for the user, and problems.
+    """
+    pairs: list[TensorPair] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    for name, (after, before) in tensors_by_name((tuned, base)):
+        if after is None and is_buffer(name):
+            notes.append(f"{name}: a buffer that only {base.reference} has; models made with the vector keep it")
+        elif after is None:
+            problems.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
+        else:
+            whole, note = _is_whole(name, after, before, base, tuned)
+            pairs.append(TensorPair(name, after, None if whole else before))
+            notes += [f"{name}: {note}"] * bool(note)
+    return pairs, notes, problems
+
+
+def _is_whole(
+    name: str, after: TensorSpec, before: TensorSpec | None, base: Checkpoint, tuned: Checkpoint
+) -> tuple[bool, str]:
+    """Decide whether a tensor is stored whole, not as a difference; and return a note for the user, or an empty one."""
+    if before is None:
+        return True, f"only {tuned.reference} has it; it is stored whole"
+    if after.shape != before.shape:
+        return True, f"is {list(after.shape)}, but {list(before.shape)} in {base.reference}; it is stored whole"
+    if not (dtypes.is_float(after.dtype) and dtypes.is_float(before.dtype)):
+        return after.dtype != before.dtype, ""
+    if before.name != name:
+        return False, f"{base.reference} ties it to {before.name}; the difference from that is stored"
+    if after.name != name:
+        return False, f"{tuned.reference} ties it to {after.name}; models made with the vector are untied"
+    return False, ""

@@ -1,0 +1,109 @@
+"""Intervals hold what they promise: shown by simulation, seeded."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mergekit_lite.answers.intervals import interval, paired
+from mergekit_lite.boosting.search.looks import PORTION, looks, portion, shared_confidence
+
+SIMULATIONS = 300
+
+
+def draw(kind: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Paired differences of known mean 0.2, 0.3 or 1: rewards, verdicts, and skewed ones."""
+    if kind == "reward":
+        return rng.normal(0.2, 1.5, n)
+    if kind == "verdict":
+        return rng.choice([-1.0, 0.0, 1.0], size=n, p=[0.1, 0.5, 0.4])
+    return rng.lognormal(-0.5, 1.0, n)
+
+
+MEANS = {"reward": 0.2, "verdict": 0.3, "skewed": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "least"), [("reward", 32, 0.92), ("reward", 200, 0.93), ("verdict", 100, 0.93), ("skewed", 200, 0.91)]
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(kind: str, n: int, least: float) -> None:
+    rng = np.random.default_rng(1)
+    found = [interval(draw(kind, rng, n)) for _ in range(SIMULATIONS)]
+    covered = np.mean([one.low <= MEANS[kind] <= one.high for one in found])
+    assert least <= covered <= 0.975, covered
+    missed_above = np.mean([one.low > MEANS[kind] for one in found])
+    assert missed_above <= 0.06, "a candidate that is no better is taken for better"
+
+
+def test_pairing_takes_out_what_items_have_in_common() -> None:
+    rng = np.random.default_rng(2)
+    hard = rng.normal(0, 5, 300)
+    base = {str(i): float(hard[i] + rng.normal(0, 0.3)) for i in range(300)}
+    ours = {str(i): float(hard[i] + 0.1 + rng.normal(0, 0.3)) for i in range(300)}
+    assert interval(paired(ours, base)).above
+    apart = math.sqrt(np.var(list(base.values())) / 300 + np.var(list(ours.values())) / 300)
+    assert 1.96 * apart > 0.1, "taken apart the two could not be told from each other"
+
+
+def test_items_without_a_verdict_on_either_side_are_left_out() -> None:
+    ours = {"a": 1.0, "b": None, "c": 2.0, "d": 3.0}
+    theirs = {"a": 0.5, "b": 1.0, "c": None, "e": 1.0}
+    assert paired(ours, theirs).tolist() == [0.5]
+
+
+def test_a_confident_interval_is_wider_and_holds_the_other() -> None:
+    values = draw("skewed", np.random.default_rng(3), 60)
+    narrow, wide = interval(values, 0.8), interval(values, 0.99)
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+    assert values.min() <= wide.low and wide.high <= values.max()
+
+
+def test_an_interval_depends_on_the_values_alone_and_moves_with_them() -> None:
+    values = draw("reward", np.random.default_rng(4), 50)
+    found = interval(values)
+    assert interval(values) == found
+    moved, turned = interval(values + 3), interval(-values)
+    assert moved[:3] == pytest.approx([one + 3 for one in found[:3]])
+    assert turned[:3] == pytest.approx([-found.mean, -found.high, -found.low], abs=1e-3)
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_too_few_values_tell_nothing(values: list[float]) -> None:
+    found = interval(values)
+    assert not found.above and not found.below and found.items == len(values)
+
+
+def test_no_difference_at_all_is_a_point() -> None:
+    assert interval([0.0] * 40)[:3] == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("total", "batch", "expected"),
+    [(1000, 1, [125, 250, 500, 1000]), (1000, 64, [128, 256, 512, 1000]), (100, 8, [32, 56, 100]), (20, 8, [20])],
+)
+def test_looks_are_whole_batches(total: int, batch: int, expected: list[int]) -> None:
+    assert looks(total, batch) == expected
+
+
+@pytest.mark.parametrize("total", [10, 64, 100, 500, 1600, 5000])
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 64, 200])
+def test_portions_are_whole_batches_and_no_more_than_the_first_look(total: int, batch_size: int) -> None:
+    found = portion(total, batch_size)
+    assert found % batch_size == 0
+    assert found == batch_size or (found <= PORTION and found <= looks(total)[0])
+
+
+def test_peeking_errs_no_more_often_than_it_says() -> None:
+    """A candidate as good as the best is dropped at one of the looks in at most 5 % of the searches."""
+    rng = np.random.default_rng(5)
+    sizes = looks(400)
+    level = shared_confidence(0.95, len(sizes))
+    errors = {"each look at 95 %": 0, "all looks together": 0}
+    for _ in range(SIMULATIONS):
+        values = draw("reward", rng, 400) - 0.2
+        errors["each look at 95 %"] += any(interval(values[:n]).below or interval(values[:n]).above for n in sizes)
+        errors["all looks together"] += any(interval(values[:n], level).below for n in sizes)
+    assert errors["all looks together"] / SIMULATIONS <= 0.05
+    assert errors["each look at 95 %"] / SIMULATIONS > 0.08, "why looks are corrected for"
