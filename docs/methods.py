@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
-from mergekit_lite.commands.methods import told
+from mergekit_lite.commands.methods import described as described_method
 from mergekit_lite.methods import (  # fmt: skip
     METHODS,
     Method,
@@ -65,7 +65,7 @@ under the recipe's `parameters` serves all. `{effectless}` is accepted wherever 
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     which = [f"- {when}: {', '.join(map(link, names.split(', ')))}" for when, names in WHICH.items()]
     rows = [row(method) for _, method in sorted(METHODS.items())]
     parts = [part for module in FAMILIES for part in family(module)]
@@ -74,25 +74,25 @@ def page() -> str:
 
 
 def link(name: str) -> str:
-    """A link to a method's paragraph."""
+    """Return a link to a method's paragraph."""
     return f"[{name}](#{name})"
 
 
 def row(method: Method) -> str:
-    """A method's row in the table."""
+    """Return a method's row in the table."""
     formula = method.formula.replace("|", "\\|")
     given = "<br>".join(f"`{name}` {described(parameter)}" for name, parameter in method.parameters.items())
     return f"| {link(method.name)} | `{formula}` | {method.base} | {count(method)} | {given or '–'} | {method.source} |"
 
 
 def count(method: Method) -> str:
-    """How many models it merges."""
+    """Return how many models it merges."""
     least, most = method.models
     return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
 
 
 def described(parameter: Parameter) -> str:
-    """A parameter's default, kind and range."""
+    """Return a parameter's default, kind and range."""
     default = parameter.default
     shown = f"{default:g}" if isinstance(default, float) else str(default)
     given = "**required**" if parameter.required else f"= {shown.lower() if isinstance(default, bool) else shown}"
@@ -102,12 +102,12 @@ def described(parameter: Parameter) -> str:
 
 
 def family(module: ModuleType) -> list[str]:
-    """A family's section: what its module tells, then its methods."""
+    """Return a family's section: its module's docstring, then its methods."""
     title, _, about = (inspect.getdoc(module) or "").partition("\n")
     made = [f"## {markdown(title).rstrip('.')}", "", markdown(about.strip()), ""]
     for method in METHODS.values():
         if inspect.getmodule(method.function) is module:
-            summary, words = told(method)
+            summary, words = described_method(method)
             parameters = [f"- `{name}`: {markdown(said)}" for name, said in words.items()]
             made += [
                 f"### {method.name}",
@@ -121,7 +121,7 @@ def family(module: ModuleType) -> list[str]:
 
 
 def markdown(text: str) -> str:
-    """A docstring's text: tables are set as they are, names as code."""
+    """Return a docstring's text in Markdown: tables are set as they are, names as code."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
         plain = not paragraph.startswith(("===", "    "))

@@ -1,4 +1,4 @@
-"""What can go wrong, in words a user can act on.
+"""Errors that the package raises on purpose, and the words that their messages share.
 
 A message says what happened, where (tensor, file), what was expected and got, and what to do now.
 """
@@ -29,7 +29,7 @@ class CheckpointError(MergekitLiteError):
 
 
 class PlanError(MergekitLiteError):
-    """The inputs don't fit together. Carries every problem that was found, not the first."""
+    """The inputs don't fit together. Carries every problem that was found, not only the first."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
@@ -41,33 +41,33 @@ class NonFiniteError(MergekitLiteError):
 
 
 class RunError(MergekitLiteError):
-    """Reading or writing failed under way. What was finished is kept for ``--resume``."""
+    """Reading or writing failed during a run. What was finished is kept for ``--resume``."""
 
 
 def counted(number: int, noun: str) -> str:
-    """``3 tensors``, ``1 tensor``."""
+    """Return a number with its noun: ``3 tensors``, ``1 tensor``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def listing(title: str, lines: Sequence[str], shown: int = SHOWN_PROBLEMS) -> str:
-    """A title and an indented list under it, cut after ``shown`` lines with a count of the rest; so are long lines."""
+    """Return a title with a list under it, cut after ``shown`` lines, with a count of the rest; cut long lines too."""
     rest = len(lines) - shown
     tail = [f"  - … and {rest:,} more"] if rest > 0 else []
     return "\n".join([f"{title}:", *(f"  - {shortened(line)}" for line in lines[:shown]), *tail])
 
 
 def shortened(text: object, limit: int = SHOWN_CHARACTERS) -> str:
-    """The text, or its beginning where it is longer than a message has room for."""
+    """Return the text, or its start where it is longer than ``limit`` characters."""
     text = str(text)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the known name closest to ``name``, or nothing."""
+    """Return `` Did you mean 'x'?`` for the known name closest to ``name``; an empty string where none is close."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def reason(error: Exception) -> str:
-    """What a system's error says, without its number and the path, which the message around it names."""
+    """Return what a system's error says, without its number and path, which the message around it names."""
     return getattr(error, "strerror", None) or str(error)

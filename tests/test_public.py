@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 import mergekit_lite
-from mergekit_lite import MergekitLiteError, RunOptions, UsageError
+from mergekit_lite import BoostOptions, MergekitLiteError, RunOptions, UsageError
+from mergekit_lite.boosting.options import RANGES, request_of
+from mergekit_lite.boosting.request import Request
 
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name in mergekit_lite.__all__ if name != "__version__"]
@@ -61,10 +65,10 @@ WRONG_LINES = (
 CONFIG = """\
 [mypy]
 strict = True
-follow_imports = silent
-[mypy-torch.*,numpy.*,pydantic.*,pydantic_core.*,transformers.*,matplotlib.*,rich.*,PIL.*,openai.*]
 follow_imports = skip
-"""  # errors in packages are silent, as they are where one is installed; the large ones take minutes
+[mypy-mergekit_lite.*]
+follow_imports = silent
+"""  # errors in this package are silent, as they are where it is installed; reading torch would take minutes
 
 
 def mypy(file: Path) -> tuple[int, list[str]]:
@@ -129,8 +133,8 @@ def test_a_misspelt_option_names_the_function_and_the_nearest(name: str) -> None
     parameters = list(inspect.signature(function).parameters.values())
     required = {p.name: "x" for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
     options = [p.name for p in parameters if p.name not in required and p.kind is not p.VAR_KEYWORD]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters) and name != "boost":
-        options += RunOptions.__annotations__
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        options += (BoostOptions if name == "boost" else RunOptions).__annotations__
     assert options
     for option in options:
         misspelt = option[:-1] + "_" + option[-1]
@@ -142,3 +146,34 @@ def test_a_misspelt_option_names_the_function_and_the_nearest(name: str) -> None
 def test_errors_are_of_one_family() -> None:
     kinds = [getattr(mergekit_lite, name) for name in NAMES if name.endswith("Error")]
     assert len(kinds) == 6 and all(issubclass(kind, MergekitLiteError) for kind in kinds)
+
+
+def test_boost_without_options_is_the_request_of_its_defaults() -> None:
+    plain = Request(output=Path("out"), scores=("pairs",), sft="sft", aligned="dpo")
+    assert request_of("out", ["pairs"], Path("sft"), "dpo", None, {}) == plain
+    defaults: BoostOptions = {"new_rows": "refuse", "rounding": "nearest", "include": [], "temperature": 0.7}
+    assert request_of("out", ["pairs"], "sft", "dpo", None, defaults) == plain
+    chosen: BoostOptions = {"exclude": ["norm"], "seed": 3, "pairs": "p.jsonl", "max_tokens": 9}
+    request = request_of("out", ["pairs"], "sft", "dpo", None, chosen)
+    assert request.options == {"exclude": ["norm"], "seed": 3} and request.pairs == Path("p.jsonl")
+    assert request.sampling.max_tokens == 9 and request.sampling.top_p == plain.sampling.top_p
+
+
+@pytest.mark.parametrize(("name", "bounds"), RANGES.items())
+def test_numbers_of_boost_have_bounds_from_python_too(name: str, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    for value in {low - 1, high * 2} - {math.inf}:
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}: expected a number from {low:g}"):
+            request_of("out", ["pairs"], "sft", "dpo", None, cast("BoostOptions", {name: value}))
+
+
+def test_wrong_use_from_python_is_an_error_of_the_family(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Name both models"):
+        mergekit_lite.boost(output=tmp_path / "out", scores=["pairs"], sft="sft")
+    with pytest.raises(UsageError, match=r"nothing\.yaml"):
+        mergekit_lite.distill(tmp_path / "nothing.yaml")
+    with pytest.raises(UsageError, match="bfloat61"):
+        mergekit_lite.compare("base", ["tuned"], dtypes=["bfloat61"])
+    with pytest.raises(UsageError, match="Unknown format 'spares'"):
+        mergekit_lite.extract_vector("base", "tuned", tmp_path / "v.safetensors", format="spares")
+    assert not list(tmp_path.iterdir())

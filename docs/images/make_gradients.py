@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def draw(axes: Axes, example: str, groups: dict[str, str]) -> None:
-    """What one recipe gives: lines over the layers, squares outside them."""
+    """Draw what one recipe gives: lines over the layers, squares outside them."""
     found = values(example)
     for part, label in groups.items():
         inside = [found[f"model.layers.{layer}.{part or 'mlp'}"] for layer in range(LAYERS)]
@@ -58,7 +58,7 @@ def draw(axes: Axes, example: str, groups: dict[str, str]) -> None:
 
 
 def values(example: str) -> dict[str, float]:
-    """t of every tensor, by the first parts of its name."""
+    """Return t of every tensor, by the first parts of its name."""
     text = (HERE.parent / "recipes.md").read_text(encoding="utf-8")
     yaml = re.search(rf"```yaml\n(# {re.escape(example)}\n.*?)```", text, re.DOTALL)
     assert yaml is not None, f"docs/recipes.md has no {example}"

@@ -53,7 +53,7 @@ TASK: tuple[Option, ...] = (
     ),
     click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer."),
     click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs."),
-    click.option("--limit", type=int, help="Only so many prompts, pairs and texts."),
+    click.option("--limit", type=int, help="Most prompts, pairs and texts that are used."),
 )
 SEARCH: tuple[Option, ...] = (
     click.option(

@@ -39,7 +39,7 @@ Examples:
     callback=values.alphas,
     default="0.1,0.3,0.5",
     show_default=True,
-    help="Alphas whose effect after rounding is told.",
+    help="Alphas whose effect after rounding is computed.",
 )
 @click.option(
     "--dtype", multiple=True, default=("bfloat16", "float16"), show_default=True, help="To round to; may be repeated."
@@ -124,8 +124,8 @@ def _show(screen: Screen, comparison: Comparison) -> None:
     letters = [letter(number) for number in range(len(comparison.models))]
     rows = zip(["base", *letters], [comparison.base, *comparison.models], strict=True)
     screen.out.print(table(("", "model"), list(rows)))
-    for made in _overall(comparison, letters):
-        screen.out.print("", made, sep="\n")
+    for overview in _overall(comparison, letters):
+        screen.out.print("", overview, sep="\n")
     units = [(name, figures) for name, figures in comparison.layers.items()]
     screen.out.print("", _units("layer", letters, units), sep="\n")
     shown = comparison.tensors if screen.verbose else comparison.most_changed[:SHOWN]
@@ -136,8 +136,8 @@ def _show(screen: Screen, comparison: Comparison) -> None:
     if len(comparison.tensors) > len(shown):
         screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
-    for said in suggestions(comparison):
-        screen.out.print(f"• {said}", markup=False)
+    for suggestion in suggestions(comparison):
+        screen.out.print(f"• {suggestion}", markup=False)
     screen.lines([f"not compared: {one.name} of {one.model}: {one.why}" for one in comparison.unmatched])
 
 

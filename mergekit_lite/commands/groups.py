@@ -1,4 +1,4 @@
-"""A plan's jobs in groups that fit on a screen: tensors that are made alike, along the layers or in all of them."""
+"""A plan's jobs in groups that fit on a screen: tensors that are merged alike, along the layers or in all of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mergekit_lite.errors import counted
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.recipe.layers import place
 
-MOST_TURNS = 7  # values of a gradient that are worth their room
+MOST_TURNS = 7  # values of a gradient that are shown
 
 
 class Group(NamedTuple):
-    """Some jobs: what happens to them, in words, how many they are, and one of them."""
+    """Jobs that are done alike: what is done in words, how many tensors and bytes, their dtypes, and one of them."""
 
     what: str
     tensors: int
@@ -26,19 +26,19 @@ class Group(NamedTuple):
 
 @dataclass
 class _Run:
-    """Jobs that agree in each layer, or have none, and are alike but for their numbers."""
+    """Jobs that have the same numbers in each layer that they share, and are otherwise alike."""
 
     by_layer: dict[int | None, Job]
     jobs: list[Job]
 
     def takes(self, other: _Run) -> bool:
-        """Whether the other one's jobs are made the same way in every layer that both have."""
+        """Whether the other's jobs have the same numbers in every layer that both have."""
         common = self.by_layer.keys() & other.by_layer.keys()
         return bool(common) and all(_numbers(self.by_layer[at]) == _numbers(other.by_layer[at]) for at in common)
 
 
 def groups(plan: Plan) -> list[Group]:
-    """The jobs of a plan, in the order in which each group's first one is written."""
+    """Return the jobs of a plan in groups, in the order in which each group's first job is written."""
     families: dict[Hashable, _Run] = {}
     for job in plan.jobs:
         at = place(job.name)
@@ -46,19 +46,19 @@ def groups(plan: Plan) -> list[Group]:
         run = families.setdefault(family, _Run({}, []))
         run.by_layer[at.layer if at else None] = job
         run.jobs.append(job)
-    found: dict[Hashable, list[_Run]] = {}
+    alike: dict[Hashable, list[_Run]] = {}
     for run in families.values():
         numbers = {_numbers(job) for job in run.by_layer.values()}
         if len(numbers) == 1:  # the same in all layers, as are tensors outside of them
             run.by_layer = {None: run.jobs[0]}
-        beside = found.setdefault(_alike(run.jobs[0]), [])
-        into = next((other for other in beside if other.takes(run)), None)
+        others = alike.setdefault(_alike(run.jobs[0]), [])
+        into = next((other for other in others if other.takes(run)), None)
         if into is None:
-            beside.append(run)
+            others.append(run)
         else:
             into.by_layer |= run.by_layer
             into.jobs += run.jobs
-    return [_group(run) for runs in found.values() for run in runs]
+    return [_group(run) for runs in alike.values() for run in runs]
 
 
 def _alike(job: Job) -> Hashable:
@@ -78,22 +78,22 @@ def _group(run: _Run) -> Group:
 
 
 def _what(run: _Run) -> str:
-    """``ties weight 0.2 … 0.8 / 0.5, density 0.5 along 32 layers``, ``copy (excluded)``."""
+    """Return in words what is done: ``ties weight 0.2 … 0.8, density 0.5 along 32 layers``, ``copy (excluded)``."""
     first = run.jobs[0]
     if not first.merged_elements:
         return f"copy ({first.why})" if first.why else "copy"
-    made = [run.by_layer[at] for at in sorted(run.by_layer, key=lambda at: -1 if at is None else at)]
+    jobs = [run.by_layer[at] for at in sorted(run.by_layer, key=lambda at: -1 if at is None else at)]
     of_outputs = []
     for number, parameters in enumerate(first.parameters):
-        along = {name: [job.parameters[number].get(name) for job in made] for name in parameters}
+        along = {name: [job.parameters[number].get(name) for job in jobs] for name in parameters}
         of_outputs.append(", ".join(f"{name} {_values(values)}" for name, values in along.items()))
-    layers = f" along {counted(len(made), 'layer')}" if len(made) > 1 else ""
+    layers = f" along {counted(len(jobs), 'layer')}" if len(jobs) > 1 else ""
     rows = ", new rows copied" if first.merged_elements < first.numel else ""
     return f"{first.method} {' | '.join(of_outputs)}".rstrip() + layers + rows
 
 
 def _values(values: Sequence[Any]) -> str:
-    """One parameter's values along the layers; of each model, where each has its own."""
+    """Return one parameter's values along the layers as text; of each model, where each has its own."""
     if isinstance(values[0], tuple):
         each = [_gradient(of_model) for of_model in zip(*values, strict=True)]
         return each[0] if len(set(each)) == 1 else " / ".join(each)
@@ -101,7 +101,7 @@ def _values(values: Sequence[Any]) -> str:
 
 
 def _gradient(values: Iterable[Any]) -> str:
-    """The values in which a gradient begins, turns and ends: ``0 … 1 … 0.5``."""
+    """Return the values at which a gradient starts, turns and ends: ``0 … 1 … 0.5``."""
     turns: list[Any] = []
     for value in values:
         if turns and value == turns[-1]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
-    """Everything the plan decides."""
+    """Return everything that the plan decides."""
     copied, not_copied = companions(plan)
     return {
         "inputs": [
@@ -37,7 +37,7 @@ def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
 
 
 def of_finished(finished: Finished) -> dict[str, Any]:
-    """What was made, with its report."""
+    """Return the outputs of a run with their reports."""
     pairs = zip(finished.outputs, finished.reports, strict=True)
     return {
         "seconds": round(finished.seconds, 3),
@@ -46,7 +46,7 @@ def of_finished(finished: Finished) -> dict[str, Any]:
 
 
 def what_happens(plan: Plan, job: Job) -> str:
-    """One job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
+    """Return one job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
     if not job.merged_elements:
         return f"copy ({job.why})" if job.why else "copy"
     numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)
@@ -54,7 +54,7 @@ def what_happens(plan: Plan, job: Job) -> str:
 
 
 def shown(value: Any) -> str:
-    """A parameter's value: one number, or one for each model."""
+    """Return a parameter's value as text: one number, or one for each model."""
     if isinstance(value, tuple):
         return "/".join(map(shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -23,7 +23,7 @@ Examples:
 )
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
-    """List the merge methods, or tell of one: formula, parameters with defaults, source."""
+    """List the merge methods, or describe one: formula, parameters with defaults, source."""
     from mergekit_lite.methods import METHODS, method_named
 
     if name is None:
@@ -35,7 +35,7 @@ def command(name: str | None) -> None:
     least, most = method.models
     count = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
     click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")
-    summary, words = told(method)
+    summary, words = described(method)
     for key, parameter in method.parameters.items():
         default = "required" if parameter.required else f"default {parameter.default}"
         about = f": {words[key]}" if key in words else ""
@@ -44,12 +44,12 @@ def command(name: str | None) -> None:
     click.echo(f"\n{inspect.getdoc(sys.modules[method.function.__module__])}")
 
 
-def told(method: Method) -> tuple[str, dict[str, str]]:
+def described(method: Method) -> tuple[str, dict[str, str]]:
     """Return what a method's docstring says of it, and of each of its parameters."""
     summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
     text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
-    found = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
-    words = {name.rstrip("_"): " ".join(lines.split()) for name, lines in found}
+    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
+    words = {name.rstrip("_"): " ".join(lines.split()) for name, lines in entries}
     return summary.strip(), {name: said for name, said in words.items() if name in method.parameters}
 
 

@@ -1,4 +1,4 @@
-"""What the user sees: the plan, the progress, the result. Plain lines where the output is not a terminal."""
+"""What the user sees: the plan, the progress, the result. Lines are plain where the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
     from mergekit_lite.planning import Job, Plan
 
 SHOWN = 5
-FAR = 0.1  # relative distance of the effective from the asked alpha that is worth a word
+FAR = 0.1  # relative distance of the effective alpha from the one asked for, beyond which the user gets advice
 PIPE_WIDTH = 160
 PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
 
 class Screen:
-    """Results go to standard output, all else to standard error."""
+    """Prints results to standard output, all else to standard error."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        """``quiet`` leaves warnings and errors only; ``verbose`` shows every tensor."""
+        """With ``quiet``, print warnings and errors only; with ``verbose``, every tensor."""
         self.quiet = quiet
         self.verbose = verbose
         self.out = console(sys.stdout)
         self.err = console(sys.stderr)
 
     def warn(self, message: str | None) -> None:
-        """A warning, if there is one."""
+        """Print a warning; None is no warning."""
         if message:
             self.err.print("[yellow bold]Warning:[/] ", end="")
             self.err.print(message, markup=False)
 
     def plan(self, plan: Plan, threads: int | None) -> None:
-        """The whole plan."""
+        """Print the whole plan."""
         rows = [
             (
                 "input",
@@ -77,7 +77,7 @@ class Screen:
             self.warn(note)
 
     def headline(self, plan: Plan) -> None:
-        """What is about to happen, in a line."""
+        """Print in a line what the run is about to do."""
         if not self.quiet:
             self.err.print(
                 f"{counted(len(plan.merged), 'tensor')} to merge, {len(plan.copied):,} to copy, "
@@ -89,7 +89,7 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
-        """A bar with rate and time left on a terminal; elsewhere a line now and then."""
+        """Show a bar with rate and time left on a terminal, elsewhere a line now and then."""
         if self.quiet:
             yield None
         elif self.err.is_terminal:
@@ -107,7 +107,7 @@ class Screen:
             yield _plain_progress()
 
     def finished(self, plan: Plan, finished: Finished) -> None:
-        """What was made, and what became of alpha."""
+        """Print the outputs, and what became of alpha."""
         for output, report in zip(finished.outputs, finished.reports, strict=True):
             if not self.quiet:
                 self.out.print(f"[bold green]made[/] {output}  {size(plan.layout.nbytes)}")
@@ -141,7 +141,7 @@ class Screen:
             self.out.print(table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
 
     def _coefficients(self, report: Report) -> None:
-        """What each model counted for: over all tensors, or one by one."""
+        """Print each model's coefficients: over all tensors, or one by one."""
         if not report.coefficients:
             return
         models = list(dict.fromkeys(model for of_tensor in report.coefficients.values() for model in of_tensor))
@@ -157,6 +157,7 @@ class Screen:
             self.out.print(table(("  tensor", *(f">{model}" for model in models)), of_tensors))
 
     def lines(self, lines: Sequence[str]) -> None:
+        """Print lines, the first few of them unless everything is to be shown."""
         shown = lines if self.verbose else lines[:SHOWN]
         for line in shown:
             self.out.print(line, markup=False)
@@ -165,13 +166,13 @@ class Screen:
 
 
 def console(stream: TextIO) -> Console:
-    """A console that wraps words on a terminal, and breaks no line in a file or pipe."""
+    """Return a console that wraps words on a terminal, and breaks no line in a file or pipe."""
     terminal = stream.isatty()
     return Console(file=stream, highlight=False, soft_wrap=not terminal, width=None if terminal else PIPE_WIDTH)
 
 
 def size(count: float) -> str:
-    """A number of bytes, for people."""
+    """Return a number of bytes as text: ``1.50 GB``."""
     if count < 1000:
         return f"{count:.0f} B"
     power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
@@ -179,7 +180,7 @@ def size(count: float) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
-    """A plain table; headings that start with ``>`` have their columns flush right. Lines break, nothing is cut off."""
+    """Return a plain table; columns whose heading starts with ``>`` are flush right. Long lines break."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:
         right = heading.startswith(">")
@@ -203,7 +204,7 @@ def _shape(job: Job) -> str:
 def _plain_progress() -> Callable[[int, int], None]:
     started = last = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= PLAIN_INTERVAL:
@@ -215,7 +216,7 @@ def _plain_progress() -> Callable[[int, int], None]:
                 file=sys.stderr,
             )
 
-    return tell
+    return show
 
 
 def _is_far(report: Report) -> bool:
@@ -225,7 +226,7 @@ def _is_far(report: Report) -> bool:
 
 
 def _advice(report: Report) -> str | None:
-    """What to do where rounding took much of alpha away, or added to it."""
+    """Return advice where rounding took much of alpha away, or added to it."""
     if not _is_far(report):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Option values that the command line reads in a form of its own."""
+"""Option values that the command line writes in a form of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = {"": 1, "b": 1} | {
 
 
 def number(text: str) -> float:
-    """A finite number. Raises BadParameter."""
+    """Parse a finite number. Raises BadParameter."""
     try:
         value = float(text)
     except ValueError:
@@ -26,12 +26,12 @@ def number(text: str) -> float:
 
 
 def alphas(_context: object, _option: object, text: str) -> tuple[float, ...]:
-    """``0.3``, or several numbers with commas."""
+    """Parse ``0.3``, or several numbers with commas."""
     return tuple(number(part) for part in text.split(","))
 
 
 def alphas_for(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, float]:
-    """``REGEX=ALPHA``, each; split at the last equals sign."""
+    """Parse ``REGEX=ALPHA``, each; split at the last equals sign."""
     rules: dict[str, float] = {}
     for text in texts:
         pattern, equals, alpha = text.rpartition("=")
@@ -44,7 +44,7 @@ def alphas_for(_context: object, _option: object, texts: tuple[str, ...]) -> dic
 
 
 def moved(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, str]:
-    """``OLD=NEW``, each; split at the first equals sign."""
+    """Parse ``OLD=NEW``, each; split at the first equals sign."""
     places: dict[str, str] = {}
     for text in texts:
         old, equals, new = text.partition("=")
@@ -57,23 +57,23 @@ def moved(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str
 
 
 def parameters(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, object]:
-    """``NAME=VALUE``, each; a value is read as YAML: ``0.5``, ``true``, ``l1``."""
+    """Parse ``NAME=VALUE``, each; a value is read as YAML: ``0.5``, ``true``, ``l1``."""
     import yaml
 
-    found: dict[str, object] = {}
+    parsed: dict[str, object] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals or not name or name in found:
+        if not equals or not name or name in parsed:
             raise BadParameter(f"{text!r} should be NAME=VALUE, each name once, for instance 'density=0.2'.")
         try:
-            found[name] = yaml.safe_load(value)
+            parsed[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise BadParameter(f"{text!r}: the value can't be read: {error}") from error
-    return found
+    return parsed
 
 
 def size(_context: object, _option: object, text: str | None) -> int | None:
-    """``5GB``, ``500 MB``, ``2GiB``, ``1000000``: a number of bytes."""
+    """Parse a number of bytes: ``5GB``, ``500 MB``, ``2GiB``, ``1000000``."""
     if text is None:
         return None
     digits = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
@@ -88,6 +88,6 @@ def size(_context: object, _option: object, text: str | None) -> int | None:
 
 
 def check_folder(path: Path | None) -> None:
-    """Raise BadParameter where a file can't be written because its folder is not there."""
+    """Raise BadParameter where a file can't be written because its folder doesn't exist."""
     if path is not None and not path.resolve().parent.is_dir():
         raise BadParameter(f"{path}: there is no folder {path.parent}. Make it first.")

@@ -40,7 +40,7 @@ GPU_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run made: a path and a report for each output, in the order of the plan's outputs."""
+    """The outputs of a run: a path and a report for each, in the order of the plan's outputs."""
 
     outputs: tuple[Path, ...]
     reports: tuple[Report, ...]
@@ -128,7 +128,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
-    """Raise UsageError where an output path would touch an input or something that exists.
+    """Raise UsageError where an output path is in an input, or exists already.
 
     An output that its manifest calls the plan's own passes: reading all of it is left to ``run``.
     """
@@ -149,7 +149,7 @@ def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force:
 
 
 def chosen_device(name: str) -> str:
-    """The device of this name, as torch names it. Raises UsageError where it is unknown or not there."""
+    """Return the device of this name as torch names it. Raises UsageError where it is unknown or missing."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else CPU
     if name == CPU:
@@ -168,12 +168,12 @@ def chosen_device(name: str) -> str:
 
 
 def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
-    """How many workers a device has use for, unless told, and how many elements each of them computes at once.
+    """Return how many workers a device has use for, and how many elements each of them computes at once.
 
     Args:
-        device: that computes.
-        threads: workers that were asked for.
-        on_cpu: workers on the CPU where none were; by default one for each core.
+        device: the device that computes.
+        threads: the number of workers that was asked for, if any.
+        on_cpu: workers on the CPU where none was asked for; by default one for each core.
     """
     workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
     return threads or workers, block
