@@ -177,13 +177,13 @@ assert problems
     ),
     "scorer": Toy(
         """
-from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.answers.rows import Message, Prompt
 from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings, names
 assert "toy" in names()
 settings = ScorerSettings.model_validate({"name": "s", "kind": "toy", "options": {"times": 2}})
 with open_scorer(settings) as scorer:
-    assert scorer.score([Judged(Prompt.model_validate({"prompt": "2 + 2"}), "four")])[0].value == 8
+    assert scorer.score([Judged(Prompt("p", (Message(role="user", content="2 + 2"),)), "four")])[0].value == 8
 """,
         new={"answers/scorers/toy.py": SCORER},
     ),
