@@ -19,8 +19,8 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats, tied_weights
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, read_config
+from mergekit_lite.checkpoint.encodings.dense import Replace
 from mergekit_lite.checkpoint.encodings.low_rank import LowRank
-from mergekit_lite.checkpoint.encodings.replace import Replace
 from mergekit_lite.checkpoint.encodings.strided import transposed
 from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, with_terms
 from mergekit_lite.checkpoint.formats.header import WeightFile

@@ -38,13 +38,7 @@ class Reader:
         self._descriptors.clear()
 
     def fill(self, path: Path, offset: int, out: memoryview, tensor: str) -> None:
-        """Fill ``out`` with the bytes of a file from ``offset`` on.
-
-        Args:
-            path: the file; it stays open.
-            offset: of the first byte.
-            out: bytes; filled to its end.
-            tensor: the name of the tensor that is read, for errors.
+        """Fill ``out``, to its end, with the bytes of a file from ``offset`` on. Errors name the tensor.
 
         Raises:
             RunError: the file can't be read, or ends before its header says it does.
@@ -79,16 +73,13 @@ class Reader:
         return result
 
     def _descriptor(self, path: Path) -> int:
-        descriptor = self._descriptors.get(path)
-        if descriptor is None:
-            with self._lock:
-                if path not in self._descriptors:
-                    try:
-                        self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                    except OSError as error:
-                        raise RunError(f"{path}: can't be read: {error.strerror}") from error
-                descriptor = self._descriptors[path]
-        return descriptor
+        with self._lock:
+            if path not in self._descriptors:
+                try:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise RunError(f"{path}: can't be read: {error.strerror}") from error
+            return self._descriptors[path]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

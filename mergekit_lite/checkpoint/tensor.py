@@ -1,7 +1,6 @@
 """A tensor of a checkpoint: what the headers say of it, and how its elements are read.
 
-How its elements are stored is its *encoding*. Most lie in their file as they are (``Plain``); the other encodings are
-files of their own in ``checkpoint/encodings``.
+Most tensors lie in their file as they are (``Plain``); the other encodings have files in ``checkpoint/encodings``.
 """
 
 from __future__ import annotations
@@ -28,16 +27,12 @@ class Encoding(ABC):
 
     @abstractmethod
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the elements ``start …`` of a tensor, counted in row-major order.
+        """Fill ``out`` with the elements of ``spec`` from ``start`` on, counted in row-major order.
 
-        Args:
-            spec: the tensor, whose encoding this is.
-            reader: to read with.
-            start: index of the first element.
-            out: bytes; their number says how many elements, of ``spec.dtype``.
+        The length of ``out``, in bytes, says how many elements of ``spec.dtype`` are wanted.
 
         Raises:
-            RunError: a file can't be read, or is damaged.
+            RunError: a file can't be read, or ends before its header says it does, or is damaged.
         """
 
     def stored_dtype(self, spec: TensorSpec) -> str:
@@ -65,10 +60,9 @@ class Encoding(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Plain(Encoding):
-    """The elements lie in the file one after another, as they are read."""
+    """The elements lie in the file one after another, as they are read; torch is not needed."""
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Read straight into ``out``; torch is not needed."""
         reader.fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), out, spec.name)
 
 
@@ -80,12 +74,9 @@ class TensorSpec:
     """One tensor: its name, dtype and shape, where its bytes lie, and how they are stored.
 
     Attributes:
-        name: the name in the checkpoint.
         dtype: what a reader gets.
-        shape: its sizes.
-        file: the file it lies in; of a sum, the base's.
+        file: where it lies; of a sum, the base's.
         offset: the byte at which it begins there.
-        encoding: how its elements are stored.
         written_as: the dtype it takes in an output unless another is asked for, where that is not ``dtype``.
     """
 
@@ -109,7 +100,7 @@ class TensorSpec:
 
     @property
     def stored_dtype(self) -> str:
-        """What is on disk for an element: the name of a dtype."""
+        """The name of what is on disk for an element."""
         return self.encoding.stored_dtype(self)
 
     @property
@@ -132,16 +123,7 @@ class TensorSpec:
         return self.encoding.stored_bytes(self, count)
 
     def fill(self, reader: Reader, start: int, out: memoryview) -> None:
-        """Fill ``out`` with the bytes of the elements ``start …``, counted in row-major order.
-
-        Args:
-            reader: to read with.
-            start: index of the first element.
-            out: bytes; their number says how many elements, of ``dtype``.
-
-        Raises:
-            RunError: a file can't be read, or ends before its header says it does.
-        """
+        """Fill ``out`` with the bytes of the elements from ``start`` on; see ``Encoding.fill``."""
         self.encoding.fill(self, reader, start, out)
 
     def read(self, reader: Reader, start: int, out: torch.Tensor) -> None:

@@ -19,9 +19,8 @@ class BlockScaled(Encoding):
     """Codes, and one scale for each block of a matrix; the values are float32.
 
     Attributes:
-        codes: the stored tensor of the same shape.
-        scale: the tensor of scales, which may lie in another file. One of a single element is for the whole tensor,
-            also where that is a stack of matrices.
+        codes: of the same shape.
+        scale: may lie in another file. A single one is for the whole tensor, also where that is a stack of matrices.
         block: the (rows, columns) that share one scale: (128, 128) is DeepSeek's block FP8, (1, columns) one scale a
             row, (rows, columns) one a matrix.
     """
@@ -31,7 +30,6 @@ class BlockScaled(Encoding):
     block: Block
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Read the codes and multiply them by their scales."""
         for begin, piece in pieces(start, out, spec.dtype):
             piece.copy_(self.codes.elements(reader, begin, piece.numel()))
             if self.scale.numel == 1:
@@ -41,12 +39,10 @@ class BlockScaled(Encoding):
                 self._multiply(reader, row, column, part)
 
     def stored_dtype(self, spec: TensorSpec) -> str:
-        """Return the dtype of the codes."""
         return self.codes.dtype
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The codes, the scales and the block."""
         return self.codes.key, self.scale.key, self.block
 
     def _multiply(self, reader: Reader, row: int, column: int, values: torch.Tensor) -> None:
@@ -70,7 +66,6 @@ class BlockScaled(Encoding):
             values.mul_(scales[:, torch.arange(column, column + values.shape[1]) // width])
 
     def _scale_rows(self, reader: Reader, begin: int, end: int, columns: int) -> torch.Tensor:
-        """Return the rows ``begin … end`` of the scales, which have this many columns, as float32."""
         stored = self.scale.elements(reader, begin * columns, (end - begin) * columns)
         return stored.to(torch.float32).view(-1, columns)
 

@@ -38,12 +38,10 @@ class LowRank(VectorTerm):
     right: TensorSpec
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
-        """Add the product of the factors."""
         for row, column, part in by_rows(start, total, self.right.shape[-1]):
             self._add(reader, row, column, part)
 
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
-        """Return the shapes of two factors of one rank, which is that of ``left``."""
         rank = min(self.left.shape[-1], MAX_RANK) if self.left.shape else 0
         if len(shape) != 2 or rank == 0:
             raise CheckpointError(f"{name}: factors of a tensor of shape {list(shape)}, expected a matrix, rank ≥ 1")
@@ -71,13 +69,10 @@ class LowRank(VectorTerm):
 
 
 def _strip(reader: Reader, right: TensorSpec, begin: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns ``begin … begin + width`` of the right factor in fixed point.
+    """Return powers of two, (rank,), and columns of the right factor in fixed point, (rank, width); both float64.
 
     The rows of a factor may differ much in size, and all of them are summed. So each is divided by a power of two of
     its own, which is exact; the same column of ``left`` is multiplied by it before that is rounded.
-
-    Returns:
-        The powers of two, (rank,); and the divided rows, rounded, (rank, width). Both are float64.
     """
 
     def read() -> tuple[torch.Tensor, torch.Tensor]:

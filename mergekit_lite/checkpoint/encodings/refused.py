@@ -23,7 +23,7 @@ class Scheme(NamedTuple):
 
     name: str
     ending: re.Pattern[str]
-    remedy: str
+    remedy: str = ORIGINAL
 
 
 SCHEMES = (
@@ -52,13 +52,12 @@ SCHEMES = (
         re.compile(r"\.weight_packed$"),
         f"{ORIGINAL}, or load it with transformers and CompressedTensorsConfig(run_compressed=False), and save it",
     ),
-    Scheme("HQQ", re.compile(r"\.W_q$"), ORIGINAL),
-    Scheme("AQLM", re.compile(r"\.codebooks$"), ORIGINAL),
-    Scheme("quanto", re.compile(r"\.weight\._(data|scale)$"), ORIGINAL),
-    Scheme("torchao", re.compile(r"_weight_qdata$"), ORIGINAL),
+    Scheme("HQQ", re.compile(r"\.W_q$")),
+    Scheme("AQLM", re.compile(r"\.codebooks$")),
+    Scheme("quanto", re.compile(r"\.weight\._(data|scale)$")),
+    Scheme("torchao", re.compile(r"_weight_qdata$")),
 )
 ANY_SCHEME = re.compile("|".join(known.ending.pattern for known in SCHEMES))
-INTEGERS_WITH_SCALE = "integer codes with a scale (int8 or packed)"
 SCALE_ENDINGS = ("_scale", "_scale_inv", "_scales", "_scale_2")
 
 
@@ -80,13 +79,12 @@ def refusals(tensors: Mapping[str, TensorSpec], method: str | None) -> list[str]
 
 
 def _scheme_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str | None) -> tuple[str, str] | None:
-    """Return the name and the remedy of the refused scheme that a tensor is in, or None."""
     for known in SCHEMES if ANY_SCHEME.search(spec.name) else ():
         if known.ending.search(spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
             return known.name, known.remedy
     integers = spec.dtype in INTEGER_CODES and len(spec.shape) >= 2  # vectors are counters, positions and the like
     if integers and _has_scale(spec.name, tensors):
-        return INTEGERS_WITH_SCALE, ORIGINAL
+        return "integer codes with a scale (int8 or packed)", ORIGINAL
     if (integers or spec.dtype in FLOAT_CODES) and method is not None and method not in SUPPORTED_METHODS:
         return f"quant_method {method!r} of config.json", ORIGINAL
     return None

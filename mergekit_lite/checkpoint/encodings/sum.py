@@ -30,13 +30,7 @@ class Term(ABC):
 
     @abstractmethod
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
-        """Add the elements ``start …``, times ``scale``, to ``total``.
-
-        Args:
-            reader: to read with.
-            shape: of the whole tensor.
-            start: index of the first element.
-            total: 1-D, float64.
+        """Add the elements from ``start`` on of a tensor of this shape, times ``scale``, to ``total`` (1-D, float64).
 
         Raises:
             RunError: a file can't be read, or is damaged.
@@ -67,7 +61,6 @@ class Sum(Encoding):
     terms: tuple[Term, ...] = ()
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Sum the elements piece by piece, and round."""
         for begin, piece in pieces(start, out, spec.dtype):
             if self.base is None:
                 total = torch.zeros(piece.numel(), dtype=torch.float64)
@@ -78,11 +71,9 @@ class Sum(Encoding):
             piece.copy_(total)
 
     def stored_dtype(self, spec: TensorSpec) -> str:
-        """Return what the base is stored as."""
         return self.base.stored_dtype if self.base else spec.dtype
 
     def all_bytes(self, spec: TensorSpec) -> int:
-        """Return the bytes of the base and of the terms' parts."""
         return sum(part.nbytes for part in self.parts)
 
     @property
@@ -93,12 +84,10 @@ class Sum(Encoding):
 
     @property
     def block(self) -> Block | None:
-        """The block of the base."""
         return self.base.encoding.block if self.base else None
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The base, and each term's kind, scale and parts."""
         terms = [(type(term).__name__, term.scale, [part.key for part in term.parts]) for term in self.terms]
         return (self.base.key if self.base else None), terms
 
@@ -111,14 +100,8 @@ def scaled(terms: tuple[Term, ...], scale: float) -> tuple[Term, ...]:
 def with_terms(spec: TensorSpec, terms: tuple[Term, ...], name: str, wide: bool = False) -> TensorSpec:
     """Return a tensor, under another name, with terms added to it behind those that it has.
 
-    Args:
-        spec: the tensor.
-        terms: to add.
-        name: of the result.
-        wide: whether the result is float64, as it is where the tensor is; else it is float32.
-
-    Returns:
-        A tensor that is written in the dtype of the base unless another is asked for.
+    It is float64 if ``wide``, or if the tensor is, else float32; and is written in the tensor's dtype unless another is
+    asked for.
     """
     before = spec.encoding if isinstance(spec.encoding, Sum) else Sum(replace(spec, name=name))
     return replace(
