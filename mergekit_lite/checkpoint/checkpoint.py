@@ -100,8 +100,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _open_sum(text)
-    fetched = hub.fetch(text)
-    return _open_folder(text, fetched.folder, fetched.revision)
+    folder = hub.fetch(text)
+    return _open_folder(text, folder, folder.name)
 
 
 def open_adapter(reference: str) -> Adapter:
@@ -114,8 +114,8 @@ def open_adapter(reference: str) -> Adapter:
         path = Path(reference).expanduser()
         if path.exists():
             return adapters.read_adapter(reference, path.resolve())
-    fetched = hub.fetch(reference, adapter=True)
-    return adapters.read_adapter(reference, fetched.folder, fetched.revision)
+    folder = hub.fetch(reference, adapter=True)
+    return adapters.read_adapter(reference, folder, folder.name)
 
 
 @contextmanager

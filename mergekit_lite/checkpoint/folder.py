@@ -43,10 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    """Find the weight files of a folder.
-
-    Returns:
-        The files in order of their names, and the index (tensor name → file name) where the folder has one.
+    """Return a folder's weight files in order of their names, and its index (tensor name → file name), if any.
 
     Raises:
         CheckpointError: no weights, more than one candidate, a shard that is missing, or a path that leaves the folder.
@@ -67,13 +64,9 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 
 def weight_names(where: object, names: Collection[str]) -> list[str]:
-    """Return which of a folder's or a repository's files are its weights.
+    """Return which of these files hold a model's weights: one, an index, or a numbered set's shards, there or not.
 
-    Returns:
-        One file, an index (``….index.json``, which names the files), or all shards of a numbered set, there or not.
-
-    Raises:
-        CheckpointError: there are none, or it is not clear which are meant.
+    Raises CheckpointError where there are none, or it is not clear which are meant.
     """
     for format in FORMATS:
         standard = [name for name in _standard_names(format) if name in names]
@@ -88,11 +81,7 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
 
 
 def adapter_weights(where: object, names: Collection[str]) -> str:
-    """Return the name of the weight file of an adapter's folder or repository.
-
-    Raises:
-        CheckpointError: it is no adapter's, or has no weights.
-    """
+    """Return the name of an adapter's weight file. Raises CheckpointError where these names are no adapter's."""
     if ADAPTER_CONFIG not in names:
         raise CheckpointError(
             f"{where}: is not an adapter: it has no {ADAPTER_CONFIG}. Name a folder that peft saved; of a tuned model, "
@@ -106,11 +95,7 @@ def adapter_weights(where: object, names: Collection[str]) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder.
-
-    Raises:
-        CheckpointError: a link leads out of the folder, or it is no regular file.
-    """
+    """Return the path of a file in a folder. Raises CheckpointError where it is none, or a link that leads out."""
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     target = (root / name).resolve()
@@ -139,20 +124,16 @@ def small_file(folder: Path, name: str) -> Path | None:
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:
     """Read the index of a sharded checkpoint: tensor name → name of a weight file in the same folder.
 
-    Raises:
-        CheckpointError: it is no index, or a name in it could lead elsewhere.
+    Raises CheckpointError where it is no index, or a name in it could lead elsewhere.
     """
     weight_map = read_json(inside(folder, index_name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / index_name}: has no weight_map. Download it again.")
-    bad = [
-        f"{name!r} is said to be in {str(target)[:80]!r}"
-        for name, target in weight_map.items()
-        if not is_weight_name(target)
-    ]
-    if bad:
+    elsewhere = {name: target for name, target in weight_map.items() if not is_weight_name(target)}
+    if elsewhere:
+        lines = [f"{name!r} is said to be in {str(target)[:80]!r}" for name, target in elsewhere.items()]
         raise CheckpointError(
-            listing(f"{folder / index_name}: names files that are not weight files of this folder", bad)
+            listing(f"{folder / index_name}: names files that are not weight files of this folder", lines)
         )
     return weight_map
 
@@ -175,28 +156,23 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
         weights = sorted(name for name in names if name.endswith(format.SUFFIXES) and may_be_weights(name))
         if not weights:
             continue
-        shard = SHARD.fullmatch(weights[0])
-        if shard is None and len(weights) == 1:
-            return weights
-        if shard is not None:
-            count, stem, suffix = shard["count"], shard["stem"], shard["suffix"]
+        if shard := SHARD.fullmatch(weights[0]):
+            stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
             numbered = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
             if set(weights) <= set(numbered):
                 return numbered
+        elif len(weights) == 1:
+            return weights
         raise CheckpointError(
             listing(f"{where}: has no model.safetensors and several weight files; name the one that is meant", weights)
         )
     standard = ", ".join(name for format in FORMATS for name in _standard_names(format))
-    hint = "".join(
-        f" It holds {suffix[1:].upper()} files, which aren't read."
-        for suffix in refused.REMEDIES
-        if any(name.endswith(suffix) for name in names)
-    )
+    unread = [suffix for suffix in refused.REMEDIES if any(name.endswith(suffix) for name in names)]
+    hint = "".join(f" It holds {suffix[1:].upper()} files, which aren't read." for suffix in unread)
     raise CheckpointError(
         f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).{hint}"
     )
 
 
 def _standard_names(format: Format) -> list[str]:
-    """Return what the weights of a folder are named in a format: one file, or the index of its shards."""
     return [name + ending for name in format.MODEL_NAMES for ending in ("", INDEX_ENDING)]

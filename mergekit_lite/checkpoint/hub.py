@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -38,21 +37,13 @@ SMALL_FILES = (  # the files that travel with the weights; never code
 )
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """The files of a repository on the local disk, and their commit."""
-
-    folder: Path
-    revision: str | None
-
-
 def is_repository(reference: str) -> bool:
     """Whether a reference has the form of a repository's name."""
     match = REPOSITORY.fullmatch(reference)
     return match is not None and not reference.endswith(formats.SUFFIXES) and ".." not in reference
 
 
-def fetch(reference: str, *, adapter: bool = False) -> Fetched:
+def fetch(reference: str, *, adapter: bool = False) -> Path:
     """Download what a checkpoint or an adapter needs of a repository, or find it in the cache.
 
     Needed are one set of weights (safetensors before ``.bin``), their index, and the small files of the model; of an
@@ -62,10 +53,19 @@ def fetch(reference: str, *, adapter: bool = False) -> Fetched:
         reference: ``org/name`` or ``org/name@revision`` (a branch, tag or commit).
         adapter: whether it is an adapter, not a model.
 
+    Returns:
+        The folder; its name is the commit.
+
     Raises:
         CheckpointError: no such path or repository, no access to it, or no network and not in the cache.
     """
-    repo, revision = _parsed(reference)
+    match = REPOSITORY.fullmatch(reference)
+    if match is None or not is_repository(reference):
+        raise CheckpointError(
+            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
+            f"org/name@revision).{_nearest_path(reference)}"
+        )
+    repo, revision = match["repo"], match["revision"]
     try:
         return _downloaded(repo, revision, adapter)
     except CheckpointError:
@@ -77,18 +77,7 @@ def fetch(reference: str, *, adapter: bool = False) -> Fetched:
     return _cached(reference, repo, revision, adapter, trouble)
 
 
-def _parsed(reference: str) -> tuple[str, str | None]:
-    """Return the repository and the revision that a reference names. Raises CheckpointError where it names none."""
-    match = REPOSITORY.fullmatch(reference)
-    if match is None or not is_repository(reference):
-        raise CheckpointError(
-            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
-            f"org/name@revision).{_nearest_path(reference)}"
-        )
-    return match["repo"], match["revision"]
-
-
-def _downloaded(repo: str, revision: str | None, adapter: bool) -> Fetched:
+def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repo, revision=revision)
@@ -104,7 +93,7 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Fetched:
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
     if folder.name != info.sha:
         raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
-    return Fetched(folder, info.sha)
+    return folder
 
 
 def _weights(repo: str, commit: str | None, names: set[str]) -> list[str]:
@@ -126,35 +115,29 @@ def _is_small_file(name: str) -> bool:
     )
 
 
-def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trouble: str) -> Fetched:
-    """Return the repository as the cache has it.
-
-    Raises:
-        CheckpointError: it is incomplete there; the message says why the hub couldn't be asked (``trouble``).
-    """
+def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trouble: str) -> Path:
+    """Return the repository as the cache has it. Errors name the ``trouble`` on the way to the hub as well."""
     from huggingface_hub import snapshot_download
 
     patterns = [folders.ADAPTER_CONFIG] if adapter else list(SMALL_FILES)
+    incomplete = f"{reference}: {trouble}, and the local cache doesn't hold all of"
     remedy = "Connect and run again, or name a folder on this machine."
     try:
         # Where the cache knows the repository's files, the patterns make sure that all the small ones are there.
-        folder = snapshot_download(
-            repo, revision=revision, local_files_only=True, allow_patterns=patterns, ignore_patterns=["*/*"]
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision, local_files_only=True, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
         )
-    except Exception as error:
-        raise CheckpointError(
-            f"{reference}: {trouble}, and the local cache doesn't hold all of it. {remedy}"
-        ) from error
-    try:
         if adapter:
-            folders.adapter_weights(folder, {path.name for path in Path(folder).iterdir()})
+            folders.adapter_weights(folder, {path.name for path in folder.iterdir()})
         else:
-            folders.weight_files(Path(folder))
+            folders.weight_files(folder)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{reference}: {trouble}, and the local cache doesn't hold all of its weights. {remedy}\n{error}"
-        ) from error
-    return Fetched(Path(folder), Path(folder).name)
+        raise CheckpointError(f"{incomplete} its weights. {remedy}\n{error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{incomplete} it. {remedy}") from error
+    return folder
 
 
 def _refusal(reference: str, repo: str, revision: str | None, error: Exception) -> str | None:
@@ -180,7 +163,6 @@ def _refusal(reference: str, repo: str, revision: str | None, error: Exception) 
 
 
 def _trouble(error: Exception) -> str:
-    """Return why the hub couldn't be asked."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -202,9 +184,7 @@ def _is(error: Exception, kind: type[Exception]) -> bool:
 
 def _status(error: Exception) -> int | None:
     """Return the HTTP status that an error reports, or None."""
-    statuses: Iterable[int | None] = (
-        getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error)
-    )
+    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
     return next((status for status in statuses if status is not None), None)
 
 

@@ -18,19 +18,12 @@ SAMPLE = 1024  # elements, at the beginning and in the middle of each tensor
 
 
 class Identity(NamedTuple):
-    """A model as a task vector remembers it.
-
-    Attributes:
-        reference: the text that named it.
-        revision: the commit of a hub repository.
-        header: a digest of its tensors' names, dtypes and shapes.
-        sample: a digest of some of their values.
-    """
+    """A model as a task vector remembers it."""
 
     reference: str
-    revision: str | None
-    header: str
-    sample: str
+    revision: str | None  # the commit of a hub repository
+    header: str  # a digest of its tensors' names, dtypes and shapes
+    sample: str  # a digest of some of their values
 
     def is_of(self, other: Identity) -> bool:
         """Return whether the two are one model, whatever they are called."""
@@ -38,11 +31,7 @@ class Identity(NamedTuple):
 
 
 def identify(reference: str, revision: str | None, tensors: Mapping[str, TensorSpec]) -> Identity:
-    """Return the identity of a model. Some kilobytes of each tensor are read.
-
-    Raises:
-        RunError: a file can't be read.
-    """
+    """Return the identity of a model; some kilobytes of each tensor are read. Raises RunError where they can't be."""
     header, sample = xxhash.xxh3_128(), xxhash.xxh3_128()
     with Reader() as reader:
         for name in sorted(tensors):

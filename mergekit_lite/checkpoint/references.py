@@ -23,19 +23,12 @@ MOST_PLUSES = 12
 
 
 class Addition(NamedTuple):
-    """What one ``+`` of a reference adds.
+    """What one ``+`` of a reference adds."""
 
-    Attributes:
-        path: of a task vector or an adapter, or a hub repository.
-        scale: what it is multiplied by.
-        rebase: whether a vector may be added to any base.
-        is_vector: whether it was called a vector.
-    """
-
-    path: str
+    path: str  # of a task vector or an adapter, or a hub repository
     scale: float = 1.0
-    rebase: bool = False
-    is_vector: bool = False
+    rebase: bool = False  # whether a vector may be added to any base
+    is_vector: bool = False  # whether it was called one
 
     def __str__(self) -> str:
         prefix = REBASE if self.rebase else VECTOR if self.is_vector else ""
@@ -75,7 +68,7 @@ def split_reference(reference: str) -> tuple[str, tuple[Addition, ...]]:
     cuts = [_cut(segments)] if len(segments) > MOST_PLUSES else list(_cuts(segments))
     if len(segments) == 2:
         return cuts[0]
-    sound = [(base, added) for base, added in cuts if _can_be_base(base) and all(one.can_exist for one in added)]
+    sound = [(base, added) for base, added in cuts if all(part.can_exist for part in (Addition(base), *added))]
     if not sound:
         raise CheckpointError(f"{reference}: no such file or folder, and no BASE+ADAPTER of which both are there.")
     if len(sound) > 1:
@@ -83,10 +76,6 @@ def split_reference(reference: str) -> tuple[str, tuple[Addition, ...]]:
             f"{reference}: can be cut at several pluses into a base and what to add. Rename a folder, or link to it."
         )
     return sound[0]
-
-
-def _can_be_base(text: str) -> bool:
-    return Path(text).expanduser().exists() or hub.is_repository(text)
 
 
 def _cuts(segments: list[str]) -> Iterator[tuple[str, tuple[Addition, ...]]]:

@@ -1,7 +1,6 @@
-"""The file formats of weights: a table of the modules in this folder, one for each format.
+"""The file formats of weights, each a module here that has what ``Format`` lists and stands in ``FORMATS``.
 
-A format's module has what ``Format`` lists. To add a format, write its module and put it into ``FORMATS``; a stored
-element type of its own is an encoding (see ``checkpoint/encodings``).
+A stored element type of its own is an encoding (see ``checkpoint/encodings``).
 """
 
 from __future__ import annotations
@@ -43,11 +42,7 @@ _BY_SUFFIX = {suffix: format for format in FORMATS for suffix in format.SUFFIXES
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a weight file, in the format that its suffix names; no weight is read.
-
-    Raises:
-        CheckpointError: no format has this suffix, or ``Format.read_header`` raises it.
-    """
+    """Read a header in the format that the suffix names, as ``Format.read_header``; CheckpointError where none does."""
     if path.suffix in _BY_SUFFIX:
         return _BY_SUFFIX[path.suffix].read_header(path)
     if path.suffix in refused.REMEDIES:

@@ -47,7 +47,6 @@ class Header:
     """What one file of weights holds.
 
     Attributes:
-        file: the identity of the file.
         tensors: its tensors by name, in the order of their bytes.
         metadata: free-form text by key; empty in a format without metadata.
         nest: the keys its tensors are nested under: ``("model",)`` for a torch file of ``{"model": {...}}``.

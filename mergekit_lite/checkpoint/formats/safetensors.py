@@ -60,8 +60,6 @@ def read_header(path: Path) -> Header:
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    """Parse the JSON object of a header. Raises CheckpointError where it is none, or names a key twice."""
-
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) != len(pairs):
@@ -88,14 +86,7 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
 
 
 def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
-    """Return the tensor that an entry of the header describes, once dtype, shape and offsets fit each other.
-
-    Args:
-        path: the file.
-        name: of the tensor.
-        entry: what the header says of it.
-        start: where the data begin in the file; offsets count from there.
-    """
+    """Return the tensor that an entry describes, once dtype, shape and offsets, which count from ``start``, fit."""
     check_name(path, name)
 
     def damaged(what: str) -> CheckpointError:
@@ -132,15 +123,9 @@ def _naturals(values: object) -> bool:
 
 
 def _check_tiling(path: Path, specs: list[TensorSpec], start: int, total: int) -> None:
-    """Raise CheckpointError where the tensors, in the order of their offsets, don't tile the data without a gap.
+    """Raise CheckpointError where the tensors don't tile the file from ``start`` to its end, ``total``, without a gap.
 
-    An empty tensor takes no bytes, and is sorted before the one that begins at the same offset.
-
-    Args:
-        path: the file.
-        specs: its tensors.
-        start: where the data begin in the file.
-        total: size of the file.
+    They come in the order of their offsets, an empty one before the one that begins at the same offset.
     """
     position = start
     for spec in specs:

@@ -65,13 +65,10 @@ def read_header(path: Path) -> Header:
 
 
 def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
-    """Check the zip around the pickle, and find the places of its records.
+    """Check that the file is a zip as ``torch.save`` writes it.
 
     Returns:
         The pickle, which identifies the file's structure, and each record's length in bytes by its data's offset.
-
-    Raises:
-        CheckpointError: the file can't be read, or isn't a zip as ``torch.save`` writes it.
     """
     try:
         with path.open("rb") as file:
@@ -113,7 +110,6 @@ def _record(file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _load_meta(path: Path, pickled: bytes) -> Any:
-    """Load the saved object, its tensors without data. Raises CheckpointError where torch's loader refuses it."""
     if ALLOCATOR.search(pickled):
         raise CheckpointError(
             f"{path}: asks for memory beside its tensors (a bytearray), which is refused. Keep tensors only."
@@ -121,11 +117,8 @@ def _load_meta(path: Path, pickled: bytes) -> Any:
     try:
         return torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged or forged pickle makes the loader raise nearly anything
-        reason = [line.strip() for line in str(error).strip().splitlines()]
-        named = next(
-            (line for line in reason if "GLOBAL" in line or "Unsupported" in line),
-            reason[0] if reason else type(error).__name__,
-        )
+        reasons = str(error).strip().splitlines() or [type(error).__name__]
+        named = next((line for line in reasons if "GLOBAL" in line or "Unsupported" in line), reasons[0]).strip()
         raise CheckpointError(
             f"{path}: refused by torch's restricted loader, and nothing in it was run: {shortened(named, 200)}\n"
             "If you trust where the file comes from, keep its tensors only, in an environment you can throw away: "
@@ -146,13 +139,9 @@ def _tensors(content: object) -> dict[str, torch.Tensor]:
 
 
 def _nest_key(path: Path, nest: tuple[str, ...], content: object) -> str | None:
-    """Find the key under which the weights are, by what the mappings hold, as a file may keep a loss beside its model.
+    """Return the key under which the weights are, or None where they are here already.
 
-    Returns:
-        The key; None where the weights are here already.
-
-    Raises:
-        CheckpointError: weights are in more than one place, and it is not clear which are meant.
+    What the mappings hold decides, as a file may keep a loss beside its model. Weights in several places are refused.
     """
     if not isinstance(content, Mapping):
         return None
@@ -164,7 +153,8 @@ def _nest_key(path: Path, nest: tuple[str, ...], content: object) -> str | None:
     if not weights:
         return None if loose else next((key for key in NESTS if key in nested), None)
     numbers = sum(each.numel() for each in held[weights[0]])
-    here = _holds_weights(loose, 2) or (bool(loose) and _floats(loose) >= numbers)
+    floats = sum(each.numel() for each in loose if each.is_floating_point())
+    here = _holds_weights(loose, 2) or (bool(loose) and floats >= numbers)
     if len(weights) > 1 or here:
         _refuse_choice(path, nest, weights, here)
     check_name(path, weights[0])
@@ -185,13 +175,7 @@ def _holds_weights(tensors: Sequence[torch.Tensor], dimensions: int) -> bool:
     return any(each.dim() >= (dimensions if each.is_floating_point() else 2) for each in tensors)
 
 
-def _floats(tensors: Sequence[torch.Tensor]) -> int:
-    """Return how many floating-point numbers the tensors hold."""
-    return sum(each.numel() for each in tensors if each.is_floating_point())
-
-
 def _refuse_choice(path: Path, nest: tuple[str, ...], keys: Sequence[str], here: bool) -> None:
-    """Raise CheckpointError where weights are under several keys, or ``here`` and under a key."""
     places = ["the top level" if not nest else f"under {'.'.join(nest)}"] if here else []
     places += [f"under {'.'.join((*nest, _label(key)))}" for key in keys]
     subscripts = "".join(f"[{key!r}]" for key in map(_label, (*nest, keys[0])))
@@ -204,17 +188,7 @@ def _refuse_choice(path: Path, nest: tuple[str, ...], keys: Sequence[str], here:
 
 
 def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorSpec:
-    """Return the place of a tensor, once its storage's record is long enough for it.
-
-    Args:
-        path: the file.
-        name: of the tensor.
-        tensor: on the meta device, as torch's loader made it.
-        records: the length of each record of the zip by the offset of its data.
-
-    Raises:
-        CheckpointError: it is no plain dense tensor, or reaches beyond its record.
-    """
+    """Return the place of a tensor that torch's loader made, once its storage's record is long enough for it."""
     check_name(path, name)
     # The loader notes where in the file a storage begins.
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if tensor.layout == torch.strided else None
