@@ -22,7 +22,7 @@ from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, rea
 from mergekit_lite.checkpoint.encodings.dense import Replace
 from mergekit_lite.checkpoint.encodings.low_rank import LowRank
 from mergekit_lite.checkpoint.encodings.strided import transposed
-from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, with_terms
+from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, scaled, with_terms
 from mergekit_lite.checkpoint.formats.header import WeightFile
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, counted, listing, shortened
@@ -47,25 +47,19 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Factors:
-    """The two factors of one module's LoRA.
+    """The two factors of one module's LoRA."""
 
-    Attributes:
-        a: (r, in).
-        b: (out, r).
-        scale: what their product is multiplied by.
-        transposed: whether the weight is stored as (in, out), as far as the config says.
-    """
-
-    a: TensorSpec
-    b: TensorSpec
-    scale: float
-    transposed: bool
+    a: TensorSpec  # (r, in)
+    b: TensorSpec  # (out, r)
+    scale: float  # what their product is multiplied by
+    transposed: bool  # whether the weight is stored as (in, out), as far as the config says
 
     def term_for(self, base: TensorSpec) -> LowRank:
         """Return what is added to ``base``, in its orientation. Raises CheckpointError where the shapes don't fit."""
         product = self.b.shape[0], self.a.shape[1]
+        shapes = {False: product, True: product[::-1]}
         # A square weight fits both ways, so the config's goes first.
-        orientations = [way for way in (self.transposed, not self.transposed) if _oriented(product, way) == base.shape]
+        orientations = [way for way in (self.transposed, not self.transposed) if shapes[way] == base.shape]
         if not orientations:
             raise CheckpointError(
                 f"{self.a.name}: makes a product of {list(product)} with {self.b.name.rpartition('.lora_')[2]}, but "
@@ -82,10 +76,8 @@ class Adapter:
 
     Attributes:
         reference: the text it was opened by.
-        path: its folder.
-        file: the identity of its weight file.
-        factors: the factors by the name of the weight that they are added to.
-        replacements: full tensors, by the name of the tensor they replace.
+        factors: by the name of the weight that they are added to.
+        replacements: full tensors, by the name of the one they replace.
         left_out: for all else that its file holds, why it is left out.
         revision: the commit a hub repository was fetched at.
     """
@@ -101,72 +93,52 @@ class Adapter:
     def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
     ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """Return the tensors of a base with the adapter, times ``scale``, folded in.
+        """Return the tensors of a base, by name, with the adapter, times ``scale``, folded in.
 
-        Args:
-            base: its tensors by name.
-            config: its ``config.json``, if any.
-            scale: of the whole adapter.
-
-        Returns:
-            The tensors, those that are added to as float32 (float64 where the base is); and why each tensor of the
-            adapter or base that is not read is left out.
+        Those that are added to become float32 (float64 where the base is). Returned as well is why each tensor of the
+        adapter or base that is not read is left out.
 
         Raises:
             CheckpointError: a tensor of the adapter matches none of the base, or another shape. All are named.
         """
-        name_in = self._renaming(base)
+        name_in = _names_in(base, [*self.factors, *self.replacements])
         tensors, left_out = dict(base), dict(self.left_out)
         problems: list[str] = []
         for name, spec in self.replacements.items():
             try:
-                own = _counterpart(name_in(name), spec.name, base, base)
-                tensors[name_in(name)] = _replacement(own, spec, name_in(name), scale)
+                own = _counterpart(name_in[name], spec.name, base, base)
+                tensors[name_in[name]] = _replacement(own, spec, name_in[name], scale)
             except CheckpointError as problem:
                 problems.append(str(problem))
                 continue
-            if own.name == name_in(name) and not isinstance(tensors[own.name].encoding, Sum):
+            if own.name == name_in[name] and not isinstance(tensors[own.name].encoding, Sum):
                 left_out[f"{own.name} of the base"] = f"replaced by the adapter's {spec.name}"
         for name, factors in self.factors.items():
             try:
-                own = _counterpart(name_in(name), factors.a.name, tensors, base)
-                term = factors.term_for(own)
-                term = replace(term, scale=term.scale * scale)
-                tensors[name_in(name)] = with_terms(own, (term,), name_in(name))
+                own = _counterpart(name_in[name], factors.a.name, tensors, base)
+                tensors[name_in[name]] = with_terms(own, scaled((factors.term_for(own),), scale), name_in[name])
             except CheckpointError as problem:
                 problems.append(str(problem))
         for names in (self.factors, self.replacements):
-            twice = [name for name, count in Counter(map(name_in, names)).items() if count > 1]
+            twice = [name for name, count in Counter(name_in[name] for name in names).items() if count > 1]
             problems += [
                 f"{name}: two tensors of the adapter are for it; it is not clear which is meant" for name in twice
             ]
-        touched = {name_in(name) for name in (*self.factors, *self.replacements)}
-        problems += _broken_ties(touched, tensors, config)
+        problems += _broken_ties(set(name_in.values()), tensors, config)
         if problems:
             title = f"{self.reference}: {counted(len(problems), 'problem')} with this adapter on its base"
             raise CheckpointError(listing(title, problems))
         return tensors, left_out
 
-    def _renaming(self, base: Mapping[str, TensorSpec]) -> _Renaming:
-        """Return how the adapter's names become the base's: either may begin with a part that the other lacks.
 
-        Of all ways, the one by which most names are in the base, and of equals the first.
-        """
-        names = [*self.factors, *self.replacements]
-        cuts, adds = _fronts(names), _fronts(base)
-        renamings = [_Renaming(), *(_Renaming(cut=front) for front in cuts), *(_Renaming(add=front) for front in adds)]
-        return max(renamings, key=lambda renaming: sum(renaming(name) in base for name in names))
+def _names_in(base: Mapping[str, TensorSpec], names: list[str]) -> dict[str, str]:
+    """Return the base's name for each of an adapter's: either may begin with a part that the other lacks.
 
-
-@dataclass(frozen=True)
-class _Renaming:
-    """A way to rename a tensor: without ``cut`` at the front, and with ``add`` there."""
-
-    cut: str = ""
-    add: str = ""
-
-    def __call__(self, name: str) -> str:
-        return self.add + name.removeprefix(self.cut)
+    Of all ways to cut or add one, the way by which most names are in the base, and of equals the first.
+    """
+    ways = [("", ""), *((front, "") for front in _fronts(names)), *(("", front) for front in _fronts(base))]
+    renamings = [{name: add + name.removeprefix(cut) for name in names} for cut, add in ways]
+    return max(renamings, key=lambda renaming: sum(renaming[name] in base for name in names))
 
 
 def _fronts(names: Iterable[str]) -> list[str]:
@@ -200,7 +172,8 @@ def read_adapter(reference: str, path: Path, revision: str | None = None) -> Ada
         elif name != plain and plain in header.tensors:
             left_out[name] = f"saved twice; {plain} is taken"
         else:
-            twice = replacements.setdefault(_weight_name(plain), spec) is not spec
+            replaced = plain.removeprefix(PREFIX).replace(".base_layer.", ".")
+            twice = replacements.setdefault(replaced, spec) is not spec
         if twice:
             problems.append(
                 f"{name}: another tensor of the adapter is for the same place; it is not clear which is meant"
@@ -226,16 +199,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _weight_name(name: str) -> str:
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
-
-
 def _factors(module: str, pair: Mapping[str, TensorSpec], config: AdapterConfig) -> Factors:
-    """Return the factors of a module.
-
-    Raises:
-        CheckpointError: one is missing, or they aren't what the config says.
-    """
     by_letter = {FACTORS[ending]: spec for ending, spec in pair.items()}
     names = ", ".join(spec.name for spec in pair.values())
     embedding = any("embedding" in ending for ending in pair)
@@ -259,16 +223,8 @@ def _factors(module: str, pair: Mapping[str, TensorSpec], config: AdapterConfig)
     return Factors(a, b, config.scale_of(module), embedding or config.transposed)
 
 
-def _oriented(shape: tuple[int, int], transposed: bool) -> tuple[int, int]:
-    return (shape[1], shape[0]) if transposed else shape
-
-
 def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec]) -> TensorSpec:
-    """Return the tensor of this name, which ``of`` changes, or the base's embedding if the base ties a head to it.
-
-    Raises:
-        CheckpointError: the base has no such tensor, or one that is not for arithmetic.
-    """
+    """Return the tensor of this name, which ``of`` changes, or the base's embedding if the base ties a head to it."""
     own = tensors.get(name) or tied_weights.tied_to(name, base)
     if own is None:
         raise CheckpointError(f"{of}: the base has no tensor {shortened(name)}. Is it the right base?")
@@ -278,11 +234,7 @@ def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Ma
 
 
 def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> TensorSpec:
-    """Return the tensor that takes the base's place; if scaled or one of several terms, the base with the difference.
-
-    Raises:
-        CheckpointError: it is not for arithmetic, or has another shape than the base's.
-    """
+    """Return what takes the base's place; if scaled or one of several terms, the base with the difference."""
     if not dtypes.is_float(spec.dtype):
         raise CheckpointError(f"{spec.name}: is {spec.dtype}, which is not for arithmetic")
     if spec.shape != own.shape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,26 +69,16 @@ N = TypeVar("N")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The numbers in the config of a LoRA.
-
-    Attributes:
-        rank: of the modules that no pattern matches.
-        alpha: likewise.
-        rank_stabilised: whether the scale is alpha / √r.
-        transposed: whether the layers store their weights as (in, out).
-        rank_pattern: ranks by regular expression.
-        alpha_pattern: alphas by regular expression.
-    """
+    """The numbers in the config of a LoRA. Rank and alpha are those of the modules that no pattern matches."""
 
     rank: int
     alpha: float
-    rank_stabilised: bool = False
-    transposed: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool  # whether the scale is alpha / √r
+    transposed: bool  # whether the layers store their weights as (in, out)
+    rank_pattern: Mapping[str, int]  # by regular expression
+    alpha_pattern: Mapping[str, float]
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of a module's LoRA."""
         return _matching(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
@@ -134,7 +124,6 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def _unsound(config: Mapping[str, Any]) -> list[str]:
-    """Return the problems with the config's numbers and switches."""
     problems = [
         f"{key}: expected true or false, got {_shown(config[key])}"
         for key in ("use_rslora", "fan_in_fan_out")

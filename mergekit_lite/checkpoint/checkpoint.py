@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from mergekit_lite.checkpoint import adapter as adapters
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
-from mergekit_lite.checkpoint.formats.header import WeightFile
+from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
@@ -92,16 +92,14 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     text = str(reference)
     with _opening(text):
         path = Path(reference).expanduser()
-        if path.is_dir():
-            return _open_folder(text, path.resolve())
-        if path.is_file():
-            return _assemble(text, path.resolve(), [path.resolve()], index=None, config=None)
+        if path.is_dir() or path.is_file():
+            return _open_path(text, path.resolve())
     if references.names_vector(text):
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _open_sum(text)
     folder = hub.fetch(text)
-    return _open_folder(text, folder, folder.name)
+    return _open_path(text, folder, folder.name)
 
 
 def open_adapter(reference: str) -> Adapter:
@@ -128,7 +126,6 @@ def _opening(reference: str) -> Iterator[None]:
 
 
 def _open_addition(addition: Addition) -> Adapter | Vector:
-    """Open a task vector or an adapter. Raises CheckpointError as ``read_vector`` and ``open_adapter`` do."""
     path = Path(addition.path).expanduser()
     with _opening(addition.path):
         if path.is_file() or addition.is_vector:
@@ -161,7 +158,6 @@ def _open_sum(reference: str) -> Checkpoint:
 
 
 def _check_base(vector: Vector, base: Identity) -> None:
-    """Raise CheckpointError where a task vector was made from another base."""
     if not vector.base.is_of(base):
         differ = "weights" if vector.base.header == base.header else "tensors"
         raise CheckpointError(
@@ -171,74 +167,59 @@ def _check_base(vector: Vector, base: Identity) -> None:
         )
 
 
-def _open_folder(reference: str, folder: Path, revision: str | None = None) -> Checkpoint:
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+def _open_path(reference: str, path: Path, revision: str | None = None) -> Checkpoint:
+    """Read the headers of a folder's weight files, or of a single file, and put their tensors together."""
+    paths, index, config = _folder_contents(reference, path) if path.is_dir() else ([path], None, None)
+    headers = [_model_header(reference, file) for file in paths]
+    files = tuple(header.file for header in headers)
+    left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
+    shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
+    return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
+
+
+def _folder_contents(
+    reference: str, folder: Path
+) -> tuple[list[Path], Mapping[str, str] | None, dict[str, Any] | None]:
+    """Return a folder's weight files, its index and its config, if any."""
+    has_config = (folder / "config.json").exists()
+    if (folder / folders.ADAPTER_CONFIG).exists() and not has_config:
         raise CheckpointError(
             f"{folder}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
     files, index = folders.weight_files(folder)
-    config_path = folder / "config.json"
-    config = folders.read_json(folders.inside(folder, "config.json")) if config_path.exists() else None
-    return _assemble(reference, folder, files, index, config, revision)
+    return files, index, folders.read_json(folders.inside(folder, "config.json")) if has_config else None
 
 
-def _assemble(
-    reference: str,
-    path: Path,
-    paths: list[Path],
-    index: Mapping[str, str] | None,
-    config: Mapping[str, Any] | None,
-    revision: str | None = None,
-) -> Checkpoint:
-    """Read the headers of some weight files and put their tensors together.
+def _model_header(reference: str, file: Path) -> Header:
+    header = formats.read_header(file)
+    if vector_file.KEY in header.metadata:
+        raise CheckpointError(f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}")
+    return header
 
-    Args:
-        reference: the text that is opened.
-        path: the folder, or the single file.
-        paths: the weight files.
-        index: the file name of each tensor, where the folder has an index.
-        config: the folder's ``config.json``, if any.
-        revision: the commit of a hub repository.
 
-    Raises:
-        CheckpointError: a file is damaged or hostile, or the files don't make one checkpoint.
-    """
-    files: list[WeightFile] = []
+def _joined(path: Path, headers: Sequence[Header], index: Mapping[str, str] | None) -> dict[str, TensorSpec]:
+    """Return the tensors of all files, once each is in one file alone, and in the one that the index says."""
     tensors: dict[str, TensorSpec] = {}
-    left_out: dict[str, str] = {}
-    nest: tuple[str, ...] = ()
     twice: list[str] = []
-    for file in paths:
-        header = formats.read_header(file)
-        if vector_file.is_vector(header.metadata):
-            raise CheckpointError(
-                f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}"
-            )
-        nest = header.nest
-        left_out |= dict.fromkeys(header.left_out, "not a tensor of the model's state")
-        twice += [
-            f"{name} (in {tensors[name].file.name} and {file.name})" for name in header.tensors if name in tensors
-        ]
-        files.append(header.file)
+    for header in headers:
+        again = [name for name in header.tensors if name in tensors]
+        twice += [f"{name} (in {tensors[name].file.name} and {header.file.path.name})" for name in again]
         tensors |= header.tensors
     if twice:
         raise CheckpointError(listing(f"{path}: these tensors are stored twice; it is not clear which is meant", twice))
     if index is not None:
         _check_index(path, index, tensors)
-    shown, hidden = quantised.dequantised(path, tensors, config)
-    return Checkpoint(reference, path, tuple(files), shown, config, nest, left_out | hidden, revision)
+    return tensors
 
 
 def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, TensorSpec]) -> None:
-    """Raise CheckpointError where an index and the shards don't name the same tensors in the same files."""
     wrong = [
         f"{name}: the index says {file}, "
         + (f"it is in {tensors[name].file.name}" if name in tensors else "no shard has it")
         for name, file in index.items()
         if name not in tensors or tensors[name].file.name != file
     ]
-    wrong += [
-        f"{name}: is in {spec.file.name}, the index lacks it" for name, spec in tensors.items() if name not in index
-    ]
+    unnamed = [spec for name, spec in tensors.items() if name not in index]
+    wrong += [f"{spec.name}: is in {spec.file.name}, the index lacks it" for spec in unnamed]
     if wrong:
         raise CheckpointError(listing(f"{folder}: index and shards don't agree; download the folder again", wrong))

@@ -32,12 +32,7 @@ OF_CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 def dequantised(
     path: Path, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Show a checkpoint's quantised tensors as what they stand for.
-
-    Args:
-        path: the checkpoint, for errors.
-        tensors: all that its files hold, by name.
-        config: its ``config.json``, if any.
+    """Show the quantised ones of all tensors that a checkpoint's files hold as what they stand for.
 
     Returns:
         The tensors, with dequantised weights as float32 and without their scales; and why each scale is left out.
@@ -58,11 +53,7 @@ def dequantised(
 def _paired(
     tensors: Mapping[str, TensorSpec], blocks: frozenset[Block]
 ) -> tuple[dict[str, TensorSpec], dict[str, str], list[str]]:
-    """Pair codes with their scales.
-
-    Returns:
-        The tensors to show by name, why each hidden one is left out, and what is wrong.
-    """
+    """Return the tensors to show by name, why each hidden one is left out, and what is wrong."""
     scaled: dict[str, TensorSpec] = {}
     hidden: dict[str, str] = {}
     problems: list[str] = []
@@ -79,7 +70,8 @@ def _paired(
     for name, spec in tensors.items():
         if name in scaled or name in hidden or spec.dtype in CODES:
             continue
-        if scaled and _is_runtime_scale(spec):
+        runtime = name.endswith(OF_ACTIVATIONS) or (name.endswith(OF_CACHE) and spec.numel == 1)
+        if scaled and runtime:
             hidden[name] = "scale of activations or of the cache, which unquantised weights don't use"
         elif problem := _stray(spec, tensors):
             problems.append(problem)
@@ -88,7 +80,6 @@ def _paired(
 
 
 def _scale_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
-    """Return the scales of a tensor of codes. Raises CheckpointError where they are missing or ambiguous."""
     scales = [tensors[spec.name + ending] for ending in ENDINGS if spec.name + ending in tensors]
     if not scales:
         raise CheckpointError(
@@ -102,18 +93,15 @@ def _scale_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> TensorSpec
     if spec.name + "_zero_point" in tensors:
         raise CheckpointError(f"{spec.name}: has a zero point, which no supported scheme uses. {refused.ORIGINAL}.")
     if scales[0].dtype not in SCALES:
+        expected = ", ".join(SCALES)
         raise CheckpointError(
-            f"{scales[0].name}: a scale should be one of {', '.join(SCALES)}, but is {scales[0].dtype}. "
-            f"{refused.ORIGINAL}."
+            f"{scales[0].name}: a scale should be one of {expected}, but is {scales[0].dtype}. {refused.ORIGINAL}."
         )
     return scales[0]
 
 
 def _block_of(spec: TensorSpec, scale: TensorSpec, blocks: frozenset[Block]) -> Block:
-    """Return the (rows, columns) that share a scale, by the shapes; a true block's size comes from the config alone.
-
-    Raises CheckpointError where no scheme, or more than one, has a scale of this shape.
-    """
+    """Return the (rows, columns) that share a scale, by the shapes; a true block's size comes from the config alone."""
     *stack, rows, columns = (1, 1, *spec.shape)[-max(2, len(spec.shape)) :]
     matrix = max(1, rows), max(1, columns)
     if scale.numel == 1:
@@ -129,10 +117,6 @@ def _block_of(spec: TensorSpec, scale: TensorSpec, blocks: frozenset[Block]) -> 
             f"expected one scale a tensor, a row, or a block (block size in config.json: {known})."
         )
     return fitting.pop()
-
-
-def _is_runtime_scale(spec: TensorSpec) -> bool:
-    return spec.name.endswith(OF_ACTIVATIONS) or (spec.name.endswith(OF_CACHE) and spec.numel == 1)
 
 
 def _stray(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
@@ -154,12 +138,9 @@ def _stray(spec: TensorSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
 def _quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the quantisation section of a config, or of its text model's config; empty where it has none."""
     config = config or {}
-    for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(section.get(key), Mapping):
-                quantization: Mapping[str, Any] = section[key]
-                return quantization
-    return {}
+    sections = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    known = [section.get(key) for section in sections for key in ("quantization_config", "compression_config")]
+    return next((section for section in known if isinstance(section, Mapping)), {})
 
 
 def _blocks(quantization: Mapping[str, Any]) -> frozenset[Block]:

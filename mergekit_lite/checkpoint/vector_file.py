@@ -52,21 +52,13 @@ PARTS = (*(part for parts in TERMS for part in parts if part), "whole")
 
 @dataclass(frozen=True)
 class Delta:
-    """What a task vector holds for one tensor.
-
-    Attributes:
-        name: of the tensor.
-        dtype: what it is written in.
-        shape: of the tensor.
-        terms: to be added to the base's.
-        whole: the tensor itself, where it isn't stored as a difference.
-    """
+    """What a task vector holds for one tensor."""
 
     name: str
-    dtype: str
+    dtype: str  # what it is written in
     shape: tuple[int, ...]
-    terms: tuple[VectorTerm, ...] = ()
-    whole: TensorSpec | None = None
+    terms: tuple[VectorTerm, ...] = ()  # to be added to the base's
+    whole: TensorSpec | None = None  # the tensor itself, where it isn't stored as a difference
 
 
 @dataclass(frozen=True)
@@ -75,8 +67,6 @@ class Vector:
 
     Attributes:
         reference: the text it was opened by.
-        path: of its file.
-        file: the file's identity.
         format: one of ``FORMS``.
         base: the model that it was made from.
         deltas: what it holds, by the name of the tensor.
@@ -94,15 +84,10 @@ class Vector:
     def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
     ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """Return the tensors of a base with the vector, times ``scale``, added.
+        """Return the tensors of a base, by name, with the vector, times ``scale``, added.
 
-        Args:
-            base: its tensors by name.
-            config: not used; it is an argument because adapters, which are added by the same call, need it.
-            scale: of the whole vector.
-
-        Returns:
-            The tensors; and why each tensor of the base that is not read is left out.
+        Returned as well is why each tensor of the base that is not read is left out. Adapters are added by the same
+        call, and need ``config``.
 
         Raises:
             CheckpointError: a tensor is missing in the base or has another shape there; or one that is stored whole
@@ -137,16 +122,11 @@ class Vector:
         return tensors, left_out
 
     def differences(self) -> dict[str, TensorSpec]:
-        """Return the differences as tensors by themselves.
-
-        Raises:
-            CheckpointError: some tensors are stored whole, which are no differences.
-        """
-        whole = [
-            f"{name}: is stored whole, as its base had none of this shape" for name, d in self.deltas.items() if d.whole
-        ]
+        """Return the differences as tensors by themselves. Raises CheckpointError where some are stored whole."""
+        whole = [name for name, delta in self.deltas.items() if delta.whole]
         if whole:
-            raise CheckpointError(listing(f"{self.reference}: can't be combined", whole))
+            lines = [f"{name}: is stored whole, as its base had none of this shape" for name in whole]
+            raise CheckpointError(listing(f"{self.reference}: can't be combined", lines))
         return {name: difference(delta, self.path) for name, delta in self.deltas.items()}
 
 
@@ -163,11 +143,6 @@ def check_output(path: Path) -> None:
         raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
 
 
-def is_vector(metadata: Mapping[str, str]) -> bool:
-    """Return whether a safetensors file with this metadata holds a task vector."""
-    return KEY in metadata
-
-
 def read_vector(reference: str, path: Path) -> Vector:
     """Open a task vector; only its header is read, and the ends of its indices.
 
@@ -175,7 +150,7 @@ def read_vector(reference: str, path: Path) -> Vector:
         CheckpointError: it is none, is damaged or hostile, or of an unknown version or format. All problems are named.
     """
     header = safetensors.read_header(path)
-    if not is_vector(header.metadata):
+    if KEY not in header.metadata:
         raise CheckpointError(
             f"{path}: is not a task vector (its metadata has no {KEY!r}). "
             "Make one: mergekit-lite vector extract BASE TUNED -o v.safetensors"
@@ -267,15 +242,10 @@ def _delta(form: str, name: str, described: object, parts: Mapping[str, TensorSp
     if not dtypes.is_float(dtype):
         raise CheckpointError(f"{shortened(name)}: has differences, but is {dtype}, which is not for arithmetic")
     for term in terms:
-        _check(name, term, shape)
+        for spec, (wanted, kinds) in term.expected(name, shape).items():
+            if spec.shape != wanted or spec.dtype not in kinds:
+                raise CheckpointError(
+                    f"{spec.name}: is {spec.dtype} {list(spec.shape)}, expected {' or '.join(kinds)} {list(wanted)}"
+                )
+        term.check_values()
     return Delta(name, dtype, shape, tuple(terms))
-
-
-def _check(name: str, term: VectorTerm, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError where a term's parts don't fit a tensor of this shape."""
-    for spec, (wanted, kinds) in term.expected(name, shape).items():
-        if spec.shape != wanted or spec.dtype not in kinds:
-            raise CheckpointError(
-                f"{spec.name}: is {spec.dtype} {list(spec.shape)}, expected {' or '.join(kinds)} {list(wanted)}"
-            )
-    term.check_values()
