@@ -56,6 +56,12 @@ def listing(title: str, lines: Sequence[str], shown: int = SHOWN_PROBLEMS) -> st
     return "\n".join([f"{title}:", *(f"  - {shortened(line)}" for line in lines[:shown]), *tail])
 
 
+def refuse(where: object, problems: Sequence[str], subject: str) -> None:
+    """Raise CheckpointError where there are problems with the subject; all of them are named."""
+    if problems:
+        raise CheckpointError(listing(f"{where}: {counted(len(problems), 'problem')} with {subject}", problems))
+
+
 def shortened(text: object, limit: int = SHOWN_CHARACTERS) -> str:
     """Return the text, or its start where it is longer than ``limit`` characters."""
     text = str(text)

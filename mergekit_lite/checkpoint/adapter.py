@@ -25,15 +25,11 @@ from mergekit_lite.checkpoint.encodings.strided import transposed
 from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, scaled, with_terms
 from mergekit_lite.checkpoint.formats.header import WeightFile
 from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.errors import CheckpointError, counted, listing, shortened
+from mergekit_lite.errors import CheckpointError, refuse, shortened
 
 PREFIX = "base_model.model."
-FACTORS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-}
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 REFUSED = {
     "lora_magnitude_vector": "DoRA",
     "lora_B.bias": "a bias in the LoRA layers",
@@ -72,23 +68,15 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter, known from its config and headers alone.
+    """A LoRA adapter, known from its config and headers alone."""
 
-    Attributes:
-        reference: the text it was opened by.
-        factors: by the name of the weight that they are added to.
-        replacements: full tensors, by the name of the one they replace.
-        left_out: for all else that its file holds, why it is left out.
-        revision: the commit a hub repository was fetched at.
-    """
-
-    reference: str
+    reference: str  # the text it was opened by
     path: Path
     file: WeightFile
-    factors: Mapping[str, Factors]
-    replacements: Mapping[str, TensorSpec]
-    left_out: Mapping[str, str]
-    revision: str | None = None
+    factors: Mapping[str, Factors]  # by the name of the weight that they are added to
+    replacements: Mapping[str, TensorSpec]  # full tensors, by the name of the one they replace
+    left_out: Mapping[str, str]  # for all else that its file holds, why it is left out
+    revision: str | None = None  # the commit a hub repository was fetched at
 
     def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
@@ -125,9 +113,7 @@ class Adapter:
                 f"{name}: two tensors of the adapter are for it; it is not clear which is meant" for name in twice
             ]
         problems += _broken_ties(set(name_in.values()), tensors, config)
-        if problems:
-            title = f"{self.reference}: {counted(len(problems), 'problem')} with this adapter on its base"
-            raise CheckpointError(listing(title, problems))
+        refuse(self.reference, problems, "this adapter on its base")
         return tensors, left_out
 
 
@@ -160,11 +146,12 @@ def read_adapter(reference: str, path: Path, revision: str | None = None) -> Ada
     replacements: dict[str, TensorSpec] = {}
     problems: list[str] = []
     for name, spec in header.tensors.items():
-        module, ending = _split_name(name)
+        ending = next((ending for ending in (*FACTORS, *EMBEDDING_FACTORS) if name.endswith(ending)), None)
         twice = False
         plain = name.replace(".modules_to_save.", ".")
         if ending is not None:
-            twice = pairs.setdefault(module, {}).setdefault(ending, spec) is not spec
+            pair = pairs.setdefault(name.removeprefix(PREFIX).removesuffix(ending), {})
+            twice = pair.setdefault(ending, spec) is not spec
         elif kind := next((kind for part, kind in REFUSED.items() if part in name), None):
             problems.append(f"{name}: is of {kind}, which can't be folded in. {MERGE_IT}")
         elif ".original_module." in name:
@@ -186,26 +173,16 @@ def read_adapter(reference: str, path: Path, revision: str | None = None) -> Ada
             problems.append(str(problem))
     if not (factors or replacements or problems):
         problems.append("holds no tensors")
-    if problems:
-        raise CheckpointError(listing(f"{file}: {counted(len(problems), 'problem')} with this adapter", problems))
+    refuse(file, problems, "this adapter")
     return Adapter(reference, path, header.file, factors, replacements, left_out, revision)
 
 
-def _split_name(name: str) -> tuple[str, str | None]:
-    """Return the module and the ending of a factor's name; of another tensor the whole name and None."""
-    for ending in FACTORS:
-        if name.endswith(ending):
-            return name.removeprefix(PREFIX).removesuffix(ending), ending
-    return name, None
-
-
 def _factors(module: str, pair: Mapping[str, TensorSpec], config: AdapterConfig) -> Factors:
-    by_letter = {FACTORS[ending]: spec for ending, spec in pair.items()}
-    names = ", ".join(spec.name for spec in pair.values())
-    embedding = any("embedding" in ending for ending in pair)
-    if len(pair) != 2 or len(by_letter) != 2 or not all(embedding == ("embedding" in ending) for ending in pair):
+    embedding = pair.keys() == set(EMBEDDING_FACTORS)
+    if not embedding and pair.keys() != set(FACTORS):
+        names = ", ".join(spec.name for spec in pair.values())
         raise CheckpointError(f"{names}: expected one lora_A and one lora_B. The adapter is damaged: download it again")
-    a, b = by_letter["A"], by_letter["B"]
+    a, b = (pair[ending] for ending in (EMBEDDING_FACTORS if embedding else FACTORS))
     for spec in (a, b):
         if len(spec.shape) != 2 or not spec.numel:
             raise CheckpointError(

@@ -94,7 +94,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
             return _open_path(text, path.resolve())
-    if references.names_vector(text):
+    if text.startswith((references.VECTOR, references.REBASE)):
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _open_sum(text)

@@ -1,6 +1,6 @@
 """Recognise quantised weights, and show them as the tensors they stand for: code × scale, with the scales hidden.
 
-Read are the FP8 schemes, whose value is ``float32(code) * scale``:
+Read are the FP8 schemes:
 
 * block FP8 (DeepSeek-V3, Qwen): ``X.weight`` with ``X.weight_scale_inv``, one scale for each block of
   ``weight_block_size`` in ``config.json``, with ragged blocks at the edges. compressed-tensors writes the same as
@@ -20,7 +20,7 @@ from typing import Any
 from mergekit_lite.checkpoint.encodings import refused
 from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled, grid
 from mergekit_lite.checkpoint.tensor import Block, TensorSpec
-from mergekit_lite.errors import CheckpointError, counted, listing
+from mergekit_lite.errors import CheckpointError, refuse
 
 CODES = ("float8_e4m3fn", "float8_e5m2")
 SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")  # each is exact in float32
@@ -45,8 +45,7 @@ def dequantised(
     problems = refused.refusals(tensors, method)
     if not problems:
         logical, hidden, problems = _paired(tensors, _blocks(quantization))
-    if problems:
-        raise CheckpointError(listing(f"{path}: {counted(len(problems), 'problem')} with quantised weights", problems))
+    refuse(path, problems, "quantised weights")
     return logical, hidden
 
 

@@ -51,11 +51,6 @@ def parse_addition(text: str) -> Addition:
     return Addition(match["path"] if match else path, scale, rebase, is_vector)
 
 
-def names_vector(reference: str) -> bool:
-    """Return whether a reference is a task vector without a base."""
-    return reference.startswith((VECTOR, REBASE))
-
-
 def split_reference(reference: str) -> tuple[str, tuple[Addition, ...]]:
     """Split a reference into its base and what is added to it.
 

@@ -30,7 +30,7 @@ from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.errors import CheckpointError, UsageError, counted, listing, shortened
+from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
 
 KEY = "task_vector"
 VERSION = 1
@@ -63,23 +63,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Vector:
-    """A task vector, known from its header alone.
+    """A task vector, known from its header alone."""
 
-    Attributes:
-        reference: the text it was opened by.
-        format: one of ``FORMS``.
-        base: the model that it was made from.
-        deltas: what it holds, by the name of the tensor.
-        revision: always None: vectors are local files.
-    """
-
-    reference: str
+    reference: str  # the text it was opened by
     path: Path
     file: WeightFile
-    format: str
-    base: Identity
-    deltas: Mapping[str, Delta]
-    revision: str | None = None
+    format: str  # one of ``FORMS``
+    base: Identity  # of the model that it was made from
+    deltas: Mapping[str, Delta]  # by the name of the tensor
+    revision: str | None = None  # always: vectors are local files
 
     def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
@@ -116,9 +108,7 @@ class Vector:
                 total = with_terms(own, scaled(delta.terms, scale), name, wide=delta.dtype == "float64")
                 written_as = own.written_as if isinstance(own.encoding, Sum) else delta.dtype
                 tensors[name] = replace(total, written_as=written_as)
-        if problems:
-            title = f"{self.reference}: {counted(len(problems), 'problem')} with this task vector on its base"
-            raise CheckpointError(listing(title, problems))
+        refuse(self.reference, problems, "this task vector on its base")
         return tensors, left_out
 
     def differences(self) -> dict[str, TensorSpec]:
@@ -167,9 +157,7 @@ def read_vector(reference: str, path: Path) -> Vector:
             deltas[name] = _delta(about["format"], name, described, parts.get(name, {}))
         except CheckpointError as problem:
             problems.append(str(problem))
-    if problems:
-        title = f"{path}: {counted(len(problems), 'problem')} with this task vector. It is damaged or forged"
-        raise CheckpointError(listing(title, problems))
+    refuse(path, problems, "this task vector. It is damaged or forged")
     return Vector(reference, path, header.file, about["format"], Identity(**about["base"]), deltas)
 
 

@@ -27,15 +27,10 @@ LEAST_EXPONENT, MOST_EXPONENT = -1000, 1000
 
 @dataclass(frozen=True, slots=True)
 class LowRank(VectorTerm):
-    """``left · right``, in the base's orientation.
+    """``left · right``, in the base's orientation."""
 
-    Attributes:
-        left: (rows, rank); may be a transposed view of what is stored.
-        right: (rank, columns); likewise.
-    """
-
-    left: TensorSpec
-    right: TensorSpec
+    left: TensorSpec  # (rows, rank); may be a transposed view of what is stored
+    right: TensorSpec  # (rank, columns); likewise
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         for row, column, part in by_rows(start, total, self.right.shape[-1]):

@@ -19,45 +19,37 @@ ORIGINAL = "Use the checkpoint that it was made from"
 
 
 class Scheme(NamedTuple):
-    """One refused scheme: its name, how its tensors' names end, and what to do instead."""
+    """One refused scheme: its name, a pattern of its tensors' endings, and what to do beside using the original."""
 
     name: str
-    ending: re.Pattern[str]
-    remedy: str = ORIGINAL
+    ending: str
+    remedy: str = ""
 
 
 SCHEMES = (
     Scheme(
         "bitsandbytes (NF4, FP4 or LLM.int8)",
-        re.compile(r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.|\.SCB$"),
-        f"{ORIGINAL}, or load it with transformers, call model.dequantize(), and save it",
+        r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.|\.SCB$",
+        ", or load it with transformers, call model.dequantize(), and save it",
     ),
     Scheme(
         "GPTQ or AWQ",
-        re.compile(r"\.(qweight|qzeros|g_idx)$"),
-        f"{ORIGINAL}, or dequantise it with GPTQModel (AWQ: AutoAWQ) and save it as bfloat16",
+        r"\.(qweight|qzeros|g_idx)$",
+        ", or dequantise it with GPTQModel (AWQ: AutoAWQ) and save it as bfloat16",
     ),
-    Scheme(
-        "MXFP4",
-        re.compile(r"_blocks$"),
-        f"{ORIGINAL}, or load it with transformers and Mxfp4Config(dequantize=True), and save it",
-    ),
-    Scheme(
-        "NVFP4",
-        re.compile(r"weight_(scale_2|global_scale)$"),
-        f"{ORIGINAL}: 4-bit codes with two levels of scales aren't read",
-    ),
+    Scheme("MXFP4", r"_blocks$", ", or load it with transformers and Mxfp4Config(dequantize=True), and save it"),
+    Scheme("NVFP4", r"weight_(scale_2|global_scale)$", ": 4-bit codes with two levels of scales aren't read"),
     Scheme(
         "compressed-tensors with packed weights (int4 or int8)",
-        re.compile(r"\.weight_packed$"),
-        f"{ORIGINAL}, or load it with transformers and CompressedTensorsConfig(run_compressed=False), and save it",
+        r"\.weight_packed$",
+        ", or load it with transformers and CompressedTensorsConfig(run_compressed=False), and save it",
     ),
-    Scheme("HQQ", re.compile(r"\.W_q$")),
-    Scheme("AQLM", re.compile(r"\.codebooks$")),
-    Scheme("quanto", re.compile(r"\.weight\._(data|scale)$")),
-    Scheme("torchao", re.compile(r"_weight_qdata$")),
+    Scheme("HQQ", r"\.W_q$"),
+    Scheme("AQLM", r"\.codebooks$"),
+    Scheme("quanto", r"\.weight\._(data|scale)$"),
+    Scheme("torchao", r"_weight_qdata$"),
 )
-ANY_SCHEME = re.compile("|".join(known.ending.pattern for known in SCHEMES))
+ANY_SCHEME = re.compile("|".join(known.ending for known in SCHEMES))
 SCALE_ENDINGS = ("_scale", "_scale_inv", "_scales", "_scale_2")
 
 
@@ -80,8 +72,8 @@ def refusals(tensors: Mapping[str, TensorSpec], method: str | None) -> list[str]
 
 def _scheme_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str | None) -> tuple[str, str] | None:
     for known in SCHEMES if ANY_SCHEME.search(spec.name) else ():
-        if known.ending.search(spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
-            return known.name, known.remedy
+        if re.search(known.ending, spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
+            return known.name, ORIGINAL + known.remedy
     integers = spec.dtype in INTEGER_CODES and len(spec.shape) >= 2  # vectors are counters, positions and the like
     if integers and _has_scale(spec.name, tensors):
         return "integer codes with a scale (int8 or packed)", ORIGINAL

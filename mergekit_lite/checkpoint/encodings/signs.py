@@ -18,15 +18,10 @@ from mergekit_lite.deferred import np, torch
 
 @dataclass(frozen=True, slots=True)
 class Signs(VectorTerm):
-    """``± size``.
+    """``± size``."""
 
-    Attributes:
-        bits: (⌈elements / 8⌉), uint8: a bit for each element, the lowest of a byte first, set where it is positive.
-        sizes: (rows), a float for each row.
-    """
-
-    bits: TensorSpec
-    sizes: TensorSpec
+    bits: TensorSpec  # (⌈elements / 8⌉), uint8: one for each element, the lowest of a byte first, set where positive
+    sizes: TensorSpec  # (rows), floats
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         skipped = start % 8  # bits of the first byte that belong to elements before

@@ -18,17 +18,11 @@ CHUNK = 1 << 16  # elements of a tensor that share an entry of ``starts``; a pla
 
 @dataclass(frozen=True, slots=True)
 class Sparse(VectorTerm):
-    """Values for some elements; the others are zero. The elements are counted through in chunks of ``CHUNK``.
+    """Values for some elements; the others are zero. The elements are counted through in chunks of ``CHUNK``."""
 
-    Attributes:
-        starts: (chunks + 1), int64: chunk i has the values from ``starts[i]`` up to ``starts[i + 1]``.
-        places: (values), uint16: where in its chunk each value belongs, ascending.
-        values: (values), floats.
-    """
-
-    starts: TensorSpec
-    places: TensorSpec
-    values: TensorSpec
+    starts: TensorSpec  # (chunks + 1), int64: chunk i has the values from ``starts[i]`` up to ``starts[i + 1]``
+    places: TensorSpec  # (values), uint16: where in its chunk each value belongs, ascending
+    values: TensorSpec  # (values), floats
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add the stored values. One takes the place of a zero, so that the sum keeps its sign: −0 isn't 0."""

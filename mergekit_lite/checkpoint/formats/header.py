@@ -44,20 +44,13 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Header:
-    """What one file of weights holds.
-
-    Attributes:
-        tensors: its tensors by name, in the order of their bytes.
-        metadata: free-form text by key; empty in a format without metadata.
-        nest: the keys its tensors are nested under: ``("model",)`` for a torch file of ``{"model": {...}}``.
-        left_out: the names of its contents that are not tensors of the model, such as an epoch or an optimizer.
-    """
+    """What one file of weights holds."""
 
     file: WeightFile
-    tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    nest: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    tensors: Mapping[str, TensorSpec]  # by name, in the order of their bytes
+    metadata: Mapping[str, str] = field(default_factory=dict)  # free-form text; empty in a format without metadata
+    nest: tuple[str, ...] = ()  # the keys that the tensors are under: ("model",) for a torch file of {"model": {...}}
+    left_out: tuple[str, ...] = ()  # names of what are not tensors of the model, such as an epoch or an optimizer
 
 
 def check_name(file: Path, name: str) -> None:
