@@ -141,10 +141,8 @@ def _unsound(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{pattern_key}: expected patterns with numbers, got {_shown(patterns)}")
             continue
         for pattern, number in patterns.items():
-            problem = _pattern_problem(pattern)
-            if problem is None and not is_sound(number):
-                problem = f"expected {expected}, got {_shown(number)}"
-            if problem is not None:
+            expectation = None if is_sound(number) else f"expected {expected}, got {_shown(number)}"
+            if problem := _pattern_problem(pattern) or expectation:
                 problems.append(f"{pattern_key}: {_shown(pattern)}: {problem}")
     return problems
 

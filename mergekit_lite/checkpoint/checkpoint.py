@@ -103,11 +103,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
 
 def open_adapter(reference: str) -> Adapter:
-    """Open a LoRA adapter, a folder or a hub repository; only its config and headers are read.
-
-    Raises:
-        CheckpointError: it doesn't exist, is damaged or hostile, or of a kind that is refused.
-    """
+    """Open a LoRA adapter by its folder or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
@@ -169,25 +165,18 @@ def _check_base(vector: Vector, base: Identity) -> None:
 
 def _open_path(reference: str, path: Path, revision: str | None = None) -> Checkpoint:
     """Read the headers of a folder's weight files, or of a single file, and put their tensors together."""
-    paths, index, config = _folder_contents(reference, path) if path.is_dir() else ([path], None, None)
+    has_config = (path / "config.json").exists()
+    if (path / folders.ADAPTER_CONFIG).exists() and not has_config:
+        raise CheckpointError(
+            f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
+        )
+    paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
+    config = folders.read_json(folders.inside(path, "config.json")) if has_config else None
     headers = [_model_header(reference, file) for file in paths]
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
     return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
-
-
-def _folder_contents(
-    reference: str, folder: Path
-) -> tuple[list[Path], Mapping[str, str] | None, dict[str, Any] | None]:
-    """Return a folder's weight files, its index and its config, if any."""
-    has_config = (folder / "config.json").exists()
-    if (folder / folders.ADAPTER_CONFIG).exists() and not has_config:
-        raise CheckpointError(
-            f"{folder}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
-        )
-    files, index = folders.weight_files(folder)
-    return files, index, folders.read_json(folders.inside(folder, "config.json")) if has_config else None
 
 
 def _model_header(reference: str, file: Path) -> Header:

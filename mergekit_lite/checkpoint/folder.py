@@ -18,9 +18,7 @@ from mergekit_lite.errors import CheckpointError, listing
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_ENDING = ".index.json"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
-SHARD = re.compile(
-    rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})"
-)
+SHARD = re.compile(rf"(?P<stem>.+)-\d{{5}}-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})")
 MAX_JSON_BYTES = 100_000_000  # an index of a million tensors is no larger
 MAX_SMALL_BYTES = 100_000_000  # of what travels beside weights: tokenizers come to some tens of megabytes
 MAX_FILE_NAME = 255  # of every common file system
@@ -45,8 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     """Return a folder's weight files in order of their names, and its index (tensor name → file name), if any.
 
-    Raises:
-        CheckpointError: no weights, more than one candidate, a shard that is missing, or a path that leaves the folder.
+    Raises CheckpointError where it has no weights, several candidates, a missing shard, or a path that leads out of it.
     """
     try:
         present = {path.name for path in folder.iterdir()}
@@ -57,8 +54,7 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     if names[0].endswith(INDEX_ENDING):
         index = weight_map(folder, names[0])
         names = sorted(set(index.values()))
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(listing(f"{folder}: these shards are missing; download them again", missing))
     return [inside(folder, name) for name in names], index
 

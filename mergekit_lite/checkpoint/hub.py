@@ -44,17 +44,11 @@ def is_repository(reference: str) -> bool:
 
 
 def fetch(reference: str, *, adapter: bool = False) -> Path:
-    """Download what a checkpoint or an adapter needs of a repository, or find it in the cache.
+    """Download what a model or a LoRA adapter needs of a repository, or find it in the cache.
 
     Needed are one set of weights (safetensors before ``.bin``), their index, and the small files of the model; of an
     adapter its weights and config. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has all.
-
-    Args:
-        reference: ``org/name`` or ``org/name@revision`` (a branch, tag or commit).
-        adapter: whether it is an adapter, not a model.
-
-    Returns:
-        The folder; its name is the commit.
+    The reference is ``org/name`` or ``org/name@revision`` (a branch, tag or commit); the folder's name is the commit.
 
     Raises:
         CheckpointError: no such path or repository, no access to it, or no network and not in the cache.
@@ -124,11 +118,10 @@ def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trou
     remedy = "Connect and run again, or name a folder on this machine."
     try:
         # Where the cache knows the repository's files, the patterns make sure that all the small ones are there.
-        folder = Path(
-            snapshot_download(
-                repo, revision=revision, local_files_only=True, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
+        snapshot = snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=patterns, ignore_patterns=["*/*"]
         )
+        folder = Path(snapshot)
         if adapter:
             folders.adapter_weights(folder, {path.name for path in folder.iterdir()})
         else:
@@ -183,7 +176,6 @@ def _is(error: Exception, kind: type[Exception]) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status that an error reports, or None."""
     statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
     return next((status for status in statuses if status is not None), None)
 

@@ -34,8 +34,7 @@ def dequantised(
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Show the quantised ones of all tensors that a checkpoint's files hold as what they stand for.
 
-    Returns:
-        The tensors, with dequantised weights as float32 and without their scales; and why each scale is left out.
+    Return the tensors, with dequantised weights as float32 and without their scales; and why each scale is left out.
 
     Raises:
         CheckpointError: some tensors are in a scheme that is refused, or a scale doesn't fit its weight. All are named.
@@ -143,7 +142,6 @@ def _quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def _blocks(quantization: Mapping[str, Any]) -> frozenset[Block]:
-    """Return the block sizes that a config declares."""
     sizes = [quantization.get("weight_block_size")]
     groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():

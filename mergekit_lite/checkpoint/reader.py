@@ -38,10 +38,9 @@ class Reader:
         self._descriptors.clear()
 
     def fill(self, path: Path, offset: int, out: memoryview, tensor: str) -> None:
-        """Fill ``out``, to its end, with the bytes of a file from ``offset`` on. Errors name the tensor.
+        """Fill ``out``, to its end, with the bytes of a file from ``offset`` on, for a tensor that errors name.
 
-        Raises:
-            RunError: the file can't be read, or ends before its header says it does.
+        Raises RunError where the file can't be read, or ends before its header says it does.
         """
         descriptor = self._descriptor(path)
         while out:

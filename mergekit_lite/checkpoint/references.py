@@ -54,10 +54,8 @@ def parse_addition(text: str) -> Addition:
 def split_reference(reference: str) -> tuple[str, tuple[Addition, ...]]:
     """Split a reference into its base and what is added to it.
 
-    Paths may have pluses of their own: the reference is cut so that base and additions can all be opened.
-
-    Raises:
-        CheckpointError: no cut leaves such parts, or more than one does.
+    Paths may have pluses of their own: the reference is cut so that base and additions can all be opened. Raises
+    CheckpointError where no cut leaves such parts, or more than one does.
     """
     segments = reference.split("+")
     cuts = [_cut(segments)] if len(segments) > MOST_PLUSES else list(_cuts(segments))

@@ -71,22 +71,15 @@ PLAIN = Plain()  # the one that all plain tensors share
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: its name, dtype and shape, where its bytes lie, and how they are stored.
-
-    Attributes:
-        dtype: what a reader gets.
-        file: where it lies; of a sum, the base's.
-        offset: the byte at which it begins there.
-        written_as: the dtype it takes in an output unless another is asked for, where that is not ``dtype``.
-    """
+    """One tensor: its name, dtype and shape, where its bytes lie, and how they are stored."""
 
     name: str
-    dtype: str
+    dtype: str  # what a reader gets
     shape: tuple[int, ...]
-    file: Path
-    offset: int
+    file: Path  # where it lies; of a sum, the base's
+    offset: int  # the byte at which it begins there
     encoding: Encoding = PLAIN
-    written_as: str | None = None
+    written_as: str | None = None  # the dtype it takes in an output unless another is asked for, if not ``dtype``
 
     @property
     def numel(self) -> int:

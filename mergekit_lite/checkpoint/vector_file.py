@@ -82,8 +82,7 @@ class Vector:
         call, and need ``config``.
 
         Raises:
-            CheckpointError: a tensor is missing in the base or has another shape there; or one that is stored whole
-                should be scaled. All are named.
+            CheckpointError: tensors are missing in the base, have other shapes there, or are whole and can't be scaled.
         """
         tensors, left_out = dict(base), {}
         problems: list[str] = []
@@ -136,8 +135,7 @@ def check_output(path: Path) -> None:
 def read_vector(reference: str, path: Path) -> Vector:
     """Open a task vector; only its header is read, and the ends of its indices.
 
-    Raises:
-        CheckpointError: it is none, is damaged or hostile, or of an unknown version or format. All problems are named.
+    Raises CheckpointError where it is none, is damaged or hostile, or of an unknown version or format.
     """
     header = safetensors.read_header(path)
     if KEY not in header.metadata:
@@ -171,13 +169,13 @@ def described(form: str, base: Identity, deltas: Mapping[str, tuple[str, tuple[i
 def _about(path: Path, text: str) -> dict[str, Any]:
     """Read and check the description in the metadata, all but what it says of each tensor."""
 
-    def refuse(what: str) -> NoReturn:
+    def reject(what: str) -> NoReturn:
         raise CheckpointError(f"{path}: its description {what}. It is damaged, forged, or of another program.")
 
     try:
         about = json.loads(text)
     except (ValueError, RecursionError):
-        refuse("is not valid JSON")
+        reject("is not valid JSON")
     if not isinstance(about, dict) or about.get("version") != VERSION:
         version = about.get("version") if isinstance(about, dict) else about
         raise CheckpointError(
@@ -185,14 +183,14 @@ def _about(path: Path, text: str) -> dict[str, Any]:
             "Update mergekit-lite, or extract the vector again."
         )
     if about.get("format") not in FORMS:
-        refuse(f"has format {shortened(repr(about.get('format')), 40)}, expected one of {', '.join(FORMS)}")
+        reject(f"has format {shortened(repr(about.get('format')), 40)}, expected one of {', '.join(FORMS)}")
     base = about.get("base")
     if not isinstance(base, dict) or set(base) != set(Identity._fields):
-        refuse(f"of the base should hold {', '.join(Identity._fields)}")
+        reject(f"of the base should hold {', '.join(Identity._fields)}")
     if not all(_is_text(value) or (key == "revision" and value is None) for key, value in base.items()):
-        refuse("of the base should hold printable text")
+        reject("of the base should hold printable text")
     if not isinstance(about.get("tensors"), dict):
-        refuse("lacks its tensors")
+        reject("lacks its tensors")
     for name in about["tensors"]:
         check_name(path, name)
     return about

@@ -16,18 +16,11 @@ from mergekit_lite.deferred import torch
 
 @dataclass(frozen=True, slots=True)
 class BlockScaled(Encoding):
-    """Codes, and one scale for each block of a matrix; the values are float32.
+    """Codes, and one scale for each block of a matrix; the values are float32."""
 
-    Attributes:
-        codes: of the same shape.
-        scale: may lie in another file. A single one is for the whole tensor, also where that is a stack of matrices.
-        block: the (rows, columns) that share one scale: (128, 128) is DeepSeek's block FP8, (1, columns) one scale a
-            row, (rows, columns) one a matrix.
-    """
-
-    codes: TensorSpec
-    scale: TensorSpec
-    block: Block
+    codes: TensorSpec  # of the same shape
+    scale: TensorSpec  # may lie in another file; a single one is for the whole tensor, also for a stack of matrices
+    block: Block  # (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row, (rows, columns) one a matrix
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         for begin, piece in pieces(start, out, spec.dtype):

@@ -33,8 +33,21 @@ class LowRank(VectorTerm):
     right: TensorSpec  # (rank, columns); likewise
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
-        for row, column, part in by_rows(start, total, self.right.shape[-1]):
-            self._add(reader, row, column, part)
+        # Cut by strips of columns, whose width depends on the rank alone, as the fixed point of ``right`` is a strip's.
+        rank, columns = self.right.shape
+        height = width = max(1, FACTOR // rank)
+        digits = _digits(rank) // 2
+        for row, column, part in by_rows(start, total, columns):
+            for top in range(0, len(part), height):
+                rows = part[top : top + height]
+                left = self.left.elements(reader, (row + top) * rank, len(rows) * rank)
+                scaled = left.view(-1, rank).double().mul_(self.scale)
+                # Each strip that these columns touch; of the first and the last one it may be some columns only.
+                for begin in range(column // width * width, column + part.shape[1], width):
+                    powers, right = _strip(reader, self.right, begin, min(width, columns - begin))
+                    first, last = max(begin, column), min(begin + width, column + part.shape[1])
+                    fixed = _fixed_point(scaled * powers, digits)
+                    rows[:, first - column : last - column] += fixed @ right[:, first - begin : last - begin]
 
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
         rank = min(self.left.shape[-1], MAX_RANK) if self.left.shape else 0
@@ -42,25 +55,6 @@ class LowRank(VectorTerm):
             raise CheckpointError(f"{name}: factors of a tensor of shape {list(shape)}, expected a matrix, rank ≥ 1")
         rows, columns = shape
         return {self.left: ((rows, rank), dtypes.FLOATS), self.right: ((rank, columns), dtypes.FLOATS)}
-
-    def _add(self, reader: Reader, row: int, column: int, part: torch.Tensor) -> None:
-        """Add the product to ``part`` (rows, columns; float64), which begins at ``row`` and ``column`` of the tensor.
-
-        Cut by strips of columns, whose width depends on the rank alone, as the fixed point of ``right`` is a strip's.
-        """
-        rank, columns = self.right.shape
-        height = width = max(1, FACTOR // rank)
-        digits = _digits(rank) // 2
-        for top in range(0, len(part), height):
-            rows = part[top : top + height]
-            left = self.left.elements(reader, (row + top) * rank, len(rows) * rank)
-            scaled = left.view(-1, rank).double().mul_(self.scale)
-            # Each strip that these columns touch; of the first and the last one it may be some columns only.
-            for begin in range(column // width * width, column + part.shape[1], width):
-                powers, right = _strip(reader, self.right, begin, min(width, columns - begin))
-                first, last = max(begin, column), min(begin + width, column + part.shape[1])
-                fixed = _fixed_point(scaled * powers, digits)
-                rows[:, first - column : last - column] += fixed @ right[:, first - begin : last - begin]
 
 
 def _strip(reader: Reader, right: TensorSpec, begin: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,8 +20,7 @@ def pieces(start: int, out: memoryview, dtype: str) -> Iterator[tuple[int, torch
 def by_rows(start: int, piece: torch.Tensor, columns: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Cut a run of elements into a partial first row, whole rows, and a partial last row.
 
-    Yields:
-        The row and column at which a part begins, and the part as a matrix.
+    Yield the row and column at which a part begins, and the part as a matrix.
     """
     done, total = 0, piece.numel()
     while done < total:

@@ -43,11 +43,7 @@ class VectorTerm(Term):
 
     @abstractmethod
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
-        """Return what the parts should be for a tensor of this name and shape.
-
-        Raises:
-            CheckpointError: a tensor of this shape can't be stored so.
-        """
+        """Return what the parts should be for a tensor of this shape; CheckpointError where it can't be stored so."""
 
     def check_values(self) -> None:
         """Raise CheckpointError where values are wrong that later reads rely on. Most terms have none such."""
@@ -93,7 +89,6 @@ class Sum(Encoding):
 
 
 def scaled(terms: tuple[Term, ...], scale: float) -> tuple[Term, ...]:
-    """Return the terms times a number."""
     return tuple(replace(term, scale=term.scale * scale) for term in terms)
 
 

@@ -29,10 +29,9 @@ class Format(Protocol):
         """What its files are named in the folder of a LoRA adapter."""
 
     def read_header(self, path: Path) -> Header:
-        """Read and check the header of a file; no weight is read.
+        """Read and check a file's header, but no weight.
 
-        Raises:
-            CheckpointError: the file can't be read, is damaged or hostile, or holds what is not supported.
+        Raises CheckpointError where it can't be read, is damaged or hostile, or holds what is not supported.
         """
 
 

@@ -51,7 +51,9 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
     entries = _parse(path, raw)
-    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ in its header should map text to text.")
     start = LENGTH_BYTES + length
     specs = [_spec(path, name, entry, start) for name, entry in entries.items()]
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
@@ -77,12 +79,6 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: its header should be a JSON object, but is a {type(entries).__name__}.")
     return entries
-
-
-def _metadata(path: Path, metadata: object) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ in its header should map text to text.")
-    return metadata
 
 
 def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:

@@ -40,8 +40,7 @@ def read_header(path: Path) -> Header:
     """Find every tensor of a torch file.
 
     Raises:
-        CheckpointError: not a torch zip file, refused by the restricted loader, or it holds no dictionary of tensors or
-            several.
+        CheckpointError: no torch zip file, refused by the restricted loader, or without one clear mapping of tensors.
     """
     pickled, records = _check_container(path)
     content = _load_meta(path, pickled)
@@ -65,11 +64,7 @@ def read_header(path: Path) -> Header:
 
 
 def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
-    """Check that the file is a zip as ``torch.save`` writes it.
-
-    Returns:
-        The pickle, which identifies the file's structure, and each record's length in bytes by its data's offset.
-    """
+    """Return a zip's pickle, and each record's length in bytes by its data's offset, if it is as torch writes it."""
     try:
         with path.open("rb") as file:
             if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
