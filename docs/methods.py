@@ -7,25 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 from mergekit_lite.commands.methods import described as described_method
-from mergekit_lite.methods import (  # fmt: skip
-    METHODS,
-    Method,
-    Parameter,
-    arcee,
-    elementwise,
-    expo,
-    linear,
-    sce,
-    sparsify,
-    spherical,
-    stock,
-    task_vectors,
-    varm,
-)
+from mergekit_lite.methods import METHODS, Method, Parameter, sparsify
 from mergekit_lite.methods.parameters import NO_EFFECT
 
 PAGE = Path(__file__).with_suffix(".md")
-FAMILIES = (linear, spherical, stock, task_vectors, sparsify, sce, varm, elementwise, arcee, expo)
 HEAD = """\
 # Methods
 
@@ -68,7 +53,9 @@ def page() -> str:
     """Return the whole page."""
     which = [f"- {when}: {', '.join(map(link, names.split(', ')))}" for when, names in WHICH.items()]
     rows = [row(method) for _, method in sorted(METHODS.items())]
-    parts = [part for module in FAMILIES for part in family(module)]
+    families = {inspect.getmodule(method.function) for method in METHODS.values()} | {sparsify}  # has no method
+    modules = sorted((module for module in families if module is not None), key=lambda module: module.__name__)
+    parts = [part for module in modules for part in family(module)]
     table = TABLE.format(effectless=", ".join(NO_EFFECT))
     return "\n".join([HEAD, *which, table.rstrip(), *rows, "", *parts]).rstrip() + "\n"
 

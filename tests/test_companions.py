@@ -179,9 +179,10 @@ SECRET = "the root of this host"
 
 def linked_out(name: str, content: str = SECRET) -> None:
     """Make a small file of model a, the donor, a link to a file outside."""
-    Path("secret").write_text(content)
+    secret = Path(f"secret-{name}").absolute()
+    secret.write_text(content)
     (Path("a") / name).unlink(missing_ok=True)
-    (Path("a") / name).symlink_to(Path("secret").absolute())
+    (Path("a") / name).symlink_to(secret)
 
 
 @pytest.mark.parametrize(

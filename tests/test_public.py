@@ -48,7 +48,7 @@ def use(progress: dict[str, int]) -> tuple[float | None, ...]:
     boosted = boost(output="b", scores=["pairs"], sft="sft", aligned="dpo", pairs="p.jsonl", search="grid", trials=3)
     if boosted.finished is not None:
         print(boosted.finished.seconds)
-    print(inspect("out", stats=True).doubts, distill("recipe.yaml", skip_missing=True).said)
+    print(inspect("out", stats=True).doubts, distill("recipe.yaml", skip_missing=True).to_json())
     return compare("base", ["a", "b"], alphas=[0.1]).overall.rms
 """
 WRONG_LINES = (
@@ -91,6 +91,7 @@ def test_a_users_file_passes_mypy_strict_and_wrong_options_do_not(tmp_path: Path
     file.write_text(correct + "".join(f"\n\n{line}" for line in WRONG_LINES))
     lines = file.read_text().splitlines()
     code, errors = mypy(file)
+    assert all(error.startswith("user.py:") for error in errors), "\n".join(errors)
     wrong = [lines[int(error.split(":")[1]) - 1] for error in errors]
     assert code == 1 and sorted(set(wrong)) == sorted(WRONG_LINES), "\n".join(errors)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite import dtypes
 from mergekit_lite.comparison import deltas, survey
 from mergekit_lite.comparison.comparison import Comparison, compare, looks_like
 from mergekit_lite.comparison.deltas import CompareSettings
@@ -155,15 +154,15 @@ def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     states, read = models(), []
     fill = Reader.fill
 
-    def counted(self: Reader, spec: Any, start: int, out: memoryview) -> None:
-        read.append((spec.file, spec.name, start, len(out) // dtypes.size(spec.dtype)))
-        fill(self, spec, start, out)
+    def counted(self: Reader, path: Path, offset: int, out: memoryview, tensor: str) -> None:
+        read.append((path, tensor, offset, len(out)))
+        fill(self, path, offset, out, tensor)
 
     monkeypatch.setattr(Reader, "fill", counted)
     for name in ("CHUNK", "STATISTICS_BLOCK"):
         monkeypatch.setattr(survey, name, 64)
     compared(tmp_path, states)
-    assert sum(count for *_, count in read) == sum(t.numel() for one in states for t in one.values())
+    assert sum(count for *_, count in read) == sum(t.nbytes for one in states for t in one.values())
     assert len(set(read)) == len(read) > 4 * len(states[0])
 
 
