@@ -133,10 +133,7 @@ def _fronts(names: Iterable[str]) -> list[str]:
 
 
 def read_adapter(reference: str, path: Path, revision: str | None = None) -> Adapter:
-    """Open the folder of an adapter; only its config and headers are read.
-
-    Raises CheckpointError where it is no LoRA adapter, is damaged or hostile, or of a kind that is refused by name.
-    """
+    """Open an adapter's folder. Raises CheckpointError where it is no LoRA, damaged, hostile or of a refused kind."""
     file = folders.inside(path, folders.adapter_weights(path, {entry.name for entry in path.iterdir()}))
     config = read_config(folders.inside(path, folders.ADAPTER_CONFIG))
     header = formats.read_header(file)

@@ -79,6 +79,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
 
     def rank_of(self, module: str) -> int:
+        """Return the rank of a module's LoRA."""
         return _matching(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:

@@ -105,10 +105,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def small_file(folder: Path, name: str) -> Path | None:
-    """Return the path of a file that lies beside a model's weights, to be read whole; None where there is none.
-
-    Raises CheckpointError where a link leads out of the folder, or the file is larger than ``MAX_SMALL_BYTES``.
-    """
+    """Return a file's path as ``inside``, None where there is none. Above ``MAX_SMALL_BYTES`` it is refused, too."""
     if not (folder / name).is_file():
         return None
     path = inside(folder, name)
@@ -118,10 +115,7 @@ def small_file(folder: Path, name: str) -> Path | None:
 
 
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:
-    """Read the index of a sharded checkpoint: tensor name → name of a weight file in the same folder.
-
-    Raises CheckpointError where it is no index, or a name in it could lead elsewhere.
-    """
+    """Read an index: tensor name → weight file of the folder. Raises CheckpointError where one could lead elsewhere."""
     weight_map = read_json(inside(folder, index_name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / index_name}: has no weight_map. Download it again.")

@@ -29,10 +29,8 @@ class Encoding(ABC):
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Fill ``out`` with the elements of ``spec`` from ``start`` on, counted in row-major order.
 
-        The length of ``out``, in bytes, says how many elements of ``spec.dtype`` are wanted.
-
-        Raises:
-            RunError: a file can't be read, or ends before its header says it does, or is damaged.
+        The length of ``out``, in bytes, says how many elements of ``spec.dtype`` are wanted. Raises RunError where a
+        file can't be read, or ends before its header says it does, or is damaged.
         """
 
     def stored_dtype(self, spec: TensorSpec) -> str:
@@ -60,9 +58,10 @@ class Encoding(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Plain(Encoding):
-    """The elements lie in the file one after another, as they are read; torch is not needed."""
+    """The elements lie in the file one after another, as they are read."""
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Read straight into ``out``; torch is not needed."""
         reader.fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), out, spec.name)
 
 

@@ -133,10 +133,7 @@ def check_output(path: Path) -> None:
 
 
 def read_vector(reference: str, path: Path) -> Vector:
-    """Open a task vector; only its header is read, and the ends of its indices.
-
-    Raises CheckpointError where it is none, is damaged or hostile, or of an unknown version or format.
-    """
+    """Open a task vector by its header. Raises CheckpointError where it is none, damaged or of an unknown version."""
     header = safetensors.read_header(path)
     if KEY not in header.metadata:
         raise CheckpointError(

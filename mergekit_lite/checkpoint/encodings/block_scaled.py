@@ -23,6 +23,7 @@ class BlockScaled(Encoding):
     block: Block  # (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row, (rows, columns) one a matrix
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Read the codes and multiply them by their scales."""
         for begin, piece in pieces(start, out, spec.dtype):
             piece.copy_(self.codes.elements(reader, begin, piece.numel()))
             if self.scale.numel == 1:
@@ -32,10 +33,12 @@ class BlockScaled(Encoding):
                 self._multiply(reader, row, column, part)
 
     def stored_dtype(self, spec: TensorSpec) -> str:
+        """Return the dtype of the codes."""
         return self.codes.dtype
 
     @property
     def key(self) -> tuple[object, ...]:
+        """The codes, the scales and the block."""
         return self.codes.key, self.scale.key, self.block
 
     def _multiply(self, reader: Reader, row: int, column: int, values: torch.Tensor) -> None:

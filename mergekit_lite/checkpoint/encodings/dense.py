@@ -18,9 +18,11 @@ class Dense(VectorTerm):
     values: TensorSpec
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
+        """Add the values."""
         total += self.values.elements(reader, start, len(total)).double().mul_(self.scale)
 
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
+        """Return the tensor's shape and the float dtypes."""
         return {self.values: (shape, dtypes.FLOATS)}
 
 
@@ -32,5 +34,6 @@ class Replace(Term):
     origin: TensorSpec
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
+        """Add the difference."""
         target = self.target.elements(reader, start, len(total)).double()
         total += target.sub_(self.origin.elements(reader, start, len(total)).double()).mul_(self.scale)

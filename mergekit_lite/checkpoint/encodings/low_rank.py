@@ -33,6 +33,7 @@ class LowRank(VectorTerm):
     right: TensorSpec  # (rank, columns); likewise
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
+        """Add the product of the factors."""
         # Cut by strips of columns, whose width depends on the rank alone, as the fixed point of ``right`` is a strip's.
         rank, columns = self.right.shape
         height = width = max(1, FACTOR // rank)
@@ -50,6 +51,7 @@ class LowRank(VectorTerm):
                     rows[:, first - column : last - column] += fixed @ right[:, first - begin : last - begin]
 
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
+        """Return the shapes of two factors of one rank, which is that of ``left``."""
         rank = min(self.left.shape[-1], MAX_RANK) if self.left.shape else 0
         if len(shape) != 2 or rank == 0:
             raise CheckpointError(f"{name}: factors of a tensor of shape {list(shape)}, expected a matrix, rank ≥ 1")

@@ -18,10 +18,7 @@ def pieces(start: int, out: memoryview, dtype: str) -> Iterator[tuple[int, torch
 
 
 def by_rows(start: int, piece: torch.Tensor, columns: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Cut a run of elements into a partial first row, whole rows, and a partial last row.
-
-    Yield the row and column at which a part begins, and the part as a matrix.
-    """
+    """Yield a partial first row, whole rows and a partial last row: the row and column of each begin, and a matrix."""
     done, total = 0, piece.numel()
     while done < total:
         row, column = divmod(start + done, columns)

@@ -24,6 +24,7 @@ class Signs(VectorTerm):
     sizes: TensorSpec  # (rows), floats
 
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
+        """Add each row's size, positive or negative."""
         skipped = start % 8  # bits of the first byte that belong to elements before
         packed = self.bits.elements(reader, start // 8, -(-(skipped + len(total)) // 8))
         positive = np.unpackbits(packed.numpy(), bitorder="little")[skipped : skipped + len(total)]
@@ -35,5 +36,6 @@ class Signs(VectorTerm):
             part += signs[begin : begin + part.numel()].view(part.shape).mul_(sizes[:, None])
 
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
+        """Return the number of bytes that hold the bits, and the number of rows."""
         numel, rows = math.prod(shape), math.prod(shape[:-1])
         return {self.bits: ((-(-numel // 8),), ("uint8",)), self.sizes: ((rows,), dtypes.FLOATS)}

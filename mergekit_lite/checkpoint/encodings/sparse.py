@@ -47,6 +47,7 @@ class Sparse(VectorTerm):
         total[index] = torch.where(before == 0, values, before + values)
 
     def expected(self, name: str, shape: tuple[int, ...]) -> Expected:
+        """Return the length of the index, and one length for places and values."""
         numel = math.prod(shape)
         count = self.values.shape[:1] if self.values.shape[:1] <= (numel,) else (numel,)
         return {
@@ -56,7 +57,7 @@ class Sparse(VectorTerm):
         }
 
     def check_values(self) -> None:
-        # Reads rely on an index that begins at 0 and ends at the number of values.
+        """Raise CheckpointError where the index doesn't begin at 0 and end at the number of values."""
         with self.starts.file.open("rb") as file:
             first, last = (
                 int.from_bytes(os.pread(file.fileno(), 8, self.starts.offset + 8 * entry), "little", signed=True)

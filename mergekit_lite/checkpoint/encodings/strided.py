@@ -16,6 +16,7 @@ class Strided(Encoding):
     strides: tuple[int, ...]
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Pick the elements, which are scattered, from a mapping of the file."""
         values = tensor_of(out, spec.dtype)
         if not out:
             return
@@ -34,6 +35,7 @@ class Strided(Encoding):
 
     @property
     def key(self) -> tuple[object, ...]:
+        """The strides."""
         return (self.strides,)
 
 

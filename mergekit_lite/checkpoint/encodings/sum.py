@@ -57,6 +57,7 @@ class Sum(Encoding):
     terms: tuple[Term, ...] = ()
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Sum the elements piece by piece, and round."""
         for begin, piece in pieces(start, out, spec.dtype):
             if self.base is None:
                 total = torch.zeros(piece.numel(), dtype=torch.float64)
@@ -67,9 +68,11 @@ class Sum(Encoding):
             piece.copy_(total)
 
     def stored_dtype(self, spec: TensorSpec) -> str:
+        """Return the dtype that the base is stored in."""
         return self.base.stored_dtype if self.base else spec.dtype
 
     def all_bytes(self, spec: TensorSpec) -> int:
+        """Return the bytes of the base and of the terms' parts."""
         return sum(part.nbytes for part in self.parts)
 
     @property
@@ -80,15 +83,18 @@ class Sum(Encoding):
 
     @property
     def block(self) -> Block | None:
+        """The block of the base."""
         return self.base.encoding.block if self.base else None
 
     @property
     def key(self) -> tuple[object, ...]:
+        """The base, and each term's kind, scale and parts."""
         terms = [(type(term).__name__, term.scale, [part.key for part in term.parts]) for term in self.terms]
         return (self.base.key if self.base else None), terms
 
 
 def scaled(terms: tuple[Term, ...], scale: float) -> tuple[Term, ...]:
+    """Return the terms times a number."""
     return tuple(replace(term, scale=term.scale * scale) for term in terms)
 
 

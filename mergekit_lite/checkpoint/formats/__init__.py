@@ -29,10 +29,7 @@ class Format(Protocol):
         """What its files are named in the folder of a LoRA adapter."""
 
     def read_header(self, path: Path) -> Header:
-        """Read and check a file's header, but no weight.
-
-        Raises CheckpointError where it can't be read, is damaged or hostile, or holds what is not supported.
-        """
+        """Read a file's header, but no weight. Raises CheckpointError where it is damaged, hostile or not supported."""
 
 
 FORMATS: tuple[Format, ...] = (safetensors, torch)  # of a folder that has several, the first is read
