@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from textwrap import dedent
 from typing import TYPE_CHECKING
 
 import click
@@ -47,7 +48,7 @@ def command(name: str | None) -> None:
 def described(method: Method) -> tuple[str, dict[str, str]]:
     """Return what a method's docstring says of it, and of each of its parameters."""
     summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
-    text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
+    text = dedent(arguments.partition("\nReturns:")[0])
     entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
     words = {name.rstrip("_"): " ".join(lines.split()) for name, lines in entries}
     return summary.strip(), {name: said for name, said in words.items() if name in method.parameters}

@@ -35,7 +35,6 @@ def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True)
     """Take the weighted sum of the inputs; a base is one of them.
 
     Args:
-        info: the tensor.
         weight: of each input.
         normalize: divide by the sum of the weights.
     """
@@ -57,7 +56,6 @@ def ema(info: TensorInfo, *, decay: Share = 0.9) -> Merge:
     """Take the exponential moving average of checkpoints in their order, from the first one (the base, if any) on.
 
     Args:
-        info: the tensor.
         decay: what an average keeps when the next checkpoint comes.
     """
     later = info.inputs - 1
@@ -70,7 +68,6 @@ def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Merge:
     """Interpolate between a base and its fine-tune.
 
     Args:
-        info: the tensor.
         alpha: 0 is the base, 1 the fine-tune.
     """
     return step_from(0, alpha) if alpha < 0.5 else step_from(1, 1 - alpha)  # from the nearer end: both are met exactly
@@ -92,7 +89,6 @@ def passthrough(info: TensorInfo, *, scale: PerInput[float] = (1.0,)) -> Merge:
     """Pass one model's tensor through as it is, or scaled.
 
     Args:
-        info: the tensor.
         scale: a factor; 1 copies every bit.
     """
     return WeightedSum(scale)

@@ -49,7 +49,6 @@ def sce(
     """Merge deltas by coefficients that follow from where the models disagree.
 
     Args:
-        info: the tensor.
         select_topk: share of the elements that vary between the models, those with the largest variance, to select.
         variant: whose SCE (see the module).
     """

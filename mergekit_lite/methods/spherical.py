@@ -60,7 +60,6 @@ def slerp(info: TensorInfo, *, t: float) -> Steps:
     """Interpolate between the base and one model along the sphere, each tensor as one vector.
 
     Args:
-        info: the tensor.
         t: 0 is the base, 1 the model; beyond them it goes on along the arc.
     """
     products = yield from gram(from_base=False)
@@ -87,7 +86,6 @@ def nuslerp(
     """Interpolate along the sphere between two models, or what they add to a base, at the place their weights give.
 
     Args:
-        info: the tensor.
         weight: of each model; only their ratio counts. Weights that sum to zero mean the middle.
         nuslerp_flatten: the whole tensor is one vector.
         nuslerp_row_wise: where not: vectors run along the first axis instead of the last (sic, as in mergekit).
@@ -129,7 +127,6 @@ def multislerp(
     """Take the mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
-        info: the tensor.
         weight: of each model.
         normalize_weights: divide them by their sum.
         eps: added to lengths; a mean direction shorter than this counts as none, and the weighted sum is taken.
@@ -157,7 +154,6 @@ def karcher(
     """Take the mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
-        info: the tensor.
         weight: of each input (mergekit: all equal).
         max_iter: most iterations.
         tol: stop when a step is shorter than this angle.
@@ -216,7 +212,6 @@ def geometric_median(
     """Take the point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
-        info: the tensor.
         weight: of each input; a base is one of them.
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.

@@ -64,7 +64,6 @@ def task_arithmetic(
     """Add the models' deltas to the base.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         normalize: divide by the sum of the weights.
         lambda_: scales what is added.
@@ -86,7 +85,6 @@ def ties(
     """Trim each delta to its largest elements, elect signs, average what agrees.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept.
         normalize: divide by the weights of those that agree.
@@ -114,7 +112,6 @@ def breadcrumbs(
     """Drop each delta's largest and small elements, add the rest.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept.
         gamma: share of each delta's elements, the largest, that is dropped.
@@ -143,7 +140,6 @@ def breadcrumbs_ties(
     """Drop each delta's largest and small elements, elect signs, add what agrees.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept.
         gamma: share of each delta's elements, the largest, that is dropped.
@@ -170,7 +166,6 @@ def dare_linear(
     """Drop elements of each delta at random, add the rest, rescaled.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         normalize: divide by the weights.
@@ -195,7 +190,6 @@ def dare_ties(
     """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         normalize: divide by the weights of those that agree.
@@ -221,7 +215,6 @@ def della(
     """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
@@ -248,7 +241,6 @@ def della_linear(
     """Drop elements of each delta at random, small ones more often, add the rest, rescaled.
 
     Args:
-        info: the tensor.
         weight: of each model's delta.
         density: share of each delta's elements that is kept (in the mean).
         epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.

@@ -43,7 +43,6 @@ def varm(
     """Add the models' deltas, each weighted by its share of the change.
 
     Args:
-        info: the tensor.
         granularity: what one set of weights serves.
         measure: of change: mean square or mean magnitude.
         temperature: above 0, the weights are the softmax of the measures divided by it.
