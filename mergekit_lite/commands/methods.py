@@ -46,12 +46,13 @@ def command(name: str | None) -> None:
 
 
 def described(method: Method) -> tuple[str, dict[str, str]]:
-    """Return what a method's docstring says of it, and of each of its parameters."""
+    """Return what a method's docstring says of it, and what that or an annotation says of each of its parameters."""
     summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
     text = dedent(arguments.partition("\nReturns:")[0])
     entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
-    words = {name.rstrip("_"): " ".join(lines.split()) for name, lines in entries}
-    return summary.strip(), {name: said for name, said in words.items() if name in method.parameters}
+    words = {name: parameter.about for name, parameter in method.parameters.items()}
+    words |= {name.rstrip("_"): " ".join(lines.split()) for name, lines in entries}
+    return summary.strip(), {name: words[name] for name in method.parameters if words[name]}
 
 
 def _kind(parameter: Parameter) -> str:
