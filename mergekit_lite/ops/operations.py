@@ -12,10 +12,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from mergekit_lite.deferred import np, torch
 
+Numeric = TypeVar("Numeric", float, "torch.Tensor")
 Block: TypeAlias = list["torch.Tensor"]  # all of one shape and dtype
 BlockFunction: TypeAlias = Callable[[Block, int], "torch.Tensor"]
 
@@ -276,7 +277,7 @@ Merge: TypeAlias = MergeOperation | BlockFunction  # what gives a merged block
 Statistic: TypeAlias = Figures | BlockFunction  # what gives figures: a small tensor, float64 or int64
 
 
-def draw_limit(probability: float) -> float:
+def draw_limit(probability: Numeric) -> Numeric:
     """Return what a 16-bit draw is below with this probability, to the nearest of 65,536 steps."""
     return (probability - 0.5) * 65536 - 0.5
 
