@@ -25,12 +25,15 @@ def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-def _have_a_mean(*, weight: tuple[float, ...], normalize: bool) -> None:
-    if normalize:
+def have_a_mean(
+    *, weight: tuple[float, ...], normalize: bool = True, normalize_weights: bool = True, **_: object
+) -> None:
+    """Raise UsageError where weights are to be divided by their sum, and that is zero."""
+    if normalize and normalize_weights:
         shares(weight)
 
 
-@method(base="optional", check=_have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
+@method(base="optional", check=have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
 def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True) -> Merge:
     """Take the weighted sum of the inputs; a base is one of them.
 

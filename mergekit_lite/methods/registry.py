@@ -94,10 +94,6 @@ class Method:
             self.check(**arguments)
         return arguments
 
-    def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
-        """Return the length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
-        return self.rows(shape, **arguments) if self.rows is not None else 0
-
 
 def method(**about: Any) -> Callable[[F], F]:
     """Register a function as the method of its name; ``about`` gives the other fields of ``Method``."""

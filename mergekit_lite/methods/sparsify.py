@@ -18,12 +18,13 @@ the nearest of 65,536 steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Literal, TypeAlias
 
 from mergekit_lite import draws
 from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals
-from mergekit_lite.methods.statistics import largest
+from mergekit_lite.methods.registry import last_axis
+from mergekit_lite.methods.statistics import Counts, largest
 from mergekit_lite.ops.operations import ByChance, ByRank, BySize, Cut, DeltaSizes, Lengths, Mask, Masks
 
 Sparsifier: TypeAlias = Generator[Reduction, Totals, Masks]
@@ -53,13 +54,7 @@ def inliers(info: TensorInfo, density: tuple[float, ...], gamma: tuple[float, ..
     return (yield from _by_size(info, density, counts, trim, f"inliers {density} {gamma}"))
 
 
-def _by_size(
-    info: TensorInfo,
-    density: tuple[float, ...],
-    counts: Callable[[int, int, int], list[int]],
-    trim: Trim,
-    group: str,
-) -> Sparsifier:
+def _by_size(info: TensorInfo, density: tuple[float, ...], counts: Counts, trim: Trim, group: str) -> Sparsifier:
     """Keep the k largest of each delta, without the largest of a second k where there is one."""
     trimmed = tuple(model for model in range(info.models) if density[model] < 1)
     if not trimmed:
@@ -83,15 +78,11 @@ def chance(info: TensorInfo, density: tuple[float, ...]) -> Masks:
 
 
 def ranked_chance(info: TensorInfo, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Masks:
-    """Keep each element with a probability that rises with the rank of its size in its row.
+    """Keep each element with a probability that rises with the rank of its size in its row, see ``ByRank``.
 
-    Args:
-        info: the tensor; its blocks come as whole rows.
-        density: mean probability, for each model.
-        epsilon: how far the probability goes below and above it, for each model.
-        divide: divide what is kept by its probability, as in the paper.
+    The blocks of the tensor have to come as whole rows.
     """
-    columns = info.shape[-1] if info.shape else 1
+    columns = last_axis(info.shape)
     return tuple(
         ByRank(key, share, reach, divide, columns) if share < 1 else None
         for key, share, reach in zip(_keys(info), density, epsilon, strict=True)
@@ -103,11 +94,8 @@ def rescaling(
 ) -> Generator[Reduction, Totals, tuple[float, ...]]:
     """Find the factor for what is kept of each delta that makes up for what was dropped.
 
-    Args:
-        masks: what is kept.
-        density: the share that is kept, for each model.
-        rescale: ``l1`` (or True): to the sum of magnitudes that the whole delta of this tensor had, as in mergekit;
-            ``density``: by 1/density, as in DARE; False: not at all.
+    ``rescale`` is ``l1`` (or True): to the sum of magnitudes that the whole delta of this tensor had, as in mergekit;
+    ``density``: by 1/density, as in DARE; or False: not at all.
     """
     if rescale is False or min(density) >= 1:
         return (1.0,) * len(density)

@@ -18,7 +18,7 @@ import math
 
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals
-from mergekit_lite.methods.linear import shares
+from mergekit_lite.methods.linear import have_a_mean, shares
 from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
@@ -30,12 +30,10 @@ PARALLEL = 1e-16  # up to which nuslerp does
 
 
 def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
-    """Return the coefficients of a and b at ``t`` of the arc between them.
+    """Return the coefficients of a and b at ``t`` of the arc from a to b.
 
-    Args:
-        t: 0 is a, 1 is b.
-        products: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …).
-        straight: where sin² of the angle is not above this, the straight line.
+    ``products`` are ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …). Where sin² of the angle is not above
+    ``straight``, the arc is the straight line.
     """
     # cos θ = ⟨a, b⟩ / (|a|·|b|); a vector without length counts as orthogonal
     lengths = np.sqrt(products[0] * products[1])
@@ -115,12 +113,7 @@ def nuslerp(
     return by_rows
 
 
-def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, **_: object) -> None:
-    if normalize_weights:
-        shares(weight)
-
-
-@method(base="optional", check=_have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
+@method(base="optional", check=have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
 def multislerp(
     info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:
@@ -143,10 +136,7 @@ def multislerp(
 
 
 @method(
-    base="optional",
-    check=_have_a_mean,
-    formula="Karcher mean of the directions · mean length",
-    source="Karcher 1977",
+    base="optional", check=have_a_mean, formula="Karcher mean of the directions · mean length", source="Karcher 1977"
 )
 def karcher(
     info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
@@ -200,12 +190,7 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
     return mean
 
 
-@method(
-    base="optional",
-    check=_have_a_mean,
-    formula="argmin Σ w·|x − m|",
-    source="Weiszfeld 1937; Vardi & Zhang 2000",
-)
+@method(base="optional", check=have_a_mean, formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
 def geometric_median(
     info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
 ) -> Merge | Steps:

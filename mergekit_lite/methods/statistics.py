@@ -50,11 +50,7 @@ def gram(from_base: bool) -> Generator[Reduction, Totals, Totals]:
 
 
 def largest(
-    info: TensorInfo,
-    quantities: Quantities,
-    counts: Counts,
-    group: str | None = None,
-    sampled: bool = True,
+    info: TensorInfo, quantities: Quantities, counts: Counts, group: str | None = None, sampled: bool = True
 ) -> Generator[Reduction, Totals, list[list[Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
@@ -222,12 +218,7 @@ def _proven(
 def _fitting(number: int, k: int, bits: Sequence[int], compared: Totals, step: int) -> _Search | None:
     """Return the search for the k largest, done but for ties, at the threshold that is theirs; None where none is.
 
-    Args:
-        number: of the quantity.
-        k: how many.
-        bits: the thresholds' bit patterns.
-        compared: for each threshold what ``CompareSizes`` counts.
-        step: indices in a bucket.
+    ``bits`` are the bit patterns of the thresholds, ``compared`` is what ``CompareSizes`` counts for each.
     """
     if k == 0:
         return _Search(number, 0)

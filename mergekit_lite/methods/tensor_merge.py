@@ -43,7 +43,7 @@ class TensorMerge:
         in ``TensorKind``.
         """
         self.info = info
-        self.row = method.row_length(info.shape, arguments)
+        self.row = method.rows(info.shape, **arguments) if method.rows is not None else 0
         self.request: Reduction | None = None
         self.coefficients: tuple[float, ...] = ()
         self._kind = TensorKind(tuple(dtypes), info.numel, self.row, rounding_key)
