@@ -33,9 +33,7 @@ def command(name: str | None) -> None:
             click.echo(f"{method.name:<{width}}  {method.formula}")
         return
     method = method_named(name)
-    least, most = method.models
-    count = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-    click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")
+    click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {method.number}, base {method.base}\n")
     summary, words = described(method)
     for key, parameter in method.parameters.items():
         default = "required" if parameter.required else f"default {parameter.default}"
