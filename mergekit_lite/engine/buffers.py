@@ -35,18 +35,9 @@ class WorkerBuffers:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int, skew: int = 0) -> memoryview:
-        """Read elements of the ``index``-th input.
+        """Read elements of the ``index``-th input, and return their bytes, valid until the next read of that input.
 
-        Args:
-            reader: to read with.
-            index: of the buffer.
-            spec: what to read.
-            start: its first element.
-            count: how many.
-            skew: bytes between the begin of a page of memory and the first element.
-
-        Returns:
-            Their bytes, valid until the next read into this buffer.
+        ``skew`` bytes lie between the begin of a page of memory and the first element.
         """
         chunk = self._inputs[index][skew : skew + count * dtypes.size(spec.dtype)]
         spec.fill(reader, start, chunk)

@@ -61,17 +61,10 @@ class SpanWriter:
         sinks: Mapping[int, Sink],
         stopped: Callable[[], bool],
     ) -> list[tuple[int, Record]]:
-        """Make a span.
+        """Make a span, and return what to journal, by output; nothing where ``stopped`` says to end now.
 
-        Args:
-            buffers, reader: to do it with.
-            span: what to make.
-            merges: by output how a merged span is merged, with all statistics there; empty for a copy.
-            sinks: by output where it goes.
-            stopped: whether to end now.
-
-        Returns:
-            What to journal, by output; nothing where it was stopped.
+        ``sinks`` are where each output goes, ``merges`` how a merged span of it is merged, with all statistics there;
+        there are none for a copy.
         """
         job = span.job
         row = max((merge.row for merge in merges.values()), default=0) or 1

@@ -35,14 +35,10 @@ class Ops(Protocol):
         """Return a view of a 1-D contiguous tensor."""
 
     def merge(self, operation: Merge, block: Sequence[Any], start: int, out: Any, length: int) -> None:
-        """Merge a block into ``out``, rounded to its dtype.
+        """Merge a block into ``out``, a view of as many elements, rounded to its dtype.
 
-        Args:
-            operation: what to do.
-            block: views of the inputs, as they are stored, the base's first.
-            start: index of the first element.
-            out: a view of as many elements.
-            length: elements to compute at once, where the backend has temporaries.
+        ``block`` has views of the inputs, as they are stored, the base's first; ``start`` is the index of the first
+        element. ``length`` elements are computed at once, where the backend has temporaries.
         """
 
     def sum(self, operation: Statistic, block: Sequence[Any], start: int, length: int) -> npt.NDArray[Any]:

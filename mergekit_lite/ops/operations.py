@@ -37,11 +37,9 @@ class Cut:
     end: int
 
     def mask(self, quantity: torch.Tensor, start: int) -> torch.Tensor:
-        """Return 1.0 for the k largest, 0.0 for the others: float32 of the quantity's shape.
+        """Return 1.0 for the k largest of a block, 0.0 for the others: float32 of its shape.
 
-        Args:
-            quantity: one block of it.
-            start: the index of its first element.
+        ``start`` is the index of its first element.
         """
         mask = torch.empty_like(quantity)  # comparing into floats: bool tensors cost four times as much
         equal = self._equal(quantity, start)
@@ -53,11 +51,9 @@ class Cut:
         return mask
 
     def largest(self, delta: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the block with all but its elements of the k largest magnitudes zeroed.
+        """Return a block, float32 or float64, with all but its elements of the k largest magnitudes zeroed.
 
-        Args:
-            delta: one block of what the magnitudes are of, float32 or float64.
-            start: the index of its first element.
+        ``start`` is the index of its first element.
         """
         if delta.dtype != torch.float32:  # magnitudes are compared as float32
             return delta * self.mask(delta.abs().float(), start)
