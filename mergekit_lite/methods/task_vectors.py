@@ -50,23 +50,19 @@ RescaledByRank = Annotated[Rescale, Doc("l1 or true (to the delta's L1 length), 
 Trimmed = Annotated[Trim, Doc("density counts in each tensor, or (global) in the whole model.")]
 
 
-def _added(
-    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Merge:
+def _added(masks: Masks, factors: PerModel[float], weights: PerModel[float], normalize: bool, scale: float) -> Merge:
     divisor = sum(weights) if normalize else 1.0
     scale = scale / (divisor if abs(divisor) >= 1e-8 else 1.0)
     coefficients = tuple(weight * factor * scale for weight, factor in zip(weights, factors, strict=True))
     return WeightedSum(coefficients, from_base=True, masks=masks)
 
 
-def _elected(
-    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Merge:
+def _elected(masks: Masks, factors: PerModel[float], weights: PerModel[float], normalize: bool, scale: float) -> Merge:
     votes = tuple(weight * factor for weight, factor in zip(weights, factors, strict=True))
     return Election(votes, (1.0,) * len(votes), weights if normalize else None, scale, masks)
 
 
-def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...], **_: object) -> None:
+def _stay_probabilities(*, density: PerModel[float], epsilon: PerModel[float], **_: object) -> None:
     for share, reach in zip(density, epsilon, strict=True):
         if share < 1 and not 0 < share - reach <= share + reach < 1:
             raise UsageError(

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lite import dtypes
 from mergekit_lite.ops import c_ops
-from mergekit_lite.ops.operations import AllFinite, Merge, Statistic
-from mergekit_lite.ops.tensor_kind import TensorKind
+from mergekit_lite.ops.operations import AllFinite, Merge, Statistic, TensorKind
 from mergekit_lite.ops.torch_ops import TorchOps
 
 if TYPE_CHECKING:

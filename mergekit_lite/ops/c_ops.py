@@ -23,8 +23,7 @@ from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.dtypes import name_of
 from mergekit_lite.ops import operations as op
-from mergekit_lite.ops.operations import BUCKETS, LOWER, UPPER, DeltaSizes, Masks, Merge, Statistic, draw_limit
-from mergekit_lite.ops.tensor_kind import TensorKind
+from mergekit_lite.ops.operations import DeltaSizes, Masks, Merge, Statistic, TensorKind
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -180,15 +179,15 @@ def _figures(operation: Statistic, block: Sequence[Run], start: int) -> Sequence
             return _sizes(operation, block, start)
         case op.CountUpperBits():
             pairs = _pairs(operation.quantities, block)
-            counts = np.zeros((len(pairs), UPPER), np.int64)
+            counts = np.zeros((len(pairs), op.UPPER), np.int64)
             for counted, pair in zip(counts, pairs, strict=True):
                 _call("count_upper_bits", counted.ctypes.data, *pair)
             return counts
         case op.CountLowerBits():
             pairs = _pairs(operation.quantities, block)
-            counts = np.zeros((len(operation.bins), LOWER), np.int64)
+            counts = np.zeros((len(operation.bins), op.LOWER), np.int64)
             for counted, (number, first) in zip(counts, operation.bins, strict=True):
-                _call("count_lower_bits", counted.ctypes.data, LOWER, *pairs[number], first)
+                _call("count_lower_bits", counted.ctypes.data, op.LOWER, *pairs[number], first)
             return counts
         case op.CompareSizes():
             return _compared(operation, block, start)
@@ -217,7 +216,7 @@ def _compared(operation: op.CompareSizes, block: Sequence[Run], start: int) -> n
 
 
 def _equal(operation: op.CountEqual, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
-    counts = np.zeros((len(operation.equals), 2 + BUCKETS), np.int64)
+    counts = np.zeros((len(operation.equals), 2 + op.BUCKETS), np.int64)
     first = operation.origin + start
     part = slice(max(operation.begin - first, 0), operation.begin + operation.width - first)
     pairs = _pairs(operation.quantities, block)
@@ -247,7 +246,7 @@ def _keep_of(mask: op.Mask) -> Keep:
             low = mask.largest
             return Keep(BY_SIZE, low=low.threshold, low_end=low.end, high=high.threshold, high_end=high.end)
         case op.ByChance():
-            return Keep(BY_CHANCE, key=mask.key, limit=draw_limit(mask.share))
+            return Keep(BY_CHANCE, key=mask.key, limit=op.draw_limit(mask.share))
         case op.ByRank():
             steps = mask.columns - 1
             lowest, half_step = (mask.share - mask.reach, mask.reach / steps) if steps > 0 else (mask.share, 0.0)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite import draws, dtypes, rounding
 from mergekit_lite.deferred import torch
 from mergekit_lite.ops import operations as op
-from mergekit_lite.ops.operations import BUCKETS, LOWER, UPPER, Block, Masks, Merge, Statistic, draw_limit
-from mergekit_lite.ops.tensor_kind import TensorKind
+from mergekit_lite.ops.operations import Block, Masks, Merge, Statistic, TensorKind
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -217,10 +216,10 @@ def _masked_one(mask: op.Mask, delta: torch.Tensor, start: int) -> torch.Tensor:
             kept = mask.largest.largest(delta, start)
             return kept if mask.outliers is None else kept.sub_(mask.outliers.largest(delta, start))
         case op.ByChance():
-            return delta.mul_(_draws(mask.key, start, delta).lt_(draw_limit(mask.share)))
+            return delta.mul_(_draws(mask.key, start, delta).lt_(op.draw_limit(mask.share)))
         case op.ByRank():
             chances = _chances(_levels(delta), mask.share - mask.reach, mask.share + mask.reach)
-            drawn = _draws(mask.key, start, delta).lt_(draw_limit(chances))
+            drawn = _draws(mask.key, start, delta).lt_(op.draw_limit(chances))
             return delta.mul_(drawn.div_(chances) if mask.divide else drawn)
     return delta
 
@@ -278,13 +277,13 @@ def _square(delta: torch.Tensor) -> torch.Tensor:
 def _upper(quantity: torch.Tensor) -> torch.Tensor:
     """Return the histogram of the upper 16 bits. Taking 1 off first gives zero, and nothing else, the first bin."""
     bits = _bits(quantity)
-    return torch.bincount(((bits - 1) >> 16).add_(1), minlength=UPPER)
+    return torch.bincount(((bits - 1) >> 16).add_(1), minlength=op.UPPER)
 
 
 def _lower(quantity: torch.Tensor, first: int) -> torch.Tensor:
     """Return the histogram of the 2¹⁶ bit patterns from ``first`` on; others fall into two bins that are cut off."""
     bits = _bits(quantity) - first
-    return torch.bincount(bits.clamp_(-1, LOWER).add_(1), minlength=LOWER + 2)[1:-1]
+    return torch.bincount(bits.clamp_(-1, op.LOWER).add_(1), minlength=op.LOWER + 2)[1:-1]
 
 
 def _bits(quantity: torch.Tensor) -> torch.Tensor:
@@ -308,7 +307,7 @@ def _compared(operation: op.CompareSizes, block: Block, start: int) -> torch.Ten
 
 def _equal(operation: op.CountEqual, block: Block, start: int) -> torch.Tensor:
     quantities = operation.quantities(block, start)
-    counts = torch.zeros(len(operation.equals), BUCKETS, dtype=torch.int64, device=block[0].device)
+    counts = torch.zeros(len(operation.equals), op.BUCKETS, dtype=torch.int64, device=block[0].device)
     first = operation.origin + start
     wanted = slice(max(operation.begin - first, 0), max(operation.begin + operation.width - first, 0))
     for row, (number, threshold) in zip(counts, operation.equals, strict=True):
