@@ -21,10 +21,9 @@ __all__ = ["CPU", "WorkerBuffers"]
 
 
 class WorkerBuffers:
-    """Host buffers for ``inputs`` tensors and one output, and the device to compute on."""
+    """Host buffers of ``nbytes`` each for ``inputs`` tensors and one output, and the device to compute on."""
 
     def __init__(self, device: str, inputs: int, nbytes: int) -> None:
-        """Allocate the buffers, ``nbytes`` each."""
         self.device = device
         self._inputs = [_buffer(device, nbytes) for _ in range(inputs)]
         self._output = _buffer(device, nbytes)

@@ -24,18 +24,13 @@ from mergekit_lite.planning import Plan
 
 
 class SpanWriter:
-    """The maker of a plan's spans.
-
-    Attributes:
-        chunk: elements read and written at once.
-    """
+    """The maker of a plan's spans; ``block`` elements are computed at once, where a backend has temporaries."""
 
     def __init__(self, plan: Plan, device: str, block: int) -> None:
-        """Prepare to compute ``block`` elements at once, where a backend has temporaries."""
         self.plan = plan
         self.device = device
         self.block = block
-        self.chunk = max(block, CHUNK // block * block)
+        self.chunk = max(block, CHUNK // block * block)  # elements read and written at once
         self.share = observed_share(plan)
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
@@ -143,7 +138,6 @@ class _Result:
     """What is known of a span of one output when it is written: digest, observed sums, inputs that weren't finite."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         self.digest = xxhash.xxh3_128()
         self.sums: list[float] = []
         self.bad: set[int] = set()

@@ -37,11 +37,7 @@ class TensorMerge:
         dtypes: Sequence[str],
         rounding_key: int | None = None,
     ) -> None:
-        """Go as far as the method's first request.
-
-        ``arguments`` are from ``Method.resolve``, ``dtypes`` those of the inputs and the output; ``rounding_key`` is as
-        in ``TensorKind``.
-        """
+        """Go as far as the method's first request; ``arguments`` are from ``Method.resolve``."""
         self.info = info
         self.row = method.rows(info.shape, **arguments) if method.rows is not None else 0
         self.request: Reduction | None = None
