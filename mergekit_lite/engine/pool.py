@@ -42,14 +42,13 @@ class Workers:
 
 
 class Pool:
-    """Workers that do tasks until none is left, one fails, or the run is interrupted."""
+    """Workers that do tasks until none is left, one fails, or the run is interrupted.
+
+    Each has buffers of ``nbytes`` for ``inputs`` inputs and an output. A worker is a thread, or where ``processes`` is
+    set a process of its own, which gets a copy of this one when the tasks begin: only what a task returns comes back.
+    """
 
     def __init__(self, workers: int, device: str, inputs: int, nbytes: int, *, processes: bool = False) -> None:
-        """Prepare ``workers`` workers, each with buffers of ``nbytes`` for ``inputs`` inputs and an output.
-
-        A worker is a thread, or where ``processes`` is set a process of its own, which gets a copy of this one when the
-        tasks begin: only what a task returns comes back.
-        """
         self.workers = workers
         self.processes = processes and workers > 1 and device == CPU
         self._buffers = (device, inputs, nbytes)

@@ -20,10 +20,9 @@ Section = tuple[int, int, int]  # number of the merge, begin, end
 
 
 class JobMerge(TensorMerge):
-    """One merged job of one output of a plan."""
+    """One merged job of one output of a plan; ``offset`` and ``extent`` are as in ``TensorInfo``."""
 
     def __init__(self, plan: Plan, job: Job, output: int, offset: int, extent: int) -> None:
-        """Go as far as the method's first request; ``offset`` and ``extent`` are as in ``TensorInfo``."""
         self.job = job
         self.method = method_named(job.method)
         models = len(job.inputs) - job.has_base
@@ -88,10 +87,7 @@ def merges_of(plan: Plan, outputs: Collection[int]) -> dict[tuple[int, int], Job
 
 
 def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
-    """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics.
-
-    ``merges`` has one for each output, where the tensor is merged.
-    """
+    """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics."""
     copies = job.merged_elements < job.numel
     return (
         any(merge.ops(CPU).needs_torch for merge in merges)

@@ -8,7 +8,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from keyword import iskeyword
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
@@ -61,7 +60,7 @@ class Parameter:
     """One parameter of a method.
 
     Attributes:
-        name: in a recipe; in Python a keyword has an underscore behind it (``lambda_``).
+        name: in a recipe; Python's may have an underscore behind it (``lambda_``).
         types: any of ``float``, ``int``, ``bool``, ``str``; of one value where there are several.
         default: where no value is given; None where it is ``required``.
         required: whether a value has to be given.
@@ -153,12 +152,7 @@ class Parameter:
 @cache
 def of_signature(function: Callable[..., Any]) -> Mapping[str, Parameter]:
     """Return the keyword parameters of a method's function by their names in a recipe."""
-    keywords = {
-        name.rstrip("_"): Parameter.of(name.rstrip("_"), parameter.annotation, parameter.default)
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    return MappingProxyType(keywords)
+    return MappingProxyType({parameter.name: parameter for parameter in _keywords(function).values()})
 
 
 def resolved(function: Callable[..., Any], given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:
@@ -171,18 +165,27 @@ def resolved(function: Callable[..., Any], given: Mapping[str, Any], models: int
     unknown = [name for name in given if name not in known and name not in NO_EFFECT]
     problems = [f"{method} has no parameter {name!r}.{nearest(name, known)}" for name in unknown]
     arguments: dict[str, Any] = {}
-    for name, parameter in known.items():
-        if parameter.required and name not in given:
-            problems.append(f"{method} needs the parameter {name!r}")
+    for keyword, parameter in _keywords(function).items():
+        if parameter.required and parameter.name not in given:
+            problems.append(f"{method} needs the parameter {parameter.name!r}")
             continue
-        keyword = f"{name}_" if iskeyword(name) else name
         try:
-            arguments[keyword] = parameter.argument(given.get(name, parameter.default), models, has_base)
+            arguments[keyword] = parameter.argument(given.get(parameter.name, parameter.default), models, has_base)
         except UsageError as problem:
-            problems.append(f"{name}: {problem}")
+            problems.append(f"{parameter.name}: {problem}")
     if problems:
         raise UsageError(listing(f"{method} can't be run with these parameters", problems))
     return arguments
+
+
+@cache
+def _keywords(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """Return the keyword parameters by their names in Python."""
+    return {
+        name: Parameter.of(name.rstrip("_"), parameter.annotation, parameter.default)
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
