@@ -69,13 +69,7 @@ def row(method: Method) -> str:
     """Return a method's row in the table."""
     formula = method.formula.replace("|", "\\|")
     given = "<br>".join(f"`{name}` {described(parameter)}" for name, parameter in method.parameters.items())
-    return f"| {link(method.name)} | `{formula}` | {method.base} | {count(method)} | {given or '–'} | {method.source} |"
-
-
-def count(method: Method) -> str:
-    """Return how many models it merges."""
-    least, most = method.models
-    return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    return f"| {link(method.name)} | `{formula}` | {method.base} | {method.number} | {given or '–'} | {method.source} |"
 
 
 def described(parameter: Parameter) -> str:

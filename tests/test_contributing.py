@@ -51,7 +51,6 @@ def toy(info: TensorInfo, *, share: Share = 1.0) -> Merge:
     """Make a model smaller.
 
     Args:
-        info: the tensor.
         share: of the model.
     """
     return WeightedSum((share,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from textwrap import dedent
 from typing import TYPE_CHECKING
 
 import click
@@ -32,9 +33,7 @@ def command(name: str | None) -> None:
             click.echo(f"{method.name:<{width}}  {method.formula}")
         return
     method = method_named(name)
-    least, most = method.models
-    count = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-    click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {count}, base {method.base}\n")
+    click.echo(f"{name}: {method.formula}\nsource: {method.source}\nmodels: {method.number}, base {method.base}\n")
     summary, words = described(method)
     for key, parameter in method.parameters.items():
         default = "required" if parameter.required else f"default {parameter.default}"
@@ -45,12 +44,13 @@ def command(name: str | None) -> None:
 
 
 def described(method: Method) -> tuple[str, dict[str, str]]:
-    """Return what a method's docstring says of it, and of each of its parameters."""
+    """Return what a method's docstring says of it, and what that or an annotation says of each of its parameters."""
     summary, _, arguments = (inspect.getdoc(method.function) or "").partition("\nArgs:\n")
-    text = inspect.cleandoc(arguments.partition("\nReturns:")[0])
+    text = dedent(arguments.partition("\nReturns:")[0])
     entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", text, re.MULTILINE)
-    words = {name.rstrip("_"): " ".join(lines.split()) for name, lines in entries}
-    return summary.strip(), {name: said for name, said in words.items() if name in method.parameters}
+    words = {name: parameter.about for name, parameter in method.parameters.items()}
+    words |= {name.rstrip("_"): " ".join(lines.split()) for name, lines in entries}
+    return summary.strip(), {name: words[name] for name in method.parameters if words[name]}
 
 
 def _kind(parameter: Parameter) -> str:

@@ -21,10 +21,9 @@ __all__ = ["CPU", "WorkerBuffers"]
 
 
 class WorkerBuffers:
-    """Host buffers for ``inputs`` tensors and one output, and the device to compute on."""
+    """Host buffers of ``nbytes`` each for ``inputs`` tensors and one output, and the device to compute on."""
 
     def __init__(self, device: str, inputs: int, nbytes: int) -> None:
-        """Allocate the buffers, ``nbytes`` each."""
         self.device = device
         self._inputs = [_buffer(device, nbytes) for _ in range(inputs)]
         self._output = _buffer(device, nbytes)
@@ -35,18 +34,9 @@ class WorkerBuffers:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int, skew: int = 0) -> memoryview:
-        """Read elements of the ``index``-th input.
+        """Read elements of the ``index``-th input, and return their bytes, valid until the next read of that input.
 
-        Args:
-            reader: to read with.
-            index: of the buffer.
-            spec: what to read.
-            start: its first element.
-            count: how many.
-            skew: bytes between the begin of a page of memory and the first element.
-
-        Returns:
-            Their bytes, valid until the next read into this buffer.
+        ``skew`` bytes lie between the begin of a page of memory and the first element.
         """
         chunk = self._inputs[index][skew : skew + count * dtypes.size(spec.dtype)]
         spec.fill(reader, start, chunk)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import torch
@@ -20,6 +20,8 @@ from mergekit_lite.engine.processes import forked
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Do: TypeAlias = Callable[[WorkerBuffers, Reader, Task], Result]
+Done: TypeAlias = "SimpleQueue[tuple[Result | None, BaseException | None]]"
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,13 @@ class Workers:
 
 
 class Pool:
-    """Workers that do tasks until none is left, one fails, or the run is interrupted."""
+    """Workers that do tasks until none is left, one fails, or the run is interrupted.
+
+    Each has buffers of ``nbytes`` for ``inputs`` inputs and an output. A worker is a thread, or where ``processes`` is
+    set a process of its own, which gets a copy of this one when the tasks begin: only what a task returns comes back.
+    """
 
     def __init__(self, workers: int, device: str, inputs: int, nbytes: int, *, processes: bool = False) -> None:
-        """Prepare ``workers`` workers, each with buffers of ``nbytes`` for ``inputs`` inputs and an output.
-
-        A worker is a thread, or where ``processes`` is set a process of its own, which gets a copy of this one when the
-        tasks begin: only what a task returns comes back.
-        """
         self.workers = workers
         self.processes = processes and workers > 1 and device == CPU
         self._buffers = (device, inputs, nbytes)
@@ -58,23 +59,23 @@ class Pool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Sequence[Task], do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Iterator[Result]:
+    def run(self, tasks: Sequence[Task], do: Do[Task, Result]) -> Iterator[Result]:
         """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised."""
         if self.processes and len(tasks) > 1:
             return forked(self.workers, tasks, lambda: self._worker(do))
         return self._threaded(tasks, do)
 
-    def _worker(self, do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Callable[[Task], Result]:
+    def _worker(self, do: Do[Task, Result]) -> Callable[[Task], Result]:
         """Return what does the tasks of one process."""
         buffers, reader = WorkerBuffers(*self._buffers), Reader()
 
         return lambda task: do(buffers, reader, task)
 
-    def _threaded(self, tasks: Sequence[Task], do: Callable[[WorkerBuffers, Reader, Task], Result]) -> Iterator[Result]:
+    def _threaded(self, tasks: Sequence[Task], do: Do[Task, Result]) -> Iterator[Result]:
         todo: SimpleQueue[Task] = SimpleQueue()
         for task in tasks:
             todo.put(task)
-        done: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
+        done: Done[Result] = SimpleQueue()
         with Reader() as reader:
             threads = [threading.Thread(target=self._work, args=(reader, todo, done, do)) for _ in range(self.workers)]
             for thread in threads:
@@ -91,13 +92,7 @@ class Pool:
                     thread.join()
                 self._stop.clear()
 
-    def _work(
-        self,
-        reader: Reader,
-        todo: SimpleQueue[Task],
-        done: SimpleQueue[tuple[Result | None, BaseException | None]],
-        do: Callable[[WorkerBuffers, Reader, Task], Result],
-    ) -> None:
+    def _work(self, reader: Reader, todo: SimpleQueue[Task], done: Done[Result], do: Do[Task, Result]) -> None:
         try:
             buffers = WorkerBuffers(*self._buffers)
             with buffers.working():

@@ -77,9 +77,7 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
     deltas: list[float] = []  # ⟨delta, delta⟩ likewise
     identical = seen_all = 0
     for index, job in enumerate(plan.jobs):
-        if not job.merged_elements:
-            continue
-        of_job = [record for record in by_job.get(index, []) if record.sums]
+        of_job = [record for record in by_job.get(index, []) if record.sums]  # none of a job that is only copied
         if not of_job:
             continue
         dot, square, seen = (math.fsum(record.sums[k] for record in of_job) for k in range(3))

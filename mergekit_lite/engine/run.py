@@ -170,10 +170,8 @@ def chosen_device(name: str) -> str:
 def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
     """Return how many workers a device has use for, and how many elements each of them computes at once.
 
-    Args:
-        device: the device that computes.
-        threads: the number of workers that was asked for, if any.
-        on_cpu: workers on the CPU where none was asked for; by default one for each core.
+    ``threads`` are the workers that were asked for, if any; else ``on_cpu`` are those on the CPU, by default one
+    for each core.
     """
     workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
     return threads or workers, block

@@ -30,7 +30,6 @@ class Records:
     """A sink that nothing was written to earlier: it keeps the records of what is made, and none of the bytes."""
 
     def __init__(self) -> None:
-        """Begin without records."""
         self.made: dict[tuple[int, int], Record] = {}
 
     def record(self, job: int, begin: int) -> Record | None:

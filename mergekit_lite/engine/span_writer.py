@@ -24,18 +24,13 @@ from mergekit_lite.planning import Plan
 
 
 class SpanWriter:
-    """The maker of a plan's spans.
-
-    Attributes:
-        chunk: elements read and written at once.
-    """
+    """The maker of a plan's spans; ``block`` elements are computed at once, where a backend has temporaries."""
 
     def __init__(self, plan: Plan, device: str, block: int) -> None:
-        """Prepare to compute ``block`` elements at once, where a backend has temporaries."""
         self.plan = plan
         self.device = device
         self.block = block
-        self.chunk = max(block, CHUNK // block * block)
+        self.chunk = max(block, CHUNK // block * block)  # elements read and written at once
         self.share = observed_share(plan)
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
@@ -61,17 +56,10 @@ class SpanWriter:
         sinks: Mapping[int, Sink],
         stopped: Callable[[], bool],
     ) -> list[tuple[int, Record]]:
-        """Make a span.
+        """Make a span, and return what to journal, by output; nothing where ``stopped`` says to end now.
 
-        Args:
-            buffers, reader: to do it with.
-            span: what to make.
-            merges: by output how a merged span is merged, with all statistics there; empty for a copy.
-            sinks: by output where it goes.
-            stopped: whether to end now.
-
-        Returns:
-            What to journal, by output; nothing where it was stopped.
+        ``sinks`` are where each output goes, ``merges`` how a merged span of it is merged, with all statistics there;
+        there are none for a copy.
         """
         job = span.job
         row = max((merge.row for merge in merges.values()), default=0) or 1
@@ -150,7 +138,6 @@ class _Result:
     """What is known of a span of one output when it is written: digest, observed sums, inputs that weren't finite."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         self.digest = xxhash.xxh3_128()
         self.sums: list[float] = []
         self.bad: set[int] = set()

@@ -20,18 +20,9 @@ Section = tuple[int, int, int]  # number of the merge, begin, end
 
 
 class JobMerge(TensorMerge):
-    """One merged job of one output of a plan."""
+    """One merged job of one output of a plan; ``offset`` and ``extent`` are as in ``TensorInfo``."""
 
     def __init__(self, plan: Plan, job: Job, output: int, offset: int, extent: int) -> None:
-        """Go as far as the method's first request.
-
-        Args:
-            plan: of the job.
-            job: the tensor.
-            output: which of the plan's outputs.
-            offset: elements in the jobs before this one.
-            extent: elements in all jobs.
-        """
         self.job = job
         self.method = method_named(job.method)
         models = len(job.inputs) - job.has_base
@@ -96,12 +87,7 @@ def merges_of(plan: Plan, outputs: Collection[int]) -> dict[tuple[int, int], Job
 
 
 def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
-    """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics.
-
-    Args:
-        job: the tensor.
-        merges: one for each output, where it is merged.
-    """
+    """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics."""
     copies = job.merged_elements < job.numel
     return (
         any(merge.ops(CPU).needs_torch for merge in merges)
@@ -117,16 +103,9 @@ def needed(merges: Mapping[tuple[int, int], JobMerge], jobs: Collection[int]) ->
 
 
 def gather(merges: Sequence[JobMerge], sum_sections: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
-    """Gather the sums that span several tensors, and those of large tensors, which are work for several workers.
-
-    Args:
-        merges: all of them.
-        sum_sections: sums some sections, each (number of the merge, begin, end).
-    """
+    """Gather the sums that span several tensors, and those of large tensors, which are work for several workers."""
     while waiting := [number for number, merge in enumerate(merges) if merge.is_shared]:
-        sections = {number: [(number, *section) for section in merges[number].sections()] for number in waiting}
-        sums = sum_sections([section for of_merge in sections.values() for section in of_merge])
-        send_totals(
-            [merges[number] for number in waiting],
-            [[sums[section] for section in of_merge] for of_merge in sections.values()],
-        )
+        sections = [[(number, *section) for section in merges[number].sections()] for number in waiting]
+        sums = sum_sections([section for of_merge in sections for section in of_merge])
+        parts = [[sums[section] for section in of_merge] for of_merge in sections]
+        send_totals([merges[number] for number in waiting], parts)

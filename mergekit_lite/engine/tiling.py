@@ -38,12 +38,11 @@ class Span:
 
 def spans(plan: Plan) -> list[Span]:
     """Return all spans of a plan, in the order of the output's bytes."""
-    return [span for index, job in enumerate(plan.jobs) for span in _of_job(index, job)]
-
-
-def _of_job(index: int, job: Job) -> Iterator[Span]:
-    for begin, end in bounds(job.numel, job.merged_elements):
-        yield Span(index, job, begin, end, end <= job.merged_elements)
+    return [
+        Span(index, job, begin, end, end <= job.merged_elements)
+        for index, job in enumerate(plan.jobs)
+        for begin, end in bounds(job.numel, job.merged_elements)
+    ]
 
 
 def bounds(numel: int, merged: int) -> Iterator[tuple[int, int]]:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from mergekit_lite.ops.operations import Block, Merge, Statistic, WeightedSum
+from mergekit_lite.ops.operations import Block as Block
+from mergekit_lite.ops.operations import Merge as Merge
+from mergekit_lite.ops.operations import Statistic, WeightedSum
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-
-__all__ = ["Block", "Merge", "Reduction", "Steps", "TensorInfo", "Totals", "WithCoefficients", "answered", "step_from"]
 
 Totals: TypeAlias = "npt.NDArray[Any]"  # small, on the host, float64 or int64
 Answer = TypeVar("Answer")
@@ -86,10 +86,11 @@ class WithCoefficients:
     merge: Merge
 
 
-Steps: TypeAlias = Generator[Reduction, "Totals", Merge | WithCoefficients]
+Gathering: TypeAlias = Generator[Reduction, "Totals", Answer]  # yields reductions, is sent their totals
+Steps: TypeAlias = Gathering[Merge | WithCoefficients]
 
 
-def answered(steps: Generator[Reduction, Totals, Answer], total: Callable[[Reduction], Totals]) -> Answer:
+def answered(steps: Gathering[Answer], total: Callable[[Reduction], Totals]) -> Answer:
     """Lead a generator of reductions to its end: ``total`` gives each one's. Returns what it returns."""
     try:
         reduction = next(steps)

@@ -23,7 +23,6 @@ def nearswap(info: TensorInfo, *, t: NotNegative) -> Merge:
     mergekit's weight clamp(t/|x − base|, 0, 1) on the difference is the same thing without the division.
 
     Args:
-        info: the tensor.
         t: how far.
     """
     return lambda block, _: (block[1] - block[0]).clamp_(-t, t).add_(block[0])
@@ -34,7 +33,6 @@ def magmax(info: TensorInfo, *, lambda_: float = 1.0) -> Merge:
     """Add per element the delta of the model that changed it most; of equal ones the first model's.
 
     Args:
-        info: the tensor.
         lambda_: scales what is added.
     """
 
@@ -57,7 +55,6 @@ def consensus(
     """Add up the deltas, but only where enough models have a stake in it (TALL masks).
 
     Args:
-        info: the tensor.
         threshold: a model has a stake where its delta is at least this many times what the others add up to. The paper
             chooses it for each model from 0.2 to 0.6.
         agree: how many must have one; the paper's is 2.
@@ -81,7 +78,6 @@ def ram(info: TensorInfo, *, epsilon: NotNegative = 1e-5) -> Merge:
     """Keep what one model changed, average what several did.
 
     Args:
-        info: the tensor.
         epsilon: what is not larger counts as unchanged.
     """
     return lambda block, _: _shared_mean(block, epsilon, (1.0,) * info.models)
@@ -94,7 +90,6 @@ def ramplus_tl(info: TensorInfo, *, epsilon: NotNegative = 1e-5, r: float = 0.1,
     """Merge as ``ram``, and enlarge what one model alone changed, by how much of its change in the tensor is shared.
 
     Args:
-        info: the tensor.
         epsilon: what is not larger counts as unchanged.
         r: how strongly.
         alpha: most that the ratio of shared to unique elements counts.

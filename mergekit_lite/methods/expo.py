@@ -31,7 +31,6 @@ def expo(info: TensorInfo, *, alpha: float) -> Merge:
     """Extrapolate: the model is the one after alignment, the base the one before.
 
     Args:
-        info: the tensor.
         alpha: how far to go on; 0.1 to 0.5 suits most fully trained models, partly trained ones take more.
             0 and −1 give the two models themselves, to the bit.
     """

@@ -10,7 +10,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.contract import Block, TensorInfo, Totals
-from mergekit_lite.methods.registry import method_named
+from mergekit_lite.methods.registry import Method, method_named
 from mergekit_lite.methods.tensor_merge import TensorMerge, joined, sample, send_totals
 
 BLOCK = 1 << 17
@@ -77,48 +77,48 @@ def merge_states(
         inputs = [state[tensor].detach() for state in states]
         info = TensorInfo(tensor, tuple(inputs[0].shape), len(models), base is not None, seed, offset, extent)
         _fit_together(info, inputs)
-        output = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
-        names = [dtypes.name_of(kind) for kind in (*(tensor.dtype for tensor in inputs), output)]
-        merges.append(_InMemory(TensorMerge(method, info, arguments, names), inputs, output))
+        merges.append(_InMemory(method, info, arguments, inputs, dtype))
         offset += info.numel
-    while grouped := [merge for merge in merges if merge.tensor.group is not None]:
-        send_totals([merge.tensor for merge in grouped], [merge.sums() for merge in grouped])
-    return {merge.tensor.info.name: merge.result(block) for merge in merges}
+    while grouped := [merge for merge in merges if merge.group is not None]:
+        send_totals(grouped, [merge.sums() for merge in grouped])
+    return {merge.info.name: merge.result(block) for merge in merges}
 
 
-class _InMemory:
+class _InMemory(TensorMerge):
     """One tensor being merged in memory."""
 
-    def __init__(self, tensor: TensorMerge, inputs: Block, dtype: torch.dtype) -> None:
-        self.tensor, self.dtype = tensor, dtype
-        self.flat = [one.reshape(-1).contiguous() for one in inputs]
+    def __init__(
+        self, method: Method, info: TensorInfo, arguments: dict[str, Any], inputs: Block, dtype: torch.dtype | None
+    ) -> None:
+        kinds = [tensor.dtype for tensor in inputs]
+        self.dtype = dtype or reduce(torch.promote_types, kinds)
+        self.flat = [tensor.reshape(-1).contiguous() for tensor in inputs]
         self.device = str(self.flat[0].device)
+        super().__init__(method, info, arguments, [dtypes.name_of(kind) for kind in (*kinds, self.dtype)])
 
     def sums(self) -> list[Totals]:
         """Return the requested figures over each section that contributes."""
-        return [self._sum(begin, end) for begin, end in self.tensor.sections()]
+        return [self._sum(begin, end) for begin, end in self.sections()]
 
     def _sum(self, begin: int, end: int) -> Totals:
-        request = self.tensor.request
-        assert request is not None
-        ops = self.tensor.ops(self.device)
-        if request.sampled:
+        assert self.request is not None
+        of, ops = self.request.of, self.ops(self.device)
+        if self.request.sampled:
             pieces = [torch.cat([x[start : start + count] for start, count in sample(begin, end)]) for x in self.flat]
-            return ops.sum(request.of, [ops.of_tensor(piece) for piece in pieces], 0, pieces[0].numel())
-        section = [ops.of_tensor(x[begin:end]) for x in self.flat]
-        return ops.sum(request.of, section, begin, self.tensor.statistics_block)
+            return ops.sum(of, [ops.of_tensor(piece) for piece in pieces], 0, pieces[0].numel())
+        return ops.sum(of, [ops.of_tensor(x[begin:end]) for x in self.flat], begin, self.statistics_block)
 
     def result(self, length: int) -> torch.Tensor:
         """Gather what statistics are missing, and merge ``length`` elements at a time, in whole rows."""
-        while self.tensor.request is not None:
-            self.tensor.send(joined(self.sums()))
-        out = torch.empty(self.tensor.info.numel, dtype=self.dtype, device=self.flat[0].device)
-        ops, row = self.tensor.ops(self.device), max(1, self.tensor.row)
+        while self.request is not None:
+            self.send(joined(self.sums()))
+        out = torch.empty(self.info.numel, dtype=self.dtype, device=self.flat[0].device)
+        ops, row = self.ops(self.device), max(1, self.row)
         length = max(1, length // row) * row
         for start in range(0, out.numel(), length):
             block = [ops.of_tensor(x[start : start + length]) for x in self.flat]
-            ops.merge(self.tensor.merge, block, start, ops.of_tensor(out[start : start + length]), length)
-        return out.view(self.tensor.info.shape)
+            ops.merge(self.merge, block, start, ops.of_tensor(out[start : start + length]), length)
+        return out.view(self.info.shape)
 
 
 def _fit_together(info: TensorInfo, inputs: Block) -> None:

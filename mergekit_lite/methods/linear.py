@@ -25,17 +25,19 @@ def shares(weights: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-def _have_a_mean(*, weight: tuple[float, ...], normalize: bool) -> None:
-    if normalize:
+def have_a_mean(
+    *, weight: tuple[float, ...], normalize: bool = True, normalize_weights: bool = True, **_: object
+) -> None:
+    """Raise UsageError where weights are to be divided by their sum, and that is zero."""
+    if normalize and normalize_weights:
         shares(weight)
 
 
-@method(base="optional", check=_have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
+@method(base="optional", check=have_a_mean, formula="Σ w·x / Σ w", source="Wortsman et al. 2022, arXiv 2203.05482")
 def linear(info: TensorInfo, *, weight: PerInput[float], normalize: bool = True) -> Merge:
     """Take the weighted sum of the inputs; a base is one of them.
 
     Args:
-        info: the tensor.
         weight: of each input.
         normalize: divide by the sum of the weights.
     """
@@ -57,7 +59,6 @@ def ema(info: TensorInfo, *, decay: Share = 0.9) -> Merge:
     """Take the exponential moving average of checkpoints in their order, from the first one (the base, if any) on.
 
     Args:
-        info: the tensor.
         decay: what an average keeps when the next checkpoint comes.
     """
     later = info.inputs - 1
@@ -70,7 +71,6 @@ def wise_ft(info: TensorInfo, *, alpha: float = 0.5) -> Merge:
     """Interpolate between a base and its fine-tune.
 
     Args:
-        info: the tensor.
         alpha: 0 is the base, 1 the fine-tune.
     """
     return step_from(0, alpha) if alpha < 0.5 else step_from(1, 1 - alpha)  # from the nearer end: both are met exactly
@@ -92,7 +92,6 @@ def passthrough(info: TensorInfo, *, scale: PerInput[float] = (1.0,)) -> Merge:
     """Pass one model's tensor through as it is, or scaled.
 
     Args:
-        info: the tensor.
         scale: a factor; 1 copies every bit.
     """
     return WeightedSum(scale)

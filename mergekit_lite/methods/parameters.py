@@ -40,6 +40,13 @@ class Bounds:
         return f" from {self.least:g} on" if self.least > -math.inf else ""
 
 
+@dataclass(frozen=True)
+class Doc:
+    """What a parameter does, for an annotation that several methods share; else it stands in the method's Args."""
+
+    text: str
+
+
 Number = TypeVar("Number", bound=float)
 PerModel = Annotated[tuple[Number, ...], "model"]  # a number for each model; a single one serves all
 PerInput = Annotated[tuple[Number, ...], "input"]  # also one for the base, first, where there is a base
@@ -60,6 +67,7 @@ class Parameter:
         choices: the texts that are allowed, where not all are.
         each: of what each has a value of its own: ``model``, ``input`` (the base is one of them), or "".
         bounds: of the number.
+        about: from a ``Doc``, if there is one.
     """
 
     name: str
@@ -69,12 +77,14 @@ class Parameter:
     choices: tuple[str, ...] = ()
     each: Each = ""
     bounds: Bounds = Bounds()
+    about: str = ""
 
     @classmethod
     def of(cls, name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> Parameter:
-        """Read an annotation: ``float``, ``Share``, ``PerModel[Share]``, ``bool | Literal['l1', 'density']`` …"""
+        """Read an annotation, such as ``Share``, ``PerModel[Share]`` or ``bool | Literal['l1', 'density']``."""
         kind, marks = _unwrapped(annotation)
         each: Each = next((mark for mark in EACH if mark in marks), "")
+        about = next((mark.text for mark in marks if isinstance(mark, Doc)), "")
         if each:
             kind, marks = _unwrapped(get_args(kind)[0])
             default = default[0] if isinstance(default, tuple) else default
@@ -86,7 +96,8 @@ class Parameter:
         if not kinds:
             raise TypeError(f"{name}: no parameter of a method can be {annotation} (see methods/parameters.py)")
         required = default is inspect.Parameter.empty
-        return cls(name, tuple(dict.fromkeys(kinds)), None if required else default, required, texts, each, bounds)
+        default = None if required else default
+        return cls(name, tuple(dict.fromkeys(kinds)), default, required, texts, each, bounds, about)
 
     @property
     def expected(self) -> str:
@@ -141,7 +152,7 @@ class Parameter:
 @cache
 def of_signature(function: Callable[..., Any]) -> Mapping[str, Parameter]:
     """Return the keyword parameters of a method's function by their names in a recipe."""
-    return MappingProxyType({name.rstrip("_"): parameter for name, parameter in _keywords(function).items()})
+    return MappingProxyType({parameter.name: parameter for parameter in _keywords(function).values()})
 
 
 def resolved(function: Callable[..., Any], given: Mapping[str, Any], models: int, has_base: bool) -> dict[str, Any]:

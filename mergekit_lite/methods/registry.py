@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from mergekit_lite.errors import UsageError, counted, nearest
+from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.methods import parameters
 from mergekit_lite.methods.parameters import Parameter
 from mergekit_lite.ops.operations import Figures
@@ -58,12 +58,16 @@ class Method:
         return self.base == "none" or any(parameter.each == "input" for parameter in self.parameters.values())
 
     @property
+    def number(self) -> str:
+        """``2``, ``2 or more`` or ``2 to 4``: how many models it merges, without the base."""
+        fewest, most = self.models
+        return str(fewest) if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
+
+    @property
     def expected(self) -> str:
         """``exactly 2 models``, ``2 or more models besides base_model``: what a message asks for."""
         fewest, most = self.models
-        number = (
-            f"exactly {fewest}" if most == fewest else f"{fewest} or more" if most is None else f"{fewest} to {most}"
-        )
+        number = f"exactly {fewest}" if most == fewest else self.number
         noun = "model" if fewest == most == 1 else "models"
         return f"{number} {noun}{'' if self.merges_base else ' besides base_model'}"
 
@@ -84,19 +88,13 @@ class Method:
         if self.base == "none" and has_base:
             raise UsageError(f"{self.name} has no use for a base: list it among the models, or leave it out.")
         if not self.counts(models):
-            fewest, most = self.models
-            wanted = f"{fewest} or more models" if most is None else f"{fewest} to {most} models"
-            wanted = counted(fewest, "model") if fewest == most else wanted
+            noun = "model" if self.number == "1" else "models"
             beside = " beside the base" if has_base else ""
-            raise UsageError(f"{self.name} merges {wanted}{beside}, got {models}.")
+            raise UsageError(f"{self.name} merges {self.number} {noun}{beside}, got {models}.")
         arguments = parameters.resolved(self.function, given, models, has_base)
         if self.check is not None:
             self.check(**arguments)
         return arguments
-
-    def row_length(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> int:
-        """Return the length of the rows that blocks of a tensor must not split; 0 where it may be cut anywhere."""
-        return self.rows(shape, **arguments) if self.rows is not None else 0
 
 
 def method(**about: Any) -> Callable[[F], F]:

@@ -41,15 +41,11 @@ from mergekit_lite.ops.torch_ops import deltas
     formula="base + Σ η·δ·[sign elected] / Σ η·[sign elected], η ∝ Σ δ²", source="Wan et al. 2024, arXiv 2408.07990"
 )
 def sce(
-    info: TensorInfo,
-    *,
-    select_topk: Share = 1.0,
-    variant: Literal["mergekit", "fusechat", "paper"] = "mergekit",
+    info: TensorInfo, *, select_topk: Share = 1.0, variant: Literal["mergekit", "fusechat", "paper"] = "mergekit"
 ) -> Steps:
     """Merge deltas by coefficients that follow from where the models disagree.
 
     Args:
-        info: the tensor.
         select_topk: share of the elements that vary between the models, those with the largest variance, to select.
         variant: whose SCE (see the module).
     """

@@ -18,22 +18,23 @@ the nearest of 65,536 steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from typing import Literal, TypeAlias
 
 from mergekit_lite import draws
-from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals
-from mergekit_lite.methods.statistics import largest
+from mergekit_lite.methods.contract import Gathering, Reduction, TensorInfo
+from mergekit_lite.methods.parameters import PerModel
+from mergekit_lite.methods.registry import last_axis
+from mergekit_lite.methods.statistics import Counts, largest
 from mergekit_lite.ops.operations import ByChance, ByRank, BySize, Cut, DeltaSizes, Lengths, Mask, Masks
 
-Sparsifier: TypeAlias = Generator[Reduction, Totals, Masks]
+Sparsifier: TypeAlias = Gathering[Masks]
 Rescale = Literal["l1", "density", True, False]  # True is "l1"
 Trim = Literal["tensor", "global"]
 
 FIRST_STREAM = 1  # stream 0 of a tensor's draws is stochastic rounding's
 
 
-def magnitude(info: TensorInfo, density: tuple[float, ...], trim: Trim) -> Sparsifier:
+def magnitude(info: TensorInfo, density: PerModel[float], trim: Trim) -> Sparsifier:
     """Keep the largest elements of each delta: of this tensor's, or (``trim`` global) of the whole model's."""
 
     def counts(model: int, elements: int, _: int) -> list[int]:
@@ -42,7 +43,7 @@ def magnitude(info: TensorInfo, density: tuple[float, ...], trim: Trim) -> Spars
     return (yield from _by_size(info, density, counts, trim, f"magnitude {density}"))
 
 
-def inliers(info: TensorInfo, density: tuple[float, ...], gamma: tuple[float, ...], trim: Trim) -> Sparsifier:
+def inliers(info: TensorInfo, density: PerModel[float], gamma: PerModel[float], trim: Trim) -> Sparsifier:
     """Keep the largest elements but the very largest ones. Where there are too few, the smallest are kept."""
 
     def counts(model: int, elements: int, _: int) -> list[int]:
@@ -53,13 +54,7 @@ def inliers(info: TensorInfo, density: tuple[float, ...], gamma: tuple[float, ..
     return (yield from _by_size(info, density, counts, trim, f"inliers {density} {gamma}"))
 
 
-def _by_size(
-    info: TensorInfo,
-    density: tuple[float, ...],
-    counts: Callable[[int, int, int], list[int]],
-    trim: Trim,
-    group: str,
-) -> Sparsifier:
+def _by_size(info: TensorInfo, density: PerModel[float], counts: Counts, trim: Trim, group: str) -> Sparsifier:
     """Keep the k largest of each delta, without the largest of a second k where there is one."""
     trimmed = tuple(model for model in range(info.models) if density[model] < 1)
     if not trimmed:
@@ -77,37 +72,28 @@ def _by_size(
     return tuple(masks)
 
 
-def chance(info: TensorInfo, density: tuple[float, ...]) -> Masks:
+def chance(info: TensorInfo, density: PerModel[float]) -> Masks:
     """Keep each element with the probability ``density``."""
     return tuple(ByChance(key, share) if share < 1 else None for key, share in zip(_keys(info), density, strict=True))
 
 
-def ranked_chance(info: TensorInfo, density: tuple[float, ...], epsilon: tuple[float, ...], divide: bool) -> Masks:
-    """Keep each element with a probability that rises with the rank of its size in its row.
+def ranked_chance(info: TensorInfo, density: PerModel[float], epsilon: PerModel[float], divide: bool) -> Masks:
+    """Keep each element with a probability that rises with the rank of its size in its row, see ``ByRank``.
 
-    Args:
-        info: the tensor; its blocks come as whole rows.
-        density: mean probability, for each model.
-        epsilon: how far the probability goes below and above it, for each model.
-        divide: divide what is kept by its probability, as in the paper.
+    The blocks of the tensor have to come as whole rows.
     """
-    columns = info.shape[-1] if info.shape else 1
+    columns = last_axis(info.shape)
     return tuple(
         ByRank(key, share, reach, divide, columns) if share < 1 else None
         for key, share, reach in zip(_keys(info), density, epsilon, strict=True)
     )
 
 
-def rescaling(
-    masks: Masks, density: tuple[float, ...], rescale: Rescale
-) -> Generator[Reduction, Totals, tuple[float, ...]]:
+def rescaling(masks: Masks, density: PerModel[float], rescale: Rescale) -> Gathering[PerModel[float]]:
     """Find the factor for what is kept of each delta that makes up for what was dropped.
 
-    Args:
-        masks: what is kept.
-        density: the share that is kept, for each model.
-        rescale: ``l1`` (or True): to the sum of magnitudes that the whole delta of this tensor had, as in mergekit;
-            ``density``: by 1/density, as in DARE; False: not at all.
+    ``rescale`` is ``l1`` (or True): to the sum of magnitudes that the whole delta of this tensor had, as in mergekit;
+    ``density``: by 1/density, as in DARE; or False: not at all.
     """
     if rescale is False or min(density) >= 1:
         return (1.0,) * len(density)

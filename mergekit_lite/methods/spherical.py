@@ -18,7 +18,7 @@ import math
 
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.methods.contract import Block, Merge, Reduction, Steps, TensorInfo, Totals
-from mergekit_lite.methods.linear import shares
+from mergekit_lite.methods.linear import have_a_mean, shares
 from mergekit_lite.methods.parameters import Count, NotNegative, PerInput, PerModel
 from mergekit_lite.methods.registry import method
 from mergekit_lite.methods.statistics import gram
@@ -30,12 +30,10 @@ PARALLEL = 1e-16  # up to which nuslerp does
 
 
 def _on_arc(t: float, products: Totals, straight: float) -> tuple[Totals, Totals]:
-    """Return the coefficients of a and b at ``t`` of the arc between them.
+    """Return the coefficients of a and b at ``t`` of the arc from a to b.
 
-    Args:
-        t: 0 is a, 1 is b.
-        products: ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …).
-        straight: where sin² of the angle is not above this, the straight line.
+    ``products`` are ⟨a, a⟩, ⟨b, b⟩ and ⟨a, b⟩, float64 of shape (3, …). Where sin² of the angle is not above
+    ``straight``, the arc is the straight line.
     """
     # cos θ = ⟨a, b⟩ / (|a|·|b|); a vector without length counts as orthogonal
     lengths = np.sqrt(products[0] * products[1])
@@ -60,7 +58,6 @@ def slerp(info: TensorInfo, *, t: float) -> Steps:
     """Interpolate between the base and one model along the sphere, each tensor as one vector.
 
     Args:
-        info: the tensor.
         t: 0 is the base, 1 the model; beyond them it goes on along the arc.
     """
     products = yield from gram(from_base=False)
@@ -87,7 +84,6 @@ def nuslerp(
     """Interpolate along the sphere between two models, or what they add to a base, at the place their weights give.
 
     Args:
-        info: the tensor.
         weight: of each model; only their ratio counts. Weights that sum to zero mean the middle.
         nuslerp_flatten: the whole tensor is one vector.
         nuslerp_row_wise: where not: vectors run along the first axis instead of the last (sic, as in mergekit).
@@ -117,19 +113,13 @@ def nuslerp(
     return by_rows
 
 
-def _have_a_mean(*, weight: tuple[float, ...], normalize_weights: bool = True, **_: object) -> None:
-    if normalize_weights:
-        shares(weight)
-
-
-@method(base="optional", check=_have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
+@method(base="optional", check=have_a_mean, formula="(Σ w·|δ|) · M/|M|, M = Σ w·δ/|δ|", source="mergekit")
 def multislerp(
     info: TensorInfo, *, weight: PerModel[float], normalize_weights: bool = True, eps: NotNegative = 1e-8
 ) -> Steps:
     """Take the mean direction at the mean length, of several models or of what they add to a base.
 
     Args:
-        info: the tensor.
         weight: of each model.
         normalize_weights: divide them by their sum.
         eps: added to lengths; a mean direction shorter than this counts as none, and the weighted sum is taken.
@@ -146,10 +136,7 @@ def multislerp(
 
 
 @method(
-    base="optional",
-    check=_have_a_mean,
-    formula="Karcher mean of the directions · mean length",
-    source="Karcher 1977",
+    base="optional", check=have_a_mean, formula="Karcher mean of the directions · mean length", source="Karcher 1977"
 )
 def karcher(
     info: TensorInfo, *, weight: PerInput[float] = (1.0,), max_iter: Count = 10, tol: NotNegative = 1e-5
@@ -157,7 +144,6 @@ def karcher(
     """Take the mean on the sphere: where the weighted tangents to all inputs sum to zero; a base is one of them.
 
     Args:
-        info: the tensor.
         weight: of each input (mergekit: all equal).
         max_iter: most iterations.
         tol: stop when a step is shorter than this angle.
@@ -204,19 +190,13 @@ def _karcher_mean(units: Totals, weights: Totals, max_iter: int, tol: float) -> 
     return mean
 
 
-@method(
-    base="optional",
-    check=_have_a_mean,
-    formula="argmin Σ w·|x − m|",
-    source="Weiszfeld 1937; Vardi & Zhang 2000",
-)
+@method(base="optional", check=have_a_mean, formula="argmin Σ w·|x − m|", source="Weiszfeld 1937; Vardi & Zhang 2000")
 def geometric_median(
     info: TensorInfo, *, weight: PerInput[NotNegative] = (1.0,), max_iter: Count = 100, tol: NotNegative = 1e-9
 ) -> Merge | Steps:
     """Take the point with the least sum of distances to the inputs: unlike the mean, one stray model hardly moves it.
 
     Args:
-        info: the tensor.
         weight: of each input; a base is one of them.
         max_iter: most iterations.
         tol: stop when a step is shorter than this share of the inputs' spread.

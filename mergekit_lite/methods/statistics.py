@@ -15,23 +15,13 @@ what is found.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mergekit_lite.deferred import np
-from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals
-from mergekit_lite.ops.operations import (
-    BUCKETS,
-    NO_END,
-    CompareSizes,
-    CountEqual,
-    CountLowerBits,
-    CountUpperBits,
-    Cut,
-    InnerProducts,
-    Quantities,
-    Statistic,
-)
+from mergekit_lite.methods.contract import Gathering, Reduction, TensorInfo, Totals
+from mergekit_lite.ops import operations as op
 
 WORTH_SAMPLING = 1 << 18  # elements
 DEVIATIONS = 4  # of the rank that a sample's threshold has in the whole, to either side
@@ -39,9 +29,9 @@ DEVIATIONS = 4  # of the rank that a sample's threshold has in the whole, to eit
 Counts = Callable[[int, int, int], Sequence[int]]  # (number of the quantity, its elements, those that aren't zero)
 
 
-def gram(from_base: bool) -> Generator[Reduction, Totals, Totals]:
+def gram(from_base: bool) -> Gathering[Totals]:
     """Find the inner products of a tensor's n inputs, or of what n models add to a base: float64 (n, n)."""
-    lower = yield Reduction(InnerProducts(from_base))
+    lower = yield Reduction(op.InnerProducts(from_base))
     count = math.isqrt(2 * len(lower))
     products = np.zeros((count, count))
     rows, columns = np.tril_indices(count)
@@ -50,12 +40,8 @@ def gram(from_base: bool) -> Generator[Reduction, Totals, Totals]:
 
 
 def largest(
-    info: TensorInfo,
-    quantities: Quantities,
-    counts: Counts,
-    group: str | None = None,
-    sampled: bool = True,
-) -> Generator[Reduction, Totals, list[list[Cut]]]:
+    info: TensorInfo, quantities: op.Quantities, counts: Counts, group: str | None = None, sampled: bool = True
+) -> Gathering[list[list[op.Cut]]]:
     """Find the k largest of several quantities at once, each for one k or more.
 
     Args:
@@ -69,7 +55,7 @@ def largest(
         For each quantity a cut for each k.
     """
     where = _Where(quantities, group, *((info.offset, info.extent) if group is not None else (0, info.numel)))
-    searches: list[list[_Search]] | None = None
+    searches: _Searches | None = None
     if sampled and (group is not None or info.numel >= WORTH_SAMPLING):
         guesses = yield from _by_bits(where, _around(counts), sampled=True)
         searches = yield from _proven(where, counts, guesses)
@@ -88,7 +74,7 @@ def largest(
         while search.width > 1:
             yield from _narrow([search], where)
         search.end = search.begin + 1
-    return [[Cut(search.threshold, search.end) for search in of_quantity] for of_quantity in searches]
+    return [[op.Cut(search.threshold, search.end) for search in of_quantity] for of_quantity in searches]
 
 
 @dataclass(frozen=True)
@@ -102,12 +88,12 @@ class _Where:
         extent: how many indices there are.
     """
 
-    quantities: Quantities
+    quantities: op.Quantities
     group: str | None
     origin: int
     extent: int
 
-    def reduction(self, of: Statistic, within: tuple[int, int] | None = None, sampled: bool = False) -> Reduction:
+    def reduction(self, of: op.Statistic, within: tuple[int, int] | None = None, sampled: bool = False) -> Reduction:
         return Reduction(of, self.group, within, sampled)
 
 
@@ -125,7 +111,7 @@ class _Search:
     equal: int = 0
     begin: int = 0
     width: int = 0
-    end: int = NO_END
+    end: int = op.NO_END
 
     @property
     def threshold(self) -> float:
@@ -156,10 +142,13 @@ class _Search:
         self.width = step
 
 
-def _by_bits(where: _Where, counts: Counts, sampled: bool = False) -> Generator[Reduction, Totals, list[list[_Search]]]:
+_Searches: TypeAlias = list[list[_Search]]  # for each quantity one for each k
+
+
+def _by_bits(where: _Where, counts: Counts, sampled: bool = False) -> Gathering[_Searches]:
     """Find the thresholds by counting bit patterns: for each quantity a search for each k that is wanted."""
     # the upper 16 bits: which bin the k-th largest is in
-    upper = yield where.reduction(CountUpperBits(where.quantities), sampled=sampled)
+    upper = yield where.reduction(op.CountUpperBits(where.quantities), sampled=sampled)
     elements = int(upper[0].sum())
     searches = [
         [_Search(number, k) for k in counts(number, elements, int(histogram[1:].sum()))]
@@ -174,7 +163,7 @@ def _by_bits(where: _Where, counts: Counts, sampled: bool = False) -> Generator[
         for search in inner:
             search.bits = ((search.bits - 1) << 16) + 1  # the first pattern of the bin: zero took the first one
         bins = tuple(dict.fromkeys((search.number, search.bits) for search in inner))
-        histograms = yield where.reduction(CountLowerBits(where.quantities, bins), sampled=sampled)
+        histograms = yield where.reduction(op.CountLowerBits(where.quantities, bins), sampled=sampled)
         lower = dict(zip(bins, histograms, strict=True))
         for search in inner:
             search.descend(lower[search.number, search.bits], first=search.bits)
@@ -194,9 +183,7 @@ def _around(counts: Counts) -> Counts:
     return widened
 
 
-def _proven(
-    where: _Where, counts: Counts, guesses: list[list[_Search]]
-) -> Generator[Reduction, Totals, list[list[_Search]] | None]:
+def _proven(where: _Where, counts: Counts, guesses: _Searches) -> Gathering[_Searches | None]:
     """Find the searches for the whole among a sample's thresholds, by one pass of comparisons.
 
     Returns:
@@ -206,9 +193,9 @@ def _proven(
     candidates = [sorted({guess.bits: guess for guess in of_quantity}.items()) for of_quantity in guesses]
     thresholds = tuple(tuple(guess.threshold for _, guess in of_quantity) for of_quantity in candidates)
     # one pass: what is above each threshold, and what equals it in each bucket of indices
-    step = -(-where.extent // BUCKETS)
-    totals = yield where.reduction(CompareSizes(where.quantities, thresholds, where.origin, step))
-    searches: list[list[_Search]] = []
+    step = -(-where.extent // op.BUCKETS)
+    totals = yield where.reduction(op.CompareSizes(where.quantities, thresholds, where.origin, step))
+    searches: _Searches = []
     for number, (of_quantity, compared) in enumerate(zip(candidates, totals, strict=True)):
         elements, positive = int(compared[0, 0]), int(compared[0, 1])  # the same for every threshold
         bits = [pattern for pattern, _ in of_quantity]
@@ -222,12 +209,7 @@ def _proven(
 def _fitting(number: int, k: int, bits: Sequence[int], compared: Totals, step: int) -> _Search | None:
     """Return the search for the k largest, done but for ties, at the threshold that is theirs; None where none is.
 
-    Args:
-        number: of the quantity.
-        k: how many.
-        bits: the thresholds' bit patterns.
-        compared: for each threshold what ``CompareSizes`` counts.
-        step: indices in a bucket.
+    ``bits`` are the bit patterns of the thresholds, ``compared`` is what ``CompareSizes`` counts for each.
     """
     if k == 0:
         return _Search(number, 0)
@@ -242,13 +224,13 @@ def _fitting(number: int, k: int, bits: Sequence[int], compared: Totals, step: i
     return None
 
 
-def _narrow(searches: list[_Search], where: _Where) -> Generator[Reduction, Totals, None]:
+def _narrow(searches: list[_Search], where: _Where) -> Gathering[None]:
     """Narrow the ranges of indices, which must be the same in all the searches, to one bucket each."""
     begin, width = searches[0].begin, searches[0].width
-    step = -(-width // BUCKETS)
+    step = -(-width // op.BUCKETS)
     equals = tuple((search.number, search.threshold) for search in searches)
     # no other element needs to be visited
     within = (max(begin - where.origin, 0), max(begin + width - where.origin, 0))
-    counts = yield where.reduction(CountEqual(where.quantities, equals, where.origin, begin, width, step), within)
+    counts = yield where.reduction(op.CountEqual(where.quantities, equals, where.origin, begin, width, step), within)
     for search, of_search in zip(searches, counts, strict=True):
         search.ascend(of_search, step)

@@ -43,7 +43,6 @@ def model_stock(info: TensorInfo, *, filter_wise: bool = False) -> Steps:
     """Take the mean of at least two fine-tunes, drawn back to their base the more, the wider the angle between them.
 
     Args:
-        info: the tensor.
         filter_wise: an angle for each row instead of one for the tensor.
     """
     if filter_wise:

@@ -19,9 +19,11 @@ second one; here it is always the last.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods.contract import Merge, Steps, TensorInfo
-from mergekit_lite.methods.parameters import NotNegative, PerModel, Share
+from mergekit_lite.methods.parameters import Doc, NotNegative, PerModel, Share
 from mergekit_lite.methods.registry import last_axis, method
 from mergekit_lite.methods.sparsify import Rescale, Trim, chance, inliers, magnitude, ranked_chance, rescaling
 from mergekit_lite.ops.operations import Election, Masks, WeightedSum
@@ -31,24 +33,36 @@ ELECTED = "base + lambda·Σ w·{0}(x − base)·[sign elected]"
 TIES, CRUMBS = "Yadav et al. 2023, arXiv 2306.01708", "Davari & Belilovsky 2024, arXiv 2312.06795"
 DARE, DELLA = "Yu et al. 2024, arXiv 2311.03099", "Deep et al. 2024, arXiv 2406.11617"
 
+# Parameters that several of the methods have.
+Weight = Annotated[PerModel[float], Doc("of each model's delta.")]
+Density = Annotated[PerModel[Share], Doc("share of each delta's elements that is kept.")]
+MeanDensity = Annotated[PerModel[Share], Doc("share of each delta's elements that is kept (in the mean).")]
+Gamma = Annotated[PerModel[Share], Doc("share of each delta's elements, the largest, that is dropped.")]
+Epsilon = Annotated[
+    PerModel[NotNegative],
+    Doc("probabilities go from density − epsilon for a row's smallest element to density + epsilon."),
+]
+Normalize = Annotated[bool, Doc("divide by the weights.")]
+NormalizeAgreeing = Annotated[bool, Doc("divide by the weights of those that agree.")]
+Lambda = Annotated[float, Doc("scales what is added.")]
+Rescaled = Annotated[Rescale, Doc("l1 or true (to the delta's L1 length), density (by 1/density), or false.")]
+RescaledByRank = Annotated[Rescale, Doc("l1 or true (to the delta's L1 length), density (by 1/probability), or false.")]
+Trimmed = Annotated[Trim, Doc("density counts in each tensor, or (global) in the whole model.")]
 
-def _added(
-    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Merge:
+
+def _added(masks: Masks, factors: PerModel[float], weights: PerModel[float], normalize: bool, scale: float) -> Merge:
     divisor = sum(weights) if normalize else 1.0
     scale = scale / (divisor if abs(divisor) >= 1e-8 else 1.0)
     coefficients = tuple(weight * factor * scale for weight, factor in zip(weights, factors, strict=True))
     return WeightedSum(coefficients, from_base=True, masks=masks)
 
 
-def _elected(
-    masks: Masks, factors: tuple[float, ...], weights: tuple[float, ...], normalize: bool, scale: float
-) -> Merge:
+def _elected(masks: Masks, factors: PerModel[float], weights: PerModel[float], normalize: bool, scale: float) -> Merge:
     votes = tuple(weight * factor for weight, factor in zip(weights, factors, strict=True))
     return Election(votes, (1.0,) * len(votes), weights if normalize else None, scale, masks)
 
 
-def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...], **_: object) -> None:
+def _stay_probabilities(*, density: PerModel[float], epsilon: PerModel[float], **_: object) -> None:
     for share, reach in zip(density, epsilon, strict=True):
         if share < 1 and not 0 < share - reach <= share + reach < 1:
             raise UsageError(
@@ -58,16 +72,11 @@ def _stay_probabilities(*, density: tuple[float, ...], epsilon: tuple[float, ...
 
 
 @method(formula=ADDED.format(""), source="Ilharco et al. 2023, arXiv 2212.04089")
-def task_arithmetic(
-    info: TensorInfo, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0
-) -> Merge:
+def task_arithmetic(info: TensorInfo, *, weight: Weight, normalize: bool = False, lambda_: Lambda = 1.0) -> Merge:
     """Add the models' deltas to the base.
 
     Args:
-        info: the tensor.
-        weight: of each model's delta.
         normalize: divide by the sum of the weights.
-        lambda_: scales what is added.
     """
     return _added((), (1.0,) * info.models, weight, normalize, lambda_)
 
@@ -76,24 +85,14 @@ def task_arithmetic(
 def ties(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    normalize: bool = True,
-    rescale: Rescale = False,
-    lambda_: float = 1.0,
-    trim: Trim = "tensor",
+    weight: Weight,
+    density: Density = (1.0,),
+    normalize: NormalizeAgreeing = True,
+    rescale: Rescaled = False,
+    lambda_: Lambda = 1.0,
+    trim: Trimmed = "tensor",
 ) -> Steps:
-    """Trim each delta to its largest elements, elect signs, average what agrees.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept.
-        normalize: divide by the weights of those that agree.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
-        lambda_: scales what is added.
-        trim: density counts in each tensor, or (global) in the whole model.
-    """
+    """Trim each delta to its largest elements, elect signs, average what agrees."""
     masks = yield from magnitude(info, density, trim)
     factors = yield from rescaling(masks, density, rescale)
     return _elected(masks, factors, weight, normalize, lambda_)
@@ -103,26 +102,15 @@ def ties(
 def breadcrumbs(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    gamma: PerModel[Share] = (0.01,),
-    normalize: bool = False,
-    rescale: Rescale = False,
-    lambda_: float = 1.0,
-    trim: Trim = "tensor",
+    weight: Weight,
+    density: Density = (1.0,),
+    gamma: Gamma = (0.01,),
+    normalize: Normalize = False,
+    rescale: Rescaled = False,
+    lambda_: Lambda = 1.0,
+    trim: Trimmed = "tensor",
 ) -> Steps:
-    """Drop each delta's largest and small elements, add the rest.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept.
-        gamma: share of each delta's elements, the largest, that is dropped.
-        normalize: divide by the weights.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
-        lambda_: scales what is added.
-        trim: density counts in each tensor, or (global) in the whole model.
-    """
+    """Drop each delta's largest and small elements, add the rest."""
     masks = yield from inliers(info, density, gamma, trim)
     factors = yield from rescaling(masks, density, rescale)
     return _added(masks, factors, weight, normalize, lambda_)
@@ -132,26 +120,15 @@ def breadcrumbs(
 def breadcrumbs_ties(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    gamma: PerModel[Share] = (0.01,),
-    normalize: bool = False,
-    rescale: Rescale = False,
-    lambda_: float = 1.0,
-    trim: Trim = "tensor",
+    weight: Weight,
+    density: Density = (1.0,),
+    gamma: Gamma = (0.01,),
+    normalize: NormalizeAgreeing = False,
+    rescale: Rescaled = False,
+    lambda_: Lambda = 1.0,
+    trim: Trimmed = "tensor",
 ) -> Steps:
-    """Drop each delta's largest and small elements, elect signs, add what agrees.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept.
-        gamma: share of each delta's elements, the largest, that is dropped.
-        normalize: divide by the weights of those that agree.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
-        lambda_: scales what is added.
-        trim: density counts in each tensor, or (global) in the whole model.
-    """
+    """Drop each delta's largest and small elements, elect signs, add what agrees."""
     masks = yield from inliers(info, density, gamma, trim)
     factors = yield from rescaling(masks, density, rescale)
     return _elected(masks, factors, weight, normalize, lambda_)
@@ -161,22 +138,13 @@ def breadcrumbs_ties(
 def dare_linear(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    normalize: bool = False,
-    rescale: Rescale = "l1",
-    lambda_: float = 1.0,
+    weight: Weight,
+    density: MeanDensity = (1.0,),
+    normalize: Normalize = False,
+    rescale: Rescaled = "l1",
+    lambda_: Lambda = 1.0,
 ) -> Steps:
-    """Drop elements of each delta at random, add the rest, rescaled.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept (in the mean).
-        normalize: divide by the weights.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
-        lambda_: scales what is added.
-    """
+    """Drop elements of each delta at random, add the rest, rescaled."""
     masks = chance(info, density)
     factors = yield from rescaling(masks, density, rescale)
     return _added(masks, factors, weight, normalize, lambda_)
@@ -186,22 +154,13 @@ def dare_linear(
 def dare_ties(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    normalize: bool = False,
-    rescale: Rescale = "l1",
-    lambda_: float = 1.0,
+    weight: Weight,
+    density: MeanDensity = (1.0,),
+    normalize: NormalizeAgreeing = False,
+    rescale: Rescaled = "l1",
+    lambda_: Lambda = 1.0,
 ) -> Steps:
-    """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept (in the mean).
-        normalize: divide by the weights of those that agree.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/density), or false.
-        lambda_: scales what is added.
-    """
+    """Drop elements of each delta at random, rescale the rest, elect signs, add what agrees."""
     masks = chance(info, density)
     factors = yield from rescaling(masks, density, rescale)
     return _elected(masks, factors, weight, normalize, lambda_)
@@ -211,24 +170,14 @@ def dare_ties(
 def della(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    epsilon: PerModel[NotNegative] = (0.15,),
-    normalize: bool = True,
-    rescale: Rescale = "l1",
-    lambda_: float = 1.0,
+    weight: Weight,
+    density: MeanDensity = (1.0,),
+    epsilon: Epsilon = (0.15,),
+    normalize: NormalizeAgreeing = True,
+    rescale: RescaledByRank = "l1",
+    lambda_: Lambda = 1.0,
 ) -> Steps:
-    """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept (in the mean).
-        epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
-        normalize: divide by the weights of those that agree.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
-        lambda_: scales what is added.
-    """
+    """Drop elements of each delta at random, small ones more often, rescale the rest, elect signs, average."""
     masks = ranked_chance(info, density, epsilon, divide=rescale == "density")
     factors = yield from rescaling(masks, density, rescale if rescale != "density" else False)
     return _elected(masks, factors, weight, normalize, lambda_)
@@ -238,24 +187,14 @@ def della(
 def della_linear(
     info: TensorInfo,
     *,
-    weight: PerModel[float],
-    density: PerModel[Share] = (1.0,),
-    epsilon: PerModel[NotNegative] = (0.15,),
-    normalize: bool = False,
-    rescale: Rescale = "l1",
-    lambda_: float = 1.0,
+    weight: Weight,
+    density: MeanDensity = (1.0,),
+    epsilon: Epsilon = (0.15,),
+    normalize: Normalize = False,
+    rescale: RescaledByRank = "l1",
+    lambda_: Lambda = 1.0,
 ) -> Steps:
-    """Drop elements of each delta at random, small ones more often, add the rest, rescaled.
-
-    Args:
-        info: the tensor.
-        weight: of each model's delta.
-        density: share of each delta's elements that is kept (in the mean).
-        epsilon: probabilities go from density − epsilon for a row's smallest element to density + epsilon.
-        normalize: divide by the weights.
-        rescale: l1 or true (to the delta's L1 length), density (by 1/probability), or false.
-        lambda_: scales what is added.
-    """
+    """Drop elements of each delta at random, small ones more often, add the rest, rescaled."""
     masks = ranked_chance(info, density, epsilon, divide=rescale == "density")
     factors = yield from rescaling(masks, density, rescale if rescale != "density" else False)
     return _added(masks, factors, weight, normalize, lambda_)

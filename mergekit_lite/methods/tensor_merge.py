@@ -37,17 +37,9 @@ class TensorMerge:
         dtypes: Sequence[str],
         rounding_key: int | None = None,
     ) -> None:
-        """Go as far as the method's first request.
-
-        Args:
-            method: to merge by.
-            info: the tensor.
-            arguments: of the method, from ``Method.resolve``.
-            dtypes: of the inputs and the output.
-            rounding_key: as in ``TensorKind``.
-        """
+        """Go as far as the method's first request; ``arguments`` are from ``Method.resolve``."""
         self.info = info
-        self.row = method.row_length(info.shape, arguments)
+        self.row = method.rows(info.shape, **arguments) if method.rows is not None else 0
         self.request: Reduction | None = None
         self.coefficients: tuple[float, ...] = ()
         self._kind = TensorKind(tuple(dtypes), info.numel, self.row, rounding_key)
@@ -83,25 +75,19 @@ class TensorMerge:
     def sections(self) -> list[tuple[int, int]]:
         """Return the (begin, end) of each section of the tensor that contributes to the requested reduction."""
         assert self.request is not None
-        length = max(1, SECTION // self.statistics_block) * self.statistics_block
-        begin, end = self.request.within or (0, self.info.numel)
-        end = min(end, self.info.numel)
-        return [
-            (max(first, self._block_down(begin)), min(first + length, self._block_up(end), self.info.numel))
-            for first in range(begin // length * length, end if begin < end else 0, length)
-        ]
+        block, numel = self.statistics_block, self.info.numel
+        length = max(1, SECTION // block) * block
+        begin, end = self.request.within or (0, numel)
+        end = min(end, numel)
+        first_block, stop = begin // block * block, min(-(-end // block) * block, numel)
+        sections = range(begin // length * length, end if begin < end else 0, length)
+        return [(max(first, first_block), min(first + length, stop)) for first in sections]
 
     @property
     def statistics_block(self) -> int:
         """Elements summed at once, in whole rows where blocks must not split them."""
         row = max(1, self.row)
         return max(1, STATISTICS_BLOCK // row) * row
-
-    def _block_down(self, index: int) -> int:
-        return index // self.statistics_block * self.statistics_block
-
-    def _block_up(self, index: int) -> int:
-        return -(-index // self.statistics_block) * self.statistics_block
 
     def _advance(self, total: Totals | None) -> None:
         assert self._steps is not None

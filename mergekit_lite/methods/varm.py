@@ -43,7 +43,6 @@ def varm(
     """Add the models' deltas, each weighted by its share of the change.
 
     Args:
-        info: the tensor.
         granularity: what one set of weights serves.
         measure: of change: mean square or mean magnitude.
         temperature: above 0, the weights are the softmax of the measures divided by it.
@@ -54,14 +53,9 @@ def varm(
 
 
 def _by_unit(info: TensorInfo, granularity: str, measure: Measure, temperature: float) -> Steps:
-    place = IN_LAYER.match(info.name)
-    group = None
-    if granularity == "model":
-        group = f"varm {measure}"
-    elif place is not None and granularity == "layer":
-        group = f"varm {measure} {place['layer']}"
-    elif place is not None and granularity == "module":
-        group = f"varm {measure} {place[0]}"
+    group = f"varm {measure}" if granularity == "model" else None
+    if granularity in ("layer", "module") and (place := IN_LAYER.match(info.name)) is not None:
+        group = f"varm {measure} {place['layer'] if granularity == 'layer' else place[0]}"
     if granularity == "layer" and group is None:
         coefficients = (1 / info.models,) * info.models
     else:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lite import dtypes
 from mergekit_lite.ops import c_ops
-from mergekit_lite.ops.operations import AllFinite, Merge, Statistic
-from mergekit_lite.ops.tensor_kind import TensorKind
+from mergekit_lite.ops.operations import AllFinite, Merge, Statistic, TensorKind
 from mergekit_lite.ops.torch_ops import TorchOps
 
 if TYPE_CHECKING:
@@ -35,14 +34,10 @@ class Ops(Protocol):
         """Return a view of a 1-D contiguous tensor."""
 
     def merge(self, operation: Merge, block: Sequence[Any], start: int, out: Any, length: int) -> None:
-        """Merge a block into ``out``, rounded to its dtype.
+        """Merge a block into ``out``, a view of as many elements, rounded to its dtype.
 
-        Args:
-            operation: what to do.
-            block: views of the inputs, as they are stored, the base's first.
-            start: index of the first element.
-            out: a view of as many elements.
-            length: elements to compute at once, where the backend has temporaries.
+        ``block`` has views of the inputs, as they are stored, the base's first; ``start`` is the index of the first
+        element. ``length`` elements are computed at once, where the backend has temporaries.
         """
 
     def sum(self, operation: Statistic, block: Sequence[Any], start: int, length: int) -> npt.NDArray[Any]:

@@ -23,8 +23,7 @@ from mergekit_lite import draws
 from mergekit_lite.deferred import np, torch
 from mergekit_lite.dtypes import name_of
 from mergekit_lite.ops import operations as op
-from mergekit_lite.ops.operations import BUCKETS, LOWER, UPPER, DeltaSizes, Masks, Merge, Statistic, draw_limit
-from mergekit_lite.ops.tensor_kind import TensorKind
+from mergekit_lite.ops.operations import DeltaSizes, Masks, Merge, Statistic, TensorKind
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -104,13 +103,13 @@ class COps:
     needs_torch = False
 
     def of_bytes(self, chunk: memoryview, dtype: str) -> Run:
-        """Return the elements that some bytes are."""
-        return run(chunk, dtype)
+        """Return the elements that some bytes are; at least one."""
+        return Run(ctypes.addressof(c_char.from_buffer(chunk)), len(chunk) // SIZE, dtype == "float16")
 
     def of_tensor(self, tensor: torch.Tensor) -> Run:
         """Return the elements of a tensor, which has to last as long."""
         assert take(tensor), "the kernels read memory of the CPU, 16-bit elements one behind the other"
-        return run_of(tensor)
+        return Run(tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.float16)
 
     def merge(self, operation: Merge, block: Sequence[Run], start: int, out: Run, length: int) -> None:
         """Merge a block at once: tile by tile it stays in the cache, so that ``length`` doesn't matter."""
@@ -166,7 +165,7 @@ def _can_keep(masks: Masks, kind: TensorKind) -> bool:
 def _figures(operation: Statistic, block: Sequence[Run], start: int) -> Sequence[float] | npt.NDArray[Any]:
     match operation:
         case op.AllFinite():
-            return [float(all_finite(block[0]))]
+            return [float(bool(_call("all_finite", block[0])))]
         case op.InnerProducts():
             return inner_products(block, operation.from_base)
         case op.Step():
@@ -179,10 +178,17 @@ def _figures(operation: Statistic, block: Sequence[Run], start: int) -> Sequence
         case op.Sizes():
             return _sizes(operation, block, start)
         case op.CountUpperBits():
-            return np.stack([count_upper_bits(UPPER, *pair) for pair in _pairs(operation.quantities, block)])
+            pairs = _pairs(operation.quantities, block)
+            counts = np.zeros((len(pairs), op.UPPER), np.int64)
+            for counted, pair in zip(counts, pairs, strict=True):
+                _call("count_upper_bits", counted.ctypes.data, *pair)
+            return counts
         case op.CountLowerBits():
             pairs = _pairs(operation.quantities, block)
-            return np.stack([count_lower_bits(LOWER, *pairs[number], first) for number, first in operation.bins])
+            counts = np.zeros((len(operation.bins), op.LOWER), np.int64)
+            for counted, (number, first) in zip(counts, operation.bins, strict=True):
+                _call("count_lower_bits", counted.ctypes.data, op.LOWER, *pairs[number], first)
+            return counts
         case op.CompareSizes():
             return _compared(operation, block, start)
         case op.CountEqual():
@@ -201,22 +207,23 @@ def _sizes(operation: op.Sizes, block: Sequence[Run], start: int) -> npt.NDArray
 
 def _compared(operation: op.CompareSizes, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
     counts = np.zeros(operation.shape, np.int64)
-    pairs = _pairs(operation.quantities, block)
+    pairs, first = _pairs(operation.quantities, block), operation.origin + start
     for row, (base, model), thresholds in zip(counts, pairs, operation.thresholds, strict=True):
         for threshold, counted in zip(thresholds, row, strict=False):
             counted[0] = base.count
-            compare_sizes(counted[1:], base, model, threshold, operation.origin + start, operation.step)
+            _call("compare_sizes", counted[1:].ctypes.data, base, model, threshold, first, operation.step)
     return counts
 
 
 def _equal(operation: op.CountEqual, block: Sequence[Run], start: int) -> npt.NDArray[Any]:
-    counts = np.zeros((len(operation.equals), 2 + BUCKETS), np.int64)
+    counts = np.zeros((len(operation.equals), 2 + op.BUCKETS), np.int64)
     first = operation.origin + start
     part = slice(max(operation.begin - first, 0), operation.begin + operation.width - first)
     pairs = _pairs(operation.quantities, block)
     for row, (number, threshold) in zip(counts, operation.equals, strict=True):
         base, model = (run[part] for run in pairs[number])
-        compare_sizes(row, base, model, threshold, first + part.start - operation.begin, operation.step)
+        begin = first + part.start - operation.begin
+        _call("compare_sizes", row.ctypes.data, base, model, threshold, begin, operation.step)
     return counts[:, 2:]
 
 
@@ -239,7 +246,7 @@ def _keep_of(mask: op.Mask) -> Keep:
             low = mask.largest
             return Keep(BY_SIZE, low=low.threshold, low_end=low.end, high=high.threshold, high_end=high.end)
         case op.ByChance():
-            return Keep(BY_CHANCE, key=mask.key, limit=draw_limit(mask.share))
+            return Keep(BY_CHANCE, key=mask.key, limit=op.draw_limit(mask.share))
         case op.ByRank():
             steps = mask.columns - 1
             lowest, half_step = (mask.share - mask.reach, mask.reach / steps) if steps > 0 else (mask.share, 0.0)
@@ -259,16 +266,6 @@ def take(*tensors: torch.Tensor) -> bool:
     )
 
 
-def run(data: memoryview, dtype: str) -> Run:
-    """Return the elements that some bytes are; at least one."""
-    return Run(ctypes.addressof(c_char.from_buffer(data)), len(data) // SIZE, dtype == "float16")
-
-
-def run_of(tensor: torch.Tensor) -> Run:
-    """Return the elements of a tensor."""
-    return Run(tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.float16)
-
-
 def lengths(block: Sequence[Run], keeps: Sequence[Keep], start: int, row: int = 0) -> list[float]:
     """Return Σ|δ| of each model, then of what is kept of each."""
     sums = (c_double * (2 * len(keeps)))()
@@ -282,40 +279,6 @@ def inner_products(block: Sequence[Run], has_base: bool) -> list[float]:
     products = (c_double * (n * (n + 1) // 2))()
     _call("inner_products", products, *_parted(block, has_base))
     return list(products)
-
-
-def count_upper_bits(bins: int, base: Run, model: Run) -> npt.NDArray[np.int64]:
-    """Count the sizes of deltas by the upper 16 bits of the float32, zero by itself, in ``bins`` bins."""
-    counts = np.zeros(bins, np.int64)
-    _call("count_upper_bits", counts.ctypes.data, base, model)
-    return counts
-
-
-def count_lower_bits(bins: int, base: Run, model: Run, first: int) -> npt.NDArray[np.int64]:
-    """Count the sizes of deltas that have each of ``bins`` bit patterns from ``first`` on."""
-    counts = np.zeros(bins, np.int64)
-    _call("count_lower_bits", counts.ctypes.data, bins, base, model, first)
-    return counts
-
-
-def compare_sizes(
-    counts: npt.NDArray[np.int64], base: Run, model: Run, threshold: float, start: int, step: int
-) -> None:
-    """Count the sizes of deltas, adding to ``counts``: above zero, above a threshold, and equal to it by index.
-
-    Args:
-        counts: int64, contiguous: the two numbers, then one for each ``step`` indices.
-        base, model: as many elements.
-        threshold: a float32.
-        start: index of the first element.
-        step: indices counted together.
-    """
-    _call("compare_sizes", counts.ctypes.data, base, model, threshold, start, step)
-
-
-def all_finite(run: Run) -> bool:
-    """Return whether a run holds neither NaN nor infinity."""
-    return bool(_call("all_finite", run))
 
 
 def _parted(block: Sequence[Run], has_base: bool) -> tuple[Run | None, object, int]:

@@ -12,10 +12,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from mergekit_lite.deferred import np, torch
 
+Numeric = TypeVar("Numeric", float, "torch.Tensor")
 Block: TypeAlias = list["torch.Tensor"]  # all of one shape and dtype
 BlockFunction: TypeAlias = Callable[[Block, int], "torch.Tensor"]
 
@@ -23,6 +24,23 @@ UPPER = (1 << 15) + 1  # bins of the upper bits: the first one is for zero alone
 LOWER = 1 << 16  # bins of the lower bits
 BUCKETS = 1 << 12  # of indices
 NO_END = sys.maxsize  # an index beyond every element
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """What a backend has to know of the tensor it works on: its inputs and output.
+
+    Attributes:
+        dtypes: of the inputs, and of the output where there is one.
+        elements: how many it has.
+        row: the length of the rows that blocks don't split and functions of methods see; 0 where blocks are 1-D.
+        rounding_key: of the draws for stochastic rounding (``draws.stream_key``); None rounds to nearest.
+    """
+
+    dtypes: tuple[str, ...]
+    elements: int = 0
+    row: int = 0
+    rounding_key: int | None = None
 
 
 # --- masks: what is kept of a model's delta -------------------------------------------------------------------------
@@ -36,11 +54,9 @@ class Cut:
     end: int
 
     def mask(self, quantity: torch.Tensor, start: int) -> torch.Tensor:
-        """Return 1.0 for the k largest, 0.0 for the others: float32 of the quantity's shape.
+        """Return 1.0 for the k largest of a block, 0.0 for the others: float32 of its shape.
 
-        Args:
-            quantity: one block of it.
-            start: the index of its first element.
+        ``start`` is the index of its first element.
         """
         mask = torch.empty_like(quantity)  # comparing into floats: bool tensors cost four times as much
         equal = self._equal(quantity, start)
@@ -52,11 +68,9 @@ class Cut:
         return mask
 
     def largest(self, delta: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the block with all but its elements of the k largest magnitudes zeroed.
+        """Return a block, float32 or float64, with all but its elements of the k largest magnitudes zeroed.
 
-        Args:
-            delta: one block of what the magnitudes are of, float32 or float64.
-            start: the index of its first element.
+        ``start`` is the index of its first element.
         """
         if delta.dtype != torch.float32:  # magnitudes are compared as float32
             return delta * self.mask(delta.abs().float(), start)
@@ -276,7 +290,7 @@ Merge: TypeAlias = MergeOperation | BlockFunction  # what gives a merged block
 Statistic: TypeAlias = Figures | BlockFunction  # what gives figures: a small tensor, float64 or int64
 
 
-def draw_limit(probability: float) -> float:
+def draw_limit(probability: Numeric) -> Numeric:
     """Return what a 16-bit draw is below with this probability, to the nearest of 65,536 steps."""
     return (probability - 0.5) * 65536 - 0.5
 

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import draws, dtypes, rounding
 from mergekit_lite.deferred import torch
 from mergekit_lite.ops import operations as op
-from mergekit_lite.ops.operations import BUCKETS, LOWER, UPPER, Block, Masks, Merge, Statistic, draw_limit
-from mergekit_lite.ops.tensor_kind import TensorKind
+from mergekit_lite.ops.operations import Block, Masks, Merge, Statistic, TensorKind
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 RUN = 128  # elements that are summed in float32
 LEVELS = 1025  # of magnitude, by which elements are ranked
 AS_STORED = (op.Cast, op.AllFinite)  # operations on elements in their own dtype
-
-T = TypeVar("T", float, "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class TorchOps:
         return torch.frombuffer(chunk, dtype=dtypes.torch_dtype(dtype))
 
     def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a 1-D tensor in memory as it is."""
+        """Return the tensor as it is."""
         return tensor
 
     def merge(self, operation: Merge, block: Sequence[Any], start: int, out: torch.Tensor, length: int) -> None:
@@ -48,7 +45,9 @@ class TorchOps:
                 place = slice(first, first + length)
                 part = [tensor[place].to(self.device, non_blocking=True) for tensor in block]
                 result = merged(operation, self._widened(part, operation), start + first).reshape(-1)
-                self._store(result, out[place], start + first)
+                if self.kind.rounding_key is not None:
+                    result = rounding.stochastic(result, out.dtype, self.kind.rounding_key, start + first)
+                out[place].copy_(result, non_blocking=True)
 
     def sum(self, operation: Statistic, block: Sequence[Any], start: int, length: int) -> npt.NDArray[Any]:
         """Return the figures over a block, added up over parts of ``length`` elements."""
@@ -81,19 +80,11 @@ class TorchOps:
         wide = [tensor.to(self._working) for tensor in stored]
         return [tensor.view(-1, self.kind.row) for tensor in wide] if self.kind.row else wide
 
-    def _store(self, result: torch.Tensor, out: torch.Tensor, start: int) -> None:
-        if self.kind.rounding_key is not None:
-            result = rounding.stochastic(result, out.dtype, self.kind.rounding_key, start)
-        out.copy_(result, non_blocking=True)
-
 
 def merged(operation: Merge, block: Block, start: int) -> torch.Tensor:
     """Return a merged block.
 
-    Args:
-        operation: what to do.
-        block: the inputs in the working dtype, which stay as they are.
-        start: index of the first element.
+    ``block`` holds the inputs in the working dtype, which stay as they are; ``start`` is the index of the first.
     """
     match operation:
         case op.Cast():
@@ -102,7 +93,8 @@ def merged(operation: Merge, block: Block, start: int) -> torch.Tensor:
             return _weighted_sum(operation, block, start)
         case op.Election():
             kept = operation.kept
-            return _elected(operation, block[0], kept(block, start) if callable(kept) else _kept(kept, block, start))
+            sparse = kept(block, start) if callable(kept) else _masked(kept, deltas(block), start)
+            return _elected(operation, block[0], sparse)
     return operation(block, start)
 
 
@@ -166,7 +158,7 @@ def total(sizes: torch.Tensor) -> torch.Tensor:
 
 def _weighted_sum(operation: op.WeightedSum, block: Block, start: int) -> torch.Tensor:
     block = [block[number] for number in operation.order] if operation.order else block
-    terms = _kept(operation.masks, block, start) if operation.from_base else block
+    terms = _masked(operation.masks, deltas(block), start) if operation.from_base else block
     total = weighted_sum(terms, operation.coefficients)
     if operation.divisor != 1:
         total.div_(operation.divisor)
@@ -196,11 +188,8 @@ def _elected(election: op.Election, base: torch.Tensor, sparse: Block) -> torch.
 def _support(sizes: Block, weights: Sequence[float]) -> torch.Tensor:
     """Return per element the sum of the weights of those that agree; never zero, so that it can divide.
 
-    Where no weight is below zero, a sum of zero divides nothing but zeros, and becomes the smallest number; else 1.
-
-    Args:
-        sizes: |vote| where it agrees, 0 where it doesn't.
-        weights: one for each.
+    ``sizes`` are |vote| where it agrees, 0 where it doesn't. Where no weight is below zero, a sum of zero divides
+    nothing but zeros, and becomes the smallest number; else 1.
     """
     mask = torch.empty_like(sizes[0])
     total = torch.gt(sizes[0], 0, out=mask) * weights[0]
@@ -212,11 +201,6 @@ def _support(sizes: Block, weights: Sequence[float]) -> torch.Tensor:
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
-
-
-def _kept(masks: Masks, block: Block, start: int) -> Block:
-    """Return what is kept of the block's deltas."""
-    return _masked(masks, deltas(block), start)
 
 
 def _masked(masks: Masks, moved: Block, start: int) -> Block:
@@ -232,10 +216,10 @@ def _masked_one(mask: op.Mask, delta: torch.Tensor, start: int) -> torch.Tensor:
             kept = mask.largest.largest(delta, start)
             return kept if mask.outliers is None else kept.sub_(mask.outliers.largest(delta, start))
         case op.ByChance():
-            return delta.mul_(_draws(mask.key, start, delta).lt_(draw_limit(mask.share)))
+            return delta.mul_(_draws(mask.key, start, delta).lt_(op.draw_limit(mask.share)))
         case op.ByRank():
             chances = _chances(_levels(delta), mask.share - mask.reach, mask.share + mask.reach)
-            drawn = _draws(mask.key, start, delta).lt_(_limits(chances))
+            drawn = _draws(mask.key, start, delta).lt_(op.draw_limit(chances))
             return delta.mul_(drawn.div_(chances) if mask.divide else drawn)
     return delta
 
@@ -243,11 +227,6 @@ def _masked_one(mask: op.Mask, delta: torch.Tensor, start: int) -> torch.Tensor:
 def _draws(key: int, start: int, like: torch.Tensor) -> torch.Tensor:
     """Return a draw for each element of a block, uniform over the 16-bit integers, of the block's shape and dtype."""
     return draws.halves(key, start, like.numel(), like.device).to(like.dtype).view(like.shape)
-
-
-def _limits(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return the limits of draws, as ``draw_limit`` does."""
-    return (probabilities - 0.5) * 65536 - 0.5
 
 
 def _levels(delta: torch.Tensor) -> torch.Tensor:
@@ -298,13 +277,13 @@ def _square(delta: torch.Tensor) -> torch.Tensor:
 def _upper(quantity: torch.Tensor) -> torch.Tensor:
     """Return the histogram of the upper 16 bits. Taking 1 off first gives zero, and nothing else, the first bin."""
     bits = _bits(quantity)
-    return torch.bincount(((bits - 1) >> 16).add_(1), minlength=UPPER)
+    return torch.bincount(((bits - 1) >> 16).add_(1), minlength=op.UPPER)
 
 
 def _lower(quantity: torch.Tensor, first: int) -> torch.Tensor:
     """Return the histogram of the 2¹⁶ bit patterns from ``first`` on; others fall into two bins that are cut off."""
     bits = _bits(quantity) - first
-    return torch.bincount(bits.clamp_(-1, LOWER).add_(1), minlength=LOWER + 2)[1:-1]
+    return torch.bincount(bits.clamp_(-1, op.LOWER).add_(1), minlength=op.LOWER + 2)[1:-1]
 
 
 def _bits(quantity: torch.Tensor) -> torch.Tensor:
@@ -328,7 +307,7 @@ def _compared(operation: op.CompareSizes, block: Block, start: int) -> torch.Ten
 
 def _equal(operation: op.CountEqual, block: Block, start: int) -> torch.Tensor:
     quantities = operation.quantities(block, start)
-    counts = torch.zeros(len(operation.equals), BUCKETS, dtype=torch.int64, device=block[0].device)
+    counts = torch.zeros(len(operation.equals), op.BUCKETS, dtype=torch.int64, device=block[0].device)
     first = operation.origin + start
     wanted = slice(max(operation.begin - first, 0), max(operation.begin + operation.width - first, 0))
     for row, (number, threshold) in zip(counts, operation.equals, strict=True):

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 
 from mergekit_lite.methods import merge_tensors
 from mergekit_lite.methods.statistics import WORTH_SAMPLING
 from mergekit_lite.ops import c_ops
+from mergekit_lite.ops.operations import AllFinite, CompareSizes, DeltaSizes
 
 SHARES = {"density": 0.4, "weight": 0.6}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -177,7 +177,7 @@ def test_sums_agree() -> None:
     assert base is not None
     wide = [(tensor.double() - base.double()) for tensor in tuned]
     products = torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[: i + 1]])
-    runs = [c_ops.run_of(tensor) for tensor in (base, *tuned)]
+    runs = [c_ops.C_OPS.of_tensor(tensor) for tensor in (base, *tuned)]
     assert c_ops.inner_products(runs, True) == pytest.approx(products.tolist(), rel=1e-12)
     keeps = [c_ops.Keep(c_ops.BY_SIZE, low=2.0**-12, low_end=0, high=float("inf"))] * 4
     kept = [delta * (delta.abs() > 2.0**-12) for delta in wide]
@@ -191,12 +191,15 @@ def test_sizes_are_counted_by_index() -> None:
     tuned[500:600] = base[500:600]
     sizes = (tuned.float() - base.float()).abs()
     threshold, start, step = sizes.median().item(), 777, 1000
-    counts = np.zeros(2 + 11, np.int64)
-    c_ops.compare_sizes(counts, c_ops.run_of(base), c_ops.run_of(tuned), threshold, start, step)
+    runs = [c_ops.C_OPS.of_tensor(tensor) for tensor in (base, tuned)]
+    comparison = CompareSizes(DeltaSizes((0,)), ((threshold,),), start, step)
+    [[[elements, *counts]]] = c_ops.C_OPS.sum(comparison, runs, 0, len(base)).tolist()
     equal = torch.zeros(11, dtype=torch.int64)
     for index in (sizes == threshold).nonzero().flatten().tolist():
         equal[(start + index) // step] += 1
-    assert counts.tolist() == [int((sizes > 0).sum()), int((sizes > threshold).sum()), *equal.tolist()]
+    assert elements == len(base)
+    assert counts[: 2 + len(equal)] == [int((sizes > 0).sum()), int((sizes > threshold).sum()), *equal.tolist()]
+    assert not any(counts[2 + len(equal) :])
 
 
 @pytest.mark.parametrize("place", [0, 31, 511, 1000])
@@ -204,9 +207,9 @@ def test_sizes_are_counted_by_index() -> None:
 @pytest.mark.parametrize("kind", SIXTEEN_BITS)
 def test_one_number_that_is_not_finite_is_found(kind: torch.dtype, odd: float, place: int) -> None:
     tensor = torch.full((1001,), torch.finfo(kind).max, dtype=kind)
-    assert c_ops.all_finite(c_ops.run_of(tensor))
+    assert c_ops.C_OPS.figures(AllFinite(), [c_ops.C_OPS.of_tensor(tensor)]) == [1]
     tensor[place] = odd
-    assert not c_ops.all_finite(c_ops.run_of(tensor))
+    assert c_ops.C_OPS.figures(AllFinite(), [c_ops.C_OPS.of_tensor(tensor)]) == [0]
 
 
 def test_what_they_do_not_take() -> None:
