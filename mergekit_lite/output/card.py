@@ -46,10 +46,8 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
     ]
     if effect["effective"] is not None:
         sampled = "" if effect["exact"] else ", from a fixed sample of the weights"
-        lines += [
-            "",
-            f"Effective alpha after rounding: {effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}.",
-        ]
+        reached = f"{effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}"
+        lines += ["", f"Effective alpha after rounding: {reached}."]
     return "\n".join(lines) + "\n"
 
 
@@ -59,13 +57,11 @@ def _repository(source: Checkpoint) -> str | None:
 
 
 def _linked(source: Checkpoint) -> str:
-    """Return a model's reference as Markdown, linked where it is on the hub."""
     repository = _repository(source)
     return f"[{source.reference}](https://huggingface.co/{repository})" if repository else f"`{source.reference}`"
 
 
 def _gives(plan: Plan, source: Checkpoint) -> str:
-    """Say what a model gives besides weights."""
     if plan.tokenizer is not None and source is plan.inputs[plan.tokenizer]:
         return " (tokenizer)"
     if source is plan.source:
