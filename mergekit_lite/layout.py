@@ -65,12 +65,10 @@ class Layout:
 def safetensors_layout(
     groups: Sequence[Sequence[OutputTensor]], name: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> Layout:
-    """Lay out safetensors files, one for each group of tensors.
+    """Lay out safetensors files, one for each group of tensors; wider dtypes go to the front, so that all stay aligned.
 
-    Args:
-        groups: the tensors of each file, in order; wider dtypes are moved to the front, so that all stay aligned.
-        name: file name of a single output; by default ``model.safetensors`` or ``model-00001-of-0000n.safetensors``.
-        metadata: text by key for the header.
+    ``metadata`` is text by key for the header. A single file may have a ``name``, else it is ``model.safetensors``;
+    several are ``model-00001-of-0000n.safetensors``.
     """
     files: list[OutputFile] = []
     places: dict[str, tuple[int, int]] = {}

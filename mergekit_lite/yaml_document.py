@@ -110,9 +110,7 @@ def read(text: str, source: str, needs: str = "merge_method and models") -> Node
     """Return the tree of a YAML text.
 
     Messages name ``source`` as the place the text is from; the one about an empty text asks for what it ``needs``.
-
-    Raises:
-        RecipeError: it is no YAML, has several documents, or breaks one of the rules above.
+    Raises RecipeError where it is no YAML, has several documents, or breaks one of the rules above.
     """
     reading = _Reading(source)
     try:

@@ -25,30 +25,21 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
     front.setdefault("library_name", "transformers")
     recipe = plan.text or yaml.safe_dump(dict(plan.recipes[number]), sort_keys=False, allow_unicode=True)
     fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
+    paragraphs = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {plan.outputs[number].name}",
-        "",
         f"Made from other models by arithmetic on their weights (method `{plan.recipes[number]['merge_method']}` of "
         "mergekit_lite), without training:",
-        "",
-        *(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
-        "",
-        f"{fence}yaml",
-        recipe.strip(),
-        fence,
-        "",
+        "\n".join(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
+        f"{fence}yaml\n{recipe.strip()}\n{fence}",
         f"Merged: {counted(effect['merged'], 'tensor')}. Copied: {effect['copied']:,}. "
         "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]
     if effect["effective"] is not None:
         sampled = "" if effect["exact"] else ", from a fixed sample of the weights"
         reached = f"{effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}"
-        lines += ["", f"Effective alpha after rounding: {reached}."]
-    return "\n".join(lines) + "\n"
+        paragraphs.append(f"Effective alpha after rounding: {reached}.")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _repository(source: Checkpoint) -> str | None:

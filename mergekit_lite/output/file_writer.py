@@ -31,9 +31,7 @@ class FileWriter:
     """A file open for writing and reading back, from any thread and any process forked later.
 
     It is created where there is none, and room for all its bytes reserved; ``times`` are shared by all files on a disk.
-
-    Raises:
-        OSError: the disk is full, or the file can't be opened.
+    Raises OSError where the disk is full, or the file can't be opened.
     """
 
     def __init__(self, path: Path, size: int, times: WriteTimes) -> None:

@@ -32,10 +32,8 @@ class Record(NamedTuple):
 class Journal:
     """The journal of one output, open for appending from many threads; started where there is none.
 
-    ``sources`` are path, size and time of every input file.
-
-    Raises:
-        RunError: the journal belongs to another plan, or an input changed.
+    ``sources`` are path, size and time of every input file. Raises RunError where the journal belongs to another plan,
+    or an input changed.
     """
 
     def __init__(self, path: Path, plan_digest: str, sources: Sequence[tuple[str, int, int]]) -> None:

@@ -130,9 +130,7 @@ class OutputWorkspace:
 
     It goes on with what an earlier run left in the working folder, or drops that where it shall start ``fresh``.
     ``digest`` is that of the plan; ``sources`` are path, size and time of every input file.
-
-    Raises:
-        RunError: another process works here, the folder belongs to another plan, or can't be written.
+    Raises RunError where another process works here, or the folder belongs to another plan or can't be written.
     """
 
     def __init__(
@@ -148,12 +146,6 @@ class OutputWorkspace:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(self._lock)
-                another = "another process is making this output. Wait for it, or stop it."
-                raise RunError(f"{self.folder}: {another}") from error
-            try:
                 self._take(digest, sources, fresh)
             except BaseException:
                 os.close(self._lock)
@@ -162,6 +154,11 @@ class OutputWorkspace:
             raise RunError(_described(error, self.folder)) from error
 
     def _take(self, digest: str, sources: Sequence[tuple[str, int, int]], fresh: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            another = "another process is making this output. Wait for it, or stop it."
+            raise RunError(f"{self.folder}: {another}") from error
         if fresh:
             shutil.rmtree(self.result, ignore_errors=True)
             (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
@@ -218,8 +215,7 @@ class OutputWorkspace:
     def publish(self, *, force: bool) -> None:
         """Give the finished result its name, and remove the working folder; ``force`` replaces what has the name.
 
-        Raises:
-            RunError: something has the name and may not be replaced, or the system refused; the result is kept.
+        Raises RunError where that may not be replaced, or the system refuses; the result is kept.
         """
         try:
             if is_single_file(self.output):

@@ -12,22 +12,12 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")  # lists of the layers that are special
 # Settings that pick layers by their number and can't be carried over, with the value that picks none.
 BY_NUMBER: Mapping[str, object] = {
-    "attn_layer_offset": None,
-    "attn_layer_period": None,
-    "decoder_sparse_step": 1,
-    "expert_layer_offset": None,
-    "expert_layer_period": None,
-    "first_k_dense_replace": 0,
-    "full_attention_interval": None,
-    "global_attn_every_n_layers": None,
-    "interleave_moe_layer_step": 1,
-    "max_window_layers": None,
-    "moe_layer_freq": 1,
-    "no_rope_layer_interval": None,
-    "num_kv_shared_layers": 0,
-    "num_nextn_predict_layers": 0,
+    "attn_layer_offset": None, "attn_layer_period": None, "decoder_sparse_step": 1, "expert_layer_offset": None,
+    "expert_layer_period": None, "first_k_dense_replace": 0, "full_attention_interval": None,
+    "global_attn_every_n_layers": None, "interleave_moe_layer_step": 1, "max_window_layers": None, "moe_layer_freq": 1,
+    "no_rope_layer_interval": None, "num_kv_shared_layers": 0, "num_nextn_predict_layers": 0,
     "sliding_window_pattern": None,
-}
+}  # fmt: skip
 NOT_TEXT = ("vision_config", "audio_config")  # towers have layers of their own
 
 Config = Mapping[str, Any]
@@ -70,13 +60,14 @@ def _section(
     section = dict(own)
     moved = list(layers) != [(config_source, layer) for layer in range(len(layers))]
     for key, value in own.items():
+        of_models = [config.get(key) for config in configs]
         if key in LAYER_COUNTS:
             section[key] = len(layers)
         elif isinstance(value, dict) and key.endswith("_config") and key not in NOT_TEXT:
-            nested = [n if isinstance(n := config.get(key), dict) else {} for config in configs]
+            nested = [each if isinstance(each, dict) else {} for each in of_models]
             section[key] = _section(value, nested, config_source, layers, notes)
         elif key in LAYER_NUMBERS and isinstance(value, list) and moved:
-            listed = [n if isinstance(n := config.get(key), list) else () for config in configs]
+            listed = [each if isinstance(each, list) else () for each in of_models]
             section[key] = [at for at, (model, layer) in enumerate(layers) if layer in listed[model]]
         elif _is_by_layer(key, value, own):
             section[key] = list(_by_layer(key, configs, config_source, layers, notes))

@@ -62,10 +62,7 @@ class Jobs:
     def job(self, tensor: Output, numbers: Sequence[Numbers | None]) -> Job:
         """Return the job of one output tensor; ``numbers`` are for each output of the plan, None where it is copied.
 
-        Raises:
-            LeftOutError: the output doesn't have it.
-            MismatchError: the models' tensors don't fit together.
-            WrongNumbersError: the method refuses the numbers.
+        Raises LeftOutError, WrongNumbersError, and MismatchError where the models' tensors don't fit together.
         """
         part, name, models = self.recipe.slices[tensor.part], tensor.spot.name, self.parts[tensor.part]
         specs = {each.source: self.inputs[models[each.source]].tensors[each.spot.name] for each in tensor.inputs}

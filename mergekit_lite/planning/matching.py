@@ -26,10 +26,8 @@ def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, 
     """Return how many leading elements two tensors share: all, or those of the rows that both vocabularies have.
 
     ``spec`` gives the output its shape; ``where`` is the reference of the other's model. ``new_rows`` is ``copy`` or
-    ``refuse`` for rows that only ``spec`` has; None where they can't be copied.
-
-    Raises:
-        MismatchError: the two can't go into one tensor.
+    ``refuse`` for rows that only ``spec`` has; None where they can't be copied. Raises MismatchError where the two
+    can't go into one tensor.
     """
     if other.dtype != spec.dtype and not (dtypes.is_float(spec.dtype) and dtypes.is_float(other.dtype)):
         raise MismatchError(f"{name}: is {spec.dtype}, but {other.dtype} in {where}")

@@ -99,9 +99,10 @@ class _Resolving:
                 shared[key] = value(key, parameter, [*above, *below], output.spot, "")
         for own, (index, spot) in zip(per_model, output.inputs, strict=True):
             source = part.sources[index]
+            levels = [*above, source.parameters, *below]
             for key, parameter in method.parameters.items():
                 if parameter.each and (method.merges_base or index != part.base):
-                    own[key] = value(key, parameter, [*above, source.parameters, *below], spot, f" of {source.model}")
+                    own[key] = value(key, parameter, levels, spot, f" of {source.model}")
         return Numbers(method.name, shared, tuple(per_model))
 
     def problems(self) -> Iterator[str]:

@@ -174,9 +174,8 @@ class _Parser:
         model = self.reference(parts, "model") or ""
         if model.startswith(VECTORS):
             if not base:
-                self.problems.append(
-                    Remark(node.at, f"{model!r} is a task vector: it needs a base_model to be added to")
-                )
+                needs = f"{model!r} is a task vector: it needs a base_model to be added to"
+                self.problems.append(Remark(node.at, needs))
             model = f"{base}+{model}"
         layers = layer_range(parts["layer_range"], "layer_range", self.problems) if "layer_range" in parts else None
         return Source(model, layers, self.parameters(parts, self.used, model, model == base), node.at)
