@@ -20,83 +20,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from mergekit_lite._version import __version__ as __version__
+from mergekit_lite._version import __version__
 
 if TYPE_CHECKING:
-    from mergekit_lite.boosting.boosting import Boosted as Boosted
-    from mergekit_lite.boosting.boosting import boost as boost
-    from mergekit_lite.boosting.options import BoostOptions as BoostOptions
-    from mergekit_lite.checkpoint import Checkpoint as Checkpoint
-    from mergekit_lite.checkpoint import open_checkpoint as open_checkpoint
-    from mergekit_lite.comparison.comparison import Comparison as Comparison
-    from mergekit_lite.comparison.comparison import compare as compare
-    from mergekit_lite.comparison.inspection import Inspection as Inspection
-    from mergekit_lite.comparison.inspection import inspect as inspect
-    from mergekit_lite.distillation.distilling import distill as distill
-    from mergekit_lite.distillation.reporting.findings import Findings as Findings
-    from mergekit_lite.engine.run import Finished as Finished
-    from mergekit_lite.engine.run import RunOptions as RunOptions
-    from mergekit_lite.engine.run import run as run
-    from mergekit_lite.errors import CheckpointError as CheckpointError
-    from mergekit_lite.errors import MergekitLiteError as MergekitLiteError
-    from mergekit_lite.errors import NonFiniteError as NonFiniteError
-    from mergekit_lite.errors import PlanError as PlanError
-    from mergekit_lite.errors import RunError as RunError
-    from mergekit_lite.errors import UsageError as UsageError
-    from mergekit_lite.extrapolation import extrapolate as extrapolate
-    from mergekit_lite.extrapolation import plan_extrapolation as plan_extrapolation
-    from mergekit_lite.merging import merge as merge
-    from mergekit_lite.merging import plan_merge as plan_merge
-    from mergekit_lite.methods import merge_states as merge_states
-    from mergekit_lite.methods import merge_tensors as merge_tensors
-    from mergekit_lite.planning import Plan as Plan
-    from mergekit_lite.planning import make_plan as make_plan
-    from mergekit_lite.recipe import Recipe as Recipe
-    from mergekit_lite.vectors.application import apply_vectors as apply_vectors
-    from mergekit_lite.vectors.combination import combine_vectors as combine_vectors
-    from mergekit_lite.vectors.extraction import Extracted as Extracted
-    from mergekit_lite.vectors.extraction import extract_vector as extract_vector
-    from mergekit_lite.verification import Verification as Verification
-    from mergekit_lite.verification import verify as verify
+    from mergekit_lite.boosting.boosting import Boosted, boost
+    from mergekit_lite.boosting.options import BoostOptions
+    from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+    from mergekit_lite.comparison.comparison import Comparison, compare
+    from mergekit_lite.comparison.inspection import Inspection, inspect
+    from mergekit_lite.distillation.distilling import distill
+    from mergekit_lite.distillation.reporting.findings import Findings
+    from mergekit_lite.engine.run import Finished, RunOptions, run
+    from mergekit_lite.errors import CheckpointError, MergekitLiteError, NonFiniteError, PlanError, RunError, UsageError
+    from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
+    from mergekit_lite.merging import merge, plan_merge
+    from mergekit_lite.methods import merge_states, merge_tensors
+    from mergekit_lite.planning import Plan, make_plan
+    from mergekit_lite.recipe import Recipe
+    from mergekit_lite.vectors.application import apply_vectors
+    from mergekit_lite.vectors.combination import combine_vectors
+    from mergekit_lite.vectors.extraction import Extracted, extract_vector
+    from mergekit_lite.verification import Verification, verify
 
 __all__ = [
-    "BoostOptions",
-    "Boosted",
-    "Checkpoint",
-    "CheckpointError",
-    "Comparison",
-    "Extracted",
-    "Findings",
-    "Finished",
-    "Inspection",
-    "MergekitLiteError",
-    "NonFiniteError",
-    "Plan",
-    "PlanError",
-    "Recipe",
-    "RunError",
-    "RunOptions",
-    "UsageError",
-    "Verification",
-    "__version__",
-    "apply_vectors",
-    "boost",
-    "combine_vectors",
-    "compare",
-    "distill",
-    "extract_vector",
-    "extrapolate",
-    "inspect",
-    "make_plan",
-    "merge",
-    "merge_states",
-    "merge_tensors",
-    "open_checkpoint",
-    "plan_extrapolation",
-    "plan_merge",
-    "run",
-    "verify",
-]
+    "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
+    "Finished", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Recipe",
+    "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
+    "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect", "make_plan", "merge",
+    "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "run", "verify",
+]  # fmt: skip
 
 _NAMES = {  # by the module that has them
     "boosting.boosting": ("Boosted", "boost"),

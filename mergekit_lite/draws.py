@@ -23,14 +23,9 @@ def stream_key(seed: int, tensor: str, stream: int = 0) -> int:
 
 
 def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw 32 random bits for each of the elements ``start … start + count``.
+    """Draw 32 random bits for each of the elements ``start … start + count``: int32 tensor of shape (count,).
 
-    Args:
-        key: from ``stream_key``.
-        start: index of the first element; the range must not cross a multiple of 2³².
-
-    Returns:
-        int32 tensor of shape (count,).
+    ``key`` is from ``stream_key``. The range of elements must not cross a multiple of 2³².
     """
     key ^= xxhash.xxh3_64_intdigest((start >> 32).to_bytes(8, "little")) if start >> 32 else 0
     x = _indices(count, str(device)) + _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
@@ -50,14 +45,9 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
 
 
 def halves(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw 16 random bits for each of the elements ``start … start + count``, at half the cost: two share a draw.
+    """Draw 16 random bits for each of the elements ``start … start + count``: int16 tensor of shape (count,).
 
-    Args:
-        key: from ``stream_key``.
-        start: index of the first element, any at all.
-
-    Returns:
-        int16 tensor of shape (count,).
+    It takes half the time of ``bits``: two elements share a draw. Any range of elements will do.
     """
     first, stop = start // 2, -(-(start + count) // 2)
     edges = [first, *range((first // WORDS + 1) * WORDS, stop, WORDS), stop]

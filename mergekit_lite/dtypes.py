@@ -58,11 +58,7 @@ def is_float(name: str) -> bool:
 
 
 def float_named(text: str) -> str:
-    """Return the float dtype a user means by ``text`` (``bf16``, ``torch.bfloat16``, ``float32`` …).
-
-    Raises:
-        UsageError: it is none of the float dtypes.
-    """
+    """Return the float dtype a user means by ``bf16``, ``torch.bfloat16``, ``float32`` … Raises UsageError."""
     short = {
         "bf16": "bfloat16",
         "fp16": "float16",

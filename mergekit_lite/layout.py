@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import formats
+from mergekit_lite.checkpoint.formats import safetensors
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
 INDEX_NAME = "model.safetensors.index.json"
@@ -64,12 +65,10 @@ class Layout:
 def safetensors_layout(
     groups: Sequence[Sequence[OutputTensor]], name: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> Layout:
-    """Lay out safetensors files, one for each group of tensors.
+    """Lay out safetensors files, one for each group of tensors; wider dtypes go to the front, so that all stay aligned.
 
-    Args:
-        groups: the tensors of each file, in order; wider dtypes are moved to the front, so that all stay aligned.
-        name: file name of a single output; by default ``model.safetensors`` or ``model-00001-of-0000n.safetensors``.
-        metadata: text by key for the header.
+    ``metadata`` is text by key for the header. A single file may have a ``name``, else it is ``model.safetensors``;
+    several are ``model-00001-of-0000n.safetensors``.
     """
     files: list[OutputFile] = []
     places: dict[str, tuple[int, int]] = {}
@@ -88,35 +87,19 @@ def safetensors_layout(
         for tensor in tensors:
             places[tensor.name] = (number, offset)
             offset += tensor.nbytes
-        files.append(OutputFile(name or _shard_name(number, len(groups)), header, offset, tensors))
+        shard = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        files.append(OutputFile(name or shard, header, offset, tensors))
     return Layout(tuple(files), places)
 
 
 def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
     """Lay out a single file, in the format that its name ends with.
 
-    Args:
-        tensors: in the wished order.
-        name: of the file, for which ``is_single_file`` is true.
-        nest: the keys to nest the tensors under, where the format has such.
+    ``nest`` are the keys to nest a torch file's tensors under. torch writes such a file once without data, as a sparse
+    temporary file whose records show where the data belong.
     """
-    return _FILE_LAYOUTS[Path(name).suffix](tensors, name, nest)
-
-
-def is_single_file(output: Path) -> bool:
-    """Return whether an output path names one file rather than a folder."""
-    return output.suffix in _FILE_LAYOUTS
-
-
-def _safetensors_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
-    return safetensors_layout([tensors], name)
-
-
-def _torch_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
-    """Lay out a torch file.
-
-    torch writes it once without data, as a sparse temporary file whose records show where the data belong.
-    """
+    if Path(name).suffix in safetensors.SUFFIXES:
+        return safetensors_layout([tensors], name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name  # torch writes the file's name into it, so even its length matters
         write_torch_skeleton(path, tensors, nest)
@@ -126,13 +109,9 @@ def _torch_file(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
 
 
-_FileLayout = Callable[[Sequence[OutputTensor], str, tuple[str, ...]], Layout]
-_FILE_LAYOUTS: Mapping[str, _FileLayout] = {
-    ".safetensors": _safetensors_file,
-    ".bin": _torch_file,
-    ".pt": _torch_file,
-    ".pth": _torch_file,
-}
+def is_single_file(output: Path) -> bool:
+    """Return whether an output path names one file rather than a folder."""
+    return output.suffix in formats.SUFFIXES
 
 
 def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
@@ -168,7 +147,3 @@ def index_json(layout: Layout) -> dict[str, object]:
     weight_map = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in layout.files for tensor in file.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"

@@ -23,7 +23,12 @@ def named_options(function: Callable[P, T]) -> Callable[P, T]:
 
     Python's own TypeError would name an inner function wherever options are passed on, and no remedy.
     """
-    known = _options_of(function)
+    known: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            known.append(parameter.name)
+        elif unpacked := UNPACKED.fullmatch(str(parameter.annotation)):  # the keys of a TypedDict
+            known += function.__globals__[unpacked[1]].__annotations__
 
     @wraps(function)
     def checked(*arguments: P.args, **options: P.kwargs) -> T:
@@ -33,14 +38,3 @@ def named_options(function: Callable[P, T]) -> Callable[P, T]:
         return function(*arguments, **options)
 
     return checked
-
-
-def _options_of(function: Callable[..., object]) -> list[str]:
-    """Return the names that a function takes by keyword, those of an unpacked TypedDict included."""
-    names: list[str] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            names.append(name)
-        elif unpacked := UNPACKED.fullmatch(str(parameter.annotation)):
-            names += function.__globals__[unpacked[1]].__annotations__
-    return names

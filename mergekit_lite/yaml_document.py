@@ -61,9 +61,8 @@ class RecipeError(UsageError):
 
     def __init__(self, source: str, problems: Iterable[Remark]):
         self.problems = tuple(sorted(set(problems)))
-        super().__init__(
-            listing(f"{source} has {counted(len(self.problems), 'problem')}", list(map(str, self.problems)))
-        )
+        title = f"{source} has {counted(len(self.problems), 'problem')}"
+        super().__init__(listing(title, list(map(str, self.problems))))
 
 
 @dataclass(frozen=True)
@@ -110,36 +109,28 @@ def describe(node: Node) -> str:
 def read(text: str, source: str, needs: str = "merge_method and models") -> Node:
     """Return the tree of a YAML text.
 
-    Args:
-        text: the YAML.
-        source: where it is from, for messages.
-        needs: what the message about an empty recipe asks for.
-
-    Raises:
-        RecipeError: it is no YAML, has several documents, or breaks one of the rules above.
+    Messages name ``source`` as the place the text is from; the one about an empty text asks for what it ``needs``.
+    Raises RecipeError where it is no YAML, has several documents, or breaks one of the rules above.
     """
+    reading = _Reading(source)
     try:
         documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         if not documents or documents[0] is None:
-            raise RecipeError(source, [Remark(Mark(1, 1), f"the recipe is empty: it needs {needs}")])
+            raise reading.refusal(Mark(1, 1), f"the recipe is empty: it needs {needs}")
         if len(documents) > 1:
-            second = _mark(documents[1].start_mark)
-            reason = (
-                "several documents in one file (mergekit-multi) are not supported yet: write one file for each merge"
-            )
-            raise RecipeError(source, [Remark(second, reason)])
-        reading = _Reading(source)
-        tree = reading.node(documents[0])
+            several = "several documents in one file (mergekit-multi) are not supported yet"
+            raise reading.refusal(_mark(documents[1].start_mark), f"{several}: write one file for each merge")
+        tree, _ = reading.sized(documents[0])
     except yaml.MarkedYAMLError as error:
         at = _mark(error.problem_mark or error.context_mark)
-        raise RecipeError(source, [Remark(at, f"this is not YAML: {error.problem or error.context}")]) from error
+        raise reading.refusal(at, f"this is not YAML: {error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         at = Mark(before.count("\n") + 1, error.position - (before.rfind("\n") + 1) + 1)
-        reason = f"this is not YAML: the character U+{ord(text[error.position]):04X} is not allowed"
-        raise RecipeError(source, [Remark(at, reason)]) from error
+        character = f"the character U+{ord(text[error.position]):04X} is not allowed"
+        raise reading.refusal(at, f"this is not YAML: {character}") from error
     except RecursionError:
-        raise RecipeError(source, [Remark(Mark(1, 1), "the recipe is nested too deeply")]) from None
+        raise reading.refusal(Mark(1, 1), "the recipe is nested too deeply") from None
     if reading.problems:
         raise RecipeError(source, reading.problems)
     return tree
@@ -159,19 +150,19 @@ class _Reading:
     open: set[int] = field(default_factory=set)
     constructor: yaml.SafeLoader = field(default_factory=lambda: yaml.SafeLoader(""))
 
-    def node(self, node: yaml.Node) -> Node:
-        return self.sized(node)[0]
+    def refusal(self, at: Mark, text: str) -> RecipeError:
+        return RecipeError(self.source, [Remark(at, text)])
 
     def sized(self, node: yaml.Node) -> tuple[Node, int]:
         at = _mark(node.start_mark)
         if id(node) in self.open:
-            raise RecipeError(self.source, [Remark(at, "an alias names a value that it is itself a part of")])
+            raise self.refusal(at, "an alias names a value that it is itself a part of")
         if id(node) not in self.done:
             self.open.add(id(node))
             self.done[id(node)] = self.read(node, at)
             self.open.discard(id(node))
         if self.done[id(node)][1] > LIMIT:
-            raise RecipeError(self.source, [Remark(at, f"aliases expand to more than {LIMIT:,} values")])
+            raise self.refusal(at, f"aliases expand to more than {LIMIT:,} values")
         return self.done[id(node)]
 
     def read(self, node: yaml.Node, at: Mark) -> tuple[Node, int]:

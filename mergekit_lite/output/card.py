@@ -25,32 +25,21 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
     front.setdefault("library_name", "transformers")
     recipe = plan.text or yaml.safe_dump(dict(plan.recipes[number]), sort_keys=False, allow_unicode=True)
     fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
+    paragraphs = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {plan.outputs[number].name}",
-        "",
         f"Made from other models by arithmetic on their weights (method `{plan.recipes[number]['merge_method']}` of "
         "mergekit_lite), without training:",
-        "",
-        *(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
-        "",
-        f"{fence}yaml",
-        recipe.strip(),
-        fence,
-        "",
+        "\n".join(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
+        f"{fence}yaml\n{recipe.strip()}\n{fence}",
         f"Merged: {counted(effect['merged'], 'tensor')}. Copied: {effect['copied']:,}. "
         "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]
     if effect["effective"] is not None:
         sampled = "" if effect["exact"] else ", from a fixed sample of the weights"
-        lines += [
-            "",
-            f"Effective alpha after rounding: {effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}.",
-        ]
-    return "\n".join(lines) + "\n"
+        reached = f"{effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}"
+        paragraphs.append(f"Effective alpha after rounding: {reached}.")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _repository(source: Checkpoint) -> str | None:
@@ -59,13 +48,11 @@ def _repository(source: Checkpoint) -> str | None:
 
 
 def _linked(source: Checkpoint) -> str:
-    """Return a model's reference as Markdown, linked where it is on the hub."""
     repository = _repository(source)
     return f"[{source.reference}](https://huggingface.co/{repository})" if repository else f"`{source.reference}`"
 
 
 def _gives(plan: Plan, source: Checkpoint) -> str:
-    """Say what a model gives besides weights."""
     if plan.tokenizer is not None and source is plan.inputs[plan.tokenizer]:
         return " (tokenizer)"
     if source is plan.source:

@@ -16,7 +16,7 @@ from mergekit_lite.errors import CheckpointError
 from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.manifest import manifest_of, text_of
-from mergekit_lite.output.workspace import manifest_path
+from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
 
@@ -24,22 +24,13 @@ FOREIGN_WEIGHTS = (*formats.SUFFIXES, *refused.SUFFIXES, INDEX_ENDING)
 CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
 REPLACED = (
-    "config.json",
-    "README.md",
-    "mergekit_lite_manifest.json",
-    "mergekit_config.yml",
-    COEFFICIENTS_NAME,
-    "model.safetensors.index.json",
+    "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, INDEX_NAME,
     "pytorch_model.bin.index.json",
-)
+)  # fmt: skip
 
 
 def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
-    """Choose the files of a model folder that are copied with its weights.
-
-    Returns:
-        Names to copy (relative, in order), and for every other file the reason why not.
-    """
+    """Return the files of a model folder that are copied with its weights, and by name why every other one is not."""
     if source.folder is None:
         return [], {}
     copied: list[str] = []
@@ -66,10 +57,9 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
 
 
 def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
-    """Choose the files copied with a plan's weights: the config source's, and those of the tokenizer it was given.
+    """Return the files copied with a plan's weights, by their names in the output, and why every other one is not.
 
-    Returns:
-        The files by their names in the output, and for every other file the reason why not.
+    They are the config source's, and those of the tokenizer the plan was given.
     """
     names, left = companions_of(plan.source)
     owners = dict.fromkeys(names, plan.source)
@@ -86,14 +76,9 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
 def write_companions(
     plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> None:
-    """Write everything but the weights into ``folder``.
+    """Write everything but the weights of the plan's output ``number`` into the folder where they are.
 
-    Args:
-        plan: the plan.
-        number: which output.
-        folder: where its weights are.
-        effect: the report, as plain data.
-        digests: of each tensor's output and inputs, by its name.
+    ``effect`` is the report, as plain data; ``digests`` are those of each tensor's output and inputs, by its name.
     """
     output = plan.outputs[number]
     if not is_single_file(output):
@@ -103,13 +88,10 @@ def write_companions(
 
 
 def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
-    """Write the files that make a folder of weights a model."""
-    source = plan.source
     if len(plan.layout.files) > 1:
         (folder / INDEX_NAME).write_text(json.dumps(index_json(plan.layout), indent=2) + "\n", encoding="utf-8")
-    if source.config is not None:
-        text = json.dumps(written_config(plan, digests), indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+    if plan.source.config is not None:
+        _write_json(folder / "config.json", written_config(plan, digests))
     for name, path in companions(plan)[0].items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +101,7 @@ def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any
     if plan.text:
         (folder / "mergekit_config.yml").write_bytes(plan.text.encode())
     if effect["coefficients"]:
-        text = json.dumps(effect["coefficients"], indent=1, ensure_ascii=False) + "\n"
-        (folder / COEFFICIENTS_NAME).write_text(text, encoding="utf-8")
+        _write_json(folder / COEFFICIENTS_NAME, effect["coefficients"], indent=1)
     (folder / "README.md").write_text(model_card(plan, number, effect), encoding="utf-8")
 
 
@@ -129,8 +110,11 @@ def _write_template(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_bytes(template.encode())
     path = folder / "tokenizer_config.json"
     if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template})
+
+
+def _write_json(path: Path, content: object, indent: int = 2) -> None:
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,19 +28,13 @@ _of_thread = threading.local()
 
 
 class FileWriter:
-    """A file open for writing and reading back, from any thread and any process forked later."""
+    """A file open for writing and reading back, from any thread and any process forked later.
+
+    It is created where there is none, and room for all its bytes reserved; ``times`` are shared by all files on a disk.
+    Raises OSError where the disk is full, or the file can't be opened.
+    """
 
     def __init__(self, path: Path, size: int, times: WriteTimes) -> None:
-        """Open or create the file and reserve its room on the disk.
-
-        Args:
-            path: of the file.
-            size: its final number of bytes.
-            times: shared by all files on one disk.
-
-        Raises:
-            OSError: the disk is full, or the file can't be opened.
-        """
         self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             _reserve(self._cached, size)
@@ -59,10 +53,8 @@ class FileWriter:
             return
         direct = self._times.choose_direct()
         started, worked = time.perf_counter(), time.thread_time()
-        if direct:
-            self._write_past_cache(position, data)
-        else:
-            self._write_cached(position, data)
+        write = self._write_past_cache if direct else self._write_cached
+        write(position, data)
         working = time.thread_time() - worked
         waiting = time.perf_counter() - started - working
         self._times.record(direct, (working + WAITING_WEIGHT * waiting) / len(data))
@@ -109,7 +101,6 @@ class WriteTimes:
     """Recent seconds per byte of direct and of cached writes, by which the next way to write is chosen."""
 
     def __init__(self) -> None:
-        """Start without any times."""
         self._seconds = {False: 0.0, True: 0.0}  # per byte; of cached writes and of direct ones; 0: not tried yet
         self._writes = 0
 
@@ -149,7 +140,6 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _opened_directly(path: Path) -> int | None:
-    """Return a descriptor for direct writes, or None."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except (AttributeError, OSError):  # the system or the file system can't do it

@@ -18,41 +18,25 @@ from mergekit_lite.errors import RunError, listing
 
 
 class Record(NamedTuple):
-    """One finished span of one output tensor.
+    """One finished span of one output tensor."""
 
-    Attributes:
-        job: index of the job in the plan.
-        begin: first element of the span.
-        inputs: digest of the span's bytes in each input.
-        output: digest of the span's bytes in the output.
-        sums: the sums that the method observes, and last the number of elements in them.
-        bad: indices of the inputs that held NaN or infinity; -1 where only the output did.
-        coefficients: each model's coefficient from the method's statistics; in a tensor's first span.
-    """
-
-    job: int
-    begin: int
-    inputs: Sequence[str]
-    output: str
-    sums: Sequence[float]
-    bad: Sequence[int]
-    coefficients: Sequence[float] = ()
+    job: int  # its index in the plan
+    begin: int  # first element of the span
+    inputs: Sequence[str]  # digest of the span's bytes in each input
+    output: str  # digest of the span's bytes in the output
+    sums: Sequence[float]  # the sums that the method observes, and last the number of elements in them
+    bad: Sequence[int]  # indices of the inputs that held NaN or infinity; -1 where only the output did
+    coefficients: Sequence[float] = ()  # each model's, from the method's statistics; in a tensor's first span
 
 
 class Journal:
-    """The journal of one output, open for appending from many threads."""
+    """The journal of one output, open for appending from many threads; started where there is none.
+
+    ``sources`` are path, size and time of every input file. Raises RunError where the journal belongs to another plan,
+    or an input changed.
+    """
 
     def __init__(self, path: Path, plan_digest: str, sources: Sequence[tuple[str, int, int]]) -> None:
-        """Open the journal at ``path``, or start one.
-
-        Args:
-            path: of the file.
-            plan_digest: digest of the plan that it must belong to.
-            sources: path, size and time of every input file; all must be as they were.
-
-        Raises:
-            RunError: the journal belongs to another plan, or an input changed.
-        """
         head = {"plan": plan_digest, "sources": [list(source) for source in sources]}
         self.records: dict[tuple[int, int], Record] = {}
         self._lock = threading.Lock()
@@ -95,17 +79,13 @@ def plan_of(path: Path) -> str | None:
 
 
 def _check_head(path: Path, first_line: object, head: dict[str, Any]) -> None:
-    """Raise RunError where a journal's first line is not the one this run would write."""
     if not isinstance(first_line, dict) or first_line.get("plan") != head["plan"]:
-        raise RunError(
-            f"{path.parent}: holds an unfinished run of another plan (other models, options or version). "
-            "--force starts over."
-        )
+        another = "holds an unfinished run of another plan (other models, options or version)"
+        raise RunError(f"{path.parent}: {another}. --force starts over.")
     changed = [source[0] for source in head["sources"] if source not in first_line.get("sources", ())]
     if changed:
-        raise RunError(
-            listing(f"{path.parent}: inputs that changed since the run was stopped; --force starts over", changed)
-        )
+        title = f"{path.parent}: inputs that changed since the run was stopped; --force starts over"
+        raise RunError(listing(title, changed))
 
 
 def _parsed(line: bytes) -> object:

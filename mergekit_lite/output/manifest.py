@@ -24,14 +24,10 @@ NOT_SEALED = ("README.md", MANIFEST_NAME)  # users edit the card
 def manifest_of(
     plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the manifest of an output, without times and paths of this machine: equal runs give equal manifests.
+    """Return the manifest of the plan's output ``number``, whose other files are in ``folder``.
 
-    Args:
-        plan: the plan.
-        number: which output.
-        folder: where its other files are.
-        effect: the report, as plain data.
-        digests: of each tensor's output and inputs, by its name.
+    ``effect`` is the report, as plain data; ``digests`` are those of each tensor's output and inputs, by its name.
+    It has no times and paths of this machine: equal runs give equal manifests.
     """
     content = {
         "tool": "mergekit_lite",
@@ -110,14 +106,11 @@ def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
 
 def frame_of(layout: Layout, path: Path, file: OutputFile) -> str:
     """Return the digest of what lies around the tensors of an output's file. Raises OSError."""
-    begins = [layout.places[tensor.name][1] for tensor in file.tensors]
-    return frame_digest(
-        path, [(begin, begin + tensor.nbytes) for begin, tensor in zip(begins, file.tensors, strict=True)]
-    )
+    places = [(layout.places[tensor.name][1], tensor.nbytes) for tensor in file.tensors]
+    return frame_digest(path, [(begin, begin + length) for begin, length in places])
 
 
 def _beside(plan: Plan, folder: Path) -> dict[str, str]:
-    """Return the digests of the files besides the weights, by their names."""
     weights = {file.name for file in plan.layout.files}
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return {name: file_digest(folder / name) for name in names if name not in weights and name not in NOT_SEALED}

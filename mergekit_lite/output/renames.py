@@ -62,18 +62,16 @@ def renameat2(source: Path, target: Path, flags: int) -> None:
 
 
 def _rename_in_steps(source: Path, target: Path) -> None:
-    linked = False
     if not source.is_dir():
         try:
             target.hardlink_to(source)
-            linked = True
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links
             pass
-    if linked:
-        source.unlink()
-    elif os.path.lexists(target):
+        else:
+            source.unlink()
+            return
+    if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))
-    else:
-        source.rename(target)
+    source.rename(target)

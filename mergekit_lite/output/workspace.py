@@ -61,9 +61,8 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
         raise UsageError(f"{output}: can't be an output. Name the folder or file to be made.")
     for path in inputs:
         if target == path or target.is_relative_to(path) or path.is_relative_to(target):
-            raise UsageError(
-                f"{output}: lies in, around or at the input {path}. Inputs are never touched: choose another path."
-            )
+            touching = f"lies in, around or at the input {path}"
+            raise UsageError(f"{output}: {touching}. Inputs are never touched: choose another path.")
     if is_single_file(output) and output.is_dir():
         raise UsageError(f"{output}: is a folder, but its name ends like a file of weights. Choose another path.")
     if output.exists() and not is_single_file(output) and not output.is_dir():
@@ -72,13 +71,9 @@ def check_target(output: Path, inputs: list[Path], *, resume: bool, force: bool)
     if standing is not None and not force:
         what = "exists, and is not the result of this run" if resume else "exists"
         raise UsageError(f"{standing}: {what}. --force replaces it.")
-    if force or resume:
-        return
-    if working_folder(output).exists():
-        raise UsageError(
-            f"{output}: an earlier run was not finished ({working_folder(output)}). "
-            "--resume goes on with it, --force starts over."
-        )
+    if not (force or resume) and working_folder(output).exists():
+        unfinished = f"{output}: an earlier run was not finished ({working_folder(output)})"
+        raise UsageError(f"{unfinished}. --resume goes on with it, --force starts over.")
 
 
 def is_half_published(output: Path) -> bool:
@@ -131,25 +126,18 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 class OutputWorkspace:
-    """Files of one output while they are made. Writes go to their final offsets, from any thread."""
+    """Files of one output while they are made. Writes go to their final offsets, from any thread.
+
+    It goes on with what an earlier run left in the working folder, or drops that where it shall start ``fresh``.
+    ``digest`` is that of the plan; ``sources`` are path, size and time of every input file.
+    Raises RunError where another process works here, or the folder belongs to another plan or can't be written.
+    """
 
     def __init__(
         self, output: Path, layout: Layout, digest: str, sources: Sequence[tuple[str, int, int]], *, fresh: bool
     ) -> None:
-        """Create the working folder, or go on with the one of an earlier run.
-
-        Args:
-            output: path of the output.
-            layout: of its files.
-            digest: of the plan; the journal names it.
-            sources: path, size and time of every input file.
-            fresh: drop what an earlier run left.
-
-        Raises:
-            RunError: another process works here, the folder belongs to another plan, or can't be written.
-        """
         self.output = output
-        self.folder = working_folder(self.output)
+        self.folder = working_folder(output)
         self.result = self.folder / "result"
         self.layout = layout
         self._targets: list[FileWriter] = []
@@ -157,13 +145,6 @@ class OutputWorkspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(self._lock)
-                raise RunError(
-                    f"{self.folder}: another process is making this output. Wait for it, or stop it."
-                ) from error
             try:
                 self._take(digest, sources, fresh)
             except BaseException:
@@ -173,6 +154,11 @@ class OutputWorkspace:
             raise RunError(_described(error, self.folder)) from error
 
     def _take(self, digest: str, sources: Sequence[tuple[str, int, int]], fresh: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            another = "another process is making this output. Wait for it, or stop it."
+            raise RunError(f"{self.folder}: {another}") from error
         if fresh:
             shutil.rmtree(self.result, ignore_errors=True)
             (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
@@ -227,13 +213,9 @@ class OutputWorkspace:
             raise RunError(_described(error, self.folder / JOURNAL_NAME)) from error
 
     def publish(self, *, force: bool) -> None:
-        """Give the finished result its name, and remove the working folder.
+        """Give the finished result its name, and remove the working folder; ``force`` replaces what has the name.
 
-        Args:
-            force: replace what has the name.
-
-        Raises:
-            RunError: something has the name and may not be replaced, or the system refused; the result is kept.
+        Raises RunError where that may not be replaced, or the system refuses; the result is kept.
         """
         try:
             if is_single_file(self.output):

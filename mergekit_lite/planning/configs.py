@@ -12,22 +12,12 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")  # lists of the layers that are special
 # Settings that pick layers by their number and can't be carried over, with the value that picks none.
 BY_NUMBER: Mapping[str, object] = {
-    "attn_layer_offset": None,
-    "attn_layer_period": None,
-    "decoder_sparse_step": 1,
-    "expert_layer_offset": None,
-    "expert_layer_period": None,
-    "first_k_dense_replace": 0,
-    "full_attention_interval": None,
-    "global_attn_every_n_layers": None,
-    "interleave_moe_layer_step": 1,
-    "max_window_layers": None,
-    "moe_layer_freq": 1,
-    "no_rope_layer_interval": None,
-    "num_kv_shared_layers": 0,
-    "num_nextn_predict_layers": 0,
+    "attn_layer_offset": None, "attn_layer_period": None, "decoder_sparse_step": 1, "expert_layer_offset": None,
+    "expert_layer_period": None, "first_k_dense_replace": 0, "full_attention_interval": None,
+    "global_attn_every_n_layers": None, "interleave_moe_layer_step": 1, "max_window_layers": None, "moe_layer_freq": 1,
+    "no_rope_layer_interval": None, "num_kv_shared_layers": 0, "num_nextn_predict_layers": 0,
     "sliding_window_pattern": None,
-}
+}  # fmt: skip
 NOT_TEXT = ("vision_config", "audio_config")  # towers have layers of their own
 
 Config = Mapping[str, Any]
@@ -51,13 +41,8 @@ def relayered(
 ) -> tuple[Config | None, list[str]]:
     """Return the config for layers in another order, and what the user should know about it.
 
-    Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are config
-    anew from the configs of the models that the layers come from; nested text configs too.
-
-    Args:
-        inputs: the models.
-        config_source: which of them gives the config.
-        layers: where each layer of the output is from.
+    Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are made
+    anew from the configs of the models that the layers come from; in nested text configs too.
     """
     own = inputs[config_source].config
     if own is None:
@@ -71,19 +56,19 @@ def relayered(
 def _section(
     own: Config, configs: Sequence[Config], config_source: int, layers: Sequence[Origin], notes: list[str]
 ) -> dict[str, Any]:
-    """Return a config, or a nested one, section anew for the layers; ``configs`` are that section of each input's."""
+    """Return a config, or a nested one, made anew for the layers; ``configs`` are that section of each input's."""
     section = dict(own)
     moved = list(layers) != [(config_source, layer) for layer in range(len(layers))]
     for key, value in own.items():
+        of_models = [config.get(key) for config in configs]
         if key in LAYER_COUNTS:
             section[key] = len(layers)
         elif isinstance(value, dict) and key.endswith("_config") and key not in NOT_TEXT:
-            nested = [config.get(key) for config in configs]
-            section[key] = _section(
-                value, [n if isinstance(n, dict) else {} for n in nested], config_source, layers, notes
-            )
+            nested = [each if isinstance(each, dict) else {} for each in of_models]
+            section[key] = _section(value, nested, config_source, layers, notes)
         elif key in LAYER_NUMBERS and isinstance(value, list) and moved:
-            section[key] = [at for at, (model, layer) in enumerate(layers) if layer in _listed(configs[model], key)]
+            listed = [each if isinstance(each, list) else () for each in of_models]
+            section[key] = [at for at, (model, layer) in enumerate(layers) if layer in listed[model]]
         elif _is_by_layer(key, value, own):
             section[key] = list(_by_layer(key, configs, config_source, layers, notes))
         elif moved and _picks_layers(key, value, own):
@@ -105,22 +90,16 @@ def _by_layer(
     key: str, configs: Sequence[Config], config_source: int, layers: Sequence[Origin], notes: list[str]
 ) -> Iterator[object]:
     """Yield each layer's entry from its own model's config; where that has none, the config's own of that number."""
-    lacking: dict[int, int] = {}
+    lacking = 0
     for model, layer in layers:
         listed = configs[model].get(key)
         if isinstance(listed, list) and layer < len(listed):
             yield listed[layer]
         else:
-            lacking[model] = lacking.get(model, 0) + 1
+            lacking += 1
             yield configs[config_source][key][min(layer, len(configs[config_source][key]) - 1)]
     if lacking:
-        number = sum(lacking.values())
-        notes.append(f"{key}: the models of {number} moved layers don't list it: there the config's own entries stay")
-
-
-def _listed(config: Config, key: str) -> Sequence[object]:
-    listed = config.get(key)
-    return listed if isinstance(listed, list) else ()
+        notes.append(f"{key}: the models of {lacking} moved layers don't list it: there the config's own entries stay")
 
 
 def _picks_layers(key: str, value: object, config: Config) -> bool:

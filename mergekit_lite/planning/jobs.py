@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS
-from mergekit_lite.planning.matching import MismatchError, copied, is_buffer, output_dtype, shared_elements
+from mergekit_lite.planning.matching import MismatchError, is_buffer, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import Numbers, Output, Recipe
 from mergekit_lite.recipe.layers import Input
@@ -29,25 +29,17 @@ class LeftOutError(Exception):
 
 @dataclass
 class Jobs:
-    """What the jobs of one recipe have in common.
-
-    Attributes:
-        recipe: the recipe.
-        inputs: its models, opened.
-        parts: for each slice which of the inputs its sources are.
-        config_source: which of the inputs gives config and tokenizer.
-        continues: whether the output continues the model that is merged (ExPO), not the base. Then that model decides
-            which tensors there are, in which dtypes, and with how many rows.
-        tied: a message for each head that an embedding stands in for.
-        known: arguments that are sound, or what is wrong with them; tensors with equal numbers share them.
-    """
+    """What the jobs of one recipe have in common."""
 
     recipe: Recipe
-    inputs: Sequence[Checkpoint]
-    parts: Sequence[Sequence[int]]
-    config_source: int
+    inputs: Sequence[Checkpoint]  # its models, opened
+    parts: Sequence[Sequence[int]]  # for each slice which of the inputs its sources are
+    config_source: int  # which of the inputs gives config and tokenizer
+    # Whether the output continues the model that is merged (ExPO), not the base. Then that model decides which tensors
+    # there are, in which dtypes, and with how many rows.
     continues: bool
-    tied: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)  # a message for each head that an embedding stands in for
+    # Arguments that are sound, or what is wrong with them; tensors with equal numbers share them.
     known: dict[object, tuple[Numbers, Arguments | str]] = field(default_factory=dict)
 
     def with_ties(self, tensor: Output) -> Output:
@@ -68,16 +60,9 @@ class Jobs:
         return tensor._replace(inputs=tuple(inputs[index] for index in sorted(inputs)))
 
     def job(self, tensor: Output, numbers: Sequence[Numbers | None]) -> Job:
-        """Return the job of one output tensor.
+        """Return the job of one output tensor; ``numbers`` are for each output of the plan, None where it is copied.
 
-        Args:
-            tensor: the tensor.
-            numbers: what it is made with, for each output of the plan; None where it is copied.
-
-        Raises:
-            LeftOutError: the output doesn't have it.
-            MismatchError: the models' tensors don't fit together.
-            WrongNumbersError: the method refuses the numbers.
+        Raises LeftOutError, WrongNumbersError, and MismatchError where the models' tensors don't fit together.
         """
         part, name, models = self.recipe.slices[tensor.part], tensor.spot.name, self.parts[tensor.part]
         specs = {each.source: self.inputs[models[each.source]].tensors[each.spot.name] for each in tensor.inputs}
@@ -86,8 +71,8 @@ class Jobs:
         asked = self.recipe.out_dtype or self.recipe.dtype
 
         def copied_from(source: int, why: str) -> Job:
-            job = copied(specs[source], models[source], output_dtype(specs[source], asked), why)
-            return replace(job, name=name)
+            copy = specs[source]
+            return Job(name, copy.shape, output_dtype(copy, asked), (copy,), (models[source],), why=why)
 
         if why := self.recipe.why_copied(tensor.spot):
             return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)

@@ -25,15 +25,9 @@ def is_buffer(name: str) -> bool:
 def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, new_rows: str | None) -> int:
     """Return how many leading elements two tensors share: all, or those of the rows that both vocabularies have.
 
-    Args:
-        name: of the output tensor.
-        spec: the tensor that gives the output its shape.
-        other: a tensor to merge it with.
-        where: the reference of the other's model.
-        new_rows: ``copy`` or ``refuse`` for rows that only ``spec`` has; None where they can't be copied.
-
-    Raises:
-        MismatchError: the two can't go into one tensor.
+    ``spec`` gives the output its shape; ``where`` is the reference of the other's model. ``new_rows`` is ``copy`` or
+    ``refuse`` for rows that only ``spec`` has; None where they can't be copied. Raises MismatchError where the two
+    can't go into one tensor.
     """
     if other.dtype != spec.dtype and not (dtypes.is_float(spec.dtype) and dtypes.is_float(other.dtype)):
         raise MismatchError(f"{name}: is {spec.dtype}, but {other.dtype} in {where}")
@@ -58,19 +52,11 @@ def output_dtype(spec: TensorSpec, asked: str | None) -> str:
     return asked or spec.written_as or spec.dtype
 
 
-def copied(spec: TensorSpec, model: int, dtype: str, why: str) -> Job:
-    """Return the job that takes a tensor over as it is."""
-    return Job(spec.name, spec.shape, dtype, (spec,), (model,), why=why)
-
-
 def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
     """Return the layout of the jobs' tensors; put the jobs into its order.
 
-    Args:
-        jobs: sorted in place.
-        source: whose shards the output takes over, where no size is given and the output is a folder.
-        output: its path, which says what kind of output is wanted.
-        shard_size: most bytes of data in a file.
+    The name of ``output`` says whether a file or a folder is wanted. A folder takes over the shards of ``source`` where
+    no ``shard_size`` is given.
     """
     tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in jobs]
     layout = _layout(tensors, source, output, shard_size)

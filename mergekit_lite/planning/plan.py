@@ -21,30 +21,18 @@ from mergekit_lite.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One output tensor.
-
-    Attributes:
-        name, shape, dtype: of the output.
-        inputs: the tensors it is made of: the models', then the base's where there is one.
-        models: for each input, which of the plan's checkpoints it is from.
-        has_base: whether the last input is the base.
-        method: the method's name; empty for a copy.
-        parameters: the method's keyword arguments, once for each output. Empty for a copy.
-        merged_elements: how many leading elements go through the method, 0 for a copy; the rest is copied from the
-            first input.
-        why: for a copy, the reason.
-    """
+    """One output tensor."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    inputs: tuple[TensorSpec, ...]
-    models: tuple[int, ...]
-    has_base: bool = False
-    method: str = ""
-    parameters: tuple[Mapping[str, Any], ...] = ()
-    merged_elements: int = 0
-    why: str = ""
+    dtype: str  # of the output
+    inputs: tuple[TensorSpec, ...]  # what it is made of: the models' tensors, then the base's where there is one
+    models: tuple[int, ...]  # for each input, which of the plan's checkpoints it is from
+    has_base: bool = False  # whether the last input is the base
+    method: str = ""  # its name; empty for a copy
+    parameters: tuple[Mapping[str, Any], ...] = ()  # the method's keyword arguments, for each output; empty for a copy
+    merged_elements: int = 0  # leading elements that go through the method; the rest is copied from the first input
+    why: str = ""  # the reason for a copy
 
     @property
     def numel(self) -> int:
@@ -148,16 +136,9 @@ class Plan:
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,
         ]
+        own = slice(number, number + 1)  # nothing of a copy's parameters
         jobs = [
-            (
-                job.name,
-                job.shape,
-                job.dtype,
-                job.method,
-                job.has_base,
-                job.merged_elements,
-                job.parameters[number : number + 1],
-            )
+            (job.name, job.shape, job.dtype, job.method, job.has_base, job.merged_elements, job.parameters[own])
             for job in self.jobs
         ]
         read = [[spec.key for spec in job.inputs] for job in self.jobs]

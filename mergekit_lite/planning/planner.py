@@ -69,10 +69,8 @@ def make_plan(
     _check(recipe, len(outputs), shard_size)
     inputs = _opened(recipe.models, opened or {})
     config_source = recipe.models.index(recipe.config_source)
-    by_reference = dict(zip(recipe.models, inputs, strict=True))
-    layered = outputs_of(
-        recipe.slices, {model: list(each.tensors) for model, each in by_reference.items()}, recipe.config_source
-    )
+    names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
+    layered = outputs_of(recipe.slices, names, recipe.config_source)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
     making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in layered.tensors]
@@ -160,10 +158,7 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
 def _jobs(
     making: Jobs, tensors: Sequence[Output], numbers: Sequence[Sequence[Numbers | None]]
 ) -> tuple[list[Job], dict[str, str], list[str]]:
-    """Return the jobs of all tensors, why other tensors are left out, and what is wrong.
-
-    What a method says of many tensors is one problem.
-    """
+    """Return the jobs of all tensors, why other tensors are left out, and what is wrong."""
     jobs: list[Job] = []
     spare: dict[str, str] = {}
     problems: list[str] = []
@@ -177,14 +172,13 @@ def _jobs(
             problems.append(str(mismatch))
         except WrongNumbersError as wrong:
             refused.setdefault(str(wrong), []).append(tensor.spot.name)
-    for reason, names in refused.items():
+    for reason, names in refused.items():  # what a method says of many tensors is one problem
         more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {reason}")
     return jobs, spare, problems
 
 
 def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
-    """Return what is wrong about filters that match no tensor of the output."""
     names = {tensor.spot for tensor in tensors}
     filters = dict.fromkeys(each for each in recipe.filters if not any(map(each.matches, names)))
     return [f"the pattern {each.expression!r} matches no tensor of {recipe.config_source}" for each in filters]
@@ -199,12 +193,10 @@ def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkp
 
 
 def _tokenizer(recipe: Recipe, config_source: int) -> int:
-    """Return which of the models gives the tokenizer."""
     if recipe.tokenizer is None:
         return config_source
-    return recipe.models.index(
-        (recipe.base_model or recipe.models[0]) if recipe.tokenizer == BASE else recipe.tokenizer
-    )
+    base = recipe.base_model or recipe.models[0]
+    return recipe.models.index(base if recipe.tokenizer == BASE else recipe.tokenizer)
 
 
 def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:
@@ -224,10 +216,8 @@ def _left_out(
 ) -> Iterator[tuple[str, str, str]]:
     """Return what no tensor of the output is made of, and why: (reference, name, reason)."""
     read = {(model, spec.name) for job in jobs for model, spec in zip(job.models, job.inputs, strict=True)}
-    reasons = {
-        **{job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why},
-        **spare,
-    }
+    reasons = {job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why}
+    reasons |= spare
     for number, source in enumerate(inputs):
         for name in source.tensors:
             if (number, name) not in read:

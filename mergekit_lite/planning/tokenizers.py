@@ -32,14 +32,9 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
-    """Return the text of the template that a recipe asks for.
+    """Return the text of the template that a recipe asks for by ``auto``, a name, or the template itself.
 
-    Args:
-        asked: ``auto`` (the one that most models have; of several the one listed first), a name, or a template.
-        inputs: the models, as listed.
-
-    Returns:
-        The text; None for ``auto`` where no model has a template.
+    ``auto`` is the one that most models have, of several the one listed first; None where no model has one.
     """
     if asked != "auto":
         return TEMPLATES.get(asked, asked)
@@ -68,8 +63,7 @@ def template_of(source: Checkpoint) -> str | None:
 
 def vocabulary_of(source: Checkpoint) -> dict[int, str]:
     """Return the tokens of a model's ``tokenizer.json`` by their numbers; empty where none is understood."""
-    path = _file(source)
-    return _vocabulary(path) if path else {}
+    return _vocabulary(_file(source))
 
 
 def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> tuple[list[str], list[str]]:
@@ -93,14 +87,12 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
         wrong = [number for number, token in other.items() if vocabulary.get(number, token) != token]
         if wrong:
             example = f"{wrong[0]} is {_quoted(vocabulary[wrong[0]])}, but {_quoted(other[wrong[0]])}"
-            contrary.append(
-                f"{counted(len(wrong), 'token')} differ between the tokenizers: {example} in {source.reference}"
-            )
+            differ = f"{counted(len(wrong), 'token')} differ between the tokenizers"
+            contrary.append(f"{differ}: {example} in {source.reference}")
         if new := [token for number, token in other.items() if number not in vocabulary]:
             listed = ", ".join(map(_quoted, new[:3])) + (" …" if len(new) > 3 else "")
-            more.append(
-                f"{source.reference} has {counted(len(new), 'token')} that the output's tokenizer lacks: {listed}"
-            )
+            has = f"{source.reference} has {counted(len(new), 'token')}"
+            more.append(f"{has} that the output's tokenizer lacks: {listed}")
     return contrary, more
 
 
@@ -108,8 +100,7 @@ def _file(source: Checkpoint) -> Path | None:
     return small_file(source.folder, "tokenizer.json") if source.folder else None
 
 
-def _vocabulary(path: Path) -> dict[int, str]:
-    """Return the tokens of a ``tokenizer.json`` by their numbers; empty where it has none that is understood."""
+def _vocabulary(path: Path | None) -> dict[int, str]:
     content = _json(path)
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

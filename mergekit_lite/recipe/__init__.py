@@ -1,6 +1,6 @@
 """Recipes: what the user wants, as data."""
 
-from mergekit_lite.recipe.layers import Output, Outputs, outputs
+from mergekit_lite.recipe.layers import Output, outputs
 from mergekit_lite.recipe.recipe import Override, Recipe, Slice, Source
 from mergekit_lite.recipe.resolve import Numbers, Resolved, resolve
 from mergekit_lite.recipe.schema import parse
@@ -8,19 +8,6 @@ from mergekit_lite.recipe.writing import as_data, to_yaml
 from mergekit_lite.yaml_document import RecipeError, text_of
 
 __all__ = [
-    "Numbers",
-    "Output",
-    "Outputs",
-    "Override",
-    "Recipe",
-    "RecipeError",
-    "Resolved",
-    "Slice",
-    "Source",
-    "as_data",
-    "outputs",
-    "parse",
-    "resolve",
-    "text_of",
-    "to_yaml",
-]
+    "Numbers", "Output", "Override", "Recipe", "RecipeError", "Resolved", "Slice", "Source", "as_data", "outputs",
+    "parse", "resolve", "text_of", "to_yaml",
+]  # fmt: skip

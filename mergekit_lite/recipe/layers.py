@@ -46,19 +46,12 @@ class Input(NamedTuple):
 
 
 class Output(NamedTuple):
-    """A tensor of the output.
+    """A tensor of the output."""
 
-    Attributes:
-        spot: its name and layer in the output.
-        part: which slice it is from.
-        t: where it stands along the gradients of its slice.
-        inputs: what it is made of, in the order of the slice's sources; a source without such a tensor is left out.
-    """
-
-    spot: Spot
-    part: int
-    t: Fraction
-    inputs: tuple[Input, ...]
+    spot: Spot  # its name and layer in the output
+    part: int  # which slice it is from
+    t: Fraction  # where it stands along the gradients of its slice
+    inputs: tuple[Input, ...]  # in the order of the slice's sources; a source without such a tensor is left out
 
 
 class Outputs(NamedTuple):
@@ -93,20 +86,17 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
 
 @cache
 def depth(layer: int, layers: int) -> Fraction:
-    """Return t of one layer of several."""
+    """Return t of one layer of ``layers``."""
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
 
 
 def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]], first: str | None = None) -> Outputs:
-    """Return what each tensor of the output is made of.
+    """Return what each tensor of the output of a recipe's slices is made of.
 
-    Args:
-        slices: of a recipe.
-        names: each model's tensors, by its reference.
-        first: the model whose tensors come first, where layers are not moved; by default the base, else the first one.
+    ``names`` has each model's tensors, by its reference. The tensors of the model ``first`` come first where layers are
+    not moved; by default those of the base, else of the first model.
     """
-    whole = all(source.layers is None for part in slices for source in part.sources)
-    if whole and len(slices) == 1:
+    if len(slices) == 1 and slices[0].is_whole:
         return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model)
     return _stacked(slices, names)
 
@@ -154,12 +144,9 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
     known = {model: each for model, each in layered.items() if each is not None}
     for part in slices:
         problems += filter(None, [part.uneven])
-        problems += [
-            problem
-            for source in part.sources
-            if source.model in known
-            for problem in _beyond(source, known[source.model])
-        ]
+        for source in part.sources:
+            if source.model in known:
+                problems += _beyond(source, known[source.model])
     named = {each.stack for each in known.values()}
     if len(named) > 1:
         listed = ", ".join(f"{each.stack} in {model}" for model, each in known.items())
@@ -170,20 +157,16 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
     tensors = _outside(slices[0], 0, known, behind=False)
     total = 0
     for number, part in enumerate(slices):
-        starts = [source.layers[0] if source.layers else 0 for source in part.sources]
-        length = _length(part.sources[0], known)
+        ranges = [_range(source, known[source.model]) for source in part.sources]
+        length = ranges[0][1] - ranges[0][0]
         for layer in range(length):
             rests: dict[str, list[Input]] = {}
             for index, source in enumerate(part.sources):
-                at = starts[index] + layer
+                at = ranges[index][0] + layer
                 for rest in known[source.model].layers[at]:
                     rests.setdefault(rest, []).append(Input(index, Spot(_name(stack, at, rest), at)))
-            tensors += [
-                Output(
-                    Spot(_name(stack, total + layer, rest), total + layer), number, depth(layer, length), tuple(into)
-                )
-                for rest, into in rests.items()
-            ]
+            t, at = depth(layer, length), total + layer
+            tensors += [Output(Spot(_name(stack, at, rest), at), number, t, tuple(of)) for rest, of in rests.items()]
         total += length
     tensors += _outside(slices[-1], len(slices) - 1, known, behind=True)
     return Outputs(tuple(tensors), total, ())
@@ -193,8 +176,8 @@ def _name(stack: str, layer: int, rest: str) -> str:
     return f"{stack}.{layer}.{rest}" if stack else f"{layer}.{rest}"
 
 
-def _length(source: Source, known: Mapping[str, _Layered]) -> int:
-    return source.layers[1] - source.layers[0] if source.layers else len(known[source.model].layers)
+def _range(source: Source, layered: _Layered) -> tuple[int, int]:
+    return source.layers or (0, len(layered.layers))
 
 
 def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered | None:
@@ -217,17 +200,15 @@ def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered 
 
 
 def _beyond(source: Source, layered: _Layered) -> list[str]:
-    start, end = source.layers or (0, len(layered.layers))
+    start, end = _range(source, layered)
+    layer_range = f"line {source.at.line}: layer_range [{start}, {end}]"
     if start >= end:
-        return [f"line {source.at.line}: layer_range [{start}, {end}] of {source.model} is empty"]
-    if end > len(layered.layers):
-        has = f"{source.model} has {counted(len(layered.layers), 'layer')}"
-        return [f"line {source.at.line}: layer_range [{start}, {end}] goes too far, {has}"]
-    return []
+        return [f"{layer_range} of {source.model} is empty"]
+    number = len(layered.layers)
+    return [f"{layer_range} goes too far, {source.model} has {counted(number, 'layer')}"] if end > number else []
 
 
 def _outside(part: Slice, number: int, known: Mapping[str, _Layered], behind: bool) -> list[Output]:
-    """Return the tensors before the layers or behind them, of one slice."""
     having: dict[str, list[Input]] = {}
     for index, source in enumerate(part.sources):
         for name in known[source.model].others:

@@ -28,34 +28,27 @@ SHORTEST_TEMPLATE = 20  # characters
 
 @dataclass(frozen=True)
 class Source:
-    """One model that goes into a slice.
+    """One model that goes into a slice."""
 
-    Attributes:
-        model: its reference.
-        layers: the first layer and the one behind the last, or None for all.
-        parameters: for this model alone.
-    """
-
-    model: str
-    layers: tuple[int, int] | None = None
-    parameters: Parameters = field(default_factory=dict)
+    model: str  # its reference
+    layers: tuple[int, int] | None = None  # the first layer and the one behind the last, or None for all
+    parameters: Parameters = field(default_factory=dict)  # for this model alone
     at: Mark = field(default=NOWHERE, compare=False)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of layers of the output, and what it is merged from.
+    """A run of layers of the output, and what it is merged from."""
 
-    Attributes:
-        sources: the inputs, in the order of the recipe.
-        base: which of them is the base model, if one is.
-        parameters: for this slice.
-    """
-
-    sources: tuple[Source, ...]
-    base: int | None = None
-    parameters: Parameters = field(default_factory=dict)
+    sources: tuple[Source, ...]  # the inputs, in the order of the recipe
+    base: int | None = None  # which of them is the base model, if one is
+    parameters: Parameters = field(default_factory=dict)  # for this slice
     at: Mark = field(default=NOWHERE, compare=False)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers of each model go in."""
+        return all(source.layers is None for source in self.sources)
 
     @property
     def uneven(self) -> str | None:
@@ -124,7 +117,6 @@ class Recipe:
     at: Mark = field(default=NOWHERE, compare=False)
 
     def __post_init__(self) -> None:
-        """Check what can be checked without methods and models."""
         if problems := list(dict.fromkeys(_problems(self))):
             raise UsageError(listing("The recipe is wrong", problems) if len(problems) > 1 else problems[0])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
@@ -21,29 +20,12 @@ from mergekit_lite.recipe.rules import Filter, Parameters, Spot, along, rule_for
 from mergekit_lite.yaml_document import Remark, Value
 
 
-class _Asked(NamedTuple):
-    """A parameter of a method for a tensor; of one model, where each has its own."""
-
-    method: str
-    key: str
-    parameter: Parameter
-    spot: Spot
-    model: str | None = None
-
-
 class Numbers(NamedTuple):
-    """The method and the values that one tensor is made with.
-
-    Attributes:
-        merge_method: by which method.
-        shared: the values that hold for all models.
-        per_model: the values of each input, in the order of the output's inputs; none of a base that is no model to
-            merge.
-    """
+    """The method and the values that one tensor is made with."""
 
     merge_method: str
-    shared: Mapping[str, Value | None]
-    per_model: tuple[Mapping[str, Value | None], ...]
+    shared: Mapping[str, Value | None]  # what holds for all models
+    per_model: tuple[Mapping[str, Value | None], ...]  # by the output's inputs; empty for a base that isn't merged
 
 
 class Resolved(NamedTuple):
@@ -55,12 +37,7 @@ class Resolved(NamedTuple):
 
 
 def resolve(recipe: Recipe, outputs: Sequence[Output]) -> Resolved:
-    """Return the numbers of all tensors.
-
-    Args:
-        recipe: the recipe.
-        outputs: its tensors, from ``layers.outputs``.
-    """
+    """Return the numbers of all tensors of a recipe, which are from ``layers.outputs``."""
     resolving = _Resolving(recipe, tuple(_filters(recipe)))
     numbers = tuple(None if recipe.why_copied(output.spot) else resolving.numbers(output) for output in outputs)
     spots = [output.spot for output in outputs]
@@ -90,7 +67,6 @@ class _Resolving:
         return numbers
 
     def matching(self, spot: Spot) -> tuple[bool, ...]:
-        """Return which of the recipe's filters match."""
         if spot not in self.matches:
             self.matches[spot] = tuple([pattern.matches(spot) for pattern in self.filters])
         return self.matches[spot]
@@ -98,44 +74,36 @@ class _Resolving:
     def looked_up(self, output: Output, problems: list[str]) -> Numbers:
         part = self.recipe.slices[output.part]
         override = self.recipe.override_for(output.spot)
-        name = override.merge_method if override else self.recipe.merge_method
-        method = METHODS[name]
+        method = METHODS[override.merge_method if override else self.recipe.merge_method]
         above: list[Parameters] = [override.parameters] if override else []
         below = [part.parameters, self.recipe.parameters]
-        shared = {
-            key: self.value(_Asked(name, key, parameter, output.spot), [*above, *below], output.t, problems)
-            for key, parameter in method.parameters.items()
-            if not parameter.each
-        }
-        per_model = []
-        for index, spot in output.inputs:
-            source = part.sources[index]
-            merged = method.merges_base or index != part.base
-            levels = [*above, source.parameters, *below]
-            per_model.append(
-                {
-                    key: self.value(_Asked(name, key, parameter, spot, source.model), levels, output.t, problems)
-                    for key, parameter in method.parameters.items()
-                    if parameter.each and merged
-                }
-            )
-        return Numbers(name, shared, tuple(per_model))
 
-    def value(self, asked: _Asked, levels: Sequence[Parameters], t: Fraction, problems: list[str]) -> Value | None:
-        method, key, parameter, spot, model = asked
-        rule = rule_for(key, levels, spot)
-        whose = f" of {model}" if model else ""
-        if rule is None:
-            if parameter.required:
-                problems.append(f"no filter gives {method} the parameter {key!r}{whose}")
-            return parameter.default
-        self.used.add(id(rule))
-        value = along(rule.values, t)
-        if isinstance(value, float) and float not in parameter.types and int in parameter.types:
-            if value != int(value):
-                problems.append(f"{rule.at}: {key!r}{whose} is a whole number, and its gradient gives {value:g}")
-            return int(value)
-        return value
+        def value(key: str, parameter: Parameter, levels: list[Parameters], spot: Spot, whose: str) -> Value | None:
+            rule = rule_for(key, levels, spot)
+            if rule is None:
+                if parameter.required:
+                    problems.append(f"no filter gives {method.name} the parameter {key!r}{whose}")
+                return parameter.default
+            self.used.add(id(rule))
+            given = along(rule.values, output.t)
+            if isinstance(given, float) and float not in parameter.types and int in parameter.types:
+                if given != int(given):
+                    problems.append(f"{rule.at}: {key!r}{whose} is a whole number, and its gradient gives {given:g}")
+                return int(given)
+            return given
+
+        shared: dict[str, Value | None] = {}
+        per_model: list[dict[str, Value | None]] = [{} for _ in output.inputs]
+        for key, parameter in method.parameters.items():
+            if not parameter.each:
+                shared[key] = value(key, parameter, [*above, *below], output.spot, "")
+        for own, (index, spot) in zip(per_model, output.inputs, strict=True):
+            source = part.sources[index]
+            levels = [*above, source.parameters, *below]
+            for key, parameter in method.parameters.items():
+                if parameter.each and (method.merges_base or index != part.base):
+                    own[key] = value(key, parameter, levels, spot, f" of {source.model}")
+        return Numbers(method.name, shared, tuple(per_model))
 
     def problems(self) -> Iterator[str]:
         for text, tensors in self.wrong.items():

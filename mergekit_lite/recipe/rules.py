@@ -111,14 +111,12 @@ def along(values: Sequence[Value], t: Fraction) -> Value:
 
 def joined(above: Parameters, below: Parameters) -> Parameters:
     """Return two levels of parameters as one: the rules of the level above go first."""
-    names = dict.fromkeys([*above, *below])
-    return {name: _until_all((*above.get(name, ()), *below.get(name, ()))) for name in names}
-
-
-def _until_all(rules: Rules) -> Rules:
-    """Return the rules without those behind one that matches everything: they are never reached."""
-    reached = next((number for number, rule in enumerate(rules) if rule.filter.matches_all), len(rules))
-    return rules[: reached + 1]
+    levels: dict[str, Rules] = {}
+    for name in dict.fromkeys([*above, *below]):
+        rules = (*above.get(name, ()), *below.get(name, ()))
+        reached = next((number for number, rule in enumerate(rules) if rule.filter.matches_all), len(rules))
+        levels[name] = rules[: reached + 1]  # those behind one that matches everything are never reached
+    return levels
 
 
 def first(rules: Iterable[Rule], spot: Spot) -> Rule | None:

@@ -65,15 +65,7 @@ REFUSED = {
 
 
 def parse(content: str, source: str = "The recipe") -> Recipe:
-    """Return the recipe in a YAML text.
-
-    Args:
-        content: the text.
-        source: where the text is from, for messages.
-
-    Raises:
-        RecipeError: with every problem and its place.
-    """
+    """Return the recipe in a YAML text. Raises RecipeError with every problem, its place, and the text's ``source``."""
     parser = _Parser()
     root = read(content, source)
     if not isinstance(root, Fields):
@@ -101,19 +93,16 @@ class _Parser:
         parts = fields(root, "the recipe", KEYS, self.problems, self.misplaced | REFUSED)
         main = self.method(parts.get("merge_method"), root.at)
         self.base = self.base_model(parts)
-        overridden = items(parts.get("overrides"), "overrides", self.problems)
-        overrides = [self.override(node, main) for node in overridden]
-        named = {main, *(override.merge_method for override, _ in overrides)}
-        self.used = tuple(dict.fromkeys([main, *(o.merge_method for o, _ in overrides)])) if "" not in named else ()
+        listed = items(parts.get("overrides"), "overrides", self.problems)
+        overrides = [self.override(node, main) for node in listed]
+        named = tuple(dict.fromkeys([main, *(override.merge_method for override, _ in overrides)]))
+        self.used = named if "" not in named else ()
         recipe = Recipe(
             main,
             self.slices(parts, root.at),
             self.base,
             self.parameters(parts, self.used),
-            overrides=tuple(
-                replace(override, parameters=self.parameters(keys, (override.merge_method,)))
-                for override, keys in overrides
-            ),
+            overrides=tuple(replace(o, parameters=self.parameters(keys, (o.merge_method,))) for o, keys in overrides),
             include=tuple(self.pattern(node) for node in self.several(parts.get("include"))),
             exclude=tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
             dtype=values.dtype(parts.get("dtype"), "dtype", self.problems),
@@ -145,11 +134,11 @@ class _Parser:
         return ""
 
     def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
-        """Return a reference; empty where it is wrong, None where the key is missing."""
+        """Return a reference: empty where it is wrong, None where the key is missing."""
         return values.reference(parts[name], name, self.problems) if name in parts else None
 
     def base_model(self, parts: Mapping[str, Node]) -> str | None:
-        """Return the base, which can't be a task vector; empty where it is wrong, None where the key is missing."""
+        """Return the base like other references; it can't be a task vector."""
         name = self.reference(parts, "base_model")
         if name is not None and name.startswith(VECTORS):
             self.problems.append(Remark(parts["base_model"].at, f"base_model {name!r} is a task vector, not a model"))
@@ -244,7 +233,6 @@ class _Parser:
         return by_name
 
     def refusal(self, name: str, methods: tuple[str, ...], model: str | None, base: bool) -> str:
-        """Return why a parameter can't stand where it does."""
         who = " and ".join(methods)
         verb = "takes" if len(methods) == 1 else "take"
         known = [METHODS[method].parameters for method in methods]
@@ -271,12 +259,12 @@ class _Parser:
 
     def pattern(self, node: Node) -> Filter:
         """Return the filter of an entry of ``include`` or ``exclude``."""
-        if isinstance(node, Fields):
-            parts = fields(node, "a filter", ("filter", "layers"), self.problems)
-            if not parts:
-                self.problems.append(Remark(node.at, "the filter has neither 'filter' nor 'layers'"))
-            return filter_of(parts, self.problems)
-        return filter_of({"filter": node}, self.problems)
+        if not isinstance(node, Fields):
+            return filter_of({"filter": node}, self.problems)
+        parts = fields(node, "a filter", ("filter", "layers"), self.problems)
+        if not parts:
+            self.problems.append(Remark(node.at, "the filter has neither 'filter' nor 'layers'"))
+        return filter_of(parts, self.problems)
 
     def chosen(self, parts: Mapping[str, Node], name: str, known: tuple[str, ...]) -> str:
         """Return one of the known texts; the first one where the recipe doesn't say."""

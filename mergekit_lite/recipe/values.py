@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
@@ -32,12 +31,7 @@ def fields(
 ) -> dict[str, Node]:
     """Return the values of a mapping by key, without those that are empty.
 
-    Args:
-        node: should be a mapping.
-        what: what it is, for messages: ``a model``.
-        known: the keys it may have.
-        problems: is added to.
-        refused: keys it may not have, with what to say about them.
+    Messages call it ``what`` (``a model``). It may have the keys ``known``; ``refused`` has messages for others.
     """
     known = tuple(known)
     if not isinstance(node, Fields):
@@ -86,23 +80,20 @@ def choice(node: Node, name: str, known: Iterable[str], problems: Remarks) -> st
 
 def layer_range(node: Node, name: str, problems: Remarks) -> tuple[int, int] | None:
     """Return ``[first, end]``, the end not included, or None."""
-    ends = [item.value for item in node.items if isinstance(item, Scalar)] if isinstance(node, Items) else []
+    entries = node.items if isinstance(node, Items) else ()
+    ends = [item.value for item in entries if isinstance(item, Scalar)]
     numbers = [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
-    if not isinstance(node, Items) or len(numbers) != 2 or len(node.items) != 2:
-        got = describe(node) if not isinstance(node, Items) else f"[{', '.join(_brief(item) for item in node.items)}]"
+    if len(numbers) != 2 or len(entries) != 2:
+        listed = [item.text if isinstance(item, Scalar) else describe(item) for item in entries]
+        got = f"[{', '.join(listed)}]" if isinstance(node, Items) else describe(node)
         problems.append(Remark(node.at, f"{name!r} expects two whole numbers, [first, end], got {got}"))
     elif numbers[0] < 0:
         problems.append(Remark(node.at, f"{name!r} starts at {numbers[0]}: layers are counted from 0"))
     elif numbers[0] >= numbers[1]:
-        empty = f"{name!r} [{numbers[0]}, {numbers[1]}] is empty: the end is not included"
-        problems.append(Remark(node.at, empty))
+        problems.append(Remark(node.at, f"{name!r} {numbers} is empty: the end is not included"))
     else:
         return numbers[0], numbers[1]
     return None
-
-
-def _brief(node: Node) -> str:
-    return node.text if isinstance(node, Scalar) else describe(node)
 
 
 def filter_of(entry: Mapping[str, Node], problems: Remarks) -> Filter:
@@ -124,20 +115,14 @@ def filter_of(entry: Mapping[str, Node], problems: Remarks) -> Filter:
 
 def rules(node: Node, name: str, parameter: Parameter, problems: Remarks, notes: Remarks) -> Rules:
     """Return the rules of one parameter."""
-    if isinstance(node, Scalar):
-        return _rule(node, Filter(), name, parameter, problems)
-    if isinstance(node, Fields):
-        return _filtered((node,), name, parameter, problems, notes)
-    if not node.items:
-        problems.append(Remark(node.at, f"{name!r} is an empty list: a gradient has at least one value"))
-        return ()
-    odd = [a for a, b in pairwise(node.items) if isinstance(a, Fields) != isinstance(b, Fields)]
-    if odd:
+    entries = node.items if isinstance(node, Items) else (node,)
+    are_filters = {isinstance(entry, Fields) for entry in entries}
+    if len(are_filters) > 1:
         mixed = f"{name!r} mixes values and filters: a list is a gradient, or its entries have 'filter' and 'value'"
         problems.append(Remark(node.at, mixed))
         return ()
-    if isinstance(node.items[0], Fields):
-        return _filtered(node.items, name, parameter, problems, notes)
+    if True in are_filters:
+        return _filtered(entries, name, parameter, problems, notes)
     return _rule(node, Filter(), name, parameter, problems)
 
 
@@ -182,8 +167,10 @@ def _converted(value: Value | None, parameter: Parameter) -> Value | None:
     if isinstance(value, str):
         if str in types and (not parameter.choices or value in parameter.choices):
             return value
-        written, value = value, _number(value)
-        if value is None:
+        written = value
+        try:
+            value = float(written)
+        except ValueError:
             return {"true": True, "false": False}.get(written.lower()) if bool in types else None
     if value is None or isinstance(value, bool):
         return value if bool in types else None
@@ -194,13 +181,6 @@ def _converted(value: Value | None, parameter: Parameter) -> Value | None:
     if int in types:
         return int(value) if value == int(value) else None
     return bool(value) if bool in types and value in (0, 1) else None
-
-
-def _number(written: str) -> float | None:
-    try:
-        return float(written)
-    except ValueError:
-        return None
 
 
 def reference(node: Node, name: str, problems: Remarks) -> str:
@@ -239,9 +219,8 @@ def dtype(node: Node | None, name: str, problems: Remarks) -> str | None:
     try:
         return dtypes.float_named(written) if written else None
     except UsageError:
-        hint = nearest(written, dtypes.FLOATS)
-        expected = f"{name!r} expects one of {', '.join(dtypes.FLOATS)}, got {describe(node)}.{hint}"
-        problems.append(Remark(node.at, expected))
+        expected = f"{name!r} expects one of {', '.join(dtypes.FLOATS)}, got {describe(node)}."
+        problems.append(Remark(node.at, expected + nearest(written, dtypes.FLOATS)))
         return None
 
 

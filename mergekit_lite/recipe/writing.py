@@ -16,7 +16,7 @@ Data = dict[str, Any]
 
 def as_data(recipe: Recipe) -> Data:
     """Return a recipe of one output in the recipe language, without what is at its default."""
-    whole = len(recipe.slices) == 1 and all(source.layers is None for source in recipe.slices[0].sources)
+    whole = len(recipe.slices) == 1 and recipe.slices[0].is_whole
     of_slice = recipe.slices[0].parameters if whole else {}
     written = {
         "merge_method": recipe.merge_method,
