@@ -111,7 +111,6 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
     """Read the tensors of the head, in float32."""
-
     from mergekit_lite.checkpoint import open_checkpoint
     from mergekit_lite.checkpoint.reader import Reader
 

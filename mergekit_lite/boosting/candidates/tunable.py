@@ -88,7 +88,6 @@ def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
 
 
 def _tunable(text: str) -> Tunable:
-    """Read one ``--tune``. Raises ValueError or UsageError."""
     shape = SHAPE.fullmatch(text)
     if shape is None:
         raise ValueError("expected PATH=LOW:HIGH, for instance parameters.weight=0:1.5 or alpha[filter=mlp]=0:1")

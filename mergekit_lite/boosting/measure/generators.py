@@ -61,10 +61,12 @@ class LocalGenerator(Local):
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The output's tokenizer."""
         return self.resident.tokenizer
 
     @cached_property
     def loaded(self) -> ReadyModel:
+        """The model in this process, ready to answer."""
         loaded = ready(self.resident.model, self.tokenizer, self.sampling)
         # Candidates far out overflow; their answers show it, and the search needn't end.
         loaded.model.generation_config.remove_invalid_values = True

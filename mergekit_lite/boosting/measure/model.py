@@ -103,7 +103,6 @@ def tokenizer_of(plan: Plan) -> Any:
 
 
 def _config(plan: Plan) -> Any:
-    """Return the output's config, as transformers' object."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if plan.source.config is None:

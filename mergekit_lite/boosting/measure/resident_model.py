@@ -43,7 +43,7 @@ class ResidentModel:
         """Set the weights to a candidate's, unless they are.
 
         Args:
-            numbers: the candidate.
+            params: the candidate.
             purpose: the candidate that the time is counted for; by default itself.
 
         Raises:

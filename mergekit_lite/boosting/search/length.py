@@ -1,7 +1,6 @@
 """Gains that are only a matter of length.
 
-Judges and reward models like long answers, and extrapolation makes answers longer: in ExPO's table 4 the raw win rate
-grows more than the length-controlled one for nearly every model. Two figures separate them.
+Judges and reward models like long answers, and extrapolation makes answers longer. Two figures separate them.
 
 ``at_equal_length`` works with any score: the paired differences of the score are regressed on those of the length, and
 the intercept is the gain at equal lengths.
@@ -212,7 +211,7 @@ def _signs(number: int) -> Floats:
 
 
 def _loss(score: Floats, preferred: Floats, weight: Floats) -> float:
-    """Compute the weighted cross-entropy, without overflow."""
+    """Return the weighted cross-entropy, without overflow."""
     return float((weight * (np.logaddexp(0, score) - preferred * score)).sum())
 
 
