@@ -68,7 +68,7 @@ class Gated:
         self.gate = gate
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """Return the score of each conversation; a row's ``prompt`` is everything before the answer."""
+        """Return the score of each conversation of a batch; a row's ``prompt`` is everything before the answer."""
         import torch
 
         from mergekit_lite.answers.logprobs import padded

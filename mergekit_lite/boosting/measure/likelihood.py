@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from xxhash import xxh3_64_hexdigest
 
-from mergekit_lite.answers.likelihood import LogProb, Pair, text_log_probs
+from mergekit_lite.answers.likelihood import Pair, text_log_probs
 from mergekit_lite.answers.rows import Message, read_rows
-from mergekit_lite.answers.template import TemplateError, Tokens
+from mergekit_lite.answers.template import Tokens
 from mergekit_lite.boosting.candidates.candidate import Params, Row
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import NLL, PAIRS
@@ -62,13 +62,8 @@ class PreferenceAccuracy:
                 yield Row(item=item, values=values)
 
     def _sides(self, pair: Pair) -> tuple[Tokens, Tokens] | None:
-        template, most = self.resident.template, self.resident.context
-        try:
-            chosen, rejected = (template.tokens(pair.messages, text) for text in (pair.chosen, pair.rejected))
-        except TemplateError:
-            return None
-        longest = max(sum(map(len, side)) for side in (chosen, rejected))
-        return None if most is not None and longest > most else (chosen, rejected)
+        chosen, rejected = (self.resident.tokens(pair.messages, text) for text in (pair.chosen, pair.rejected))
+        return None if chosen is None or rejected is None else (chosen, rejected)
 
 
 @dataclass(frozen=True)
@@ -94,11 +89,8 @@ class TextLikelihood:
             texts = [self.texts[item] for item in chunk]
             read = text_log_probs(self.resident.model, self.resident.tokenizer, texts, window, self.batch_size)
             for item, likelihood in zip(chunk, read, strict=True):
-                yield Row(item=item, values={NLL: _mean(likelihood)})
-
-
-def _mean(likelihood: LogProb) -> float | None:
-    return likelihood.mean if likelihood.tokens and math.isfinite(likelihood.total) else None
+                known = likelihood.tokens and likelihood.is_finite
+                yield Row(item=item, values={NLL: likelihood.mean if known else None})
 
 
 def _chunks(items: Sequence[str], wanted: frozenset[str]) -> Iterator[list[str]]:

@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.likelihood import LogProb, log_probs
-from mergekit_lite.answers.template import ChatTemplate, Tokens
+from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
 from mergekit_lite.boosting.candidates.candidate import Params, label
 from mergekit_lite.boosting.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
 
 if TYPE_CHECKING:
-    from mergekit_lite.boosting.measure.model import Built
     from mergekit_lite.boosting.measure.weights import Rewritten, Weights
 
 
@@ -60,6 +60,20 @@ class ResidentModel:
         if bad:
             raise NonFiniteError(f"{name}: NaN or infinity in {counted(len(bad), 'tensor')}, first in {bad[0]}.")
 
+    def tokens(self, messages: Sequence[Message], response: str, ended: bool = True) -> Tokens | None:
+        """Return a conversation and the answer to it as tokens, or None where they can't be read.
+
+        The chat template refuses them, they are longer than the model takes, or the answer has no tokens. One that was
+        cut, not ``ended``, has no end of turn.
+        """
+        try:
+            prompt, tokens = self.template.tokens(messages, response)
+        except TemplateError:
+            return None
+        tokens = tokens if ended else tokens[:-1]
+        fits = self.context is None or len(prompt) + len(tokens) <= self.context
+        return Tokens(prompt, tokens) if tokens and fits else None
+
     def log_probs(self, rows: Sequence[Tokens], batch_size: int) -> list[LogProb]:
         """Return the log-probability of each response under the loaded candidate."""
         self._checked  # noqa: B018  (once, with sound weights in the model)
@@ -78,7 +92,7 @@ class ResidentModel:
     @property
     def model(self) -> Any:
         """The model, of transformers."""
-        return self._built.model
+        return self._weights.built.model
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -100,16 +114,11 @@ class ResidentModel:
         return context_of(self.model)
 
     @cached_property
-    def _built(self) -> Built:
-        from mergekit_lite.boosting.measure.model import build
-
-        return build(self.family.plan(self.family.baseline), self.device)
-
-    @cached_property
     def _weights(self) -> Weights:
+        from mergekit_lite.boosting.measure.model import build
         from mergekit_lite.boosting.measure.weights import Weights
 
-        return Weights(self._built, self.device, self.threads)
+        return Weights(build(self.family.plan(self.family.baseline), self.device), self.device, self.threads)
 
     @cached_property
     def _checked(self) -> bool:
