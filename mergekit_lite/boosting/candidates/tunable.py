@@ -126,28 +126,26 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-class PairTuning:
-    """The tuned parameters of two models: alpha, and alphas of filters."""
+def check_pair_tunables(tunables: Sequence[Tunable]) -> None:
+    """Refuse what can't be tuned of two models: all but alpha and alphas of filters.
 
-    def __init__(self, tunables: Sequence[Tunable]) -> None:
-        """Check the tunables. Raises UsageError where one isn't an alpha."""
-        problems = [f"{each.text!r}: {_why_not_of_a_pair(each)}" for each in tunables if _why_not_of_a_pair(each)]
-        if problems:
-            raise UsageError(listing("Not to be tuned without a --recipe", problems))
-        self.tunables = tuple(tunables)
+    Raises:
+        UsageError: some isn't an alpha; the message has each of them.
+    """
+    problems = []
+    for each in tunables:
+        if each.path != ("alpha",):
+            problems.append(f"{each.text!r}: two models have an alpha only")
+        elif each.layers or each.gradient or each.groups:
+            problems.append(f"{each.text!r}: layers, gradient and groups take a recipe (merge_method: expo)")
+    if problems:
+        raise UsageError(listing("Not to be tuned without a --recipe", problems))
 
-    def options(self, params: Mapping[str, float]) -> dict[str, Any]:
-        """Return ``alpha`` and ``alpha_for`` of ``plan_extrapolation``; alpha is 0 where only filters are tuned."""
-        rules = {_pattern(each.filter): params[each.text] for each in self.tunables if each.filter is not None}
-        return {"alpha": params.get("alpha", 0.0), "alpha_for": rules}
 
-
-def _why_not_of_a_pair(tunable: Tunable) -> str:
-    if tunable.path != ("alpha",):
-        return "two models have an alpha only"
-    if tunable.layers or tunable.gradient or tunable.groups:
-        return "layers, gradient and groups take a recipe (merge_method: expo)"
-    return ""
+def alphas_of(tunables: Sequence[Tunable], params: Mapping[str, float]) -> dict[str, Any]:
+    """Return ``alpha`` and ``alpha_for`` of ``plan_extrapolation``; alpha is 0 where only filters are tuned."""
+    rules = {_pattern(each.filter): params[each.text] for each in tunables if each.filter is not None}
+    return {"alpha": params.get("alpha", 0.0), "alpha_for": rules}
 
 
 def _pattern(text: str) -> str:

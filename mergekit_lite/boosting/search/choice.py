@@ -62,7 +62,7 @@ def boost(
 
     Raises:
         MergekitLiteError: the baseline has no score of the deciding scorer.
-        UsageError: the settings name a scorer that gave no scores.
+        UsageError: the settings name a scorer that gave no scores, or the search can't begin.
     """
     searched = _searched(len(study.clusters), settings)
     apart = _flat(study.clusters[searched:])

@@ -93,6 +93,8 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
     gains = {name: interval(paired(values(rows, name), values(base, name)), settings.confidence) for name in scorers}
     lost = guarding.losses({name: gain.mean for name, gain in gains.items()}, settings.limits)
     own = [value for value in values(rows, settings.score).values() if value is not None]
+    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
+    answered = {item: rows[item] for item in both}, {item: base[item] for item in both}
     return Point(
         params=params,
         score=interval(own, settings.confidence),
@@ -101,8 +103,8 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
         guards=guarding.guards(rows, base, settings.score),
         beyond=(*beyond(params, items, study, settings), *lost),
         dropped=dropped,
-        length=_length_effect(rows, base, settings),
-        controlled=_controlled(rows, base, settings.score),
+        length=_length_effect(*answered, settings),
+        controlled=_controlled(*answered, settings.score),
         **study.about(params),
     )
 
@@ -141,9 +143,8 @@ def cluster_means(figures: Mapping[str, float | None]) -> dict[str, float | None
 
 
 def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: Settings) -> LengthEffect | None:
-    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
-    longer = cluster_means({item: float(len(rows[item]["text"]) - len(base[item]["text"])) for item in both})
-    ours, theirs = (values({item: each[item] for item in both}, settings.score) for each in (rows, base))
+    longer = cluster_means({item: float(len(row["text"]) - len(base[item]["text"])) for item, row in rows.items()})
+    ours, theirs = values(rows, settings.score), values(base, settings.score)
     scored = [name for name in longer if ours[name] is not None and theirs[name] is not None]
     gains = paired({name: ours[name] for name in scored}, theirs)
     return at_equal_length(gains, np.array([longer[name] for name in scored], dtype=np.float64), settings.confidence)
@@ -151,9 +152,11 @@ def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: S
 
 def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) -> LengthControlled | None:
     """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
-    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
-    preferred = {item: _preferred(rows[item], base[item], score) for item in both}
-    known = [(value, len(rows[i]["text"]), len(base[i]["text"])) for i, value in preferred.items() if value is not None]
+    known = [
+        (value, len(row["text"]), len(base[item]["text"]))
+        for item, row in rows.items()
+        if (value := _preferred(row, base[item], score)) is not None
+    ]
     return length_controlled(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
