@@ -42,17 +42,11 @@ class Prompts(BaseModel):
 
 @dataclass
 class LoadedPrompts:
-    """The prompts of some sources.
+    """The prompts of some sources."""
 
-    Attributes:
-        prompts: the sound ones, each once, in the order of the data.
-        problems: of the rows that were left out, with their places.
-        repeated: how many rows were left out because an earlier row has the same conversation.
-    """
-
-    prompts: list[Prompt] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    repeated: int = 0
+    prompts: list[Prompt] = field(default_factory=list)  # the sound ones, each once, in the order of the data
+    problems: list[str] = field(default_factory=list)  # of the rows that were left out, with their places
+    repeated: int = 0  # how many rows were left out because an earlier row has the same conversation
 
 
 def load(sources: Iterable[Prompts]) -> LoadedPrompts:
@@ -165,7 +159,6 @@ def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Rows:
 
 
 def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
-    """Return the columns to read. Raises UsageError where none has prompts."""
     if not {names["prompt"], names["messages"]} & set(columns):
         hint = nearest(names["prompt"], columns) or nearest(names["messages"], columns)
         raise UsageError(
@@ -176,7 +169,6 @@ def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -
 
 
 def _prompt(row: _Row, source: Prompts) -> Prompt:
-    """Return a row's prompt. Raises ValueError with the row's fault."""
     messages = _messages(row.values)
     return Prompt(
         id=_plain_text(row.values, "id") or digest_of(messages),

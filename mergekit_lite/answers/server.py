@@ -77,7 +77,7 @@ class Server:
         concurrency: how many requests are open at once.
         timeout: seconds that a request may take.
         retries: how often a request is repeated at most.
-        failures: so far, lost questions by their key; ``stopped`` where the server was given up.
+        failures: lost questions by their key; ``stopped``: the server was given up.
     """
 
     url: str
@@ -154,7 +154,6 @@ class Server:
         return _read(completion)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, unless the server is given up meanwhile."""
         until = time.monotonic() + seconds
         while not self.failures.stopped and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.5))

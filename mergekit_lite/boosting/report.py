@@ -119,7 +119,7 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
     rates, guards = [point.controlled for point in points], [point.guards for point in points]
     shares = ("truncated", "ended", "repetition", "identical", "unchanged", "unscored")
-    columns: list[tuple[str, list[Text]]] = [
+    columns: list[tuple[str, list[Cell]]] = [
         ("score", [_number(point.score.mean if math.isfinite(point.score.mean) else None, ".4g") for point in points]),
         ("gain", [_gain(None), *(_gain(point.gain) for point in points[1:])]),
         ("items", [Cell(f"{point.gain.items:,}", point.gain.items) for point in points]),
@@ -135,12 +135,12 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
         ("effective alpha", [_number(point.facts.get("effective"), ".3g") for point in points]),
         ("seconds", [_number(point.seconds or None, ",.0f") for point in points]),
     ]
-    shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]  # type: ignore[union-attr]
+    shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]
     names = [point.name for point in (result.baseline, *result.points)]
     names += [f"{result.held_out.name}, held out"] if result.held_out else []
-    shown.insert(0, ("verdict", [_state(result, point) for point in points]))
-    heads = ["candidate", *(head for head, _ in shown)]
-    return heads, [[name, *row] for name, *row in zip(names, *(cells for _, cells in shown), strict=True)]
+    verdicts = [_state(result, point) for point in points]
+    heads = ["candidate", "verdict", *(head for head, _ in shown)]
+    return heads, [list(row) for row in zip(names, verdicts, *(cells for _, cells in shown), strict=True)]
 
 
 def _state(result: Result, point: Point) -> str:

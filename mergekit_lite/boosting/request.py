@@ -87,34 +87,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can be carried out.
-
-    Attributes:
-        family: of all candidates.
-        scores: of the candidates; the first one decides.
-        prompts: to answer.
-        pairs: of preference, by item.
-        texts: to read, by item.
-        search: its name.
-        searcher: begins the search, once the folder exists.
-        settings: how candidates are judged.
-        portion: answers that are made before the next ones are begun; see ``looks.portion``.
-        device: of the model.
-        notes: remarks for the user.
-    """
+    """A request that can be carried out."""
 
     request: Request
-    family: Family
-    scores: tuple[ScoreSpec, ...]
-    prompts: tuple[Prompt, ...]
-    pairs: Mapping[str, Pair]
-    texts: Mapping[str, str]
-    search: str
-    searcher: Searcher
-    settings: Settings
-    portion: int
-    device: str
-    notes: tuple[str, ...]
+    family: Family  # of all candidates
+    scores: tuple[ScoreSpec, ...]  # of the candidates; the first one decides
+    prompts: tuple[Prompt, ...]  # to answer
+    pairs: Mapping[str, Pair]  # of preference, by item
+    texts: Mapping[str, str]  # to read, by item
+    search: str  # its name
+    searcher: Searcher  # begins the search, once the folder exists
+    settings: Settings  # how candidates are judged
+    portion: int  # answers that are made before the next ones are begun; see ``looks.portion``
+    device: str  # of the model
+    notes: tuple[str, ...]  # remarks for the user
 
     def identity(self) -> dict[str, Any]:
         """Return all that a row depends on except the candidate's params; one study has one identity."""

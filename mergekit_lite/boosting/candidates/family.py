@@ -21,17 +21,11 @@ UNWRITTEN = Path("boosted")  # the output in the plans of candidates that aren't
 
 
 class Family(Protocol):
-    """Makes plans of params.
+    """Makes plans of params."""
 
-    Attributes:
-        ranges: the bounds of each parameter, by name.
-        baseline: the params that the others are compared with.
-        opened: the inputs by their references.
-    """
-
-    ranges: Mapping[str, Range]
-    baseline: Params
-    opened: Mapping[str, Checkpoint]
+    ranges: Mapping[str, Range]  # the bounds of each parameter, by name
+    baseline: Params  # the params that the others are compared with
+    opened: Mapping[str, Checkpoint]  # the inputs by their references
 
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan a candidate.

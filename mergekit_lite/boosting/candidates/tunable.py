@@ -40,25 +40,15 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Tunable:
-    """One ``--tune``.
+    """One ``--tune``."""
 
-    Attributes:
-        text: the part before the equals sign.
-        path: keys and, in lists, numbers.
-        range: of each number.
-        filter: which tensors, by name; None for all.
-        layers: the first, and the one after the last; None for all.
-        gradient: how many numbers a gradient along the layers has; 0 for no gradient.
-        groups: how many runs of layers have a number each; 0 for no groups.
-    """
-
-    text: str
-    path: tuple[str, ...]
-    range: Range
-    filter: str | None = None
-    layers: tuple[int, int] | None = None
-    gradient: int = 0
-    groups: int = 0
+    text: str  # the part before the equals sign
+    path: tuple[str, ...]  # keys and, in lists, numbers
+    range: Range  # of each number
+    filter: str | None = None  # which tensors, by name; None for all
+    layers: tuple[int, int] | None = None  # the first, and the one after the last; None for all
+    gradient: int = 0  # how many numbers a gradient along the layers has; 0 for no gradient
+    groups: int = 0  # how many runs of layers have a number each; 0 for no groups
 
     @property
     def names(self) -> list[str]:
@@ -203,7 +193,6 @@ class RecipeTuning:
         within[last] = entries[0]["value"] if list(entries[0]) == ["value"] else [*entries, *_beyond(old, entries)]
 
     def _entries(self, tunable: Tunable, numbers: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Yield the numbers as entries of a recipe: with filters, layers, gradients."""
         if tunable.groups:
             if self.layers is None or self.layers < tunable.groups:
                 many = "are not known" if self.layers is None else f"are only {self.layers}"
@@ -221,7 +210,6 @@ class RecipeTuning:
 
 
 def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:
-    """Return the recipe's own entries, except those that the new entries replace."""
     if old is None:
         return []
     parts = old if isinstance(old, list) and old and isinstance(old[0], dict) else [old]

@@ -90,25 +90,15 @@ class Likelihoods:
 
 @dataclass
 class Answering:
-    """Measures candidates by their answers.
+    """Measures candidates by their answers."""
 
-    Attributes:
-        prompts: what is asked.
-        samples: answers to each.
-        seed: of the draws.
-        generator: of the answers.
-        scorers: of the answers.
-        likelihoods: of the answers under candidate and baseline; None where no model is in this process.
-        chunk: answers that are scored at once, no fewer than are generated at once.
-    """
-
-    prompts: Sequence[Prompt]
-    samples: int
-    seed: int
-    generator: LocalGenerator | ServerGenerator
-    scorers: Sequence[Scorer]
-    likelihoods: Likelihoods | None = None
-    chunk: int = CHUNK
+    prompts: Sequence[Prompt]  # what is asked
+    samples: int  # answers to each
+    seed: int  # of the draws
+    generator: LocalGenerator | ServerGenerator  # of the answers
+    scorers: Sequence[Scorer]  # of the answers
+    likelihoods: Likelihoods | None = None  # of the answers; None where no model is in this process
+    chunk: int = CHUNK  # answers that are scored at once, no fewer than are generated at once
 
     @property
     def items(self) -> list[str]:

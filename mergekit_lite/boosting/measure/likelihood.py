@@ -146,7 +146,6 @@ def _item(kind: str, given: object, content: object) -> str:
 
 
 def _first(path: Path, what: str, rows: dict[str, Any], problems: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Return the first ``limit`` rows. Raises UsageError for problems, or no rows."""
     if problems:
         raise UsageError(listing(f"{path} has rows that are no {what}", problems))
     if not rows:
@@ -155,7 +154,6 @@ def _first(path: Path, what: str, rows: dict[str, Any], problems: Sequence[str],
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    """Read a row. Raises ValueError with its fault."""
     chosen, before = _response(row, "chosen")
     rejected, also_before = _response(row, "rejected")
     messages = _messages(row) or before
@@ -169,7 +167,6 @@ def _pair(row: Mapping[str, Any]) -> Pair:
 
 
 def _response(row: Mapping[str, Any], key: str) -> tuple[str, tuple[Message, ...] | None]:
-    """Return a response, and the conversation before it where the row has one."""
     given = row.get(key)
     if isinstance(given, str) and given.strip():
         return given, None

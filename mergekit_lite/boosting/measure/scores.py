@@ -23,21 +23,13 @@ HARNESS: dict[str, type] = {"name": str, "metric": str, "include": str, "limit":
 
 
 class ScoreSpec(NamedTuple):
-    """One ``--score``.
+    """One ``--score``."""
 
-    Attributes:
-        kind: one of ``forms()``.
-        name: of the score in the rows.
-        target: the model, function, file or task; empty where the kind has none.
-        settings: of the harness.
-        scorer: the settings of a scorer of answers; None for the other kinds.
-    """
-
-    kind: str
-    name: str
-    target: str = ""
-    settings: tuple[tuple[str, Any], ...] = ()
-    scorer: ScorerSettings | None = None
+    kind: str  # one of ``forms()``
+    name: str  # of the score in the rows
+    target: str = ""  # the model, function, file or task; empty where the kind has none
+    settings: tuple[tuple[str, Any], ...] = ()  # of the harness
+    scorer: ScorerSettings | None = None  # the settings of a scorer of answers; None for the other kinds
 
     @property
     def of_answers(self) -> bool:

@@ -25,23 +25,14 @@ Searcher = Callable[[Same], Search]
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        settings: how candidates were judged.
-        baseline: on the items of the search.
-        points: the candidates in the order they were tried.
-        picked: the candidate that the search prefers; None where none beats the baseline.
-        held_out: the picked candidate on held-out items; None where no item was held out, or nothing was picked.
-        chosen: the params to write a model with; None where no candidate helps.
-    """
-
-    settings: Settings
-    baseline: Point
-    points: tuple[Point, ...]
-    picked: Point | None
-    held_out: Point | None
-    chosen: Params | None
+    settings: Settings  # how candidates were judged
+    baseline: Point  # on the items of the search
+    points: tuple[Point, ...]  # the candidates in the order they were tried
+    picked: Point | None  # the candidate that the search prefers; None where none beats the baseline
+    held_out: Point | None  # the picked candidate on held-out items; None where none was held out, or nothing picked
+    chosen: Params | None  # the params to write a model with; None where no candidate helps
 
 
 def boost(
@@ -65,7 +56,7 @@ def boost(
         UsageError: the settings name a scorer that gave no scores, or the search can't begin.
     """
     searched = _searched(len(study.clusters), settings)
-    apart = _flat(study.clusters[searched:])
+    apart = list(chain.from_iterable(study.clusters[searched:]))
     contest = Contest(study.clusters[:searched], evaluator, study, settings)
     search = searcher(contest.same)
     contest.measure_baseline()
@@ -102,7 +93,7 @@ class Contest:
     """Candidates measured on common items, and compared."""
 
     def __init__(self, clusters: Sequence[Sequence[str]], evaluator: Evaluator, study: Study, settings: Settings):
-        self.clusters, self.items = clusters, _flat(clusters)
+        self.clusters, self.items = clusters, list(chain.from_iterable(clusters))
         self.evaluator, self.study, self.settings = evaluator, study, settings
         self.points: dict[str, Point] = {}
         self.baseline: Point
@@ -155,14 +146,13 @@ class Contest:
         confidence = shared_confidence(self.settings.confidence, len(sizes))
         why = ""
         for size in sizes:
-            items = _flat(self.clusters[:size])
+            items = list(chain.from_iterable(self.clusters[:size]))
             self.study.measured(params, items, self.evaluator)
             if size < len(self.clusters) and (why := self._hopeless(params, items, confidence)):
                 break
         return point(params, items, self.study, self.settings, why)
 
     def _hopeless(self, params: Params, items: Sequence[str], confidence: float) -> str:
-        """Return why no more of this candidate need be measured, or an empty text."""
         for other in (self.baseline, self.best):
             lost = self._difference(params, other.params, items, confidence)
             if lost.below and lost.items >= FIRST_LOOK:
@@ -193,10 +183,6 @@ class Contest:
             width = max(tried) - min(tried)
             total += ((value - self.settings.baseline[name]) / width) ** 2 if width else 0.0
         return total
-
-
-def _flat(clusters: Sequence[Sequence[str]]) -> list[str]:
-    return list(chain.from_iterable(clusters))
 
 
 def _check_scorers(rows: Mapping[str, Row], settings: Settings) -> None:

@@ -32,17 +32,11 @@ RIDGE = 1e-6
 
 
 class LengthEffect(NamedTuple):
-    """A gain without the part that goes with length.
+    """A gain without the part that goes with length."""
 
-    Attributes:
-        gain: the mean paired difference.
-        at_equal_length: the gain where the answers are as long as the baseline's.
-        longer: the mean difference in length, in characters.
-    """
-
-    gain: Interval
-    at_equal_length: Interval
-    longer: float
+    gain: Interval  # the mean paired difference
+    at_equal_length: Interval  # the gain where the answers are as long as the baseline's
+    longer: float  # the mean difference in length, in characters
 
     @property
     def only_length(self) -> bool:

@@ -25,55 +25,32 @@ from mergekit_lite.boosting.search.study import Study
 
 @dataclass(frozen=True)
 class Settings:
-    """The rules by which candidates are judged.
+    """The rules by which candidates are judged."""
 
-    Attributes:
-        score: the scorer that decides.
-        baseline: the params that candidates must beat.
-        limits: of candidates.
-        confidence: of all intervals.
-        held_out: the share of the items that takes no part in the search.
-        batch: clusters that are measured together; looks and the number of the search's items are multiples of it.
-        stop_early: drop candidates before all items are measured.
-    """
-
-    score: str
-    baseline: Params = field(default_factory=lambda: {"alpha": 0.0})
-    limits: Limits = field(default_factory=Limits)
-    confidence: float = 0.95
-    held_out: float = 0.5
-    batch: int = 1
-    stop_early: bool = True
+    score: str  # the scorer that decides
+    baseline: Params = field(default_factory=lambda: {"alpha": 0.0})  # the params that candidates must beat
+    limits: Limits = field(default_factory=Limits)  # of candidates
+    confidence: float = 0.95  # of all intervals
+    held_out: float = 0.5  # the share of the items that takes no part in the search
+    batch: int = 1  # clusters that are measured together; looks and the search's items are multiples of it
+    stop_early: bool = True  # drop candidates before all items are measured
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured candidate.
-
-    Attributes:
-        score: the mean of the deciding score.
-        gain: its paired difference to the baseline.
-        others: the paired differences of the other scores.
-        guards: figures of its answers.
-        beyond: the limits it passes; empty where it is allowed.
-        dropped: why it was not measured on all items; empty where it was.
-        length: the gain without the part that goes with length; None without answers.
-        controlled: win rates against the baseline; None without answers.
-        facts: from the evaluator, such as the effective alpha.
-        seconds: of measuring.
-    """
+    """A measured candidate."""
 
     params: Params
-    score: Interval
-    gain: Interval
-    others: Mapping[str, Interval]
-    guards: Guards
-    beyond: tuple[str, ...]
-    dropped: str
-    length: LengthEffect | None
-    controlled: LengthControlled | None
-    facts: Mapping[str, Any]
-    seconds: float
+    score: Interval  # the mean of the deciding score
+    gain: Interval  # its paired difference to the baseline
+    others: Mapping[str, Interval]  # the paired differences of the other scores
+    guards: Guards  # figures of its answers
+    beyond: tuple[str, ...]  # the limits it passes; empty where it is allowed
+    dropped: str  # why it was not measured on all items; empty where it was
+    length: LengthEffect | None  # the gain without the part that goes with length; None without answers
+    controlled: LengthControlled | None  # win rates against the baseline; None without answers
+    facts: Mapping[str, Any]  # from the evaluator, such as the effective alpha
+    seconds: float  # of measuring
 
     @property
     def name(self) -> str:
@@ -161,7 +138,6 @@ def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) ->
 
 
 def _preferred(ours: Row, theirs: Row, score: str) -> float | None:
-    """Return the probability that our answer is the better one."""
     if "judged" in ours:
         return ours["judged"]
     a, b = ours["values"].get(score), theirs["values"].get(score)

@@ -25,17 +25,11 @@ ROUND_STEPS = (5.0, 2.5, 1.0)  # times a power of ten
 
 
 class Outcome(NamedTuple):
-    """A candidate's result, as a search is sent it.
+    """A candidate's result, as a search is sent it."""
 
-    Attributes:
-        score: higher is better, 0 as good as the baseline.
-        allowed: within all limits.
-        details: for dashboards, as JSON can hold them.
-    """
-
-    score: float
-    allowed: bool = True
-    details: Mapping[str, Any] = MappingProxyType({})
+    score: float  # higher is better, 0 as good as the baseline
+    allowed: bool = True  # within all limits
+    details: Mapping[str, Any] = MappingProxyType({})  # for dashboards, as JSON can hold them
 
 
 Search = Generator[Params, Outcome, None]
