@@ -31,20 +31,12 @@ SAMPLE = 128  # answers that give a candidate's distance from the baseline to ab
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Computes how likely candidate, baseline and the model before alignment find answers.
+    """Computes how likely candidate, baseline and the model before alignment find answers."""
 
-    Attributes:
-        resident: the model.
-        batch_size: answers that are read at once.
-        weak: params of the model before alignment, where the log-ratio to it is a score.
-        sample: how many of a candidate's answers are compared with the baseline: the first in the common order. That
-            order is random, so they are a fair sample; and they are the same items for all candidates.
-    """
-
-    resident: ResidentModel
-    batch_size: int = 8
-    weak: Params | None = None
-    sample: int = SAMPLE
+    resident: ResidentModel  # the model
+    batch_size: int = 8  # answers that are read at once
+    weak: Params | None = None  # params of the model before alignment, where the log-ratio to it is a score
+    sample: int = SAMPLE  # answers compared with the baseline: the first in the common, random order
 
     def of(self, params: Params, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]) -> list[Row]:
         """Return rows with ``log_prob``, ``aligned_log_prob`` and the log-ratio of each answer, where they are known.

@@ -22,19 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class ResidentModel:
-    """Builds the model when it is first needed, and rewrites its weights from candidate to candidate.
+    """Builds the model when it is first needed, and rewrites its weights from candidate to candidate."""
 
-    Attributes:
-        family: of all candidates.
-        device: of the model and of the arithmetic that sets its weights.
-        threads: of that arithmetic; one for each core by default.
-        seconds: spent on setting weights, by the name of the candidate they were set for.
-        rewritten: the result of setting them, by the same name.
-    """
-
-    family: Family
-    device: str
-    threads: int | None = None
+    family: Family  # of all candidates
+    device: str  # of the model and of the arithmetic that sets its weights
+    threads: int | None = None  # of that arithmetic; one for each core by default
+    # By the name of a candidate: the seconds spent on setting weights for it, and the result of setting its own.
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float), init=False)
     rewritten: dict[str, Rewritten] = field(default_factory=dict, init=False)
     _loaded: str = field(default="", init=False)

@@ -101,17 +101,11 @@ class Judgements(NamedTuple):
 
 
 class LengthControlled(NamedTuple):
-    """Win rates in percent.
+    """Win rates in percent."""
 
-    Attributes:
-        raw: the mean preference.
-        controlled: what it would be at equal length.
-        weights: of length, difficulty (0 where none is given) and model.
-    """
-
-    raw: float
-    controlled: float
-    weights: tuple[float, float, float]
+    raw: float  # the mean preference
+    controlled: float  # what it would be at equal length
+    weights: tuple[float, float, float]  # of length, difficulty (0 where none is given) and model
 
     @property
     def extreme(self) -> bool:
