@@ -253,17 +253,16 @@ def _parent(tree: Tree, path: Sequence[str]) -> tuple[Tree, Any]:
 def plain(node: Node) -> Tree:
     """Return a recipe's tree as dicts, lists and values, without its places in the text."""
     if isinstance(node, Fields):
-        return {key.text: _as_written(value) if key.text == "revision" else plain(value) for key, value in node.entries}
+        # A revision is text: 1e5 is one, though YAML reads a number.
+        return {
+            key.text: value.text if key.text == "revision" and isinstance(value, Scalar) else plain(value)
+            for key, value in node.entries
+        }
     if isinstance(node, Items):
         return [plain(item) for item in node.items]
     assert isinstance(node, Scalar)
     value: Value | None = node.value
     return value
-
-
-def _as_written(node: Node) -> Tree:
-    """Return a revision as text: 1e5 is one, though YAML reads a number."""
-    return node.text if isinstance(node, Scalar) else plain(node)
 
 
 def layers_of(config: Mapping[str, Any] | None) -> int | None:

@@ -85,19 +85,12 @@ def _intercept(moments: Floats) -> Floats:
 
 
 class Judgements(NamedTuple):
-    """A judge's pairwise preferences of one set of answers over the baseline's.
+    """A judge's pairwise preferences of one set of answers over the baseline's."""
 
-    Attributes:
-        preferred: (n,) probability that the answer is better, 0 to 1.
-        length: (n,) characters of the answer.
-        baseline_length: (n,) characters of the baseline's answer.
-        difficulty: (n,) of the instructions; None where it isn't known.
-    """
-
-    preferred: Floats
-    length: Floats
-    baseline_length: Floats
-    difficulty: Floats | None = None
+    preferred: Floats  # (n,) probability that the answer is better, 0 to 1
+    length: Floats  # (n,) characters of the answer
+    baseline_length: Floats  # (n,) characters of the baseline's answer
+    difficulty: Floats | None = None  # (n,) of the instructions; None where it isn't known
 
 
 class LengthControlled(NamedTuple):
