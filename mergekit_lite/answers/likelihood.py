@@ -26,7 +26,7 @@ class LogProb(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model's weights let it be computed."""
+        """Whether it is neither NaN nor infinite."""
         return math.isfinite(self.total)
 
 
