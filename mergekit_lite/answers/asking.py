@@ -25,17 +25,11 @@ class Sampling(BaseModel):
 
 @dataclass(frozen=True)
 class Task:
-    """One answer to ask for.
+    """One answer to ask for."""
 
-    Attributes:
-        prompt: to answer.
-        index: of the answer among those to this prompt, from 0.
-        seed: of the draw.
-    """
-
-    prompt: Prompt
-    index: int
-    seed: int
+    prompt: Prompt  # to answer
+    index: int  # of the answer among those to this prompt, from 0
+    seed: int  # of the draw
 
     @property
     def key(self) -> Key:
@@ -45,17 +39,11 @@ class Task:
 
 @dataclass
 class Failures:
-    """The failures while a model was asked.
+    """The failures while a model was asked."""
 
-    Attributes:
-        retried: how many requests were made again, by reason.
-        lost: why a task got no answer, by its key.
-        stopped: why the model is no longer asked; empty while it is.
-    """
-
-    retried: Counter[str] = field(default_factory=Counter)
-    lost: dict[Any, str] = field(default_factory=dict)
-    stopped: str = ""
+    retried: Counter[str] = field(default_factory=Counter)  # how many requests were made again, by reason
+    lost: dict[Any, str] = field(default_factory=dict)  # why a task got no answer, by its key
+    stopped: str = ""  # why the model is no longer asked; empty while it is
 
 
 class Respondent(Protocol):

@@ -43,7 +43,6 @@ class Ledger(Generic[K]):
         self._take(self.partial)
 
     def __contains__(self, key: K) -> bool:
-        """Return whether a row of this key is stored."""
         return key in self._places
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.answers.rows import Message
@@ -22,6 +23,11 @@ class LogProb(NamedTuple):
     def mean(self) -> float:
         """The mean log-probability of a token."""
         return self.total / self.tokens
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is neither NaN nor infinite."""
+        return math.isfinite(self.total)
 
 
 class Pair(NamedTuple):
@@ -44,16 +50,21 @@ def log_probs(model: PreTrainedModel, rows: Sequence[Tokens], batch_size: int = 
 
     from mergekit_lite.answers.logprobs import padded, response_log_probs
 
-    order = sorted(range(len(rows)), key=lambda place: -sum(map(len, rows[place])))
     by_place: dict[int, LogProb] = {}
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches(rows, batch_size):
             batch = padded([rows[place] for place in places], device=model.device)
             responses = response_log_probs(model, batch)
             values = zip(responses.sums.double().tolist(), responses.lengths.tolist(), strict=True)
             by_place |= {place: LogProb(*value) for place, value in zip(places, values, strict=True)}
     return [by_place[place] for place in range(len(rows))]
+
+
+def batches(rows: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
+    """Yield the places of the rows batch by batch, the longest first, so that those of a batch have similar lengths."""
+    order = sorted(range(len(rows)), key=lambda place: -sum(map(len, rows[place])))
+    for start in range(0, len(rows), batch_size):
+        yield order[start : start + batch_size]
 
 
 def text_log_probs(

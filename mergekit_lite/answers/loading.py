@@ -20,15 +20,10 @@ SERVE = "serve it, and name the `server`."
 
 
 class Placed(NamedTuple):
-    """The device and dtype of a model.
+    """The device and dtype of a model."""
 
-    Attributes:
-        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. None leaves it to the trainer.
-        dtype: auto is that of the model's folder.
-    """
-
-    device: str | None
-    dtype: torch.dtype | Literal["auto"]
+    device: str | None  # cpu, cuda, cuda:1 …, or auto: spread over all GPUs. None leaves it to the trainer.
+    dtype: torch.dtype | Literal["auto"]  # auto is that of the model's folder
 
 
 def placed(device: str | None, dtype: Dtype | None) -> Placed:

@@ -37,26 +37,16 @@ class Local:
 
     Answers are drawn batch by batch, each batch with its own seed. Batches are cut from all tasks, so an answer depends
     on the tasks, the batch size and the machine, not on where a run was stopped.
-
-    Attributes:
-        name: of the source.
-        path: a folder, or org/name on the hub. Code in it is never run.
-        sampling: how answers are drawn.
-        system: a system prompt put before each conversation.
-        batch_size: how many answers are generated at once.
-        device: cpu, cuda, cuda:1 …, or auto: spread over all GPUs. By default the first GPU, else the CPU.
-        dtype: float32, bfloat16 or float16; by default float32 on a CPU, else the model's own.
-        failures: so far.
     """
 
-    name: str
-    path: str
-    sampling: Sampling
-    system: str | None = None
-    batch_size: int = 16
-    device: str | None = None
-    dtype: Dtype | None = None
-    failures: Failures = field(default_factory=Failures, init=False)
+    name: str  # of the source
+    path: str  # a folder, or org/name on the hub. Code in it is never run.
+    sampling: Sampling  # how answers are drawn
+    system: str | None = None  # a system prompt put before each conversation
+    batch_size: int = 16  # how many answers are generated at once
+    device: str | None = None  # cpu, cuda, cuda:1 …, or auto: all GPUs. By default the first GPU, else the CPU.
+    dtype: Dtype | None = None  # float32, bfloat16 or float16; by default float32 on a CPU, else the model's own
+    failures: Failures = field(default_factory=Failures, init=False)  # so far
     _prompts: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
     _refused: dict[str, str] = field(default_factory=dict, init=False)  # reasons, by prompt
 

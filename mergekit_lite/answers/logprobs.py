@@ -31,17 +31,11 @@ CHECKED_TOKENS = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Token sequences, padded on the right.
+    """Token sequences, padded on the right."""
 
-    Attributes:
-        input_ids: (B, T) int64.
-        attention_mask: (B, T) int64; 0 at padding.
-        responses: (B, T) bool; True at the tokens of the responses.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    responses: Tensor
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64; 0 at padding
+    responses: Tensor  # (B, T) bool; True at the tokens of the responses
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from xxhash import xxh3_64_hexdigest
@@ -42,17 +42,11 @@ class Prompts(BaseModel):
 
 @dataclass
 class LoadedPrompts:
-    """The prompts of some sources.
+    """The prompts of some sources."""
 
-    Attributes:
-        prompts: the sound ones, each once, in the order of the data.
-        problems: of the rows that were left out, with their places.
-        repeated: how many rows were left out because an earlier row has the same conversation.
-    """
-
-    prompts: list[Prompt] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    repeated: int = 0
+    prompts: list[Prompt] = field(default_factory=list)  # the sound ones, each once, in the order of the data
+    problems: list[str] = field(default_factory=list)  # of the rows that were left out, with their places
+    repeated: int = 0  # how many rows were left out because an earlier row has the same conversation
 
 
 def load(sources: Iterable[Prompts]) -> LoadedPrompts:
@@ -65,22 +59,22 @@ def load(sources: Iterable[Prompts]) -> LoadedPrompts:
     asked: set[str] = set()
     places: dict[str, str] = {}  # of each id
     for source in sources:
-        for row in _rows(source, loaded.problems):
+        for values, place in _rows(source, loaded.problems):
             try:
-                prompt = _prompt(row, source)
+                prompt = _prompt(values, source.domain)
             except ValueError as error:
-                loaded.problems.append(f"{row.place}: {error}")
+                loaded.problems.append(f"{place}: {error}")
                 continue
             digest = digest_of(prompt.messages)
             if digest in asked:
                 loaded.repeated += 1
             elif prompt.id in places:
                 loaded.problems.append(
-                    f"{row.place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {places[prompt.id]}"
+                    f"{place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {places[prompt.id]}"
                 )
             else:
                 asked.add(digest)
-                places[prompt.id] = row.place
+                places[prompt.id] = place
                 loaded.prompts.append(prompt)
     return loaded
 
@@ -106,18 +100,14 @@ def from_row(row: Mapping[str, Any]) -> Prompt:
     )
 
 
-class _Row(NamedTuple):
-    values: Mapping[Column, Any]
-    place: str  # file and line
-
-
-def _rows(source: Prompts, problems: list[str]) -> Iterator[_Row]:
+def _rows(source: Prompts, problems: list[str]) -> Iterator[tuple[Mapping[Column, Any], str]]:
+    """Yield the values of each row by our names, and its place: file and line."""
     names: dict[Column, str] = {column: source.columns.get(column, column) for column in COLUMNS}
     rows = _of_file(source.path, names, problems) if source.path else _of_dataset(source, names)
     for number, (row, place) in enumerate(rows):
         if number == source.limit:
             return
-        yield _Row({column: row[name] for column, name in names.items() if row.get(name) is not None}, place)
+        yield {column: row[name] for column, name in names.items() if row.get(name) is not None}, place
 
 
 Rows = Iterator[tuple[Mapping[str, Any], str]]  # each with its place
@@ -165,7 +155,6 @@ def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Rows:
 
 
 def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
-    """Return the columns to read. Raises UsageError where none has prompts."""
     if not {names["prompt"], names["messages"]} & set(columns):
         hint = nearest(names["prompt"], columns) or nearest(names["messages"], columns)
         raise UsageError(
@@ -175,15 +164,14 @@ def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -
     return [name for name in columns if name in names.values()]
 
 
-def _prompt(row: _Row, source: Prompts) -> Prompt:
-    """Return a row's prompt. Raises ValueError with the row's fault."""
-    messages = _messages(row.values)
+def _prompt(values: Mapping[Column, Any], domain: str) -> Prompt:
+    messages = _messages(values)
     return Prompt(
-        id=_plain_text(row.values, "id") or digest_of(messages),
+        id=_plain_text(values, "id") or digest_of(messages),
         messages=messages,
-        domain=_plain_text(row.values, "domain") or source.domain,
-        reference=_plain_text(row.values, "reference"),
-        tests=_tests(row.values.get("tests", ())),
+        domain=_plain_text(values, "domain") or domain,
+        reference=_plain_text(values, "reference"),
+        tests=_tests(values.get("tests", ())),
     )
 
 

@@ -22,21 +22,13 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation for a model to answer.
+    """A conversation for a model to answer."""
 
-    Attributes:
-        id: unique among the prompts; a digest of the messages where the data have no id.
-        messages: the conversation so far; the last one is the user's.
-        domain: chooses rules and scorers: ``instruction``, ``maths``, ``code``; empty where the data have none.
-        reference: the right answer, if it is known.
-        tests: Python programs that an answer's code has to pass.
-    """
-
-    id: str
-    messages: tuple[Message, ...]
-    domain: str = ""
-    reference: str | None = None
-    tests: tuple[str, ...] = ()
+    id: str  # unique among the prompts; a digest of the messages where the data have no id
+    messages: tuple[Message, ...]  # the conversation so far; the last one is the user's
+    domain: str = ""  # chooses rules and scorers: ``instruction``, ``maths``, ``code``; empty where the data have none
+    reference: str | None = None  # the right answer, if it is known
+    tests: tuple[str, ...] = ()  # Python programs that an answer's code has to pass
 
 
 class Key(NamedTuple):
@@ -48,23 +40,14 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a source.
+    """One answer of a source."""
 
-    Attributes:
-        prompt: the prompt's id.
-        source: the source's name.
-        index: among its answers to this prompt, from 0.
-        text: without special tokens.
-        finish: ``stop`` where the model ended by itself, ``length`` where the limit cut it.
-        tokens: their number, if the source reports it.
-    """
-
-    prompt: str
-    source: str
-    index: int
-    text: str
-    finish: str
-    tokens: int | None = None
+    prompt: str  # the prompt's id
+    source: str  # the source's name
+    index: int  # among its answers to this prompt, from 0
+    text: str  # without special tokens
+    finish: str  # ``stop`` where the model ended by itself, ``length`` where the limit cut it
+    tokens: int | None = None  # their number, if the source reports it
 
     @property
     def key(self) -> Key:

@@ -67,27 +67,16 @@ class Failed(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """A model behind a URL, and the state of asking it.
+    """A model behind a URL, and the state of asking it."""
 
-    Attributes:
-        url: ``http://host:port/v1``.
-        model: the name it is served under.
-        sampling: how answers are drawn.
-        key_variable: the environment variable with the key, if the server needs one.
-        concurrency: how many requests are open at once.
-        timeout: seconds that a request may take.
-        retries: how often a request is repeated at most.
-        failures: so far, lost questions by their key; ``stopped`` where the server was given up.
-    """
-
-    url: str
-    model: str
-    sampling: Sampling
-    key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = 32
-    timeout: float = 600.0
-    retries: int = 8
-    failures: Failures = field(default_factory=Failures)
+    url: str  # ``http://host:port/v1``
+    model: str  # the name it is served under
+    sampling: Sampling  # how answers are drawn
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable with the key, if the server needs one
+    concurrency: int = 32  # how many requests are open at once
+    timeout: float = 600.0  # seconds that a request may take
+    retries: int = 8  # how often a request is repeated at most
+    failures: Failures = field(default_factory=Failures)  # lost questions by their key; ``stopped``: given up
     in_a_row: int = 0  # questions lost since the last reply
 
     async def reply(self, client: AsyncOpenAI, question: Question) -> Reply | None:
@@ -154,7 +143,6 @@ class Server:
         return _read(completion)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, unless the server is given up meanwhile."""
         until = time.monotonic() + seconds
         while not self.failures.stopped and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.5))

@@ -192,7 +192,6 @@ class ChatTemplate:
         return cast(str, text)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        """Tokenize a text without adding special tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@
     search/       which candidates are tried, the study that stores their rows, which one is chosen
     measure/      weights set in place, answers, scores
 
-The search is pure: it yields params and is sent their outcome. The study stores every measured row, so that nothing
-is measured twice. ``search`` and ``measure`` don't know each other: between them is one protocol,
-``candidate.Evaluator``. ``request`` checks a request, ``boosting`` carries it out, ``report`` writes the page.
+The search is pure: it yields params and is sent their outcome. ``search`` and ``measure`` don't know each other:
+between them is one protocol, ``candidate.Evaluator``.
 """

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.engine.schedule import Progress
 
-RECIPE_NAME = "recipe.yml"
-
 
 @dataclass(frozen=True)
 class Boosted:
@@ -117,7 +115,7 @@ def search_and_write(
         evaluator_of(prepared) as evaluator,
         Study(request.folder, prepared.identity(), evaluator.items, request.seed) as study,
     ):
-        result = choice.boost(prepared.new_search(), evaluator, study, prepared.settings, measured)
+        result = choice.boost(prepared.searcher, evaluator, study, prepared.settings, measured)
         about = described(prepared)
         page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:
@@ -202,7 +200,7 @@ def write(prepared: Prepared, params: Params, progress: Progress | None = None) 
     request = prepared.request
     plan = prepared.family.plan(params, request.output)
     if isinstance(prepared.family, RecipeFamily):
-        (request.folder / RECIPE_NAME).write_text(plan.text, encoding="utf-8")
+        (request.folder / "recipe.yml").write_text(plan.text, encoding="utf-8")
     return run(
         plan,
         device=prepared.device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.point import Point
@@ -122,23 +122,20 @@ def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[flo
 
 
 def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
-    """Mark the picked candidate: its gain on held-out items, and at equal length."""
     if result.picked is None:
         return
     place = xs[[point.params for point in points].index(result.picked.params)]
     chosen = "chosen" if result.chosen is not None else "preferred, not confirmed"
     axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=f"{chosen}: {result.picked.name}", zorder=0)
-    shown = [("held out", result.held_out.gain if result.held_out else None, HELD_OUT, 7)]
     effect = (result.held_out or result.picked).length
-    shown.append(("at equal length", effect.at_equal_length if effect else None, EQUAL, 14))
-    for label, gain, colour, aside in shown:
-        if gain is None or not math.isfinite(gain.low):
-            continue
-        ends = [[max(gain.mean - gain.low, 0.0)], [max(gain.high - gain.mean, 0.0)]]
-        bars = axes.errorbar(
-            place, gain.mean, yerr=ends, marker="D", markersize=5, color=colour, capsize=3, label=label
-        )
-        _aside(axes, bars, aside)
+    for label, gain, colour, aside in (
+        ("held out", result.held_out.gain if result.held_out else None, HELD_OUT, 7),
+        ("at equal length", effect.at_equal_length if effect else None, EQUAL, 14),
+    ):
+        if gain is not None and math.isfinite(gain.low):
+            ends = [[max(gain.mean - gain.low, 0.0)], [max(gain.high - gain.mean, 0.0)]]
+            style: Any = {"marker": "D", "markersize": 5, "color": colour, "capsize": 3, "label": label}
+            _aside(axes, axes.errorbar(place, gain.mean, yerr=ends, **style), aside)
 
 
 def _aside(axes: Axes, bars: object, by: int) -> None:
@@ -174,7 +171,6 @@ def _guarded(result: Result) -> bool:
 
 
 def _guards(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
-    """Draw shares of answers, and the growth in length on an axis of its own."""
     for number, share in enumerate(SHARES):
         drawn = [
             (x, 100 * value)

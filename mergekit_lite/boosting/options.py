@@ -130,19 +130,16 @@ def request_of(
     of_pair = {name: given.pop(name, usual) for name, usual in OF_PAIR.items()}
     if sft is not None:
         of_pair["seed"] = given.get("seed", 0)
-    for name in ("tune", "prompts", "limits"):
-        given[name] = tuple(given.get(name, ()))
-    given["prompts"] = tuple(map(Path, given["prompts"]))
-    pairs, study = given.pop("pairs", None), given.pop("study", None)
+    given |= {name: tuple(given.get(name, ())) for name in ("tune", "limits")}
+    paths = {"recipe": recipe, "pairs": given.get("pairs"), "study": given.get("study")}
+    given |= {name: None if path is None else Path(path) for name, path in paths.items()}
     return Request(
         output=Path(output),
         scores=tuple(scores),
         sft=None if sft is None else str(sft),
         aligned=None if aligned is None else str(aligned),
+        prompts=tuple(map(Path, given.pop("prompts", ()))),
         sampling=Sampling(**(SAMPLING.model_dump() | sampling)),
         options={name: value for name, value in of_pair.items() if value and value != OF_PAIR.get(name)},
-        recipe=None if recipe is None else Path(recipe),
-        pairs=None if pairs is None else Path(pairs),
-        study=None if study is None else Path(study),
         **given,
     )

@@ -49,7 +49,8 @@ def write(result: Result, study: Study, about: Mapping[str, str], asked: Mapping
     figures = json.dumps(as_json(result, about), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(study.folder / "boost.json", f"{figures}\n")
     page = study.folder / "report.html"
-    write_text(page, document(_title(result), _sections(result, study, about, asked)))
+    title = f"Boost: {label(result.chosen)}" if result.chosen is not None else "Boost: no candidate helps"
+    write_text(page, document(title, _sections(result, study, about, asked)))
     return page
 
 
@@ -72,10 +73,6 @@ def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
 def _figures(point: Point) -> dict[str, Any]:
     figures: dict[str, Any] = plain(point)
     return {"numbers": figures.pop("params"), **figures}
-
-
-def _title(result: Result) -> str:
-    return f"Boost: {label(result.chosen)}" if result.chosen is not None else "Boost: no candidate helps"
 
 
 def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Markup]:
@@ -120,34 +117,30 @@ def _limits(result: Result) -> Iterator[tuple[str, str]]:
 def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     """Return heads and rows of the table of candidates, without columns that are empty."""
     points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
-    gains = [None, *(point.gain for point in points[1:])]
-    columns: list[tuple[str, list[Text]]] = [
-        ("score", [_mean(point.score) for point in points]),
-        ("gain", [_gain(gain) for gain in gains]),
+    rates, guards = [point.controlled for point in points], [point.guards for point in points]
+    shares = ("truncated", "ended", "repetition", "identical", "unchanged", "unscored")
+    columns: list[tuple[str, list[Cell]]] = [
+        ("score", [_number(point.score.mean if math.isfinite(point.score.mean) else None, ".4g") for point in points]),
+        ("gain", [_gain(None), *(_gain(point.gain) for point in points[1:])]),
         ("items", [Cell(f"{point.gain.items:,}", point.gain.items) for point in points]),
+        *((name, [_gain(None), *(_gain(one.others[name]) for one in points[1:])]) for name in result.baseline.others),
+        ("at equal length", [_gain(point.length and point.length.at_equal_length) for point in points]),
+        ("win rate", [_percent(rate and rate.raw / 100) for rate in rates]),
+        ("length-controlled", [_percent(rate and rate.controlled / 100) for rate in rates]),
+        ("length", [_number(one.length, ".0f") for one in guards]),
+        ("growth", [_number(one.growth, ".2f") for one in guards]),
+        *((name, [_percent(getattr(one, name)) for one in guards]) for name in shares),
+        ("KL", [_kl(one) for one in guards]),
+        ("KL a token", [_number(one.kl_per_token, ".2g") for one in guards]),
+        ("effective alpha", [_number(point.facts.get("effective"), ".3g") for point in points]),
+        ("seconds", [_number(point.seconds or None, ",.0f") for point in points]),
     ]
-    for name in result.baseline.others:
-        columns.append((name, [_gain(None), *(_gain(point.others[name]) for point in points[1:])]))
-    lengths = [point.length.at_equal_length if point.length else None for point in points]
-    columns.append(("at equal length", [_gain(one) for one in lengths]))
-    rates = [point.controlled for point in points]
-    columns.append(("win rate", [_percent(rate and rate.raw / 100) for rate in rates]))
-    columns.append(("length-controlled", [_percent(rate and rate.controlled / 100) for rate in rates]))
-    guards = [point.guards for point in points]
-    columns.append(("length", [_number(one.length, ".0f") for one in guards]))
-    columns.append(("growth", [_number(one.growth, ".2f") for one in guards]))
-    for name in ("truncated", "ended", "repetition", "identical", "unchanged", "unscored"):
-        columns.append((name, [_percent(getattr(one, name)) for one in guards]))
-    columns.append(("KL", [_kl(one) for one in guards]))
-    columns.append(("KL a token", [_number(one.kl_per_token, ".2g") for one in guards]))
-    columns.append(("effective alpha", [_number(point.facts.get("effective"), ".3g") for point in points]))
-    columns.append(("seconds", [_number(point.seconds or None, ",.0f") for point in points]))
-    shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]  # type: ignore[union-attr]
+    shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]
     names = [point.name for point in (result.baseline, *result.points)]
     names += [f"{result.held_out.name}, held out"] if result.held_out else []
-    shown.insert(0, ("verdict", [_state(result, point) for point in points]))
-    heads = ["candidate", *(head for head, _ in shown)]
-    return heads, [[name, *row] for name, *row in zip(names, *(cells for _, cells in shown), strict=True)]
+    verdicts = [_state(result, point) for point in points]
+    heads = ["candidate", "verdict", *(head for head, _ in shown)]
+    return heads, [list(row) for row in zip(names, verdicts, *(cells for _, cells in shown), strict=True)]
 
 
 def _state(result: Result, point: Point) -> str:
@@ -158,7 +151,6 @@ def _state(result: Result, point: Point) -> str:
 
 
 def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator[Markup]:
-    """Show answers side by side: the baseline's, those of the chosen or best candidate, and of one that is too much."""
     shown = {name: study.rows(params, study.items) for name, params in _sampled(result).items()}
     items = [item for item in study.items if all("text" in rows.get(item, {}) for rows in shown.values())][:SAMPLES]
     if not items:
@@ -195,10 +187,6 @@ def _verbatim(name: str, text: str) -> Markup:
     return element(
         "div", element("span", name, class_="soft"), element("pre", shortened(text, SHOWN)), class_="verbatim"
     )
-
-
-def _mean(of: Interval) -> Cell:
-    return _number(of.mean if math.isfinite(of.mean) else None, ".4g")
 
 
 def _gain(of: Interval | None) -> Cell:

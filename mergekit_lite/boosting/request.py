@@ -15,7 +15,6 @@ import xxhash
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
 from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
-from mergekit_lite.boosting.candidates.ranges import Range
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.generators import serve_words
@@ -88,34 +87,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can be carried out.
-
-    Attributes:
-        family: of all candidates.
-        scores: of the candidates; the first one decides.
-        prompts: to answer.
-        pairs: of preference, by item.
-        texts: to read, by item.
-        search: its name.
-        new_search: begins the search, once the folder exists.
-        settings: how candidates are judged.
-        portion: answers that are made before the next ones are begun; see ``looks.portion``.
-        device: of the model.
-        notes: remarks for the user.
-    """
+    """A request that can be carried out."""
 
     request: Request
-    family: Family
-    scores: tuple[ScoreSpec, ...]
-    prompts: tuple[Prompt, ...]
-    pairs: Mapping[str, Pair]
-    texts: Mapping[str, str]
-    search: str
-    new_search: Callable[[], Searcher]
-    settings: Settings
-    portion: int
-    device: str
-    notes: tuple[str, ...]
+    family: Family  # of all candidates
+    scores: tuple[ScoreSpec, ...]  # of the candidates; the first one decides
+    prompts: tuple[Prompt, ...]  # to answer
+    pairs: Mapping[str, Pair]  # of preference, by item
+    texts: Mapping[str, str]  # to read, by item
+    search: str  # its name
+    searcher: Searcher  # begins the search, once the folder exists
+    settings: Settings  # how candidates are judged
+    portion: int  # answers that are made before the next ones are begun; see ``looks.portion``
+    device: str  # of the model
+    notes: tuple[str, ...]  # remarks for the user
 
     def identity(self) -> dict[str, Any]:
         """Return all that a row depends on except the candidate's params; one study has one identity."""
@@ -134,7 +119,7 @@ class Prepared:
             **family,
             "data": xxhash.xxh3_128_hexdigest(json.dumps(data).encode()),
             "scores": json.dumps([scored, settings]),
-            "sampling": self.request.sampling.model_dump(),
+            "sampling": request.sampling.model_dump(),
             "samples": request.samples,
             "seed": request.seed,
             "batch_size": request.batch_size,
@@ -190,9 +175,9 @@ def prepare(request: Request) -> Prepared:
         stop_early=request.stop_early,
     )
     search = request.search or ("bracket" if _can_bracket(family) else "tpe")
-    new_search = _new_search(request, search, family, settings)
+    searcher = _searcher(request, search, family, settings)
     return Prepared(
-        request, family, scores, asked, pairs, texts, search, new_search, settings, together, device, tuple(notes)
+        request, family, scores, asked, pairs, texts, search, searcher, settings, together, device, tuple(notes)
     )
 
 
@@ -215,7 +200,6 @@ def _tunables(request: Request) -> tuple[Tunable, ...]:
 
 
 def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
-    """Name the data and settings that scores need and don't have, and the data that no score uses."""
     kinds = {score.kind for score in scores}
     of_answers = sorted(score.kind for score in scores if score.of_answers)
     problems = []
@@ -269,26 +253,21 @@ def _can_bracket(family: Family) -> bool:
     return isinstance(family, PairFamily) and len(family.ranges) == 1
 
 
-def _new_search(request: Request, kind: str, family: Family, settings: Settings) -> Callable[[], Searcher]:
-    """Return a function that begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
+def _searcher(request: Request, kind: str, family: Family, settings: Settings) -> Searcher:
+    """Return what begins the search. Raises UsageError where it doesn't fit the tuned parameters."""
     if kind == "bracket":
         if not _can_bracket(family):
             raise UsageError("The bracket searches one alpha of a pair. For other numbers take grid, tpe or cmaes.")
         ((name, of),) = family.ranges.items()
         start, step, last = min(request.start, of.high), request.step, request.final_step
-        return lambda: lambda same: bracket(name, start=start, step=step, final_step=last, most=of.high, same=same)
+        return lambda same: bracket(name, start=start, step=step, final_step=last, most=of.high, same=same)
     if kind == "grid":
         values = _grid(request.grid, family)
-        return lambda: lambda same: grid(values)
+        return lambda same: grid(values)
     storage = request.storage or f"sqlite:///{(request.folder / 'study.db').absolute()}"
-
-    def new_search() -> Searcher:
-        search = optuna_search(
-            family.ranges, settings, storage=storage, sampler=kind, trials=request.trials, seed=request.seed
-        )
-        return lambda same: search
-
-    return new_search
+    return lambda same: optuna_search(
+        family.ranges, settings, storage=storage, sampler=kind, trials=request.trials, seed=request.seed
+    )
 
 
 def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, Sequence[float]]:
@@ -297,7 +276,9 @@ def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, S
         raise UsageError(f"--grid {unknown[0]}: is not tuned.{nearest(unknown[0], family.ranges)}")
     values: dict[str, Sequence[float]] = {}
     for name, of in family.ranges.items():
-        usual = GRID if name == "alpha" and isinstance(family, PairFamily) else _even(of)
+        width = (of.high - of.low) / (GRID_POINTS - 1)
+        even = [float(f"{of.low + width * number:.6g}") for number in range(GRID_POINTS)]
+        usual = GRID if name == "alpha" and isinstance(family, PairFamily) else even
         values[name] = given.get(name, usual)
         outside = [value for value in values[name] if not of.low <= value <= of.high]
         if outside:
@@ -305,11 +286,6 @@ def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, S
     if math.prod(map(len, values.values())) > 1000:
         raise UsageError("The grid has more than 1,000 candidates: give fewer values, or take --search tpe.")
     return values
-
-
-def _even(of: Range) -> list[float]:
-    width = (of.high - of.low) / (GRID_POINTS - 1)
-    return [float(f"{of.low + width * number:.6g}") for number in range(GRID_POINTS)]
 
 
 def described(prepared: Prepared) -> dict[str, str]:

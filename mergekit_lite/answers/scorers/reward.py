@@ -11,8 +11,9 @@ products still differs in the last bits with the shape of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
+from mergekit_lite.answers.likelihood import batches
 from mergekit_lite.answers.loading import (
     Dtype,
     Placed,
@@ -50,20 +51,6 @@ class Options(ScorerOptions):
     dtype: Dtype | None = None  # on a CPU float32, else the model's own by default
 
 
-class Head(Protocol):
-    """A model with its head."""
-
-    model: PreTrainedModel
-
-    def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """Return a number for each conversation, read as one batch."""
-
-
-class _Row(NamedTuple):
-    place: int
-    tokens: Tokens
-
-
 @scorer("reward", needs={"model": "MODEL"}, takes=("batch_size",), read_together=True)
 class Reward(Scorer):
     """The reward model's number; no score where its template refuses the conversation or it is too long."""
@@ -84,20 +71,13 @@ class Reward(Scorer):
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
         """Return a score for each answer, in order."""
-        scores: dict[int, Score] = {}
-        rows: list[_Row] = []
-        for place, each in enumerate(judged):
-            tokens = self._tokens(each)
-            if isinstance(tokens, Score):
-                scores[place] = tokens
-            else:
-                rows.append(_Row(place, tokens))
-        rows.sort(key=lambda row: -sum(map(len, row.tokens)))
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            rewards = self._rewards([row.tokens for row in batch])
-            scores |= {row.place: finite(reward) for row, reward in zip(batch, rewards, strict=True)}
-        return [scores[place] for place in range(len(judged))]
+        conversations = [self._tokens(each) for each in judged]
+        rows = [tokens for tokens in conversations if isinstance(tokens, Tokens)]
+        rewards: dict[int, float] = {}
+        for places in batches(rows, self.batch_size):
+            rewards |= zip(places, self._rewards([rows[place] for place in places]), strict=True)
+        scores = (finite(rewards[place]) for place in range(len(rows)))
+        return [next(scores) if isinstance(each, Tokens) else each for each in conversations]
 
     def close(self) -> None:
         """Free the model."""
@@ -140,7 +120,7 @@ class Classifier:
         self.pad: int | None = model.config.get_text_config().pad_token_id
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """Return the logit of each conversation.
+        """Return the logit of each conversation of a batch.
 
         transformers reads the logit at the last token that isn't the configuration's padding token. Where the
         configuration has none, a token that is in none of the rows becomes the padding.
@@ -168,7 +148,7 @@ def _template(path: str) -> ChatTemplate:
     return template
 
 
-def _head(path: str, place: Placed) -> Head:
+def _head(path: str, place: Placed) -> Classifier | armorm.Gated:
     from transformers import AutoModelForSequenceClassification
 
     config = config_of(path, "a reward model")

@@ -34,21 +34,13 @@ TEMPERATURE = 10.0  # the default
 
 
 class Gate(NamedTuple):
-    """The tensors of a head with K objectives over hidden states of size H.
+    """The tensors of a head with K objectives over hidden states of size H."""
 
-    Attributes:
-        objectives: (K, H) float32.
-        transform: (K, K) float32.
-        layers: weights and biases of the gate's linear layers, from H to K.
-        scale: (1,) float32.
-        temperature: of the gate's softmax.
-    """
-
-    objectives: Tensor
-    transform: Tensor
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    scale: Tensor
-    temperature: float
+    objectives: Tensor  # (K, H) float32
+    transform: Tensor  # (K, K) float32
+    layers: tuple[tuple[Tensor, Tensor], ...]  # weights and biases of the gate's linear layers, from H to K
+    scale: Tensor  # (1,) float32
+    temperature: float  # of the gate's softmax
 
     def score(self, last: Tensor, prompt: Tensor) -> Tensor:
         """Return scores (B,) of hidden states (B, H) at the last token and at the prompt's."""
@@ -68,7 +60,7 @@ class Gated:
         self.gate = gate
 
     def rewards(self, rows: Sequence[Tokens]) -> list[float]:
-        """Return the score of each conversation; a row's ``prompt`` is everything before the answer."""
+        """Return the score of each conversation of a batch; a row's ``prompt`` is everything before the answer."""
         import torch
 
         from mergekit_lite.answers.logprobs import padded
@@ -111,7 +103,6 @@ def load(path: str, config: PretrainedConfig, place: Placed) -> Gated:
 
 def _head_tensors(path: str) -> dict[str, Tensor]:
     """Read the tensors of the head, in float32."""
-
     from mergekit_lite.checkpoint import open_checkpoint
     from mergekit_lite.checkpoint.reader import Reader
 

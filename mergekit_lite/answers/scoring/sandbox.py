@@ -92,7 +92,10 @@ def run_sandboxed(code: str, tests: Sequence[str], limits: SandboxLimits) -> San
         return SandboxResult(bool(verdict["passed"]), str(verdict["why"]))
     if complaint:  # of ``unshare``: the program inside writes nothing there
         raise SandboxError(_no_walls(complaint))
-    return SandboxResult(False, _ended(status, limits))
+    if status is None:
+        return SandboxResult(False, f"not done after {PATIENCE * limits.seconds + 1} s")
+    why = f"ended before its tests did, with status {status}: beyond a limit, or of its own will"
+    return SandboxResult(False, why)
 
 
 def check_sandbox(limits: SandboxLimits) -> None:
@@ -169,12 +172,6 @@ def _verdict(report: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return verdict if isinstance(verdict, dict) and ("wall" in verdict or "passed" in verdict) else None
-
-
-def _ended(status: int | None, limits: SandboxLimits) -> str:
-    if status is None:
-        return f"not done after {PATIENCE * limits.seconds + 1} s"
-    return f"ended before its tests did, with status {status}: beyond a limit, or of its own will"
 
 
 def _no_walls(what: str) -> str:

@@ -152,7 +152,7 @@ def send(reports: int, verdict: dict[str, Any]) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    """Call mount(2)."""
+    """Mount as the system call does, and raise OSError where that fails."""
     named = [None if text is None else text.encode() for text in (source, target, kind)]
     check(libc.mount(*named, ctypes.c_ulong(flags), None if data is None else data.encode()), f"mount {target}")
 

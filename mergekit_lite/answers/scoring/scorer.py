@@ -107,23 +107,14 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True)
 class ScorerKind:
-    """A kind of scorer by its name in recipes and in ``--score``.
+    """A kind of scorer by its name in recipes and in ``--score``."""
 
-    Attributes:
-        name: of the kind.
-        make: the class, which raises MergekitLiteError where it can't be opened.
-        needs: the required settings, each with a word for its value, such as MODEL.
-        takes: the optional settings that have an effect.
-        read_together: whether the answers of one batch change each other's scores in the last bits.
-        check: yields further mistakes in settings, without opening anything.
-    """
-
-    name: str
-    make: Callable[[ScorerSettings, Any], Scorer]
-    needs: Mapping[str, str] = field(default_factory=dict)
-    takes: tuple[str, ...] = ()
-    read_together: bool = False
-    check: Callable[[ScorerSettings], Iterable[Wrong]] = lambda settings: ()
+    name: str  # of the kind
+    make: Callable[[ScorerSettings, Any], Scorer]  # the class, which raises MergekitLiteError where it can't be opened
+    needs: Mapping[str, str] = field(default_factory=dict)  # required settings, each with a word for its value: MODEL
+    takes: tuple[str, ...] = ()  # the optional settings that have an effect
+    read_together: bool = False  # whether the answers of one batch change each other's scores in the last bits
+    check: Callable[[ScorerSettings], Iterable[Wrong]] = lambda settings: ()  # yields more mistakes, opening nothing
 
     @property
     def options(self) -> type[ScorerOptions]:

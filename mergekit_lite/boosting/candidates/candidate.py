@@ -9,27 +9,16 @@ Params = Mapping[str, float]  # of a candidate: {"alpha": 0.3}, or several numbe
 
 
 class Row(TypedDict, total=False):
-    """One item of one candidate: a line of its ledger.
+    """One item of one candidate: a line of its ledger."""
 
-    Attributes:
-        item: the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt.
-        values: by score, higher is better; None where the item can't be scored.
-        text: the answer, where the item asks for one.
-        finish: ``stop`` where the model ended by itself, ``length`` where the limit cut it.
-        tokens: of the answer.
-        log_prob: of the answer under the candidate that gave it, summed over its tokens.
-        aligned_log_prob: of the same answer under the baseline.
-        judged: a judge's probability that the answer is better than the baseline's, from 0 to 1.
-    """
-
-    item: str
-    values: dict[str, float | None]
-    text: str
-    finish: str
-    tokens: int
-    log_prob: float
-    aligned_log_prob: float
-    judged: float
+    item: str  # the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt
+    values: dict[str, float | None]  # by score, higher is better; None where the item can't be scored
+    text: str  # the answer, where the item asks for one
+    finish: str  # ``stop`` where the model ended by itself, ``length`` where the limit cut it
+    tokens: int  # of the answer
+    log_prob: float  # of the answer under the candidate that gave it, summed over its tokens
+    aligned_log_prob: float  # of the same answer under the baseline
+    judged: float  # a judge's probability that the answer is better than the baseline's, from 0 to 1
 
 
 class Evaluator(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range
-from mergekit_lite.boosting.candidates.tunable import PairTuning, RecipeTuning, Tunable, layers_of
+from mergekit_lite.boosting.candidates.tunable import RecipeTuning, Tunable, alphas_of, check_pair_tunables, layers_of
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.planning import Plan, make_plan
@@ -21,17 +21,11 @@ UNWRITTEN = Path("boosted")  # the output in the plans of candidates that aren't
 
 
 class Family(Protocol):
-    """Makes plans of params.
+    """Makes plans of params."""
 
-    Attributes:
-        ranges: the bounds of each parameter, by name.
-        baseline: the params that the others are compared with.
-        opened: the inputs by their references.
-    """
-
-    ranges: Mapping[str, Range]
-    baseline: Params
-    opened: Mapping[str, Checkpoint]
+    ranges: Mapping[str, Range]  # the bounds of each parameter, by name
+    baseline: Params  # the params that the others are compared with
+    opened: Mapping[str, Checkpoint]  # the inputs by their references
 
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan a candidate.
@@ -48,7 +42,8 @@ class PairFamily:
         """``options`` are those of ``plan_extrapolation``: which tensors, dtype, rounding and seed."""
         self.sft = sft
         self.aligned = aligned
-        self.tuning = PairTuning(tunables)
+        check_pair_tunables(tunables)
+        self.tunables = tuple(tunables)
         self.given = dict(options)
         self.opened: Mapping[str, Checkpoint] = {reference: open_checkpoint(reference) for reference in (sft, aligned)}
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
@@ -61,15 +56,14 @@ class PairFamily:
 
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan as ``extrapolate`` does for these alphas."""
-        return plan_extrapolation(
-            self.sft, self.aligned, output, opened=self.opened, **self.given, **self.tuning.options(params)
-        )
+        alphas = alphas_of(self.tunables, params)
+        return plan_extrapolation(self.sft, self.aligned, output, opened=self.opened, **self.given, **alphas)
 
 
 class RecipeFamily:
     """A merge recipe, some numbers of which are tuned. The baseline is the recipe as it was written."""
 
-    def __init__(self, path: Path, tunables: Sequence[Tunable], shard_size: int | None = None) -> None:
+    def __init__(self, path: Path, tunables: Sequence[Tunable]) -> None:
         """Read the recipe and open its models.
 
         Raises:
@@ -78,7 +72,6 @@ class RecipeFamily:
         content = text_of(path)
         recipe = parse(content, str(path))
         self.path = path
-        self.shard_size = shard_size
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
         self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.config_source].config))
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
@@ -87,9 +80,5 @@ class RecipeFamily:
     def plan(self, params: Params, output: Path = UNWRITTEN) -> Plan:
         """Plan as ``merge`` does for the recipe with these params."""
         text = self.tuning.text(params)
-        recipe = parse(text, f"{self.path} with {_text_of(params)}")
-        return make_plan(recipe, [output], shard_size=self.shard_size, text=text, opened=self.opened)
-
-
-def _text_of(params: Params) -> str:
-    return ", ".join(f"{name}={number:g}" for name, number in params.items())
+        numbers = ", ".join(f"{name}={number:g}" for name, number in params.items())
+        return make_plan(parse(text, f"{self.path} with {numbers}"), [output], text=text, opened=self.opened)

@@ -40,25 +40,15 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class Tunable:
-    """One ``--tune``.
+    """One ``--tune``."""
 
-    Attributes:
-        text: the part before the equals sign.
-        path: keys and, in lists, numbers.
-        range: of each number.
-        filter: which tensors, by name; None for all.
-        layers: the first, and the one after the last; None for all.
-        gradient: how many numbers a gradient along the layers has; 0 for no gradient.
-        groups: how many runs of layers have a number each; 0 for no groups.
-    """
-
-    text: str
-    path: tuple[str, ...]
-    range: Range
-    filter: str | None = None
-    layers: tuple[int, int] | None = None
-    gradient: int = 0
-    groups: int = 0
+    text: str  # the part before the equals sign
+    path: tuple[str, ...]  # keys and, in lists, numbers
+    range: Range  # of each number
+    filter: str | None = None  # which tensors, by name; None for all
+    layers: tuple[int, int] | None = None  # the first, and the one after the last; None for all
+    gradient: int = 0  # how many numbers a gradient along the layers has; 0 for no gradient
+    groups: int = 0  # how many runs of layers have a number each; 0 for no groups
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +78,6 @@ def parse(texts: Sequence[str]) -> tuple[Tunable, ...]:
 
 
 def _tunable(text: str) -> Tunable:
-    """Read one ``--tune``. Raises ValueError or UsageError."""
     shape = SHAPE.fullmatch(text)
     if shape is None:
         raise ValueError("expected PATH=LOW:HIGH, for instance parameters.weight=0:1.5 or alpha[filter=mlp]=0:1")
@@ -127,28 +116,26 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-class PairTuning:
-    """The tuned parameters of two models: alpha, and alphas of filters."""
+def check_pair_tunables(tunables: Sequence[Tunable]) -> None:
+    """Refuse what can't be tuned of two models: all but alpha and alphas of filters.
 
-    def __init__(self, tunables: Sequence[Tunable]) -> None:
-        """Check the tunables. Raises UsageError where one isn't an alpha."""
-        problems = [f"{each.text!r}: {_why_not_of_a_pair(each)}" for each in tunables if _why_not_of_a_pair(each)]
-        if problems:
-            raise UsageError(listing("Not to be tuned without a --recipe", problems))
-        self.tunables = tuple(tunables)
+    Raises:
+        UsageError: some isn't an alpha; the message has each of them.
+    """
+    problems = []
+    for each in tunables:
+        if each.path != ("alpha",):
+            problems.append(f"{each.text!r}: two models have an alpha only")
+        elif each.layers or each.gradient or each.groups:
+            problems.append(f"{each.text!r}: layers, gradient and groups take a recipe (merge_method: expo)")
+    if problems:
+        raise UsageError(listing("Not to be tuned without a --recipe", problems))
 
-    def options(self, params: Mapping[str, float]) -> dict[str, Any]:
-        """Return ``alpha`` and ``alpha_for`` of ``plan_extrapolation``; alpha is 0 where only filters are tuned."""
-        rules = {_pattern(each.filter): params[each.text] for each in self.tunables if each.filter is not None}
-        return {"alpha": params.get("alpha", 0.0), "alpha_for": rules}
 
-
-def _why_not_of_a_pair(tunable: Tunable) -> str:
-    if tunable.path != ("alpha",):
-        return "two models have an alpha only"
-    if tunable.layers or tunable.gradient or tunable.groups:
-        return "layers, gradient and groups take a recipe (merge_method: expo)"
-    return ""
+def alphas_of(tunables: Sequence[Tunable], params: Mapping[str, float]) -> dict[str, Any]:
+    """Return ``alpha`` and ``alpha_for`` of ``plan_extrapolation``; alpha is 0 where only filters are tuned."""
+    rules = {_pattern(each.filter): params[each.text] for each in tunables if each.filter is not None}
+    return {"alpha": params.get("alpha", 0.0), "alpha_for": rules}
 
 
 def _pattern(text: str) -> str:
@@ -206,7 +193,6 @@ class RecipeTuning:
         within[last] = entries[0]["value"] if list(entries[0]) == ["value"] else [*entries, *_beyond(old, entries)]
 
     def _entries(self, tunable: Tunable, numbers: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Yield the numbers as entries of a recipe: with filters, layers, gradients."""
         if tunable.groups:
             if self.layers is None or self.layers < tunable.groups:
                 many = "are not known" if self.layers is None else f"are only {self.layers}"
@@ -224,7 +210,6 @@ class RecipeTuning:
 
 
 def _beyond(old: Tree, entries: Sequence[Mapping[str, Any]]) -> list[Tree]:
-    """Return the recipe's own entries, except those that the new entries replace."""
     if old is None:
         return []
     parts = old if isinstance(old, list) and old and isinstance(old[0], dict) else [old]
@@ -268,17 +253,16 @@ def _parent(tree: Tree, path: Sequence[str]) -> tuple[Tree, Any]:
 def plain(node: Node) -> Tree:
     """Return a recipe's tree as dicts, lists and values, without its places in the text."""
     if isinstance(node, Fields):
-        return {key.text: _as_written(value) if key.text == "revision" else plain(value) for key, value in node.entries}
+        # A revision is text: 1e5 is one, though YAML reads a number.
+        return {
+            key.text: value.text if key.text == "revision" and isinstance(value, Scalar) else plain(value)
+            for key, value in node.entries
+        }
     if isinstance(node, Items):
         return [plain(item) for item in node.items]
     assert isinstance(node, Scalar)
     value: Value | None = node.value
     return value
-
-
-def _as_written(node: Node) -> Tree:
-    """Return a revision as text: 1e5 is one, though YAML reads a number."""
-    return node.text if isinstance(node, Scalar) else plain(node)
 
 
 def layers_of(config: Mapping[str, Any] | None) -> int | None:

@@ -7,20 +7,19 @@ search loses no more than a chunk, and there is never a second model in memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Protocol
 
-from mergekit_lite.answers.asking import Respondent, Task
+from mergekit_lite.answers.asking import Task
 from mergekit_lite.answers.likelihood import LogProb
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
 from mergekit_lite.answers.scoring.scorer import Judged, Scorer
-from mergekit_lite.answers.template import TemplateError, Tokens
+from mergekit_lite.answers.template import Tokens
 from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LOG_RATIO
 from mergekit_lite.errors import RunError
@@ -30,29 +29,14 @@ AT_ONCE = 32  # answers in a batch that is read, at most: larger batches are no 
 SAMPLE = 128  # answers that give a candidate's distance from the baseline to about a tenth of it
 
 
-class Generator(Protocol):
-    """Generates answers of candidates."""
-
-    def for_candidate(self, params: Params) -> Respondent:
-        """Return what answers for a candidate, until this is called for another one."""
-
-
 @dataclass(frozen=True)
 class Likelihoods:
-    """Computes how likely candidate, baseline and the model before alignment find answers.
+    """Computes how likely candidate, baseline and the model before alignment find answers."""
 
-    Attributes:
-        resident: the model.
-        batch_size: answers that are read at once.
-        weak: params of the model before alignment, where the log-ratio to it is a score.
-        sample: how many of a candidate's answers are compared with the baseline: the first in the common order. That
-            order is random, so they are a fair sample; and they are the same items for all candidates.
-    """
-
-    resident: ResidentModel
-    batch_size: int = 8
-    weak: Params | None = None
-    sample: int = SAMPLE
+    resident: ResidentModel  # the model
+    batch_size: int = 8  # answers that are read at once
+    weak: Params | None = None  # params of the model before alignment, where the log-ratio to it is a score
+    sample: int = SAMPLE  # answers compared with the baseline: the first in the common, random order
 
     def of(self, params: Params, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]) -> list[Row]:
         """Return rows with ``log_prob``, ``aligned_log_prob`` and the log-ratio of each answer, where they are known.
@@ -70,7 +54,7 @@ class Likelihoods:
         if self.weak is None and not any(compared):
             return [Row() for _ in judged]
         tokens = [
-            self._tokens(each, ended) if chosen or self.weak is not None else None
+            self.resident.tokens(each.prompt.messages, each.answer, ended) if chosen or self.weak is not None else None
             for each, ended, chosen in zip(judged, whole, compared, strict=True)
         ]
         few = [row if chosen else None for row, chosen in zip(tokens, compared, strict=True)]
@@ -82,11 +66,12 @@ class Likelihoods:
 
     def _row(self, own: LogProb | None, aligned: LogProb | None, weak: LogProb | None) -> Row:
         row = Row()
-        if own is not None and aligned is not None and _finite(own) and _finite(aligned):
+        if own is not None and aligned is not None and own.is_finite and aligned.is_finite:
             row["log_prob"], row["aligned_log_prob"] = own.total, aligned.total
         if self.weak is not None:
-            known = aligned is not None and weak is not None and _finite(aligned) and _finite(weak)
-            row["values"] = {LOG_RATIO: aligned.total - weak.total if known and aligned and weak else None}
+            row["values"] = {LOG_RATIO: None}
+            if aligned is not None and weak is not None and aligned.is_finite and weak.is_finite:
+                row["values"] = {LOG_RATIO: aligned.total - weak.total}
         return row
 
     def _under(self, params: Params, purpose: Params, tokens: Sequence[Tokens | None]) -> list[LogProb | None]:
@@ -94,38 +79,18 @@ class Likelihoods:
         read = iter(self.resident.log_probs([row for row in tokens if row is not None], min(self.batch_size, AT_ONCE)))
         return [next(read) if row is not None else None for row in tokens]
 
-    def _tokens(self, judged: Judged, ended: bool) -> Tokens | None:
-        try:
-            prompt, response = self.resident.template.tokens(judged.prompt.messages, judged.answer)
-        except TemplateError:
-            return None
-        response = response if ended else response[:-1]  # an answer that was cut has not ended its turn
-        most = self.resident.context
-        fits = most is None or len(prompt) + len(response) <= most
-        return Tokens(prompt, response) if response and fits else None
-
 
 @dataclass
 class Answering:
-    """Measures candidates by their answers.
+    """Measures candidates by their answers."""
 
-    Attributes:
-        prompts: what is asked.
-        samples: answers to each.
-        seed: of the draws.
-        generator: of the answers.
-        scorers: of the answers.
-        likelihoods: of the answers under candidate and baseline; None where no model is in this process.
-        chunk: answers that are scored at once, no fewer than are generated at once.
-    """
-
-    prompts: Sequence[Prompt]
-    samples: int
-    seed: int
-    generator: Generator
-    scorers: Sequence[Scorer]
-    likelihoods: Likelihoods | None = None
-    chunk: int = CHUNK
+    prompts: Sequence[Prompt]  # what is asked
+    samples: int  # answers to each
+    seed: int  # of the draws
+    generator: LocalGenerator | ServerGenerator  # of the answers
+    scorers: Sequence[Scorer]  # of the answers
+    likelihoods: Likelihoods | None = None  # of the answers; None where no model is in this process
+    chunk: int = CHUNK  # answers that are scored at once, no fewer than are generated at once
 
     @property
     def items(self) -> list[str]:
@@ -190,7 +155,3 @@ class Answering:
             if answer.tokens is not None:
                 row["tokens"] = answer.tokens
             yield row
-
-
-def _finite(likelihood: LogProb) -> bool:
-    return math.isfinite(likelihood.total)

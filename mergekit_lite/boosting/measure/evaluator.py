@@ -30,18 +30,11 @@ class Measure(Protocol):
 
 
 class ModelEvaluator:
-    """Measures candidates by one measure after the other; no two measures have an item of the same name.
-
-    Attributes:
-        measures: the ways to measure.
-        resident: the model that is measured; with a server, the record of the candidates written for it.
-        items: of all measures.
-    """
+    """Measures candidates by one measure after the other; no two measures have an item of the same name."""
 
     def __init__(self, measures: Sequence[Measure], resident: ResidentModel) -> None:
-        """Collect the items of all measures."""
         self.measures = measures
-        self.resident = resident
+        self.resident = resident  # the measured model; with a server, the record of the candidates written for it
         self.items: Sequence[str] = [item for measure in measures for item in measure.items]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -61,10 +62,12 @@ class LocalGenerator(Local):
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The output's tokenizer."""
         return self.resident.tokenizer
 
     @cached_property
     def loaded(self) -> ReadyModel:
+        """The model in this process, ready to answer."""
         loaded = ready(self.resident.model, self.tokenizer, self.sampling)
         # Candidates far out overflow; their answers show it, and the search needn't end.
         loaded.model.generation_config.remove_invalid_values = True
@@ -73,23 +76,14 @@ class LocalGenerator(Local):
 
 @dataclass
 class ServerGenerator:
-    """Answers with a server, which is started for each candidate and stopped when another one is to answer.
+    """Answers with a server, which is started for each candidate and stopped when another one is to answer."""
 
-    Attributes:
-        resident: of the family; its model is not built for this.
-        command: starts the server, with ``{model}`` and ``{port}`` for folder and port. No shell reads it.
-        folder: where candidates are written; each is removed with its server.
-        sampling: how answers are drawn.
-        concurrency: open requests.
-        patience: seconds that the server has to load a model.
-    """
-
-    resident: ResidentModel
-    command: str
-    folder: Path
-    sampling: Sampling
-    concurrency: int = 32
-    patience: float = 600.0
+    resident: ResidentModel  # of the family; its model is not built for this
+    command: str  # starts the server, with ``{model}`` and ``{port}`` for folder and port. No shell reads it.
+    folder: Path  # where candidates are written; each is removed with its server
+    sampling: Sampling  # how answers are drawn
+    concurrency: int = 32  # open requests
+    patience: float = 600.0  # seconds that the server has to load a model
     _running: ExitStack = field(default_factory=ExitStack, init=False)
     _candidate: str = field(default="", init=False)
     _respondent: Respondent | None = field(default=None, init=False)
@@ -117,7 +111,6 @@ class ServerGenerator:
 
     @contextmanager
     def _served(self, params: Params) -> Iterator[Server]:
-        """Write the candidate, start the command, wait for the model; then stop it and remove the candidate."""
         shutil.rmtree(self.folder, ignore_errors=True)  # of a killed search
         try:
             model = self._written(params)
@@ -131,13 +124,10 @@ class ServerGenerator:
         from mergekit_lite.boosting.measure.weights import Rewritten
         from mergekit_lite.engine.run import run
 
-        started = time.monotonic()
-        path = self.folder / "model"
-        finished = run(
-            self.resident.family.plan(params, path), device=self.resident.device, threads=self.resident.threads
-        )
-        self.resident.rewritten[label(params)] = Rewritten(finished.reports[0], ())
-        self.resident.seconds[label(params)] += time.monotonic() - started
+        started, path, resident = time.monotonic(), self.folder / "model", self.resident
+        finished = run(resident.family.plan(params, path), device=resident.device, threads=resident.threads)
+        resident.rewritten[label(params)] = Rewritten(finished.reports[0], ())
+        resident.seconds[label(params)] += time.monotonic() - started
         return path
 
 
@@ -185,8 +175,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:
     """Wait until the server lists its models, and return the name of the first one."""
-    import json
-
     until = time.monotonic() + patience
     while time.monotonic() < until:
         if process.poll() is not None:

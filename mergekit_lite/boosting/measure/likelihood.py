@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from xxhash import xxh3_64_hexdigest
 
-from mergekit_lite.answers.likelihood import LogProb, Pair, text_log_probs
+from mergekit_lite.answers.likelihood import Pair, text_log_probs
 from mergekit_lite.answers.rows import Message, read_rows
-from mergekit_lite.answers.template import TemplateError, Tokens
+from mergekit_lite.answers.template import Tokens
 from mergekit_lite.boosting.candidates.candidate import Params, Row
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import NLL, PAIRS
@@ -62,13 +62,8 @@ class PreferenceAccuracy:
                 yield Row(item=item, values=values)
 
     def _sides(self, pair: Pair) -> tuple[Tokens, Tokens] | None:
-        template, most = self.resident.template, self.resident.context
-        try:
-            chosen, rejected = (template.tokens(pair.messages, text) for text in (pair.chosen, pair.rejected))
-        except TemplateError:
-            return None
-        longest = max(sum(map(len, side)) for side in (chosen, rejected))
-        return None if most is not None and longest > most else (chosen, rejected)
+        chosen, rejected = (self.resident.tokens(pair.messages, text) for text in (pair.chosen, pair.rejected))
+        return None if chosen is None or rejected is None else (chosen, rejected)
 
 
 @dataclass(frozen=True)
@@ -94,11 +89,8 @@ class TextLikelihood:
             texts = [self.texts[item] for item in chunk]
             read = text_log_probs(self.resident.model, self.resident.tokenizer, texts, window, self.batch_size)
             for item, likelihood in zip(chunk, read, strict=True):
-                yield Row(item=item, values={NLL: _mean(likelihood)})
-
-
-def _mean(likelihood: LogProb) -> float | None:
-    return likelihood.mean if likelihood.tokens and math.isfinite(likelihood.total) else None
+                known = likelihood.tokens and likelihood.is_finite
+                yield Row(item=item, values={NLL: likelihood.mean if known else None})
 
 
 def _chunks(items: Sequence[str], wanted: frozenset[str]) -> Iterator[list[str]]:
@@ -154,7 +146,6 @@ def _item(kind: str, given: object, content: object) -> str:
 
 
 def _first(path: Path, what: str, rows: dict[str, Any], problems: Sequence[str], limit: int | None) -> dict[str, Any]:
-    """Return the first ``limit`` rows. Raises UsageError for problems, or no rows."""
     if problems:
         raise UsageError(listing(f"{path} has rows that are no {what}", problems))
     if not rows:
@@ -163,7 +154,6 @@ def _first(path: Path, what: str, rows: dict[str, Any], problems: Sequence[str],
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
-    """Read a row. Raises ValueError with its fault."""
     chosen, before = _response(row, "chosen")
     rejected, also_before = _response(row, "rejected")
     messages = _messages(row) or before
@@ -177,7 +167,6 @@ def _pair(row: Mapping[str, Any]) -> Pair:
 
 
 def _response(row: Mapping[str, Any], key: str) -> tuple[str, tuple[Message, ...] | None]:
-    """Return a response, and the conversation before it where the row has one."""
     given = row.get(key)
     if isinstance(given, str) and given.strip():
         return given, None

@@ -103,7 +103,6 @@ def tokenizer_of(plan: Plan) -> Any:
 
 
 def _config(plan: Plan) -> Any:
-    """Return the output's config, as transformers' object."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if plan.source.config is None:
@@ -125,8 +124,11 @@ def _config(plan: Plan) -> Any:
 
 def _places(plan: Plan, model: Any) -> tuple[Places, tuple[str, ...]]:
     """Return the place of each tensor of the plan in the model, and the tensors that have none."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     own = {tensor.untyped_storage().data_ptr(): name for name, tensor in model.state_dict().items()}
-    saved = _saved_as(model)
+    with _AsViews():  # the state it would be saved as, in views of its parameters wherever their order allows
+        saved: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
     names = {job.name: name for job in plan.jobs if (name := _name_in(saved, job.name, model.base_model_prefix))}
     places = {name: saved[known].detach() for name, known in names.items()}
     shapes = {job.name: job.shape for job in plan.jobs}
@@ -147,15 +149,6 @@ def _places(plan: Plan, model: Any) -> tuple[Places, tuple[str, ...]]:
     if problems:
         raise PlanError(problems)
     return places, tuple(job.name for job in plan.jobs if job.name not in places)
-
-
-def _saved_as(model: Any) -> dict[str, torch.Tensor]:
-    """Return the state the model would be saved as, in views of its parameters wherever their order allows."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with _AsViews():
-        state: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
-    return state
 
 
 class _AsViews(TorchFunctionMode):

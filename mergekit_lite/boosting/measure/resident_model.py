@@ -10,31 +10,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.answers.likelihood import LogProb, log_probs
-from mergekit_lite.answers.template import ChatTemplate, Tokens
+from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.template import ChatTemplate, TemplateError, Tokens
 from mergekit_lite.boosting.candidates.candidate import Params, label
 from mergekit_lite.boosting.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
 
 if TYPE_CHECKING:
-    from mergekit_lite.boosting.measure.model import Built
     from mergekit_lite.boosting.measure.weights import Rewritten, Weights
 
 
 @dataclass
 class ResidentModel:
-    """Builds the model when it is first needed, and rewrites its weights from candidate to candidate.
+    """Builds the model when it is first needed, and rewrites its weights from candidate to candidate."""
 
-    Attributes:
-        family: of all candidates.
-        device: of the model and of the arithmetic that sets its weights.
-        threads: of that arithmetic; one for each core by default.
-        seconds: spent on setting weights, by the name of the candidate they were set for.
-        rewritten: the result of setting them, by the same name.
-    """
-
-    family: Family
-    device: str
-    threads: int | None = None
+    family: Family  # of all candidates
+    device: str  # of the model and of the arithmetic that sets its weights
+    threads: int | None = None  # of that arithmetic; one for each core by default
+    # By the name of a candidate: the seconds spent on setting weights for it, and the result of setting its own.
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float), init=False)
     rewritten: dict[str, Rewritten] = field(default_factory=dict, init=False)
     _loaded: str = field(default="", init=False)
@@ -43,7 +36,7 @@ class ResidentModel:
         """Set the weights to a candidate's, unless they are.
 
         Args:
-            numbers: the candidate.
+            params: the candidate.
             purpose: the candidate that the time is counted for; by default itself.
 
         Raises:
@@ -59,6 +52,20 @@ class ResidentModel:
         bad = self.rewritten[name].nonfinite
         if bad:
             raise NonFiniteError(f"{name}: NaN or infinity in {counted(len(bad), 'tensor')}, first in {bad[0]}.")
+
+    def tokens(self, messages: Sequence[Message], response: str, ended: bool = True) -> Tokens | None:
+        """Return a conversation and the answer to it as tokens, or None where they can't be read.
+
+        The chat template refuses them, they are longer than the model takes, or the answer has no tokens. One that was
+        cut, not ``ended``, has no end of turn.
+        """
+        try:
+            prompt, tokens = self.template.tokens(messages, response)
+        except TemplateError:
+            return None
+        tokens = tokens if ended else tokens[:-1]
+        fits = self.context is None or len(prompt) + len(tokens) <= self.context
+        return Tokens(prompt, tokens) if tokens and fits else None
 
     def log_probs(self, rows: Sequence[Tokens], batch_size: int) -> list[LogProb]:
         """Return the log-probability of each response under the loaded candidate."""
@@ -78,7 +85,7 @@ class ResidentModel:
     @property
     def model(self) -> Any:
         """The model, of transformers."""
-        return self._built.model
+        return self._weights.built.model
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -100,16 +107,11 @@ class ResidentModel:
         return context_of(self.model)
 
     @cached_property
-    def _built(self) -> Built:
-        from mergekit_lite.boosting.measure.model import build
-
-        return build(self.family.plan(self.family.baseline), self.device)
-
-    @cached_property
     def _weights(self) -> Weights:
+        from mergekit_lite.boosting.measure.model import build
         from mergekit_lite.boosting.measure.weights import Weights
 
-        return Weights(self._built, self.device, self.threads)
+        return Weights(build(self.family.plan(self.family.baseline), self.device), self.device, self.threads)
 
     @cached_property
     def _checked(self) -> bool:

@@ -1,13 +1,6 @@
-"""The scores of candidates, as ``--score`` gives them: ``KIND:TARGET,SETTING=VALUE,…``.
+"""The scores of candidates, as ``--score`` gives them: ``KIND:TARGET,SETTING=VALUE,…``; docs/boost.md lists them.
 
-A kind is a scorer of answers (``answers/scorers``) or one of those here:
-
-    log_ratio       log-likelihood of answers under ALIGNED − under SFT; needs no other model
-    pairs           how preference pairs are ranked; needs no answers
-    nll:FILE        mean log-probability of a token of texts (−NLL); needs no answers
-    lm-eval:TASK    a task of the lm-evaluation-harness
-
-Higher is better everywhere. The first score decides; the others are reported, and what they lose can be limited.
+A kind is a scorer of answers (``answers/scorers``) or one of ``OWN``. Higher is better everywhere.
 """
 
 from __future__ import annotations
@@ -30,21 +23,13 @@ HARNESS: dict[str, type] = {"name": str, "metric": str, "include": str, "limit":
 
 
 class ScoreSpec(NamedTuple):
-    """One ``--score``.
+    """One ``--score``."""
 
-    Attributes:
-        kind: one of ``forms()``.
-        name: of the score in the rows.
-        target: the model, function, file or task; empty where the kind has none.
-        settings: of the harness.
-        scorer: the settings of a scorer of answers; None for the other kinds.
-    """
-
-    kind: str
-    name: str
-    target: str = ""
-    settings: tuple[tuple[str, Any], ...] = ()
-    scorer: ScorerSettings | None = None
+    kind: str  # one of ``forms()``
+    name: str  # of the score in the rows
+    target: str = ""  # the model, function, file or task; empty where the kind has none
+    settings: tuple[tuple[str, Any], ...] = ()  # of the harness
+    scorer: ScorerSettings | None = None  # the settings of a scorer of answers; None for the other kinds
 
     @property
     def of_answers(self) -> bool:
@@ -85,7 +70,6 @@ def parse(texts: Sequence[str]) -> tuple[ScoreSpec, ...]:
 
 
 def _score(text: str) -> ScoreSpec:
-    """Read one ``--score``. Raises ValueError."""
     what, *settings = SETTING.split(text)
     written, _, target = what.partition(":")
     known = forms()
@@ -128,11 +112,10 @@ def _of_answers(kind: str, target: str, given: dict[str, Any]) -> ScoreSpec:
 
 
 def _of_harness(task: str, given: dict[str, Any]) -> ScoreSpec:
-    unknown = [name for name in given if name not in HARNESS]
-    if unknown:
+    if unknown := [name for name in given if name not in HARNESS]:
         raise ValueError(f"{LM_EVAL} has no setting {unknown[0]!r}: it has {', '.join(HARNESS)}")
-    wrong = [name for name, value in given.items() if type(value) is not HARNESS[name]]
-    if wrong:
-        raise ValueError(f"{wrong[0]}={given[wrong[0]]}: expected {HARNESS[wrong[0]].__name__}")
+    for name, value in given.items():
+        if type(value) is not HARNESS[name]:
+            raise ValueError(f"{name}={value}: expected {HARNESS[name].__name__}")
     name = given.pop("name", task)
     return ScoreSpec(LM_EVAL, name, task, tuple(given.items()))

@@ -36,15 +36,10 @@ class Parameters(Records):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The result of setting the weights.
+    """The result of setting the weights."""
 
-    Attributes:
-        report: the same as a written model's.
-        nonfinite: tensors that hold NaN or infinity.
-    """
-
-    report: Report
-    nonfinite: tuple[str, ...]
+    report: Report  # the same as a written model's
+    nonfinite: tuple[str, ...]  # tensors that hold NaN or infinity
 
 
 @dataclass(frozen=True)

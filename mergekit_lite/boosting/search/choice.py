@@ -1,14 +1,6 @@
-"""From measured candidates to a choice that holds.
+"""From measured candidates to a choice that holds: bad ones are dropped early, the best is confirmed on held-out items.
 
-A candidate is looked at (see ``looks``) after an eighth, a quarter, half and all of the items. At each look but the
-last it is dropped if it is surely worse than the best so far or than the baseline, or beyond a limit in every quarter
-of the items measured so far; "surely" is corrected for the number of looks. So a bad candidate costs an eighth, and a
-good one is measured on all items. The gain of a dropped candidate is biased downwards, as it was dropped when it looked
-bad; the report shows how many items it is from.
-
-The highest of many noisy gains is biased upwards. So the last part of the items takes no part in the search: the picked
-candidate and the baseline are compared on these, once, and that interval is the answer. Where there are too few items
-to hold some out, the interval on the search's own items is corrected for the number of candidates instead.
+docs/boost.md says by which rules, and why.
 """
 
 from __future__ import annotations
@@ -17,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import NormalDist
-from typing import Any
 
 from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.boosting.candidates.candidate import Evaluator, Params, Row, label
@@ -28,28 +19,20 @@ from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
 
 PARTS = 4  # of the items measured so far: all must be beyond a limit to drop a candidate early
+DETAILS = ("gain", "beyond", "dropped", "guards", "others", "facts")  # that a dashboard shows besides the score
 Searcher = Callable[[Same], Search]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-        settings: how candidates were judged.
-        baseline: on the items of the search.
-        points: the candidates in the order they were tried.
-        picked: the candidate that the search prefers; None where none beats the baseline.
-        held_out: the picked candidate on held-out items; None where no item was held out, or nothing was picked.
-        chosen: the params to write a model with; None where no candidate helps.
-    """
-
-    settings: Settings
-    baseline: Point
-    points: tuple[Point, ...]
-    picked: Point | None
-    held_out: Point | None
-    chosen: Params | None
+    settings: Settings  # how candidates were judged
+    baseline: Point  # on the items of the search
+    points: tuple[Point, ...]  # the candidates in the order they were tried
+    picked: Point | None  # the candidate that the search prefers; None where none beats the baseline
+    held_out: Point | None  # the picked candidate on held-out items; None where none was held out, or nothing picked
+    chosen: Params | None  # the params to write a model with; None where no candidate helps
 
 
 def boost(
@@ -63,17 +46,17 @@ def boost(
 
     Args:
         searcher: begins the search, given a test of whether two candidates are the same.
-        bench: measures.
+        evaluator: measures.
         study: stores rows, and has all items.
         settings: how candidates are judged.
         progress: called with each candidate when its last row is in.
 
     Raises:
         MergekitLiteError: the baseline has no score of the deciding scorer.
-        UsageError: the settings name a scorer that gave no scores.
+        UsageError: the settings name a scorer that gave no scores, or the search can't begin.
     """
     searched = _searched(len(study.clusters), settings)
-    apart = _flat(study.clusters[searched:])
+    apart = list(chain.from_iterable(study.clusters[searched:]))
     contest = Contest(study.clusters[:searched], evaluator, study, settings)
     search = searcher(contest.same)
     contest.measure_baseline()
@@ -88,7 +71,11 @@ def boost(
         if len(contest.points) > before:
             progress(contest.points[label(params)])
     picked = contest.preferred(corrected=not apart)
-    confirmed = _confirmed(apart, evaluator, study, settings, picked) if picked and apart else None
+    confirmed = None
+    if picked and apart:
+        for params in (settings.baseline, picked.params):
+            study.measured(params, apart, evaluator)
+        confirmed = point(picked.params, apart, study, settings)
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
     chosen = picked.params if picked and not failed else None
     return Result(settings, contest.baseline, tuple(contest.points.values()), picked, confirmed, chosen)
@@ -106,7 +93,7 @@ class Contest:
     """Candidates measured on common items, and compared."""
 
     def __init__(self, clusters: Sequence[Sequence[str]], evaluator: Evaluator, study: Study, settings: Settings):
-        self.clusters, self.items = clusters, _flat(clusters)
+        self.clusters, self.items = clusters, list(chain.from_iterable(clusters))
         self.evaluator, self.study, self.settings = evaluator, study, settings
         self.points: dict[str, Point] = {}
         self.baseline: Point
@@ -128,7 +115,8 @@ class Contest:
             if new.allowed and new.gain.mean > self.best.gain.mean:
                 self.best = new
         measured = self.points[name]
-        return Outcome(self._score(measured), not measured.beyond and measured.gain.items > 0, _details(measured))
+        details = {name: plain(getattr(measured, name)) for name in DETAILS}
+        return Outcome(self._score(measured), not measured.beyond and measured.gain.items > 0, details)
 
     def same(self, one: Params, other: Params, errors: int) -> bool:
         """Return whether the difference is 0 to within ``errors`` standard errors."""
@@ -158,14 +146,13 @@ class Contest:
         confidence = shared_confidence(self.settings.confidence, len(sizes))
         why = ""
         for size in sizes:
-            items = _flat(self.clusters[:size])
+            items = list(chain.from_iterable(self.clusters[:size]))
             self.study.measured(params, items, self.evaluator)
             if size < len(self.clusters) and (why := self._hopeless(params, items, confidence)):
                 break
         return point(params, items, self.study, self.settings, why)
 
     def _hopeless(self, params: Params, items: Sequence[str], confidence: float) -> str:
-        """Return why no more of this candidate need be measured, or an empty text."""
         for other in (self.baseline, self.best):
             lost = self._difference(params, other.params, items, confidence)
             if lost.below and lost.items >= FIRST_LOOK:
@@ -196,23 +183,6 @@ class Contest:
             width = max(tried) - min(tried)
             total += ((value - self.settings.baseline[name]) / width) ** 2 if width else 0.0
         return total
-
-
-def _confirmed(items: Sequence[str], evaluator: Evaluator, study: Study, settings: Settings, picked: Point) -> Point:
-    """Compare the picked candidate with the baseline on items that the search didn't use."""
-    for params in (settings.baseline, picked.params):
-        study.measured(params, items, evaluator)
-    return point(picked.params, items, study, settings)
-
-
-def _flat(clusters: Sequence[Sequence[str]]) -> list[str]:
-    return list(chain.from_iterable(clusters))
-
-
-def _details(candidate: Point) -> dict[str, Any]:
-    """Return what a dashboard can show besides the score."""
-    shown = ("gain", "beyond", "dropped", "guards", "others", "facts")
-    return {name: plain(getattr(candidate, name)) for name in shown}
 
 
 def _check_scorers(rows: Mapping[str, Row], settings: Settings) -> None:

@@ -27,37 +27,21 @@ WORD = re.compile(r"[^\W\u0e00-\u0eff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]+|\
 
 @dataclass(frozen=True)
 class Guards:
-    """Figures of one candidate's answers. None where the rows don't have what a figure needs.
+    """Figures of one candidate's answers. None where the rows don't have what a figure needs."""
 
-    Attributes:
-        answers: their number.
-        length: mean characters.
-        growth: mean length over that of the baseline's answers to the same items.
-        truncated: share cut by the token limit.
-        ended: share that the model ended by itself.
-        repetition: mean share of an answer's 4-grams of words that it has said before.
-        identical: share of answers that another item got, too, letter by letter.
-        unchanged: share of answers that are the baseline's, letter by letter.
-        unscored: share of items without a score of the deciding scorer.
-        kl: estimate of KL(candidate ‖ baseline), nats an answer: see ``_kl``. None for the baseline itself.
-        kl_per_token: the same, nats a token.
-        kl_error: the standard error of ``kl``.
-        kl_answers: the number of answers that ``kl`` is from.
-    """
-
-    answers: int = 0
-    length: float | None = None
-    growth: float | None = None
-    truncated: float | None = None
-    ended: float | None = None
-    repetition: float | None = None
-    identical: float | None = None
-    unchanged: float | None = None
-    unscored: float | None = None
-    kl: float | None = None
-    kl_per_token: float | None = None
-    kl_error: float | None = None
-    kl_answers: int = 0
+    answers: int = 0  # their number
+    length: float | None = None  # mean characters
+    growth: float | None = None  # mean length over that of the baseline's answers to the same items
+    truncated: float | None = None  # share cut by the token limit
+    ended: float | None = None  # share that the model ended by itself
+    repetition: float | None = None  # mean share of an answer's 4-grams of words that it has said before
+    identical: float | None = None  # share of answers that another item got, too, letter by letter
+    unchanged: float | None = None  # share of answers that are the baseline's, letter by letter
+    unscored: float | None = None  # share of items without a score of the deciding scorer
+    kl: float | None = None  # estimate of KL(candidate ‖ baseline), nats an answer, see ``_kl``; None for the baseline
+    kl_per_token: float | None = None  # the same, nats a token
+    kl_error: float | None = None  # the standard error of ``kl``
+    kl_answers: int = 0  # the number of answers that ``kl`` is from
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Gains that are only a matter of length.
 
-Judges and reward models like long answers, and extrapolation makes answers longer: in ExPO's table 4 the raw win rate
-grows more than the length-controlled one for nearly every model. Two figures separate them.
+Judges and reward models like long answers, and extrapolation makes answers longer. Two figures separate them.
 
 ``at_equal_length`` works with any score: the paired differences of the score are regressed on those of the length, and
 the intercept is the gain at equal lengths.
@@ -33,17 +32,11 @@ RIDGE = 1e-6
 
 
 class LengthEffect(NamedTuple):
-    """A gain without the part that goes with length.
+    """A gain without the part that goes with length."""
 
-    Attributes:
-        gain: the mean paired difference.
-        at_equal_length: the gain where the answers are as long as the baseline's.
-        longer: the mean difference in length, in characters.
-    """
-
-    gain: Interval
-    at_equal_length: Interval
-    longer: float
+    gain: Interval  # the mean paired difference
+    at_equal_length: Interval  # the gain where the answers are as long as the baseline's
+    longer: float  # the mean difference in length, in characters
 
     @property
     def only_length(self) -> bool:
@@ -92,33 +85,20 @@ def _intercept(moments: Floats) -> Floats:
 
 
 class Judgements(NamedTuple):
-    """A judge's pairwise preferences of one set of answers over the baseline's.
+    """A judge's pairwise preferences of one set of answers over the baseline's."""
 
-    Attributes:
-        preferred: (n,) probability that the answer is better, 0 to 1.
-        length: (n,) characters of the answer.
-        baseline_length: (n,) characters of the baseline's answer.
-        difficulty: (n,) of the instructions; None where it isn't known.
-    """
-
-    preferred: Floats
-    length: Floats
-    baseline_length: Floats
-    difficulty: Floats | None = None
+    preferred: Floats  # (n,) probability that the answer is better, 0 to 1
+    length: Floats  # (n,) characters of the answer
+    baseline_length: Floats  # (n,) characters of the baseline's answer
+    difficulty: Floats | None = None  # (n,) of the instructions; None where it isn't known
 
 
 class LengthControlled(NamedTuple):
-    """Win rates in percent.
+    """Win rates in percent."""
 
-    Attributes:
-        raw: the mean preference.
-        controlled: what it would be at equal length.
-        weights: of length, difficulty (0 where none is given) and model.
-    """
-
-    raw: float
-    controlled: float
-    weights: tuple[float, float, float]
+    raw: float  # the mean preference
+    controlled: float  # what it would be at equal length
+    weights: tuple[float, float, float]  # of length, difficulty (0 where none is given) and model
 
     @property
     def extreme(self) -> bool:
@@ -212,7 +192,7 @@ def _signs(number: int) -> Floats:
 
 
 def _loss(score: Floats, preferred: Floats, weight: Floats) -> float:
-    """Compute the weighted cross-entropy, without overflow."""
+    """Return the weighted cross-entropy, without overflow."""
     return float((weight * (np.logaddexp(0, score) - preferred * score)).sum())
 
 

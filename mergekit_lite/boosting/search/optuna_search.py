@@ -1,9 +1,8 @@
 """Optuna's samplers as a search, for several parameters at once.
 
-Optuna's study is in a database of any kind that SQLAlchemy knows, by default SQLite in the search's own folder, and
-goes on where it stopped: the complete trials come first again, which costs nothing as their rows are stored, then a
-trial that was running when the process died. optuna-dashboard shows the study; the attributes of a trial are the
-candidate's outcome. The baseline is a trial of its own, as its score is known.
+A study goes on where it stopped: the complete trials come first again, which costs nothing as their rows are stored,
+then a trial that was running when the process died. The attributes of a trial are the candidate's outcome. The baseline
+is a trial of its own, as its score is known.
 """
 
 from __future__ import annotations
@@ -84,7 +83,6 @@ def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
 
 
 def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Return the complete trials, without the baseline."""
     from optuna.trial import TrialState
 
     complete: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

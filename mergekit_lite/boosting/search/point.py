@@ -25,55 +25,32 @@ from mergekit_lite.boosting.search.study import Study
 
 @dataclass(frozen=True)
 class Settings:
-    """The rules by which candidates are judged.
+    """The rules by which candidates are judged."""
 
-    Attributes:
-        score: the scorer that decides.
-        baseline: the params that candidates must beat.
-        limits: of candidates.
-        confidence: of all intervals.
-        held_out: the share of the items that takes no part in the search.
-        batch: clusters that are measured together; looks and the number of the search's items are multiples of it.
-        stop_early: drop candidates before all items are measured.
-    """
-
-    score: str
-    baseline: Params = field(default_factory=lambda: {"alpha": 0.0})
-    limits: Limits = field(default_factory=Limits)
-    confidence: float = 0.95
-    held_out: float = 0.5
-    batch: int = 1
-    stop_early: bool = True
+    score: str  # the scorer that decides
+    baseline: Params = field(default_factory=lambda: {"alpha": 0.0})  # the params that candidates must beat
+    limits: Limits = field(default_factory=Limits)  # of candidates
+    confidence: float = 0.95  # of all intervals
+    held_out: float = 0.5  # the share of the items that takes no part in the search
+    batch: int = 1  # clusters that are measured together; looks and the search's items are multiples of it
+    stop_early: bool = True  # drop candidates before all items are measured
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured candidate.
-
-    Attributes:
-        score: the mean of the deciding score.
-        gain: its paired difference to the baseline.
-        others: the paired differences of the other scores.
-        guards: figures of its answers.
-        beyond: the limits it passes; empty where it is allowed.
-        dropped: why it was not measured on all items; empty where it was.
-        length: the gain without the part that goes with length; None without answers.
-        controlled: win rates against the baseline; None without answers.
-        facts: from the evaluator, such as the effective alpha.
-        seconds: of measuring.
-    """
+    """A measured candidate."""
 
     params: Params
-    score: Interval
-    gain: Interval
-    others: Mapping[str, Interval]
-    guards: Guards
-    beyond: tuple[str, ...]
-    dropped: str
-    length: LengthEffect | None
-    controlled: LengthControlled | None
-    facts: Mapping[str, Any]
-    seconds: float
+    score: Interval  # the mean of the deciding score
+    gain: Interval  # its paired difference to the baseline
+    others: Mapping[str, Interval]  # the paired differences of the other scores
+    guards: Guards  # figures of its answers
+    beyond: tuple[str, ...]  # the limits it passes; empty where it is allowed
+    dropped: str  # why it was not measured on all items; empty where it was
+    length: LengthEffect | None  # the gain without the part that goes with length; None without answers
+    controlled: LengthControlled | None  # win rates against the baseline; None without answers
+    facts: Mapping[str, Any]  # from the evaluator, such as the effective alpha
+    seconds: float  # of measuring
 
     @property
     def name(self) -> str:
@@ -93,6 +70,8 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
     gains = {name: interval(paired(values(rows, name), values(base, name)), settings.confidence) for name in scorers}
     lost = guarding.losses({name: gain.mean for name, gain in gains.items()}, settings.limits)
     own = [value for value in values(rows, settings.score).values() if value is not None]
+    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
+    answered = {item: rows[item] for item in both}, {item: base[item] for item in both}
     return Point(
         params=params,
         score=interval(own, settings.confidence),
@@ -101,8 +80,8 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
         guards=guarding.guards(rows, base, settings.score),
         beyond=(*beyond(params, items, study, settings), *lost),
         dropped=dropped,
-        length=_length_effect(rows, base, settings),
-        controlled=_controlled(rows, base, settings.score),
+        length=_length_effect(*answered, settings),
+        controlled=_controlled(*answered, settings.score),
         **study.about(params),
     )
 
@@ -141,9 +120,8 @@ def cluster_means(figures: Mapping[str, float | None]) -> dict[str, float | None
 
 
 def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: Settings) -> LengthEffect | None:
-    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
-    longer = cluster_means({item: float(len(rows[item]["text"]) - len(base[item]["text"])) for item in both})
-    ours, theirs = (values({item: each[item] for item in both}, settings.score) for each in (rows, base))
+    longer = cluster_means({item: float(len(row["text"]) - len(base[item]["text"])) for item, row in rows.items()})
+    ours, theirs = values(rows, settings.score), values(base, settings.score)
     scored = [name for name in longer if ours[name] is not None and theirs[name] is not None]
     gains = paired({name: ours[name] for name in scored}, theirs)
     return at_equal_length(gains, np.array([longer[name] for name in scored], dtype=np.float64), settings.confidence)
@@ -151,14 +129,15 @@ def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: S
 
 def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) -> LengthControlled | None:
     """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
-    both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
-    preferred = {item: _preferred(rows[item], base[item], score) for item in both}
-    known = [(value, len(rows[i]["text"]), len(base[i]["text"])) for i, value in preferred.items() if value is not None]
+    known = [
+        (value, len(row["text"]), len(base[item]["text"]))
+        for item, row in rows.items()
+        if (value := _preferred(row, base[item], score)) is not None
+    ]
     return length_controlled(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
 def _preferred(ours: Row, theirs: Row, score: str) -> float | None:
-    """Return the probability that our answer is the better one."""
     if "judged" in ours:
         return ours["judged"]
     a, b = ours["values"].get(score), theirs["values"].get(score)

@@ -4,14 +4,7 @@ A search yields the params of a candidate, is sent its ``Outcome``, and ends whe
 It knows no models, so that its steps can be followed on paper.
 
 ``bracket`` is the procedure of ExPO's authors (Zheng et al., arXiv 2404.16792, appendix B), who did it by hand and
-released no code: a coarse probe, bisection, refinement. Here it is one rule, which gives the paper's three searches:
-
-    DPO stopped at   start  step    tries             alpha
-    10 %             5      5       5 10  7 8 9       8
-    20 %             2      2       2 4   1 3  2.5    2.5
-    40 %             0.5    0.1     0.5 0.6  0.4      0.5
-
-For finished models the paper tries 0.1, 0.2 … 0.5: ``grid``.
+released no code. Here it is one rule, which gives the paper's three searches; docs/boost.md has them.
 """
 
 from __future__ import annotations
@@ -32,28 +25,17 @@ ROUND_STEPS = (5.0, 2.5, 1.0)  # times a power of ten
 
 
 class Outcome(NamedTuple):
-    """A candidate's result, as a search is sent it.
+    """A candidate's result, as a search is sent it."""
 
-    Attributes:
-        score: higher is better, 0 as good as the baseline.
-        allowed: within all limits.
-        details: for dashboards, as JSON can hold them.
-    """
-
-    score: float
-    allowed: bool = True
-    details: Mapping[str, Any] = MappingProxyType({})
+    score: float  # higher is better, 0 as good as the baseline
+    allowed: bool = True  # within all limits
+    details: Mapping[str, Any] = MappingProxyType({})  # for dashboards, as JSON can hold them
 
 
 Search = Generator[Params, Outcome, None]
 # Whether two candidates are the same to within a number of standard errors of their difference.
 Same = Callable[[Params, Params, int], bool]
 CLOSE, SURE = 1, 2  # standard errors: below one a difference is ignored, above two it ends a climb
-
-
-def never_same(one: Params, other: Params, errors: int) -> bool:
-    """Return False: scores have no noise."""
-    return False
 
 
 def grid(values: Mapping[str, Sequence[float]]) -> Search:
@@ -69,7 +51,7 @@ def bracket(
     step: float | None = None,
     final_step: float | None = None,
     most: float = MOST,
-    same: Same = never_same,
+    same: Same = lambda one, other, errors: False,
 ) -> Search:
     """Probe outwards, then bisect around the best.
 
@@ -90,7 +72,7 @@ def bracket(
         final_step: the last step; by default the largest of 1, 2.5 or 5 times a power of ten that is at most a fifth
             of the best point, and at least 0.1.
         most: no point is larger.
-        same: whether two candidates are the same to within some standard errors.
+        same: whether two candidates are the same to within some standard errors; by default scores have no noise.
     """
     curve = _Curve(name, same)
     yield from _climb(curve, start, step or start, most)
@@ -107,27 +89,22 @@ class _Curve:
         self.scores = {0.0: 0.0}
 
     @property
-    def best(self) -> float:
-        """The best point; of equal ones the smallest."""
+    def best(self) -> float:  # of equal ones the smallest
         return max(sorted(self.scores), key=lambda point: self.scores[point])
 
     def ask(self, point: float) -> Search:
-        """Yield the point to be measured, unless it is known."""
         if point not in self.scores:
             outcome = yield {self.name: point}
             self.scores[point] = outcome.score if outcome.allowed else -math.inf
 
     def same(self, one: float, other: float, errors: int) -> bool:
-        """Return whether both are within limits and the same to within ``errors`` standard errors."""
         finite = min(self.scores[one], self.scores[other]) > -math.inf
         return finite and self.same_params({self.name: one}, {self.name: other}, errors)
 
     def worse(self, point: float) -> bool:
-        """Return whether the point is surely worse than the best."""
         return self.scores[point] < self.scores[self.best] and not self.same(point, self.best, SURE)
 
     def neighbours(self, point: float) -> list[float]:
-        """Return the nearest known points below and above."""
         below = [other for other in self.scores if other < point]
         above = [other for other in self.scores if other > point]
         return ([max(below)] if below else []) + ([min(above)] if above else [])

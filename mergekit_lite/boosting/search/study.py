@@ -55,10 +55,10 @@ class Study:
                 or another process works in it.
         """
         self.folder = folder
-        cluster_means: dict[str, list[str]] = {}
+        clusters: dict[str, list[str]] = {}
         for item in items:
-            cluster_means.setdefault(cluster_of(item), []).append(item)
-        self.clusters = list(cluster_means.values())
+            clusters.setdefault(cluster_of(item), []).append(item)
+        self.clusters = list(clusters.values())
         random.Random(seed).shuffle(self.clusters)
         self.items = list(chain.from_iterable(self.clusters))
         self._ledgers: dict[str, Ledger[str]] = {}
@@ -95,7 +95,7 @@ class Study:
         return {item: rows[item] for item in items if item in rows}
 
     def about(self, params: Params) -> dict[str, Any]:
-        """``facts`` and ``seconds`` of a candidate; empty and 0 before it is measured."""
+        """Return ``facts`` and ``seconds`` of a candidate; empty and 0 before it is measured."""
         path = self._path(params, "json")
         stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {"facts": stored.get("facts", {}), "seconds": stored.get("seconds", 0.0)}
@@ -161,7 +161,6 @@ def _locked(folder: Path) -> IO[str]:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested JSON by their dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}" if name else key)
