@@ -93,13 +93,7 @@ class Screen:
         if self.quiet:
             yield None
         elif self.err.is_terminal:
-            columns = (
-                TextColumn(what),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
+            columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self.err, transient=True) as bar:
                 task = bar.add_task(what, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -141,7 +135,6 @@ class Screen:
             self.out.print(table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
 
     def _coefficients(self, report: Report) -> None:
-        """Print each model's coefficients: over all tensors, or one by one."""
         if not report.coefficients:
             return
         models = list(dict.fromkeys(model for of_tensor in report.coefficients.values() for model in of_tensor))
@@ -211,10 +204,8 @@ def _plain_progress() -> Callable[[int, int], None]:
             last = now
             rate = done / (now - started)
             left = (total - done) / rate
-            print(
-                f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left",
-                file=sys.stderr,
-            )
+            line = f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
+            print(line, file=sys.stderr)
 
     return show
 

@@ -15,7 +15,7 @@ import torch
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits
 from mergekit_lite.distillation.objectives import OBJECTIVES, Objective
 from mergekit_lite.distillation.recipe.schema import Preference, Training
-from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.training import reference
 from mergekit_lite.distillation.training.arguments import Length, length, training_arguments
 from mergekit_lite.distillation.training.model import tokenizer_of, trained_model, write_model
@@ -26,7 +26,6 @@ from mergekit_lite.errors import UsageError, counted, listing, nearest
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import ResponseTrainer
 
 # Settings that a resumed run may change: they affect the last bits of the result at most.
@@ -94,7 +93,7 @@ class TrainingStage:
         data = self.rows()
         planned = length(self.training, len(data.rows))
         args = training_arguments(self.training, self.workspace.root, planned.steps, self.seed)
-        reporter = reporter if self.is_main else Silent()
+        reporter = reporter if self.is_main else Reporter()
         self._report_rows(data, planned, reporter)
         if args.world_size == 1 and torch.accelerator.device_count() > 1:
             reporter.warn("Only one of the devices is used. `accelerate launch -m mergekit_lite …` takes all.")
