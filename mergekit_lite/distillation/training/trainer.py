@@ -124,9 +124,11 @@ class TrainingCallback(TrainerCallback):
         self.step = step
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Call ``begin``."""
         self.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Call ``step``."""
         self.step()
 
 
