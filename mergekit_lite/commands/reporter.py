@@ -18,11 +18,10 @@ from mergekit_lite.distillation.reporter import Reporter
 class TerminalReporter(Reporter):
     """Prints results to standard output, all else to standard error.
 
-    Progress is a bar for each task on a terminal, elsewhere a line now and then.
+    Progress is a bar for each task on a terminal, elsewhere a line now and then. ``quiet`` prints warnings only.
     """
 
     def __init__(self, *, quiet: bool = False):
-        """With ``quiet``, print warnings only."""
         self.quiet = quiet
         self.out = console(sys.stdout)
         self.err = console(sys.stderr)

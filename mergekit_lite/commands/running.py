@@ -127,7 +127,6 @@ def resumable() -> Iterator[None]:
 
 
 def _check_room(plan: Plan) -> None:
-    """Raise RunError where the outputs can't fit on the disk."""
     parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.bytes_to_write:

@@ -23,7 +23,7 @@ from mergekit_lite.output.companions import companions
 if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
-    from mergekit_lite.planning import Job, Plan
+    from mergekit_lite.planning import Plan
 
 SHOWN = 5
 FAR = 0.1  # relative distance of the effective alpha from the one asked for, beyond which the user gets advice
@@ -32,10 +32,9 @@ PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no ter
 
 
 class Screen:
-    """Prints results to standard output, all else to standard error."""
+    """Prints results to standard output, all else to standard error; ``quiet``: warnings and errors only."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        """With ``quiet``, print warnings and errors only; with ``verbose``, every tensor."""
         self.quiet = quiet
         self.verbose = verbose
         self.out = console(sys.stdout)
@@ -66,7 +65,9 @@ class Screen:
             f"takes about {size(memory_estimate(plan, threads))} of memory\n"
         )
         if self.verbose:
-            jobs = [(job.name, _shape(job), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs]
+            jobs = [
+                (job.name, shape_text(job.shape), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs
+            ]
             self.out.print(table(("tensor", "shape", "dtype", "what happens"), jobs))
         else:
             self.out.print(table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))
@@ -172,6 +173,11 @@ def size(count: float) -> str:
     return f"{count / 1000**power:.2f} {'kMG'[power - 1]}B"
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as text: ``4096 × 512``."""
+    return " × ".join(map(str, shape)) or "scalar"
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
     """Return a plain table; columns whose heading starts with ``>`` are flush right. Long lines break."""
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -188,10 +194,6 @@ def _row(group: Group) -> tuple[str, str, str, Text]:
     what = Text(group.what)
     what.append(f"\nfor example {group.example}", "dim")
     return f"{group.tensors:,}", size(group.nbytes), group.dtype, what
-
-
-def _shape(job: Job) -> str:
-    return " × ".join(map(str, job.shape)) or "scalar"
 
 
 def _plain_progress() -> Callable[[int, int], None]:
@@ -217,7 +219,6 @@ def _is_far(report: Report) -> bool:
 
 
 def _advice(report: Report) -> str | None:
-    """Return advice where rounding took much of alpha away, or added to it."""
     if not _is_far(report):
         return None
     return (

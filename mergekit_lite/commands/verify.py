@@ -69,8 +69,8 @@ def command(
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("verifying") as progress:
-        chosen = "all" if everything else samples
-        verdict = verify(out, samples=chosen, progress=progress, processes=running.PROCESSES, **options)
+        options |= {"progress": progress, "processes": running.PROCESSES}
+        verdict = verify(out, samples="all" if everything else samples, **options)
     if as_json:
         click.echo(json.dumps(verdict.to_json(), indent=1))
     else:

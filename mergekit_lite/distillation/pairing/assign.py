@@ -148,7 +148,6 @@ def _offers(pairing: Pairing, prompt: str, answers: Answers, seed: int) -> Offer
 
 
 def _gap_filter(pairing: Pairing, offers: Iterable[Offers]) -> Filter:
-    """Return the filter by bounds of the recipe, or by quantiles of the gaps of all offered pairs."""
     if pairing.gap_quantiles is None:
         return gap_between(*pairing.gap)
     gaps = [offer.gap for offered in offers for offer in offered if isinstance(offer, PreferencePair)]

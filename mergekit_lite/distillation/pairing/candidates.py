@@ -91,7 +91,6 @@ def candidates(
 def _candidate(
     row: Mapping[str, Any], source: str, own: bool, pairing: Pairing, scores: Mapping[str, Mapping[Key, float | None]]
 ) -> Candidate | str:
-    """Return an answer with its scores, or the reason why it can't be used."""
     text, key = row["text"], Key(row["prompt"], row["index"])
     if not text.strip():
         return "blank"

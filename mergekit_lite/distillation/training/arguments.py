@@ -41,17 +41,11 @@ OWN = {
 
 
 class Length(NamedTuple):
-    """The length of a training.
+    """The length of a training."""
 
-    Attributes:
-        steps: optimiser steps.
-        rows: rows of all steps, with repetitions.
-        left: rows left out because they fill no last batch.
-    """
-
-    steps: int
-    rows: int
-    left: int
+    steps: int  # of the optimiser
+    rows: int  # of all steps, with repetitions
+    left: int  # rows left out because they fill no last batch
 
 
 def length(training: Training, rows: int) -> Length:

@@ -55,18 +55,12 @@ class Row:
     """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and last the rejected one.
 
     A row of SFT has one response.
-
-    Attributes:
-        prompt: token ids.
-        answers: token ids of each response.
-        roles: of the responses.
-        wins: of the responses, if all have one.
     """
 
     prompt: array[int]
     answers: tuple[array[int], ...]
-    roles: tuple[Role, ...]
-    wins: tuple[float, ...] | None = None
+    roles: tuple[Role, ...]  # of the answers
+    wins: tuple[float, ...] | None = None  # of the answers, if all have one
 
     @property
     def responses(self) -> tuple[Tokens, ...]:
@@ -99,17 +93,14 @@ class UnfittedRow(NamedTuple):
 class TokenRows:
     """The rows of a file as tokens.
 
-    Attributes:
-        rows: rows to train on, in the order of the file.
-        counts: numbers of rows ``kept`` (of them ``cut``), ``too long``, ``refused`` by the template, ``malformed``.
-        problems: a message for each refused or malformed row, with file and line.
-        notes: warnings about the template.
+    ``counts`` has the numbers of rows ``kept`` (of them ``cut``), ``too long``, ``refused`` by the template and
+    ``malformed``.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # to train on, in the order of the file
     counts: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # of refused and malformed rows, with file and line
+    notes: list[str] = field(default_factory=list)  # warnings about the template
 
     def add(self, row: UnfittedRow, limits: LengthLimits) -> None:
         """Add a row if it is within the limits, or can be cut to them; else count it."""

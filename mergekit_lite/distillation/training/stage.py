@@ -44,23 +44,14 @@ def objective_of(training: Preference, problems: list[str]) -> tuple[Objective, 
 
 @dataclass
 class TrainingStage:
-    """One of the two trainings.
+    """One of the two trainings."""
 
-    Attributes:
-        name: ``sft`` or ``preference``.
-        training: its settings in the recipe.
-        start: the model it starts from, a folder or a name on the hub.
-        rows_path: the file of its rows.
-        final: the folder of the finished model.
-        seed: of the order of rows, dropout and adapters.
-    """
-
-    name: str
+    name: str  # sft or preference
     training: Training
-    start: str
+    start: str  # the model it starts from: a folder or a name on the hub
     rows_path: Path
-    final: Path
-    seed: int
+    final: Path  # the folder of the finished model
+    seed: int  # of the order of rows, dropout and adapters
 
     @cached_property
     def workspace(self) -> Workspace:
@@ -85,7 +76,7 @@ class TrainingStage:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the reporter shows progress
         settings = self.settings()
         self.workspace.check(settings)
-        if self.workspace.done:
+        if self.final.exists():
             if self.is_main:
                 self.workspace.tidy()
                 reporter.line(f"{self.name}: done, {self.final}")
@@ -184,7 +175,6 @@ class TrainingStage:
         return TrainingCallback(begin, lambda: advance(1))
 
     def _publish(self, trainer: ResponseTrainer) -> None:
-        """Write the trained model and give its folder the final name."""
         saved = self.workspace.root / "trained"
         if trainer.is_fsdp_enabled:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -198,7 +188,6 @@ class TrainingStage:
 
 
 def _wait_for_everyone() -> None:
-    """Wait for all processes."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,13 @@ class ResponseTrainer(Trainer):
         if step_row and self.is_world_process_zero():
             epoch = self.rows.epochs * self.state.global_step / self.state.max_steps
             row = {"step": self.state.global_step, **logs, "epoch": epoch}
+            # JSON has neither infinities nor NaN.
+            row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
             with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(row)) + "\n")
+                file.write(json.dumps(row) + "\n")
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(self.rows)
-
-
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row without infinities and NaN, which JSON can't express."""
-    return {name: value for name, value in row.items() if not isinstance(value, float) or abs(value) < float("inf")}
 
 
 class TrainingCallback(TrainerCallback):
