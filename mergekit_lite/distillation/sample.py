@@ -73,14 +73,9 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
 
 
 def check(recipe: Recipe, *, and_target: bool = False) -> None:
-    """Refuse a recipe whose models are missing, as far as they still have to answer.
+    """Raise UsageError with all missing models of a recipe, as far as they still have to answer.
 
-    Args:
-        recipe: the recipe.
-        and_target: check the target as well, which may be on another machine while sources are asked.
-
-    Raises:
-        UsageError: with all missing models.
+    The target may be on another machine while sources are asked: it is checked only with ``and_target``.
     """
     if missing := missing_models(recipe, and_target=and_target):
         raise UsageError(listing("Models are missing", missing))
@@ -93,11 +88,8 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     models = {f"the source {each.name}": each.model for each in local if not folder.samples(each.name).exists()}
     if and_target:
         models["the target"] = recipe.target
-    return [
-        f"{whose}: {model} is no folder"
-        for whose, model in models.items()
-        if Path(model).is_absolute() and not Path(model).is_dir()
-    ]
+    absent = {whose: model for whose, model in models.items() if Path(model).is_absolute() and not Path(model).is_dir()}
+    return [f"{whose}: {model} is no folder" for whose, model in absent.items()]
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
@@ -201,11 +193,10 @@ def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Rep
         reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
         reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")
     if missing := len(asked.ledger.missing):
-        why = failures.stopped or _reasons(failures.lost)
-        to_serve = ""
+        message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or _reasons(failures.lost)}"
         if source.name == TARGET and source.server is not None:
-            to_serve = f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
-        yield f"{source.name}: {missing:,} of {len(asked.tasks):,}. {why}{to_serve}"
+            message += f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
+        yield message
 
 
 def _reasons(lost: dict[Key, str]) -> str:

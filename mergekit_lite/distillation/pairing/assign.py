@@ -53,11 +53,8 @@ def assignments(
 ) -> dict[str, Assignment]:
     """Return what each prompt of one domain is used for.
 
-    Args:
-        pairing: of the domain.
-        prompts: the usable answers to each prompt, by its id.
-        seed: of the split and of random rules.
-        answered: whether the target's own answers are known, where the pairing needs them.
+    ``prompts`` has the usable answers by id; the seed is that of the split and of random rules. ``answered`` says
+    whether the target's own answers are known, where the pairing needs them.
     """
     if pairing.rule == "as_is":
         return {prompt: _as_is(answers) for prompt, answers in prompts.items()}

@@ -44,13 +44,8 @@ def candidates(
 ) -> dict[str, list[Candidate]]:
     """Return one source's usable answers to each prompt, ordered by index: not blank, with all scores they need.
 
-    Args:
-        folder: of the recipe.
-        source: the source.
-        prompts: by id; answers to others are ignored.
-        pairings: by domain.
-        inventory: takes what is missing or lost.
-        own: whether the source is the target itself.
+    Answers to other prompts are ignored. ``prompts`` are by id, ``pairings`` by domain. The inventory takes what is
+    missing or lost; ``own`` says that the source is the target itself.
     """
     wanted = {prompt.id for prompt in prompts.values() if source.answers_to(prompt.domain)}
     if not wanted:

@@ -79,13 +79,7 @@ class PairingTable:
 def table_of(
     assigned: Mapping[str, Assignment], prompts: Mapping[str, Prompt], answers: Mapping[str, Counter[str]]
 ) -> PairingTable:
-    """Count the assignments and answers by domain.
-
-    Args:
-        assigned: by the prompt's id.
-        prompts: by id.
-        answers: numbers of answers by domain and kind, as ``Inventory.counts``.
-    """
+    """Count assignments, by the prompt's id, and ``Inventory.counts`` of answers by domain."""
     domains: dict[str, Counts] = {}
     for prompt, assignment in assigned.items():
         domain = prompts[prompt].domain

@@ -44,16 +44,7 @@ def load(path: Path) -> Recipe:
 
 
 def parse(content: str, source: str, folder: Path) -> Recipe:
-    """Return the recipe in a YAML text.
-
-    Args:
-        content: the text.
-        source: the file's name, for messages.
-        folder: what paths in the recipe are relative to.
-
-    Raises:
-        RecipeError: with every problem, its line and column.
-    """
+    """Return the recipe in a YAML text, as ``load`` does; messages name the ``source``, paths start at ``folder``."""
     root = read(content, source, NEEDS)
     if not isinstance(root, Fields):
         raise RecipeError(source, [Remark(root.at, f"a recipe is a mapping with {NEEDS}, got {describe(root)}")])

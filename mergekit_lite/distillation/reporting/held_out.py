@@ -69,10 +69,7 @@ class Comparison:
     def mean(self, model: Model, metric: str, domain: str | None = None) -> Interval:
         """Return the mean of a metric over the prompts that have it, with its 95 % interval.
 
-        Args:
-            model: the model.
-            metric: a scorer's name, ``LENGTH`` or ``CUT``.
-            domain: only prompts of this domain; all by default.
+        The metric is a scorer's name, ``LENGTH`` or ``CUT``; ``domain`` limits the prompts.
         """
         by_prompt = self._by_prompt(model, metric)
         values = (by_prompt.get(prompt.id) for prompt in self.prompts if domain in (None, prompt.domain))

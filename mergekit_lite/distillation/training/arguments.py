@@ -83,11 +83,7 @@ def wrong_trainer_keys(training: Training, stage: str) -> list[str]:
 def training_arguments(training: Training, folder: Path, steps: int, seed: int) -> TrainingArguments:
     """Return the trainer's arguments. Creating them sets up accelerate's processes and devices.
 
-    Args:
-        training: of the recipe.
-        folder: of the unfinished training.
-        steps: optimiser steps.
-        seed: of dropout and adapters.
+    The folder is that of the unfinished training, the seed that of dropout and adapters.
 
     Raises:
         UsageError: processes can't share the batch evenly, transformers refuses a value, or processes were started

@@ -39,13 +39,9 @@ def stored(folder: Path) -> dict[str, tuple[float, ...]]:
 
 
 def fill(trainer: PreferenceTrainer, rows: Sequence[Row], folder: Path, reporter: Reporter) -> None:
-    """Fill the trainer's ``reference`` with log-probabilities under its model as it is now.
+    """Fill the trainer's ``reference`` with log-probabilities of all rows under its model as it is now.
 
-    Args:
-        trainer: before its first step, its model on its devices.
-        rows: all rows of the training.
-        folder: of the files.
-        reporter: takes the progress.
+    The trainer is before its first step, its model on its devices. Files are in ``folder``.
     """
     accelerator = trainer.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes

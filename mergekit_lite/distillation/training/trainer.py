@@ -71,12 +71,7 @@ class RunningMeans:
 class ResponseTrainer(Trainer):
     """A trainer with rows in a given order, responses as batches, and a log file: the base of both trainings.
 
-    Args:
-        model: from ``trained_model``.
-        args: from ``training_arguments``.
-        rows: of all steps.
-        log: the file to append ``figures`` to.
-        figures: names of the figures that are logged besides loss and learning rate.
+    It appends ``figures`` to the log besides loss and learning rate.
     """
 
     def __init__(
@@ -159,14 +154,9 @@ class SftTrainer(ResponseTrainer):
 
 
 class PreferenceTrainer(ResponseTrainer):
-    """Trains with an objective's loss, averaged over the rows of a batch.
+    """Trains with an objective's loss under its options, averaged over the rows of a batch.
 
-    Args:
-        objective: the objective to minimise.
-        options: its keyword arguments.
-
-    Attributes:
-        reference: s_ref of a row's responses, by the row's key. Must be filled before the first step.
+    ``reference`` has s_ref of a row's responses, by the row's key. It must be filled before the first step.
     """
 
     objective: Objective

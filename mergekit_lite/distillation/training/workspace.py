@@ -61,7 +61,7 @@ class Workspace:
     def begin(self, record: Mapping[str, Any], step: int) -> None:
         """Create the folder, write its ``training.json``, and delete what is beyond the step to resume from.
 
-        That are incomplete checkpoints, a half-written model, and rows of the log.
+        These are incomplete checkpoints, a half-written model, and rows of the log.
         """
         write_text(self.root / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         for folder in self.root.glob("checkpoint-*"):
