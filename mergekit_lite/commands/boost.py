@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -165,7 +166,7 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boosting.summary import verdict
 
     with _stopping_the_server():
-        boosted = search_and_write(prepared, _shown_on(screen), screen.progress)
+        boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return
@@ -187,15 +188,12 @@ def _stopping_the_server() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _shown_on(screen: Screen) -> Callable[[Point], None]:
+def _show_point(screen: Screen, point: Point) -> None:
     from mergekit_lite.boosting.summary import figures
 
-    def show(point: Point) -> None:
-        if not screen.quiet:
-            why = point.dropped or ", ".join(point.beyond)
-            screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
-
-    return show
+    if not screen.quiet:
+        why = point.dropped or ", ".join(point.beyond)
+        screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:

@@ -48,15 +48,10 @@ class Screen:
 
     def plan(self, plan: Plan, threads: int | None) -> None:
         """Print the whole plan."""
-        rows = [
-            (
-                "input",
-                source.reference,
-                counted(len(source.tensors), "tensor"),
-                size(sum(spec.nbytes for spec in source.tensors.values())),
-            )
-            for source in plan.inputs
-        ]
+        rows = []
+        for source in plan.inputs:
+            nbytes = sum(spec.nbytes for spec in source.tensors.values())
+            rows.append(("input", source.reference, counted(len(source.tensors), "tensor"), size(nbytes)))
         files = counted(len(plan.layout.files), "file")
         rows += [("output", str(output), files, size(plan.layout.nbytes)) for output in plan.outputs]
         self.out.print(table(("", "path", "", ">size"), rows))

@@ -209,13 +209,8 @@ def wrpo(
     chosen, rejected = rows.ratios(length_normalised)
     fused = alpha_t * (chosen[:, :-1] * (shares / shares.sum())).sum(1) + (1 - alpha_t) * chosen[:, -1]
     margins = beta * (fused - rejected[:, 0])
-    return Outcome(
-        _logistic(margins, smoothing),
-        (beta * chosen).detach(),
-        (beta * rejected[:, 0]).detach(),
-        margins.detach(),
-        alpha_t,
-    )
+    rewards, rejected_rewards = (beta * chosen).detach(), (beta * rejected[:, 0]).detach()
+    return Outcome(_logistic(margins, smoothing), rewards, rejected_rewards, margins.detach(), alpha_t)
 
 
 @objective(

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import PreferenceTrainer
 
-Batch = Sequence[Row]
 
-
-def batches(rows: Iterable[Row], size: int) -> list[Batch]:
+def batches(rows: Iterable[Row], size: int) -> list[Sequence[Row]]:
     """Return the distinct rows in batches of like length."""
     distinct = {row.key: row for row in rows}
     ordered = sorted(distinct.values(), key=lambda row: (row.longest, row.key))
