@@ -61,7 +61,7 @@ def assignments(
     if pairing.split == "availability":
         pairs = _pairs(pairing, prompts, seed)
         return {prompt: _available(pairs[prompt], answers) for prompt, answers in prompts.items()}
-    return _shared(pairing, prompts, seed, answered)
+    return _split(pairing, prompts, seed, answered)
 
 
 def _as_is(answers: Answers) -> Assignment:
@@ -79,7 +79,7 @@ def _available(pair: PreferencePair | Refusal, answers: Answers) -> Assignment:
     return SftExample(example, f"{_why(answers)}; no pair: {pair.why}")
 
 
-def _shared(pairing: Pairing, prompts: Mapping[str, Answers], seed: int, answered: bool) -> dict[str, Assignment]:
+def _split(pairing: Pairing, prompts: Mapping[str, Answers], seed: int, answered: bool) -> dict[str, Assignment]:
     """Draw the share of SFT from the prompts that fit both stages.
 
     FuseChat-3.0's counts show this: 40 % of these, not of all prompts. Where the target answers after its SFT, pairs
