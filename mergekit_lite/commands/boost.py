@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
 
 FILE = click.Path(dir_okay=False, path_type=Path)
-Option = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 class ScoreOption(click.Option):
@@ -33,96 +33,6 @@ class ScoreOption(click.Option):
 
         self.help = f"{'; '.join(forms().values())}. The first one decides."
         return super().get_help_record(ctx)
-
-
-TASK: tuple[Option, ...] = (
-    click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The chosen model's folder."),
-    click.option("--recipe", type=FILE, help="Instead of SFT and ALIGNED: a merge recipe, with --tune."),
-    click.option(
-        "--tune",
-        metavar="PATH=LOW:HIGH",
-        multiple=True,
-        help="What is searched for, for instance parameters.weight=0:1.5, parameters.t[filter=mlp]=0:1 or alpha=0:8.",
-    ),
-    click.option(
-        "--score",
-        "scores",
-        cls=ScoreOption,
-        metavar="KIND[:WHAT]",
-        multiple=True,
-    ),
-    click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer."),
-    click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs."),
-    click.option("--limit", type=int, help="Most prompts, pairs and texts that are used."),
-)
-SEARCH: tuple[Option, ...] = (
-    click.option(
-        "--search",
-        type=click.Choice(["bracket", "grid", "tpe", "cmaes"]),
-        help="bracket for one alpha (bracket, bisect, refine), else tpe.",
-    ),
-    click.option("--start", type=float, default=0.5, show_default=True, help="The bracket's first alpha."),
-    click.option("--step", type=float, help="The bracket's first step; --start by default."),
-    click.option("--final-step", type=float, help="The bracket's last step; by default goes by the best alpha."),
-    click.option("--grid", metavar="[NAME=]A,B…", multiple=True, help="The grid's values; NAME is alpha by default."),
-    click.option("--trials", type=int, default=30, show_default=True, help="Of tpe and cmaes."),
-    click.option("--storage", metavar="URL", help="Optuna's database; SQLite in the search's folder by default."),
-    click.option(
-        "--limits",
-        metavar="NAME=MOST",
-        multiple=True,
-        help="What answers may become at most: growth, truncated, repetition, identical, unscored, kl, kl_per_token, "
-        "loss:SCORE; none is no limit.",
-    ),
-    click.option("--confidence", type=float, default=0.95, show_default=True, help="That a candidate is better."),
-    click.option(
-        "--held-out",
-        type=float,
-        default=0.5,
-        show_default=True,
-        help="The share of items, up to 0.9, that takes no part in the search and confirms its choice.",
-    ),
-    click.option("--all-items", is_flag=True, help="Measure every candidate on all items, hopeless ones too."),
-    click.option("--study", type=click.Path(path_type=Path), help="The search's folder; OUTPUT.boost by default."),
-)
-ANSWERS: tuple[Option, ...] = (
-    click.option("--temperature", type=float, default=0.7, show_default=True, help="0 is greedy."),
-    click.option("--top-p", type=float, default=0.9, show_default=True, help="Share of the likeliest tokens."),
-    click.option("--max-tokens", type=int, default=512, show_default=True, help="Of an answer."),
-    click.option("--samples", type=int, default=1, show_default=True, help="Answers to each prompt."),
-    click.option("--batch-size", type=int, default=16, show_default=True, help="Answers made at once."),
-    click.option("--no-kl", is_flag=True, help="Don't compute how likely answers are under candidate and baseline."),
-    click.option(
-        "--serve-command",
-        metavar="COMMAND",
-        help="A server of your own answers: started for each candidate over a temporary folder, with {model} and "
-        "{port} in its place, for instance 'vllm serve {model} --port {port}'.",
-    ),
-    click.option("--serve-patience", type=float, default=600.0, show_default=True, help="Seconds until it is ready."),
-    click.option("--concurrency", type=int, default=32, show_default=True, help="Open requests."),
-)
-MODEL: tuple[Option, ...] = (
-    click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate."),
-    click.option("--exclude", metavar="REGEX", multiple=True, help="As in extrapolate."),
-    click.option("--new-rows", type=click.Choice(["refuse", "copy"]), default="refuse", help="As in extrapolate."),
-    click.option("--out-dtype", help="As in extrapolate; candidates are judged in it."),
-    click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="Likewise."),
-    click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding."),
-    click.option("--threads", type=int, help="That set weights; one for each core by default."),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
-    click.option("--force", is_flag=True, help="Replace OUTPUT if it exists."),
-    click.option("--dry-run", is_flag=True, help="Check everything and print what would be done."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    click.option("-q", "--quiet", is_flag=True, help="Print errors, warnings and the verdict only."),
-)
-
-
-def options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give the command its options, in the order in which help shows them."""
-    for option in reversed((*TASK, *SEARCH, *ANSWERS, *MODEL)):
-        function = option(function)
-    return function
 
 
 @click.command(
@@ -138,7 +48,73 @@ Examples:
 )
 @click.argument("sft", required=False)
 @click.argument("aligned", required=False)
-@options
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The chosen model's folder.")
+@click.option("--recipe", type=FILE, help="Instead of SFT and ALIGNED: a merge recipe, with --tune.")
+@click.option(
+    "--tune",
+    metavar="PATH=LOW:HIGH",
+    multiple=True,
+    help="What is searched for, for instance parameters.weight=0:1.5, parameters.t[filter=mlp]=0:1 or alpha=0:8.",
+)
+@click.option("--score", "scores", cls=ScoreOption, metavar="KIND[:WHAT]", multiple=True)
+@click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer.")
+@click.option("--pairs", type=FILE, help="JSONL with preference pairs, for --score pairs.")
+@click.option("--limit", type=int, help="Most prompts, pairs and texts that are used.")
+@click.option(
+    "--search",
+    type=click.Choice(["bracket", "grid", "tpe", "cmaes"]),
+    help="bracket for one alpha (bracket, bisect, refine), else tpe.",
+)
+@click.option("--start", type=float, default=0.5, show_default=True, help="The bracket's first alpha.")
+@click.option("--step", type=float, help="The bracket's first step; --start by default.")
+@click.option("--final-step", type=float, help="The bracket's last step; by default goes by the best alpha.")
+@click.option("--grid", metavar="[NAME=]A,B…", multiple=True, help="The grid's values; NAME is alpha by default.")
+@click.option("--trials", type=int, default=30, show_default=True, help="Of tpe and cmaes.")
+@click.option("--storage", metavar="URL", help="Optuna's database; SQLite in the search's folder by default.")
+@click.option(
+    "--limits",
+    metavar="NAME=MOST",
+    multiple=True,
+    help="What answers may become at most: growth, truncated, repetition, identical, unscored, kl, kl_per_token, "
+    "loss:SCORE; none is no limit.",
+)
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="That a candidate is better.")
+@click.option(
+    "--held-out",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="The share of items, up to 0.9, that takes no part in the search and confirms its choice.",
+)
+@click.option("--all-items", is_flag=True, help="Measure every candidate on all items, hopeless ones too.")
+@click.option("--study", type=click.Path(path_type=Path), help="The search's folder; OUTPUT.boost by default.")
+@click.option("--temperature", type=float, default=0.7, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=0.9, show_default=True, help="Share of the likeliest tokens.")
+@click.option("--max-tokens", type=int, default=512, show_default=True, help="Of an answer.")
+@click.option("--samples", type=int, default=1, show_default=True, help="Answers to each prompt.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Answers made at once.")
+@click.option("--no-kl", is_flag=True, help="Don't compute how likely answers are under candidate and baseline.")
+@click.option(
+    "--serve-command",
+    metavar="COMMAND",
+    help="A server of your own answers: started for each candidate over a temporary folder, with {model} and "
+    "{port} in its place, for instance 'vllm serve {model} --port {port}'.",
+)
+@click.option("--serve-patience", type=float, default=600.0, show_default=True, help="Seconds until it is ready.")
+@click.option("--concurrency", type=int, default=32, show_default=True, help="Open requests.")
+@click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate.")
+@click.option("--exclude", metavar="REGEX", multiple=True, help="As in extrapolate.")
+@click.option("--new-rows", type=click.Choice(["refuse", "copy"]), default="refuse", help="As in extrapolate.")
+@click.option("--out-dtype", help="As in extrapolate; candidates are judged in it.")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="Likewise.")
+@click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding.")
+@click.option("--threads", type=int, help="That set weights; one for each core by default.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print what would be done.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors, warnings and the verdict only.")
 def command(
     sft: str | None,
     aligned: str | None,
@@ -190,7 +166,7 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boosting.summary import verdict
 
     with _stopping_the_server():
-        boosted = search_and_write(prepared, _shown_on(screen), screen.progress)
+        boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return
@@ -212,15 +188,12 @@ def _stopping_the_server() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _shown_on(screen: Screen) -> Callable[[Point], None]:
+def _show_point(screen: Screen, point: Point) -> None:
     from mergekit_lite.boosting.summary import figures
 
-    def show(point: Point) -> None:
-        if not screen.quiet:
-            why = point.dropped or ", ".join(point.beyond)
-            screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
-
-    return show
+    if not screen.quiet:
+        why = point.dropped or ", ".join(point.beyond)
+        screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:

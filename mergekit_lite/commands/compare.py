@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ Examples:
 @click.option(
     "-a",
     "--alpha",
+    "alphas",
     metavar="A[,B…]",
     callback=values.alphas,
     default="0.1,0.3,0.5",
@@ -42,7 +44,12 @@ Examples:
     help="Alphas whose effect after rounding is computed.",
 )
 @click.option(
-    "--dtype", multiple=True, default=("bfloat16", "float16"), show_default=True, help="To round to; may be repeated."
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    default=("bfloat16", "float16"),
+    show_default=True,
+    help="To round to; may be repeated.",
 )
 @click.option("--select-topk", default=1.0, show_default=True, help="SCE's share of the weights to select.")
 @click.option("--csv", "csv_path", type=WRITABLE, help="Write all figures as a table of plain text.")
@@ -55,17 +62,13 @@ Examples:
 def command(
     base: str,
     models: tuple[str, ...],
-    top_k: float,
-    alpha: tuple[float, ...],
-    dtype: tuple[str, ...],
-    select_topk: float,
     csv_path: Path | None,
     plot: Path | None,
     html_path: Path | None,
-    threads: int | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **options: Any,
 ) -> None:
     """Show what MODELS, all tuned from BASE, changed in it, where, and whether they agree. Each is read once.
 
@@ -83,17 +86,7 @@ def command(
         values.check_folder(path)
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("comparing") as progress:
-        comparison = compare(
-            base,
-            models,
-            top_k=top_k,
-            alphas=alpha,
-            dtypes=dtype,
-            select_topk=select_topk,
-            threads=threads,
-            progress=progress,
-            processes=running.PROCESSES,
-        )
+        comparison = compare(base, models, progress=progress, processes=running.PROCESSES, **options)
     if csv_path is not None:
         table = io.StringIO()
         export.write_csv(comparison, table)
@@ -126,13 +119,11 @@ def _show(screen: Screen, comparison: Comparison) -> None:
     screen.out.print(table(("", "model"), list(rows)))
     for overview in _overall(comparison, letters):
         screen.out.print("", overview, sep="\n")
-    units = [(name, figures) for name, figures in comparison.layers.items()]
-    screen.out.print("", _units("layer", letters, units), sep="\n")
+    screen.out.print("", _units("layer", letters, comparison.layers.items()), sep="\n")
     shown = comparison.tensors if screen.verbose else comparison.most_changed[:SHOWN]
     title = "tensor" if screen.verbose else "tensors that changed most"
-    screen.out.print(
-        "", _units(title, letters, [(one.tensor.name, comparison.figures(one)) for one in shown]), sep="\n"
-    )
+    tensors = [(one.tensor.name, comparison.figures(one)) for one in shown]
+    screen.out.print("", _units(title, letters, tensors), sep="\n")
     if len(comparison.tensors) > len(shown):
         screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
@@ -181,7 +172,7 @@ def _overall(comparison: Comparison, letters: list[str]) -> list[Any]:
     return [*tables, table(("rounded to", ">alpha", *(f">{name}" for name in letters)), alphas)]
 
 
-def _units(title: str, letters: list[str], units: list[tuple[str, DeltaFigures]]) -> Any:
+def _units(title: str, letters: list[str], units: Iterable[tuple[str, DeltaFigures]]) -> Any:
     from mergekit_lite.commands.screen import table
     from mergekit_lite.comparison.suggestions import figure, percent
 

@@ -6,18 +6,11 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_lite.commands import Group
 from mergekit_lite.commands.reporter import TerminalReporter
-
-if TYPE_CHECKING:
-    from mergekit_lite.distillation.dry_run import DryRun
-    from mergekit_lite.distillation.recipe.schema import Recipe
-
-SKIPPING = ("sample", "pair")  # take --skip-missing
 
 
 @click.group(name="distill", cls=Group)
@@ -64,15 +57,13 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run.")
-    from mergekit_lite.distillation.distilling import run_stages
-    from mergekit_lite.distillation.train import check
+    from mergekit_lite.distillation.distilling import distill
 
-    loaded, reporter = _load(recipe), TerminalReporter(quiet=quiet or as_json)
-    check(loaded)  # what training would refuse hours later
+    reporter = TerminalReporter(quiet=quiet or as_json)
     if dry_run:
-        _show_plan(loaded, reporter, as_json)
+        _show_plan(recipe, reporter, as_json)
     else:
-        run_stages(loaded, reporter, skip_missing=skip_missing)
+        distill(recipe, skip_missing=skip_missing, reporter=reporter)
 
 
 @stage("sample", ("--skip-missing",))
@@ -82,13 +73,13 @@ def sample(recipe: Path, quiet: bool, skip_missing: bool) -> None:
 
     Asks only for what is missing.
     """
-    _carry_out("sample", _load(recipe), TerminalReporter(quiet=quiet), skip_missing=skip_missing)
+    _carry_out("sample", recipe, quiet, skip_missing=skip_missing)
 
 
 @stage("score")
 def score(recipe: Path, quiet: bool) -> None:
     """Score the answers: reward models, verifiers, judges."""
-    _carry_out("score", _load(recipe), TerminalReporter(quiet=quiet))
+    _carry_out("score", recipe, quiet)
 
 
 @stage("pair", ("--skip-missing",))
@@ -98,13 +89,13 @@ def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
 
     Prints what became of every prompt.
     """
-    _carry_out("pair", _load(recipe), TerminalReporter(quiet=quiet), skip_missing=skip_missing)
+    _carry_out("pair", recipe, quiet, skip_missing=skip_missing)
 
 
 @stage("train")
 def train(recipe: Path, quiet: bool) -> None:
     """Train the target: SFT, then preferences, as far as there are rows."""
-    _carry_out("train", _load(recipe), TerminalReporter(quiet=quiet))
+    _carry_out("train", recipe, quiet)
 
 
 @stage("report")
@@ -113,33 +104,29 @@ def report(recipe: Path, quiet: bool) -> None:
 
     It has curves, scores before and after on held-out prompts, and answers side by side.
     """
-    _carry_out("report", _load(recipe), TerminalReporter(quiet=quiet))
+    _carry_out("report", recipe, quiet)
 
 
-def _load(path: Path) -> Recipe:
+def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool) -> None:
+    """Run one stage: a function of its own name, in the module of its name."""
     from mergekit_lite.distillation.recipe.loading import load
 
-    return load(path)
+    run_stage = getattr(import_module(f"mergekit_lite.distillation.{name}"), name)
+    run_stage(load(recipe), TerminalReporter(quiet=quiet), **options)
 
 
-def _carry_out(name: str, recipe: Recipe, reporter: TerminalReporter, *, skip_missing: bool = False) -> None:
-    """Run one stage: a function of its own name, in the module of its name."""
-    options: dict[str, Any] = {"skip_missing": True} if name in SKIPPING and skip_missing else {}
-    getattr(import_module(f"mergekit_lite.distillation.{name}"), name)(recipe, reporter, **options)
-
-
-def _show_plan(recipe: Recipe, reporter: TerminalReporter, as_json: bool) -> None:
+def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     from mergekit_lite.distillation import prompts
     from mergekit_lite.distillation.dry_run import dry_run
+    from mergekit_lite.distillation.recipe.loading import load
+    from mergekit_lite.distillation.train import check
 
+    recipe = load(path)
+    check(recipe)  # what training would refuse hours later
     plan = dry_run(recipe, prompts.read(recipe, reporter))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
-    else:
-        _print_plan(recipe, plan, reporter)
-
-
-def _print_plan(recipe: Recipe, plan: DryRun, reporter: TerminalReporter) -> None:
+        return
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
     reporter.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
     reporter.line("")

@@ -47,7 +47,7 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
 
 
 def _show(screen: Screen, inspection: Inspection) -> None:
-    from mergekit_lite.commands.screen import size, table
+    from mergekit_lite.commands.screen import shape_text, size, table
     from mergekit_lite.errors import counted
 
     checkpoint, parameters = inspection.checkpoint, max(inspection.parameters, 1)
@@ -65,7 +65,7 @@ def _show(screen: Screen, inspection: Inspection) -> None:
     }
     screen.out.print(table(("", ""), list(facts.items())))
     rows = [
-        (group.name, str(group.tensors), _shape(group.shape), group.dtype, size(group.nbytes))
+        (group.name, str(group.tensors), shape_text(group.shape), group.dtype, size(group.nbytes))
         for group in inspection.groups
     ]
     screen.out.print(table(("tensors (* is a number)", ">count", ">shape", "dtype", ">size"), rows))
@@ -88,7 +88,3 @@ def _show_weights(screen: Screen, inspection: Inspection) -> None:
     screen.out.print("", table((title, ">mean", ">RMS", ">largest", "looks wrong"), rows), sep="\n")
     if len(weights) > len(shown):
         screen.out.print(f"… and {len(weights) - len(shown):,} more (-v shows all)")
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) or "scalar"

@@ -12,16 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from mergekit_lite.commands.screen import PLAIN_INTERVAL, console, table
+from mergekit_lite.distillation.reporter import Reporter
 
 
-class TerminalReporter:
+class TerminalReporter(Reporter):
     """Prints results to standard output, all else to standard error.
 
-    Progress is a bar for each task on a terminal, elsewhere a line now and then.
+    Progress is a bar for each task on a terminal, elsewhere a line now and then. ``quiet`` prints warnings only.
     """
 
     def __init__(self, *, quiet: bool = False):
-        """With ``quiet``, print warnings only."""
         self.quiet = quiet
         self.out = console(sys.stdout)
         self.err = console(sys.stderr)
@@ -80,10 +80,7 @@ class TerminalReporter:
 
 
 class _Rate(ProgressColumn):
-    """A column of items a second."""
-
     def render(self, task: Task) -> Text:
-        """Return the rate of one task."""
         return Text("" if task.speed is None else rate(task.speed), "dim")
 
 
@@ -104,9 +101,7 @@ def _plain(what: str, total: int, done: int) -> Callable[[int], None]:
             last = now
             speed = max(done - before, 1e-9) / (now - started)
             left = (total - done) / speed
-            print(
-                f"{what}  {done / total:4.0%}  {done:,} of {total:,}  {rate(speed)}  {left:,.0f} s left",
-                file=sys.stderr,
-            )
+            line = f"{what}  {done / total:4.0%}  {done:,} of {total:,}  {rate(speed)}  {left:,.0f} s left"
+            print(line, file=sys.stderr)
 
     return advance

@@ -77,16 +77,15 @@ takes_shard_size = click.option(
 
 def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of rounding, for methods that draw nothing else."""
-    function = click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")(
-        function
-    )
-    return click.option(
+    seed = click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
+    rounding = click.option(
         "--rounding",
         type=click.Choice(["nearest", "stochastic"]),
         default="nearest",
         show_default=True,
         help="Stochastic keeps steps smaller than the dtype's spacing, on average.",
-    )(function)
+    )
+    return rounding(seed(function))
 
 
 def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
@@ -127,7 +126,6 @@ def resumable() -> Iterator[None]:
 
 
 def _check_room(plan: Plan) -> None:
-    """Raise RunError where the outputs can't fit on the disk."""
     parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.bytes_to_write:

@@ -23,7 +23,7 @@ from mergekit_lite.output.companions import companions
 if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
-    from mergekit_lite.planning import Job, Plan
+    from mergekit_lite.planning import Plan
 
 SHOWN = 5
 FAR = 0.1  # relative distance of the effective alpha from the one asked for, beyond which the user gets advice
@@ -32,10 +32,9 @@ PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no ter
 
 
 class Screen:
-    """Prints results to standard output, all else to standard error."""
+    """Prints results to standard output, all else to standard error; ``quiet``: warnings and errors only."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        """With ``quiet``, print warnings and errors only; with ``verbose``, every tensor."""
         self.quiet = quiet
         self.verbose = verbose
         self.out = console(sys.stdout)
@@ -49,15 +48,10 @@ class Screen:
 
     def plan(self, plan: Plan, threads: int | None) -> None:
         """Print the whole plan."""
-        rows = [
-            (
-                "input",
-                source.reference,
-                counted(len(source.tensors), "tensor"),
-                size(sum(spec.nbytes for spec in source.tensors.values())),
-            )
-            for source in plan.inputs
-        ]
+        rows = []
+        for source in plan.inputs:
+            nbytes = sum(spec.nbytes for spec in source.tensors.values())
+            rows.append(("input", source.reference, counted(len(source.tensors), "tensor"), size(nbytes)))
         files = counted(len(plan.layout.files), "file")
         rows += [("output", str(output), files, size(plan.layout.nbytes)) for output in plan.outputs]
         self.out.print(table(("", "path", "", ">size"), rows))
@@ -66,7 +60,9 @@ class Screen:
             f"takes about {size(memory_estimate(plan, threads))} of memory\n"
         )
         if self.verbose:
-            jobs = [(job.name, _shape(job), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs]
+            jobs = [
+                (job.name, shape_text(job.shape), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs
+            ]
             self.out.print(table(("tensor", "shape", "dtype", "what happens"), jobs))
         else:
             self.out.print(table((">tensors", ">size", "dtype", "what happens"), map(_row, groups(plan))))
@@ -93,13 +89,7 @@ class Screen:
         if self.quiet:
             yield None
         elif self.err.is_terminal:
-            columns = (
-                TextColumn(what),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
+            columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self.err, transient=True) as bar:
                 task = bar.add_task(what, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -141,7 +131,6 @@ class Screen:
             self.out.print(table(("  tensor", ">asked", ">effective", ">RMS(delta)"), rows))
 
     def _coefficients(self, report: Report) -> None:
-        """Print each model's coefficients: over all tensors, or one by one."""
         if not report.coefficients:
             return
         models = list(dict.fromkeys(model for of_tensor in report.coefficients.values() for model in of_tensor))
@@ -179,6 +168,11 @@ def size(count: float) -> str:
     return f"{count / 1000**power:.2f} {'kMG'[power - 1]}B"
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as text: ``4096 × 512``."""
+    return " × ".join(map(str, shape)) or "scalar"
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
     """Return a plain table; columns whose heading starts with ``>`` are flush right. Long lines break."""
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -197,10 +191,6 @@ def _row(group: Group) -> tuple[str, str, str, Text]:
     return f"{group.tensors:,}", size(group.nbytes), group.dtype, what
 
 
-def _shape(job: Job) -> str:
-    return " × ".join(map(str, job.shape)) or "scalar"
-
-
 def _plain_progress() -> Callable[[int, int], None]:
     started = last = time.monotonic()
 
@@ -211,10 +201,8 @@ def _plain_progress() -> Callable[[int, int], None]:
             last = now
             rate = done / (now - started)
             left = (total - done) / rate
-            print(
-                f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left",
-                file=sys.stderr,
-            )
+            line = f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
+            print(line, file=sys.stderr)
 
     return show
 
@@ -226,7 +214,6 @@ def _is_far(report: Report) -> bool:
 
 
 def _advice(report: Report) -> str | None:
-    """Return advice where rounding took much of alpha away, or added to it."""
     if not _is_far(report):
         return None
     return (

@@ -84,15 +84,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
-def extract(
-    base: str,
-    tuned: str,
-    output: str,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
+def extract(base: str, tuned: str, output: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Make the task vector of TUNED: what was added to BASE. Prints what it takes and what it throws away.
 
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
@@ -149,12 +141,7 @@ Examples:
 @running.takes_shard_size
 @running.takes_run_options
 def apply(
-    base: str,
-    vectors: tuple[str, ...],
-    output: str,
-    run_options: RunOptions,
-    view: running.View,
-    **options: Any,
+    base: str, vectors: tuple[str, ...], output: str, run_options: RunOptions, view: running.View, **options: Any
 ) -> None:
     """Add task vectors to BASE: base + Σ scale · vector, summed in float64 and rounded once.
 

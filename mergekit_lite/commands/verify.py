@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,7 +38,7 @@ Examples:
 @click.option("--seed", type=int, help="Chooses the tensors; another one each time by default.")
 @click.option(
     "--input",
-    "moved",
+    "inputs",
     metavar="OLD=NEW",
     callback=values.moved,
     multiple=True,
@@ -53,13 +53,10 @@ def command(
     out: Path,
     samples: int | None,
     everything: bool,
-    seed: int | None,
-    moved: dict[str, str],
-    threads: int | None,
-    device: str,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **options: Any,
 ) -> None:
     """Check OUT, which extrapolate or merge made, against its manifest: every byte of it by digest.
 
@@ -72,16 +69,8 @@ def command(
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
     with screen.progress("verifying") as progress:
-        verdict = verify(
-            out,
-            samples="all" if everything else samples,
-            seed=seed,
-            inputs=moved,
-            threads=threads,
-            device=device,
-            progress=progress,
-            processes=running.PROCESSES,
-        )
+        options |= {"progress": progress, "processes": running.PROCESSES}
+        verdict = verify(out, samples="all" if everything else samples, **options)
     if as_json:
         click.echo(json.dumps(verdict.to_json(), indent=1))
     else:
@@ -95,9 +84,8 @@ def _show(verdict: Verification, quiet: bool, verbose: bool) -> None:
     if not quiet:
         lines.append(f"{counted(verdict.tensors, 'tensor')} of the output compared with their digests")
         if verdict.recomputed:
-            lines.append(
-                f"{counted(len(verdict.recomputed), 'tensor')} made again from the inputs (--seed {verdict.seed})"
-            )
+            tensors = counted(len(verdict.recomputed), "tensor")
+            lines.append(f"{tensors} made again from the inputs (--seed {verdict.seed})")
             lines += [f"  {name}" for name in verdict.recomputed[:shown]]
             if len(verdict.recomputed) > shown:
                 lines.append(f"  … and {len(verdict.recomputed) - shown:,} more")

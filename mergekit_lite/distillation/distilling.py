@@ -8,9 +8,8 @@ from mergekit_lite.distillation import sample as sampling
 from mergekit_lite.distillation import train as training
 from mergekit_lite.distillation.pair import pair
 from mergekit_lite.distillation.recipe.loading import load
-from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.report import report
-from mergekit_lite.distillation.reporter import Reporter, Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.reporting.findings import Findings
 from mergekit_lite.distillation.score import score
 from mergekit_lite.options import named_options
@@ -34,26 +33,17 @@ def distill(recipe: str | Path, *, skip_missing: bool = False, reporter: Reporte
         UsageError: the recipe is wrong; every problem is named with its line and column.
         MergekitLiteError: a model can't be asked, judged or trained. What was finished is kept.
     """
-    loaded = load(Path(recipe))
+    loaded, reporter = load(Path(recipe)), reporter or Reporter()
     training.check(loaded)  # what would be refused hours later
-    return run_stages(loaded, reporter or Silent(), skip_missing=skip_missing)
-
-
-def run_stages(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> Findings:
-    """Run all stages in their order.
-
-    Where pairs are made of the target's own answers, it is asked for them once its SFT is done: sample, score, pair and
-    train have a second turn then.
-    """
-    sampling.check(recipe, and_target=True)
-    for _ in range(1 if recipe.target_source is None else 2):
+    sampling.check(loaded, and_target=True)
+    for _ in range(1 if loaded.target_source is None else 2):  # the target answers for itself once its SFT is done
         reporter.line("[sample]")
-        sampling.sample(recipe, reporter, skip_missing=skip_missing)
+        sampling.sample(loaded, reporter, skip_missing=skip_missing)
         reporter.line("[score]")
-        score(recipe, reporter)
+        score(loaded, reporter)
         reporter.line("[pair]")
-        pair(recipe, reporter, skip_missing=skip_missing)
+        pair(loaded, reporter, skip_missing=skip_missing)
         reporter.line("[train]")
-        training.train(recipe, reporter)
+        training.train(loaded, reporter)
     reporter.line("[report]")
-    return report(recipe, reporter)
+    return report(loaded, reporter)

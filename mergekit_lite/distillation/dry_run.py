@@ -11,7 +11,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, Source, Training
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, Source
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 
 
@@ -66,10 +66,10 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     if recipe.target_source is not None:
         may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
         sources.append(_target(recipe, recipe.target_source, domains, may_wait))
+    rows = {stage: sum(getattr(domain, stage) for domain in domains) for stage in recipe.train.stages}
     training = [
-        _steps(stage, settings, sum(getattr(domain, stage) for domain in domains))
-        for stage, settings in (("sft", recipe.train.sft), ("preference", recipe.train.preference))
-        if settings is not None
+        TrainingSteps(stage, rows[stage], math.floor(settings.epochs * rows[stage] + 1e-9) // settings.batch_size)
+        for stage, settings in recipe.train.stages.items()
     ]
     scorers = tuple(scorer.name for scorer in recipe.scorers)
     return DryRun(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
@@ -94,14 +94,7 @@ def _source(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> Source
 
 
 def _target(recipe: Recipe, source: Source, domains: Iterable[DomainRows], prompts: Iterable[Prompt]) -> SourceRequests:
-    requests = sum(
-        rows.preference * source.answers_to(rows.domain)
-        for rows in domains
-        if recipe.pairs.of(rows.domain).needs_target
-    )
+    waiting = [rows for rows in domains if recipe.pairs.of(rows.domain).needs_target]
+    requests = sum(rows.preference * source.answers_to(rows.domain) for rows in waiting)
     model = source.model if source.server else "what SFT makes" if recipe.train.sft else recipe.target
     return _source(recipe, source, prompts)._replace(name=TARGET, model=model, requests=requests)
-
-
-def _steps(stage: str, settings: Training, rows: int) -> TrainingSteps:
-    return TrainingSteps(stage, rows, math.floor(settings.epochs * rows + 1e-9) // settings.batch_size)

@@ -108,27 +108,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective by its name in recipes.
+    """An objective by its name in recipes."""
 
-    Attributes:
-        name: of the function.
-        function: takes ``LogProbs`` and keyword arguments, returns an ``Outcome``.
-        formula: the loss of one chosen and the rejected response.
-        source: the paper, or what the formula is taken from.
-        when: the case that the objective is good for.
-        reference: whether it needs s_ref.
-        squares: whether it needs log Σ π².
-        fuses: whether it weighs chosen responses of sources against one of the target, and so needs both.
-    """
-
-    name: str
-    function: Callable[..., Outcome]
-    formula: str
-    source: str
-    when: str
-    reference: bool = True
-    squares: bool = False
-    fuses: bool = False
+    name: str  # of the function
+    function: Callable[..., Outcome]  # of LogProbs and keyword arguments
+    formula: str  # the loss of one chosen and the rejected response
+    source: str  # the paper, or what the formula is taken from
+    when: str  # the case that the objective is good for
+    reference: bool = True  # whether it needs s_ref
+    squares: bool = False  # whether it needs log Σ π²
+    fuses: bool = False  # whether it weighs chosen responses of sources against one of the target: it needs both
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -220,13 +209,8 @@ def wrpo(
     chosen, rejected = rows.ratios(length_normalised)
     fused = alpha_t * (chosen[:, :-1] * (shares / shares.sum())).sum(1) + (1 - alpha_t) * chosen[:, -1]
     margins = beta * (fused - rejected[:, 0])
-    return Outcome(
-        _logistic(margins, smoothing),
-        (beta * chosen).detach(),
-        (beta * rejected[:, 0]).detach(),
-        margins.detach(),
-        alpha_t,
-    )
+    rewards, rejected_rewards = (beta * chosen).detach(), (beta * rejected[:, 0]).detach()
+    return Outcome(_logistic(margins, smoothing), rewards, rejected_rewards, margins.detach(), alpha_t)
 
 
 @objective(

@@ -12,7 +12,7 @@ from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores,
 from mergekit_lite.distillation.pairing.table import PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.checks import Problem, pairing_problems
-from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe, Source
+from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, win
 from mergekit_lite.errors import UsageError, counted, listing
@@ -50,7 +50,8 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     waiting = [prompt for prompt, assignment in assigned.items() if isinstance(assignment, Waiting)]
     if waiting:
         asked = {prompt: prompts[prompt] for prompt in waiting}
-        own = candidates(folder, _target(recipe), asked, pairings, inventory, own=True)
+        assert recipe.target_source is not None  # the recipe was checked
+        own = candidates(folder, recipe.target_source, asked, pairings, inventory, own=True)
         missing = _missing(inventory, skip_missing)
         if not missing:
             answers = _answers(prompts, by_source, own)
@@ -79,13 +80,7 @@ def _check(problems: Iterable[Problem]) -> None:
         raise UsageError(listing(f"{counted(len(listed), 'problem')} in how the recipe makes pairs", listed))
 
 
-def _target(recipe: Recipe) -> Source:
-    assert recipe.target_source is not None  # the recipe was checked
-    return recipe.target_source.model_copy(update={"name": TARGET})
-
-
 def _answers(prompts: Iterable[str], by_source: Sequence[ByPrompt], own: ByPrompt) -> dict[str, Answers]:
-    """Return all usable answers by prompt, the sources' in the order of the recipe."""
     return {
         prompt: Answers([answer for each in by_source for answer in each.get(prompt, ())], own.get(prompt, ()))
         for prompt in prompts
@@ -99,12 +94,11 @@ def _assigned(
     answers: Mapping[str, Answers],
     answered: bool,
 ) -> dict[str, Assignment]:
-    """Return the assignments of all domains, in the order of the prompts."""
     assigned: dict[str, Assignment] = {}
     for domain, pairing in pairings.items():
         of_domain = {name: answers[name] for name, prompt in prompts.items() if prompt.domain == domain}
         assigned |= assignments(pairing, of_domain, recipe.seed, answered)
-    return {prompt: assigned[prompt] for prompt in prompts}
+    return {prompt: assigned[prompt] for prompt in prompts}  # in the order of the prompts
 
 
 def _write(
@@ -143,7 +137,6 @@ def _write_waiting(folder: Folder, waiting: Sequence[Prompt]) -> None:
 
 
 def _responses(recipe: Recipe, folder: Folder, assigned: Mapping[str, Assignment]) -> Responses:
-    """Read text and scores of all answers that become part of a row."""
     wanted: dict[str, set[Key]] = {}
     for prompt, assignment in assigned.items():
         for answer in _used(assignment):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 
-class Reporter(Protocol):
-    """Takes the reports of a stage. May be called from several threads."""
+class Reporter:
+    """Takes the reports of a stage, and discards them: a subclass shows them. May be called from several threads."""
 
     def line(self, text: str) -> None:
         """Report a result, or that a step is done."""
@@ -27,24 +26,7 @@ class Reporter(Protocol):
             total: its number of items.
             done: how many of them were done before.
 
-        Yields:
-            A function to call with the number of items done since its last call.
+        Returns:
+            A context that gives a function to call with the number of items done since its last call.
         """
-
-
-class Silent:
-    """A reporter that discards everything."""
-
-    def line(self, text: str) -> None:
-        """Discard a line."""
-
-    def warn(self, text: str) -> None:
-        """Discard a warning."""
-
-    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Discard a table."""
-
-    @contextmanager
-    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Discard progress."""
-        yield lambda more: None
+        return nullcontext(lambda more: None)

@@ -18,25 +18,15 @@ DIGITS = 10  # gaps are rounded to these decimals, so that 0.11 − 0.10 is 0.01
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer as rules see it.
-
-    Attributes:
-        source: the source's name.
-        index: the number of the answer among the source's answers to the prompt, from 0.
-        score: the score that answers are ranked by.
-        correct: a verifier's verdict; None where the domain has no verifier.
-        length: of the text, in characters.
-        digest: of the text; equal texts have equal digests.
-        own: whether it is the target's own answer, not a source's.
-    """
+    """An answer as rules see it."""
 
     source: str
-    index: int
-    score: float
-    correct: bool | None = None
-    length: int = 0
-    digest: int | None = None
-    own: bool = False
+    index: int  # among the source's answers to the prompt, from 0
+    score: float  # that answers are ranked by
+    correct: bool | None = None  # a verifier's verdict; None where the domain has no verifier
+    length: int = 0  # of the text, in characters
+    digest: int | None = None  # of the text; equal texts have equal digests
+    own: bool = False  # whether it is the target's own answer, not a source's
 
 
 class Answers(NamedTuple):

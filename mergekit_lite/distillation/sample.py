@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,14 +73,9 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
 
 
 def check(recipe: Recipe, *, and_target: bool = False) -> None:
-    """Refuse a recipe whose models are missing, as far as they still have to answer.
+    """Raise UsageError with all missing models of a recipe, as far as they still have to answer.
 
-    Args:
-        recipe: the recipe.
-        and_target: check the target as well, which may be on another machine while sources are asked.
-
-    Raises:
-        UsageError: with all missing models.
+    The target may be on another machine while sources are asked: it is checked only with ``and_target``.
     """
     if missing := missing_models(recipe, and_target=and_target):
         raise UsageError(listing("Models are missing", missing))
@@ -89,18 +84,12 @@ def check(recipe: Recipe, *, and_target: bool = False) -> None:
 def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     """Return the local models that are still needed and have no folder, as messages."""
     folder = Folder(recipe.folder)
-    models = {
-        f"the source {source.name}": source.model
-        for source in recipe.sources
-        if source.server is None and not folder.samples(source.name).exists()
-    }
+    local = [source for source in recipe.sources if source.server is None]
+    models = {f"the source {each.name}": each.model for each in local if not folder.samples(each.name).exists()}
     if and_target:
         models["the target"] = recipe.target
-    return [
-        f"{whose}: {model} is no folder"
-        for whose, model in models.items()
-        if Path(model).is_absolute() and not Path(model).is_dir()
-    ]
+    absent = {whose: model for whose, model in models.items() if Path(model).is_absolute() and not Path(model).is_dir()}
+    return [f"{whose}: {model} is no folder" for whose, model in absent.items()]
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
@@ -177,15 +166,12 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> li
     """Ask one local source, or all servers. Returns a message for each source that answers are missing of."""
     ledgers = {each.source.name: each.ledger for each in group}
     respondents = {each.source.name: respondent(recipe, each.source) for each in group}
+    advance: dict[str, Callable[[int], None]] = {}
     with ExitStack() as stack:
-        advance = {
-            each.source.name: stack.enter_context(
-                reporter.progress(each.source.name, len(each.tasks), len(each.tasks) - len(each.ledger.missing))
-            )
-            for each in group
-        }
-        for ledger in ledgers.values():
-            stack.callback(ledger.close)
+        for each in group:
+            name, total = each.source.name, len(each.tasks)
+            advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
+            stack.callback(each.ledger.close)
         with closing(_answers([(respondents[each.source.name], each) for each in group])) as answers:
             for answer in answers:
                 ledgers[answer.source].append([asdict(answer)])
@@ -202,21 +188,18 @@ def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[A
 
 
 def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Reporter) -> Iterator[str]:
-    """Report repeated requests, and yield a message where answers are missing."""
     source, failures = asked.source, who.failures
     if failures.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
         reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")
     if missing := len(asked.ledger.missing):
-        why = failures.stopped or _reasons(failures.lost)
-        to_serve = ""
+        message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or _reasons(failures.lost)}"
         if source.name == TARGET and source.server is not None:
-            to_serve = f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
-        yield f"{source.name}: {missing:,} of {len(asked.tasks):,}. {why}{to_serve}"
+            message += f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
+        yield message
 
 
 def _reasons(lost: dict[Key, str]) -> str:
-    """Return the most frequent reasons, each with a prompt as an example."""
     example = {why: key.prompt for key, why in lost.items()}
     counts = Counter(lost.values()).most_common()
     shown = [f"{why} ({count:,}×, for instance the prompt {example[why]})" for why, count in counts[:SHOWN]]
@@ -224,7 +207,6 @@ def _reasons(lost: dict[Key, str]) -> str:
 
 
 def _hold_settings(recipe: Recipe, source: Source) -> None:
-    """Save how a source is asked, or refuse settings that differ from those of its existing answers."""
     path = Folder(recipe.folder).samples(source.name).with_suffix(".json")
     exists = any(path.with_name(f"{source.name}{end}").exists() for end in (".jsonl", ".partial.jsonl"))
     refusal = f"The answers of {source.name} in {path.parent} were drawn in another way"
@@ -248,9 +230,7 @@ def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, source: Source) -> str:
-    if source.name != TARGET or source.server is not None:
-        return source.model
-    return _trained(recipe)
+    return _trained(recipe) if source.name == TARGET and source.server is None else source.model
 
 
 def _trained(recipe: Recipe) -> str:

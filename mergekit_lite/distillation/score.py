@@ -151,15 +151,15 @@ def _judge(judge: Scorer, task: ScoringTask, reporter: Reporter) -> None:
     Windows are cut from all answers, judged before or not. A window of a scorer that reads answers together is judged
     as a whole, so that its scores don't depend on where an earlier run was stopped.
     """
-    missing = set(task.ledger.missing)
+    missing, kind = set(task.ledger.missing), kind_of(task.scorer.kind)
     total = len(task.digests)
     with reporter.progress(f"{task.scorer.name}: {task.source}", total, total - len(missing)) as advance:
         try:
-            for window in _windows(task.answers.items([]), _window_size(task.scorer)):
+            for window in _windows(task.answers.items([]), WINDOWS * kind.at_once(task.scorer)):
                 wanted = [item for item in window if item.key in missing]
                 if not wanted:
                     continue
-                items = window if kind_of(task.scorer.kind).read_together else wanted
+                items = window if kind.read_together else wanted
                 verdicts = judge.score([item.judged for item in items])
                 task.ledger.append(_row(item, verdict) for item, verdict in zip(items, verdicts, strict=True))
                 advance(len(wanted))
@@ -177,17 +177,12 @@ def _row(item: Item, verdict: Score) -> dict[str, Any]:
     }
 
 
-def _window_size(scorer: RecipeScorer) -> int:
-    return WINDOWS * kind_of(scorer.kind).at_once(scorer)
-
-
 def _windows(items: Iterator[T], size: int) -> Iterator[list[T]]:
     while window := list(islice(items, size)):
         yield window
 
 
 def _hold_settings(recipe: Recipe, scorer: RecipeScorer) -> None:
-    """Save how a scorer judges, or refuse settings that differ from those of its existing scores."""
     folder = Folder(recipe.folder).scores(scorer.name, "").parent
     refusal = f"The scores in {folder} were given in another way" if folder.exists() else None
     advice = (
@@ -208,7 +203,6 @@ def _settings(recipe: Recipe, scorer: RecipeScorer) -> dict[str, Any]:
 
 
 def _report_summary(tasks: Sequence[ScoringTask], reporter: Reporter) -> None:
-    """Report number, mean and spread of the scores, and how many answers have none and why."""
     rows = []
     for task in tasks:
         values: list[float] = []

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.answers.rows import write_lines
+from mergekit_lite.answers.rows import write_text
 from mergekit_lite.errors import UsageError, listing
 
 
 def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal: str | None, advice: str) -> None:
-    """Save the settings, unless results exist that were made with others.
+    """Save the settings as JSON, unless results exist that were made with others.
 
     Args:
         path: the JSON file of the settings.
@@ -33,7 +33,7 @@ def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal
             return
         if refusal is not None:
             raise UsageError(f"{listing(refusal, changes)}\n{advice}")
-    write_lines(path, [(json.dumps(settings, indent=1) + "\n").encode()])
+    write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _read(path: Path, results: str) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
     pairs/sft.jsonl ─▶ train/sft ─▶ (the target's own answers, paired) pairs/preference.jsonl ─▶ train/preference
 
-``transformers.Trainer`` does the training. ``accelerate launch -m mergekit_lite distill train RECIPE`` runs it on
-several processes, with FSDP or DeepSpeed if accelerate is configured for them. An unfinished training is in
-``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and ``log.jsonl``. A killed run
-resumes from the last complete checkpoint. The finished folder is renamed to ``train/STAGE/`` and holds
+An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and
+``log.jsonl``. The finished folder ``train/STAGE/`` holds
 
     the model         weights in the recipe's dtype, config, generation config, tokenizer with its template
     adapter/          with ``lora``: the adapter by itself, relative to the model that training started from;
@@ -13,10 +11,9 @@ resumes from the last complete checkpoint. The finished folder is renamed to ``t
     training.json     settings, counts of rows, steps, processes, versions
     log.jsonl         see below
 
-The loss covers the tokens of responses only, the end of the turn included. (The SFT of WRPO's released code packs
-templated text and trains on all of its tokens, prompts included.) A step takes ``batch_size`` rows, whatever the number
-of processes. Rows come in a new order each epoch; those that fill no last batch are left out. SFT averages over the
-tokens of a batch. Preference training averages over its rows and has no dropout, as the reference has none.
+The loss covers the tokens of responses only, the end of the turn included. A step takes ``batch_size`` rows, whatever
+the number of processes. Rows come in a new order each epoch; those that fill no last batch are left out. SFT averages
+over the tokens of a batch. Preference training averages over its rows and has no dropout, as the reference has none.
 
 **log.jsonl** has a row for each logged step. A figure is the mean since the row before, over all processes:
 
@@ -36,16 +33,12 @@ A row has no figure that its steps have no values for (no response of that role,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.training import arguments
 from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
 from mergekit_lite.errors import UsageError, counted, listing
-
-if TYPE_CHECKING:
-    from mergekit_lite.distillation.reporter import Reporter
 
 
 def train(recipe: Recipe, reporter: Reporter) -> None:
@@ -59,9 +52,7 @@ def train(recipe: Recipe, reporter: Reporter) -> None:
     check(recipe)
     folder = Folder(recipe.folder)
     start = recipe.target
-    for name, training in (("sft", recipe.train.sft), ("preference", recipe.train.preference)):
-        if training is None:
-            continue
+    for name, training in recipe.train.stages.items():
         stage = TrainingStage(name, training, start, folder.pairs(name), folder.trained(name), recipe.seed)
         if not stage.rows_path.exists() and not stage.final.exists():
             if stage.is_main:
@@ -78,9 +69,7 @@ def check(recipe: Recipe) -> None:
         UsageError: with all problems.
     """
     problems: list[str] = []
-    for name, training in (("sft", recipe.train.sft), ("preference", recipe.train.preference)):
-        if training is None:
-            continue
+    for name, training in recipe.train.stages.items():
         problems += arguments.wrong_trainer_keys(training, name)
         if training.max_prompt_length is not None and training.max_prompt_length >= training.max_length:
             problems.append(f"train.{name}: max_prompt_length must be below max_length, or no response has room")

@@ -14,14 +14,14 @@ from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pair import pair
 from mergekit_lite.distillation.recipe.schema import Recipe
-from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.errors import UsageError
 
 SOURCES = ("gemma", "qwen")
 SAMPLES = 3
 
 
-class Heard(Silent):
+class Heard(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -150,9 +150,9 @@ def test_rows(tmp_path: Path) -> None:
 
 def test_second_run_changes_no_byte(tmp_path: Path) -> None:
     write_all(tmp_path)
-    pair(recipe(tmp_path, domains=MATHS), Silent())
+    pair(recipe(tmp_path, domains=MATHS), Reporter())
     first = contents(tmp_path)
-    pair(recipe(tmp_path, domains=MATHS), Silent())
+    pair(recipe(tmp_path, domains=MATHS), Reporter())
     assert contents(tmp_path) == first
 
 
@@ -165,7 +165,7 @@ def test_order_of_files_doesn_t_matter(tmp_path: Path) -> None:
         file.write_text("".join(lines))
     made = {}
     for name in ("straight", "shuffled"):
-        pair(recipe(tmp_path / name, domains=MATHS), Silent())
+        pair(recipe(tmp_path / name, domains=MATHS), Reporter())
         made[name] = [sorted(rows(tmp_path / name, kind), key=str) for kind in ("sft", "preference", "dropped")]
     assert made["straight"] == made["shuffled"]
 
@@ -182,7 +182,7 @@ def test_wrpo_in_two_runs(tmp_path: Path) -> None:
     sft = rows(tmp_path, "sft")
     assert {*asked, *(row["prompt"] for row in sft)} == set(prompts) and len(asked) == 8
     write_source(tmp_path, "target", asked)
-    table = pair(wrpo, Silent())
+    table = pair(wrpo, Reporter())
     assert (table.overall.sft, table.overall.waiting, table.overall.preference) == (4, 0, 8)
     assert rows(tmp_path, "sft") == sft and [row["prompt"] for row in rows(tmp_path, "target")] == asked
     for row in rows(tmp_path, "preference"):
@@ -193,7 +193,7 @@ def test_wrpo_in_two_runs(tmp_path: Path) -> None:
 
 def test_target_that_answered_in_part_only(tmp_path: Path) -> None:
     write_all(tmp_path, domains=("instruction",), number=12)
-    pair(recipe(tmp_path, **WRPO), Silent())
+    pair(recipe(tmp_path, **WRPO), Reporter())
     asked = [row["prompt"] for row in rows(tmp_path, "target")]
     write_source(tmp_path, "target", asked[1:])
     heard = Heard()
@@ -207,7 +207,7 @@ def test_what_is_missing_is_told_at_once(tmp_path: Path) -> None:
     scored = Folder(tmp_path).scores("reward", "gemma")
     scored.write_text("".join(scored.read_text().splitlines(keepends=True)[:-2]))
     with pytest.raises(UsageError) as caught:
-        pair(recipe(tmp_path), Silent())
+        pair(recipe(tmp_path), Reporter())
     assert "no answers of qwen" in str(caught.value)
     assert "2 scores of gemma's answers by reward" in str(caught.value)
     assert not (tmp_path / "pairs").exists()
@@ -215,7 +215,7 @@ def test_what_is_missing_is_told_at_once(tmp_path: Path) -> None:
 
 def test_no_prompts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run the stage `sample` first"):
-        pair(recipe(tmp_path), Silent())
+        pair(recipe(tmp_path), Reporter())
 
 
 def test_losses_are_counted(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_wrong_recipes(tmp_path: Path) -> None:
         domains={"code": {"correct": "checked"}, "maths": {"rule": "wrpo", "split": "availability"}},
     )
     with pytest.raises(UsageError) as caught:
-        pair(wrong, Silent())
+        pair(wrong, Reporter())
     told = str(caught.value)
     for part in (
         "Did you mean 'reward'?",
@@ -261,8 +261,8 @@ def test_wrong_recipes(tmp_path: Path) -> None:
 def test_domains_that_no_scorer_judges(tmp_path: Path) -> None:
     write_all(tmp_path, number=4, domains=("instruction", "chinese"))
     with pytest.raises(UsageError, match="doesn't judge the domain 'chinese'"):
-        pair(recipe(tmp_path), Silent())
-    pair(recipe(tmp_path, domains={"chinese": {"rule": "as_is"}}), Silent())
+        pair(recipe(tmp_path), Reporter())
+    pair(recipe(tmp_path, domains={"chinese": {"rule": "as_is"}}), Reporter())
     chinese = [row for row in rows(tmp_path, "sft") if row["domain"] == "chinese"]
     assert [(row["source"], row["index"]) for row in chinese] == [("gemma", 0)] * 2
 
@@ -274,10 +274,10 @@ def test_killed_between_any_two_files(
     """Whatever it was stopped at, and whatever an older recipe left: the next run makes the same files."""
     prompts = write_all(tmp_path)
     write_source(tmp_path, "target", prompts)
-    pair(recipe(tmp_path, **settings), Silent())
+    pair(recipe(tmp_path, **settings), Reporter())
     whole = contents(tmp_path)
     for stop in range(len(whole)):
-        pair(recipe(tmp_path, **{**settings, "sft_share": 0.0}), Silent())  # leaves other files
+        pair(recipe(tmp_path, **{**settings, "sft_share": 0.0}), Reporter())  # leaves other files
         replaced = 0
 
         def replace(self: Path, target: Path, *, after: int = stop, real: Any = Path.replace) -> Path:
@@ -291,6 +291,6 @@ def test_killed_between_any_two_files(
         with monkeypatch.context() as patched:
             patched.setattr(Path, "replace", replace)
             with pytest.raises(KeyboardInterrupt):
-                pair(recipe(tmp_path, **settings), Silent())
-        pair(recipe(tmp_path, **settings), Silent())
+                pair(recipe(tmp_path, **settings), Reporter())
+        pair(recipe(tmp_path, **settings), Reporter())
         assert {name: text for name, text in contents(tmp_path).items() if not name.endswith(".writing")} == whole

@@ -16,7 +16,7 @@ from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.report import report
-from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.findings import Findings
 from mergekit_lite.distillation.reporting.held_out import MODELS
@@ -141,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def findings(folder: Path) -> Findings:
-    return report(recipe(folder), Silent())
+    return report(recipe(folder), Reporter())
 
 
 def test_says_what_is_beyond_noise(findings: Findings) -> None:
@@ -174,7 +174,7 @@ def test_second_run_changes_no_byte(folder: Path, findings: Findings) -> None:
         return {str(path): path.read_bytes() for path in files}
 
     first = contents()
-    report(recipe(folder), Silent())
+    report(recipe(folder), Reporter())
     assert contents() == first
 
 
@@ -225,18 +225,18 @@ def test_held_out_prompts_of_the_training_data_are_refused(tmp_path: Path) -> No
     rows[2]["messages"][0]["content"] = " TRAIN   question 2?"
     write_rows(tmp_path / "held-out.jsonl", rows)
     with pytest.raises(UsageError, match="1 held-out prompt of 4") as caught:
-        report(recipe(tmp_path), Silent())
+        report(recipe(tmp_path), Reporter())
     assert "held2 is train2" in str(caught.value)
 
 
 def test_a_model_that_was_trained_anew_answers_anew(tmp_path: Path) -> None:
     trained_folder(tmp_path)
-    report(recipe(tmp_path), Silent())
+    report(recipe(tmp_path), Reporter())
     inner = Folder(tmp_path / "made/report")
     log = Folder(tmp_path / "made").trained("sft") / "log.jsonl"
     log.write_text(log.read_text().replace("120", "121"))
     with pytest.raises(Exception):  # noqa: B017  the sft model here is no model: that it is asked is what matters
-        report(recipe(tmp_path), Silent())
+        report(recipe(tmp_path), Reporter())
     assert not inner.samples("sft").exists() and not inner.scores("flat", "sft").exists()
     assert inner.samples("preference").exists()
 
@@ -245,12 +245,12 @@ def test_without_training(tmp_path: Path) -> None:
     write_rows(tmp_path / "held-out.jsonl", prompt_rows("held", 4))
     write_rows(Folder(tmp_path / "made").prompts, prompt_rows("train", 4))
     with pytest.raises(UsageError, match="no trained model"):
-        report(recipe(tmp_path), Silent())
+        report(recipe(tmp_path), Reporter())
 
 
 def test_without_held_out_prompts(tmp_path: Path) -> None:
     trained_folder(tmp_path)
-    findings = report(recipe(tmp_path, report={}), Silent())
+    findings = report(recipe(tmp_path, report={}), Reporter())
     assert findings.comparison is None and "no held-out prompts" in findings.conclusions[0]
     assert (tmp_path / "made/report/report.html").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from click.testing import CliRunner
 from mergekit_lite.answers import server as server_module
 from mergekit_lite.answers.rows import seed_of, write_rows
 from mergekit_lite.commands import main
+from mergekit_lite.distillation import distilling
 from tests.answers.fake_server import Fake, Trouble, answer_to, fake_server
 from tests.distill.recipes import recipe_data, write_recipe
 
@@ -220,9 +220,13 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_run_takes_the_stages_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for name in ("score", "pair", "train", "report"):
-        stage = SimpleNamespace(**{name: lambda recipe, tell, name=name: taken.append(name)}, check=lambda recipe: None)
-        monkeypatch.setitem(sys.modules, f"mergekit_lite.distillation.{name}", stage)
+    stages = {
+        name: lambda recipe, reporter, name=name, **_: taken.append(name)
+        for name in ("score", "pair", "train", "report")
+    }
+    monkeypatch.setattr(distilling, "training", SimpleNamespace(train=stages.pop("train"), check=lambda recipe: None))
+    for name, stage in stages.items():
+        monkeypatch.setattr(distilling, name, stage)
     with fake_server() as fake:
         assert invoke("run", place(tmp_path, fake.url))[0] == 0
         assert taken == ["score", "pair", "train", "report"]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits
 from mergekit_lite.distillation.recipe.schema import Recipe
-from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.train import check, train
 from mergekit_lite.distillation.training.model import tokenizer_of
 from mergekit_lite.distillation.training.rows import preference_rows
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 ROOT = Path(__file__).parents[2]
 
 
-class Told(Silent):
+class Told(Reporter):
     """Remembers what it is told."""
 
     def __init__(self):
@@ -143,7 +143,7 @@ def test_how_a_batch_is_cut_changes_nothing(folder, tmp_path):
         stages = {"sft": {"epochs": 1 / 3}, "preference": {"epochs": 1 / 3}}
         extra = {"per_device_batch_size": size, "gradient_checkpointing": again}
         write_rows(tmp_path / str(size))
-        train(recipe(tmp_path / str(size), folder / "target", **{k: v | extra for k, v in stages.items()}), Silent())
+        train(recipe(tmp_path / str(size), folder / "target", **{k: v | extra for k, v in stages.items()}), Reporter())
         made[size] = tmp_path / str(size) / "train"
     for stage in ("sft", "preference"):
         same(weights(made[1] / stage), weights(made[4] / stage), rtol=1e-3, atol=2e-5)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mergekit_lite.distillation.recipe.schema import Recipe
-from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.train import train
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
@@ -91,7 +91,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-class Printing(Silent):
+class Printing(Reporter):
     """Prints lines at once."""
 
     def line(self, text: str) -> None:

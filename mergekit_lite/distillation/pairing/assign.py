@@ -53,21 +53,15 @@ def assignments(
 ) -> dict[str, Assignment]:
     """Return what each prompt of one domain is used for.
 
-    Args:
-        pairing: of the domain.
-        prompts: the usable answers to each prompt, by its id.
-        seed: of the split and of random rules.
-        answered: whether the target's own answers are known, where the pairing needs them.
+    ``prompts`` has the usable answers by id; the seed is that of the split and of random rules. ``answered`` says
+    whether the target's own answers are known, where the pairing needs them.
     """
     if pairing.rule == "as_is":
         return {prompt: _as_is(answers) for prompt, answers in prompts.items()}
-    examples = {prompt: best(answers.sources) for prompt, answers in prompts.items()}
-    if pairing.needs_target:
-        return _share_then_pair(pairing, prompts, examples, seed, answered)
-    pairs = _pairs(pairing, prompts, seed)
     if pairing.split == "availability":
-        return {prompt: _available(pairs[prompt], examples[prompt], prompts[prompt]) for prompt in prompts}
-    return _pair_then_share(pairing, prompts, examples, pairs, seed)
+        pairs = _pairs(pairing, prompts, seed)
+        return {prompt: _available(pairs[prompt], answers) for prompt, answers in prompts.items()}
+    return _split(pairing, prompts, seed, answered)
 
 
 def _as_is(answers: Answers) -> Assignment:
@@ -76,67 +70,42 @@ def _as_is(answers: Answers) -> Assignment:
     return SftExample(answers.sources[0], "the first answer, as it is")
 
 
-def _available(pair: PreferencePair | Refusal, example: Candidate | Refusal, answers: Answers) -> Assignment:
+def _available(pair: PreferencePair | Refusal, answers: Answers) -> Assignment:
     if isinstance(pair, PreferencePair):
         return pair
+    example = best(answers.sources)
     if isinstance(example, Refusal):
         return Dropped("sft", example)
     return SftExample(example, f"{_why(answers)}; no pair: {pair.why}")
 
 
-def _pair_then_share(
-    pairing: Pairing,
-    prompts: Mapping[str, Answers],
-    examples: Mapping[str, Candidate | Refusal],
-    pairs: Mapping[str, PreferencePair | Refusal],
-    seed: int,
-) -> dict[str, Assignment]:
-    """Split the prompts that fit both stages, as FuseChat-3.0's counts show: 40 % of these, not of all prompts."""
+def _split(pairing: Pairing, prompts: Mapping[str, Answers], seed: int, answered: bool) -> dict[str, Assignment]:
+    """Draw the share of SFT from the prompts that fit both stages.
+
+    FuseChat-3.0's counts show this: 40 % of these, not of all prompts. Where the target answers after its SFT, pairs
+    are not known yet, and only a prompt without an answer to imitate doesn't fit.
+    """
+    examples = {prompt: best(answers.sources) for prompt, answers in prompts.items()}
+    pairs = {} if pairing.needs_target else _pairs(pairing, prompts, seed)
+    needs_sources = not pairing.needs_target or pairing.sft_share > 0 or pairing.rule == "wrpo"
     assigned: dict[str, Assignment] = {}
-    fit = []
-    for prompt in prompts:
-        example, pair = examples[prompt], pairs[prompt]
-        if isinstance(example, Refusal):
+    for prompt, example in examples.items():
+        pair = pairs.get(prompt)
+        if isinstance(example, Refusal) and needs_sources:
             assigned[prompt] = Dropped("sft" if pairing.sft_share > 0 else "preference", example)
         elif isinstance(pair, Refusal) and pairing.sft_share < 1:
             assigned[prompt] = Dropped("preference", pair)
-        else:
-            fit.append(prompt)
-    for_sft = drawn(fit, pairing.sft_share, seed)
-    for prompt in fit:
-        example, pair = examples[prompt], pairs[prompt]
-        if prompt in for_sft and isinstance(example, Candidate):
-            assigned[prompt] = SftExample(example, _why(prompts[prompt]))
-        elif isinstance(pair, PreferencePair):
-            assigned[prompt] = pair
-    return assigned
-
-
-def _share_then_pair(
-    pairing: Pairing,
-    prompts: Mapping[str, Answers],
-    examples: Mapping[str, Candidate | Refusal],
-    seed: int,
-    answered: bool,
-) -> dict[str, Assignment]:
-    """Split the prompts before pairs are known, as the target answers only after its SFT."""
-    assigned: dict[str, Assignment] = {}
-    needs_sources = pairing.sft_share > 0 or pairing.rule == "wrpo"
-    for prompt, example in examples.items():
-        if isinstance(example, Refusal) and needs_sources:
-            assigned[prompt] = Dropped("sft" if pairing.sft_share > 0 else "preference", example)
     fit = [prompt for prompt in prompts if prompt not in assigned]
     for_sft = drawn(fit, pairing.sft_share, seed)
-    others = {prompt: prompts[prompt] for prompt in fit if prompt not in for_sft}
-    pairs = _pairs(pairing, others, seed) if answered else {}
+    if pairing.needs_target and answered:
+        pairs = _pairs(pairing, {prompt: prompts[prompt] for prompt in fit if prompt not in for_sft}, seed)
     for prompt in fit:
-        example = examples[prompt]
+        example, pair = examples[prompt], pairs.get(prompt)
         if prompt in for_sft and isinstance(example, Candidate):
             assigned[prompt] = SftExample(example, _why(prompts[prompt]))
-        elif not answered:
+        elif pair is None:
             assigned[prompt] = Waiting()
         else:
-            pair = pairs[prompt]
             assigned[prompt] = Dropped("preference", pair) if isinstance(pair, Refusal) else pair
     return assigned
 
@@ -176,7 +145,6 @@ def _offers(pairing: Pairing, prompt: str, answers: Answers, seed: int) -> Offer
 
 
 def _gap_filter(pairing: Pairing, offers: Iterable[Offers]) -> Filter:
-    """Return the filter by bounds of the recipe, or by quantiles of the gaps of all offered pairs."""
     if pairing.gap_quantiles is None:
         return gap_between(*pairing.gap)
     gaps = [offer.gap for offered in offers for offer in offered if isinstance(offer, PreferencePair)]

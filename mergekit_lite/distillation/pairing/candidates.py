@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
@@ -20,28 +20,14 @@ from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, Sour
 from mergekit_lite.distillation.rules import Candidate
 
 
-class Verdict(NamedTuple):
-    """A scorer's verdict on an answer: a score, or None and the reason."""
-
-    value: float | None
-    why: str
-
-
 @dataclass
 class Inventory:
-    """What reading the ledgers has shown.
+    """What reading the ledgers has shown, as messages and counts."""
 
-    Attributes:
-        missing: files that don't exist yet, as messages.
-        absent: rows that existing files don't have yet, as messages.
-        problems: malformed rows, with file and line.
-        counts: numbers of answers by domain, and there by what became of them.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # files that don't exist yet
+    absent: list[str] = field(default_factory=list)  # rows that existing files don't have yet
+    problems: list[str] = field(default_factory=list)  # malformed rows, with file and line
+    counts: dict[str, Counter[str]] = field(default_factory=dict)  # answers by domain, there by what became of them
 
     def count(self, domain: str, what: str, number: int = 1) -> None:
         """Count answers to prompts of a domain."""
@@ -58,13 +44,8 @@ def candidates(
 ) -> dict[str, list[Candidate]]:
     """Return one source's usable answers to each prompt, ordered by index: not blank, with all scores they need.
 
-    Args:
-        folder: of the recipe.
-        source: the source.
-        prompts: by id; answers to others are ignored.
-        pairings: by domain.
-        inventory: takes what is missing or lost.
-        own: whether the source is the target itself.
+    Answers to other prompts are ignored. ``prompts`` are by id, ``pairings`` by domain. The inventory takes what is
+    missing or lost; ``own`` says that the source is the target itself.
     """
     wanted = {prompt.id for prompt in prompts.values() if source.answers_to(prompt.domain)}
     if not wanted:
@@ -90,13 +71,10 @@ def candidates(
             inventory.count(prompt.domain, candidate)
         else:
             usable.setdefault(prompt.id, []).append(candidate)
-    absent = 0
-    for prompt_id in wanted:
-        domain = prompts[prompt_id].domain
-        lacking = max(source.answers_to(domain) - answers[prompt_id], 0)
-        inventory.count(domain, "not there", lacking)
-        absent += lacking
-    if absent:
+    lacking = {prompt: max(source.answers_to(prompts[prompt].domain) - answers[prompt], 0) for prompt in wanted}
+    for prompt_id, number in lacking.items():
+        inventory.count(prompts[prompt_id].domain, "not there", number)
+    if absent := sum(lacking.values()):
         inventory.absent.append(f"{absent:,} answers of {source.name}: {path} has {answers.total():,}")
     for name in scores:
         unjudged = losses[_unjudged(name)]
@@ -106,23 +84,22 @@ def candidates(
 
 
 def _candidate(
-    row: Mapping[str, Any], source: str, own: bool, pairing: Pairing, scores: Mapping[str, Mapping[Key, Verdict]]
+    row: Mapping[str, Any], source: str, own: bool, pairing: Pairing, scores: Mapping[str, Mapping[Key, float | None]]
 ) -> Candidate | str:
-    """Return an answer with its scores, or the reason why it can't be used."""
     text, key = row["text"], Key(row["prompt"], row["index"])
     if not text.strip():
         return "blank"
     score, correct = 0.0, None
     for name in pairing.scorers:
-        verdict = scores[name].get(key)
-        if verdict is None:
+        if key not in scores[name]:
             return _unjudged(name)
-        if verdict.value is None:
+        value = scores[name][key]
+        if value is None:
             return f"no score by {name}"
         if name == pairing.score:
-            score = verdict.value
+            score = value
         if name == pairing.correct:
-            correct = verdict.value >= 1
+            correct = value >= 1
     return Candidate(source, key.number, score, correct, len(text), xxh3_64_intdigest(text.encode()), own)
 
 
@@ -130,14 +107,14 @@ def _unjudged(scorer: str) -> str:
     return f"no verdict of {scorer}"
 
 
-def verdicts(folder: Folder, scorer: str, source: str, inventory: Inventory) -> dict[Key, Verdict]:
-    """Return one scorer's verdicts on the answers of one source."""
+def verdicts(folder: Folder, scorer: str, source: str, inventory: Inventory) -> dict[Key, float | None]:
+    """Return one scorer's scores of the answers of one source; None for an answer that it can't judge."""
     path = folder.scores(scorer, source)
     if not path.exists():
         inventory.missing.append(f"no scores of {source}'s answers by {scorer}: {path}")
         return {}
     rows = _rows(path, ("prompt", "index", "score"), inventory.problems)
-    return {Key(row["prompt"], row["index"]): Verdict(row["score"], row.get("why", "")) for row in rows}
+    return {Key(row["prompt"], row["index"]): row["score"] for row in rows}
 
 
 def texts(folder: Folder, source: str, wanted: Collection[Key]) -> dict[Key, str]:

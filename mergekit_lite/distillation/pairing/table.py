@@ -16,23 +16,14 @@ from mergekit_lite.distillation.rules import PreferencePair
 
 @dataclass
 class Counts:
-    """Numbers of one domain's prompts, and of the answers to them.
-
-    Attributes:
-        prompts: all prompts.
-        sft: prompts that became SFT rows.
-        preference: prompts that became preference rows.
-        waiting: prompts that wait for the target's own answers.
-        dropped: prompts that became no row, by stage and reason.
-        answers: all answers of the sources and the target, and the unusable ones by reason.
-    """
+    """Numbers of one domain's prompts by what they became, and of the answers to them."""
 
     prompts: int = 0
     sft: int = 0
     preference: int = 0
-    waiting: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    answers: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0  # for the target's own answers
+    dropped: dict[str, int] = field(default_factory=dict)  # by stage and reason
+    answers: dict[str, int] = field(default_factory=dict)  # all of them, and the unusable ones by reason
 
     @property
     def total(self) -> int:
@@ -88,13 +79,7 @@ class PairingTable:
 def table_of(
     assigned: Mapping[str, Assignment], prompts: Mapping[str, Prompt], answers: Mapping[str, Counter[str]]
 ) -> PairingTable:
-    """Count the assignments and answers by domain.
-
-    Args:
-        assigned: by the prompt's id.
-        prompts: by id.
-        answers: numbers of answers by domain and kind, as ``Inventory.counts``.
-    """
+    """Count assignments, by the prompt's id, and ``Inventory.counts`` of answers by domain."""
     domains: dict[str, Counts] = {}
     for prompt, assignment in assigned.items():
         domain = prompts[prompt].domain

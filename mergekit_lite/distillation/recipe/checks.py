@@ -33,8 +33,10 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     for number, scorer in enumerate(recipe.scorers):
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _target_source(recipe)
-    for at, prompts in _prompts(recipe):
-        yield from _one_origin(at, prompts)
+    for number, prompts in enumerate(recipe.prompts):
+        yield from _one_origin(("prompts", number), prompts)
+    for number, prompts in enumerate(recipe.report.prompts):
+        yield from _one_origin(("report", "prompts", number), prompts)
     yield from pairing_problems(recipe)
     for number, name in enumerate(recipe.report.scores or ()):
         known = [scorer.name for scorer in recipe.scorers]
@@ -66,15 +68,7 @@ def pairing_problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[Pr
 
 
 def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
-    """Refuse a recipe that names a domain without prompts.
-
-    Args:
-        recipe: the recipe.
-        domains: of the prompts.
-
-    Raises:
-        UsageError: with all such names.
-    """
+    """Raise UsageError with all domains that the recipe names and no prompt has; ``domains`` are the prompts'."""
     known = dict.fromkeys(domains)
     listed = ", ".join(repr(domain) for domain in known) or "none"
     problems = [
@@ -133,13 +127,6 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
     if own.server is not None and own.model == TARGET:
         yield Problem(("target_source",), "a 'server' needs the 'model', as it is called there")
     yield from (problem for problem in _source(("target_source",), own) if problem.at[-1] != "name")
-
-
-def _prompts(recipe: Recipe) -> Iterator[tuple[KeyPath, Prompts]]:
-    for number, prompts in enumerate(recipe.prompts):
-        yield ("prompts", number), prompts
-    for number, prompts in enumerate(recipe.report.prompts):
-        yield ("report", "prompts", number), prompts
 
 
 def _one_origin(at: KeyPath, prompts: Prompts) -> Iterator[Problem]:

@@ -44,16 +44,7 @@ def load(path: Path) -> Recipe:
 
 
 def parse(content: str, source: str, folder: Path) -> Recipe:
-    """Return the recipe in a YAML text.
-
-    Args:
-        content: the text.
-        source: the file's name, for messages.
-        folder: what paths in the recipe are relative to.
-
-    Raises:
-        RecipeError: with every problem, its line and column.
-    """
+    """Return the recipe in a YAML text, as ``load`` does; messages name the ``source``, paths start at ``folder``."""
     root = read(content, source, NEEDS)
     if not isinstance(root, Fields):
         raise RecipeError(source, [Remark(root.at, f"a recipe is a mapping with {NEEDS}, got {describe(root)}")])
@@ -92,8 +83,6 @@ def _plain(node: Node, problems: list[Remark]) -> Any:
 
 
 class _Place(NamedTuple):
-    """The node of the YAML tree that a problem is reported at."""
-
     node: Node
     key: Scalar | None  # the node's key in its mapping
 
@@ -147,13 +136,11 @@ def _remark(root: Node, details: ErrorDetails) -> tuple[Mark, str, str]:
 
 def _owner(path: KeyPath) -> str:
     """Return a path as text, counted from 1: ``sources[2]``."""
-    return (
-        "".join(f"[{step + 1}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or "the recipe"
-    )
+    steps = (f"[{step + 1}]" if isinstance(step, int) else f".{step}" for step in path)
+    return "".join(steps).lstrip(".") or "the recipe"
 
 
 def _known(path: KeyPath) -> list[str]:
-    """Return the keys that the mapping at a path may have."""
     kind: Any = Recipe
     for step in path:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -165,7 +152,6 @@ def _known(path: KeyPath) -> list[str]:
 
 
 def _bare(annotation: Any) -> Any:
-    """Return a type without ``Annotated`` and ``| None``."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
@@ -174,7 +160,6 @@ def _bare(annotation: Any) -> Any:
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with its relative paths resolved against a folder."""
     report = recipe.report.model_copy(update={"prompts": tuple(_prompts(p, folder) for p in recipe.report.prompts)})
     return recipe.model_copy(
         update={

@@ -152,6 +152,12 @@ class Train(Strict):
     sft: Training | None = None
     preference: Preference | None = None
 
+    @property
+    def stages(self) -> dict[str, Training]:
+        """The trainings by name, in their order."""
+        both = {"sft": self.sft, "preference": self.preference}
+        return {name: training for name, training in both.items() if training is not None}
+
 
 class Report(Strict):
     """What the models are compared on: the target before training, after SFT, and after preference training."""

@@ -69,18 +69,11 @@ PANELS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is drawn both as PNG and into the page.
+    """A picture that is drawn both as PNG and into the page."""
 
-    Attributes:
-        name: of its file.
-        title: its caption.
-        height: in inches.
-        draw: draws it onto a figure.
-    """
-
-    name: str
+    name: str  # of its file
     title: str
-    height: float
+    height: float  # in inches
     draw: Callable[[FigureBase], None]
 
 

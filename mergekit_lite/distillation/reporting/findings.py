@@ -131,7 +131,6 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
 
 
 def _winner(comparison: Comparison, scorer: str) -> Iterator[str]:
-    """Yield which model has the highest mean by a scorer, and by how much."""
     means = {model: comparison.mean(model, scorer).mean for model in comparison.answers}
     known = [model for model, mean in means.items() if math.isfinite(mean)]
     if len(known) < 2:

@@ -1,8 +1,7 @@
 """Compare the models on prompts that none of them was trained on.
 
-The stages ``sample`` and ``score`` ask and judge them, in ``report/`` as the folder of an inner distillation. Its
-sources are the target before training (``untrained``), after SFT and after preference training. So a killed report
-resumes like any other stage.
+The stages ``sample`` and ``score`` ask and judge them as the sources of an inner distillation in ``report/``, which so
+resumes like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
-from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeScorer, Source
+from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, Source
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.sample import sample
 from mergekit_lite.distillation.score import score
@@ -38,15 +37,10 @@ Metrics = Mapping[str, Mapping[str, float | None]]  # by metric and prompt: the 
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """A model's answers to the held-out prompts.
+    """A model's answers to the held-out prompts."""
 
-    Attributes:
-        texts: the first answer to each prompt.
-        metrics: scores, lengths in characters, and shares of answers that the token limit cut off.
-    """
-
-    texts: Mapping[str, str]
-    metrics: Metrics
+    texts: Mapping[str, str]  # the first answer to each prompt
+    metrics: Metrics  # scores, lengths in characters, and shares of answers that the token limit cut off
 
 
 @dataclass(frozen=True)
@@ -75,10 +69,7 @@ class Comparison:
     def mean(self, model: Model, metric: str, domain: str | None = None) -> Interval:
         """Return the mean of a metric over the prompts that have it, with its 95 % interval.
 
-        Args:
-            model: the model.
-            metric: a scorer's name, ``LENGTH`` or ``CUT``.
-            domain: only prompts of this domain; all by default.
+        The metric is a scorer's name, ``LENGTH`` or ``CUT``; ``domain`` limits the prompts.
         """
         by_prompt = self._by_prompt(model, metric)
         values = (by_prompt.get(prompt.id) for prompt in self.prompts if domain in (None, prompt.domain))
@@ -157,7 +148,7 @@ def _held_out(recipe: Recipe) -> list[Prompt]:
         listed = [f"{held_out} is {training} there" for held_out, training in pairs]
         title = f"{counted(len(shared), 'held-out prompt')} of {len(loaded.prompts):,} are among the training prompts"
         raise UsageError(
-            listing(title, listed, shown=5) + "\nA comparison on them would tell what was learnt by heart."
+            f"{listing(title, listed, shown=5)}\nA comparison on them would tell what was learnt by heart."
         )
     if not loaded.prompts:
         raise UsageError(listing("There is no held-out prompt", loaded.problems or ["the data have no rows"]))
@@ -173,40 +164,31 @@ def _question(messages: Iterable[Message]) -> str:
 def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[str]) -> Recipe:
     """Return the recipe of the inner distillation: the models as sources, and the scorers that judge its domains."""
     wanted = recipe.report.scores
-    scorers = tuple(
-        _narrowed(scorer, domains)
+    scorers = [
+        scorer.model_copy(update={"domains": scorer.domains and tuple(d for d in scorer.domains if d in domains)})
         for scorer in recipe.scorers
         if (wanted is None or scorer.name in wanted) and (scorer.domains is None or domains & {*scorer.domains})
-    )
+    ]
     return recipe.model_copy(
         update={
             "folder": recipe.folder / "report",
             "prompts": recipe.report.prompts,
             "sources": tuple(_source(recipe, name, model) for name, model in models.items()),
             "target_source": None,
-            "scorers": scorers,
+            "scorers": tuple(scorers),
             "pairs": Pairing(rule="as_is"),
         }
     )
 
 
-def _narrowed(scorer: RecipeScorer, domains: set[str]) -> RecipeScorer:
-    if scorer.domains is None:
-        return scorer
-    return scorer.model_copy(update={"domains": tuple(domain for domain in scorer.domains if domain in domains)})
-
-
 def _source(recipe: Recipe, name: Model, model: str) -> Source:
     """Return a model as a source: served, or in this process with the settings of ``target_source``."""
-    report = recipe.report
-    server = report.servers.get(name)
+    report, own = recipe.report, recipe.target_source
     common: dict[str, Any] = {"name": name, "samples": report.samples, "sampling": report.sampling}
-    if server is not None:
-        return Source(**common, server=server, model=name)
-    own = recipe.target_source
-    if own is None:
-        return Source(**common, model=model)
-    return Source(**common, model=model, system=own.system, **own.model_dump(include={"batch_size", "device", "dtype"}))
+    if name in report.servers:
+        return Source(**common, server=report.servers[name], model=name)
+    settings = own.model_dump(include={"system", "batch_size", "device", "dtype"}) if own is not None else {}
+    return Source(**common, model=model, **settings)
 
 
 def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Reporter) -> None:
@@ -235,7 +217,7 @@ def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> Mode
     for scorer in scorers:
         judged = verdicts(folder, scorer, model, Inventory())
         keys = (Key(row["prompt"], row["index"]) for row in rows)
-        metrics[scorer] = _means((key.prompt, judged[key].value) for key in keys if key in judged)
+        metrics[scorer] = _means((key.prompt, judged[key]) for key in keys if key in judged)
     metrics[LENGTH] = _means((row["prompt"], float(len(row["text"]))) for row in rows)
     metrics[CUT] = _means((row["prompt"], float(row["finish"] == "length")) for row in rows)
     return ModelAnswers(texts, metrics)

@@ -28,12 +28,6 @@ class Heading(NamedTuple):
     level: int = 2
 
 
-class Paragraph(NamedTuple):
-    """A paragraph of plain text."""
-
-    text: str
-
-
 class Bullets(NamedTuple):
     """A list of sentences."""
 
@@ -55,7 +49,7 @@ class Verbatim(NamedTuple):
     text: str
 
 
-Block = Heading | Paragraph | Bullets | TableBlock | Verbatim | Picture
+Block = Heading | str | Bullets | TableBlock | Verbatim | Picture  # a str is a paragraph
 
 
 def title(findings: Findings) -> str:
@@ -96,20 +90,19 @@ def _about(findings: Findings) -> list[Sequence[Text]]:
 
 def _held_out(comparison: Comparison, picture: Picture) -> Iterator[Block]:
     yield Heading("Before and after")
-    yield Paragraph(
+    yield (
         f"{len(comparison.prompts):,} prompts that are not in the training data, the same for all models; "
         "means with 95 % bootstrap intervals over the prompts."
     )
     heads = ["", *comparison.scorers, LENGTH, "cut off"]
     yield TableBlock("Means", heads, [_of_model(comparison, model, None) for model in comparison.answers])
-    yield Paragraph("Differences are taken prompt by prompt, so what makes a prompt hard for all drops out.")
-    yield TableBlock(
-        "Differences", ["", "figure", "difference", "prompts", "beyond noise"], list(_differences(comparison))
-    )
+    yield "Differences are taken prompt by prompt, so what makes a prompt hard for all drops out."
+    columns = ["", "figure", "difference", "prompts", "beyond noise"]
+    yield TableBlock("Differences", columns, list(_differences(comparison)))
     yield picture
     if len(comparison.domains) > 1:
         rows = [
-            [domain or "–", NAMES[model], *_of_model(comparison, model, domain)[1:]]
+            [domain or "–", *_of_model(comparison, model, domain)]
             for domain in comparison.domains
             for model in comparison.answers
         ]
@@ -142,10 +135,10 @@ def _differences(comparison: Comparison) -> Iterator[Sequence[Text]]:
 
 def _log(findings: Findings, stage: str) -> Iterator[Block]:
     log = findings.logs[stage]
-    columns = [key for key in log[-1] if key not in ("step", "epoch")]
     rows: list[Sequence[Text]] = [
         [key, *(Cell(f"{row[key]:.4g}", row[key]) if key in row else Cell("–", None) for row in (log[0], log[-1]))]
-        for key in columns
+        for key in log[-1]
+        if key not in ("step", "epoch")
     ]
     yield TableBlock(STAGE_NAMES[stage], ["", f"step {log[0]['step']:,}", f"step {log[-1]['step']:,}"], rows)
 
@@ -172,7 +165,7 @@ def _data(findings: Findings) -> Iterator[Block]:
 def _examples(findings: Findings, comparison: Comparison) -> Iterator[Block]:
     recipe = findings.recipe
     yield Heading("Answers side by side")
-    yield Paragraph(f"Drawn by chance with the seed {recipe.seed}; nobody chose them.")
+    yield f"Drawn by chance with the seed {recipe.seed}; nobody chose them."
     for number, prompt in enumerate(comparison.examples(recipe.report.examples, recipe.seed), 1):
         yield Heading(f"Prompt {number}", 3)
         yield Verbatim("asked", _conversation(prompt))
@@ -202,8 +195,8 @@ def markdown(findings: Findings) -> str:
 def _as_markdown(block: Block) -> str:
     if isinstance(block, Heading):
         return f"{'#' * block.level} {block.text}"
-    if isinstance(block, Paragraph):
-        return block.text
+    if isinstance(block, str):
+        return block
     if isinstance(block, Bullets):
         return "\n".join(f"- {_plain(item)}" for item in block.items)
     if isinstance(block, Verbatim):
@@ -212,12 +205,8 @@ def _as_markdown(block: Block) -> str:
     if isinstance(block, Picture):
         return f"![{block.title}]({block.name})"
     rule = ["---", *("---:" if _is_figure(block, column) else "---" for column in range(1, len(block.heads)))]
-    lines = [
-        block.heads,
-        rule,
-        *([cell.text if isinstance(cell, Cell) else cell for cell in row] for row in block.rows),
-    ]
-    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+    rows = [[cell.text if isinstance(cell, Cell) else cell for cell in row] for row in block.rows]
+    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in (block.heads, rule, *rows))
 
 
 def _is_figure(table: TableBlock, column: int) -> bool:
@@ -238,8 +227,8 @@ def page(findings: Findings) -> str:
 def _as_html(block: Block) -> Markup:
     if isinstance(block, Heading):
         return element(f"h{block.level}", block.text)
-    if isinstance(block, Paragraph):
-        return element("p", block.text, class_="soft")
+    if isinstance(block, str):
+        return element("p", block, class_="soft")
     if isinstance(block, Bullets):
         return element("ul", *(element("li", item) for item in block.items))
     if isinstance(block, Verbatim):

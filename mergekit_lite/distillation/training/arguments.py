@@ -41,17 +41,11 @@ OWN = {
 
 
 class Length(NamedTuple):
-    """The length of a training.
+    """The length of a training."""
 
-    Attributes:
-        steps: optimiser steps.
-        rows: rows of all steps, with repetitions.
-        left: rows left out because they fill no last batch.
-    """
-
-    steps: int
-    rows: int
-    left: int
+    steps: int  # of the optimiser
+    rows: int  # of all steps, with repetitions
+    left: int  # rows left out because they fill no last batch
 
 
 def length(training: Training, rows: int) -> Length:
@@ -89,11 +83,7 @@ def wrong_trainer_keys(training: Training, stage: str) -> list[str]:
 def training_arguments(training: Training, folder: Path, steps: int, seed: int) -> TrainingArguments:
     """Return the trainer's arguments. Creating them sets up accelerate's processes and devices.
 
-    Args:
-        training: of the recipe.
-        folder: of the unfinished training.
-        steps: optimiser steps.
-        seed: of dropout and adapters.
+    The folder is that of the unfinished training, the seed that of dropout and adapters.
 
     Raises:
         UsageError: processes can't share the batch evenly, transformers refuses a value, or processes were started

@@ -114,18 +114,10 @@ def _log_probs(
     squares: bool = False,
     **_: Any,
 ) -> dict[str, torch.Tensor]:
-    """Replace the model's ``forward`` during training.
+    """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
-    As the forward pass itself it also works inside FSDP's and other wrappers.
-
-    Args:
-        input_ids: (R, T) int64; R responses, each with its prompt.
-        attention_mask: (R, T).
-        responses: (R, T) bool; true at the tokens of the response.
-        squares: whether to return ``squares`` too.
-
-    Returns:
-        ``sums`` and ``lengths`` of the responses, (R,), and ``squares``, (R,): mean_t log Σ_v π(v)².
+    R responses of up to T tokens, each with its prompt, are (R, T), as are the masks. ``sums`` and ``lengths`` of the
+    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)².
     """
     scored = response_log_probs(self, Batch(input_ids, attention_mask, responses), squares)
     outputs = {"sums": scored.sums, "lengths": scored.lengths}

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import PreferenceTrainer
 
-Batch = Sequence[Row]
 
-
-def batches(rows: Iterable[Row], size: int) -> list[Batch]:
+def batches(rows: Iterable[Row], size: int) -> list[Sequence[Row]]:
     """Return the distinct rows in batches of like length."""
     distinct = {row.key: row for row in rows}
     ordered = sorted(distinct.values(), key=lambda row: (row.longest, row.key))
@@ -39,13 +37,9 @@ def stored(folder: Path) -> dict[str, tuple[float, ...]]:
 
 
 def fill(trainer: PreferenceTrainer, rows: Sequence[Row], folder: Path, reporter: Reporter) -> None:
-    """Fill the trainer's ``reference`` with log-probabilities under its model as it is now.
+    """Fill the trainer's ``reference`` with log-probabilities of all rows under its model as it is now.
 
-    Args:
-        trainer: before its first step, its model on its devices.
-        rows: all rows of the training.
-        folder: of the files.
-        reporter: takes the progress.
+    The trainer is before its first step, its model on its devices. Files are in ``folder``.
     """
     accelerator = trainer.accelerator
     rank, processes = accelerator.process_index, accelerator.num_processes

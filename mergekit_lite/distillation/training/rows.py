@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -55,18 +55,12 @@ class Row:
     """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and last the rejected one.
 
     A row of SFT has one response.
-
-    Attributes:
-        prompt: token ids.
-        answers: token ids of each response.
-        roles: of the responses.
-        wins: of the responses, if all have one.
     """
 
     prompt: array[int]
     answers: tuple[array[int], ...]
-    roles: tuple[Role, ...]
-    wins: tuple[float, ...] | None = None
+    roles: tuple[Role, ...]  # of the answers
+    wins: tuple[float, ...] | None = None  # of the answers, if all have one
 
     @property
     def responses(self) -> tuple[Tokens, ...]:
@@ -99,17 +93,14 @@ class UnfittedRow(NamedTuple):
 class TokenRows:
     """The rows of a file as tokens.
 
-    Attributes:
-        rows: rows to train on, in the order of the file.
-        counts: numbers of rows ``kept`` (of them ``cut``), ``too long``, ``refused`` by the template, ``malformed``.
-        problems: a message for each refused or malformed row, with file and line.
-        notes: warnings about the template.
+    ``counts`` has the numbers of rows ``kept`` (of them ``cut``), ``too long``, ``refused`` by the template and
+    ``malformed``.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)  # to train on, in the order of the file
     counts: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # of refused and malformed rows, with file and line
+    notes: list[str] = field(default_factory=list)  # warnings about the template
 
     def add(self, row: UnfittedRow, limits: LengthLimits) -> None:
         """Add a row if it is within the limits, or can be cut to them; else count it."""
@@ -129,8 +120,7 @@ class TokenRows:
         return f"{counted(self.counts['kept'], 'row')}{cut}" + (f", left out: {', '.join(left)}" if left else "")
 
 
-M = TypeVar("M", bound=BaseModel)
-Tokeniser = Callable[[Any, ChatTemplate], list[UnfittedRow]]
+Tokeniser = Callable[[dict[str, Any]], list[UnfittedRow]]  # of a row as it is in the file
 
 
 def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
@@ -140,10 +130,11 @@ def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenR
         UsageError: the file can't be read, or none of its rows can be trained on.
     """
 
-    def tokenise(row: SftRow, template: ChatTemplate) -> list[UnfittedRow]:
+    def tokenise(line: dict[str, Any]) -> list[UnfittedRow]:
+        row = SftRow.model_validate(line)
         return [UnfittedRow((template.tokens(_messages(row.messages), row.response),), ("source",))]
 
-    return _read(path, SftRow, tokenise, template, limits)
+    return _read(path, tokenise, template, limits)
 
 
 def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
@@ -155,7 +146,8 @@ def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) ->
         UsageError: the file can't be read, none of its rows can be trained on, or their shapes differ.
     """
 
-    def tokenise(row: PreferenceRow, template: ChatTemplate) -> list[UnfittedRow]:
+    def tokenise(line: dict[str, Any]) -> list[UnfittedRow]:
+        row = PreferenceRow.model_validate(line)
         if not row.chosen or not row.rejected:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
             raise TemplateError(f"expected one or more chosen responses, and one or more rejected, got {shape}")
@@ -163,7 +155,7 @@ def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) ->
         chosen = sorted(row.chosen, key=lambda response: response.role)  # source before target
         return [_unfitted(messages, [*chosen, rejected], template) for rejected in row.rejected]
 
-    tokens = _read(path, PreferenceRow, tokenise, template, limits)
+    tokens = _read(path, tokenise, template, limits)
     shapes = Counter(tuple(row.roles[:-1]) for row in tokens.rows)
     if len({len(shape) for shape in shapes}) > 1:
         listed = [f"{counted(number, 'row')} with {', '.join(shape)} chosen" for shape, number in shapes.items()]
@@ -193,11 +185,11 @@ def _messages(turns: Sequence[Turn]) -> list[Message]:
     return [Message(role=turn.role, content=turn.content) for turn in turns]
 
 
-def _read(path: Path, model: type[M], tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
+def _read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
     tokens = TokenRows(notes=[template.note] if template.note else [])
     for line in read_rows(path, tokens.problems):
         try:
-            unfitted = tokenise(model.model_validate(line.row), template)
+            unfitted = tokenise(line.row)
         except ValidationError as error:
             why = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
             tokens.problems.append(f"{path}:{line.number}: {why}")

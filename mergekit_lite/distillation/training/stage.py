@@ -15,7 +15,7 @@ import torch
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits
 from mergekit_lite.distillation.objectives import OBJECTIVES, Objective
 from mergekit_lite.distillation.recipe.schema import Preference, Training
-from mergekit_lite.distillation.reporter import Silent
+from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.training import reference
 from mergekit_lite.distillation.training.arguments import Length, length, training_arguments
 from mergekit_lite.distillation.training.model import tokenizer_of, trained_model, write_model
@@ -26,7 +26,6 @@ from mergekit_lite.errors import UsageError, counted, listing, nearest
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import ResponseTrainer
 
 # Settings that a resumed run may change: they affect the last bits of the result at most.
@@ -45,23 +44,14 @@ def objective_of(training: Preference, problems: list[str]) -> tuple[Objective, 
 
 @dataclass
 class TrainingStage:
-    """One of the two trainings.
+    """One of the two trainings."""
 
-    Attributes:
-        name: ``sft`` or ``preference``.
-        training: its settings in the recipe.
-        start: the model it starts from, a folder or a name on the hub.
-        rows_path: the file of its rows.
-        final: the folder of the finished model.
-        seed: of the order of rows, dropout and adapters.
-    """
-
-    name: str
+    name: str  # sft or preference
     training: Training
-    start: str
+    start: str  # the model it starts from: a folder or a name on the hub
     rows_path: Path
-    final: Path
-    seed: int
+    final: Path  # the folder of the finished model
+    seed: int  # of the order of rows, dropout and adapters
 
     @cached_property
     def workspace(self) -> Workspace:
@@ -86,7 +76,7 @@ class TrainingStage:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the reporter shows progress
         settings = self.settings()
         self.workspace.check(settings)
-        if self.workspace.done:
+        if self.final.exists():
             if self.is_main:
                 self.workspace.tidy()
                 reporter.line(f"{self.name}: done, {self.final}")
@@ -94,7 +84,7 @@ class TrainingStage:
         data = self.rows()
         planned = length(self.training, len(data.rows))
         args = training_arguments(self.training, self.workspace.root, planned.steps, self.seed)
-        reporter = reporter if self.is_main else Silent()
+        reporter = reporter if self.is_main else Reporter()
         self._report_rows(data, planned, reporter)
         if args.world_size == 1 and torch.accelerator.device_count() > 1:
             reporter.warn("Only one of the devices is used. `accelerate launch -m mergekit_lite …` takes all.")
@@ -185,7 +175,6 @@ class TrainingStage:
         return TrainingCallback(begin, lambda: advance(1))
 
     def _publish(self, trainer: ResponseTrainer) -> None:
-        """Write the trained model and give its folder the final name."""
         saved = self.workspace.root / "trained"
         if trainer.is_fsdp_enabled:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -199,7 +188,6 @@ class TrainingStage:
 
 
 def _wait_for_everyone() -> None:
-    """Wait for all processes."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,7 @@ class RunningMeans:
 class ResponseTrainer(Trainer):
     """A trainer with rows in a given order, responses as batches, and a log file: the base of both trainings.
 
-    Args:
-        model: from ``trained_model``.
-        args: from ``training_arguments``.
-        rows: of all steps.
-        log: the file to append ``figures`` to.
-        figures: names of the figures that are logged besides loss and learning rate.
+    It appends ``figures`` to the log besides loss and learning rate.
     """
 
     def __init__(
@@ -104,16 +100,13 @@ class ResponseTrainer(Trainer):
         if step_row and self.is_world_process_zero():
             epoch = self.rows.epochs * self.state.global_step / self.state.max_steps
             row = {"step": self.state.global_step, **logs, "epoch": epoch}
+            # JSON has neither infinities nor NaN.
+            row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
             with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(row)) + "\n")
+                file.write(json.dumps(row) + "\n")
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(self.rows)
-
-
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row without infinities and NaN, which JSON can't express."""
-    return {name: value for name, value in row.items() if not isinstance(value, float) or abs(value) < float("inf")}
 
 
 class TrainingCallback(TrainerCallback):
@@ -124,9 +117,11 @@ class TrainingCallback(TrainerCallback):
         self.step = step
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Call ``begin``."""
         self.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Call ``step``."""
         self.step()
 
 
@@ -159,14 +154,9 @@ class SftTrainer(ResponseTrainer):
 
 
 class PreferenceTrainer(ResponseTrainer):
-    """Trains with an objective's loss, averaged over the rows of a batch.
+    """Trains with an objective's loss under its options, averaged over the rows of a batch.
 
-    Args:
-        objective: the objective to minimise.
-        options: its keyword arguments.
-
-    Attributes:
-        reference: s_ref of a row's responses, by the row's key. Must be filled before the first step.
+    ``reference`` has s_ref of a row's responses, by the row's key. It must be filled before the first step.
     """
 
     objective: Objective

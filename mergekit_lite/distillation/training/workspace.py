@@ -22,28 +22,13 @@ WINDOWS, WINDOW = 16, 1 << 16  # parts of a file that its identity reads, and th
 
 
 class Workspace:
-    """``train/STAGE.partial/``, from which ``train/STAGE/`` is published.
-
-    Attributes:
-        final: the folder of the finished model.
-        root: the folder of the unfinished training.
-        model: the folder in which the model is written before it is published.
-    """
+    """``train/STAGE.partial/``, from which ``train/STAGE/`` is published."""
 
     def __init__(self, final: Path):
-        self.final = final
+        self.final = final  # the folder of the finished model
         self.root = final.with_name(f"{final.name}.partial")
-        self.model = self.root / "model"
-
-    @property
-    def done(self) -> bool:
-        """Whether the training is finished."""
-        return self.final.exists()
-
-    @property
-    def log(self) -> Path:
-        """The log of the unfinished training."""
-        return self.root / LOG
+        self.model = self.root / "model"  # written here before it is published
+        self.log = self.root / LOG
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse other settings than those that the existing folder, finished or not, was made with.
@@ -59,9 +44,8 @@ class Workspace:
         except FileNotFoundError as error:
             if folder == self.root:  # killed before anything was trained
                 return
-            raise UsageError(
-                f"{folder} is in the way: it has no {SETTINGS}. Move it or name another folder."
-            ) from error
+            message = f"{folder} is in the way: it has no {SETTINGS}. Move it or name another folder."
+            raise UsageError(message) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{folder / SETTINGS} can't be read ({error}). Delete {folder} to train anew.") from error
         differences = [
@@ -75,17 +59,11 @@ class Workspace:
             raise UsageError(listing(f"{folder} {what} with other settings", differences) + f"\n{advice}")
 
     def begin(self, record: Mapping[str, Any], step: int) -> None:
-        """Create the folder, write its ``training.json``, and delete what is beyond the step to resume from."""
+        """Create the folder, write its ``training.json``, and delete what is beyond the step to resume from.
+
+        These are incomplete checkpoints, a half-written model, and rows of the log.
+        """
         write_text(self.root / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        self._clear(step)
-
-    def last_checkpoint(self) -> tuple[int, Path] | None:
-        """Return step and folder of the last complete checkpoint."""
-        checkpoints = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
-        return max(((step, folder) for step, folder in checkpoints if step is not None), default=None)
-
-    def _clear(self, step: int) -> None:
-        """Delete incomplete checkpoints, a half-written model, and rows of the log beyond a step."""
         for folder in self.root.glob("checkpoint-*"):
             if self._step(folder) is None:
                 shutil.rmtree(folder)
@@ -95,6 +73,11 @@ class Workspace:
             lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             self.log.write_text("".join(lines), encoding="utf-8")
+
+    def last_checkpoint(self) -> tuple[int, Path] | None:
+        """Return step and folder of the last complete checkpoint."""
+        checkpoints = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
+        return max(((step, folder) for step, folder in checkpoints if step is not None), default=None)
 
     def publish(self) -> None:
         """Give the complete model its final name, and delete the rest."""
