@@ -33,7 +33,6 @@ def main(seconds: int, memory: int) -> None:
 
 def compared(reference: str, answer: str, seconds: int) -> tuple[float | None, str]:
     """Return a score and its reason; reading either text and comparing them take at most ``seconds`` each."""
-    from math_verify import verify
     from math_verify.errors import TimeoutException
 
     try:
@@ -47,8 +46,7 @@ def compared(reference: str, answer: str, seconds: int) -> tuple[float | None, s
         expressions = parsed(answer, seconds)
         if not expressions:
             return 0.0, "no maths in the answer"
-        equal = verify(golds, expressions, timeout_seconds=seconds, raise_on_error=True)  # any form of both
-        return float(equal), ""
+        return equal(golds, expressions, seconds), ""
     except (Exception, TimeoutException) as error:  # sympy raises anything
         return None, f"can't be compared: {type(error).__name__}"
 
@@ -65,6 +63,13 @@ def parsed(text: str, seconds: int) -> list[Any]:
 
     expressions: list[Any] = parse(text, parsing_timeout=seconds, raise_on_error=True)
     return expressions
+
+
+def equal(golds: list[Any], expressions: list[Any], seconds: int) -> float:
+    """Return 1 where any form of the reference equals any of the answer, else 0."""
+    from math_verify import verify
+
+    return float(verify(golds, expressions, timeout_seconds=seconds, raise_on_error=True))
 
 
 if __name__ == "__main__":
