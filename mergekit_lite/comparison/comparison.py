@@ -231,7 +231,7 @@ def layer_name(compared: TensorComparison) -> str:
 
 
 def letter(number: int) -> str:
-    """Return the short name of a model by its number: A, B … Z, A2 …"""
+    """Return the short name of a model by its number: A, B, up to Z, then A2 and so on."""
     return chr(ord("A") + number % 26) + (str(number // 26 + 1) if number >= 26 else "")
 
 

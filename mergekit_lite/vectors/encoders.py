@@ -213,7 +213,8 @@ def split(base: torch.Tensor, tuned: torch.Tensor, stored: str) -> tuple[torch.T
     """Split the difference into the sum of two floats of one format.
 
     Args:
-        base, tuned: 1-D, float64.
+        base: 1-D, float64.
+        tuned: the same of the tuned model.
         stored: name of the format's dtype.
 
     Returns:
