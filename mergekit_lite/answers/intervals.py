@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4000
-CHUNK = 1 << 21  # resampled items at once
+RESAMPLED_AT_ONCE = 1 << 21  # resampled items at once
 
 Values: TypeAlias = Mapping[str, float | None]
 Floats: TypeAlias = NDArray[np.float64]
@@ -103,7 +103,7 @@ def resampled_means(columns: Floats) -> Floats:
 def _draws(n: int) -> tuple[NDArray[np.uint8], ...]:
     """Draw how often each resample has each item, in chunks of resamples; the same for all statistics of n items."""
     rng = np.random.default_rng(n)
-    rows = max(1, CHUNK // n)
+    rows = max(1, RESAMPLED_AT_ONCE // n)
     sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
     return tuple(_counts(rng.integers(0, n, size=(size, n))) for size in sizes)
 

@@ -24,7 +24,7 @@ from mergekit_lite.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 1 << 26  # logits in memory at once
+LOGITS_AT_ONCE = 1 << 26  # logits in memory at once
 PARTS = 16  # of a chunk, converted to float32 one after the other
 CHECKED_TOKENS = 8
 
@@ -82,7 +82,7 @@ def response_log_probs(model: PreTrainedModel, batch: Batch, squares: bool = Fal
     states = hidden[:, :-1][scored]  # (R, H)
     targets = batch.input_ids[:, 1:][scored]
     shape, head = shape_of(model), head_of(model)
-    rows = max(1, CHUNK // head.weight.shape[0])
+    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     parts = zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
     chunks = [_chunk(head, part, target, shape, squares) for part, target in parts]
     lengths = scored.sum(1)

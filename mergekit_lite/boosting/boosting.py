@@ -12,7 +12,7 @@ from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.boosting import report
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.family import PairFamily, RecipeFamily
-from mergekit_lite.boosting.measure.answering import CHUNK, Answering, Likelihoods
+from mergekit_lite.boosting.measure.answering import ANSWERS_AT_ONCE, Answering, Likelihoods
 from mergekit_lite.boosting.measure.evaluator import Measure, ModelEvaluator
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.likelihood import PreferenceAccuracy, TextLikelihood
@@ -142,7 +142,7 @@ def evaluator_of(prepared: Prepared) -> Iterator[ModelEvaluator]:
                     opened.enter_context(_generator(prepared, resident)),
                     scorers,
                     _likelihoods(prepared, resident, LOG_RATIO in kinds),
-                    max(CHUNK, request.batch_size),
+                    max(ANSWERS_AT_ONCE, request.batch_size),
                 )
             )
         if PAIRS in kinds:

@@ -12,7 +12,7 @@ from mergekit_lite._version import __version__
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import write_text
 from mergekit_lite.boosting import curve
-from mergekit_lite.boosting.candidates.candidate import Row, label
+from mergekit_lite.boosting.candidates.candidate import ItemRow, label
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.guards import Guards
 from mergekit_lite.boosting.search.point import Point, plain
@@ -177,7 +177,7 @@ def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
     return params
 
 
-def _scores(row: Row) -> str:
+def _scores(row: ItemRow) -> str:
     values = [f"{name} {value:.4g}" for name, value in row["values"].items() if value is not None]
     cut = ["cut at the limit"] if row.get("finish") == "length" else []
     return ": " + ", ".join([*values, *cut]) if values or cut else ""

@@ -31,7 +31,7 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
 LEFT_AT_ONCE = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """A group of commands that names the nearest one where an unknown one is asked for."""
 
     def resolve_command(
@@ -44,7 +44,7 @@ class Group(click.Group):
         return super().resolve_command(context, arguments)
 
 
-class Commands(Group):
+class Commands(CommandGroup):
     """Finds a command in the module of its name, and turns the package's errors into messages and exit codes."""
 
     def list_commands(self, context: click.Context) -> list[str]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from mergekit_lite.commands import Group
+from mergekit_lite.commands import CommandGroup
 from mergekit_lite.commands.reporter import TerminalReporter
 
 
-@click.group(name="distill", cls=Group)
+@click.group(name="distill", cls=CommandGroup)
 def command() -> None:
     """Distill strong models into a small one by preferences: WRPO, FuseChat-3.0.
 

@@ -39,8 +39,8 @@ def command(name: str | None) -> None:
         default = "required" if parameter.required else f"default {parameter.default}"
         about = f": {words[key]}" if key in words else ""
         click.echo(f"  {key} ({_kind(parameter)}, {default}){about}")
-    click.echo(f"\n{summary}")
-    click.echo(f"\n{inspect.getdoc(sys.modules[method.function.__module__])}")
+    about_family = inspect.getdoc(sys.modules[method.function.__module__]) or ""
+    click.echo(f"\n{summary}\n\n{about_family}".replace("``", ""))
 
 
 def described(method: Method) -> tuple[str, dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import Group, running, values
+from mergekit_lite.commands import CommandGroup, running, values
 from mergekit_lite.engine.run import RunOptions
 from mergekit_lite.errors import counted
 
@@ -38,7 +38,7 @@ def _signed(argument: str) -> str:
     return str(vector._replace(scale=-vector.scale)) if argument.startswith("-") else rest
 
 
-@click.group(name="vector", cls=Group)
+@click.group(name="vector", cls=CommandGroup)
 def command() -> None:
     """Work with task vectors, tuned − base, as files: extract, apply, combine.
 

@@ -11,7 +11,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import Key, Prompt
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, Source
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 
 
@@ -86,14 +86,16 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
     return DomainRows(domain, count, pairing.rule, sft, preference)
 
 
-def _source(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> SourceRequests:
+def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
     missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of).missing
     where = source.server or "in this process"
     return SourceRequests(source.name, source.model, where, len(keys), len(keys) - len(missing))
 
 
-def _target(recipe: Recipe, source: Source, domains: Iterable[DomainRows], prompts: Iterable[Prompt]) -> SourceRequests:
+def _target(
+    recipe: Recipe, source: RecipeSource, domains: Iterable[DomainRows], prompts: Iterable[Prompt]
+) -> SourceRequests:
     waiting = [rows for rows in domains if recipe.pairs.of(rows.domain).needs_target]
     requests = sum(rows.preference * source.answers_to(rows.domain) for rows in waiting)
     model = source.model if source.server else "what SFT makes" if recipe.train.sft else recipe.target

@@ -21,7 +21,7 @@ from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, Source
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -33,7 +33,7 @@ SHOWN = 3  # reasons of missing answers in a message
 class SourceTasks:
     """A source, all answers it has to give, and the ledger of those it gave."""
 
-    source: Source
+    source: RecipeSource
     tasks: tuple[Task, ...]
     ledger: Ledger[Key]
 
@@ -118,7 +118,7 @@ def own_prompts(recipe: Recipe, prompts: Iterable[Prompt]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.id in waiting]
 
 
-def tasks_of(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> tuple[Task, ...]:
+def tasks_of(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> tuple[Task, ...]:
     """Return a source's tasks: its number of answers to each prompt of its domains, each with a seed of its own."""
     return tuple(
         Task(prompt, index, seed_of(recipe.seed, source.name, prompt.id, index))
@@ -127,7 +127,7 @@ def tasks_of(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> tuple
     )
 
 
-def respondent(recipe: Recipe, source: Source) -> Served | Local:
+def respondent(recipe: Recipe, source: RecipeSource) -> Served | Local:
     """Return what answers for a source: a client of its server, or the model in this process."""
     if source.server is not None:
         server = Server(
@@ -156,7 +156,7 @@ def key_of(row: dict[str, Any]) -> Key:
     return Key(row["prompt"], row["index"])
 
 
-def _source_tasks(recipe: Recipe, source: Source, prompts: Iterable[Prompt]) -> SourceTasks:
+def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceTasks:
     tasks = tasks_of(recipe, source, prompts)
     path = Folder(recipe.folder).samples(source.name)
     return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of))
@@ -206,7 +206,7 @@ def _reasons(lost: dict[Key, str]) -> str:
     return "; ".join(shown) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")
 
 
-def _hold_settings(recipe: Recipe, source: Source) -> None:
+def _hold_settings(recipe: Recipe, source: RecipeSource) -> None:
     path = Folder(recipe.folder).samples(source.name).with_suffix(".json")
     exists = any(path.with_name(f"{source.name}{end}").exists() for end in (".jsonl", ".partial.jsonl"))
     refusal = f"The answers of {source.name} in {path.parent} were drawn in another way"
@@ -217,7 +217,7 @@ def _hold_settings(recipe: Recipe, source: Source) -> None:
     hold_settings(path, _settings(recipe, source), "answers", refusal if exists else None, advice)
 
 
-def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
+def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
     model = _model(recipe, source)
     return {
         "model": os.path.relpath(model, recipe.folder) if Path(model).is_absolute() else model,
@@ -229,7 +229,7 @@ def _settings(recipe: Recipe, source: Source) -> dict[str, Any]:
     }
 
 
-def _model(recipe: Recipe, source: Source) -> str:
+def _model(recipe: Recipe, source: RecipeSource) -> str:
     return _trained(recipe) if source.name == TARGET and source.server is None else source.model
 
 

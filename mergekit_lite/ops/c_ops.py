@@ -70,13 +70,13 @@ class Keep(ctypes.Structure):
 
 
 RUN, FLOATS, DOUBLES = ctypes.POINTER(Run), ctypes.POINTER(c_float), ctypes.POINTER(c_double)
-BLOCK = (RUN, RUN, c_size_t)  # base, models, how many
+BLOCK_ARGUMENTS = (RUN, RUN, c_size_t)  # base, models, how many
 PLACE = (ctypes.POINTER(Keep), c_size_t, c_size_t)  # what is kept, length of a row, start
 SIGNATURES = {
-    "merge_sum": (None, RUN, *BLOCK, FLOATS, c_float, *PLACE),
-    "merge_elected": (None, RUN, *BLOCK, FLOATS, FLOATS, FLOATS, c_float, *PLACE),
-    "lengths": (None, DOUBLES, *BLOCK, *PLACE),
-    "inner_products": (None, DOUBLES, *BLOCK),
+    "merge_sum": (None, RUN, *BLOCK_ARGUMENTS, FLOATS, c_float, *PLACE),
+    "merge_elected": (None, RUN, *BLOCK_ARGUMENTS, FLOATS, FLOATS, FLOATS, c_float, *PLACE),
+    "lengths": (None, DOUBLES, *BLOCK_ARGUMENTS, *PLACE),
+    "inner_products": (None, DOUBLES, *BLOCK_ARGUMENTS),
     "compare_sizes": (None, c_void_p, RUN, RUN, c_float, c_size_t, c_size_t),
     "count_upper_bits": (None, c_void_p, RUN, RUN),
     "count_lower_bits": (None, c_void_p, c_size_t, RUN, RUN, c_int),

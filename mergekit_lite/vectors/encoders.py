@@ -18,7 +18,7 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.pieces import by_rows
-from mergekit_lite.checkpoint.encodings.sparse import CHUNK
+from mergekit_lite.checkpoint.encodings.sparse import ELEMENTS_PER_START
 from mergekit_lite.errors import RunError
 from mergekit_lite.methods.contract import Reduction, TensorInfo, Totals, answered
 from mergekit_lite.methods.statistics import largest
@@ -189,7 +189,7 @@ class SparseWriter:
     def add(self, is_kept: torch.Tensor, values: torch.Tensor) -> None:
         """Write the selected values of the next block and their places."""
         places = is_kept.nonzero().flatten()
-        self.write_part("places", self.done, (places % CHUNK).to(torch.uint16))
+        self.write_part("places", self.done, (places % ELEMENTS_PER_START).to(torch.uint16))
         self.write_part("values", self.done, values[places])
         self.done += len(places)
 
@@ -206,7 +206,7 @@ def sparse_parts(counts: list[int], dtype: str) -> tuple[StoredPart, ...]:
 
 def _counts(is_kept: torch.Tensor) -> list[int]:
     """Count the selected elements of a block, chunk by chunk."""
-    return [int(chunk.sum()) for chunk in torch.split(is_kept, CHUNK)]
+    return [int(chunk.sum()) for chunk in torch.split(is_kept, ELEMENTS_PER_START)]
 
 
 def split(base: torch.Tensor, tuned: torch.Tensor, stored: str) -> tuple[torch.Tensor, torch.Tensor]:

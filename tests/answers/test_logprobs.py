@@ -37,7 +37,7 @@ def naive(model, row: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equal_to_full_logits(architecture, monkeypatch):
     """Sums, lengths, squares and every gradient; in chunks of 3 positions so that several are needed."""
-    monkeypatch.setattr(logprobs, "CHUNK", 3 * 340)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 3 * 340)
     model = causal_model(architecture)
     check_head(model)
     weights = torch.tensor([1.0, -0.5, 2.0, 0.25])
@@ -120,7 +120,11 @@ def test_never_more_than_one_chunk_of_logits(dtype):
     with VocabularyTensors(vocabulary) as seen:
         response_log_probs(model, padded(long)).sums.sum().backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
-    parts = 3 * logprobs.CHUNK // logprobs.PARTS  # of the temporaries of a softmax
-    assert logprobs.CHUNK / 2 < seen.most[dtype] <= logprobs.CHUNK + (parts if dtype is torch.float32 else 0)
+    parts = 3 * logprobs.LOGITS_AT_ONCE // logprobs.PARTS  # of the temporaries of a softmax
+    assert (
+        logprobs.LOGITS_AT_ONCE / 2
+        < seen.most[dtype]
+        <= logprobs.LOGITS_AT_ONCE + (parts if dtype is torch.float32 else 0)
+    )
     if dtype is torch.bfloat16:
         assert 0 < seen.most[torch.float32] <= parts

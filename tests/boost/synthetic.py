@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import Params, Row, label
-from mergekit_lite.boosting.search.search import Outcome, Search
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, label
+from mergekit_lite.boosting.search.search import Search, SearchOutcome
 
 
-def tried(search: Search, score: Callable[[Params], float | Outcome | None]) -> list[Params]:
+def tried(search: Search, score: Callable[[Params], float | SearchOutcome | None]) -> list[Params]:
     """The candidates a search asks for, where each is told its score; None is out of limits."""
     asked: list[Params] = []
     try:
@@ -19,8 +19,8 @@ def tried(search: Search, score: Callable[[Params], float | Outcome | None]) -> 
             asked.append(dict(params))
             value = score(params)
             if value is None:
-                value = Outcome(0.0, allowed=False)
-            params = search.send(value if isinstance(value, Outcome) else Outcome(value))
+                value = SearchOutcome(0.0, allowed=False)
+            params = search.send(value if isinstance(value, SearchOutcome) else SearchOutcome(value))
     except StopIteration:
         return asked
 
@@ -54,7 +54,7 @@ class SyntheticEvaluator:
         self.measured: list[tuple[str, str]] = []
         self.fail_after: int | None = None
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         for item in items:
             if item in wanted:
                 if self.fail_after is not None and len(self.measured) >= self.fail_after:
@@ -62,11 +62,11 @@ class SyntheticEvaluator:
                 self.measured.append((label(params), item))
                 yield self.row(params, item)
 
-    def row(self, params: Params, item: str) -> Row:
+    def row(self, params: Params, item: str) -> ItemRow:
         common, own = random.Random(item), random.Random(f"{item} {label(params)}")
         value = common.gauss(0, 2) + self.curve(params) + own.gauss(0, self.noise)
         text = " ".join(own.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(self.words(params, own)))
-        return Row(item=item, values={"score": value, "other": -value}, text=text, finish="stop", tokens=len(text))
+        return ItemRow(item=item, values={"score": value, "other": -value}, text=text, finish="stop", tokens=len(text))
 
     def facts(self, params: Params) -> dict[str, Any]:
         return {"effective_alpha": 0.9 * next(iter(params.values()))}

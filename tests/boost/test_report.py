@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.report import write
 from mergekit_lite.boosting.search.choice import Result, boost
 from mergekit_lite.boosting.search.point import Settings
@@ -25,7 +25,7 @@ HOSTILE = '<script>alert(1)</script> & "quoted" $x^2$ 好'
 class Answering(SyntheticEvaluator):
     """Answers with words in them that no page may take for its own; beyond alpha 3 they never end."""
 
-    def row(self, params: Params, item: str) -> Row:
+    def row(self, params: Params, item: str) -> ItemRow:
         made = super().row(params, item)
         alpha = params.get("alpha", 0.0)
         made["text"] = f"{HOSTILE} {made['text']}" + " and so on" * (60 if alpha > 3 else 0)
@@ -118,7 +118,7 @@ def test_every_kind_of_result_has_a_report(kind: str, tmp_path: Path) -> None:
         settings["baseline"] = dict.fromkeys(points, 0.0)
     elif kind == "no answers":
         plain = evaluator.row
-        evaluator.row = lambda params, item: Row(item=item, values=plain(params, item)["values"])  # type: ignore[method-assign]
+        evaluator.row = lambda params, item: ItemRow(item=item, values=plain(params, item)["values"])  # type: ignore[method-assign]
     elif kind == "nothing tried":
         points = {"alpha": []}
     else:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypedDict
 Params = Mapping[str, float]  # of a candidate: {"alpha": 0.3}, or several numbers of a recipe by their names
 
 
-class Row(TypedDict, total=False):
+class ItemRow(TypedDict, total=False):
     """One item of one candidate: a line of its ledger."""
 
     item: str  # the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt
@@ -26,7 +26,7 @@ class Evaluator(Protocol):
 
     items: Sequence[str]
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the ``wanted`` items, in any order, as they are ready.
 
         ``items`` are all of them, in one order for the whole search: what works in batches cuts them from these,

@@ -18,13 +18,13 @@ from mergekit_lite.answers.likelihood import LogProb
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
 from mergekit_lite.answers.scoring.scorer import Judged, Scorer
 from mergekit_lite.answers.template import Tokens
-from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LOG_RATIO
 from mergekit_lite.errors import RunError
 
-CHUNK = 64  # answers; swapping weights twice costs little next to generating them
+ANSWERS_AT_ONCE = 64  # answers; swapping weights twice costs little next to generating them
 AT_ONCE = 32  # answers in a batch that is read, at most: larger batches are no faster, and mix lengths
 SAMPLE = 128  # answers that give a candidate's distance from the baseline to about a tenth of it
 
@@ -38,7 +38,9 @@ class Likelihoods:
     weak: Params | None = None  # params of the model before alignment, where the log-ratio to it is a score
     sample: int = SAMPLE  # answers compared with the baseline: the first in the common, random order
 
-    def of(self, params: Params, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]) -> list[Row]:
+    def of(
+        self, params: Params, judged: Sequence[Judged], whole: Sequence[bool], sampled: Sequence[bool]
+    ) -> list[ItemRow]:
         """Return rows with ``log_prob``, ``aligned_log_prob`` and the log-ratio of each answer, where they are known.
 
         The candidate is in the model before and after.
@@ -52,7 +54,7 @@ class Likelihoods:
         baseline, none = self.resident.family.baseline, [None] * len(judged)
         compared = [chosen and params != baseline for chosen in sampled]
         if self.weak is None and not any(compared):
-            return [Row() for _ in judged]
+            return [ItemRow() for _ in judged]
         tokens = [
             self.resident.tokens(each.prompt.messages, each.answer, ended) if chosen or self.weak is not None else None
             for each, ended, chosen in zip(judged, whole, compared, strict=True)
@@ -64,8 +66,8 @@ class Likelihoods:
         self.resident.load(params, params)
         return [self._row(*each) for each in zip(own, aligned, weak, strict=True)]
 
-    def _row(self, own: LogProb | None, aligned: LogProb | None, weak: LogProb | None) -> Row:
-        row = Row()
+    def _row(self, own: LogProb | None, aligned: LogProb | None, weak: LogProb | None) -> ItemRow:
+        row = ItemRow()
         if own is not None and aligned is not None and own.is_finite and aligned.is_finite:
             row["log_prob"], row["aligned_log_prob"] = own.total, aligned.total
         if self.weak is not None:
@@ -90,7 +92,7 @@ class Answering:
     generator: LocalGenerator | ServerGenerator  # of the answers
     scorers: Sequence[Scorer]  # of the answers
     likelihoods: Likelihoods | None = None  # of the answers; None where no model is in this process
-    chunk: int = CHUNK  # answers that are scored at once, no fewer than are generated at once
+    chunk: int = ANSWERS_AT_ONCE  # answers that are scored at once, no fewer than are generated at once
 
     @property
     def items(self) -> list[str]:
@@ -117,7 +119,7 @@ class Answering:
         ]
         return {task.prompt.id if self.samples == 1 else f"{task.prompt.id}#{task.index}": task for task in tasks}
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items; a row without an answer has no scores.
 
         Raises:
@@ -137,21 +139,21 @@ class Answering:
         if missing and respondent.failures.stopped:
             raise RunError(f"The candidate was asked no more. {respondent.failures.stopped}")
         for item in sorted(missing):
-            yield Row(item=item, values=dict.fromkeys(self.names))
+            yield ItemRow(item=item, values=dict.fromkeys(self.names))
 
     def _rows(
         self, params: Params, answers: Sequence[Answer], item_of: dict[Key, str], sampled: frozenset[str]
-    ) -> Iterator[Row]:
+    ) -> Iterator[ItemRow]:
         items = [item_of[answer.key] for answer in answers]
         judged = [Judged(self._tasks[item].prompt, answer.text) for item, answer in zip(items, answers, strict=True)]
         scores = {scorer.name: scorer.score(judged) for scorer in self.scorers}
-        likely = [Row() for _ in answers]
+        likely = [ItemRow() for _ in answers]
         if self.likelihoods is not None:
             whole = [answer.finish == "stop" for answer in answers]
             likely = self.likelihoods.of(params, judged, whole, [item in sampled for item in items])
         for place, (item, answer, row) in enumerate(zip(items, answers, likely, strict=True)):
             values = {name: given[place].value for name, given in scores.items()} | row.get("values", {})
-            row |= Row(item=item, values=values, text=answer.text, finish=answer.finish)
+            row |= ItemRow(item=item, values=values, text=answer.text, finish=answer.finish)
             if answer.tokens is not None:
                 row["tokens"] = answer.tokens
             yield row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.errors import NonFiniteError
 
@@ -25,7 +25,7 @@ class Measure(Protocol):
     def names(self) -> Sequence[str]:
         """The names of its scores."""
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items, as ``Evaluator.measure`` does."""
 
 
@@ -42,7 +42,7 @@ class ModelEvaluator:
         """The question of each item that has one."""
         return {item: text for measure in self.measures for item, text in measure.asked.items()}
 
-    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items. A candidate whose weights aren't finite has no score on any.
 
         Raises:
@@ -58,7 +58,7 @@ class ModelEvaluator:
             except NonFiniteError:
                 if params == self.resident.family.baseline:
                     raise
-                yield from (Row(item=item, values=dict.fromkeys(measure.names)) for item in sorted(missing))
+                yield from (ItemRow(item=item, values=dict.fromkeys(measure.names)) for item in sorted(missing))
 
     def facts(self, params: Params) -> dict[str, Any]:
         """Return the effective alpha, and the time that setting the weights took."""

@@ -17,13 +17,13 @@ from xxhash import xxh3_64_hexdigest
 from mergekit_lite.answers.likelihood import Pair, text_log_probs
 from mergekit_lite.answers.rows import Message, read_rows
 from mergekit_lite.answers.template import Tokens
-from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import NLL, PAIRS
 from mergekit_lite.errors import UsageError, listing, shortened
 
 MARGIN = f"{PAIRS}.margin"
-CHUNK = 64  # items that are read before their rows are yielded
+ITEMS_AT_ONCE = 64  # items that are read before their rows are yielded
 WINDOW = 2048  # tokens of a text that are read at once, or as many as the model takes
 
 
@@ -46,7 +46,7 @@ class PreferenceAccuracy:
         """One item for each pair."""
         return list(self.pairs)
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted pairs. A pair that the template refuses, or that is too long, has no score."""
         for chunk in _chunks(items, wanted):
             self.resident.load(params)
@@ -59,7 +59,7 @@ class PreferenceAccuracy:
                     margin = next(read).mean - next(read).mean
                     if math.isfinite(margin):
                         values = {PAIRS: 0.5 if margin == 0 else float(margin > 0), MARGIN: margin}
-                yield Row(item=item, values=values)
+                yield ItemRow(item=item, values=values)
 
     def _sides(self, pair: Pair) -> tuple[Tokens, Tokens] | None:
         chosen, rejected = (self.resident.tokens(pair.messages, text) for text in (pair.chosen, pair.rejected))
@@ -81,7 +81,7 @@ class TextLikelihood:
         """One item for each text."""
         return list(self.texts)
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted texts."""
         for chunk in _chunks(items, wanted):
             self.resident.load(params)
@@ -90,13 +90,13 @@ class TextLikelihood:
             read = text_log_probs(self.resident.model, self.resident.tokenizer, texts, window, self.batch_size)
             for item, likelihood in zip(chunk, read, strict=True):
                 known = likelihood.tokens and likelihood.is_finite
-                yield Row(item=item, values={NLL: likelihood.mean if known else None})
+                yield ItemRow(item=item, values={NLL: likelihood.mean if known else None})
 
 
 def _chunks(items: Sequence[str], wanted: frozenset[str]) -> Iterator[list[str]]:
     """Yield the wanted items of each chunk; chunks are cut from all items, so a batch doesn't depend on the wanted."""
-    for start in range(0, len(items), CHUNK):
-        if chunk := [item for item in items[start : start + CHUNK] if item in wanted]:
+    for start in range(0, len(items), ITEMS_AT_ONCE):
+        if chunk := [item for item in items[start : start + ITEMS_AT_ONCE] if item in wanted]:
             yield chunk
 
 

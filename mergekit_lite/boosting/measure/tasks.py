@@ -12,7 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import ScoreSpec
 from mergekit_lite.errors import UsageError, nearest
@@ -48,7 +48,7 @@ class Harness:
         self._numbers = {f"{self.name}:{number}": number for number in range(count)}
         self.items, self.names = list(self._numbers), (self.name,)
 
-    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[Row]:
+    def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted documents."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -71,7 +71,7 @@ class Harness:
         # Of several filters of an answer the first one counts.
         samples = {sample["doc_id"]: sample for sample in reversed(results["samples"][self.task])}
         for item in sorted(wanted):
-            yield Row(item=item, values={self.name: self._value(samples[self._numbers[item]])})
+            yield ItemRow(item=item, values={self.name: self._value(samples[self._numbers[item]])})
 
     def _value(self, sample: Mapping[str, Any]) -> float | None:
         known = list(sample["metrics"])

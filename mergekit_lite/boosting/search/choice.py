@@ -11,10 +11,10 @@ from itertools import chain
 from statistics import NormalDist
 
 from mergekit_lite.answers.intervals import Interval, interval, paired
-from mergekit_lite.boosting.candidates.candidate import Evaluator, Params, Row, label
+from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, label
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boosting.search.point import Point, Settings, beyond, plain, point, values
-from mergekit_lite.boosting.search.search import CLOSE, Outcome, Same, Search
+from mergekit_lite.boosting.search.search import CLOSE, Same, Search, SearchOutcome
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
 
@@ -105,18 +105,18 @@ class Contest:
         _check_scorers(rows, self.settings)
         self.baseline = self.best = point(self.settings.baseline, self.items, self.study, self.settings)
 
-    def outcome(self, params: Params) -> Outcome:
+    def outcome(self, params: Params) -> SearchOutcome:
         """Measure a candidate, unless it is the baseline or known, and return what the search is sent."""
         name = label(params)
         if name == self.baseline.name:
-            return Outcome(0.0)
+            return SearchOutcome(0.0)
         if name not in self.points:
             self.points[name] = new = self._measured(params)
             if new.allowed and new.gain.mean > self.best.gain.mean:
                 self.best = new
         measured = self.points[name]
         details = {name: plain(getattr(measured, name)) for name in DETAILS}
-        return Outcome(self._score(measured), not measured.beyond and measured.gain.items > 0, details)
+        return SearchOutcome(self._score(measured), not measured.beyond and measured.gain.items > 0, details)
 
     def same(self, one: Params, other: Params, errors: int) -> bool:
         """Return whether the difference is 0 to within ``errors`` standard errors."""
@@ -185,7 +185,7 @@ class Contest:
         return total
 
 
-def _check_scorers(rows: Mapping[str, Row], settings: Settings) -> None:
+def _check_scorers(rows: Mapping[str, ItemRow], settings: Settings) -> None:
     known = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
     for name in (settings.score, *settings.limits.loss):
         if name not in known:

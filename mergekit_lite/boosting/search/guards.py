@@ -17,7 +17,7 @@ from functools import lru_cache
 from statistics import fmean, stdev
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import Row, cluster_of
+from mergekit_lite.boosting.candidates.candidate import ItemRow, cluster_of
 from mergekit_lite.errors import UsageError, nearest
 
 GRAM = 4
@@ -97,7 +97,7 @@ def limits(texts: Sequence[str]) -> Limits:
     return Limits(loss=losses, **own)
 
 
-def guards(rows: Mapping[str, Row], baseline: Mapping[str, Row], score: str) -> Guards:
+def guards(rows: Mapping[str, ItemRow], baseline: Mapping[str, ItemRow], score: str) -> Guards:
     """Compute the guards of a candidate.
 
     Args:
@@ -160,7 +160,7 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _kl(rows: Iterable[Row]) -> dict[str, Any]:
+def _kl(rows: Iterable[ItemRow]) -> dict[str, Any]:
     """Return the mean log-ratio of the answers that both models have read, and the other figures of KL.
 
     It is unbiased where whole answers are drawn at temperature 1, as they are to the first items of a random order. A

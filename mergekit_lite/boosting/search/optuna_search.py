@@ -17,7 +17,7 @@ import xxhash
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range, tidy
 from mergekit_lite.boosting.search.point import Settings
-from mergekit_lite.boosting.search.search import Outcome, Search
+from mergekit_lite.boosting.search.search import Search, SearchOutcome
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Se
         _tell(study, running, outcome)
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+def _tell(study: optuna.Study, trial: optuna.Trial, outcome: SearchOutcome) -> None:
     for key, value in {"score": outcome.score, "allowed": outcome.allowed, **outcome.details}.items():
         trial.set_user_attr(key, value)
     scores = [outcome.score] if math.isfinite(outcome.score) else []

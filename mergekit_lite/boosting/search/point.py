@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_lite.answers.intervals import Interval, interval, paired
-from mergekit_lite.boosting.candidates.candidate import Params, Row, cluster_of, label
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, cluster_of, label
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
 from mergekit_lite.boosting.search.length import (
@@ -106,7 +106,7 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def values(rows: Mapping[str, Row], score: str) -> dict[str, float | None]:
+def values(rows: Mapping[str, ItemRow], score: str) -> dict[str, float | None]:
     """Return a scorer's value of each cluster: the mean over its items."""
     return cluster_means({item: row["values"].get(score) for item, row in rows.items()})
 
@@ -119,7 +119,7 @@ def cluster_means(figures: Mapping[str, float | None]) -> dict[str, float | None
     return {name: sum(those) / len(those) if those else None for name, those in clusters.items()}
 
 
-def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: Settings) -> LengthEffect | None:
+def _length_effect(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], settings: Settings) -> LengthEffect | None:
     longer = cluster_means({item: float(len(row["text"]) - len(base[item]["text"])) for item, row in rows.items()})
     ours, theirs = values(rows, settings.score), values(base, settings.score)
     scored = [name for name in longer if ours[name] is not None and theirs[name] is not None]
@@ -127,7 +127,7 @@ def _length_effect(rows: Mapping[str, Row], base: Mapping[str, Row], settings: S
     return at_equal_length(gains, np.array([longer[name] for name in scored], dtype=np.float64), settings.confidence)
 
 
-def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) -> LengthControlled | None:
+def _controlled(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> LengthControlled | None:
     """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
     known = [
         (value, len(row["text"]), len(base[item]["text"]))
@@ -137,7 +137,7 @@ def _controlled(rows: Mapping[str, Row], base: Mapping[str, Row], score: str) ->
     return length_controlled(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
-def _preferred(ours: Row, theirs: Row, score: str) -> float | None:
+def _preferred(ours: ItemRow, theirs: ItemRow, score: str) -> float | None:
     if "judged" in ours:
         return ours["judged"]
     a, b = ours["values"].get(score), theirs["values"].get(score)

@@ -1,6 +1,6 @@
 """Searches: generators of the params to try next.
 
-A search yields the params of a candidate, is sent its ``Outcome``, and ends when it has seen enough.
+A search yields the params of a candidate, is sent its ``SearchOutcome``, and ends when it has seen enough.
 It knows no models, so that its steps can be followed on paper.
 
 ``bracket`` is the procedure of ExPO's authors (Zheng et al., arXiv 2404.16792, appendix B), who did it by hand and
@@ -24,7 +24,7 @@ SHARE = 5  # the automatic last step is at most a fifth of the best alpha
 ROUND_STEPS = (5.0, 2.5, 1.0)  # times a power of ten
 
 
-class Outcome(NamedTuple):
+class SearchOutcome(NamedTuple):
     """A candidate's result, as a search is sent it."""
 
     score: float  # higher is better, 0 as good as the baseline
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})  # for dashboards, as JSON can hold them
 
 
-Search = Generator[Params, Outcome, None]
+Search = Generator[Params, SearchOutcome, None]
 # Whether two candidates are the same to within a number of standard errors of their difference.
 Same = Callable[[Params, Params, int], bool]
 CLOSE, SURE = 1, 2  # standard errors: below one a difference is ignored, above two it ends a climb

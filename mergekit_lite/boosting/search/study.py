@@ -26,7 +26,7 @@ import xxhash
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.boosting.candidates.candidate import Evaluator, Params, Row, cluster_of, label
+from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, cluster_of, label
 from mergekit_lite.errors import UsageError, listing, shortened
 
 VERSION = 2
@@ -62,7 +62,7 @@ class Study:
         random.Random(seed).shuffle(self.clusters)
         self.items = list(chain.from_iterable(self.clusters))
         self._ledgers: dict[str, Ledger[str]] = {}
-        self._rows: dict[str, dict[str, Row]] = {}  # by candidate and item
+        self._rows: dict[str, dict[str, ItemRow]] = {}  # by candidate and item
         order = xxhash.xxh3_128_hexdigest("\n".join(self.items).encode())
         self._lock = _locked(folder)
         try:
@@ -77,7 +77,7 @@ class Study:
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
-    def measured(self, params: Params, items: Sequence[str], evaluator: Evaluator) -> dict[str, Row]:
+    def measured(self, params: Params, items: Sequence[str], evaluator: Evaluator) -> dict[str, ItemRow]:
         """Return the rows of these items, in their order; the evaluator measures those that are missing."""
         ledger = self._ledger(params)
         wanted = frozenset(item for item in items if item not in ledger)
@@ -88,7 +88,7 @@ class Study:
             raise RuntimeError(f"{label(params)}: no row came for {missing[:3]}")
         return self.rows(params, items)
 
-    def rows(self, params: Params, items: Sequence[str]) -> dict[str, Row]:
+    def rows(self, params: Params, items: Sequence[str]) -> dict[str, ItemRow]:
         """Return the stored rows of these items, in their order."""
         self._ledger(params)
         rows = self._rows[label(params)]
@@ -117,7 +117,7 @@ class Study:
         if name not in self._ledgers:
             path = self._path(params, "jsonl")
             self._ledgers[name] = ledger = Ledger(path, self.items, lambda row: str(row["item"]))
-            self._rows[name] = {row["item"]: cast(Row, row) for row in ledger.rows()}
+            self._rows[name] = {row["item"]: cast(ItemRow, row) for row in ledger.rows()}
         return self._ledgers[name]
 
     def _path(self, params: Params, kind: str) -> Path:

@@ -13,12 +13,12 @@ from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, RunError
 
-CHUNK = 1 << 16  # elements of a tensor that share an entry of ``starts``; a place in one fits into 16 bits
+ELEMENTS_PER_START = 1 << 16  # elements of a tensor that share an entry of ``starts``; a place in one fits into 16 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Sparse(VectorTerm):
-    """Values for some elements; the others are zero. The elements are counted through in chunks of ``CHUNK``."""
+    """Values for some elements, counted through in chunks of ``ELEMENTS_PER_START``; the others are zero."""
 
     starts: TensorSpec  # (chunks + 1), int64: chunk i has the values from ``starts[i]`` up to ``starts[i + 1]``
     places: TensorSpec  # (values), uint16: where in its chunk each value belongs, ascending
@@ -27,16 +27,16 @@ class Sparse(VectorTerm):
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
         """Add the stored values. One takes the place of a zero, so that the sum keeps its sign: −0 isn't 0."""
         # The chunks that ``total`` touches, and how many values each of them has.
-        first, last = start // CHUNK, -(-(start + len(total)) // CHUNK)
+        first, last = start // ELEMENTS_PER_START, -(-(start + len(total)) // ELEMENTS_PER_START)
         starts = self.starts.elements(reader, first, last - first + 1)
         counts = starts.diff()
         inside = int(starts[0]) >= 0 and int(starts[-1]) <= self.values.numel
-        if not inside or int(counts.min()) < 0 or int(counts.max()) > CHUNK:
+        if not inside or int(counts.min()) < 0 or int(counts.max()) > ELEMENTS_PER_START:
             raise self._damaged()
         # Each value's index in the tensor: its chunk's begin and its place there.
         begin, count = int(starts[0]), int(starts[-1] - starts[0])
         chunks = torch.repeat_interleave(torch.arange(first, last), counts)
-        index = self.places.elements(reader, begin, count).to(torch.int64) + chunks * CHUNK
+        index = self.places.elements(reader, begin, count).to(torch.int64) + chunks * ELEMENTS_PER_START
         if count and int(index.diff().min() if count > 1 else 1) <= 0:
             raise self._damaged()
         # Of the values in the first and the last chunk, those that lie in ``total``.
@@ -51,7 +51,7 @@ class Sparse(VectorTerm):
         numel = math.prod(shape)
         count = self.values.shape[:1] if self.values.shape[:1] <= (numel,) else (numel,)
         return {
-            self.starts: ((-(-numel // CHUNK) + 1,), ("int64",)),
+            self.starts: ((-(-numel // ELEMENTS_PER_START) + 1,), ("int64",)),
             self.places: (count, ("uint16",)),
             self.values: (count, dtypes.FLOATS),
         }

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from mergekit_lite.answers.rows import Key, Prompt, read_rows
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, Source
+from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, RecipeSource
 from mergekit_lite.distillation.rules import Candidate
 
 
@@ -36,7 +36,7 @@ class Inventory:
 
 def candidates(
     folder: Folder,
-    source: Source,
+    source: RecipeSource,
     prompts: Mapping[str, Prompt],
     pairings: Mapping[str, Pairing],
     inventory: Inventory,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.registry import wrong_settings
-from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, Source
+from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, RecipeSource
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
@@ -97,7 +97,7 @@ def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
             yield Problem(at, f"the name {name!r} ends like a file that is not finished: choose another one")
 
 
-def _source(at: KeyPath, source: Source) -> Iterator[Problem]:
+def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
     if source.name == TARGET:
         yield Problem((*at, "name"), f"{TARGET!r} is the trained model's own name: choose another one")
     if source.server:

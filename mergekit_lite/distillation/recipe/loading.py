@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.distillation.recipe.checks import KeyPath, contradictions
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, Source
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource
 from mergekit_lite.errors import nearest
 from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read, text_of
 
@@ -177,7 +177,7 @@ def _prompts(prompts: Prompts, folder: Path) -> Prompts:
     return prompts.model_copy(update={"path": folder / prompts.path.expanduser()}) if prompts.path else prompts
 
 
-def _source(source: Source, folder: Path) -> Source:
+def _source(source: RecipeSource, folder: Path) -> RecipeSource:
     return source if source.server else source.model_copy(update={"model": _model(source.model, folder)})
 
 

@@ -26,7 +26,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(Strict):
+class RecipeSource(Strict):
     """A model that answers prompts, behind a server or loaded into this process."""
 
     name: Name
@@ -159,7 +159,7 @@ class Train(Strict):
         return {name: training for name, training in both.items() if training is not None}
 
 
-class Report(Strict):
+class ReportSettings(Strict):
     """What the models are compared on: the target before training, after SFT, and after preference training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
@@ -177,9 +177,9 @@ class Recipe(Strict):
     seed: int = 0
     target: str  # the model to train
     prompts: tuple[Prompts, ...]
-    sources: tuple[Source, ...]
-    target_source: Source | None = None  # how the SFT model answers for itself; the sample stage sets its model
+    sources: tuple[RecipeSource, ...]
+    target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...]
     pairs: Pairing
     train: Train
-    report: Report = Report()
+    report: ReportSettings = ReportSettings()

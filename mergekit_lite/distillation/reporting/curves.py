@@ -12,7 +12,7 @@ import numpy as np
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import read_rows
-from mergekit_lite.distillation.reporting.held_out import LENGTH, MODELS, Comparison
+from mergekit_lite.distillation.reporting.held_out import LENGTH, MODELS, HeldOutComparison
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages.drawing import COLOURS
 
@@ -129,7 +129,7 @@ def _smooth(steps: np.ndarray[Any, Any], values: np.ndarray[Any, Any], width: in
     return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
 
 
-def held_out(comparison: Comparison) -> Picture:
+def held_out(comparison: HeldOutComparison) -> Picture:
     """Return means of all models and their paired differences, with 95 % intervals: a row of panels for each metric."""
     metrics = [*comparison.scorers, LENGTH]
 

@@ -14,7 +14,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.curves import Log, Picture
-from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, Comparison, Model
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
 from mergekit_lite.errors import counted
 
 STAGES = ("sft", "preference")
@@ -50,7 +50,7 @@ class Findings:
     recipe: Recipe
     logs: Mapping[str, Log]
     table: Mapping[str, Any] | None
-    comparison: Comparison | None
+    comparison: HeldOutComparison | None
 
     @property
     def pictures(self) -> list[Picture]:
@@ -78,7 +78,7 @@ class Findings:
         }
 
 
-def gather(recipe: Recipe, comparison: Comparison | None) -> Findings:
+def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
     """Read the logs and the table in a recipe's folder."""
     folder = Folder(recipe.folder)
     logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in STAGES}
@@ -107,7 +107,7 @@ def _number(value: float, interval: Interval, sign: str) -> str:
     return f"{value:{sign},.{digits}f}".replace("-", "−")
 
 
-def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
+def _of_comparison(comparison: HeldOutComparison | None) -> Iterator[str]:
     if comparison is None:
         yield "No model was compared: the recipe has no held-out prompts (`report.prompts`)."
         return
@@ -130,7 +130,7 @@ def _of_comparison(comparison: Comparison | None) -> Iterator[str]:
         yield f"Of the answers the limit of tokens cut off {shares}."
 
 
-def _winner(comparison: Comparison, scorer: str) -> Iterator[str]:
+def _winner(comparison: HeldOutComparison, scorer: str) -> Iterator[str]:
     means = {model: comparison.mean(model, scorer).mean for model in comparison.answers}
     known = [model for model, mean in means.items() if math.isfinite(mean)]
     if len(known) < 2:
@@ -168,7 +168,7 @@ def _of_training(logs: Mapping[str, Log]) -> Iterator[str]:
         )
 
 
-def _comparison_json(comparison: Comparison | None) -> dict[str, Any] | None:
+def _comparison_json(comparison: HeldOutComparison | None) -> dict[str, Any] | None:
     if comparison is None:
         return None
 

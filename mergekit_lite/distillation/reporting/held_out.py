@@ -22,7 +22,7 @@ from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
-from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, Source
+from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.sample import sample
 from mergekit_lite.distillation.score import score
@@ -59,7 +59,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class HeldOutComparison:
     """The answers of all models to the held-out prompts."""
 
     prompts: Sequence[Prompt]
@@ -103,7 +103,7 @@ class Comparison:
         return self.answers[model].metrics.get(metric, {})
 
 
-def compare(recipe: Recipe, reporter: Reporter) -> Comparison | None:
+def compare(recipe: Recipe, reporter: Reporter) -> HeldOutComparison | None:
     """Sample and score the answers that are missing, and return all. None where the recipe has no held-out prompts.
 
     Raises:
@@ -119,7 +119,7 @@ def compare(recipe: Recipe, reporter: Reporter) -> Comparison | None:
     sample(inner, reporter)
     score(inner, reporter)
     scorers = [scorer.name for scorer in inner.scorers]
-    return Comparison(prompts, scorers, {model: _model_answers(folder, model, scorers) for model in models})
+    return HeldOutComparison(prompts, scorers, {model: _model_answers(folder, model, scorers) for model in models})
 
 
 def existing_models(recipe: Recipe) -> dict[Model, str]:
@@ -181,14 +181,14 @@ def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[s
     )
 
 
-def _source(recipe: Recipe, name: Model, model: str) -> Source:
+def _source(recipe: Recipe, name: Model, model: str) -> RecipeSource:
     """Return a model as a source: served, or in this process with the settings of ``target_source``."""
     report, own = recipe.report, recipe.target_source
     common: dict[str, Any] = {"name": name, "samples": report.samples, "sampling": report.sampling}
     if name in report.servers:
-        return Source(**common, server=report.servers[name], model=name)
+        return RecipeSource(**common, server=report.servers[name], model=name)
     settings = own.model_dump(include={"system", "batch_size", "device", "dtype"}) if own is not None else {}
-    return Source(**common, model=model, **settings)
+    return RecipeSource(**common, model=model, **settings)
 
 
 def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Reporter) -> None:

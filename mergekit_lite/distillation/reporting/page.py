@@ -11,7 +11,7 @@ from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.distillation.reporting.curves import Picture
 from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
-from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, Comparison, Model
+from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
 from mergekit_lite.errors import shortened
 from mergekit_lite.pages import html
 from mergekit_lite.pages.drawing import svg
@@ -88,7 +88,7 @@ def _about(findings: Findings) -> list[Sequence[Text]]:
     return [*rows, ["seed", str(recipe.seed)]]
 
 
-def _held_out(comparison: Comparison, picture: Picture) -> Iterator[Block]:
+def _held_out(comparison: HeldOutComparison, picture: Picture) -> Iterator[Block]:
     yield Heading("Before and after")
     yield (
         f"{len(comparison.prompts):,} prompts that are not in the training data, the same for all models; "
@@ -109,7 +109,7 @@ def _held_out(comparison: Comparison, picture: Picture) -> Iterator[Block]:
         yield TableBlock("By domain", ["domain", "model", *heads[1:]], rows)
 
 
-def _of_model(comparison: Comparison, model: Model, domain: str | None) -> list[Text]:
+def _of_model(comparison: HeldOutComparison, model: Model, domain: str | None) -> list[Text]:
     means = [comparison.mean(model, metric, domain) for metric in (*comparison.scorers, LENGTH)]
     cut = comparison.mean(model, CUT, domain).mean
     share = Cell("–" if math.isnan(cut) else f"{100 * cut:.1f} %", None if math.isnan(cut) else cut)
@@ -120,7 +120,7 @@ def _figure(interval: Interval) -> Cell:
     return Cell(with_ends(interval), interval.mean if math.isfinite(interval.mean) else None)
 
 
-def _differences(comparison: Comparison) -> Iterator[Sequence[Text]]:
+def _differences(comparison: HeldOutComparison) -> Iterator[Sequence[Text]]:
     for difference in comparison.differences:
         interval = difference.interval
         if interval.items:
@@ -162,7 +162,7 @@ def _data(findings: Findings) -> Iterator[Block]:
         yield TableBlock("Losses", ["what", "number"], losses)
 
 
-def _examples(findings: Findings, comparison: Comparison) -> Iterator[Block]:
+def _examples(findings: Findings, comparison: HeldOutComparison) -> Iterator[Block]:
     recipe = findings.recipe
     yield Heading("Answers side by side")
     yield f"Drawn by chance with the seed {recipe.seed}; nobody chose them."

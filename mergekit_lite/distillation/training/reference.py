@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from mergekit_lite.answers.rows import as_line, read_rows
-from mergekit_lite.distillation.training.rows import Row
+from mergekit_lite.distillation.training.rows import TrainingRow
 
 if TYPE_CHECKING:
     from mergekit_lite.distillation.reporter import Reporter
     from mergekit_lite.distillation.training.trainer import PreferenceTrainer
 
 
-def batches(rows: Iterable[Row], size: int) -> list[Sequence[Row]]:
+def batches(rows: Iterable[TrainingRow], size: int) -> list[Sequence[TrainingRow]]:
     """Return the distinct rows in batches of like length."""
     distinct = {row.key: row for row in rows}
     ordered = sorted(distinct.values(), key=lambda row: (row.longest, row.key))
@@ -36,7 +36,7 @@ def stored(folder: Path) -> dict[str, tuple[float, ...]]:
     return log_probs
 
 
-def fill(trainer: PreferenceTrainer, rows: Sequence[Row], folder: Path, reporter: Reporter) -> None:
+def fill(trainer: PreferenceTrainer, rows: Sequence[TrainingRow], folder: Path, reporter: Reporter) -> None:
     """Fill the trainer's ``reference`` with log-probabilities of all rows under its model as it is now.
 
     The trainer is before its first step, its model on its devices. Files are in ``folder``.

@@ -51,7 +51,7 @@ class PreferenceRow(BaseModel):
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and last the rejected one.
 
     A row of SFT has one response.
@@ -97,7 +97,7 @@ class TokenRows:
     ``malformed``.
     """
 
-    rows: list[Row] = field(default_factory=list)  # to train on, in the order of the file
+    rows: list[TrainingRow] = field(default_factory=list)  # to train on, in the order of the file
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)  # of refused and malformed rows, with file and line
     notes: list[str] = field(default_factory=list)  # warnings about the template
@@ -110,7 +110,7 @@ class TokenRows:
             return
         self.counts["cut"] += within.cut
         answers = tuple(array("i", tokens.response) for tokens in within.rows)
-        self.rows.append(Row(array("i", within.rows[0].prompt), answers, row.roles, row.wins))
+        self.rows.append(TrainingRow(array("i", within.rows[0].prompt), answers, row.roles, row.wins))
 
     @property
     def summary(self) -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from mergekit_lite.answers.logprobs import padded
 from mergekit_lite.distillation.objectives import LogProbs, Objective
-from mergekit_lite.distillation.training.rows import Row
+from mergekit_lite.distillation.training.rows import TrainingRow
 
 Inputs = dict[str, Any]
 ROLES = ("source", "target")
@@ -24,17 +24,17 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "responses")
 NO_LABEL = -100  # transformers' label of tokens without loss
 
 
-class OrderedRows(Dataset[Row]):
+class OrderedRows(Dataset[TrainingRow]):
     """The rows in the order in which training sees them."""
 
-    def __init__(self, rows: Sequence[Row], order: Sequence[int]):
+    def __init__(self, rows: Sequence[TrainingRow], order: Sequence[int]):
         self.rows = rows
         self.order = order
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, position: int) -> Row:
+    def __getitem__(self, position: int) -> TrainingRow:
         return self.rows[self.order[position]]
 
     @property
@@ -83,7 +83,7 @@ class ResponseTrainer(Trainer):
         self.log_file = log
         self.means = RunningMeans(figures)
 
-    def batch(self, rows: Sequence[Row]) -> Inputs:
+    def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
         """Return the model's inputs: (R, T) tensors of all responses of the first row, then of the next."""
         batch = padded([response for row in rows for response in row.responses])
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "responses": batch.responses}
@@ -133,7 +133,7 @@ class SftTrainer(ResponseTrainer):
         # Lets the trainer count the labels of a step over all processes, and leave scaling to the loss.
         self.model_accepts_loss_kwargs = True
 
-    def batch(self, rows: Sequence[Row]) -> Inputs:
+    def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
         """Return the model's inputs, and labels for the trainer to count."""
         inputs = super().batch(rows)
         inputs["labels"] = torch.where(inputs["responses"], inputs["input_ids"], NO_LABEL)
@@ -178,7 +178,7 @@ class PreferenceTrainer(ResponseTrainer):
         self.options = options
         self.reference: dict[str, Sequence[float]] = {}
 
-    def batch(self, rows: Sequence[Row]) -> Inputs:
+    def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
         """Return the model's inputs, and per row and response roles, s_ref and wins.
 
         In rows without wins the chosen responses win with probability 1, the rejected one with 0.
@@ -215,7 +215,7 @@ class PreferenceTrainer(ResponseTrainer):
         return loss
 
     @torch.no_grad()
-    def reference_log_probs(self, rows: Sequence[Row]) -> list[list[float]]:
+    def reference_log_probs(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return s of the rows' responses under the model as it is on its devices, without dropout."""
         self.model_wrapped.eval()
         inputs = self._prepare_inputs(super().batch(rows))

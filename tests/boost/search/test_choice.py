@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Params, Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.search.choice import Result, Searcher, boost
 from mergekit_lite.boosting.search.guards import Limits
 from mergekit_lite.boosting.search.looks import looks
@@ -97,7 +97,7 @@ def test_a_dropped_candidate_never_seems_better_than_what_it_lost_to(tmp_path: P
         early = set(study.items[:80])
     plain = evaluator.row
 
-    def row(params: Params, item: str) -> Row:
+    def row(params: Params, item: str) -> ItemRow:
         made = plain(params, item)
         value = made["values"]["score"] or 0.0
         lucky = 3.0 if item in early and params["alpha"] else 0.0
@@ -142,7 +142,7 @@ def test_a_win_that_is_only_length_is_said_to_be_so(tmp_path: Path) -> None:
     )
     plain = evaluator.row
 
-    def row(params: Params, item: str) -> Row:
+    def row(params: Params, item: str) -> ItemRow:
         made = plain(params, item)
         made["values"]["score"] = (made["values"]["score"] or 0.0) + 0.02 * len(made["text"])
         return made
@@ -172,7 +172,7 @@ def test_several_answers_to_a_prompt_are_no_more_evidence_and_stay_together(tmp_
     once, often = SyntheticEvaluator(peak, items=40), SyntheticEvaluator(peak, items=40)
     often.items = [f"{item}#{number}" for item in once.items for number in range(8)]
     plain = often.row
-    often.row = lambda n, item: plain(n, item.partition("#")[0]) | Row(item=item)  # type: ignore[method-assign]
+    often.row = lambda n, item: plain(n, item.partition("#")[0]) | ItemRow(item=item)  # type: ignore[method-assign]
     one, several = (
         search(evaluator, tmp_path / name, lambda same: grid({"alpha": [2.0]}))
         for name, evaluator in [("1", once), ("8", often)]
@@ -189,7 +189,7 @@ def test_the_scorer_must_be_there_and_give_verdicts(tmp_path: Path) -> None:
     evaluator = SyntheticEvaluator(peak, items=40)
     with pytest.raises(UsageError, match=r"No scorer is called 'reward'; there are: score, other\."):
         search(evaluator, tmp_path / "a", limits=Limits(loss={"reward": 0.1}))
-    evaluator.row = lambda params, item: Row(item=item, values={"score": None})  # type: ignore[method-assign]
+    evaluator.row = lambda params, item: ItemRow(item=item, values={"score": None})  # type: ignore[method-assign]
     with pytest.raises(MergekitLiteError, match="no verdict on any answer of alpha=0"):
         search(evaluator, tmp_path / "b")
 

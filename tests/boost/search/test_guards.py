@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lite.boosting.candidates.candidate import Row
+from mergekit_lite.boosting.candidates.candidate import ItemRow
 from mergekit_lite.boosting.search.guards import (
     ADDED,
     NAMES,
@@ -23,8 +23,8 @@ from mergekit_lite.boosting.search.guards import (
 from mergekit_lite.errors import UsageError
 
 
-def answers(*texts: str, finish: str = "stop") -> dict[str, Row]:
-    return {str(i): Row(item=str(i), values={"s": 1.0}, text=text, finish=finish) for i, text in enumerate(texts)}
+def answers(*texts: str, finish: str = "stop") -> dict[str, ItemRow]:
+    return {str(i): ItemRow(item=str(i), values={"s": 1.0}, text=text, finish=finish) for i, text in enumerate(texts)}
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_growth_is_over_the_items_that_both_answered() -> None:
 
 def test_kl_is_the_mean_log_ratio() -> None:
     rows = answers("a", "b")
-    rows["0"] |= Row(log_prob=-10.0, aligned_log_prob=-12.0, tokens=5)  # type: ignore[typeddict-item]
-    rows["1"] |= Row(log_prob=-11.0, aligned_log_prob=-11.5, tokens=20)  # type: ignore[typeddict-item]
+    rows["0"] |= ItemRow(log_prob=-10.0, aligned_log_prob=-12.0, tokens=5)  # type: ignore[typeddict-item]
+    rows["1"] |= ItemRow(log_prob=-11.0, aligned_log_prob=-11.5, tokens=20)  # type: ignore[typeddict-item]
     found = guards(rows, rows, "s")
     assert found.kl == pytest.approx(1.25) and found.kl_per_token == pytest.approx(0.1)
     assert found.kl_error == pytest.approx(0.75) and found.kl_answers == 2
@@ -75,14 +75,14 @@ def test_kl_is_the_mean_log_ratio() -> None:
 def test_answers_to_one_prompt_make_kl_no_surer() -> None:
     """Its standard error is that of the prompts' means."""
     ratios = [(f"{prompt}#{answer}", float(prompt + answer)) for prompt in range(4) for answer in range(8)]
-    rows = {item: Row(item=item, text="a", log_prob=ratio, aligned_log_prob=0.0) for item, ratio in ratios}
+    rows = {item: ItemRow(item=item, text="a", log_prob=ratio, aligned_log_prob=0.0) for item, ratio in ratios}
     found = guards(rows, rows, "s")
     assert found.kl == pytest.approx(5.0) and found.kl_answers == 32
     assert found.kl_error == pytest.approx((5 / 3) ** 0.5 / 2)
 
 
 def test_items_without_answers_have_no_figures() -> None:
-    rows = {"a": Row(item="a", values={"s": 0.5})}
+    rows = {"a": ItemRow(item="a", values={"s": 0.5})}
     found = guards(rows, rows, "s")
     assert found == Guards(unscored=0.0) and beyond(found, found, Limits()) == []
 

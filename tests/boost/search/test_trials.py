@@ -15,7 +15,7 @@ from mergekit_lite.boosting.candidates.ranges import Range, read_range
 from mergekit_lite.boosting.search.choice import boost
 from mergekit_lite.boosting.search.optuna_search import optuna_search
 from mergekit_lite.boosting.search.point import Settings
-from mergekit_lite.boosting.search.search import Outcome
+from mergekit_lite.boosting.search.search import SearchOutcome
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import UsageError
 from tests.boost.synthetic import SyntheticEvaluator, tried
@@ -43,7 +43,7 @@ def test_what_was_tried_comes_first_and_counts(tmp_path: Path) -> None:
     first = tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=6), bowl)
     search = optuna_search(RANGES, SETTINGS, storage=storage, trials=9)
     again = [next(search)]
-    again += [search.send(Outcome(bowl(again[-1]))) for _ in range(6)]
+    again += [search.send(SearchOutcome(bowl(again[-1]))) for _ in range(6)]
     assert again[:6] == first
     search.close()  # killed in the seventh
     resumed = tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=9), bowl)
@@ -70,7 +70,14 @@ def test_the_attributes_hold_what_a_dashboard_shows(tmp_path: Path) -> None:
 
 def test_a_candidate_out_of_limits_is_told_as_no_better_than_the_worst(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
-    outcomes = iter([Outcome(0.5), Outcome(-0.3), Outcome(9.0, allowed=False), Outcome(float("nan"), allowed=False)])
+    outcomes = iter(
+        [
+            SearchOutcome(0.5),
+            SearchOutcome(-0.3),
+            SearchOutcome(9.0, allowed=False),
+            SearchOutcome(float("nan"), allowed=False),
+        ]
+    )
     tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=4), lambda params: next(outcomes))
     [name] = optuna.get_all_study_names(storage)
     told = [trial.value for trial in optuna.load_study(study_name=name, storage=storage).trials]
