@@ -214,7 +214,7 @@ def split(base: torch.Tensor, tuned: torch.Tensor, stored: str) -> tuple[torch.T
 
     Args:
         base: 1-D, float64.
-        tuned: the same of the tuned model.
+        tuned: like ``base``, of the tuned model.
         stored: name of the format's dtype.
 
     Returns:

@@ -162,8 +162,9 @@ def test_models_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind, said", [("lama", "Did you mean 'llama'?"), ("vit", "no causal language model")])
 def test_an_unknown_kind_of_model_is_refused(tmp_path: Path, kind: str, said: str) -> None:
     sft, aligned = write_pair(tmp_path)
-    config = (aligned / "config.json").read_text()
-    (aligned / "config.json").write_text(config.replace('"model_type": "llama"', f'"model_type": "{kind}"'))
+    for model in (sft, aligned):
+        config = (model / "config.json").read_text()
+        (model / "config.json").write_text(config.replace('"model_type": "llama"', f'"model_type": "{kind}"'))
     with pytest.raises(UsageError, match=said.replace("?", "[?]")):
         weights_for(plan_extrapolation(sft, aligned, tmp_path / "out", 0.5))
 
