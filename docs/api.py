@@ -22,7 +22,7 @@ SECTIONS = {
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors"),
     "Searching and teaching": ("boost", "BoostOptions", "distill"),
     "What functions take and return": (
-        *("Plan", "Recipe", "Checkpoint", "Inspection", "HeldOutComparison", "Verification", "Extracted", "Boosted"),
+        *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted"),
         "Findings",
     ),
     "Errors": ("MergekitLiteError", "UsageError", "CheckpointError", "PlanError", "NonFiniteError", "RunError"),
