@@ -16,9 +16,9 @@ from mergekit_lite.output.workspace import own_manifest
 from mergekit_lite.planning import Job, Plan
 
 
-def is_finished(output: Path, plan: Plan, variant: int) -> bool:
+def is_finished(output: Path, plan: Plan, number: int) -> bool:
     """Return True where this very plan made the weights under an output's name; every byte of them is read."""
-    manifest = own_manifest(output, plan, variant)
+    manifest = own_manifest(output, plan, number)
     if manifest is None:
         return False
     paths = [output if is_single_file(output) else output / file.name for file in plan.layout.files]

@@ -34,7 +34,7 @@ from mergekit_lite.planning import Plan
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-GPU_LANES = 6
+GPU_WORKERS = 6
 GPU_BLOCK = 1 << 22
 
 
@@ -92,7 +92,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     started = time.monotonic()
     resume, force = options.get("resume", False), options.get("force", False)
     place = chosen_device(options.get("device", CPU))
-    workers, usual_block = lanes_and_block(place, options.get("threads"), writing_workers())
+    workers, usual_block = workers_and_block(place, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
     if resume:
@@ -167,13 +167,13 @@ def chosen_device(name: str) -> str:
     return CPU if device.type == CPU else str(device)
 
 
-def lanes_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
+def workers_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
     """Return how many workers a device has use for, and how many elements each of them computes at once.
 
     ``threads`` are the workers that were asked for, if any; else ``on_cpu`` are those on the CPU, by default one
     for each core.
     """
-    workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_LANES, GPU_BLOCK)
+    workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_WORKERS, GPU_BLOCK)
     return threads or workers, block
 
 

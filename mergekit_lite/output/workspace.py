@@ -238,7 +238,7 @@ class OutputWorkspace:
         manifest = manifest_path(self.output)
         written, described = self.result / self.layout.files[0].name, self.result / manifest.name
         if force:
-            written.replace(self.output)  # the result's is named as the first variant's
+            written.replace(self.output)  # the result's is named as the first output's
             described.replace(manifest)
             return
         renames.rename(written, self.output)

@@ -12,7 +12,7 @@ from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import report
-from mergekit_lite.engine.run import lanes_and_block
+from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.tiling import bounds
@@ -39,7 +39,7 @@ class Recomputation:
         processes: bool,
     ) -> None:
         """Prepare; nothing is read yet. ``jobs`` are indices in the plan, other arguments are those of ``verify``."""
-        workers, block = lanes_and_block(device, threads)
+        workers, block = workers_and_block(device, threads)
         self.plan = plan
         self.manifest = manifest
         self.device = device

@@ -11,7 +11,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.boosting.measure.model import Built, Places
 from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import Report, report
-from mergekit_lite.engine.run import lanes_and_block
+from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.schedule import Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.planning import Plan
@@ -63,7 +63,7 @@ class Weights:
         used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
         kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
         parameters = Parameters(self.built.places, kinds)
-        count, block = lanes_and_block(self.device, self.threads)
+        count, block = workers_and_block(self.device, self.threads)
         for source in plan.inputs:
             source.check_unchanged()
         Schedule(plan, {0: parameters}, Workers(count, self.device, block), None, only=used).run()
