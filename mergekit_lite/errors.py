@@ -68,6 +68,12 @@ def shortened(text: object, limit: int = SHOWN_CHARACTERS) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
 
 
+def one_line(text: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return what others wrote (a server, a program) as one line of printable text, cut as ``shortened`` cuts."""
+    printable = "".join(character if character.isprintable() else " " for character in str(text))
+    return shortened(" ".join(printable.split()), limit)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the known name closest to ``name``; an empty string where none is close."""
     close = get_close_matches(name, list(known), n=1)
