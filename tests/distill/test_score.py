@@ -22,7 +22,7 @@ from tests.distill.recipes import write_recipe
 from tests.models import tree_bytes
 from tests.processes import preload, started
 
-preload("openai")
+preload("httpx2")
 
 DOMAINS = ("maths", "chat")
 SOURCES = [{"name": name, "model": "m", "server": "http://127.0.0.1:9/v1"} for name in "ab"]
