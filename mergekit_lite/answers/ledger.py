@@ -28,8 +28,8 @@ class _Place(NamedTuple):
 class Ledger(Generic[K]):
     """The rows for the ``expected`` keys, in that order, at ``path`` (``….jsonl``).
 
-    Rows that are no longer expected are left out of the finished file. A row that a kill cut short doesn't count.
-    Memory has the keys only, not the rows.
+    Rows that are no longer expected are left out of the finished file, and so are lines that are no rows: those that a
+    kill cut short, or without a key. Memory has the keys only, not the rows.
     """
 
     def __init__(self, path: Path, expected: Sequence[K], key: Callable[[dict[str, Any]], K]):
@@ -108,17 +108,19 @@ class Ledger(Generic[K]):
             for file in files.values():
                 file.close()
 
-    def _take(self, path: Path) -> list[K]:
-        """Note the places of a file's rows, and return their keys in the order of the file."""
-        keys: list[K] = []
-        torn: list[str] = []  # lines that a kill cut short
+    def _take(self, path: Path) -> list[K | None]:
+        """Note the places of a file's rows; return their keys in the order of the file, and None for what is no row."""
+        keys: list[K | None] = []
+        torn: list[str] = []  # a message for each line that a kill cut short
         for line in read_rows(path, torn) if path.exists() else ():
             try:
-                keys.append(self.key(line.row))
-            except (KeyError, TypeError):
-                continue
-            self._places.setdefault(keys[-1], _Place(path, line.start))
-        return keys
+                key = self.key(line.row)
+                self._places.setdefault(key, _Place(path, line.start))
+            except (KeyError, TypeError):  # it has no key, or a list or an object in its place
+                keys.append(None)
+            else:
+                keys.append(key)
+        return keys + [None for _ in torn]
 
     def _open(self) -> BinaryIO:
         """Open the partial file for this process alone, at the start of a line."""

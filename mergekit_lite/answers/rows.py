@@ -90,6 +90,9 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
                 except ValueError as error:  # of JSON or UTF-8
                     problems.append(f"{path}:{number}: not JSON: {error}")
                     continue
+                except RecursionError:
+                    problems.append(f"{path}:{number}: its values are nested too deeply")
+                    continue
                 if isinstance(row, dict):
                     yield Line(number, row, start)
                 else:
