@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, TypedDict
 
 from xxhash import xxh3_64_intdigest
@@ -60,6 +61,10 @@ def seed_of(*parts: object) -> int:
     return xxh3_64_intdigest("\x1f".join(map(str, parts)).encode()) >> 33
 
 
+ANSWER = {"prompt": str, "index": int, "text": str}  # what a row of an answer has at least
+VERDICT = {"prompt": str, "index": int, "score": int | float | None}  # and one of a scorer's verdict
+
+
 class Line(NamedTuple):
     """A row of a file, and its place."""
 
@@ -68,12 +73,13 @@ class Line(NamedTuple):
     start: int  # of the line, in bytes
 
 
-def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
+def read_rows(path: Path, problems: list[str], fields: Mapping[str, type | UnionType] | None = None) -> Iterator[Line]:
     """Yield the rows of a JSON Lines file.
 
     Args:
         path: the file.
-        problems: gets a message, with file and line, for each line that is no JSON object; such lines are skipped.
+        problems: gets a message, with file and line, for each line that is no such row; these lines are skipped.
+        fields: what each row has to have, and of which type it is.
 
     Raises:
         UsageError: the file can't be read.
@@ -93,10 +99,14 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
                 except RecursionError:
                     problems.append(f"{path}:{number}: its values are nested too deeply")
                     continue
-                if isinstance(row, dict):
-                    yield Line(number, row, start)
-                else:
+                if not isinstance(row, dict):
                     problems.append(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+                elif wrong := [
+                    name for name, kind in (fields or {}).items() if not isinstance(row.get(name, ...), kind)
+                ]:
+                    problems.append(f"{path}:{number}: no {', '.join(map(repr, wrong))} of the right type")
+                else:
+                    yield Line(number, row, start)
     except OSError as error:
         raise UsageError(f"Can't read {path}: {error.strerror or error}.") from error
 

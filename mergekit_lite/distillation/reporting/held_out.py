@@ -19,7 +19,7 @@ from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.answers.prompts import load
-from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
+from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
 from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource
@@ -211,7 +211,7 @@ def _identity(model: Path) -> str:
 
 
 def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> ModelAnswers:
-    rows = [line.row for line in read_rows(folder.samples(model), [])]
+    rows = [line.row for line in read_rows(folder.samples(model), [], {**ANSWER, "finish": str})]
     texts = {row["prompt"]: row["text"] for row in sorted(rows, key=lambda row: -row["index"])}
     metrics: dict[str, Mapping[str, float | None]] = {}
     for scorer in scorers:
