@@ -61,8 +61,9 @@ def seed_of(*parts: object) -> int:
     return xxh3_64_intdigest("\x1f".join(map(str, parts)).encode()) >> 33
 
 
-ANSWER = {"prompt": str, "index": int, "text": str}  # what a row of an answer has at least
-VERDICT = {"prompt": str, "index": int, "score": int | float | None}  # and one of a scorer's verdict
+Fields = Mapping[str, type | UnionType]  # what a row has at least, and of which type
+ANSWER: Fields = {"prompt": str, "index": int, "text": str}
+VERDICT: Fields = {"prompt": str, "index": int, "score": int | float | None}
 
 
 class Line(NamedTuple):
@@ -73,7 +74,7 @@ class Line(NamedTuple):
     start: int  # of the line, in bytes
 
 
-def read_rows(path: Path, problems: list[str], fields: Mapping[str, type | UnionType] | None = None) -> Iterator[Line]:
+def read_rows(path: Path, problems: list[str], fields: Fields | None = None) -> Iterator[Line]:
     """Yield the rows of a JSON Lines file.
 
     Args:

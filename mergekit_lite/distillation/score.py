@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
-from mergekit_lite.answers.rows import ANSWER, Key, Prompt, read_rows
+from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
 from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
 from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer
 from mergekit_lite.distillation.folder import Folder
@@ -139,7 +139,7 @@ def _task(
             raise KeyError("a verdict on another answer")
         return key
 
-    ledger = Ledger(folder.scores(scorer.name, source), tuple(digests), key_of)
+    ledger = Ledger(folder.scores(scorer.name, source), tuple(digests), key_of, VERDICT)
     return ScoringTask(scorer, source, answers, ledger, digests)
 
 
