@@ -33,6 +33,7 @@ FIRST_WAIT = 0.5  # seconds before the first repetition
 LONGEST_WAIT = 60.0
 LONGEST_ASKED_WAIT = 600.0  # for one question, that a server's Retry-After may ask for in all its replies
 LOST_IN_A_ROW = 16  # requests, or as many as are open at once: then the server is given up
+COMPLAINT = 1000  # bytes of an error's body that are looked at
 REPEATED = (408, 409, 429)  # and from 500 on
 REFUSED = {
     401: "Put the key into the environment variable {variable}.",
@@ -95,9 +96,9 @@ class Server:
         from httpx2 import AsyncClient, Limits
 
         headers = {
-            "Authorization": f"Bearer {os.environ.get(self.key_variable) or 'none'}",
-            "Content-Type": "application/json",
-            "Accept-Encoding": "identity",  # a small packed reply may be endless when it is unpacked
+            b"Authorization": f"Bearer {os.environ.get(self.key_variable) or 'none'}".encode(),
+            b"Content-Type": b"application/json",
+            b"Accept-Encoding": b"identity",  # a small packed reply may be endless when it is unpacked
         }
         return AsyncClient(headers=headers, timeout=self.timeout, limits=Limits(max_connections=self.concurrency))
 
@@ -122,7 +123,7 @@ class Server:
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise Failed("no connection", repeat=True) from error
         if not response.is_success:
-            raise self._of_status(response, one_line(body.decode(errors="replace")))
+            raise self._of_status(response, one_line(body[:COMPLAINT].decode(errors="replace")))
         return reply_in(body)
 
     async def _post(self, client: AsyncClient, asked: dict[str, Any]) -> tuple[Response, bytes]:

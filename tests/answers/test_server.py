@@ -212,6 +212,13 @@ def test_the_request_says_all_that_the_recipe_says(monkeypatch: pytest.MonkeyPat
     assert "repetition_penalty" not in without  # not all servers know it
 
 
+def test_a_key_may_have_any_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "s\u00e9same\u2026")
+    with fake_server() as fake:
+        assert replies(server_of(fake, key_variable="MY_KEY"), questions(["x"])).keys() == {"x"}
+    assert fake.headers[0]["authorization"].encode("latin-1").decode() == "Bearer s\u00e9same\u2026"
+
+
 def test_half_a_surrogate_pair_does_not_stop_the_run() -> None:
     assert reply_in(body_with("a\ud83d b\ud83d\ude00")) == Reply("a� b😀", "stop", None)
 
