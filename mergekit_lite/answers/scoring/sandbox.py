@@ -4,7 +4,8 @@
 
 - no network, not even the machine's own, and no way to see or signal another process;
 - the files of this interpreter, read-only: its program, its standard library without installed packages, the shared
-  libraries that those load. No /proc, no /etc, no home. ``/tmp`` is an empty folder in memory of a limited size;
+  libraries that those load and the loader's list of them, the time zones. No /proc, no /etc else, no home. ``/tmp`` is
+  an empty folder in memory of a limited size;
 - no privilege; where root runs it, a user id that nobody has;
 - an empty environment, nothing on standard input; what it prints is thrown away;
 - one process with at most 64 threads, which ends with its time; limits on processor time, memory and open files.
