@@ -28,6 +28,14 @@ class CheckpointError(MergekitLiteError):
     """A checkpoint can't be used: missing, damaged, hostile, or in a format that is refused by name."""
 
 
+class UnreadableError(CheckpointError):
+    """A small file can't be read, or doesn't hold what it should; ``why`` says so without the path."""
+
+    def __init__(self, path: object, why: str):
+        self.why = why
+        super().__init__(f"{path}: {why}.")
+
+
 class PlanError(MergekitLiteError):
     """The inputs don't fit together. Carries every problem that was found, not only the first."""
 

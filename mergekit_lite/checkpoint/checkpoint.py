@@ -18,6 +18,7 @@ from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
+from mergekit_lite.input_files import read_json
 
 
 class Added(NamedTuple):
@@ -171,7 +172,7 @@ def _open_path(reference: str, path: Path, revision: str | None = None) -> Check
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
     paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
-    config = folders.read_json(folders.inside(path, "config.json")) if has_config else None
+    config = read_json(folders.inside(path, "config.json")) if has_config else None
     headers = [_model_header(reference, file) for file in paths]
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
