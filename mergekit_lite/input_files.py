@@ -39,10 +39,11 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
         raise UnreadableError(path, f"can't be read: {getattr(error, 'strerror', None) or error}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UnreadableError(path, "is not a regular file")
     with open(descriptor, "rb") as file:  # noqa: PTH123  (a descriptor, no path)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError(path, "is not a regular file")
         if limit is not None and status.st_size > limit:
             raise UnreadableError(path, f"is {status.st_size:,} bytes long; more than {limit:,} is refused")
         yield file
