@@ -35,6 +35,11 @@ class UnreadableError(CheckpointError):
         self.why = why
         super().__init__(f"{path}: {why}.")
 
+    @property
+    def reason(self) -> str:
+        """The reason alone, for a message that says already that the file can't be read."""
+        return self.why.removeprefix("can't be read: ")
+
 
 class PlanError(MergekitLiteError):
     """The inputs don't fit together. Carries every problem that was found, not only the first."""

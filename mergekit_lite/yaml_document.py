@@ -36,8 +36,7 @@ def text_of(path: Path) -> str:
     try:
         return read_text(path, MAX_BYTES)
     except UnreadableError as error:
-        why = error.why.removeprefix("can't be read: ")
-        raise UsageError(f"Can't read the recipe {path}: {why}.") from error
+        raise UsageError(f"Can't read the recipe {path}: {error.reason}.") from error
 
 
 class Mark(NamedTuple):

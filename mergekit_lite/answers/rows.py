@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypedDict
 
 from xxhash import xxh3_64_intdigest
 
-from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.errors import RunError, UnreadableError, UsageError
+from mergekit_lite.input_files import MAX_BYTES, opened, parse_json
 
 
 class Message(TypedDict):
@@ -74,19 +75,20 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
     Args:
         path: the file.
         problems: gets a message, with file and line, for each line that is no JSON object; such lines are skipped.
+            A line of more than ``MAX_BYTES`` is taken for several.
 
     Raises:
         UsageError: the file can't be read.
     """
     end = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), 1):
                 start, end = end, end + len(line)
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line.decode("utf-8"))
                 except ValueError as error:  # of JSON or UTF-8
                     problems.append(f"{path}:{number}: not JSON: {error}")
                     continue
@@ -94,6 +96,8 @@ def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
                     yield Line(number, row, start)
                 else:
                     problems.append(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+    except UnreadableError as error:
+        raise UsageError(f"Can't read {path}: {error.reason}.") from error
     except OSError as error:
         raise UsageError(f"Can't read {path}: {error.strerror or error}.") from error
 

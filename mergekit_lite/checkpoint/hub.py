@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
-from mergekit_lite.checkpoint.companion_names import COMPANIONS, matches
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches
 from mergekit_lite.errors import CheckpointError, listing, nearest
 
 REPOSITORY = re.compile(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, companion_names, formats, tied_weights
+from mergekit_lite.checkpoint import Checkpoint, companion_patterns, formats, tied_weights
 from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
 from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.errors import CheckpointError, UnreadableError
@@ -32,8 +32,8 @@ REPLACED = (
 def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
     """Return the files of a model folder that are copied with its weights, and by name why every other one is not.
 
-    Only files that ``companion_names`` lists are copied. Hidden files and what the output has of its own are not named;
-    a folder is named as one, with a slash.
+    Only files that ``companion_patterns`` lists are copied. Hidden files and what the output has of its own are not
+    named; a folder is named as one, with a slash.
     """
     if source.folder is None:
         return [], {}
@@ -46,7 +46,7 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             continue
         if path.is_dir():
             left[f"{name}/"] = "a folder"
-        elif not companion_names.matches(name, companion_names.COMPANIONS):
+        elif not companion_patterns.matches(name, companion_patterns.COMPANIONS):
             left[name] = _unlisted(path)
         else:
             try:
@@ -61,9 +61,9 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
 
 def _listed(folder: Path) -> Iterator[Path]:
     """Yield what is in a folder, and in the folders within it that may hold files to be copied."""
-    within = {pattern.partition("/")[0] for pattern in companion_names.COMPANIONS if "/" in pattern}
+    within = {pattern.partition("/")[0] for pattern in companion_patterns.COMPANIONS if "/" in pattern}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and companion_names.matches(path.name, within):
+        if path.is_dir() and not path.is_symlink() and companion_patterns.matches(path.name, within):
             yield from sorted(path.iterdir())
         else:
             yield path

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.checkpoint import Checkpoint, companion_names
-from mergekit_lite.checkpoint.companion_names import matches
+from mergekit_lite.checkpoint import Checkpoint, companion_patterns
+from mergekit_lite.checkpoint.companion_patterns import matches
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import UnreadableError, counted, shortened
 from mergekit_lite.input_files import read_bytes, read_json, read_text
@@ -20,12 +20,12 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 def is_template_file(name: str) -> bool:
     """Return whether a file of a model folder holds a chat template and nothing else."""
-    return matches(name, companion_names.TEMPLATES)
+    return matches(name, companion_patterns.TEMPLATES)
 
 
 def is_tokenizer_file(name: str) -> bool:
     """Return whether a file of a model folder is a part of its tokenizer, its chat template included."""
-    return matches(name, companion_names.TOKENIZER)
+    return matches(name, companion_patterns.TOKENIZER)
 
 
 def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:

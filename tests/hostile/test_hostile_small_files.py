@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mergekit_lite
-from mergekit_lite.checkpoint.companion_names import COMPANIONS, matches
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches
 from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.output.companions import companions, companions_of
 from mergekit_lite.planning.tokenizers import is_tokenizer_file
