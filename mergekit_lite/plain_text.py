@@ -19,6 +19,7 @@ CONTROLS = re.compile(
     "\ud800-\udfff"  # halves of characters; also bytes of file names that are no UTF-8
     "]"
 )
+NOT_PLAIN = "this name has characters that a manifest can't hold (controls, or bytes that are no UTF-8)"
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 

@@ -19,6 +19,7 @@ from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_json
+from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 
 
 class Added(NamedTuple):
@@ -72,6 +73,12 @@ class Checkpoint:
     def folder(self) -> Path | None:
         """The folder with config and tokenizer, or None for a bare file."""
         return self.path if self.path.is_dir() else None
+
+    def check_names(self) -> None:
+        """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
+        for name in (self.reference, *(file.path.name for file in self.files)):
+            if not is_plain_line(name):
+                raise CheckpointError(f"{name}: {NOT_PLAIN}. Rename it, or link to it by another name.")
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a weight file is no longer the one that was opened."""

@@ -12,7 +12,7 @@ from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
-from mergekit_lite.plain_text import is_plain_line
+from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
@@ -23,7 +23,6 @@ from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE
 
-NOT_PLAIN = "this name has characters that a manifest can't hold (controls, or bytes that are no UTF-8)"
 SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "rms_norm_eps",
@@ -157,9 +156,7 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
     for reference in references:
         try:
             checkpoint = already.get(reference) or open_checkpoint(reference)
-            for name in (reference, *(file.path.name for file in checkpoint.files)):
-                if not is_plain_line(name):
-                    raise CheckpointError(f"{name}: {NOT_PLAIN}. Rename it, or link to it by another name.")
+            checkpoint.check_names()
             opened.append(checkpoint)
         except CheckpointError as error:
             wrong.append(error)

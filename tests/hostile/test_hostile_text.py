@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -108,7 +109,6 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
         [f"--{TRICKS}"],
         ["merge", f"--{TRICKS}"],
     ]
-    (place / "merged-strange").mkdir()
     for arguments in driven:
         shown(*arguments)
         if arguments[-1] == "out":
@@ -116,6 +116,25 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
     told = shown("verify", "out", "--samples", "0")
     assert "out is not sound, 1 finding" in told and "\nout is sound" not in told
     assert {arguments[0] for arguments in driven} >= set(COMMANDS)
+
+
+def test_brackets_in_a_name_are_brackets(place: Path) -> None:
+    """Rich takes them for markup, and stumbled over them once all was done."""
+    text = shown("extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "a[bold]b")
+    assert "made a[bold]b" in text and (place / "a[bold]b" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "x\x1b[2Jy", "x\ny", "\u202ex"], ids=ascii)
+def test_names_that_no_manifest_can_hold_are_refused_before_the_work(place: Path, name: str) -> None:
+    (place / "dpo").rename(place / name)
+    for arguments in (["extrapolate", "sft", name, "--alpha", "0.3"], ["vector", "extract", "sft", name]):
+        assert "characters that a manifest can't hold" in shown(*arguments, "-o", "out.safetensors")
+    (place / name).rename(place / "dpo")
+    for output in (name, f"{name}.safetensors"):
+        assert "characters that a manifest can't hold" in shown("merge", "r.yml", "-o", output)
+    (place / "dpo" / "model.safetensors").rename(place / "dpo" / f"{name}.safetensors")
+    assert "characters that a manifest can't hold" in shown("merge", "r.yml", "-o", "out")
+    assert not list(place.glob(".*partial")) and not (place / "out").exists()
 
 
 def test_a_card_shows_text_of_strangers_as_text(place: Path) -> None:
