@@ -20,7 +20,7 @@ from mergekit_lite.errors import UnreadableError
 MAX_BYTES = 100_000_000  # of a small file: tokenizers come to some tens of megabytes, an index of a million tensors too
 MAX_DEPTH = 100  # of JSON: configs and tokenizers have less than 20
 MAX_DIGITS = 250  # of a whole number: with as many, hexadecimal ones too, it fits a float
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON escapes a surrogate, be it one of a pair or alone
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON escapes a surrogate, be it one of a pair or alone
 
 
 @contextmanager
@@ -93,18 +93,18 @@ def parse_json(text: str) -> Any:
 
     Raises:
         ValueError: it is no JSON, is nested deeper than ``MAX_DEPTH``, has a whole number of more than ``MAX_DIGITS``
-            digits, or holds half a character (a lone surrogate), which can't be written to a file again.
+            digits, or holds half a surrogate pair, which no UTF-8 can tell.
     """
     try:
         content = json.loads(text, parse_int=_whole)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(content)
-    if HALF_CHARACTER.search(text):
+    if SURROGATE.search(text):
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"holds half a character, U+{ord(error.object[error.start]):04X}") from None
+            raise ValueError(f"has half a surrogate pair, U+{ord(error.object[error.start]):04X}") from None
     return content
 
 

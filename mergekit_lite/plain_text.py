@@ -16,11 +16,11 @@ CONTROLS = re.compile(
     "\u2028\u2029"  # separators of lines and paragraphs
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # what turns the direction of text
     "\u00ad\u200b\u2060-\u2065\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # what can't be seen
-    "\ud800-\udfff"  # halves of characters; also bytes of file names that are no UTF-8
+    "\ud800-\udfff"  # halves of surrogate pairs; also bytes of file names that are no UTF-8
     "]"
 )
 NOT_PLAIN = "this name has characters that a manifest can't hold (controls, or bytes that are no UTF-8)"
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def plain(text: str) -> str:
@@ -39,5 +39,5 @@ def is_plain_line(text: str) -> bool:
 
 
 def can_be_written(text: str) -> bool:
-    """Return whether a text can be written to a file: it has no halves of characters (lone surrogates)."""
-    return HALF_CHARACTER.search(text) is None
+    """Return whether a text can be written to a file: it has no half of a surrogate pair."""
+    return SURROGATE.search(text) is None

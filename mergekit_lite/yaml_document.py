@@ -185,7 +185,7 @@ class _Reading:
 
     def check_text(self, node: yaml.ScalarNode, at: Mark) -> None:
         if not can_be_written(node.value):
-            self.problems.append(Remark(at, "half a character (a lone surrogate), which no file can hold"))
+            self.problems.append(Remark(at, "half a surrogate pair, which no UTF-8 can tell"))
 
     def value(self, node: yaml.ScalarNode, at: Mark) -> Value | None:
         tag = node.tag.removeprefix(TAG)

@@ -35,8 +35,8 @@ def test_the_mutations_are_of_all_sorts(tmp_path: Path) -> None:
 
 REFUSED_BY_BOTH = {
     "a product hidden by a zero": {"a": entry((2**63 - 1, 2**32, 0), 0, 0)},
-    "half a character in a key": {"a": entry((0,), 0, 0), "__metadata__": {"\ud800": "x"}},
-    "half a character in a value": {"a": entry((0,), 0, 0), "__metadata__": {"x": "\ud800"}},
+    "half a surrogate pair in a key": {"a": entry((0,), 0, 0), "__metadata__": {"\ud800": "x"}},
+    "half a surrogate pair in a value": {"a": entry((0,), 0, 0), "__metadata__": {"x": "\ud800"}},
     "-0 as a size": '{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}',
     "-0 as an offset": '{"a":{"dtype":"F32","shape":[0],"data_offsets":[-0,0]}}',
 }

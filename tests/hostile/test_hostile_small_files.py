@@ -41,7 +41,7 @@ NO_FILES: dict[str, Spoil] = {
 }
 ODD_JSON: dict[str, Spoil] = {
     "deep": text('{"chat_template":' + "[" * 5000 + "]" * 5000 + "}"),
-    "half a character": text(r'{"chat_template":"\ud800","model_type":"\ud800"}'),
+    "half a surrogate pair": text(r'{"chat_template":"\ud800","model_type":"\ud800"}'),
     "long number": text('{"vocab_size":' + "9" * 4000 + "}"),
     "list": text("[1]"),
     "odd names": text('{"chat_template":[{"name":[1],"template":"x"},{"name":{},"template":1}]}'),
@@ -187,8 +187,8 @@ RECIPE = "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 
         ("parameters: {weight: " + "9" * 400 + "}", "6:22: a number of 400 characters is refused"),
         ("parameters: {weight: 0x" + "f" * 400 + "}", "6:22: a number of 402 characters is refused"),
         ("seed: " + "1:" * 100_000 + "1", "6:7: a number of 200,001 characters is refused"),
-        ('chat_template: "{{ \\ud800 }}"', "6:16: half a character"),
-        ('"\\ud800": 1', "6:1: half a character"),
+        ('chat_template: "{{ \\ud800 }}"', "6:16: half a surrogate pair"),
+        ('"\\ud800": 1', "6:1: half a surrogate pair"),
         ("seed: !!python/object/apply:os.system [exit]", "is refused"),
         ("seed: " + "[" * 500, "nested too deeply"),
     ],
