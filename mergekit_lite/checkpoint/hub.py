@@ -14,6 +14,7 @@ from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches
 from mergekit_lite.errors import CheckpointError, listing, nearest
+from mergekit_lite.plain_text import is_plain_line
 
 REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII
@@ -59,7 +60,8 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repo, revision=revision)
-    listed = {file.rfilename for file in info.siblings or ()}
+    # The client shows names while it downloads: those that a terminal would obey are no names.
+    listed = {file.rfilename for file in info.siblings or () if is_plain_line(file.rfilename)}
     if adapter:
         wanted = [folders.adapter_weights(repo, listed), folders.ADAPTER_CONFIG]
     elif folders.ADAPTER_CONFIG in listed and "config.json" not in listed:

@@ -15,12 +15,11 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from rich.text import Text
 
 import mergekit_lite
 from mergekit_lite.commands import COMMANDS, main
-from mergekit_lite.commands.screen import console, table
+from mergekit_lite.commands.screen import PlainConsole, console, table
 from mergekit_lite.pages import html, markdown
 from mergekit_lite.plain_text import CONTROLS, REPLACEMENT, is_plain_line, plain, plain_line
 from tests.models import state, tuned, write_folder
@@ -154,8 +153,8 @@ def test_rich_shows_brackets_and_controls_as_text() -> None:
     text = stream.getvalue()
     assert "[bold]x[/] :smile: �[31m" in text and "[red]h" in text and "�cell" in text and not CONTROLS.search(text)
     coloured = io.StringIO()
-    Console(file=coloured, force_terminal=True, color_system="standard").print(Text("x", "red"))
-    assert "\x1b[" in coloured.getvalue()  # what rich itself writes is no text
+    PlainConsole(file=coloured, force_terminal=True, color_system="standard").print(Text("x\x1b[2J", "red"))
+    assert coloured.getvalue() == "\x1b[31mx�[2J\x1b[0m\n"  # what rich itself writes is no text
 
 
 TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # what begins or ends a change of direction
