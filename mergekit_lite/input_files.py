@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from mergekit_lite.errors import UnreadableError
 MAX_BYTES = 100_000_000  # of a small file: tokenizers come to some tens of megabytes, an index of a million tensors too
 MAX_DEPTH = 100  # of JSON: configs and tokenizers have less than 20
 MAX_DIGITS = 250  # of a whole number: with as many, hexadecimal ones too, it fits a float
+CONTAINERS = frozenset((dict, list))  # the types that JSON nests
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON escapes a surrogate, be it one of a pair or alone
 
 
@@ -114,17 +116,12 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(content: object) -> None:
+def _check_depth(content: Any) -> None:
     """Raise ValueError where lists and objects are nested deeper than ``MAX_DEPTH``: level by level, no recursion."""
-    level = [content]
+    level = [content] if type(content) in CONTAINERS else []
     for _ in range(MAX_DEPTH + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
+        inner = chain.from_iterable(outer.values() if type(outer) is dict else outer for outer in level)
+        level = [value for value in inner if type(value) in CONTAINERS]
         if not level:
             return
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
