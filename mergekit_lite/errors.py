@@ -28,6 +28,19 @@ class CheckpointError(MergekitLiteError):
     """A checkpoint can't be used: missing, damaged, hostile, or in a format that is refused by name."""
 
 
+class UnreadableError(CheckpointError):
+    """A small file can't be read, or doesn't hold what it should; ``why`` says so without the path."""
+
+    def __init__(self, path: object, why: str):
+        self.why = why
+        super().__init__(f"{path}: {why}.")
+
+    @property
+    def reason(self) -> str:
+        """The reason alone, for a message that says already that the file can't be read."""
+        return self.why.removeprefix("can't be read: ")
+
+
 class PlanError(MergekitLiteError):
     """The inputs don't fit together. Carries every problem that was found, not only the first."""
 

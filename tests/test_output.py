@@ -43,7 +43,7 @@ def llamas(tmp_path: Path) -> tuple[Path, Path]:
     (dpo / "onnx").mkdir()
     (dpo / "onnx" / "model.onnx").write_text("x")
     (dpo / "assets").mkdir()
-    (dpo / "assets" / "note.txt").write_text("kept")
+    (dpo / "note.txt").write_text("mine")
     (dpo / "training.gguf").write_text("x")
     (dpo / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\ntags: [x]\n---\n# Old card\n")
     return tmp_path / "sft", dpo
@@ -69,14 +69,17 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert names == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
-        "LICENSE", "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
+        "LICENSE", "README.md", "mergekit_lite_manifest.json",
     }  # fmt: skip
-    left_out = {"modeling_evil.py": "code", "onnx/model.onnx": "other weights", "training.gguf": "other weights"}
+    left_out = {
+        "modeling_evil.py": "code", "training.gguf": "other weights", "assets/": "a folder", "onnx/": "a folder",
+        "note.txt": "no config, tokenizer, template or licence by its name",
+    }  # fmt: skip
     assert companions_of(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["tags"] == ["mergekit-lite", "merge"] and "base_model" not in front  # paths mean nothing on the hub
-    assert f"- `{llamas[1]}` (config, tokenizer)\n- `{llamas[0]}`\n" in card
+    assert "- `dpo` (config, tokenizer)\n- `sft`\n" in card and str(tmp_path) not in card
     assert front["license"] == "apache-2.0"
     assert "alpha: 0.5" in card and "merge_method: expo" in card
 

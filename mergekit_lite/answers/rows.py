@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypedDict
 
 from xxhash import xxh3_64_intdigest
 
-from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.errors import RunError, UnreadableError, UsageError
+from mergekit_lite.input_files import MAX_BYTES, opened, parse_json
 
 
 class Message(TypedDict):
@@ -80,6 +81,7 @@ def read_rows(path: Path, problems: list[str], fields: Fields | None = None) -> 
     Args:
         path: the file.
         problems: gets a message, with file and line, for each line that is no such row; these lines are skipped.
+            A line of more than ``MAX_BYTES`` is taken for several.
         fields: what each row has to have, and of which type it is.
 
     Raises:
@@ -87,18 +89,15 @@ def read_rows(path: Path, problems: list[str], fields: Fields | None = None) -> 
     """
     end = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), 1):
                 start, end = end, end + len(line)
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line.decode("utf-8"))
                 except ValueError as error:  # of JSON or UTF-8
                     problems.append(f"{path}:{number}: not JSON: {error}")
-                    continue
-                except RecursionError:
-                    problems.append(f"{path}:{number}: its values are nested too deeply")
                     continue
                 if not isinstance(row, dict):
                     problems.append(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
@@ -108,6 +107,8 @@ def read_rows(path: Path, problems: list[str], fields: Fields | None = None) -> 
                     problems.append(f"{path}:{number}: no {', '.join(map(repr, wrong))} of the right type")
                 else:
                     yield Line(number, row, start)
+    except UnreadableError as error:
+        raise UsageError(f"Can't read {path}: {error.reason}.") from error
     except OSError as error:
         raise UsageError(f"Can't read {path}: {error.strerror or error}.") from error
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 
 from mergekit_lite._version import __version__
 from mergekit_lite.errors import MergekitLiteError, nearest
+from mergekit_lite.plain_text import plain
 
 COMMANDS = {  # with what help says of each in a line
     "extrapolate": "Go past an aligned model: ExPO on two checkpoints.",
@@ -63,18 +67,34 @@ class Commands(CommandGroup):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse what stands before the name of a command."""
+        with _plain_messages():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, context: click.Context) -> object:
         """Run the command; an error of this package is a message, not a traceback."""
         try:
-            return super().invoke(context)
+            with _plain_messages():
+                return super().invoke(context)
         except MergekitLiteError as error:
             click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(error), err=True)
+            click.echo(plain(str(error)), err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt as interruption:
             advice = str(interruption) or RESUMED.get(context.invoked_subcommand or "", "")
             click.echo(f"\nInterrupted. {advice}".rstrip(), err=True)
             sys.exit(1)
+
+
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """Replace in click's messages what a terminal would obey: they repeat what was typed, or pasted."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = plain(error.message)  # type: ignore[misc]
+        raise
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

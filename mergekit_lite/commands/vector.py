@@ -104,7 +104,7 @@ def extract(base: str, tuned: str, output: str, as_json: bool, quiet: bool, verb
 
 
 def _show(extracted: Extracted, screen: Screen) -> None:
-    from mergekit_lite.commands.screen import size, table
+    from mergekit_lite.commands.screen import made, size, table
 
     if screen.verbose:
         rows = [
@@ -112,7 +112,7 @@ def _show(extracted: Extracted, screen: Screen) -> None:
             for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
-    screen.out.print(f"[bold green]made[/] {extracted.output}  {size(extracted.nbytes)}")
+    screen.out.print(made(extracted.output, extracted.nbytes))
     differ = f"{counted(len(extracted.tensors), 'tensor')} differ, {extracted.unchanged:,} don't"
     exact = not any(tensor.lost for tensor in extracted.tensors)
     loss = "nothing thrown away" if exact else f"thrown away: {extracted.error:.4f} of ‖difference‖"

@@ -10,6 +10,7 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import bounds
+from mergekit_lite.errors import UnreadableError
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.output.manifest import READ_BYTES, frame_of
 from mergekit_lite.output.workspace import own_manifest
@@ -34,7 +35,7 @@ def is_finished(output: Path, plan: Plan, number: int) -> bool:
                     content.seek(plan.layout.places[tensor.name][1])
                     if _digest(content, jobs[tensor.name]) != manifest["tensors"][tensor.name]["output"]:
                         return False
-    except (OSError, LookupError, TypeError, ValueError):  # a file that is missing, or a manifest that was changed
+    except (OSError, UnreadableError, LookupError, TypeError, ValueError):  # missing files, or a manifest that changed
         return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.input_files import opened
 from mergekit_lite.layout import Layout, OutputFile, is_single_file
 from mergekit_lite.output.workspace import MANIFEST_NAME
 from mergekit_lite.planning import Plan
@@ -92,9 +94,9 @@ def file_digest(path: Path) -> str:
 def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
     """Return the digest of a file's bytes around its tensors, which lie at ``extents``: (first byte, end) of each."""
     digest = xxhash.xxh3_128()
-    end = path.stat().st_size
     position = 0
-    with path.open("rb") as file:
+    with opened(path) as file:
+        end = os.fstat(file.fileno()).st_size
         for begin, after in sorted([*extents, (end, end)]):
             file.seek(position)
             while position < begin and (piece := file.read(min(READ_BYTES, begin - position))):
@@ -105,7 +107,7 @@ def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
 
 
 def frame_of(layout: Layout, path: Path, file: OutputFile) -> str:
-    """Return the digest of what lies around the tensors of an output's file. Raises OSError."""
+    """Return the digest of what lies around the tensors of an output's file. Raises OSError or UnreadableError."""
     places = [(layout.places[tensor.name][1], tensor.nbytes) for tensor in file.tensors]
     return frame_digest(path, [(begin, begin + length) for begin, length in places])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.layout import Layout
+from mergekit_lite.planning.front_matter import FrontMatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Plan:
         config: the output's config but for dtype and tie, where layers were moved; None for that of ``config_source``.
         tokenizer: which of the inputs gives the tokenizer, where ``config_source`` doesn't.
         chat_template: the output's, as text; None for the tokenizer's own.
+        front_matter: what the output's card takes over from that of ``config_source``.
         text: the recipe as it was written, where it was a file.
         shard_size: most bytes of data in one file, if that was asked for.
         notes: what the user should know before it runs.
@@ -81,6 +83,7 @@ class Plan:
     config: Mapping[str, Any] | None = None
     tokenizer: int | None = None
     chat_template: str | None = None
+    front_matter: FrontMatter = field(default_factory=dict)
     text: str = ""
     shard_size: int | None = None
     notes: tuple[str, ...] = ()

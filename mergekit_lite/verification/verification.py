@@ -91,7 +91,7 @@ def verify(
     return Verification(
         output=path,
         findings=tuple(findings),
-        notes=tuple(_notes(manifest, recomputation, bool(findings))),
+        notes=(*written.notes, *_notes(manifest, recomputation, bool(findings))),
         unchecked=tuple(_unchecked(opened, recomputation, samples)),
         tensors=len(written.tensors),
         nbytes=written.nbytes,

@@ -27,6 +27,7 @@ from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.sample import sample
 from mergekit_lite.distillation.score import score
 from mergekit_lite.errors import UsageError, counted, listing, shortened
+from mergekit_lite.input_files import read_json
 
 Model = Literal["untrained", "sft", "preference"]
 MODELS: tuple[Model, ...] = ("untrained", "sft", "preference")
@@ -194,7 +195,7 @@ def _source(recipe: Recipe, name: Model, model: str) -> RecipeSource:
 def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Reporter) -> None:
     """Delete the answers of models that were trained again since, and their scores."""
     path = folder.root / "models.json"
-    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    then = read_json(path) if path.exists() else {}
     now = {name: _identity(Path(model)) for name, model in models.items()}
     for name in now:
         if name in then and then[name] != now[name]:
