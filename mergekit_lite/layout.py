@@ -12,10 +12,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.formats import safetensors
+from mergekit_lite.errors import RunError
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
 INDEX_NAME = "model.safetensors.index.json"
@@ -96,15 +98,22 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
     """Lay out a single file, in the format that its name ends with.
 
     ``nest`` are the keys to nest a torch file's tensors under. torch writes such a file once without data, as a sparse
-    temporary file whose records show where the data belong.
+    temporary file whose records show where the data belong. Raises RunError where there is no room for that.
     """
     if Path(name).suffix in safetensors.SUFFIXES:
         return safetensors_layout([tensors], name)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name  # torch writes the file's name into it, so even its length matters
-        write_torch_skeleton(path, tensors, nest)
-        specs = formats.read_header(path).tensors
-        size = path.stat().st_size
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "skeleton.pt")
+            with path.open("wb", buffering=0) as file:
+                write_torch_skeleton(file, tensors, nest)
+            specs = formats.read_header(path).tensors
+            size = path.stat().st_size
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or tempfile.gettempdir()}: can't be written, and a torch file is laid out there: "
+            f"{error.strerror}. Make room, or set TMPDIR to another folder."
+        ) from error
     places = {spec.name: (0, spec.offset) for spec in specs.values()}
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
 
@@ -114,8 +123,12 @@ def is_single_file(output: Path) -> bool:
     return output.suffix in formats.SUFFIXES
 
 
-def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
-    """Write a torch file without the tensors' data."""
+def write_torch_skeleton(file: IO[bytes], tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
+    """Write a torch file without the tensors' data. Raises OSError.
+
+    torch names the folder inside of the file after the path it is given. It is given an open file, for which that name
+    is always ``archive``: so no byte depends on the output's name.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,7 +139,7 @@ def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tupl
     for key in reversed(nest):
         content = {key: content}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(content, path)
+        torch.save(content, file)
 
 
 def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:

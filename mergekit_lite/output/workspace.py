@@ -172,10 +172,8 @@ class OutputWorkspace:
         if not whole:
             self.journal.records.clear()
         if not whole and self.layout.nest is not None:
-            try:
-                write_torch_skeleton(path, file.tensors, self.layout.nest)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise RunError(f"{path}: torch can't lay the file out: {str(error).splitlines()[0]}") from error
+            with path.open("wb", buffering=0) as skeleton:
+                write_torch_skeleton(skeleton, file.tensors, self.layout.nest)
         target = FileWriter(path, file.size, self._times)
         if self.layout.nest is None:
             target.write(0, memoryview(file.header))
