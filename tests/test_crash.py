@@ -255,9 +255,9 @@ def test_what_appears_under_the_name_of_an_output_is_left_alone(
     publish = OutputWorkspace.publish
     for remedy in ("free", "force"):
 
-        def publish_late(workspace: OutputWorkspace, *, force: bool) -> None:
+        def publish_late(workspace: OutputWorkspace, *, force: bool, sync: bool) -> None:
             intrude(small / name, kind)
-            publish(workspace, force=force)
+            publish(workspace, force=force, sync=sync)
 
         monkeypatch.setattr(OutputWorkspace, "publish", publish_late)
         ended = invoked(*PAIR, "-o", output)

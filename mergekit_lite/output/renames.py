@@ -1,7 +1,8 @@
 """Renames that never overwrite: they fail where the new name is taken, or exchange the two.
 
 Linux does either in one step (renameat2, since 3.15, on most file systems). Elsewhere a file gets its second name by a
-hard link, which fails where the name is taken; for a folder the name is checked right before the rename.
+hard link, which fails where the name is taken; for a folder the name is checked right before the rename. What is to be
+replaced is overwritten, a folder moved away first: if that is cut short, nothing has the name until a run goes on.
 """
 
 from __future__ import annotations
@@ -27,18 +28,25 @@ def rename(source: Path, target: Path) -> None:
         _rename_in_steps(source, target)
 
 
-def replace_folder(folder: Path, target: Path, aside: Path) -> None:
-    """Rename ``target`` to ``aside`` and ``folder`` to ``target``. Raises OSError."""
-    remove(aside)
+def replace(source: Path, target: Path, aside: Path) -> None:
+    """Rename ``source`` to ``target``, and what has that name to ``source`` or ``aside``, if it is of the same kind.
+
+    Raises OSError.
+    """
+    is_folder = source.is_dir()
+    if is_folder and not (target.is_dir() or target.is_symlink()):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    if not is_folder and target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     try:
-        renameat2(folder, target, EXCHANGE)
+        renameat2(source, target, EXCHANGE)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        target.rename(aside)
-        folder.rename(target)
-    else:
-        folder.rename(aside)
+        if is_folder:
+            remove(aside)
+            target.rename(aside)
+        source.replace(target)
 
 
 def remove(path: Path) -> None:

@@ -73,7 +73,8 @@ class LowRankEncoder:
         else:
             factors = self._factors(difference)
             rank, file = factors.left.shape[1], self.spill / f"{draws.stream_key(0, difference.pair.name):x}.pt"
-            torch.save(tuple(factors), file)
+            with file.open("wb") as opened:  # given a path, torch reports a full disk in words of its own
+                torch.save(tuple(factors), opened)
         parts = StoredPart("left", "float32", (rows, rank)), StoredPart("right", "float32", (rank, columns))
         return StoragePlan(parts, file)
 
