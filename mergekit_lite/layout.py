@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "skeleton.pt")
-            with path.open("wb", buffering=0) as file:
+            with path.open("wb") as file:
                 write_torch_skeleton(file, tensors, nest)
             specs = formats.read_header(path).tensors
             size = path.stat().st_size
@@ -126,8 +127,8 @@ def is_single_file(output: Path) -> bool:
 def write_torch_skeleton(file: IO[bytes], tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
     """Write a torch file without the tensors' data. Raises OSError.
 
-    torch names the folder inside of the file after the path it is given. It is given an open file, for which that name
-    is always ``archive``: so no byte depends on the output's name.
+    torch names the folder inside of the file after the path it is given. It is given none, for which that name is
+    always ``archive``: so no byte depends on the output's name.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -138,8 +139,40 @@ def write_torch_skeleton(file: IO[bytes], tensors: Sequence[OutputTensor], nest:
         }
     for key in reversed(nest):
         content = {key: content}
+    skeleton = _Skeleton()
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(content, file)
+        torch.save(content, skeleton)  # type: ignore[arg-type]
+    for position, data in skeleton.pieces:
+        file.seek(position)
+        file.write(data)
+
+
+class _Skeleton:
+    """A file for torch to write to, which keeps what is written; torch skips the data with ``seek``.
+
+    torch turns errors of a real file into its own, which don't say what happened.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytearray]] = []  # where each starts, in the order in which they were written
+        self._position = 0
+
+    def write(self, data: bytes) -> int:
+        if not self.pieces or self._position != self.pieces[-1][0] + len(self.pieces[-1][1]):
+            self.pieces.append((self._position, bytearray()))
+        self.pieces[-1][1].extend(data)
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def flush(self) -> None:
+        """Do nothing: all is kept already."""
 
 
 def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:

@@ -122,10 +122,10 @@ def is_published(
 
 
 def _publish_manifest(waiting: Path, target: Path, folder: WorkingFolder, *, force: bool) -> None:
-    # Where the file that had the name lies in the result, it was replaced by force, and the manifest may be, too.
-    replaced = waiting.with_name(waiting.name.removesuffix(".manifest.json"))
+    """Give a manifest its name; where the run that was killed had replaced a file by force, its manifest is, too."""
+    replaced = (waiting.with_name(waiting.name.removesuffix(".manifest.json")), folder.replaced)
     try:
-        publish_one(waiting, target, folder, force=force or replaced.exists())
+        publish_one(waiting, target, folder, force=force or any(map(os.path.lexists, replaced)))
     except FileExistsError as error:
         raise RunError(f"{target}: exists, and is not the manifest of this run. --force replaces it.") from error
 

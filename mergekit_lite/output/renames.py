@@ -1,8 +1,9 @@
 """Renames that never overwrite: they fail where the new name is taken, or exchange the two.
 
 Linux does either in one step (renameat2, since 3.15, on most file systems). Elsewhere a file gets its second name by a
-hard link, which fails where the name is taken; for a folder the name is checked right before the rename. What is to be
-replaced is overwritten, a folder moved away first: if that is cut short, nothing has the name until a run goes on.
+hard link, which fails where the name is taken; for a folder the name is checked right before the rename. A file that is
+to be replaced is overwritten there, a folder moved away first: if a kill comes between, nothing has the name until a
+run goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 IN_WORKING_FOLDER = -100  # AT_FDCWD: what relative paths are relative to
@@ -43,10 +45,7 @@ def replace(source: Path, target: Path, aside: Path) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        if is_folder:
-            remove(aside)
-            target.rename(aside)
-        source.replace(target)
+        _replace_in_steps(source, target, aside)
 
 
 def remove(path: Path) -> None:
@@ -69,6 +68,21 @@ def renameat2(source: Path, target: Path, flags: int) -> None:
     raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
+def _replace_in_steps(source: Path, target: Path, aside: Path) -> None:
+    if not source.is_dir():
+        with suppress(OSError):  # of a file system without hard links: a file is replaced in one step anyway
+            aside.hardlink_to(target)
+        source.replace(target)
+        return
+    remove(aside)
+    target.rename(aside)
+    try:
+        source.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
 def _rename_in_steps(source: Path, target: Path) -> None:
     if not source.is_dir():
         try:
@@ -78,7 +92,8 @@ def _rename_in_steps(source: Path, target: Path) -> None:
         except OSError:  # a file system without hard links
             pass
         else:
-            source.unlink()
+            with suppress(OSError):  # the second name goes with the working folder
+                source.unlink()
             return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))

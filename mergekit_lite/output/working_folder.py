@@ -49,6 +49,7 @@ class WorkingFolder:
         self.result, self.journal, self.factors, self.replaced = (
             self.path / name for name in (RESULT, JOURNAL, FACTORS, REPLACED)
         )
+        self._is_removed = False
         with as_run_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
@@ -80,10 +81,13 @@ class WorkingFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not self._is_removed and not self.journal.exists():  # there is nothing to go on with
+            self.remove()
         os.close(self._lock)
 
     def remove(self) -> None:
         """Remove what runs put here, as far as the system lets it, and the folder if that leaves it empty."""
+        self._is_removed = True
         for name in NAMES:
             with suppress(OSError):
                 renames.remove(self.path / name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit_lite.errors import RunError
@@ -143,12 +143,17 @@ class OutputWorkspace:
             publish_one(self.result, self.output, self.folder, force=force)
             return
         written, manifest = self.result / self.layout.files[0].name, manifest_path(self.output)
+        is_taken = os.path.lexists(self.output)
         # The file comes first: a manifest beside bytes of another run would vouch for them.
         publish_one(written, self.output, self.folder, force=force)
         try:
             publish_one(self.result / manifest.name, manifest, self.folder, force=force)
-        except FileExistsError:
-            renames.rename(self.output, written)
+        except OSError:
+            with suppress(OSError):
+                if os.path.lexists(written):  # what had the name
+                    renames.replace(written, self.output, self.folder.replaced)
+                elif not is_taken:
+                    renames.rename(self.output, written)
             raise
 
     def close(self) -> None:

@@ -242,19 +242,21 @@ class _Extraction:
             return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
 
         try:
-            lost: dict[str, float] = {}
-            parts: dict[str, str] = {}
+            records: dict[str, Record] = {}
             for name, record in self._each(changed_pairs, write):
                 workspace.done(record)
-                [lost[name]] = record.sums
-                suffixes = [part.suffix for part in storage[name].parts]
-                parts |= zip((named(name, suffix) for suffix in suffixes), record.output.split(), strict=True)
+                records[name] = record
             for model in (self.before, self.after):
                 model.check_unchanged()
             stored = [
-                StoredTensor(name, tensor.encoder.name, tensor.nbytes, tensor.square, lost[name])
+                StoredTensor(name, tensor.encoder.name, tensor.nbytes, tensor.square, records[name].sums[0])
                 for name, tensor in changed.items()
             ]
+            parts = {
+                named(name, part.suffix): digest
+                for name, kept in storage.items()
+                for part, digest in zip(kept.parts, records[name].output.split(), strict=True)
+            }
             extracted = Extracted(output, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
             with workspace.adding_companions() as result:
                 text = manifest_text(extracted, run, result / layout.files[0].name, parts)
