@@ -174,7 +174,7 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
         screen.out.print(line, markup=False)
     if boosted.finished is not None:
         for output in boosted.finished.outputs:
-            screen.out.print(f"[bold green]made[/] {output}")
+            screen.made(output)
     screen.out.print(f"report: {boosted.page}", markup=False)
 
 

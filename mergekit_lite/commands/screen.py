@@ -21,6 +21,8 @@ from mergekit_lite.errors import counted
 from mergekit_lite.output.companions import companions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Plan
@@ -100,7 +102,7 @@ class Screen:
         """Print the outputs, and what became of alpha."""
         for output, report in zip(finished.outputs, finished.reports, strict=True):
             if not self.quiet:
-                self.out.print(f"[bold green]made[/] {output}  {size(plan.layout.nbytes)}")
+                self.made(output, plan.layout.nbytes)
                 self._effect(report)
                 self._coefficients(report)
             self.warn(_advice(report))
@@ -111,6 +113,11 @@ class Screen:
             self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
         rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
         self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+
+    def made(self, output: Path | str, nbytes: int | None = None) -> None:
+        """Print that an output is made, and its size; nothing in its name is taken for markup."""
+        shown = f" {output}" if nbytes is None else f" {output}  {size(nbytes)}"
+        self.out.print(Text.assemble(("made", "bold green"), shown))
 
     def _effect(self, report: Report) -> None:
         if not report.tensors:

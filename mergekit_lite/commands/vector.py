@@ -113,7 +113,7 @@ def _show(extracted: Extracted, screen: Screen) -> None:
             for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
-    screen.out.print(f"[bold green]made[/] {extracted.output}  {size(extracted.nbytes)}")
+    screen.made(extracted.output, extracted.nbytes)
     differ = f"{counted(len(extracted.tensors), 'tensor')} differ, {extracted.unchanged:,} don't"
     exact = not any(tensor.lost for tensor in extracted.tensors)
     loss = "nothing thrown away" if exact else f"thrown away: {extracted.error:.4f} of ‖difference‖"

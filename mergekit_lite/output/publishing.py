@@ -116,8 +116,8 @@ def is_published(
             for path in {output, manifest_path(output)}:
                 sync_tree(path)
             sync_name(output)
-        if folder is not None and plan_of(folder.journal) in (digest, None):
-            folder.remove()
+        if folder is not None and (plan_of(folder.journal) == digest or not folder.result.exists()):
+            folder.remove()  # unless a run of another plan is unfinished there
     return True
 
 

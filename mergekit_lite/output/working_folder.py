@@ -49,11 +49,12 @@ class WorkingFolder:
         self.result, self.journal, self.factors, self.replaced = (
             self.path / name for name in (RESULT, JOURNAL, FACTORS, REPLACED)
         )
-        self._is_removed = False
+        self._is_new = False  # whether it was made here and is still there
         with as_run_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 self.path.mkdir(mode=0o700)
+                self._is_new = True
             _check_own(self.path)
             _check_names(self.path)
             self._lock = open_own(self.path / LOCK, os.O_RDWR | os.O_CREAT)
@@ -81,13 +82,13 @@ class WorkingFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not self._is_removed and not self.journal.exists():  # there is nothing to go on with
+        if self._is_new and not self.journal.exists():  # there is nothing to go on with
             self.remove()
         os.close(self._lock)
 
     def remove(self) -> None:
         """Remove what runs put here, as far as the system lets it, and the folder if that leaves it empty."""
-        self._is_removed = True
+        self._is_new = False
         for name in NAMES:
             with suppress(OSError):
                 renames.remove(self.path / name)
