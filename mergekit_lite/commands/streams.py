@@ -54,5 +54,5 @@ def guarded() -> tuple[GuardedStream, GuardedStream]:
         GuardedStream(stream if stream is not None else open(number, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
         for number, stream in ((1, sys.stdout), (2, sys.stderr))
     )
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     return out, err

@@ -87,12 +87,14 @@ class WorkingFolder:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove what runs put here, as far as the system lets it, and the folder if that leaves it empty."""
+        """Remove what runs put here, as far as the system lets it, and the folder if that leaves it empty.
+
+        While there is a result there is a journal that tells whose it is.
+        """
         self._is_new = False
-        for name in NAMES:
-            with suppress(OSError):
-                renames.remove(self.path / name)
         with suppress(OSError):
+            for name in NAMES:
+                renames.remove(self.path / name)
             self.path.rmdir()
 
     def check_result(self, names: Collection[str]) -> None:
