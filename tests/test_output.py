@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,24 @@ def test_torch_files_in_and_files_out(tmp_path: Path, nest: tuple[str, ...], nam
     manifest = json.loads((tmp_path / f"{name}.manifest.json").read_text())
     assert manifest["tensors"].keys() == sft.keys()
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_torch_file_has_the_same_bytes_under_every_name(tmp_path: Path) -> None:
+    sft = state(0)
+    torch.save(sft, tmp_path / "sft.pt")
+    torch.save(tuned(sft, 1), tmp_path / "dpo.pt")
+    names = ("a.pt", "a-much-longer-name.pt", "archive.bin")
+    for name in names:
+        mergekit_lite.extrapolate(tmp_path / "sft.pt", tmp_path / "dpo.pt", tmp_path / name, 1.0)
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 1
+    assert torch.load(tmp_path / names[0], weights_only=True).keys() == sft.keys()
+
+
+def test_a_torch_file_that_finds_no_room_to_be_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(state(0), tmp_path / "sft.pt")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(mergekit_lite.RunError, match=r"nowhere.*set TMPDIR to another folder"):
+        mergekit_lite.extrapolate(tmp_path / "sft.pt", tmp_path / "sft.pt", tmp_path / "out.pt", 1.0)
 
 
 def test_a_training_checkpoint_gives_its_model_and_the_plan_names_the_rest(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mergekit_lite._version import __version__
+from mergekit_lite.commands import streams
 from mergekit_lite.errors import MergekitLiteError, nearest
 from mergekit_lite.plain_text import plain
 
@@ -32,6 +33,7 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
     "distill": "What was finished is kept: the same command goes on.",
     "boost": "What was measured is kept: the same command goes on.",
 }
+ONLY_PRINT = ("plan", "methods", "inspect", "compare")  # commands that have failed if nobody could read them
 LEFT_AT_ONCE = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
 
 
@@ -118,14 +120,20 @@ def start() -> None:
     this package leave without it. Others may have to end what they started, such as a log that is uploaded.
     """
     gc.set_threshold(50_000, 20, 20)
+    out, err = streams.guarded()
     code: object = 0
     try:
         main(prog_name="mergekit-lite")
     except SystemExit as leaving:
         code = leaving.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    out.flush()
+    err.flush()
     status = code if isinstance(code, int) else 0 if code is None else 1
+    if out.failure is not None:
+        if not isinstance(out.failure, BrokenPipeError):  # a reader that has seen enough, as head does
+            print(f"Warning: what was to be printed got lost: {out.failure.strerror}.", file=err)
+        if len(sys.argv) > 1 and sys.argv[1] in ONLY_PRINT:
+            status = status or 1
     if len(sys.argv) > 1 and sys.argv[1] in LEFT_AT_ONCE:
         os._exit(status)
     sys.exit(status)

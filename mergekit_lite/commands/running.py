@@ -33,6 +33,11 @@ class View:
     verbose: bool
 
 
+takes_sync = click.option(
+    "--sync",
+    is_flag=True,
+    help="Hold through a power cut, too: wait until the disk has the output. Takes as long as the disk takes to write.",
+)
 OPTIONS = (
     click.option(
         "--threads",
@@ -42,6 +47,7 @@ OPTIONS = (
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
     click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
+    takes_sync,
     click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

@@ -15,7 +15,7 @@ from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extraction import Extracted
+    from mergekit_lite.vectors.extracted import Extracted
 
 
 class Signed(click.Command):
@@ -81,6 +81,7 @@ Examples:
 @click.option("--device", default="cpu", show_default=True, help="lowrank, lora: cpu, cuda, cuda:1 … or auto.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run.")
+@running.takes_sync
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")

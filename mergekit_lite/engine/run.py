@@ -19,16 +19,10 @@ from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.options import named_options
-from mergekit_lite.output.companions import write_companions
-from mergekit_lite.output.workspace import (
-    OutputWorkspace,
-    check_target,
-    finish_publishing,
-    is_half_published,
-    manifest_path,
-    own_manifest,
-    tidy,
-)
+from mergekit_lite.output.companions import companion_names, write_companions
+from mergekit_lite.output.publishing import check_target, own_manifests
+from mergekit_lite.output.working_folder import WorkingFolder
+from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.planning import Plan
 
 if TYPE_CHECKING:
@@ -56,6 +50,8 @@ class RunOptions(TypedDict, total=False):
         block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
         resume: go on with what an earlier run of the same plan left.
         force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
+        sync: bring each output to the disk before it gets its name, and its name after, so that a power cut can't undo
+            or damage what was published; takes as long as the disk takes to write the output.
         allow_nonfinite: publish even where weights are NaN or infinite.
         progress: called with (bytes read, bytes in all) after each span.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
@@ -67,6 +63,7 @@ class RunOptions(TypedDict, total=False):
     block: int | None
     resume: bool
     force: bool
+    sync: bool
     allow_nonfinite: bool
     progress: Progress | None
     processes: bool
@@ -90,27 +87,21 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         NonFiniteError: weights are NaN or infinite; everything is kept for ``resume`` with ``allow_nonfinite``.
     """
     started = time.monotonic()
-    resume, force = options.get("resume", False), options.get("force", False)
+    resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
     place = chosen_device(options.get("device", CPU))
     workers, usual_block = workers_and_block(place, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
-    if resume:
-        for output in plan.outputs:
-            finish_publishing(output)
-    finished = [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
+    finished = [resume and is_finished(plan, v, force=force, sync=sync) for v in range(len(plan.outputs))]
     _check_targets(plan, finished, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(finished) if not done]
-    for v, output in enumerate(plan.outputs):
-        if finished[v]:
-            tidy(output, plan.digest(v))
     made: dict[int, Report] = {}
     with ExitStack() as stack:
         workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            workspaces[v] = OutputWorkspace(
-                plan.outputs[v], plan.layout, plan.digest(v), plan.input_files, fresh=force and not resume
-            )
+            folder = stack.enter_context(WorkingFolder(plan.outputs[v], fresh=force and not resume))
+            names = companion_names(plan, v)
+            workspaces[v] = OutputWorkspace(folder, plan.layout, plan.digest(v), plan.input_files, names)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
         team = Workers(workers, place, block, options.get("processes", False))
@@ -121,8 +112,9 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
-            workspace.publish(force=force)
+            with workspace.adding_companions() as folder_of_result:
+                write_companions(plan, v, folder_of_result, made[v].to_json(), tensor_digests(plan, records))
+            workspace.publish(force=force, sync=sync)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
 
@@ -135,8 +127,7 @@ def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> N
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
     likely = [
-        resume and (is_half_published(output) or own_manifest(output, plan, v) is not None)
-        for v, output in enumerate(plan.outputs)
+        resume and any(own_manifests(output, plan.digest(v), plan.input_files)) for v, output in enumerate(plan.outputs)
     ]
     _check_targets(plan, likely, resume=resume, force=force)
 

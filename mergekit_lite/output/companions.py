@@ -27,6 +27,9 @@ REPLACED = (
     "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, INDEX_NAME,
     "pytorch_model.bin.index.json",
 )  # fmt: skip
+WRITTEN = (
+    INDEX_NAME, "config.json", "chat_template.jinja", "mergekit_config.yml", COEFFICIENTS_NAME, "README.md",
+)  # fmt: skip
 
 
 def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
@@ -92,6 +95,13 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
         owners = {name: source for name, source in owners.items() if not is_template_file(name)}
     return {name: source.folder / name for name, source in owners.items() if source.folder is not None}, left
+
+
+def companion_names(plan: Plan, number: int) -> set[str]:
+    """Return the names of all files that ``write_companions`` may write, relative to its folder."""
+    output = plan.outputs[number]
+    own = () if is_single_file(output) else (*companions(plan)[0], *WRITTEN)
+    return {*own, manifest_path(output).name}
 
 
 def write_companions(
