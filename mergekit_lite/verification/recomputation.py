@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
@@ -33,19 +33,19 @@ class Recomputation:
         plan: Plan,
         manifest: Manifest,
         jobs: Collection[int],
-        device: str,
+        devices: Sequence[str],
         threads: int | None,
         progress: Progress,
         processes: bool,
     ) -> None:
         """Prepare; nothing is read yet. ``jobs`` are indices in the plan, other arguments are those of ``verify``."""
-        workers, block = workers_and_block(device, threads)
+        workers, block = workers_and_block(devices, threads)
         self.plan = plan
         self.manifest = manifest
-        self.device = device
+        self.device = devices[0]
         self.jobs = sorted(jobs)
         self.records = Records()
-        team = Workers(workers, device, block, processes)
+        team = Workers(workers, devices, block, processes)
         self.schedule = Schedule(plan, {0: self.records}, team, progress, set(jobs))
         self.grouped = {index for (index, _), merge in self.schedule.merges.items() if merge.group is not None}
 

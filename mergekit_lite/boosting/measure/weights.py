@@ -63,10 +63,11 @@ class Weights:
         used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
         kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
         parameters = Parameters(self.built.places, kinds)
-        count, block = workers_and_block(self.device, self.threads)
+        devices = (self.device,)
+        count, block = workers_and_block(devices, self.threads)
         for source in plan.inputs:
             source.check_unchanged()
-        Schedule(plan, {0: parameters}, Workers(count, self.device, block), None, only=used).run()
+        Schedule(plan, {0: parameters}, Workers(count, devices, block), None, only=used).run()
         bad = {plan.jobs[record.job].name for record in parameters.made.values() if record.bad}
         return Rewritten(report(plan, 0, parameters.made), tuple(sorted(bad)))
 
