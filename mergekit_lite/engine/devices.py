@@ -23,9 +23,9 @@ def chosen_devices(name: str) -> tuple[str, ...]:
 
 
 def chosen_device(name: str) -> str:
-    """Return the device of this name as torch names it. Raises UsageError where it is unknown or missing."""
+    """Return the device of this name: ``cpu``, ``cuda:0`` … Raises UsageError where it is unknown or missing."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else CPU
+        name = "cuda" if torch.cuda.is_available() else CPU
     if name == CPU:
         return CPU
     if name == ALL:
@@ -38,12 +38,12 @@ def chosen_device(name: str) -> str:
         raise UsageError(f"Device {name!r} is not supported: {EXPECTED}.")
     if device.type == CPU:
         return CPU
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
+    count, index = torch.cuda.device_count(), device.index or 0
+    if index >= count:
         built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
         why = f"torch sees {counted(count, 'CUDA device')}" if built else f"torch {torch.__version__} is without CUDA"
         raise UsageError(f"Device {name!r} is not there: {why}. --device cpu needs none.")
-    return str(device)
+    return f"cuda:{index}"
 
 
 def kind_of(device: str) -> str:
