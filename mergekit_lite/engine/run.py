@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.devices import chosen_devices
+from mergekit_lite.engine.devices import chosen_devices, kind_of
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
@@ -122,7 +122,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
+            digests = tensor_digests(plan, records)
+            write_companions(plan, v, workspace.result, kind_of(devices[0]), made[v].to_json(), digests)
             workspace.publish(force=force)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)

@@ -14,6 +14,7 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import WorkerBuffers
+from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.tensor_merge import JobMerge, rounding_key
 from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share
@@ -33,9 +34,12 @@ class SpanWriter:
         self.share = observed_share(plan)
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
-        """Return whether an earlier run wrote this span and its bytes are still what it wrote."""
+        """Return whether an earlier run wrote this span and its bytes are still what it wrote.
+
+        What another kind of device made counts only where this one would give the same bits: no tensor is of two kinds.
+        """
         record = sink.record(span.index, span.begin)
-        if record is None:
+        if record is None or record.device not in ("", kind_of(buffers.device)):
             return False
         digest = xxhash.xxh3_128()
         size = dtypes.size(span.job.dtype)
@@ -91,9 +95,13 @@ class SpanWriter:
         read = [digest.hexdigest() for digest in read_digests]
         records: list[tuple[int, Record]] = []
         for output, result in results.items():
-            written, bad = result.digest.hexdigest(), sorted(result.bad)
-            coefficients = merges[output].coefficients if output in merges and span.begin == 0 else ()
-            records.append((output, Record(span.index, span.begin, read, written, result.sums, bad, coefficients)))
+            record = Record(span.index, span.begin, read, result.digest.hexdigest(), result.sums, sorted(result.bad))
+            if (merge := merges.get(output)) is not None:
+                record = record._replace(
+                    coefficients=merge.coefficients if span.begin == 0 else (),
+                    device=kind_of(buffers.device) if merge.depends_on_device else "",
+                )
+            records.append((output, record))
         return records
 
     def _fill(self, chunk: _Chunk, buffers: WorkerBuffers, merge: JobMerge | None, result: _Result) -> None:

@@ -83,7 +83,8 @@ def verify(
     recomputation = None
     if plan is not None:
         jobs = _chosen(plan, samples, seed)
-        recomputation = Recomputation(plan, manifest, jobs, devices, threads, total_progress.recomputed, processes)
+        advance = total_progress.recomputed
+        recomputation = Recomputation(plan, manifest, written.tensors, jobs, devices, threads, advance, processes)
         total_progress.to_recompute = recomputation.schedule.bytes_in_all
     findings += check_digests(written, manifest, threads or available_cores(), total_progress.read)
     if recomputation is not None:
@@ -130,6 +131,11 @@ def _notes(manifest: Manifest, recomputation: Recomputation | None, wrong: bool)
         yield (
             "thresholds or coefficients span several tensors: "
             f"{counted(recomputation.also_read, 'more tensor')} had to be read for their sums"
+        )
+    if recomputation is not None and (differ := recomputation.differs_in_last_bits):
+        yield (
+            f"made on {manifest.device}, made again on {recomputation.device}: {counted(differ, 'element')} differ, as "
+            "sums of floats depend on the order in which a device adds"
         )
     for what, before, now in (
         ("mergekit_lite", manifest.version, __version__),
