@@ -11,7 +11,7 @@ from mergekit_lite.ops import CPU
 
 ALL = "cuda:all"
 EXPECTED = f"expected cpu, cuda, cuda:0 …, {ALL} or auto"
-OF_DEVICE = ("cuda", "cublas", "nvidia", "hip error", "out of memory")  # in the text of an error of the device
+OF_DEVICE = ("CUDA ", "CUBLAS", "NVIDIA", "HIP ", "out of memory")  # in the text of an error of the device
 
 
 def chosen_devices(name: str) -> tuple[str, ...]:
@@ -58,9 +58,9 @@ def explained(device: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).partition("\n")[0]
-        if not isinstance(error, torch.OutOfMemoryError) and not any(word in text.lower() for word in OF_DEVICE):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(word in text for word in OF_DEVICE):
             raise
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
             text = "its memory ran out. Fewer --threads (from Python also a smaller block) need less"
         raise RunError(
             f"{device}: {text.rstrip('.')}. --device cpu does without it. A command that takes --resume goes on with "

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 LAST_BITS = 1e-9  # relative tolerance of sums in float64
-STRAY = 1_000_000  # elements of which one may differ by more than a rounding step, between two kinds of devices
+# Of so many elements one may differ by more than a rounding step between two kinds of devices: last bits of large terms
+# are more than that where the terms nearly cancel, a hundred thousandth of the elements at most.
+STRAY = 10_000
 
 
 class ComparedRecords(Records):

@@ -302,7 +302,7 @@ class SimulatedGpus:
         if not self.last_bits or name not in INEXACT or not raw.is_floating_point() or _are_whole(args):
             return raw
         share = max(self.last_bits, torch.finfo(raw.dtype).eps)
-        last = raw.view({4: torch.int32, 8: torch.int64}[raw.element_size()]) & 0xFF
+        last = (raw.view({4: torch.int32, 8: torch.int64}[raw.element_size()]) & 0xFF).double()
         factors = 1 + share * (last - 127.5) / 127.5  # as good as random, and the same every time
         return raw.mul_(factors) if name.endswith("_") else raw * factors.to(raw.dtype)
 
