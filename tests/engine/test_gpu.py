@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 import mergekit_lite
+from mergekit_lite import draws
 from mergekit_lite.boosting.measure.model import Built
 from mergekit_lite.boosting.measure.weights import Weights
 from mergekit_lite.commands import main
@@ -189,6 +190,15 @@ def test_what_a_device_that_adds_in_another_order_makes_differently_is_known(fam
         assert bool(differing) is (case in SUMMED), case
 
 
+def test_draws_on_two_streams_share_nothing(gpus: SimulatedGpus) -> None:
+    for stream in (Stream(gpus, "cuda:0"), Stream(gpus, "cuda:0")):
+        with torch.cuda.stream(stream):
+            drawn = draws.halves(1, 7, 100, "cuda:0")
+        assert not gpus.faults
+        stream.synchronize()
+        assert drawn.tolist() == draws.halves(1, 7, 100).tolist()
+
+
 def expo(family: Path, count: int = 1 << 18) -> tuple[Path, Path]:
     """Return the folders of a pair with one tensor."""
     base: State = {"w": torch.arange(count).sin().to(torch.bfloat16)}
@@ -352,7 +362,7 @@ def test_what_differs_by_more_than_a_rounding_step_is_found(
 def test_the_simulation_notices_what_a_gpu_would_not_forgive(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = SimulatedGpus(2)
     gpus.install(monkeypatch)
-    first, second = gpus_streams(gpus)
+    first, second = Stream(gpus, "cuda:0"), Stream(gpus, "cuda:0")
     host = torch.zeros(4)
     with torch.cuda.stream(first):
         one = torch.arange(4.0, device="cuda:0")
@@ -388,10 +398,6 @@ def test_the_simulation_notices_what_a_gpu_would_not_forgive(monkeypatch: pytest
         torch.ones(2, device="cuda:0") + torch.ones(2)
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(2, device="cuda:0") + torch.ones(2, device="cuda:1")
-
-
-def gpus_streams(gpus: SimulatedGpus) -> tuple[Stream, Stream]:
-    return Stream(gpus, "cuda:0"), Stream(gpus, "cuda:0")
 
 
 def fault(gpus: SimulatedGpus) -> set[str]:
