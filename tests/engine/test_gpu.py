@@ -191,12 +191,13 @@ def test_what_a_device_that_adds_in_another_order_makes_differently_is_known(fam
 
 
 def test_draws_on_two_streams_share_nothing(gpus: SimulatedGpus) -> None:
+    drawn = []
     for stream in (Stream(gpus, "cuda:0"), Stream(gpus, "cuda:0")):
         with torch.cuda.stream(stream):
-            drawn = draws.halves(1, 7, 100, "cuda:0")
-        assert not gpus.faults
-        stream.synchronize()
-        assert drawn.tolist() == draws.halves(1, 7, 100).tolist()
+            drawn.append(draws.halves(1, 7, 100, "cuda:0"))
+    assert not gpus.faults
+    torch.cuda.synchronize()
+    assert [each.tolist() for each in drawn] == [draws.halves(1, 7, 100).tolist()] * 2
 
 
 def expo(family: Path, count: int = 1 << 18) -> tuple[Path, Path]:
