@@ -243,7 +243,11 @@ class SimulatedGpus:
 
     def _make(self, make: Callable[..., torch.Tensor], *args: Any, device: object = None, **kwargs: Any) -> Any:
         if device is None or torch.device(str(device)).type != "cuda":
-            return make(*args, device=device, **kwargs)
+            pinned = kwargs.pop("pin_memory", False)
+            made = make(*args, device=device, **kwargs)
+            if pinned:
+                self._pin(made.data_ptr(), made.nbytes, 0)
+            return made
         place = self._indexed(torch.device(str(device)))
         self.before(str(make))
         self._queue(self.current_stream, place)
