@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from mergekit_lite import draws
 from mergekit_lite.boosting.measure.model import Built
 from mergekit_lite.boosting.measure.weights import Weights
 from mergekit_lite.commands import main
-from mergekit_lite.engine.devices import chosen_devices, explained
+from mergekit_lite.engine.devices import chosen_device, chosen_devices, explained
 from mergekit_lite.engine.memory import memory_estimate, pinned_bytes
 from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.run import GPU_BLOCK
 from mergekit_lite.engine.schedule import Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.tiling import GRAIN
-from mergekit_lite.errors import RunError
+from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.merging import plan_merge
 from mergekit_lite.methods.registry import METHODS
@@ -96,6 +97,7 @@ SUMMED = {
     "model_stock", "model_stock rows", "multislerp", "nuslerp", "nuslerp rows", "nuslerp columns", "sce", "sce some",
     "sce fusechat", "slerp", "ties rescaled", "varm", "varm element", "varm warm",
 }  # fmt: skip
+BY_LENGTH = {"breadcrumbs_ties", "dare_linear", "dare_ties", "della", "ties rescaled"}  # of those, by rescaling alone
 BY_THREE = ("geometric_median", "sce")
 BY_FUNCTION = {"consensus", "magmax", "nearswap", "ram", "ramplus_tl"}
 
@@ -259,6 +261,13 @@ def test_weights_set_in_place_are_there_for_the_default_stream(tmp_path: Path, g
         assert xxhash.xxh3_128_hexdigest(shown) == written.output
 
 
+def test_the_page_names_the_methods_whose_last_bits_may_differ() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    [paragraph] = [part for part in page.split("\n\n") if part.startswith("Sums of floats")]
+    named = set(re.findall(r"`(\w+)`", paragraph)) & METHODS.keys()
+    assert named == {case.partition(" ")[0] for case in SUMMED - BY_LENGTH} | BY_FUNCTION
+
+
 # --- errors and resuming ----------------------------------------------------------------------------------------------
 
 
@@ -294,6 +303,15 @@ def test_an_error_of_the_device_is_a_line_with_a_remedy(
     assert ran.exception is None or isinstance(ran.exception, SystemExit)
     [line] = [line for line in ran.output.splitlines() if line.startswith("Error")]
     assert "cuda:0" in line and said in line and "--device cpu" in line and "--resume" in line
+
+
+def test_a_device_that_is_missing_is_a_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("cuda", "cuda:1", "cuda:all"):
+        with pytest.raises(UsageError, match=r"is not there: .* --device cpu needs none\.$"):
+            chosen_devices(name)
+    with pytest.raises(UsageError, match="this takes one device"):
+        chosen_device("cuda:all")
 
 
 def test_other_errors_are_not_taken_for_the_device_s(gpus: SimulatedGpus) -> None:
