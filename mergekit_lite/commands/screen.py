@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
 from mergekit_lite.output.companions import companions
@@ -49,8 +50,8 @@ class Screen:
         if message:
             self.err.print(Text.assemble(("Warning:", "yellow bold"), f" {message}"))
 
-    def plan(self, plan: Plan, threads: int | None) -> None:
-        """Print the whole plan."""
+    def plan(self, plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> None:
+        """Print the whole plan, with what it takes on some devices."""
         rows = []
         for source in plan.inputs:
             nbytes = sum(spec.nbytes for spec in source.tensors.values())
@@ -60,7 +61,7 @@ class Screen:
         self.out.print(table(("", "path", "", ">size"), rows))
         self.out.print(
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
-            f"takes about {size(memory_estimate(plan, threads))} of memory\n"
+            f"takes about {size(memory_estimate(plan, threads, devices))} of memory\n"
         )
         if self.verbose:
             jobs = [

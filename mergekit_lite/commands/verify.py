@@ -46,7 +46,7 @@ Examples:
     help="Where an input is now; OLD is its reference in the manifest.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …, cuda:all or auto.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Print everything that is wrong, and the tensors made again.")

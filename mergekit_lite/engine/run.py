@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.devices import chosen_devices, kind_of
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
 from mergekit_lite.engine.report import Report, report, tensor_digests
@@ -46,7 +46,8 @@ class RunOptions(TypedDict, total=False):
 
     Attributes:
         threads: workers; by default one more than there are cores, or enough to keep a GPU's copies going.
-        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where one is there).
+        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` …, ``cuda:all`` (every GPU) or ``auto`` (a GPU where one is
+            there).
         block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
         resume: go on with what an earlier run of the same plan left.
         force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
@@ -88,8 +89,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     """
     started = time.monotonic()
     resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
-    place = chosen_device(options.get("device", CPU))
-    workers, usual_block = workers_and_block(place, options.get("threads"), writing_workers())
+    devices = chosen_devices(options.get("device", CPU))
+    workers, usual_block = workers_and_block(devices, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
     finished = [resume and is_finished(plan, v, force=force, sync=sync) for v in range(len(plan.outputs))]
@@ -104,7 +105,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
             workspaces[v] = OutputWorkspace(folder, plan.layout, plan.digest(v), plan.input_files, names)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        team = Workers(workers, place, block, options.get("processes", False))
+        team = Workers(workers, devices, block, options.get("processes", False))
         Schedule(plan, workspaces, team, options.get("progress")).run()
         _check_inputs(plan)
         if not options.get("allow_nonfinite", False):
@@ -112,8 +113,9 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
+            digests = tensor_digests(plan, records)
             with workspace.adding_companions() as folder_of_result:
-                write_companions(plan, v, folder_of_result, made[v].to_json(), tensor_digests(plan, records))
+                write_companions(plan, v, folder_of_result, kind_of(devices[0]), made[v].to_json(), digests)
             workspace.publish(force=force, sync=sync)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
@@ -139,33 +141,15 @@ def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force:
             check_target(output, sources, resume=resume, force=force)
 
 
-def chosen_device(name: str) -> str:
-    """Return the device of this name as torch names it. Raises UsageError where it is unknown or missing."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else CPU
-    if name == CPU:
-        return CPU
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:0 … or auto.") from error
-    if device.type not in (CPU, "cuda"):
-        raise UsageError(f"Device {name!r} is not supported: expected cpu, cuda, cuda:0 … or auto.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}."
-        )
-    return CPU if device.type == CPU else str(device)
-
-
-def workers_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
-    """Return how many workers a device has use for, and how many elements each of them computes at once.
+def workers_and_block(devices: Sequence[str], threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
+    """Return how many workers some devices have use for, and how many elements each of them computes at once.
 
     ``threads`` are the workers that were asked for, if any; else ``on_cpu`` are those on the CPU, by default one
     for each core.
     """
-    workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_WORKERS, GPU_BLOCK)
-    return threads or workers, block
+    if CPU in devices:
+        return threads or on_cpu or available_cores(), BLOCK
+    return threads or GPU_WORKERS * len(devices), GPU_BLOCK
 
 
 def _check_inputs(plan: Plan) -> None:

@@ -33,8 +33,8 @@ class Schedule:
         """Prepare; nothing is read yet. ``only`` are the indices of the jobs to do, by default all."""
         self.plan = plan
         self.workspaces = workspaces
-        self.device = workers.device
-        self.writer = SpanWriter(plan, workers.device, workers.block)
+        self.on_cpu = CPU in workers.devices
+        self.writer = SpanWriter(plan, workers.block)
         self.progress = progress
         self.spans = [span for span in spans(plan) if only is None or span.index in only]
         self.merges = merges_of(plan, workspaces.keys())
@@ -45,7 +45,7 @@ class Schedule:
         rows = max((merge.row for merge in self.merges.values()), default=0)
         room = max(self.writer.chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
-        self.pool = Pool(workers.count, self.device, plan.most_inputs, nbytes, processes=workers.processes)
+        self.pool = Pool(workers.count, workers.devices, plan.most_inputs, nbytes, processes=workers.processes)
 
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
@@ -62,7 +62,7 @@ class Schedule:
         of_job: dict[int, list[JobMerge]] = {span.index: [] for span in self.spans}
         for (index, _), merge in self.merges.items():
             of_job.setdefault(index, []).append(merge)
-        return self.device != CPU or any(needs_torch(self.plan.jobs[index], of_job[index]) for index in of_job)
+        return not self.on_cpu or any(needs_torch(self.plan.jobs[index], of_job[index]) for index in of_job)
 
     def _tasks(self) -> list[list[Span]]:
         """Return the spans that one worker takes at a time: all of a tensor where it has statistics to gather."""

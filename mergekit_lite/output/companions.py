@@ -105,16 +105,17 @@ def companion_names(plan: Plan, number: int) -> set[str]:
 
 
 def write_companions(
-    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, device: str, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> None:
     """Write everything but the weights of the plan's output ``number`` into the folder where they are.
 
-    ``effect`` is the report, as plain data; ``digests`` are those of each tensor's output and inputs, by its name.
+    ``device`` is the kind of device that computed; ``effect`` is the report, as plain data; ``digests`` are those of
+    each tensor's output and inputs, by its name.
     """
     output = plan.outputs[number]
     if not is_single_file(output):
         _write_model(plan, number, folder, effect, digests)
-    manifest = text_of(manifest_of(plan, number, folder, effect, digests))
+    manifest = text_of(manifest_of(plan, number, folder, device, effect, digests))
     _write(folder / manifest_path(output).name, manifest)
 
 

@@ -34,6 +34,7 @@ class Record(NamedTuple):
     sums: Sequence[float]  # the sums that the method observes, and last the number of elements in them
     bad: Sequence[int]  # indices of the inputs that held NaN or infinity; -1 where only the output did
     coefficients: Sequence[float] = ()  # each model's, from the method's statistics; in a tensor's first span
+    device: str = ""  # the kind of device that made it, where the last bits depend on that
 
 
 class Journal:

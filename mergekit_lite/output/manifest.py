@@ -24,17 +24,19 @@ NOT_SEALED = ("README.md", MANIFEST_NAME)  # users edit the card
 
 
 def manifest_of(
-    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, device: str, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the manifest of the plan's output ``number``, whose other files are in ``folder``.
 
-    ``effect`` is the report, as plain data; ``digests`` are those of each tensor's output and inputs, by its name.
+    ``device`` is the kind of device that computed; ``effect`` is the report, as plain data; ``digests`` are those of
+    each tensor's output and inputs, by its name.
     It has no times and paths of this machine: equal runs give equal manifests.
     """
     content = {
         "tool": "mergekit_lite",
         "version": __version__,
         "torch": metadata.version("torch"),
+        "device": device,
         "plan": plan.digest(number),
         "recipe": plan.recipes[number],
         "seed": plan.seed,

@@ -24,8 +24,8 @@ from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.devices import chosen_device, explained
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
-from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
@@ -142,7 +142,7 @@ def extract_vector(
         spill = folder.factors
         extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress)
         try:
-            with tuned_process():
+            with explained(place), tuned_process():
                 return extraction.run(folder, pairs, notes, run, sources, force=force, sync=sync)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
@@ -270,7 +270,7 @@ class _Extraction:
 
     def _each(self, pairs: list[TensorPair], do: Callable[[Reader, TensorPair], T]) -> Iterator[tuple[str, T]]:
         """Call ``do`` for each pair, on all threads; yield each tensor's name and what it returned."""
-        pool = Pool(self.threads, CPU, 0, 0)
+        pool = Pool(self.threads, [CPU], 0, 0)
         for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair))):
             self.done += pair.nbytes
             if self.progress is not None:

@@ -112,6 +112,7 @@ class Manifest(_Recorded):
 
     version: ShortText
     torch: ShortText
+    device: ShortText = "cpu"
     plan: Digest
     recipe: dict[str, Any]
     seed: int

@@ -174,7 +174,7 @@ def check_digests(
         merged = manifest.tensors[name].merged
         cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel))
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
-    pool = Pool(workers, CPU, 1, CHUNK * WIDEST)
+    pool = Pool(workers, [CPU], 1, CHUNK * WIDEST)
 
     def digest(buffers: WorkerBuffers, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
         hashed = xxhash.xxh3_128()
