@@ -58,7 +58,11 @@ def forked(workers: int, tasks: Iterable[Task], worker: Worker[Task, Result]) ->
         RunError: a process could not be started, ended early, or can't be reached.
         Exception: what the first failing task raised. The other processes are stopped.
     """
-    packed = [pickle.dumps(task, pickle.HIGHEST_PROTOCOL) for task in tasks]
+    return _done([pickle.dumps(task, pickle.HIGHEST_PROTOCOL) for task in tasks], workers, worker)
+
+
+def _done(packed: Sequence[bytes], workers: int, worker: Worker[Task, Result]) -> Iterator[Result]:
+    """Yield what the workers make of each task."""
     numbers = iter(range(len(packed)))
     team: dict[Connection, _Process] = {}
     gc.freeze()  # searching what is there now for garbage would copy all its pages, here and in each worker

@@ -14,7 +14,7 @@ from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
-from mergekit_lite.engine.report import Report, report, tensor_digests
+from mergekit_lite.engine.report import Report, TensorDigests, report
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
@@ -121,7 +121,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
+            write_companions(plan, v, workspace.result, made[v].to_json(), TensorDigests(plan, records))
             workspace.publish(force=force)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)

@@ -15,7 +15,7 @@ from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
 from mergekit_lite.output.card import model_card
-from mergekit_lite.output.manifest import manifest_of, text_of
+from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
@@ -83,8 +83,9 @@ def write_companions(
     output = plan.outputs[number]
     if not is_single_file(output):
         _write_model(plan, number, folder, effect, digests)
-    manifest = text_of(manifest_of(plan, number, folder, effect, digests))
-    (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
+    manifest = manifest_of(plan, number, folder, effect, digests)
+    with (folder / manifest_path(output).name).open("w", encoding="utf-8") as file:
+        file.writelines(text_pieces(manifest))
 
 
 def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ class Recomputation:
         self.records = Records()
         team = Workers(workers, device, block, processes)
         self.schedule = Schedule(plan, {0: self.records}, team, progress, set(jobs))
-        self.grouped = {index for (index, _), merge in self.schedule.merges.items() if merge.group is not None}
+        self.grouped = {index for (index, _), merge in self.schedule.shared.items() if merge.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Recomputation:
     @property
     def also_read(self) -> int:
         """Number of other tensors that have to be read, as thresholds or coefficients span them."""
-        return len({index for index, _ in self.schedule.merges} - set(self.jobs))
+        return len({index for index, _ in self.schedule.shared} - set(self.jobs))
 
     def run(self) -> list[Finding]:
         """Make the tensors, compare them, and return what differs."""
