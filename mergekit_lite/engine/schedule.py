@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import zip_longest
 
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
@@ -43,6 +44,7 @@ class Schedule:
         self.progress = progress
         self.extent = sum(job.numel for job in plan.jobs)
         self.needs_torch = workers.device != CPU  # else if a job does: workers that are forked then share one import
+        self.has_statistics = False
         self.shared: dict[tuple[int, int], JobMerge] = {}  # by job and output: merges whose sums several workers gather
         rows = self._look_at_merges()
         if only is not None:
@@ -56,6 +58,8 @@ class Schedule:
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
         with tuned_process(self.needs_torch):
+            if self.has_statistics:
+                np.empty(0)  # imported here, and not by each worker
             gather(list(self.shared.values()), self._sums)
             for nbytes, records in self.pool.run(self._tasks(), self._carry_out):
                 for output, record in records:
@@ -72,6 +76,7 @@ class Schedule:
             outputs = self.workspaces if job.merged_elements else ()
             merges = {output: JobMerge(self.plan, job, output, offset, self.extent) for output in outputs}
             longest = max(longest, *(merge.row for merge in merges.values()), 0)
+            self.has_statistics |= any(merge.request is not None for merge in merges.values())
             self.shared |= {(index, output): merge for output, merge in merges.items() if merge.is_shared}
             if not self.needs_torch and (self.only is None or index in self.only):
                 self.needs_torch = needs_torch(job, list(merges.values()))
@@ -87,11 +92,15 @@ class Schedule:
         """Yield the spans that one worker takes at a time: all of a tensor where it has statistics to gather."""
         of_file: dict[int, list[list[Span]]] = {}
         for of_job in spans(self.plan, self.only):
-            inseparable = len(of_job) > 1 and any(self._merge(of_job[0], output).request for output in self.workspaces)
-            for unit in [of_job] if inseparable else [[span] for span in of_job]:
+            for unit in [of_job] if self._gathers(of_job) else [[span] for span in of_job]:
                 of_file.setdefault(self.plan.layout.places[unit[0].job.name][0], []).append(unit)
         most = min(TASK, self.extent // TASKS)
         return by_turns([list(joined(units, most)) for units in of_file.values()], self.pool.workers)
+
+    def _gathers(self, of_job: Sequence[Span]) -> bool:
+        """Return whether a job of several spans has statistics that one worker gathers."""
+        several = len(of_job) > 1 and of_job[0].merged
+        return several and any(self._merge(of_job[0], output).request is not None for output in self.workspaces)
 
     def _sums(self, wanted: Sequence[Section]) -> dict[Section, Totals]:
         """Return the requested sums over some sections. Their reading is added to what progress counts."""
