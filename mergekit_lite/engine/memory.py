@@ -11,7 +11,7 @@ PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
-PER_TENSOR = 4_000  # the plan and the journal
+PER_TENSOR = 3_000  # the plan, the tasks and the journal; measured: 2,000 for two models
 
 
 def memory_estimate(plan: Plan, threads: int | None) -> int:

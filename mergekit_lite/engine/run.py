@@ -57,7 +57,7 @@ class RunOptions(TypedDict, total=False):
         resume: go on with what an earlier run of the same plan left.
         force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
         allow_nonfinite: publish even where weights are NaN or infinite.
-        progress: called with (bytes read, bytes in all) after each span.
+        progress: called with (bytes read, bytes in all) after each span, or some small ones.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
     """

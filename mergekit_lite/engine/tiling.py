@@ -1,7 +1,7 @@
-"""How a plan is cut: spans ▸ chunks ▸ blocks ▸ grains.
+"""How a plan is cut: tasks ▸ spans ▸ chunks ▸ blocks ▸ grains.
 
-span: what one worker takes at a time, journals and digests. Its length is part of the output's manifest, so it is
-    fixed.
+task: what one worker takes at a time: a span, the spans of small tensors that lie side by side, or all of a tensor.
+span: what is journalled and digested. Its length is part of the output's manifest, so it is fixed.
 chunk: what is read and written at once. A page-cache write of 2 MB costs half of one of 256 kB (measured: 6.8 against
     3.8 GB/s).
 block: what is computed at once, small enough for its temporaries to stay in cache.
