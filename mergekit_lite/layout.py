@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -33,9 +33,14 @@ class OutputTensor:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Number of bytes of data."""
-        return math.prod(self.shape) * dtypes.size(self.dtype)
+        return self.numel * dtypes.size(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +82,7 @@ def safetensors_layout(
     places: dict[str, tuple[int, int]] = {}
     for number, group in enumerate(groups):
         tensors = tuple(sorted(group, key=lambda tensor: -dtypes.size(tensor.dtype)))
-        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        end = 0
-        for tensor in tensors:
-            begin, end = end, end + tensor.nbytes
-            code = dtypes.BY_NAME[tensor.dtype].code
-            entries[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text = f"{{{','.join(_header_members(tensors, metadata or {}))}}}".encode()
         text += b" " * (-len(text) % ALIGNMENT)
         header = len(text).to_bytes(8, "little") + text
         offset = len(header)
@@ -93,6 +92,17 @@ def safetensors_layout(
         shard = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         files.append(OutputFile(name or shard, header, offset, tensors))
     return Layout(tuple(files), places)
+
+
+def _header_members(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> Iterator[str]:
+    """Yield each member of a header as text."""
+    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    yield f'"__metadata__":{encode({"format": "pt", **metadata})}'
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        code, shape = dtypes.BY_NAME[tensor.dtype].code, encode(list(tensor.shape))
+        yield f'{encode(tensor.name)}:{{"dtype":"{code}","shape":{shape},"data_offsets":[{begin},{end}]}}'
 
 
 def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import NoReturn
 
 import click
 
 from mergekit_lite._version import __version__
 from mergekit_lite.commands import streams
+from mergekit_lite.commands.limits import limit_reached
 from mergekit_lite.errors import MergekitLiteError, nearest
 from mergekit_lite.plain_text import plain
 
@@ -80,10 +82,14 @@ class Commands(CommandGroup):
             with _plain_messages():
                 return super().invoke(context)
         except MergekitLiteError as error:
-            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(plain(str(error)), err=True)
-            sys.exit(error.exit_code)
+            _fail(str(error), error.exit_code)
+        except (ImportError, MemoryError, OSError) as error:
+            message = limit_reached(error)
+            if message is None:
+                raise
+            _fail(message, 1)
         except KeyboardInterrupt as interruption:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
             advice = str(interruption) or RESUMED.get(context.invoked_subcommand or "", "")
             click.echo(f"\nInterrupted. {advice}".rstrip(), err=True)
             sys.exit(1)
@@ -97,6 +103,12 @@ def _plain_messages() -> Iterator[None]:
     except click.ClickException as error:
         error.message = plain(error.message)  # type: ignore[misc]
         raise
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(plain(message), err=True)
+    sys.exit(exit_code)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,6 +131,8 @@ def start() -> None:
     tenth of the import. Tearing down the interpreter takes 0.3 s once torch is loaded: commands that run nothing but
     this package leave without it. Others may have to end what they started, such as a log that is uploaded.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it is said how to go on
     gc.set_threshold(50_000, 20, 20)
     out, err = streams.guarded()
     code: object = 0

@@ -19,7 +19,7 @@ WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of w
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
-PER_TENSOR = 4_000  # the plan and the journal
+PER_TENSOR = 3_000  # the plan, the tasks and the journal; measured: 2,000 for two models
 
 
 def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> int:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -64,8 +64,9 @@ class Pool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Sequence[Task], do: Do[Task, Result]) -> Iterator[Result]:
+    def run(self, tasks: Iterable[Task], do: Do[Task, Result]) -> Iterator[Result]:
         """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised."""
+        tasks = list(tasks)
         if self.processes and len(tasks) > 1:
             return forked(self.workers, tasks, lambda: self._worker(do))
         return self._threaded(tasks, do)

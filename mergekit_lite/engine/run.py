@@ -14,7 +14,7 @@ from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.devices import chosen_devices, kind_of
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
-from mergekit_lite.engine.report import Report, report, tensor_digests
+from mergekit_lite.engine.report import Report, TensorDigests, report
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
@@ -54,7 +54,7 @@ class RunOptions(TypedDict, total=False):
         sync: bring each output to the disk before it gets its name, and its name after, so that a power cut can't undo
             or damage what was published; takes as long as the disk takes to write the output.
         allow_nonfinite: publish even where weights are NaN or infinite.
-        progress: called with (bytes read, bytes in all) after each span.
+        progress: called with (bytes read, bytes in all) after each span, or some small ones.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
     """
@@ -113,7 +113,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            digests = tensor_digests(plan, records)
+            digests = TensorDigests(plan, records)
             with workspace.adding_companions() as folder_of_result:
                 write_companions(plan, v, folder_of_result, kind_of(devices[0]), made[v].to_json(), digests)
             workspace.publish(force=force, sync=sync)

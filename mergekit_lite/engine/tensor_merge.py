@@ -1,4 +1,4 @@
-"""The merge of each job: a ``TensorMerge`` that reads its blocks from files."""
+"""The merge of one job: a ``TensorMerge`` that reads its blocks from files."""
 
 from __future__ import annotations
 
@@ -81,18 +81,6 @@ class JobMerge(TensorMerge):
 def rounding_key(plan: Plan, job: Job) -> int | None:
     """Return the key of a tensor's draws for stochastic rounding; None where the plan rounds to nearest."""
     return draws.stream_key(plan.seed, job.name) if plan.rounding == "stochastic" else None
-
-
-def merges_of(plan: Plan, outputs: Collection[int]) -> dict[tuple[int, int], JobMerge]:
-    """Return the merges of all jobs that have one, by (job, output)."""
-    merges: dict[tuple[int, int], JobMerge] = {}
-    offset, extent = 0, sum(job.numel for job in plan.jobs)
-    for index, job in enumerate(plan.jobs):
-        if job.merged_elements:
-            for output in outputs:
-                merges[index, output] = JobMerge(plan, job, output, offset, extent)
-        offset += job.numel
-    return merges
 
 
 def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:

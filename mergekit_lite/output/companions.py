@@ -16,7 +16,7 @@ from mergekit_lite.errors import CheckpointError, UnreadableError
 from mergekit_lite.input_files import MAX_BYTES, opened
 from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
 from mergekit_lite.output.card import model_card
-from mergekit_lite.output.manifest import manifest_of, text_of
+from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
@@ -115,8 +115,9 @@ def write_companions(
     output = plan.outputs[number]
     if not is_single_file(output):
         _write_model(plan, number, folder, effect, digests)
-    manifest = text_of(manifest_of(plan, number, folder, device, effect, digests))
-    _write(folder / manifest_path(output).name, manifest)
+    manifest = manifest_of(plan, number, folder, device, effect, digests)
+    with _created(folder / manifest_path(output).name) as file:
+        file.writelines(piece.encode() for piece in text_pieces(manifest))
 
 
 def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:

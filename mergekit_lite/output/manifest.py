@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from mergekit_lite.planning import Plan
 
 READ_BYTES = 1 << 20  # bytes read at once for a digest
 SEAL = "manifest_xxh3_128"
+WRITTEN = json.JSONEncoder(indent=1, ensure_ascii=False)
+SEALED = json.JSONEncoder(sort_keys=True)
+LEVELS = 3  # of nested mappings and lists that may be long
 NOT_SEALED = ("README.md", MANIFEST_NAME)  # users edit the card
 
 
@@ -79,13 +82,44 @@ def _added_to(source: Checkpoint) -> dict[str, Any]:
 
 def text_of(content: Mapping[str, Any]) -> str:
     """Return the text of the file. A content has one text, so any other text was changed by somebody."""
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return "".join(text_pieces(content))
+
+
+def text_pieces(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the text of the file piece by piece: for very many tensors it is long."""
+    yield from _pieces(content, WRITTEN)
+    yield "\n"
 
 
 def seal(content: Mapping[str, Any]) -> str:
     """Return the digest of a manifest's content without this digest."""
-    text = json.dumps({key: value for key, value in content.items() if key != SEAL}, sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    digest = xxhash.xxh3_128()
+    for piece in _pieces({key: value for key, value in content.items() if key != SEAL}, SEALED):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _pieces(value: object, encoder: json.JSONEncoder, depth: int = 0) -> Iterator[str]:
+    """Yield what an encoder returns for a value, member by member in its upper levels, which may be of any mappings."""
+    if depth == LEVELS or not value or not isinstance(value, Mapping | list | tuple):
+        yield encoder.encode(value).replace("\n", "\n" + " " * depth)
+        return
+    end = "" if encoder.indent is None else "\n" + " " * depth
+    separator = f"{end} " if end else ""
+    if isinstance(value, Mapping):
+        yield "{"
+        for key in sorted(value) if encoder.sort_keys else value:
+            yield f"{separator}{encoder.encode(key)}: "
+            yield from _pieces(value[key], encoder, depth + 1)
+            separator = f",{end} "
+        yield f"{end}}}"
+    else:
+        yield "["
+        for member in value:
+            yield separator
+            yield from _pieces(member, encoder, depth + 1)
+            separator = f",{end} "
+        yield f"{end}]"
 
 
 def file_digest(path: Path) -> str:

@@ -96,9 +96,10 @@ def make_plan(
     front_matter, notes_on_card = carried_over(inputs[config_source]) if is_folder else ({}, [])
     if problems:
         raise PlanError(problems)
+    origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
+    del layered, tensors  # as large as the jobs that were made of them
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
-    origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += _notes_on_jobs(jobs, spare, inputs[config_source])
@@ -227,12 +228,15 @@ def _left_out(
     inputs: Sequence[Checkpoint], jobs: Sequence[Job], spare: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:
     """Return what no tensor of the output is made of, and why: (reference, name, reason)."""
-    read = {(model, spec.name) for job in jobs for model, spec in zip(job.models, job.inputs, strict=True)}
+    read: list[set[str]] = [set() for _ in inputs]
+    for job in jobs:
+        for model, spec in zip(job.models, job.inputs, strict=True):
+            read[model].add(spec.name)
     reasons = {job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why}
     reasons |= spare
     for number, source in enumerate(inputs):
         for name in source.tensors:
-            if (number, name) not in read:
+            if name not in read[number]:
                 yield source.reference, name, reasons.get(name, "no tensor of the output is made of it")
     for source in inputs:
         yield from ((source.reference, name, why) for name, why in source.left_out.items())

@@ -101,7 +101,7 @@ class Recomputation:
         # Forked workers would count for themselves.
         team = Workers(workers, devices, block, processes and self.device == manifest.device)
         self.schedule = Schedule(plan, {0: self.records}, team, progress, set(jobs))
-        self.grouped = {index for (index, _), merge in self.schedule.merges.items() if merge.group is not None}
+        self.grouped = {index for (index, _), merge in self.schedule.shared.items() if merge.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class Recomputation:
     @property
     def also_read(self) -> int:
         """Number of other tensors that have to be read, as thresholds or coefficients span them."""
-        return len({index for index, _ in self.schedule.merges} - set(self.jobs))
+        return len({index for index, _ in self.schedule.shared} - set(self.jobs))
 
     def run(self) -> list[Finding]:
         """Make the tensors, compare them, and return what differs."""

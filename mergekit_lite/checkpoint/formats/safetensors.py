@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,13 @@ def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
         raise damaged(
             f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
         )
-    return TensorSpec(name, dtype.name, tuple(shape), path, start + offsets[0])
+    return TensorSpec(name, dtype.name, _one(tuple(shape)), path, start + offsets[0])
+
+
+@lru_cache(maxsize=1 << 10)
+def _one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the same tuple for the same shape: there are very many tensors and few shapes."""
+    return shape
 
 
 def _naturals(values: object) -> bool:
