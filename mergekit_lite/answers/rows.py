@@ -101,9 +101,9 @@ def read_rows(path: Path, problems: list[str], fields: Fields | None = None) -> 
                     continue
                 if not isinstance(row, dict):
                     problems.append(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-                elif wrong := [
-                    name for name, kind in (fields or {}).items() if not isinstance(row.get(name, ...), kind)
-                ]:
+                    continue
+                wrong = [name for name, kind in (fields or {}).items() if not isinstance(row.get(name, ...), kind)]
+                if wrong:
                     problems.append(f"{path}:{number}: no {', '.join(map(repr, wrong))} of the right type")
                 else:
                     yield Line(number, row, start)

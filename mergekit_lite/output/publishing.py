@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mergekit_lite.checkpoint.folder import MAX_FILE_NAME, read_json
+from mergekit_lite.checkpoint.folder import MAX_FILE_NAME
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
+from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.output.journal import plan_of
 from mergekit_lite.output.sync import sync_name, sync_tree
