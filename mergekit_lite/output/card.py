@@ -17,8 +17,9 @@ from mergekit_lite.planning import Plan
 
 WIDE = 1_000_000  # characters of a line: no path is folded
 SNAPSHOT = re.compile(r"/models--(?P<organisation>[\w.-]+)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
-# An absolute path of two parts or more that begins a word, but no end tag and no address; its last part is the group.
-ABSOLUTE = re.compile(r"(?<![\w.<>)~/-])~?(?:/[^\s/'\",:+\[\]{}]+)+/([^\s/'\",:+\[\]{}]+)/?")
+BEGINNING = r"(?<![\w.<>)~/-])"  # of a word; an end tag, an address and a relative path have their slash elsewhere
+# An absolute path of two parts or more; its last part is the group.
+ABSOLUTE = re.compile(BEGINNING + r"~?(?:/[^\s/'\",:+\[\]{}]+)+/([^\s/'\",:+\[\]{}]+)/?")
 
 
 def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
@@ -83,7 +84,8 @@ def _without_paths(recipe: str, sources: Sequence[Checkpoint]) -> str:
     written |= {addition.path: each.path for source in sources for each, addition in source.added}
     for reference in sorted(written, key=len, reverse=True):
         if reference.startswith(("/", "~")):
-            recipe = recipe.replace(reference, _last_part(written[reference]))
+            whole = re.compile(rf"{BEGINNING}{re.escape(reference)}(?![\w/-])")
+            recipe = whole.sub(_last_part(written[reference]).replace("\\", r"\\"), recipe)
     return ABSOLUTE.sub(r"\1", recipe)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.text import Text
 import mergekit_lite
 from mergekit_lite.commands import COMMANDS, main
 from mergekit_lite.commands.screen import PlainConsole, console, table
+from mergekit_lite.output.card import _without_paths
 from mergekit_lite.pages import html, markdown
 from mergekit_lite.plain_text import CONTROLS, REPLACEMENT, is_plain_line, plain, plain_line
 from tests.models import state, tuned, write_folder
@@ -227,6 +229,22 @@ def test_no_absolute_path_is_in_a_card(place: Path, form: str) -> None:
     assert json.loads((place / "out" / "mergekit_lite_manifest.json").read_text())["inputs"][0]["reference"] == str(
         place / "sft"
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("- /m", "- m"),
+        ("- /m/a, /m/ab, ./m/a, x/m, a/b/c", "- a, ab, ./m/a, x/m, a/b/c"),
+        ("[/m/a+/m/lora:0.5]", "[a+lora:0.5]"),
+        ("~/models/base@main ../up/x", "base@main ../up/x"),
+        ("'{{ x }}</s>' https://a.b/c/d regex:/x", "'{{ x }}</s>' https://a.b/c/d regex:/x"),
+    ],
+)
+def test_paths_in_a_recipe(place: Path, written: str, shown: str) -> None:
+    checkpoint = mergekit_lite.open_checkpoint("sft")
+    sources = [replace(checkpoint, reference=path, path=Path(path)) for path in ("/m", "/m/a")]
+    assert _without_paths(written, sources) == shown
 
 
 def test_paths_that_extrapolate_and_vectors_put_into_a_card(place: Path) -> None:
