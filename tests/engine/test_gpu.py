@@ -171,7 +171,8 @@ def test_cases_cover_every_method() -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_every_method_gives_the_bytes_of_the_cpu(family: Path, gpus: SimulatedGpus, rounding: str) -> None:
-    for case in CASES if rounding == "nearest" else METHODS:
+    is_first = rounding == "nearest" and family.name.startswith("bfloat16")
+    for case in CASES if is_first else METHODS:  # variants of a method once
         plan = plan_merge(write_recipe(family, case, rounding), family / "out")
         on_cpu, on_gpu = made(plan, ("cpu",), workers=1), made(plan, ("cuda:0",), workers=3)
         assert digests(on_gpu) == digests(on_cpu), case
@@ -235,7 +236,7 @@ def test_all_gpus_share_the_work_and_no_other_is_touched(family: Path, monkeypat
     assert gpus.contexts == {torch.device("cuda:1")}
     assert chosen_devices("cuda:all") == ("cuda:0", "cuda:1", "cuda:2")
     assert digests(made(plan, chosen_devices("cuda:all"), workers=7)) == on_cpu
-    assert {stream.device.index for stream in gpus.used} == {0, 1, 2}
+    assert gpus.contexts == {torch.device(device) for device in chosen_devices("cuda:all")}
     assert not gpus.faults
     assert not gpus.pinned
 
