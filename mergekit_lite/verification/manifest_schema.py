@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -112,7 +112,7 @@ class Manifest(_Recorded):
 
     version: ShortText
     torch: ShortText
-    device: ShortText = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     plan: Digest
     recipe: dict[str, Any]
     seed: int

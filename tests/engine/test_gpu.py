@@ -37,7 +37,6 @@ from tests.engine.simulated_gpu import SimulatedGpus, Stream
 from tests.models import State, tuned, write_folder
 
 SHAPES = {
-    "model.embed_tokens.weight": (48, 8),
     "model.layers.0.mlp.up_proj.weight": (200, 250),  # two blocks
     "model.norm.weight": (8,),
 }
@@ -171,7 +170,8 @@ def test_cases_cover_every_method() -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_every_method_gives_the_bytes_of_the_cpu(family: Path, gpus: SimulatedGpus, rounding: str) -> None:
-    for case in CASES if rounding == "nearest" else METHODS:
+    is_first = rounding == "nearest" and family.name.startswith("bfloat16")
+    for case in CASES if is_first else METHODS:  # variants of a method once
         plan = plan_merge(write_recipe(family, case, rounding), family / "out")
         on_cpu, on_gpu = made(plan, ("cpu",), workers=1), made(plan, ("cuda:0",), workers=3)
         assert digests(on_gpu) == digests(on_cpu), case
@@ -235,7 +235,7 @@ def test_all_gpus_share_the_work_and_no_other_is_touched(family: Path, monkeypat
     assert gpus.contexts == {torch.device("cuda:1")}
     assert chosen_devices("cuda:all") == ("cuda:0", "cuda:1", "cuda:2")
     assert digests(made(plan, chosen_devices("cuda:all"), workers=7)) == on_cpu
-    assert {stream.device.index for stream in gpus.used} == {0, 1, 2}
+    assert gpus.contexts == {torch.device(device) for device in chosen_devices("cuda:all")}
     assert not gpus.faults
     assert not gpus.pinned
 
@@ -321,10 +321,12 @@ def test_other_errors_are_not_taken_for_the_device_s(gpus: SimulatedGpus) -> Non
 
 @pytest.mark.parametrize(("case", "again"), [("ties", False), ("ties rescaled", True)])
 def test_resuming_on_the_cpu_mixes_nothing(
-    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, again: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, again: bool
 ) -> None:
     """What a GPU finished stays where the CPU would give the same bits; else the CPU makes it again."""
-    recipe = write_recipe(family, case)
+    shapes = {"model.embed_tokens.weight": (48, 8)} | SHAPES
+    write_family(tmp_path, torch.bfloat16, shapes)
+    recipe = write_recipe(tmp_path, case)
     mergekit_lite.merge(recipe, tmp_path / "cpu", threads=1)
     gpus = SimulatedGpus(last_bits=2.0**-12)
     gpus.install(monkeypatch)
@@ -339,7 +341,7 @@ def test_resuming_on_the_cpu_mixes_nothing(
         OutputWorkspace, "write", lambda self, name, *how: (writes.append(name), written(self, name, *how))
     )
     mergekit_lite.merge(recipe, tmp_path / "out", threads=1, resume=True)
-    assert (len(set(writes)) == len(SHAPES)) is again
+    assert (len(set(writes)) == len(shapes)) is again
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "cpu")
 
 

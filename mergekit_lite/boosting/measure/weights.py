@@ -85,7 +85,6 @@ def _put(place: torch.Tensor, start: int, values: torch.Tensor) -> None:
     for length, stride in zip(reversed(place.shape), reversed(place.stride()), strict=True):
         position += index % length * stride
         index = index // length
-    extent = (
-        1 + place.storage_offset() + sum((n - 1) * step for n, step in zip(place.shape, place.stride(), strict=True))
-    )
-    place.as_strided((extent,), (1,), 0).index_copy_(0, position, values.to(device=place.device, dtype=place.dtype))
+    last = place.storage_offset() + sum((n - 1) * step for n, step in zip(place.shape, place.stride(), strict=True))
+    whole = place.as_strided((last + 1,), (1,), 0)
+    whole.index_copy_(0, position, values.to(device=place.device, dtype=place.dtype))
