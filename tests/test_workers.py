@@ -119,18 +119,21 @@ def test_a_broken_connection_is_a_message(monkeypatch: pytest.MonkeyPatch, call:
 
 @pytest.mark.parametrize(("limit", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.EAGAIN, "ulimit -u")])
 def test_a_worker_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, limit: int, remedy: str) -> None:
-    fork, forks = os.fork, iter([None, None])
+    fork, started = os.fork, list[int]()
 
     def forks_twice() -> int:
-        if next(forks, 0) is None:
-            return fork()
-        raise OSError(limit, os.strerror(limit))
+        if len(started) == 2:
+            raise OSError(limit, os.strerror(limit))
+        if process := fork():
+            started.append(process)
+        return process
 
     monkeypatch.setattr(os, "fork", forks_twice)
     with pytest.raises(RunError, match=rf"Worker 3 can't be started: .*--threads.*{remedy}"):
         list(forked(WORKERS, range(9), squared))
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # those that were started are gone
+    for process in started:
+        with pytest.raises(ChildProcessError):  # it is gone
+            os.waitpid(process, os.WNOHANG)
 
 
 def orphaned(widened: str, prctl_works: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +23,6 @@ from mergekit_lite.output.working_folder import (
 from mergekit_lite.output.workspace import manifest_path, publish_one
 
 Manifest: TypeAlias = dict[str, Any]
-UNSHOWN = ("Cc", "Cs")  # categories of Unicode: control characters, and bytes that aren't UTF-8
 
 
 def check_target(output: Path, inputs: Sequence[Path], *, resume: bool, force: bool) -> None:
@@ -35,6 +33,12 @@ def check_target(output: Path, inputs: Sequence[Path], *, resume: bool, force: b
         if target == path or target.is_relative_to(path) or path.is_relative_to(target):
             touching = f"lies in, around or at the input {path}"
             raise UsageError(f"{output}: {touching}. Inputs are never touched: choose another path.")
+    try:
+        output.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(f"{output}: can't be an output: {error.strerror}.") from error
     if is_single_file(output) and output.is_dir():
         raise UsageError(f"{output}: is a folder, but its name ends like a file of weights. Choose another path.")
     if output.exists() and not is_single_file(output) and not output.is_dir():
@@ -53,20 +57,12 @@ def _check_name(output: Path) -> None:
     name = output.absolute().name
     if not name or output.name == "..":
         raise UsageError(f"{output}: can't be an output. Name the folder or file to be made.")
-    if any(unicodedata.category(letter) in UNSHOWN for letter in name):
-        raise UsageError(f"{name!a}: can't be an output's name: it has characters that can't be shown.")
     longest = max(len(os.fsencode(path.name)) for path in (manifest_path(output), working_folder(output)))
     if longest > MAX_FILE_NAME:
         raise UsageError(
             f"{name[:40]}…: is too long a name: those of its manifest and working folder, which are made of it, would "
             f"have {longest} bytes, and a name has at most {MAX_FILE_NAME}. Take {longest - MAX_FILE_NAME} off."
         )
-    try:
-        output.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UsageError(f"{output}: can't be an output: {error.strerror}.") from error
 
 
 def own_manifests(output: Path, digest: str, sources: Sequence[tuple[str, int, int]]) -> Iterator[Manifest]:
