@@ -11,6 +11,7 @@ from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import CheckpointError, counted
 from mergekit_lite.planning import Plan
+from mergekit_lite.yaml_document import dump
 
 KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
@@ -23,7 +24,7 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
         front["base_model"] = on_hub
     front["tags"] = ["mergekit-lite", "merge"]
     front.setdefault("library_name", "transformers")
-    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[number]), sort_keys=False, allow_unicode=True)
+    recipe = plan.text or dump(dict(plan.recipes[number]))
     fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---",

@@ -89,6 +89,8 @@ class Jobs:
         if not is_float:
             return copied_from(lead, f"{spec.dtype} is not for arithmetic")
         method = next(each.merge_method for each in numbers if each is not None)
+        if part.is_base_alone and not METHODS[method].merges_base:
+            return copied_from(lead, "no model besides the base is listed")
         has_base = part.base is not None and not METHODS[method].merges_base
         order = [index for index in specs if not (has_base and index == part.base)]
         parameters = tuple(self._arguments(each, tuple(order), has_base) for each in numbers if each is not None)

@@ -16,10 +16,10 @@ from mergekit_lite.planning.configs import Origin, disagreements, relayered
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies
+from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, other_tokens
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
-from mergekit_lite.recipe.recipe import BASE
+from mergekit_lite.recipe.recipe import BASE, UNION
 
 SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
@@ -81,12 +81,12 @@ def make_plan(
     problems += disagreements(MUST_AGREE, inputs, config_source)
     tokenizer = _tokenizer(recipe, config_source)
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
-    if foreign and recipe.tokenizer is not None:
+    if recipe.tokenizer == UNION:
+        problems += other_tokens(inputs, inputs[tokenizer])
+    elif foreign and recipe.tokenizer is not None:
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
         problems += [f"{text}: {remedy}" for text in foreign]
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
-    if recipe.chat_template is not None and template is None:
-        problems.append("chat_template: auto finds no template in any model: give a name or the template itself")
     if problems:
         raise PlanError(problems)
     paths = tuple(Path(output).expanduser() for output in outputs)
@@ -100,6 +100,8 @@ def make_plan(
     differing = disagreements(SHOULD_AGREE, inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
+    if recipe.chat_template is not None and template is None:
+        notes.append("chat_template: auto finds no template in any model and has no effect")
     if is_single_file(paths[0]) and (template is not None or recipe.tokenizer is not None):
         notes.append("a single file has no tokenizer beside it: chat_template and tokenizer_source do nothing")
     written = {"merge_method": recipe.merge_method, "text": text}
@@ -196,7 +198,7 @@ def _tokenizer(recipe: Recipe, config_source: int) -> int:
     if recipe.tokenizer is None:
         return config_source
     base = recipe.base_model or recipe.models[0]
-    return recipe.models.index(base if recipe.tokenizer == BASE else recipe.tokenizer)
+    return recipe.models.index(base if recipe.tokenizer in (BASE, UNION) else recipe.tokenizer)
 
 
 def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:

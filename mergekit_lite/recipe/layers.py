@@ -96,9 +96,19 @@ def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]], first: 
     ``names`` has each model's tensors, by its reference. The tensors of the model ``first`` come first where layers are
     not moved; by default those of the base, else of the first model.
     """
-    if len(slices) == 1 and slices[0].is_whole:
+    if len(slices) == 1 and (slices[0].is_whole or _takes_all(slices[0], names)):
         return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model)
     return _stacked(slices, names)
+
+
+def _takes_all(part: Slice, names: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a slice takes all layers of models that have several stacks, as ``models:`` does.
+
+    A vision-language model's tower is no part of what mergekit's ranges count, and is merged with the rest.
+    """
+    depths = [(source.layers, stacks(names[source.model])) for source in part.sources]
+    several = any(len(lengths) > 1 for _, lengths in depths)
+    return several and all(layers in [(0, length) for length in lengths.values()] for layers, lengths in depths)
 
 
 def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outputs:
@@ -185,7 +195,8 @@ def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered 
     if len(depths) != 1:
         listed = ", ".join(f"{stack} ({counted(length, 'layer')})" for stack, length in depths.items())
         got = f"has several: {listed}" if depths else "has none whose numbers run from 0 to n − 1"
-        problems.append(f"slices need a model with one stack of layers, and {model} {got}")
+        whole = "; to merge all its layers list it under 'models', without a layer_range" if depths else ""
+        problems.append(f"slices need a model with one stack of layers, and {model} {got}{whole}")
         return None
     [(stack, length)] = depths.items()
     layers: list[list[str]] = [[] for _ in range(length)]

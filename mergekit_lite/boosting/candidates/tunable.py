@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import yaml
-
 from mergekit_lite.boosting.candidates.ranges import Range, read_range
 from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.recipe.rules import REGEX
-from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, Value, read
+from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, Value, dump, read
 
 Tree = Any  # of dicts, lists and values
 SHAPE = re.compile(r"(?P<path>[^\[\]=]+)(?:\[(?P<where>.+)\])?=(?P<range>[^=\]]+)")
@@ -180,8 +178,7 @@ class RecipeTuning:
         tree = deepcopy(self.tree)
         for each in self.tunables:
             self._put(tree, each, [params[name] for name in each.names])
-        text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
-        return text
+        return dump(tree)
 
     def _put(self, tree: Tree, tunable: Tunable, numbers: Sequence[float]) -> None:
         """Put numbers at a tunable's path. Raises LookupError where that leads to no number."""
