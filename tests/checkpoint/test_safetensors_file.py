@@ -44,7 +44,7 @@ tensors = st.dictionaries(
 @given(tensors, st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2))
 def test_any_file_of_the_library_reads_as_the_library_reads_it(expected, metadata):
     expected.pop("__metadata__", None)
-    expected = {f"{name}_mask" if dtypes.name_of(x.dtype) in CODES else name: x for name, x in expected.items()}
+    expected = {f"{name}.mask" if dtypes.name_of(x.dtype) in CODES else name: x for name, x in expected.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
         save_file(expected, path, metadata or None)

@@ -53,7 +53,7 @@ def views(draw) -> torch.Tensor:
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.dictionaries(st.text("abc.", min_size=1, max_size=6).map("{}_mask".format), views(), min_size=1, max_size=5),
+    st.dictionaries(st.text("abc.", min_size=1, max_size=6).map("{}.mask".format), views(), min_size=1, max_size=5),
     st.integers(0, 2),
 )
 def test_any_view_reads_as_torch_loads_it(tensors, depth):
