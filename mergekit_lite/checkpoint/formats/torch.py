@@ -47,11 +47,11 @@ def read_header(path: Path, within: str = "") -> Header:
     # Go down to the mapping that holds the weights, and note what is passed on the way.
     nest: tuple[str, ...] = ()
     others: list[str] = []
-    for key in within.split(".") if within else ():
-        if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
-            raise _no_mapping(path, within, nest, key, content)
-        others += [".".join((*nest, _label(other))) for other in content if other != key]
-        nest, content = (*nest, key), content[key]
+    for part in within.split(".") if within else ():
+        if not isinstance(content, Mapping) or not isinstance(content.get(part), Mapping):
+            raise _no_mapping(path, within, nest, part, content)
+        others += [".".join((*nest, _label(other))) for other in content if other != part]
+        nest, content = (*nest, part), content[part]
     while (key := _nest_key(path, nest, content)) is not None and len(nest) < MAX_NESTING:
         others += [".".join((*nest, _label(other))) for other in content if other != key]
         nest, content = (*nest, key), content[key]
