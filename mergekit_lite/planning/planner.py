@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, method_named
@@ -70,7 +72,8 @@ def make_plan(
     inputs = _opened(recipe.models, opened or {})
     config_source = recipe.models.index(recipe.config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
-    layered = outputs_of(recipe.slices, names, recipe.config_source)
+    promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
+    layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
     making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in layered.tensors]
@@ -189,6 +192,8 @@ def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
 def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkpoint) -> list[str]:
     """Return what the user should know about tensors that are left out, or where all are copied."""
     heads = [f"{name} is left out: {why}." for name, why in spare.items() if tied_weights.is_head(name)]
+    reasons = Counter(why for name, why in spare.items() if not tied_weights.is_head(name))
+    heads += [f"{counted(number, 'tensor')} left out: {why}." for why, number in reasons.items()]
     if any(job.merged_elements for job in jobs):
         return heads
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]

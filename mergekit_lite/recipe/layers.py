@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
@@ -90,14 +91,23 @@ def depth(layer: int, layers: int) -> Fraction:
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
 
 
-def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]], first: str | None = None) -> Outputs:
+def outputs(
+    slices: Sequence[Slice],
+    names: Mapping[str, Sequence[str]],
+    first: str | None = None,
+    promised: Mapping[str, int | None] = MappingProxyType({}),
+) -> Outputs:
     """Return what each tensor of the output of a recipe's slices is made of.
 
-    ``names`` has each model's tensors, by its reference. The tensors of the model ``first`` come first where layers are
-    not moved; by default those of the base, else of the first model.
+    Args:
+        slices: of the recipe.
+        names: each model's tensors, by its reference.
+        first: the model whose tensors come first where layers are not moved; by default the base, else the first one.
+        promised: how many layers each model's config promises; those behind them (multi-token prediction) are not
+            counted where other models lack them.
     """
     if len(slices) == 1 and (slices[0].is_whole or _takes_all(slices[0], names)):
-        return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model)
+        return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model, promised)
     return _stacked(slices, names)
 
 
@@ -111,9 +121,9 @@ def _takes_all(part: Slice, names: Mapping[str, Sequence[str]]) -> bool:
     return several and all(layers in [(0, length) for length in lengths.values()] for layers, lengths in depths)
 
 
-def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outputs:
+def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str, promised: Mapping[str, int | None]) -> Outputs:
     """Return what ``models:`` makes: every name of every model."""
-    depths = {source.model: stacks(names[source.model]) for source in part.sources}
+    depths = _counted({source.model: stacks(names[source.model]) for source in part.sources}, promised)
     order = sorted(range(len(part.sources)), key=lambda index: part.sources[index].model != first)
     lengths: dict[str, dict[int, str]] = {}
     for index in order:
@@ -137,6 +147,18 @@ def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outp
         t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)
         tensors.append(Output(spot, 0, t, tuple(Input(index, spot) for index in sorted(sources))))
     return Outputs(tuple(tensors), None, tuple(problems))
+
+
+def _counted(depths: Mapping[str, dict[str, int]], promised: Mapping[str, int | None]) -> dict[str, dict[str, int]]:
+    """Return the lengths of each model's stacks; where models differ, without layers behind those promised."""
+    differing = {stack for own in depths.values() for stack in own if len({d.get(stack) for d in depths.values()}) > 1}
+    return {
+        model: {
+            stack: min(length, promised.get(model) or length) if stack in differing else length
+            for stack, length in own.items()
+        }
+        for model, own in depths.items()
+    }
 
 
 class _Layered(NamedTuple):

@@ -33,7 +33,6 @@ CONDITION = re.compile(r",(?=(?:filter|layers|gradient|groups)=)")
 LAYERS = re.compile(r"(\d+)-(\d+)")
 SPREAD = ("gradient", "groups")
 MOST_SPREAD = 64
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -260,9 +259,3 @@ def plain(node: Node) -> Tree:
     assert isinstance(node, Scalar)
     value: Value | None = node.value
     return value
-
-
-def layers_of(config: Mapping[str, Any] | None) -> int | None:
-    """Return the number of layers in a model's config, or None where it has none."""
-    text = (config or {}).get("text_config") or config or {}
-    return next((text[name] for name in COUNTS if isinstance(text.get(name), int)), None)
