@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 try:
-    from mergekit_lite.commands import start
+    from mergekit_lite.__main__ import start
 
     start()
 except ModuleNotFoundError as error:

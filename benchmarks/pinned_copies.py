@@ -15,8 +15,8 @@ import torch
 BLOCK = 1 << 26  # bytes
 
 
-def seconds(nbytes: int) -> float:
-    """Return the time to copy two checkpoints to the GPU while one comes back."""
+def seconds(nbytes: int, uploads: int = 2) -> float:
+    """Return the time to copy some checkpoints to the GPU while one comes back."""
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
     host = [torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     device = [torch.empty(BLOCK, dtype=torch.uint8, device="cuda") for _ in range(2)]
@@ -25,8 +25,8 @@ def seconds(nbytes: int) -> float:
         started = time.perf_counter()
         for _ in range(2 if warm else -(-nbytes // BLOCK)):
             with torch.cuda.stream(up):
-                device[0].copy_(host[0], non_blocking=True)
-                device[0].copy_(host[0], non_blocking=True)
+                for _ in range(uploads):
+                    device[0].copy_(host[0], non_blocking=True)
             with torch.cuda.stream(down):
                 host[1].copy_(device[1], non_blocking=True)
         torch.cuda.synchronize()

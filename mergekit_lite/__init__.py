@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from mergekit_lite.recipe import Recipe
     from mergekit_lite.vectors.application import apply_vectors
     from mergekit_lite.vectors.combination import combine_vectors
-    from mergekit_lite.vectors.extraction import Extracted, extract_vector
+    from mergekit_lite.vectors.extracted import Extracted
+    from mergekit_lite.vectors.extraction import extract_vector
     from mergekit_lite.verification import Verification, verify
 
 __all__ = [
@@ -67,7 +68,8 @@ _NAMES = {  # by the module that has them
     "recipe": ("Recipe",),
     "vectors.application": ("apply_vectors",),
     "vectors.combination": ("combine_vectors",),
-    "vectors.extraction": ("Extracted", "extract_vector"),
+    "vectors.extracted": ("Extracted",),
+    "vectors.extraction": ("extract_vector",),
     "verification": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

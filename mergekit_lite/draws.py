@@ -28,7 +28,7 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
     ``key`` is from ``stream_key``. The range of elements must not cross a multiple of 2³².
     """
     key ^= xxhash.xxh3_64_intdigest((start >> 32).to_bytes(8, "little")) if start >> 32 else 0
-    x = _indices(count, str(device)) + _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
+    x = _indices(count, torch.device(device)) + _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
     shifted = torch.empty_like(x)
 
     def fold(by: int) -> None:
@@ -61,11 +61,16 @@ def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu"
     return (bits(key, start, count, device) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
+def _indices(count: int, device: torch.device) -> torch.Tensor:
+    """Return 0 … count. Only those on the CPU may be shared: what one stream of a GPU makes is not for the others."""
+    return _cached_indices(count) if device.type == "cpu" else torch.arange(count, dtype=torch.int32, device=device)
+
+
 @lru_cache(maxsize=8)
-def _indices(count: int, device: str) -> torch.Tensor:
-    """Return 0 … count: cached, as making it takes a fifth of a draw's time and blocks are nearly all of one length."""
+def _cached_indices(count: int) -> torch.Tensor:
+    """Return 0 … count: making it takes a fifth of a draw's time, and blocks are nearly all of one length."""
     with torch.inference_mode(False):
-        return torch.arange(count, dtype=torch.int32, device=device)
+        return torch.arange(count, dtype=torch.int32)
 
 
 def _signed(word: int) -> int:

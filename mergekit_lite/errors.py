@@ -28,6 +28,19 @@ class CheckpointError(MergekitLiteError):
     """A checkpoint can't be used: missing, damaged, hostile, or in a format that is refused by name."""
 
 
+class UnreadableError(CheckpointError):
+    """A small file can't be read, or doesn't hold what it should; ``why`` says so without the path."""
+
+    def __init__(self, path: object, why: str):
+        self.why = why
+        super().__init__(f"{path}: {why}.")
+
+    @property
+    def reason(self) -> str:
+        """The reason alone, for a message that says already that the file can't be read."""
+        return self.why.removeprefix("can't be read: ")
+
+
 class PlanError(MergekitLiteError):
     """The inputs don't fit together. Carries every problem that was found, not only the first."""
 
@@ -66,6 +79,12 @@ def shortened(text: object, limit: int = SHOWN_CHARACTERS) -> str:
     """Return the text, or its start where it is longer than ``limit`` characters."""
     text = str(text)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+
+
+def one_line(text: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """Return what others wrote (a server, a program) as one line of printable text, cut as ``shortened`` cuts."""
+    printable = "".join(character if character.isprintable() else " " for character in str(text))
+    return shortened(" ".join(printable.split()), limit)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

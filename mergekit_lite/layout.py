@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.formats import safetensors
+from mergekit_lite.errors import RunError
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,9 +33,14 @@ class OutputTensor:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Number of bytes of data."""
-        return math.prod(self.shape) * dtypes.size(self.dtype)
+        return self.numel * dtypes.size(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +82,7 @@ def safetensors_layout(
     places: dict[str, tuple[int, int]] = {}
     for number, group in enumerate(groups):
         tensors = tuple(sorted(group, key=lambda tensor: -dtypes.size(tensor.dtype)))
-        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-        end = 0
-        for tensor in tensors:
-            begin, end = end, end + tensor.nbytes
-            code = dtypes.BY_NAME[tensor.dtype].code
-            entries[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text = f"{{{','.join(_header_members(tensors, metadata or {}))}}}".encode()
         text += b" " * (-len(text) % ALIGNMENT)
         header = len(text).to_bytes(8, "little") + text
         offset = len(header)
@@ -92,19 +94,37 @@ def safetensors_layout(
     return Layout(tuple(files), places)
 
 
+def _header_members(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> Iterator[str]:
+    """Yield each member of a header as text."""
+    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    yield f'"__metadata__":{encode({"format": "pt", **metadata})}'
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        code, shape = dtypes.BY_NAME[tensor.dtype].code, encode(list(tensor.shape))
+        yield f'{encode(tensor.name)}:{{"dtype":"{code}","shape":{shape},"data_offsets":[{begin},{end}]}}'
+
+
 def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
     """Lay out a single file, in the format that its name ends with.
 
     ``nest`` are the keys to nest a torch file's tensors under. torch writes such a file once without data, as a sparse
-    temporary file whose records show where the data belong.
+    temporary file whose records show where the data belong. Raises RunError where there is no room for that.
     """
     if Path(name).suffix in safetensors.SUFFIXES:
         return safetensors_layout([tensors], name)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name  # torch writes the file's name into it, so even its length matters
-        write_torch_skeleton(path, tensors, nest)
-        specs = formats.read_header(path).tensors
-        size = path.stat().st_size
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "skeleton.pt")
+            with path.open("wb") as file:
+                write_torch_skeleton(file, tensors, nest)
+            specs = formats.read_header(path).tensors
+            size = path.stat().st_size
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or tempfile.gettempdir()}: can't be written, and a torch file is laid out there: "
+            f"{error.strerror}. Make room, or set TMPDIR to another folder."
+        ) from error
     places = {spec.name: (0, spec.offset) for spec in specs.values()}
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
 
@@ -114,8 +134,12 @@ def is_single_file(output: Path) -> bool:
     return output.suffix in formats.SUFFIXES
 
 
-def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
-    """Write a torch file without the tensors' data."""
+def write_torch_skeleton(file: IO[bytes], tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:
+    """Write a torch file without the tensors' data. Raises OSError.
+
+    torch names the folder inside of the file after the path it is given. It is given none, for which that name is
+    always ``archive``: so no byte depends on the output's name.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -125,8 +149,40 @@ def write_torch_skeleton(path: Path, tensors: Sequence[OutputTensor], nest: tupl
         }
     for key in reversed(nest):
         content = {key: content}
+    skeleton = _Skeleton()
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(content, path)
+        torch.save(content, skeleton)  # type: ignore[arg-type]
+    for position, data in skeleton.pieces:
+        file.seek(position)
+        file.write(data)
+
+
+class _Skeleton:
+    """A file for torch to write to, which keeps what is written; torch skips the data with ``seek``.
+
+    torch turns errors of a real file into its own, which don't say what happened.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytearray]] = []  # where each starts, in the order in which they were written
+        self._position = 0
+
+    def write(self, data: bytes) -> int:
+        if not self.pieces or self._position != self.pieces[-1][0] + len(self.pieces[-1][1]):
+            self.pieces.append((self._position, bytearray()))
+        self.pieces[-1][1].extend(data)
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def flush(self) -> None:
+        """Do nothing: all is kept already."""
 
 
 def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:

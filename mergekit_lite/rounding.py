@@ -31,7 +31,16 @@ def stochastic(values: torch.Tensor, dtype: torch.dtype, key: int, start: int) -
         return values.to(dtype)
     precision, smallest = GRIDS[name]
     exact = values.to(torch.float64)
-    spacing = (torch.frexp(exact).exponent - precision).clamp_(min=smallest)
+    # The exponent as frexp counts it, from the bits of float64; what is below its normal numbers has the least one.
+    spacing = (exact.view(torch.int64) >> 52 & 0x7FF).sub_(1022 + precision).clamp_(min=smallest)
     up = draws.uniform(key, start, values.numel(), values.device)
-    steps = torch.ldexp(exact, -spacing).add_(up).floor_()
-    return torch.ldexp(steps, spacing).copysign_(exact).to(dtype)
+    steps = (exact * _power_of_two(-spacing)).add_(up).floor_()
+    return steps.mul_(_power_of_two(spacing)).copysign_(exact).to(dtype)
+
+
+def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """Return 2^exponent in float64, put together from its bits: the same on every device, which pow need not be.
+
+    ``exponents`` are int64, those of normal numbers: −1022 to 1023.
+    """
+    return (exponents + 1023 << 52).view(torch.float64)

@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mergekit_lite.errors import UsageError, counted, listing, reason, shortened
+from mergekit_lite.errors import UnreadableError, UsageError, counted, listing, shortened
+from mergekit_lite.input_files import MAX_DIGITS, read_text
+from mergekit_lite.plain_text import can_be_written
 
+MAX_BYTES = 10_000_000  # of a file; PyYAML reads some 100 kB a second
 LIMIT = 100_000  # values after aliases are expanded: a recipe for 1,000 models with 20 rules each has some 60,000
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 TAG = "tag:yaml.org,2002:"
@@ -31,9 +34,9 @@ Value = bool | int | float | str
 def text_of(path: Path) -> str:
     """Return the text of a recipe's file, as it is. Raises UsageError where it can't be read."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Can't read the recipe {path}: {reason(error)}.") from error
+        return read_text(path, MAX_BYTES)
+    except UnreadableError as error:
+        raise UsageError(f"Can't read the recipe {path}: {error.reason}.") from error
 
 
 class Mark(NamedTuple):
@@ -130,7 +133,7 @@ def read(text: str, source: str, needs: str = "merge_method and models") -> Node
         character = f"the character U+{ord(text[error.position]):04X} is not allowed"
         raise reading.refusal(at, f"this is not YAML: {character}") from error
     except RecursionError:
-        raise reading.refusal(Mark(1, 1), "the recipe is nested too deeply") from None
+        raise reading.refusal(Mark(1, 1), "nested too deeply") from None
     if reading.problems:
         raise RecipeError(source, reading.problems)
     return tree
@@ -197,14 +200,22 @@ class _Reading:
             tag = node.tag.replace(TAG, "!!")
             self.problems.append(Remark(at, f"the tag {tag} is refused: a recipe is plain text, numbers and lists"))
 
+    def check_text(self, node: yaml.ScalarNode, at: Mark) -> None:
+        if not can_be_written(node.value):
+            self.problems.append(Remark(at, "half a surrogate pair, which no UTF-8 can tell"))
+
     def value(self, node: yaml.ScalarNode, at: Mark) -> Value | None:
         tag = node.tag.removeprefix(TAG)
+        self.check_text(node, at)
+        if tag in ("int", "float") and len(node.value) > MAX_DIGITS:
+            self.problems.append(Remark(at, f"a number of {len(node.value):,} characters is refused"))
+            return None
         if tag == "str" and node.style is None and SCIENTIFIC.fullmatch(node.value):
             return float(node.value)
         if tag in ("null", "bool", "int", "float"):
             try:
                 value: Value | None = self.constructor.construct_object(node)
-            except (ValueError, KeyError):
+            except (ValueError, LookupError):  # KeyError: no truth value; IndexError: an empty number
                 self.problems.append(Remark(at, f"{shortened(node.value, 60)!r} is not a value of type {tag}"))
                 return None
             return value
@@ -220,6 +231,7 @@ class _Reading:
             if not isinstance(key, yaml.ScalarNode):
                 self.problems.append(Remark(place, "a key must be text"))
                 continue
+            self.check_text(key, place)
             child, size = self.sized(value)
             total += size + 1
             if key.tag == TAG + "merge":

@@ -57,6 +57,20 @@ def write_folder(folder: Path, tensors: State, shards: int = 1, config: Mapping[
     return folder
 
 
+def write_many(folder: Path, count: int, seed: int) -> Path:
+    """Write a model of very many tensors of four elements, a hundred a layer, without making a tensor of each."""
+    names = [f"model.layers.{n // 100}.mlp.experts.{n % 100}.w" for n in range(count)]
+    entries = {
+        name: {"dtype": "BF16", "shape": [4], "data_offsets": [8 * n, 8 * n + 8]} for n, name in enumerate(names)
+    }
+    header = json.dumps(entries).encode()
+    values = torch.randn(4 * count, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes_of(values))
+    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
+    return folder
+
+
 def read_folder(folder: Path) -> State:
     """All tensors of a folder's safetensors files, read by the safetensors library."""
     tensors: State = {}

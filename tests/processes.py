@@ -6,25 +6,20 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from mergekit_lite.commands import start
-from mergekit_lite.output import renames
 
-T = TypeVar("T")
 FORKED = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.processes", "mergekit_lite.extrapolation", "mergekit_lite.merging"]
 FORKED.set_forkserver_preload(PRELOADED)
-NAMES = ("os.mkdir", "os.rename", "os.truncate", "os.remove", "os.rmdir")  # audit events
 
 
 def preload(*modules: str) -> None:
@@ -95,35 +90,6 @@ def wait_for_spans(place: Path, output: str, count: int) -> None:
     while not (journal.exists() and journal.read_bytes().count(b"\n") > count):
         assert time.monotonic() < until, "the run journals nothing"
         time.sleep(0.002)
-
-
-def killed_at(change: int) -> None:
-    """Have SIGKILL hit this process the moment before it changes the disk for the ``change``-th time.
-
-    A change is a write of weights or to the journal, a file opened to be written, a new name, a cut, a removal.
-    """
-    changes, lock = count(1), threading.Lock()
-
-    def next_change() -> None:
-        with lock:
-            if next(changes) == change:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def heard(event: str, arguments: tuple[object, ...]) -> None:
-        flags = arguments[2] if event == "open" else 0
-        if event in NAMES or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
-            next_change()
-
-    def counted(write: Callable[..., T]) -> Callable[..., T]:
-        def counting(*arguments: object) -> T:
-            next_change()
-            return write(*arguments)
-
-        return counting
-
-    os.write, os.pwrite = counted(os.write), counted(os.pwrite)
-    renames.renameat2 = counted(renames.renameat2)
-    sys.addaudithook(heard)
 
 
 def _call(place: Path, told: list[Path], target: Callable[..., object], *arguments: object) -> None:

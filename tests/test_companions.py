@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import mergekit_lite
-from mergekit_lite.checkpoint import folder
+from mergekit_lite import input_files
 from mergekit_lite.errors import CheckpointError, PlanError
 from mergekit_lite.planning.tokenizers import template_of
 from mergekit_lite.recipe.templates import TEMPLATES
@@ -217,7 +217,7 @@ def test_nothing_of_a_linked_file_reaches_the_output(place: Path) -> None:
 
 def test_a_template_of_any_length_is_not_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "a" / "chat_template.jinja").write_text("x" * 2000)
-    monkeypatch.setattr(folder, "MAX_SMALL_BYTES", 1999)
+    monkeypatch.setattr(input_files, "MAX_BYTES", 1999)
     with pytest.raises(CheckpointError, match=r"a/chat_template.jinja: is 2,000 bytes long; more than 1,999"):
         merged("chat_template: auto\n")
 

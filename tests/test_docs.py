@@ -43,6 +43,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_the_page_on_security_names_tests_that_exist() -> None:
+    named = re.findall(r"`(?:\S+/)?(test_\w+\.py)`", (DOCS / "security.md").read_text(encoding="utf-8"))
+    assert len(named) > 8
+    for name in named:
+        assert list((DOCS.parent / "tests").rglob(name)), name
+
+
 def test_the_examples_are_found() -> None:
     assert len(EXAMPLES) == RECIPES.count("```yaml") == 8
     assert len(COMMANDS) == 3

@@ -22,6 +22,7 @@ from mergekit_lite.errors import RunError
 from mergekit_lite.layout import OutputTensor, safetensors_layout
 from mergekit_lite.output import file_writer
 from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
+from mergekit_lite.output.working_folder import WorkingFolder
 from mergekit_lite.output.workspace import OutputWorkspace
 
 SIZE = 40 * PAGE + 777
@@ -202,7 +203,8 @@ def test_what_fails_is_told(
         raise OSError(code, os.strerror(code))
 
     layout = safetensors_layout([[OutputTensor("w", "uint8", (SIZE,))]])
-    workspace = OutputWorkspace(tmp_path / "out", layout, "digest", [], fresh=False)
+    folder = WorkingFolder(tmp_path / "out", fresh=False)
+    workspace = OutputWorkspace(folder, layout, "digest", [], [])
     if workspace._targets[0]._direct is None:
         pytest.skip("no direct writes here")
     monkeypatch.setattr(os, "pwrite", written_by(fail))

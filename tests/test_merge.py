@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import mergekit_lite
+from mergekit_lite.engine import schedule, tiling
 from mergekit_lite.errors import MergekitLiteError, PlanError
 from mergekit_lite.methods import METHODS, Method
 from tests.models import State, read_folder, same_bytes, state, tree_bytes, tuned, write_folder
@@ -73,6 +74,32 @@ VARIANTS = [(name, {}) for name in sorted(METHODS)] + [
     ("model_stock", {"filter_wise": True}),
     ("nuslerp", {"nuslerp_flatten": False}),
 ]
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_how_the_work_is_cut_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, processes: bool
+) -> None:
+    """Also of tensors that are copied, and of those of several spans, whose statistics one worker gathers."""
+    base = state(0)
+    for seed, name in enumerate(("base", "one", "two")):
+        write_folder(tmp_path / name, tuned(base, seed), shards=2)
+    density = "density: 0.5, " if method == "ties" else ""
+    (tmp_path / "r.yml").write_text(
+        f"{{merge_method: {method}, base_model: base, models: [{{model: one}}, {{model: two}}], "
+        f"parameters: {{{density}weight: 0.5}}, exclude: [embed_tokens]}}"
+    )
+    monkeypatch.chdir(tmp_path)
+    outputs = []
+    for number, (span, task, tasks) in enumerate([(1 << 23, 1 << 20, 256), (32, 1 << 20, 1), (32, 0, 256), (8, 40, 1)]):
+        monkeypatch.setattr(tiling, "SPAN", span)
+        monkeypatch.setattr(schedule, "TASK", task)
+        monkeypatch.setattr(schedule, "TASKS", tasks)
+        mergekit_lite.merge("r.yml", f"out-{number}", threads=3, processes=processes)
+        outputs.append(read_folder(tmp_path / f"out-{number}"))
+    for other in outputs[1:]:
+        assert other.keys() == base.keys() and all(same_bytes(other[name], outputs[0][name]) for name in base)
 
 
 @pytest.mark.parametrize(("name", "more"), VARIANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def llamas(tmp_path: Path) -> tuple[Path, Path]:
     (dpo / "onnx").mkdir()
     (dpo / "onnx" / "model.onnx").write_text("x")
     (dpo / "assets").mkdir()
-    (dpo / "assets" / "note.txt").write_text("kept")
+    (dpo / "note.txt").write_text("mine")
     (dpo / "training.gguf").write_text("x")
     (dpo / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\ntags: [x]\n---\n# Old card\n")
     return tmp_path / "sft", dpo
@@ -69,14 +70,17 @@ def test_what_travels_and_what_does_not(llamas: tuple[Path, Path], tmp_path: Pat
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert names == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja",
-        "LICENSE", "assets/note.txt", "README.md", "mergekit_lite_manifest.json",
+        "LICENSE", "README.md", "mergekit_lite_manifest.json",
     }  # fmt: skip
-    left_out = {"modeling_evil.py": "code", "onnx/model.onnx": "other weights", "training.gguf": "other weights"}
+    left_out = {
+        "modeling_evil.py": "code", "training.gguf": "other weights", "assets/": "a folder", "onnx/": "a folder",
+        "note.txt": "no config, tokenizer, template or licence by its name",
+    }  # fmt: skip
     assert companions_of(mergekit_lite.open_checkpoint(llamas[1]))[1] == left_out
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["tags"] == ["mergekit-lite", "merge"] and "base_model" not in front  # paths mean nothing on the hub
-    assert f"- `{llamas[1]}` (config, tokenizer)\n- `{llamas[0]}`\n" in card
+    assert "- `dpo` (config, tokenizer)\n- `sft`\n" in card and str(tmp_path) not in card
     assert front["license"] == "apache-2.0"
     assert "alpha: 0.5" in card and "merge_method: expo" in card
 
@@ -146,6 +150,24 @@ def test_torch_files_in_and_files_out(tmp_path: Path, nest: tuple[str, ...], nam
     manifest = json.loads((tmp_path / f"{name}.manifest.json").read_text())
     assert manifest["tensors"].keys() == sft.keys()
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_torch_file_has_the_same_bytes_under_every_name(tmp_path: Path) -> None:
+    sft = state(0)
+    torch.save(sft, tmp_path / "sft.pt")
+    torch.save(tuned(sft, 1), tmp_path / "dpo.pt")
+    names = ("a.pt", "a-much-longer-name.pt", "archive.bin")
+    for name in names:
+        mergekit_lite.extrapolate(tmp_path / "sft.pt", tmp_path / "dpo.pt", tmp_path / name, 1.0)
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 1
+    assert torch.load(tmp_path / names[0], weights_only=True).keys() == sft.keys()
+
+
+def test_a_torch_file_that_finds_no_room_to_be_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(state(0), tmp_path / "sft.pt")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(mergekit_lite.RunError, match=r"nowhere.*set TMPDIR to another folder"):
+        mergekit_lite.extrapolate(tmp_path / "sft.pt", tmp_path / "sft.pt", tmp_path / "out.pt", 1.0)
 
 
 def test_a_training_checkpoint_gives_its_model_and_the_plan_names_the_rest(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import mergekit_lite
 from mergekit_lite.errors import PlanError, UsageError
-from tests.models import State, read_folder, same_bytes, state, tuned, write_folder
+from tests.models import State, read_folder, same_bytes, state, tuned, write_folder, write_many
 
 
 def folders(tmp_path: Path, sft: State, aligned: State, **config: object) -> tuple[Path, Path]:
@@ -164,6 +164,6 @@ def test_planning_reads_no_weights(tmp_path: Path) -> None:
 
 
 def test_a_model_of_45_000_tensors_is_planned(tmp_path: Path) -> None:
-    tensors = {f"model.layers.{n // 100}.mlp.experts.{n % 100}.w": torch.zeros(2).bfloat16() for n in range(45_000)}
-    plan = planned(tmp_path, tensors, tensors)
+    sft, dpo = (write_many(tmp_path / name, 45_000, seed) for seed, name in enumerate(("sft", "dpo")))
+    plan = mergekit_lite.plan_extrapolation(sft, dpo, tmp_path / "out", 0.5)
     assert len(plan.jobs) == 45_000

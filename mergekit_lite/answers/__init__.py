@@ -2,6 +2,6 @@
 
     prompts ─▶ respondent (a server, or a model in this process) ─▶ answers ─▶ scorers ─▶ scores
 
-Rows that are made one at a time are stored in ledgers, files that a killed run goes on with. transformers, openai and
+Rows that are made one at a time are stored in ledgers, files that a killed run goes on with. transformers, httpx2 and
 torch are imported where they are used.
 """

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from mergekit_lite.answers.rows import as_line, not_written, read_rows, write_lines
+from mergekit_lite.answers.rows import Fields, as_line, not_written, read_rows, write_lines
 from mergekit_lite.errors import RunError
 
 K = TypeVar("K", bound=Hashable)
@@ -28,15 +28,18 @@ class _Place(NamedTuple):
 class Ledger(Generic[K]):
     """The rows for the ``expected`` keys, in that order, at ``path`` (``….jsonl``).
 
-    Rows that are no longer expected are left out of the finished file. A row that a kill cut short doesn't count.
-    Memory has the keys only, not the rows.
+    Rows that are no longer expected are left out of the finished file, and so are lines that are no rows: those that a
+    kill cut short, without a key, or without the ``fields`` that ``read_rows`` takes. Memory has the keys only.
     """
 
-    def __init__(self, path: Path, expected: Sequence[K], key: Callable[[dict[str, Any]], K]):
+    def __init__(
+        self, path: Path, expected: Sequence[K], key: Callable[[dict[str, Any]], K], fields: Fields | None = None
+    ):
         self.path = path
         self.partial = path.with_name(f"{path.stem}.partial.jsonl")
         self.expected = tuple(expected)
         self.key = key
+        self.fields = fields
         self._appending: BinaryIO | None = None
         self._places: dict[K, _Place] = {}
         self._finished = tuple(self._take(self.path))
@@ -108,17 +111,19 @@ class Ledger(Generic[K]):
             for file in files.values():
                 file.close()
 
-    def _take(self, path: Path) -> list[K]:
-        """Note the places of a file's rows, and return their keys in the order of the file."""
-        keys: list[K] = []
-        torn: list[str] = []  # lines that a kill cut short
-        for line in read_rows(path, torn) if path.exists() else ():
+    def _take(self, path: Path) -> list[K | None]:
+        """Note the places of a file's rows; return their keys in the order of the file, and None for what is no row."""
+        keys: list[K | None] = []
+        torn: list[str] = []  # a message for each line that is no row
+        for line in read_rows(path, torn, self.fields) if path.exists() else ():
             try:
-                keys.append(self.key(line.row))
-            except (KeyError, TypeError):
-                continue
-            self._places.setdefault(keys[-1], _Place(path, line.start))
-        return keys
+                key = self.key(line.row)
+                self._places.setdefault(key, _Place(path, line.start))
+            except (KeyError, TypeError):  # it has no key, or a list or an object in its place
+                keys.append(None)
+            else:
+                keys.append(key)
+        return keys + [None for _ in torn]
 
     def _open(self) -> BinaryIO:
         """Open the partial file for this process alone, at the start of a line."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, TypedDict
 
 from xxhash import xxh3_64_intdigest
 
-from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.errors import RunError, UnreadableError, UsageError
+from mergekit_lite.input_files import MAX_BYTES, opened, parse_json
 
 
 class Message(TypedDict):
@@ -60,6 +62,11 @@ def seed_of(*parts: object) -> int:
     return xxh3_64_intdigest("\x1f".join(map(str, parts)).encode()) >> 33
 
 
+Fields = Mapping[str, type | UnionType]  # what a row has at least, and of which type
+ANSWER: Fields = {"prompt": str, "index": int, "text": str}
+VERDICT: Fields = {"prompt": str, "index": int, "score": int | float | None}
+
+
 class Line(NamedTuple):
     """A row of a file, and its place."""
 
@@ -68,32 +75,40 @@ class Line(NamedTuple):
     start: int  # of the line, in bytes
 
 
-def read_rows(path: Path, problems: list[str]) -> Iterator[Line]:
+def read_rows(path: Path, problems: list[str], fields: Fields | None = None) -> Iterator[Line]:
     """Yield the rows of a JSON Lines file.
 
     Args:
         path: the file.
-        problems: gets a message, with file and line, for each line that is no JSON object; such lines are skipped.
+        problems: gets a message, with file and line, for each line that is no such row; these lines are skipped.
+            A line of more than ``MAX_BYTES`` is taken for several.
+        fields: what each row has to have, and of which type it is.
 
     Raises:
         UsageError: the file can't be read.
     """
     end = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with opened(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), 1):
                 start, end = end, end + len(line)
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line.decode("utf-8"))
                 except ValueError as error:  # of JSON or UTF-8
                     problems.append(f"{path}:{number}: not JSON: {error}")
                     continue
-                if isinstance(row, dict):
-                    yield Line(number, row, start)
-                else:
+                if not isinstance(row, dict):
                     problems.append(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+                    continue
+                wrong = [name for name, kind in (fields or {}).items() if not isinstance(row.get(name, ...), kind)]
+                if wrong:
+                    problems.append(f"{path}:{number}: no {', '.join(map(repr, wrong))} of the right type")
+                else:
+                    yield Line(number, row, start)
+    except UnreadableError as error:
+        raise UsageError(f"Can't read {path}: {error.reason}.") from error
     except OSError as error:
         raise UsageError(f"Can't read {path}: {error.strerror or error}.") from error
 

@@ -1,14 +1,16 @@
 """Models behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, ``transformers serve``, a service.
 
 A request that fails is mostly worth repeating: no connection, a time-out, 408, 409, 429, any 5xx, a reply that is
-empty or can't be read. It is made again after a wait that doubles each time, or as long as ``Retry-After`` says, up to
-``retries`` times. Any other status is the request's own fault and is not repeated. A server that refuses everybody
-(401, 403, 404), or that answers none of many requests in a row, is given up.
+empty, too long or can't be read. It is made again after a wait that doubles each time, or as long as ``Retry-After``
+says, but ten minutes in all for a question; up to ``retries`` times. Any other status is the request's own fault and is
+not repeated. A server that refuses everybody (401, 403, 404), that sends requests elsewhere (3xx), or that answers none
+of many requests in a row, is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import queue
 import random
@@ -20,16 +22,18 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.answers.asking import Failures, Sampling, Task
+from mergekit_lite.answers.replies import Failed, Reply, body_of, reply_in
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
-from mergekit_lite.errors import shortened
+from mergekit_lite.errors import one_line
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from httpx2 import AsyncClient, Response
 
 FIRST_WAIT = 0.5  # seconds before the first repetition
 LONGEST_WAIT = 60.0
-LONGEST_ASKED_WAIT = 600.0  # that a server's Retry-After may ask for
+LONGEST_ASKED_WAIT = 600.0  # for one question, that a server's Retry-After may ask for in all its replies
 LOST_IN_A_ROW = 16  # requests, or as many as are open at once: then the server is given up
+COMPLAINT = 1000  # bytes of an error's body that are looked at
 REPEATED = (408, 409, 429)  # and from 500 on
 REFUSED = {
     401: "Put the key into the environment variable {variable}.",
@@ -46,25 +50,6 @@ class Question(NamedTuple):
     seed: int
 
 
-class Reply(NamedTuple):
-    """The reply to a question; see ``rows.Answer``."""
-
-    text: str
-    finish: str
-    tokens: int | None
-
-
-class Failed(Exception):
-    """A request got no reply. ``wait``: seconds that the server asked for."""
-
-    def __init__(self, why: str, *, repeat: bool, stop: bool = False, fresh_seed: bool = False, wait: float = 0.0):
-        super().__init__(why)
-        self.repeat = repeat
-        self.stop = stop
-        self.fresh_seed = fresh_seed
-        self.wait = wait
-
-
 @dataclass(eq=False)
 class Server:
     """A model behind a URL, and the state of asking it."""
@@ -79,9 +64,9 @@ class Server:
     failures: Failures = field(default_factory=Failures)  # lost questions by their key; ``stopped``: given up
     in_a_row: int = 0  # questions lost since the last reply
 
-    async def reply(self, client: AsyncOpenAI, question: Question) -> Reply | None:
+    async def reply(self, client: AsyncClient, question: Question) -> Reply | None:
         """Return the reply to a question, or None when it is lost."""
-        seed = question.seed
+        seed, patience = question.seed, LONGEST_ASKED_WAIT
         for attempt in range(self.retries + 1):
             if self.failures.stopped:
                 return None
@@ -98,85 +83,79 @@ class Server:
                 if failed.fresh_seed:  # the same seed would give the same reply
                     seed = seed_of(seed, "again")
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
-                await self._pause(failed.wait or wait)
+                asked_wait = min(failed.wait, patience)
+                patience -= asked_wait
+                await self._pause(asked_wait or wait)
             else:
                 self.in_a_row = 0
                 return reply
         return None
 
-    def client(self) -> AsyncOpenAI:
+    def client(self) -> AsyncClient:
         """Return a client of this server that repeats nothing: ``reply`` does, and counts."""
-        from openai import AsyncOpenAI
+        from httpx2 import AsyncClient, Limits
 
-        key = os.environ.get(self.key_variable) or "none"
-        return AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
+        headers = {
+            b"Authorization": f"Bearer {os.environ.get(self.key_variable) or 'none'}".encode(),
+            b"Content-Type": b"application/json",
+            b"Accept-Encoding": b"identity",  # a small packed reply may be endless when it is unpacked
+        }
+        return AsyncClient(headers=headers, timeout=self.timeout, limits=Limits(max_connections=self.concurrency))
 
-    async def _request(self, client: AsyncOpenAI, messages: Sequence[Message], seed: int) -> Reply:
-        import openai
+    async def _request(self, client: AsyncClient, messages: Sequence[Message], seed: int) -> Reply:
+        import httpx2
 
-        extra = (
-            {} if self.sampling.repetition_penalty == 1 else {"repetition_penalty": self.sampling.repetition_penalty}
-        )
-        asked: Any = [dict(message) for message in messages]
+        asked = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_tokens": self.sampling.max_tokens,
+            "seed": seed,
+        }
+        if self.sampling.repetition_penalty != 1:  # not all servers know it
+            asked["repetition_penalty"] = self.sampling.repetition_penalty
         try:
             # The client's own limit is between two pieces of a reply, and a slow stream never reaches it.
-            completion = await asyncio.wait_for(
-                client.chat.completions.create(
-                    model=self.model,
-                    messages=asked,
-                    temperature=self.sampling.temperature,
-                    top_p=self.sampling.top_p,
-                    max_tokens=self.sampling.max_tokens,
-                    seed=seed,
-                    extra_body=extra,
-                ),
-                self.timeout,
-            )
-        except (openai.APITimeoutError, asyncio.TimeoutError) as error:
+            response, body = await asyncio.wait_for(self._post(client, asked), self.timeout)
+        except (httpx2.TimeoutException, asyncio.TimeoutError) as error:
             raise Failed(f"no reply within {self.timeout:g} s", repeat=True) from error
-        except openai.APIConnectionError as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise Failed("no connection", repeat=True) from error
-        except openai.APIStatusError as error:
-            raise self._of_status(error) from error
-        except (openai.APIError, ValueError) as error:
-            raise Failed("a reply that can't be read", repeat=True) from error
-        return _read(completion)
+        if not response.is_success:
+            raise self._of_status(response, one_line(body[:COMPLAINT].decode(errors="replace")))
+        return reply_in(body)
+
+    async def _post(self, client: AsyncClient, asked: dict[str, Any]) -> tuple[Response, bytes]:
+        """Return the response to a request, and its body."""
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        async with client.stream("POST", address, content=json.dumps(asked)) as response:
+            client.cookies.clear()  # else a server could fill the memory with them
+            return response, await body_of(response)
 
     async def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self.failures.stopped and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.5))
 
-    def _of_status(self, error: APIStatusError) -> Failed:
-        status = error.status_code
+    def _of_status(self, response: Response, said: str) -> Failed:
+        status = response.status_code
         if status in REFUSED:
             remedy = REFUSED[status].format(variable=self.key_variable)
-            return Failed(f"{self.url} says {status}: {shortened(error.message)} {remedy}", repeat=False, stop=True)
+            return Failed(f"{self.url} says {status}: {said} {remedy}", repeat=False, stop=True)
+        if response.is_redirect:
+            place = one_line(response.headers.get("location", "another place"))
+            why = f"{self.url} says {status} and points to {place}: check `server`, it has to be the address itself."
+            return Failed(why, repeat=False, stop=True)
         if status in REPEATED or status >= 500:
-            return Failed(f"HTTP {status}", repeat=True, wait=_asked_wait(error.response.headers.get("retry-after")))
-        return Failed(f"HTTP {status}: {shortened(error.message)}", repeat=False)
+            return Failed(f"HTTP {status}", repeat=True, wait=_asked_wait(response.headers.get("retry-after")))
+        return Failed(f"HTTP {status}: {said}", repeat=False)
 
     def _lose(self, question: Question, why: str) -> None:
         self.failures.lost[question.key] = why
         self.in_a_row += 1
         if self.in_a_row >= max(LOST_IN_A_ROW, self.concurrency):
             self.failures.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
-
-
-def _read(completion: Any) -> Reply:
-    """Read a reply; not all servers follow the protocol."""
-    try:
-        choice = completion.choices[0]
-        text, finish = choice.message.content, choice.finish_reason
-        tokens = completion.usage.completion_tokens if completion.usage else None
-    except (AttributeError, IndexError, TypeError) as error:
-        raise Failed("a reply that can't be read", repeat=True) from error
-    if finish == "content_filter":
-        raise Failed("cut by the server's content filter", repeat=True, fresh_seed=True)
-    if not isinstance(text, str) or not text.strip():
-        raise Failed("an empty reply", repeat=True, fresh_seed=True)
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
-    return Reply(whole, "length" if finish == "length" else "stop", tokens)
 
 
 def _asked_wait(header: str | None) -> float:
@@ -188,9 +167,9 @@ def _asked_wait(header: str | None) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return 0.0
-    return min(max(seconds, 0.0), LONGEST_ASKED_WAIT)
+    return min(seconds, LONGEST_ASKED_WAIT) if seconds > 0 else 0.0  # NaN is not
 
 
 def ask(questions: Mapping[Server, Iterable[Question]]) -> Iterator[tuple[Server, Question, Reply]]:
@@ -229,7 +208,7 @@ async def _all(questions: Mapping[Server, Iterable[Question]], put: Callable[[An
 
 
 async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any], None]) -> None:
-    async def work(client: AsyncOpenAI) -> None:
+    async def work(client: AsyncClient) -> None:
         for question in questions:
             if server.failures.stopped:
                 return

@@ -135,7 +135,7 @@ def prepare(request: Request) -> Prepared:
     Raises:
         MergekitLiteError: it can't be carried out; the message has every problem that can be seen at once.
     """
-    from mergekit_lite.engine.run import chosen_device
+    from mergekit_lite.engine.devices import chosen_device
 
     problems: list[str] = []
     scores = _try(problems, lambda: scoring.parse(request.scores)) or ()

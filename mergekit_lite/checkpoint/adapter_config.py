@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
-from mergekit_lite.checkpoint.folder import read_json
 from mergekit_lite.errors import CheckpointError, listing, shortened
+from mergekit_lite.input_files import read_json
 
 MAX_ALPHA = 1e30
 MERGE_IT = "Merge it with peft (model.merge_and_unload()), save that, and name the result"

@@ -18,6 +18,8 @@ from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
+from mergekit_lite.input_files import read_json
+from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 
 
 class Added(NamedTuple):
@@ -71,6 +73,12 @@ class Checkpoint:
     def folder(self) -> Path | None:
         """The folder with config and tokenizer, or None for a bare file."""
         return self.path if self.path.is_dir() else None
+
+    def check_names(self) -> None:
+        """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
+        for name in (self.reference, *(file.path.name for file in self.files)):
+            if not is_plain_line(name):
+                raise CheckpointError(f"{name}: {NOT_PLAIN}. Rename it, or link to it by another name.")
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a weight file is no longer the one that was opened."""
@@ -175,7 +183,7 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
     paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
-    config = folders.read_json(folders.inside(path, "config.json")) if has_config else None
+    config = read_json(folders.inside(path, "config.json")) if has_config else None
     headers = [_model_header(reference, file, within) for file in paths]
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}

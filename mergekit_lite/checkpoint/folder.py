@@ -6,12 +6,12 @@ the blobs of the hub cache the folder itself belongs to.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
+from mergekit_lite import input_files
 from mergekit_lite.checkpoint.formats import FORMATS, SUFFIXES, Format, refused
 from mergekit_lite.errors import CheckpointError, listing
 
@@ -19,25 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEX_ENDING = ".index.json"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
 SHARD = re.compile(rf"(?P<stem>.+)-\d{{5}}-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})")
-MAX_JSON_BYTES = 100_000_000  # an index of a million tensors is no larger
-MAX_SMALL_BYTES = 100_000_000  # of what travels beside weights: tokenizers come to some tens of megabytes
 MAX_FILE_NAME = 255  # of every common file system
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError where the file holds none."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: is {size:,} bytes long; more than {MAX_JSON_BYTES:,} of JSON is refused.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: should hold a JSON object, but holds a {type(content).__name__}.")
-    return content
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
@@ -105,18 +87,20 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def small_file(folder: Path, name: str) -> Path | None:
-    """Return a file's path as ``inside``, None where there is none. Above ``MAX_SMALL_BYTES`` it is refused, too."""
-    if not (folder / name).is_file():
+    """Return the path of a small file of a folder; None where nothing has the name.
+
+    Raises CheckpointError where it may not be opened: see ``inside`` and ``input_files.opened``.
+    """
+    if not os.path.lexists(folder / name):
         return None
     path = inside(folder, name)
-    if (size := path.stat().st_size) > MAX_SMALL_BYTES:
-        raise CheckpointError(f"{folder / name}: is {size:,} bytes long; more than {MAX_SMALL_BYTES:,} is refused.")
-    return path
+    with input_files.opened(path, input_files.MAX_BYTES):
+        return path
 
 
 def weight_map(folder: Path, index_name: str) -> dict[str, str]:
     """Read an index: tensor name → weight file of the folder. Raises CheckpointError where one could lead elsewhere."""
-    weight_map = read_json(inside(folder, index_name)).get("weight_map")
+    weight_map = input_files.read_json(inside(folder, index_name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / index_name}: has no weight_map. Download it again.")
     elsewhere = {name: target for name, target in weight_map.items() if not is_weight_name(target)}

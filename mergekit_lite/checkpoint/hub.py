@@ -8,33 +8,18 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches
 from mergekit_lite.errors import CheckpointError, listing, nearest
+from mergekit_lite.plain_text import is_plain_line
 
 REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII
 )
-SMALL_FILES = (  # the files that travel with the weights; never code
-    "*config*.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*.json",
-    "vocab*.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*.j*",
-    "additional_chat_templates/*.jinja",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
+SMALL_FILES = ("config.json", "README.md", *COMPANIONS)
 
 
 def is_repository(reference: str) -> bool:
@@ -75,7 +60,8 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repo, revision=revision)
-    listed = {file.rfilename for file in info.siblings or ()}
+    # The client shows names while it downloads: those that a terminal would obey are no names.
+    listed = {file.rfilename for file in info.siblings or () if is_plain_line(file.rfilename)}
     if adapter:
         wanted = [folders.adapter_weights(repo, listed), folders.ADAPTER_CONFIG]
     elif folders.ADAPTER_CONFIG in listed and "config.json" not in listed:
@@ -83,7 +69,7 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
             f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
         )
     else:
-        wanted = [*_weights(repo, info.sha, listed), *(name for name in listed if _is_small_file(name))]
+        wanted = [*_weights(repo, info.sha, listed), *(name for name in listed if matches(name, SMALL_FILES))]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
     if folder.name != info.sha:
         raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
@@ -101,12 +87,6 @@ def _weights(repo: str, commit: str | None, names: set[str]) -> list[str]:
     if missing := [name for name in files if name not in names]:
         raise CheckpointError(listing(f"{repo}: its upload is incomplete, these shards are missing", missing))
     return files
-
-
-def _is_small_file(name: str) -> bool:
-    return not name.endswith(folders.INDEX_ENDING) and any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SMALL_FILES
-    )
 
 
 def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trouble: str) -> Path:

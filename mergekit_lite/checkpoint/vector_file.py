@@ -31,6 +31,8 @@ from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_
 from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
+from mergekit_lite.input_files import parse_json
+from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 
 KEY = "task_vector"
 VERSION = 1
@@ -127,7 +129,9 @@ def difference(delta: Delta, path: Path) -> TensorSpec:
 
 
 def check_output(path: Path) -> None:
-    """Raise UsageError where a task vector can't be written under this name, as its suffix is another."""
+    """Raise UsageError where a task vector can't be written under this name, for its suffix or its characters."""
+    if not is_plain_line(path.name):
+        raise UsageError(f"{path}: {NOT_PLAIN}. Choose another.")
     if path.suffix not in safetensors.SUFFIXES:
         raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
 
@@ -170,8 +174,8 @@ def _about(path: Path, text: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its description {what}. It is damaged, forged, or of another program.")
 
     try:
-        about = json.loads(text)
-    except (ValueError, RecursionError):
+        about = parse_json(text)
+    except ValueError:
         reject("is not valid JSON")
     if not isinstance(about, dict) or about.get("version") != VERSION:
         version = about.get("version") if isinstance(about, dict) else about

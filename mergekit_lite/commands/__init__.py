@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any, NoReturn
 
 import click
 
 from mergekit_lite._version import __version__
+from mergekit_lite.commands import streams
+from mergekit_lite.commands.limits import limit_reached
 from mergekit_lite.errors import MergekitLiteError, nearest
+from mergekit_lite.plain_text import plain
 
 COMMANDS = {  # with what help says of each in a line
     "extrapolate": "Go past an aligned model: ExPO on two checkpoints.",
@@ -28,6 +35,7 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
     "distill": "What was finished is kept: the same command goes on.",
     "boost": "What was measured is kept: the same command goes on.",
 }
+ONLY_PRINT = ("plan", "methods", "inspect", "compare")  # commands that have failed if nobody could read them
 LEFT_AT_ONCE = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")
 
 
@@ -63,18 +71,44 @@ class Commands(CommandGroup):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse what stands before the name of a command."""
+        with _plain_messages():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, context: click.Context) -> object:
         """Run the command; an error of this package is a message, not a traceback."""
         try:
-            return super().invoke(context)
+            with _plain_messages():
+                return super().invoke(context)
         except MergekitLiteError as error:
-            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(error), err=True)
-            sys.exit(error.exit_code)
+            _fail(str(error), error.exit_code)
+        except (ImportError, MemoryError, OSError) as error:
+            message = limit_reached(error)
+            if message is None:
+                raise
+            _fail(message, 1)
         except KeyboardInterrupt as interruption:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
             advice = str(interruption) or RESUMED.get(context.invoked_subcommand or "", "")
             click.echo(f"\nInterrupted. {advice}".rstrip(), err=True)
             sys.exit(1)
+
+
+@contextmanager
+def _plain_messages() -> Iterator[None]:
+    """Replace in click's messages what a terminal would obey: they repeat what was typed, or pasted."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = plain(error.message)  # type: ignore[misc]
+        raise
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(plain(message), err=True)
+    sys.exit(exit_code)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -97,15 +131,23 @@ def start() -> None:
     tenth of the import. Tearing down the interpreter takes 0.3 s once torch is loaded: commands that run nothing but
     this package leave without it. Others may have to end what they started, such as a log that is uploaded.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it is said how to go on
     gc.set_threshold(50_000, 20, 20)
+    out, err = streams.guarded()
     code: object = 0
     try:
         main(prog_name="mergekit-lite")
     except SystemExit as leaving:
         code = leaving.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    out.flush()
+    err.flush()
     status = code if isinstance(code, int) else 0 if code is None else 1
+    if out.failure is not None:
+        if not isinstance(out.failure, BrokenPipeError):  # a reader that has seen enough, as head does
+            print(f"Warning: what was to be printed got lost: {out.failure.strerror}.", file=err)
+        if len(sys.argv) > 1 and sys.argv[1] in ONLY_PRINT:
+            status = status or 1
     if len(sys.argv) > 1 and sys.argv[1] in LEFT_AT_ONCE:
         os._exit(status)
     sys.exit(status)

@@ -164,6 +164,7 @@ def _grid(texts: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boosting.boosting import search_and_write
     from mergekit_lite.boosting.summary import verdict
+    from mergekit_lite.commands.screen import made
 
     with _stopping_the_server():
         boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress)
@@ -171,11 +172,11 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return
     for line in verdict(boosted.result):
-        screen.out.print(line, markup=False)
+        screen.out.print(line)
     if boosted.finished is not None:
         for output in boosted.finished.outputs:
-            screen.out.print(f"[bold green]made[/] {output}")
-    screen.out.print(f"report: {boosted.page}", markup=False)
+            screen.out.print(made(output))
+    screen.out.print(f"report: {boosted.page}")
 
 
 @contextmanager
@@ -193,7 +194,7 @@ def _show_point(screen: Screen, point: Point) -> None:
 
     if not screen.quiet:
         why = point.dropped or ", ".join(point.beyond)
-        screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}", markup=False)
+        screen.err.print(f"{point.name}: {figures(point.gain)}{f', {why}' if why else ''}")
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:

@@ -75,7 +75,7 @@ def command(
     For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
     largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
     """
-    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.commands.screen import Screen, made
     from mergekit_lite.comparison import export, plots
     from mergekit_lite.comparison.comparison import compare
     from mergekit_lite.pages.drawing import check_drawable
@@ -105,8 +105,7 @@ def command(
         screen.warn(f"{name} has NaN or infinity; it is left out of layers and totals.")
     if not screen.quiet:
         for written in filter(None, (csv_path, plot, html_path)):
-            screen.err.print("[bold green]made[/] ", end="")
-            screen.err.print(str(written), markup=False)
+            screen.err.print(made(written))
 
 
 def _show(screen: Screen, comparison: Comparison) -> None:
@@ -128,7 +127,7 @@ def _show(screen: Screen, comparison: Comparison) -> None:
         screen.out.print(f"… and {len(comparison.tensors) - len(shown):,} more (-v shows all)")
     screen.out.print()
     for suggestion in suggestions(comparison):
-        screen.out.print(f"• {suggestion}", markup=False)
+        screen.out.print(f"• {suggestion}")
     screen.lines([f"not compared: {one.name} of {one.model}: {one.why}" for one in comparison.unmatched])
 
 

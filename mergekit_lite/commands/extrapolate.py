@@ -8,6 +8,7 @@ import click
 
 from mergekit_lite.commands import running, values
 from mergekit_lite.engine.run import RunOptions
+from mergekit_lite.plain_text import plain_line
 
 
 @click.command(
@@ -76,5 +77,5 @@ def command(
 
     plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, **options)
     if output is None and not view.quiet:
-        click.echo(f"Output: {', '.join(map(str, plan.outputs))}", err=True)
+        click.echo(plain_line(f"Output: {', '.join(map(str, plan.outputs))}"), err=True)
     running.carry_out(plan, run_options, view)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.output.companions import companions
 
@@ -12,8 +14,8 @@ if TYPE_CHECKING:
     from mergekit_lite.planning import Job, Plan
 
 
-def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
-    """Return everything that the plan decides."""
+def of_plan(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> dict[str, Any]:
+    """Return everything that the plan decides, with what it takes on some devices."""
     copied, not_copied = companions(plan)
     return {
         "inputs": [
@@ -28,7 +30,7 @@ def of_plan(plan: Plan, threads: int | None) -> dict[str, Any]:
         "files": [{"name": file.name, "bytes": file.size} for file in plan.layout.files],
         "bytes_to_read": plan.bytes_to_read,
         "bytes_to_write": plan.bytes_to_write,
-        "memory": memory_estimate(plan, threads),
+        "memory": memory_estimate(plan, threads, devices),
         "tensors": [_of_job(plan, job) for job in plan.jobs],
         "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
         "beside": {"copied": sorted(copied), "not_copied": not_copied},

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mergekit_lite.commands.screen import PLAIN_INTERVAL, console, table
 from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.plain_text import plain_line
 
 
 class TerminalReporter(Reporter):
@@ -61,7 +62,7 @@ class TerminalReporter(Reporter):
         outermost = self._bars is None
         if self._bars is None:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _Rate(),
@@ -101,7 +102,7 @@ def _plain(what: str, total: int, done: int) -> Callable[[int], None]:
             last = now
             speed = max(done - before, 1e-9) / (now - started)
             left = (total - done) / speed
-            line = f"{what}  {done / total:4.0%}  {done:,} of {total:,}  {rate(speed)}  {left:,.0f} s left"
+            line = f"{plain_line(what)}  {done / total:4.0%}  {done:,} of {total:,}  {rate(speed)}  {left:,.0f} s left"
             print(line, file=sys.stderr)
 
     return advance

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import values
+from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import RunOptions, check_outputs, run
 from mergekit_lite.errors import RunError
 
@@ -33,15 +34,21 @@ class View:
     verbose: bool
 
 
+takes_sync = click.option(
+    "--sync",
+    is_flag=True,
+    help="Hold through a power cut, too: wait until the disk has the output. Takes as long as the disk takes to write.",
+)
 OPTIONS = (
     click.option(
         "--threads",
         type=click.IntRange(min=1),
         help="Workers; by default one more than cores, as some wait for the disk.",
     ),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …, cuda:all or auto."),
     click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
+    takes_sync,
     click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -96,13 +103,14 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
     resume, threads = run_options["resume"], run_options["threads"]
+    devices = chosen_devices(run_options["device"])
     check_outputs(plan, resume=resume, force=run_options["force"])
     if not resume:
         _check_room(plan)
     if view.dry_run and view.as_json:
-        click.echo(json.dumps(json_output.of_plan(plan, threads), indent=1))
+        click.echo(json.dumps(json_output.of_plan(plan, threads, devices), indent=1))
     elif view.dry_run:
-        screen.plan(plan, threads)
+        screen.plan(plan, threads, devices)
     else:
         screen.headline(plan)
     screen.warn(delta_warning(plan))

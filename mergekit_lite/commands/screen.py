@@ -9,18 +9,23 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
 from mergekit_lite.output.companions import companions
+from mergekit_lite.plain_text import plain, plain_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Plan
@@ -43,11 +48,10 @@ class Screen:
     def warn(self, message: str | None) -> None:
         """Print a warning; None is no warning."""
         if message:
-            self.err.print("[yellow bold]Warning:[/] ", end="")
-            self.err.print(message, markup=False)
+            self.err.print(Text.assemble(("Warning:", "yellow bold"), f" {message}"))
 
-    def plan(self, plan: Plan, threads: int | None) -> None:
-        """Print the whole plan."""
+    def plan(self, plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> None:
+        """Print the whole plan, with what it takes on some devices."""
         rows = []
         for source in plan.inputs:
             nbytes = sum(spec.nbytes for spec in source.tensors.values())
@@ -57,7 +61,7 @@ class Screen:
         self.out.print(table(("", "path", "", ">size"), rows))
         self.out.print(
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
-            f"takes about {size(memory_estimate(plan, threads))} of memory\n"
+            f"takes about {size(memory_estimate(plan, threads, devices))} of memory\n"
         )
         if self.verbose:
             jobs = [
@@ -100,7 +104,7 @@ class Screen:
         """Print the outputs, and what became of alpha."""
         for output, report in zip(finished.outputs, finished.reports, strict=True):
             if not self.quiet:
-                self.out.print(f"[bold green]made[/] {output}  {size(plan.layout.nbytes)}")
+                self.out.print(made(output, plan.layout.nbytes))
                 self._effect(report)
                 self._coefficients(report)
             self.warn(_advice(report))
@@ -149,15 +153,30 @@ class Screen:
         """Print lines, the first few of them unless everything is to be shown."""
         shown = lines if self.verbose else lines[:SHOWN]
         for line in shown:
-            self.out.print(line, markup=False)
+            self.out.print(plain_line(line))
         if len(lines) > len(shown):
             self.out.print(f"… and {len(lines) - len(shown):,} more (-v shows all)")
+
+
+class PlainConsole(Console):
+    """A console on which text is text: no brackets are markup, and strangers' control characters are replaced."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render something to segments, of which only rich's own may hold control codes."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=plain(segment.text))
 
 
 def console(stream: TextIO) -> Console:
     """Return a console that wraps words on a terminal, and breaks no line in a file or pipe."""
     terminal = stream.isatty()
-    return Console(file=stream, highlight=False, soft_wrap=not terminal, width=None if terminal else PIPE_WIDTH)
+    width = None if terminal else PIPE_WIDTH
+    return PlainConsole(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
+
+
+def made(path: Path, nbytes: int | None = None) -> Text:
+    """Return the line that names something that was written, and its size if it is given."""
+    return Text.assemble(("made", "bold green"), f" {path}", "" if nbytes is None else f"  {size(nbytes)}")
 
 
 def size(count: float) -> str:

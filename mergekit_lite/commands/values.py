@@ -67,7 +67,7 @@ def parameters(_context: object, _option: object, texts: tuple[str, ...]) -> dic
             raise BadParameter(f"{text!r} should be NAME=VALUE, each name once, for instance 'density=0.2'.")
         try:
             parsed[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:  # what PyYAML raises of odd tags
             raise BadParameter(f"{text!r}: the value can't be read: {error}") from error
     return parsed
 

@@ -15,7 +15,7 @@ from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.vectors.extraction import Extracted
+    from mergekit_lite.vectors.extracted import Extracted
 
 
 class Signed(click.Command):
@@ -83,6 +83,7 @@ Examples:
 @click.option("--device", default="cpu", show_default=True, help="lowrank, lora: cpu, cuda, cuda:1 … or auto.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run.")
+@running.takes_sync
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
@@ -106,7 +107,7 @@ def extract(base: str, tuned: str, output: str, as_json: bool, quiet: bool, verb
 
 
 def _show(extracted: Extracted, screen: Screen) -> None:
-    from mergekit_lite.commands.screen import size, table
+    from mergekit_lite.commands.screen import made, size, table
 
     if screen.verbose:
         rows = [
@@ -114,7 +115,7 @@ def _show(extracted: Extracted, screen: Screen) -> None:
             for tensor in extracted.tensors
         ]
         screen.out.print(table(("tensor", "stored", ">size", ">‖difference‖", ">thrown away"), rows))
-    screen.out.print(f"[bold green]made[/] {extracted.output}  {size(extracted.nbytes)}")
+    screen.out.print(made(extracted.output, extracted.nbytes))
     differ = f"{counted(len(extracted.tensors), 'tensor')} differ, {extracted.unchanged:,} don't"
     exact = not any(tensor.lost for tensor in extracted.tensors)
     loss = "nothing thrown away" if exact else f"thrown away: {extracted.error:.4f} of ‖difference‖"

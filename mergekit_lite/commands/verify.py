@@ -11,6 +11,7 @@ import click
 
 from mergekit_lite.commands import running, values
 from mergekit_lite.errors import UsageError, counted, listing
+from mergekit_lite.plain_text import plain, plain_line
 
 if TYPE_CHECKING:
     from mergekit_lite.verification import Verification
@@ -45,7 +46,7 @@ Examples:
     help="Where an input is now; OLD is its reference in the manifest.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …, cuda:all or auto.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Print everything that is wrong, and the tensors made again.")
@@ -89,17 +90,12 @@ def _show(verdict: Verification, quiet: bool, verbose: bool) -> None:
             lines += [f"  {name}" for name in verdict.recomputed[:shown]]
             if len(verdict.recomputed) > shown:
                 lines.append(f"  … and {len(verdict.recomputed) - shown:,} more")
-        lines += [f"note: {note}" for note in verdict.notes]
+        lines += [f"note: {plain_line(note)}" for note in verdict.notes]
     lines += [f"not checked: {what}" for what in verdict.unchecked if not quiet]
     if verdict.findings:
         title = f"{verdict.output} is not sound, {counted(len(verdict.findings), 'finding')}"
-        lines.append(listing(title, list(map(str, verdict.findings)), shown))
+        lines.append(listing(title, [plain_line(str(finding)) for finding in verdict.findings], shown))
     elif not quiet:
         lines.append(f"{verdict.output} is sound" + (" as far as it was checked" if verdict.unchecked else ""))
     for line in lines:
-        click.echo("\n".join(map(_plain, line.split("\n"))))
-
-
-def _plain(line: str) -> str:
-    """Return the line without characters that could play tricks on a terminal."""
-    return "".join(character if character.isprintable() else "�" for character in line)
+        click.echo(plain(line))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
@@ -21,13 +21,14 @@ from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
 from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
 from mergekit_lite.comparison.survey import survey
 from mergekit_lite.engine.schedule import Progress
-from mergekit_lite.errors import counted
+from mergekit_lite.errors import CheckpointError, counted
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.configs import NOT_TEXT
 from mergekit_lite.planning.tokenizers import is_tokenizer_file, template_of, vocabulary_of
 from mergekit_lite.recipe.layers import place, stacks
 from mergekit_lite.recipe.templates import TEMPLATES
 
+T = TypeVar("T")
 ACCIDENT_SHARE = 0.1  # share of the layers that differ up to which it looks like an accident, above it like design
 SHOWN_LAYERS = 8
 FROM_CONFIG = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -304,7 +305,12 @@ def _doubts_of_projections(checkpoint: Checkpoint, config: Mapping[str, Any]) ->
 
 
 def _doubts_of_tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
-    tokens = vocabulary_of(checkpoint)
+    tokens: dict[int, str] = {}
+    try:
+        tokens = vocabulary_of(checkpoint)
+        template_of(checkpoint)
+    except CheckpointError as error:
+        yield str(error)
     rows = [
         spec.shape[0] for name, spec in checkpoint.tensors.items() if tied_weights.is_embedding(name) and spec.shape
     ]
@@ -329,6 +335,14 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **nested[0]} if len(nested) == 1 else config
 
 
+def _readable(read: Callable[[Checkpoint], T], checkpoint: Checkpoint) -> T | None:
+    """Return what is read of a model; None where its file can't be read, of which the doubts speak."""
+    try:
+        return read(checkpoint)
+    except CheckpointError:
+        return None
+
+
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     """Return facts of the tokenizer and the chat template, as text by name."""
     folder = checkpoint.folder
@@ -336,9 +350,9 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     facts = {"files": ", ".join(name for name in files if is_tokenizer_file(name)) or "none"}
-    if tokens := vocabulary_of(checkpoint):
+    if tokens := _readable(vocabulary_of, checkpoint):
         facts["vocabulary"] = f"{counted(len(tokens), 'token')}, numbers up to {max(tokens):,}"
-    template = template_of(checkpoint)
+    template = _readable(template_of, checkpoint)
     known = next((name for name, text in TEMPLATES.items() if text == template), None)
     lines = f"{counted(len(template), 'character')}" if template else "none"
     facts["chat template"] = f"{known} ({lines})" if known else lines

@@ -101,7 +101,7 @@ def survey(
             return (number, parts, None) if len(scan.tasks) > 1 else (number, [], scan.result(parts))
 
     room = max((scan.chunk for scan in scans), default=0) * widest
-    pool = Pool(threads or available_cores(), CPU, inputs, room, processes=processes)
+    pool = Pool(threads or available_cores(), [CPU], inputs, room, processes=processes)
     unfinished: dict[int, list[SectionSums]] = {}  # of tensors that several workers share
     with tuned_process():
         for number, parts, result in pool.run(tasks, work):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mergekit_lite.answers.ledger import Ledger
-from mergekit_lite.answers.rows import Key, Prompt
+from mergekit_lite.answers.rows import ANSWER, Key, Prompt
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
@@ -88,7 +88,7 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
-    missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of).missing
+    missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER).missing
     where = source.server or "in this process"
     return SourceRequests(source.name, source.model, where, len(keys), len(keys) - len(missing))
 

@@ -17,7 +17,7 @@ from typing import Any
 from mergekit_lite.answers.asking import Respondent, Task
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
-from mergekit_lite.answers.rows import Answer, Key, Prompt, read_rows, seed_of
+from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
@@ -159,7 +159,7 @@ def key_of(row: dict[str, Any]) -> Key:
 def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceTasks:
     tasks = tasks_of(recipe, source, prompts)
     path = Folder(recipe.folder).samples(source.name)
-    return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of))
+    return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of, ANSWER))
 
 
 def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.ledger import Ledger
-from mergekit_lite.answers.rows import Key, Prompt, read_rows
+from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
 from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
 from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer
 from mergekit_lite.distillation.folder import Folder
@@ -57,14 +57,12 @@ class SourceAnswers:
 
     def items(self, problems: list[str]) -> Iterator[Item]:
         """Yield the answers in the order of the file; malformed rows become problems."""
-        for line in read_rows(self.path, problems):
-            try:
-                key, text = Key(line.row["prompt"], line.row["index"]), line.row["text"]
-                prompt = self.prompts[key.prompt]
-            except KeyError as error:
-                problems.append(f"{self.path}:{line.number}: no {error.args[0]!r} in the row, or among the prompts")
-                continue
-            if self.domains is None or prompt.domain in self.domains:
+        for line in read_rows(self.path, problems, ANSWER):
+            key, text = Key(line.row["prompt"], line.row["index"]), line.row["text"]
+            prompt = self.prompts.get(key.prompt)
+            if prompt is None:
+                problems.append(f"{self.path}:{line.number}: no {key.prompt!r} among the prompts")
+            elif self.domains is None or prompt.domain in self.domains:
                 yield Item(key, digest_of(prompt, text), Judged(prompt, text))
 
 
@@ -141,7 +139,7 @@ def _task(
             raise KeyError("a verdict on another answer")
         return key
 
-    ledger = Ledger(folder.scores(scorer.name, source), tuple(digests), key_of)
+    ledger = Ledger(folder.scores(scorer.name, source), tuple(digests), key_of, VERDICT)
     return ScoringTask(scorer, source, answers, ledger, digests)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.errors import UsageError, listing
+from mergekit_lite.errors import UnreadableError, UsageError, listing
+from mergekit_lite.input_files import read_json
 
 
 def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal: str | None, advice: str) -> None:
@@ -38,8 +39,7 @@ def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal
 
 def _read(path: Path, results: str) -> dict[str, Any]:
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"Can't read {path}: {error}. Delete it, if the {results} are those of this recipe."
+        return read_json(path)
+    except UnreadableError as error:
+        message = f"Can't read {path}: {error.reason}. Delete it, if the {results} are those of this recipe."
         raise UsageError(message) from error
-    return saved if isinstance(saved, dict) else {}

@@ -2,19 +2,21 @@
 
 On the CPU they are a few buffers that stay in cache. For a GPU they are pinned, and the worker has a stream of its own:
 copies to the device, arithmetic and copies back are queued there without waiting, so that while one worker's block is
-on its way, another's is computed and a third is read or written.
+on its way, another's is computed and a third is read or written. Streams know nothing of each other: what is made on
+one of them is not for the others.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader, bytes_of
+from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
+from mergekit_lite.engine.devices import explained
 from mergekit_lite.ops import CPU
 
 __all__ = ["CPU", "WorkerBuffers"]
@@ -25,13 +27,28 @@ class WorkerBuffers:
 
     def __init__(self, device: str, inputs: int, nbytes: int) -> None:
         self.device = device
-        self._inputs = [_buffer(device, nbytes) for _ in range(inputs)]
-        self._output = _buffer(device, nbytes)
-        self._stream = None if device == CPU else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.nbytes = nbytes
+        self._inputs = [_buffer(nbytes) for _ in range(inputs)]
+        self._output = _buffer(nbytes)
+        self._stream: torch.cuda.Stream | None = None
 
-    def working(self) -> AbstractContextManager[object]:
-        """Return the context in which the worker's tensors are made and used."""
-        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Give the context in which the worker's tensors are made and used; at its end all of them are finished.
+
+        Raises RunError where the device fails, is out of memory or can't pin the buffers.
+        """
+        if self.device == CPU:
+            yield
+            return
+        # Memory is pinned in the context of this very device: no other GPU gets one.
+        with explained(self.device), torch.cuda.device(self.device), _pinned([*self._inputs, self._output]):
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:
+                self.wait()
 
     def read(self, reader: Reader, index: int, spec: TensorSpec, start: int, count: int, skew: int = 0) -> memoryview:
         """Read elements of the ``index``-th input, and return their bytes, valid until the next read of that input.
@@ -61,9 +78,26 @@ class WorkerBuffers:
             self._stream.synchronize()
 
 
-def _buffer(device: str, nbytes: int) -> memoryview:
+def _buffer(nbytes: int) -> memoryview:
     """Return memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
-    nbytes += mmap.PAGESIZE
-    if device == CPU:
-        return memoryview(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    return bytes_of(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+    return memoryview(mmap.mmap(-1, nbytes + mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+@contextmanager
+def _pinned(buffers: Sequence[memoryview]) -> Iterator[None]:
+    """Pin some buffers for a while: their very bytes.
+
+    What torch pins by itself it rounds up to a power of two, and keeps until the process ends.
+    """
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    pinned: list[int] = []
+    try:
+        for buffer in buffers:
+            address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+            if int(cuda.cudaHostRegister(address, len(buffer), 0)) != 0:
+                raise RuntimeError(f"CUDA can't pin {len(buffer):,} bytes of the host's memory: out of memory")
+            pinned.append(address)
+        yield
+    finally:
+        for address in pinned:
+            cuda.cudaHostUnregister(address)

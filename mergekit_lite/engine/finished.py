@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import bounds
+from mergekit_lite.errors import UnreadableError
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.output.manifest import READ_BYTES, frame_of
-from mergekit_lite.output.workspace import own_manifest
+from mergekit_lite.output.publishing import is_published
 from mergekit_lite.planning import Job, Plan
 
 
-def is_finished(output: Path, plan: Plan, number: int) -> bool:
-    """Return True where this very plan made the weights under an output's name; every byte of them is read."""
-    manifest = own_manifest(output, plan, number)
-    if manifest is None:
-        return False
+def is_finished(plan: Plan, number: int, *, force: bool, sync: bool) -> bool:
+    """Return True where this very plan made what has the name of its output ``number``.
+
+    Every byte is read. What a kill kept from being done is finished, as ``is_published`` says. Raises RunError.
+    """
+    output = plan.outputs[number]
+    describes = partial(_describes, plan, output)
+    return is_published(output, plan.digest(number), plan.input_files, describes, force=force, sync=sync)
+
+
+def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:
+    """Return whether the weights under an output's name are those that a manifest of its plan describes."""
     paths = [output if is_single_file(output) else output / file.name for file in plan.layout.files]
     jobs = {job.name: job for job in plan.jobs}
     try:
@@ -34,7 +44,7 @@ def is_finished(output: Path, plan: Plan, number: int) -> bool:
                     content.seek(plan.layout.places[tensor.name][1])
                     if _digest(content, jobs[tensor.name]) != manifest["tensors"][tensor.name]["output"]:
                         return False
-    except (OSError, LookupError, TypeError, ValueError):  # a file that is missing, or a manifest that was changed
+    except (OSError, UnreadableError, LookupError, TypeError, ValueError):  # missing files, or a manifest that changed
         return False
     return True
 

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Sequence
+
 from mergekit_lite.checkpoint.encodings.sum import Sum
+from mergekit_lite.engine.pool import writing_workers
+from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
+from mergekit_lite.methods import method_named
+from mergekit_lite.ops import CPU
 from mergekit_lite.planning import Job, Plan
 
 PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
+WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of which the host keeps a part
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
-PER_TENSOR = 4_000  # the plan and the journal
+PER_TENSOR = 3_000  # the plan, the tasks and the journal; measured: 2,000 for two models
 
 
-def memory_estimate(plan: Plan, threads: int | None) -> int:
-    """Return the bytes of resident memory that a run on the CPU is expected to take at most."""
-    from mergekit_lite.engine.pool import writing_workers
+def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> int:
+    """Return the bytes of the host's resident memory that a run is expected to take at most.
 
+    On GPUs nearly all of it is pinned. ``threads`` are as for ``run``.
+    """
+    workers, block = workers_and_block(devices, threads, writing_workers())
+    on_cpu = CPU in devices
     buffers = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
+    if not on_cpu:
+        buffers = pinned_bytes(plan, block)
     folds = any(isinstance(spec.encoding, Sum) for job in plan.jobs for spec in job.inputs)
     factors = REMEMBERED_FACTORS if folds else 0
     buffers += FOLDING if folds else 0
-    runtime = WITH_TORCH if _needs_torch(plan) else PYTHON
-    return runtime + factors + (threads or writing_workers()) * buffers + PER_TENSOR * len(plan.jobs)
+    runtime = WITH_CUDA if not on_cpu else WITH_TORCH if _needs_torch(plan) else PYTHON
+    return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
+
+
+def pinned_bytes(plan: Plan, block: int) -> int:
+    """Return the bytes of the buffers of one worker with a GPU, which computes ``block`` elements at once."""
+    rows = max(map(_row, plan.merged), default=0)
+    return (plan.most_inputs + 1) * ((max(block, CHUNK) + 2 * rows) * plan.widest_element + mmap.PAGESIZE)
+
+
+def _row(job: Job) -> int:
+    """Return the length of the rows that blocks of a merged job don't split, 0 where it may be cut anywhere."""
+    method = method_named(job.method)
+    arguments = method.resolve(job.parameters[0], len(job.inputs) - job.has_base, job.has_base)
+    return method.rows(job.shape, **arguments) if method.rows is not None else 0
 
 
 def _needs_torch(plan: Plan) -> bool:

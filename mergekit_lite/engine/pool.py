@@ -6,9 +6,10 @@ import ctypes
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from queue import Empty, SimpleQueue
 from typing import TypeAlias, TypeVar
 
@@ -30,13 +31,13 @@ class Workers:
 
     Attributes:
         count: of the workers.
-        device: to compute on.
+        devices: to compute on; the workers are spread over them.
         block: elements that each computes at once.
         processes: fork the workers instead of starting threads, where that is possible.
     """
 
     count: int
-    device: str
+    devices: Sequence[str]
     block: int
     processes: bool = False
 
@@ -44,14 +45,18 @@ class Workers:
 class Pool:
     """Workers that do tasks until none is left, one fails, or the run is interrupted.
 
-    Each has buffers of ``nbytes`` for ``inputs`` inputs and an output. A worker is a thread, or where ``processes`` is
-    set a process of its own, which gets a copy of this one when the tasks begin: only what a task returns comes back.
+    Each has buffers of ``nbytes`` for ``inputs`` inputs and an output, and one of the ``devices``. A worker is a
+    thread, or where ``processes`` is set a process of its own, which gets a copy of this one when the tasks begin: only
+    what a task returns comes back.
     """
 
-    def __init__(self, workers: int, device: str, inputs: int, nbytes: int, *, processes: bool = False) -> None:
+    def __init__(
+        self, workers: int, devices: Sequence[str], inputs: int, nbytes: int, *, processes: bool = False
+    ) -> None:
         self.workers = workers
-        self.processes = processes and workers > 1 and device == CPU
-        self._buffers = (device, inputs, nbytes)
+        self.processes = processes and workers > 1 and CPU in devices
+        self._devices = devices
+        self._room = (inputs, nbytes)
         self._stop = threading.Event()
 
     @property
@@ -59,15 +64,16 @@ class Pool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Sequence[Task], do: Do[Task, Result]) -> Iterator[Result]:
+    def run(self, tasks: Iterable[Task], do: Do[Task, Result]) -> Iterator[Result]:
         """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised."""
+        tasks = list(tasks)
         if self.processes and len(tasks) > 1:
             return forked(self.workers, tasks, lambda: self._worker(do))
         return self._threaded(tasks, do)
 
     def _worker(self, do: Do[Task, Result]) -> Callable[[Task], Result]:
         """Return what does the tasks of one process."""
-        buffers, reader = WorkerBuffers(*self._buffers), Reader()
+        buffers, reader = WorkerBuffers(CPU, *self._room), Reader()
 
         return lambda task: do(buffers, reader, task)
 
@@ -77,7 +83,8 @@ class Pool:
             todo.put(task)
         done: Done[Result] = SimpleQueue()
         with Reader() as reader:
-            threads = [threading.Thread(target=self._work, args=(reader, todo, done, do)) for _ in range(self.workers)]
+            devices = islice(cycle(self._devices), self.workers)
+            threads = [threading.Thread(target=self._work, args=(on, reader, todo, done, do)) for on in devices]
             for thread in threads:
                 thread.start()
             try:
@@ -92,9 +99,11 @@ class Pool:
                     thread.join()
                 self._stop.clear()
 
-    def _work(self, reader: Reader, todo: SimpleQueue[Task], done: Done[Result], do: Do[Task, Result]) -> None:
+    def _work(
+        self, device: str, reader: Reader, todo: SimpleQueue[Task], done: Done[Result], do: Do[Task, Result]
+    ) -> None:
         try:
-            buffers = WorkerBuffers(*self._buffers)
+            buffers = WorkerBuffers(device, *self._room)
             with buffers.working():
                 while not self._stop.is_set():
                     done.put((do(buffers, reader, todo.get_nowait()), None))

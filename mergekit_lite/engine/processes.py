@@ -1,104 +1,227 @@
 """Workers as processes of their own, for the CPU on Linux.
 
 A merge is hundreds of short torch calls a block, and between them a thread holds Python's lock: two threads spend a
-quarter of their time on handing it over. Forked processes don't, and share all memory that they don't write to. Each
-is given the numbers of its tasks and sends back what they made; nothing else is shared but the files.
+quarter of their time on handing it over. Forked processes don't, and share all memory that nobody writes to. Python
+counts references in the objects themselves, so a worker that looked at the plan would soon have a copy of it. That is
+why all tasks are pickled before the workers are forked: a worker is sent the number of a task, reads its bytes in the
+memory they all share, and sends back what the task made. Nothing else is shared but the files.
+
+No worker outlives its parent. The system kills it with the parent, and one that started too late to be told by the
+system finds that its parent is another, or that its connection has no other end.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
-import multiprocessing
+import os
+import pickle
 import signal
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any, NoReturn, TypeVar
 
 from mergekit_lite.errors import RunError
 
 AHEAD = 2  # tasks that a worker has been given besides the one it does, so that it never waits for the next
 PR_SET_PDEATHSIG = 1
+GOES_ON = "A command that takes --resume goes on with what was finished."
+ADVICE = {  # by the signal that ended a worker
+    signal.SIGKILL: "Usually that means that the memory ran out: fewer --threads need less.",
+    signal.SIGTERM: "Somebody stopped it.",
+    signal.SIGXCPU: "Its processor time ran out: raise the limit (ulimit -t).",
+}
+TO_START = {  # what else helps, by the error that keeps a worker from being started
+    errno.EMFILE: "; or raise the limit of open files: ulimit -n 1024",
+    errno.EAGAIN: "; or raise the limit of processes (ulimit -u)",
+    errno.ENOMEM: "; or free some memory, or raise its limit (ulimit -v)",
+}
+CRASHED = "A library crashed in it: look for faulty memory or a faulty disk, and report it where it comes again."
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Worker = Callable[[], Callable[[Task], Result]]  # made in each process: what does its tasks
 
 
-def forked(workers: int, tasks: Sequence[Task], worker: Worker[Task, Result]) -> Iterator[Result]:
+def forked(workers: int, tasks: Iterable[Task], worker: Worker[Task, Result]) -> Iterator[Result]:
     """Yield what ``worker()`` makes of each task, as they get done.
 
+    Tasks and results travel by pickle.
+
     Raises:
-        RunError: a process was killed.
+        RunError: a process could not be started, ended early, or can't be reached.
         Exception: what the first failing task raised. The other processes are stopped.
     """
-    processes: dict[Connection, ForkProcess] = {}
-    todo = iter(range(len(tasks)))
-    left = len(tasks)
+    return _done([pickle.dumps(task, pickle.HIGHEST_PROTOCOL) for task in tasks], workers, worker)
+
+
+def _done(packed: Sequence[bytes], workers: int, worker: Worker[Task, Result]) -> Iterator[Result]:
+    """Yield what the workers make of each task."""
+    numbers = iter(range(len(packed)))
+    team: dict[Connection, _Process] = {}
+    gc.freeze()  # searching what is there now for garbage would copy all its pages, here and in each worker
     try:
-        for _ in range(min(workers, left)):
-            connection, process = _started(tasks, worker)
-            processes[connection] = process
-            for first in islice(todo, 1 + AHEAD):
-                connection.send(first)
-        while left:
-            for ready in wait(list(processes)):
-                assert isinstance(ready, Connection)
-                result = _received(ready, processes[ready])
-                if (number := next(todo, None)) is not None:
-                    with suppress(ConnectionError):  # of a process that was killed meanwhile: the next look tells
-                        ready.send(number)
-                left -= 1
-                yield result
+        for number in range(1, min(workers, len(packed)) + 1):
+            process = _started(number, list(team), packed, worker)
+            team[process.connection] = process
+        for process in team.values():
+            for task in islice(numbers, 1 + AHEAD):
+                process.give(task)
+        for _ in packed:
+            process = team[_first_ready(list(team))]
+            result = process.result()
+            if (next_task := next(numbers, None)) is not None:
+                process.give(next_task)
+            yield result
     finally:
-        for connection, process in processes.items():
-            process.kill()  # at the end they only wait; what is half done when one fails is not in the journal
-            process.join()
-            connection.close()
+        for process in team.values():
+            process.end()  # they only wait now; what is half done where one failed is not in the journal
+        gc.unfreeze()
 
 
-def _started(tasks: Sequence[Task], worker: Worker[Task, Result]) -> tuple[Connection, ForkProcess]:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, tasks, worker), daemon=True)
-    with warnings.catch_warnings():  # the other threads, a progress bar's, hold nothing that a worker needs
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
-    theirs.close()  # so that the end of the process ends the connection
-    return ours, process
+@dataclass
+class _Process:
+    """One worker, as its parent sees it: its number among the workers, and this end of the connection to it."""
+
+    number: int
+    pid: int
+    connection: Connection
+    status: int | None = None  # once it has ended; as ``os.waitstatus_to_exitcode`` gives it
+
+    def give(self, task: int) -> None:
+        """Send it the number of a task. Raises RunError."""
+        try:
+            self.connection.send(task)
+        except ConnectionError:
+            return  # it has ended: whoever waits for its result is told how
+        except OSError as error:
+            raise self._out_of_reach(error) from error
+
+    def result(self) -> Any:
+        """Receive what a task made. Raises what the task raised; RunError where the process has ended."""
+        try:
+            result, failure = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise RunError(f"Worker {self.number} (process {self.pid}) {self._how_it_ended()} {GOES_ON}") from None
+        except OSError as error:
+            raise self._out_of_reach(error) from error
+        if failure is not None:
+            raise failure
+        return result
+
+    def end(self) -> None:
+        """End it, and wait until it is gone."""
+        if self.status is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        self._wait()
+        self.connection.close()
+
+    def _wait(self) -> int:
+        if self.status is None:
+            self.status = 0
+            with suppress(ChildProcessError):  # where SIGCHLD is ignored, the system keeps no status
+                self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+    def _how_it_ended(self) -> str:
+        """Say how it ended, and what to do."""
+        status = self._wait()
+        if status < 0:
+            number = signal.Signals(-status)
+            return f"was ended by {number.name} before its work was done. {ADVICE.get(number, CRASHED)}"
+        if status == os.EX_IOERR:
+            return "ended, as it could not send a result."
+        return f"ended before its work was done{f' (exit status {status})' if status else ''}."
+
+    def _out_of_reach(self, error: OSError) -> RunError:
+        return RunError(f"Worker {self.number} (process {self.pid}) can't be reached: {error.strerror}. {GOES_ON}")
 
 
-def _received(connection: Connection, process: ForkProcess) -> Any:
+def _first_ready(connections: Sequence[Connection]) -> Connection:
+    """Return a connection from which something can be read."""
+    ready = wait(connections)[0]
+    assert isinstance(ready, Connection)
+    return ready
+
+
+def _started(
+    number: int, others: Sequence[Connection], packed: Sequence[bytes], worker: Worker[Task, Result]
+) -> _Process:
+    """Fork a worker. ``others`` are the parent's connections to earlier workers. Raises RunError."""
+    parent = os.getpid()
+    held = {signal.SIGINT, signal.SIGTERM}
     try:
-        result, failure = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process.join()
-        code = process.exitcode or 0
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        ours, theirs = Pipe()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, held)  # a child that they hit would not know yet what to do
+        try:
+            with warnings.catch_warnings():  # the other threads, a progress bar's, hold nothing that a worker needs
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                _live(parent, before, [*others, ours], theirs, packed, worker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    except OSError as error:
+        remedy = TO_START.get(error.errno or 0, "")
         raise RunError(
-            f"A worker process ended before its work was done ({name}). SIGKILL usually means that the memory ran out: "
-            "fewer --threads need less. A command that takes --resume goes on with what was finished."
-        ) from None
-    if failure is not None:
-        raise failure
-    return result
+            f"Worker {number} can't be started: {error.strerror}. Fewer --threads need less{remedy}. {GOES_ON}"
+        ) from error
+    theirs.close()  # so that the end of the process ends the connection
+    return _Process(number, pid, ours)
 
 
-def _serve(connection: Connection, tasks: Sequence[Task], worker: Worker[Task, Result]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor do they outlive it
-    gc.freeze()  # what was there before stays: searching it for garbage would copy all its pages into this process
+def _live(
+    parent: int,
+    signals: Iterable[int],
+    not_ours: Iterable[Connection],
+    connection: Connection,
+    packed: Sequence[bytes],
+    worker: Worker[Task, Result],
+) -> NoReturn:
+    """Be a worker until there is no parent; ``signals`` are those that are blocked outside of the fork."""
+    status = os.EX_OK
     try:
-        do = worker()
-        while True:
-            connection.send((do(tasks[connection.recv()]), None))
-    except EOFError:
-        return
-    except BaseException as failure:
-        connection.send((None, failure))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for other in not_ours:
+            other.close()  # while a worker held the parent's end, the parent's end would not be noticed
+        if os.getppid() == parent:
+            _serve(connection, packed, worker)
+    except OSError:
+        status = os.EX_IOERR
+    finally:
+        os._exit(status)  # nothing of the parent's is tidied up
+
+
+def _serve(connection: Connection, packed: Sequence[bytes], worker: Worker[Task, Result]) -> None:
+    """Do tasks until the connection ends. Raises OSError where it breaks."""
+    do: Callable[[Task], Result] | None = None
+    while True:
+        try:
+            number = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            do = do or worker()
+            answer = pickle.dumps((do(pickle.loads(packed[number])), None))
+        except BaseException as failure:
+            answer = pickle.dumps((None, _sendable(failure)))
+        connection.send_bytes(answer)
+
+
+def _sendable(failure: BaseException) -> BaseException:
+    """Return a failure, or where pickling loses it or its message one that says the same."""
+    with suppress(Exception):
+        if str(pickle.loads(pickle.dumps(failure))) == str(failure):
+            return failure
+    return RunError("".join(traceback.format_exception_only(failure)).strip())

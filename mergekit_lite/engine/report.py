@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
 
+from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Job, Plan
 
@@ -69,15 +70,18 @@ class Report:
 
 def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -> Report:
     """Sum up one output. Sums are taken in a fixed order, so the figures are the same for any number of threads."""
-    by_job: dict[int, list[Record]] = {}
-    for key in sorted(records):
-        by_job.setdefault(key[0], []).append(records[key])
     effects: list[TensorEffect] = []
     moved: list[float] = []  # ⟨out − aligned, delta⟩ of each tensor, scaled up from the sample
     deltas: list[float] = []  # ⟨delta, delta⟩ likewise
-    identical = seen_all = 0
+    coefficients: dict[str, dict[str, float]] = {}
+    identical = seen_all = merged = elements = 0
     for index, job in enumerate(plan.jobs):
-        of_job = [record for record in by_job.get(index, []) if record.sums]  # none of a job that is only copied
+        merged += bool(job.merged_elements)
+        elements += job.merged_elements
+        of_job = _of_job(records, index, job)
+        if of_job and of_job[0].coefficients:
+            coefficients[job.name] = _by_model(plan, job, of_job[0].coefficients)
+        of_job = [record for record in of_job if record.sums]  # none of a job that is only copied
         if not of_job:
             continue
         dot, square, seen = (math.fsum(record.sums[k] for record in of_job) for k in range(3))
@@ -90,44 +94,56 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
         moved.append(dot * job.merged_elements / seen if seen else 0.0)
         deltas.append(square * job.merged_elements / seen if seen else 0.0)
     total = math.fsum(deltas)
-    elements = sum(job.merged_elements for job in plan.merged) if effects else 0
     return Report(
-        merged=len(plan.merged),
-        copied=len(plan.copied),
+        merged=merged,
+        copied=len(plan.jobs) - merged,
         identical=identical,
         asked=math.fsum(e.asked * d for e, d in zip(effects, deltas, strict=True)) / total if total else None,
         effective=math.fsum(moved) / total if total else None,
-        rms_delta=math.sqrt(total / elements) if elements else 0.0,
+        rms_delta=math.sqrt(total / elements) if effects and elements else 0.0,
         exact=seen_all == len(effects),
         tensors=tuple(effects),
-        coefficients=_coefficients(plan, records),
+        coefficients=coefficients,
     )
 
 
-def _coefficients(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, float]]:
-    """Return the coefficients by tensor and model; those of a model that is listed twice are added up."""
-    coefficients: dict[str, dict[str, float]] = {}
-    for index, job in enumerate(plan.jobs):
-        record = records.get((index, 0))
-        if record is None or not record.coefficients:
-            continue
-        of_tensor = coefficients.setdefault(job.name, {})
-        for model, coefficient in zip(job.models, record.coefficients, strict=False):  # a base comes last, without one
-            reference = plan.inputs[model].reference
-            of_tensor[reference] = of_tensor.get(reference, 0.0) + coefficient
-    return coefficients
+def _of_job(records: Mapping[tuple[int, int], Record], index: int, job: Job) -> list[Record]:
+    """Return the records of a job's spans, in their order."""
+    of_job = [records.get((index, begin)) for begin, _ in bounds(job.numel, job.merged_elements)]
+    return [record for record in of_job if record is not None]
 
 
-def tensor_digests(plan: Plan, records: Mapping[tuple[int, int], Record]) -> dict[str, dict[str, Any]]:
-    """Return for each output tensor the digests of its bytes and its inputs': xxh3-128 over the digests of the spans.
+def _by_model(plan: Plan, job: Job, coefficients: Sequence[float]) -> dict[str, float]:
+    """Return the coefficients of a tensor by model; those of a model that is listed twice are added up."""
+    by_model: dict[str, float] = {}
+    for model, coefficient in zip(job.models, coefficients, strict=False):  # a base comes last, without one
+        reference = plan.inputs[model].reference
+        by_model[reference] = by_model.get(reference, 0.0) + coefficient
+    return by_model
+
+
+class TensorDigests(Mapping[str, dict[str, Any]]):
+    """For each output tensor the digests of its bytes and its inputs': xxh3-128 over the digests of the spans.
 
     Where there are several spans, theirs too, one behind the other; and how many elements went through the method where
-    the rest was copied, as the two parts have spans of their own.
+    the rest was copied, as the two parts have spans of their own. They are computed when they are asked for.
     """
-    spans: dict[int, list[Record]] = {index: [] for index in range(len(plan.jobs))}
-    for key in sorted(records):
-        spans[key[0]].append(records[key])
-    return {job.name: _digests(job, spans[index]) for index, job in enumerate(plan.jobs)}
+
+    def __init__(self, plan: Plan, records: Mapping[tuple[int, int], Record]) -> None:
+        self._plan = plan
+        self._records = records
+        self._indices = {job.name: index for index, job in enumerate(plan.jobs)}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        index = self._indices[name]
+        job = self._plan.jobs[index]
+        return _digests(job, _of_job(self._records, index, job))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
 
 def _digests(job: Job, records: list[Record]) -> dict[str, Any]:

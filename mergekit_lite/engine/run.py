@@ -10,25 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.devices import chosen_devices, kind_of
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
-from mergekit_lite.engine.report import Report, report, tensor_digests
+from mergekit_lite.engine.report import Report, TensorDigests, report
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
 from mergekit_lite.options import named_options
-from mergekit_lite.output.companions import write_companions
-from mergekit_lite.output.workspace import (
-    OutputWorkspace,
-    check_target,
-    finish_publishing,
-    is_half_published,
-    manifest_path,
-    own_manifest,
-    tidy,
-)
+from mergekit_lite.output.companions import companion_names, write_companions
+from mergekit_lite.output.publishing import check_target, own_manifests
+from mergekit_lite.output.working_folder import WorkingFolder
+from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.planning import Plan
 
 if TYPE_CHECKING:
@@ -52,12 +46,15 @@ class RunOptions(TypedDict, total=False):
 
     Attributes:
         threads: workers; by default one more than there are cores, or enough to keep a GPU's copies going.
-        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto`` (a GPU where one is there).
+        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` …, ``cuda:all`` (every GPU) or ``auto`` (a GPU where one is
+            there).
         block: elements read, computed and written at once, rounded up to whole grains; changes no byte of the output.
         resume: go on with what an earlier run of the same plan left.
         force: replace existing outputs, and drop what an earlier run left unless ``resume`` is set too.
+        sync: bring each output to the disk before it gets its name, and its name after, so that a power cut can't undo
+            or damage what was published; takes as long as the disk takes to write the output.
         allow_nonfinite: publish even where weights are NaN or infinite.
-        progress: called with (bytes read, bytes in all) after each span.
+        progress: called with (bytes read, bytes in all) after each span, or some small ones.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
     """
@@ -67,6 +64,7 @@ class RunOptions(TypedDict, total=False):
     block: int | None
     resume: bool
     force: bool
+    sync: bool
     allow_nonfinite: bool
     progress: Progress | None
     processes: bool
@@ -90,30 +88,24 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         NonFiniteError: weights are NaN or infinite; everything is kept for ``resume`` with ``allow_nonfinite``.
     """
     started = time.monotonic()
-    resume, force = options.get("resume", False), options.get("force", False)
-    place = chosen_device(options.get("device", CPU))
-    workers, usual_block = workers_and_block(place, options.get("threads"), writing_workers())
+    resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
+    devices = chosen_devices(options.get("device", CPU))
+    workers, usual_block = workers_and_block(devices, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
-    if resume:
-        for output in plan.outputs:
-            finish_publishing(output)
-    finished = [resume and is_finished(output, plan, v) for v, output in enumerate(plan.outputs)]
+    finished = [resume and is_finished(plan, v, force=force, sync=sync) for v in range(len(plan.outputs))]
     _check_targets(plan, finished, resume=resume, force=force)
     unfinished = [v for v, done in enumerate(finished) if not done]
-    for v, output in enumerate(plan.outputs):
-        if finished[v]:
-            tidy(output, plan.digest(v))
     made: dict[int, Report] = {}
     with ExitStack() as stack:
         workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            workspaces[v] = OutputWorkspace(
-                plan.outputs[v], plan.layout, plan.digest(v), plan.input_files, fresh=force and not resume
-            )
+            folder = stack.enter_context(WorkingFolder(plan.outputs[v], fresh=force and not resume))
+            names = companion_names(plan, v)
+            workspaces[v] = OutputWorkspace(folder, plan.layout, plan.digest(v), plan.input_files, names)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
-        team = Workers(workers, place, block, options.get("processes", False))
+        team = Workers(workers, devices, block, options.get("processes", False))
         Schedule(plan, workspaces, team, options.get("progress")).run()
         _check_inputs(plan)
         if not options.get("allow_nonfinite", False):
@@ -121,8 +113,10 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         for v, workspace in workspaces.items():
             records = workspace.journal.records
             made[v] = report(plan, v, records)
-            write_companions(plan, v, workspace.result, made[v].to_json(), tensor_digests(plan, records))
-            workspace.publish(force=force)
+            digests = TensorDigests(plan, records)
+            with workspace.adding_companions() as folder_of_result:
+                write_companions(plan, v, folder_of_result, kind_of(devices[0]), made[v].to_json(), digests)
+            workspace.publish(force=force, sync=sync)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     return Finished(plan.outputs, reports, time.monotonic() - started)
 
@@ -135,8 +129,7 @@ def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> N
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
     likely = [
-        resume and (is_half_published(output) or own_manifest(output, plan, v) is not None)
-        for v, output in enumerate(plan.outputs)
+        resume and any(own_manifests(output, plan.digest(v), plan.input_files)) for v, output in enumerate(plan.outputs)
     ]
     _check_targets(plan, likely, resume=resume, force=force)
 
@@ -148,33 +141,15 @@ def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force:
             check_target(output, sources, resume=resume, force=force)
 
 
-def chosen_device(name: str) -> str:
-    """Return the device of this name as torch names it. Raises UsageError where it is unknown or missing."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else CPU
-    if name == CPU:
-        return CPU
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"Unknown device {name!r}: expected cpu, cuda, cuda:0 … or auto.") from error
-    if device.type not in (CPU, "cuda"):
-        raise UsageError(f"Device {name!r} is not supported: expected cpu, cuda, cuda:0 … or auto.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"Device {name!r} is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}."
-        )
-    return CPU if device.type == CPU else str(device)
-
-
-def workers_and_block(device: str, threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
-    """Return how many workers a device has use for, and how many elements each of them computes at once.
+def workers_and_block(devices: Sequence[str], threads: int | None = None, on_cpu: int | None = None) -> tuple[int, int]:
+    """Return how many workers some devices have use for, and how many elements each of them computes at once.
 
     ``threads`` are the workers that were asked for, if any; else ``on_cpu`` are those on the CPU, by default one
     for each core.
     """
-    workers, block = (on_cpu or available_cores(), BLOCK) if device == CPU else (GPU_WORKERS, GPU_BLOCK)
-    return threads or workers, block
+    if CPU in devices:
+        return threads or on_cpu or available_cores(), BLOCK
+    return threads or GPU_WORKERS * len(devices), GPU_BLOCK
 
 
 def _check_inputs(plan: Plan) -> None:

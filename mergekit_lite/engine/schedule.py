@@ -1,17 +1,22 @@
-"""The pass over a plan's spans: read ▸ compute ▸ write chunk by chunk, and journal what is done."""
+"""The pass over a plan's spans: read ▸ compute ▸ write chunk by chunk, and journal what is done.
+
+A task is some spans, and all that a worker has to know of them. A worker makes the merges of its tasks itself; only
+those whose statistics are work for several workers are made and kept here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter
-from mergekit_lite.engine.tensor_merge import JobMerge, Section, gather, merges_of, needed, needs_torch
-from mergekit_lite.engine.tiling import CHUNK, Span, spans
+from mergekit_lite.engine.tensor_merge import JobMerge, Section, gather, needed, needs_torch
+from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
 from mergekit_lite.methods.contract import Totals
 from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Plan
@@ -33,48 +38,73 @@ class Schedule:
         """Prepare; nothing is read yet. ``only`` are the indices of the jobs to do, by default all."""
         self.plan = plan
         self.workspaces = workspaces
-        self.device = workers.device
-        self.writer = SpanWriter(plan, workers.device, workers.block)
+        self.on_cpu = CPU in workers.devices
+        self.only = only
+        self.writer = SpanWriter(plan, workers.block)
         self.progress = progress
-        self.spans = [span for span in spans(plan) if only is None or span.index in only]
-        self.merges = merges_of(plan, workspaces.keys())
+        self.extent = sum(job.numel for job in plan.jobs)
+        self.needs_torch = not self.on_cpu  # else if a job does: workers that are forked then share one import
+        self.has_statistics = False
+        self.shared: dict[tuple[int, int], JobMerge] = {}  # by job and output: merges whose sums several workers gather
+        rows = self._look_at_merges()
         if only is not None:
-            self.merges = needed(self.merges, only)
-        self.bytes_in_all = sum(_cost(span) for span in self.spans)
+            self.shared = needed(self.shared, only)
+        self.bytes_in_all = sum(_cost(span) for of_job in spans(plan, only) for span in of_job)
         self.bytes_done = 0
-        rows = max((merge.row for merge in self.merges.values()), default=0)
         room = max(self.writer.chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
-        self.pool = Pool(workers.count, self.device, plan.most_inputs, nbytes, processes=workers.processes)
+        self.pool = Pool(workers.count, workers.devices, plan.most_inputs, nbytes, processes=workers.processes)
 
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
         with tuned_process(self.needs_torch):
-            gather(list(self.merges.values()), self._sums)
-            for done, records in self.pool.run(self._tasks(), self._carry_out):
+            if self.has_statistics:
+                np.empty(0)  # imported here, and not by each worker
+            gather(list(self.shared.values()), self._sums)
+            for nbytes, records in self.pool.run(self._tasks(), self._carry_out):
                 for output, record in records:
                     self.workspaces[output].done(record)
-                self._advance(sum(map(_cost, done)))
+                self._advance(nbytes)
 
-    @property
-    def needs_torch(self) -> bool:
-        """Whether torch has anything to do: workers that are forked then share one import."""
-        of_job: dict[int, list[JobMerge]] = {span.index: [] for span in self.spans}
-        for (index, _), merge in self.merges.items():
-            of_job.setdefault(index, []).append(merge)
-        return self.device != CPU or any(needs_torch(self.plan.jobs[index], of_job[index]) for index in of_job)
+    def _look_at_merges(self) -> int:
+        """Keep the merges that several workers share, find out whether torch is needed, and return the longest row.
 
-    def _tasks(self) -> list[list[Span]]:
-        """Return the spans that one worker takes at a time: all of a tensor where it has statistics to gather."""
-        waiting = {index for (index, _), merge in self.merges.items() if merge.request is not None}
-        tasks: dict[tuple[int, int], list[Span]] = {}
-        for span in by_turns(self.plan, self.spans, self.pool.workers):
-            tasks.setdefault((span.index, 0 if span.index in waiting else span.begin), []).append(span)
-        return list(tasks.values())
+        All others are let go at once: there may be very many.
+        """
+        longest = offset = 0
+        for index, job in enumerate(self.plan.jobs):
+            outputs = self.workspaces if job.merged_elements else ()
+            merges = {output: JobMerge(self.plan, job, output, offset, self.extent) for output in outputs}
+            longest = max(longest, *(merge.row for merge in merges.values()), 0)
+            self.has_statistics |= any(merge.request is not None for merge in merges.values())
+            self.shared |= {(index, output): merge for output, merge in merges.items() if merge.is_shared}
+            if not self.needs_torch and (self.only is None or index in self.only):
+                self.needs_torch = needs_torch(job, list(merges.values()))
+            offset += job.numel
+        return longest
+
+    def _merge(self, span: Span, output: int) -> JobMerge:
+        """Return the merge of a span's job for one output."""
+        shared = self.shared.get((span.index, output))
+        return shared or JobMerge(self.plan, span.job, output, span.offset, self.extent)
+
+    def _tasks(self) -> Iterator[list[Span]]:
+        """Yield the spans that one worker takes at a time: all of a tensor where it has statistics to gather."""
+        of_file: dict[int, list[list[Span]]] = {}
+        for of_job in spans(self.plan, self.only):
+            for unit in [of_job] if self._gathers(of_job) else [[span] for span in of_job]:
+                of_file.setdefault(self.plan.layout.places[unit[0].job.name][0], []).append(unit)
+        most = min(TASK, self.extent // TASKS)
+        return by_turns([list(joined(units, most)) for units in of_file.values()], self.pool.workers)
+
+    def _gathers(self, of_job: Sequence[Span]) -> bool:
+        """Return whether a job of several spans has statistics that one worker gathers."""
+        several = len(of_job) > 1 and of_job[0].merged
+        return several and any(self._merge(of_job[0], output).request is not None for output in self.workspaces)
 
     def _sums(self, wanted: Sequence[Section]) -> dict[Section, Totals]:
         """Return the requested sums over some sections. Their reading is added to what progress counts."""
-        merges = list(self.merges.values())
+        merges = list(self.shared.values())
         sums: dict[Section, Totals] = {}
 
         def add(buffers: WorkerBuffers, reader: Reader, section: Section) -> tuple[Section, Totals]:
@@ -94,36 +124,49 @@ class Schedule:
 
     def _carry_out(
         self, buffers: WorkerBuffers, reader: Reader, task: Sequence[Span]
-    ) -> tuple[Sequence[Span], list[tuple[int, Record]]]:
-        """Make what is missing of some spans: these, and what to journal by output."""
+    ) -> tuple[int, list[tuple[int, Record]]]:
+        """Make what is missing of some spans, and return their cost and what to journal, by output."""
         records: list[tuple[int, Record]] = []
+        merges: dict[tuple[int, int], JobMerge] = {}  # by job and output: once for all spans of a tensor
         for span in task:
             missing = {
                 output: workspace
                 for output, workspace in self.workspaces.items()
                 if not self.writer.is_made(buffers, workspace, span)
             }
-            if missing:
-                merges = {output: self.merges[span.index, output] for output in missing} if span.merged else {}
-                for merge in merges.values():
+            for output in missing if span.merged else ():
+                if (span.index, output) not in merges:
+                    merge = merges[span.index, output] = self._merge(span, output)
                     merge.prepare(buffers, reader)
-                records += self.writer.make(buffers, reader, span, merges, missing, lambda: self.pool.stopped)
-        return task, records
+            if missing:
+                of_span = {output: merges[span.index, output] for output in missing if span.merged}
+                records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
+        return sum(map(_cost, task)), records
 
 
-def by_turns(plan: Plan, spans: Sequence[Span], files: int) -> Iterator[Span]:
-    """Yield the spans, alternating between as many output files as there are workers.
+def joined(units: Iterable[list[Span]], most: int) -> Iterator[list[Span]]:
+    """Yield units of spans joined to tasks of at most ``most`` elements; a larger unit is a task by itself."""
+    task: list[Span] = []
+    elements = 0
+    for unit in units:
+        more = sum(span.end - span.begin for span in unit)
+        if task and elements + more > most:
+            yield task
+            task, elements = [], 0
+        task += unit
+        elements += more
+    yield task
+
+
+def by_turns(tasks: Sequence[Sequence[list[Span]]], files: int) -> Iterator[list[Span]]:
+    """Yield the tasks of each output file, alternating between as many files as there are workers.
 
     Two writers of one file wait for each other in the kernel; side by side in two files they don't. Each file is
     still written from its begin to its end.
     """
-    of_file: dict[int, list[Span]] = {}
-    for span in spans:
-        of_file.setdefault(plan.layout.places[span.job.name][0], []).append(span)
-    groups = list(of_file.values())
-    for first in range(0, len(groups), files):
-        for turn in zip_longest(*groups[first : first + files]):
-            yield from (span for span in turn if span is not None)
+    for first in range(0, len(tasks), files):
+        for turn in zip_longest(*tasks[first : first + files]):
+            yield from (task for task in turn if task is not None)
 
 
 def _cost(span: Span) -> int:

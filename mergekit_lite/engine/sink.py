@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from mergekit_lite.output.journal import Record
+from mergekit_lite.output.journal import Record, RecordTable
 
 
 class Sink(Protocol):
@@ -30,7 +30,7 @@ class Records:
     """A sink that nothing was written to earlier: it keeps the records of what is made, and none of the bytes."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[int, int], Record] = {}
+        self.made = RecordTable()
 
     def record(self, job: int, begin: int) -> Record | None:
         """Return None: nothing was made earlier."""

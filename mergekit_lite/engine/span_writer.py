@@ -14,11 +14,12 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import WorkerBuffers
+from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.tensor_merge import JobMerge, rounding_key
 from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share
 from mergekit_lite.ops import TensorKind, all_finite, ops_for
-from mergekit_lite.ops.operations import Cast
+from mergekit_lite.ops.operations import NOTHING, Cast, Observed
 from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Plan
 
@@ -26,17 +27,19 @@ from mergekit_lite.planning import Plan
 class SpanWriter:
     """The maker of a plan's spans; ``block`` elements are computed at once, where a backend has temporaries."""
 
-    def __init__(self, plan: Plan, device: str, block: int) -> None:
+    def __init__(self, plan: Plan, block: int) -> None:
         self.plan = plan
-        self.device = device
         self.block = block
         self.chunk = max(block, CHUNK // block * block)  # elements read and written at once
         self.share = observed_share(plan)
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
-        """Return whether an earlier run wrote this span and its bytes are still what it wrote."""
+        """Return whether an earlier run wrote this span and its bytes are still what it wrote.
+
+        What another kind of device made counts only where this one would give the same bits: no tensor is of two kinds.
+        """
         record = sink.record(span.index, span.begin)
-        if record is None:
+        if record is None or record.device not in ("", kind_of(buffers.device)):
             return False
         digest = xxhash.xxh3_128()
         size = dtypes.size(span.job.dtype)
@@ -92,9 +95,13 @@ class SpanWriter:
         read = [digest.hexdigest() for digest in read_digests]
         records: list[tuple[int, Record]] = []
         for output, result in results.items():
-            written, bad = result.digest.hexdigest(), sorted(result.bad)
-            coefficients = merges[output].coefficients if output in merges and span.begin == 0 else ()
-            records.append((output, Record(span.index, span.begin, read, written, result.sums, bad, coefficients)))
+            record = Record(span.index, span.begin, read, result.digest.hexdigest(), result.sums, sorted(result.bad))
+            if (merge := merges.get(output)) is not None:
+                record = record._replace(
+                    coefficients=merge.coefficients if span.begin == 0 else (),
+                    device=kind_of(buffers.device) if merge.depends_on_device else "",
+                )
+            records.append((output, record))
         return records
 
     def _fill(self, chunk: _Chunk, buffers: WorkerBuffers, merge: JobMerge | None, result: _Result) -> None:
@@ -102,18 +109,22 @@ class SpanWriter:
         job = chunk.span.job
         if merge is None:
             kind = TensorKind((job.inputs[0].dtype, job.dtype), rounding_key=rounding_key(self.plan, job))
-            ops = ops_for(Cast(), kind, self.device)
+            ops = ops_for(Cast(), kind, buffers.device)
             block, row = [ops.of_bytes(chunk.inputs[0], job.inputs[0].dtype)], 1
         else:
-            ops = merge.ops(self.device)
+            ops = merge.ops(buffers.device)
             block, row = merge.block(ops, chunk.inputs), max(1, merge.row)
         out = ops.of_bytes(chunk.out, job.dtype)
         length = max(row, self.block // row * row)
-        ops.merge(merge.merge if merge is not None else Cast(), block, chunk.start, out, length)
-        if merge is not None and (observed := merge.method.observed) is not None:
+        observed = NOTHING
+        if merge is not None and merge.method.observed is not None:
             elements = len(chunk.out) // dtypes.size(job.dtype)
-            for grain in observed_grains(chunk.span.begin, chunk.start, elements, self.share):
-                result.add(ops.figures(observed, [view[grain] for view in (out, *block)]), grain.stop - grain.start)
+            grains = observed_grains(chunk.span.begin, chunk.start, elements, self.share)
+            observed = Observed(merge.method.observed, list(grains))
+        operation = merge.merge if merge is not None else Cast()
+        figures = ops.merge(operation, block, chunk.start, out, length, observed)
+        for of_grain, grain in zip(figures, observed.grains, strict=True):
+            result.add(of_grain, grain.stop - grain.start)
         buffers.wait()
 
     def _look(self, span: Span, inputs: Sequence[memoryview], out: memoryview, result: _Result) -> None:

@@ -1,11 +1,11 @@
-"""The merge of each job: a ``TensorMerge`` that reads its blocks from files."""
+"""The merge of one job: a ``TensorMerge`` that reads its blocks from files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from mergekit_lite import draws
+from mergekit_lite import draws, dtypes
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
@@ -36,6 +36,11 @@ class JobMerge(TensorMerge):
         """Whether the sums it waits for are not for one worker alone."""
         return self.request is not None and (self.group is not None or self.job.numel > LARGE)
 
+    @property
+    def widest_input(self) -> int:
+        """Bytes of an element of the widest input."""
+        return max(dtypes.size(spec.dtype) for spec in self.job.inputs)
+
     def bytes_to_sum(self, begin: int, end: int) -> int:
         """Return the bytes read for one section of the requested sums."""
         assert self.request is not None
@@ -52,10 +57,14 @@ class JobMerge(TensorMerge):
             chunks = [buffers.gather(reader, number, spec, pieces) for number, spec in inputs]
             return ops.sum(of, self.block(ops, chunks), 0, sum(count for _, count in pieces))
         length = self.statistics_block
+        summed = max(length, CHUNK // length * length)  # at once: on every device the same, as it decides the last bits
+        room = CHUNK if buffers.device == CPU else buffers.nbytes // self.widest_input
         parts = []
-        for start, count in cut(begin, end, max(length, CHUNK // length * length)):
+        for start, count in cut(begin, end, max(summed, room // summed * summed)):
             chunks = [buffers.read(reader, number, spec, start, count) for number, spec in inputs]
-            parts.append(ops.sum(of, self.block(ops, chunks), start, length))
+            block = ops.at_hand(self.block(ops, chunks))
+            for first, some in cut(0, count, summed):
+                parts.append(ops.sum(of, [view[first : first + some] for view in block], start + first, length))
         return joined(parts)
 
     def prepare(self, buffers: WorkerBuffers, reader: Reader) -> None:
@@ -72,18 +81,6 @@ class JobMerge(TensorMerge):
 def rounding_key(plan: Plan, job: Job) -> int | None:
     """Return the key of a tensor's draws for stochastic rounding; None where the plan rounds to nearest."""
     return draws.stream_key(plan.seed, job.name) if plan.rounding == "stochastic" else None
-
-
-def merges_of(plan: Plan, outputs: Collection[int]) -> dict[tuple[int, int], JobMerge]:
-    """Return the merges of all jobs that have one, by (job, output)."""
-    merges: dict[tuple[int, int], JobMerge] = {}
-    offset, extent = 0, sum(job.numel for job in plan.jobs)
-    for index, job in enumerate(plan.jobs):
-        if job.merged_elements:
-            for output in outputs:
-                merges[index, output] = JobMerge(plan, job, output, offset, extent)
-        offset += job.numel
-    return merges
 
 
 def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:

@@ -1,7 +1,7 @@
-"""How a plan is cut: spans ▸ chunks ▸ blocks ▸ grains.
+"""How a plan is cut: tasks ▸ spans ▸ chunks ▸ blocks ▸ grains.
 
-span: what one worker takes at a time, journals and digests. Its length is part of the output's manifest, so it is
-    fixed.
+task: what one worker takes at a time: a span, the spans of small tensors that lie side by side, or all of a tensor.
+span: what is journalled and digested. Its length is part of the output's manifest, so it is fixed.
 chunk: what is read and written at once. A page-cache write of 2 MB costs half of one of 256 kB (measured: 6.8 against
     3.8 GB/s).
 block: what is computed at once, small enough for its temporaries to stay in cache.
@@ -12,12 +12,14 @@ No output byte depends on chunks and blocks: any multiples of the grain will do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from mergekit_lite.planning import Job, Plan
 
 SPAN = 1 << 23
+TASK = 1 << 20  # elements; spans of small tensors are taken together until they have so many
+TASKS = 256  # in a small model fewer elements, so that there are so many tasks
 CHUNK = 1 << 20
 BLOCK = 1 << 17
 GRAIN = 1 << 15
@@ -27,22 +29,27 @@ SAMPLED = 64  # in larger models every sixty-fourth grain of a tensor is observe
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The elements ``begin … end`` of one job; ``merged`` says whether they go through the method."""
+    """The elements ``begin … end`` of one job; ``merged`` says whether they go through the method.
+
+    ``offset`` is the number of elements in the tensors before the job's.
+    """
 
     index: int
     job: Job
+    offset: int
     begin: int
     end: int
     merged: bool
 
 
-def spans(plan: Plan) -> list[Span]:
-    """Return all spans of a plan, in the order of the output's bytes."""
-    return [
-        Span(index, job, begin, end, end <= job.merged_elements)
-        for index, job in enumerate(plan.jobs)
-        for begin, end in bounds(job.numel, job.merged_elements)
-    ]
+def spans(plan: Plan, only: Collection[int] | None = None) -> Iterator[list[Span]]:
+    """Yield the spans of each job, in the order of the output's bytes; ``only`` of the jobs with these indices."""
+    offset = 0
+    for index, job in enumerate(plan.jobs):
+        merged = job.merged_elements
+        if only is None or index in only:
+            yield [Span(index, job, offset, begin, end, end <= merged) for begin, end in bounds(job.numel, merged)]
+        offset += job.numel
 
 
 def bounds(numel: int, merged: int) -> Iterator[tuple[int, int]]:

@@ -45,6 +45,7 @@ class TensorMerge:
         self._kind = TensorKind(tuple(dtypes), info.numel, self.row, rounding_key)
         self._steps: Steps | None = None
         self._merge: Merge | None = None
+        self._has_float_sums = False
         begun = method.function(info, **arguments) if info.numel else Cast()  # there is nothing in an empty tensor
         if isinstance(begun, Generator):
             self._steps = begun
@@ -63,12 +64,22 @@ class TensorMerge:
         assert self._merge is not None
         return self._merge
 
+    @property
+    def depends_on_device(self) -> bool:
+        """Whether the last bits may differ between kinds of devices, as far as is known before the merge is.
+
+        Operations give the same bits everywhere, and so do counts. Sums of floats depend on the order in which a device
+        adds, and a function of a method may do what it likes.
+        """
+        return self._has_float_sums or callable(self._merge)
+
     def ops(self, device: str) -> Ops:
         """Return the backend for what is to be done to blocks now: the requested reduction, or the merge."""
         return ops_for(self.merge if self.request is None else self.request.of, self._kind, device)
 
     def send(self, total: Totals) -> None:
         """Hand over the total of the requested reduction and go as far as the next request."""
+        self._has_float_sums |= total.dtype.kind == "f"
         with np.errstate(all="ignore"):  # what isn't finite goes through, and is found in the output
             self._advance(total)
 

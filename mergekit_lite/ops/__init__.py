@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mergekit_lite import dtypes
 from mergekit_lite.ops import c_ops
-from mergekit_lite.ops.operations import AllFinite, Merge, Statistic, TensorKind
+from mergekit_lite.ops.operations import NOTHING, AllFinite, Merge, Observed, Statistic, TensorKind
 from mergekit_lite.ops.torch_ops import TorchOps
 
 if TYPE_CHECKING:
@@ -33,12 +33,20 @@ class Ops(Protocol):
     def of_tensor(self, tensor: torch.Tensor) -> Any:
         """Return a view of a 1-D contiguous tensor."""
 
-    def merge(self, operation: Merge, block: Sequence[Any], start: int, out: Any, length: int) -> None:
+    def merge(
+        self, operation: Merge, block: Sequence[Any], start: int, out: Any, length: int, observed: Observed = NOTHING
+    ) -> list[list[float]]:
         """Merge a block into ``out``, a view of as many elements, rounded to its dtype.
 
         ``block`` has views of the inputs, as they are stored, the base's first; ``start`` is the index of the first
         element. ``length`` elements are computed at once, where the backend has temporaries.
+
+        Returns the figures of each grain that is ``observed``: of what was merged, followed by the inputs. None of the
+        grains may lie in two of those lengths.
         """
+
+    def at_hand(self, block: Sequence[Any]) -> Sequence[Any]:
+        """Return a block where it is computed on: what several calls need moves there once."""
 
     def sum(self, operation: Statistic, block: Sequence[Any], start: int, length: int) -> npt.NDArray[Any]:
         """Return the figures over a block, added up over parts of ``length`` elements. Arguments as of ``merge``."""

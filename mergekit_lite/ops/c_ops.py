@@ -111,8 +111,24 @@ class COps:
         assert take(tensor), "the kernels read memory of the CPU, 16-bit elements one behind the other"
         return Run(tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.float16)
 
-    def merge(self, operation: Merge, block: Sequence[Run], start: int, out: Run, length: int) -> None:
+    def merge(
+        self,
+        operation: Merge,
+        block: Sequence[Run],
+        start: int,
+        out: Run,
+        length: int,
+        observed: op.Observed = op.NOTHING,
+    ) -> list[list[float]]:
         """Merge a block at once: tile by tile it stays in the cache, so that ``length`` doesn't matter."""
+        self._merge(operation, block, start, out)
+        return [self.figures(observed.figures, [run[grain] for run in (out, *block)]) for grain in observed.grains]
+
+    def at_hand(self, block: Sequence[Run]) -> Sequence[Run]:
+        """Return the block as it is."""
+        return block
+
+    def _merge(self, operation: Merge, block: Sequence[Run], start: int, out: Run) -> None:
         if isinstance(operation, op.WeightedSum):
             block = [block[number] for number in operation.order] if operation.order else block
             keeps, row = _keeps_of(operation.masks, len(operation.coefficients))

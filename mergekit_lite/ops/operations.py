@@ -290,6 +290,17 @@ Merge: TypeAlias = MergeOperation | BlockFunction  # what gives a merged block
 Statistic: TypeAlias = Figures | BlockFunction  # what gives figures: a small tensor, float64 or int64
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Figures of a merged block: of some grains of it, each followed by those of its inputs."""
+
+    figures: Figures
+    grains: Sequence[slice]
+
+
+NOTHING = Observed(AllFinite(), ())
+
+
 def draw_limit(probability: Numeric) -> Numeric:
     """Return what a 16-bit draw is below with this probability, to the nearest of 65,536 steps."""
     return (probability - 0.5) * 65536 - 0.5

@@ -38,23 +38,42 @@ class TorchOps:
         """Return the tensor as it is."""
         return tensor
 
-    def merge(self, operation: Merge, block: Sequence[Any], start: int, out: torch.Tensor, length: int) -> None:
+    def merge(
+        self,
+        operation: Merge,
+        block: Sequence[Any],
+        start: int,
+        out: torch.Tensor,
+        length: int,
+        observed: op.Observed = op.NOTHING,
+    ) -> list[list[float]]:
         """Merge a block into ``out``, ``length`` elements at a time, rounded to its dtype."""
+        figures: Block = []
         with torch.inference_mode():
             for first in range(0, out.numel(), length):
                 place = slice(first, first + length)
-                part = [tensor[place].to(self.device, non_blocking=True) for tensor in block]
+                part = self.at_hand([tensor[place] for tensor in block])
                 result = merged(operation, self._widened(part, operation), start + first).reshape(-1)
                 if self.kind.rounding_key is not None:
                     result = rounding.stochastic(result, out.dtype, self.kind.rounding_key, start + first)
                 out[place].copy_(result, non_blocking=True)
+                for grain in observed.grains:
+                    if first <= grain.start < first + length:
+                        here = slice(grain.start - first, grain.stop - first)
+                        seen = [result[here].to(out.dtype), *(tensor[here] for tensor in part)]
+                        figures.append(figures_of(observed.figures, self._widened(seen, observed.figures), 0))
+            return torch.stack(figures).tolist() if figures else []
+
+    def at_hand(self, block: Sequence[Any]) -> Block:
+        """Return a block on the device, on its way there where it is in memory."""
+        return [tensor.to(self.device, non_blocking=True) for tensor in block]
 
     def sum(self, operation: Statistic, block: Sequence[Any], start: int, length: int) -> npt.NDArray[Any]:
         """Return the figures over a block, added up over parts of ``length`` elements."""
         total: torch.Tensor | None = None
         with torch.inference_mode():
             for first in range(0, block[0].numel(), length):
-                part = [tensor[first : first + length].to(self.device, non_blocking=True) for tensor in block]
+                part = self.at_hand([tensor[first : first + length] for tensor in block])
                 figures = figures_of(operation, self._widened(part, operation), start + first)
                 # Kept parts would lie between the freed temporaries, and the heap would grow with every block.
                 total = figures.clone() if total is None else total.add_(figures)
@@ -65,8 +84,8 @@ class TorchOps:
     def figures(self, operation: Statistic, block: Sequence[Any]) -> list[float]:
         """Return the figures of one block."""
         with torch.inference_mode():
-            part = [tensor.to(self.device) for tensor in block]
-            figures: list[float] = figures_of(operation, self._widened(part, operation), 0).tolist()
+            part = self._widened(self.at_hand(block), operation)
+            figures: list[float] = figures_of(operation, part, 0).tolist()
         return figures
 
     @cached_property
@@ -116,7 +135,7 @@ def figures_of(operation: Statistic, block: Block, start: int) -> torch.Tensor:
             return torch.stack([*before, *(total(size) for size in _masked(operation.masks, sizes, start))])
         case op.Sizes():
             sums = [_square(delta) if operation.squared else total(delta.abs_()) for delta in deltas(block)]
-            return torch.stack([*sums, sums[0].new_tensor(block[0].numel())]) * operation.factor
+            return torch.stack([*sums, sums[0].new_full((), block[0].numel())]) * operation.factor
         case op.CountUpperBits():
             return torch.stack([_upper(quantity) for quantity in operation.quantities(block, start)])
         case op.CountLowerBits():
@@ -161,7 +180,8 @@ def _weighted_sum(operation: op.WeightedSum, block: Block, start: int) -> torch.
     terms = _masked(operation.masks, deltas(block), start) if operation.from_base else block
     total = weighted_sum(terms, operation.coefficients)
     if operation.divisor != 1:
-        total.div_(operation.divisor)
+        # by a tensor: by a number, CUDA would multiply by its rounded reciprocal
+        total.div_(total.new_full((), operation.divisor))
     return total.add_(block[0]) if operation.from_base else total
 
 

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.folder import small_file
-from mergekit_lite.errors import CheckpointError, counted
+from mergekit_lite.errors import counted
+from mergekit_lite.pages import markdown
+from mergekit_lite.plain_text import plain
 from mergekit_lite.planning import Plan
 from mergekit_lite.yaml_document import dump
 
-KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+WIDE = 1_000_000  # characters of a line: no path is folded
+SNAPSHOT = re.compile(r"/models--(?P<organisation>[\w.-]+)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+BEGINNING = r"(?<![\w.<>)~/-])"  # of a word; an end tag, an address and a relative path have their slash elsewhere
+# An absolute path of two parts or more; its last part is the group.
+ABSOLUTE = re.compile(BEGINNING + r"~?(?:/[^\s/'\",:+\[\]{}]+)+/([^\s/'\",:+\[\]{}]+)/?")
 
 
 def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
-    """Return the README.md of one output, with the front matter that the hub reads."""
+    """Return the README.md of one output, with the front matter that the hub reads.
+
+    What strangers wrote is shown as text. No path of this machine is published: a local model goes by its last part.
+    """
     sources = [plan.source, *(source for source in plan.inputs if source is not plan.source)]
-    front = {key: value for key, value in _front_matter(plan.source).items() if key in KEPT_KEYS}
+    front: dict[str, Any] = dict(plan.front_matter)
     if on_hub := [repository for source in sources if (repository := _repository(source))]:
         front["base_model"] = on_hub
     front["tags"] = ["mergekit-lite", "merge"]
     front.setdefault("library_name", "transformers")
-    recipe = plan.text or dump(dict(plan.recipes[number]))
-    fence = "`" * (3 + recipe.count("```"))  # longer than any in the recipe
+    recipe = plan.text or dump(dict(plan.recipes[number]), width=WIDE)
     paragraphs = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()}\n---",
-        f"# {plan.outputs[number].name}",
+        f"---\n{plain(yaml.safe_dump(front, sort_keys=False, allow_unicode=True)).strip()}\n---",
+        f"# {markdown.text(plan.outputs[number].name)}",
         f"Made from other models by arithmetic on their weights (method `{plan.recipes[number]['merge_method']}` of "
         "mergekit_lite), without training:",
         "\n".join(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
-        f"{fence}yaml\n{recipe.strip()}\n{fence}",
+        markdown.block(_without_paths(recipe, sources).strip(), "yaml"),
         f"Merged: {counted(effect['merged'], 'tensor')}. Copied: {effect['copied']:,}. "
         "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]
@@ -49,8 +58,36 @@ def _repository(source: Checkpoint) -> str | None:
 
 
 def _linked(source: Checkpoint) -> str:
-    repository = _repository(source)
-    return f"[{source.reference}](https://huggingface.co/{repository})" if repository else f"`{source.reference}`"
+    repository, known_as = _repository(source), _known_as(source)
+    if repository is None:
+        return markdown.code(known_as)
+    return f"[{markdown.text(known_as)}](https://huggingface.co/{repository})"
+
+
+def _known_as(source: Checkpoint) -> str:
+    """Return the reference of a model as others may know it: local paths are their last part."""
+    base = source.base_reference if source.revision else _last_part(source.path)
+    added = (
+        addition if each.revision else addition._replace(path=_last_part(each.path)) for each, addition in source.added
+    )
+    return "+".join([base, *map(str, added)])
+
+
+def _last_part(path: Path) -> str:
+    """Return the name of a file or folder; of a snapshot in a cache of the hub, the repository and commit."""
+    snapshot = SNAPSHOT.search(path.as_posix())
+    return f"{snapshot['organisation']}/{snapshot['name']}@{snapshot['commit']}" if snapshot else path.name
+
+
+def _without_paths(recipe: str, sources: Sequence[Checkpoint]) -> str:
+    """Return a recipe's text with the last part of each absolute path: those of the models, and what looks like one."""
+    written = {source.base_reference: source.path for source in sources}
+    written |= {addition.path: each.path for source in sources for each, addition in source.added}
+    for reference in sorted(written, key=len, reverse=True):
+        if reference.startswith(("/", "~")):
+            whole = re.compile(rf"{BEGINNING}{re.escape(reference)}(?![\w/-])")
+            recipe = whole.sub(_last_part(written[reference]).replace("\\", r"\\"), recipe)
+    return ABSOLUTE.sub(r"\1", recipe)
 
 
 def _gives(plan: Plan, source: Checkpoint) -> str:
@@ -59,16 +96,3 @@ def _gives(plan: Plan, source: Checkpoint) -> str:
     if source is plan.source:
         return " (config)" if plan.tokenizer is not None else " (config, tokenizer)"
     return ""
-
-
-def _front_matter(source: Checkpoint) -> Mapping[str, Any]:
-    """Return the YAML between the first two ``---`` lines of a model's own card; empty where none can be read."""
-    try:
-        path = small_file(source.folder, "README.md") if source.folder else None
-        if path is None:
-            return {}
-        _, text, _ = path.read_text(encoding="utf-8").split("---\n", 2)
-        front = yaml.safe_load(text)
-    except (CheckpointError, OSError, ValueError, yaml.YAMLError):
-        return {}
-    return front if isinstance(front, dict) else {}

@@ -4,56 +4,80 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, formats, tied_weights
-from mergekit_lite.checkpoint.folder import INDEX_ENDING, MAX_SMALL_BYTES, inside
+from mergekit_lite.checkpoint import Checkpoint, companion_patterns, formats, tied_weights
+from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
 from mergekit_lite.checkpoint.formats import refused
-from mergekit_lite.errors import CheckpointError
+from mergekit_lite.errors import CheckpointError, UnreadableError
+from mergekit_lite.input_files import MAX_BYTES, opened
 from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
 from mergekit_lite.output.card import model_card
-from mergekit_lite.output.manifest import manifest_of, text_of
+from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Plan
-from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file
+from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
 
-FOREIGN_WEIGHTS = (*formats.SUFFIXES, *refused.SUFFIXES, INDEX_ENDING)
-CODE_SUFFIXES = (".py", ".pyc", ".sh", ".so", ".ipynb")
+CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
 REPLACED = (
     "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, INDEX_NAME,
     "pytorch_model.bin.index.json",
 )  # fmt: skip
+WRITTEN = (
+    INDEX_NAME, "config.json", "chat_template.jinja", "mergekit_config.yml", COEFFICIENTS_NAME, "README.md",
+)  # fmt: skip
 
 
 def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
-    """Return the files of a model folder that are copied with its weights, and by name why every other one is not."""
+    """Return the files of a model folder that are copied with its weights, and by name why every other one is not.
+
+    Only files that ``companion_patterns`` lists are copied. Hidden files and what the output has of its own are not
+    named; a folder is named as one, with a slash.
+    """
     if source.folder is None:
         return [], {}
     copied: list[str] = []
     left: dict[str, str] = {}
-    replaced = {*REPLACED, *(file.path.name for file in source.files)}
-    for path in sorted(source.folder.rglob("*")):
+    own = {*REPLACED, *(file.path.name for file in source.files)}
+    for path in _listed(source.folder):
         name = path.relative_to(source.folder).as_posix()
-        if not path.is_file() or name in replaced or any(part.startswith(".") for part in Path(name).parts):
+        if name in own or path.name.startswith("."):
             continue
-        try:
-            inside(source.folder, name)
-        except CheckpointError:
-            left[name] = "a link that leaves the folder"
-            continue
-        if name.endswith(CODE_SUFFIXES):
-            left[name] = "code"
-        elif name.endswith(FOREIGN_WEIGHTS):
-            left[name] = "other weights"
-        elif path.stat().st_size > MAX_SMALL_BYTES:
-            left[name] = f"larger than {MAX_SMALL_BYTES // 1_000_000} MB"
+        if path.is_dir():
+            left[f"{name}/"] = "a folder"
+        elif not companion_patterns.matches(name, companion_patterns.COMPANIONS):
+            left[name] = _unlisted(path)
         else:
-            copied.append(name)
+            try:
+                small_file(source.folder, name)
+                copied.append(name)
+            except UnreadableError as error:
+                left[name] = error.why
+            except CheckpointError:
+                left[name] = "a link that leaves the folder, or no regular file"
     return copied, left
+
+
+def _listed(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder, and in the folders within it that may hold files to be copied."""
+    within = {pattern.partition("/")[0] for pattern in companion_patterns.COMPANIONS if "/" in pattern}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and companion_patterns.matches(path.name, within):
+            yield from sorted(path.iterdir())
+        else:
+            yield path
+
+
+def _unlisted(path: Path) -> str:
+    if path.suffix.lower() in CODE_SUFFIXES:
+        return "code"
+    if path.name.lower().endswith((*formats.SUFFIXES, *refused.SUFFIXES, INDEX_ENDING)):
+        return "other weights"
+    return "no config, tokenizer, template or licence by its name"
 
 
 def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
@@ -73,48 +97,68 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
     return {name: source.folder / name for name, source in owners.items() if source.folder is not None}, left
 
 
+def companion_names(plan: Plan, number: int) -> set[str]:
+    """Return the names of all files that ``write_companions`` may write, relative to its folder."""
+    output = plan.outputs[number]
+    own = () if is_single_file(output) else (*companions(plan)[0], *WRITTEN)
+    return {*own, manifest_path(output).name}
+
+
 def write_companions(
-    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, device: str, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> None:
     """Write everything but the weights of the plan's output ``number`` into the folder where they are.
 
-    ``effect`` is the report, as plain data; ``digests`` are those of each tensor's output and inputs, by its name.
+    ``device`` is the kind of device that computed; ``effect`` is the report, as plain data; ``digests`` are those of
+    each tensor's output and inputs, by its name.
     """
     output = plan.outputs[number]
     if not is_single_file(output):
         _write_model(plan, number, folder, effect, digests)
-    manifest = text_of(manifest_of(plan, number, folder, effect, digests))
-    (folder / manifest_path(output).name).write_text(manifest, encoding="utf-8")
+    manifest = manifest_of(plan, number, folder, device, effect, digests)
+    with _created(folder / manifest_path(output).name) as file:
+        file.writelines(piece.encode() for piece in text_pieces(manifest))
 
 
 def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
     if len(plan.layout.files) > 1:
-        (folder / INDEX_NAME).write_text(json.dumps(index_json(plan.layout), indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / INDEX_NAME, index_json(plan.layout))
     if plan.source.config is not None:
         _write_json(folder / "config.json", written_config(plan, digests))
     for name, path in companions(plan)[0].items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        with opened(path, MAX_BYTES) as content, _created(folder / name) as copy:
+            shutil.copyfileobj(content, copy)
     if plan.chat_template is not None:
-        _write_template(folder, plan.chat_template)
+        _write_template(plan, folder, plan.chat_template)
     if plan.text:
-        (folder / "mergekit_config.yml").write_bytes(plan.text.encode())
+        _write(folder / "mergekit_config.yml", plan.text)
     if effect["coefficients"]:
         _write_json(folder / COEFFICIENTS_NAME, effect["coefficients"], indent=1)
-    (folder / "README.md").write_text(model_card(plan, number, effect), encoding="utf-8")
+    _write(folder / "README.md", model_card(plan, number, effect))
 
 
-def _write_template(folder: Path, template: str) -> None:
+def _write_template(plan: Plan, folder: Path, template: str) -> None:
     """Write a chat template where transformers looks for it, and into the tokenizer's config, where older ones do."""
-    (folder / "chat_template.jinja").write_bytes(template.encode())
-    path = folder / "tokenizer_config.json"
-    if path.exists():
-        _write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template})
+    _write(folder / "chat_template.jinja", template)
+    config = tokenizer_config(plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer])
+    if config is not None:
+        _write_json(folder / "tokenizer_config.json", config | {"chat_template": template})
 
 
 def _write_json(path: Path, content: object, indent: int = 2) -> None:
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with _created(path) as file:
+        file.write(text.encode())
+
+
+def _created(path: Path) -> BinaryIO:
+    """Open a new file for writing, in place of what an earlier run left there; a link is not followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:

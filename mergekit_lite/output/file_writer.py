@@ -17,6 +17,8 @@ import threading
 import time
 from pathlib import Path
 
+from mergekit_lite.output.working_folder import open_own
+
 PAGE = max(4096, mmap.PAGESIZE)  # bytes; position, length and memory of a direct write are multiples of it
 MIN_DIRECT = 1 << 18  # bytes; smaller writes go through the cache
 DIRECT_WRITE = 1 << 21  # most bytes of one direct write
@@ -31,11 +33,11 @@ class FileWriter:
     """A file open for writing and reading back, from any thread and any process forked later.
 
     It is created where there is none, and room for all its bytes reserved; ``times`` are shared by all files on a disk.
-    Raises OSError where the disk is full, or the file can't be opened.
+    Raises OSError where the disk is full, or the file can't be opened, RunError for links and irregular files.
     """
 
     def __init__(self, path: Path, size: int, times: WriteTimes) -> None:
-        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._cached = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             _reserve(self._cached, size)
         except OSError:
@@ -141,7 +143,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _opened_directly(path: Path) -> int | None:
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (AttributeError, OSError):  # the system or the file system can't do it
         return None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,33 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.input_files import opened
 from mergekit_lite.layout import Layout, OutputFile, is_single_file
 from mergekit_lite.output.workspace import MANIFEST_NAME
 from mergekit_lite.planning import Plan
 
 READ_BYTES = 1 << 20  # bytes read at once for a digest
 SEAL = "manifest_xxh3_128"
+WRITTEN = json.JSONEncoder(indent=1, ensure_ascii=False)
+SEALED = json.JSONEncoder(sort_keys=True)
+LEVELS = 3  # of nested mappings and lists that may be long
 NOT_SEALED = ("README.md", MANIFEST_NAME)  # users edit the card
 
 
 def manifest_of(
-    plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]
+    plan: Plan, number: int, folder: Path, device: str, effect: Mapping[str, Any], digests: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the manifest of the plan's output ``number``, whose other files are in ``folder``.
 
-    ``effect`` is the report, as plain data; ``digests`` are those of each tensor's output and inputs, by its name.
+    ``device`` is the kind of device that computed; ``effect`` is the report, as plain data; ``digests`` are those of
+    each tensor's output and inputs, by its name.
     It has no times and paths of this machine: equal runs give equal manifests.
     """
     content = {
         "tool": "mergekit_lite",
         "version": __version__,
         "torch": metadata.version("torch"),
+        "device": device,
         "plan": plan.digest(number),
         "recipe": plan.recipes[number],
         "seed": plan.seed,
@@ -75,13 +82,44 @@ def _added_to(source: Checkpoint) -> dict[str, Any]:
 
 def text_of(content: Mapping[str, Any]) -> str:
     """Return the text of the file. A content has one text, so any other text was changed by somebody."""
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return "".join(text_pieces(content))
+
+
+def text_pieces(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the text of the file piece by piece: for very many tensors it is long."""
+    yield from _pieces(content, WRITTEN)
+    yield "\n"
 
 
 def seal(content: Mapping[str, Any]) -> str:
     """Return the digest of a manifest's content without this digest."""
-    text = json.dumps({key: value for key, value in content.items() if key != SEAL}, sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    digest = xxhash.xxh3_128()
+    for piece in _pieces({key: value for key, value in content.items() if key != SEAL}, SEALED):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _pieces(value: object, encoder: json.JSONEncoder, depth: int = 0) -> Iterator[str]:
+    """Yield what an encoder returns for a value, member by member in its upper levels, which may be of any mappings."""
+    if depth == LEVELS or not value or not isinstance(value, Mapping | list | tuple):
+        yield encoder.encode(value).replace("\n", "\n" + " " * depth)
+        return
+    end = "" if encoder.indent is None else "\n" + " " * depth
+    separator = f"{end} " if end else ""
+    if isinstance(value, Mapping):
+        yield "{"
+        for key in sorted(value) if encoder.sort_keys else value:
+            yield f"{separator}{encoder.encode(key)}: "
+            yield from _pieces(value[key], encoder, depth + 1)
+            separator = f",{end} "
+        yield f"{end}}}"
+    else:
+        yield "["
+        for member in value:
+            yield separator
+            yield from _pieces(member, encoder, depth + 1)
+            separator = f",{end} "
+        yield f"{end}]"
 
 
 def file_digest(path: Path) -> str:
@@ -92,9 +130,9 @@ def file_digest(path: Path) -> str:
 def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
     """Return the digest of a file's bytes around its tensors, which lie at ``extents``: (first byte, end) of each."""
     digest = xxhash.xxh3_128()
-    end = path.stat().st_size
     position = 0
-    with path.open("rb") as file:
+    with opened(path) as file:
+        end = os.fstat(file.fileno()).st_size
         for begin, after in sorted([*extents, (end, end)]):
             file.seek(position)
             while position < begin and (piece := file.read(min(READ_BYTES, begin - position))):
@@ -105,7 +143,7 @@ def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
 
 
 def frame_of(layout: Layout, path: Path, file: OutputFile) -> str:
-    """Return the digest of what lies around the tensors of an output's file. Raises OSError."""
+    """Return the digest of what lies around the tensors of an output's file. Raises OSError or UnreadableError."""
     places = [(layout.places[tensor.name][1], tensor.nbytes) for tensor in file.tensors]
     return frame_digest(path, [(begin, begin + length) for begin, length in places])
 

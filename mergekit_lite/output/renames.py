@@ -1,7 +1,9 @@
 """Renames that never overwrite: they fail where the new name is taken, or exchange the two.
 
 Linux does either in one step (renameat2, since 3.15, on most file systems). Elsewhere a file gets its second name by a
-hard link, which fails where the name is taken; for a folder the name is checked right before the rename.
+hard link, which fails where the name is taken; for a folder the name is checked right before the rename. A file that is
+to be replaced is overwritten there, a folder moved away first: if a kill comes between, nothing has the name until a
+run goes on.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import ctypes
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 IN_WORKING_FOLDER = -100  # AT_FDCWD: what relative paths are relative to
@@ -27,18 +30,22 @@ def rename(source: Path, target: Path) -> None:
         _rename_in_steps(source, target)
 
 
-def replace_folder(folder: Path, target: Path, aside: Path) -> None:
-    """Rename ``target`` to ``aside`` and ``folder`` to ``target``. Raises OSError."""
-    remove(aside)
+def replace(source: Path, target: Path, aside: Path) -> None:
+    """Rename ``source`` to ``target``, and what has that name to ``source`` or ``aside``, if it is of the same kind.
+
+    Raises OSError.
+    """
+    is_folder = source.is_dir()
+    if is_folder and not (target.is_dir() or target.is_symlink()):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    if not is_folder and target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     try:
-        renameat2(folder, target, EXCHANGE)
+        renameat2(source, target, EXCHANGE)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        target.rename(aside)
-        folder.rename(target)
-    else:
-        folder.rename(aside)
+        _replace_in_steps(source, target, aside)
 
 
 def remove(path: Path) -> None:
@@ -61,6 +68,21 @@ def renameat2(source: Path, target: Path, flags: int) -> None:
     raise OSError(code, os.strerror(code), str(source), None, str(target))
 
 
+def _replace_in_steps(source: Path, target: Path, aside: Path) -> None:
+    if not source.is_dir():
+        with suppress(OSError):  # of a file system without hard links: a file is replaced in one step anyway
+            aside.hardlink_to(target)
+        source.replace(target)
+        return
+    remove(aside)
+    target.rename(aside)
+    try:
+        source.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
 def _rename_in_steps(source: Path, target: Path) -> None:
     if not source.is_dir():
         try:
@@ -70,7 +92,8 @@ def _rename_in_steps(source: Path, target: Path) -> None:
         except OSError:  # a file system without hard links
             pass
         else:
-            source.unlink()
+            with suppress(OSError):  # the second name goes with the working folder
+                source.unlink()
             return
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))

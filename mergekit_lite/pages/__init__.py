@@ -1,1 +1,1 @@
-"""The parts of HTML reports: pages in one file without external resources, and plots in their colours."""
+"""The parts of reports: HTML pages in one file without external resources, plots in their colours, Markdown."""

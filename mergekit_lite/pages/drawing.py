@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.plain_text import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
@@ -54,6 +55,7 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         RunError: it can't be written.
     """
+    _make_plain(figure)
     partial = path.with_name(f"writing-{path.name}")  # keeps the ending, which tells matplotlib the format
     try:
         figure.savefig(partial, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
@@ -79,8 +81,18 @@ def svg(draw: Callable[[FigureBase], None], height: float, label: str) -> str:
     with mpl.rc_context(settings):
         figure = new_figure(height)
         draw(figure)
+        _make_plain(figure)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     element = text.getvalue()
     element = element[element.index("<svg") :].replace(INK, "currentColor")
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     return re.sub(r'^<svg ([^>]*?)width="[^"]*pt" ?', rf'<svg role="img" aria-label="{label}" \1', element, count=1)
+
+
+def _make_plain(figure: Figure) -> None:
+    """Replace in what is written on a figure, such as names of models, what is not to be shown."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text.get_text():
+            text.set_text(plain(text.get_text()))

@@ -1,7 +1,8 @@
 """HTML pages in one file, without network or libraries.
 
-All text goes through ``element``, which escapes everything that is not ``Markup`` already. A content security policy
-in the page allows one script, identified by its digest, and no requests.
+All text goes through ``element``, which escapes everything that is not ``Markup`` already, and replaces what is not to
+be shown (``plain_text``). A content security policy in the page allows one script, identified by its digest, and no
+requests.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from mergekit_lite._version import __version__
+from mergekit_lite.plain_text import plain
 
 VOID = ("meta", "img")  # elements without an end tag
 
@@ -62,11 +64,11 @@ def element(name: str, /, *children: str, **attributes: str) -> Markup:
     Attributes are written without outer underscores, and with hyphens for inner ones: ``class_``, ``http_equiv``.
     """
     written = "".join(
-        f' {key.strip("_").replace("_", "-")}="{escape(value, quote=True)}"' for key, value in attributes.items()
+        f' {key.strip("_").replace("_", "-")}="{escape(plain(value), quote=True)}"' for key, value in attributes.items()
     )
     if name in VOID:
         return Markup(f"<{name}{written}>")
-    inner = "".join(child if isinstance(child, Markup) else escape(child) for child in children)
+    inner = "".join(child if isinstance(child, Markup) else escape(plain(child)) for child in children)
     return Markup(f"<{name}{written}>{inner}</{name}>")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
@@ -18,6 +18,7 @@ from mergekit_lite.recipe.layers import Input
 from mergekit_lite.recipe.rules import Spot
 
 Arguments = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class WrongNumbersError(Exception):
@@ -42,6 +43,7 @@ class Jobs:
     tied: list[str] = field(default_factory=list)  # a message for each head that an embedding stands in for
     # Arguments that are sound, or what is wrong with them; tensors with equal numbers share them.
     known: dict[object, tuple[Numbers, Arguments | str]] = field(default_factory=dict)
+    shared: dict[object, Any] = field(default_factory=dict)
 
     def with_ties(self, tensor: Output) -> Output:
         """Return the output tensor with the embedding of each source that ties its head to it.
@@ -73,7 +75,7 @@ class Jobs:
 
         def copied_from(source: int, why: str) -> Job:
             copy = specs[source]
-            return Job(name, copy.shape, output_dtype(copy, asked), (copy,), (models[source],), why=why)
+            return Job(name, output_dtype(copy, asked), copy.shape, (copy,), (models[source],), why=why)
 
         if why := self.recipe.why_copied(tensor.spot):
             return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)
@@ -99,15 +101,20 @@ class Jobs:
         own = [output_dtype(specs[index], None) for index in ([lead] if self.continues else order)]
         return Job(
             name,
-            spec.shape,
             asked or dtypes.promoted(own),
+            spec.shape,
             tuple([specs[index] for index in order]),
-            tuple([models[index] for index in order]),
+            self._one(tuple([models[index] for index in order])),
             has_base=has_base,
             method=method,
-            parameters=parameters,
+            parameters=self._one(parameters, tuple(map(id, parameters))),
             merged_elements=merged,
         )
+
+    def _one(self, value: T, key: object = None) -> T:
+        """Return the first value that was given with the same key: there are very many jobs and few different ones."""
+        first: T = self.shared.setdefault(value if key is None else key, value)
+        return first
 
     def _lead(self, tensor: Output, specs: Mapping[int, TensorSpec]) -> int:
         """Return the source that gives a tensor its shape: the base, else the first; or the model that is continued."""

@@ -51,8 +51,7 @@ def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int 
     The name of ``output`` says whether a file or a folder is wanted. A folder takes over the shards of ``source`` where
     no ``shard_size`` is given.
     """
-    tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in jobs]
-    layout = _layout(tensors, source, output, shard_size)
+    layout = _layout(jobs, source, output, shard_size)
     order = {tensor.name: number for number, tensor in enumerate(t for file in layout.files for t in file.tensors)}
     jobs.sort(key=lambda job: order[job.name])
     return layout

@@ -5,9 +5,8 @@ It accounts for every tensor of every input: merged, copied, or left out, each w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
-from mergekit_lite.layout import Layout
+from mergekit_lite.layout import Layout, OutputTensor
+from mergekit_lite.planning.front_matter import FrontMatter
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One output tensor."""
+class Job(OutputTensor):
+    """One output tensor, and what it is made of."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # of the output
     inputs: tuple[TensorSpec, ...]  # what it is made of: the models' tensors, then the base's where there is one
     models: tuple[int, ...]  # for each input, which of the plan's checkpoints it is from
     has_base: bool = False  # whether the last input is the base
@@ -33,16 +30,6 @@ class Job:
     parameters: tuple[Mapping[str, Any], ...] = ()  # the method's keyword arguments, for each output; empty for a copy
     merged_elements: int = 0  # leading elements that go through the method; the rest is copied from the first input
     why: str = ""  # the reason for a copy
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the output."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the output."""
-        return self.numel * dtypes.size(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,6 +50,7 @@ class Plan:
         config: the output's config but for dtype and tie, where layers were moved; None for that of ``config_source``.
         tokenizer: which of the inputs gives the tokenizer, where ``config_source`` doesn't.
         chat_template: the output's, as text; None for the tokenizer's own.
+        front_matter: what the output's card takes over from that of ``config_source``.
         text: the recipe as it was written, where it was a file.
         shard_size: most bytes of data in one file, if that was asked for.
         notes: what the user should know before it runs.
@@ -81,6 +69,7 @@ class Plan:
     config: Mapping[str, Any] | None = None
     tokenizer: int | None = None
     chat_template: str | None = None
+    front_matter: FrontMatter = field(default_factory=dict)
     text: str = ""
     shard_size: int | None = None
     notes: tuple[str, ...] = ()
@@ -136,10 +125,9 @@ class Plan:
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,
         ]
+        digest = xxhash.xxh3_128(repr(described).encode())
         own = slice(number, number + 1)  # nothing of a copy's parameters
-        jobs = [
-            (job.name, job.shape, job.dtype, job.method, job.has_base, job.merged_elements, job.parameters[own])
-            for job in self.jobs
-        ]
-        read = [[spec.key for spec in job.inputs] for job in self.jobs]
-        return xxhash.xxh3_128_hexdigest(repr((described, jobs, read)).encode())
+        for job in self.jobs:
+            made = (job.name, job.shape, job.dtype, job.method, job.has_base, job.merged_elements, job.parameters[own])
+            digest.update(repr((made, [spec.key for spec in job.inputs])).encode())
+        return digest.hexdigest()

@@ -14,11 +14,13 @@ from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
+from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
+from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, other_tokens
+from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, other_tokens, tokenizer_config
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE, UNION
@@ -68,7 +70,7 @@ def make_plan(
         CheckpointError: models can't be opened.
         PlanError: the models or the recipe don't fit together; every problem is named.
     """
-    _check(recipe, len(outputs), shard_size)
+    _check(recipe, outputs, shard_size)
     inputs = _opened(recipe.models, opened or {})
     config_source = recipe.models.index(recipe.config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
@@ -90,12 +92,17 @@ def make_plan(
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
         problems += [f"{text}: {remedy}" for text in foreign]
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
+    paths = tuple(Path(output).expanduser() for output in outputs)
+    is_folder = not is_single_file(paths[0])
+    if is_folder and template is not None:
+        tokenizer_config(inputs[tokenizer])  # the template is written into it, so it has to be readable
+    front_matter, notes_on_card = carried_over(inputs[config_source]) if is_folder else ({}, [])
     if problems:
         raise PlanError(problems)
-    paths = tuple(Path(output).expanduser() for output in outputs)
+    origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
+    del layered, tensors  # as large as the jobs that were made of them
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
-    origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += _notes_on_jobs(jobs, spare, inputs[config_source])
@@ -103,9 +110,10 @@ def make_plan(
     differing = disagreements(SHOULD_AGREE, inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
+    notes += notes_on_card
     if recipe.chat_template is not None and template is None:
         notes.append("chat_template: auto finds no template in any model and has no effect")
-    if is_single_file(paths[0]) and (template is not None or recipe.tokenizer is not None):
+    if not is_folder and (template is not None or recipe.tokenizer is not None):
         notes.append("a single file has no tokenizer beside it: chat_template and tokenizer_source do nothing")
     written = {"merge_method": recipe.merge_method, "text": text}
     return Plan(
@@ -122,20 +130,23 @@ def make_plan(
         config=config,
         tokenizer=None if tokenizer == config_source else tokenizer,
         chat_template=template,
+        front_matter=front_matter,
         text=text,
         shard_size=shard_size,
         notes=tuple(notes),
     )
 
 
-def _check(recipe: Recipe, outputs: int, shard_size: int | None) -> None:
-    """Raise UsageError where the recipe has no models, or names a method or a parameter that is not known."""
-    if outputs != len(recipe.for_outputs):
-        raise UsageError(f"The recipe makes {counted(len(recipe.for_outputs), 'output')}, got {outputs} paths.")
+def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None) -> None:
+    """Raise UsageError where outputs can't be named, models are missing, or a method or parameter is not known."""
+    if len(outputs) != len(recipe.for_outputs):
+        raise UsageError(f"The recipe makes {counted(len(recipe.for_outputs), 'output')}, got {len(outputs)} paths.")
     if not recipe.slices or not all(part.sources for part in recipe.slices):
         raise UsageError("The recipe has no models, or a slice of it has none.")
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
+    if unfit := [output for output in outputs if not is_plain_line(Path(output).name)]:
+        raise UsageError(f"{unfit[0]}: {NOT_PLAIN}. Choose another.")
     methods = [method_named(name) for name in (recipe.merge_method, *(each.merge_method for each in recipe.overrides))]
     known = {name for method in methods for name in method.parameters}
     if unknown := list(dict.fromkeys(name for parameters in recipe.levels for name in parameters if name not in known)):
@@ -150,7 +161,9 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
     wrong: list[CheckpointError] = []
     for reference in references:
         try:
-            opened.append(already.get(reference) or open_checkpoint(reference))
+            checkpoint = already.get(reference) or open_checkpoint(reference)
+            checkpoint.check_names()
+            opened.append(checkpoint)
         except CheckpointError as error:
             wrong.append(error)
     if len(wrong) > 1:
@@ -222,12 +235,15 @@ def _left_out(
     inputs: Sequence[Checkpoint], jobs: Sequence[Job], spare: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:
     """Return what no tensor of the output is made of, and why: (reference, name, reason)."""
-    read = {(model, spec.name) for job in jobs for model, spec in zip(job.models, job.inputs, strict=True)}
+    read: list[set[str]] = [set() for _ in inputs]
+    for job in jobs:
+        for model, spec in zip(job.models, job.inputs, strict=True):
+            read[model].add(spec.name)
     reasons = {job.name: f"{job.why}: copied from {inputs[job.models[0]].reference}" for job in jobs if job.why}
     reasons |= spare
     for number, source in enumerate(inputs):
         for name in source.tensors:
-            if (number, name) not in read:
+            if name not in read[number]:
                 yield source.reference, name, reasons.get(name, "no tensor of the output is made of it")
     for source in inputs:
         yield from ((source.reference, name, why) for name, why in source.left_out.items())

@@ -6,31 +6,28 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.folder import read_json, small_file
-from mergekit_lite.errors import CheckpointError, counted, shortened
+from mergekit_lite.checkpoint import Checkpoint, companion_patterns
+from mergekit_lite.checkpoint.companion_patterns import matches
+from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.errors import UnreadableError, counted, shortened
+from mergekit_lite.input_files import read_bytes, read_json, read_text
 from mergekit_lite.recipe.templates import TEMPLATES
 
-# What a model folder calls the parts of its tokenizer.
-TOKENIZER_FILES = (
-    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
-    "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
+TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARY_FILES = ("merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json", "tokenizer.json",
                     "tokenizer.model", "vocab.json", "vocab.txt")  # fmt: skip
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-MORE_TEMPLATES = "additional_chat_templates/"
 
 
 def is_template_file(name: str) -> bool:
     """Return whether a file of a model folder holds a chat template and nothing else."""
-    return name in TEMPLATE_FILES or name.startswith(MORE_TEMPLATES)
+    return matches(name, companion_patterns.TEMPLATES)
 
 
 def is_tokenizer_file(name: str) -> bool:
     """Return whether a file of a model folder is a part of its tokenizer, its chat template included."""
-    return name in TOKENIZER_FILES or is_template_file(name)
+    return matches(name, companion_patterns.TOKENIZER)
 
 
 def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
@@ -47,45 +44,64 @@ def chat_template(asked: str, inputs: Sequence[Checkpoint]) -> str | None:
 def template_of(source: Checkpoint) -> str | None:
     """Return a model's own chat template, found as transformers finds it; None where there is none.
 
-    Raises CheckpointError where the file that holds it is a link out of the model's folder, or too large.
+    Raises CheckpointError where the file that holds it is a link out of the model's folder, or can't be read.
     """
     if source.folder is None:
         return None
     if path := small_file(source.folder, "chat_template.jinja"):
-        return path.read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        template = _json(small_file(source.folder, name)).get("chat_template")
+        return read_text(path)
+    for name in (TOKENIZER_CONFIG, "chat_template.json"):
+        path = small_file(source.folder, name)
+        template = read_json(path).get("chat_template") if path else None
         if isinstance(template, list):  # several by name
-            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-            template = named.get("default")
+            default = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+            template = next(default, {}).get("template")
         if isinstance(template, str):
             return template
     return None
 
 
+def tokenizer_config(source: Checkpoint) -> dict[str, Any] | None:
+    """Return the config of a model's tokenizer, None where it has none. Raises CheckpointError where it is broken."""
+    path = small_file(source.folder, TOKENIZER_CONFIG) if source.folder else None
+    return read_json(path) if path else None
+
+
 def vocabulary_of(source: Checkpoint) -> dict[int, str]:
-    """Return the tokens of a model's ``tokenizer.json`` by their numbers; empty where none is understood."""
-    return _vocabulary(_file(source))
+    """Return the tokens of a model's ``tokenizer.json`` by their numbers; empty where there is none.
+
+    Raises CheckpointError where it can't be read.
+    """
+    path = _file(source)
+    return _vocabulary(path) if path else {}
 
 
 def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> tuple[list[str], list[str]]:
     """Compare the models' vocabularies with that of the output's tokenizer.
 
     Returns:
-        Models in which some rows stand for other tokens, and models that have tokens more, each as a message.
+        Models in which some rows stand for other tokens, and what else the user should know: models that have tokens
+        more, and those whose vocabulary can't be read. Each is a message.
+
+    Raises:
+        CheckpointError: a ``tokenizer.json`` leads out of its folder, or is no regular file.
     """
     if not (own := _file(tokenizer)):
         return [], []
-    content = own.read_bytes()
+    content = read_bytes(own)
     contrary: list[str] = []
     more: list[str] = []
     vocabulary: Mapping[int, str] | None = None
     for source in inputs:
         path = _file(source)
-        if path is None or path == own or path.read_bytes() == content:
+        if path is None or path == own or read_bytes(path) == content:
             continue
-        vocabulary = _vocabulary(own) if vocabulary is None else vocabulary
-        other = _vocabulary(path)
+        try:
+            vocabulary = _vocabulary(own) if vocabulary is None else vocabulary
+            other = _vocabulary(path)
+        except UnreadableError as error:
+            more.append(f"{error} Whether the vocabularies agree can't be told")
+            continue
         wrong = [number for number, token in other.items() if vocabulary.get(number, token) != token]
         if wrong:
             example = f"{wrong[0]} is {_quoted(vocabulary[wrong[0]])}, but {_quoted(other[wrong[0]])}"
@@ -95,7 +111,7 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
             listed = ", ".join(map(_quoted, new[:3])) + (" …" if len(new) > 3 else "")
             has = f"{source.reference} has {counted(len(new), 'token')}"
             more.append(f"{has} that the output's tokenizer lacks: {listed}")
-    return contrary, more
+    return contrary, list(dict.fromkeys(more))
 
 
 def other_tokens(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> list[str]:
@@ -114,15 +130,15 @@ def _tokens(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
     if vocabulary := vocabulary_of(source):
         return vocabulary
     paths = [small_file(source.folder, name) for name in VOCABULARY_FILES] if source.folder else []
-    return [path.read_bytes() for path in paths if path]
+    return [read_bytes(path) for path in paths if path]
 
 
 def _file(source: Checkpoint) -> Path | None:
     return small_file(source.folder, "tokenizer.json") if source.folder else None
 
 
-def _vocabulary(path: Path | None) -> dict[int, str]:
-    content = _json(path)
+def _vocabulary(path: Path) -> dict[int, str]:
+    content = read_json(path)
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}
@@ -135,14 +151,6 @@ def _vocabulary(path: Path | None) -> dict[int, str]:
         if isinstance(token, dict) and isinstance(token.get("id"), int):
             tokens[token["id"]] = str(token.get("content"))
     return tokens
-
-
-def _json(path: Path | None) -> dict[str, object]:
-    """Return a JSON object; empty where it can't be read: the file travels as it is, this only looks into it."""
-    try:
-        return read_json(path) if path else {}
-    except CheckpointError:
-        return {}
 
 
 def _quoted(token: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -63,7 +63,6 @@ class Outputs(NamedTuple):
     problems: tuple[str, ...]
 
 
-@lru_cache(maxsize=1 << 17)
 def place(name: str) -> Place | None:
     """Return the place of a tensor by the first number in its name; None where its name has none."""
     match = FIRST_NUMBER.fullmatch(name)
@@ -76,16 +75,21 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
     >>> stacks(["embed.weight", "h.0.mlp.weight", "h.1.mlp.weight", "score.0.weight"])
     {'h': 2}
     """
+    return _stacks(map(place, names))
+
+
+def _stacks(places: Iterable[Place | None]) -> dict[str, int]:
+    """Return the stacks of layers, with their lengths, by the places of a model's tensors."""
     numbers: dict[str, set[int]] = {}
     deep = set()
-    for at in filter(None, map(place, names)):
+    for at in filter(None, places):
         numbers.setdefault(at.stack, set()).add(at.layer)
         if "." in at.rest:
             deep.add(at.stack)
     return {stack: len(own) for stack, own in numbers.items() if stack in deep and max(own) == len(own) - 1}
 
 
-@cache
+@lru_cache(maxsize=1 << 10)
 def depth(layer: int, layers: int) -> Fraction:
     """Return t of one layer of ``layers``."""
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
@@ -123,7 +127,9 @@ def _takes_all(part: Slice, names: Mapping[str, Sequence[str]]) -> bool:
 
 def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str, promised: Mapping[str, int | None]) -> Outputs:
     """Return what ``models:`` makes: every name of every model."""
-    depths = _counted({source.model: stacks(names[source.model]) for source in part.sources}, promised)
+    places = {name: place(name) for source in part.sources for name in names[source.model]}
+    own = {source.model: _stacks(map(places.__getitem__, names[source.model])) for source in part.sources}
+    depths = _counted(own, promised)
     order = sorted(range(len(part.sources)), key=lambda index: part.sources[index].model != first)
     lengths: dict[str, dict[int, str]] = {}
     for index in order:
@@ -135,13 +141,13 @@ def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str, promise
         for stack, seen in lengths.items()
         if len(seen) > 1
     ]
-    having: dict[str, list[int]] = {}
+    having: dict[str, tuple[int, ...]] = {}
     for index in order:
         for name in names[part.sources[index].model]:
-            having.setdefault(name, []).append(index)
+            having[name] = (*having.get(name, ()), index)
     tensors = []
     for name, sources in having.items():
-        at = place(name)
+        at = places.pop(name)
         length = next(iter(lengths[at.stack])) if at and at.stack in lengths else 0
         spot = Spot(name, at.layer if at and length else None)
         t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)

@@ -53,11 +53,15 @@ class _Resolving:
     used: set[int] = field(default_factory=set)  # rules that decided something, by identity
     wrong: dict[str, list[str]] = field(default_factory=dict)  # problem: the tensors that have it
     known: dict[object, tuple[Numbers, tuple[str, ...]]] = field(default_factory=dict)  # with what is wrong about them
-    matches: dict[Spot, tuple[bool, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rules = [rule for parameters in self.recipe.levels for of_name in parameters.values() for rule in of_name]
+        self.has_gradients = any(len(rule.values) > 1 for rule in rules)
 
     def numbers(self, output: Output) -> Numbers:
-        inputs = tuple([(index, self.matching(spot)) for index, spot in output.inputs])
-        key = (output.part, output.t, self.matching(output.spot), inputs)
+        own = self.matching(output.spot)
+        inputs = tuple([(index, own if spot is output.spot else self.matching(spot)) for index, spot in output.inputs])
+        key = (output.part, output.t if self.has_gradients else 0, own, inputs)
         if key not in self.known:
             problems: list[str] = []
             self.known[key] = self.looked_up(output, problems), tuple(problems)
@@ -67,9 +71,7 @@ class _Resolving:
         return numbers
 
     def matching(self, spot: Spot) -> tuple[bool, ...]:
-        if spot not in self.matches:
-            self.matches[spot] = tuple([pattern.matches(spot) for pattern in self.filters])
-        return self.matches[spot]
+        return tuple([pattern.matches(spot) for pattern in self.filters])
 
     def looked_up(self, output: Output, problems: list[str]) -> Numbers:
         part = self.recipe.slices[output.part]

@@ -14,7 +14,7 @@ from mergekit_lite.checkpoint.references import Addition, parse_addition
 from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, read_vector
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
-from mergekit_lite.layout import OutputTensor, safetensors_layout
+from mergekit_lite.layout import safetensors_layout
 from mergekit_lite.methods import METHODS
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
@@ -65,12 +65,11 @@ def plan_combine(
     sources = {one.path: checkpoint for one, checkpoint in zip(named, _over_zero(opened), strict=True)}
     sources[ZERO] = _zeros(list(sources.values()))
     plan = make_plan(loaded, [path], text=text, opened=sources)
-    tensors = [OutputTensor(job.name, job.dtype, job.shape) for job in plan.jobs]
     written = _written_dtypes(opened)
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}
     metadata = described("dense", opened[0].base, about)
     manifest_recipe = {**plan.recipes[0], "combines": [str(one) for one in named]}
-    return replace(plan, recipes=(manifest_recipe,), layout=safetensors_layout([tensors], path.name, metadata))
+    return replace(plan, recipes=(manifest_recipe,), layout=safetensors_layout([plan.jobs], path.name, metadata))
 
 
 @named_options

@@ -98,7 +98,12 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
 
     Returns:
         The pairs in the order of the tuned model's files, notes for the user, and problems.
+
+    Raises:
+        CheckpointError: a model's name can't be put into a manifest.
     """
+    for model in (base, tuned):
+        model.check_names()
     pairs: list[TensorPair] = []
     notes: list[str] = []
     problems: list[str] = []

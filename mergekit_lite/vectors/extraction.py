@@ -6,11 +6,9 @@ and once to write them. The output appears under its name when it is complete.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -22,27 +20,25 @@ from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
+from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.devices import chosen_device, explained
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
-from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.workspace import (
-    OutputWorkspace,
-    check_target,
-    finish_publishing,
-    manifest_path,
-    working_folder,
-)
+from mergekit_lite.output.publishing import check_target, is_published
+from mergekit_lite.output.working_folder import WorkingFolder, as_run_errors
+from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
+from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, manifest_text
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 VectorFormat = Literal["dense", "sparse", "lowrank", "sign", "lora"]
@@ -77,74 +73,6 @@ class ExtractSettings:
                 raise UsageError(f"--{name}: expected a number above 0 up to {most:g}, got {value:g}.")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a vector.
-
-    Attributes:
-        name: of the tensor.
-        encoder: name of the encoder that stored it.
-        nbytes: number of bytes stored.
-        square, lost: ‖difference‖² and ‖what is thrown away‖².
-    """
-
-    name: str
-    encoder: str
-    nbytes: int
-    square: float
-    lost: float
-
-    @property
-    def error(self) -> float:
-        """‖what is thrown away‖ / ‖difference‖."""
-        return math.sqrt(self.lost / self.square) if self.square else 0.0
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """Result of an extraction.
-
-    Attributes:
-        output: path of the vector.
-        nbytes: number of bytes of its file of weights.
-        tensors: the tensors that differ.
-        unchanged: number of tensors that don't.
-        notes: facts that the user should know.
-    """
-
-    output: Path
-    nbytes: int
-    tensors: tuple[StoredTensor, ...]
-    unchanged: int
-    notes: tuple[str, ...]
-
-    @property
-    def error(self) -> float:
-        """‖what is thrown away‖ / ‖difference‖ over all tensors."""
-        square = math.fsum(tensor.square for tensor in self.tensors)
-        return math.sqrt(math.fsum(tensor.lost for tensor in self.tensors) / square) if square else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as plain data."""
-        tensors = {
-            tensor.name: {
-                "stored": tensor.encoder,
-                "bytes": tensor.nbytes,
-                "norm": math.sqrt(tensor.square),
-                "error": tensor.error,
-            }
-            for tensor in self.tensors
-        }
-        return {
-            "path": str(self.output),
-            "bytes": self.nbytes,
-            "error": self.error,
-            "unchanged": self.unchanged,
-            "notes": list(self.notes),
-            "tensors": tensors,
-        }
-
-
 @named_options
 def extract_vector(
     base: str | Path,
@@ -161,6 +89,7 @@ def extract_vector(
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
+    sync: bool = False,
     progress: Progress | None = None,
 ) -> Extracted:
     """Make the task vector ``tuned − base``.
@@ -179,6 +108,8 @@ def extract_vector(
         device: where low-rank factors are computed.
         resume: go on with what an earlier run of the same extraction left.
         force: replace an existing output, and drop what an earlier run left unless ``resume`` is set too.
+        sync: bring the output to the disk before it gets its name, and its name after, so that a power cut can't undo
+            or damage what was published; takes as long as the disk takes to write the output.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Returns:
@@ -202,20 +133,48 @@ def extract_vector(
         problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
-    if resume:
-        finish_publishing(path)
+    run = _identified(before, after, settings)
+    sources = [(str(file.path), file.size, file.mtime_ns) for model in (before, after) for file in model.files]
+    if resume and (extracted := _published(path, run, sources, force=force, sync=sync)) is not None:
+        return extracted
     check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
-    spill = working_folder(path) / "factors"
-    extraction = _Extraction(
-        before, after, settings, threads or available_cores(), place, spill, resume, force, progress
-    )
-    try:
-        with tuned_process():
-            return extraction.run(path, pairs, notes)
-    finally:
-        shutil.rmtree(spill, ignore_errors=True)
-        with suppress(OSError):
-            spill.parent.rmdir()  # unless there is something to go on with
+    with WorkingFolder(path, fresh=force and not resume) as folder, as_run_errors(folder.path):
+        spill = folder.factors
+        extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress)
+        try:
+            with explained(place), tuned_process():
+                return extraction.run(folder, pairs, notes, run, sources, force=force, sync=sync)
+        finally:
+            shutil.rmtree(spill, ignore_errors=True)
+
+
+def _identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
+    """Return what makes a vector, for its manifest, with a digest of it that stands for the plan."""
+    made_of = {
+        "format": settings.format,
+        "settings": {key: value for key, value in vars(settings).items() if value is not None},
+        "base": before.identity()._asdict(),
+        "tuned": after.identity()._asdict(),
+    }
+    files = [(file.path.name, file.size, file.header_digest) for model in (before, after) for file in model.files]
+    return {"plan": xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files)).encode()), **made_of}
+
+
+def _published(
+    output: Path, run: Mapping[str, Any], sources: Sequence[tuple[str, int, int]], *, force: bool, sync: bool
+) -> Extracted | None:
+    """Return the result of an earlier run that made this very output, None where none did. Raises RunError."""
+    weights = output / peft_folder.WEIGHTS if run["format"] == "lora" else output
+    results: list[Extracted] = []
+
+    def is_result(manifest: Mapping[str, Any]) -> bool:
+        try:
+            results.append(Extracted.from_manifest(output, manifest))
+        except (LookupError, AttributeError, TypeError, ValueError):
+            return False
+        return describes(weights, manifest)
+
+    return results[-1] if is_published(output, run["plan"], sources, is_result, force=force, sync=sync) else None
 
 
 def _check_name(path: Path, form: str) -> None:
@@ -251,13 +210,22 @@ class _Extraction:
     threads: int
     device: str
     spill: Path
-    resume: bool
-    force: bool
     progress: Progress | None
 
-    def run(self, output: Path, pairs: list[TensorPair], notes: list[str]) -> Extracted:
+    def run(
+        self,
+        folder: WorkingFolder,
+        pairs: list[TensorPair],
+        notes: list[str],
+        run: Mapping[str, Any],
+        sources: Sequence[tuple[str, int, int]],
+        *,
+        force: bool,
+        sync: bool,
+    ) -> Extracted:
+        output = folder.output
         if self.settings.energy is not None:
-            self.spill.mkdir(parents=True, exist_ok=True)
+            self.spill.mkdir(exist_ok=True)
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
@@ -266,35 +234,43 @@ class _Extraction:
         if self.settings.format == "lora":
             peft_folder.check_changed(changed_pairs, self.before)
         layout, named = self._layout(output, changed, storage)
-        sources = [(str(f.path), f.size, f.mtime_ns) for model in (self.before, self.after) for f in model.files]
-        this_run = f"{__version__} {self.settings} {self.before.reference} {self.after.reference}"
-        workspace = OutputWorkspace(output, layout, this_run, sources, fresh=not self.resume)
+        names = [manifest_path(output).name, *[ADAPTER_CONFIG] * (self.settings.format == "lora")]
+        workspace = OutputWorkspace(folder, layout, run["plan"], sources, names)
         numbers = {name: number for number, name in enumerate(changed)}
 
         def write(reader: Reader, pair: TensorPair) -> Record:
             return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
 
         try:
-            lost: dict[str, float] = {}
+            records: dict[str, Record] = {}
             for name, record in self._each(changed_pairs, write):
                 workspace.done(record)
-                [lost[name]] = record.sums
+                records[name] = record
             for model in (self.before, self.after):
                 model.check_unchanged()
             stored = [
-                StoredTensor(name, tensor.encoder.name, tensor.nbytes, tensor.square, lost[name])
+                StoredTensor(name, tensor.encoder.name, tensor.nbytes, tensor.square, records[name].sums[0])
                 for name, tensor in changed.items()
             ]
+            parts = {
+                named(name, part.suffix): digest
+                for name, kept in storage.items()
+                for part, digest in zip(kept.parts, records[name].output.split(), strict=True)
+            }
             extracted = Extracted(output, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
-            self._write_small_files(workspace.result, extracted, storage)
-            workspace.publish(force=self.force)
+            with workspace.adding_companions() as result:
+                text = manifest_text(extracted, run, result / layout.files[0].name, parts)
+                (result / manifest_path(output).name).write_text(text, encoding="utf-8")
+                if self.settings.format == "lora":
+                    peft_folder.write_config(result, self.before, storage, self.settings.rank)
+            workspace.publish(force=force, sync=sync)
         finally:
             workspace.close()
         return extracted
 
     def _each(self, pairs: list[TensorPair], do: Callable[[Reader, TensorPair], T]) -> Iterator[tuple[str, T]]:
         """Call ``do`` for each pair, on all threads; yield each tensor's name and what it returned."""
-        pool = Pool(self.threads, CPU, 0, 0)
+        pool = Pool(self.threads, [CPU], 0, 0)
         for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair))):
             self.done += pair.nbytes
             if self.progress is not None:
@@ -352,22 +328,6 @@ class _Extraction:
         deltas = {name: (_written_dtype(tensor), tensor.pair.tuned.shape) for name, tensor in changed.items()}
         metadata = described(self.settings.format, self.before.identity(), deltas)
         return safetensors_layout([parts], output.name, metadata), named
-
-    def _write_small_files(self, folder: Path, extracted: Extracted, storage: Mapping[str, StoragePlan]) -> None:
-        """Write the manifest, and an adapter's config."""
-        manifest = {
-            "tool": "mergekit_lite",
-            "version": __version__,
-            "format": self.settings.format,
-            "settings": {key: value for key, value in vars(self.settings).items() if value is not None},
-            "base": self.before.identity()._asdict(),
-            "tuned": self.after.identity()._asdict(),
-            **{key: value for key, value in extracted.to_json().items() if key != "path"},
-        }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (folder / manifest_path(extracted.output).name).write_text(text, encoding="utf-8")
-        if self.settings.format == "lora":
-            peft_folder.write_config(folder, self.before, storage, self.settings.rank)
 
 
 def _write(

@@ -10,6 +10,7 @@ of torch.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ class LowRankEncoder:
         else:
             factors = self._factors(difference)
             rank, file = factors.left.shape[1], self.spill / f"{draws.stream_key(0, difference.pair.name):x}.pt"
-            torch.save(tuple(factors), file)
+            content = io.BytesIO()  # given a file, torch reports a full disk in words of its own
+            torch.save(tuple(factors), content)
+            file.write_bytes(content.getbuffer())
         parts = StoredPart("left", "float32", (rows, rank)), StoredPart("right", "float32", (rank, columns))
         return StoragePlan(parts, file)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_lite.checkpoint.folder import MAX_FILE_NAME, is_weight_name, read_json
+from mergekit_lite.checkpoint.folder import MAX_FILE_NAME, is_weight_name
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, listing
+from mergekit_lite.input_files import json_object, read_bytes
 from mergekit_lite.output.manifest import SEAL, seal, text_of
 from mergekit_lite.output.workspace import manifest_path
+from mergekit_lite.plain_text import is_plain_line
 
 DIGEST = 32  # hexadecimal digits
 MAX_TEXT = 1000  # characters of a name or path
@@ -19,7 +21,7 @@ MAX_SIZE = 2**63 - 1
 
 
 def _printable(text: str) -> str:
-    if len(text) > MAX_TEXT or not text.isprintable():
+    if len(text) > MAX_TEXT or not is_plain_line(text):
         raise ValueError(f"should be at most {MAX_TEXT:,} printable characters")
     return text
 
@@ -110,6 +112,7 @@ class Manifest(_Recorded):
 
     version: ShortText
     torch: ShortText
+    device: Literal["cpu", "cuda"] = "cpu"
     plan: Digest
     recipe: dict[str, Any]
     seed: int
@@ -141,20 +144,19 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
             f"{path}: is missing. Without it nothing is known of how {output.name} was made: it is not an output of "
             "mergekit_lite, or the manifest was lost. Make it again."
         )
-    content = read_json(path)
+    written = read_bytes(path)
+    content = json_object(path, written)
     if "tuned" in content:
         raise MergekitLiteError(
             f"{path}: is of vector extract, whose outputs verify can't make again. What holds the vector to the models "
             "is to apply it to its base and compare: vector apply BASE VECTOR -o OUT, then compare TUNED OUT."
         )
     try:
-        as_written = path.read_bytes() == text_of(content).encode(errors="surrogatepass")
+        as_written = written == text_of(content).encode()
         return Manifest.model_validate(content), as_written and content.get(SEAL) == seal(content)
     except ValidationError as wrong:
         errors = wrong.errors(include_url=False, include_input=False)
         problems = [f"{'.'.join(map(_shown, error['loc']))}: {error['msg']}" for error in errors]
-    except RecursionError:
-        problems = ["it is nested too deeply"]
     raise MergekitLiteError(
         listing(f"{path}: is damaged, forged, or of a version before this check; make the output again", problems)
     )
@@ -163,4 +165,4 @@ def read_manifest(output: Path) -> tuple[Manifest, bool]:
 def _shown(part: object) -> str:
     """Return part of a key's path as text that is short and safe to print."""
     text = str(part)
-    return text if text.isprintable() and len(text) < 200 else ascii(text[:80])
+    return text if is_plain_line(text) and len(text) < 200 else ascii(text[:80])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec, formats
-from mergekit_lite.checkpoint.folder import inside, may_be_weights, weight_map
+from mergekit_lite.checkpoint.folder import inside, weight_map
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, tuned_process
@@ -19,19 +20,22 @@ from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import CheckpointError, RunError
 from mergekit_lite.layout import INDEX_NAME, is_single_file
-from mergekit_lite.output.manifest import file_digest, frame_digest
+from mergekit_lite.output.manifest import NOT_SEALED, file_digest, frame_digest
 from mergekit_lite.verification.manifest_schema import DIGEST, Manifest, RecordedFile, RecordedTensor
 from mergekit_lite.verification.result import Finding
 
+STRANGER = "is not a part of this output: whoever loads the folder may take it for one"
+HIDDEN = "is not a part of this output; nothing that loads models reads names that begin with a dot"
 WIDEST = 8  # bytes of the widest element
 
 
 @dataclass(frozen=True)
 class OpenedOutput:
-    """Tensors of an output, as far as its files can be read, and what is wrong with the files."""
+    """Tensors of an output, as far as its files can be read, what is wrong with the files, and what to know of them."""
 
     tensors: Mapping[str, TensorSpec]
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +70,18 @@ def open_output(output: Path, manifest: Manifest) -> OpenedOutput:
         Finding(tensors[name].file.name, "is not in the manifest", name)
         for name in sorted(tensors.keys() - manifest.tensors.keys())
     ]
+    notes: list[str] = []
     if not is_single_file(output):
         findings += _check_folder(output, manifest, tensors)
-    return OpenedOutput({name: spec for name, spec in tensors.items() if name in manifest.tensors}, tuple(findings))
+        try:
+            strangers = list(_strangers(output, manifest))
+        except OSError as error:
+            strangers = []
+            findings.append(Finding(output.name, f"a folder in it can't be read: {error.strerror}"))
+        findings += [Finding(name, STRANGER) for name in strangers if not name.startswith(".")]
+        notes += [f"{name} {HIDDEN}" for name in strangers if name.startswith(".")]
+    own = {name: spec for name, spec in tensors.items() if name in manifest.tensors}
+    return OpenedOutput(own, tuple(findings), tuple(notes))
 
 
 def _open(path: Path, file: RecordedFile) -> Mapping[str, TensorSpec]:
@@ -95,12 +108,13 @@ def _reason(error: CheckpointError | OSError, path: Path) -> str:
 
 
 def _check_folder(folder: Path, manifest: Manifest, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
-    """Yield what is wrong with the small files, and weights that don't belong to the output."""
-    known = {file.name for file in manifest.files} | manifest.beside.keys()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if (may_be_weights(path.name) or name == INDEX_NAME) and name not in known:
-            yield Finding(name, "is not a part of this output: whoever loads the folder may take it for one")
+    """Yield what is wrong with the small files."""
+    for name in NOT_SEALED:
+        try:
+            if os.path.lexists(folder / name):
+                inside(folder, name)
+        except CheckpointError as error:
+            yield Finding(name, _reason(error, folder / name))
     for name, digest in manifest.beside.items():
         try:
             if file_digest(inside(folder, name)) != digest:
@@ -111,6 +125,23 @@ def _check_folder(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor
         yield Finding(INDEX_NAME, "is not in the manifest, but there are several files of weights")
     elif len(manifest.files) > 1 and (folder / INDEX_NAME).exists():
         yield from _check_index(folder, tensors)
+
+
+def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield the name of each file that doesn't belong to the output, and of each folder without one that does."""
+    own = {*(file.name for file in manifest.files), *manifest.beside, *NOT_SEALED}
+    folders = {parent.as_posix() for name in own for parent in Path(name).parents}
+    unvisited = [folder]
+    while unvisited:
+        for path in sorted(unvisited.pop().iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                if name in folders:
+                    unvisited.append(path)
+                else:
+                    yield f"{name}/"
+            elif name not in own:
+                yield name
 
 
 def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
@@ -143,7 +174,7 @@ def check_digests(
         merged = manifest.tensors[name].merged
         cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel))
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
-    pool = Pool(workers, CPU, 1, CHUNK * WIDEST)
+    pool = Pool(workers, [CPU], 1, CHUNK * WIDEST)
 
     def digest(buffers: WorkerBuffers, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
         hashed = xxhash.xxh3_128()

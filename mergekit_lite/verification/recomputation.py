@@ -4,25 +4,70 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.encodings.sum import Sum
-from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.deferred import np
+from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.tiling import bounds
-from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.errors import MergekitLiteError, counted
 from mergekit_lite.planning import Plan
 from mergekit_lite.verification.manifest_schema import Manifest
 from mergekit_lite.verification.output_files import differing
 from mergekit_lite.verification.result import Finding
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 LAST_BITS = 1e-9  # relative tolerance of sums in float64
+# Of so many elements one may differ by more than a rounding step between two kinds of devices: last bits of large terms
+# are more than that where the terms nearly cancel, a hundred thousandth of the elements at most.
+STRAY = 10_000
+
+
+class ComparedRecords(Records):
+    """A sink that compares what is made with the output, element by element.
+
+    That is for two kinds of devices, whose last bits need not be the same. ``differing`` says by tensor how many
+    elements differ, and how many of them by more than one rounding step; ``written`` are those that can be compared.
+    """
+
+    def __init__(self, written: Mapping[str, TensorSpec]) -> None:
+        super().__init__()
+        self.differing: dict[str, tuple[int, int]] = {}
+        self._written = written
+        self._lock = threading.Lock()
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Compare bytes with those that stand in their place in the output."""
+        if (spec := self._written.get(tensor)) is None:
+            return
+        size = dtypes.size(spec.dtype)
+        stored = bytearray(len(data))
+        with Reader() as reader:
+            spec.fill(reader, offset // size, memoryview(stored))
+        one, other = _ranks(data, size), _ranks(stored, size)
+        differ = int((one != other).sum())
+        stray = int((np.maximum(one, other) - 1 > np.minimum(one, other)).sum())
+        with self._lock:
+            before = self.differing.get(tensor, (0, 0))
+            self.differing[tensor] = (before[0] + differ, before[1] + stray)
+
+
+def _ranks(floats: memoryview | bytearray, size: int) -> npt.NDArray[np.int64]:
+    """Return the ranks of floats of ``size`` bytes among all floats, from zero on: neighbours differ by 1."""
+    bits = np.frombuffer(floats, f"<i{size}").astype(np.int64)
+    return np.where(bits < 0, -(1 << 8 * size - 1) - bits, bits)  # below zero the sign is apart from the magnitude
 
 
 class Recomputation:
@@ -32,22 +77,31 @@ class Recomputation:
         self,
         plan: Plan,
         manifest: Manifest,
+        written: Mapping[str, TensorSpec],
         jobs: Collection[int],
-        device: str,
+        devices: Sequence[str],
         threads: int | None,
         progress: Progress,
         processes: bool,
     ) -> None:
-        """Prepare; nothing is read yet. ``jobs`` are indices in the plan, other arguments are those of ``verify``."""
-        workers, block = workers_and_block(device, threads)
+        """Prepare; nothing is read yet.
+
+        ``written`` are the output's tensors, ``jobs`` indices in the plan; other arguments are those of ``verify``.
+        """
+        workers, block = workers_and_block(devices, threads)
         self.plan = plan
         self.manifest = manifest
-        self.device = device
+        self.device = kind_of(devices[0])
         self.jobs = sorted(jobs)
-        self.records = Records()
-        team = Workers(workers, device, block, processes)
+        self.records: Records = Records()
+        if self.device != manifest.device:
+            planned = {job.name: (job.dtype, job.shape) for job in plan.jobs}
+            as_planned = {name: spec for name, spec in written.items() if planned.get(name) == (spec.dtype, spec.shape)}
+            self.records = ComparedRecords(as_planned)
+        # Forked workers would count for themselves.
+        team = Workers(workers, devices, block, processes and self.device == manifest.device)
         self.schedule = Schedule(plan, {0: self.records}, team, progress, set(jobs))
-        self.grouped = {index for (index, _), merge in self.schedule.merges.items() if merge.group is not None}
+        self.grouped = {index for (index, _), merge in self.schedule.shared.items() if merge.group is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,7 +111,7 @@ class Recomputation:
     @property
     def also_read(self) -> int:
         """Number of other tensors that have to be read, as thresholds or coefficients span them."""
-        return len({index for index, _ in self.schedule.merges} - set(self.jobs))
+        return len({index for index, _ in self.schedule.shared} - set(self.jobs))
 
     def run(self) -> list[Finding]:
         """Make the tensors, compare them, and return what differs."""
@@ -94,8 +148,27 @@ class Recomputation:
                 yield Finding(f"{reference}: {spec.file.name}", _what_changed(spec), spec.name, place)
         digests = [record.output for record in records]
         spans_of_output = recorded.spans.output if recorded.spans else None
-        if not changed and differing(digests, recorded.output, spans_of_output) != []:
+        if changed or differing(digests, recorded.output, spans_of_output) == []:
+            return
+        compared = self.records.differing.get(job.name) if isinstance(self.records, ComparedRecords) else None
+        if compared is None or not any(record.device for record in records):
             yield Finding("manifest", self._why_other(index), job.name)
+            return
+        _, stray = compared
+        if stray * STRAY > job.numel:
+            what = (
+                "its inputs are the same, but now give other bytes than those recorded, in "
+                f"{counted(stray, 'element')} by more than a rounding step. It was made on another kind of device: "
+                f"--device {self.manifest.device} makes it again to the bit"
+            )
+            yield Finding("manifest", what, job.name)
+
+    @property
+    def differs_in_last_bits(self) -> int:
+        """How many elements differ from what another kind of device made of the same inputs."""
+        if not isinstance(self.records, ComparedRecords):
+            return 0
+        return sum(differ for differ, _ in self.records.differing.values())
 
     def _why_other(self, index: int) -> str:
         """Say why the output's bytes may differ though no input does."""
@@ -105,8 +178,8 @@ class Recomputation:
         return text
 
     def _check_effect(self) -> Iterator[Finding]:
-        """Compare the figures of the report, which are those of all tensors on the CPU, with the recorded ones."""
-        if self.device != CPU:
+        """Compare the figures of the report, where the same kind of device computed them, with the recorded ones."""
+        if self.device != self.manifest.device:
             return
         effect = report(self.plan, 0, self.records.made).to_json()
         if not _agree(json.loads(json.dumps(effect)), self.manifest.effect):

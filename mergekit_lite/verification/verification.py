@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_lite._version import __version__
+from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.pool import available_cores
-from mergekit_lite.engine.run import chosen_device
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.layout import is_single_file
@@ -62,7 +62,7 @@ def verify(
     path = Path(output).expanduser()
     if not path.exists() or path.is_dir() == is_single_file(path):
         raise UsageError(f"{path}: no such folder, or file of weights. Name an output of extrapolate or merge.")
-    device = chosen_device(device)
+    devices = chosen_devices(device)
     manifest, sealed = read_manifest(path)
     opened = OpenedInputs() if samples == 0 else open_inputs(manifest, inputs or {})
     written = open_output(path, manifest)
@@ -83,7 +83,8 @@ def verify(
     recomputation = None
     if plan is not None:
         jobs = _chosen(plan, samples, seed)
-        recomputation = Recomputation(plan, manifest, jobs, device, threads, total_progress.recomputed, processes)
+        advance = total_progress.recomputed
+        recomputation = Recomputation(plan, manifest, written.tensors, jobs, devices, threads, advance, processes)
         total_progress.to_recompute = recomputation.schedule.bytes_in_all
     findings += check_digests(written, manifest, threads or available_cores(), total_progress.read)
     if recomputation is not None:
@@ -91,7 +92,7 @@ def verify(
     return Verification(
         output=path,
         findings=tuple(findings),
-        notes=tuple(_notes(manifest, recomputation, bool(findings))),
+        notes=(*written.notes, *_notes(manifest, recomputation, bool(findings))),
         unchecked=tuple(_unchecked(opened, recomputation, samples)),
         tensors=len(written.tensors),
         nbytes=written.nbytes,
@@ -130,6 +131,11 @@ def _notes(manifest: Manifest, recomputation: Recomputation | None, wrong: bool)
         yield (
             "thresholds or coefficients span several tensors: "
             f"{counted(recomputation.also_read, 'more tensor')} had to be read for their sums"
+        )
+    if recomputation is not None and (differ := recomputation.differs_in_last_bits):
+        yield (
+            f"made on {manifest.device}, made again on {recomputation.device}: {counted(differ, 'element')} differ, as "
+            "sums of floats depend on the order in which a device adds"
         )
     for what, before, now in (
         ("mergekit_lite", manifest.version, __version__),

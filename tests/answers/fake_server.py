@@ -13,7 +13,9 @@ from typing import Any
 
 from mergekit_lite.answers.rows import seed_of
 
-Trouble = str | int | None  # drop, cut, hang, empty, none, filtered, garbage, page, or a status
+# drop, cut, hang, drip, flood, empty, none, filtered, garbage, page; a status; or a body instead of the right one
+Trouble = str | int | bytes | None
+PACKED = b"\x1f\x8b"  # a body that begins so is sent as a packed one
 REASONS = {  # as the client counts them
     "drop": "no connection",
     "cut": "no connection",
@@ -41,6 +43,8 @@ class Fake:
     on_request: Callable[[str], None] = lambda text: None
     say: Callable[[str, int], str] = answer_to
     retry_after: str | None = None
+    complaint: str = ""  # in the body of an error
+    more_headers: dict[str, str] = field(default_factory=dict)
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -50,6 +54,7 @@ class Fake:
     open: int = 0
     most_open: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    poured: int = 0  # bytes of floods
     closing: threading.Event = field(default_factory=threading.Event)
 
 
@@ -88,8 +93,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif trouble == "hang":
             self.fake.closing.wait(30)
             self.close_connection = True
+        elif trouble in ("drip", "flood"):
+            self._pour(b" " if trouble == "drip" else b" " * (1 << 16), 0.05 if trouble == "drip" else 0)
         elif isinstance(trouble, int):
-            self._send(trouble, json.dumps({"error": {"message": f"no luck: {trouble}"}}).encode())
+            self._send(
+                trouble, json.dumps({"error": {"message": f"no luck: {trouble} {self.fake.complaint}"}}).encode()
+            )
+        elif isinstance(trouble, bytes):
+            self._send(200, trouble)
         elif trouble == "garbage":
             self._send(200, b'{"id": "x", "choices": [{"mess')
         elif trouble == "page":
@@ -114,10 +125,23 @@ class _Handler(BaseHTTPRequestHandler):
                     self.fake.answered[text, body["seed"]] += 1
             self._send(200, reply, cut=trouble == "cut")
 
+    def _pour(self, piece: bytes, pause: float) -> None:
+        """Send pieces for ever."""
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        while not self.fake.closing.wait(pause):
+            self.wfile.write(piece)
+            self.fake.poured += len(piece)
+
     def _send(self, status: int, body: bytes, *, kind: str = "application/json", cut: bool = False) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        if body.startswith(PACKED):
+            self.send_header("Content-Encoding", "gzip")
+        for name, value in self.fake.more_headers.items():
+            self.send_header(name, value)
         if status == 429 and self.fake.retry_after:
             self.send_header("Retry-After", self.fake.retry_after)
         self.end_headers()

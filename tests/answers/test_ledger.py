@@ -45,6 +45,33 @@ def test_rows_in_any_order_end_in_the_expected_one(tmp_path: Path) -> None:
     assert again.is_finished and not again.partial.exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"key": [1]}',
+        b'{"key": {}}',
+        b'{"text": "no key"}',
+        b'{"key": 21}',
+        b'{"key": 1, "text": 2}',
+        b"[" * 100_000,
+        b'"key"',
+        b"\xff",
+        b"9" * 5000,
+        b"{",
+    ],
+    ids=lambda line: repr(line[:12]),
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "partial.jsonl"])
+def test_a_line_that_is_no_row_is_passed_over_and_left_out(tmp_path: Path, line: bytes, suffix: str) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = whole().splitlines(keepends=True)
+    (tmp_path / f"a.{suffix}").write_bytes(b"".join([*rows[:5], line, b"\n", *rows[5:]]))
+    damaged = Ledger(path, KEYS, lambda row: row["key"], {"text": str})
+    assert not damaged.missing and not damaged.is_finished
+    damaged.finish()
+    assert path.read_bytes() == whole() and damaged.is_finished
+
+
 @pytest.mark.parametrize("cut", range(1, 40))
 def test_a_torn_line_is_no_row(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.jsonl"

@@ -77,6 +77,7 @@ def test_columns_are_mapped_and_a_list_may_stand_in_the_prompt(tmp_path: Path) -
 WRONG: list[tuple[Any, str]] = [
     ("{not json", "not JSON"),
     ("[1]", "expected a JSON object, got list"),
+    ("[" * 100_000, "nested too deeply"),
     ({}, "no 'prompt' and no 'messages'"),
     ({"prompt": "  "}, "message 1: the content is '  ', expected a text"),
     ({"prompt": 3}, "expected a text or a list of messages, got '3'"),

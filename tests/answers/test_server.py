@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 import socket
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from email.utils import formatdate
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mergekit_lite.answers import replies as replies_module
 from mergekit_lite.answers import server as module
 from mergekit_lite.answers.asking import Sampling, Task
+from mergekit_lite.answers.replies import Failed, Reply, reply_in
 from mergekit_lite.answers.rows import Key, Prompt, seed_of
-from mergekit_lite.answers.server import Question, Reply, Served, Server, ask
+from mergekit_lite.answers.server import Question, Served, Server, ask
 from tests.answers.fake_server import REASONS, Fake, Trouble, answer_to, fake_server
 
 
@@ -94,7 +101,10 @@ def test_retry_after_may_be_a_date() -> None:
     assert 5 < module._asked_wait(formatdate(time.time() + 9, usegmt=True)) <= 9
     assert module._asked_wait(formatdate(time.time() - 9, usegmt=True)) == 0
     assert module._asked_wait("soon") == module._asked_wait(None) == module._asked_wait("-3") == 0
-    assert module._asked_wait("1e9") == module.LONGEST_ASKED_WAIT
+    assert module._asked_wait("1e9") == module._asked_wait("inf") == module.LONGEST_ASKED_WAIT
+    assert module._asked_wait("nan") == 0
+    assert module._asked_wait("Mon, 01 Jan 0001 00:00:00 -0000") == 0
+    assert 0 <= module._asked_wait("Fri, 31 Dec 9999 23:59:59 -2359") <= module.LONGEST_ASKED_WAIT
 
 
 def test_what_stays_without_a_reply_is_told_and_the_others_go_on() -> None:
@@ -202,10 +212,146 @@ def test_the_request_says_all_that_the_recipe_says(monkeypatch: pytest.MonkeyPat
     assert "repetition_penalty" not in without  # not all servers know it
 
 
-def test_half_a_surrogate_pair_does_not_stop_the_run() -> None:
-    class Choice:
-        finish_reason = "stop"
-        message = type("Message", (), {"content": "a\ud83d b\ud83d\ude00"})
+def test_a_key_may_have_any_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "s\u00e9same\u2026")
+    with fake_server() as fake:
+        assert replies(server_of(fake, key_variable="MY_KEY"), questions(["x"])).keys() == {"x"}
+    assert fake.headers[0]["authorization"].encode("latin-1").decode() == "Bearer s\u00e9same\u2026"
 
-    reply = module._read(type("Completion", (), {"choices": [Choice], "usage": None}))
-    assert reply == Reply("a� b😀", "stop", None)
+
+def test_half_a_surrogate_pair_does_not_stop_the_run() -> None:
+    assert reply_in(body_with("a\ud83d b\ud83d\ude00")) == Reply("a� b😀", "stop", None)
+
+
+# Replies of a server that means harm, or is broken.
+
+
+def body_with(text: object, *, finish: object = "stop", **more: object) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}], **more}).encode()
+
+
+UNREADABLE = {
+    "nothing": b"",
+    "null": b"null",
+    "a list": b"[]",
+    "choices by name": b'{"choices": {"a": 1}}',
+    "a number of choices": b'{"choices": 3}',
+    "no choices": b'{"choices": []}',
+    "a choice that is text": b'{"choices": ["text"]}',
+    "no message": b'{"choices": [{"message": null}]}',
+    "deep": b'{"choices": ' + b"[" * 100_000,
+    "deep in objects": b'{"a": ' * 100_000,
+    "a number of 5,000 digits": b'{"choices": ' + b"9" * 5000 + b"}",
+    "no UTF-8": b'{"choices": [{"message": {"content": "\xff"}}]}',
+    "packed": gzip.compress(body_with("packed")),
+    "a bomb": gzip.compress(b" " * (64 << 20)),
+}
+
+
+@pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_a_reply_that_can_not_be_read_costs_one_retry(body: bytes) -> None:
+    with fake_server(Fake(lambda text, before: body if before == 0 else None)) as fake:
+        server = server_of(fake)
+        tracemalloc.start()
+        assert replies(server, questions(["a"])) == {"a": Reply(answer_to("a", 0), "stop", 3)}
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert server.failures.retried == {"a reply that can't be read": 1}
+    assert peak < 30 << 20
+
+
+@settings(max_examples=30)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "a"]), inner),
+        max_leaves=5,
+    )
+)
+def test_whatever_json_comes_is_a_reply_or_a_failure(value: object) -> None:
+    """The value is the whole reply, its choices, its message, its text, its end, its usage or its count."""
+    message = {"content": "fine"}
+    for content in (
+        value,
+        {"choices": value},
+        {"choices": [{"message": value}]},
+        {"choices": [{"message": {"content": value}}]},
+        {"choices": [{"message": message, "finish_reason": value}]},
+        {"choices": [{"message": message}], "usage": value},
+        {"choices": [{"message": message}], "usage": {"completion_tokens": value}},
+    ):
+        try:
+            reply = reply_in(json.dumps(content).encode())
+        except Failed as failed:
+            assert failed.repeat and not failed.stop
+        else:
+            assert isinstance(reply.text, str) and reply.text.strip() and reply.text.encode()
+            assert reply.finish in ("stop", "length")
+            assert reply.tokens is None or (type(reply.tokens) is int and 0 <= reply.tokens <= 10**9)
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(7, 7), (0, 0), (-5, None), (True, None), ("many", None), (1e400, None)])
+def test_a_count_of_tokens_that_is_none_is_left_out(count: object, tokens: int | None) -> None:
+    assert reply_in(body_with("fine", usage={"completion_tokens": count})) == Reply("fine", "stop", tokens)
+
+
+def test_a_reply_without_end_is_read_up_to_a_bound() -> None:
+    with fake_server(Fake(lambda text, before: "flood" if before == 0 else None)) as fake:
+        server = server_of(fake)
+        assert replies(server, questions(["a"])).keys() == {"a"}
+        assert server.failures.retried == {"a reply of more than 4 MB": 1}
+        assert fake.poured < 30 << 20  # what systems buffer is beyond the bound
+
+
+def test_a_reply_of_the_longest_length_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = body_with("x" * 1000)
+    monkeypatch.setattr(replies_module, "LONGEST_REPLY", len(body))
+    assert reply_in(body).text == "x" * 1000
+    with pytest.raises(Failed, match="more than"):
+        reply_in(body + b" ")
+
+
+def test_a_reply_that_drips_has_its_time() -> None:
+    with fake_server(Fake(lambda text, before: "drip" if before == 0 else None)) as fake:
+        server = server_of(fake, timeout=0.5)
+        began = time.monotonic()
+        assert replies(server, questions(["a"])).keys() == {"a"}
+    assert server.failures.retried == {"no reply within 0.5 s": 1} and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_the_complaint_of_a_server_is_one_line_of_text(status: int) -> None:
+    fake = Fake(lambda text, before: status, complaint="\x1b]0;owned\x07\n" * 50 + "x" * 10**6)
+    with fake_server(fake):
+        server = server_of(fake, concurrency=1)
+        replies(server, questions(["a"]))
+    said = server.failures.stopped or str(server.failures.lost["a"])
+    assert f"no luck: {status}" in said and said.isprintable() and len(said) < 700
+
+
+def test_a_server_that_sends_requests_elsewhere_is_not_followed() -> None:
+    with fake_server() as other, fake_server(Fake(lambda text, before: 307)) as fake:
+        fake.more_headers["Location"] = f"{other.url}/chat/completions"
+        server = server_of(fake, concurrency=1)
+        assert not replies(server, questions(["a", "b"]))
+    assert "says 307" in server.failures.stopped and other.url in server.failures.stopped
+    assert other.asked.total() == 0 and fake.asked.total() == 1
+
+
+def test_cookies_are_not_kept() -> None:
+    with fake_server() as fake:
+        fake.more_headers["Set-Cookie"] = "a=b"
+        replies(server_of(fake, concurrency=1), questions(["a", "b"]))
+    assert not any("cookie" in headers for headers in fake.headers) and len(fake.headers) == 2
+
+
+def test_a_question_waits_no_longer_than_a_server_may_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def noted(self: Server, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(Server, "_pause", noted)
+    with fake_server(Fake(lambda text, before: 429, retry_after="250")) as fake:
+        replies(server_of(fake, retries=6), questions(["a"]))
+    assert waits[:3] == [250, 250, 100] and sum(waits[3:]) < 1 and len(waits) == 6

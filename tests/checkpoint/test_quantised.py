@@ -284,7 +284,7 @@ def test_all_refusals_of_a_checkpoint_come_at_once_and_bounded(tmp_path):
     assert "3 problems" in refusal(write_model(tmp_path, mixed))
 
 
-@pytest.mark.parametrize("size", [[0, 128], [128], [-1, 1], "128", [1.5, 2], [True, True], {"a": 1}, [10**400, 1]])
+@pytest.mark.parametrize("size", [[0, 128], [128], [-1, 1], "128", [1.5, 2], [True, True], {"a": 1}, [10**200, 1]])
 @pytest.mark.parametrize("groups", [None, [], {"g": None}, {"g": {"weights": {"strategy": "block"}}}])
 def test_nonsense_in_the_config_is_no_block_size(tmp_path, size, groups):
     quantization = {"quant_method": "fp8", "weight_block_size": size, "config_groups": groups}

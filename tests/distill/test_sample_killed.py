@@ -17,7 +17,7 @@ from tests.distill.recipes import write_recipe
 from tests.models import tree_bytes
 from tests.processes import Forked, preload, run, started
 
-preload("openai", "mergekit_lite.answers.local", "transformers.models.llama.modeling_llama")
+preload("httpx2", "mergekit_lite.answers.local", "transformers.models.llama.modeling_llama")
 
 PROMPTS = [{"id": f"p{n}", "prompt": f"question {'again ' * (n % 5)}{n}"} for n in range(24)]
 CONCURRENCY = 4

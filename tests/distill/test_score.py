@@ -22,7 +22,7 @@ from tests.distill.recipes import write_recipe
 from tests.models import tree_bytes
 from tests.processes import preload, started
 
-preload("openai")
+preload("httpx2")
 
 DOMAINS = ("maths", "chat")
 SOURCES = [{"name": name, "model": "m", "server": "http://127.0.0.1:9/v1"} for name in "ab"]
@@ -244,3 +244,22 @@ def test_what_a_kill_left_of_a_row_is_judged_again(tmp_path: Path) -> None:
         finished.with_name("a.partial.jsonl").write_bytes(content[:cut])
         assert invoke(path)[0] == 0
         assert tree_bytes(tmp_path / "run" / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"prompt": [1], "index": 0, "text": "x"}, "no 'prompt' of the right type"),
+        ({"prompt": "p0", "index": {}, "text": "x"}, "no 'index'"),
+        ({"prompt": "p0", "text": 3}, "no 'index', 'text' of"),
+        ({"prompt": "other", "index": 0, "text": "x"}, "no 'other' among the prompts"),
+        (["p0", 0], "expected a JSON object"),
+    ],
+)
+def test_a_row_of_an_answer_that_is_none_is_left_out(tmp_path: Path, row: Any, why: str) -> None:
+    path = place(tmp_path / "run", [EXACT], 2, 1)
+    with (tmp_path / "run" / "out" / "samples" / "a.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    code, _, warned = invoke(path)
+    assert code == 0 and "a.jsonl:3" in warned.replace("\n", "") and why in " ".join(warned.split()), warned
+    assert [row["prompt"] for row in scores(tmp_path / "run", "right", "a")] == ["p0", "p1"]

@@ -171,7 +171,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "spans too many": (lambda m: m["tensors"]["ids"].update(spans={"output": "0" * 64, "inputs": []}), "ids"),
     "merged beyond": (lambda m: m["tensors"]["ids"].update(merged=2**62), "ids: has no digests"),
     "tricks": (lambda m: m["tensors"].update({"\x1b[2J": m["tensors"]["ids"]}), "printable"),
-    "surrogate": (lambda m: m["tensors"].update({"\ud800": m["tensors"]["ids"]}), "printable"),
+    "surrogate": (lambda m: m["tensors"].update({"\ud800": m["tensors"]["ids"]}), "half a surrogate pair"),
     "size": (lambda m: m["files"][0].update(size=2**70), "files.0.size"),
     "recipe": (lambda m: m.update(recipe=[]), "recipe"),
     "recipe text": (lambda m: m.update(recipe={"text": "merge_method: [" * 9999}), "no plan"),

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from mergekit_lite.answers.scoring.sandbox import SandboxLimits, check_sandbox, run_sandboxed
 from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer, ScorerSettings, scorer
 
-FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"", "python", "python3", "py"}
+FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)")
+PYTHON = {"", "python", "python3", "py"}
 
 
 @scorer("code", needs={"allow_code": "true"}, takes=("batch_size",))
@@ -31,8 +31,11 @@ class Code(Scorer):
 
     def score(self, judged: Sequence[Judged]) -> list[Score]:
         """Return a score for each answer, in order."""
-        with ThreadPoolExecutor(self.at_once) as pool:
+        pool = ThreadPoolExecutor(self.at_once)
+        try:
             return list(pool.map(self.score_one, judged))
+        finally:  # after Ctrl-C too, which waits for no program: each dies with this process
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def score_one(self, judged: Judged) -> Score:
         """Return the score of an answer."""
@@ -47,5 +50,16 @@ def python_in(answer: str) -> str:
 
     A fence that is never closed, as in an answer that was cut, ends with the answer.
     """
-    blocks = [body for _, language, body in FENCED.findall(answer) if language.lower() in LANGUAGES]
-    return blocks[-1] if blocks else answer
+    code, start = answer, 0
+    fence: str | None = None  # of the block that is open
+    language = ""
+    lines = answer.split("\n")
+    for number, line in enumerate(lines):
+        if fence is None:
+            if (opening := FENCE.match(line)) and number < len(lines) - 1:
+                fence, language, start = opening[1], opening[2].lower(), number + 1
+        elif line.strip(" \t\r") == fence:
+            if language in PYTHON:
+                code = "".join(f"{line}\n" for line in lines[start:number])
+            fence = None
+    return "\n".join(lines[start:]) if fence is not None and language in PYTHON else code

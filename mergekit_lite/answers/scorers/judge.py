@@ -15,9 +15,10 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.replies import Reply
 from mergekit_lite.answers.rows import Message, seed_of
 from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
-from mergekit_lite.answers.server import Question, Reply, Server, ask
+from mergekit_lite.answers.server import Question, Server, ask
 from mergekit_lite.errors import RunError, shortened
 
 FIELDS = ("conversation", "answer", "reference", "lowest", "highest")
@@ -141,7 +142,7 @@ def grade_in(reply: Reply, options: Options) -> Score:
         return Score(None, f"no grade in the judge's reply{cut}: …{shortened(said.strip()[-100:])}")
     number, of = grades[-1].groups()
     if of is not None and float(of) != options.highest:
-        return Score(None, f"a grade on another scale: {grades[-1].group()}")
+        return Score(None, f"a grade on another scale: {shortened(grades[-1].group())}")
     if not options.lowest <= float(number) <= options.highest:
-        return Score(None, f"a grade off the scale: {number}")
+        return Score(None, f"a grade off the scale: {shortened(number)}")
     return Score(float(number))

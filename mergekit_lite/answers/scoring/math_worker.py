@@ -3,13 +3,15 @@
     python -m mergekit_lite.answers.scoring.math_worker SECONDS MEMORY
 
 A line of JSON each way: ``{"reference", "answer"}`` in, ``{"value", "why"}`` out; ``{}`` first, when it is ready. The
-package's own time limits come first and leave the process alive; the other side kills it where they don't work.
+package's own time limits come first and leave the process alive; the other side kills it where they don't work. Where
+the other side is gone, a limit on processor time ends it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -26,9 +28,17 @@ def main(seconds: int, memory: int) -> None:
     os.dup2(2, 1)  # all other output
     print("{}", file=replies, flush=True)
     for line in sys.stdin:
+        end_after(seconds)
         question = json.loads(line)
         value, why = compared(question["reference"], question["answer"], max(1, (seconds - 1) // 3))
         print(json.dumps({"value": value, "why": why}), file=replies, flush=True)
+
+
+def end_after(seconds: int) -> None:
+    """Let the kernel end this process once it has used some more seconds of processor time."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = math.ceil(used.ru_utime + used.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def compared(reference: str, answer: str, seconds: int) -> tuple[float | None, str]:

@@ -1,44 +1,58 @@
 """A sandbox, in which code that a model wrote can do little harm.
 
-On Linux the code gets namespaces of its own (``unshare`` of util-linux), and so
+``bubblewrap`` (the program ``bwrap``) starts Python in namespaces of its own, and so the code gets
 
-- no network, not even the machine's own;
-- no sight of other processes, nor a way to signal them; when it is done or its time is over, all it started is killed;
-- a file system of its own: the system's programs and libraries and Python's folders, read-only, and an empty folder in
-  memory of a limited size. No home, no /proc, no /etc;
+- no network, not even the machine's own, and no way to see or signal another process;
+- the files of this interpreter, read-only: its program, its standard library without installed packages, the shared
+  libraries that those load and the loader's list of them, the time zones. No /proc, no /etc else, no home. ``/tmp`` is
+  an empty folder in memory of a limited size;
 - no privilege; where root runs it, a user id that nobody has;
-- an empty environment, nothing on standard input, what it prints is thrown away;
-- limits on processor time, time by the clock, memory, file size, open files, and processes.
+- an empty environment, nothing on standard input; what it prints is thrown away;
+- one process with at most 64 threads, which ends with its time; limits on processor time, memory and open files.
 
-Not fenced: the kernel itself (a flaw in it is a way out), the load on processors and memory up to the limits, and the
-verdict: code that is written to cheat its tests can claim to have passed them. The memory limit is for each process.
+A system call filter (``refused_calls.py``) keeps it to one process, and to the memory that its limit counts.
 
-``without_walls`` leaves the namespaces out, for systems that don't have them: then the limits hold, but the code reads
-and writes what the user may, uses the network, and can signal the user's processes.
+**The verdict** is the process's exit status, which bubblewrap reports to this side from outside of the sandbox. A
+passed run ends with a number that is drawn for each run, so leaving early is no way to pass, by accident or not. Tests
+run in the interpreter in which the answer's code ran before, and so code that sets out to cheat can pass its own
+tests: an object that says it equals everything is enough. It can't touch another answer's verdict, nor end the stage.
+
+Not held off: a flaw in the kernel, and load on processors and memory up to the limits. What the kernel notes of file
+names and locks comes on top of the memory limit and is bounded by the time alone: some 100 MB a second at most.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
+import re
+import secrets
+import select
 import shutil
-import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from mergekit_lite.answers.scoring.refused_calls import call_filter
 from mergekit_lite.answers.scoring.scorer import Positive, ScorerOptions
-from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.errors import MergekitLiteError, one_line
 
 INSIDE = Path(__file__).with_name("sandboxed.py")
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
-WALLS = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--")
-LONGEST_REPORT = 1 << 16  # bytes: the capacity of a pipe
+WALLS = ("--die-with-parent", "--new-session", "--clearenv")
+AS_USER = ("--unshare-all", "--uid", "65534", "--gid", "65534")
+# Root needs no user namespace. It becomes another user inside, since the kernel counts no processes of root.
+AS_ROOT = ("--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts",
+           "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")  # fmt: skip
+ALSO_VISIBLE = ("/etc/ld.so.cache", "/usr/share/zoneinfo")  # where libraries lie; what the module ``zoneinfo`` reads
+PACKAGES = ("site-packages", "dist-packages")
+LONGEST_REASON = 1 << 12  # bytes
 PATIENCE = 3  # seconds by the clock for one of processor time: other programs use the processor too
 FIRST_USER = 2_000_000_000  # beyond the ids of real users
 users = itertools.count()
@@ -48,10 +62,8 @@ class SandboxLimits(ScorerOptions):
     """The resources that an answer's code may use."""
 
     seconds: Positive = 10  # of processor time
-    memory_mb: Positive = 1024  # address space of a process
-    files_mb: Positive = 16  # all its files together, and each
-    processes: Positive = 16
-    without_walls: bool = False  # no namespaces, only the other limits
+    memory_mb: Positive = 1024  # address space
+    files_mb: Positive = 16  # all its files together; they are in memory too
 
 
 class SandboxResult(NamedTuple):
@@ -71,31 +83,19 @@ def run_sandboxed(code: str, tests: Sequence[str], limits: SandboxLimits) -> San
     Raises:
         SandboxError: the sandbox can't be built; nothing ran.
     """
-    task = {
-        "code": code,
-        "tests": list(tests),
-        "limits": {
-            "cpu": limits.seconds,
-            "memory": limits.memory_mb << 20,
-            "files": limits.files_mb << 20,
-            "processes": limits.processes,
-        },
-        "user": FIRST_USER + (os.getpid() * 64 + next(users)) % 100_000_000 if os.geteuid() == 0 else None,
-        "walls": not limits.without_walls,
-        "visible": visible_paths(),
-    }
-    status, report, complaint = _run(task, limits)
-    verdict = _verdict(report)
-    if verdict is not None and "wall" in verdict:
-        raise SandboxError(_no_walls(verdict["wall"]))
-    if verdict is not None:
-        return SandboxResult(bool(verdict["passed"]), str(verdict["why"]))
-    if complaint:  # of ``unshare``: the program inside writes nothing there
-        raise SandboxError(_no_walls(complaint))
-    if status is None:
-        return SandboxResult(False, f"not done after {PATIENCE * limits.seconds + 1} s")
-    why = f"ended before its tests did, with status {status}: beyond a limit, or of its own will"
-    return SandboxResult(False, why)
+    passed_status = 2 + secrets.randbelow(100)  # neither what Python ends with by itself nor a signal's
+    user = FIRST_USER + (os.getpid() * 64 + next(users)) % 100_000_000 if _is_root() else None
+    task = {"code": code, "tests": list(tests), "passed_status": passed_status, "user": user}
+    task |= {"seconds": limits.seconds, "memory": limits.memory_mb << 20}
+    patience = PATIENCE * limits.seconds + 1
+    ended = _run(task, limits, patience)
+    if ended is None:
+        return SandboxResult(False, f"not done after {patience} s")
+    status, said = ended
+    if status == passed_status:
+        return SandboxResult(True)
+    left = f"ended before its tests did, with status {status}: beyond a limit, or of its own will"
+    return SandboxResult(False, said or left)
 
 
 def check_sandbox(limits: SandboxLimits) -> None:
@@ -106,77 +106,128 @@ def check_sandbox(limits: SandboxLimits) -> None:
     """
     outcome = run_sandboxed("", [], limits)
     if not outcome.passed:
-        raise SandboxError(_no_walls(outcome.why))
+        raise _not_here(outcome.why)
 
 
-def visible_paths() -> list[str]:
-    """Return the folders that code can read: the system's programs and libraries and Python's own, no packages."""
-    folders = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix]
-    visible: list[str] = []
-    for folder in folders:
-        if Path(folder).exists() and not any(Path(folder).is_relative_to(parent) for parent in visible):
-            visible.append(folder)
-    return visible
+@cache
+def interpreter_files() -> tuple[str, ...]:
+    """Return what code can read: the interpreter, its standard library, and the shared libraries of both."""
+    program, library = os.path.realpath(sys.executable), sysconfig.get_path("stdlib")
+    extensions = map(str, Path(library, "lib-dynload").glob("*.so"))
+    # Asked in this way, the loader lists what a program and its preloaded libraries need, and starts nothing.
+    loader = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": " ".join(extensions)}
+    listed = subprocess.run([program], env=loader, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    needed = sorted(set(re.findall(r"(/.*) \(0x", listed)))
+    return (program, library, *(path for path in needed if not Path(path).is_relative_to(library)))
 
 
-def _run(task: dict[str, Any], limits: SandboxLimits) -> tuple[int | None, bytes, str]:
-    """Return the exit status (None: out of time), the program's report, and the complaints of whoever starts it."""
-    command = [sys.executable, "-I", "-S", str(INSIDE)]
-    if task["walls"]:
-        unshare = shutil.which("unshare")
-        if unshare is None:
-            raise SandboxError(_no_walls("there is no program `unshare` (of util-linux)"))
-        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        command = [unshare, *user, *WALLS, *command]
+def _run(task: dict[str, Any], limits: SandboxLimits, patience: float) -> tuple[int, str] | None:
+    """Return the exit status and what the program says of its failure, a line; None where its time is over."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise _not_here("there is no program `bwrap`")
+    try:
+        refused = call_filter(os.uname().machine)
+    except KeyError as error:
+        raise _not_here(f"its filter of system calls doesn't know the processor {error}") from error
     with (
-        tempfile.TemporaryDirectory(prefix="fenced-") as folder,
-        tempfile.TemporaryFile() as given,
-        tempfile.TemporaryFile() as complaints,
+        _pipe() as alive,
+        _file(refused) as filtered,
+        _file(b"") as report,
+        _file(json.dumps({**task, "alive": alive}).encode()) as given,
     ):
-        given.write(json.dumps(task).encode())
-        given.seek(0)
-        # The pipe is read once the program has ended; a program that fills it waits until it is killed.
+        channels = ["--seccomp", str(filtered.fileno()), "--json-status-fd", str(report.fileno())]
+        program = [interpreter_files()[0], "-I", "-S", f"/{INSIDE.name}"]
         process = subprocess.Popen(
-            command,
+            [bwrap, *_walls(limits), *channels, "--", *program],
             stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # read once the program has ended: one that fills it waits until it is killed
             env={},
+            pass_fds=(alive, filtered.fileno(), report.fileno()),
             start_new_session=True,
         )
-        assert process.stdout is not None
-        with process.stdout:
+        assert process.stderr is not None
+        with process.stderr:
             try:
-                status = process.wait(timeout=PATIENCE * limits.seconds + 1)
-            except subprocess.TimeoutExpired:
-                status = None
+                in_time = _ends(process, patience)
             finally:
-                _kill(process)
-            os.set_blocking(process.stdout.fileno(), False)
-            report = process.stdout.read(LONGEST_REPORT) or b""
-        complaints.seek(0)
-        return status, report, complaints.read(2000).decode(errors="replace").strip()
+                process.kill()  # and with it all that is inside
+                process.wait()
+            if not in_time:
+                return None
+            os.set_blocking(process.stderr.fileno(), False)
+            said = one_line((process.stderr.read(LONGEST_REASON) or b"").decode(errors="replace"))
+        report.seek(0)
+        status = _exit_code(report.read())
+    if status is None:  # bubblewrap gave up before the program began
+        raise _not_here(said or f"bwrap ended with status {process.returncode}")
+    return status, said
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process group; with namespaces ``--kill-child`` kills what has left it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _verdict(report: bytes) -> dict[str, Any] | None:
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Return whether a process ends within the seconds, as soon as it does: ``Popen.wait`` looks every 50 ms only."""
+    handle = os.pidfd_open(process.pid)
     try:
-        verdict = json.loads(report)
-    except (ValueError, RecursionError):
-        return None
-    return verdict if isinstance(verdict, dict) and ("wall" in verdict or "passed" in verdict) else None
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
+    finally:
+        os.close(handle)
 
 
-def _no_walls(what: str) -> str:
-    return (
-        f"Can't fence in code that models wrote: {what}. It takes Linux 5.12 with namespaces that this user may make, "
-        f"and util-linux. Run the scorer on such a machine; or, where all that the user can reach may come to harm, "
-        f"set the option without_walls: true."
+def _walls(limits: SandboxLimits) -> list[str]:
+    """Return the options of ``bwrap``."""
+    options = [*WALLS, *(AS_ROOT if _is_root() else AS_USER)]
+    options += ["--chdir", "/tmp", "--size", str(limits.files_mb << 20), "--perms", "1777", "--tmpfs", "/tmp"]
+    visible = [("--ro-bind", path) for path in interpreter_files()]
+    visible += [("--ro-bind-try", path) for path in ALSO_VISIBLE]
+    visible += [("--dev-bind", device) for device in ("/dev/null", "/dev/urandom")]
+    for folder in sorted({str(folder) for _, path in visible for folder in Path(path).parents}):
+        options += ["--dir", folder]  # those that ``bwrap`` makes by itself are closed to all but their owner
+    for how, path in visible:
+        options += [how, path, path]
+    for packages in (Path(interpreter_files()[1], name) for name in PACKAGES):
+        if packages.is_dir():
+            options += ["--size", "4096", "--tmpfs", str(packages), "--remount-ro", str(packages)]
+    return [*options, "--ro-bind", str(INSIDE), f"/{INSIDE.name}", "--remount-ro", "/"]
+
+
+def _is_root() -> bool:
+    """Return whether this is the machine's root, and not a container's, which has few user ids to become."""
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+
+
+def _exit_code(report: bytes) -> int | None:
+    """Return the program's exit status from bubblewrap's report, a line of JSON for each event; None if it has none."""
+    events = [json.loads(line) for line in report.splitlines()]
+    return next((event["exit-code"] for event in events if "exit-code" in event), None)
+
+
+@contextmanager
+def _pipe() -> Iterator[int]:
+    """Open a pipe and yield its end to read from, at which others see whether this process is alive."""
+    ends = os.pipe()
+    try:
+        yield ends[0]
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+@contextmanager
+def _file(content: bytes) -> Iterator[BinaryIO]:
+    """Open a file without a name that has the content, to be read from its start."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        yield file
+
+
+def _not_here(what: str) -> SandboxError:
+    return SandboxError(
+        f"Can't run code that models wrote, for there is no sandbox: {what}. It takes Linux on x86-64 or aarch64, "
+        "bubblewrap (`apt install bubblewrap`, `dnf install bubblewrap`), and namespaces that this user may make: "
+        "ask for the sysctls user.max_user_namespaces and kernel.unprivileged_userns_clone above 0, and "
+        "kernel.apparmor_restrict_unprivileged_userns=0; a container has to allow them too."
     )

@@ -20,10 +20,12 @@ from mergekit_lite.answers.template import Tokens
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import NLL, PAIRS
-from mergekit_lite.errors import UsageError, listing, shortened
+from mergekit_lite.errors import UnreadableError, UsageError, listing, shortened
+from mergekit_lite.input_files import read_text
 
 MARGIN = f"{PAIRS}.margin"
 ITEMS_AT_ONCE = 64  # items that are read before their rows are yielded
+MAX_TEXT_BYTES = 2_000_000_000  # of a .txt file, which is read whole
 WINDOW = 2048  # tokens of a text that are read at once, or as many as the model takes
 
 
@@ -128,9 +130,9 @@ def read_texts(path: Path, limit: int | None = None) -> dict[str, str]:
     texts: list[str] = []
     if path.suffix == ".txt":
         try:
-            whole = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"Can't read {path}: {error}.") from error
+            whole = read_text(path, MAX_TEXT_BYTES)
+        except UnreadableError as error:
+            raise UsageError(f"Can't read {path}: {error.reason}.") from error
         texts = [text.strip() for text in whole.split("\n\n") if text.strip()]
     else:
         for number, row, _ in read_rows(path, problems):

@@ -93,7 +93,7 @@ def _score(text: str) -> ScoreSpec:
 def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError):  # what PyYAML raises of odd tags
         return text
 
 

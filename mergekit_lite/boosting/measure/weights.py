@@ -9,6 +9,7 @@ import torch
 
 from mergekit_lite import dtypes
 from mergekit_lite.boosting.measure.model import Built, Places
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import Report, report
 from mergekit_lite.engine.run import workers_and_block
@@ -63,10 +64,13 @@ class Weights:
         used = {index for index, job in enumerate(plan.jobs) if job.name in self.built.places}
         kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in plan.jobs}
         parameters = Parameters(self.built.places, kinds)
-        count, block = workers_and_block(self.device, self.threads)
+        devices = (self.device,)
+        count, block = workers_and_block(devices, self.threads)
         for source in plan.inputs:
             source.check_unchanged()
-        Schedule(plan, {0: parameters}, Workers(count, self.device, block), None, only=used).run()
+        if self.device != CPU:
+            torch.cuda.synchronize(self.device)  # what still reads the weights that were, on another stream
+        Schedule(plan, {0: parameters}, Workers(count, devices, block), None, only=used).run()
         bad = {plan.jobs[record.job].name for record in parameters.made.values() if record.bad}
         return Rewritten(report(plan, 0, parameters.made), tuple(sorted(bad)))
 
@@ -81,5 +85,6 @@ def _put(place: torch.Tensor, start: int, values: torch.Tensor) -> None:
     for length, stride in zip(reversed(place.shape), reversed(place.stride()), strict=True):
         position += index % length * stride
         index = index // length
-    whole = torch.empty(0, dtype=place.dtype, device=place.device).set_(place.untyped_storage())
+    last = place.storage_offset() + sum((n - 1) * step for n, step in zip(place.shape, place.stride(), strict=True))
+    whole = place.as_strided((last + 1,), (1,), 0)
     whole.index_copy_(0, position, values.to(device=place.device, dtype=place.dtype))

@@ -28,6 +28,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import write_text
 from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, cluster_of, label
 from mergekit_lite.errors import UsageError, listing, shortened
+from mergekit_lite.input_files import read_json
 
 VERSION = 2
 LONGEST_NAME = 80  # of a file, without its endings
@@ -97,7 +98,7 @@ class Study:
     def about(self, params: Params) -> dict[str, Any]:
         """Return ``facts`` and ``seconds`` of a candidate; empty and 0 before it is measured."""
         path = self._path(params, "json")
-        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored: dict[str, Any] = read_json(path) if path.exists() else {}
         return {"facts": stored.get("facts", {}), "seconds": stored.get("seconds", 0.0)}
 
     def _measure(self, params: Params, wanted: frozenset[str], evaluator: Evaluator, ledger: Ledger[str]) -> None:
@@ -137,7 +138,7 @@ class Study:
                 )
             _write(path, identity)
             return
-        before, now = (dict(_leaves(one)) for one in (json.loads(path.read_text(encoding="utf-8")), identity))
+        before, now = (dict(_leaves(one)) for one in (read_json(path), identity))
         differ = [
             f"{name}: {shortened(before.get(name, 'nothing'), 80)} then, {shortened(now.get(name, 'nothing'), 80)} now"
             for name in sorted({*before, *now})

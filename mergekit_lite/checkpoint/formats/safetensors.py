@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, shortened
+from mergekit_lite.input_files import opened
+from mergekit_lite.plain_text import can_be_written
 
 SUFFIXES = (".safetensors",)
 MODEL_NAMES = ("model.safetensors",)
@@ -34,7 +37,7 @@ def read_header(path: Path) -> Header:
             tensor twice, or its dtypes, shapes and offsets don't add up to exactly the data that is there.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             if total < LENGTH_BYTES or length > total - LENGTH_BYTES:
@@ -52,7 +55,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
     entries = _parse(path, raw)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise CheckpointError(f"{path}: __metadata__ in its header should map text to text.")
     start = LENGTH_BYTES + length
     specs = [_spec(path, name, entry, start) for name, entry in entries.items()]
@@ -73,12 +76,25 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return members
 
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        text = raw.decode("utf-8")
+        # Python reads -0 as the whole number 0, the format's own library as a fraction, and refuses it.
+        numbers = _no_minus if "-0" in text else None
+        entries = json.loads(text, object_pairs_hook=unique, parse_int=numbers)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: its header should be a JSON object, but is a {type(entries).__name__}.")
     return entries
+
+
+def _no_minus(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(f"{shortened(digits, 80)} is a number below 0")
+    return int(digits)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and can_be_written(value)
 
 
 def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
@@ -102,11 +118,19 @@ def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise damaged(f"data_offsets {shortened(offsets, 80)} is not a begin and an end")
     expected = math.prod(shape) * dtype.size
+    if expected == 0 and math.prod(size or 1 for size in shape) * dtype.size > MAX_BYTES:
+        raise damaged(f"shape {shape} is empty, but its other sizes come to more than a tensor may have")
     if expected > MAX_BYTES or offsets[1] - offsets[0] != expected:
         raise damaged(
             f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
         )
-    return TensorSpec(name, dtype.name, tuple(shape), path, start + offsets[0])
+    return TensorSpec(name, dtype.name, _one(tuple(shape)), path, start + offsets[0])
+
+
+@lru_cache(maxsize=1 << 10)
+def _one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the same tuple for the same shape: there are very many tensors and few shapes."""
+    return shape
 
 
 def _naturals(values: object) -> bool:

@@ -25,6 +25,7 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_na
 from mergekit_lite.checkpoint.tensor import PLAIN, TensorSpec
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, listing, nearest, shortened
+from mergekit_lite.input_files import opened
 
 SUFFIXES = (".bin", ".pt", ".pth")
 MODEL_NAMES = ("pytorch_model.bin",)
@@ -71,7 +72,7 @@ def read_header(path: Path, within: str = "") -> Header:
 def _check_container(path: Path) -> tuple[bytes, dict[int, int]]:
     """Return a zip's pickle, and each record's length in bytes by its data's offset, if it is as torch writes it."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
                 raise zipfile.BadZipFile("no zip file")
             with zipfile.ZipFile(file) as archive:

@@ -7,14 +7,13 @@ pass keeps numbers and a digest of each text, and the second reads only the text
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from mergekit_lite.answers.rows import Key, Prompt, read_rows
+from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, RecipeSource
 from mergekit_lite.distillation.rules import Candidate
@@ -59,7 +58,7 @@ def candidates(
     usable: dict[str, list[Candidate]] = {}
     answers: Counter[str] = Counter()  # by prompt
     losses: Counter[str] = Counter()  # by reason
-    for row in _rows(path, ("prompt", "index", "text"), inventory.problems):
+    for row in (line.row for line in read_rows(path, inventory.problems, ANSWER)):
         if row["prompt"] not in wanted:
             continue
         prompt = prompts[row["prompt"]]
@@ -113,13 +112,13 @@ def verdicts(folder: Folder, scorer: str, source: str, inventory: Inventory) -> 
     if not path.exists():
         inventory.missing.append(f"no scores of {source}'s answers by {scorer}: {path}")
         return {}
-    rows = _rows(path, ("prompt", "index", "score"), inventory.problems)
+    rows = (line.row for line in read_rows(path, inventory.problems, VERDICT))
     return {Key(row["prompt"], row["index"]): row["score"] for row in rows}
 
 
 def texts(folder: Folder, source: str, wanted: Collection[Key]) -> dict[Key, str]:
     """Return the texts of some answers of one source."""
-    rows = _rows(folder.samples(source), ("prompt", "index", "text"), [])
+    rows = (line.row for line in read_rows(folder.samples(source), [], ANSWER))
     keyed = ((Key(row["prompt"], row["index"]), row["text"]) for row in rows)
     return {key: text for key, text in keyed if key in wanted}
 
@@ -132,18 +131,8 @@ def all_scores(
     for scorer in scorers:
         path = folder.scores(scorer.name, source)
         if path.exists():
-            for row in _rows(path, ("prompt", "index", "score"), []):
-                key = Key(row["prompt"], row["index"])
+            for line in read_rows(path, [], VERDICT):
+                key = Key(line.row["prompt"], line.row["index"])
                 if key in scores:
-                    scores[key][scorer.name] = row["score"]
+                    scores[key][scorer.name] = line.row["score"]
     return scores
-
-
-def _rows(path: Path, keys: Collection[str], problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows that have all keys; the others become problems."""
-    for line in read_rows(path, problems):
-        absent = [key for key in keys if key not in line.row]
-        if absent:
-            problems.append(f"{path}:{line.number}: no {', '.join(absent)}")
-        else:
-            yield line.row

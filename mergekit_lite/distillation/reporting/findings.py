@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.curves import Log, Picture
 from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
 from mergekit_lite.errors import counted
+from mergekit_lite.input_files import read_json
 
 STAGES = ("sft", "preference")
 NAMES: Mapping[Model, str] = {
@@ -83,7 +83,7 @@ def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
     folder = Folder(recipe.folder)
     logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in STAGES}
     path = folder.root / "pairs" / "table.json"
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    table = read_json(path) if path.exists() else None
     return Findings(recipe, {stage: log for stage, log in logs.items() if log}, table, comparison)
 
 

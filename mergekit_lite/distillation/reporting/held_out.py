@@ -19,7 +19,7 @@ from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.answers.prompts import load
-from mergekit_lite.answers.rows import Key, Message, Prompt, read_rows, seed_of, write_text
+from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
 from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource
@@ -27,6 +27,7 @@ from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.sample import sample
 from mergekit_lite.distillation.score import score
 from mergekit_lite.errors import UsageError, counted, listing, shortened
+from mergekit_lite.input_files import read_json
 
 Model = Literal["untrained", "sft", "preference"]
 MODELS: tuple[Model, ...] = ("untrained", "sft", "preference")
@@ -194,7 +195,7 @@ def _source(recipe: Recipe, name: Model, model: str) -> RecipeSource:
 def _discard_outdated(folder: Folder, models: Mapping[Model, str], reporter: Reporter) -> None:
     """Delete the answers of models that were trained again since, and their scores."""
     path = folder.root / "models.json"
-    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    then = read_json(path) if path.exists() else {}
     now = {name: _identity(Path(model)) for name, model in models.items()}
     for name in now:
         if name in then and then[name] != now[name]:
@@ -211,7 +212,7 @@ def _identity(model: Path) -> str:
 
 
 def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> ModelAnswers:
-    rows = [line.row for line in read_rows(folder.samples(model), [])]
+    rows = [line.row for line in read_rows(folder.samples(model), [], {**ANSWER, "finish": str})]
     texts = {row["prompt"]: row["text"] for row in sorted(rows, key=lambda row: -row["index"])}
     metrics: dict[str, Mapping[str, float | None]] = {}
     for scorer in scorers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ from mergekit_lite.errors import shortened
 from mergekit_lite.pages import html
 from mergekit_lite.pages.drawing import svg
 from mergekit_lite.pages.html import Cell, Markup, Text, element
+from mergekit_lite.pages.markdown import block as lines_of
+from mergekit_lite.pages.markdown import text as escaped
 
 SHOWN = 4000  # characters of a text; the rest is cut
 STAGE_NAMES = {"sft": "SFT", "preference": "Preference training"}
@@ -189,7 +190,7 @@ def _conversation(prompt: Prompt) -> str:
 
 def markdown(findings: Findings) -> str:
     """Return the report as Markdown; it refers to the pictures as files in its folder."""
-    return "\n\n".join([f"# {_plain(title(findings))}", *map(_as_markdown, blocks(findings))]) + "\n"
+    return "\n\n".join([f"# {escaped(title(findings))}", *map(_as_markdown, blocks(findings))]) + "\n"
 
 
 def _as_markdown(block: Block) -> str:
@@ -198,24 +199,18 @@ def _as_markdown(block: Block) -> str:
     if isinstance(block, str):
         return block
     if isinstance(block, Bullets):
-        return "\n".join(f"- {_plain(item)}" for item in block.items)
+        return "\n".join(f"- {escaped(item)}" for item in block.items)
     if isinstance(block, Verbatim):
-        fence = "`" * (max([2, *map(len, re.findall("`+", block.text))]) + 1)
-        return f"**{_plain(block.label)}**\n\n{fence}text\n{block.text}\n{fence}"
+        return f"**{escaped(block.label)}**\n\n{lines_of(block.text, 'text')}"
     if isinstance(block, Picture):
         return f"![{block.title}]({block.name})"
     rule = ["---", *("---:" if _is_figure(block, column) else "---" for column in range(1, len(block.heads)))]
     rows = [[cell.text if isinstance(cell, Cell) else cell for cell in row] for row in block.rows]
-    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in (block.heads, rule, *rows))
+    return "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in (block.heads, rule, *rows))
 
 
 def _is_figure(table: TableBlock, column: int) -> bool:
     return all(isinstance(row[column], Cell) for row in table.rows)
-
-
-def _plain(text: str) -> str:
-    """Return text on one line, with the characters escaped that have a meaning in Markdown."""
-    return re.sub(r"([\\`*_<>|\[\]#])", r"\\\1", text.replace("\n", " "))
 
 
 def page(findings: Findings) -> str:

@@ -13,6 +13,7 @@ from xxhash import xxh3_128
 
 from mergekit_lite.answers.rows import write_text
 from mergekit_lite.errors import UsageError, listing
+from mergekit_lite.input_files import opened
 
 SETTINGS = "training.json"
 LOG = "log.jsonl"
@@ -127,8 +128,8 @@ def identity(model: str) -> str:
     digest = xxh3_128()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
+        digest.update(f"{file.name} {size}".encode(errors="surrogateescape"))
+        with opened(file) as content:
             for number in range(WINDOWS):  # spread evenly from the first byte to the last
                 content.seek(max(0, (size - WINDOW) * number // (WINDOWS - 1)))
                 digest.update(content.read(WINDOW))

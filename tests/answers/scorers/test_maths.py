@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -107,3 +110,14 @@ def test_what_takes_for_ever_is_given_up(answer: str) -> None:
         [verdict] = scorer.score([judged(answer, reference="387420489")])
         assert verdict.value in (None, 0.0) and time.monotonic() - began < 30
         assert scorer.score([judged("1", reference="1")]) == [Score(1.0)]
+
+
+def test_a_process_that_nobody_kills_ends_by_itself() -> None:
+    """As where the process that asked was killed meanwhile."""
+    code = (
+        "import sys\nsys.modules['math_verify'] = sys\nfrom mergekit_lite.answers.scoring import math_worker\n"
+        "math_worker.compared = lambda *question: exec('while True: pass')\nmath_worker.main(1, 1 << 30)"
+    )
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, input=b'{"reference": "", "answer": ""}\n', capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGXCPU and ended.stdout == b"{}\n"

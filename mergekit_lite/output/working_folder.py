@@ -1,0 +1,214 @@
+"""Working folder of one output: the user's own, open to nobody else, and with nothing in it that no run put there.
+
+    .NAME.partial/lock             held by the process that works here
+    .NAME.partial/journal.jsonl    the spans that are written
+    .NAME.partial/result/…         the files, complete only when every span is journalled
+    .NAME.partial/factors/…        matrices that an extraction of low rank keeps for its second pass
+    .NAME.partial/replaced         what had the output's name before, until it is removed
+
+Whoever may write here may write into the output. So the folder has to belong to the user and be closed to others, and
+no link in it is followed. Anything foreign is an error that names it; it is neither published nor removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from mergekit_lite.errors import RunError, listing
+from mergekit_lite.output import renames
+
+JOURNAL, NEW_JOURNAL, LOCK = "journal.jsonl", "journal.new", "lock"
+RESULT, FACTORS, REPLACED, PROBE = "result", "factors", "replaced", "probe"
+NAMES = (REPLACED, RESULT, FACTORS, PROBE, NEW_JOURNAL, JOURNAL, LOCK)  # in the order in which they are removed
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def working_folder(output: Path) -> Path:
+    """Return the path of the folder in which an output is made."""
+    output = output.absolute()
+    return output.with_name(f".{output.name}.partial")
+
+
+class WorkingFolder:
+    """The working folder of an output, locked for this process until it is closed; made where there is none.
+
+    What an earlier run left is dropped where it shall start ``fresh``. Raises RunError where another process works
+    here, the folder isn't the user's own, something foreign is in it, or it can't be written.
+    """
+
+    def __init__(self, output: Path, *, fresh: bool) -> None:
+        self.output = output
+        self.path = working_folder(output)
+        self.result, self.journal, self.factors, self.replaced = (
+            self.path / name for name in (RESULT, JOURNAL, FACTORS, REPLACED)
+        )
+        self._is_new = False  # whether it was made here and is still there
+        with as_run_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                self.path.mkdir(mode=0o700)
+                self._is_new = True
+            _check_own(self.path)
+            _check_names(self.path)
+            self._lock = open_own(self.path / LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                self._take(fresh)
+            except BaseException:
+                os.close(self._lock)
+                raise
+
+    def _take(self, fresh: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            another = "another process is making this output. Wait for it, or stop it."
+            raise RunError(f"{self.path}: {another}") from error
+        if not fresh:
+            return
+        if os.path.lexists(self.replaced) and not os.path.lexists(self.output):
+            self.replaced.rename(self.output)  # a run was killed between moving it away and putting its own there
+        for name in NAMES:
+            if name != LOCK:
+                renames.remove(self.path / name)
+
+    def __enter__(self) -> WorkingFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._is_new and not self.journal.exists():  # there is nothing to go on with
+            self.remove()
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Remove what runs put here, as far as the system lets it, and the folder if that leaves it empty.
+
+        While there is a result there is a journal that tells whose it is.
+        """
+        self._is_new = False
+        with suppress(OSError):
+            for name in NAMES:
+                renames.remove(self.path / name)
+            self.path.rmdir()
+
+    def check_result(self, names: Collection[str]) -> None:
+        """Raise RunError where the result holds anything but regular files of these names, relative to it."""
+        if not _is_folder(self.result):
+            raise _foreign(self.path, [RESULT])
+        folders = {str(folder) for name in names for folder in Path(name).parents}
+        strange: list[str] = []
+        for path in sorted(self.result.rglob("*")):
+            name = path.relative_to(self.result).as_posix()
+            is_known = name in folders if _is_folder(path) else name in names and _is_regular(path)
+            if not is_known and str(Path(name).parent) in folders:  # of a strange folder its own name is enough
+                strange.append(f"{RESULT}/{name}")
+        if strange:
+            raise _foreign(self.path, strange)
+
+
+@contextmanager
+def left_by_earlier_run(output: Path) -> Iterator[WorkingFolder | None]:
+    """Hold the working folder that an earlier run left; yield None where there is none that this process may use."""
+    if not os.path.lexists(working_folder(output)):
+        yield None
+        return
+    try:
+        folder = WorkingFolder(output, fresh=False)
+    except RunError:
+        yield None
+        return
+    with folder:
+        yield folder
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of a working folder, and return its descriptor. Raises RunError for links and irregular files."""
+    try:
+        # Opening a FIFO for reading would wait for a writer if it weren't for O_NONBLOCK; files don't mind it.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # of a link, a folder, a FIFO or a socket
+            raise _foreign(path.parent, [path.name]) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _foreign(path.parent, [path.name])
+    return descriptor
+
+
+def write_own(path: Path, data: bytes) -> None:
+    """Write a file of a working folder anew. Raises OSError, and RunError as ``open_own``."""
+    with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def as_run_errors(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into RunError; ``path`` is what it concerns."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(_described(error, path)) from error
+
+
+def _check_own(folder: Path) -> None:
+    """Raise RunError where a working folder is a link, or others than the user may write to it."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise RunError(f"{folder}: is in the way of the folder in which the output is made. Remove it.")
+    if status.st_uid == os.geteuid() and not status.st_mode & OTHERS_MAY_WRITE:
+        return
+    # Some file systems know neither owners nor permissions: there a folder of our own looks the same.
+    like = None
+    with suppress(OSError):
+        (folder / PROBE).mkdir(mode=0o700)
+        like = (folder / PROBE).lstat()
+        (folder / PROBE).rmdir()
+    if like is None or _access(like) != _access(status):
+        raise RunError(
+            f"{folder}: other users may write there, and so into the output. Remove it; if you trust what it holds, "
+            "make it your own and closed to others (chown, chmod 700)."
+        )
+
+
+def _access(status: os.stat_result) -> tuple[int, int]:
+    return status.st_uid, status.st_mode & OTHERS_MAY_WRITE
+
+
+def _check_names(folder: Path) -> None:
+    """Raise RunError where a working folder holds what no run puts there."""
+    if strange := sorted(path.name for path in folder.iterdir() if path.name not in NAMES):
+        raise _foreign(folder, strange)
+
+
+def _foreign(folder: Path, names: list[str]) -> RunError:
+    is_dropped = all(name.partition("/")[0] in NAMES and name != LOCK for name in names)
+    remedy = "move it away, or start over with --force" if is_dropped else "move it away"
+    title = f"{folder}: holds what no run of this program put there; {remedy}"
+    return RunError(listing(title, [ascii(name)[1:-1] for name in names]))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _described(error: OSError, path: Path) -> str:
+    kept = "What was finished is kept: make room and run again with --resume."
+    match error.errno:
+        case errno.ENOSPC:
+            return f"{path}: the disk is full. {kept}"
+        case errno.EDQUOT:
+            return f"{path}: the disk quota is used up. {kept}"
+        case errno.EFBIG:
+            return f"{path}: the file would be larger than this system or its limits allow (see ulimit -f). {kept}"
+    return f"{path}: can't be written: {error.strerror or error}. What was finished is kept; --resume goes on with it."

@@ -1,0 +1,56 @@
+"""Memory of all processes of a run together: little for each tensor, however many there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.models import write_many
+
+FEW, MORE, MANY = 1_000, 8_000, 100_000
+EXTRAPOLATE = ("extrapolate", "sft", "dpo", "--alpha", "0.3")
+
+
+def peak(folder: Path, tensors: int) -> int:
+    """Return the most bytes that a run with three workers holds: shared memory is counted once."""
+    folder.mkdir()
+    for seed, name in enumerate(("sft", "dpo")):
+        write_many(folder / name, tensors, seed)
+    most = 0
+    program = [sys.executable, "-m", "mergekit_lite", *EXTRAPOLATE, "-o", "out", "--threads", "3", "-q"]
+    with subprocess.Popen(program, cwd=folder) as run:
+        while run.poll() is None:
+            most = max(most, sum(map(held, [run.pid, *children(run.pid)])))
+            time.sleep(0.03)
+    assert run.returncode == 0
+    return most
+
+
+def children(process: int) -> list[int]:
+    with suppress(OSError):
+        return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+    return []
+
+
+def held(process: int) -> int:
+    """Return a process's share of the memory it holds, in bytes; 0 where it has ended."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+    return 0
+
+
+def test_little_for_each_tensor(tmp_path: Path) -> None:
+    few, more = (peak(tmp_path / str(tensors), tensors) for tensors in (FEW, MORE))
+    assert few < 60e6, few
+    assert (more - few) / (MORE - FEW) < 3_000, (few, more)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
+    assert peak(tmp_path / "many", MANY) < 250e6
