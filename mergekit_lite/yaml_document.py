@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -137,6 +137,23 @@ def read(text: str, source: str, needs: str = "merge_method and models") -> Node
     if reading.problems:
         raise RecipeError(source, reading.problems)
     return tree
+
+
+class _Writer(yaml.SafeDumper):
+    """PyYAML's writer, which takes ``1e5`` for a text: such a text needs quotes to stay one here."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Return the node of a text."""
+        return self.represent_scalar(f"{TAG}str", data, style="'" if SCIENTIFIC.fullmatch(data) else None)
+
+
+_Writer.add_representer(str, _Writer.represent_str)
+
+
+def dump(data: Any, width: int = 120) -> str:
+    """Return the YAML text of plain data, keys in their order. Raises yaml.representer.RepresenterError for others."""
+    text: str = yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=width)
+    return text
 
 
 def _mark(mark: yaml.Mark | None) -> Mark:

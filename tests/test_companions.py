@@ -163,8 +163,7 @@ def test_a_template_is_written_once_for_all_loaders(place: Path, asked: str) -> 
 
 
 def test_auto_takes_the_most_common_template_the_first_of_equals(place: Path) -> None:
-    with pytest.raises(PlanError, match="auto finds no template in any model"):
-        merged("chat_template: auto\n")
+    assert not templates_in(merged("chat_template: auto\n"))
     (place / "a" / "chat_template.jinja").write_text("first")
     write_tokenizer(place / "b", {"x": 0}, template="second")
     assert templates_in(merged("chat_template: auto\n")) == {"first"}

@@ -94,11 +94,11 @@ def test_the_errors_shown_are_those_of_the_program(place: Path) -> None:
     ("change", "told"),
     [
         ("modules: {}", "modules"),
-        ("tokenizer_source: union", "union is not supported yet"),
+        ("tokenizer: {tokens: {a: {}}}", "tokens is not supported yet"),
         ("tokenizer: {source: base, pad_to_multiple_of: 64}", "pad_to_multiple_of is not supported yet"),
         ("experts: []", "experts"),
         ("genome: {}", "genome"),
-        ("density: 0.5", "put it under 'parameters'"),
+        ("dnsity: 0.5", "unknown key 'dnsity'"),
         ("---\nmerge_method: linear", "several documents"),
     ],
 )

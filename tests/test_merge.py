@@ -185,11 +185,12 @@ def test_all_that_does_not_fit_is_told_together(place: Path, tmp_path: Path) -> 
         "merge_method": "linear",
         "models": [{"model": str(place / "base")}, {"model": str(tmp_path / "other")}],
         "parameters": {"weight": 1},
-        "chat_template": "auto",
+        "tokenizer_source": "union",
     }
+    (tmp_path / "other" / "vocab.txt").write_text("a")
     with pytest.raises(PlanError) as raised:
         merged(recipe, tmp_path / "out")
-    for part in ("extra: is missing", "down_proj.weight: is missing", "[32], but [7]", "chat_template"):
+    for part in ("extra: is missing", "down_proj.weight: is missing", "[32], but [7]", "tokenizer: union of"):
         assert part in str(raised.value)
 
 

@@ -90,7 +90,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     """Open a checkpoint; only headers are read.
 
     Args:
-        reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, a folder with such files, or a hub repository
+        reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
+            under a key, a folder with such files, or a hub repository
             ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
             ``+``: LoRA adapters and task vectors (see ``references``).
 
@@ -102,6 +103,9 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
             return _open_path(text, path.resolve())
+        file, within = references.split_key(text)
+        if within:
+            return _open_path(text, file.resolve(), within=within)
     if text.startswith((references.VECTOR, references.REBASE)):
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
@@ -171,7 +175,7 @@ def _check_base(vector: Vector, base: Identity) -> None:
         )
 
 
-def _open_path(reference: str, path: Path, revision: str | None = None) -> Checkpoint:
+def _open_path(reference: str, path: Path, revision: str | None = None, within: str = "") -> Checkpoint:
     """Read the headers of a folder's weight files, or of a single file, and put their tensors together."""
     has_config = (path / "config.json").exists()
     if (path / folders.ADAPTER_CONFIG).exists() and not has_config:
@@ -180,15 +184,15 @@ def _open_path(reference: str, path: Path, revision: str | None = None) -> Check
         )
     paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
     config = read_json(folders.inside(path, "config.json")) if has_config else None
-    headers = [_model_header(reference, file) for file in paths]
+    headers = [_model_header(reference, file, within) for file in paths]
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
     return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
 
 
-def _model_header(reference: str, file: Path) -> Header:
-    header = formats.read_header(file)
+def _model_header(reference: str, file: Path, within: str) -> Header:
+    header = formats.read_header(file, within)
     if vector_file.KEY in header.metadata:
         raise CheckpointError(f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}")
     return header

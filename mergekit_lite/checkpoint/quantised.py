@@ -1,6 +1,7 @@
-"""Recognise quantised weights, and show them as the tensors they stand for: code × scale, with the scales hidden.
+"""Recognise quantised weights, and show them as the tensors they stand for, with the scales hidden.
 
-Read are the FP8 schemes:
+Read are MLX's packed integers (``affine``: ``X.weight`` in uint32, ``X.scales``, ``X.biases``, bits and group in
+``config.json``), and the FP8 schemes:
 
 * block FP8 (DeepSeek-V3, Qwen): ``X.weight`` with ``X.weight_scale_inv``, one scale for each block of
   ``weight_block_size`` in ``config.json``, with ragged blocks at the edges. compressed-tensors writes the same as
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.affine_weights import affine_weights
 from mergekit_lite.checkpoint.encodings import refused
 from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled, grid
 from mergekit_lite.checkpoint.tensor import Block, TensorSpec
@@ -44,6 +46,10 @@ def dequantised(
     problems = refused.refusals(tensors, method)
     if not problems:
         logical, hidden, problems = _paired(tensors, _blocks(quantization))
+        packed, of_packed, wrong = affine_weights(logical, config or {})
+        logical = {name: packed.get(name, spec) for name, spec in logical.items() if name not in of_packed}
+        hidden, problems = hidden | of_packed, [*problems, *wrong]
+        problems += [] if problems else refused.unclaimed(logical)
     refuse(path, problems, "quantised weights")
     return logical, hidden
 

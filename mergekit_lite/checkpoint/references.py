@@ -2,7 +2,7 @@
 
 What is added is a task vector (a file) or a LoRA adapter (a folder or a hub repository), with ``:NUMBER`` behind it to
 scale it. ``vector:`` before it says what it is and may be left out; ``rebase:`` adds a vector to another base than the
-one it was made from.
+one it was made from. ``ckpt.pt:ema`` is what a torch file holds under a key.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint import hub
+from mergekit_lite.checkpoint.formats import torch
 from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
 SCALED = re.compile(r"(?P<path>.+):(?P<scale>-?(\d+\.?\d*|\.\d+)([eE]-?\d+)?)")
+KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>.+)")
 MOST_PLUSES = 12
 
 
@@ -37,7 +39,18 @@ class Addition(NamedTuple):
     @property
     def can_exist(self) -> bool:
         """Whether it is on this disk, or may be on the hub."""
-        return Path(self.path).expanduser().exists() or (not self.is_vector and hub.is_repository(self.path))
+        path, within = split_key(self.path)
+        return bool(within) or path.exists() or (not self.is_vector and hub.is_repository(self.path))
+
+
+def split_key(text: str) -> tuple[Path, str]:
+    """Split ``ckpt.pt:ema`` into the torch file and the keys under which it holds the weights; no keys where it isn't.
+
+    A file of that very name goes first, so no path is ever cut.
+    """
+    match = KEYED.fullmatch(text)
+    path = Path(match["path"] if match else text).expanduser()
+    return (path, match["key"]) if match and not Path(text).expanduser().exists() and path.is_file() else (path, "")
 
 
 def parse_addition(text: str) -> Addition:

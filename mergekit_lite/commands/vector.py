@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 class Signed(click.Command):
-    """A command that takes ``+a -b`` as arguments, where a and b exist: ``-b`` is b times −1, not an option."""
+    """A command that takes ``+a -b`` as arguments, where a and b exist: ``-b`` is −1 times b, unless an option."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         """Rewrite arguments with a sign before click looks for options."""
-        return super().parse_args(context, [_signed(argument) for argument in arguments])
+        options = {name for parameter in self.get_params(context) for name in parameter.opts}
+        signed = [argument if argument in options else _signed(argument) for argument in arguments]
+        return super().parse_args(context, signed)
 
 
 def _signed(argument: str) -> str:

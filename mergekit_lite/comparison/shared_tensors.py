@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
+from mergekit_lite.checkpoint.optional_tensors import why_optional
 from mergekit_lite.errors import PlanError
-from mergekit_lite.planning.matching import is_buffer
 from mergekit_lite.recipe.layers import place, stacks
 
 
@@ -138,8 +138,9 @@ def _why_not(name: str, specs: Sequence[TensorSpec | None], models: Sequence[Che
     first = next(spec for spec in specs if spec is not None)
     for spec, model in zip(specs, models, strict=True):
         if spec is None:
-            buffer = " (a buffer, computed on loading)" if is_buffer(name) else ""
-            return f"is missing in {model.reference}{buffer}"
+            having = next(each for each, held in zip(models, specs, strict=True) if held is not None)
+            why = why_optional(name, first, having.tensors, having.config)
+            return f"is missing in {model.reference}" + (f" ({why})" if why else "")
         if not dtypes.is_float(spec.dtype):
             return f"is {spec.dtype} in {model.reference}, which is not for arithmetic"
         if not spec.numel:

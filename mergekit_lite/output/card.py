@@ -14,6 +14,7 @@ from mergekit_lite.errors import counted
 from mergekit_lite.pages import markdown
 from mergekit_lite.plain_text import plain
 from mergekit_lite.planning import Plan
+from mergekit_lite.yaml_document import dump
 
 WIDE = 1_000_000  # characters of a line: no path is folded
 SNAPSHOT = re.compile(r"/models--(?P<organisation>[\w.-]+)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
@@ -33,7 +34,7 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
         front["base_model"] = on_hub
     front["tags"] = ["mergekit-lite", "merge"]
     front.setdefault("library_name", "transformers")
-    recipe = plan.text or yaml.safe_dump(dict(plan.recipes[number]), sort_keys=False, allow_unicode=True, width=WIDE)
+    recipe = plan.text or dump(dict(plan.recipes[number]), width=WIDE)
     paragraphs = [
         f"---\n{plain(yaml.safe_dump(front, sort_keys=False, allow_unicode=True)).strip()}\n---",
         f"# {markdown.text(plan.outputs[number].name)}",

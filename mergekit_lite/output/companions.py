@@ -167,6 +167,7 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(plan.config or source.config or {})
     if any(spec.quantised for spec in source.tensors.values()):
         config.pop("quantization_config", None)
+        config.pop("quantization", None)  # MLX's name for it
         config.pop("compression_config", None)
     written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype)}
     if len(written) == 1:

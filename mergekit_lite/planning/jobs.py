@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
+from mergekit_lite.checkpoint.optional_tensors import why_optional
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS
-from mergekit_lite.planning.matching import MismatchError, is_buffer, output_dtype, shared_elements
+from mergekit_lite.planning.matching import MismatchError, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import Numbers, Output, Recipe
 from mergekit_lite.recipe.layers import Input
@@ -79,8 +80,8 @@ class Jobs:
         if why := self.recipe.why_copied(tensor.spot):
             return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)
         missing = [self.inputs[model].reference for index, model in enumerate(models) if index not in specs]
-        if missing and is_buffer(name):
-            return copied_from(lead, "a buffer not all models have")
+        if missing and (optional := self._why_optional(name, spec, models[lead])):
+            return copied_from(lead, f"not all models have it: {optional}")
         is_float = dtypes.is_float(spec.dtype)
         if missing and is_float:
             raise MismatchError(f"{name}: is missing in {', '.join(missing)}")
@@ -91,6 +92,8 @@ class Jobs:
         if not is_float:
             return copied_from(lead, f"{spec.dtype} is not for arithmetic")
         method = next(each.merge_method for each in numbers if each is not None)
+        if part.is_base_alone and not METHODS[method].merges_base:
+            return copied_from(lead, "no model besides the base is listed")
         has_base = part.base is not None and not METHODS[method].merges_base
         order = [index for index in specs if not (has_base and index == part.base)]
         parameters = tuple(self._arguments(each, tuple(order), has_base) for each in numbers if each is not None)
@@ -124,9 +127,18 @@ class Jobs:
         model = next(model for index, model in enumerate(models) if index != base)
         if tied_weights.tied_to(name, model.tensors) is not None:
             raise LeftOutError(f"{model.reference} ties its head to its embedding")
-        if is_buffer(name):
-            raise LeftOutError("a buffer, computed on loading")
-        raise MismatchError(f"{name}: is in {models[min(specs)].reference}, but not in {model.reference}")
+        having = min(specs)
+        if why := self._why_optional(name, specs[having], self.parts[tensor.part][having]):
+            raise LeftOutError(f"{model.reference} lacks it, {why}")
+        if why := self.recipe.why_copied(tensor.spot):
+            raise LeftOutError(f"{model.reference} lacks it, {why}")
+        lacking = f"is in {models[having].reference}, but not in {model.reference}"
+        raise MismatchError(f"{name}: {lacking}; exclude it to go on without it")
+
+    def _why_optional(self, name: str, spec: TensorSpec, model: int) -> str | None:
+        """Return why other models can do without a tensor that input ``model`` has; None where they can't."""
+        source = self.inputs[model]
+        return why_optional(name, spec, source.tensors, source.config)
 
     def _arguments(self, numbers: Numbers, order: tuple[int, ...], has_base: bool) -> Arguments:
         """Return the method's parameters; those of each model as a tuple, in the order of the job's inputs."""

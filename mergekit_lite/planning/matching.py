@@ -10,16 +10,9 @@ from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.layout import Layout, OutputTensor, file_layout, grouped_by_size, is_single_file, safetensors_layout
 from mergekit_lite.planning.plan import Job
 
-BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
-
 
 class MismatchError(Exception):
     """A tensor whose inputs don't agree; the message is one line of the plan's list of problems."""
-
-
-def is_buffer(name: str) -> bool:
-    """Return whether a tensor is a buffer that models compute on loading, and some checkpoints hold by accident."""
-    return name.endswith(BUFFERS)
 
 
 def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, new_rows: str | None) -> int:

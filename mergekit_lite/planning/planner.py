@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, method_named
@@ -18,10 +20,10 @@ from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
+from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, other_tokens, tokenizer_config
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
-from mergekit_lite.recipe.recipe import BASE
+from mergekit_lite.recipe.recipe import BASE, UNION
 
 SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
@@ -72,7 +74,8 @@ def make_plan(
     inputs = _opened(recipe.models, opened or {})
     config_source = recipe.models.index(recipe.config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
-    layered = outputs_of(recipe.slices, names, recipe.config_source)
+    promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
+    layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
     making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in layered.tensors]
@@ -83,12 +86,12 @@ def make_plan(
     problems += disagreements(MUST_AGREE, inputs, config_source)
     tokenizer = _tokenizer(recipe, config_source)
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
-    if foreign and recipe.tokenizer is not None:
+    if recipe.tokenizer == UNION:
+        problems += other_tokens(inputs, inputs[tokenizer])
+    elif foreign and recipe.tokenizer is not None:
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
         problems += [f"{text}: {remedy}" for text in foreign]
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
-    if recipe.chat_template is not None and template is None:
-        problems.append("chat_template: auto finds no template in any model: give a name or the template itself")
     paths = tuple(Path(output).expanduser() for output in outputs)
     is_folder = not is_single_file(paths[0])
     if is_folder and template is not None:
@@ -108,6 +111,8 @@ def make_plan(
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
     notes += notes_on_card
+    if recipe.chat_template is not None and template is None:
+        notes.append("chat_template: auto finds no template in any model and has no effect")
     if not is_folder and (template is not None or recipe.tokenizer is not None):
         notes.append("a single file has no tokenizer beside it: chat_template and tokenizer_source do nothing")
     written = {"merge_method": recipe.merge_method, "text": text}
@@ -200,6 +205,8 @@ def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
 def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkpoint) -> list[str]:
     """Return what the user should know about tensors that are left out, or where all are copied."""
     heads = [f"{name} is left out: {why}." for name, why in spare.items() if tied_weights.is_head(name)]
+    reasons = Counter(why for name, why in spare.items() if not tied_weights.is_head(name))
+    heads += [f"{counted(number, 'tensor')} left out: {why}." for why, number in reasons.items()]
     if any(job.merged_elements for job in jobs):
         return heads
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
@@ -209,7 +216,7 @@ def _tokenizer(recipe: Recipe, config_source: int) -> int:
     if recipe.tokenizer is None:
         return config_source
     base = recipe.base_model or recipe.models[0]
-    return recipe.models.index(base if recipe.tokenizer == BASE else recipe.tokenizer)
+    return recipe.models.index(base if recipe.tokenizer in (BASE, UNION) else recipe.tokenizer)
 
 
 def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:

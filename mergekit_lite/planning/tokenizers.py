@@ -16,6 +16,8 @@ from mergekit_lite.input_files import read_bytes, read_json, read_text
 from mergekit_lite.recipe.templates import TEMPLATES
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+VOCABULARY_FILES = ("merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json", "tokenizer.json",
+                    "tokenizer.model", "vocab.json", "vocab.txt")  # fmt: skip
 
 
 def is_template_file(name: str) -> bool:
@@ -110,6 +112,25 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
             has = f"{source.reference} has {counted(len(new), 'token')}"
             more.append(f"{has} that the output's tokenizer lacks: {listed}")
     return contrary, list(dict.fromkeys(more))
+
+
+def other_tokens(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> list[str]:
+    """Return a message for each model whose tokens aren't those of ``tokenizer``: their union is another one."""
+    own = _tokens(tokenizer)
+    return [
+        f"tokenizer: union of {tokenizer.reference} and {source.reference}, whose tokens differ, is not supported yet: "
+        "give 'base' or one of the models, all with the same vocabulary"
+        for source in inputs
+        if source is not tokenizer and _tokens(source) != own
+    ]
+
+
+def _tokens(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
+    """Return the tokens of a model, or what holds them where that isn't a ``tokenizer.json``."""
+    if vocabulary := vocabulary_of(source):
+        return vocabulary
+    paths = [small_file(source.folder, name) for name in VOCABULARY_FILES] if source.folder else []
+    return [read_bytes(path) for path in paths if path]
 
 
 def _file(source: Checkpoint) -> Path | None:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mergekit_lite.errors import counted
@@ -94,21 +95,41 @@ def depth(layer: int, layers: int) -> Fraction:
     return Fraction(layer, layers - 1) if layers > 1 else Fraction(1)
 
 
-def outputs(slices: Sequence[Slice], names: Mapping[str, Sequence[str]], first: str | None = None) -> Outputs:
+def outputs(
+    slices: Sequence[Slice],
+    names: Mapping[str, Sequence[str]],
+    first: str | None = None,
+    promised: Mapping[str, int | None] = MappingProxyType({}),
+) -> Outputs:
     """Return what each tensor of the output of a recipe's slices is made of.
 
-    ``names`` has each model's tensors, by its reference. The tensors of the model ``first`` come first where layers are
-    not moved; by default those of the base, else of the first model.
+    Args:
+        slices: of the recipe.
+        names: each model's tensors, by its reference.
+        first: the model whose tensors come first where layers are not moved; by default the base, else the first one.
+        promised: how many layers each model's config promises; those behind them (multi-token prediction) are not
+            counted where other models lack them.
     """
-    if len(slices) == 1 and slices[0].is_whole:
-        return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model)
+    if len(slices) == 1 and (slices[0].is_whole or _takes_all(slices[0], names)):
+        return _merged(slices[0], names, first or slices[0].sources[slices[0].base or 0].model, promised)
     return _stacked(slices, names)
 
 
-def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outputs:
+def _takes_all(part: Slice, names: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a slice takes all layers of models that have several stacks, as ``models:`` does.
+
+    A vision-language model's tower is no part of what mergekit's ranges count, and is merged with the rest.
+    """
+    depths = [(source.layers, stacks(names[source.model])) for source in part.sources]
+    several = any(len(lengths) > 1 for _, lengths in depths)
+    return several and all(layers in [(0, length) for length in lengths.values()] for layers, lengths in depths)
+
+
+def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str, promised: Mapping[str, int | None]) -> Outputs:
     """Return what ``models:`` makes: every name of every model."""
     places = {name: place(name) for source in part.sources for name in names[source.model]}
-    depths = {source.model: _stacks(map(places.__getitem__, names[source.model])) for source in part.sources}
+    own = {source.model: _stacks(map(places.__getitem__, names[source.model])) for source in part.sources}
+    depths = _counted(own, promised)
     order = sorted(range(len(part.sources)), key=lambda index: part.sources[index].model != first)
     lengths: dict[str, dict[int, str]] = {}
     for index in order:
@@ -132,6 +153,18 @@ def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str) -> Outp
         t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)
         tensors.append(Output(spot, 0, t, tuple(Input(index, spot) for index in sorted(sources))))
     return Outputs(tuple(tensors), None, tuple(problems))
+
+
+def _counted(depths: Mapping[str, dict[str, int]], promised: Mapping[str, int | None]) -> dict[str, dict[str, int]]:
+    """Return the lengths of each model's stacks; where models differ, without layers behind those promised."""
+    differing = {stack for own in depths.values() for stack in own if len({d.get(stack) for d in depths.values()}) > 1}
+    return {
+        model: {
+            stack: min(length, promised.get(model) or length) if stack in differing else length
+            for stack, length in own.items()
+        }
+        for model, own in depths.items()
+    }
 
 
 class _Layered(NamedTuple):
@@ -190,7 +223,8 @@ def _layered(model: str, names: Sequence[str], problems: list[str]) -> _Layered 
     if len(depths) != 1:
         listed = ", ".join(f"{stack} ({counted(length, 'layer')})" for stack, length in depths.items())
         got = f"has several: {listed}" if depths else "has none whose numbers run from 0 to n − 1"
-        problems.append(f"slices need a model with one stack of layers, and {model} {got}")
+        whole = "; to merge all its layers list it under 'models', without a layer_range" if depths else ""
+        problems.append(f"slices need a model with one stack of layers, and {model} {got}{whole}")
         return None
     [(stack, length)] = depths.items()
     layers: list[list[str]] = [[] for _ in range(length)]

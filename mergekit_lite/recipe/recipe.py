@@ -21,7 +21,7 @@ from mergekit_lite.rounding import ROUNDINGS
 from mergekit_lite.yaml_document import Mark, Remark
 
 NEW_ROWS = ("refuse", "copy")
-BASE = "base"  # as a tokenizer: that of the base model
+BASE, UNION = "base", "union"  # as a tokenizer: that of the base model; that which all models have
 KNOWN_TEMPLATES = ("auto", *TEMPLATES)
 SHORTEST_TEMPLATE = 20  # characters
 
@@ -49,6 +49,11 @@ class Slice:
     def is_whole(self) -> bool:
         """Whether all layers of each model go in."""
         return all(source.layers is None for source in self.sources)
+
+    @property
+    def is_base_alone(self) -> bool:
+        """Whether nothing goes in but the base: a sum of no deltas, which is the base itself."""
+        return len(self.sources) == 1 and self.base == 0
 
     @property
     def uneven(self) -> str | None:
@@ -91,7 +96,8 @@ class Recipe:
         new_rows: ``refuse``, or ``copy`` to take rows over that only the vocabulary of the model that gives the config
             has; for methods that continue that model (``expo``).
         chat_template: ``auto``, the name of a template, or a template; None for the tokenizer's own.
-        tokenizer: ``base``, or the model that gives the tokenizer; None for the model that gives the config.
+        tokenizer: ``base``, or the model that gives the tokenizer; ``union`` for the one that all models have; None for
+            that of the model that gives the config.
         notes: what the user should know though it is no error.
 
     Raises:
@@ -181,7 +187,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         ("new_rows", recipe.new_rows, NEW_ROWS),
         ("dtype", recipe.dtype, (None, *dtypes.FLOATS)),
         ("out_dtype", recipe.out_dtype, (None, *dtypes.FLOATS)),
-        ("tokenizer", recipe.tokenizer, (None, BASE, *recipe.models)),
+        ("tokenizer", recipe.tokenizer, (None, BASE, UNION, *recipe.models)),
     ):
         if value not in known:
             yield _unknown(name, value, known)

@@ -13,7 +13,7 @@
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
     out_dtype: float32             # of the output, before dtype
-    tokenizer_source: base         # or one of the models; or tokenizer: {source: base}
+    tokenizer_source: base         # or one of the models, or union where all agree; or tokenizer: {source: base}
     chat_template: chatml          # auto, a name, or a template
 
 Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
@@ -28,6 +28,7 @@ Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit
     rounding: stochastic           # or nearest, the default
     new_rows: copy                 # of expo: rows that only the aligned model's vocabulary has; or refuse, the default
 
+Keys that mergekit ignores and that are known (``name``, ``architecture``, a parameter where it does nothing) are notes.
 Everything else is an error, and all errors are reported at once. What only mergekit has is refused by name.
 """
 
@@ -57,10 +58,15 @@ OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
 MIXTURE = "mixtures of experts made from dense models (mergekit-moe) are not supported yet"
 VECTORS = ("vector:", "rebase:")  # what references begin with that are added to the base
 REFUSED = {
-    "modules": "modules (one merge for each part of a model) are not supported yet",
-    "name": "name (a stage of mergekit-multi) is not supported yet: write one file for each merge",
+    "modules": "modules (one merge for each part of a model) are not supported yet, but for 'default' alone",
     **{key: f"{key}: {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
     **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
+}
+
+WITHOUT_EFFECT = {  # keys that mergekit ignores
+    "name": "'name' has no effect: it is for recipes of several documents",
+    "architecture": "'architecture' has no effect: names come from the models' files",
+    "residual_weight": "'residual_weight' has no effect, as in mergekit",
 }
 
 
@@ -75,7 +81,8 @@ def parse(content: str, source: str = "The recipe") -> Recipe:
     if parser.used:
         parser.problems += _miscounted(recipe)
         # A misspelt parameter is reported once, not also as one that is missing.
-        parser.problems += [] if parser.refused else _lacking(recipe)
+        lacking = [] if parser.refused else list(_lacking(recipe))
+        parser.problems += [*lacking, *parser.idle] if lacking else []
     if parser.problems:
         raise RecipeError(source, parser.problems)
     return recipe
@@ -85,12 +92,13 @@ def parse(content: str, source: str = "The recipe") -> Recipe:
 class _Parser:
     problems: list[Remark] = field(default_factory=list)
     notes: list[Remark] = field(default_factory=list)
+    idle: list[Remark] = field(default_factory=list)  # parameters where they have no effect
     used: tuple[str, ...] = ()  # methods of the recipe; empty where one is unknown, so that no parameter is judged
     base: str | None = None
     refused: bool = False  # whether a parameter stands where it can't
 
     def recipe(self, root: Node) -> Recipe:
-        parts = fields(root, "the recipe", KEYS, self.problems, self.misplaced | REFUSED)
+        parts = self.fields(self.unwrapped(root), "the recipe", KEYS, REFUSED)
         main = self.method(parts.get("merge_method"), root.at)
         self.base = self.base_model(parts)
         listed = items(parts.get("overrides"), "overrides", self.problems)
@@ -111,16 +119,41 @@ class _Parser:
             seed=values.seed(parts, self.problems, self.notes),
             new_rows=self.chosen(parts, "new_rows", NEW_ROWS),
             chat_template=values.template(parts.get("chat_template"), self.problems),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *self.idle),
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
-        return replace(recipe, tokenizer=values.tokenizer(parts, recipe.models, self.problems))
+        return replace(recipe, tokenizer=values.tokenizer(parts, recipe.models, self.problems, self.notes))
 
-    @property
-    def misplaced(self) -> dict[str, str]:
-        """A message for each parameter that stands next to 'parameters' instead of under it."""
-        names = {name for method in METHODS.values() for name in method.parameters} | NO_EFFECT.keys()
-        return {name: f"{name!r} is a parameter: put it under 'parameters'" for name in names}
+    def unwrapped(self, root: Node) -> Node:
+        """Return a recipe whose only module is ``default``, which is the whole model, as one without modules."""
+        entries = {key.text: (key, value) for key, value in root.entries} if isinstance(root, Fields) else {}
+        _, modules = entries.get("modules", (None, None))
+        if not isinstance(modules, Fields) or [key.text for key, _ in modules.entries] != ["default"]:
+            return root
+        del entries["modules"]
+        [(_, module)] = modules.entries
+        for key, value in module.entries if isinstance(module, Fields) else ():
+            if key.text in entries:
+                self.problems.append(Remark(key.at, f"{key.text!r} stands in the module and in the recipe: give one"))
+            entries[key.text] = key, value
+        return Fields(tuple(entries.values()), root.at)
+
+    def fields(self, node: Node, what: str, known: tuple[str, ...], refused: Mapping[str, str]) -> dict[str, Node]:
+        """Return the values of a mapping by key, as ``values.fields``; what mergekit ignores is noted."""
+        if not isinstance(node, Fields):
+            return fields(node, what, known, self.problems, refused)
+        heeded = []
+        for key, value in node.entries:
+            if key.text in known or key.text in refused:
+                heeded.append((key, value))
+            elif key.text in WITHOUT_EFFECT:
+                self.notes.append(Remark(key.at, WITHOUT_EFFECT[key.text]))
+            elif key.text in _all_parameters():
+                beside = f"{key.text!r} has no effect beside 'parameters', nor in mergekit: put it under 'parameters'"
+                self.idle.append(Remark(key.at, beside))
+            else:
+                heeded.append((key, value))
+        return fields(Fields(tuple(heeded), node.at), what, known, self.problems, refused)
 
     def method(self, node: Node | None, at: Mark) -> str:
         if node is None:
@@ -135,7 +168,7 @@ class _Parser:
 
     def reference(self, parts: Mapping[str, Node], name: str) -> str | None:
         """Return a reference: empty where it is wrong, None where the key is missing."""
-        return values.reference(parts[name], name, self.problems) if name in parts else None
+        return values.reference(parts[name], name, self.problems, self.notes) if name in parts else None
 
     def base_model(self, parts: Mapping[str, Node]) -> str | None:
         """Return the base like other references; it can't be a task vector."""
@@ -156,8 +189,7 @@ class _Parser:
         return tuple(self.slice(node) for node in items(parts.get("slices"), "slices", self.problems))
 
     def slice(self, node: Node) -> Slice:
-        dead = {"residual_weight": "residual_weight has no effect in mergekit and is not supported: remove it"}
-        parts = fields(node, "a slice", SLICE_KEYS, self.problems, self.misplaced | dead)
+        parts = self.fields(node, "a slice", SLICE_KEYS, {})
         if "sources" not in parts and isinstance(node, Fields):
             self.problems.append(Remark(node.at, "the slice has no 'sources'"))
         base = self.base_model(parts) or self.base
@@ -167,7 +199,7 @@ class _Parser:
 
     def source(self, node: Node, what: str, known: tuple[str, ...], base: str | None) -> Source:
         layered = {"layer_range": "layer_range is for the sources of slices: 'models' takes all layers of each model"}
-        parts = fields(node, what, known, self.problems, self.misplaced | layered)
+        parts = self.fields(node, what, known, layered)
         for key in known:
             if key != "parameters" and key not in parts and isinstance(node, Fields):
                 self.problems.append(Remark(node.at, f"{what} has no {key!r}"))
@@ -224,28 +256,34 @@ class _Parser:
             if key.text in NO_EFFECT:
                 self.notes.append(Remark(key.at, NO_EFFECT[key.text]))
             elif key.text not in taken:
-                self.refused = True
-                self.problems.append(Remark(key.at, self.refusal(key.text, methods, model, base)))
+                self.untaken(key, methods, model, base)
             elif isinstance(value, Scalar) and value.value is None:
                 self.problems.append(Remark(key.at, f"{key.text!r} has no value"))
             else:
                 by_name[key.text] = rules(value, key.text, taken[key.text], self.problems, self.notes)
         return by_name
 
-    def refusal(self, name: str, methods: tuple[str, ...], model: str | None, base: bool) -> str:
+    def untaken(self, key: Scalar, methods: tuple[str, ...], model: str | None, base: bool) -> None:
+        """Note a parameter that does nothing at this level, as in mergekit; refuse one that no method knows."""
         who = " and ".join(methods)
         verb = "takes" if len(methods) == 1 else "take"
         known = [METHODS[method].parameters for method in methods]
-        if any(name in each and not each[name].each for each in known):
-            return f"{name!r} is one value for all models: put it under the recipe's 'parameters'"
-        if base and any(name in each for each in known):
-            return f"{who} {verb} no {name!r} of the base model {model!r}: remove it"
-        everything = {key for each in known for key in each}
-        hint = nearest(name, everything) or (f" Known: {', '.join(sorted(everything))}." if everything else "")
-        return f"{who} {verb} no parameter {name!r}.{hint}"
+        if any(key.text in each and not each[key.text].each for each in known):
+            one = "is one value for all models and has no effect under a model, nor in mergekit"
+            self.idle.append(Remark(key.at, f"{key.text!r} {one}: put it under the recipe's 'parameters'"))
+        elif base and any(key.text in each for each in known):
+            self.idle.append(Remark(key.at, f"{who} {verb} no {key.text!r} of the base model {model!r}: no effect"))
+        elif key.text in _all_parameters():
+            self.idle.append(Remark(key.at, f"{who} {verb} no {key.text!r}: no effect"))
+        else:
+            self.refused = True
+            everything = {name for each in known for name in each}
+            hint = nearest(key.text, everything) or (f" Known: {', '.join(sorted(everything))}." if everything else "")
+            self.problems.append(Remark(key.at, f"{who} {verb} no parameter {key.text!r}.{hint}"))
 
     def override(self, node: Node, main: str) -> tuple[Override, dict[str, Node]]:
-        parts = fields(node, "an override", OVERRIDE_KEYS, self.problems, self.misplaced)
+        misplaced = {name: f"{name!r} is a parameter: put it under 'parameters'" for name in _all_parameters()}
+        parts = fields(node, "an override", OVERRIDE_KEYS, self.problems, misplaced)
         if not {"filter", "layers"} & parts.keys() and isinstance(node, Fields):
             self.problems.append(Remark(node.at, "the override has neither 'filter' nor 'layers'"))
         if not {"merge_method", "parameters"} & parts.keys() and isinstance(node, Fields):
@@ -271,6 +309,11 @@ class _Parser:
         return (choice(parts[name], name, known, self.problems) if name in parts else None) or known[0]
 
 
+def _all_parameters() -> frozenset[str]:
+    """Return the names of all parameters of all methods."""
+    return frozenset(name for method in METHODS.values() for name in method.parameters) | NO_EFFECT.keys()
+
+
 def _miscounted(recipe: Recipe) -> Iterator[Remark]:
     """Yield slices with too few or too many models for their methods, without a base, or with ranges that differ."""
     for part in (part for part in recipe.slices if part.sources):
@@ -279,7 +322,7 @@ def _miscounted(recipe: Recipe) -> Iterator[Remark]:
             number = len(_merged(part, method))
             if method.base == "required" and part.base is None:
                 yield Remark(at, f"{method.name} needs a base_model{where}")
-            elif not method.counts(number):
+            elif not method.counts(number) and not (part.is_base_alone and method.models == (1, None)):
                 yield Remark(at, f"{method.name} merges {method.expected}, got {number}{where}")
         if part.uneven:
             yield Remark(part.at, part.uneven)

@@ -13,16 +13,13 @@ from collections.abc import Iterable, Mapping
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.methods.parameters import Parameter
-from mergekit_lite.recipe.recipe import BASE, KNOWN_TEMPLATES, is_template
+from mergekit_lite.recipe.recipe import BASE, KNOWN_TEMPLATES, UNION, is_template
 from mergekit_lite.recipe.rules import Filter, Rule, Rules
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar, Value, describe
 
 Remarks = list[Remark]
+ARCHITECTURE = "override_architecture"
 RULE_KEYS = ("filter", "layers", "value")
-ARCHITECTURE = {
-    "override_architecture": "override_architecture is not supported: names come from the model's files, no table of "
-    "architectures is used"
-}
 OLD_NAMES = {"pattern": "unknown key 'pattern' in a filter: it is called 'filter'"}
 
 
@@ -183,11 +180,15 @@ def _converted(value: Value | None, parameter: Parameter) -> Value | None:
     return bool(value) if bool in types and value in (0, 1) else None
 
 
-def reference(node: Node, name: str, problems: Remarks) -> str:
+def reference(node: Node, name: str, problems: Remarks, notes: Remarks) -> str:
     """Return a reference as text, ``model@revision+lora@revision``; empty where it is wrong."""
     if not isinstance(node, Fields):
         return text(node, name, problems)
-    parts = fields(node, "a model reference", ("model", "lora"), problems, ARCHITECTURE)
+    parts = fields(node, "a model reference", ("model", "lora", ARCHITECTURE), problems)
+    if ARCHITECTURE in parts:
+        notes.append(
+            Remark(parts[ARCHITECTURE].at, f"{ARCHITECTURE!r} has no effect: names come from the models' files")
+        )
     if "model" not in parts:
         problems.append(Remark(node.at, f"{name!r} has no 'model'"))
         return ""
@@ -253,37 +254,32 @@ def template(node: Node | None, problems: Remarks) -> str | None:
     return None
 
 
-def tokenizer(parts: Mapping[str, Node], models: tuple[str, ...], problems: Remarks) -> str | None:
-    """Return whose tokenizer is asked for: ``base``, one of the models, or None where the recipe doesn't say."""
+def tokenizer(parts: Mapping[str, Node], models: tuple[str, ...], problems: Remarks, notes: Remarks) -> str | None:
+    """Return whose tokenizer is asked for: ``base``, ``union``, a model; None where the recipe doesn't say."""
     if "tokenizer" in parts and "tokenizer_source" in parts:
         problems.append(Remark(parts["tokenizer"].at, "'tokenizer' and 'tokenizer_source' exclude each other"))
     if "tokenizer_source" in parts:
         source = parts["tokenizer_source"]
-        return _tokenizer_source(source, source, "tokenizer_source", models, problems)
+        return _tokenizer_source(source, source, "tokenizer_source", models, problems, notes)
     node = parts.get("tokenizer")
     if isinstance(node, Fields):
         keys = fields(node, "the tokenizer", ("source", "tokens", "pad_to_multiple_of"), problems)
         for key in ("tokens", "pad_to_multiple_of"):
             if key in keys:
                 problems.append(Remark(keys[key].at, f"tokenizer: {key} is not supported yet"))
-        return _tokenizer_source(keys.get("source"), node, "tokenizer: source", models, problems)
+        return _tokenizer_source(keys.get("source"), node, "tokenizer: source", models, problems, notes)
     if node is not None:
         problems.append(Remark(node.at, f"'tokenizer' expects a mapping with 'source', got {describe(node)}"))
     return None
 
 
 def _tokenizer_source(
-    node: Node | None, near: Node, name: str, models: tuple[str, ...], problems: Remarks
+    node: Node | None, near: Node, name: str, models: tuple[str, ...], problems: Remarks, notes: Remarks
 ) -> str | None:
     """Return whose tokenizer is asked for; mergekit's default in a ``tokenizer`` block is ``union``."""
-    written = reference(node, name, problems) if node is not None else "union"
-    if not written or written == BASE or written in models:
+    written = reference(node, name, problems, notes) if node is not None else UNION
+    if not written or written in (BASE, UNION, *models):
         return written or None
-    at = (node or near).at
-    if written == "union":
-        remedy = "give 'base' or one of the models, all with the same vocabulary"
-        problems.append(Remark(at, f"{name}: union is not supported yet: {remedy}"))
-    else:
-        expected = f"{name} expects 'base' or one of the recipe's models, got {written!r}."
-        problems.append(Remark(at, expected + nearest(written, (BASE, *models))))
+    expected = f"{name} expects 'base', 'union' or one of the recipe's models, got {written!r}."
+    problems.append(Remark((node or near).at, expected + nearest(written, (BASE, UNION, *models))))
     return None

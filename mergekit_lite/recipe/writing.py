@@ -10,6 +10,7 @@ import yaml
 from mergekit_lite.errors import UsageError
 from mergekit_lite.recipe.recipe import Recipe, Slice, Source
 from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Rules, joined
+from mergekit_lite.yaml_document import dump
 
 Data = dict[str, Any]
 
@@ -46,10 +47,9 @@ def as_data(recipe: Recipe) -> Data:
 def to_yaml(recipe: Mapping[str, Any]) -> str:
     """Return the text of a recipe in plain data. Raises UsageError where it holds what YAML can't."""
     try:
-        text: str = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=1000)
+        return dump(dict(recipe), width=1000)
     except yaml.representer.RepresenterError as error:
         raise UsageError(f"A recipe holds texts, numbers, lists and mappings, got {error.args[-1]!r}.") from error
-    return text
 
 
 def _listed(part: Slice) -> tuple[Source, ...]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.checkpoint.optional_tensors import why_optional
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.comparison.shared_tensors import tensors_by_name
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import NonFiniteError
-from mergekit_lite.planning.matching import is_buffer
 
 READ_ELEMENTS = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
 
@@ -108,8 +108,8 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     notes: list[str] = []
     problems: list[str] = []
     for name, (after, before) in tensors_by_name((tuned, base)):
-        if after is None and is_buffer(name):
-            notes.append(f"{name}: a buffer that only {base.reference} has; models made with the vector keep it")
+        if after is None and before is not None and (why := why_optional(name, before, base.tensors, base.config)):
+            notes.append(f"{name}: {why}; only {base.reference} has it, and models made with the vector keep it")
         elif after is None:
             problems.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
         else:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError
 from tests.checkpoint.reading import assert_reads_as
 
@@ -52,7 +54,10 @@ def views(draw) -> torch.Tensor:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(st.text("abc.", min_size=1, max_size=6), views(), min_size=1, max_size=5), st.integers(0, 2))
+@given(
+    st.dictionaries(st.text("abc.", min_size=1, max_size=6).map("{}.mask".format), views(), min_size=1, max_size=5),
+    st.integers(0, 2),
+)
 def test_any_view_reads_as_torch_loads_it(tensors, depth):
     content = tensors
     for key in ["state_dict", "model"][:depth]:
@@ -250,3 +255,35 @@ def test_sharded_bin_files_with_an_index(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     checkpoint = assert_reads_as(tmp_path, {name: tensor for part in shards.values() for name, tensor in part.items()})
     assert len(checkpoint.files) == 2
+
+
+@pytest.mark.parametrize("key", ["model", "ema", "state.ema"])
+def test_a_key_chooses_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    twice = {name: tensor * 2 for name, tensor in WEIGHTS.items()}
+    content = {"model": WEIGHTS, "ema": twice, "state": {"ema": twice, "step": torch.tensor(3)}, "loss": torch.ones(1)}
+    for name, change in (("sft", 0), ("dpo", 0.25)):
+        moved = {part: {k: v + change for k, v in content[part].items()} for part in ("model", "ema")}
+        saved(tmp_path, content | moved | {"state": {"ema": moved["ema"]}}, f"{name}.pt")
+    expected = WEIGHTS if key == "model" else twice
+    checkpoint = assert_reads_as(Path(f"sft.pt:{key}"), expected)
+    assert checkpoint.nest == tuple(key.split("."))
+    assert "loss" in checkpoint.left_out
+    command = ["extrapolate", f"sft.pt:{key}", f"dpo.pt:{key}", "--alpha", "1"]
+    made = CliRunner().invoke(main, command)
+    assert made.exit_code == 0, made.output
+    loaded = torch.load("dpo-expo-1.pt", weights_only=True)
+    for part in key.split("."):
+        loaded = loaded[part]
+    torch.testing.assert_close(loaded, {name: tensor + 0.5 for name, tensor in expected.items()})
+    verified = CliRunner().invoke(main, ["verify", "dpo-expo-1.pt", "--all"])
+    assert verified.exit_code == 0, verified.output
+
+
+def test_a_key_that_is_not_there(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": WEIGHTS, "ema": WEIGHTS, "step": 3})
+    with pytest.raises(CheckpointError, match=r"has no mapping 'eam' at its top level\. Did you mean 'ema'"):
+        open_checkpoint(f"{path}:eam")
+    with pytest.raises(CheckpointError, match="no mapping 'x' under ema"):
+        open_checkpoint(f"{path}:ema.x")
+    assert f"such as {path}:model" in refusal(path)

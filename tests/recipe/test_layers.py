@@ -180,7 +180,8 @@ def test_all_problems_at_once() -> None:
         "gpt": ["h.0.mlp.weight"],
     }
     assert outputs(slices, names).problems == (
-        "slices need a model with one stack of layers, and vision has several: model.layers (2 layers), visual.blocks (1 layer)",
+        "slices need a model with one stack of layers, and vision has several: model.layers (2 layers), visual.blocks (1 layer); to merge all its layers "
+        "list it under 'models', without a layer_range",
         "slices need a model with one stack of layers, and none has none whose numbers run from 0 to n − 1",
         "line 1: layer_range [0, 9] goes too far, a has 4 layers",
         "all sources of a slice have the same number of layers, got a [0, 2], b [0, 1]",

@@ -102,7 +102,7 @@ def test_each_of_several_outputs_is_a_recipe() -> None:
         ("seed", -1, "seed expects a whole number from 0 on, got -1"),
         ("seed", True, "seed expects a whole number"),
         ("chat_template", "chatlm", "Did you mean 'chatml'?"),
-        ("tokenizer", "c", "tokenizer expects one of base, a, b, got 'c'"),
+        ("tokenizer", "c", "tokenizer expects one of base, union, a, b, got 'c'"),
         ("exclude", (Filter("regex:("),), "'(' is not a regular expression"),
         ("include", (Filter("*", (3, 3)),), "layers expect two whole numbers"),
         ("parameters", {"weight": (Rule(()),)}, "weight has no value"),

@@ -44,6 +44,16 @@ def test_scaled_negated_and_analogous(place: Path) -> None:
     assert_same(read_folder(place / "again"), read_folder(place / "out"))
 
 
+def test_options_are_options_whatever_lies_there(place: Path) -> None:
+    extract_vector("base", "math", "v.safetensors")
+    (place / "o").mkdir()
+    for name in ("q", "h"):
+        (place / name).write_text("no vector")
+    result = CliRunner().invoke(main, ["vector", "apply", "base", "v.safetensors", "-q", "-o", "out"])
+    assert result.exit_code == 0 and (place / "out").is_dir(), result.output
+    assert "Usage" in CliRunner().invoke(main, ["vector", "apply", "-h"]).output
+
+
 def test_adapters_add_up_as_products(place: Path) -> None:
     """Never A with A and B with B; replaced tensors move by their distance from the base."""
     base = read_folder(place / "base")

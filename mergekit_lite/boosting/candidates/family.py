@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.ranges import Range
-from mergekit_lite.boosting.candidates.tunable import RecipeTuning, Tunable, alphas_of, check_pair_tunables, layers_of
+from mergekit_lite.boosting.candidates.tunable import RecipeTuning, Tunable, alphas_of, check_pair_tunables
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.extrapolation import plan_extrapolation
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, text_of
@@ -73,7 +74,9 @@ class RecipeFamily:
         recipe = parse(content, str(path))
         self.path = path
         self.opened: Mapping[str, Checkpoint] = {model: open_checkpoint(model) for model in recipe.models}
-        self.tuning = RecipeTuning(content, str(path), tunables, layers_of(self.opened[recipe.config_source].config))
+        self.tuning = RecipeTuning(
+            content, str(path), tunables, layers_promised(self.opened[recipe.config_source].config)
+        )
         self.ranges: Mapping[str, Range] = {name: each.range for each in tunables for name in each.names}
         self.baseline: Params = self.tuning.as_written
 

@@ -22,12 +22,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import yaml
-
 from mergekit_lite.boosting.candidates.ranges import Range, read_range
 from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.recipe.rules import REGEX
-from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, Value, read
+from mergekit_lite.yaml_document import Fields, Items, Node, Scalar, Value, dump, read
 
 Tree = Any  # of dicts, lists and values
 SHAPE = re.compile(r"(?P<path>[^\[\]=]+)(?:\[(?P<where>.+)\])?=(?P<range>[^=\]]+)")
@@ -35,7 +33,6 @@ CONDITION = re.compile(r",(?=(?:filter|layers|gradient|groups)=)")
 LAYERS = re.compile(r"(\d+)-(\d+)")
 SPREAD = ("gradient", "groups")
 MOST_SPREAD = 64
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -180,8 +177,7 @@ class RecipeTuning:
         tree = deepcopy(self.tree)
         for each in self.tunables:
             self._put(tree, each, [params[name] for name in each.names])
-        text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
-        return text
+        return dump(tree)
 
     def _put(self, tree: Tree, tunable: Tunable, numbers: Sequence[float]) -> None:
         """Put numbers at a tunable's path. Raises LookupError where that leads to no number."""
@@ -263,9 +259,3 @@ def plain(node: Node) -> Tree:
     assert isinstance(node, Scalar)
     value: Value | None = node.value
     return value
-
-
-def layers_of(config: Mapping[str, Any] | None) -> int | None:
-    """Return the number of layers in a model's config, or None where it has none."""
-    text = (config or {}).get("text_config") or config or {}
-    return next((text[name] for name in COUNTS if isinstance(text.get(name), int)), None)

@@ -14,6 +14,7 @@ from mergekit_lite.errors import counted
 
 SUPPORTED_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 INTEGER_CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+MASKS = re.compile(r"(^|\.)(bias|position_ids|\w*mask\w*|\w*_index)$")  # GPT-2's attn.bias is a mask of bytes
 FLOAT_CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 ORIGINAL = "Use the checkpoint that it was made from"
 
@@ -74,12 +75,34 @@ def _scheme_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str 
     for known in SCHEMES if ANY_SCHEME.search(spec.name) else ():
         if re.search(known.ending, spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
             return known.name, ORIGINAL + known.remedy
-    integers = spec.dtype in INTEGER_CODES and len(spec.shape) >= 2  # vectors are counters, positions and the like
+    integers = _may_be_codes(spec)
     if integers and _has_scale(spec.name, tensors):
         return "integer codes with a scale (int8 or packed)", ORIGINAL
     if (integers or spec.dtype in FLOAT_CODES) and method is not None and method not in SUPPORTED_METHODS:
         return f"quant_method {method!r} of config.json", ORIGINAL
     return None
+
+
+def unclaimed(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Return a line for the tensors that may be codes and that no encoding has claimed; none where there are none."""
+    names = [name for name, spec in tensors.items() if _may_be_codes(spec)]
+    if not names:
+        return []
+    example = tensors[names[0]]
+    return [
+        f"whole numbers in two axes, as codes of quantised weights are, in no scheme that is known: "
+        f"{counted(len(names), 'tensor')}, such as {names[0]} ({example.dtype}, {example.shape}). {ORIGINAL}."
+    ]
+
+
+def _may_be_codes(spec: TensorSpec) -> bool:
+    """Return whether a tensor may hold codes: vectors are counters and the like, int64 and bool positions and masks."""
+    return (
+        spec.dtype in INTEGER_CODES
+        and len(spec.shape) >= 2
+        and min(spec.shape[-2:]) > 1
+        and not MASKS.search(spec.name)
+    )
 
 
 def _has_scale(name: str, tensors: Mapping[str, TensorSpec]) -> bool:

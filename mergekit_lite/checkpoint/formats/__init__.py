@@ -37,8 +37,13 @@ SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.SUFFIXES)
 _BY_SUFFIX = {suffix: format for format in FORMATS for suffix in format.SUFFIXES}
 
 
-def read_header(path: Path) -> Header:
-    """Read a header in the format that the suffix names, as ``Format.read_header``; CheckpointError where none does."""
+def read_header(path: Path, within: str = "") -> Header:
+    """Read a header in the format that the suffix names, as ``Format.read_header``; CheckpointError where none does.
+
+    ``within`` names the keys of a torch file that hold the weights, with dots between them.
+    """
+    if within:
+        return torch.read_header(path, within)
     if path.suffix in _BY_SUFFIX:
         return _BY_SUFFIX[path.suffix].read_header(path)
     if path.suffix in refused.REMEDIES:

@@ -24,7 +24,7 @@ from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
 from mergekit_lite.checkpoint.tensor import PLAIN, TensorSpec
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import CheckpointError, listing, shortened
+from mergekit_lite.errors import CheckpointError, listing, nearest, shortened
 from mergekit_lite.input_files import opened
 
 SUFFIXES = (".bin", ".pt", ".pth")
@@ -37,8 +37,8 @@ LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and extra field
 ALLOCATOR = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")  # would allocate as much as the pickle names
 
 
-def read_header(path: Path) -> Header:
-    """Find every tensor of a torch file.
+def read_header(path: Path, within: str = "") -> Header:
+    """Find every tensor of a torch file, or of what it holds under the keys ``within``, which have dots between them.
 
     Raises:
         CheckpointError: no torch zip file, refused by the restricted loader, or without one clear mapping of tensors.
@@ -48,6 +48,11 @@ def read_header(path: Path) -> Header:
     # Go down to the mapping that holds the weights, and note what is passed on the way.
     nest: tuple[str, ...] = ()
     others: list[str] = []
+    for part in within.split(".") if within else ():
+        if not isinstance(content, Mapping) or not isinstance(content.get(part), Mapping):
+            raise _no_mapping(path, within, nest, part, content)
+        others += [".".join((*nest, _label(other))) for other in content if other != part]
+        nest, content = (*nest, part), content[part]
     while (key := _nest_key(path, nest, content)) is not None and len(nest) < MAX_NESTING:
         others += [".".join((*nest, _label(other))) for other in content if other != key]
         nest, content = (*nest, key), content[key]
@@ -171,13 +176,24 @@ def _holds_weights(tensors: Sequence[torch.Tensor], dimensions: int) -> bool:
     return any(each.dim() >= (dimensions if each.is_floating_point() else 2) for each in tensors)
 
 
+def _no_mapping(path: Path, within: str, nest: tuple[str, ...], key: str, content: object) -> CheckpointError:
+    mapping = content if isinstance(content, Mapping) else {}
+    known = [_label(other) for other, value in mapping.items() if isinstance(value, Mapping)]
+    where = f"under {'.'.join(nest)}" if nest else "at its top level"
+    return CheckpointError(
+        f"{path}:{within}: the file has no mapping {key!r} {where}.{nearest(key, known)} "
+        f"It has {', '.join(known) or 'none'}."
+    )
+
+
 def _refuse_choice(path: Path, nest: tuple[str, ...], keys: Sequence[str], here: bool) -> None:
     places = ["the top level" if not nest else f"under {'.'.join(nest)}"] if here else []
     places += [f"under {'.'.join((*nest, _label(key)))}" for key in keys]
     subscripts = "".join(f"[{key!r}]" for key in map(_label, (*nest, keys[0])))
+    named = ".".join((*nest, _label(keys[0])))
     raise CheckpointError(
         listing(f"{path}: holds weights in several places, and it is not clear which are meant", places)
-        + "\nSave those you mean in a file of their own, for instance: "
+        + f"\nName those you mean, such as {path}:{named}, or save them in a file of their own: "
         'python -c "import torch; '
         f'torch.save(torch.load({path.name!r}, weights_only=True){subscripts}, {path.stem + ".weights.pt"!r})"'
     )
