@@ -131,7 +131,7 @@ def difference(delta: Delta, path: Path) -> TensorSpec:
 def check_output(path: Path) -> None:
     """Raise UsageError where a task vector can't be written under this name, for its suffix or its characters."""
     if not is_plain_line(path.name):
-        raise UsageError(f"{path}: {NOT_PLAIN}. Choose another.")
+        raise UsageError(f"{str(path)!a}: {NOT_PLAIN}. Choose another.")
     if path.suffix not in safetensors.SUFFIXES:
         raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
 

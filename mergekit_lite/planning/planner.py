@@ -146,7 +146,7 @@ def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
     if unfit := [output for output in outputs if not is_plain_line(Path(output).name)]:
-        raise UsageError(f"{unfit[0]}: {NOT_PLAIN}. Choose another.")
+        raise UsageError(f"{str(unfit[0])!a}: {NOT_PLAIN}. Choose another.")
     methods = [method_named(name) for name in (recipe.merge_method, *(each.merge_method for each in recipe.overrides))]
     known = {name for method in methods for name in method.parameters}
     if unknown := list(dict.fromkeys(name for parameters in recipe.levels for name in parameters if name not in known)):
