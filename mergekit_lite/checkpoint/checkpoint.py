@@ -178,7 +178,7 @@ def _check_base(vector: Vector, base: Identity) -> None:
 def _open_path(reference: str, path: Path, revision: str | None = None, within: str = "") -> Checkpoint:
     """Read the headers of a folder's weight files, or of a single file, and put their tensors together."""
     has_config = (path / "config.json").exists()
-    if (path / folders.ADAPTER_CONFIG).exists() and not has_config:
+    if (path / folders.ADAPTER_CONFIG).exists() and (not has_config or folders.is_adapter_alone(path)):
         raise CheckpointError(
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )

@@ -19,6 +19,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 INDEX_ENDING = ".index.json"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
 SHARD = re.compile(rf"(?P<stem>.+)-\d{{5}}-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})")
+CONSOLIDATED = "consolidated."  # the same model once more, as Mistral's own programs read it
+CONVERTERS = {  # by the ending of a name: checkpoints of trainers that have to be put together first
+    ".distcp": "It is a checkpoint of torch.distributed.checkpoint: make one file of it with "
+    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`.",
+    "zero_to_fp32.py": "It is a checkpoint of DeepSpeed: put it together with `python zero_to_fp32.py . OUT`, "
+    "which lies in it.",
+}
 MAX_FILE_NAME = 255  # of every common file system
 
 
@@ -70,6 +77,13 @@ def adapter_weights(where: object, names: Collection[str]) -> str:
     if not present:
         raise CheckpointError(f"{where}: holds no {' or '.join(possible)}. Download the adapter again.")
     return present[0]
+
+
+def is_adapter_alone(folder: Path) -> bool:
+    """Return whether a folder holds a LoRA adapter and no model, whatever configs lie beside it."""
+    names = {path.name for path in folder.iterdir()}
+    own = {name for format in FORMATS for name in format.ADAPTER_NAMES}
+    return ADAPTER_CONFIG in names and not any(may_be_weights(name) for name in names - own)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -130,6 +144,7 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
         weights = sorted(name for name in names if name.endswith(format.SUFFIXES) and may_be_weights(name))
         if not weights:
             continue
+        weights = [name for name in weights if not name.startswith(CONSOLIDATED)] or weights
         if shard := SHARD.fullmatch(weights[0]):
             stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
             numbered = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
@@ -143,6 +158,7 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
     standard = ", ".join(name for format in FORMATS for name in _standard_names(format))
     unread = [suffix for suffix in refused.REMEDIES if any(name.endswith(suffix) for name in names)]
     hint = "".join(f" It holds {suffix[1:].upper()} files, which aren't read." for suffix in unread)
+    hint += next((f" {remedy}" for ending, remedy in CONVERTERS.items() if any(n.endswith(ending) for n in names)), "")
     raise CheckpointError(
         f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).{hint}"
     )

@@ -141,10 +141,38 @@ def test_no_weights(tmp_path):
     assert "not a weight file" in refusal(tmp_path / "model.onnx")
 
 
-def test_an_adapter_is_no_model(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("__0_0.distcp", "format_utils dcp_to_torch FOLDER model.pt"),
+        ("zero_to_fp32.py", "python zero_to_fp32.py . OUT"),
+    ],
+)
+def test_checkpoints_of_trainers_are_named_with_what_converts_them(tmp_path, file, remedy):
+    (tmp_path / file).touch()
+    assert "holds no weights" in refusal(tmp_path) and remedy in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_is_no_model(tmp_path, with_config):
     weights(tmp_path, "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
+    if with_config:  # trainers put that of the base beside it
+        (tmp_path / "config.json").write_text("{}")
     assert "LoRA adapter" in refusal(tmp_path)
+
+
+def test_a_model_beside_an_adapter_is_a_model(tmp_path):
+    weights(tmp_path, "adapter_model.safetensors", "model.safetensors")
+    for config in ("adapter_config.json", "config.json"):
+        (tmp_path / config).write_text("{}")
+    assert [file.path.name for file in open_checkpoint(tmp_path).files] == ["model.safetensors"]
+
+
+def test_numbered_shards_come_before_the_consolidated_file(tmp_path):
+    sharded(tmp_path, with_index=False)
+    weights(tmp_path, "consolidated.safetensors")
+    assert [file.path.name for file in open_checkpoint(tmp_path).files] == list(SHARDS)
 
 
 def test_odd_references(tmp_path, monkeypatch):

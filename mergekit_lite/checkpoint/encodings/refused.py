@@ -62,19 +62,30 @@ def refusals(tensors: Mapping[str, TensorSpec], method: str | None) -> list[str]
     """
     names_by_scheme: dict[tuple[str, str], list[str]] = {}
     for name, spec in tensors.items():
-        scheme = _scheme_of(spec, tensors, method)
-        if scheme is not None:
+        if scheme := _scheme_of(spec):
             names_by_scheme.setdefault(scheme, []).append(name)
+    # Further tensors of these layers (scales, shapes, nested tables) are named with them.
+    named = {name.rpartition(".")[0] for names in names_by_scheme.values() for name in names}
+    named |= {layer.removesuffix(".weight").removesuffix(".nested") for layer in named}
+    for name, spec in tensors.items():
+        if name.rpartition(".")[0] not in named and (codes := _codes_of(spec, tensors, method)):
+            names_by_scheme.setdefault(codes, []).append(name)
     return [
         f"{title}: {counted(len(names), 'tensor')}, such as {names[0]}. {remedy}."
         for (title, remedy), names in names_by_scheme.items()
     ]
 
 
-def _scheme_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str | None) -> tuple[str, str] | None:
+def _scheme_of(spec: TensorSpec) -> tuple[str, str] | None:
+    """Return the scheme that a tensor's name shows, and its remedy."""
     for known in SCHEMES if ANY_SCHEME.search(spec.name) else ():
         if re.search(known.ending, spec.name) and (known.name != "MXFP4" or spec.dtype == "uint8"):
             return known.name, ORIGINAL + known.remedy
+    return None
+
+
+def _codes_of(spec: TensorSpec, tensors: Mapping[str, TensorSpec], method: str | None) -> tuple[str, str] | None:
+    """Return what a tensor of codes is, by what stands beside it or in the config, and the remedy."""
     integers = _may_be_codes(spec)
     if integers and _has_scale(spec.name, tensors):
         return "integer codes with a scale (int8 or packed)", ORIGINAL
