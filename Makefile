@@ -33,9 +33,10 @@ demo-boost: $(VENV)/.ready
 demo-distill: $(VENV)/.ready
 	$(BIN)/python -m demo.distill --out demo/out-distill
 
-# A test file on each core. Tiny models are faster on one thread than on two that wait for each other.
+# A test file on each core, the long ones first (tests/conftest.py). Tiny models are faster on one thread than on two
+# that wait for each other.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 bench: MEASURED = $(addprefix --size ,$(SIZE)) $(addprefix --mergekit ,$(MERGEKIT)) $(BENCH)
 bench: $(VENV)/.ready

@@ -1,0 +1,15 @@
+"""The order of the tests: files that take long go first, so that no core waits for the last of them."""
+
+from __future__ import annotations
+
+import pytest
+
+LONG = (  # by their time, the longest first
+    "test_train.py", "test_crash.py", "test_golden.py", "test_boost.py", "test_serving.py", "test_report.py",
+    "test_choice.py", "test_cli.py", "test_damage.py", "test_whole.py", "test_sample_killed.py", "test_contributing.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the long files first; those of one file stay together."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
