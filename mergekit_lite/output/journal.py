@@ -22,6 +22,7 @@ from mergekit_lite.errors import RunError, listing
 from mergekit_lite.output.working_folder import NEW_JOURNAL, open_own, write_own
 
 LONGEST_LINE = 1 << 26  # bytes; the head of a run with a hundred thousand input files is shorter
+MOST_ELEMENTS = 1 << 48  # of a tensor
 LARGEST = 1 << 32  # bytes of a whole journal
 
 
@@ -39,25 +40,33 @@ class Record(NamedTuple):
 
 
 class RecordTable(MutableMapping[tuple[int, int], Record]):
-    """Records by job and first element, each pickled: as objects they would take three times the memory."""
+    """Records by job and first element, each pickled: as objects they would take three times the memory.
+
+    For the same reason a key is kept as one number.
+    """
 
     def __init__(self) -> None:
-        self._pickled: dict[tuple[int, int], bytes] = {}
+        self._pickled: dict[int, bytes] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> Record:
-        return Record(*pickle.loads(self._pickled[key]))
+        return Record(*pickle.loads(self._pickled[_one_number(key)]))
 
     def __setitem__(self, key: tuple[int, int], record: Record) -> None:
-        self._pickled[key] = pickle.dumps(tuple(record), pickle.HIGHEST_PROTOCOL)
+        self._pickled[_one_number(key)] = pickle.dumps(tuple(record), pickle.HIGHEST_PROTOCOL)
 
     def __delitem__(self, key: tuple[int, int]) -> None:
-        del self._pickled[key]
+        del self._pickled[_one_number(key)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._pickled)
+        return (divmod(number, MOST_ELEMENTS) for number in self._pickled)
 
     def __len__(self) -> int:
         return len(self._pickled)
+
+
+def _one_number(key: tuple[int, int]) -> int:
+    job, begin = key
+    return job * MOST_ELEMENTS + begin
 
 
 class Journal:
