@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+GOES_ON = "A command that takes --resume goes on with what was finished."
 SHOWN_PROBLEMS = 20
 SHOWN_CHARACTERS = 400
 

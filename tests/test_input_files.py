@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,19 +15,13 @@ from hypothesis import strategies as st
 from mergekit_lite import input_files
 from mergekit_lite.errors import UnreadableError
 from mergekit_lite.input_files import MAX_DEPTH, MAX_DIGITS, parse_json, read_bytes, read_json, read_text
-
-
-def _woken(*_: object) -> None:
-    raise TimeoutError("waited for what never comes")
+from tests.waiting import woken_after
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting() -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, _woken)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with woken_after(60):
+        yield
 
 
 def listening(path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 
-GOES_ON = "A command that takes --resume goes on with what was finished."
+from mergekit_lite.errors import GOES_ON
+
 FILES = (errno.EMFILE, errno.ENFILE)
 # What the loader of libraries says has no number.
 FILES_TEXT = "Too many open files"

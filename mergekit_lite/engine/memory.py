@@ -10,7 +10,6 @@ from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
-from mergekit_lite.methods import method_named
 from mergekit_lite.ops import CPU
 from mergekit_lite.planning import Job, Plan
 
@@ -41,15 +40,8 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
 
 def pinned_bytes(plan: Plan, block: int) -> int:
     """Return the bytes of the buffers of one worker with a GPU, which computes ``block`` elements at once."""
-    rows = max(map(_row, plan.merged), default=0)
+    rows = max((JobMerge(plan, job, 0, 0, job.numel).row for job in plan.merged), default=0)
     return (plan.most_inputs + 1) * ((max(block, CHUNK) + 2 * rows) * plan.widest_element + mmap.PAGESIZE)
-
-
-def _row(job: Job) -> int:
-    """Return the length of the rows that blocks of a merged job don't split, 0 where it may be cut anywhere."""
-    method = method_named(job.method)
-    arguments = method.resolve(job.parameters[0], len(job.inputs) - job.has_base, job.has_base)
-    return method.rows(job.shape, **arguments) if method.rows is not None else 0
 
 
 def _needs_torch(plan: Plan) -> bool:

@@ -27,11 +27,10 @@ from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn, TypeVar
 
-from mergekit_lite.errors import RunError
+from mergekit_lite.errors import GOES_ON, RunError
 
 AHEAD = 2  # tasks that a worker has been given besides the one it does, so that it never waits for the next
 PR_SET_PDEATHSIG = 1
-GOES_ON = "A command that takes --resume goes on with what was finished."
 ADVICE = {  # by the signal that ended a worker
     signal.SIGKILL: "Usually that means that the memory ran out: fewer --threads need less.",
     signal.SIGTERM: "Somebody stopped it.",

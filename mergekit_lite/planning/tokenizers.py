@@ -116,19 +116,22 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
 
 def other_tokens(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> list[str]:
     """Return a message for each model whose tokens aren't those of ``tokenizer``: their union is another one."""
-    own = _tokens(tokenizer)
+    own = _vocabulary_files(tokenizer)
     return [
         f"tokenizer: union of {tokenizer.reference} and {source.reference}, whose tokens differ, is not supported yet: "
         "give 'base' or one of the models, all with the same vocabulary"
         for source in inputs
-        if source is not tokenizer and _tokens(source) != own
+        if _vocabulary_files(source) != own and _tokens(source) != _tokens(tokenizer)
     ]
 
 
 def _tokens(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
     """Return the tokens of a model, or what holds them where that isn't a ``tokenizer.json``."""
-    if vocabulary := vocabulary_of(source):
-        return vocabulary
+    return vocabulary_of(source) or _vocabulary_files(source)
+
+
+def _vocabulary_files(source: Checkpoint) -> list[bytes]:
+    """Return the contents of the files that hold a model's tokens."""
     paths = [small_file(source.folder, name) for name in VOCABULARY_FILES] if source.folder else []
     return [read_bytes(path) for path in paths if path]
 

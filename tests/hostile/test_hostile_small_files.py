@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mergekit_lite.output.companions import companions, companions_of
 from mergekit_lite.planning.tokenizers import is_tokenizer_file
 from mergekit_lite.recipe import RecipeError, parse, text_of
 from tests.models import state, tuned, write_folder
+from tests.waiting import woken_after
 
 MERGE = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
 SECRET = "the root of this host"
@@ -58,17 +58,10 @@ ODD_CARDS: dict[str, Spoil] = {
 KINDS = NO_FILES | ODD_JSON | ODD_CARDS
 
 
-def _woken(*_: object) -> None:
-    raise TimeoutError("waited for what never comes")
-
-
 @pytest.fixture(autouse=True)
 def _no_waiting() -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, _woken)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with woken_after(120):
+        yield
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mergekit_lite.errors import counted
 
 SUPPORTED_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 INTEGER_CODES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
-MASKS = re.compile(r"(^|\.)(bias|position_ids|\w*mask\w*|\w*_index)$")  # GPT-2's attn.bias is a mask of bytes
+NO_CODES = re.compile(r"(^|\.)(bias|position_ids|\w*mask\w*|\w*_index)$")  # GPT-2's attn.bias is a mask of bytes
 FLOAT_CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 ORIGINAL = "Use the checkpoint that it was made from"
 
@@ -112,7 +112,7 @@ def _may_be_codes(spec: TensorSpec) -> bool:
         spec.dtype in INTEGER_CODES
         and len(spec.shape) >= 2
         and min(spec.shape[-2:]) > 1
-        and not MASKS.search(spec.name)
+        and not NO_CODES.search(spec.name)
     )
 
 
