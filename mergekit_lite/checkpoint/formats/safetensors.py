@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
         raise damaged(
             f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
         )
-    return TensorSpec(name, dtype.name, _one(tuple(shape)), path, start + offsets[0])
+    return TensorSpec(sys.intern(name), dtype.name, _one(tuple(shape)), path, start + offsets[0])  # models share names
 
 
 @lru_cache(maxsize=1 << 10)
