@@ -19,26 +19,23 @@ BEGINNING = re.compile(r"(?:[^.]*[^.\d][^.]*\.){1,2}")  # two components, or few
 SHOWN = 3
 
 
-def unwrapped(model: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """Return a folder's checkpoint without wrappers (``_orig_mod.``) in its names, which no loader knows; and a note.
+def unwrapped(model: Checkpoint) -> Checkpoint:
+    """Return a folder's checkpoint without wrappers (``_orig_mod.``) in its names, which no loader knows.
 
     A file without a config belongs to a program of its own, so its names stay.
     """
     names = without_wrappers(model.tensors) if model.config else {}
-    if not names:
-        return model, []
-    naming = Naming(names)
-    return replace(model, tensors=_renamed(model.tensors, naming)), [f"{model.reference}: {naming.summary}"]
+    return _noted(model, _renamed(model.tensors, Naming(names)), Naming(names).summary) if names else model
 
 
-def shown_as(model: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, list[str]]:
-    """Return a checkpoint with its tensors under another's names, experts stored as there; and notes of what changed.
+def shown_as(model: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with its tensors under another's names, experts stored as there; its notes say what changed.
 
     Names and shapes decide (``naming``, ``experts``). What they leave open within layers is looked up in transformers'
     own tables of names, where transformers is installed. What isn't matched keeps its name.
     """
     if model.tensors.keys() == other.tensors.keys() and _shapes(model.tensors) == _shapes(other.tensors):
-        return model, []
+        return model
     naming = match_names(_shapes(model.tensors), _shapes(other.tensors))
     tensors, moved = stored_as(_renamed(model.tensors, naming), other.tensors)
     if _differ_within_layers(tensors, other.tensors):
@@ -46,12 +43,8 @@ def shown_as(model: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, list[str
         by_table, moved_by_table = stored_as(_renamed(model.tensors, table), other.tensors) if table else ({}, 0)
         if table and len(by_table.keys() & other.tensors.keys()) > len(tensors.keys() & other.tensors.keys()):
             naming, tensors, moved = table, by_table, moved_by_table
-    if not (naming.renamed or moved):
-        return model, []
-    notes = [f"{model.reference}: {naming.summary}"] * bool(naming.renamed)
-    if moved:
-        notes.append(f"{model.reference}: experts are read as {counted(moved, 'tensor')}, as {other.reference} has them")
-    return replace(model, tensors=tensors), notes
+    experts = f"experts are read as {counted(moved, 'tensor')}, as {other.reference} has them" if moved else ""
+    return _noted(model, tensors, naming.summary, experts)
 
 
 def names_differ(model: Checkpoint, other: Checkpoint) -> str | None:
@@ -65,6 +58,13 @@ def names_differ(model: Checkpoint, other: Checkpoint) -> str | None:
         f"{counted(len(lacking), 'tensor')} of {other.reference} ({_beginnings(lacking)}) have no counterpart in the "
         "other model: the names don't fit together, so these are different models, or one of them was saved under "
         "names that aren't known"
+    )
+
+
+def _noted(model: Checkpoint, tensors: Mapping[str, TensorSpec], *notes: str) -> Checkpoint:
+    """Return the model with other tensors, and the notes that say something."""
+    return replace(
+        model, tensors=tensors, notes=(*model.notes, *(f"{model.reference}: {note}" for note in notes if note))
     )
 
 

@@ -6,7 +6,7 @@ The hub's files often have them, and the same model saved again by transformers 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from mergekit_lite.checkpoint import tied_weights
@@ -50,15 +50,24 @@ def modalities(config: Mapping[str, Any] | None) -> set[str]:
     return {key for key in MODALITIES if isinstance((config or {}).get(key), Mapping)}
 
 
-def module_alone(name: str, beginnings: Container[str]) -> str | None:
-    """Return the module of a tensor that a model lacks as a whole: the shortest beginning that isn't in ``beginnings``.
+def beginnings(names: Iterable[str]) -> frozenset[str]:
+    """Return every name, and every part of it that ends with a dot."""
+    return frozenset(name[:at] for name in names for at in (*_dots(name), len(name)))
 
-    ``beginnings`` are those of all names of that model. None where the module is within a layer, or is an output head.
+
+def module_alone(name: str, known: Container[str]) -> str | None:
+    """Return the module of a tensor that a model lacks as a whole: its shortest beginning that isn't known.
+
+    ``known`` are the ``beginnings`` of all names of that model. None where the module is within a layer, or is an
+    output head.
     """
-    ends = [at for at, character in enumerate(name, 1) if character == "."] + [len(name)]
-    module = next((name[:end] for end in ends if name[:end] not in beginnings), "")
+    module = next((name[:end] for end in (*_dots(name), len(name)) if name[:end] not in known), "")
     within_layer = any(part.isdigit() for part in module.split("."))
     return None if not module or within_layer or tied_weights.is_head(name) else module
+
+
+def _dots(name: str) -> list[int]:
+    return [at for at, character in enumerate(name, 1) if character == "."]
 
 
 def layers_promised(config: Mapping[str, Any] | None) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import modalities, module_alone, why_optional
+from mergekit_lite.checkpoint.optional_tensors import beginnings, modalities, module_alone, why_optional
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.matching import MissingError, output_dtype, shared_elements
@@ -161,9 +161,7 @@ class Jobs:
             if not modalities(self.inputs[having].config) - modalities(self.inputs[model].config):
                 return None
             if model not in self.beginnings:
-                names = self.inputs[model].tensors
-                ends = ((each, at) for each in names for at, mark in enumerate(f"{each}.", 1) if mark == ".")
-                self.beginnings[model] = frozenset(f"{each}."[:at] for each, at in ends)
+                self.beginnings[model] = beginnings(self.inputs[model].tensors)
             module = module_alone(name, self.beginnings[model])
             if module is None:
                 return None

@@ -73,7 +73,7 @@ def make_plan(
     """
     _check(recipe, outputs, shard_size)
     config_source = recipe.models.index(recipe.config_source)
-    inputs, notes_on_names = _under_one_naming(_opened(recipe.models, opened or {}), config_source)
+    inputs = _under_one_naming(_opened(recipe.models, opened or {}), config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
     layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
@@ -106,7 +106,8 @@ def make_plan(
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
-    notes += notes_on_names + _notes_on_jobs(jobs, spare, making.alone, inputs[config_source])
+    notes += [note for each in inputs for note in each.notes]
+    notes += _notes_on_jobs(jobs, spare, making.alone, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
     differing = disagreements(SHOULD_AGREE, inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
@@ -174,11 +175,10 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
     return tuple(opened)
 
 
-def _under_one_naming(inputs: Sequence[Checkpoint], config_source: int) -> tuple[tuple[Checkpoint, ...], list[str]]:
-    """Return the inputs with the names of the one that gives the config, and a note for each that had others."""
-    source, notes = unwrapped(inputs[config_source])
-    shown = [(source, notes) if each is inputs[config_source] else shown_as(each, source) for each in inputs]
-    return tuple(model for model, _ in shown), [note for _, notes in shown for note in notes]
+def _under_one_naming(inputs: Sequence[Checkpoint], config_source: int) -> tuple[Checkpoint, ...]:
+    """Return the inputs with the names of the one that gives the config."""
+    source = unwrapped(inputs[config_source])
+    return tuple(source if each is inputs[config_source] else shown_as(each, source) for each in inputs)
 
 
 def _jobs(

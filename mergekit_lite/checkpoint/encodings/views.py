@@ -106,7 +106,7 @@ def joined(parts: Sequence[TensorSpec], shape: tuple[int, ...]) -> TensorSpec:
 
 
 def side_by_side(parts: Sequence[TensorSpec]) -> TensorSpec:
-    """Return the matrix that has the columns of the first part, then those of the second …"""
+    """Return the matrix that has the columns of the first part, then those of the next ones."""
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts[0].shape[0], sum(part.shape[1] for part in parts)
