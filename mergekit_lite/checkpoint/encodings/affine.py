@@ -24,6 +24,7 @@ class Affine(Encoding):
     bias: TensorSpec  # like the scale
     bits: int
     group: int  # elements of a row that share a scale and a bias
+    scheme: str | None = None
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Unpack the codes, and apply scales and biases."""

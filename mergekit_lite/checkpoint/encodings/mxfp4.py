@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from mergekit_lite.checkpoint.encodings.bits import looked_up
 from mergekit_lite.checkpoint.encodings.lookup import pairs
-from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
+from mergekit_lite.checkpoint.encodings.pieces import pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
 from mergekit_lite.deferred import torch
@@ -27,19 +27,18 @@ class TransposedMXFP4(Encoding):
 
     codes: TensorSpec  # (experts, columns, rows / 32, 16), uint8
     exponents: TensorSpec  # (experts, columns, rows / 32), uint8
-    scheme: str = "MXFP4"
+    scheme: str | None = "MXFP4"
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Fill rows of the experts from strips of their stored columns."""
+        """Fill the rows that the elements are in, expert by expert."""
         _, rows, columns = spec.shape
         for begin, piece in pieces(start, out, spec.dtype):
-            for row, column, part in by_rows(begin, piece, columns):
-                done = 0
-                while done < len(part):  # rows are counted through all experts
-                    expert, top = divmod(row + done, rows)
-                    height = min(rows - top, len(part) - done)
-                    self._fill_expert(spec, reader, expert, top, column, part[done : done + height])
-                    done += height
+            done = 0
+            while done < piece.numel():
+                expert, first = divmod(begin + done, rows * columns)
+                count = min(piece.numel() - done, rows * columns - first)
+                self._fill_part(spec, reader, expert, first, piece[done : done + count])
+                done += count
 
     def stored_dtype(self, spec: TensorSpec) -> str:
         """Return the dtype of the bytes."""
@@ -59,24 +58,29 @@ class TransposedMXFP4(Encoding):
         """The codes and the exponents."""
         return self.codes.key, self.exponents.key
 
-    def _fill_expert(
-        self, spec: TensorSpec, reader: Reader, expert: int, row: int, column: int, out: torch.Tensor
-    ) -> None:
-        """Fill ``out`` (rows, columns), which begins at ``row`` and ``column`` of an expert."""
-        rows, columns = spec.shape[1:]
-        first, last = row // SIZE, -(-(row + len(out)) // SIZE)  # blocks
+    def _fill_part(self, spec: TensorSpec, reader: Reader, expert: int, start: int, out: torch.Tensor) -> None:
+        """Fill ``out``, 1-D, with the elements from ``start`` on of an expert.
+
+        They lie in a few of its rows. Of these, strips of columns are read, whose stored rows follow one another.
+        """
+        _, rows, columns = spec.shape
+        (top, left), (bottom, right) = divmod(start, columns), divmod(start + len(out) - 1, columns)
+        if top != bottom:
+            left, right = 0, columns - 1
+        touched = torch.empty(bottom + 1 - top, right + 1 - left, dtype=out.dtype)
+        first, last = top // SIZE, bottom // SIZE + 1  # blocks of a stored row
         table, powers = pairs("e2m1", spec.dtype), _powers(spec.dtype)
-        height = max(1, STRIP // (rows // 2))
-        for begin in range(column, column + out.shape[1], height):
-            count = min(height, column + out.shape[1] - begin)
-            stored = (expert * columns + begin) * rows // SIZE  # blocks before the strip
-            blocks = count * rows // SIZE
+        width = max(1, STRIP // (rows // 2))
+        for begin in range(left, right + 1, width):
+            count = min(width, right + 1 - begin)
+            stored, blocks = (expert * columns + begin) * rows // SIZE, count * rows // SIZE
             codes = self.codes.elements(reader, stored * SIZE // 2, blocks * SIZE // 2).view(count, -1, SIZE // 2)
             exponents = self.exponents.elements(reader, stored, blocks).view(count, -1)[:, first:last]
             values = looked_up(table, codes[:, first:last]).view(count, last - first, SIZE)
             values.mul_(powers[exponents.to(torch.int32)][..., None])
-            wanted = values.view(count, -1)[:, row - first * SIZE :][:, : len(out)]
-            out[:, begin - column :][:, :count].copy_(wanted.T)
+            wanted = values.view(count, -1)[:, top - first * SIZE :][:, : len(touched)]
+            touched[:, begin - left :][:, :count] = wanted.T
+        out.copy_(touched.view(-1)[start - top * columns - left :][: len(out)])
 
 
 @lru_cache

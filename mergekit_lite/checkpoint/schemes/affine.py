@@ -71,4 +71,4 @@ def _encoding(spec: TensorSpec, tensors: Mapping[str, TensorSpec], settings: Map
             f"{spec.name}: has shape {spec.shape}, which doesn't fit {bits} bits in groups of {group} and scales of "
             f"{scale.shape}: expected {expected}. Is 'quantization' of config.json that of these weights?"
         )
-    return Affine(spec, scale, bias, bits, group)
+    return Affine(spec, scale, bias, bits, group, scheme="MLX")

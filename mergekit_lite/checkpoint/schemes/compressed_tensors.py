@@ -179,7 +179,7 @@ def _weights_of(layer: str, spec: TensorSpec, stored: Stored) -> Weights:
         named = [
             (group, weights) for group, weights in fitting if any(_names(target, layer) for target in _targets(group))
         ]
-        by_kind = [each for each in fitting if any(not target.startswith("re:") for target in _targets(each[0]))]
+        by_kind = [each for each in fitting if any(target[:1].isupper() for target in _targets(each[0]))]  # "Linear"
         fitting = named or by_kind
     ways = {weights for _, weights in fitting}
     if len(ways) != 1:
