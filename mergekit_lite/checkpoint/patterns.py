@@ -9,7 +9,7 @@ REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 
 
 def pattern_problem(pattern: str, repeats: int = 2) -> str | None:
-    """Return what is wrong with a pattern, which may have so many repeats; None where nothing is."""
+    """Return what is wrong with a pattern, which has at most ``repeats`` repeats; None where nothing is."""
     try:
         re.compile(f"({pattern})")
     except (re.error, OverflowError, RecursionError) as error:

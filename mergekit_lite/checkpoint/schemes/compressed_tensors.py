@@ -208,22 +208,28 @@ def _weights(group: Mapping[str, Any], format: object, spec: TensorSpec) -> Weig
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         return None
-    bits, kind, size, block = (weights.get(key) for key in ("num_bits", "type", "group_size", "block_structure"))
-    bits, kind, size = (8 if bits is None else bits), kind or "int", size if type(size) is int and size > 0 else None
+    bits, kind = weights.get("num_bits", 8), weights.get("type") or "int"
+    size = weights.get("group_size")
+    group_size = size if type(size) is int and size > 0 else None
     packed, format = spec.name.endswith(PACKED), group.get("format") or format
-    if format in (None, MIXED):
-        by_size = {size: name for name, size in FLOAT_GROUPS.items()}
-        format = by_size.get(size) if kind == "float" else PACKED_NUMBERS if packed else PLAIN[0]
-    dtype, formats = (
-        ("uint8", FLOAT_GROUPS) if kind == "float" else ("int32", (PACKED_NUMBERS,)) if packed else ("int8", PLAIN)
-    )
-    if spec.dtype != dtype or format not in formats or type(bits) is not int or not 1 <= bits <= 8:
+    if kind == "float" and packed and bits == 4:
+        dtype, formats = "uint8", tuple(FLOAT_GROUPS)
+        implied = next((name for name, of_format in FLOAT_GROUPS.items() if of_format == group_size), None)
+    elif kind == "int" and type(bits) is int and 1 <= bits <= 8:
+        dtype, formats = ("int32", (PACKED_NUMBERS,)) if packed else ("int8", PLAIN)
+        implied = formats[0]
+    else:
         return None
-    if kind not in ("int", "float") or (kind == "float" and (not packed or bits != 4)):
+    format = implied if format in (None, MIXED) else format
+    if spec.dtype != dtype or not isinstance(format, str) or format not in formats:
         return None
-    strategy = weights.get("strategy") or (
-        "group" if size else "tensor" if weights.get("group_size") is None else "channel"
-    )
-    is_block = isinstance(block, list) and len(block) == 2 and all(type(edge) is int and edge > 0 for edge in block)
-    symmetric = weights.get("symmetric") is not False
-    return Weights(str(format), kind, bits, str(strategy), symmetric, size, (block[0], block[1]) if is_block else None)
+    strategy = weights.get("strategy") or ("group" if group_size else "tensor" if size is None else "channel")
+    symmetric, block = weights.get("symmetric") is not False, _block(weights.get("block_structure"))
+    return Weights(format, kind, bits, str(strategy), symmetric, group_size, block)
+
+
+def _block(size: object) -> Block | None:
+    """Return the rows and columns of a block, as the config names them; None where it doesn't."""
+    if isinstance(size, list) and len(size) == 2 and all(type(edge) is int and edge > 0 for edge in size):
+        return size[0], size[1]
+    return None
