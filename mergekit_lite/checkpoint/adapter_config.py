@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
+from mergekit_lite.checkpoint.patterns import pattern_problem
 from mergekit_lite.errors import CheckpointError, listing, shortened
 from mergekit_lite.input_files import read_json
 
@@ -62,8 +63,6 @@ REFUSED = {
     "alora_invocation_tokens": "an activated LoRA, which is on for some tokens only and can't be folded in",
 }
 BASE_KEPT_BY = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
-MAX_PATTERN = 200
-REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 N = TypeVar("N")
 
 
@@ -143,7 +142,7 @@ def _unsound(config: Mapping[str, Any]) -> list[str]:
             continue
         for pattern, number in patterns.items():
             expectation = None if is_sound(number) else f"expected {expected}, got {_shown(number)}"
-            if problem := _pattern_problem(pattern) or expectation:
+            if problem := pattern_problem(pattern) or expectation:
                 problems.append(f"{pattern_key}: {_shown(pattern)}: {problem}")
     return problems
 
@@ -159,17 +158,6 @@ def _is_rank(value: object) -> bool:
 
 def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < MAX_ALPHA  # type: ignore[arg-type]
-
-
-def _pattern_problem(pattern: str) -> str | None:
-    """Return what is wrong with a pattern, or None. It comes from a stranger, and must not keep the matching busy."""
-    try:
-        re.compile(f"({pattern})")
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"is not a regular expression ({error})"
-    if len(pattern) > MAX_PATTERN or len(REPEAT.findall(pattern)) > 2 or REPEATED_GROUP.search(pattern):
-        return "repeats too much to be matched safely. Write the modules' names out"
-    return None
 
 
 def _shown(value: object) -> str:

@@ -104,8 +104,10 @@ class Inspection:
             return "no"
         blocks = sorted({"×".join(map(str, spec.encoding.block)) for spec in quantised if spec.encoding.block})
         kinds = ", ".join(sorted({spec.stored_dtype for spec in quantised}))
+        schemes = sorted({spec.encoding.scheme for spec in quantised if spec.encoding.scheme})
+        named = f" as {', '.join(schemes)}" if schemes else ""
         shown = ", ".join(blocks[:3]) + (" …" if len(blocks) > 3 else "")
-        return f"{counted(len(quantised), 'tensor')} in {kinds}, a scale for each block of {shown}"
+        return f"{counted(len(quantised), 'tensor')}{named} in {kinds}, a scale for each block of {shown}"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ REPLACED = (
     "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, INDEX_NAME,
     "pytorch_model.bin.index.json",
 )  # fmt: skip
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
 WRITTEN = (
     INDEX_NAME, "config.json", "chat_template.jinja", "mergekit_config.yml", COEFFICIENTS_NAME, "README.md",
 )  # fmt: skip
@@ -166,9 +167,7 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     source = plan.source
     config = dict(plan.config or source.config or {})
     if any(spec.quantised for spec in source.tensors.values()):
-        config.pop("quantization_config", None)
-        config.pop("quantization", None)  # MLX's name for it
-        config.pop("compression_config", None)
+        config = _without(config, QUANTIZATION_KEYS)
     written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype)}
     if len(written) == 1:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
@@ -177,6 +176,15 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
     if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return the config without some keys, also in nested text or vision configs."""
+    return {
+        key: _without(value, keys) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in keys
+    }
 
 
 def _with_value(config: Mapping[str, Any], keys: tuple[str, ...], value: object) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class Sum(Encoding):
         return self.base.encoding.block if self.base else None
 
     @property
+    def scheme(self) -> str | None:
+        """The scheme of the base."""
+        return self.base.encoding.scheme if self.base else None
+
+    @property
     def key(self) -> tuple[object, ...]:
         """The base, and each term's kind, scale and parts."""
         terms = [(type(term).__name__, term.scale, [part.key for part in term.parts]) for term in self.terms]
