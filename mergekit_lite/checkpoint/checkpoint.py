@@ -16,6 +16,7 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.checkpoint.training import State, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_json
@@ -43,6 +44,7 @@ class Checkpoint:
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
+        notes: what the user should know about which weights are read.
     """
 
     reference: str
@@ -54,6 +56,7 @@ class Checkpoint:
     left_out: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     added: tuple[Added, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -182,6 +185,10 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
         raise CheckpointError(
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
+    if path.is_dir() and (state := open_training(path, within)) is not None:
+        return _open_state(reference, path, state)
+    if within and path.is_dir():
+        raise CheckpointError(f"{reference}: is no training checkpoint, and other folders have no keys. Name {path}.")
     paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
     config = read_json(folders.inside(path, "config.json")) if has_config else None
     headers = [_model_header(reference, file, within) for file in paths]
@@ -189,6 +196,14 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
     return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
+
+
+def _open_state(reference: str, path: Path, state: State) -> Checkpoint:
+    """Return a training checkpoint, with the config that lies in its folder."""
+    config = read_json(folders.inside(path, "config.json")) if (path / "config.json").exists() else None
+    return Checkpoint(
+        reference, path, state.files, state.tensors, config, state.nest, state.left_out, notes=state.notes
+    )
 
 
 def _model_header(reference: str, file: Path, within: str) -> Header:

@@ -65,6 +65,11 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
     return _unindexed(where, names)
 
 
+def has_model(names: Collection[str]) -> bool:
+    """Return whether one of these files is a model, or an index of its shards, by the standard names."""
+    return any(name in names for format in FORMATS for name in _standard_names(format))
+
+
 def adapter_weights(where: object, names: Collection[str]) -> str:
     """Return the name of an adapter's weight file. Raises CheckpointError where these names are no adapter's."""
     if ADAPTER_CONFIG not in names:
