@@ -16,7 +16,7 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.checkpoint.training import State, open_training
+from mergekit_lite.checkpoint.training import State, check_whole, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_json
@@ -208,6 +208,7 @@ def _open_state(reference: str, path: Path, state: State) -> Checkpoint:
 
 def _model_header(reference: str, file: Path, within: str) -> Header:
     header = formats.read_header(file, within)
+    check_whole(header)
     if vector_file.KEY in header.metadata:
         raise CheckpointError(f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}")
     return header

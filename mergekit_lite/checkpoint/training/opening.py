@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint.training import zero
 from mergekit_lite.checkpoint.training.distributed import METADATA, read_distributed
+from mergekit_lite.checkpoint.training.safetensors_shards import SHARD, read_shards
 from mergekit_lite.checkpoint.training.state import State
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_text
@@ -36,6 +37,8 @@ def open_training(folder: Path, within: str = "") -> State | None:
                 "written last. The save was interrupted, or copy the hidden file as well."
             )
         return read_distributed(folder, within)
+    if any(map(SHARD.fullmatch, names)):
+        return read_shards(folder, names)
     if any(name.endswith(zero.ENDINGS) for name in names):
         return zero.read_zero(folder, names, within)
     if cut := sorted(name for name in names if MEGATRON.fullmatch(name) and (folder / name).is_dir()):
