@@ -146,6 +146,7 @@ def wrong_tiling(grid: Shape, tiles: Sequence[tuple[Shape, Shape]]) -> str | Non
         return f"its pieces have {elements:,} elements, it has {math.prod(grid):,}"
     if not grid:
         return None
+    tiles = [tile for tile in tiles if 0 not in tile[1]]
     # Go along the dimension with the most cuts; only blocks that reach beyond the next one's start can overlap it.
     axis = max(range(len(grid)), key=lambda axis: len({start[axis] for start, _ in tiles}))
     open_tiles: list[tuple[Shape, Shape]] = []

@@ -199,6 +199,12 @@ def _first(first: object, *others: object) -> object:
     return first
 
 
+def _of_type(rebuild: object, kind: object, arguments: object, state: object) -> object:
+    """Return a tensor that has attributes of its own, without them, as ``_rebuild_from_type_v2`` is called for it."""
+    known = rebuild in (_tensor, _first)
+    return rebuild(*arguments) if known and callable(rebuild) and isinstance(arguments, tuple) else Unknown()
+
+
 TORCH: Known = {
     ("torch", "Size"): tuple,
     ("torch", "Tensor"): Unknown,
@@ -207,6 +213,7 @@ TORCH: Known = {
     ("torch._utils", "_rebuild_tensor_v3"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     ("collections", "OrderedDict"): Dictionary,
 }
 _POWERS = pickle._Unpickler.dispatch  # type: ignore[attr-defined]

@@ -207,18 +207,17 @@ class _Masters:
         for name, other in shared.items() if isinstance(shared, dict) else ():
             if isinstance(name, str) and isinstance(other, str) and other in tensors:
                 tensors[name] = replace(tensors[other], name=name)
+        if GROUPS[key] == 2:  # ZeRO-1 doesn't say what is frozen: it is what the module has besides
+            rest = {name: value for name, value in module.items() if isinstance(name, str) and _is_tensor(value)}
+            tensors |= {name: first.spec(name, value) for name, value in rest.items() if name not in tensors}
         for name in tensors:
             check_name(first.path, name)
-        rest = [name for name in module if isinstance(name, str) and name.isprintable() and name not in tensors]
-        left_out = _others(first) | dict.fromkeys(
-            (f"{MODULE}.{shortened(name, 200)}" for name in rest), "neither trained nor a buffer, frozen or shared"
-        )
-        left_out[STATE] = "what is not a master is the optimizer's own"
+        left_out = {**_others(first), STATE: "what is not a master is the optimizer's own"}
         files = tuple(file.identity for file in (*self.models, *self.optimizers))
         note = (
-            f"read are the float32 masters of DeepSpeed's optimizer, of {len(self.optimizers)} processes; "
-            + (f"{self.folder.name}:{MODULE} names the weights in the training dtype" if GROUPS[key] == 2 else "")
-        ).rstrip("; ")
+            f"read are the float32 masters of DeepSpeed's optimizer, and what it doesn't train as it is"
+            + (f"; FOLDER:{MODULE} names the weights in the training dtype" if GROUPS[key] == 2 else "")
+        )
         return State(files, in_file_order(tensors), left_out, (note,))
 
     def _damaged(self, what: str) -> CheckpointError:
@@ -323,6 +322,10 @@ class _Masters:
         if not isinstance(fragments, dict) or name not in fragments:
             raise self._damaged(f"{file.path.name} lacks its part of the frozen parameter {name!r}")
         return file.spec(name, fragments[name])
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, StoredTensor)
 
 
 def _cut(vector: Sequence[TensorSpec], offset: int, length: int) -> Iterator[TensorSpec]:
