@@ -45,6 +45,7 @@ class Checkpoint:
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
         notes: what the user should know about which weights are read.
+        in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
     """
 
     reference: str
@@ -57,6 +58,7 @@ class Checkpoint:
     revision: str | None = None
     added: tuple[Added, ...] = ()
     notes: tuple[str, ...] = ()
+    in_shards: bool = True
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -202,7 +204,15 @@ def _open_state(reference: str, path: Path, state: State) -> Checkpoint:
     """Return a training checkpoint, with the config that lies in its folder."""
     config = read_json(folders.inside(path, "config.json")) if (path / "config.json").exists() else None
     return Checkpoint(
-        reference, path, state.files, state.tensors, config, state.nest, state.left_out, notes=state.notes
+        reference,
+        path,
+        state.files,
+        state.tensors,
+        config,
+        state.nest,
+        state.left_out,
+        notes=state.notes,
+        in_shards=False,
     )
 
 

@@ -21,8 +21,8 @@ from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
 SCALED = re.compile(r"(?P<path>.+):(?P<scale>-?(\d+\.?\d*|\.\d+)([eE]-?\d+)?)")
-KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>.+)")
-KEYED_FOLDER = re.compile(r"(?P<path>.+):(?P<key>[^:]+)")
+KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>[^+]+)")
+KEYED_FOLDER = re.compile(r"(?P<path>.+):(?P<key>[^:+]+)")
 MOST_PLUSES = 12
 
 

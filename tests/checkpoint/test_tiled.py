@@ -80,7 +80,7 @@ def test_a_hole_or_an_overlap_is_found(case, data):
     changed = [*others, (moved, sizes)]
     counts = torch.zeros(shape, dtype=torch.int64)
     inside = all(
-        0 <= low and low + length <= whole
+        low >= 0 and low + length <= whole
         for block in changed
         for low, length, whole in zip(*block, shape, strict=True)
     )

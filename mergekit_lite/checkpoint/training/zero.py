@@ -27,12 +27,12 @@ from mergekit_lite.checkpoint.formats.plain_pickle import StoredTensor
 from mergekit_lite.checkpoint.formats.torch_zip import Record, read_records, spec_in_record
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training.state import State, in_file_order, joined
-from mergekit_lite.errors import CheckpointError, counted, listing, shortened
+from mergekit_lite.errors import CheckpointError, listing, shortened
 from mergekit_lite.input_files import opened
 
 MODEL = re.compile(r"(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_optim_states\.pt")
-ENDINGS = ("_model_states.pt", "_optim_states.pt")
+ENDINGS = ("_model_states.pt", "-model_states.pt", "_optim_states.pt")
 MODULE = "module"  # the key of the weights in the training dtype
 STATE = "optimizer_state_dict"
 GROUPS = {"single_partition_of_fp32_groups": 2, "fp32_flat_groups": 3}  # masters by the stage that stores them so
@@ -144,7 +144,7 @@ def _check_world(folder: Path, masters: Sequence[File], optimizers: Mapping[int,
     world = max((each for each in counts if type(each) is int), default=len(masters))
     if sorted(optimizers) != list(range(world)):
         raise CheckpointError(
-            f"{folder}: was written by {counted(world, 'process')}{'es' if world > 1 else ''}, but has the optimizer "
+            f"{folder}: was written by {world} process{'es' if world > 1 else ''}, but has the optimizer "
             f"states of {', '.join(map(str, sorted(optimizers)))}. Copy the files of all processes."
         )
 
@@ -214,9 +214,8 @@ class _Masters:
             check_name(first.path, name)
         left_out = {**_others(first), STATE: "what is not a master is the optimizer's own"}
         files = tuple(file.identity for file in (*self.models, *self.optimizers))
-        note = (
-            f"read are the float32 masters of DeepSpeed's optimizer, and what it doesn't train as it is"
-            + (f"; FOLDER:{MODULE} names the weights in the training dtype" if GROUPS[key] == 2 else "")
+        note = "read are the float32 masters of DeepSpeed's optimizer, and what it doesn't train as it is" + (
+            f"; FOLDER:{MODULE} names the weights in the training dtype" if GROUPS[key] == 2 else ""
         )
         return State(files, in_file_order(tensors), left_out, (note,))
 
