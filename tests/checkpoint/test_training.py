@@ -126,7 +126,7 @@ def test_the_commands_take_them(stored, tmp_path, monkeypatch):
     again = load_file(tmp_path / "again.safetensors")
     assert all(torch.equal(again[name], other[name]) for name in other)
     run("compare", sft, aligned)
-    assert "69 parameters" in run("inspect", aligned)
+    assert "134 parameters" in run("inspect", aligned)
     output = run("extrapolate", stored / "zero2", stored / "zero3", "-a", "0.5", "-o", "masters", "--dry-run")
     assert "float32 masters" in output
 

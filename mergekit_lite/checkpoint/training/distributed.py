@@ -28,11 +28,10 @@ from mergekit_lite.checkpoint.formats.torch_zip import is_within, records_within
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training.state import State, in_file_order, joined
 from mergekit_lite.errors import CheckpointError, shortened
-from mergekit_lite.input_files import opened, read_bytes
+from mergekit_lite.input_files import opened
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 2_000_000_000  # of 100,000 pieces it has some 20 MB
-MAX_ITEM_HEADER = 10_000_000  # bytes of the pickle of one tensor, which are some hundred
 CONVERT = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt"
 
 
@@ -86,7 +85,8 @@ def read_distributed(folder: Path, within: str = "") -> State:
         CheckpointError: damaged, forged or incomplete, or without one clear set of weights.
     """
     path = folders.inside(folder, METADATA)
-    content = read_bytes(path, MAX_METADATA_BYTES)
+    with opened(path, MAX_METADATA_BYTES) as file:
+        content = file.read()
     metadata = plain_pickle.load(path, content, KNOWN)
     entries = metadata.get("state_dict_metadata") if isinstance(metadata, Rebuilt) else None
     if not isinstance(metadata, Rebuilt) or not isinstance(entries, dict):
