@@ -96,8 +96,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
-            under a key, a folder with such files, or a hub repository
-            ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
+            under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for what that
+            holds under a key, or a hub repository ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
             ``+``: LoRA adapters and task vectors (see ``references``).
 
     Raises:

@@ -1,30 +1,31 @@
 """Pickles of strangers as plain data: no class or function that they name is looked up, imported or called.
 
 Checkpoints of trainers are pickles of classes of torch, DeepSpeed and the user. Those that say where weights lie become
-the few kinds of data below. Every other one is refused, or becomes an ``Unknown``, which holds nothing. The interpreter
-is Python's own in Python, with the instructions below alone: the one in C takes as much memory as a number in the file
-says.
+the few kinds of data below. Every other one is refused, or becomes an ``Unknown``, which holds nothing. Instructions
+that take as much memory as a number in the file says, or use what other programs registered, are refused beforehand.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import CheckpointError, shortened
 
-INSTRUCTIONS = (
-    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "PUT",
-    "BINPUT", "LONG_BINPUT", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1",
-    "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "BINUNICODE8",
-    "SHORT_BINUNICODE", "BINBYTES", "BINBYTES8", "SHORT_BINBYTES", "EMPTY_LIST", "LIST", "APPEND", "APPENDS",
-    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET",
-    "FROZENSET", "ADDITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "BINPERSID",
-)  # fmt: skip
+# Runs of the instructions that may stand in a pickle, by the form of their argument (``pickletools`` lists them). A
+# place in the memo, for which the interpreter takes memory, is below four millions.
+NO_ARGUMENT = rb"[(012NQR)\]abdelstu}\x81\x85-\x89\x8f-\x94]"
+FIXED = rb"[\x80Khq].|M..|[Jj].{4}|[G\x95].{8}|r..[\x00-\x3f]\x00"
+LINES = rb"[FILSVg][^\n]*\n|p[0-9]{1,6}\n|c[^\n]*\n[^\n]*\n"
+COUNTED = rb"[U\x8cC\x8a](?:" + b"|".join(b"\\x%02x.{%d}" % (length, length) for length in range(256)) + b")"
+RUN = re.compile(b"(?:" + b"|".join((NO_ARGUMENT, FIXED, COUNTED, LINES)) + b"){0,1000}", re.DOTALL)
+LENGTHS = {b"T": 4, b"X": 4, b"B": 4, b"\x8b": 4, b"\x8d": 8, b"\x8e": 8}  # bytes of the length of an argument
+STOP = b"."
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
@@ -39,6 +40,9 @@ class Rebuilt:
 
     def __init__(self, *arguments: object) -> None:
         """Take whatever the class would."""
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
 
     def get(self, name: str) -> Any:
         """Return an attribute; None where it has none of this name."""
@@ -72,6 +76,9 @@ class Unknown:
     def __setitem__(self, key: object, value: object) -> None:
         """Keep nothing."""
 
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing."""
+
     def append(self, value: object) -> None:
         """Keep nothing."""
 
@@ -84,6 +91,9 @@ class Dictionary(dict[Any, Any]):
     def __init__(self, *arguments: object) -> None:
         items = arguments[0] if arguments and isinstance(arguments[0], dict | list | tuple) else ()
         super().__init__(items)
+
+    def __setstate__(self, state: object) -> None:
+        """Keep nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +131,7 @@ def load(where: object, content: bytes, known: Known, *, others: bool = False) -
         CheckpointError: it is damaged or forged, or names a class that is refused.
     """
     try:
+        _check_instructions(content)
         return _Loader(content, known, others).load()
     except _RefusedError as error:
         raise CheckpointError(
@@ -136,10 +147,28 @@ class _RefusedError(Exception):
     """A class or function that no such file names."""
 
 
-class _Loader(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """Python's interpreter of pickles, without its powers."""
+def _check_instructions(content: bytes) -> None:
+    """Raise ValueError where an instruction is none that may stand in a pickle, or its argument isn't all there."""
+    position = 0
+    while True:
+        run = RUN.match(content, position)
+        assert run is not None  # it matches nothing as well
+        if run.end() > position:
+            position = run.end()
+            continue
+        code = content[position : position + 1]
+        if code == STOP:
+            return
+        if code not in LENGTHS:
+            raise ValueError(f"byte {position:,} is no instruction that is expected")
+        begin = position + 1 + LENGTHS[code]
+        position = begin + int.from_bytes(content[position + 1 : begin], "little")
+        if position > len(content):
+            raise ValueError("it is cut short")
 
-    dispatch: ClassVar[dict[int, Any]] = {}
+
+class _Loader(pickle.Unpickler):
+    """Python's interpreter of pickles, without its powers."""
 
     def __init__(self, content: bytes, known: Known, others: bool) -> None:
         super().__init__(io.BytesIO(content), encoding="bytes")
@@ -167,14 +196,21 @@ class _Loader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise ValueError("a storage that is none")
         return Storage(record, dtype)
 
-    def load_build(self) -> None:
-        """Give an object its state: to what stands for objects, and to nothing else."""
-        state = self.stack.pop()
-        built = self.stack[-1]
-        if isinstance(built, Rebuilt):
-            built.state = state
-        elif not isinstance(built, Unknown | Dictionary):
-            raise ValueError("a state for what has none")
+
+class Function:
+    """What stands for a function: it is called with the arguments that were pickled, and has no state."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., object]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: object) -> object:
+        """Return what stands for the function's result."""
+        return self._call(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("a state for a function")
 
 
 def _naturals(*values: object) -> bool:
@@ -201,21 +237,17 @@ def _first(first: object, *others: object) -> object:
 
 def _of_type(rebuild: object, kind: object, arguments: object, state: object) -> object:
     """Return a tensor that has attributes of its own, without them, as ``_rebuild_from_type_v2`` is called for it."""
-    known = rebuild in (_tensor, _first)
-    return rebuild(*arguments) if known and callable(rebuild) and isinstance(arguments, tuple) else Unknown()
+    return rebuild(*arguments) if isinstance(rebuild, Function) and isinstance(arguments, tuple) else Unknown()
 
 
 TORCH: Known = {
     ("torch", "Size"): tuple,
     ("torch", "Tensor"): Unknown,
     ("torch.storage", "UntypedStorage"): None,  # which has no dtype
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): Function(_tensor),
+    ("torch._utils", "_rebuild_parameter"): Function(_first),
+    ("torch._utils", "_rebuild_parameter_with_state"): Function(_first),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(_of_type),
     ("collections", "OrderedDict"): Dictionary,
 }
-_POWERS = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
-_Loader.dispatch = {code: _POWERS[code] for code in (getattr(pickle, name)[0] for name in INSTRUCTIONS)}
-_Loader.dispatch[pickle.BUILD[0]] = _Loader.load_build

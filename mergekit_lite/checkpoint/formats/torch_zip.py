@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 
 def read_records(file: IO[bytes], where: object) -> tuple[bytes, dict[str, Record]]:
-    """Return a zip's pickle, and each record by its name without the folder, if the zip is as torch writes it.
+    """Return a zip's pickle, and each storage's record by its name in the zip's folder, if it is as torch writes it.
 
     Raises CheckpointError where it is compressed or big-endian; ``zipfile``'s errors, and others, where it is damaged.
     """
@@ -48,7 +48,9 @@ def read_records(file: IO[bytes], where: object) -> tuple[bytes, dict[str, Recor
             raise CheckpointError(
                 f"{where}: was written on a big-endian machine. Save it again on a little-endian one."
             )
-        return archive.read(members["data.pkl"]), {name: _record(file, entry) for name, entry in members.items()}
+        return archive.read(members["data.pkl"]), {
+            name: _record(file, entry) for name, entry in members.items() if name.startswith("data/")
+        }
 
 
 def _record(file: IO[bytes], entry: zipfile.ZipInfo) -> Record:

@@ -35,15 +35,11 @@ MAX_METADATA_BYTES = 2_000_000_000  # of 100,000 pieces it has some 20 MB
 CONVERT = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt"
 
 
-def _enumeration(*_: object) -> None:
-    """Stand for a memory format, which isn't needed."""
-
-
 _KINDS: Mapping[str, Any] = {
     "Metadata": Rebuilt, "TensorStorageMetadata": Rebuilt, "BytesStorageMetadata": Rebuilt,
     "ChunkStorageMetadata": Rebuilt, "TensorProperties": Rebuilt, "StorageMeta": Rebuilt, "_StorageInfo": Rebuilt,
     "_StoragePrefix": Rebuilt, "MetadataIndex": Key,
-    "_MEM_FORMAT_ENCODING": _enumeration, "MEM_FORMAT_ENCODING": _enumeration,
+    "_MEM_FORMAT_ENCODING": Unknown, "MEM_FORMAT_ENCODING": Unknown,
 }  # fmt: skip
 _MODULES = (
     "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
@@ -51,8 +47,8 @@ _MODULES = (
 )  # fmt: skip
 KNOWN: plain_pickle.Known = {
     **{(module, name): kind for module in _MODULES for name, kind in _KINDS.items()},
-    ("torch.serialization", "_get_layout"): _enumeration,
-    ("builtins", "getattr"): _enumeration,  # how some versions of Python pickle an enumeration's member
+    ("torch.serialization", "_get_layout"): Unknown,
+    ("builtins", "getattr"): Unknown,  # how some versions of Python pickle an enumeration's member
     **{("pathlib", name): Unknown for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")},
     **{("pathlib._local", name): Unknown for name in ("Path", "PosixPath", "WindowsPath")},
 }
@@ -197,6 +193,7 @@ class _Pieces:
         self._files: dict[str, tuple[Path, IO[bytes], int]] = {}
         self._headers: dict[str, xxhash.xxh3_128] = {}
         self._taken: dict[str, list[tuple[int, int]]] = {}
+        self._tensors: dict[bytes, object] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> _Pieces:
@@ -244,7 +241,9 @@ class _Pieces:
             raise
         except Exception as error:  # a damaged zip makes zipfile raise nearly anything
             raise CheckpointError(f"{what} is no file of torch.save. Copy the folder again.") from error
-        tensor = plain_pickle.load(what, pickled, {})
+        if pickled not in self._tensors:  # pieces of one shape have equal pickles
+            self._tensors[pickled] = plain_pickle.load(what, pickled, {})
+        tensor = self._tensors[pickled]
         if not isinstance(tensor, StoredTensor) or (tensor.dtype, tensor.shape) != (stored.dtype, shape):
             kind = f"{tensor.dtype}, {list(tensor.shape)}" if isinstance(tensor, StoredTensor) else "no tensor"
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """Folders of DeepSpeed's ZeRO: the float32 masters of the optimizer put together, or the weights of the model.
 
     mp_rank_00_model_states.pt                        the model in its training dtype, shapes in the optimizer's order
-    zero_pp_rank_R_mp_rank_00_model_states.pt         the same of each process, with ZeRO-3: buffers, frozen parts
+    zero_pp_rank_R_mp_rank_00_model_states.pt         with ZeRO-3 each process's: buffers, parts of what is frozen
     [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt  each process's part of the masters, as flat vectors
 
 ZeRO-1 and -2 cut the vector of all parameters of a group into one part a process; ZeRO-3 cuts each parameter, padded,
