@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import adapter as adapters
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
+from mergekit_lite.checkpoint import formats, hub, quantised, references, transformers_names, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
@@ -45,6 +45,7 @@ class Checkpoint:
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
         notes: what the user should know about which weights are read.
+        home: the folder with config and tokenizer, where it isn't ``path``.
         in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
     """
 
@@ -58,6 +59,7 @@ class Checkpoint:
     revision: str | None = None
     added: tuple[Added, ...] = ()
     notes: tuple[str, ...] = ()
+    home: Path | None = None
     in_shards: bool = True
 
     @property
@@ -77,7 +79,7 @@ class Checkpoint:
     @property
     def folder(self) -> Path | None:
         """The folder with config and tokenizer, or None for a bare file."""
-        return self.path if self.path.is_dir() else None
+        return self.home or (self.path if self.path.is_dir() else None)
 
     def check_names(self) -> None:
         """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
@@ -97,7 +99,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
             under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for what that
-            holds under a key, or a hub repository ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
+            holds under a key, ``hf:FOLDER`` for it under transformers' names, or a hub repository ``org/name`` or
+            ``org/name@revision``; or one of these and what is added when weights are read, each after a
             ``+``: LoRA adapters and task vectors (see ``references``).
 
     Raises:
@@ -108,6 +111,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
             return _open_path(text, path.resolve())
+        if "+" not in text and (names := references.split_names(text)):
+            return _open_as_transformers(text, names)
         file, within = references.split_key(text)
         if within:
             return _open_path(text, file.resolve(), within=within)
@@ -117,6 +122,14 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         return _open_sum(text)
     folder = hub.fetch(text)
     return _open_path(text, folder, folder.name)
+
+
+def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:
+    """Open a checkpoint under the names that transformers loads, with the config from beside it or as named."""
+    checkpoint = open_checkpoint(names.rest)
+    home = transformers_names.config_folder(checkpoint.path, names.config)
+    tensors, config = transformers_names.under_transformers_names(checkpoint.path, checkpoint.tensors, home)
+    return replace(checkpoint, reference=reference, tensors=tensors, config=config, home=home, nest=())
 
 
 def open_adapter(reference: str) -> Adapter:
