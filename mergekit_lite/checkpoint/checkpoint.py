@@ -16,6 +16,7 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_json
@@ -43,7 +44,9 @@ class Checkpoint:
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
-        notes: what the user should know of its tensors' names.
+        notes: what the user should know about which weights are read, and under which names.
+        home: the folder with config and tokenizer, where it isn't ``path``.
+        in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
     """
 
     reference: str
@@ -56,6 +59,8 @@ class Checkpoint:
     revision: str | None = None
     added: tuple[Added, ...] = ()
     notes: tuple[str, ...] = ()
+    home: Path | None = None
+    in_shards: bool = True
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -74,7 +79,7 @@ class Checkpoint:
     @property
     def folder(self) -> Path | None:
         """The folder with config and tokenizer, or None for a bare file."""
-        return self.path if self.path.is_dir() else None
+        return self.home or (self.path if self.path.is_dir() else None)
 
     def check_names(self) -> None:
         """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
@@ -93,8 +98,9 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
-            under a key, a folder with such files, or a hub repository
-            ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
+            under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for what that
+            holds under a key, ``hf:FOLDER`` for it under transformers' names, or a hub repository ``org/name`` or
+            ``org/name@revision``; or one of these and what is added when weights are read, each after a
             ``+``: LoRA adapters and task vectors (see ``references``).
 
     Raises:
@@ -105,6 +111,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
             return _open_path(text, path.resolve())
+        if "+" not in text and (names := references.split_names(text)):
+            return _open_as_transformers(text, names)
         file, within = references.split_key(text)
         if within:
             return _open_path(text, file.resolve(), within=within)
@@ -114,6 +122,14 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         return _open_sum(text)
     folder = hub.fetch(text)
     return _open_path(text, folder, folder.name)
+
+
+def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:
+    """Open a checkpoint under the names that transformers loads, with the config from beside it or as named."""
+    checkpoint = open_checkpoint(names.rest)
+    home = for_transformers.config_folder(checkpoint.path, names.config)
+    tensors, config = for_transformers.under_transformers_names(checkpoint.path, checkpoint.tensors, home)
+    return replace(checkpoint, reference=reference, tensors=tensors, config=config, home=home, nest=())
 
 
 def open_adapter(reference: str) -> Adapter:
@@ -188,6 +204,10 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
         raise CheckpointError(
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
+    if path.is_dir() and (state := open_training(path, within)) is not None:
+        return _open_state(reference, path, state)
+    if within and path.is_dir():
+        raise CheckpointError(f"{reference}: is no training checkpoint, and other folders have no keys. Name {path}.")
     paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
     config = read_json(folders.inside(path, "config.json")) if has_config else None
     headers = [_model_header(reference, file, within) for file in paths]
@@ -197,8 +217,25 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
     return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
 
 
+def _open_state(reference: str, path: Path, state: State) -> Checkpoint:
+    """Return a training checkpoint, with the config that lies in its folder."""
+    config = read_json(folders.inside(path, "config.json")) if (path / "config.json").exists() else None
+    return Checkpoint(
+        reference,
+        path,
+        state.files,
+        state.tensors,
+        config,
+        state.nest,
+        state.left_out,
+        notes=tuple(f"{reference}: {note}" for note in state.notes),
+        in_shards=False,
+    )
+
+
 def _model_header(reference: str, file: Path, within: str) -> Header:
     header = formats.read_header(file, within)
+    check_whole(header)
     if vector_file.KEY in header.metadata:
         raise CheckpointError(f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}")
     return header

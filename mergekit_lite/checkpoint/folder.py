@@ -20,12 +20,6 @@ INDEX_ENDING = ".index.json"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
 SHARD = re.compile(rf"(?P<stem>.+)-\d{{5}}-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})")
 CONSOLIDATED = "consolidated."  # the same model once more, as Mistral's own programs read it
-CONVERTERS = {  # by the ending of a name: checkpoints of trainers that have to be put together first
-    ".distcp": "It is a checkpoint of torch.distributed.checkpoint: make one file of it with "
-    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`.",
-    "zero_to_fp32.py": "It is a checkpoint of DeepSpeed: put it together with `python zero_to_fp32.py . OUT`, "
-    "which lies in it.",
-}
 MAX_FILE_NAME = 255  # of every common file system
 
 
@@ -63,6 +57,11 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
         if standard:
             return standard
     return _unindexed(where, names)
+
+
+def has_model(names: Collection[str]) -> bool:
+    """Return whether one of these files is a model, or an index of its shards, by the standard names."""
+    return any(name in names for format in FORMATS for name in _standard_names(format))
 
 
 def adapter_weights(where: object, names: Collection[str]) -> str:
@@ -158,7 +157,6 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
     standard = ", ".join(name for format in FORMATS for name in _standard_names(format))
     unread = [suffix for suffix in refused.REMEDIES if any(name.endswith(suffix) for name in names)]
     hint = "".join(f" It holds {suffix[1:].upper()} files, which aren't read." for suffix in unread)
-    hint += next((f" {remedy}" for ending, remedy in CONVERTERS.items() if any(n.endswith(ending) for n in names)), "")
     raise CheckpointError(
         f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).{hint}"
     )

@@ -61,7 +61,7 @@ def make_plan(
         recipe: the recipe.
         outputs: a path for each of its outputs: a folder, or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
         shard_size: most bytes of data in one file; by default the shards of the model that gives the config, or 5 GB
-            where layers were moved.
+            where layers were moved or that model is in pieces.
         text: the recipe's own text, which travels with the output.
         opened: models that are open already, by reference.
         strict: refuse filters that match no tensor; otherwise they are notes of the plan.
@@ -103,7 +103,8 @@ def make_plan(
     origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
     del layered, tensors  # as large as the jobs that were made of them
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
-    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
+    own_shards = inputs[config_source].in_shards and not moved
+    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (None if own_shards else SHARD_SIZE))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += [note for each in inputs for note in each.notes]
