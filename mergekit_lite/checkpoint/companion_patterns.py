@@ -23,6 +23,10 @@ COMPANIONS = (
     "video_preprocessor_config.json", "feature_extractor_config.json", "audio_tokenizer_config.json",
     # of sentence-transformers: how the vectors of tokens become one
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*/config.json",
+    "router_config.json", "wordembedding_config.json", "whitespacetokenizer_config.json", "lstm_config.json",
+    "cnn_config.json",
+    # of diffusers: which folders a pipeline has, and the classes of what lies there
+    "model_index.json",
     *(
         f"{name}{ending}"
         for name in ("LICEN[CS]E", "[Ll]icen[cs]e", "LICENSE-CODE", "LICENSE-MODEL", "MODEL_LICENSE", "COPYING",
@@ -30,6 +34,8 @@ COMPANIONS = (
         for ending in ("", ".txt", ".TXT", ".md", ".rst")
     ),
 )  # fmt: skip
+
+IN_FOLDERS = (*COMPANIONS, "config.json", "scheduler_config.json")  # of a folder that the model's own lists name
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -119,7 +119,7 @@ class Inspection:
         return {
             "model": self.checkpoint.reference,
             "revision": self.checkpoint.revision,
-            "files": [{"name": file.path.name, "bytes": file.size} for file in self.checkpoint.files],
+            "files": [{"name": file.name, "bytes": file.size} for file in self.checkpoint.files],
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "dtypes": self.dtypes,

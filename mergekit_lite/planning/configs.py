@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS
+from mergekit_lite.checkpoint.parts import in_folder
 
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")  # lists of the layers that are special
 # Settings that pick layers by their number and can't be carried over, with the value that picks none.
@@ -25,14 +26,18 @@ Origin = tuple[int, int]  # which of the inputs a layer is from, and its number 
 
 
 def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], config_source: int) -> list[str]:
-    """Return where the inputs' configs differ from the one that the output takes over."""
-    own = inputs[config_source].config or {}
+    """Return where the inputs' configs differ from those that the output takes over."""
     reference = inputs[config_source].reference
-    return [
-        f"{key}: {json.dumps(own[key])} in {reference}, {json.dumps(source.config[key])} in {source.reference}"
+    pairs = [
+        (source.reference, folder, own, source.configs.get(folder, {}))
         for source in inputs
+        for folder, own in inputs[config_source].configs.items()
+    ]
+    return [
+        f"{in_folder(folder, key)}: {json.dumps(own[key])} in {reference}, {json.dumps(other[key])} in {where}"
+        for where, folder, own, other in pairs
         for key in keys
-        if source.config is not None and key in own and key in source.config and source.config[key] != own[key]
+        if key in own and key in other and other[key] != own[key]
     ]
 
 

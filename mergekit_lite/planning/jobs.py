@@ -138,7 +138,7 @@ class Jobs:
     def _why_optional(self, name: str, spec: TensorSpec, model: int) -> str | None:
         """Return why other models can do without a tensor that input ``model`` has; None where they can't."""
         source = self.inputs[model]
-        return why_optional(name, spec, source.tensors, source.config)
+        return why_optional(name, spec, source.tensors, source.config_of(name))
 
     def _arguments(self, numbers: Numbers, order: tuple[int, ...], has_base: bool) -> Arguments:
         """Return the method's parameters; those of each model as a tuple, in the order of the job's inputs."""

@@ -26,7 +26,7 @@ from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE, UNION
 
 SHARD_SIZE = 5_000_000_000
-MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
+MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type", "_class_name")
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "rms_norm_eps",
                 "tie_word_embeddings", "vocab_size", "hidden_act", "bos_token_id", "eos_token_id")  # fmt: skip
 
@@ -50,6 +50,7 @@ def make_plan(
     outputs: Sequence[str | Path],
     *,
     shard_size: int | None = None,
+    copy_code: bool = False,
     text: str = "",
     opened: Mapping[str, Checkpoint] | None = None,
     strict: bool = False,
@@ -61,6 +62,7 @@ def make_plan(
         outputs: a path for each of its outputs: a folder, or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
         shard_size: most bytes of data in one file; by default the shards of the model that gives the config, or 5 GB
             where layers were moved.
+        copy_code: copy the model's own code, which its config names, with its configs.
         text: the recipe's own text, which travels with the output.
         opened: models that are open already, by reference.
         strict: refuse filters that match no tensor; otherwise they are notes of the plan.
@@ -83,6 +85,7 @@ def make_plan(
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += _unmatched(recipe, tensors) if strict else []
+    problems += _of_several(recipe, inputs[config_source], outputs)
     problems += disagreements(MUST_AGREE, inputs, config_source)
     tokenizer = _tokenizer(recipe, config_source)
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
@@ -133,6 +136,7 @@ def make_plan(
         front_matter=front_matter,
         text=text,
         shard_size=shard_size,
+        copy_code=copy_code,
         notes=tuple(notes),
     )
 
@@ -210,6 +214,17 @@ def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkp
     if any(job.merged_elements for job in jobs):
         return heads
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
+
+
+def _of_several(recipe: Recipe, source: Checkpoint, outputs: Sequence[str | Path]) -> Iterator[str]:
+    """Yield what can't be done with a folder of several models."""
+    if not source.is_of_several:
+        return
+    folders = ", ".join(f"{part.folder}/" for part in source.parts if part.folder)
+    if is_single_file(Path(outputs[0])):
+        yield f"{source.reference} is a folder of several models ({folders}), so the output is a folder: name one"
+    if all(part.folder for part in source.parts) and (recipe.tokenizer is not None or recipe.chat_template is not None):
+        yield f"chat_template and tokenizer are for a model of one folder, {source.reference} has several: {folders}"
 
 
 def _tokenizer(recipe: Recipe, config_source: int) -> int:

@@ -28,7 +28,7 @@ from mergekit_lite.errors import CheckpointError, listing, nearest, shortened
 from mergekit_lite.input_files import opened
 
 SUFFIXES = (".bin", ".pt", ".pth")
-MODEL_NAMES = ("pytorch_model.bin",)
+MODEL_NAMES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 ADAPTER_NAMES = ("adapter_model.bin",)
 NESTS = ("state_dict", "model", "module", "state")  # keys that training programs put a model's weights under
 MAX_NESTING = 4
