@@ -81,6 +81,23 @@ class Checkpoint:
         return own | {part.folder: part.config for part in self.parts if part.folder and part.config is not None}
 
     @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The model that each folder holds, by the folder, with its tensors under their own names."""
+        if not self.is_of_several:
+            return {"": self}
+        tensors: dict[str, dict[str, TensorSpec]] = {part.folder: {} for part in self.parts}
+        for name, spec in self.tensors.items():
+            folder = self.part_of(name).folder
+            bare = name.removeprefix(in_folder(folder, ""))
+            tensors[folder][bare] = replace(spec, name=bare)
+        return {
+            folder: replace(
+                self, path=self.path / folder, tensors=own, config=self.configs.get(folder), parts=(Part(),)
+            )
+            for folder, own in tensors.items()
+        }
+
+    @property
     def is_of_several(self) -> bool:
         """Whether it has parts in folders of their own, so that no single file can hold it."""
         return any(part.folder for part in self.parts)

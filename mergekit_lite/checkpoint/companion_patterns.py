@@ -7,7 +7,7 @@ shards are written anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
@@ -43,3 +43,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return name.isprintable() and any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
+
+
+def travels(name: str, folders: Collection[str]) -> bool:
+    """Return whether a file travels with the weights, by its path and the folders that the model's own lists name."""
+    inner = max((each for each in folders if each and name.startswith(f"{each}/")), key=len, default="")
+    return matches(name.removeprefix(f"{inner}/"), IN_FOLDERS if inner else COMPANIONS)

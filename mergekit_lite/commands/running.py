@@ -81,6 +81,12 @@ takes_shard_size = click.option(
     help="Most bytes in one file, for instance 5GB; by default shards as in the model that gives the config.",
 )
 
+takes_copy_code = click.option(
+    "--copy-code",
+    is_flag=True,
+    help="Copy the code of its own that a model in a folder has (auto_map in its config); it is not run.",
+)
+
 
 def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of rounding, for methods that draw nothing else."""

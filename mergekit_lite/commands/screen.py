@@ -20,7 +20,7 @@ from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
-from mergekit_lite.output.companions import companions
+from mergekit_lite.output.companions import companions, what_is_missing
 from mergekit_lite.plain_text import plain, plain_line
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Screen:
         left_out = [f"left out: {name} of {reference}: {why}" for reference, name, why in plan.left_out]
         left_out += [f"not copied: {name}: {why}" for name, why in companions(plan)[1].items()]
         self.lines(left_out)
-        for note in plan.notes:
+        for note in (*plan.notes, what_is_missing(plan)):
             self.warn(note)
 
     def headline(self, plan: Plan) -> None:
@@ -108,13 +108,13 @@ class Screen:
                 self._effect(report)
                 self._coefficients(report)
             self.warn(_advice(report))
-        if self.quiet:
-            return
-        if any(output.is_dir() for output in finished.outputs):
-            not_copied = companions(plan)[1]
-            self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
-        rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
-        self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+        if not self.quiet:
+            if any(output.is_dir() for output in finished.outputs):
+                not_copied = companions(plan)[1]
+                self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
+            rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
+            self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+        self.warn(what_is_missing(plan))
 
     def _effect(self, report: Report) -> None:
         if not report.tensors:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, formats, own_code, tied_weights
-from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, IN_FOLDERS, matches
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches, travels
 from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
 from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.checkpoint.parts import in_folder, surveyed
@@ -51,7 +51,7 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             continue
         if path.is_dir():
             left[f"{name}/"] = "a folder"
-        elif not _travels(name, folders):
+        elif not travels(name, folders):
             left[name] = _unlisted(path)
         else:
             try:
@@ -62,12 +62,6 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             except CheckpointError:
                 left[name] = "a link that leaves the folder, or no regular file"
     return copied, left
-
-
-def _travels(name: str, folders: Collection[str]) -> bool:
-    """Return whether a file is copied with the weights, by its path and the folders that the model's own lists name."""
-    inner = max((each for each in folders if each and name.startswith(f"{each}/")), key=len, default="")
-    return matches(name.removeprefix(f"{inner}/"), IN_FOLDERS if inner else COMPANIONS)
 
 
 def _listed(root: Path, folders: Collection[str]) -> Iterator[Path]:
