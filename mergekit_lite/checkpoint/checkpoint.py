@@ -103,6 +103,15 @@ class Checkpoint:
         return any(part.folder for part in self.parts)
 
     @property
+    def of_several(self) -> str:
+        """What to say where one model is needed and this is a folder of several; empty for one model."""
+        folders = [part.folder for part in self.parts if part.folder]
+        if not folders:
+            return ""
+        named = f"{self.reference}/{folders[0]}"
+        return f"{self.reference}: is a folder of several models ({', '.join(folders)}); name one of them: {named}"
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """Every folder or file that is read."""
         return (self.path, *(each.source.path for each in self.added))
@@ -196,11 +205,19 @@ def _open_sum(reference: str) -> Checkpoint:
     identity: Identity | None = None
     for addition in additions:
         source = _open_addition(addition)
+        if isinstance(source, Adapter) and base.is_of_several:
+            raise CheckpointError(f"{base.of_several}+{addition}, as an adapter is for one model.")
         if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
             _check_base(source, identity)
         tensors, replaced = source.added_to(tensors, base.config, addition.scale)
         left_out |= replaced
+        if isinstance(source, Adapter) and source.path.is_dir():
+            others = sorted(path.name for path in source.path.iterdir() if folders.may_be_weights(path.name))
+            beside = (name for name in others if source.file.path.name != name)
+            left_out |= {
+                f"{name} of {addition.path}": "lies beside the adapter, and is no part of it" for name in beside
+            }
         added.append(Added(source, addition))
     return replace(
         base,

@@ -25,6 +25,10 @@ ROUTER = "router_config.json"  # of a module that has modules of its own
 LISTS = (PIPELINE, MODULES, ROUTER)
 MODEL, DIFFUSION, VALUE_HEAD = "model", "diffusion_pytorch_model", "value_head"  # what weight files are called
 FOLDER = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}(/[A-Za-z0-9_][\w.-]{0,99})?", re.ASCII)  # of a part
+VARIANT = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model)"
+    r"(\.(?P<one>[A-Za-z]\w*)(-\d{5}-of-\d{5})?|-\d{5}-of-\d{5}\.(?P<other>[A-Za-z]\w*))\.(safetensors|bin)"
+)
 # Ends of the classes that have no weights, and of the modules that do.
 WEIGHTLESS = ("Tokenizer", "TokenizerFast", "Scheduler", "FeatureExtractor", "ImageProcessor", "Processor")
 WEIGHTED = ("Transformer", "CLIPModel", "Dense", "LayerNorm", "StaticEmbedding", "WordEmbeddings", "CNN", "LSTM",
@@ -46,6 +50,12 @@ class Part:
     stem: str = MODEL
     config: Mapping[str, Any] | None = None
     files: tuple[WeightFile, ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """The variant that its files' names tell, for instance ``fp16``; empty where they are the plain ones."""
+        named = [match["one"] or match["other"] for file in self.files if (match := VARIANT.fullmatch(file.path.name))]
+        return named[0] if named else ""
 
 
 def in_folder(folder: str, name: str) -> str:
@@ -84,7 +94,8 @@ def listed_folders(where: object, names: Collection[str], read: Callable[[str], 
                 listed |= {in_folder(outer, inner): str(kind) for inner, kind in routes}
     else:
         return {}
-    if strange := [ascii(folder)[:80] for folder in listed if folder and not FOLDER.fullmatch(folder)]:
+    root = {""} if MODULES in names and PIPELINE not in names else set()  # a module may lie in the model's own folder
+    if strange := [ascii(folder)[:80] for folder in listed.keys() - root if not FOLDER.fullmatch(folder)]:
         raise CheckpointError(listing(f"{where}: lists what can't be folders of this model", strange))
     return listed
 

@@ -121,6 +121,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
         screen.headline(plan)
     screen.warn(delta_warning(plan))
     if view.dry_run:
+        screen.missing(plan)
         return
     with resumable(), screen.progress() as progress:
         options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES}

@@ -73,7 +73,7 @@ class Screen:
         left_out = [f"left out: {name} of {reference}: {why}" for reference, name, why in plan.left_out]
         left_out += [f"not copied: {name}: {why}" for name, why in companions(plan)[1].items()]
         self.lines(left_out)
-        for note in (*plan.notes, what_is_missing(plan)):
+        for note in plan.notes:
             self.warn(note)
 
     def headline(self, plan: Plan) -> None:
@@ -114,6 +114,10 @@ class Screen:
                 self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
             rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
             self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+        self.missing(plan)
+
+    def missing(self, plan: Plan) -> None:
+        """Print what the outputs lack to be loaded, if anything: the last line of a plan or a run."""
         self.warn(what_is_missing(plan))
 
     def _effect(self, report: Report) -> None:

@@ -114,6 +114,9 @@ def make_plan(
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
     notes += notes_on_card
+    if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
+        plain = f"the output's files have no variant in their names: load it without variant={variants[0]!r}"
+        notes += [f"{inputs[config_source].reference} is the variant {', '.join(variants)}; {plain}"] * is_folder
     if recipe.chat_template is not None and template is None:
         notes.append("chat_template: auto finds no template in any model and has no effect")
     if not is_folder and (template is not None or recipe.tokenizer is not None):

@@ -130,6 +130,7 @@ def extract_vector(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     pairs, notes, problems = pair_tensors(before, after)
     if settings.format == "lora":
+        problems += [each.of_several for each in (before, after) if each.of_several]
         problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
