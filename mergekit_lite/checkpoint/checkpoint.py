@@ -14,6 +14,7 @@ from mergekit_lite.checkpoint import formats, hub, quantised, references, vector
 from mergekit_lite.checkpoint.adapter import Adapter
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
+from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
@@ -40,6 +41,7 @@ class Checkpoint:
         files: the identities of its weight files.
         tensors: every tensor by name, in the order of their bytes in the files.
         config: the folder's ``config.json``, if any.
+        parts: the sets of weight files that it is made of, in the order of their folders.
         nest: the keys a torch file keeps its tensors under.
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
@@ -61,6 +63,61 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     home: Path | None = None
     in_shards: bool = True
+    parts: tuple[Part, ...] = (Part(),)
+
+    def part_of(self, name: str) -> Part:
+        """Return the part that a tensor is of: by its file; for one that no part's file holds, by its name."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        spec = self.tensors.get(name)
+        for part in self.parts:
+            if spec is not None and any(file.path == spec.file for file in part.files):
+                return part
+        by_name = [
+            part for part in self.parts if name.startswith(in_folder(part.folder, "")) and part.stem != VALUE_HEAD
+        ]
+        return max(by_name, key=lambda part: len(part.folder), default=self.parts[0])
+
+    def config_of(self, name: str) -> Mapping[str, Any] | None:
+        """Return the config of the part that a tensor is of; that of its folder, where the part has none."""
+        return self.configs.get(self.part_of(name).folder)
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The configs of all parts, by the folders they lie in; empty for the model's own."""
+        own = {} if self.config is None else {"": self.config}
+        return own | {part.folder: part.config for part in self.parts if part.folder and part.config is not None}
+
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The model that each folder holds, by the folder, with its tensors under their own names."""
+        if not self.is_of_several:
+            return {"": self}
+        tensors: dict[str, dict[str, TensorSpec]] = {part.folder: {} for part in self.parts}
+        for name, spec in self.tensors.items():
+            folder = self.part_of(name).folder
+            bare = name.removeprefix(in_folder(folder, ""))
+            tensors[folder][bare] = replace(spec, name=bare)
+        return {
+            folder: replace(
+                self, path=self.path / folder, tensors=own, config=self.configs.get(folder), parts=(Part(),)
+            )
+            for folder, own in tensors.items()
+        }
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether it has parts in folders of their own, so that no single file can hold it."""
+        return any(part.folder for part in self.parts)
+
+    @property
+    def of_several(self) -> str:
+        """What to say where one model is needed and this is a folder of several; empty for one model."""
+        folders = [part.folder for part in self.parts if part.folder]
+        if not folders:
+            return ""
+        named = f"{self.reference}/{folders[0]}"
+        return f"{self.reference}: is a folder of several models ({', '.join(folders)}); name one of them: {named}"
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -83,7 +140,7 @@ class Checkpoint:
 
     def check_names(self) -> None:
         """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
-        for name in (self.reference, *(file.path.name for file in self.files)):
+        for name in (self.reference, *(file.name for file in self.files)):
             if not is_plain_line(name):
                 raise CheckpointError(f"{name}: {NOT_PLAIN}. Rename it, or link to it by another name.")
 
@@ -167,6 +224,8 @@ def _open_sum(reference: str) -> Checkpoint:
     identity: Identity | None = None
     for addition in additions:
         source = _open_addition(addition)
+        if isinstance(source, Adapter) and base.is_of_several:
+            raise CheckpointError(f"{base.of_several}+{addition}, as an adapter is for one model.")
         if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
             _check_base(source, identity)
@@ -175,6 +234,12 @@ def _open_sum(reference: str) -> Checkpoint:
             notes += [f"{source.reference}: {renamed}"] * bool(renamed)
         tensors, replaced = source.added_to(tensors, base.config, addition.scale)
         left_out |= replaced
+        if isinstance(source, Adapter) and source.path.is_dir():
+            others = sorted(path.name for path in source.path.iterdir() if folders.may_be_weights(path.name))
+            beside = (name for name in others if source.file.path.name != name)
+            left_out |= {
+                f"{name} of {addition.path}": "lies beside the adapter, and is no part of it" for name in beside
+            }
         added.append(Added(source, addition))
     return replace(
         base,
@@ -208,13 +273,46 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
         return _open_state(reference, path, state)
     if within and path.is_dir():
         raise CheckpointError(f"{reference}: is no training checkpoint, and other folders have no keys. Name {path}.")
-    paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
-    config = read_json(folders.inside(path, "config.json")) if has_config else None
+    parts = model_parts(path) if path.is_dir() else [Part()]
+    opened = [_open_part(reference, path, revision, within, part) for part in parts]
+    return opened[0] if len(opened) == 1 and not parts[0].folder else _put_together(path, opened)
+
+
+def _open_part(reference: str, path: Path, revision: str | None, within: str, part: Part) -> Checkpoint:
+    """Open one part of a model by itself, its tensors under their own names."""
+    index: Mapping[str, str] | None = None
+    paths, config = [path], part.config
+    if part.stem == VALUE_HEAD:
+        paths = [folders.value_head_file(path, part.folder)]
+    elif path.is_dir():
+        paths, index = folders.weight_files(path, part.folder)
     headers = [_model_header(reference, file, within) for file in paths]
-    files = tuple(header.file for header in headers)
+    files = tuple(replace(header.file, folder=part.folder) for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
-    return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
+    nest, parts = headers[-1].nest, (replace(part, files=files),)
+    return Checkpoint(reference, path, files, shown, config, nest, left_out | hidden, revision, parts=parts)
+
+
+def _put_together(path: Path, opened: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the parts of a model as one, its tensors under names that begin with their folders."""
+    tensors: dict[str, TensorSpec] = {}
+    left_out: dict[str, str] = {}
+    twice: list[str] = []
+    for each in opened:
+        folder = each.parts[0].folder
+        named = {in_folder(folder, name): spec for name, spec in each.tensors.items()}
+        twice += [
+            f"{name} (in {tensors[name].file.name} and {named[name].file.name})" for name in named if name in tensors
+        ]
+        tensors |= {name: replace(spec, name=name) for name, spec in named.items()}
+        left_out |= {in_folder(folder, name): why for name, why in each.left_out.items()}
+    if twice:
+        raise CheckpointError(listing(f"{path}: these tensors are stored twice; it is not clear which is meant", twice))
+    own = next((each.config for each in opened if not each.parts[0].folder), None)
+    files = tuple(file for each in opened for file in each.files)
+    parts = tuple(each.parts[0] for each in opened)
+    return replace(opened[0], files=files, tensors=tensors, config=own, left_out=left_out, parts=parts)
 
 
 def _open_state(reference: str, path: Path, state: State) -> Checkpoint:

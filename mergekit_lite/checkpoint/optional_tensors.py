@@ -14,12 +14,13 @@ from mergekit_lite.checkpoint.tensor import TensorSpec
 
 MODALITIES = ("vision_config", "audio_config")  # sections of a config, each of a tower with layers of its own
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attention\.bias)$")
-MASKS = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
-PREDICTION = re.compile(r"(^|\.)mtp(\.|$)")  # multi-token prediction as Qwen stores it
-LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
+BUFFERS = re.compile(r"(^|[./])(rotary_emb\.inv_freq|masked_bias|position_ids|attention\.bias)$")
+MASKS = re.compile(r"(^|[./])attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
+PREDICTION = re.compile(r"(^|[./])mtp(\.|$)")  # multi-token prediction as Qwen stores it
+LAYER = re.compile(r"(?:.*/)?(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
 HAS_HEAD = re.compile(r"LM|ForConditionalGeneration|ForPreTraining|ForSpeechSeq2Seq|ForVision2Seq|ForImageTextToText")
-COPIES = re.compile(r"(^|\.)((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's and Whisper's, beside the embedding
+COPIES = re.compile(r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's, Whisper's, beside the embedding
+VALUE_HEAD = re.compile(r"v_head\.")  # of TRL's models with a value head
 
 
 def why_optional(
@@ -31,7 +32,8 @@ def why_optional(
         name: of the tensor.
         spec: the tensor.
         tensors: all tensors of the model.
-        config: the model's, which says how many layers it has and whether it ties its embeddings.
+        config: that of the tensor's part of the model, which says how many layers it has and whether it ties its
+            embeddings.
     """
     if BUFFERS.search(name) or (MASKS.search(name) and len(spec.shape) > 2):
         return "a buffer, computed on loading"
@@ -40,9 +42,15 @@ def why_optional(
     if PREDICTION.search(name) or (counted and layer and int(layer[1]) >= counted):
         return "multi-token prediction, left out on loading"
     tied = (config or {}).get("tie_word_embeddings") is not False
-    embeddings = [other for key, other in tensors.items() if tied_weights.is_embedding(key) and key != name]
+    embeddings = [
+        other
+        for key, other in tensors.items()
+        if tied_weights.is_embedding(key) and key != name and tied_weights.part(key) == tied_weights.part(name)
+    ]
     if COPIES.search(name) and tied and any(other.shape == spec.shape for other in embeddings):
         return "a copy of the embedding, tied on loading"
+    if VALUE_HEAD.match(name):
+        return "a value head, which training alone reads"
     return None
 
 

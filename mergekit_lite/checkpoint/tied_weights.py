@@ -37,12 +37,17 @@ def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
     """Return the embedding that serves as a head which ``tensors`` lacks, or None where there is not exactly one."""
     if not is_head(name) or name in tensors:
         return None
-    embeddings = [spec for spec in tensors.values() if is_embedding(spec.name)]
+    embeddings = [spec for spec in tensors.values() if is_embedding(spec.name) and part(spec.name) == part(name)]
     return embeddings[0] if len(embeddings) == 1 else None
 
 
+def part(name: str) -> str:
+    """Return the folder that a tensor's name begins with, where its model is one of several in a folder."""
+    return name.rpartition("/")[0]
+
+
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
+    return any(name == ending or name.endswith((f".{ending}", f"/{ending}")) for ending in endings)
 
 
 def counterpart(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:

@@ -57,6 +57,7 @@ Examples:
 @click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
 @running.takes_rounding
 @running.takes_shard_size
+@running.takes_copy_code
 @running.takes_run_options
 def command(
     sft: str,

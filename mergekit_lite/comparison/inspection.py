@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES
+from mergekit_lite.checkpoint.parts import in_folder
 from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
 from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
 from mergekit_lite.comparison.survey import survey
@@ -32,6 +33,13 @@ ACCIDENT_SHARE = 0.1  # share of the layers that differ up to which it looks lik
 SHOWN_LAYERS = 8
 FROM_CONFIG = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
                "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
+# What wrappers put into the names of a model's parts; DDP's stands before the whole model alone.
+WRAPPERS = {
+    "_orig_mod.": re.compile(r"(^|[./])_orig_mod\."),
+    "module.": re.compile(r"(^|/)(_orig_mod\.)?module\."),
+    "_fsdp_wrapped_module.": re.compile(r"(^|[./])_fsdp_wrapped_module\."),
+}
+WITH_HEAD = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")  # classes of models that predict tokens
 EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 Layers = Mapping[int, Mapping[str, TensorSpec]]  # of one stack: by number, then by name within the layer
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -120,7 +128,7 @@ class Inspection:
         return {
             "model": self.checkpoint.reference,
             "revision": self.checkpoint.revision,
-            "files": [{"name": file.path.name, "bytes": file.size} for file in self.checkpoint.files],
+            "files": [{"name": file.name, "bytes": file.size} for file in self.checkpoint.files],
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "dtypes": self.dtypes,
@@ -175,7 +183,9 @@ def inspect(
     """
     checkpoint = open_checkpoint(model)
     depth = stacks(checkpoint.tensors)
-    doubts = [*_doubts_of_layers(checkpoint, depth), *_doubts_of_config(checkpoint, depth)]
+    doubts = [*_doubts_of_layers(checkpoint, depth), *_doubts_of_prefixes(checkpoint)]
+    for folder, part in checkpoint.models.items():
+        doubts += [in_folder(folder, doubt) for doubt in _doubts_of_config(part, stacks(part.tensors))]
     weights = None
     if stats:
         measured = survey(float_tensors(checkpoint), WeightMeasurement(), threads, progress, processes)
@@ -250,6 +260,15 @@ def _odd_shapes(stack: str, layers: Layers) -> Iterator[str]:
             yield f"{stack}.{_listed(odd)}.{rest}: shape {shape}, in the other layers {list(usual)}"
 
 
+def _doubts_of_prefixes(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a doubt for each wrapper of training whose name stands in the names of tensors: loaders don't know it."""
+    for wrapper, where in WRAPPERS.items():
+        wrapped = [name for name in checkpoint.tensors if where.search(name)]
+        if wrapped:
+            such = f"{counted(len(wrapped), 'tensor')} under {wrapper!r}, as {wrapped[0]}"
+            yield f"{such}: transformers finds no weights under such names"
+
+
 def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Iterator[str]:
     """Yield doubts about the config where it disagrees with the headers."""
     config = _text_config(checkpoint.config or {})
@@ -271,17 +290,26 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
     heads = [name for name in checkpoint.tensors if tied_weights.is_head(name)]
     if checkpoint.config is not None and config.get("tie_word_embeddings") is True and heads:
         yield f"config.json: tie_word_embeddings is true, but {heads[0]} is stored; loaders differ in which counts"
-    if (
-        config.get("tie_word_embeddings") is False
-        and tied_weights.tied_to("lm_head.weight", checkpoint.tensors)
-        and not heads
-    ):
+    if _lacks_head(checkpoint) and not heads:
         yield "config.json: tie_word_embeddings is false, but there is no output head"
     dtype = config.get("dtype", config.get("torch_dtype"))
     stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if spec.stored_dtype in dtypes.FLOATS}
     if isinstance(dtype, str) and stored and dtype not in stored:
         yield f"config.json: the dtype is {dtype}, the tensors are {', '.join(sorted(stored))}"
     yield from _doubts_of_tokenizer(checkpoint)
+
+
+def _lacks_head(checkpoint: Checkpoint) -> bool:
+    """Return whether a model without a head, by the names of its tensors, has an embedding and should not tie it.
+
+    Of a model with towers the outer config decides, not that of the text model. Reward models, classifiers and bare
+    models have no head that predicts tokens.
+    """
+    config = checkpoint.config or {}
+    classes = config.get("architectures")
+    predicts = not isinstance(classes, list) or any(WITH_HEAD.search(str(each)) for each in classes)
+    is_untied = config.get("tie_word_embeddings") is False
+    return is_untied and predicts and tied_weights.tied_to("lm_head.weight", checkpoint.tensors) is not None
 
 
 def _doubts_of_projections(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from mergekit_lite.input_files import opened
 from mergekit_lite.plain_text import can_be_written
 
 SUFFIXES = (".safetensors",)
-MODEL_NAMES = ("model.safetensors",)
+MODEL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 ADAPTER_NAMES = ("adapter_model.safetensors",)
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself

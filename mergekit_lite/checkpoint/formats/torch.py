@@ -24,7 +24,7 @@ from mergekit_lite.errors import CheckpointError, shortened
 from mergekit_lite.input_files import opened
 
 SUFFIXES = (".bin", ".pt", ".pth")
-MODEL_NAMES = ("pytorch_model.bin",)
+MODEL_NAMES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 ADAPTER_NAMES = ("adapter_model.bin",)
 ALLOCATOR = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")  # would allocate as much as the pickle names
 
