@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.checkpoint import adapter as adapters
+from mergekit_lite.checkpoint import adapter_file, formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint.companion_patterns import has_tokenizer
+from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.references import Addition
@@ -43,6 +44,8 @@ class Checkpoint:
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
+        notes: what the user should know of how they are.
+        tokenizer_folder: the folder with its tokenizer, if any.
     """
 
     reference: str
@@ -54,6 +57,8 @@ class Checkpoint:
     left_out: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     added: tuple[Added, ...] = ()
+    notes: tuple[str, ...] = ()
+    tokenizer_folder: Path | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -119,9 +124,9 @@ def open_adapter(reference: str) -> Adapter:
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
-            return adapters.read_adapter(reference, path.resolve())
+            return adapter_file.read_adapter(reference, path.resolve())
     folder = hub.fetch(reference, adapter=True)
-    return adapters.read_adapter(reference, folder, folder.name)
+    return adapter_file.read_adapter(reference, folder, folder.name)
 
 
 @contextmanager
@@ -145,23 +150,29 @@ def _open_sum(reference: str) -> Checkpoint:
     """Open ``base+adapter``, ``base+vector:0.5+…``."""
     base_reference, additions = references.split_reference(reference)
     base = open_checkpoint(base_reference)
-    tensors, left_out, added = dict(base.tensors), dict(base.left_out), [*base.added]
+    folded, added, tokenizer = Folded(base.tensors, base.config, base.left_out), [*base.added], base.tokenizer_folder
     identity: Identity | None = None
     for addition in additions:
         source = _open_addition(addition)
         if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
             _check_base(source, identity)
-        tensors, replaced = source.added_to(tensors, base.config, addition.scale)
-        left_out |= replaced
+        step = source.added_to(folded.tensors, folded.config, addition.scale)
+        if step.has_tokenizer and has_tokenizer(source.path):
+            tokenizer = source.path
+            step = step._replace(notes=(*step.notes, f"the tokenizer is that of {source.reference}"))
+        folded = step._replace(left_out={**folded.left_out, **step.left_out}, notes=(*folded.notes, *step.notes))
         added.append(Added(source, addition))
     return replace(
         base,
         reference=reference,
         files=(*base.files, *(each.source.file for each in added)),
-        tensors=tensors,
-        left_out=left_out,
+        tensors=folded.tensors,
+        config=folded.config,
+        left_out=folded.left_out,
         added=tuple(added),
+        notes=(*base.notes, *(f"{reference}: {note}" for note in folded.notes)),
+        tokenizer_folder=tokenizer,
     )
 
 
@@ -188,7 +199,11 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
-    return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
+    tokenizer = path if path.is_dir() else None
+    nest = headers[-1].nest
+    return Checkpoint(
+        reference, path, files, shown, config, nest, left_out | hidden, revision, tokenizer_folder=tokenizer
+    )
 
 
 def _model_header(reference: str, file: Path, within: str) -> Header:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 TOKENIZER = (
@@ -17,6 +18,8 @@ TOKENIZER = (
     "tokenizer.model", "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9][0-9]", "tokenizer_config.json", "vocab*.json",
     "vocab*.txt", *TEMPLATES,
 )  # fmt: skip
+VOCABULARY_FILES = ("merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json", "tokenizer.json",
+                    "tokenizer.model", "vocab.json", "vocab.txt")  # fmt: skip
 COMPANIONS = (
     *TOKENIZER,
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
@@ -37,3 +40,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return name.isprintable() and any(
         name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer: its settings and its tokens."""
+    return (folder / "tokenizer_config.json").exists() and any((folder / name).exists() for name in VOCABULARY_FILES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,13 +38,17 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
     Only files that ``companion_patterns`` lists are copied. Hidden files and what the output has of its own are not
     named; a folder is named as one, with a slash.
     """
-    if source.folder is None:
+    return _companions_in(source.folder, {file.path.name for file in source.files})
+
+
+def _companions_in(folder: Path | None, weights: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    if folder is None:
         return [], {}
     copied: list[str] = []
     left: dict[str, str] = {}
-    own = {*REPLACED, *(file.path.name for file in source.files)}
-    for path in _listed(source.folder):
-        name = path.relative_to(source.folder).as_posix()
+    own = {*REPLACED, *weights}
+    for path in _listed(folder):
+        name = path.relative_to(folder).as_posix()
         if name in own or path.name.startswith("."):
             continue
         if path.is_dir():
@@ -53,7 +57,7 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             left[name] = _unlisted(path)
         else:
             try:
-                small_file(source.folder, name)
+                small_file(folder, name)
                 copied.append(name)
             except UnreadableError as error:
                 left[name] = error.why
@@ -86,15 +90,15 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
     They are the config source's, and those of the tokenizer the plan was given.
     """
     names, left = companions_of(plan.source)
-    owners = dict.fromkeys(names, plan.source)
-    if plan.tokenizer is not None:
-        owner = plan.inputs[plan.tokenizer]
-        owners = {name: source for name, source in owners.items() if not is_tokenizer_file(name)}
-        owners |= {name: owner for name in companions_of(owner)[0] if is_tokenizer_file(name)}
+    owners = dict.fromkeys(names, plan.source.folder)
+    tokenizer = (plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]).tokenizer_folder
+    if tokenizer != plan.source.folder:
+        owners = {name: folder for name, folder in owners.items() if not is_tokenizer_file(name)}
+        owners |= {name: tokenizer for name in _companions_in(tokenizer)[0] if is_tokenizer_file(name)}
     if plan.chat_template is not None:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
-        owners = {name: source for name, source in owners.items() if not is_template_file(name)}
-    return {name: source.folder / name for name, source in owners.items() if source.folder is not None}, left
+        owners = {name: folder for name, folder in owners.items() if not is_template_file(name)}
+    return {name: folder / name for name, folder in owners.items() if folder is not None}, left
 
 
 def companion_names(plan: Plan, number: int) -> set[str]:

@@ -105,6 +105,7 @@ def make_plan(
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
+    notes += [note for source in inputs for note in source.notes]
     notes += _notes_on_jobs(jobs, spare, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
     differing = disagreements(SHOULD_AGREE, inputs, config_source)
