@@ -10,14 +10,13 @@ A layer that stores its weight as (in, out), like GPT-2's, gets the transpose of
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import adapter_experts, adapter_heads, tied_weights
+from mergekit_lite.checkpoint import adapter_experts, adapter_heads, adapter_names, tied_weights
 from mergekit_lite.checkpoint.adapter_config import AdapterConfig
 from mergekit_lite.checkpoint.adapter_factors import ExpertFactors, Factors, TokenRows
 from mergekit_lite.checkpoint.adapter_heads import Replaced
@@ -25,6 +24,7 @@ from mergekit_lite.checkpoint.encodings.dense import Replace
 from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, scaled, with_terms
 from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats.header import WeightFile
+from mergekit_lite.checkpoint.naming import Naming
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, refuse, shortened
 
@@ -59,9 +59,12 @@ class Adapter:
         """
         heads = adapter_heads.task_heads(self.replacements, self.config.task)
         replacements = {name: spec for name, spec in self.replacements.items() if name not in heads}
-        parameters = [f"{layer}.{name}" for layer, parts in self.experts.items() for name in parts[0].ranks]
-        name_in = _names_in(base, [*self.factors, *self.tokens, *replacements, *parameters])
-        tensors, problems = dict(base), _given_twice(name_in, self.factors, self.tokens, replacements)
+        found = adapter_names.matched(self.factors, self.tokens, replacements, self.experts, base)
+        name_in, tensors = found.names, dict(base)
+        changed = [*self.factors, *self.tokens, *replacements]
+        if misnamed := adapter_names.misnamed(found, dict.fromkeys(changed), base):
+            raise CheckpointError(f"{self.reference}: this adapter doesn't fit its base. {misnamed}")
+        problems = adapter_names.given_twice(found, changed, base)
         replaced: list[Replaced] = []
         for name, spec in replacements.items():
             target = name_in[name]
@@ -87,7 +90,8 @@ class Adapter:
             for each in replaced
             if each.own.name == each.name and not isinstance(tensors[each.name].encoding, Sum)
         }
-        folded = Folded(tensors, config, left_out)
+        renamed = Naming({name: name_in[name] for name in changed if name_in[name] in base}).summary
+        folded = Folded(tensors, config, left_out, (renamed,) if renamed else ())
         # The rows of single tokens change in a tied head too, as peft ties their adapters.
         apart = {name_in[name] for name in (*self.factors, *replacements)}
         try:
@@ -98,32 +102,6 @@ class Adapter:
         except CheckpointError as problem:
             refuse(self.reference, [str(problem)], "this adapter on its base")
             raise
-
-
-def _given_twice(name_in: Mapping[str, str], *kinds: Iterable[str]) -> list[str]:
-    """Return a problem for each tensor of the base that two tensors of one kind are for."""
-    counts = [Counter(name_in[name] for name in names) for names in kinds]
-    return [
-        f"{name}: two tensors of the adapter are for it; it is not clear which is meant"
-        for each in counts
-        for name, count in each.items()
-        if count > 1
-    ]
-
-
-def _names_in(base: Mapping[str, TensorSpec], names: list[str]) -> dict[str, str]:
-    """Return the base's name for each of an adapter's: either may begin with a part that the other lacks.
-
-    Of all ways to cut or add one, the way by which most names are in the base, and of equals the first.
-    """
-    ways = [("", ""), *((front, "") for front in _fronts(names)), *(("", front) for front in _fronts(base))]
-    renamings = [{name: add + name.removeprefix(cut) for name in names} for cut, add in ways]
-    return max(renamings, key=lambda renaming: sum(renaming[name] in base for name in names))
-
-
-def _fronts(names: Iterable[str]) -> list[str]:
-    """Return the commonest first parts of names, each with its dot."""
-    return [front + "." for front, _ in Counter(name.partition(".")[0] for name in names).most_common(4)]
 
 
 def _counterpart(name: str, of: str, tensors: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec]) -> TensorSpec:

@@ -14,16 +14,12 @@ from typing import NamedTuple
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT
 from mergekit_lite.checkpoint.adapter_factors import AXES_AS_MEANT, ExpertFactors
+from mergekit_lite.checkpoint.adapter_names import APART
 from mergekit_lite.checkpoint.encodings.low_rank import LowRank
 from mergekit_lite.checkpoint.encodings.stack import StackedLowRank, matrix_of
 from mergekit_lite.checkpoint.encodings.strided import strides_of, viewed
 from mergekit_lite.checkpoint.encodings.sum import Term
 from mergekit_lite.checkpoint.tensor import TensorSpec
-
-APART = {  # the matrices of one expert that transformers stacks into a parameter, one below the other
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 
 
 class Matrix(NamedTuple):
@@ -64,7 +60,7 @@ def terms(
 
     Args:
         experts: the factors of each layer of the adapter.
-        name_in: for each ``LAYER.PARAMETER`` its name in the base.
+        name_in: the base's names for those of the adapter, as ``adapter_names`` finds them.
         base: the tensors of the base.
         version: of the peft that wrote the adapter.
     """
@@ -73,7 +69,7 @@ def terms(
     matched: list[tuple[ExpertFactors, str, Stack, list[bool]]] = []
     layouts: set[bool] = set()
     for layer, parts in experts.items():
-        stacks = {name: _stack(name_in[f"{layer}.{name}"], name, base) for name in parts[0].ranks}
+        stacks = {name: _stack(layer, name, name_in, base) for name in parts[0].ranks}
         own = {name: stack for name, stack in stacks.items() if stack is not None}
         if (layout := _is_turned(own, base)) is not None:
             layouts.add(layout)
@@ -104,13 +100,14 @@ def terms(
     return added, problems
 
 
-def _stack(name: str, parameter: str, base: Mapping[str, TensorSpec]) -> Stack | None:
+def _stack(layer: str, parameter: str, name_in: Mapping[str, str], base: Mapping[str, TensorSpec]) -> Stack | None:
     """Return where a base has a parameter of experts; None where it doesn't."""
+    name = name_in[f"{layer}.{parameter}"]
     if name in base:
         return Stack(base[name].shape, name)
-    layer = name.removesuffix(f".{parameter}")
     for parts in APART.get(parameter, ()):
-        experts = list(takewhile(all, _apart(layer, parts, base)))
+        layer_in = name_in[f"{layer}.0.{parts[0]}.weight"].removesuffix(f".0.{parts[0]}.weight")
+        experts = list(takewhile(all, _apart(layer_in, parts, base)))
         shapes = {spec.shape for group in experts for spec in group if spec is not None}
         if len(shapes) == 1:
             rows, columns = shapes.pop()
@@ -145,7 +142,8 @@ def _is_turned(stacks: Mapping[str, Stack], base: Mapping[str, TensorSpec]) -> b
 
 def _sibling(stacks: Mapping[str, Stack], own: str, other: str, base: Mapping[str, TensorSpec]) -> Stack | None:
     """Return the other parameter of a layer of which one has factors."""
-    return _stack(stacks[own].name.removesuffix(own) + other, other, base) if own in stacks else None
+    spec = base.get(stacks[own].name.removesuffix(own) + other) if own in stacks else None
+    return None if spec is None else Stack(spec.shape, spec.name)
 
 
 def _misfit(factors: ExpertFactors, layer: str, stacks: Mapping[str, Stack], fitting: Sequence[str]) -> str:
