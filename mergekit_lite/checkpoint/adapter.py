@@ -59,7 +59,7 @@ class Adapter:
         """
         heads = adapter_heads.task_heads(self.replacements, self.config.task)
         replacements = {name: spec for name, spec in self.replacements.items() if name not in heads}
-        found = adapter_names.matched(self.factors, self.tokens, replacements, self.experts, base)
+        found = adapter_names.matched(self.factors, self.tokens, replacements, self.experts, base, config)
         name_in, tensors = found.names, dict(base)
         changed = [*self.factors, *self.tokens, *replacements]
         if misnamed := adapter_names.misnamed(found, dict.fromkeys(changed), base):

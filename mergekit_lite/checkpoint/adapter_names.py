@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from mergekit_lite.checkpoint import naming, tied_weights
+from mergekit_lite.checkpoint import naming, tied_weights, transformers_names
 from mergekit_lite.checkpoint.adapter_factors import ExpertFactors, Factors, TokenRows
 from mergekit_lite.checkpoint.naming import Naming, Shape
 from mergekit_lite.checkpoint.tensor import TensorSpec
@@ -28,6 +29,7 @@ def matched(
     replacements: Mapping[str, TensorSpec],
     experts: Mapping[str, Sequence[ExpertFactors]],
     base: Mapping[str, TensorSpec],
+    config: Mapping[str, Any] | None,
 ) -> Naming:
     """Return the base's name for each tensor that an adapter changes, its own where the base has none.
 
@@ -38,6 +40,7 @@ def matched(
         experts: the factors for each layer of experts. Names are returned for the parameters of each, and for those
             of its first expert, in case each has matrices of its own in the base.
         base: its tensors.
+        config: the base's, which says what transformers calls them where names alone don't fit.
     """
     own: dict[str, Shape] = {name: _shape(part) for name, part in factors.items()}
     own |= {name: spec.shape for name, spec in replacements.items()}
@@ -47,12 +50,21 @@ def matched(
             first = [part for parts in APART.get(parameter, ()) for part in parts]
             own |= dict.fromkeys([f"{layer}.{parameter}", *(f"{layer}.0.{part}.weight" for part in first)])
     shapes: dict[str, Shape] = {name: spec.shape for name, spec in base.items()}
-    strict = naming.match_names(own, shapes)
-    if not any(name not in base for name in strict.names.values()):
-        return strict
-    # A shape may be wrong, as a config needn't say how a layer stores its weight. The names alone fit, or nothing does.
-    loose = naming.match_names(dict.fromkeys(own), shapes)
-    return min(strict, loose, key=lambda each: sum(name not in base for name in each.names.values()))
+    wanted = {*factors, *replacements, *tokens}
+
+    def lost(found: Naming) -> int:
+        return sum(tied_weights.counterpart(found.names[name], base) is None for name in wanted)
+
+    found = naming.match_names(own, shapes)
+    if lost(found):
+        # A shape may be wrong, as a config needn't say how a layer stores its weight.
+        found = min(found, naming.match_names(dict.fromkeys(own), shapes), key=lost)
+    if lost(found) and (loaded := transformers_names.loaded_names(base, config)):
+        by_loaded = {new: name for name, new in loaded.items()}
+        by_table = naming.match_names(own, {new: base[name].shape for new, name in by_loaded.items()})
+        names = {name: by_loaded.get(new, new) for name, new in by_table.names.items()}
+        found = min(found, Naming(names), key=lost)
+    return found
 
 
 def _shape(factors: Factors) -> Shape:

@@ -157,11 +157,15 @@ def _open_sum(reference: str) -> Checkpoint:
         if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
             _check_base(source, identity)
+        if isinstance(source, Vector):
+            source, renamed = source.under_names_of(folded.tensors)
+            folded = folded._replace(notes=(*folded.notes, *[f"{source.reference}: {renamed}"] * bool(renamed)))
         step = source.added_to(folded.tensors, folded.config, addition.scale)
         if step.has_tokenizer and has_tokenizer(source.path):
             tokenizer = source.path
-            step = step._replace(notes=(*step.notes, f"the tokenizer is that of {source.reference}"))
-        folded = step._replace(left_out={**folded.left_out, **step.left_out}, notes=(*folded.notes, *step.notes))
+            step = step._replace(notes=(*step.notes, "the tokenizer is the adapter's"))
+        notes = tuple(f"{source.reference}: {note}" for note in step.notes)
+        folded = step._replace(left_out={**folded.left_out, **step.left_out}, notes=folded.notes + notes)
         added.append(Added(source, addition))
     return replace(
         base,
@@ -171,7 +175,7 @@ def _open_sum(reference: str) -> Checkpoint:
         config=folded.config,
         left_out=folded.left_out,
         added=tuple(added),
-        notes=(*base.notes, *(f"{reference}: {note}" for note in folded.notes)),
+        notes=base.notes + folded.notes,
         tokenizer_folder=tokenizer,
     )
 

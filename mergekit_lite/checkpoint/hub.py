@@ -33,7 +33,8 @@ def fetch(reference: str, *, adapter: bool = False) -> Path:
     """Download what a model or a LoRA adapter needs of a repository, or find it in the cache.
 
     Needed are one set of weights (safetensors before ``.bin``), their index, and the small files of the model; of an
-    adapter its weights, config and tokenizer. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has all.
+    adapter its weights, config and tokenizer. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it
+    has all.
     The reference is ``org/name`` or ``org/name@revision`` (a branch, tag or commit); the folder's name is the commit.
 
     Raises:

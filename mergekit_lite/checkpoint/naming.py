@@ -7,7 +7,7 @@ part of a model then differ in their beginnings and agree in their ends. The rul
 1. Wrappers (``_orig_mod``, ``module``, ``_fsdp_wrapped_module``) are no part of a name, wherever they stand.
 2. A *renaming* is a beginning that takes the place of another; it pairs all names that agree in their ends, in their
    numbers and in their shapes. Renamings that only put in or take out *containers* (``model``, ``language_model``,
-   ``transformer``, ``backbone`` …) are known, and count as one.
+   ``transformer``, ``backbone`` …) or exchange synonyms are known, and count as one.
 3. The renaming that pairs most names is right, if every other one that pairs some of the same tensors pairs fewer of
    them and none besides. Of equals the known one is right. If two remain, neither is used.
 4. A renaming that isn't known must pair a stack of layers, or every tensor of a model: a head that happens to have the
@@ -19,7 +19,7 @@ part of a model then differ in their beginnings and agree in their ends. The rul
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint import tied_weights
@@ -31,6 +31,7 @@ Numbers = tuple[str, ...]
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 CONTAINERS = ("model", "language_model", "text_model", "transformer", "backbone", "base_model", "net")
+SYNONYMS = {"block_sparse_moe": "mlp"}  # of the module that holds the experts, in Mixtral's files
 NUMBER = "*"  # stands for each number in a pattern
 FEWEST_OF_STACK = 3  # patterns of names within layers that make a renaming plausible which isn't known
 SHOWN = 4
@@ -79,19 +80,49 @@ def match_names(own: Mapping[str, Shape], other: Mapping[str, Shape]) -> Naming:
         return _naming(own, other, {name: name for name in own})
     ours, theirs = _Side.of(own), _Side.of(other)
     pairs, ambiguous = _paired(ours, theirs)
-    named = {
+    paired = {
         name: theirs.name(pairs[parts], numbers) for (parts, numbers), name in ours.names.items() if parts in pairs
     }
-    taken = set(named.values())
-    follow = _Followers(pairs)
-    for (parts, numbers), name in ours.names.items():
-        if parts not in pairs:
-            following = _filled(follow.parts(parts), numbers)
-            named[name] = name if following in taken or following in other else following
-            taken.add(named[name])
-    if len(set(named.values())) < len(named):  # two names would become one
-        return _naming(own, other, {name: name for name in own})
-    return _naming(own, other, {name: named[name] for name in own}, tuple(ambiguous))
+    return _naming(own, other, with_followers(paired, own, other), tuple(ambiguous))
+
+
+def with_followers(paired: Mapping[str, str], own: Iterable[str], other: Container[str]) -> dict[str, str]:
+    """Return a name for each of ``own``: that which it is paired with, or else one with a beginning that others got.
+
+    A name keeps its own beginning where others of that beginning got several, or where the new name would be one that
+    ``other`` or another tensor has.
+    """
+    ways: dict[Parts, set[Parts]] = defaultdict(set)
+    for name, new in paired.items():
+        before, after = _beginnings(_pattern(name.split("."))[0], _pattern(new.split("."))[0])
+        ways[before].add(after)
+    names: dict[str, str] = {}
+    taken = set(paired.values())
+    for name in own:
+        new = paired.get(name)
+        if new is None:
+            following = _following(name, ways)
+            new = name if following in taken or following in other else following
+            taken.add(new)
+        names[name] = new
+    return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+
+def _following(name: str, ways: Mapping[Parts, set[Parts]]) -> str:
+    """Return a name without wrappers, and with its longest beginning replaced for which there is one way alone."""
+    parts, numbers = _pattern(name.split("."))
+    for length in range(len(parts) - 1, -1, -1):
+        if len(replacements := ways.get(parts[:length], set())) == 1:
+            [replacement] = replacements
+            return _filled((*replacement, *parts[length:]), numbers)
+    return name
+
+
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Return each name without wrappers; nothing where none has any, or two names differ in nothing else."""
+    shorter = {name: _filled(*_pattern(name.split("."))) for name in names}
+    is_sound = len(set(shorter.values())) == len(shorter)
+    return shorter if is_sound and any(name != short for name, short in shorter.items()) else {}
 
 
 def _naming(
@@ -235,28 +266,6 @@ def _is_plausible(renaming: _Renaming, ours: _Side, theirs: _Side) -> bool:
     return len(deep) >= FEWEST_OF_STACK or whole
 
 
-@dataclass(frozen=True)
-class _Followers:
-    """The beginnings of paired patterns, by which others follow."""
-
-    pairs: Mapping[Parts, Parts]
-    ways: dict[Parts, set[Parts]] = field(default_factory=lambda: defaultdict(set))
-
-    def __post_init__(self) -> None:
-        """Note for each own beginning what takes its place."""
-        for one, two in self.pairs.items():
-            own, other = _beginnings(one, two)
-            self.ways[own].add(other)
-
-    def parts(self, parts: Parts) -> Parts:
-        """Return a pattern with its longest beginning replaced for which there is one way alone."""
-        for length in range(len(parts) - 1, -1, -1):
-            ways = self.ways.get(parts[:length], set())
-            if len(ways) == 1:
-                return (*next(iter(ways)), *parts[length:])
-        return parts
-
-
 def _pattern(components: Sequence[str], without: Sequence[str] = WRAPPERS) -> tuple[Parts, Numbers]:
     own = [part for part in components[:-1] if part not in without] + list(components[-1:])
     return tuple(NUMBER if part.isdigit() else part for part in own), tuple(part for part in own if part.isdigit())
@@ -281,7 +290,7 @@ def _beginnings(one: Sequence[str], two: Sequence[str]) -> tuple[Parts, Parts]:
 
 
 def _core(parts: Parts) -> Parts:
-    return tuple(part for part in parts if part not in CONTAINERS)
+    return tuple(SYNONYMS.get(part, part) for part in parts if part not in CONTAINERS)
 
 
 def _text(parts: Iterable[str]) -> str:

@@ -6,12 +6,13 @@ The hub's files often have them, and the same model saved again by transformers 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from mergekit_lite.checkpoint import tied_weights
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
+MODALITIES = ("vision_config", "audio_config")  # sections of a config, each of a tower with layers of its own
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attention\.bias)$")
 MASKS = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
@@ -42,6 +43,31 @@ def why_optional(
     if COPIES.search(name) and tied and any(other.shape == spec.shape for other in embeddings):
         return "a copy of the embedding, tied on loading"
     return None
+
+
+def modalities(config: Mapping[str, Any] | None) -> set[str]:
+    """Return the sections of a config that promise a tower for something else than text."""
+    return {key for key in MODALITIES if isinstance((config or {}).get(key), Mapping)}
+
+
+def beginnings(names: Iterable[str]) -> frozenset[str]:
+    """Return every name, and every part of it that ends with a dot."""
+    return frozenset(name[:at] for name in names for at in (*_dots(name), len(name)))
+
+
+def module_alone(name: str, known: Container[str]) -> str | None:
+    """Return the module of a tensor that a model lacks as a whole: its shortest beginning that isn't known.
+
+    ``known`` are the ``beginnings`` of all names of that model. None where the module is within a layer, or is an
+    output head.
+    """
+    module = next((name[:end] for end in (*_dots(name), len(name)) if name[:end] not in known), "")
+    within_layer = any(part.isdigit() for part in module.split("."))
+    return None if not module or within_layer or tied_weights.is_head(name) else module
+
+
+def _dots(name: str) -> list[int]:
+    return [at for at, character in enumerate(name, 1) if character == "."]
 
 
 def layers_promised(config: Mapping[str, Any] | None) -> int | None:

@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS
+from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES
 from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
 from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
 from mergekit_lite.comparison.survey import survey
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import CheckpointError, counted
 from mergekit_lite.options import named_options
-from mergekit_lite.planning.configs import NOT_TEXT
 from mergekit_lite.planning.tokenizers import is_tokenizer_file, template_of, vocabulary_of
 from mergekit_lite.recipe.layers import place, stacks
 from mergekit_lite.recipe.templates import TEMPLATES
@@ -330,7 +329,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     nested = [
         value
         for key, value in config.items()
-        if key.endswith("_config") and key not in NOT_TEXT and isinstance(value, dict) and "hidden_size" in value
+        if key.endswith("_config") and key not in MODALITIES and isinstance(value, dict) and "hidden_size" in value
     ]
     return {**config, **nested[0]} if len(nested) == 1 else config
 
