@@ -34,6 +34,7 @@ CONTAINERS = ("model", "language_model", "text_model", "transformer", "backbone"
 SYNONYMS = {"block_sparse_moe": "mlp"}  # of the module that holds the experts, in Mixtral's files
 NUMBER = "*"  # stands for each number in a pattern
 FEWEST_OF_STACK = 3  # patterns of names within layers that make a renaming plausible which isn't known
+MOST_PATTERNS = 500  # of a model; real ones have fewer, and all are compared with all
 SHOWN = 4
 
 
@@ -79,6 +80,8 @@ def match_names(own: Mapping[str, Shape], other: Mapping[str, Shape]) -> Naming:
     if own.keys() <= other.keys() or other.keys() <= own.keys():
         return _naming(own, other, {name: name for name in own})
     ours, theirs = _Side.of(own), _Side.of(other)
+    if max(len(ours.shapes), len(theirs.shapes)) > MOST_PATTERNS:
+        return _naming(own, other, {name: name for name in own})
     pairs, ambiguous = _paired(ours, theirs)
     paired = {
         name: theirs.name(pairs[parts], numbers) for (parts, numbers), name in ours.names.items() if parts in pairs
@@ -192,7 +195,7 @@ def _paired(ours: _Side, theirs: _Side) -> tuple[dict[Parts, Parts], list[tuple[
     """Return the patterns that are paired, and the beginnings that could be renamed in two ways."""
     pairs: dict[Parts, Parts] = {}
     ambiguous: list[tuple[str, str, str]] = []
-    renamings = _renamings(ours, theirs)
+    renamings = [each for each in _renamings(ours, theirs) if each.known or _is_plausible(each, ours, theirs)]
     while renamings := [each for each in renamings if each.pairs]:
         best = max(renamings, key=lambda each: (each.names, each.known, len(each.pairs)))
         renamings.remove(best)

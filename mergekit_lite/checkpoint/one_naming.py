@@ -16,6 +16,7 @@ from mergekit_lite.errors import counted
 
 WITHIN_LAYERS = re.compile(r"(^|\.)\d+\..*\.")
 BEGINNING = re.compile(r"(?:[^.]*[^.\d][^.]*\.){1,2}")  # two components, or fewer before a number or at the end
+REMEDY = "Load and save both with the same program, so that they have the same names"
 SHOWN = 3
 
 
@@ -55,11 +56,16 @@ def names_differ(model: Checkpoint, other: Checkpoint) -> str | None:
     lacking = [name for name in other.tensors if name not in model.tensors]
     if not _differ_within_layers(unmatched, lacking):
         return None
+    ways = [
+        f"{own} could be {one} or {two} of {other.reference}"
+        for own, one, two in match_names(_shapes(model.tensors), _shapes(other.tensors)).ambiguous
+    ]
+    if ways:
+        return f"The names of {model.reference} can be read in several ways: {'; '.join(ways[:SHOWN])}. {REMEDY}"
     return (
         f"{counted(len(unmatched), 'tensor')} of {model.reference} ({_beginnings(unmatched)}) and "
         f"{counted(len(lacking), 'tensor')} of {other.reference} ({_beginnings(lacking)}) have no counterpart in the "
-        "other model: the names don't fit together, so these are different models, or one of them was saved under "
-        "names that aren't known"
+        f"other model: these are different models, or one of them was saved under names that aren't known. {REMEDY}"
     )
 
 

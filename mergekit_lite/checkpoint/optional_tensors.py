@@ -6,7 +6,7 @@ The hub's files often have them, and the same model saved again by transformers 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergekit_lite.checkpoint import tied_weights
@@ -18,6 +18,7 @@ BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|atte
 MASKS = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
 PREDICTION = re.compile(r"(^|\.)mtp(\.|$)")  # multi-token prediction as Qwen stores it
 LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
+HAS_HEAD = re.compile(r"LM|ForConditionalGeneration|ForPreTraining|ForSpeechSeq2Seq|ForVision2Seq|ForImageTextToText")
 COPIES = re.compile(r"(^|\.)((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's and Whisper's, beside the embedding
 
 
@@ -45,29 +46,48 @@ def why_optional(
     return None
 
 
+def promises_head(config: Mapping[str, Any] | None) -> bool:
+    """Return whether a model has a head for tokens by its architecture, or may have one, as that isn't known."""
+    architectures = (config or {}).get("architectures")
+    return not isinstance(architectures, list) or any(map(HAS_HEAD.search, map(str, architectures)))
+
+
 def modalities(config: Mapping[str, Any] | None) -> set[str]:
     """Return the sections of a config that promise a tower for something else than text."""
     return {key for key in MODALITIES if isinstance((config or {}).get(key), Mapping)}
 
 
-def beginnings(names: Iterable[str]) -> frozenset[str]:
-    """Return every name, and every part of it that ends with a dot."""
-    return frozenset(name[:at] for name in names for at in (*_dots(name), len(name)))
+def modules_alone(
+    having: Iterable[str],
+    config: Mapping[str, Any] | None,
+    lacking: Iterable[str],
+    its_config: Mapping[str, Any] | None,
+) -> dict[str, str]:
+    """Return the modules that one of two models lacks as a whole, such as a vision tower, by their tensors' names.
 
+    A module is the shortest beginning of a name that no name of the other model has. Those within layers don't count,
+    nor do output heads.
 
-def module_alone(name: str, known: Container[str]) -> str | None:
-    """Return the module of a tensor that a model lacks as a whole: its shortest beginning that isn't known.
-
-    ``known`` are the ``beginnings`` of all names of that model. None where the module is within a layer, or is an
-    output head.
+    Args:
+        having: names of the model that may have such modules.
+        config: its config; they are looked for only where it promises a modality that the other's doesn't.
+        lacking: names of the other model.
+        its_config: the other's config.
     """
-    module = next((name[:end] for end in (*_dots(name), len(name)) if name[:end] not in known), "")
-    within_layer = any(part.isdigit() for part in module.split("."))
-    return None if not module or within_layer or tied_weights.is_head(name) else module
+    if not modalities(config) - modalities(its_config):
+        return {}
+    known = {beginning for name in lacking for beginning in _beginnings(name)}
+    modules = {name: next((each for each in _beginnings(name) if each not in known), "") for name in having}
+    return {
+        name: module.removesuffix(".")
+        for name, module in modules.items()
+        if module and not tied_weights.is_head(name) and not any(map(str.isdigit, module.split(".")))
+    }
 
 
-def _dots(name: str) -> list[int]:
-    return [at for at, character in enumerate(name, 1) if character == "."]
+def _beginnings(name: str) -> list[str]:
+    """Return the parts of a name that end with a dot, from the shortest one on, and the name."""
+    return [name[:at] for at, character in enumerate(name, 1) if character == "."] + [name]
 
 
 def layers_promised(config: Mapping[str, Any] | None) -> int | None:

@@ -64,8 +64,13 @@ def loaded_names(names: Iterable[str], config: Config | None) -> dict[str, str] 
         architecture = getattr(transformers, str(architectures[0]), None)
         if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
             return None
-        with torch.device("meta"):
-            made: Any = architecture(architecture.config_class.from_dict(_plain(config)))
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it would remark on a config's other settings
+        try:
+            with torch.device("meta"):
+                made: Any = architecture(architecture.config_class.from_dict(_plain(config)))
+        finally:
+            transformers.logging.set_verbosity(verbosity)
         renamings = [each for each in get_model_conversion_mapping(made) if isinstance(each, WeightRenaming)]
         return {name: rename_source_key(name, renamings, [])[0] for name in names}
     except Exception:  # these functions are transformers' own affair, so a version of it may lack or change them

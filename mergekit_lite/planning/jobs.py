@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import beginnings, modalities, module_alone, why_optional
+from mergekit_lite.checkpoint.optional_tensors import modules_alone, promises_head, why_optional
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.matching import MissingError, output_dtype, shared_elements
@@ -44,7 +44,8 @@ class Jobs:
     tied: list[str] = field(default_factory=list)  # a message for each head that an embedding stands in for
     # The modules that are copied, with the model that alone has them, and how many tensors each of them has.
     alone: Counter[tuple[str, str]] = field(default_factory=Counter)
-    beginnings: dict[int, frozenset[str]] = field(default_factory=dict)  # of all names of an input
+    # For two inputs, the modules that the first has and the second lacks as a whole, by their tensors.
+    towers: dict[tuple[int, int], Mapping[str, str]] = field(default_factory=dict)
     # Arguments that are sound, or what is wrong with them; tensors with equal numbers share them.
     known: dict[object, tuple[Numbers, Arguments | str]] = field(default_factory=dict)
     shared: dict[object, Any] = field(default_factory=dict)
@@ -141,6 +142,8 @@ class Jobs:
             raise LeftOutError(f"{model.reference} lacks it, {why}")
         if why := self.recipe.why_copied(tensor.spot):
             raise LeftOutError(f"{model.reference} lacks it, {why}")
+        if tied_weights.is_head(name) and not promises_head(model.config):
+            raise LeftOutError(f"{model.reference} is a model without such a head")
         if module := self._tower(name, self.parts[tensor.part][having], [self.config_source]):
             raise LeftOutError(f"{model.reference} has no {module}")
         lacking = f"is in {models[having].reference}, but not in {model.reference}"
@@ -152,20 +155,18 @@ class Jobs:
         return why_optional(name, spec, source.tensors, source.config)
 
     def _tower(self, name: str, having: int, lacking: Sequence[int]) -> str | None:
-        """Return the module of a tensor where it belongs to a modality that other models lack: ``vision_tower.``.
+        """Return the module of a tensor where it belongs to a modality that other models lack: ``vision_tower``.
 
         None where it doesn't, or their configs don't say so.
         """
-        module = None
-        for model in lacking:
-            if not modalities(self.inputs[having].config) - modalities(self.inputs[model].config):
-                return None
-            if model not in self.beginnings:
-                self.beginnings[model] = beginnings(self.inputs[model].tensors)
-            module = module_alone(name, self.beginnings[model])
-            if module is None:
-                return None
-        return module
+        modules = [self._modules_alone(having, model).get(name) for model in lacking]
+        return modules[0] if all(modules) else None
+
+    def _modules_alone(self, having: int, lacking: int) -> Mapping[str, str]:
+        if (having, lacking) not in self.towers:
+            one, other = self.inputs[having], self.inputs[lacking]
+            self.towers[having, lacking] = modules_alone(one.tensors, one.config, other.tensors, other.config)
+        return self.towers[having, lacking]
 
     def _arguments(self, numbers: Numbers, order: tuple[int, ...], has_base: bool) -> Arguments:
         """Return the method's parameters; those of each model as a tuple, in the order of the job's inputs."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.one_naming import names_differ, shown_as
-from mergekit_lite.checkpoint.optional_tensors import beginnings, modalities, module_alone, why_optional
+from mergekit_lite.checkpoint.optional_tensors import modules_alone, why_optional
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.comparison.shared_tensors import tensors_by_name
 from mergekit_lite.deferred import torch
@@ -107,8 +107,8 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     for model in (base, tuned):
         model.check_names()
     tuned = shown_as(tuned, base)
-    towers = modalities(base.config) - modalities(tuned.config)
-    known = beginnings(tuned.tensors) if towers else frozenset()
+    kept = modules_alone(base.tensors, base.config, tuned.tensors, tuned.config)
+    left_out = modules_alone(tuned.tensors, tuned.config, base.tensors, base.config)
     pairs: list[TensorPair] = []
     notes = [*base.notes, *tuned.notes]
     missing: list[str] = []
@@ -116,18 +116,17 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     for name, (after, before) in tensors_by_name((tuned, base)):
         if after is None and before is not None and (why := why_optional(name, before, base.tensors, base.config)):
             notes.append(f"{name}: {why}; only {base.reference} has it, and models made with the vector keep it")
-        elif after is None and towers and (module := module_alone(name, known)):
-            alone[module] += 1
+        elif after is None and name in kept:
+            alone[f"{kept[name]}: only {base.reference} has it, and models made with the vector keep it"] += 1
+        elif before is None and name in left_out:
+            alone[f"{left_out[name]}: only {tuned.reference} has it, so it is no part of the vector"] += 1
         elif after is None:
             missing.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
         else:
             whole, note = _is_whole(name, after, before, base, tuned)
             pairs.append(TensorPair(name, after, None if whole else before))
             notes += [f"{name}: {note}"] * bool(note)
-    notes += [
-        f"{module}: only {base.reference} has it ({counted(number, 'tensor')}), and models made with the vector keep it"
-        for module, number in alone.items()
-    ]
+    notes += [f"{note} ({counted(number, 'tensor')})" for note, number in alone.items()]
     strangers = names_differ(tuned, base) if missing else None
     return pairs, notes, [strangers] if strangers else missing
 
