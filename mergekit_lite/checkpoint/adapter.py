@@ -96,8 +96,9 @@ class Adapter:
         apart = {name_in[name] for name in (*self.factors, *replacements)}
         try:
             if heads:
-                return adapter_heads.with_task_head(folded, heads, self.config.task or "", scale)
-            folded = adapter_heads.untied(folded, apart, base, replaced)
+                folded = adapter_heads.with_task_head(folded, heads, self.config.task or "", scale)
+            else:
+                folded = adapter_heads.untied(folded, apart, base, replaced)
             return adapter_heads.resized(folded, replaced, has_tokens=bool(self.tokens))
         except CheckpointError as problem:
             refuse(self.reference, [str(problem)], "this adapter on its base")
@@ -123,7 +124,11 @@ def _replacement(own: TensorSpec, spec: TensorSpec, name: str, scale: float) -> 
         raise CheckpointError(f"{spec.name}: is {spec.dtype}, which is not for arithmetic")
     in_part = scale != 1 or isinstance(own.encoding, Sum)
     if spec.shape != own.shape:
-        resized = tied_weights.is_vocabulary(name) and len(spec.shape) and spec.shape[1:] == own.shape[1:]
+        resized = (
+            tied_weights.is_vocabulary(name)
+            and 0 < len(spec.shape) == len(own.shape)
+            and spec.shape[1:] == own.shape[1:]
+        )
         if not resized or in_part:
             hint = (
                 ". The vocabulary was resized for training, so what the adapter has can't be scaled or added to"

@@ -75,10 +75,10 @@ class TokenRows:
 
     def term_for(self, base: TensorSpec) -> Rows:
         """Return what is added to ``base``. Raises CheckpointError where it lacks a row, or the shapes don't fit."""
-        if self.rows.shape != (len(self.tokens), *base.shape[1:]):
+        if len(base.shape) != 2 or self.rows.shape != (len(self.tokens), base.shape[1]):
             raise CheckpointError(
-                f"{self.rows.name}: has shape {list(self.rows.shape)}, expected a row of {base.name} for each of "
-                f"{counted(len(self.tokens), 'token')}: {[len(self.tokens), *base.shape[1:]]}"
+                f"{self.rows.name}: has shape {list(self.rows.shape)}, expected a row of {base.name}, "
+                f"{list(base.shape)}, for each of {counted(len(self.tokens), 'token')}. Is it the right base?"
             )
         if max(self.tokens) >= base.shape[0]:
             raise CheckpointError(

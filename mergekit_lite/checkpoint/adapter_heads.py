@@ -164,7 +164,7 @@ def resized(folded: Folded, replaced: Collection[Replaced], has_tokens: bool) ->
         return folded
     before, after = other[0].own.shape[0], other[0].by.shape[0]
     for name, spec in folded.tensors.items():
-        if tied_weights.is_vocabulary(name) and spec.shape[0] == before:
+        if tied_weights.is_vocabulary(name) and spec.shape[:1] == (before,):
             raise CheckpointError(
                 f"{other[0].by.name}: has {after} rows, but {name}, which the adapter doesn't have, {before}: what its "
                 "rows were in training isn't stored. Save the adapter with save_embedding_layers=True; or resize the "

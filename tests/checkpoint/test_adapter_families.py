@@ -61,8 +61,8 @@ def qwen2_vl() -> Any:
     return made("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", text_config=text, vision_config=tower, **TOKENS)
 
 
-def qwen25_vl() -> Any:
-    text = TEXT | {"rope_scaling": MROPE}
+def qwen25_vl(tied: bool = False) -> Any:
+    text = TEXT | {"rope_scaling": MROPE, "tie_word_embeddings": tied}
     tower = QWEN_TOWER | {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -70,7 +70,7 @@ def qwen25_vl() -> Any:
         "fullatt_block_indexes": [1],
     }
     kind = "Qwen2_5_VLForConditionalGeneration"
-    return made(kind, "Qwen2_5_VLConfig", text_config=text, vision_config=tower, **TOKENS)
+    return made(kind, "Qwen2_5_VLConfig", text_config=text, vision_config=tower, tie_word_embeddings=tied, **TOKENS)
 
 
 def vit() -> Any:
@@ -90,10 +90,12 @@ def mixtral() -> Any:
 FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     "Gemma-3": (gemma3, r".*language_model.*\.(q_proj|up_proj)", IDS),
     "Gemma-3, all": (gemma3, "all-linear", IDS),
+    "Gemma-3, tied embedding": (gemma3, r".*language_model.*(q_proj|embed_tokens)", IDS),
     "Mistral-3": (mistral3, r".*language_model.*\.(q_proj|up_proj)", IDS),
     "Qwen2-VL": (qwen2_vl, ["q_proj", "up_proj"], IDS),
     "Qwen2-VL, all": (qwen2_vl, "all-linear", IDS),
     "Qwen2.5-VL": (qwen25_vl, ["q_proj", "up_proj"], IDS),
+    "Qwen2.5-VL, tied embedding": (lambda: qwen25_vl(True), ["q_proj", "embed_tokens"], IDS),
     "ViT": (vit, ["q_proj", "v_proj", "fc1"], IMAGE),
     "Nemotron-H": (nemotron_h, ["in_proj", "q_proj", "up_proj"], IDS),
     "Mixtral": (mixtral, "all-linear", IDS),

@@ -255,3 +255,13 @@ def test_a_changed_adapter_is_noticed(tmp_path):
     )
     with pytest.raises(CheckpointError, match="changed since it was planned"):
         opened.check_unchanged()
+
+
+def test_rows_of_tokens_for_what_has_no_rows(tmp_path):
+    tensors = {f"{PREFIX}model.norm.token_adapter.trainable_tokens_delta": torch.ones(1)}
+    assert "Is it the right base?" in refusal(tmp_path, tensors, trainable_token_indices={"norm": [0]})
+
+
+def test_a_vocabulary_of_other_axes(tmp_path):
+    base = state(0) | {"lm_head.weight": torch.tensor(1.0)}
+    assert "Is it the right base?" in refusal(tmp_path, {f"{PREFIX}lm_head.weight": torch.ones(18)}, base)
