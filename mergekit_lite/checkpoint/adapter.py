@@ -57,7 +57,7 @@ class Adapter:
         Raises:
             CheckpointError: a tensor of the adapter matches none of the base, or another shape. All are named.
         """
-        heads = adapter_heads.task_heads(self.replacements, self.config.task)
+        heads = adapter_heads.task_heads(self.replacements, base, self.config.task)
         replacements = {name: spec for name, spec in self.replacements.items() if name not in heads}
         found = adapter_names.matched(self.factors, self.tokens, replacements, self.experts, base, config)
         name_in, tensors = found.names, dict(base)

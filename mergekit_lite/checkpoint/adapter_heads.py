@@ -28,7 +28,12 @@ TASKS = {  # by task_type, the end of the class's name in transformers
 }
 TASK_HEAD = re.compile(r"(score|classifier|pre_classifier|qa_outputs)\.(.+\.)?(weight|bias)")
 LANGUAGE_HEADS = ("cls.", "lm_head.", "vocab_layer_norm.", "vocab_projector.", "vocab_transform.")
-MODEL_KINDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "Model")  # that have no head for a task
+TABLES = {  # transformers' own, of the classes by model_type
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+DECODERS, ENCODERS = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM", "ForPreTraining", "Model")  # without such heads
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # whose head is ``lm_head``
 MAY_BE_TIED = (*WITH_HEAD, "ForMaskedLM", "ForPreTraining")
 # Layers between the model and the head for sequences that some models have, and that no language model has.
@@ -48,9 +53,15 @@ class Replaced(NamedTuple):
     own: TensorSpec  # the base's; of a head that it ties, the embedding
 
 
-def task_heads(replacements: Mapping[str, TensorSpec], task: str | None) -> dict[str, TensorSpec]:
-    """Return those full tensors of an adapter that are a head for its task."""
-    return {name: spec for name, spec in replacements.items() if task in TASKS and TASK_HEAD.fullmatch(name)}
+def task_heads(
+    replacements: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec], task: str | None
+) -> dict[str, TensorSpec]:
+    """Return those full tensors of an adapter that are a head for its task, and that the base lacks in this shape."""
+    return {
+        name: spec
+        for name, spec in replacements.items()
+        if task in TASKS and TASK_HEAD.fullmatch(name) and (name not in base or base[name].shape != spec.shape)
+    }
 
 
 def with_task_head(folded: Folded, heads: Mapping[str, TensorSpec], task: str, scale: float) -> Folded:
@@ -70,12 +81,12 @@ def with_task_head(folded: Folded, heads: Mapping[str, TensorSpec], task: str, s
     first = next(iter(heads.values()))
     if scale != 1:
         raise CheckpointError(f"{first.name}: is a head that the base doesn't have, so it can't be scaled by {scale:g}")
-    old = str((config.get("architectures") or ["none"])[0])
-    kind = next((kind for kind in (*TASKS.values(), *MODEL_KINDS) if old.endswith(kind)), None)
-    if kind is None:
+    new = _class_for(task, config)
+    if new is None:
+        named = ", ".join(map(str, config.get("architectures") or ["none"]))
         raise CheckpointError(
-            f"{first.name}: is a head for {task}, and architectures in the config of the base ({old}) don't say which "
-            f"class of transformers has it. {MERGE_IT}"
+            f"{first.name}: is a head for {task}, and architectures in the config of the base ({named}) don't say which "
+            f"class of transformers has it under the base's names. {MERGE_IT}"
         )
     between = BETWEEN.get(str(config.get("model_type"))) if task == "SEQ_CLS" else None
     if between and not any(f".{between}." in f".{name}" for name in (*tensors, *heads)):
@@ -91,7 +102,6 @@ def with_task_head(folded: Folded, heads: Mapping[str, TensorSpec], task: str, s
         )
         for name, spec in heads.items()
     }
-    new = old.removesuffix(kind) + TASKS[task]
     return Folded(
         {name: spec for name, spec in tensors.items() if name not in language} | own,
         _for_task(config, new, heads) if task != "QUESTION_ANS" else config | {"architectures": [new]},
@@ -101,6 +111,28 @@ def with_task_head(folded: Folded, heads: Mapping[str, TensorSpec], task: str, s
         },
         (*folded.notes, f"the adapter has a head of its own ({', '.join(own)}): the output is {new}"),
     )
+
+
+def _class_for(task: str, config: Config) -> str | None:
+    """Return the class of transformers that a model becomes with a head for a task; None where that isn't known.
+
+    transformers' own table decides where it is installed; else the class of the base with another ending.
+    """
+    old = str((config.get("architectures") or [""])[0])
+    # Decoders that answer questions have other names in transformers than those that speak.
+    kinds = (TASKS[task], *(ENCODERS if task == "QUESTION_ANS" else (*DECODERS, *ENCODERS)))
+    kind = next((kind for kind in kinds if old.endswith(kind)), None)
+    if kind is None:
+        return None
+    kind_of_model = config.get("model_type")
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        kind_of_model = None
+    if kind_of_model is None:
+        return old.removesuffix(kind) + TASKS[task]
+    known: str | tuple[str, ...] | None = getattr(modeling_auto, TABLES[task], {}).get(kind_of_model)
+    return known[0] if isinstance(known, tuple) else known
 
 
 def _for_task(config: Config, kind: str, heads: Mapping[str, TensorSpec]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import mergekit_lite
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.errors import CheckpointError
+from tests.checkpoint.reading import read_all
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -186,4 +187,22 @@ def test_a_head_behind_a_layer_that_is_stored_nowhere(tmp_path: Path) -> None:
     assert difference(model, expected) < 1e-6
     bert("ForMaskedLM").save_pretrained(tmp_path / "base")
     with pytest.raises(CheckpointError, match="behind the layer 'pooler'"):
+        open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def test_a_head_that_the_base_has_is_scaled(tmp_path: Path) -> None:
+    adapted(tmp_path, qwen("ForSequenceClassification", num_labels=3), task_type="SEQ_CLS")
+    base = open_checkpoint(tmp_path / "base")
+    half = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}:0.5"))["score.weight"]
+    whole = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"))["score.weight"]
+    torch.testing.assert_close(half, (read_all(base)["score.weight"] + whole) / 2)
+
+
+def test_a_decoder_that_answers_questions_is_refused(tmp_path: Path) -> None:
+    """transformers calls its layers ``transformer.layers``, and loads none of those of a language model."""
+    adapted(tmp_path, qwen("ForSequenceClassification", num_labels=3), task_type="SEQ_CLS")
+    qwen().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"task_type": "QUESTION_ANS"}))
+    with pytest.raises(CheckpointError, match="under the base's names"):
         open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
