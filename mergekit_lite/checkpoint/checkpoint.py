@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.checkpoint import adapter as adapters
+from mergekit_lite.checkpoint import adapter_file, formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint.companion_patterns import has_tokenizer
+from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
@@ -48,6 +49,7 @@ class Checkpoint:
         added: the adapters and task vectors that are added when weights are read.
         notes: what the user should know about which weights are read, and under which names.
         home: the folder with config and tokenizer, where it isn't ``path``.
+        tokenizer_home: the folder with the tokenizer, where it isn't ``folder``.
         in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
     """
 
@@ -62,6 +64,7 @@ class Checkpoint:
     added: tuple[Added, ...] = ()
     notes: tuple[str, ...] = ()
     home: Path | None = None
+    tokenizer_home: Path | None = None
     in_shards: bool = True
     parts: tuple[Part, ...] = (Part(),)
 
@@ -138,6 +141,11 @@ class Checkpoint:
         """The folder with config and tokenizer, or None for a bare file."""
         return self.home or (self.path if self.path.is_dir() else None)
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder with its tokenizer, if any."""
+        return self.tokenizer_home or self.folder
+
     def check_names(self) -> None:
         """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
         for name in (self.reference, *(file.name for file in self.files)):
@@ -194,9 +202,9 @@ def open_adapter(reference: str) -> Adapter:
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
-            return adapters.read_adapter(reference, path.resolve())
+            return adapter_file.read_adapter(reference, path.resolve())
     folder = hub.fetch(reference, adapter=True)
-    return adapters.read_adapter(reference, folder, folder.name)
+    return adapter_file.read_adapter(reference, folder, folder.name)
 
 
 @contextmanager
@@ -220,7 +228,8 @@ def _open_sum(reference: str) -> Checkpoint:
     """Open ``base+adapter``, ``base+vector:0.5+…``."""
     base_reference, additions = references.split_reference(reference)
     base = open_checkpoint(base_reference)
-    tensors, left_out, added, notes = dict(base.tensors), dict(base.left_out), [*base.added], [*base.notes]
+    folded, added = Folded(base.tensors, base.config, base.left_out), [*base.added]
+    tokenizer = base.tokenizer_home
     identity: Identity | None = None
     for addition in additions:
         source = _open_addition(addition)
@@ -230,25 +239,30 @@ def _open_sum(reference: str) -> Checkpoint:
             identity = identity or base.identity()
             _check_base(source, identity)
         if isinstance(source, Vector):
-            source, renamed = source.under_names_of(tensors)
-            notes += [f"{source.reference}: {renamed}"] * bool(renamed)
-        tensors, replaced = source.added_to(tensors, base.config, addition.scale)
-        left_out |= replaced
+            source, renamed = source.under_names_of(folded.tensors)
+            folded = folded._replace(notes=(*folded.notes, *[f"{source.reference}: {renamed}"] * bool(renamed)))
+        step = source.added_to(folded.tensors, folded.config, addition.scale)
+        if step.has_tokenizer and has_tokenizer(source.path):
+            tokenizer = source.path
+            step = step._replace(notes=(*step.notes, "the tokenizer is the adapter's"))
+        notes = tuple(f"{source.reference}: {note}" for note in step.notes)
+        folded = step._replace(left_out={**folded.left_out, **step.left_out}, notes=folded.notes + notes)
         if isinstance(source, Adapter) and source.path.is_dir():
             others = sorted(path.name for path in source.path.iterdir() if folders.may_be_weights(path.name))
-            beside = (name for name in others if source.file.path.name != name)
-            left_out |= {
-                f"{name} of {addition.path}": "lies beside the adapter, and is no part of it" for name in beside
-            }
+            beside = [f"{name} of {addition.path}" for name in others if source.file.path.name != name]
+            reason = "lies beside the adapter, and is no part of it"
+            folded = folded._replace(left_out={**folded.left_out, **dict.fromkeys(beside, reason)})
         added.append(Added(source, addition))
     return replace(
         base,
         reference=reference,
         files=(*base.files, *(each.source.file for each in added)),
-        tensors=tensors,
-        left_out=left_out,
+        tensors=folded.tensors,
+        config=folded.config,
+        left_out=folded.left_out,
         added=tuple(added),
-        notes=tuple(notes),
+        notes=base.notes + folded.notes,
+        tokenizer_home=tokenizer,
     )
 
 

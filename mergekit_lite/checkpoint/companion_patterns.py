@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 TOKENIZER = (
@@ -17,6 +18,8 @@ TOKENIZER = (
     "tokenizer.model", "tokenizer.model.v[0-9]", "tokenizer.model.v[0-9][0-9]", "tokenizer_config.json", "vocab*.json",
     "vocab*.txt", *TEMPLATES,
 )  # fmt: skip
+VOCABULARY_FILES = ("merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json", "tokenizer.json",
+                    "tokenizer.model", "vocab.json", "vocab.txt")  # fmt: skip
 COMPANIONS = (
     *TOKENIZER,
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
@@ -49,3 +52,8 @@ def travels(name: str, folders: Collection[str]) -> bool:
     """Return whether a file travels with the weights, by its path and the folders that the model's own lists name."""
     inner = max((each for each in folders if each and name.startswith(f"{each}/")), key=len, default="")
     return matches(name.removeprefix(f"{inner}/"), IN_FOLDERS if inner else COMPANIONS)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer: its settings and its tokens."""
+    return (folder / "tokenizer_config.json").exists() and any((folder / name).exists() for name in VOCABULARY_FILES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
-from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, IN_FOLDERS, travels
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, IN_FOLDERS, TOKENIZER, matches, travels
 from mergekit_lite.checkpoint.parts import in_folder, listed_folders, model_parts, surveyed, weighted_folders
 from mergekit_lite.errors import CheckpointError, listing, nearest
 from mergekit_lite.input_files import parse_json, read_text
@@ -22,6 +22,7 @@ REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII
 )
 WRITTEN_ANEW = ("config.json", "README.md")
+ADAPTER_FILES = (folders.ADAPTER_CONFIG, *TOKENIZER)  # the tokenizer, as an adapter may change the vocabulary
 
 
 def is_repository(reference: str) -> bool:
@@ -34,7 +35,8 @@ def fetch(reference: str, *, adapter: bool = False) -> Path:
     """Download what a model or a LoRA adapter needs of a repository, or find it in the cache.
 
     Needed are one set of weights (safetensors before ``.bin``), their index, and the small files of the model; of an
-    adapter its weights and config. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has all.
+    adapter its weights, config and tokenizer. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it
+    has all.
     The reference is ``org/name`` or ``org/name@revision`` (a branch, tag or commit); the folder's name is the commit.
 
     Raises:
@@ -65,7 +67,8 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
     # The client shows names while it downloads: those that a terminal would obey are no names.
     listed = {file.rfilename for file in info.siblings or () if is_plain_line(file.rfilename)}
     if adapter:
-        wanted = [folders.adapter_weights(repo, listed), folders.ADAPTER_CONFIG]
+        small = [name for name in listed if matches(name, ADAPTER_FILES)]
+        wanted = [folders.adapter_weights(repo, listed), *small]
     elif folders.ADAPTER_CONFIG in listed and "config.json" not in listed:
         raise CheckpointError(
             f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
@@ -114,7 +117,7 @@ def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trou
     """Return the repository as the cache has it. Errors name the ``trouble`` on the way to the hub as well."""
     from huggingface_hub import snapshot_download
 
-    patterns = [folders.ADAPTER_CONFIG] if adapter else [*WRITTEN_ANEW, *COMPANIONS]
+    patterns = list(ADAPTER_FILES if adapter else (*WRITTEN_ANEW, *COMPANIONS))
     incomplete = f"{reference}: {trouble}, and the local cache doesn't hold all of"
     remedy = "Connect and run again, or name a folder on this machine."
     try:

@@ -374,7 +374,7 @@ def _readable(read: Callable[[Checkpoint], T], checkpoint: Checkpoint) -> T | No
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     """Return facts of the tokenizer and the chat template, as text by name."""
-    folder = checkpoint.folder
+    folder = checkpoint.tokenizer_folder
     if folder is None:
         return {}
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -39,15 +39,19 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
     Only files that ``companion_patterns`` lists are copied. Hidden files and what the output has of its own are not
     named; a folder is named as one, with a slash.
     """
-    if source.folder is None:
+    weights = [file.name for file in source.files]
+    return _companions_in(source.folder, {*weights, *indexed_files(weights), *_config_names(source)})
+
+
+def _companions_in(folder: Path | None, own: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    if folder is None:
         return [], {}
     copied: list[str] = []
     left: dict[str, str] = {}
-    weights = [file.name for file in source.files]
-    own = {*REPLACED, *weights, *indexed_files(weights), *_config_names(source)}
-    folders = surveyed(source.folder)[1]
-    for path in _listed(source.folder, folders):
-        name = path.relative_to(source.folder).as_posix()
+    own = {*REPLACED, *own}
+    folders = surveyed(folder)[1]
+    for path in _listed(folder, folders):
+        name = path.relative_to(folder).as_posix()
         if name in own or path.name.startswith("."):
             continue
         if path.is_dir():
@@ -56,7 +60,7 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
             left[name] = _unlisted(path)
         else:
             try:
-                small_file(source.folder, name)
+                small_file(folder, name)
                 copied.append(name)
             except UnreadableError as error:
                 left[name] = error.why
@@ -96,22 +100,22 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
     owners, left = _owners(plan)
     if plan.copy_code:
         code = code_needed(plan)[0]
-        owners |= code
+        owners |= {name: source.folder for name, source in code.items()}
         left = {name: why for name, why in left.items() if name not in code}
-    return {name: source.folder / name for name, source in owners.items() if source.folder is not None}, left
+    return {name: folder / name for name, folder in owners.items() if folder is not None}, left
 
 
-def _owners(plan: Plan) -> tuple[dict[str, Checkpoint], dict[str, str]]:
-    """Return the model that each file copied with a plan's weights is from, code aside, and why others are not."""
+def _owners(plan: Plan) -> tuple[dict[str, Path | None], dict[str, str]]:
+    """Return the folder that each file copied with a plan's weights is from, code aside, and why others are not."""
     names, left = companions_of(plan.source)
-    owners = dict.fromkeys(names, plan.source)
-    if plan.tokenizer is not None:
-        owner = plan.inputs[plan.tokenizer]
-        owners = {name: source for name, source in owners.items() if not is_tokenizer_file(name)}
-        owners |= {name: owner for name in companions_of(owner)[0] if is_tokenizer_file(name)}
+    owners = dict.fromkeys(names, plan.source.folder)
+    tokenizer = (plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]).tokenizer_folder
+    if tokenizer != plan.source.folder:
+        owners = {name: folder for name, folder in owners.items() if not is_tokenizer_file(name)}
+        owners |= {name: tokenizer for name in _companions_in(tokenizer)[0] if is_tokenizer_file(name)}
     if plan.chat_template is not None:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
-        owners = {name: source for name, source in owners.items() if not is_template_file(name)}
+        owners = {name: folder for name, folder in owners.items() if not is_template_file(name)}
     return owners, left
 
 
@@ -125,7 +129,7 @@ def code_needed(plan: Plan) -> tuple[dict[str, Checkpoint], list[str]]:
     present: dict[str, Checkpoint] = {}
     missing: list[str] = []
     for source in plan.inputs:
-        names = [name for name, owner in owners.items() if owner is source]
+        names = [name for name, folder in owners.items() if folder == source.folder]
         names += _config_names(source) if source is plan.source else []
         own, lacking = own_code.needed_files(source, own_code.configs_of(source, names))
         present = dict.fromkeys(own, source) | present

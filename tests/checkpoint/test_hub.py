@@ -246,7 +246,7 @@ def test_an_adapter_and_its_base(tmp_path):
     }
     with serve(repositories) as hub:
         [answer, bare] = fetched(tmp_path, "org/base+org/lora@v1", "org/base+org/lora", url=hub.url)
-        assert hub.downloads == {*base, "adapter_config.json", "adapter_model.safetensors"}
+        assert hub.downloads == {*base, "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert answer["tensors"] == ["b.weight"] and "is not an adapter" in bare["error"]
     assert fetched(tmp_path, "org/base+org/lora@v1", offline=True) == [answer]
     next(tmp_path.rglob("snapshots/*/adapter_config.json")).unlink()
