@@ -17,7 +17,6 @@ BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|atte
 MASKS = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
 PREDICTION = re.compile(r"(^|\.)mtp(\.|$)")  # multi-token prediction as Qwen stores it
 LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
-COPIES = re.compile(r"(^|\.)((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's and Whisper's, beside the embedding
 
 
 def why_optional(
@@ -37,9 +36,8 @@ def why_optional(
     layer = LAYER.match(name)
     if PREDICTION.search(name) or (counted and layer and int(layer[1]) >= counted):
         return "multi-token prediction, left out on loading"
-    tied = (config or {}).get("tie_word_embeddings") is not False
-    embeddings = [other for key, other in tensors.items() if tied_weights.is_embedding(key) and key != name]
-    if COPIES.search(name) and tied and any(other.shape == spec.shape for other in embeddings):
+    first = tied_weights.repeated_by(name, tensors, config)
+    if tied_weights.COPIES.search(name) and first is not None and first.shape == spec.shape:
         return "a copy of the embedding, tied on loading"
     return None
 

@@ -95,6 +95,8 @@ class Inspection:
         embedding = tied_weights.tied_to("lm_head.weight", tensors)
         if heads:
             return f"no: {', '.join(heads)}"
+        if not tied_weights.promises_head(self.checkpoint.config):
+            return "no: the model has no head"
         return f"yes: the head is {embedding.name}" if embedding is not None else "no embedding and no head by name"
 
     @property
@@ -267,20 +269,22 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
         if experts:
             count = max(experts) + 1
             yield from _differs(config, key, count, f"the tensors have {counted(count, 'expert')}")
-    heads = [name for name in checkpoint.tensors if tied_weights.is_head(name)]
-    if checkpoint.config is not None and config.get("tie_word_embeddings") is True and heads:
-        yield f"config.json: tie_word_embeddings is true, but {heads[0]} is stored; loaders differ in which counts"
-    if (
-        config.get("tie_word_embeddings") is False
-        and tied_weights.tied_to("lm_head.weight", checkpoint.tensors)
-        and not heads
-    ):
-        yield "config.json: tie_word_embeddings is false, but there is no output head"
+    yield from _doubts_of_head(checkpoint, {**config, **(checkpoint.config or {})}.get("tie_word_embeddings"))
     dtype = config.get("dtype", config.get("torch_dtype"))
     stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if spec.stored_dtype in dtypes.FLOATS}
     if isinstance(dtype, str) and stored and dtype not in stored:
         yield f"config.json: the dtype is {dtype}, the tensors are {', '.join(sorted(stored))}"
     yield from _doubts_of_tokenizer(checkpoint)
+
+
+def _doubts_of_head(checkpoint: Checkpoint, tied: object) -> Iterator[str]:
+    """Yield a doubt where the config ties a head that is stored, or doesn't tie one that is missing."""
+    heads = [name for name in checkpoint.tensors if tied_weights.is_head(name)]
+    if tied is True and heads:
+        yield f"config.json: tie_word_embeddings is true, but {heads[0]} is stored; loaders differ in which counts"
+    lacks = not heads and tied_weights.tied_to("lm_head.weight", checkpoint.tensors) is not None
+    if tied is False and lacks and tied_weights.promises_head(checkpoint.config):
+        yield "config.json: tie_word_embeddings is false, but there is no output head"
 
 
 def _doubts_of_projections(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:

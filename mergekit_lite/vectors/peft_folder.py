@@ -68,7 +68,7 @@ def header_problems(pairs: Sequence[TensorPair]) -> list[str]:
 
 def check_changed(changed: Sequence[TensorPair], base: Checkpoint) -> None:
     """Raise PlanError where a tensor that changed can't be in an adapter."""
-    tied = not any(tied_weights.is_head(name) for name in base.tensors)
+    tied = tied_weights.promises_head(base.config) and not any(tied_weights.is_head(name) for name in base.tensors)
     faults = []
     for pair in changed:
         module, _, kind = pair.name.rpartition(".")
