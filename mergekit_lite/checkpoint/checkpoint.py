@@ -43,6 +43,7 @@ class Checkpoint:
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
+        notes: what the user should know of its tensors' names.
     """
 
     reference: str
@@ -54,6 +55,7 @@ class Checkpoint:
     left_out: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     added: tuple[Added, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -145,13 +147,16 @@ def _open_sum(reference: str) -> Checkpoint:
     """Open ``base+adapter``, ``base+vector:0.5+…``."""
     base_reference, additions = references.split_reference(reference)
     base = open_checkpoint(base_reference)
-    tensors, left_out, added = dict(base.tensors), dict(base.left_out), [*base.added]
+    tensors, left_out, added, notes = dict(base.tensors), dict(base.left_out), [*base.added], [*base.notes]
     identity: Identity | None = None
     for addition in additions:
         source = _open_addition(addition)
         if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
             _check_base(source, identity)
+        if isinstance(source, Vector):
+            source, renamed = source.under_names_of(tensors)
+            notes += [f"{source.reference}: {renamed}"] * bool(renamed)
         tensors, replaced = source.added_to(tensors, base.config, addition.scale)
         left_out |= replaced
         added.append(Added(source, addition))
@@ -162,6 +167,7 @@ def _open_sum(reference: str) -> Checkpoint:
         tensors=tensors,
         left_out=left_out,
         added=tuple(added),
+        notes=tuple(notes),
     )
 
 

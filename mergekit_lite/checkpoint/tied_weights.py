@@ -20,7 +20,6 @@ EMBEDDINGS = (
 )
 COPIES = re.compile(r"(^|\.)((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's and Whisper's, beside the embedding
 NUMBER = re.compile(r"\.\d+\.")  # of a layer
-HEADLESS = re.compile(r"(?<!Head)(?<!Heads)Model$|Classification$|QuestionAnswering$")  # GPT2LMHeadModel has one
 
 
 def is_head(name: str) -> bool:
@@ -41,15 +40,6 @@ def may_be_tied(name: str) -> bool:
 def is_vocabulary(name: str) -> bool:
     """Return whether a tensor has one row for each token: an embedding, a head, or a head's bias."""
     return _ends(name, EMBEDDINGS + HEADS) or _ends(name, tuple(head.replace("weight", "bias") for head in HEADS))
-
-
-def promises_head(config: Mapping[str, Any] | None) -> bool:
-    """Return whether the model's class has an output head; True where the config names no class.
-
-    A classifier, a reward model and the bare model that embeds texts have none, so that their embedding isn't tied.
-    """
-    classes = (config or {}).get("architectures")
-    return not (isinstance(classes, list) and classes and HEADLESS.search(str(classes[0])))
 
 
 def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:

@@ -29,6 +29,7 @@ from mergekit_lite.checkpoint.encodings.sum import Sum, VectorTerm, scaled, with
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
+from mergekit_lite.checkpoint.naming import match_names
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
 from mergekit_lite.input_files import parse_json
@@ -74,6 +75,13 @@ class Vector:
     base: Identity  # of the model that it was made from
     deltas: Mapping[str, Delta]  # by the name of the tensor
     revision: str | None = None  # always: vectors are local files
+
+    def under_names_of(self, base: Mapping[str, TensorSpec]) -> tuple[Vector, str]:
+        """Return the vector with the names that its tensors have in a base, and what was renamed, if anything."""
+        own = {name: delta.shape for name, delta in self.deltas.items()}
+        naming = match_names(own, {name: spec.shape for name, spec in base.items()})
+        deltas = {naming.names[name]: replace(delta, name=naming.names[name]) for name, delta in self.deltas.items()}
+        return replace(self, deltas=deltas), naming.summary
 
     def added_to(
         self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0

@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 
 from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.one_naming import shown_as
 from mergekit_lite.comparison.deltas import CompareSettings, DeltaMeasurement, DeltaSums, TensorComparison, shares
 from mergekit_lite.comparison.shared_tensors import Unmatched, shared_tensors
 from mergekit_lite.comparison.survey import FloatArray, survey
@@ -200,7 +201,8 @@ def compare(
     settings = CompareSettings(top_k, tuple(alphas), tuple(map(float_named, dtypes)), select_topk)
     if not models:
         raise UsageError("Name at least one model to compare with the base.")
-    opened = [open_checkpoint(reference) for reference in (base, *models)]
+    first, *others = (open_checkpoint(reference) for reference in (base, *models))
+    opened = [first, *(shown_as(model, first) for model in others)]
     tensors, unmatched, notes = shared_tensors(opened)
     measurement = DeltaMeasurement(settings, len(models))
     # the sums of all tensors in one piece of memory: one by one between freed temporaries they made the heap grow

@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS
+from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES, promises_head
 from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
 from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
 from mergekit_lite.comparison.survey import survey
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import CheckpointError, counted
 from mergekit_lite.options import named_options
-from mergekit_lite.planning.configs import NOT_TEXT
 from mergekit_lite.planning.tokenizers import is_tokenizer_file, template_of, vocabulary_of
 from mergekit_lite.recipe.layers import place, stacks
 from mergekit_lite.recipe.templates import TEMPLATES
@@ -95,7 +94,7 @@ class Inspection:
         embedding = tied_weights.tied_to("lm_head.weight", tensors)
         if heads:
             return f"no: {', '.join(heads)}"
-        if not tied_weights.promises_head(self.checkpoint.config):
+        if not promises_head(self.checkpoint.config):
             return "no: the model has no head"
         return f"yes: the head is {embedding.name}" if embedding is not None else "no embedding and no head by name"
 
@@ -283,7 +282,7 @@ def _doubts_of_head(checkpoint: Checkpoint, tied: object) -> Iterator[str]:
     if tied is True and heads:
         yield f"config.json: tie_word_embeddings is true, but {heads[0]} is stored; loaders differ in which counts"
     lacks = not heads and tied_weights.tied_to("lm_head.weight", checkpoint.tensors) is not None
-    if tied is False and lacks and tied_weights.promises_head(checkpoint.config):
+    if tied is False and lacks and promises_head(checkpoint.config):
         yield "config.json: tie_word_embeddings is false, but there is no output head"
 
 
@@ -334,7 +333,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     nested = [
         value
         for key, value in config.items()
-        if key.endswith("_config") and key not in NOT_TEXT and isinstance(value, dict) and "hidden_size" in value
+        if key.endswith("_config") and key not in MODALITIES and isinstance(value, dict) and "hidden_size" in value
     ]
     return {**config, **nested[0]} if len(nested) == 1 else config
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
+from mergekit_lite.checkpoint.one_naming import names_differ
 from mergekit_lite.checkpoint.optional_tensors import why_optional
 from mergekit_lite.errors import PlanError
 from mergekit_lite.recipe.layers import place, stacks
@@ -77,7 +78,7 @@ def shared_tensors(models: Sequence[Checkpoint]) -> tuple[list[SharedTensor], li
     depth = stacks(first.tensors)
     shared: list[SharedTensor] = []
     unmatched: list[Unmatched] = []
-    notes: list[str] = []
+    notes = [note for model in models for note in model.notes]
     for name, specs in tensors_by_name(models):
         owner = next(model for model in models if name in model.tensors)
         if problem := _why_not(name, specs, models):
@@ -93,10 +94,12 @@ def shared_tensors(models: Sequence[Checkpoint]) -> tuple[list[SharedTensor], li
         if len({spec.shape for spec in present}) > 1:
             notes.append(f"{name}: the first {shape[0]:,} rows are compared, not all models have more")
         shared.append(_shared_tensor(name, shape, present, depth))
+    strangers = [sentence for model in models[1:] if (sentence := names_differ(model, first))]
+    notes += strangers
     unmatched += [Unmatched(first.reference, name, why) for name, why in first.left_out.items()]
     if not shared:
-        reasons = [f"{tensor.name} of {tensor.model}: {tensor.why}" for tensor in unmatched] or ["there are no tensors"]
-        raise PlanError(["no tensor of these models can be compared", *reasons])
+        reasons = strangers or [f"{tensor.name} of {tensor.model}: {tensor.why}" for tensor in unmatched]
+        raise PlanError(["no tensor of these models can be compared", *(reasons or ["there are no tensors"])])
     return shared, unmatched, notes
 
 

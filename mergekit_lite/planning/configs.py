@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS
+from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES, modalities
 
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")  # lists of the layers that are special
 # Settings that pick layers by their number and can't be carried over, with the value that picks none.
@@ -18,7 +18,6 @@ BY_NUMBER: Mapping[str, object] = {
     "no_rope_layer_interval": None, "num_kv_shared_layers": 0, "num_nextn_predict_layers": 0,
     "sliding_window_pattern": None,
 }  # fmt: skip
-NOT_TEXT = ("vision_config", "audio_config")  # towers have layers of their own
 
 Config = Mapping[str, Any]
 Origin = tuple[int, int]  # which of the inputs a layer is from, and its number there
@@ -26,14 +25,26 @@ Origin = tuple[int, int]  # which of the inputs a layer is from, and its number 
 
 def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], config_source: int) -> list[str]:
     """Return where the inputs' configs differ from the one that the output takes over."""
-    own = inputs[config_source].config or {}
     reference = inputs[config_source].reference
-    return [
-        f"{key}: {json.dumps(own[key])} in {reference}, {json.dumps(source.config[key])} in {source.reference}"
-        for source in inputs
-        for key in keys
-        if source.config is not None and key in own and key in source.config and source.config[key] != own[key]
-    ]
+    differing: list[str] = []
+    for source in inputs:
+        own, other = _comparable(inputs[config_source].config or {}, source.config or {})
+        differing += [
+            f"{key}: {json.dumps(own[key])} in {reference}, {json.dumps(other[key])} in {source.reference}"
+            for key in keys
+            if key in own and key in other and own[key] != other[key]
+        ]
+    return differing
+
+
+def _comparable(one: Config, other: Config) -> tuple[Config, Config]:
+    """Return what two configs say of the same things: of models with different towers, what they say of text."""
+    if modalities(one) == modalities(other):
+        return one, other
+    sections = [dict(config["text_config"]) if "text_config" in config else dict(config) for config in (one, other)]
+    for section in sections:
+        section.pop("model_type", None)  # a text model has another type within and without
+    return sections[0], sections[1]
 
 
 def relayered(
@@ -63,7 +74,7 @@ def _section(
         of_models = [config.get(key) for config in configs]
         if key in LAYER_COUNTS:
             section[key] = len(layers)
-        elif isinstance(value, dict) and key.endswith("_config") and key not in NOT_TEXT:
+        elif isinstance(value, dict) and key.endswith("_config") and key not in MODALITIES:
             nested = [each if isinstance(each, dict) else {} for each in of_models]
             section[key] = _section(value, nested, config_source, layers, notes)
         elif key in LAYER_NUMBERS and isinstance(value, list) and moved:

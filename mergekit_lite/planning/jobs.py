@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import why_optional
+from mergekit_lite.checkpoint.optional_tensors import modules_alone, promises_head, why_optional
 from mergekit_lite.errors import UsageError
 from mergekit_lite.methods import METHODS
-from mergekit_lite.planning.matching import MismatchError, output_dtype, shared_elements
+from mergekit_lite.planning.matching import MissingError, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import Numbers, Output, Recipe
 from mergekit_lite.recipe.layers import Input
@@ -41,6 +42,10 @@ class Jobs:
     # there are, in which dtypes, and with how many rows.
     continues: bool
     tied: list[str] = field(default_factory=list)  # a message for each head that an embedding stands in for
+    # The modules that are copied, with the model that alone has them, and how many tensors each of them has.
+    alone: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # For two inputs, the modules that the first has and the second lacks as a whole, by their tensors.
+    towers: dict[tuple[int, int], Mapping[str, str]] = field(default_factory=dict)
     # Arguments that are sound, or what is wrong with them; tensors with equal numbers share them.
     known: dict[object, tuple[Numbers, Arguments | str]] = field(default_factory=dict)
     shared: dict[object, Any] = field(default_factory=dict)
@@ -80,12 +85,17 @@ class Jobs:
 
         if why := self.recipe.why_copied(tensor.spot):
             return copied_from(next((index for index in specs if models[index] == self.config_source), lead), why)
-        missing = [self.inputs[model].reference for index, model in enumerate(models) if index not in specs]
+        missing = [model for index, model in enumerate(models) if index not in specs]
         if missing and (optional := self._why_optional(name, spec, models[lead])):
             return copied_from(lead, f"not all models have it: {optional}")
+        if missing and (module := self._tower(name, models[lead], missing)):
+            if self.config_source in missing:
+                raise LeftOutError(f"{self.inputs[self.config_source].reference} has no {module}")
+            self.alone[module, self.inputs[models[lead]].reference] += 1
+            return copied_from(lead, f"not all models have {module}")
         is_float = dtypes.is_float(spec.dtype)
         if missing and is_float:
-            raise MismatchError(f"{name}: is missing in {', '.join(missing)}")
+            raise MissingError(f"{name}: is missing in {', '.join(self.inputs[model].reference for model in missing)}")
         if is_float or not self.continues:
             rows = self.recipe.new_rows if self.continues else None
             others = [(other, self.inputs[models[index]].reference) for index, other in specs.items() if index != lead]
@@ -133,13 +143,31 @@ class Jobs:
             raise LeftOutError(f"{model.reference} lacks it, {why}")
         if why := self.recipe.why_copied(tensor.spot):
             raise LeftOutError(f"{model.reference} lacks it, {why}")
+        if tied_weights.is_head(name) and not promises_head(model.config):
+            raise LeftOutError(f"{model.reference} is a model without such a head")
+        if module := self._tower(name, self.parts[tensor.part][having], [self.config_source]):
+            raise LeftOutError(f"{model.reference} has no {module}")
         lacking = f"is in {models[having].reference}, but not in {model.reference}"
-        raise MismatchError(f"{name}: {lacking}; exclude it to go on without it")
+        raise MissingError(f"{name}: {lacking}; exclude it to go on without it")
 
     def _why_optional(self, name: str, spec: TensorSpec, model: int) -> str | None:
         """Return why other models can do without a tensor that input ``model`` has; None where they can't."""
         source = self.inputs[model]
         return why_optional(name, spec, source.tensors, source.config)
+
+    def _tower(self, name: str, having: int, lacking: Sequence[int]) -> str | None:
+        """Return the module of a tensor where it belongs to a modality that other models lack: ``vision_tower``.
+
+        None where it doesn't, or their configs don't say so.
+        """
+        modules = [self._modules_alone(having, model).get(name) for model in lacking]
+        return modules[0] if all(modules) else None
+
+    def _modules_alone(self, having: int, lacking: int) -> Mapping[str, str]:
+        if (having, lacking) not in self.towers:
+            one, other = self.inputs[having], self.inputs[lacking]
+            self.towers[having, lacking] = modules_alone(one.tensors, one.config, other.tensors, other.config)
+        return self.towers[having, lacking]
 
     def _arguments(self, numbers: Numbers, order: tuple[int, ...], has_base: bool) -> Arguments:
         """Return the method's parameters; those of each model as a tuple, in the order of the job's inputs."""

@@ -15,6 +15,10 @@ class MismatchError(Exception):
     """A tensor whose inputs don't agree; the message is one line of the plan's list of problems."""
 
 
+class MissingError(MismatchError):
+    """A tensor that not all models have."""
+
+
 def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, new_rows: str | None) -> int:
     """Return how many leading elements two tensors share: all, or those of the rows that both vocabularies have.
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite.checkpoint.one_naming import names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import is_single_file
@@ -18,7 +19,7 @@ from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 from mergekit_lite.planning.configs import Origin, disagreements, relayered
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
-from mergekit_lite.planning.matching import MismatchError, arranged
+from mergekit_lite.planning.matching import MismatchError, MissingError, arranged
 from mergekit_lite.planning.plan import Job, Plan
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, other_tokens, tokenizer_config
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
@@ -71,8 +72,8 @@ def make_plan(
         PlanError: the models or the recipe don't fit together; every problem is named.
     """
     _check(recipe, outputs, shard_size)
-    inputs = _opened(recipe.models, opened or {})
     config_source = recipe.models.index(recipe.config_source)
+    inputs = _under_one_naming(_opened(recipe.models, opened or {}), config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
     layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
@@ -105,7 +106,8 @@ def make_plan(
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
-    notes += _notes_on_jobs(jobs, spare, inputs[config_source])
+    notes += [note for each in inputs for note in each.notes]
+    notes += _notes_on_jobs(jobs, spare, making.alone, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
     differing = disagreements(SHOULD_AGREE, inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
@@ -173,13 +175,19 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
     return tuple(opened)
 
 
+def _under_one_naming(inputs: Sequence[Checkpoint], config_source: int) -> tuple[Checkpoint, ...]:
+    """Return the inputs with the names of the one that gives the config."""
+    source = unwrapped(inputs[config_source])
+    return tuple(source if each is inputs[config_source] else shown_as(each, source) for each in inputs)
+
+
 def _jobs(
     making: Jobs, tensors: Sequence[Output], numbers: Sequence[Sequence[Numbers | None]]
 ) -> tuple[list[Job], dict[str, str], list[str]]:
     """Return the jobs of all tensors, why other tensors are left out, and what is wrong."""
     jobs: list[Job] = []
     spare: dict[str, str] = {}
-    problems: list[str] = []
+    misfits: list[MismatchError] = []
     refused: dict[str, list[str]] = {}
     for tensor, made_with in zip(tensors, numbers, strict=True):
         try:
@@ -187,13 +195,23 @@ def _jobs(
         except LeftOutError as why:
             spare[tensor.spot.name] = str(why)
         except MismatchError as mismatch:
-            problems.append(str(mismatch))
+            misfits.append(mismatch)
         except WrongNumbersError as wrong:
             refused.setdefault(str(wrong), []).append(tensor.spot.name)
+    problems = _strangers(making, misfits)
+    problems += [str(each) for each in misfits if not (problems and isinstance(each, MissingError))]
     for reason, names in refused.items():  # what a method says of many tensors is one problem
         more = f" and {counted(len(names) - 1, 'more tensor')}" if len(names) > 1 else ""
         problems.append(f"{names[0]}{more}: {reason}")
     return jobs, spare, problems
+
+
+def _strangers(making: Jobs, misfits: Sequence[MismatchError]) -> list[str]:
+    """Return a sentence for each model whose names don't fit those of the output, where tensors are missing for it."""
+    if not any(isinstance(each, MissingError) for each in misfits):
+        return []
+    source = making.inputs[making.config_source]
+    return [sentence for each in making.inputs if (sentence := names_differ(each, source))]
 
 
 def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
@@ -202,11 +220,17 @@ def _unmatched(recipe: Recipe, tensors: Sequence[Output]) -> list[str]:
     return [f"the pattern {each.expression!r} matches no tensor of {recipe.config_source}" for each in filters]
 
 
-def _notes_on_jobs(jobs: Sequence[Job], spare: Mapping[str, str], source: Checkpoint) -> list[str]:
-    """Return what the user should know about tensors that are left out, or where all are copied."""
+def _notes_on_jobs(
+    jobs: Sequence[Job], spare: Mapping[str, str], alone: Mapping[tuple[str, str], int], source: Checkpoint
+) -> list[str]:
+    """Return what the user should know about tensors that are left out, or copied as one model alone has them."""
     heads = [f"{name} is left out: {why}." for name, why in spare.items() if tied_weights.is_head(name)]
     reasons = Counter(why for name, why in spare.items() if not tied_weights.is_head(name))
     heads += [f"{counted(number, 'tensor')} left out: {why}." for why, number in reasons.items()]
+    heads += [
+        f"{counted(number, 'tensor')} of {module} copied: only {reference} has that part."
+        for (module, reference), number in alone.items()
+    ]
     if any(job.merged_elements for job in jobs):
         return heads
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]

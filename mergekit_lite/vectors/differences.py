@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import why_optional
+from mergekit_lite.checkpoint.one_naming import names_differ, shown_as
+from mergekit_lite.checkpoint.optional_tensors import modules_alone, why_optional
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.comparison.shared_tensors import tensors_by_name
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import NonFiniteError
+from mergekit_lite.errors import NonFiniteError, counted
 
 READ_ELEMENTS = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
 
@@ -92,7 +94,7 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair], list[str], list[str]]:
-    """Pair the tensors of two models by their names.
+    """Pair the tensors of two models by their names, which are the base's.
 
     A head that one model ties to its embedding is paired with that embedding.
 
@@ -104,19 +106,29 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     """
     for model in (base, tuned):
         model.check_names()
+    tuned = shown_as(tuned, base)
+    kept = modules_alone(base.tensors, base.config, tuned.tensors, tuned.config)
+    left_out = modules_alone(tuned.tensors, tuned.config, base.tensors, base.config)
     pairs: list[TensorPair] = []
-    notes: list[str] = []
-    problems: list[str] = []
+    notes = [*base.notes, *tuned.notes]
+    missing: list[str] = []
+    alone: Counter[str] = Counter()
     for name, (after, before) in tensors_by_name((tuned, base)):
         if after is None and before is not None and (why := why_optional(name, before, base.tensors, base.config)):
             notes.append(f"{name}: {why}; only {base.reference} has it, and models made with the vector keep it")
+        elif after is None and name in kept:
+            alone[f"{kept[name]}: only {base.reference} has it, and models made with the vector keep it"] += 1
+        elif before is None and name in left_out:
+            alone[f"{left_out[name]}: only {tuned.reference} has it, so it is no part of the vector"] += 1
         elif after is None:
-            problems.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
+            missing.append(f"{name}: is in {base.reference}, but not in {tuned.reference}")
         else:
             whole, note = _is_whole(name, after, before, base, tuned)
             pairs.append(TensorPair(name, after, None if whole else before))
             notes += [f"{name}: {note}"] * bool(note)
-    return pairs, notes, problems
+    notes += [f"{note} ({counted(number, 'tensor')})" for note, number in alone.items()]
+    strangers = names_differ(tuned, base) if missing else None
+    return pairs, notes, [strangers] if strangers else missing
 
 
 def _is_whole(

@@ -1,0 +1,96 @@
+"""Show a checkpoint under the names of another, where the two hold one model under two namings."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from mergekit_lite.checkpoint import transformers_names
+from mergekit_lite.checkpoint.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.experts import stored_as
+from mergekit_lite.checkpoint.naming import Naming, Shape, match_names, without_wrappers
+from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.errors import counted
+
+WITHIN_LAYERS = re.compile(r"(^|\.)\d+\..*\.")
+BEGINNING = re.compile(r"(?:[^.]*[^.\d][^.]*\.){1,2}")  # two components, or fewer before a number or at the end
+REMEDY = "Load and save both with the same program, so that they have the same names"
+SHOWN = 3
+
+
+def unwrapped(model: Checkpoint) -> Checkpoint:
+    """Return a folder's checkpoint without wrappers (``_orig_mod.``) in its names, which no loader knows.
+
+    A file without a config belongs to a program of its own, so its names stay.
+    """
+    names = without_wrappers(model.tensors) if model.config else {}
+    return _noted(model, _renamed(model.tensors, Naming(names)), Naming(names).summary) if names else model
+
+
+def shown_as(model: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with its tensors under another's names, experts stored as there; its notes say what changed.
+
+    Names and shapes decide (``naming``, ``experts``). What they leave open within layers is looked up in transformers'
+    own tables of names, where transformers is installed. What isn't matched keeps its name.
+    """
+    if model.tensors.keys() == other.tensors.keys() and _shapes(model.tensors) == _shapes(other.tensors):
+        return model
+    naming = match_names(_shapes(model.tensors), _shapes(other.tensors))
+    tensors, moved = stored_as(_renamed(model.tensors, naming), other.tensors)
+    if _differ_within_layers(tensors, other.tensors):
+        table = transformers_names.match_names(model, other)
+        by_table, moved_by_table = stored_as(_renamed(model.tensors, table), other.tensors) if table else ({}, 0)
+        if table and len(by_table.keys() & other.tensors.keys()) > len(tensors.keys() & other.tensors.keys()):
+            naming, tensors, moved = table, by_table, moved_by_table
+    experts = f"experts are read as {counted(moved, 'tensor')}, as {other.reference} has them" if moved else ""
+    return _noted(model, tensors, naming.summary, experts)
+
+
+def names_differ(model: Checkpoint, other: Checkpoint) -> str | None:
+    """Return in a sentence how the names of two models differ; None where one has all names of the other, or nearly."""
+    unmatched = [name for name in model.tensors if name not in other.tensors]
+    lacking = [name for name in other.tensors if name not in model.tensors]
+    if not _differ_within_layers(unmatched, lacking):
+        return None
+    ways = [
+        f"{own} could be {one} or {two} of {other.reference}"
+        for own, one, two in match_names(_shapes(model.tensors), _shapes(other.tensors)).ambiguous
+    ]
+    if ways:
+        return f"The names of {model.reference} can be read in several ways: {'; '.join(ways[:SHOWN])}. {REMEDY}"
+    return (
+        f"{counted(len(unmatched), 'tensor')} of {model.reference} ({_beginnings(unmatched)}) and "
+        f"{counted(len(lacking), 'tensor')} of {other.reference} ({_beginnings(lacking)}) have no counterpart in the "
+        f"other model: these are different models, or one of them was saved under names that aren't known. {REMEDY}"
+    )
+
+
+def _noted(model: Checkpoint, tensors: Mapping[str, TensorSpec], *notes: str) -> Checkpoint:
+    """Return the model with other tensors, and the notes that say something."""
+    return replace(
+        model, tensors=tensors, notes=(*model.notes, *(f"{model.reference}: {note}" for note in notes if note))
+    )
+
+
+def _differ_within_layers(own: Iterable[str], other: Iterable[str]) -> bool:
+    """Return whether each of two models has tensors within layers that the other lacks."""
+    mine, theirs = set(own), set(other)
+    return all(any(WITHIN_LAYERS.search(name) for name in names) for names in (mine - theirs, theirs - mine))
+
+
+def _shapes(tensors: Mapping[str, TensorSpec]) -> dict[str, Shape]:
+    return {name: spec.shape for name, spec in tensors.items()}
+
+
+def _renamed(tensors: Mapping[str, TensorSpec], naming: Naming) -> dict[str, TensorSpec]:
+    return {
+        naming.names[name]: spec if naming.names[name] == name else replace(spec, name=naming.names[name])
+        for name, spec in tensors.items()
+    }
+
+
+def _beginnings(names: Iterable[str]) -> str:
+    counts = Counter(match[0] if (match := BEGINNING.match(name)) else name for name in names)
+    return ", ".join([f"{beginning}…" for beginning, _ in counts.most_common(SHOWN)] + ["…"] * (len(counts) > SHOWN))

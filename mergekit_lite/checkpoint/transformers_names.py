@@ -1,0 +1,91 @@
+"""What transformers calls tensors once they are loaded, by its own tables, where it is installed.
+
+transformers reads names of several of its versions: ``vit.encoder.layer.0.attention.attention.query.weight`` of the
+hub's file becomes ``vit.layers.0.attention.q_proj.weight``. So two models fit together if they become the same. The
+tables go by the modules of a model; to see those, the model is made without its weights (on the device ``meta``), by
+transformers' own classes alone. That takes seconds, so it is done only for names that don't fit otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mergekit_lite.checkpoint import naming
+from mergekit_lite.checkpoint.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.naming import Naming
+
+COUNTS = re.compile(r"layer|depth|block|stage|expert|num_")
+MOST = 2000  # modules of a kind; a config that promises more is not made into a model
+# What would load code, kernels or quantisation libraries when a model is made.
+LEFT_OUT = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "compression_config")
+
+
+def match_names(model: Checkpoint, other: Checkpoint) -> Naming | None:
+    """Return the names in ``other`` of a model's tensors, as far as transformers loads both under one name.
+
+    None where it isn't installed, or knows none of the names.
+    """
+    own = _loaded_names(model.tensors, model.config or other.config)
+    others = _loaded_names(other.tensors, other.config or model.config)
+    if own is None or others is None or (own == _same(model.tensors) and others == _same(other.tensors)):
+        return None
+    back = {loaded: name for name, loaded in others.items()}
+    by_loaded = {loaded: name for name, loaded in own.items()}
+    if len(back) < len(others) or len(by_loaded) < len(own):
+        return None  # several tensors become one
+    matched = naming.match_names(
+        {loaded: model.tensors[name].shape for loaded, name in by_loaded.items()},
+        {loaded: other.tensors[name].shape for loaded, name in back.items()},
+    )
+    paired = {name: back[matched.names[loaded]] for name, loaded in own.items() if matched.names[loaded] in back}
+    return Naming(naming.with_followers(paired, own, other.tensors))
+
+
+def _same(names: Iterable[str]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _loaded_names(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Return what each name becomes; None where transformers isn't there, or doesn't know the architecture."""
+    architectures = (config or {}).get("architectures")
+    if not isinstance(architectures, list) or not architectures or not _is_small(config):
+        return None
+    try:
+        import torch
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        architecture = getattr(transformers, str(architectures[0]), None)
+        if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+            return None
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # it would remark on a config's other settings
+        try:
+            with torch.device("meta"):
+                made: Any = architecture(architecture.config_class.from_dict(_plain(config)))
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        renamings = [each for each in get_model_conversion_mapping(made) if isinstance(each, WeightRenaming)]
+        return {name: rename_source_key(name, renamings, [])[0] for name in names}
+    except Exception:  # these functions are transformers' own affair, so a version of it may lack or change them
+        return None
+
+
+def _plain(config: Any) -> Any:
+    """Return a config without what isn't about the model's modules."""
+    if not isinstance(config, Mapping):
+        return config
+    return {key: _plain(value) for key, value in config.items() if key not in LEFT_OUT and not key.startswith("_")}
+
+
+def _is_small(config: Any) -> bool:
+    """Return whether no number of modules in a config, which may be anybody's, is beyond reason."""
+    if not isinstance(config, Mapping):
+        return True
+    return all(
+        _is_small(value) and not (COUNTS.search(key) and isinstance(value, int) and value > MOST)
+        for key, value in config.items()
+    )
