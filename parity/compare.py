@@ -49,7 +49,7 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
 
     home = models.make(folder, recipe.family, dtype)
     body = {key: value for key, value in placed({"dtype": dtype} | recipe.body, home).items() if value is not None}
-    kind = str(body.get("out_dtype") or body.get("dtype") or PROMOTED)
+    kind = str(body.get("out_dtype") or body.get("dtype") or PROMOTED).removeprefix("torch.")
     rounded = getattr(torch, kind)
     try:
         ours = both.by_mergekit_lite(body)
@@ -59,12 +59,14 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
             theirs, exact = both.by_mergekit(body), both.in_float64(body)
     except Exception as error:
         return _row(recipe, dtype, [""] * 5, f"**fails**: {str(error).splitlines()[0]}", wrong=True)
+    rows = sum(len(tensor) - len(theirs[name]) for name, tensor in ours.items() if name in theirs and tensor.ndim)
+    ours = _cut(ours, theirs)
     elements = sum(tensor.numel() for tensor in ours.values())
     if recipe.method in RANDOM and _draws(body):
         return _alike(recipe, dtype, elements, home, ours, theirs)
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(body))
-    at = borders(plan_merge(path, folder / "none"))
+    at = _cut(borders(plan_merge(path, folder / "none")), theirs)
     with_mergekit = apart(ours, theirs, rounded, SAME_FLOAT32 if kind == "float32" else ALLOWED, at)
     with_exact = apart(ours, exact, rounded, ALLOWED, at)
     cells = [
@@ -78,6 +80,7 @@ def compared(recipe: Recipe, dtype: str, folder: Path) -> Row:
     if recipe.formulas and not with_exact.names and with_exact.unexplained == 0:
         return _row(recipe, dtype, cells, "same as FuseChat's formulas")
     leak = f"; mergekit writes {', '.join(leaks)}" if leaks else ""
+    leak += "; without the rows behind the tokenizer's, which mergekit drops" if rows else ""
     if with_mergekit.names:
         return _row(recipe, dtype, cells, f"**differs**: tensors {', '.join(with_mergekit.names)}", wrong=True)
     if with_mergekit.unexplained == 0:
@@ -103,7 +106,7 @@ def _alike(
     from parity.both import tensors_in
     from parity.measures import statistics
 
-    base = tensors_in(home / "base")
+    base = _cut(tensors_in(home / "base"), theirs)
     (changed, went), (changed_there, went_there) = statistics(ours, base), statistics(theirs, base)
     shares = f"{changed:.1%} of the elements change ({changed_there:.1%}), by {went:.3g} ({went_there:.3g}) on average"
     alike = abs(changed - changed_there) <= ALIKE * changed_there and abs(went - went_there) <= ALIKE * went_there
@@ -111,8 +114,13 @@ def _alike(
     return _row(recipe, dtype, [f"{elements:,}", "", "", "", ""], f"{verdict}: {shares}", wrong=not alike)
 
 
+def _cut(state: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors with as many rows as those of another state: mergekit drops rows that no token has."""
+    return {name: tensor[: len(like[name])] if name in like else tensor for name, tensor in state.items()}
+
+
 def _draws(body: Yaml) -> bool:
-    return any("density" in model.get("parameters", {}) for model in body["models"])
+    return "density:" in yaml.safe_dump(body)
 
 
 def _share(share: float) -> str:

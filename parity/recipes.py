@@ -15,6 +15,9 @@ import yaml
 DTYPES = ("float32", "bfloat16")
 MODEL_NAMES = ("a", "b", "c", "d", "e")
 EXAMPLES = Path(__file__).parent / "examples"
+PUBLISHED = Path(__file__).parent / "published"  # in the manner of model cards and guides, with all that they write
+
+REFERENCES = ("model", "base_model", "path")
 
 Yaml = dict[str, Any]
 
@@ -109,12 +112,13 @@ def recipes() -> Iterator[Recipe]:
             yield Recipe(name, _called(method, count, case.base, case.each, case.shared))
     for method in ("nuslerp", "multislerp"):
         yield Recipe(f"{method}, 2, no base", _called(method, 2, False, WEIGHT))
-    yield from examples()
+    yield from in_files(EXAMPLES)
+    yield from in_files(PUBLISHED)
 
 
-def examples() -> Iterator[Recipe]:
-    """Those in files; the comment at the top says on which models."""
-    for path in sorted(EXAMPLES.glob("*.yml")):
+def in_files(folder: Path) -> Iterator[Recipe]:
+    """Yield the recipes of a folder; the comment at the top of each says on which models."""
+    for path in sorted(folder.glob("*.yml")):
         text = path.read_text()
         about = yaml.safe_load(text.split("\n", 1)[0].removeprefix("#"))
         yield Recipe(path.stem, yaml.safe_load(text), **about)
@@ -139,7 +143,7 @@ def placed(body: Any, home: Path) -> Any:
         return [placed(one, home) for one in body]
     if isinstance(body, dict):
         return {
-            key: str(home / value) if key in ("model", "base_model") else placed(value, home)
+            key: str(home / value) if key in REFERENCES and isinstance(value, str) else placed(value, home)
             for key, value in body.items()
         }
     return body

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 LONG = (  # by their time, the longest first
-    "test_train.py", "test_crash.py", "test_golden.py", "test_boost.py", "test_serving.py", "test_report.py",
-    "test_choice.py", "test_cli.py", "test_damage.py", "test_whole.py", "test_sample_killed.py", "test_contributing.py",
+    "test_train.py", "test_crash.py", "test_golden.py", "test_families.py", "test_boost.py", "test_serving.py",
+    "test_report.py", "test_choice.py", "test_cli.py", "test_damage.py", "test_whole.py", "test_sample_killed.py",
+    "test_contributing.py",
 )  # fmt: skip
 
 

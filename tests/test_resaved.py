@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ DROPPED: dict[str, tuple[State, State]] = {
     ),
     "Whisper's head": ({"proj_out.weight": torch.ones(9, 4)}, {"model.decoder.embed_tokens.weight": torch.ones(9, 4)}),
 }
+COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight",
+          "proj_out.weight": "model.decoder.embed_tokens.weight"}  # fmt: skip
+
+
+def hubs_own_are_right(out: State, hub: State, names: Iterable[str]) -> bool:
+    """Return whether what only the hub's files have is as there, and copies of the embedding follow it."""
+    return all(same_bytes(out[name], out[COPIES[name]] if name in COPIES else hub[name]) for name in names)
 
 
 @pytest.fixture(params=DROPPED.values(), ids=DROPPED)
@@ -40,6 +48,9 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """Write ``hub``, with what is dropped, and ``saved``, without; return what is dropped."""
     dropped, needed = request.param
     core = state(0, layers=LAYERS) | needed
+    if needed:  # they are the only embedding, which the head is tied to
+        del core["model.embed_tokens.weight"], core["lm_head.weight"]
+        core |= needed
     write_folder(tmp_path / "hub", core | dropped, config=CONFIG)
     write_folder(tmp_path / "saved", tuned(core, 1), config=CONFIG)
     monkeypatch.chdir(tmp_path)
@@ -58,11 +69,11 @@ def test_extrapolated_from_the_hub(pair: State) -> None:
         torch.testing.assert_close(tensor.double(), exact, rtol=2**-7, atol=1e-6)
 
 
-def test_the_other_way_round_it_is_copied(pair: State) -> None:
+def test_the_other_way_round_it_is_kept(pair: State) -> None:
     mergekit_lite.extrapolate("saved", "hub", "out", 0.5)
     out, hub = read_folder(Path("out")), read_folder(Path("hub"))
     assert out.keys() == hub.keys()
-    assert all(same_bytes(out[name], hub[name]) for name in pair)
+    assert hubs_own_are_right(out, hub, pair)
 
 
 def test_merged_on_the_hubs_base(pair: State) -> None:
@@ -70,22 +81,34 @@ def test_merged_on_the_hubs_base(pair: State) -> None:
     mergekit_lite.merge(recipe | {"parameters": {"weight": 1.0}}, "out")
     out, hub, saved = map(read_folder, map(Path, ("out", "hub", "saved")))
     assert out.keys() == hub.keys()
-    assert all(same_bytes(out[name], hub[name]) for name in pair)
+    assert hubs_own_are_right(out, hub, pair)
     for name, tensor in saved.items():
         torch.testing.assert_close(out[name], tensor, rtol=2**-7, atol=1e-6)
 
 
 def test_vectors_and_comparisons(pair: State) -> None:
     extracted = mergekit_lite.extract_vector("hub", "saved", "v.safetensors")
-    assert sum("only hub has it" in note for note in extracted.notes) == len(pair)
+    assert sum("only hub has it" in note or "ties it to" in note for note in extracted.notes) == len(pair)
     mergekit_lite.apply_vectors("hub", ["v.safetensors"], "out")
     out, hub, saved = map(read_folder, map(Path, ("out", "hub", "saved")))
     assert out.keys() == hub.keys()
-    assert all(same_bytes(out[name], saved.get(name, hub[name])) for name in out)
+    assert all(same_bytes(out[name], tensor) for name, tensor in saved.items())
+    assert hubs_own_are_right(out, hub, pair)
     compared = CliRunner().invoke(main, ["compare", "hub", "saved", "--json"])
     assert compared.exit_code == 0, compared.output
     left_out = json.dumps(json.loads(compared.output))
     assert all(name in left_out for name in pair)
+
+
+def test_a_vector_of_saved_models_on_the_hubs_base(pair: State) -> None:
+    hub = read_folder(Path("hub"))
+    write_folder(Path("plain"), {name: tensor for name, tensor in hub.items() if name not in pair}, config=CONFIG)
+    mergekit_lite.extract_vector("plain", "saved", "v.safetensors")
+    mergekit_lite.apply_vectors("hub", ["v.safetensors"], "out", rebase=True)
+    out, saved = read_folder(Path("out")), read_folder(Path("saved"))
+    assert out.keys() == hub.keys()
+    assert all(same_bytes(out[name], tensor) for name, tensor in saved.items())
+    assert hubs_own_are_right(out, hub, pair)
 
 
 @pytest.mark.parametrize(

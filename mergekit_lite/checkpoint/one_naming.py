@@ -16,6 +16,11 @@ from mergekit_lite.errors import counted
 
 WITHIN_LAYERS = re.compile(r"(^|\.)\d+\..*\.")
 BEGINNING = re.compile(r"(?:[^.]*[^.\d][^.]*\.){1,2}")  # two components, or fewer before a number or at the end
+SYNONYMS = (  # ends of names: GPT-NeoX's head in two versions of transformers, a weight's norm in two of PyTorch
+    ("embed_out.weight", "lm_head.weight"),
+    (".weight_g", ".parametrizations.weight.original0"),
+    (".weight_v", ".parametrizations.weight.original1"),
+)
 REMEDY = "Load and save both with the same program, so that they have the same names"
 SHOWN = 3
 
@@ -46,8 +51,21 @@ def shown_as(model: Checkpoint, other: Checkpoint) -> Checkpoint:
         by_table, moved_by_table = stored_as(_renamed(model.tensors, table), other.tensors) if table else ({}, 0)
         if table and len(by_table.keys() & other.tensors.keys()) > len(tensors.keys() & other.tensors.keys()):
             naming, tensors, moved = table, by_table, moved_by_table
+    tensors = _renamed(tensors, Naming(_synonyms(_shapes(tensors), _shapes(other.tensors))))
     experts = f"experts are read as {counted(moved, 'tensor')}, as {other.reference} has them" if moved else ""
     return _noted(model, tensors, naming.summary, experts)
+
+
+def _synonyms(own: Mapping[str, Shape], other: Mapping[str, Shape]) -> dict[str, str]:
+    """Return all names of a model; where the other has a synonym of a name instead, that."""
+    names = dict.fromkeys(own)
+    for one, two in SYNONYMS:
+        for known, wanted in ((one, two), (two, one)):
+            for name in own.keys() - other.keys():
+                synonym = name.removesuffix(known) + wanted
+                if name.endswith(known) and synonym not in own and other.get(synonym) == own[name]:
+                    names[name] = synonym
+    return {name: synonym or name for name, synonym in names.items()}
 
 
 def names_differ(model: Checkpoint, other: Checkpoint) -> str | None:

@@ -18,8 +18,7 @@ BUFFERS = re.compile(r"(^|[./])(rotary_emb\.inv_freq|masked_bias|position_ids|at
 MASKS = re.compile(r"(^|[./])attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
 PREDICTION = re.compile(r"(^|[./])mtp(\.|$)")  # multi-token prediction as Qwen stores it
 LAYER = re.compile(r"(?:.*/)?(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
-HAS_HEAD = re.compile(r"LM|ForConditionalGeneration|ForPreTraining|ForSpeechSeq2Seq|ForVision2Seq|ForImageTextToText")
-COPIES = re.compile(r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's, Whisper's, beside the embedding
+HEADLESS = re.compile(r"(?<!Head)(?<!Heads)Model$|Classification$|QuestionAnswering$")  # GPT2LMHeadModel has one
 VALUE_HEAD = re.compile(r"v_head\.")  # of TRL's models with a value head
 
 
@@ -41,13 +40,8 @@ def why_optional(
     layer = LAYER.match(name)
     if PREDICTION.search(name) or (counted and layer and int(layer[1]) >= counted):
         return "multi-token prediction, left out on loading"
-    tied = (config or {}).get("tie_word_embeddings") is not False
-    embeddings = [
-        other
-        for key, other in tensors.items()
-        if tied_weights.is_embedding(key) and key != name and tied_weights.part(key) == tied_weights.part(name)
-    ]
-    if COPIES.search(name) and tied and any(other.shape == spec.shape for other in embeddings):
+    first = tied_weights.repeated_by(name, tensors, config)
+    if tied_weights.COPIES.search(name) and first is not None and first.shape == spec.shape:
         return "a copy of the embedding, tied on loading"
     if VALUE_HEAD.match(name):
         return "a value head, which training alone reads"
@@ -55,9 +49,12 @@ def why_optional(
 
 
 def promises_head(config: Mapping[str, Any] | None) -> bool:
-    """Return whether a model has a head for tokens by its architecture, or may have one, as that isn't known."""
-    architectures = (config or {}).get("architectures")
-    return not isinstance(architectures, list) or any(map(HAS_HEAD.search, map(str, architectures)))
+    """Return whether a model has a head for tokens by its class, or may have one, as that isn't known.
+
+    A classifier, a reward model and a bare model that embeds texts have none, so that their embedding isn't tied.
+    """
+    classes = (config or {}).get("architectures")
+    return not isinstance(classes, list) or not classes or not HEADLESS.search(str(classes[0]))
 
 
 def modalities(config: Mapping[str, Any] | None) -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
@@ -16,6 +18,10 @@ EMBEDDINGS = (
     "embeddings.weight",
     "shared.weight",
 )
+COPIES = re.compile(
+    r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$"
+)  # T5's and Whisper's, beside the embedding
+NUMBER = re.compile(r"\.\d+\.")  # of a layer
 
 
 def is_head(name: str) -> bool:
@@ -28,17 +34,43 @@ def is_embedding(name: str) -> bool:
     return _ends(name, EMBEDDINGS)
 
 
+def may_be_tied(name: str) -> bool:
+    """Return whether a tensor may be the embedding once more, by its name: a head, or a further copy."""
+    return is_head(name) or COPIES.search(name) is not None
+
+
 def is_vocabulary(name: str) -> bool:
     """Return whether a tensor has one row for each token: an embedding, a head, or a head's bias."""
     return _ends(name, EMBEDDINGS + HEADS) or _ends(name, tuple(head.replace("weight", "bias") for head in HEADS))
 
 
 def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
-    """Return the embedding that serves as a head which ``tensors`` lacks, or None where there is not exactly one."""
-    if not is_head(name) or name in tensors:
+    """Return the embedding that serves as a head or copy which ``tensors`` lacks; None where it is not certain.
+
+    There has to be exactly one embedding, copies of it aside, and for a head no other head under another name.
+    """
+    if not may_be_tied(name) or name in tensors:
+        return None
+    if is_head(name) and any(
+        is_head(other) and not NUMBER.search(other) and part(other) == part(name) for other in tensors
+    ):
         return None
     embeddings = [spec for spec in tensors.values() if is_embedding(spec.name) and part(spec.name) == part(name)]
-    return embeddings[0] if len(embeddings) == 1 else None
+    first = [spec for spec in embeddings if not COPIES.search(spec.name)] or embeddings
+    return first[0] if len(first) == 1 else None
+
+
+def repeated_by(name: str, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> TensorSpec | None:
+    """Return the embedding that a stored head or copy repeats, where the model's config ties the two; else None.
+
+    T5's embeddings of encoder and decoder are the shared one, whatever the config says of the head.
+    """
+    if not may_be_tied(name):
+        return None
+    first = tied_to(name, {other: spec for other, spec in tensors.items() if other != name})
+    tied = (config or {}).get("tie_word_embeddings", None if is_head(name) else True)
+    shared = first is not None and not is_head(name) and first.name.endswith("shared.weight")
+    return first if tied is True or shared else None
 
 
 def part(name: str) -> str:

@@ -116,6 +116,10 @@ class Vector:
                 written_as = own.written_as if isinstance(own.encoding, Sum) else delta.dtype
                 tensors[name] = replace(total, written_as=written_as)
         refuse(self.reference, problems, "this task vector on its base")
+        for name in base.keys() - self.deltas.keys():
+            first = tied_weights.repeated_by(name, base, config)
+            if first is not None and first.name in self.deltas and tensors[first.name].shape == base[name].shape:
+                tensors[name] = replace(tensors[first.name], name=name, written_as=base[name].written_as)
         return Folded(tensors, config, left_out)
 
     def differences(self) -> dict[str, TensorSpec]:

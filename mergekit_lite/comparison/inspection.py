@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES
+from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES, promises_head
 from mergekit_lite.checkpoint.parts import in_folder
 from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
 from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
@@ -39,7 +39,6 @@ WRAPPERS = {
     "module.": re.compile(r"(^|/)(_orig_mod\.)?module\."),
     "_fsdp_wrapped_module.": re.compile(r"(^|[./])_fsdp_wrapped_module\."),
 }
-WITH_HEAD = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")  # classes of models that predict tokens
 EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 Layers = Mapping[int, Mapping[str, TensorSpec]]  # of one stack: by number, then by name within the layer
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -102,6 +101,8 @@ class Inspection:
         embedding = tied_weights.tied_to("lm_head.weight", tensors)
         if heads:
             return f"no: {', '.join(heads)}"
+        if not promises_head(self.checkpoint.config):
+            return "no: the model has no head"
         return f"yes: the head is {embedding.name}" if embedding is not None else "no embedding and no head by name"
 
     @property
@@ -287,11 +288,7 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
         if experts:
             count = max(experts) + 1
             yield from _differs(config, key, count, f"the tensors have {counted(count, 'expert')}")
-    heads = [name for name in checkpoint.tensors if tied_weights.is_head(name)]
-    if checkpoint.config is not None and config.get("tie_word_embeddings") is True and heads:
-        yield f"config.json: tie_word_embeddings is true, but {heads[0]} is stored; loaders differ in which counts"
-    if _lacks_head(checkpoint) and not heads:
-        yield "config.json: tie_word_embeddings is false, but there is no output head"
+    yield from _doubts_of_head(checkpoint, {**config, **(checkpoint.config or {})}.get("tie_word_embeddings"))
     dtype = config.get("dtype", config.get("torch_dtype"))
     stored = {spec.stored_dtype for spec in checkpoint.tensors.values() if spec.stored_dtype in dtypes.FLOATS}
     if isinstance(dtype, str) and stored and dtype not in stored:
@@ -299,17 +296,14 @@ def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Itera
     yield from _doubts_of_tokenizer(checkpoint)
 
 
-def _lacks_head(checkpoint: Checkpoint) -> bool:
-    """Return whether a model without a head, by the names of its tensors, has an embedding and should not tie it.
-
-    Of a model with towers the outer config decides, not that of the text model. Reward models, classifiers and bare
-    models have no head that predicts tokens.
-    """
-    config = checkpoint.config or {}
-    classes = config.get("architectures")
-    predicts = not isinstance(classes, list) or any(WITH_HEAD.search(str(each)) for each in classes)
-    is_untied = config.get("tie_word_embeddings") is False
-    return is_untied and predicts and tied_weights.tied_to("lm_head.weight", checkpoint.tensors) is not None
+def _doubts_of_head(checkpoint: Checkpoint, tied: object) -> Iterator[str]:
+    """Yield a doubt where the config ties a head that is stored, or doesn't tie one that is missing."""
+    heads = [name for name in checkpoint.tensors if tied_weights.is_head(name)]
+    if tied is True and heads:
+        yield f"config.json: tie_word_embeddings is true, but {heads[0]} is stored; loaders differ in which counts"
+    lacks = not heads and tied_weights.tied_to("lm_head.weight", checkpoint.tensors) is not None
+    if tied is False and lacks and promises_head(checkpoint.config):
+        yield "config.json: tie_word_embeddings is false, but there is no output head"
 
 
 def _doubts_of_projections(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:

@@ -19,7 +19,11 @@ Each: TypeAlias = Literal["", "model", "input"]
 EACH: tuple[Each, ...] = ("model", "input")
 
 # What mergekit's recipes have and its methods don't use, with what to say about it.
-NO_EFFECT = {"int8_mask": "int8_mask has no effect and is ignored"}
+NO_EFFECT = {
+    "int8_mask": "int8_mask has no effect and is ignored",
+    "residual_weight": "residual_weight has no effect, as in mergekit",
+    "embed_slerp": "embed_slerp has no effect: mergekit doesn't read it any more",
+}
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,11 @@ class Jobs:
     shared: dict[object, Any] = field(default_factory=dict)
 
     def with_ties(self, tensor: Output) -> Output:
-        """Return the output tensor with the embedding of each source that ties its head to it.
+        """Return the output tensor with the embedding of each source that ties its head, or another copy, to it.
 
         A model that the output continues gets no head where it has none.
         """
-        if not tied_weights.is_head(tensor.spot.name):
+        if not tied_weights.may_be_tied(tensor.spot.name):
             return tensor
         inputs = {each.source: each for each in tensor.inputs}
         base = self.recipe.slices[tensor.part].base
@@ -64,7 +64,8 @@ class Jobs:
             if index not in inputs and embedding is not None and (not self.continues or index == base):
                 inputs[index] = Input(index, Spot(embedding.name))
                 reference = self.inputs[model].reference
-                self.tied.append(f"{reference} ties {tensor.spot.name} to {embedding.name}, other models don't")
+                if tied_weights.is_head(tensor.spot.name):
+                    self.tied.append(f"{reference} ties {tensor.spot.name} to {embedding.name}, other models don't")
         return tensor._replace(inputs=tuple(inputs[index] for index in sorted(inputs)))
 
     def job(self, tensor: Output, numbers: Sequence[Numbers | None]) -> Job:
@@ -135,7 +136,7 @@ class Jobs:
             return min(others)
         name, models = tensor.spot.name, [self.inputs[model] for model in self.parts[tensor.part]]
         model = next(model for index, model in enumerate(models) if index != base)
-        if tied_weights.tied_to(name, model.tensors) is not None:
+        if tied_weights.is_head(name) and tied_weights.tied_to(name, model.tensors) is not None:
             raise LeftOutError(f"{model.reference} ties its head to its embedding")
         having = min(specs)
         if why := self._why_optional(name, specs[having], self.parts[tensor.part][having]):

@@ -45,7 +45,7 @@ from mergekit_lite.recipe.recipe import NEW_ROWS, Override, Recipe, Slice, Sourc
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
 from mergekit_lite.rounding import ROUNDINGS
-from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
+from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -98,7 +98,7 @@ class _Parser:
     refused: bool = False  # whether a parameter stands where it can't
 
     def recipe(self, root: Node) -> Recipe:
-        parts = self.fields(self.unwrapped(root), "the recipe", KEYS, REFUSED)
+        parts = self.fields(self.unwrapped(self.without_definitions(root)), "the recipe", KEYS, REFUSED)
         main = self.method(parts.get("merge_method"), root.at)
         self.base = self.base_model(parts)
         listed = items(parts.get("overrides"), "overrides", self.problems)
@@ -123,6 +123,21 @@ class _Parser:
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
         return replace(recipe, tokenizer=values.tokenizer(parts, recipe.models, self.problems, self.notes))
+
+    def without_definitions(self, root: Node) -> Node:
+        """Return the recipe without keys of its own that only hold what aliases elsewhere stand for, with a note."""
+        if not isinstance(root, Fields):
+            return root
+        known = {*KEYS, *REFUSED, *WITHOUT_EFFECT, *_all_parameters()}
+        used = {id(node) for key, value in root.entries if key.text in known for node in _nodes(value)}
+        entries = []
+        for key, value in root.entries:
+            is_own = key.text not in known and not nearest(key.text, KEYS)
+            if is_own and any(id(node) in used for node in _nodes(value)):
+                self.notes.append(Remark(key.at, f"{key.text!r} has no effect but through its aliases"))
+            else:
+                entries.append((key, value))
+        return Fields(tuple(entries), root.at)
 
     def unwrapped(self, root: Node) -> Node:
         """Return a recipe whose only module is ``default``, which is the whole model, as one without modules."""
@@ -307,6 +322,14 @@ class _Parser:
     def chosen(self, parts: Mapping[str, Node], name: str, known: tuple[str, ...]) -> str:
         """Return one of the known texts; the first one where the recipe doesn't say."""
         return (choice(parts[name], name, known, self.problems) if name in parts else None) or known[0]
+
+
+def _nodes(node: Node) -> Iterator[Node]:
+    """Yield a value of the document and all that are in it."""
+    yield node
+    within = [value for _, value in node.entries] if isinstance(node, Fields) else []
+    for child in node.items if isinstance(node, Items) else within:
+        yield from _nodes(child)
 
 
 def _all_parameters() -> frozenset[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.one_naming import names_differ, shown_as
 from mergekit_lite.checkpoint.optional_tensors import modules_alone, why_optional
 from mergekit_lite.checkpoint.reader import Reader
@@ -144,6 +144,8 @@ def _is_whole(
         return after.dtype != before.dtype, ""
     if before.name != name:
         return False, f"{base.reference} ties it to {before.name}; the difference from that is stored"
+    if after.name != name and not tied_weights.is_head(name):
+        return False, f"{tuned.reference} ties it to {after.name}; the difference of that is stored"
     if after.name != name:
         return False, f"{tuned.reference} ties it to {after.name}; models made with the vector are untied"
     return False, ""

@@ -17,6 +17,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, tied_weights
 from mergekit_lite.checkpoint.adapter_file import PREFIX
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
+from mergekit_lite.checkpoint.optional_tensors import promises_head
 from mergekit_lite.errors import PlanError
 from mergekit_lite.vectors.differences import TensorPair
 from mergekit_lite.vectors.encoders import StoragePlan
@@ -68,7 +69,7 @@ def header_problems(pairs: Sequence[TensorPair]) -> list[str]:
 
 def check_changed(changed: Sequence[TensorPair], base: Checkpoint) -> None:
     """Raise PlanError where a tensor that changed can't be in an adapter."""
-    tied = not any(tied_weights.is_head(name) for name in base.tensors)
+    tied = promises_head(base.config) and not any(tied_weights.is_head(name) for name in base.tensors)
     faults = []
     for pair in changed:
         module, _, kind = pair.name.rpartition(".")

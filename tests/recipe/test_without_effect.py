@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mergekit_lite.recipe import parse
+from mergekit_lite.yaml_document import RecipeError
 
 TIES = "merge_method: ties\nbase_model: base\n"
 MODELS = "models:\n- {model: a, parameters: {weight: 1}}\n- {model: b, parameters: {weight: 1}}\n"
@@ -57,6 +58,26 @@ IGNORED = {
         SLICE,
         "3:3: 'residual_weight' has no effect",
     ),
+    "residual_weight among parameters": (
+        SLICE + "parameters: {residual_weight: 0}\n",
+        SLICE,
+        "5:14: residual_weight has no effect, as in mergekit",
+    ),
+    "embed_slerp": (
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.5, embed_slerp: true}\n",
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: 0.5}\n",
+        "4:22: embed_slerp has no effect",
+    ),
+    "what aliases stand for": (
+        "half: &half {weight: 0.5}\n" + TIES + MODELS.replace("{weight: 1}", "*half"),
+        TIES + MODELS.replace("weight: 1", "weight: 0.5"),
+        "1:1: 'half' has no effect but through its aliases",
+    ),
+    "what is merged into parameters": (
+        "half: &half {weight: 0.5}\n" + TIES + MODELS.replace("{weight: 1}", "{<<: *half, density: 0.3}"),
+        TIES + MODELS.replace("weight: 1", "weight: 0.5, density: 0.3"),
+        "1:1: 'half' has no effect but through its aliases",
+    ),
 }
 
 
@@ -66,6 +87,13 @@ def test_what_mergekit_ignores_is_a_note(text: str, without: str, note: str) -> 
     assert recipe == parse(without)
     [remark] = recipe.notes
     assert str(remark).startswith(note)
+
+
+@pytest.mark.parametrize("key", ["half: {weight: 0.5}", "parameter: &half {weight: 0.5}"])
+def test_a_key_that_nothing_refers_to_or_that_is_misspelt_is_an_error(key: str) -> None:
+    models = MODELS.replace("{weight: 1}", "*half") if "&" in key else MODELS
+    with pytest.raises(RecipeError, match=f"1:1: unknown key {key.partition(':')[0]!r}"):
+        parse(f"{key}\n{TIES}{models}")
 
 
 def test_the_default_module_is_the_whole_model() -> None:
