@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import adapter as adapters
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
+from mergekit_lite.checkpoint import formats, gguf_models, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
@@ -43,6 +43,7 @@ class Checkpoint:
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
+        config_made: how ``config`` was made of a GGUF's header, or why it wasn't, where there is no ``config.json``.
     """
 
     reference: str
@@ -54,6 +55,7 @@ class Checkpoint:
     left_out: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     added: tuple[Added, ...] = ()
+    config_made: str = ""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -90,10 +92,10 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     """Open a checkpoint; only headers are read.
 
     Args:
-        reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
-            under a key, a folder with such files, or a hub repository
-            ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
-            ``+``: LoRA adapters and task vectors (see ``references``).
+        reference: a ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.gguf`` file, ``ckpt.pt:ema`` for what a torch
+            file holds under a key, a folder with such files, or a hub repository ``org/name`` or ``org/name@revision``;
+            or one of these and what is added when weights are read, each after a ``+``: LoRA adapters and task vectors
+            (see ``references``).
 
     Raises:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
@@ -182,12 +184,27 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
         raise CheckpointError(
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
-    paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
+    paths, index = folders.weight_files(path) if path.is_dir() else (folders.parts_of(path), None)
     config = read_json(folders.inside(path, "config.json")) if has_config else None
     headers = [_model_header(reference, file, within) for file in paths]
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
-    shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
+    tensors = _joined(path, headers, index)
+    if headers[0].values:
+        model = gguf_models.as_transformers(path, tensors, [header.values for header in headers])
+        made = "" if config else model.config_made
+        return Checkpoint(
+            reference,
+            path,
+            files,
+            model.tensors,
+            config or model.config,
+            (),
+            model.left_out,
+            revision,
+            config_made=made,
+        )
+    shown, hidden = quantised.dequantised(path, tensors, config)
     return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
 
 

@@ -70,8 +70,8 @@ def command(
 ) -> None:
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
 
-    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors or .pt /
-    .bin files, or hub repositories (org/name, org/name@revision).
+    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors, .gguf or
+    .pt / .bin files, or hub repositories (org/name, org/name@revision).
     """
     from mergekit_lite.extrapolation import plan_extrapolation
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
 from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
-from mergekit_lite.planning.configs import Origin, disagreements, relayered
+from mergekit_lite.planning.configs import Origin, disagreements, giving_config, relayered
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
@@ -72,12 +72,13 @@ def make_plan(
     """
     _check(recipe, outputs, shard_size)
     inputs = _opened(recipe.models, opened or {})
-    config_source = recipe.models.index(recipe.config_source)
+    listed_source = recipe.models.index(recipe.config_source)
+    config_source, notes_on_gguf = giving_config(inputs, listed_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
     layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
-    making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
+    making = Jobs(recipe, inputs, parts, listed_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in layered.tensors]
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
@@ -102,7 +103,8 @@ def make_plan(
     origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
     del layered, tensors  # as large as the jobs that were made of them
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
-    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
+    cut_anew = moved or not all(formats.is_written(file.path) for file in inputs[config_source].files)
+    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if cut_anew else None))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += _notes_on_jobs(jobs, spare, inputs[config_source])
@@ -111,6 +113,7 @@ def make_plan(
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
     notes += notes_on_card
+    notes += notes_on_gguf if is_folder else []
     if recipe.chat_template is not None and template is None:
         notes.append("chat_template: auto finds no template in any model and has no effect")
     if not is_folder and (template is not None or recipe.tokenizer is not None):
@@ -147,6 +150,11 @@ def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None
         raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
     if unfit := [output for output in outputs if not is_plain_line(Path(output).name)]:
         raise UsageError(f"{str(unfit[0])!a}: {NOT_PLAIN}. Choose another.")
+    if unwritten := [output for output in outputs if Path(output).suffix in formats.gguf.SUFFIXES]:
+        raise UsageError(
+            f"{unwritten[0]}: GGUF is read, but not written. Name a folder, and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
     methods = [method_named(name) for name in (recipe.merge_method, *(each.merge_method for each in recipe.overrides))]
     known = {name for method in methods for name in method.parameters}
     if unknown := list(dict.fromkeys(name for parameters in recipe.levels for name in parameters if name not in known)):
