@@ -54,7 +54,9 @@ Examples:
     show_default=True,
     help="Vocabulary rows that only ALIGNED has.",
 )
-@click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
+@click.option(
+    "--out-dtype", help="float32, bfloat16, float16, float64, or fp8 in blocks of 128 × 128; as in ALIGNED by default."
+)
 @running.takes_rounding
 @running.takes_shard_size
 @running.takes_run_options

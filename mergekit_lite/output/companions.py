@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mergekit_lite import dtypes
+from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.checkpoint import Checkpoint, companion_patterns, formats, tied_weights
 from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
 from mergekit_lite.checkpoint.formats import refused
@@ -19,6 +19,7 @@ from mergekit_lite.output.card import model_card
 from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Plan
+from mergekit_lite.planning.fp8 import modules_not_quantised
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
 
 CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
@@ -169,11 +170,14 @@ def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
         config.pop("quantization_config", None)
         config.pop("quantization", None)  # MLX's name for it
         config.pop("compression_config", None)
-    written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype)}
+    written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype) and not job.scales_of}
     if len(written) == 1:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
+    is_fp8 = plan.out_dtype == block_fp8.NAME
     if plan.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
-        config["torch_dtype"] = plan.out_dtype
+        config["torch_dtype"] = block_fp8.BESIDE if is_fp8 else plan.out_dtype
+    if is_fp8:
+        config["quantization_config"] = block_fp8.config_section(modules_not_quantised(plan.jobs))
     if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
@@ -16,6 +17,7 @@ from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
 from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 from mergekit_lite.planning.configs import Origin, disagreements, giving_config, relayered
+from mergekit_lite.planning.fp8 import quantised_jobs
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, arranged
@@ -83,6 +85,11 @@ def make_plan(
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    paths = tuple(Path(output).expanduser() for output in outputs)
+    is_folder = not is_single_file(paths[0])
+    if recipe.out_dtype == block_fp8.NAME:
+        jobs = quantised_jobs(jobs)
+        problems += _not_fp8(jobs, inputs[config_source], is_folder)
     problems += _unmatched(recipe, tensors) if strict else []
     problems += disagreements(MUST_AGREE, inputs, config_source)
     tokenizer = _tokenizer(recipe, config_source)
@@ -93,8 +100,6 @@ def make_plan(
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
         problems += [f"{text}: {remedy}" for text in foreign]
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
-    paths = tuple(Path(output).expanduser() for output in outputs)
-    is_folder = not is_single_file(paths[0])
     if is_folder and template is not None:
         tokenizer_config(inputs[tokenizer])  # the template is written into it, so it has to be readable
     front_matter, notes_on_card = carried_over(inputs[config_source]) if is_folder else ({}, [])
@@ -161,6 +166,14 @@ def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None
         names = " and ".join(dict.fromkeys(method.name for method in methods))
         wrong = [f"{names} takes no parameter {name!r}.{nearest(name, known)}" for name in unknown]
         raise UsageError(listing("The recipe is wrong", wrong) if len(wrong) > 1 else wrong[0])
+
+
+def _not_fp8(jobs: Sequence[Job], source: Checkpoint, is_folder: bool) -> Iterator[str]:
+    """Yield why an output can't be in FP8."""
+    if not any(job.scales for job in jobs):
+        yield f"out_dtype fp8: no linear layer of attention or MLP has sizes that are multiples of {block_fp8.EDGE}"
+    if not is_folder or source.config is None:
+        yield "out_dtype fp8: needs a folder with a config.json, which says what is quantised"
 
 
 def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:
