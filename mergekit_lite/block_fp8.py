@@ -49,12 +49,10 @@ def squared_error(values: torch.Tensor, written: torch.Tensor) -> tuple[float, f
 
     They are added up by rows of blocks, so that they are the same however a matrix is cut.
     """
-    squares = torch.zeros(2, dtype=torch.float64)
+    change = size = 0.0
     for exact, coarse in zip(values.split(EDGE), written.split(EDGE), strict=True):
-        wide = exact.double().flatten()
-        error = wide - coarse.double().flatten()
-        squares += torch.stack([torch.dot(error, error), torch.dot(wide, wide)])
-    change, size = squares.tolist()
+        change += _sum_of_squares(exact - coarse)
+        size += _sum_of_squares(exact)
     return change, size
 
 
@@ -67,6 +65,11 @@ def config_section(not_quantised: Sequence[str]) -> dict[str, Any]:
         "weight_block_size": [EDGE, EDGE],
         "modules_to_not_convert": list(not_quantised),
     }
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    wide = values.double().flatten()
+    return float(torch.dot(wide, wide))
 
 
 def _blocks(matrix: torch.Tensor) -> torch.Tensor:
