@@ -98,6 +98,7 @@ def _shown(mine: _Module, target: _Module) -> list[TensorSpec]:
 
 
 def _stacked(mine: _Module, target: _Module) -> list[TensorSpec]:
+    """Return a module's single matrices as the other's stacks."""
     turned = _orientation(mine, target)
     roles = {role for stack in target.stacks for role in TOGETHER[stack]}
     kinds = {spec.dtype for specs in mine.apart.values() for spec in specs.values()}
@@ -115,6 +116,7 @@ def _stacked(mine: _Module, target: _Module) -> list[TensorSpec]:
 
 
 def _apart(mine: _Module, target: _Module) -> Iterator[TensorSpec]:
+    """Yield the matrices in a module's stacks one by one, under the names that the other has for them."""
     turned = _orientation(target, mine)
     roles = {role for stack in mine.stacks for role in TOGETHER[stack]}
     if turned is None or roles != target.apart.keys() or (turned and not mine.is_plain):
