@@ -33,7 +33,7 @@ def tower(seed: int) -> State:
 
 
 def mixture(seed: int) -> State:
-    """A model with the experts of each layer by themselves."""
+    """Return a model with the experts of each layer by themselves."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
     experts = {
@@ -49,7 +49,7 @@ def mixture(seed: int) -> State:
 
 
 def stacked(tensors: State, turned: bool = False) -> State:
-    """The same with the experts of each layer in two tensors, as transformers 5 has them; or transposed as well."""
+    """Return a mixture with the experts of each layer in two tensors, as transformers 5 has them, or transposed too."""
     made = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for layer in range(2):
         module = f"model.layers.{layer}.mlp.experts"
@@ -81,7 +81,7 @@ def under(beginning: str, tensors: State) -> State:
 
 
 def vision_language(language: str, head: str, visual: str) -> Callable[[int], State]:
-    """A maker of models whose modules have these beginnings."""
+    """Return a maker of models whose modules have these beginnings."""
 
     def made(seed: int) -> State:
         tensors = text(seed)
@@ -322,6 +322,24 @@ def test_experts_are_read_alike_wherever_they_are_cut(naming: str, turned: bool,
                 for count in (1, 5, 20, spec.numel):
                     count = min(count, spec.numel - start)
                     assert torch.equal(spec.elements(reader, start, count), flat[start : start + count]), name
+
+
+def test_quantised_experts_are_stacked(tmp_path: Path) -> None:
+    plain, codes, decoded = mixture(0), State(), State()
+    for name, tensor in plain.items():
+        if ".experts." in name:
+            codes[name] = tensor.to(torch.float8_e4m3fn)
+            codes[f"{name}_scale"] = torch.full((), 0.25)
+            decoded[name] = (codes[name].float() * 0.25).bfloat16()
+        else:
+            codes[name] = decoded[name] = tensor
+    write_folder(tmp_path / "codes", codes)
+    write_folder(tmp_path / "decoded", stacked(decoded))
+    write_folder(tmp_path / "b", tuned(stacked(plain), 1))
+    mergekit_lite.extrapolate(tmp_path / "codes", tmp_path / "b", tmp_path / "out", 0.5)
+    mergekit_lite.extrapolate(tmp_path / "decoded", tmp_path / "b", tmp_path / "expected", 0.5)
+    assert_same(str(tmp_path / "out"), str(tmp_path / "expected"))
+    assert mergekit_lite.verify(tmp_path / "out", samples="all").findings == ()
 
 
 def test_names_that_transformers_alone_knows(tmp_path: Path) -> None:

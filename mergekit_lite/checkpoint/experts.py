@@ -47,9 +47,14 @@ class _Module:
         return counts.pop() if len(counts) == 1 and alike and matrices and numbered and not self.stacks else None
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors."""
+        return [spec for specs in self.apart.values() for spec in specs.values()] + list(self.stacks.values())
+
+    @property
     def is_plain(self) -> bool:
         """Whether all tensors lie in their files as they are."""
-        return all(spec.is_plain for specs in (*self.apart.values(), self.stacks) for spec in specs.values())
+        return all(spec.is_plain for spec in self.specs)
 
 
 def stored_as(own: Mapping[str, TensorSpec], other: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], int]:
@@ -65,8 +70,8 @@ def stored_as(own: Mapping[str, TensorSpec], other: Mapping[str, TensorSpec]) ->
             continue
         shown = _shown(mine, target)
         if shown:
-            for name in (spec.name for specs in (*mine.apart.values(), mine.stacks) for spec in specs.values()):
-                del tensors[name]
+            for spec in mine.specs:
+                del tensors[spec.name]
             tensors |= {spec.name: spec for spec in shown}
             changed += len(shown)
     return tensors, changed
@@ -93,6 +98,7 @@ def _shown(mine: _Module, target: _Module) -> list[TensorSpec]:
 
 
 def _stacked(mine: _Module, target: _Module) -> list[TensorSpec]:
+    """Return a module's single matrices as the other's stacks."""
     turned = _orientation(mine, target)
     roles = {role for stack in target.stacks for role in TOGETHER[stack]}
     kinds = {spec.dtype for specs in mine.apart.values() for spec in specs.values()}
@@ -110,6 +116,7 @@ def _stacked(mine: _Module, target: _Module) -> list[TensorSpec]:
 
 
 def _apart(mine: _Module, target: _Module) -> Iterator[TensorSpec]:
+    """Yield the matrices in a module's stacks one by one, under the names that the other has for them."""
     turned = _orientation(target, mine)
     roles = {role for stack in mine.stacks for role in TOGETHER[stack]}
     if turned is None or roles != target.apart.keys() or (turned and not mine.is_plain):

@@ -104,12 +104,12 @@ def with_followers(paired: Mapping[str, str], own: Iterable[str], other: Contain
     names: dict[str, str] = {}
     taken = set(paired.values())
     for name in own:
-        new = paired.get(name)
-        if new is None:
+        if name in paired:
+            names[name] = paired[name]
+        else:
             following = _following(name, ways)
-            new = name if following in taken or following in other else following
-            taken.add(new)
-        names[name] = new
+            names[name] = name if following in taken or following in other else following
+            taken.add(names[name])
     return names if len(set(names.values())) == len(names) else {name: name for name in names}
 
 
@@ -165,7 +165,7 @@ class _Side:
         return self.names.get((parts, numbers)) or _filled(parts, numbers)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Renaming:
     """A beginning that takes the place of another, and the patterns that it pairs."""
 
@@ -182,16 +182,10 @@ class _Renaming:
 
     def is_weaker(self, than: _Renaming) -> bool:
         """Return whether the other renaming pairs all that this one pairs of a model's patterns, and is better."""
-        mine, theirs = self.pairs.keys(), than.pairs.keys()
+        mine, theirs = set(self.pairs), set(than.pairs)
         if not mine & theirs:
             mine, theirs = set(self.pairs.values()), set(than.pairs.values())
         return mine < theirs or (mine == theirs and (self.names < than.names or than.known))
-
-    def rivals(self, other: _Renaming) -> bool:
-        """Return whether the two pair some tensor of one model with different ones of the other."""
-        mine, theirs = self.pairs, other.pairs
-        owners = {two: one for one, two in mine.items()}
-        return any(mine.get(one, two) != two or owners.get(two, one) != one for one, two in theirs.items())
 
 
 def _paired(ours: _Side, theirs: _Side) -> tuple[dict[Parts, Parts], list[tuple[str, str, str]]]:
@@ -202,16 +196,28 @@ def _paired(ours: _Side, theirs: _Side) -> tuple[dict[Parts, Parts], list[tuple[
     while renamings := [each for each in renamings if each.pairs]:
         best = max(renamings, key=lambda each: (each.names, each.known, len(each.pairs)))
         renamings.remove(best)
-        rivals = [each for each in renamings if best.rivals(each) and not each.is_weaker(best)]
+        rivals = _rivals(best, renamings)
         if rivals:
             ambiguous += [(_text(best.own), _text(best.other), _text(each.other)) for each in rivals]
-            renamings = [each for each in renamings if each not in rivals]
+            unfit = set(rivals)
+            renamings = [each for each in renamings if each not in unfit]
             continue
         if best.known or _is_plausible(best, ours, theirs):
             pairs |= best.pairs
             used = set(pairs.values())
             renamings = [each.without(set(pairs), used, ours) for each in renamings]
     return pairs, ambiguous
+
+
+def _rivals(best: _Renaming, others: Iterable[_Renaming]) -> list[_Renaming]:
+    """Return the renamings that pair tensors of the best one with different ones, and aren't weaker."""
+    owners = {two: one for one, two in best.pairs.items()}
+    return [
+        each
+        for each in others
+        if any(best.pairs.get(one, two) != two or owners.get(two, one) != one for one, two in each.pairs.items())
+        and not each.is_weaker(best)
+    ]
 
 
 def _renamings(ours: _Side, theirs: _Side) -> list[_Renaming]:

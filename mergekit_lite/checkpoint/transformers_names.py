@@ -64,16 +64,18 @@ def loaded_names(names: Iterable[str], config: Config | None) -> dict[str, str] 
         architecture = getattr(transformers, str(architectures[0]), None)
         if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
             return None
-        settings = architecture.config_class.from_dict(_plain(config))
+        config_class: Any = architecture.config_class
+        settings = config_class.from_dict(_plain(config))
         if getattr(settings, "backbone", None) or getattr(settings, "use_pretrained_backbone", False):
             return None  # that would be downloaded
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it would remark on a config's other settings
+        logging: Any = transformers.logging
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would remark on a config's other settings
         try:
             with torch.device("meta"):
                 made: Any = architecture(settings)
         finally:
-            transformers.logging.set_verbosity(verbosity)
+            logging.set_verbosity(verbosity)
         renamings = [each for each in get_model_conversion_mapping(made) if isinstance(each, WeightRenaming)]
         return {name: rename_source_key(name, renamings, [])[0] for name in names}
     except Exception:  # these functions are transformers' own affair, so a version of it may lack or change them
