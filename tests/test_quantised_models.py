@@ -19,7 +19,7 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 
 
 def quantise(folder: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Write a Llama's projections as compressed-tensors packs them, in groups of 32. Return all values they stand for."""
+    """Write a Llama's projections as compressed-tensors packs them. Return all values they stand for."""
     values, stored = load_file(folder / "model.safetensors"), {}
     for name, value in values.items():
         if not name.endswith("_proj.weight"):

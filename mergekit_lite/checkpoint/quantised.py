@@ -58,6 +58,9 @@ def dequantised(
                 }
                 if isinstance(tensor.shown, str):
                     problems.append(tensor.shown)
+                elif tensor.shown.name != tensor.codes and tensor.shown.name in tensors:
+                    name = tensor.shown.name
+                    problems.append(f"{tensor.codes}: {name} is stored too; it is not clear which is meant.")
                 else:
                     shown[tensor.codes] = tensor.shown
             if recognised:

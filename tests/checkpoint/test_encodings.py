@@ -164,6 +164,10 @@ PACKED = {
     "x.weight_scale": torch.ones(4, 2),
     "x.weight_shape": torch.tensor([4, 64]),
 }
+MXFP4 = {
+    "mlp.experts.down_proj_blocks": torch.ones(1, 2, 1, 16, dtype=torch.uint8),
+    "mlp.experts.down_proj_scales": torch.ones(1, 2, 1, dtype=torch.uint8),
+}
 FOUR_BITS = {"strategy": "group", "group_size": 32}
 
 
@@ -180,6 +184,7 @@ FOUR_BITS = {"strategy": "group", "group_size": 32}
         (PACKED | {"x.weight_g_idx": torch.zeros(64).int()}, group(**FOUR_BITS), "order of their own"),
         (PACKED | {"x.weight": torch.ones(4, 64)}, group(**FOUR_BITS), "is stored too"),
         (PACKED | {"x.weight_shape": torch.tensor([-4, 1 << 60])}, group(**FOUR_BITS), "4 bits for each of (-4,"),
+        (MXFP4 | {"mlp.experts.down_proj": torch.ones(1, 32, 2)}, {}, "down_proj is stored too"),
         ({"x.weight": torch.ones(4, 4).char()}, group(format="int-quantized", num_bits=8), "x.weight_scale is missing"),
         (
             {"x.weight": torch.ones(8, 1).byte()},

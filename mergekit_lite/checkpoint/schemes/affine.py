@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mergekit_lite import dtypes
@@ -24,7 +25,7 @@ def recognise(stored: Stored) -> Iterator[Quantised]:
         if spec.dtype != "uint32" or layer == name or layer + SCALES not in stored.tensors:
             continue
         parts = {layer + part: part for part in (SCALES, BIASES) if layer + part in stored.tensors}
-        yield quantised(name, parts, lambda spec=spec: _shown(spec, stored))  # type: ignore[misc]
+        yield quantised(name, parts, partial(_shown, spec, stored))
 
 
 def _shown(spec: TensorSpec, stored: Stored) -> TensorSpec:

@@ -29,6 +29,7 @@ ABSMAX, MAP, STATE = ".absmax", ".quant_map", ".quant_state.bitsandbytes__"
 NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
 WEIGHT, SCB, FORMAT = "weight", "SCB", "weight_format"
 KINDS = ("nf4", "fp4")
+ENDINGS = (ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in KINDS))
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 MAX_STATE = 1 << 16  # bytes of JSON
@@ -40,20 +41,30 @@ TRANSPOSED = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 def recognise(stored: Stored) -> Iterator[Quantised]:
     """Yield the 4-bit and the int8 weights."""
     of_method = stored.method == METHOD
+    four_bits = _parts_of_four_bits(stored)
     for name, spec in stored.tensors.items():
-        four_bits = {
-            name + ending: "scale" if "absmax" in ending else "table"
-            for ending in (ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, *(STATE + kind for kind in KINDS))
-            if name + ending in stored.tensors
-        }
-        layer = name.removesuffix(WEIGHT)
-        bytes_alone = of_method and layer != name and spec.dtype in ("uint8", "int8")
-        if four_bits or (bytes_alone and spec.dtype == "uint8"):
-            yield quantised(name, four_bits, partial(_of_four_bits, spec, stored))
-        elif spec.dtype == "int8" and layer != name and (bytes_alone or layer + SCB in stored.tensors):
+        if name in four_bits:
+            yield quantised(name, four_bits[name], partial(_of_four_bits, spec, stored))
+        elif spec.dtype not in ("uint8", "int8") or not name.endswith(WEIGHT):
+            continue
+        elif spec.dtype == "uint8" and of_method:
+            yield quantised(name, {}, partial(_of_four_bits, spec, stored))
+        elif spec.dtype == "int8" and (of_method or name.removesuffix(WEIGHT) + SCB in stored.tensors):
+            layer = name.removesuffix(WEIGHT)
             parts = {layer + SCB: "scale", layer + FORMAT: "format"}
             parts = {part: what for part, what in parts.items() if part in stored.tensors}
             yield quantised(name, parts, partial(_of_int8, spec, stored))
+
+
+def _parts_of_four_bits(stored: Stored) -> dict[str, dict[str, str]]:
+    """Return what each part of a 4-bit weight is, by the weight's name and its own."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in stored.tensors:
+        if name.endswith(ENDINGS):
+            ending = max((ending for ending in ENDINGS if name.endswith(ending)), key=len)
+            what = "scale" if "absmax" in ending else "table" if "map" in ending else "description"
+            parts.setdefault(name.removesuffix(ending), {})[name] = what
+    return parts
 
 
 def _of_four_bits(spec: TensorSpec, stored: Stored) -> TensorSpec:

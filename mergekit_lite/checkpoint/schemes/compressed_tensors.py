@@ -66,8 +66,6 @@ def recognise(stored: Stored) -> Iterator[Quantised]:
 
 def _shown(spec: TensorSpec, weight: str, stored: Stored) -> TensorSpec:
     weights = _weights_of(weight.removesuffix(WEIGHT), spec, stored)
-    if weight in stored.tensors and weight != spec.name:
-        raise CheckpointError(f"{spec.name}: {weight} is stored too; it is not clear which is meant.")
     if len(spec.shape) != 2 or not spec.is_plain:
         raise CheckpointError(f"{spec.name}: {spec.dtype} of shape {spec.shape}, expected a matrix. {ORIGINAL}.")
     if weight + ORDER in stored.tensors:
@@ -75,11 +73,8 @@ def _shown(spec: TensorSpec, weight: str, stored: Stored) -> TensorSpec:
             f"{spec.name}: its columns are in an order of their own ({weight}{ORDER}, 'actorder': 'group'), which "
             f"compressed-tensors no longer reads either. {ORIGINAL}."
         )
-    shown = (
-        _of_floats(spec, weight, weights, stored)
-        if weights.type == "float"
-        else _of_integers(spec, weight, weights, stored)
-    )
+    show = _of_floats if weights.type == "float" else _of_integers
+    shown = show(spec, weight, weights, stored)
     return replace(shown, name=weight, written_as=stored.written_as(shown.dtype))
 
 
@@ -87,23 +82,23 @@ def _of_integers(spec: TensorSpec, weight: str, weights: Weights, stored: Stored
     shape = spec.shape if weights.format in PLAIN else _shape(spec, weight, weights.bits, stored)
     block, scale_shapes = _scales(spec.name, shape, weights)
     scale = part(stored, spec.name, weight + SCALE, "scale", dtypes.FLOATS, *scale_shapes)
-    codes = (
-        spec
-        if weights.format in PLAIN
-        else replace(spec, dtype="int8", shape=shape, encoding=PackedRows(spec, weights.bits))
-    )
-    zero_point = None
-    if weight + ZERO_POINT in stored.tensors or not weights.symmetric:
-        if weights.format == PACKED_NUMBERS and not weights.symmetric and weights.strategy in ("group", "channel"):
-            rows, columns = scale.shape
-            words = -(-rows * weights.bits // WORD), columns
-            zero_point = part(stored, spec.name, weight + ZERO_POINT, "zero point", ("int32",), words)
-            encoding = PackedColumns(zero_point, weights.bits)
-            zero_point = replace(zero_point, dtype="int8", shape=scale.shape, encoding=encoding)
-        else:
-            zero_point = part(stored, spec.name, weight + ZERO_POINT, "zero point", ("int8",), scale.shape)
-    scheme = f"INT{weights.bits}"
-    return replace(codes, dtype=scale.dtype, encoding=BlockScaled(codes, scale, block, zero_point, scheme))
+    codes = spec
+    if weights.format == PACKED_NUMBERS:
+        codes = replace(spec, dtype="int8", shape=shape, encoding=PackedRows(spec, weights.bits))
+    zero_point = _zero_point(spec.name, weight + ZERO_POINT, scale.shape, weights, stored)
+    encoding = BlockScaled(codes, scale, block, zero_point, scheme=f"INT{weights.bits}")
+    return replace(codes, dtype=scale.dtype, encoding=encoding)
+
+
+def _zero_point(codes: str, name: str, shape: tuple[int, ...], weights: Weights, stored: Stored) -> TensorSpec | None:
+    """Return the zero points, which have the shape of the scales; None where there are none and none are needed."""
+    if weights.symmetric and name not in stored.tensors:
+        return None
+    packed = weights.format == PACKED_NUMBERS and not weights.symmetric and weights.strategy in ("group", "channel")
+    if not packed:
+        return part(stored, codes, name, "zero point", ("int8",), shape)
+    words = part(stored, codes, name, "zero point", ("int32",), (-(-shape[0] * weights.bits // WORD), shape[1]))
+    return replace(words, dtype="int8", shape=shape, encoding=PackedColumns(words, weights.bits))
 
 
 def _shape(spec: TensorSpec, weight: str, bits: int, stored: Stored) -> tuple[int, int]:

@@ -57,6 +57,7 @@ def by_name(stored: Stored) -> Iterator[Quantised]:
     ``config.json`` has kept of an earlier life.
     """
     names_by_scheme: dict[tuple[str, str], list[str]] = {}
+    method = stored.method
     for name, spec in stored.tensors.items():
         if scheme := _scheme_of(spec):
             names_by_scheme.setdefault(scheme, []).append(name)
@@ -65,7 +66,7 @@ def by_name(stored: Stored) -> Iterator[Quantised]:
     named |= {layer.removesuffix(".weight").removesuffix(".nested") for layer in named}
     further = {name: SHOWN for name in stored.tensors if named and name.rpartition(".")[0] in named}
     for name, spec in stored.tensors.items():
-        if name not in further and (codes := _codes_of(spec, stored.tensors, stored.method)):
+        if name not in further and (codes := _codes_of(spec, stored.tensors, method)):
             names_by_scheme.setdefault(codes, []).append(name)
             further |= dict.fromkeys(_scales_of(name, stored.tensors), SHOWN)
     for (title, remedy), names in names_by_scheme.items():

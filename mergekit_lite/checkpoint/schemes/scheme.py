@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mergekit_lite import dtypes
@@ -26,7 +26,7 @@ class Stored:
 
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
-    reader: Reader = field(default_factory=Reader)
+    reader: Reader
 
     @property
     def quantization(self) -> Mapping[str, Any]:
