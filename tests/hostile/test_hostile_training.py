@@ -224,7 +224,7 @@ GREEDY = {
     "a frame": b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b".",
     "a long number": b"\x80\x04\x8b" + (1 << 30).to_bytes(4, "little") + b".",
     "digits": b"I" + b"9" * 100_000 + b"\n.",
-    "nesting": b"\x80\x04N" + b"\x85" * 200_000 + b".",
+    "nesting": b"\x80\x04N" + b"\x85" * 50_000 + b".",
     "registered classes": b"\x80\x04\x82\x01.",
     "a text as a class": b"\x80\x04\x8c\x05torch\x8c\x07float32\x93)\x81.",
     "a state for a class": b"\x80\x04\x8c\x0btorch._utils\x8c\x12_rebuild_tensor_v2\x93}b.",
