@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.formats import plain_pickle
 from mergekit_lite.errors import CheckpointError
 from tests.checkpoint.reading import read_all
 
@@ -215,6 +216,36 @@ def test_a_tensor_beyond_its_record(folder):
         for name, data in records.items():
             archive.writestr(name, data[:4] if "/data/" in name else data)
     assert "damaged or forged" in refusal(folder / "zero2")
+
+
+def test_what_was_checked_can_not_be_changed():
+    """A tensor's place is checked when it is made: the pickle can't give it another one afterwards."""
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
+        b"K\x04tQK\x00K\x04\x85K\x01\x85\x89NtR"
+    )
+    assert plain_pickle.load("here", b"\x80\x02" + tensor + b".", {}) == ("0", "float32", 0, (4,), (1,))
+    for change in (b"}X\x05\0\0\0startK\x09sb.", b"N}X\x05\0\0\0startK\x09s\x86b."):
+        with pytest.raises(CheckpointError, match="Nothing in it was run"):
+            plain_pickle.load("here", b"\x80\x02" + tensor + change, {})
+
+
+def no_pieces(metadata: Any) -> None:
+    tensor_of(metadata).chunks = 7
+
+
+def odd_place(metadata: Any) -> None:
+    metadata.planner_data = {WEIGHT: ("\x1b[2J", "weight"), "model.odd": ([],)}
+
+
+@pytest.mark.parametrize("change", [no_pieces, odd_place], ids=lambda change: change.__name__)
+def test_metadata_of_odd_kinds(folder, change):
+    try:
+        checkpoint = open_checkpoint(forged(folder, change))
+    except CheckpointError as error:
+        assert str(error).replace("\n", "").isprintable()
+    else:
+        assert all(name.isprintable() for name in (*checkpoint.tensors, *checkpoint.left_out))
 
 
 GREEDY = {
