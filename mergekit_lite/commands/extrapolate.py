@@ -18,6 +18,7 @@ Examples:
   mergekit-lite extrapolate sft.pt dpo.pt --alpha 0.3   (makes dpo-expo-0.3.pt)
   mergekit-lite extrapolate ./tulu-2-7b ./tulu-2-dpo-7b --alpha 0.5 -o ./tulu-2-dpo-7b-expo
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.1,0.3,0.5 -o './expo-{alpha}'   (one read of the inputs)
+  mergekit-lite extrapolate ./sft ./run/step-1000 --alpha 0.3 --as hf=./sft -o ./expo   (a training checkpoint)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --alpha-for 'norm|embed=0' -o ./expo --dry-run
 """,
 )
@@ -57,6 +58,13 @@ Examples:
 @click.option(
     "--out-dtype", help="float32, bfloat16, float16, float64, or fp8 in blocks of 128 × 128; as in ALIGNED by default."
 )
+@click.option(
+    "--as",
+    "names",
+    metavar="hf[=FOLDER]",
+    callback=values.names,
+    help="Read both under transformers' names, with the config beside them or in FOLDER: hf:SFT, hf:ALIGNED.",
+)
 @running.takes_rounding
 @running.takes_shard_size
 @running.takes_copy_code
@@ -67,6 +75,7 @@ def command(
     output: str | None,
     alpha: tuple[float, ...],
     alpha_for: dict[str, float],
+    names: str,
     run_options: RunOptions,
     view: running.View,
     **options: Any,
@@ -79,7 +88,7 @@ def command(
     """
     from mergekit_lite.extrapolation import plan_extrapolation
 
-    plan = plan_extrapolation(sft, aligned, output, alpha, alpha_for=alpha_for, **options)
+    plan = plan_extrapolation(names + sft, names + aligned, output, alpha, alpha_for=alpha_for, **options)
     if output is None and not view.quiet:
         click.echo(plain_line(f"Output: {', '.join(map(str, plan.outputs))}"), err=True)
     running.carry_out(plan, run_options, view)

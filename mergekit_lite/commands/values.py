@@ -43,6 +43,15 @@ def alphas_for(_context: object, _option: object, texts: tuple[str, ...]) -> dic
     return rules
 
 
+def names(_context: object, _option: object, text: str | None) -> str:
+    """Parse ``hf`` or ``hf=FOLDER``; return what it puts before a reference, which is empty where it isn't given."""
+    if text is None:
+        return ""
+    if not (text == "hf" or text.removeprefix("hf=") not in (text, "")):
+        raise BadParameter(f"{text!r} should be hf, or hf=FOLDER with the folder of the config.")
+    return f"{text}:"
+
+
 def moved(_context: object, _option: object, texts: tuple[str, ...]) -> dict[str, str]:
     """Parse ``OLD=NEW``, each; split at the first equals sign."""
     places: dict[str, str] = {}

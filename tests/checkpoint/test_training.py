@@ -206,6 +206,11 @@ def test_models_cut_without_a_description_are_refused_with_the_remedy(tmp_path, 
     assert words in message and ("ds_to_universal.py" in message or "torch_dist" in message)
 
 
+def test_one_of_several_tensor_parallel_parts_is_no_model(tmp_path):
+    torch.save({"module": {"w": torch.ones(2, 2)}, "mp_world_size": 2}, tmp_path / "mp_rank_00_model_states.pt")
+    assert "tensor parallelism (in 2 parts)" in refusal(tmp_path)
+
+
 def test_other_folders_have_no_keys(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     assert "have no keys" in refusal(f"{tmp_path}:ema")

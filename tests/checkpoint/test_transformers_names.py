@@ -90,7 +90,7 @@ def test_a_llama_of_torchtitan_computes_the_same_in_transformers(tmp_path, monke
     sft, aligned = meta_llama(1), meta_llama(2)
     save(tmp_path / "sft", {**sft, "optimizer": {"state.norm.weight.exp_avg": torch.ones(HIDDEN)}})
     save(tmp_path / "aligned", dict(aligned))
-    arguments = ["extrapolate", "hf=config:sft", "hf=config:aligned", "-a", "0.5", "-o", "out"]
+    arguments = ["extrapolate", "sft", "aligned", "--as", "hf=config", "-a", "0.5", "-o", "out"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     model, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.formats import plain_pickle
 from mergekit_lite.errors import CheckpointError
 from tests.checkpoint.reading import read_all
 
@@ -217,6 +218,36 @@ def test_a_tensor_beyond_its_record(folder):
     assert "damaged or forged" in refusal(folder / "zero2")
 
 
+def test_what_was_checked_can_not_be_changed():
+    """A tensor's place is checked when it is made: the pickle can't give it another one afterwards."""
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
+        b"K\x04tQK\x00K\x04\x85K\x01\x85\x89NtR"
+    )
+    assert plain_pickle.load("here", b"\x80\x02" + tensor + b".", {}) == ("0", "float32", 0, (4,), (1,))
+    for change in (b"}X\x05\0\0\0startK\x09sb.", b"N}X\x05\0\0\0startK\x09s\x86b."):
+        with pytest.raises(CheckpointError, match="Nothing in it was run"):
+            plain_pickle.load("here", b"\x80\x02" + tensor + change, {})
+
+
+def no_pieces(metadata: Any) -> None:
+    tensor_of(metadata).chunks = 7
+
+
+def odd_place(metadata: Any) -> None:
+    metadata.planner_data = {WEIGHT: ("\x1b[2J", "weight"), "model.odd": ([],)}
+
+
+@pytest.mark.parametrize("change", [no_pieces, odd_place], ids=lambda change: change.__name__)
+def test_metadata_of_odd_kinds(folder, change):
+    try:
+        checkpoint = open_checkpoint(forged(folder, change))
+    except CheckpointError as error:
+        assert str(error).replace("\n", "").isprintable()
+    else:
+        assert all(name.isprintable() for name in (*checkpoint.tensors, *checkpoint.left_out))
+
+
 GREEDY = {
     "a place in the memo": b"\x80\x04Nr\xff\xff\xff\xff.",
     "a byte array": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",
@@ -224,7 +255,7 @@ GREEDY = {
     "a frame": b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b".",
     "a long number": b"\x80\x04\x8b" + (1 << 30).to_bytes(4, "little") + b".",
     "digits": b"I" + b"9" * 100_000 + b"\n.",
-    "nesting": b"\x80\x04N" + b"\x85" * 200_000 + b".",
+    "nesting": b"\x80\x04N" + b"\x85" * 50_000 + b".",
     "registered classes": b"\x80\x04\x82\x01.",
     "a text as a class": b"\x80\x04\x8c\x05torch\x8c\x07float32\x93)\x81.",
     "a state for a class": b"\x80\x04\x8c\x0btorch._utils\x8c\x12_rebuild_tensor_v2\x93}b.",

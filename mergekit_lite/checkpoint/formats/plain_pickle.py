@@ -11,8 +11,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import CheckpointError, shortened
@@ -96,16 +95,15 @@ class Dictionary(dict[Any, Any]):
         """Keep nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+# Named tuples, as no instruction can change what is in them once it was checked.
+class Storage(NamedTuple):
     """A storage of a torch file: the name of its record, and the dtype that its class says, if it says one."""
 
     record: str
     dtype: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of a torch file: where its elements lie, in elements of its dtype."""
 
     record: str

@@ -33,8 +33,6 @@ from mergekit_lite.input_files import opened
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 2_000_000_000  # of 100,000 pieces it has some 20 MB
 CONVERT = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt"
-
-
 _KINDS: Mapping[str, Any] = {
     "Metadata": Rebuilt, "TensorStorageMetadata": Rebuilt, "BytesStorageMetadata": Rebuilt,
     "ChunkStorageMetadata": Rebuilt, "TensorProperties": Rebuilt, "StorageMeta": Rebuilt, "_StorageInfo": Rebuilt,
@@ -135,8 +133,10 @@ def _path(key: str, planned: object) -> Sequence[str]:
 
     Megatron doesn't note them; there the optimizer's are known by how their names begin.
     """
-    if isinstance(planned, tuple | list) and planned and all(isinstance(part, str | int) for part in planned):
-        return [str(part) for part in planned]
+    if isinstance(planned, tuple | list) and all(isinstance(part, str | int) for part in planned):
+        parts = [str(part) for part in planned]
+        if ".".join(parts) == key:
+            return parts
     match = OPTIMIZER.match(key)
     first, _, rest = key[match.start("key") :].partition(".") if match else ("", "", "")
     return (first, rest) if rest else (key,)
@@ -145,10 +145,10 @@ def _path(key: str, planned: object) -> Sequence[str]:
 def _stored(path: Path, key: str, entry: Rebuilt) -> Stored:
     """Return a tensor of the metadata, once dtype, shape and pieces are what they should be."""
     properties, shape, chunks = entry.get("properties"), entry.get("size"), entry.get("chunks")
-    dtype = properties.state[0] if isinstance(properties, Rebuilt) and isinstance(properties.state, tuple) else None
-    if isinstance(properties, Rebuilt) and isinstance(properties.state, dict):
-        dtype = properties.get("dtype")
-    blocks = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in chunks if isinstance(chunk, Rebuilt)]
+    state = properties.state if isinstance(properties, Rebuilt) else None
+    dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+    listed = chunks if isinstance(chunks, list | tuple) else []
+    blocks = [(chunk.get("offsets"), chunk.get("sizes")) for chunk in listed if isinstance(chunk, Rebuilt)]
     sound = isinstance(dtype, str) and dtype in dtypes.BY_NAME
     if not sound or not _is_shape(shape) or not all(_is_shape(part) for block in blocks for part in block):
         raise CheckpointError(
@@ -179,7 +179,7 @@ def _places(path: Path, storage: object) -> dict[tuple[str, tuple[int, ...]], Pl
             )
         if not isinstance(file, str) or type(offset) is not int or type(length) is not int or min(offset, length) < 0:
             raise CheckpointError(f"{path}: {shortened(ascii(name), 80)} has no place. The file is damaged or forged.")
-        if isinstance(name, str) and isinstance(start, tuple):
+        if isinstance(name, str) and _is_shape(start):
             places[name, start] = Place(file, offset, length)
     return places
 

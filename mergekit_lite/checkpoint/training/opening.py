@@ -63,7 +63,9 @@ def _newest(folder: Path, names: set[str]) -> Path | None:
             if not (folder / step).is_dir() or step in ("", ".", ".."):
                 raise CheckpointError(f"{folder / file}: names {step}, which isn't there. Name the folder of a step.")
             return folder / step
+    root = folder.resolve()
     inner = [folder / name for name in sorted(names) if (folder / name / METADATA).is_file()]
+    inner = [path for path in inner if path.resolve().is_relative_to(root)]
     fsdp = [path for path in inner if ACCELERATE.fullmatch(path.name)]
     steps = [path for path in inner if STEP.fullmatch(path.name)]
     if len(fsdp) > 1 or (not fsdp and len(steps) > 1):

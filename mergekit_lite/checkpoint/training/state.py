@@ -37,6 +37,8 @@ def joined(where: object, name: str, shape: tuple[int, ...], grid: tuple[int, ..
     Raises CheckpointError where the pieces leave a hole, overlap, leave the tensor or differ in their dtypes.
     """
     tiles = sorted((tile for tile in tiles if tile.spec.numel), key=lambda tile: tile.start) or tiles[:1]
+    if not tiles:
+        raise CheckpointError(f"{where}: tensor {name!r} is in no piece. Copy the folder again.")
     kinds = {tile.spec.dtype for tile in tiles}
     if len(kinds) > 1:
         raise CheckpointError(f"{where}: tensor {name!r}: its pieces are of {' and '.join(sorted(kinds))}.")

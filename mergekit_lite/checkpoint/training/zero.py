@@ -98,6 +98,9 @@ def read_zero(folder: Path, names: set[str], within: str = "") -> State:
     first = File(folders.inside(folder, models[0]))
     if any(isinstance(key, str) and "autoep" in key for key in first.content):
         raise CheckpointError(f"{folder}: has experts that were partitioned by AutoEP. {UNIVERSAL}.")
+    degree = first.content.get("mp_world_size")
+    if type(degree) is int and degree > 1:
+        raise _tensor_parallel(folder, f"in {degree} parts")
     if within == MODULE or not optimizers:
         if is_partitioned:
             raise CheckpointError(
@@ -131,10 +134,14 @@ def _refuse_parallel(folder: Path, names: set[str]) -> None:
         )
     parts = {int(match["part"]) for match in known}
     if parts != {0}:
-        raise CheckpointError(
-            f"{folder}: is cut by tensor parallelism (mp_rank_{max(parts):02d}), and the files don't say along which "
-            f"dimension each tensor is cut. {UNIVERSAL}."
-        )
+        raise _tensor_parallel(folder, f"mp_rank_{max(parts):02d}")
+
+
+def _tensor_parallel(folder: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: is cut by tensor parallelism ({how}), and the files don't say along which dimension each tensor is "
+        f"cut. {UNIVERSAL}."
+    )
 
 
 def _check_world(folder: Path, masters: Sequence[File], optimizers: Mapping[int, str]) -> None:
@@ -142,7 +149,7 @@ def _check_world(folder: Path, masters: Sequence[File], optimizers: Mapping[int,
     count = _optimizer(masters[0]).get("partition_count")
     counts = count if isinstance(count, list) else [count]
     world = max((each for each in counts if type(each) is int), default=len(masters))
-    if sorted(optimizers) != list(range(world)):
+    if len(optimizers) != world or max(optimizers) != world - 1:
         raise CheckpointError(
             f"{folder}: was written by {world} process{'es' if world > 1 else ''}, but has the optimizer "
             f"states of {', '.join(map(str, sorted(optimizers)))}. Copy the files of all processes."
