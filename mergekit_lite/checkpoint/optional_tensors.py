@@ -17,9 +17,8 @@ BUFFERS = re.compile(r"(^|[./])(rotary_emb\.inv_freq|masked_bias|position_ids|at
 MASKS = re.compile(r"(^|[./])attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
 PREDICTION = re.compile(r"(^|[./])mtp(\.|$)")  # multi-token prediction as Qwen stores it
 LAYER = re.compile(r"(?:.*/)?(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
-COPIES = re.compile(
-    r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$"
-)  # T5's and Whisper's, beside the embedding
+# T5's and Whisper's copies, beside the embedding.
+COPIES = re.compile(r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$")
 VALUE_HEAD = re.compile(r"v_head\.")  # of TRL's models with a value head
 
 
