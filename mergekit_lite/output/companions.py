@@ -216,8 +216,9 @@ def _with_its_code(content: Any, name: str, source: Checkpoint) -> Any:
     transformers looks for a model's code there at the top alone, so configs in folders stay.
     """
     repository = own_code.repository_of(source)
-    is_on_hub = repository is not None and "/" not in name and own_code.code_names(content)
-    return own_code.from_hub(content, repository) if is_on_hub else content
+    if repository is None or "/" in name or not own_code.code_names(content):
+        return content
+    return own_code.from_hub(content, repository)
 
 
 def _write_template(plan: Plan, folder: Path, template: str) -> None:
