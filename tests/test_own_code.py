@@ -67,10 +67,8 @@ def test_without_the_users_word_the_last_line_says_what_is_missing(place: Path) 
     assert f"--copy-code copies these from {place / 'dpo'}" in last
     assert invoke("extrapolate", "sft", "dpo", "-a", "0.5", "--dry-run")[1].strip().splitlines()[-1] == last
     assert last.endswith(invoke("extrapolate", "sft", "dpo", "-a", "0.5", "-o", "again", "-q")[1].strip()[-200:])
-    planned = json.loads(
-        invoke("extrapolate", "sft", "dpo", "-a", "0.5", "--dry-run", "--json")[1].partition("\n}")[0] + "}"
-    )
-    assert planned["missing"] in last
+    planned = CliRunner().invoke(main, ["extrapolate", "sft", "dpo", "-a", "0.5", "-o", "x", "--dry-run", "--json"])
+    assert json.loads(planned.stdout)["missing"] in last
 
 
 def run_extrapolate(output: str) -> None:
