@@ -190,20 +190,10 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
     files = tuple(header.file for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     tensors = _joined(path, headers, index)
-    if headers[0].values:
-        model = gguf_models.as_transformers(path, tensors, [header.values for header in headers])
-        made = "" if config else model.config_made
-        return Checkpoint(
-            reference,
-            path,
-            files,
-            model.tensors,
-            config or model.config,
-            (),
-            model.left_out,
-            revision,
-            config_made=made,
-        )
+    if of_gguf := [header.values for header in headers if header.values is not None]:
+        model = gguf_models.as_transformers(path, tensors, of_gguf)
+        opened = Checkpoint(reference, path, files, model.tensors, config, (), model.left_out, revision)
+        return opened if config else replace(opened, config=model.config, config_made=model.config_made)
     shown, hidden = quantised.dequantised(path, tensors, config)
     return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
 
