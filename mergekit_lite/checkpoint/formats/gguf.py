@@ -45,7 +45,7 @@ PLAIN_TYPES = {
 class Array(NamedTuple):
     """An array of a header: how many elements it has, and those of a short one of numbers."""
 
-    count: int
+    elements: int
     numbers: tuple[float, ...] = ()
 
 
