@@ -307,20 +307,11 @@ def _open_part(reference: str, path: Path, revision: str | None, within: str, pa
     files = tuple(replace(header.file, folder=part.folder) for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     tensors, nest, parts = _joined(path, headers, index), headers[-1].nest, (replace(part, files=files),)
-    if headers[0].values:
-        model = gguf_models.as_transformers(path, tensors, [header.values for header in headers])
-        return Checkpoint(
-            reference,
-            path,
-            files,
-            model.tensors,
-            config or model.config,
-            left_out=model.left_out,
-            revision=revision,
-            in_shards=False,
-            parts=parts,
-            config_made="" if config else model.config_made,
-        )
+    if of_gguf := [header.values for header in headers if header.values is not None]:
+        model = gguf_models.as_transformers(path, tensors, of_gguf)
+        opened = Checkpoint(reference, path, files, model.tensors, config, (), model.left_out, revision, parts=parts)
+        opened = replace(opened, in_shards=False)
+        return opened if config else replace(opened, config=model.config, config_made=model.config_made)
     shown, hidden = quantised.dequantised(path, tensors, config)
     return Checkpoint(reference, path, files, shown, config, nest, left_out | hidden, revision, parts=parts)
 

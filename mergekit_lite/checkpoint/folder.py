@@ -52,10 +52,12 @@ def parts_of(file: Path) -> list[Path]:
     shard = SHARD.fullmatch(file.name)
     if shard is None or shard["suffix"] not in gguf.SUFFIXES:
         return [file]
-    parts = [file.parent / name for name in _numbered(shard)]
-    if missing := [part.name for part in parts if not part.exists()]:
+    names = _numbered(shard)
+    if file.name not in names:
+        return [file]
+    if missing := [name for name in names if not (file.parent / name).exists()]:
         raise CheckpointError(listing(f"{file}: these parts are missing; download them again", missing))
-    return parts
+    return [file.parent / name for name in names]
 
 
 def weight_names(where: object, names: Collection[str]) -> list[str]:

@@ -138,8 +138,8 @@ def as_transformers(path: Path, tensors: Mapping[str, TensorSpec], parts: Sequen
     count = values.get("split.count", len(parts))
     if [each.get("split.no", 0) for each in parts] != list(range(len(parts))) or count != len(parts):
         raise CheckpointError(
-            f"{path}: is one of {count} parts of a GGUF, or its parts are out of order. Name the first part, with all "
-            "others in the same folder under the names that llama.cpp gave them."
+            f"{path}: is one of {shortened(repr(count), 20)} parts of a GGUF, or its parts are out of order. Name "
+            "the first part, with all others in the same folder under the names that llama.cpp gave them."
         )
     name, architecture = _architecture(path, values)
     heads = _heads(path, name, values) if architecture.interleaved else {}

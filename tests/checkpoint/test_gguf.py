@@ -236,6 +236,8 @@ def test_parts(tmp_path: Path) -> None:
     files[1].unlink()
     for reference in (tmp_path / "parts", files[0]):
         assert "missing; download them again" in refusal(reference)
+    odd = files[2].rename(tmp_path / "parts" / "m-00003-of-00000.gguf")
+    assert "is one of 3 parts" in refusal(odd)
     alone = files[0].rename(tmp_path / "parts" / "alone.gguf")
     assert "is one of 3 parts" in refusal(alone)
 
@@ -327,6 +329,11 @@ def test_claims_cost_no_memory(tmp_path: Path) -> None:
     for value in (struct.pack("<IIQ", 9, 8, 1 << 60), struct.pack("<IQ", 8, 1 << 60), struct.pack("<IIQ", 9, 9, 1)):
         (tmp_path / "m.gguf").write_bytes(start + value + bytes(64))
         assert "damaged or forged" in refusal(tmp_path / "m.gguf")
+
+
+def test_a_header_without_values(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(8))
+    assert "architecture None isn't read" in refusal(tmp_path / "m.gguf")
 
 
 def test_plain_types_are_dtypes() -> None:

@@ -35,7 +35,7 @@ MAX_BYTES = 2**63 - 1
 ALIGNMENT, ALIGNMENT_KEY = 32, "general.alignment"  # bytes, unless the key says otherwise
 READ_BYTES = 1 << 20
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-BOOL, TEXT, ARRAY = 7, 8, 9
+TEXT, ARRAY = 8, 9
 PLAIN_TYPES = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
@@ -45,7 +45,7 @@ PLAIN_TYPES = {
 class Array(NamedTuple):
     """An array of a header: how many elements it has, and those of a short one of numbers."""
 
-    count: int
+    elements: int
     numbers: tuple[float, ...] = ()
 
 
