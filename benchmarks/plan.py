@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.processes import measured
-from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout
+from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
 
 LAYERS, EXPERTS = 61, 245  # of three matrices each, as in the largest mixtures of experts
 RECIPE = """\
@@ -46,13 +46,14 @@ def tensors() -> list[OutputTensor]:
 def make(folder: Path, shards: int = 10) -> None:
     """Write a model whose files are holes behind their headers."""
     made = tensors()
-    layout = safetensors_layout(grouped_by_size(made, sum(tensor.nbytes for tensor in made) // shards))
+    groups = grouped_by_size(made, sum(tensor.nbytes for tensor in made) // shards)
+    layout = safetensors_layout(groups, shard_names(len(groups)))
     folder.mkdir()
     for shard in layout.files:
         with (folder / shard.name).open("wb") as file:
             file.write(shard.header)
             file.truncate(shard.size)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json(layout)))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json(layout.files)))
     (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "num_hidden_layers": LAYERS}))
 
 

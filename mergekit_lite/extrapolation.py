@@ -37,6 +37,7 @@ def plan_extrapolation(
     seed: int = 0,
     new_rows: NewRows = "refuse",
     shard_size: int | None = None,
+    copy_code: bool = False,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
     """Plan ``out = aligned + alpha·(aligned − sft)``; see ``extrapolate`` for the arguments and errors.
@@ -60,7 +61,7 @@ def plan_extrapolation(
         new_rows=new_rows,
     )
     paths = named_outputs(default_output(str(aligned)) if output is None else str(output), alphas)
-    return make_plan(recipe, paths, shard_size=shard_size, opened=opened, strict=True)
+    return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
 
 
 @named_options
@@ -78,6 +79,7 @@ def extrapolate(
     seed: int = 0,
     new_rows: NewRows = "refuse",
     shard_size: int | None = None,
+    copy_code: bool = False,
     **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Make the models ``aligned + alpha·(aligned − sft)`` (ExPO, arXiv 2404.16792).
@@ -97,6 +99,7 @@ def extrapolate(
         seed: of the stochastic rounding.
         new_rows: ``copy`` takes vocabulary rows that only ``aligned`` has from there; ``refuse`` is an error.
         shard_size: most bytes of data in one file; by default the shards of ``aligned``.
+        copy_code: copy the code of its own that a model in a folder has (``auto_map`` in its config); it is not run.
         **run_options: see ``RunOptions``.
 
     Returns:
@@ -121,6 +124,7 @@ def extrapolate(
         seed=seed,
         new_rows=new_rows,
         shard_size=shard_size,
+        copy_code=copy_code,
     )
     return run(planned, **run_options)
 

@@ -10,18 +10,19 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import formats
+from mergekit_lite.checkpoint.folder import INDEX_ENDING, SHARD
 from mergekit_lite.checkpoint.formats import safetensors
+from mergekit_lite.checkpoint.parts import MODEL, in_folder
 from mergekit_lite.errors import RunError
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,10 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One file of the output: its name, the bytes before the data, its size, and its tensors in order."""
+    """One file of the output: its path, the bytes before the data, its size, and its tensors in order.
+
+    Where it lies in a folder, the names of its tensors begin with that, and are stored without it.
+    """
 
     name: str
     header: bytes
@@ -70,39 +74,53 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
+def shard_names(number: int, folder: str = "", stem: str = MODEL) -> list[str]:
+    """Return the names of a part's files, as transformers and diffusers look for them.
+
+    >>> shard_names(1), shard_names(2, "unet")
+    (['model.safetensors'], ['unet/model-00001-of-00002.safetensors', 'unet/model-00002-of-00002.safetensors'])
+    """
+    numbered = [f"{stem}-{shard:05d}-of-{number:05d}.safetensors" for shard in range(1, number + 1)]
+    return [in_folder(folder, name) for name in (numbered if number > 1 else [f"{stem}.safetensors"])]
+
+
 def safetensors_layout(
-    groups: Sequence[Sequence[OutputTensor]], name: str | None = None, metadata: Mapping[str, str] | None = None
+    groups: Sequence[Sequence[OutputTensor]], names: Sequence[str], metadata: Mapping[str, str] | None = None
 ) -> Layout:
     """Lay out safetensors files, one for each group of tensors; wider dtypes go to the front, so that all stay aligned.
 
-    ``metadata`` is text by key for the header. A single file may have a ``name``, else it is ``model.safetensors``;
-    several are ``model-00001-of-0000n.safetensors``.
+    ``names`` are the files' paths in the output; ``metadata`` is text by key for the header.
     """
     files: list[OutputFile] = []
     places: dict[str, tuple[int, int]] = {}
-    for number, group in enumerate(groups):
+    for number, (group, name) in enumerate(zip(groups, names, strict=True)):
         tensors = tuple(sorted(group, key=lambda tensor: -dtypes.size(tensor.dtype)))
-        text = f"{{{','.join(_header_members(tensors, metadata or {}))}}}".encode()
+        text = f"{{{','.join(_header_members(tensors, folder_of(name), metadata or {}))}}}".encode()
         text += b" " * (-len(text) % ALIGNMENT)
         header = len(text).to_bytes(8, "little") + text
         offset = len(header)
         for tensor in tensors:
             places[tensor.name] = (number, offset)
             offset += tensor.nbytes
-        shard = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        files.append(OutputFile(name or shard, header, offset, tensors))
+        files.append(OutputFile(name, header, offset, tensors))
     return Layout(tuple(files), places)
 
 
-def _header_members(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> Iterator[str]:
-    """Yield each member of a header as text."""
+def folder_of(file: str) -> str:
+    """Return the folder that a file of an output lies in, by its path; empty for the output's own."""
+    return file.rpartition("/")[0]
+
+
+def _header_members(tensors: Sequence[OutputTensor], folder: str, metadata: Mapping[str, str]) -> Iterator[str]:
+    """Yield each member of the header of a file in a folder as text."""
+    path = in_folder(folder, "")
     encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
     yield f'"__metadata__":{encode({"format": "pt", **metadata})}'
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
-        code, shape = dtypes.BY_NAME[tensor.dtype].code, encode(list(tensor.shape))
-        yield f'{encode(tensor.name)}:{{"dtype":"{code}","shape":{shape},"data_offsets":[{begin},{end}]}}'
+        name, code, shape = tensor.name.removeprefix(path), dtypes.BY_NAME[tensor.dtype].code, list(tensor.shape)
+        yield f'{encode(name)}:{{"dtype":"{code}","shape":{encode(shape)},"data_offsets":[{begin},{end}]}}'
 
 
 def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...]) -> Layout:
@@ -112,7 +130,7 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
     temporary file whose records show where the data belong. Raises RunError where there is no room for that.
     """
     if Path(name).suffix in safetensors.SUFFIXES:
-        return safetensors_layout([tensors], name)
+        return safetensors_layout([tensors], [name])
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "skeleton.pt")
@@ -198,8 +216,20 @@ def grouped_by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[Ou
     return groups
 
 
-def index_json(layout: Layout) -> dict[str, object]:
-    """Return the index of a sharded folder, as transformers reads it."""
-    weight_map = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
-    total = sum(tensor.nbytes for file in layout.files for tensor in file.tensors)
+def indexed_files(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the indexes that go with an output's files: the path of each, and those of the shards that it lists."""
+    indexes: dict[str, list[str]] = {}
+    for name in names:
+        if shard := SHARD.fullmatch(name):
+            indexes.setdefault(f"{shard['stem']}{shard['suffix']}{INDEX_ENDING}", []).append(name)
+    return indexes
+
+
+def index_json(files: Sequence[OutputFile]) -> dict[str, object]:
+    """Return the index of a part's shards, as transformers reads it."""
+    path = in_folder(folder_of(files[0].name), "")
+    weight_map = {
+        tensor.name.removeprefix(path): file.name.removeprefix(path) for file in files for tensor in file.tensors
+    }
+    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 @named_options
 def plan_merge(
-    recipe: str | Path | Mapping[str, Any] | Recipe, output: str | Path, *, shard_size: int | None = None
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    output: str | Path,
+    *,
+    shard_size: int | None = None,
+    copy_code: bool = False,
 ) -> Plan:
     """Plan a recipe; see ``merge`` for the arguments and errors."""
     if isinstance(recipe, Recipe):
-        return make_plan(recipe, [output], shard_size=shard_size, text=to_yaml(as_data(recipe)))
+        text = to_yaml(as_data(recipe))
+        return make_plan(recipe, [output], shard_size=shard_size, copy_code=copy_code, text=text)
     if isinstance(recipe, Mapping):
         text, source = to_yaml(recipe), "The recipe"
     else:
         text, source = text_of(Path(recipe)), str(recipe)
-    return make_plan(parse(text, source), [output], shard_size=shard_size, text=text)
+    return make_plan(parse(text, source), [output], shard_size=shard_size, copy_code=copy_code, text=text)
 
 
 @named_options
@@ -35,6 +40,7 @@ def merge(
     output: str | Path,
     *,
     shard_size: int | None = None,
+    copy_code: bool = False,
     **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Merge models as a recipe says.
@@ -43,6 +49,7 @@ def merge(
         recipe: a YAML file in mergekit's language, the same as a mapping, or a ``Recipe``.
         output: a folder, or a ``.safetensors`` or ``.pt`` file.
         shard_size: most bytes of data in one file.
+        copy_code: copy the code of its own that a model in a folder has (``auto_map`` in its config); it is not run.
         **run_options: see ``RunOptions``.
 
     Returns:
@@ -54,4 +61,4 @@ def merge(
         PlanError: the models don't fit together; every problem is named.
         RunError, NonFiniteError: as ``run`` says.
     """
-    return run(plan_merge(recipe, output, shard_size=shard_size), **run_options)
+    return run(plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code), **run_options)

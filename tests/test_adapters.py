@@ -201,3 +201,39 @@ def test_a_quantised_base_leaves_no_quantisation_behind(place: Path) -> None:
     got = merged({"merge_method": "passthrough", "models": [{"model": "fp8+q"}]}, "out")
     assert got[f"{Q}.weight"].dtype == torch.bfloat16
     assert "quantization_config" not in json.loads((place / "out" / "config.json").read_text())
+
+
+def test_a_resized_vocabulary_has_the_adapters_tokenizer(place: Path) -> None:
+    def write(folder: Path, text: str) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (folder / name).write_text(f'{{"{text}": 1}}')
+
+    config = CONFIG | {"vocab_size": 16, "text_config": {"vocab_size": 16}, "vision_config": {"vocab_size": 8}}
+    write_folder(place / "whole", state(0, hidden=32), config=config)
+    write(place / "whole", "base")
+    (place / "whole" / "generation_config.json").write_text("{}")
+    names = ("lm_head", "model.embed_tokens")
+    for rows in (16, 20):
+        grown = {f"{PREFIX}{name}.weight": torch.full((rows, 32), 0.5) for name in names}
+        write(write_adapter(place / f"rows-{rows}", grown), "adapter")
+    write(write_adapter(place / "plain", lora(Q, 32, 32)), "adapter")
+    for name, rows, whose in (("rows-20", 20, "adapter"), ("rows-16", 16, "adapter"), ("plain", 16, "base")):
+        merged({"merge_method": "passthrough", "models": [{"model": f"./whole+./{name}"}]}, f"out-{name}")
+        out = place / f"out-{name}"
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (out / file).read_text() == f'{{"{whose}": 1}}'
+        written = json.loads((out / "config.json").read_text())
+        sizes = [written["vocab_size"], written["text_config"]["vocab_size"], written["vision_config"]["vocab_size"]]
+        assert sizes == [rows, rows, 8]
+        assert (out / "generation_config.json").exists()
+        told = CliRunner().invoke(main, ["verify", str(out)])
+        assert told.exit_code == 0, told.output
+
+
+def test_a_resized_vocabulary_beside_its_base(place: Path) -> None:
+    grown = {f"{PREFIX}{name}.weight": torch.full((20, 32), 0.5) for name in ("lm_head", "model.embed_tokens")}
+    write_adapter(place / "grown", grown)
+    with pytest.raises(MergekitLiteError, match="--new-rows copy"):
+        mergekit_lite.extrapolate("base", "base+grown", "out", 0.5)
+    mergekit_lite.extrapolate("base", "base+grown", "out", 0.5, new_rows="copy")
+    assert read_folder(place / "out")["lm_head.weight"].shape == (20, 32)

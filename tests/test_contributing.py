@@ -124,6 +124,21 @@ class Negated(Encoding):
         tensor_of(out, spec.dtype).neg_()
 '''
 
+SCHEME = '''"""A toy: every tensor is stored under another name."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mergekit_lite.checkpoint.schemes.scheme import Quantised, Stored
+
+
+def recognise(stored: Stored) -> Iterator[Quantised]:
+    """Yield the tensors whose names end so."""
+    for name, spec in stored.tensors.items():
+        if name.endswith("_toy"):
+            yield Quantised(name, {}, replace(spec, name=name.removesuffix("_toy")))
+'''
+
 COMMAND = '''"""The command ``toy``."""
 
 import click
@@ -214,6 +229,22 @@ with Reader() as reader:
     assert torch.equal(spec.elements(reader, 1, 3), -torch.arange(1.0, 4.0))
 """,
         new={"checkpoint/encodings/toy.py": ENCODING},
+    ),
+    "scheme of quantised weights": Toy(
+        """
+import torch, mergekit_lite
+from safetensors.torch import load_file, save_file
+save_file({"w_toy": torch.arange(4.0)}, "a.safetensors")
+mergekit_lite.merge({"merge_method": "passthrough", "models": [{"model": "a.safetensors"}]}, "out.safetensors")
+assert torch.equal(load_file("out.safetensors")["w"], torch.arange(4.0))
+""",
+        new={"checkpoint/schemes/toy.py": SCHEME},
+        changed={
+            "checkpoint/quantised.py": (
+                "    refused.unclaimed,\n)",
+                "\nfrom mergekit_lite.checkpoint.schemes import toy\nSCHEMES += (toy.recognise,)",
+            )
+        },
     ),
     "operation": Toy(
         """

@@ -42,7 +42,7 @@ class Pair:
 
 
 @pytest.fixture(
-    scope="module", params=[each for each in FAMILIES if each.library == "transformers"], ids=lambda family: family.name
+    scope="module", params=FAMILIES, ids=lambda family: family.name
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Write both models in all their layouts, in float32."""

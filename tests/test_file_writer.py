@@ -202,7 +202,7 @@ def test_what_fails_is_told(
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
-    layout = safetensors_layout([[OutputTensor("w", "uint8", (SIZE,))]])
+    layout = safetensors_layout([[OutputTensor("w", "uint8", (SIZE,))]], ["model.safetensors"])
     folder = WorkingFolder(tmp_path / "out", fresh=False)
     workspace = OutputWorkspace(folder, layout, "digest", [], [])
     if workspace._targets[0]._direct is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,16 +14,25 @@ import pytest
 from tests.models import write_many
 
 FEW, MORE, MANY = 1_000, 8_000, 100_000
-EXTRAPOLATE = ("extrapolate", "sft", "dpo", "--alpha", "0.3")
+GROUPED = 400
+EXTRAPOLATE = ("extrapolate", "base", "a", "--alpha", "0.3")
+MERGE = ("merge", "recipe.yml")
+TIES = """
+merge_method: ties
+base_model: base
+models: [{model: a}, {model: b}]
+parameters: {density: 0.5, weight: 0.5, trim: %s}
+"""
 
 
-def peak(folder: Path, tensors: int) -> int:
+def peak(folder: Path, tensors: int, command: Sequence[str] = EXTRAPOLATE, trim: str = "tensor") -> int:
     """Return the most bytes that a run with three workers holds: shared memory is counted once."""
     folder.mkdir()
-    for seed, name in enumerate(("sft", "dpo")):
+    for seed, name in enumerate(("base", "a", "b")):
         write_many(folder / name, tensors, seed)
+    (folder / "recipe.yml").write_text(TIES % trim)
     most = 0
-    program = [sys.executable, "-m", "mergekit_lite", *EXTRAPOLATE, "-o", "out", "--threads", "3", "-q"]
+    program = [sys.executable, "-m", "mergekit_lite", *command, "-o", "out", "--threads", "3", "-q"]
     with subprocess.Popen(program, cwd=folder) as run:
         while run.poll() is None:
             most = max(most, sum(map(held, [run.pid, *children(run.pid)])))
@@ -51,6 +61,12 @@ def test_little_for_each_tensor(tmp_path: Path) -> None:
     assert (more - few) / (MORE - FEW) < 3_000, (few, more)
 
 
+def test_counts_over_a_group_of_tensors_are_added_as_they_come(tmp_path: Path) -> None:
+    """Those of one tensor take a megabyte."""
+    assert peak(tmp_path / "grouped", GROUPED, MERGE, trim="global") < 170e6
+
+
 @pytest.mark.slow
-def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
-    assert peak(tmp_path / "many", MANY) < 250e6
+@pytest.mark.parametrize("command", [EXTRAPOLATE, MERGE], ids=lambda command: command[0])
+def test_a_hundred_thousand_tensors(tmp_path: Path, command: Sequence[str]) -> None:
+    assert peak(tmp_path / "many", MANY, command) < 250e6

@@ -29,6 +29,7 @@ OF_PAIR = {  # options of ``plan_extrapolation`` with the values that a request 
     "out_dtype": None,
     "rounding": "nearest",
     "shard_size": None,
+    "copy_code": False,
 }
 
 
@@ -61,7 +62,7 @@ class BoostOptions(TypedDict, total=False):
         serve_command: starts a server of each candidate; ``{model}`` and ``{port}`` stand for its folder and port.
         serve_patience: seconds until the server is ready; 600 by default.
         concurrency: open requests to the server; 32 by default.
-        include, exclude, new_rows, out_dtype, rounding, shard_size: as of ``extrapolate``, for a pair.
+        include, exclude, new_rows, out_dtype, rounding, shard_size, copy_code: as of ``extrapolate``, for a pair.
         seed: of answers, the items' order and rounding; 0 by default.
         threads: that set weights; one for each core by default.
         device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto``.
@@ -99,6 +100,7 @@ class BoostOptions(TypedDict, total=False):
     out_dtype: str | None
     rounding: Rounding
     shard_size: int | None
+    copy_code: bool
     seed: int
     threads: int | None
     device: str

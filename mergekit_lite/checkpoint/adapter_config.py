@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
+from mergekit_lite.checkpoint.patterns import pattern_problem
 from mergekit_lite.errors import CheckpointError, listing, shortened
 from mergekit_lite.input_files import read_json
 
@@ -49,21 +50,19 @@ HARMLESS = (  # keys on how it was trained, or on what the tensors' names and sh
     "revision",
     "runtime_config",
     "target_modules",
+    "target_parameters",
     "task_type",
+    "trainable_token_indices",
+    "use_dora",
     "use_rslora",
 )
 REFUSED = {
-    "use_dora": "DoRA, which scales every row to a length of its own",
     "lora_bias": "a bias in the LoRA layers",
     "layer_replication": "layers that are replicated",
-    "trainable_token_indices": "single rows of the vocabulary trained apart",
-    "target_parameters": "a LoRA on parameters that are no layers (experts)",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "an activated LoRA, which is on for some tokens only and can't be folded in",
 }
 BASE_KEPT_BY = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
-MAX_PATTERN = 200
-REPEAT, REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 N = TypeVar("N")
 
 
@@ -77,6 +76,11 @@ class AdapterConfig:
     transposed: bool  # whether the layers store their weights as (in, out)
     rank_pattern: Mapping[str, int]  # by regular expression
     alpha_pattern: Mapping[str, float]
+    parameters: tuple[str, ...] = ()  # ends of the names of parameters that have factors of their own (experts)
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # rows trained apart, by the end of a module
+    has_magnitudes: bool = False  # whether it is a DoRA
+    task: str | None = None  # what its model is for: CAUSAL_LM, SEQ_CLS, …
+    peft_version: tuple[int, ...] = ()  # of the program that wrote it, as far as it says
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's LoRA."""
@@ -86,6 +90,19 @@ class AdapterConfig:
         """Return the number that the product of a module's factors is multiplied by."""
         rank = self.rank_of(module)
         return _matching(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Return the names of a module's parameters, within it, that may have factors of their own."""
+        names: list[str] = []
+        for target in self.parameters:
+            parent, _, name = target.rpartition(".")
+            if not parent or f".{module}".endswith(f".{parent}"):
+                names.append(name)
+        return names
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """Return the numbers of the tokens whose rows of a module were trained; None where it names none."""
+        return next((rows for name, rows in self.tokens.items() if not name or f".{module}".endswith(f".{name}")), None)
 
 
 def read_config(path: Path) -> AdapterConfig:
@@ -104,6 +121,11 @@ def read_config(path: Path) -> AdapterConfig:
         bool(config.get("fan_in_fan_out")),
         config.get("rank_pattern") or {},
         config.get("alpha_pattern") or {},
+        tuple(config.get("target_parameters") or ()),
+        _tokens(config),
+        bool(config.get("use_dora")),
+        config.get("task_type"),
+        tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:3]),
     )
 
 
@@ -127,9 +149,19 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 def _unsound(config: Mapping[str, Any]) -> list[str]:
     problems = [
         f"{key}: expected true or false, got {_shown(config[key])}"
-        for key in ("use_rslora", "fan_in_fan_out")
+        for key in ("use_dora", "use_rslora", "fan_in_fan_out")
         if not isinstance(config.get(key), bool | None)
     ]
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        problems.append(f"target_parameters: expected a list of names, got {_shown(parameters)}")
+    if not all(_are_tokens(rows) for rows in _listed_tokens(config).values()):
+        problems.append(
+            "trainable_token_indices: expected the numbers of tokens, or lists of them by the name of a module, got "
+            f"{_shown(config['trainable_token_indices'])}"
+        )
+    if not isinstance(config.get("task_type"), str | None):
+        problems.append(f"task_type: expected a name, got {_shown(config['task_type'])}")
     numbers = (
         ("r", "rank_pattern", _is_rank, f"a whole number of 1 to {MAX_RANK}"),
         ("lora_alpha", "alpha_pattern", _is_alpha, "a number"),
@@ -143,9 +175,23 @@ def _unsound(config: Mapping[str, Any]) -> list[str]:
             continue
         for pattern, number in patterns.items():
             expectation = None if is_sound(number) else f"expected {expected}, got {_shown(number)}"
-            if problem := _pattern_problem(pattern) or expectation:
+            if problem := pattern_problem(pattern) or expectation:
                 problems.append(f"{pattern_key}: {_shown(pattern)}: {problem}")
     return problems
+
+
+def _listed_tokens(config: Mapping[str, Any]) -> Mapping[str, object]:
+    """Return what ``trainable_token_indices`` gives for each module; a bare list is for the input embedding."""
+    listed = config.get("trainable_token_indices") or {}
+    return listed if isinstance(listed, dict) else {"": listed}
+
+
+def _tokens(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(rows) for name, rows in _listed_tokens(config).items()}  # type: ignore[call-overload]
+
+
+def _are_tokens(rows: object) -> bool:
+    return isinstance(rows, list) and bool(rows) and all(type(row) is int and row >= 0 for row in rows)
 
 
 def _matching(patterns: Mapping[str, N], module: str, default: N) -> N:
@@ -159,17 +205,6 @@ def _is_rank(value: object) -> bool:
 
 def _is_alpha(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < MAX_ALPHA  # type: ignore[arg-type]
-
-
-def _pattern_problem(pattern: str) -> str | None:
-    """Return what is wrong with a pattern, or None. It comes from a stranger, and must not keep the matching busy."""
-    try:
-        re.compile(f"({pattern})")
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"is not a regular expression ({error})"
-    if len(pattern) > MAX_PATTERN or len(REPEAT.findall(pattern)) > 2 or REPEATED_GROUP.search(pattern):
-        return "repeats too much to be matched safely. Write the modules' names out"
-    return None
 
 
 def _shown(value: object) -> str:

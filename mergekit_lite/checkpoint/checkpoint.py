@@ -8,14 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.checkpoint import adapter as adapters
+from mergekit_lite.checkpoint import adapter_file, formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import formats, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint.companion_patterns import has_tokenizer
+from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
+from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_json
@@ -39,11 +42,15 @@ class Checkpoint:
         files: the identities of its weight files.
         tensors: every tensor by name, in the order of their bytes in the files.
         config: the folder's ``config.json``, if any.
+        parts: the sets of weight files that it is made of, in the order of their folders.
         nest: the keys a torch file keeps its tensors under.
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
         added: the adapters and task vectors that are added when weights are read.
-        notes: what the user should know of its tensors' names.
+        notes: what the user should know about which weights are read, and under which names.
+        home: the folder with config and tokenizer, where it isn't ``path``.
+        tokenizer_home: the folder with the tokenizer, where it isn't ``folder``.
+        in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
     """
 
     reference: str
@@ -56,6 +63,64 @@ class Checkpoint:
     revision: str | None = None
     added: tuple[Added, ...] = ()
     notes: tuple[str, ...] = ()
+    home: Path | None = None
+    tokenizer_home: Path | None = None
+    in_shards: bool = True
+    parts: tuple[Part, ...] = (Part(),)
+
+    def part_of(self, name: str) -> Part:
+        """Return the part that a tensor is of: by its file; for one that no part's file holds, by its name."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        spec = self.tensors.get(name)
+        for part in self.parts:
+            if spec is not None and any(file.path == spec.file for file in part.files):
+                return part
+        by_name = [
+            part for part in self.parts if name.startswith(in_folder(part.folder, "")) and part.stem != VALUE_HEAD
+        ]
+        return max(by_name, key=lambda part: len(part.folder), default=self.parts[0])
+
+    def config_of(self, name: str) -> Mapping[str, Any] | None:
+        """Return the config of the part that a tensor is of; that of its folder, where the part has none."""
+        return self.configs.get(self.part_of(name).folder)
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The configs of all parts, by the folders they lie in; empty for the model's own."""
+        own = {} if self.config is None else {"": self.config}
+        return own | {part.folder: part.config for part in self.parts if part.folder and part.config is not None}
+
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The model that each folder holds, by the folder, with its tensors under their own names."""
+        if not self.is_of_several:
+            return {"": self}
+        tensors: dict[str, dict[str, TensorSpec]] = {part.folder: {} for part in self.parts}
+        for name, spec in self.tensors.items():
+            folder = self.part_of(name).folder
+            bare = name.removeprefix(in_folder(folder, ""))
+            tensors[folder][bare] = replace(spec, name=bare)
+        return {
+            folder: replace(
+                self, path=self.path / folder, tensors=own, config=self.configs.get(folder), parts=(Part(),)
+            )
+            for folder, own in tensors.items()
+        }
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether it has parts in folders of their own, so that no single file can hold it."""
+        return any(part.folder for part in self.parts)
+
+    @property
+    def of_several(self) -> str:
+        """What to say where one model is needed and this is a folder of several; empty for one model."""
+        folders = [part.folder for part in self.parts if part.folder]
+        if not folders:
+            return ""
+        named = f"{self.reference}/{folders[0]}"
+        return f"{self.reference}: is a folder of several models ({', '.join(folders)}); name one of them: {named}"
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -74,11 +139,16 @@ class Checkpoint:
     @property
     def folder(self) -> Path | None:
         """The folder with config and tokenizer, or None for a bare file."""
-        return self.path if self.path.is_dir() else None
+        return self.home or (self.path if self.path.is_dir() else None)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder with its tokenizer, if any."""
+        return self.tokenizer_home or self.folder
 
     def check_names(self) -> None:
         """Raise CheckpointError where the reference, or the name of a weight file, can't be put into a manifest."""
-        for name in (self.reference, *(file.path.name for file in self.files)):
+        for name in (self.reference, *(file.name for file in self.files)):
             if not is_plain_line(name):
                 raise CheckpointError(f"{name}: {NOT_PLAIN}. Rename it, or link to it by another name.")
 
@@ -93,8 +163,9 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
-            under a key, a folder with such files, or a hub repository
-            ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after a
+            under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for what that
+            holds under a key, ``hf:FOLDER`` for it under transformers' names, or a hub repository ``org/name`` or
+            ``org/name@revision``; or one of these and what is added when weights are read, each after a
             ``+``: LoRA adapters and task vectors (see ``references``).
 
     Raises:
@@ -105,6 +176,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
             return _open_path(text, path.resolve())
+        if "+" not in text and (names := references.split_names(text)):
+            return _open_as_transformers(text, names)
         file, within = references.split_key(text)
         if within:
             return _open_path(text, file.resolve(), within=within)
@@ -116,14 +189,22 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     return _open_path(text, folder, folder.name)
 
 
+def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:
+    """Open a checkpoint under the names that transformers loads, with the config from beside it or as named."""
+    checkpoint = open_checkpoint(names.rest)
+    home = for_transformers.config_folder(checkpoint.path, names.config)
+    tensors, config = for_transformers.under_transformers_names(checkpoint.path, checkpoint.tensors, home)
+    return replace(checkpoint, reference=reference, tensors=tensors, config=config, home=home, nest=())
+
+
 def open_adapter(reference: str) -> Adapter:
     """Open a LoRA adapter by its folder or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
-            return adapters.read_adapter(reference, path.resolve())
+            return adapter_file.read_adapter(reference, path.resolve())
     folder = hub.fetch(reference, adapter=True)
-    return adapters.read_adapter(reference, folder, folder.name)
+    return adapter_file.read_adapter(reference, folder, folder.name)
 
 
 @contextmanager
@@ -147,27 +228,41 @@ def _open_sum(reference: str) -> Checkpoint:
     """Open ``base+adapter``, ``base+vector:0.5+…``."""
     base_reference, additions = references.split_reference(reference)
     base = open_checkpoint(base_reference)
-    tensors, left_out, added, notes = dict(base.tensors), dict(base.left_out), [*base.added], [*base.notes]
+    folded, added = Folded(base.tensors, base.config, base.left_out), [*base.added]
+    tokenizer = base.tokenizer_home
     identity: Identity | None = None
     for addition in additions:
         source = _open_addition(addition)
+        if isinstance(source, Adapter) and base.is_of_several:
+            raise CheckpointError(f"{base.of_several}+{addition}, as an adapter is for one model.")
         if isinstance(source, Vector) and not addition.rebase:
             identity = identity or base.identity()
             _check_base(source, identity)
         if isinstance(source, Vector):
-            source, renamed = source.under_names_of(tensors)
-            notes += [f"{source.reference}: {renamed}"] * bool(renamed)
-        tensors, replaced = source.added_to(tensors, base.config, addition.scale)
-        left_out |= replaced
+            source, renamed = source.under_names_of(folded.tensors)
+            folded = folded._replace(notes=(*folded.notes, *[f"{source.reference}: {renamed}"] * bool(renamed)))
+        step = source.added_to(folded.tensors, folded.config, addition.scale)
+        if step.has_tokenizer and has_tokenizer(source.path):
+            tokenizer = source.path
+            step = step._replace(notes=(*step.notes, "the tokenizer is the adapter's"))
+        notes = tuple(f"{source.reference}: {note}" for note in step.notes)
+        folded = step._replace(left_out={**folded.left_out, **step.left_out}, notes=folded.notes + notes)
+        if isinstance(source, Adapter) and source.path.is_dir():
+            others = sorted(path.name for path in source.path.iterdir() if folders.may_be_weights(path.name))
+            beside = [f"{name} of {addition.path}" for name in others if source.file.path.name != name]
+            reason = "lies beside the adapter, and is no part of it"
+            folded = folded._replace(left_out={**folded.left_out, **dict.fromkeys(beside, reason)})
         added.append(Added(source, addition))
     return replace(
         base,
         reference=reference,
         files=(*base.files, *(each.source.file for each in added)),
-        tensors=tensors,
-        left_out=left_out,
+        tensors=folded.tensors,
+        config=folded.config,
+        left_out=folded.left_out,
         added=tuple(added),
-        notes=tuple(notes),
+        notes=base.notes + folded.notes,
+        tokenizer_home=tokenizer,
     )
 
 
@@ -188,17 +283,71 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
         raise CheckpointError(
             f"{path}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{reference}"
         )
-    paths, index = folders.weight_files(path) if path.is_dir() else ([path], None)
-    config = read_json(folders.inside(path, "config.json")) if has_config else None
+    if path.is_dir() and (state := open_training(path, within)) is not None:
+        return _open_state(reference, path, state)
+    if within and path.is_dir():
+        raise CheckpointError(f"{reference}: is no training checkpoint, and other folders have no keys. Name {path}.")
+    parts = model_parts(path) if path.is_dir() else [Part()]
+    opened = [_open_part(reference, path, revision, within, part) for part in parts]
+    return opened[0] if len(opened) == 1 and not parts[0].folder else _put_together(path, opened)
+
+
+def _open_part(reference: str, path: Path, revision: str | None, within: str, part: Part) -> Checkpoint:
+    """Open one part of a model by itself, its tensors under their own names."""
+    index: Mapping[str, str] | None = None
+    paths, config = [path], part.config
+    if part.stem == VALUE_HEAD:
+        paths = [folders.value_head_file(path, part.folder)]
+    elif path.is_dir():
+        paths, index = folders.weight_files(path, part.folder)
     headers = [_model_header(reference, file, within) for file in paths]
-    files = tuple(header.file for header in headers)
+    files = tuple(replace(header.file, folder=part.folder) for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
     shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
-    return Checkpoint(reference, path, files, shown, config, headers[-1].nest, left_out | hidden, revision)
+    nest, parts = headers[-1].nest, (replace(part, files=files),)
+    return Checkpoint(reference, path, files, shown, config, nest, left_out | hidden, revision, parts=parts)
+
+
+def _put_together(path: Path, opened: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the parts of a model as one, its tensors under names that begin with their folders."""
+    tensors: dict[str, TensorSpec] = {}
+    left_out: dict[str, str] = {}
+    twice: list[str] = []
+    for each in opened:
+        folder = each.parts[0].folder
+        named = {in_folder(folder, name): spec for name, spec in each.tensors.items()}
+        twice += [
+            f"{name} (in {tensors[name].file.name} and {named[name].file.name})" for name in named if name in tensors
+        ]
+        tensors |= {name: replace(spec, name=name) for name, spec in named.items()}
+        left_out |= {in_folder(folder, name): why for name, why in each.left_out.items()}
+    if twice:
+        raise CheckpointError(listing(f"{path}: these tensors are stored twice; it is not clear which is meant", twice))
+    own = next((each.config for each in opened if not each.parts[0].folder), None)
+    files = tuple(file for each in opened for file in each.files)
+    parts = tuple(each.parts[0] for each in opened)
+    return replace(opened[0], files=files, tensors=tensors, config=own, left_out=left_out, parts=parts)
+
+
+def _open_state(reference: str, path: Path, state: State) -> Checkpoint:
+    """Return a training checkpoint, with the config that lies in its folder."""
+    config = read_json(folders.inside(path, "config.json")) if (path / "config.json").exists() else None
+    return Checkpoint(
+        reference,
+        path,
+        state.files,
+        state.tensors,
+        config,
+        state.nest,
+        state.left_out,
+        notes=tuple(f"{reference}: {note}" for note in state.notes),
+        in_shards=False,
+    )
 
 
 def _model_header(reference: str, file: Path, within: str) -> Header:
     header = formats.read_header(file, within)
+    check_whole(header)
     if vector_file.KEY in header.metadata:
         raise CheckpointError(f"{file}: is a task vector, not a model. Name the model it is added to: BASE+{reference}")
     return header

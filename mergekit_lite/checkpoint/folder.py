@@ -18,22 +18,21 @@ from mergekit_lite.errors import CheckpointError, listing
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_ENDING = ".index.json"
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # other files of trainers
-SHARD = re.compile(rf"(?P<stem>.+)-\d{{5}}-of-(?P<count>\d{{5}})(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})")
+SHARD = re.compile(
+    rf"(?P<stem>.+)-\d{{5}}-of-(?P<count>\d{{5}})(?P<suffix>(\.\w+)?({'|'.join(map(re.escape, SUFFIXES))}))"
+)
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # weights of their own beside a model's
 CONSOLIDATED = "consolidated."  # the same model once more, as Mistral's own programs read it
-CONVERTERS = {  # by the ending of a name: checkpoints of trainers that have to be put together first
-    ".distcp": "It is a checkpoint of torch.distributed.checkpoint: make one file of it with "
-    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt`.",
-    "zero_to_fp32.py": "It is a checkpoint of DeepSpeed: put it together with `python zero_to_fp32.py . OUT`, "
-    "which lies in it.",
-}
 MAX_FILE_NAME = 255  # of every common file system
 
 
-def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+def weight_files(root: Path, part: str = "") -> tuple[list[Path], Mapping[str, str] | None]:
     """Return a folder's weight files in order of their names, and its index (tensor name → file name), if any.
 
-    Raises CheckpointError where it has no weights, several candidates, a missing shard, or a path that leads out of it.
+    ``part`` is the folder in a model's folder, ``root``, if it isn't that itself. Raises CheckpointError where it has
+    no weights, several candidates, a missing shard, or a path that leads out of the model's folder.
     """
+    folder = root / part
     try:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -41,11 +40,11 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     names = weight_names(folder, present)
     index = None
     if names[0].endswith(INDEX_ENDING):
-        index = weight_map(folder, names[0])
+        index = weight_map(root, f"{part}/{names[0]}" if part else names[0])
         names = sorted(set(index.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(listing(f"{folder}: these shards are missing; download them again", missing))
-    return [inside(folder, name) for name in names], index
+    return [inside(root, f"{part}/{name}" if part else name) for name in names], index
 
 
 def weight_names(where: object, names: Collection[str]) -> list[str]:
@@ -53,6 +52,7 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
 
     Raises CheckpointError where there are none, or it is not clear which are meant.
     """
+    names = {name for name in names if name not in VALUE_HEADS} if value_head(names) else names
     for format in FORMATS:
         standard = [name for name in _standard_names(format) if name in names]
         if len(standard) > 1:
@@ -63,6 +63,24 @@ def weight_names(where: object, names: Collection[str]) -> list[str]:
         if standard:
             return standard
     return _unindexed(where, names)
+
+
+def has_model(names: Collection[str]) -> bool:
+    """Return whether one of these files is a model, or an index of its shards, by the standard names."""
+    return any(name in names for format in FORMATS for name in _standard_names(format))
+
+
+def value_head(names: Collection[str]) -> str | None:
+    """Return which of these files holds a value head beside a model's weights; None where there is none."""
+    present = [name for name in VALUE_HEADS if name in names]
+    has_others = any(may_be_weights(name) or name.endswith(INDEX_ENDING) for name in names if name not in VALUE_HEADS)
+    return present[0] if present and has_others else None
+
+
+def value_head_file(root: Path, part: str = "") -> Path:
+    """Return the path of the value head in a folder of a model's folder. Raises CheckpointError as ``inside``."""
+    name = value_head({path.name for path in (root / part).iterdir()})
+    return inside(root, f"{part}/{name}" if part else str(name))
 
 
 def adapter_weights(where: object, names: Collection[str]) -> str:
@@ -158,7 +176,6 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
     standard = ", ".join(name for format in FORMATS for name in _standard_names(format))
     unread = [suffix for suffix in refused.REMEDIES if any(name.endswith(suffix) for name in names)]
     hint = "".join(f" It holds {suffix[1:].upper()} files, which aren't read." for suffix in unread)
-    hint += next((f" {remedy}" for ending, remedy in CONVERTERS.items() if any(n.endswith(ending) for n in names)), "")
     raise CheckpointError(
         f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).{hint}"
     )

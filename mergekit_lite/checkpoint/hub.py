@@ -12,14 +12,17 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
-from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, IN_FOLDERS, TOKENIZER, matches, travels
+from mergekit_lite.checkpoint.parts import in_folder, listed_folders, model_parts, surveyed, weighted_folders
 from mergekit_lite.errors import CheckpointError, listing, nearest
+from mergekit_lite.input_files import parse_json, read_text
 from mergekit_lite.plain_text import is_plain_line
 
 REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?", re.ASCII
 )
-SMALL_FILES = ("config.json", "README.md", *COMPANIONS)
+WRITTEN_ANEW = ("config.json", "README.md")
+ADAPTER_FILES = (folders.ADAPTER_CONFIG, *TOKENIZER)  # the tokenizer, as an adapter may change the vocabulary
 
 
 def is_repository(reference: str) -> bool:
@@ -32,7 +35,8 @@ def fetch(reference: str, *, adapter: bool = False) -> Path:
     """Download what a model or a LoRA adapter needs of a repository, or find it in the cache.
 
     Needed are one set of weights (safetensors before ``.bin``), their index, and the small files of the model; of an
-    adapter its weights and config. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it has all.
+    adapter its weights, config and tokenizer. Without a network, or with ``HF_HUB_OFFLINE=1``, the cache is used if it
+    has all.
     The reference is ``org/name`` or ``org/name@revision`` (a branch, tag or commit); the folder's name is the commit.
 
     Raises:
@@ -63,37 +67,57 @@ def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:
     # The client shows names while it downloads: those that a terminal would obey are no names.
     listed = {file.rfilename for file in info.siblings or () if is_plain_line(file.rfilename)}
     if adapter:
-        wanted = [folders.adapter_weights(repo, listed), folders.ADAPTER_CONFIG]
+        small = [name for name in listed if matches(name, ADAPTER_FILES)]
+        wanted = [folders.adapter_weights(repo, listed), *small]
     elif folders.ADAPTER_CONFIG in listed and "config.json" not in listed:
         raise CheckpointError(
             f"{repo}: is a LoRA adapter, not a model. Name the model that it is for before it: BASE+{repo}"
         )
     else:
-        wanted = [*_weights(repo, info.sha, listed), *(name for name in listed if matches(name, SMALL_FILES))]
+        inner = listed_folders(repo, listed, lambda name: _content(repo, info.sha, name))
+        weights = [_weights(repo, info.sha, listed, folder) for folder in weighted_folders(repo, listed, inner)]
+        wanted = [name for name in listed if name in WRITTEN_ANEW or travels(name, inner)]
+        wanted += [name for files in weights for name in files]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in wanted]))
     if folder.name != info.sha:
         raise CheckpointError(f"{repo}: was changed on the hub while it was fetched. Run again.")
     return folder
 
 
-def _weights(repo: str, commit: str | None, names: set[str]) -> list[str]:
-    """Return the weight files of a repository: one, or an index and all that it names, or a numbered set."""
+def _content(repo: str, commit: str | None, name: str) -> object:
+    """Return the content of a JSON file of a repository. Raises CheckpointError where it is none."""
     from huggingface_hub import hf_hub_download
 
-    files = folders.weight_names(repo, {name for name in names if "/" not in name})
+    try:
+        return parse_json(read_text(Path(hf_hub_download(repo, name, revision=commit))))
+    except ValueError as error:
+        raise CheckpointError(f"{repo}: {name} is not valid JSON ({error})") from error
+
+
+def _weights(repo: str, commit: str | None, names: set[str], folder: str) -> list[str]:
+    """Return the weight files in a folder of a repository: one, or an index and all that it names, or a numbered set.
+
+    The value head that lies there is one of them.
+    """
+    from huggingface_hub import hf_hub_download
+
+    own = {name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == folder}
+    head = folders.value_head(own)
+    files = folders.weight_names(in_folder(repo, folder).rstrip("/"), own)
     if files[0].endswith(folders.INDEX_ENDING):
-        index = Path(hf_hub_download(repo, files[0], revision=commit))
-        files = [index.name, *sorted(set(folders.weight_map(index.parent, index.name).values()))]
-    if missing := [name for name in files if name not in names]:
+        name = in_folder(folder, files[0])
+        root = Path(hf_hub_download(repo, name, revision=commit)).parents[name.count("/")]
+        files = [files[0], *sorted(set(folders.weight_map(root, name).values()))]
+    if missing := [name for name in files if name not in own]:
         raise CheckpointError(listing(f"{repo}: its upload is incomplete, these shards are missing", missing))
-    return files
+    return [in_folder(folder, name) for name in (*files, *filter(None, [head]))]
 
 
 def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trouble: str) -> Path:
     """Return the repository as the cache has it. Errors name the ``trouble`` on the way to the hub as well."""
     from huggingface_hub import snapshot_download
 
-    patterns = [folders.ADAPTER_CONFIG] if adapter else list(SMALL_FILES)
+    patterns = list(ADAPTER_FILES if adapter else (*WRITTEN_ANEW, *COMPANIONS))
     incomplete = f"{reference}: {trouble}, and the local cache doesn't hold all of"
     remedy = "Connect and run again, or name a folder on this machine."
     try:
@@ -105,7 +129,11 @@ def _cached(reference: str, repo: str, revision: str | None, adapter: bool, trou
         if adapter:
             folders.adapter_weights(folder, {path.name for path in folder.iterdir()})
         else:
-            folders.weight_files(folder)
+            inner = [in_folder(each, name) for each in surveyed(folder)[1] if each for name in IN_FOLDERS]
+            if inner:
+                snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=inner)
+            for part in model_parts(folder):
+                folders.weight_files(folder, part.folder)
     except CheckpointError as error:
         raise CheckpointError(f"{incomplete} its weights. {remedy}\n{error}") from error
     except Exception as error:

@@ -8,18 +8,19 @@ part of a model then differ in their beginnings and agree in their ends. The rul
 2. A *renaming* is a beginning that takes the place of another; it pairs all names that agree in their ends, in their
    numbers and in their shapes. Renamings that only put in or take out *containers* (``model``, ``language_model``,
    ``transformer``, ``backbone`` …) or exchange synonyms are known, and count as one.
-3. The renaming that pairs most names is right, if every other one that pairs some of the same tensors pairs fewer of
+3. A renaming that isn't known must pair a stack of layers, or every tensor of a model: a head that happens to have the
+   end and the shape of another is not the same tensor.
+4. The renaming that pairs most names is right, if every other one that pairs some of the same tensors pairs fewer of
    them and none besides. Of equals the known one is right. If two remain, neither is used.
-4. A renaming that isn't known must pair a stack of layers, or every tensor of a model: a head that happens to have the
-   ends and the shape of another is not the same tensor.
 5. What is left is looked at again. Names that no tensor of the other model answers to follow the beginnings of those
    that are paired, so that layers which only one model has keep their place.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint import tied_weights
@@ -30,7 +31,8 @@ Parts = tuple[str, ...]  # the components of a name
 Numbers = tuple[str, ...]
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-CONTAINERS = ("model", "language_model", "text_model", "transformer", "backbone", "base_model", "net")
+WRAPPED = re.compile(rf"(^|\.)({'|'.join(WRAPPERS)})\.")
+CONTAINERS = ("model", "language_model", "transformer", "backbone", "base_model", "net")
 SYNONYMS = {"block_sparse_moe": "mlp"}  # of the module that holds the experts, in Mixtral's files
 NUMBER = "*"  # stands for each number in a pattern
 FEWEST_OF_STACK = 3  # patterns of names within layers that make a renaming plausible which isn't known
@@ -121,11 +123,12 @@ def _following(name: str, ways: Mapping[Parts, set[Parts]]) -> str:
     return name
 
 
-def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+def without_wrappers(names: Collection[str]) -> dict[str, str]:
     """Return each name without wrappers; nothing where none has any, or two names differ in nothing else."""
+    if not any(map(WRAPPED.search, names)):
+        return {}
     shorter = {name: _filled(*_pattern(name.split("."))) for name in names}
-    is_sound = len(set(shorter.values())) == len(shorter)
-    return shorter if is_sound and any(name != short for name, short in shorter.items()) else {}
+    return shorter if len(set(shorter.values())) == len(shorter) else {}
 
 
 def _naming(

@@ -45,7 +45,9 @@ def shown_as(model: Checkpoint, other: Checkpoint) -> Checkpoint:
     naming = match_names(_shapes(model.tensors), _shapes(other.tensors))
     tensors, moved = stored_as(_renamed(model.tensors, naming), other.tensors)
     if _differ_within_layers(tensors, other.tensors):
-        table = transformers_names.match_names(model, other)
+        table = transformers_names.match_names(
+            model.tensors, model.config or other.config, other.tensors, other.config or model.config
+        )
         by_table, moved_by_table = stored_as(_renamed(model.tensors, table), other.tensors) if table else ({}, 0)
         if table and len(by_table.keys() & other.tensors.keys()) > len(tensors.keys() & other.tensors.keys()):
             naming, tensors, moved = table, by_table, moved_by_table

@@ -14,11 +14,12 @@ from mergekit_lite.checkpoint.tensor import TensorSpec
 
 MODALITIES = ("vision_config", "audio_config")  # sections of a config, each of a tower with layers of its own
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attention\.bias)$")
-MASKS = re.compile(r"(^|\.)attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
-PREDICTION = re.compile(r"(^|\.)mtp(\.|$)")  # multi-token prediction as Qwen stores it
-LAYER = re.compile(r"(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
+BUFFERS = re.compile(r"(^|[./])(rotary_emb\.inv_freq|masked_bias|position_ids|attention\.bias)$")
+MASKS = re.compile(r"(^|[./])attn\.bias$")  # GPT-2's, of shape (1, 1, n, n); elsewhere the bias of a layer
+PREDICTION = re.compile(r"(^|[./])mtp(\.|$)")  # multi-token prediction as Qwen stores it
+LAYER = re.compile(r"(?:.*/)?(?:model\.|language_model\.|transformer\.)*layers\.(\d+)\.")  # of text, not of a tower
 HEADLESS = re.compile(r"(?<!Head)(?<!Heads)Model$|Classification$|QuestionAnswering$")  # GPT2LMHeadModel has one
+VALUE_HEAD = re.compile(r"v_head\.")  # of TRL's models with a value head
 
 
 def why_optional(
@@ -30,7 +31,8 @@ def why_optional(
         name: of the tensor.
         spec: the tensor.
         tensors: all tensors of the model.
-        config: the model's, which says how many layers it has and whether it ties its embeddings.
+        config: that of the tensor's part of the model, which says how many layers it has and whether it ties its
+            embeddings.
     """
     if BUFFERS.search(name) or (MASKS.search(name) and len(spec.shape) > 2):
         return "a buffer, computed on loading"
@@ -41,6 +43,8 @@ def why_optional(
     first = tied_weights.repeated_by(name, tensors, config)
     if tied_weights.COPIES.search(name) and first is not None and first.shape == spec.shape:
         return "a copy of the embedding, tied on loading"
+    if VALUE_HEAD.match(name):
+        return "a value head, which training alone reads"
     return None
 
 

@@ -2,7 +2,9 @@
 
 What is added is a task vector (a file) or a LoRA adapter (a folder or a hub repository), with ``:NUMBER`` behind it to
 scale it. ``vector:`` before it says what it is and may be left out; ``rebase:`` adds a vector to another base than the
-one it was made from. ``ckpt.pt:ema`` is what a torch file holds under a key.
+one it was made from. ``hf:STEP`` is read under the names that transformers loads
+(``training.for_transformers``). ``ckpt.pt:ema`` is what a torch file, or the folder of a
+training checkpoint, holds under a key.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
 SCALED = re.compile(r"(?P<path>.+):(?P<scale>-?(\d+\.?\d*|\.\d+)([eE]-?\d+)?)")
-KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>.+)")
+KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>[^+]+)")
+KEYED_FOLDER = re.compile(r"(?P<path>.+):(?P<key>[^:+]+)")
+AS_TRANSFORMERS = re.compile(r"hf(=(?P<config>[^:]+))?:(?P<rest>.+)")
 MOST_PLUSES = 12
 
 
@@ -46,11 +50,29 @@ class Addition(NamedTuple):
 def split_key(text: str) -> tuple[Path, str]:
     """Split ``ckpt.pt:ema`` into the torch file and the keys under which it holds the weights; no keys where it isn't.
 
-    A file of that very name goes first, so no path is ever cut.
+    A folder, which may be a training checkpoint, is split alike. A path of that very name goes first, so none is cut.
     """
-    match = KEYED.fullmatch(text)
-    path = Path(match["path"] if match else text).expanduser()
-    return (path, match["key"]) if match and not Path(text).expanduser().exists() and path.is_file() else (path, "")
+    if names := split_names(text):
+        text = names.rest
+    whole = Path(text).expanduser()
+    if not whole.exists():
+        for pattern, is_there in ((KEYED, Path.is_file), (KEYED_FOLDER, Path.is_dir)):
+            if (match := pattern.fullmatch(text)) and is_there(path := Path(match["path"]).expanduser()):
+                return path, match["key"]
+    return whole, ""
+
+
+class Names(NamedTuple):
+    """A checkpoint that is read under the names that transformers loads."""
+
+    rest: str  # its own reference
+    config: str  # the folder of the config and the tokenizer; empty for that beside the checkpoint
+
+
+def split_names(text: str) -> Names | None:
+    """Split ``hf:STEP`` or ``hf=CONFIG:STEP``; None for any other reference, and for a path of that very name."""
+    match = AS_TRANSFORMERS.fullmatch(text)
+    return Names(match["rest"], match["config"] or "") if match and not Path(text).expanduser().exists() else None
 
 
 def parse_addition(text: str) -> Addition:

@@ -51,6 +51,11 @@ class Encoding(ABC):
         return None
 
     @property
+    def scheme(self) -> str | None:
+        """The name of the scheme that it was quantised by, as users know it; None where there is none."""
+        return None
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Plain data that is equal for two encodings only where they make equal values of equal files."""
         return (None,)

@@ -18,7 +18,9 @@ EMBEDDINGS = (
     "embeddings.weight",
     "shared.weight",
 )
-COPIES = re.compile(r"(^|\.)((en|de)coder\.embed_tokens|proj_out)\.weight$")  # T5's and Whisper's, beside the embedding
+COPIES = re.compile(
+    r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$"
+)  # T5's and Whisper's, beside the embedding
 NUMBER = re.compile(r"\.\d+\.")  # of a layer
 
 
@@ -49,9 +51,10 @@ def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
     """
     if not may_be_tied(name) or name in tensors:
         return None
-    if is_head(name) and any(is_head(other) and not NUMBER.search(other) for other in tensors):
+    others = [other for other in tensors if is_head(other) and part(other) == part(name) and not NUMBER.search(other)]
+    if is_head(name) and others:
         return None
-    embeddings = [spec for spec in tensors.values() if is_embedding(spec.name)]
+    embeddings = [spec for spec in tensors.values() if is_embedding(spec.name) and part(spec.name) == part(name)]
     first = [spec for spec in embeddings if not COPIES.search(spec.name)] or embeddings
     return first[0] if len(first) == 1 else None
 
@@ -67,8 +70,13 @@ def repeated_by(name: str, tensors: Mapping[str, TensorSpec], config: Mapping[st
     return first if tied is True or shared else None
 
 
+def part(name: str) -> str:
+    """Return the folder that a tensor's name begins with, where its model is one of several in a folder."""
+    return name.rpartition("/")[0]
+
+
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
+    return any(name == ending or name.endswith((f".{ending}", f"/{ending}")) for ending in endings)
 
 
 def counterpart(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:

@@ -13,41 +13,44 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergekit_lite.checkpoint import naming
-from mergekit_lite.checkpoint.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.naming import Naming
+from mergekit_lite.checkpoint.tensor import TensorSpec
 
-COUNTS = re.compile(r"layer|depth|block|stage|expert|num_")
+Config = Mapping[str, Any]
+
+COUNTS = re.compile(r"layers?(_|$)|depth|stages|experts|blocks")  # settings that say how many modules there are
 MOST = 2000  # modules of a kind; a config that promises more is not made into a model
 # What would load code, kernels or quantisation libraries when a model is made.
 LEFT_OUT = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "compression_config")
 
 
-def match_names(model: Checkpoint, other: Checkpoint) -> Naming | None:
-    """Return the names in ``other`` of a model's tensors, as far as transformers loads both under one name.
+def match_names(
+    own: Mapping[str, TensorSpec], config: Config | None, other: Mapping[str, TensorSpec], other_config: Config | None
+) -> Naming | None:
+    """Return the names in another model of a model's tensors, as far as transformers loads both under one name.
 
     None where it isn't installed, or knows none of the names.
     """
-    own = _loaded_names(model.tensors, model.config or other.config)
-    others = _loaded_names(other.tensors, other.config or model.config)
-    if own is None or others is None or (own == _same(model.tensors) and others == _same(other.tensors)):
+    loaded, others = loaded_names(own, config), loaded_names(other, other_config)
+    if loaded is None or others is None or (loaded == _same(own) and others == _same(other)):
         return None
-    back = {loaded: name for name, loaded in others.items()}
-    by_loaded = {loaded: name for name, loaded in own.items()}
-    if len(back) < len(others) or len(by_loaded) < len(own):
+    back = {loaded_name: name for name, loaded_name in others.items()}
+    by_loaded = {loaded_name: name for name, loaded_name in loaded.items()}
+    if len(back) < len(others) or len(by_loaded) < len(loaded):
         return None  # several tensors become one
     matched = naming.match_names(
-        {loaded: model.tensors[name].shape for loaded, name in by_loaded.items()},
-        {loaded: other.tensors[name].shape for loaded, name in back.items()},
+        {loaded_name: own[name].shape for loaded_name, name in by_loaded.items()},
+        {loaded_name: other[name].shape for loaded_name, name in back.items()},
     )
-    paired = {name: back[matched.names[loaded]] for name, loaded in own.items() if matched.names[loaded] in back}
-    return Naming(naming.with_followers(paired, own, other.tensors))
+    paired = {name: back[matched.names[new]] for name, new in loaded.items() if matched.names[new] in back}
+    return Naming(naming.with_followers(paired, own, other))
 
 
 def _same(names: Iterable[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _loaded_names(names: Iterable[str], config: Mapping[str, Any] | None) -> dict[str, str] | None:
+def loaded_names(names: Iterable[str], config: Config | None) -> dict[str, str] | None:
     """Return what each name becomes; None where transformers isn't there, or doesn't know the architecture."""
     architectures = (config or {}).get("architectures")
     if not isinstance(architectures, list) or not architectures or not _is_small(config):
@@ -61,11 +64,14 @@ def _loaded_names(names: Iterable[str], config: Mapping[str, Any] | None) -> dic
         architecture = getattr(transformers, str(architectures[0]), None)
         if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
             return None
+        settings = architecture.config_class.from_dict(_plain(config))
+        if getattr(settings, "backbone", None) or getattr(settings, "use_pretrained_backbone", False):
+            return None  # that would be downloaded
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it would remark on a config's other settings
         try:
             with torch.device("meta"):
-                made: Any = architecture(architecture.config_class.from_dict(_plain(config)))
+                made: Any = architecture(settings)
         finally:
             transformers.logging.set_verbosity(verbosity)
         renamings = [each for each in get_model_conversion_mapping(made) if isinstance(each, WeightRenaming)]
@@ -85,7 +91,10 @@ def _is_small(config: Any) -> bool:
     """Return whether no number of modules in a config, which may be anybody's, is beyond reason."""
     if not isinstance(config, Mapping):
         return True
-    return all(
-        _is_small(value) and not (COUNTS.search(key) and isinstance(value, int) and value > MOST)
-        for key, value in config.items()
-    )
+    for key, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        if not _is_small(value) or (
+            COUNTS.search(key) and any(isinstance(each, int) and each > MOST for each in counts)
+        ):
+            return False
+    return True

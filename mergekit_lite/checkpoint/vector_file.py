@@ -26,6 +26,7 @@ from mergekit_lite.checkpoint.encodings.low_rank import LowRank
 from mergekit_lite.checkpoint.encodings.signs import Signs
 from mergekit_lite.checkpoint.encodings.sparse import Sparse
 from mergekit_lite.checkpoint.encodings.sum import Sum, VectorTerm, scaled, with_terms
+from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
@@ -83,13 +84,10 @@ class Vector:
         deltas = {naming.names[name]: replace(delta, name=naming.names[name]) for name, delta in self.deltas.items()}
         return replace(self, deltas=deltas), naming.summary
 
-    def added_to(
-        self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0
-    ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-        """Return the tensors of a base, by name, with the vector, times ``scale``, added.
+    def added_to(self, base: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, scale: float = 1.0) -> Folded:
+        """Return a base with the vector, times ``scale``, added.
 
-        Returned as well is why each tensor of the base that is not read is left out. Adapters are added by the same
-        call, and need ``config``.
+        Adapters are added by the same call, and need ``config``.
 
         Raises:
             CheckpointError: tensors are missing in the base, have other shapes there, or are whole and can't be scaled.
@@ -122,7 +120,7 @@ class Vector:
             first = tied_weights.repeated_by(name, base, config)
             if first is not None and first.name in self.deltas and tensors[first.name].shape == base[name].shape:
                 tensors[name] = replace(tensors[first.name], name=name, written_as=base[name].written_as)
-        return tensors, left_out
+        return Folded(tensors, config, left_out)
 
     def differences(self) -> dict[str, TensorSpec]:
         """Return the differences as tensors by themselves. Raises CheckpointError where some are stored whole."""

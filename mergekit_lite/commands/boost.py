@@ -108,6 +108,7 @@ Examples:
 @click.option("--out-dtype", help="As in extrapolate; candidates are judged in it.")
 @click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="Likewise.")
 @click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate.")
+@click.option("--copy-code", is_flag=True, help="As in extrapolate.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding.")
 @click.option("--threads", type=int, help="That set weights; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
@@ -165,6 +166,7 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.boosting.boosting import search_and_write
     from mergekit_lite.boosting.summary import verdict
     from mergekit_lite.commands.screen import made
+    from mergekit_lite.output.companions import what_is_missing
 
     with _stopping_the_server():
         boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress)
@@ -177,6 +179,8 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
         for output in boosted.finished.outputs:
             screen.out.print(made(output))
     screen.out.print(f"report: {boosted.page}")
+    if boosted.finished is not None:
+        screen.warn(what_is_missing(prepared.family.plan(prepared.family.baseline)))
 
 
 @contextmanager

@@ -57,6 +57,7 @@ Examples:
 @click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
 @running.takes_rounding
 @running.takes_shard_size
+@running.takes_copy_code
 @running.takes_run_options
 def command(
     sft: str,
@@ -71,7 +72,8 @@ def command(
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
 
     SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors or .pt /
-    .bin files, or hub repositories (org/name, org/name@revision).
+    .bin files, training checkpoints (torch.distributed.checkpoint, DeepSpeed's ZeRO), or hub repositories (org/name,
+    org/name@revision). FILE.pt:KEY or FOLDER:KEY names the weights where there are several.
     """
     from mergekit_lite.extrapolation import plan_extrapolation
 

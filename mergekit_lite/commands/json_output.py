@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.memory import memory_estimate
-from mergekit_lite.output.companions import companions
+from mergekit_lite.output.companions import companions, what_is_missing
 
 if TYPE_CHECKING:
     from mergekit_lite.engine.run import Finished
@@ -34,6 +34,7 @@ def of_plan(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) ->
         "tensors": [_of_job(plan, job) for job in plan.jobs],
         "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
         "beside": {"copied": sorted(copied), "not_copied": not_copied},
+        "missing": what_is_missing(plan),
         "notes": list(plan.notes),
     }
 

@@ -24,12 +24,14 @@ Examples:
 @click.argument("out", required=False)
 @click.option("-o", "--output", help="A folder, or a .safetensors or .pt file; the same as OUT.")
 @running.takes_shard_size
+@running.takes_copy_code
 @running.takes_run_options
 def command(
     recipe: Path,
     out: str | None,
     output: str | None,
     shard_size: int | None,
+    copy_code: bool,
     run_options: RunOptions,
     view: running.View,
 ) -> None:
@@ -43,4 +45,5 @@ def command(
     output = output or out
     if output is None or (out is not None and output != out):
         raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
-    running.carry_out(plan_merge(recipe, output, shard_size=shard_size), run_options, view)
+    plan = plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code)
+    running.carry_out(plan, run_options, view)

@@ -81,6 +81,12 @@ takes_shard_size = click.option(
     help="Most bytes in one file, for instance 5GB; by default shards as in the model that gives the config.",
 )
 
+takes_copy_code = click.option(
+    "--copy-code",
+    is_flag=True,
+    help="Copy the code of its own that a model in a folder has (auto_map in its config); it is not run.",
+)
+
 
 def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of rounding, for methods that draw nothing else."""
@@ -115,6 +121,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
         screen.headline(plan)
     screen.warn(delta_warning(plan))
     if view.dry_run:
+        screen.missing(plan)
         return
     with resumable(), screen.progress() as progress:
         options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES}

@@ -20,7 +20,7 @@ from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.errors import counted
-from mergekit_lite.output.companions import companions
+from mergekit_lite.output.companions import companions, what_is_missing
 from mergekit_lite.plain_text import plain, plain_line
 
 if TYPE_CHECKING:
@@ -108,13 +108,17 @@ class Screen:
                 self._effect(report)
                 self._coefficients(report)
             self.warn(_advice(report))
-        if self.quiet:
-            return
-        if any(output.is_dir() for output in finished.outputs):
-            not_copied = companions(plan)[1]
-            self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
-        rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
-        self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+        if not self.quiet:
+            if any(output.is_dir() for output in finished.outputs):
+                not_copied = companions(plan)[1]
+                self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
+            rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
+            self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
+        self.missing(plan)
+
+    def missing(self, plan: Plan) -> None:
+        """Print what the outputs lack to be loaded, if anything: the last line of a plan or a run."""
+        self.warn(what_is_missing(plan))
 
     def _effect(self, report: Report) -> None:
         if not report.tensors:

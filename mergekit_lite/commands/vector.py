@@ -142,6 +142,7 @@ Examples:
 @click.option("--dtype", help="float32, bfloat16, float16 or float64; that of the tuned model by default.")
 @running.takes_rounding
 @running.takes_shard_size
+@running.takes_copy_code
 @running.takes_run_options
 def apply(
     base: str, vectors: tuple[str, ...], output: str, run_options: RunOptions, view: running.View, **options: Any

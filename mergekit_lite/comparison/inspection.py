@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES, promises_head
+from mergekit_lite.checkpoint.parts import in_folder
 from mergekit_lite.comparison.health import WeightMeasurement, WeightStatistics
 from mergekit_lite.comparison.shared_tensors import float_tensors, module_name
 from mergekit_lite.comparison.survey import survey
@@ -32,6 +33,12 @@ ACCIDENT_SHARE = 0.1  # share of the layers that differ up to which it looks lik
 SHOWN_LAYERS = 8
 FROM_CONFIG = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
                "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
+# What wrappers put into the names of a model's parts; DDP's stands before the whole model alone.
+WRAPPERS = {
+    "_orig_mod.": re.compile(r"(^|[./])_orig_mod\."),
+    "module.": re.compile(r"(^|/)(_orig_mod\.)?module\."),
+    "_fsdp_wrapped_module.": re.compile(r"(^|[./])_fsdp_wrapped_module\."),
+}
 EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 Layers = Mapping[int, Mapping[str, TensorSpec]]  # of one stack: by number, then by name within the layer
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -106,8 +113,10 @@ class Inspection:
             return "no"
         blocks = sorted({"×".join(map(str, spec.encoding.block)) for spec in quantised if spec.encoding.block})
         kinds = ", ".join(sorted({spec.stored_dtype for spec in quantised}))
+        schemes = sorted({spec.encoding.scheme for spec in quantised if spec.encoding.scheme})
+        named = f" as {', '.join(schemes)}" if schemes else ""
         shown = ", ".join(blocks[:3]) + (" …" if len(blocks) > 3 else "")
-        return f"{counted(len(quantised), 'tensor')} in {kinds}, a scale for each block of {shown}"
+        return f"{counted(len(quantised), 'tensor')}{named} in {kinds}, a scale for each block of {shown}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -120,7 +129,7 @@ class Inspection:
         return {
             "model": self.checkpoint.reference,
             "revision": self.checkpoint.revision,
-            "files": [{"name": file.path.name, "bytes": file.size} for file in self.checkpoint.files],
+            "files": [{"name": file.name, "bytes": file.size} for file in self.checkpoint.files],
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "dtypes": self.dtypes,
@@ -175,7 +184,9 @@ def inspect(
     """
     checkpoint = open_checkpoint(model)
     depth = stacks(checkpoint.tensors)
-    doubts = [*_doubts_of_layers(checkpoint, depth), *_doubts_of_config(checkpoint, depth)]
+    doubts = [*_doubts_of_layers(checkpoint, depth), *_doubts_of_prefixes(checkpoint)]
+    for folder, part in checkpoint.models.items():
+        doubts += [in_folder(folder, doubt) for doubt in _doubts_of_config(part, stacks(part.tensors))]
     weights = None
     if stats:
         measured = survey(float_tensors(checkpoint), WeightMeasurement(), threads, progress, processes)
@@ -248,6 +259,15 @@ def _odd_shapes(stack: str, layers: Layers) -> Iterator[str]:
         if others and len(odd) <= max(1, ACCIDENT_SHARE * len(by_layer)) and many > len(odd):
             shape = list(by_layer[odd[0]])
             yield f"{stack}.{_listed(odd)}.{rest}: shape {shape}, in the other layers {list(usual)}"
+
+
+def _doubts_of_prefixes(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a doubt for each wrapper of training whose name stands in the names of tensors: loaders don't know it."""
+    for wrapper, where in WRAPPERS.items():
+        wrapped = [name for name in checkpoint.tensors if where.search(name)]
+        if wrapped:
+            such = f"{counted(len(wrapped), 'tensor')} under {wrapper!r}, as {wrapped[0]}"
+            yield f"{such}: transformers finds no weights under such names"
 
 
 def _doubts_of_config(checkpoint: Checkpoint, depth: Mapping[str, int]) -> Iterator[str]:
@@ -348,7 +368,7 @@ def _readable(read: Callable[[Checkpoint], T], checkpoint: Checkpoint) -> T | No
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     """Return facts of the tokenizer and the chat template, as text by name."""
-    folder = checkpoint.folder
+    folder = checkpoint.tokenizer_folder
     if folder is None:
         return {}
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -142,7 +142,7 @@ def _why_not(name: str, specs: Sequence[TensorSpec | None], models: Sequence[Che
     for spec, model in zip(specs, models, strict=True):
         if spec is None:
             having = next(each for each, held in zip(models, specs, strict=True) if held is not None)
-            why = why_optional(name, first, having.tensors, having.config)
+            why = why_optional(name, first, having.tensors, having.config_of(name))
             return f"is missing in {model.reference}" + (f" ({why})" if why else "")
         if not dtypes.is_float(spec.dtype):
             return f"is {spec.dtype} in {model.reference}, which is not for arithmetic"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from typing import TypeVar
 
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
@@ -15,13 +16,14 @@ from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter
-from mergekit_lite.engine.tensor_merge import JobMerge, Section, gather, needed, needs_torch
+from mergekit_lite.engine.tensor_merge import JobMerge, Section, add_to, gather, needed, needs_torch
 from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
 from mergekit_lite.methods.contract import Totals
 from mergekit_lite.output.journal import Record
 from mergekit_lite.planning import Plan
 
 Progress = Callable[[int, int], None]
+Part = TypeVar("Part")  # of a tensor: a span or a section
 
 
 class Schedule:
@@ -43,6 +45,7 @@ class Schedule:
         self.writer = SpanWriter(plan, workers.block)
         self.progress = progress
         self.extent = sum(job.numel for job in plan.jobs)
+        self.most = min(TASK, self.extent // TASKS)  # elements that small spans or sections are joined to
         self.needs_torch = not self.on_cpu  # else if a job does: workers that are forked then share one import
         self.has_statistics = False
         self.shared: dict[tuple[int, int], JobMerge] = {}  # by job and output: merges whose sums several workers gather
@@ -94,8 +97,8 @@ class Schedule:
         for of_job in spans(self.plan, self.only):
             for unit in [of_job] if self._gathers(of_job) else [[span] for span in of_job]:
                 of_file.setdefault(self.plan.layout.places[unit[0].job.name][0], []).append(unit)
-        most = min(TASK, self.extent // TASKS)
-        return by_turns([list(joined(units, most)) for units in of_file.values()], self.pool.workers)
+        tasks = [list(joined(units, self.most, lambda span: span.end - span.begin)) for units in of_file.values()]
+        return by_turns(tasks, self.pool.workers)
 
     def _gathers(self, of_job: Sequence[Span]) -> bool:
         """Return whether a job of several spans has statistics that one worker gathers."""
@@ -103,18 +106,28 @@ class Schedule:
         return several and any(self._merge(of_job[0], output).request is not None for output in self.workspaces)
 
     def _sums(self, wanted: Sequence[Section]) -> dict[Section, Totals]:
-        """Return the requested sums over some sections. Their reading is added to what progress counts."""
+        """Return the requested sums over some sections, as ``gather`` wants them; progress counts what is read."""
         merges = list(self.shared.values())
+        first: dict[str | int, Section] = {}  # by group, or by merge where it has none
+        firsts = {section: first.setdefault(merges[section[0]].group or section[0], section) for section in wanted}
+
+        def add(buffers: WorkerBuffers, reader: Reader, task: Sequence[Section]) -> tuple[int, dict[Section, Totals]]:
+            sums: dict[Section, Totals] = {}
+            for number, begin, end in task:
+                part = merges[number].sum(buffers, reader, begin, end)
+                add_to(sums, part, (number, begin, end), firsts[number, begin, end])
+            return cost(task), sums
+
+        def cost(task: Sequence[Section]) -> int:
+            return sum(merges[number].bytes_to_sum(begin, end) for number, begin, end in task)
+
+        self.bytes_in_all += cost(wanted)
         sums: dict[Section, Totals] = {}
-
-        def add(buffers: WorkerBuffers, reader: Reader, section: Section) -> tuple[Section, Totals]:
-            number, begin, end = section
-            return section, merges[number].sum(buffers, reader, begin, end)
-
-        self.bytes_in_all += sum(merges[number].bytes_to_sum(begin, end) for number, begin, end in wanted)
-        for section, part in self.pool.run(wanted, add):
-            sums[section] = part
-            self._advance(merges[section[0]].bytes_to_sum(*section[1:]))
+        tasks = joined([[section] for section in wanted], self.most, lambda section: section[2] - section[1])
+        for nbytes, of_task in self.pool.run(tasks, add):
+            for section, part in of_task.items():
+                add_to(sums, part, section, firsts[section])
+            self._advance(nbytes)
         return sums
 
     def _advance(self, nbytes: int) -> None:
@@ -144,17 +157,17 @@ class Schedule:
         return sum(map(_cost, task)), records
 
 
-def joined(units: Iterable[list[Span]], most: int) -> Iterator[list[Span]]:
-    """Yield units of spans joined to tasks of at most ``most`` elements; a larger unit is a task by itself."""
-    task: list[Span] = []
-    elements = 0
+def joined(units: Iterable[list[Part]], most: int, elements: Callable[[Part], int]) -> Iterator[list[Part]]:
+    """Yield units of spans or sections joined to tasks of at most ``most`` elements; a larger unit is one by itself."""
+    task: list[Part] = []
+    in_task = 0
     for unit in units:
-        more = sum(span.end - span.begin for span in unit)
-        if task and elements + more > most:
+        more = sum(map(elements, unit))
+        if task and in_task + more > most:
             yield task
-            task, elements = [], 0
+            task, in_task = [], 0
         task += unit
-        elements += more
+        in_task += more
     yield task
 
 

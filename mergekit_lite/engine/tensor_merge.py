@@ -100,9 +100,25 @@ def needed(merges: Mapping[tuple[int, int], JobMerge], jobs: Collection[int]) ->
 
 
 def gather(merges: Sequence[JobMerge], sum_sections: Callable[[Sequence[Section]], Mapping[Section, Totals]]) -> None:
-    """Gather the sums that span several tensors, and those of large tensors, which are work for several workers."""
+    """Gather the sums that span several tensors, and those of large tensors, which are work for several workers.
+
+    ``sum_sections`` returns the sums over some sections; where they are counts, one sum for all sections of a group.
+    """
     while waiting := [number for number, merge in enumerate(merges) if merge.is_shared]:
         sections = [[(number, *section) for section in merges[number].sections()] for number in waiting]
         sums = sum_sections([section for of_merge in sections for section in of_merge])
-        parts = [[sums[section] for section in of_merge] for of_merge in sections]
+        parts = [[sums[section] for section in of_merge if section in sums] for of_merge in sections]
         send_totals([merges[number] for number in waiting], parts)
+
+
+def add_to(sums: dict[Section, Totals], part: Totals, section: Section, first: Section) -> None:
+    """Add the sum over a section of a group of tensors, whose first section is ``first``, to all that are known.
+
+    Counts are added up at once: there may be a hundred thousand of them for each tensor, and in whatever order they
+    are added, their sum is the same. Sums of floats are kept apart until they can be added in the plan's order.
+    """
+    key = first if part.dtype.kind == "i" else section
+    if key in sums:
+        sums[key] += part
+    else:
+        sums[key] = part

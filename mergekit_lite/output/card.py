@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.parts import DIFFUSION, MODULES
 from mergekit_lite.errors import counted
 from mergekit_lite.pages import markdown
 from mergekit_lite.plain_text import plain
@@ -33,7 +34,7 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
     if on_hub := [repository for source in sources if (repository := _repository(source))]:
         front["base_model"] = on_hub
     front["tags"] = ["mergekit-lite", "merge"]
-    front.setdefault("library_name", "transformers")
+    front.setdefault("library_name", _library(plan.source))
     recipe = plan.text or dump(dict(plan.recipes[number]), width=WIDE)
     paragraphs = [
         f"---\n{plain(yaml.safe_dump(front, sort_keys=False, allow_unicode=True)).strip()}\n---",
@@ -50,6 +51,14 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
         reached = f"{effect['effective']:.4f} (asked: {effect['asked']:.4f}){sampled}"
         paragraphs.append(f"Effective alpha after rounding: {reached}.")
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _library(source: Checkpoint) -> str:
+    """Return the library that loads a model like this one."""
+    if source.folder is not None and (source.folder / MODULES).exists():
+        return "sentence-transformers"
+    is_of_diffusers = any(part.stem == DIFFUSION for part in source.parts)
+    return "diffusers" if is_of_diffusers else "transformers"
 
 
 def _repository(source: Checkpoint) -> str | None:

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, companion_patterns, formats, tied_weights
+from mergekit_lite.checkpoint import Checkpoint, formats, own_code, tied_weights
+from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches, travels
 from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
 from mergekit_lite.checkpoint.formats import refused
+from mergekit_lite.checkpoint.parts import in_folder, surveyed
 from mergekit_lite.errors import CheckpointError, UnreadableError
 from mergekit_lite.input_files import MAX_BYTES, opened
-from mergekit_lite.layout import INDEX_NAME, index_json, is_single_file
+from mergekit_lite.layout import index_json, indexed_files, is_single_file
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
-from mergekit_lite.planning import Plan
+from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
 
 CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
 REPLACED = (
-    "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, INDEX_NAME,
+    "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-WRITTEN = (
-    INDEX_NAME, "config.json", "chat_template.jinja", "mergekit_config.yml", COEFFICIENTS_NAME, "README.md",
-)  # fmt: skip
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
+WRITTEN = ("config.json", "chat_template.jinja", "mergekit_config.yml", COEFFICIENTS_NAME, "README.md")
 
 
 def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
@@ -38,22 +39,28 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
     Only files that ``companion_patterns`` lists are copied. Hidden files and what the output has of its own are not
     named; a folder is named as one, with a slash.
     """
-    if source.folder is None:
+    weights = [file.name for file in source.files]
+    return _companions_in(source.folder, {*weights, *indexed_files(weights), *_config_names(source)})
+
+
+def _companions_in(folder: Path | None, own: Collection[str] = ()) -> tuple[list[str], dict[str, str]]:
+    if folder is None:
         return [], {}
     copied: list[str] = []
     left: dict[str, str] = {}
-    own = {*REPLACED, *(file.path.name for file in source.files)}
-    for path in _listed(source.folder):
-        name = path.relative_to(source.folder).as_posix()
+    own = {*REPLACED, *own}
+    folders = surveyed(folder)[1]
+    for path in _listed(folder, folders):
+        name = path.relative_to(folder).as_posix()
         if name in own or path.name.startswith("."):
             continue
         if path.is_dir():
             left[f"{name}/"] = "a folder"
-        elif not companion_patterns.matches(name, companion_patterns.COMPANIONS):
+        elif not travels(name, folders):
             left[name] = _unlisted(path)
         else:
             try:
-                small_file(source.folder, name)
+                small_file(folder, name)
                 copied.append(name)
             except UnreadableError as error:
                 left[name] = error.why
@@ -62,14 +69,18 @@ def companions_of(source: Checkpoint) -> tuple[list[str], dict[str, str]]:
     return copied, left
 
 
-def _listed(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder, and in the folders within it that may hold files to be copied."""
-    within = {pattern.partition("/")[0] for pattern in companion_patterns.COMPANIONS if "/" in pattern}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and companion_patterns.matches(path.name, within):
-            yield from sorted(path.iterdir())
-        else:
-            yield path
+def _listed(root: Path, folders: Collection[str]) -> Iterator[Path]:
+    """Yield what is in a model's folder, and in the folders within it that may hold files to be copied."""
+    opened = {parent for folder in folders for parent in (folder, folder.rpartition("/")[0])}
+    patterns = {pattern.partition("/")[0] for pattern in COMPANIONS if "/" in pattern}
+    unvisited = [root]
+    while unvisited:
+        for path in sorted(unvisited.pop(0).iterdir()):
+            is_known = path.relative_to(root).as_posix() in opened or matches(path.name, patterns)
+            if is_known and path.is_dir() and not path.is_symlink():
+                unvisited.append(path)
+            else:
+                yield path
 
 
 def _unlisted(path: Path) -> str:
@@ -83,25 +94,80 @@ def _unlisted(path: Path) -> str:
 def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the files copied with a plan's weights, by their names in the output, and why every other one is not.
 
-    They are the config source's, and those of the tokenizer the plan was given.
+    They are the config source's, and those of the tokenizer the plan was given; and the code that their configs name,
+    where the plan copies it.
     """
+    owners, left = _owners(plan)
+    if plan.copy_code:
+        code = code_needed(plan)[0]
+        owners |= {name: source.folder for name, source in code.items()}
+        left = {name: why for name, why in left.items() if name not in code}
+    return {name: folder / name for name, folder in owners.items() if folder is not None}, left
+
+
+def _owners(plan: Plan) -> tuple[dict[str, Path | None], dict[str, str]]:
+    """Return the folder that each file copied with a plan's weights is from, code aside, and why others are not."""
     names, left = companions_of(plan.source)
-    owners = dict.fromkeys(names, plan.source)
-    if plan.tokenizer is not None:
-        owner = plan.inputs[plan.tokenizer]
-        owners = {name: source for name, source in owners.items() if not is_tokenizer_file(name)}
-        owners |= {name: owner for name in companions_of(owner)[0] if is_tokenizer_file(name)}
+    owners = dict.fromkeys(names, plan.source.folder)
+    tokenizer = (plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]).tokenizer_folder
+    if tokenizer != plan.source.folder:
+        owners = {name: folder for name, folder in owners.items() if not is_tokenizer_file(name)}
+        owners |= {name: tokenizer for name in _companions_in(tokenizer)[0] if is_tokenizer_file(name)}
     if plan.chat_template is not None:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
-        owners = {name: source for name, source in owners.items() if not is_template_file(name)}
-    return {name: source.folder / name for name, source in owners.items() if source.folder is not None}, left
+        owners = {name: folder for name, folder in owners.items() if not is_template_file(name)}
+    return owners, left
+
+
+def code_needed(plan: Plan) -> tuple[dict[str, Checkpoint], list[str]]:
+    """Return the files of code that an output's configs name: those that are there, by their models, and all others.
+
+    transformers can't load the output without them, unless it knows the model. Code in a repository of the hub is found
+    there, and not listed.
+    """
+    owners = _owners(plan)[0]
+    present: dict[str, Checkpoint] = {}
+    missing: list[str] = []
+    for source in plan.inputs:
+        names = [name for name, folder in owners.items() if folder == source.folder]
+        names += _config_names(source) if source is plan.source else []
+        own, lacking = own_code.needed_files(source, own_code.configs_of(source, names))
+        present = dict.fromkeys(own, source) | present
+        missing += lacking
+    return present, [name for name in dict.fromkeys(missing) if name not in present]
+
+
+def _config_names(source: Checkpoint) -> list[str]:
+    """Return the configs of a model that are written anew, by their paths in its folder."""
+    return [in_folder(folder, "config.json") for folder in source.configs]
+
+
+def what_is_missing(plan: Plan) -> str | None:
+    """Return what a plan's outputs lack to be loaded, and what to do; None where nothing is known to be missing."""
+    if is_single_file(plan.outputs[0]):
+        return None
+    present, missing = code_needed(plan)
+    left = [] if plan.copy_code else list(present)
+    if not left and not missing:
+        return None
+    text = (
+        f"the model has code of its own (auto_map in its config), and the output lacks {', '.join([*left, *missing])}"
+    )
+    if left:
+        places = ", ".join(dict.fromkeys(str(present[name].folder) for name in left))
+        text += f". --copy-code copies {'it' if len(left) == 1 else 'these'} from {places}, without running anything"
+    if missing:
+        text += f". {plan.source.reference} has no {', '.join(missing)} itself: copy them from where the model is from"
+    return f"{text}. Until then transformers can't load it, unless it knows the model by itself."
 
 
 def companion_names(plan: Plan, number: int) -> set[str]:
     """Return the names of all files that ``write_companions`` may write, relative to its folder."""
     output = plan.outputs[number]
-    own = () if is_single_file(output) else (*companions(plan)[0], *WRITTEN)
-    return {*own, manifest_path(output).name}
+    if is_single_file(output):
+        return {manifest_path(output).name}
+    indexes = indexed_files(file.name for file in plan.layout.files)
+    return {*companions(plan)[0], *WRITTEN, *_config_names(plan.source), *indexes, manifest_path(output).name}
 
 
 def write_companions(
@@ -121,13 +187,20 @@ def write_companions(
 
 
 def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
-    if len(plan.layout.files) > 1:
-        _write_json(folder / INDEX_NAME, index_json(plan.layout))
-    if plan.source.config is not None:
-        _write_json(folder / "config.json", written_config(plan, digests))
+    files = {file.name: file for file in plan.layout.files}
+    for name, shards in indexed_files(files).items():
+        _write_json(folder / name, index_json([files[shard] for shard in shards]))
+    for name in _config_names(plan.source):
+        config = written_config(plan, digests, name.removesuffix("config.json").rstrip("/"))
+        _write_json(folder / name, _with_its_code(config, name, plan.source))
+    owners = _owners(plan)[0]
     for name, path in companions(plan)[0].items():
-        with opened(path, MAX_BYTES) as content, _created(folder / name) as copy:
-            shutil.copyfileobj(content, copy)
+        for config in own_code.configs_of(owners[name], [name]).values() if name in owners else ():
+            if (rewritten := _with_its_code(config, name, owners[name])) != config:
+                _write_json(folder / name, rewritten)
+                break
+        else:
+            _copy(path, folder / name)
     if plan.chat_template is not None:
         _write_template(plan, folder, plan.chat_template)
     if plan.text:
@@ -137,11 +210,28 @@ def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any
     _write(folder / "README.md", model_card(plan, number, effect))
 
 
+def _copy(path: Path, target: Path) -> None:
+    with opened(path, MAX_BYTES) as content, _created(target) as copy:
+        shutil.copyfileobj(content, copy)
+
+
+def _with_its_code(content: Any, name: str, source: Checkpoint) -> Any:
+    """Return a config whose own classes are named in the hub repository that its model is from, if it is from one.
+
+    transformers looks for a model's code there at the top alone, so configs in folders stay.
+    """
+    repository = own_code.repository_of(source)
+    is_on_hub = repository is not None and "/" not in name and own_code.code_names(content)
+    return own_code.from_hub(content, repository) if is_on_hub else content
+
+
 def _write_template(plan: Plan, folder: Path, template: str) -> None:
     """Write a chat template where transformers looks for it, and into the tokenizer's config, where older ones do."""
     _write(folder / "chat_template.jinja", template)
-    config = tokenizer_config(plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer])
+    giver = plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]
+    config = tokenizer_config(giver)
     if config is not None:
+        config = _with_its_code(config, "tokenizer_config.json", giver)
         _write_json(folder / "tokenizer_config.json", config | {"chat_template": template})
 
 
@@ -161,22 +251,34 @@ def _created(path: Path) -> BinaryIO:
     return path.open("xb")
 
 
-def written_config(plan: Plan, digests: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config source's config, true to what is written: dtype, tied head, no quantisation that is gone."""
+def written_config(plan: Plan, digests: Mapping[str, Any], folder: str = "") -> dict[str, Any]:
+    """Return the config source's config, true to what is written: dtype, tied head, no quantisation that is gone.
+
+    ``folder`` is that of a part of a model of several.
+    """
     source = plan.source
-    config = dict(plan.config or source.config or {})
-    if any(spec.quantised for spec in source.tensors.values()):
-        config.pop("quantization_config", None)
-        config.pop("quantization", None)  # MLX's name for it
-        config.pop("compression_config", None)
-    written = {job.dtype for job in plan.jobs if dtypes.is_float(job.dtype)}
+    config = dict(source.configs.get(folder, {}) if folder else plan.config or source.config or {})
+    jobs = [job for job in plan.jobs if source.part_of(job.name).folder == folder]
+    if any(spec.quantised for name, spec in source.tensors.items() if source.part_of(name).folder == folder):
+        config = _without(config, QUANTIZATION_KEYS)
+    written = {job.dtype for job in jobs if dtypes.is_float(job.dtype)}
     if len(written) == 1:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
-    if plan.out_dtype is not None and not {"dtype", "torch_dtype"} & config.keys():
+    is_of_transformers = "model_type" in config if folder else "_class_name" not in config
+    if plan.out_dtype is not None and is_of_transformers and not {"dtype", "torch_dtype"} & config.keys():
         config["torch_dtype"] = plan.out_dtype
-    if _has_own_head(plan, digests) and config.get("tie_word_embeddings") is not False:
+    if _has_own_head(jobs, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return the config without some keys, also in nested text or vision configs."""
+    return {
+        key: _without(value, keys) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in keys
+    }
 
 
 def _with_value(config: Mapping[str, Any], keys: tuple[str, ...], value: object) -> dict[str, Any]:
@@ -190,7 +292,7 @@ def _with_value(config: Mapping[str, Any], keys: tuple[str, ...], value: object)
     return changed
 
 
-def _has_own_head(plan: Plan, digests: Mapping[str, Any]) -> bool:
+def _has_own_head(jobs: Sequence[Job], digests: Mapping[str, Any]) -> bool:
     """Return True where a written head differs from the embedding, so that loading must not tie them."""
-    embeddings = {digests[job.name]["output"] for job in plan.jobs if tied_weights.is_embedding(job.name)}
-    return any(tied_weights.is_head(job.name) and digests[job.name]["output"] not in embeddings for job in plan.jobs)
+    embeddings = {digests[job.name]["output"] for job in jobs if tied_weights.is_embedding(job.name)}
+    return any(tied_weights.is_head(job.name) and digests[job.name]["output"] not in embeddings for job in jobs)

@@ -44,13 +44,14 @@ def manifest_of(
         "recipe": plan.recipes[number],
         "seed": plan.seed,
         "shard_size": plan.shard_size,
+        "copy_code": plan.copy_code,
         "inputs": [
             {
                 "reference": source.reference,
                 "revision": source.revision,
                 **_added_to(source),
                 "files": [
-                    {"name": file.path.name, "size": file.size, "header_xxh3_128": file.header_digest}
+                    {"name": file.name, "size": file.size, "header_xxh3_128": file.header_digest}
                     for file in source.files
                 ],
             }

@@ -68,6 +68,8 @@ class OutputWorkspace:
 
     def _open(self, file: OutputFile) -> FileWriter:
         path = self.result / file.name
+        if path.parent != self.result:
+            path.parent.mkdir(exist_ok=True, parents=True)
         if not _is_whole(path, file.size):
             self.journal.records.clear()
             path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.optional_tensors import LAYER_COUNTS, MODALITIES, modalities
+from mergekit_lite.checkpoint.parts import in_folder
 
 LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")  # lists of the layers that are special
 # Settings that pick layers by their number and can't be carried over, with the value that picks none.
@@ -24,16 +25,18 @@ Origin = tuple[int, int]  # which of the inputs a layer is from, and its number 
 
 
 def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], config_source: int) -> list[str]:
-    """Return where the inputs' configs differ from the one that the output takes over."""
+    """Return where the inputs' configs differ from those that the output takes over."""
     reference = inputs[config_source].reference
     differing: list[str] = []
     for source in inputs:
-        own, other = _comparable(inputs[config_source].config or {}, source.config or {})
-        differing += [
-            f"{key}: {json.dumps(own[key])} in {reference}, {json.dumps(other[key])} in {source.reference}"
-            for key in keys
-            if key in own and key in other and own[key] != other[key]
-        ]
+        for folder, config in inputs[config_source].configs.items():
+            own, other = _comparable(config, source.configs.get(folder, {}))
+            differing += [
+                f"{in_folder(folder, key)}: {json.dumps(own[key])} in {reference}, {json.dumps(other[key])} in "
+                f"{source.reference}"
+                for key in keys
+                if key in own and key in other and own[key] != other[key]
+            ]
     return differing
 
 

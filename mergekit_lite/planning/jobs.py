@@ -153,7 +153,7 @@ class Jobs:
     def _why_optional(self, name: str, spec: TensorSpec, model: int) -> str | None:
         """Return why other models can do without a tensor that input ``model`` has; None where they can't."""
         source = self.inputs[model]
-        return why_optional(name, spec, source.tensors, source.config)
+        return why_optional(name, spec, source.tensors, source.config_of(name))
 
     def _tower(self, name: str, having: int, lacking: Sequence[int]) -> str | None:
         """Return the module of a tensor where it belongs to a modality that other models lack: ``vision_tower``.

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.layout import Layout, OutputTensor, file_layout, grouped_by_size, is_single_file, safetensors_layout
+from mergekit_lite.layout import (
+    Layout,
+    OutputTensor,
+    file_layout,
+    grouped_by_size,
+    is_single_file,
+    safetensors_layout,
+    shard_names,
+)
 from mergekit_lite.planning.plan import Job
 
 
@@ -64,9 +72,22 @@ def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int 
 def _layout(tensors: Sequence[OutputTensor], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
     if is_single_file(output):
         return file_layout(tensors, output.name, source.nest)
-    if shard_size is not None:
-        return safetensors_layout(grouped_by_size(tensors, shard_size))
+    of_parts: dict[tuple[str, str], list[OutputTensor]] = {(part.folder, part.stem): [] for part in source.parts}
+    for tensor in tensors:
+        part = source.part_of(tensor.name)
+        of_parts[part.folder, part.stem].append(tensor)
+    groups: list[Sequence[OutputTensor]] = []
+    names: list[str] = []
+    for (folder, stem), own in of_parts.items():
+        shards = grouped_by_size(own, shard_size) if shard_size else _sharded_alike(own, source)
+        groups += shards
+        names += shard_names(len(shards), folder, stem) if shards else []
+    return safetensors_layout(groups, names)
+
+
+def _sharded_alike(tensors: Sequence[OutputTensor], source: Checkpoint) -> list[list[OutputTensor]]:
+    """Return a part's tensors in groups, one for each file of the source that holds any of them."""
     shards: dict[Path, list[OutputTensor]] = {file.path: [] for file in source.files}
     for tensor in tensors:
         shards[source.tensors[tensor.name].file].append(tensor)
-    return safetensors_layout([shard for shard in shards.values() if shard])
+    return [shard for shard in shards.values() if shard]

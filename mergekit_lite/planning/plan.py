@@ -53,6 +53,7 @@ class Plan:
         front_matter: what the output's card takes over from that of ``config_source``.
         text: the recipe as it was written, where it was a file.
         shard_size: most bytes of data in one file, if that was asked for.
+        copy_code: whether the model's own code, which its config names, travels with the weights.
         notes: what the user should know before it runs.
     """
 
@@ -72,6 +73,7 @@ class Plan:
     front_matter: FrontMatter = field(default_factory=dict)
     text: str = ""
     shard_size: int | None = None
+    copy_code: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -120,8 +122,8 @@ class Plan:
         described = [
             __version__,
             (self.recipes[number], self.text, self.rounding, self.seed, self.config_source),
-            (self.config, self.tokenizer, self.chat_template),
-            [(file.path.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
+            (self.config, self.tokenizer, self.chat_template, self.copy_code),
+            [(file.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,
         ]

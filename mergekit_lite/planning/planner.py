@@ -27,7 +27,7 @@ from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE, UNION
 
 SHARD_SIZE = 5_000_000_000
-MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type")
+MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type", "_class_name")
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "rms_norm_eps",
                 "tie_word_embeddings", "vocab_size", "hidden_act", "bos_token_id", "eos_token_id")  # fmt: skip
 
@@ -51,6 +51,7 @@ def make_plan(
     outputs: Sequence[str | Path],
     *,
     shard_size: int | None = None,
+    copy_code: bool = False,
     text: str = "",
     opened: Mapping[str, Checkpoint] | None = None,
     strict: bool = False,
@@ -61,7 +62,8 @@ def make_plan(
         recipe: the recipe.
         outputs: a path for each of its outputs: a folder, or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
         shard_size: most bytes of data in one file; by default the shards of the model that gives the config, or 5 GB
-            where layers were moved.
+            where layers were moved or that model is in pieces.
+        copy_code: copy the model's own code, which its config names, with its configs.
         text: the recipe's own text, which travels with the output.
         opened: models that are open already, by reference.
         strict: refuse filters that match no tensor; otherwise they are notes of the plan.
@@ -84,6 +86,7 @@ def make_plan(
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     problems += _unmatched(recipe, tensors) if strict else []
+    problems += _of_several(recipe, inputs[config_source], outputs)
     problems += disagreements(MUST_AGREE, inputs, config_source)
     tokenizer = _tokenizer(recipe, config_source)
     foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
@@ -103,7 +106,8 @@ def make_plan(
     origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
     del layered, tensors  # as large as the jobs that were made of them
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
-    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (SHARD_SIZE if moved else None))
+    own_shards = inputs[config_source].in_shards and not moved
+    layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (None if own_shards else SHARD_SIZE))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += [note for each in inputs for note in each.notes]
@@ -113,6 +117,9 @@ def make_plan(
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens + notes_on_config
     notes += notes_on_card
+    if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
+        plain = f"the output's files have no variant in their names: load it without variant={variants[0]!r}"
+        notes += [f"{inputs[config_source].reference} is the variant {', '.join(variants)}; {plain}"] * is_folder
     if recipe.chat_template is not None and template is None:
         notes.append("chat_template: auto finds no template in any model and has no effect")
     if not is_folder and (template is not None or recipe.tokenizer is not None):
@@ -135,6 +142,7 @@ def make_plan(
         front_matter=front_matter,
         text=text,
         shard_size=shard_size,
+        copy_code=copy_code,
         notes=tuple(notes),
     )
 
@@ -234,6 +242,17 @@ def _notes_on_jobs(
     if any(job.merged_elements for job in jobs):
         return heads
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
+
+
+def _of_several(recipe: Recipe, source: Checkpoint, outputs: Sequence[str | Path]) -> Iterator[str]:
+    """Yield what can't be done with a folder of several models."""
+    if not source.is_of_several:
+        return
+    folders = ", ".join(f"{part.folder}/" for part in source.parts if part.folder)
+    if is_single_file(Path(outputs[0])):
+        yield f"{source.reference} is a folder of several models ({folders}), so the output is a folder: name one"
+    if all(part.folder for part in source.parts) and (recipe.tokenizer is not None or recipe.chat_template is not None):
+        yield f"chat_template and tokenizer are for a model of one folder, {source.reference} has several: {folders}"
 
 
 def _tokenizer(recipe: Recipe, config_source: int) -> int:

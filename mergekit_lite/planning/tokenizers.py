@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint, companion_patterns
-from mergekit_lite.checkpoint.companion_patterns import matches
+from mergekit_lite.checkpoint.companion_patterns import VOCABULARY_FILES, matches
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import UnreadableError, counted, shortened
 from mergekit_lite.input_files import read_bytes, read_json, read_text
 from mergekit_lite.recipe.templates import TEMPLATES
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-VOCABULARY_FILES = ("merges.txt", "sentencepiece.bpe.model", "spiece.model", "tekken.json", "tokenizer.json",
-                    "tokenizer.model", "vocab.json", "vocab.txt")  # fmt: skip
 
 
 def is_template_file(name: str) -> bool:
@@ -46,12 +44,12 @@ def template_of(source: Checkpoint) -> str | None:
 
     Raises CheckpointError where the file that holds it is a link out of the model's folder, or can't be read.
     """
-    if source.folder is None:
+    if source.tokenizer_folder is None:
         return None
-    if path := small_file(source.folder, "chat_template.jinja"):
+    if path := small_file(source.tokenizer_folder, "chat_template.jinja"):
         return read_text(path)
     for name in (TOKENIZER_CONFIG, "chat_template.json"):
-        path = small_file(source.folder, name)
+        path = small_file(source.tokenizer_folder, name)
         template = read_json(path).get("chat_template") if path else None
         if isinstance(template, list):  # several by name
             default = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
@@ -63,7 +61,7 @@ def template_of(source: Checkpoint) -> str | None:
 
 def tokenizer_config(source: Checkpoint) -> dict[str, Any] | None:
     """Return the config of a model's tokenizer, None where it has none. Raises CheckpointError where it is broken."""
-    path = small_file(source.folder, TOKENIZER_CONFIG) if source.folder else None
+    path = small_file(source.tokenizer_folder, TOKENIZER_CONFIG) if source.tokenizer_folder else None
     return read_json(path) if path else None
 
 
@@ -132,12 +130,12 @@ def _tokens(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
 
 def _vocabulary_files(source: Checkpoint) -> list[bytes]:
     """Return the contents of the files that hold a model's tokens."""
-    paths = [small_file(source.folder, name) for name in VOCABULARY_FILES] if source.folder else []
+    paths = [small_file(source.tokenizer_folder, name) for name in VOCABULARY_FILES] if source.tokenizer_folder else []
     return [read_bytes(path) for path in paths if path]
 
 
 def _file(source: Checkpoint) -> Path | None:
-    return small_file(source.folder, "tokenizer.json") if source.folder else None
+    return small_file(source.tokenizer_folder, "tokenizer.json") if source.tokenizer_folder else None
 
 
 def _vocabulary(path: Path) -> dict[int, str]:

@@ -29,6 +29,7 @@ def plan_apply(
     rounding: Rounding = "nearest",
     seed: int = 0,
     shard_size: int | None = None,
+    copy_code: bool = False,
 ) -> Plan:
     """Plan ``base + Σ scale · vector``; see ``apply_vectors`` for the arguments and errors."""
     if not vectors:
@@ -45,7 +46,7 @@ def plan_apply(
     if rounding != "nearest":
         recipe |= {"rounding": rounding, "seed": seed}
     text = to_yaml(recipe)
-    return make_plan(parse(text), [output], shard_size=shard_size, text=text)
+    return make_plan(parse(text), [output], shard_size=shard_size, copy_code=copy_code, text=text)
 
 
 @named_options
@@ -59,6 +60,7 @@ def apply_vectors(
     rounding: Rounding = "nearest",
     seed: int = 0,
     shard_size: int | None = None,
+    copy_code: bool = False,
     **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Make the model ``base + Σ scale · vector``: summed in float64, rounded once.
@@ -72,6 +74,7 @@ def apply_vectors(
         rounding: ``nearest``, or ``stochastic``, which keeps steps smaller than the dtype's spacing, on average.
         seed: of the stochastic rounding.
         shard_size: most bytes of data in one file; by default the shards of ``base``.
+        copy_code: copy the code of its own that a model in a folder has (``auto_map`` in its config); it is not run.
         **run_options: see ``RunOptions``.
 
     Returns:
@@ -84,6 +87,14 @@ def apply_vectors(
         RunError, NonFiniteError: as ``run`` says.
     """
     planned = plan_apply(
-        base, vectors, output, rebase=rebase, dtype=dtype, rounding=rounding, seed=seed, shard_size=shard_size
+        base,
+        vectors,
+        output,
+        rebase=rebase,
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        shard_size=shard_size,
+        copy_code=copy_code,
     )
     return run(planned, **run_options)

@@ -69,7 +69,7 @@ def plan_combine(
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}
     metadata = described("dense", opened[0].base, about)
     manifest_recipe = {**plan.recipes[0], "combines": [str(one) for one in named]}
-    return replace(plan, recipes=(manifest_recipe,), layout=safetensors_layout([plan.jobs], path.name, metadata))
+    return replace(plan, recipes=(manifest_recipe,), layout=safetensors_layout([plan.jobs], [path.name], metadata))
 
 
 @named_options

@@ -114,7 +114,8 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     missing: list[str] = []
     alone: Counter[str] = Counter()
     for name, (after, before) in tensors_by_name((tuned, base)):
-        if after is None and before is not None and (why := why_optional(name, before, base.tensors, base.config)):
+        why = before and why_optional(name, before, base.tensors, base.config_of(name)) if after is None else None
+        if why:
             notes.append(f"{name}: {why}; only {base.reference} has it, and models made with the vector keep it")
         elif after is None and name in kept:
             alone[f"{kept[name]}: only {base.reference} has it, and models made with the vector keep it"] += 1

@@ -130,6 +130,7 @@ def extract_vector(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     pairs, notes, problems = pair_tensors(before, after)
     if settings.format == "lora":
+        problems += [each.of_several for each in (before, after) if each.of_several]
         problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
@@ -156,7 +157,7 @@ def _identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings
         "base": before.identity()._asdict(),
         "tuned": after.identity()._asdict(),
     }
-    files = [(file.path.name, file.size, file.header_digest) for model in (before, after) for file in model.files]
+    files = [(file.name, file.size, file.header_digest) for model in (before, after) for file in model.files]
     return {"plan": xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files)).encode()), **made_of}
 
 
@@ -324,10 +325,10 @@ class _Extraction:
             for part in stored.parts
         ]
         if lora:
-            return safetensors_layout([parts], peft_folder.WEIGHTS), named
+            return safetensors_layout([parts], [peft_folder.WEIGHTS]), named
         deltas = {name: (_written_dtype(tensor), tensor.pair.tuned.shape) for name, tensor in changed.items()}
         metadata = described(self.settings.format, self.before.identity(), deltas)
-        return safetensors_layout([parts], output.name, metadata), named
+        return safetensors_layout([parts], [output.name], metadata), named
 
 
 def _write(

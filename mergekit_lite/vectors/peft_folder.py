@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, tied_weights
-from mergekit_lite.checkpoint.adapter import PREFIX
+from mergekit_lite.checkpoint.adapter_file import PREFIX
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.optional_tensors import promises_head
 from mergekit_lite.errors import PlanError
@@ -76,7 +76,7 @@ def check_changed(changed: Sequence[TensorPair], base: Checkpoint) -> None:
         if len(pair.tuned.shape) > 2 or kind not in ("weight", "bias") or not dtypes.is_float(pair.tuned.dtype):
             faults.append(f"{pair.name}: changed, but is no weight or bias of a layer; an adapter can't hold it")
         elif tied and tied_weights.is_embedding(pair.name):
-            faults.append(f"{pair.name}: changed, and the base ties its head to it; an adapter doesn't say who follows")
+            faults.append(f"{pair.name}: changed, and the base ties its head to it, which an adapter would leave")
         elif not module:
             faults.append(f"{pair.name}: changed, but belongs to no module")
     if faults:

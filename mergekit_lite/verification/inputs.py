@@ -110,8 +110,8 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
         inputs.findings.append(Finding(recorded.reference, what))
         return
     for before, now in zip(recorded.files, model.files, strict=True):
-        where = f"{recorded.reference}: {now.path.name}"
-        inputs.renamed |= before.name != now.path.name
+        where = f"{recorded.reference}: {now.name}"
+        inputs.renamed |= before.name != now.name
         if before.size != now.size:
             inputs.findings.append(Finding(where, f"an input that changed: {now.size:,} bytes, it had {before.size:,}"))
         elif before.header_xxh3_128 != now.header_digest:
@@ -129,7 +129,8 @@ def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint
     text = written if isinstance(written, str) else ""
     recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
-    return make_plan(recipe, [name], shard_size=manifest.shard_size, text=text, opened=opened)
+    size, code = manifest.shard_size, manifest.copy_code
+    return make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
 
 
 def _check_known(models: tuple[str, ...], opened: Mapping[str, Checkpoint]) -> None:

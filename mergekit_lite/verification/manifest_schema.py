@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_lite.checkpoint.folder import MAX_FILE_NAME, is_weight_name
+from mergekit_lite.checkpoint.parts import FOLDER
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, listing
 from mergekit_lite.input_files import json_object, read_bytes
 from mergekit_lite.output.manifest import SEAL, seal, text_of
@@ -26,10 +27,11 @@ def _printable(text: str) -> str:
     return text
 
 
-def _weight_name(name: str) -> str:
-    if not is_weight_name(name):
-        raise ValueError("should be the name of a file of weights, without a folder")
-    return name
+def _weight_path(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    if not is_weight_name(name) or not (path == name or FOLDER.fullmatch(folder)):
+        raise ValueError("should be the name of a file of weights, in no folder but that of a part of the model")
+    return path
 
 
 def _file_name(name: str) -> str:
@@ -86,7 +88,7 @@ class RecordedInput(_Recorded):
 class RecordedFile(_Recorded):
     """One file of weights of the output; the digest is of its bytes around the tensors."""
 
-    name: Annotated[str, AfterValidator(_weight_name)]
+    name: Annotated[str, AfterValidator(_weight_path)]
     size: Size
     frame_xxh3_128: Digest
 
@@ -117,6 +119,7 @@ class Manifest(_Recorded):
     recipe: dict[str, Any]
     seed: int
     shard_size: Annotated[int, Field(gt=0, le=MAX_SIZE)] | None
+    copy_code: bool = False
     inputs: list[RecordedInput]
     files: Annotated[list[RecordedFile], Field(min_length=1), AfterValidator(_distinct)]
     beside: dict[Annotated[str, AfterValidator(_file_name)], Digest]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +13,14 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec, formats
 from mergekit_lite.checkpoint.folder import inside, weight_map
+from mergekit_lite.checkpoint.parts import in_folder
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, tuned_process
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import CheckpointError, RunError
-from mergekit_lite.layout import INDEX_NAME, is_single_file
+from mergekit_lite.layout import folder_of, indexed_files, is_single_file
 from mergekit_lite.output.manifest import NOT_SEALED, file_digest, frame_digest
 from mergekit_lite.verification.manifest_schema import DIGEST, Manifest, RecordedFile, RecordedTensor
 from mergekit_lite.verification.result import Finding
@@ -85,7 +86,10 @@ def open_output(output: Path, manifest: Manifest) -> OpenedOutput:
 
 
 def _open(path: Path, file: RecordedFile) -> Mapping[str, TensorSpec]:
-    """Return the tensors of one file. Raises CheckpointError where the file as a whole is not what was written."""
+    """Return the tensors of one file, by their names in the output.
+
+    Raises CheckpointError where the file as a whole is not what was written.
+    """
     size = path.stat().st_size
     if size != file.size:
         how = "was cut short" if size < file.size else "is longer than it was"
@@ -96,7 +100,8 @@ def _open(path: Path, file: RecordedFile) -> Mapping[str, TensorSpec]:
     extents = [(spec.offset, spec.offset + spec.nbytes) for spec in specs.values()]
     if frame_digest(path, extents) != file.frame_xxh3_128:
         raise CheckpointError("what lies around its tensors (the header) is not what was written")
-    return specs
+    named = {in_folder(folder_of(file.name), name): spec for name, spec in specs.items()}
+    return {name: replace(spec, name=name) for name, spec in named.items()}
 
 
 def _reason(error: CheckpointError | OSError, path: Path) -> str:
@@ -121,10 +126,11 @@ def _check_folder(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor
                 yield Finding(name, "is not what was written")
         except (CheckpointError, OSError) as error:
             yield Finding(name, _reason(error, folder / name))
-    if len(manifest.files) > 1 and INDEX_NAME not in manifest.beside:
-        yield Finding(INDEX_NAME, "is not in the manifest, but there are several files of weights")
-    elif len(manifest.files) > 1 and (folder / INDEX_NAME).exists():
-        yield from _check_index(folder, tensors)
+    for index in indexed_files(file.name for file in manifest.files):
+        if index not in manifest.beside:
+            yield Finding(index, "is not in the manifest, but there are several files of weights")
+        elif (folder / index).exists():
+            yield from _check_index(folder, index, tensors)
 
 
 def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -144,16 +150,19 @@ def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
                 yield name
 
 
-def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
-    """Yield each tensor that the index places in another file than the one that holds it."""
+def _check_index(folder: Path, index: str, tensors: Mapping[str, TensorSpec]) -> Iterator[Finding]:
+    """Yield each tensor that an index places in another file than the one that holds it."""
     try:
-        indexed = weight_map(folder, INDEX_NAME)
+        indexed = weight_map(folder, index)
     except CheckpointError as error:
-        yield Finding(INDEX_NAME, _reason(error, folder / INDEX_NAME))
+        yield Finding(index, _reason(error, folder / index))
         return
+    stem = index.rpartition("/")[2].partition(".")[0]
     for name, spec in tensors.items():
-        if (place := indexed.get(name)) != spec.file.name:
-            yield Finding(INDEX_NAME, f"is in {spec.file.name}, the index says {place or 'nothing of it'}", name)
+        if spec.file.parent == (folder / index).resolve().parent and spec.file.name.startswith(f"{stem}-"):
+            stored = name.removeprefix(in_folder(folder_of(index), ""))
+            if (place := indexed.get(stored)) != spec.file.name:
+                yield Finding(index, f"is in {spec.file.name}, the index says {place or 'nothing of it'}", name)
 
 
 def check_digests(

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import open_adapter, open_checkpoint
-from mergekit_lite.checkpoint.encodings import low_rank, pieces
+from mergekit_lite.checkpoint.encodings import dora, low_rank, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError
 from tests.adapters import PREFIX, folded, lora, over, write_adapter
 from tests.checkpoint.reading import bits, read_all
-from tests.models import same_bytes, state, write_folder
+from tests.models import State, same_bytes, state, write_folder
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
@@ -253,3 +253,120 @@ def test_an_adapter_alone_tells_its_factors(tmp_path):
     [(name, factors)] = opened.factors.items()
     assert name == f"{Q}.weight" and factors.scale == 2
     assert (factors.a.shape, factors.b.shape) == ((4, 8), (8, 4))
+
+
+def lengths(base: torch.Tensor, tensors: State, module: str, magnitude: torch.Tensor) -> torch.Tensor:
+    """What a DoRA makes of a matrix, in float64."""
+    rows = folded({f"{module}.weight": base}, tensors)[f"{module}.weight"]
+    return magnitude.double()[:, None] * rows / rows.norm(dim=1, keepdim=True)
+
+
+def test_rows_of_their_own_lengths(tmp_path):
+    base, tensors, magnitude = state(0, torch.float32), lora(UP, 16, 8), torch.rand(16) + 0.5
+    tensors[f"{PREFIX}{UP}.lora_magnitude_vector"] = magnitude
+    found = over(tmp_path, base, tensors, use_dora=True)[f"{UP}.weight"]
+    expected = lengths(base[f"{UP}.weight"], tensors, UP, magnitude)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    half = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}:0.5"))[f"{UP}.weight"]
+    middle = (expected + base[f"{UP}.weight"].double()) / 2
+    torch.testing.assert_close(half.double(), middle, rtol=1e-6, atol=1e-7)
+
+
+def test_rows_of_single_tokens(tmp_path):
+    """Whole rows are the adapter's to the bit, whatever was there; a scale moves them by a part of the difference."""
+    base, rows = state(0, torch.float32), torch.tensor([[1e-30] * 8, [3e30] * 8])
+    tensors = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
+    found = over(tmp_path, base, tensors, trainable_token_indices=[9, 2])["model.embed_tokens.weight"]
+    expected = base["model.embed_tokens.weight"].clone()
+    expected[[9, 2]] = rows
+    assert same_bytes(found, expected)
+    half = read_all(open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}:0.5"))["model.embed_tokens.weight"]
+    torch.testing.assert_close(half, (expected + base["model.embed_tokens.weight"]) / 2)
+
+
+def test_rows_of_tokens_that_the_base_lacks(tmp_path):
+    tensors = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.zeros(1, 8)}
+    with pytest.raises(CheckpointError, match=r"has a row for token 16, but .* has 16 rows"):
+        over(tmp_path, state(0), tensors, trainable_token_indices={"embed_tokens": [16]})
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.19.0", None])
+@pytest.mark.parametrize("apart", [False, True])
+def test_experts(version, apart, tmp_path):
+    """The layout of the factors is the one of peft's ``ParamWrapper.get_delta_weight``, of each version."""
+    up, down = torch.randn(3, 12, 8), torch.randn(3, 8, 6)
+    if apart:
+        base = {f"l.experts.{n}.gate_proj.weight": up[n, :6].clone() for n in range(3)}
+        base |= {f"l.experts.{n}.up_proj.weight": up[n, 6:].clone() for n in range(3)}
+        base |= {f"l.experts.{n}.down_proj.weight": down[n].clone() for n in range(3)}
+    else:
+        base = {"l.experts.gate_up_proj": up, "l.experts.down_proj": down}
+    meant = version == "0.21.2"
+    inner = lora("l.experts.base_layer", *((12, 8) if meant else (8, 12)), rank=4 * 3)
+    outer = lora("l.experts", *((8, 6) if meant else (6, 8)), rank=4 * 3, seed=1)
+    changes = {"target_parameters": ["experts.down_proj", "experts.gate_up_proj"], "peft_version": version}
+    found = over(tmp_path, base, inner | outer, **changes)
+    for whole, factors, name in ((up, inner, "gate_up_proj"), (down, outer, "down_proj")):
+        a, b = factors.values()
+        ending = "e o i" if meant else "e i o"
+        delta = torch.einsum(f"o r e, e r i -> {ending}", b.reshape(len(b), 4, 3), a.reshape(3, 4, -1)) * 2
+        if not apart:
+            result = found[f"l.experts.{name}"]
+        elif name == "down_proj":
+            result = torch.stack([found[f"l.experts.{n}.down_proj.weight"] for n in range(3)])
+        else:
+            halves = [[found[f"l.experts.{n}.{part}_proj.weight"] for part in ("gate", "up")] for n in range(3)]
+            result = torch.stack([torch.cat(each) for each in halves])
+        torch.testing.assert_close(result, whole + delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.19.0"])
+def test_square_experts_are_turned_as_the_other_matrix_says(version, tmp_path):
+    base = {"l.experts.gate_up_proj": torch.zeros(3, 8, 8), "l.experts.down_proj": torch.zeros(3, 8, 4)}
+    tensors = lora("l.experts", 8, 8, rank=12)
+    changes = {"target_parameters": ["experts.gate_up_proj"], "peft_version": version}
+    found = over(tmp_path, base, tensors, **changes)["l.experts.gate_up_proj"]
+    a, b = tensors.values()
+    ending = "e o i" if version == "0.21.2" else "e i o"
+    expected = torch.einsum(f"o r e, e r i -> {ending}", b.reshape(8, 4, 3), a.reshape(3, 4, 8)) * 2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["experts", "lengths", "tokens"])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_any_cut_of_other_terms_gives_the_same_bits(tmp_path_factory, kind, data):
+    folder = tmp_path_factory.mktemp("cut")
+    rows, columns = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    torch.manual_seed(rows)
+    name, base, tensors, changes = {
+        "experts": (
+            "l.experts.w",
+            torch.randn(3, rows, columns + rows),
+            lora("l.experts", rows, columns + rows, rank=12),
+            {"target_parameters": ["experts.w"]},
+        ),
+        "lengths": (
+            "l.weight",
+            torch.randn(rows, columns),
+            lora("l", rows, columns) | {f"{PREFIX}l.lora_magnitude_vector": torch.rand(rows)},
+            {"use_dora": True},
+        ),
+        "tokens": (
+            "l.weight",
+            torch.randn(rows + 3, columns),
+            {f"{PREFIX}l.token_adapter.trainable_tokens_delta": torch.randn(2, columns)},
+            {"trainable_token_indices": {"l": [rows + 1, 0]}},
+        ),
+    }[kind]
+    over(folder, {name: base}, tensors, **changes)
+    spec = open_checkpoint(f"{folder / 'base'}+{folder / 'adapter'}").tensors[name]
+    whole = read(spec, 0, spec.numel)
+    start = data.draw(st.integers(0, spec.numel - 1))
+    count = data.draw(st.integers(1, spec.numel - start))
+    with (
+        mock.patch.object(pieces, "PIECE", data.draw(st.integers(1, 200))),
+        mock.patch.object(dora, "TOGETHER", data.draw(st.integers(1, 200))),
+    ):
+        part = read(spec, start, count)
+    assert bits(part) == bits(whole[start : start + count])

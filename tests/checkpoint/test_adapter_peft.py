@@ -29,6 +29,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "embedding": {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
     "modules": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
     "one layer": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "lengths": {"r": 4, "target_modules": ALL, "use_dora": True},
+    "tokens": {"r": 4, "target_modules": ALL, "trainable_token_indices": {"embed_tokens": [9, 2], "lm_head": [5]}},
     "gaussian": {"r": 8, "target_modules": "all-linear", "init_lora_weights": "gaussian"},
 }
 
@@ -87,12 +89,10 @@ def test_gpt2_stores_its_weights_turned(bias: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     ],
 )
 def test_what_is_refused_as_peft_writes_it(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

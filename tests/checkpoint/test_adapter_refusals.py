@@ -23,12 +23,18 @@ def refusal(tmp_path: Path, tensors: State, base: State | None = None, **changes
     return str(caught.value)
 
 
-def test_an_embedding_that_a_head_is_tied_to_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+        {"architectures": ["BertForMaskedLM"]},
+    ],
+)
+def test_a_tied_head_whose_name_is_not_known(tmp_path, config):
     base = state(0)
     del base["lm_head.weight"]
-    tensors = {f"{PREFIX}model.embed_tokens.weight": torch.zeros(16, 8)}
-    write_folder(tmp_path / "base", base, config={"tie_word_embeddings": True})
-    write_adapter(tmp_path / "adapter", tensors)
+    write_folder(tmp_path / "base", base, config=config | {"tie_word_embeddings": True})
+    write_adapter(tmp_path / "adapter", {f"{PREFIX}model.embed_tokens.weight": torch.zeros(16, 8)})
     with pytest.raises(CheckpointError, match="Untie the base first"):
         open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
 
@@ -55,9 +61,61 @@ def test_what_matches_nothing_is_named_all_at_once(tmp_path):
         assert part in message
 
 
-def test_a_resized_vocabulary_is_refused_with_the_remedy(tmp_path):
+def test_a_vocabulary_of_two_sizes(tmp_path):
     tensors = lora(Q, 8, 8) | {f"{PREFIX}lm_head.weight": torch.ones(18, 8)}
-    assert "model.resize_token_embeddings(18)" in refusal(tmp_path, tensors)
+    message = refusal(tmp_path, tensors)
+    assert "has 18 rows, but model.embed_tokens.weight, which the adapter doesn't have, 16" in message
+    assert "save_embedding_layers=True" in message
+
+
+def test_a_tied_head_of_a_vocabulary_that_grew(tmp_path):
+    base = state(0)
+    del base["lm_head.weight"]
+    write_folder(tmp_path / "base", base, config={"tie_word_embeddings": True})
+    write_adapter(tmp_path / "adapter", {f"{PREFIX}model.embed_tokens.weight": torch.zeros(18, 8)})
+    with pytest.raises(CheckpointError, match=r"has 18 rows, but lm_head.weight, .* 16"):
+        open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+
+
+def test_what_the_base_lacks_cannot_be_scaled(tmp_path):
+    write_folder(tmp_path / "base", state(0), config={"architectures": ["LlamaForCausalLM"]})
+    grown = {f"{PREFIX}{name}.weight": torch.zeros(18, 8) for name in ("lm_head", "model.embed_tokens")}
+    write_adapter(tmp_path / "grown", grown)
+    write_adapter(tmp_path / "head", {f"{PREFIX}score.weight": torch.ones(2, 8)}, task_type="SEQ_CLS")
+    for adapter, told in (("grown", "can't be scaled or added to"), ("head", "can't be scaled by 0.5")):
+        with pytest.raises(CheckpointError, match=told):
+            open_checkpoint(f"{tmp_path / 'base'}+{tmp_path / adapter}:0.5")
+
+
+def test_a_head_for_a_task_on_a_model_of_no_known_class(tmp_path):
+    head = {f"{PREFIX}score.weight": torch.ones(2, 8)}
+    assert "don't say which class" in refusal(tmp_path, head, task_type="SEQ_CLS")
+    assert "the base has no tensor score.weight" in refusal(tmp_path / "no task", head)
+
+
+def test_several_adapters_in_one_file(tmp_path):
+    tensors = {
+        name.replace("lora_A", f"lora_A.{own}").replace("lora_B", f"lora_B.{own}"): tensor
+        for own in ("chat", "code")
+        for name, tensor in lora(Q, 8, 8).items()
+    }
+    message = refusal(tmp_path, tensors)
+    assert "holds 2 adapters: chat, code" in message and "selected_adapters=['chat']" in message
+
+
+def test_experts_that_fit_nothing(tmp_path):
+    base = {"l.experts.gate_up_proj": torch.zeros(3, 12, 8), "l.experts.down_proj": torch.zeros(3, 8, 6)}
+    changes = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    other = lora("l.experts", 9, 8, rank=12)
+    assert "fit no parameter of the experts of l.experts" in refusal(tmp_path / "1", other, base, **changes)
+    assert "has no gate_up_proj or down_proj of experts" in refusal(tmp_path / "2", other, **changes)
+    alike = {"l.experts.gate_up_proj": torch.zeros(3, 8, 6), "l.experts.down_proj": torch.zeros(3, 8, 6)}
+    fitting = lora("l.experts", 8, 6, rank=12)
+    assert "fit gate_up_proj and down_proj alike" in refusal(tmp_path / "3", fitting, alike, **changes)
+    square = {"l.experts.w": torch.zeros(3, 8, 8)}
+    fitting = lora("l.experts", 8, 8, rank=12)
+    message = refusal(tmp_path / "4", fitting, square, target_parameters=["experts.w"])
+    assert "nothing says which axis is the rows'" in message
 
 
 @pytest.mark.parametrize(
@@ -66,11 +124,16 @@ def test_a_resized_vocabulary_is_refused_with_the_remedy(tmp_path):
         ({"peft_type": "LOHA"}, "'LOHA'"),
         ({"peft_type": None}, "None"),
         ({"peft_type": ["LORA"]}, "['LORA']"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora is true"),
+        ({"use_dora": "yes"}, "use_dora: expected"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 1]]}, "replicated"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["experts"]}, "experts"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices: expected"),
+        ({"trainable_token_indices": {"embed_tokens": [[1]]}}, "trainable_token_indices: expected"),
+        ({"trainable_token_indices": {"embed_tokens": 1}}, "trainable_token_indices: expected"),
+        ({"target_parameters": "experts"}, "target_parameters: expected"),
+        ({"target_parameters": [1]}, "target_parameters: expected"),
+        ({"task_type": ["SEQ_CLS"]}, "task_type: expected"),
         ({"alora_invocation_tokens": [1]}, "activated"),
         ({"use_something_new": {"a": 1}}, "use_something_new"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
@@ -105,9 +168,10 @@ def test_configs_that_are_refused(tmp_path, changes, told):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (f"{Q}.lora_magnitude_vector", "DoRA"),
+        (f"{Q}.lora_magnitude_vector", "use_dora is false"),
+        (f"{UP}.lora_magnitude_vector", "expected one lora_A and one lora_B"),
         (f"{Q}.lora_B.bias", "bias"),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "single rows"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "don't say which tokens"),
         (f"{Q}.hada_w1_a", "LoHa"),
         (f"{Q}.ia3_l", "IA3"),
         (f"{Q}.lora_X.weight", "unknown kind"),
@@ -191,3 +255,13 @@ def test_a_changed_adapter_is_noticed(tmp_path):
     )
     with pytest.raises(CheckpointError, match="changed since it was planned"):
         opened.check_unchanged()
+
+
+def test_rows_of_tokens_for_what_has_no_rows(tmp_path):
+    tensors = {f"{PREFIX}model.norm.token_adapter.trainable_tokens_delta": torch.ones(1)}
+    assert "Is it the right base?" in refusal(tmp_path, tensors, trainable_token_indices={"norm": [0]})
+
+
+def test_a_vocabulary_of_other_axes(tmp_path):
+    base = state(0) | {"lm_head.weight": torch.tensor(1.0)}
+    assert "Is it the right base?" in refusal(tmp_path, {f"{PREFIX}lm_head.weight": torch.ones(18)}, base)

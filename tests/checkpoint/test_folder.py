@@ -141,18 +141,6 @@ def test_no_weights(tmp_path):
     assert "not a weight file" in refusal(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize(
-    ("file", "remedy"),
-    [
-        ("__0_0.distcp", "format_utils dcp_to_torch FOLDER model.pt"),
-        ("zero_to_fp32.py", "python zero_to_fp32.py . OUT"),
-    ],
-)
-def test_checkpoints_of_trainers_are_named_with_what_converts_them(tmp_path, file, remedy):
-    (tmp_path / file).touch()
-    assert "holds no weights" in refusal(tmp_path) and remedy in refusal(tmp_path)
-
-
 @pytest.mark.parametrize("with_config", [False, True])
 def test_an_adapter_is_no_model(tmp_path, with_config):
     weights(tmp_path, "adapter_model.safetensors")

@@ -246,9 +246,49 @@ def test_an_adapter_and_its_base(tmp_path):
     }
     with serve(repositories) as hub:
         [answer, bare] = fetched(tmp_path, "org/base+org/lora@v1", "org/base+org/lora", url=hub.url)
-        assert hub.downloads == {*base, "adapter_config.json", "adapter_model.safetensors"}
+        assert hub.downloads == {*base, "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert answer["tensors"] == ["b.weight"] and "is not an adapter" in bare["error"]
     assert fetched(tmp_path, "org/base+org/lora@v1", offline=True) == [answer]
     next(tmp_path.rglob("snapshots/*/adapter_config.json")).unlink()
     [refused] = fetched(tmp_path, "org/base+org/lora@v1", offline=True)
     assert "cache doesn't hold all" in refused["error"]
+
+
+def test_a_pipeline_is_fetched_part_by_part(tmp_path):
+    from tests.checkpoint.pipelines import write_pipeline
+
+    write_pipeline(tmp_path / "local", 0)
+    wanted = {
+        path.relative_to(tmp_path / "local").as_posix(): path.read_bytes()
+        for path in (tmp_path / "local").rglob("*")
+        if path.is_file()
+    }
+    more = {
+        "v1-5-pruned.safetensors": b"no",
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"no",
+        "unet/diffusion_pytorch_model.bin": b"no",
+        "unet/model.onnx": b"no",
+        "vae/code.py": b"no",
+        "onnx/unet/model.onnx": b"no",
+        "../outside.json": b"no",
+    }
+    head = shards() | {
+        "config.json": b"{}",
+        "value_head.safetensors": save({"v_head.summary.weight": torch.ones(1, 4)}),
+    }
+    hostile = wanted | {"model_index.json": b'{"../unet": ["diffusers", "UNet2DConditionModel"]}'}
+    repositories = {
+        f"org/{name}": Repository({"main": NEW}, {NEW: files})
+        for name, files in {"pipe": wanted | more, "head": head, "hostile": hostile}.items()
+    }
+    with serve(repositories) as hub:
+        answer, of_head, refused = fetched(tmp_path, "org/pipe", "org/head", "org/hostile", url=hub.url)
+        assert hub.downloads == set(wanted) | set(head)
+    assert {name for name in answer["files"] if "." in name} == set(wanted)
+    assert {name.partition("/")[0] for name in answer["tensors"]} == {"text_encoder", "unet", "vae"}
+    assert of_head["tensors"] == ["a", "b", "v_head.summary.weight"]
+    assert "lists what can't be folders of this model" in refused["error"]
+    assert fetched(tmp_path, "org/pipe", "org/head", offline=True) == [answer, of_head]
+    (Path(answer["folder"]) / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    [incomplete] = fetched(tmp_path, "org/pipe", offline=True)
+    assert "cache doesn't hold all" in incomplete["error"]

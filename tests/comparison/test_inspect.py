@@ -94,6 +94,42 @@ def test_what_looks_wrong_in_headers(
     assert len(doubts) == 1 or change is gap, doubts
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": ["LlamaModel"]},
+        {"tie_word_embeddings": True, "text_config": {"hidden_size": 8, "tie_word_embeddings": False}},
+        {"tie_word_embeddings": None, "text_config": {"hidden_size": 8, "tie_word_embeddings": False}},
+    ],
+)
+def test_models_without_a_head_of_tokens_lack_none(config: dict[str, object], tmp_path: Path) -> None:
+    tensors = state(0, layers=4)
+    headless(tensors)
+    assert inspect(written(tmp_path, tensors, **config)).doubts == ()
+    tensors["language_model.lm_head.weight"] = torch.ones(16, 8).bfloat16()
+    assert not [doubt for doubt in inspect(written(tmp_path, tensors)).doubts if "no output head" in doubt]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "prefixes"),
+    [
+        ("_orig_mod.{}", ["_orig_mod."]),
+        ("module.{}", ["module."]),
+        ("_orig_mod.module.{}", ["_orig_mod.", "module."]),
+        ("model._fsdp_wrapped_module.{}", ["_fsdp_wrapped_module."]),
+        ("model.layers.0._orig_mod.{}", ["_orig_mod."]),
+        ("vision.module.{}", []),
+        ("model.module_list.{}", []),
+    ],
+)
+def test_prefixes_of_wrappers(wrapped: str, prefixes: list[str], tmp_path: Path) -> None:
+    tensors = {wrapped.format(name): tensor for name, tensor in state(0, layers=1).items()}
+    doubts = inspect(write_folder(tmp_path / "model", tensors, config={})).doubts
+    assert [doubt for doubt in doubts if "transformers finds no weights under such names" in doubt] == list(doubts)
+    assert [doubt.split("'")[1] for doubt in doubts] == prefixes
+
+
 def test_layers_that_differ_by_design_are_no_doubt(tmp_path: Path) -> None:
     """A dense first layer before mixtures of experts, and every other layer another kind."""
     tensors = {"model.embed_tokens.weight": torch.ones(16, 8).bfloat16()}

@@ -91,12 +91,14 @@ def tokenizer_of(plan: Plan) -> Any:
     from transformers import AutoTokenizer
 
     giver = plan.inputs[plan.config_source if plan.tokenizer is None else plan.tokenizer]
-    if giver.folder is None:
+    if giver.tokenizer_folder is None:
         raise UsageError(f"{giver.reference}: is a single file, without a tokenizer. Name the folder of the model.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(giver.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(giver.tokenizer_folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{giver.folder}: transformers finds no tokenizer: {str(error).splitlines()[0]}") from error
+        raise UsageError(
+            f"{giver.tokenizer_folder}: transformers finds no tokenizer: {str(error).splitlines()[0]}"
+        ) from error
     if plan.chat_template is not None:
         tokenizer.chat_template = plan.chat_template
     return tokenizer

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mergekit_lite.checkpoint.encodings.bits import unpacked
 from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
 from mergekit_lite.deferred import torch
-
-TOGETHER = 8  # codes that fill whole bytes, whatever their bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +24,7 @@ class Affine(Encoding):
     bias: TensorSpec  # like the scale
     bits: int
     group: int  # elements of a row that share a scale and a bias
+    scheme: str | None = None
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Unpack the codes, and apply scales and biases."""
@@ -68,9 +68,4 @@ class Affine(Encoding):
         """Return ``count`` codes from ``start`` on, both multiples of the eight that fill ``bits`` bytes."""
         stored = torch.empty(count * self.bits // 8, dtype=torch.uint8)
         reader.fill(self.codes.file, self.codes.offset + start * self.bits // 8, stored.numpy().data, self.codes.name)
-        if self.bits == 8:
-            return stored
-        # Eight codes as one number, of which each is a run of bits.
-        parts = stored.view(-1, self.bits).to(torch.int64) << 8 * torch.arange(self.bits)
-        runs = parts.sum(1, keepdim=True) >> self.bits * torch.arange(TOGETHER)
-        return runs.bitwise_and_((1 << self.bits) - 1).view(-1)
+        return unpacked(stored, self.bits)

@@ -1,4 +1,4 @@
-"""Quantised matrices whose blocks have a scale each: value = ``float32(code) * scale``.
+"""Quantised matrices whose blocks have a scale each: value = ``(code − zero point) · scale``.
 
 The scale is multiplied, also where it is named ``weight_scale_inv``: see ``weight_dequant`` in
 https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/kernel.py.
@@ -6,8 +6,10 @@ https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/kernel.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
@@ -16,54 +18,73 @@ from mergekit_lite.deferred import torch
 
 @dataclass(frozen=True, slots=True)
 class BlockScaled(Encoding):
-    """Codes, and one scale for each block of a matrix; the values are float32."""
+    """Codes, and one scale for each block of a matrix, in the wider dtype of the values and the scales."""
 
     codes: TensorSpec  # of the same shape
     scale: TensorSpec  # may lie in another file; a single one is for the whole tensor, also for a stack of matrices
     block: Block  # (128, 128) is DeepSeek's block FP8, (1, columns) one scale a row, (rows, columns) one a matrix
+    zero_point: TensorSpec | None = None  # the code of zero, like the scale
+    scheme: str | None = None
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Read the codes and multiply them by their scales."""
+        """Read the codes, subtract their zero points and multiply them by their scales."""
+        working = dtypes.torch_dtype(dtypes.promoted((spec.dtype, self.scale.dtype)))
         for begin, piece in pieces(start, out, spec.dtype):
-            piece.copy_(self.codes.elements(reader, begin, piece.numel()))
-            if self.scale.numel == 1:
-                piece.mul_(self._scale_rows(reader, 0, 1, columns=1).reshape(()))
-                continue
-            for row, column, part in by_rows(begin, piece, spec.shape[-1]):
-                self._multiply(reader, row, column, part)
+            values = piece if piece.dtype == working else torch.empty_like(piece, dtype=working)
+            values.copy_(self.codes.elements(reader, begin, piece.numel()))
+            for row, column, part in by_rows(begin, values, spec.shape[-1] if spec.shape else 1):
+                if self.zero_point is not None:
+                    self._apply(torch.Tensor.sub_, self.zero_point, reader, row, column, part)
+                self._apply(torch.Tensor.mul_, self.scale, reader, row, column, part)
+            if values is not piece:
+                piece.copy_(values)
 
     def stored_dtype(self, spec: TensorSpec) -> str:
         """Return the dtype of the codes."""
-        return self.codes.dtype
+        return self.codes.stored_dtype
+
+    def stored_bytes(self, spec: TensorSpec, count: int) -> int:
+        """Return the bytes of the codes."""
+        return self.codes.stored_bytes(count)
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The codes, the scales and the block."""
-        return self.codes.key, self.scale.key, self.block
+        """The codes, the scales, the block, and the zero points."""
+        zero_point = () if self.zero_point is None else (self.zero_point.key,)
+        return self.codes.key, self.scale.key, self.block, *zero_point
 
-    def _multiply(self, reader: Reader, row: int, column: int, values: torch.Tensor) -> None:
-        """Multiply ``values`` (rows, columns), which begin at ``row`` and ``column`` of the tensor, by their scales.
+    def _apply(
+        self,
+        operation: Callable[[torch.Tensor, torch.Tensor], object],
+        by_block: TensorSpec,
+        reader: Reader,
+        row: int,
+        column: int,
+        values: torch.Tensor,
+    ) -> None:
+        """Subtract or multiply by a number of each block, in place.
 
-        Rows are counted through a stack of matrices as if it were one tall matrix.
+        ``values`` (rows, columns) begin at ``row`` and ``column`` of the tensor. Rows are counted through a stack of
+        matrices as if it were one tall matrix.
         """
+        if by_block.numel == 1:
+            operation(values, by_block.elements(reader, 0, 1).to(values.dtype).reshape(()))
+            return
         matrix = self.codes.shape[-2], self.codes.shape[-1]
         height, width = self.block
         grid_rows, grid_columns = grid(matrix, self.block)
-        # The row of scales for each row: as many as the matrices before it have, and the block it is in.
+        # The row of blocks for each row: as many as the matrices before it have, and the one it is in.
         rows = torch.arange(row, row + len(values))
-        scale_rows = rows // matrix[0] * grid_rows + rows % matrix[0] // height
-        begin, end = int(scale_rows[0]), int(scale_rows[-1]) + 1
-        scales = self._scale_rows(reader, begin, end, grid_columns)[scale_rows - begin]
+        block_rows = rows // matrix[0] * grid_rows + rows % matrix[0] // height
+        begin, end = int(block_rows[0]), int(block_rows[-1]) + 1
+        stored = by_block.elements(reader, begin * grid_columns, (end - begin) * grid_columns)
+        numbers = stored.to(values.dtype).view(-1, grid_columns)[block_rows - begin]
         if values.shape[1] == matrix[1]:
             whole = matrix[1] // width
-            values[:, : whole * width].view(-1, whole, width).mul_(scales[:, :whole, None])
-            values[:, whole * width :].mul_(scales[:, whole:])  # the ragged last block
+            operation(values[:, : whole * width].view(-1, whole, width), numbers[:, :whole, None])
+            operation(values[:, whole * width :], numbers[:, whole:])  # the ragged last block
         else:
-            values.mul_(scales[:, torch.arange(column, column + values.shape[1]) // width])
-
-    def _scale_rows(self, reader: Reader, begin: int, end: int, columns: int) -> torch.Tensor:
-        stored = self.scale.elements(reader, begin * columns, (end - begin) * columns)
-        return stored.to(torch.float32).view(-1, columns)
+            operation(values, numbers[:, torch.arange(column, column + values.shape[1]) // width])
 
 
 def grid(matrix: Block, block: Block) -> Block:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
+from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.checkpoint.tensor import Encoding, TensorSpec
 from mergekit_lite.deferred import torch
@@ -41,6 +43,17 @@ class Strided(Encoding):
 
 def transposed(spec: TensorSpec) -> TensorSpec:
     """Return the same matrix, plain or strided, with its rows as columns."""
-    rows, columns = spec.shape
-    strides = spec.encoding.strides if isinstance(spec.encoding, Strided) else (columns, 1)
-    return replace(spec, shape=(columns, rows), encoding=Strided(strides[::-1]))
+    return viewed(spec, 0, spec.shape[::-1], strides_of(spec)[::-1])
+
+
+def viewed(spec: TensorSpec, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorSpec:
+    """Return a view of a tensor's stored elements that begins ``first`` elements behind where the tensor does."""
+    offset = spec.offset + first * dtypes.size(spec.dtype)
+    return replace(spec, shape=shape, offset=offset, encoding=Strided(strides))
+
+
+def strides_of(spec: TensorSpec) -> tuple[int, ...]:
+    """Return how many elements apart the elements of a plain or strided tensor are stored, along each dimension."""
+    if isinstance(spec.encoding, Strided):
+        return spec.encoding.strides
+    return tuple(math.prod(spec.shape[axis + 1 :]) for axis in range(len(spec.shape)))

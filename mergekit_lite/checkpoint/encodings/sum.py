@@ -25,8 +25,14 @@ class Term(ABC):
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        """The stored tensors it is made of: its fields but for the scale."""
-        return tuple(getattr(self, part.name) for part in fields(self) if part.name != "scale")
+        """The stored tensors it is made of."""
+        values = (getattr(self, part.name) for part in fields(self))
+        return tuple(value for value in values if isinstance(value, TensorSpec))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Plain data that is equal for two terms only where they add equal values from equal files."""
+        return type(self).__name__, self.scale, [part.key for part in self.parts]
 
     @abstractmethod
     def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
@@ -87,10 +93,14 @@ class Sum(Encoding):
         return self.base.encoding.block if self.base else None
 
     @property
+    def scheme(self) -> str | None:
+        """The scheme of the base."""
+        return self.base.encoding.scheme if self.base else None
+
+    @property
     def key(self) -> tuple[object, ...]:
-        """The base, and each term's kind, scale and parts."""
-        terms = [(type(term).__name__, term.scale, [part.key for part in term.parts]) for term in self.terms]
-        return (self.base.key if self.base else None), terms
+        """The base, and the terms."""
+        return (self.base.key if self.base else None), [term.key for term in self.terms]
 
 
 def scaled(terms: tuple[Term, ...], scale: float) -> tuple[Term, ...]:

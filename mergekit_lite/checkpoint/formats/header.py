@@ -22,6 +22,12 @@ class WeightFile:
     size: int
     mtime_ns: int
     header_digest: str
+    folder: str = ""  # where it lies in its model's folder; empty for the folder itself, and for a single file
+
+    @property
+    def name(self) -> str:
+        """Its path in the folder of its model."""
+        return f"{self.folder}/{self.path.name}" if self.folder else self.path.name
 
     @classmethod
     def identify(cls, path: Path, header: bytes) -> WeightFile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mergekit_lite.input_files import opened
 from mergekit_lite.plain_text import can_be_written
 
 SUFFIXES = (".safetensors",)
-MODEL_NAMES = ("model.safetensors",)
+MODEL_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 ADAPTER_NAMES = ("adapter_model.safetensors",)
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -124,7 +125,7 @@ def _spec(path: Path, name: str, entry: object, start: int) -> TensorSpec:
         raise damaged(
             f"shape {shape} of {code} takes {expected:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
         )
-    return TensorSpec(name, dtype.name, _one(tuple(shape)), path, start + offsets[0])
+    return TensorSpec(sys.intern(name), dtype.name, _one(tuple(shape)), path, start + offsets[0])  # models share names
 
 
 @lru_cache(maxsize=1 << 10)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.affine import Affine
+from mergekit_lite.checkpoint.schemes.scheme import Quantised, Stored, quantised
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError
 
@@ -16,27 +17,22 @@ BITS = (2, 3, 4, 5, 6, 8)
 WORD = 32  # bits
 
 
-def affine_weights(
-    tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
-) -> tuple[dict[str, TensorSpec], dict[str, str], list[str]]:
-    """Return the weights of packed codes as what they stand for, why their parts are left out, and what is wrong."""
-    shown: dict[str, TensorSpec] = {}
-    hidden: dict[str, str] = {}
-    problems: list[str] = []
-    for name, spec in tensors.items():
+def recognise(stored: Stored) -> Iterator[Quantised]:
+    """Yield the weights of packed codes."""
+    for name, spec in stored.tensors.items():
         layer = name.removesuffix(WEIGHT)
-        if spec.dtype != "uint32" or layer == name or layer + SCALES not in tensors:
+        if spec.dtype != "uint32" or layer == name or layer + SCALES not in stored.tensors:
             continue
-        try:
-            encoding = _encoding(spec, tensors, _settings(config, layer.removesuffix(".")))
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        shape = (*encoding.scale.shape[:-1], encoding.scale.shape[-1] * encoding.group)
-        shown[name] = replace(spec, dtype=encoding.scale.dtype, shape=shape, encoding=encoding)
-        hidden[layer + SCALES] = f"scales of {name}, applied when that is read"
-        hidden[layer + BIASES] = f"biases of {name}, applied when that is read"
-    return shown, hidden, problems
+        parts = {layer + part: part for part in (SCALES, BIASES) if layer + part in stored.tensors}
+        yield quantised(name, parts, lambda spec=spec: _shown(spec, stored))  # type: ignore[misc]
+
+
+def _shown(spec: TensorSpec, stored: Stored) -> TensorSpec:
+    encoding = _encoding(
+        spec, stored.tensors, _settings(stored.config, spec.name.removesuffix(WEIGHT).removesuffix("."))
+    )
+    shape = (*encoding.scale.shape[:-1], encoding.scale.shape[-1] * encoding.group)
+    return replace(spec, dtype=encoding.scale.dtype, shape=shape, encoding=encoding)
 
 
 def _settings(config: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
@@ -75,4 +71,4 @@ def _encoding(spec: TensorSpec, tensors: Mapping[str, TensorSpec], settings: Map
             f"{spec.name}: has shape {spec.shape}, which doesn't fit {bits} bits in groups of {group} and scales of "
             f"{scale.shape}: expected {expected}. Is 'quantization' of config.json that of these weights?"
         )
-    return Affine(spec, scale, bias, bits, group)
+    return Affine(spec, scale, bias, bits, group, scheme="MLX")

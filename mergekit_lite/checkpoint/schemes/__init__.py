@@ -1,0 +1,1 @@
+"""Schemes of quantised weights, one a file: each recognises its tensors and gives them their encodings."""
