@@ -20,7 +20,7 @@ EMBEDDINGS = (
 )
 COPIES = re.compile(
     r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$"
-)  # T5's and Whisper's, beside the embedding
+)  # T5's, Whisper's
 NUMBER = re.compile(r"\.\d+\.")  # of a layer
 
 
