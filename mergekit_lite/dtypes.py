@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from mergekit_lite import block_fp8
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import UsageError, nearest
 
@@ -45,6 +46,7 @@ TABLE = (
 BY_NAME = {dtype.name: dtype for dtype in TABLE}
 BY_CODE = {dtype.code: dtype for dtype in TABLE}
 FLOATS = tuple(dtype.name for dtype in TABLE if dtype.kind == "float")
+OUTPUTS = (*FLOATS, block_fp8.NAME)
 
 
 def size(name: str) -> int:
@@ -72,6 +74,17 @@ def float_named(text: str) -> str:
     if name not in FLOATS:
         raise UsageError(f"Unknown output dtype {text!r}: expected one of {', '.join(FLOATS)}.{nearest(name, FLOATS)}")
     return name
+
+
+def output_named(text: str) -> str:
+    """Return the output dtype a user means: ``fp8``, or what ``float_named`` returns. Raises UsageError."""
+    if text.lower() == block_fp8.NAME:
+        return block_fp8.NAME
+    try:
+        return float_named(text)
+    except UsageError:
+        known = ", ".join(OUTPUTS)
+        raise UsageError(f"Unknown output dtype {text!r}: expected one of {known}.{nearest(text, OUTPUTS)}") from None
 
 
 def promoted(names: Iterable[str]) -> str:

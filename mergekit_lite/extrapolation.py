@@ -55,7 +55,7 @@ def plan_extrapolation(
         outputs=tuple({"alpha": (*rules, Rule((value,)))} for value in alphas),
         include=tuple(map(_regex, include)),
         exclude=tuple(map(_regex, exclude)),
-        out_dtype=dtypes.float_named(out_dtype) if out_dtype else None,
+        out_dtype=dtypes.output_named(out_dtype) if out_dtype else None,
         rounding=rounding,
         seed=seed,
         new_rows=new_rows,
@@ -95,6 +95,8 @@ def extrapolate(
         include: regular expressions; only tensors whose names match one are extrapolated, the others copied.
         exclude: regular expressions; tensors whose names match one are copied from ``aligned``.
         out_dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``; by default each tensor's own in ``aligned``.
+            ``fp8`` quantises the linear layers of attention and MLP by blocks of 128 × 128, as DeepSeek-V3 does, and
+            writes the rest in bfloat16; for folders.
         rounding: ``nearest``, or ``stochastic``, which keeps steps smaller than the dtype's spacing, on average.
         seed: of the stochastic rounding.
         new_rows: ``copy`` takes vocabulary rows that only ``aligned`` has from there; ``refuse`` is an error.

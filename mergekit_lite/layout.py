@@ -149,7 +149,7 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
 
 def is_single_file(output: Path) -> bool:
     """Return whether an output path names one file rather than a folder."""
-    return output.suffix in formats.SUFFIXES
+    return formats.is_written(output)
 
 
 def write_torch_skeleton(file: IO[bytes], tensors: Sequence[OutputTensor], nest: tuple[str, ...]) -> None:

@@ -212,7 +212,7 @@ assert torch.equal(load_file("out.safetensors")["w"], torch.arange(4.0))
         new={"checkpoint/formats/toy.py": FORMAT},
         changed={
             "checkpoint/formats/__init__.py": (
-                "FORMATS: tuple[Format, ...] = (safetensors, torch)",
+                "FORMATS: tuple[Format, ...] = (safetensors, torch, gguf)",
                 "\nfrom mergekit_lite.checkpoint.formats import toy\nFORMATS += (toy,)",
             )
         },

@@ -239,7 +239,12 @@ def _check_plans(family: Family) -> list[str]:
     problems: dict[str, None] = {}
     for params in (family.baseline, *ends):
         try:
-            notes |= dict.fromkeys(family.plan(params).notes)
+            plan = family.plan(params)
+            notes |= dict.fromkeys(plan.notes)
+            if any(job.scales for job in plan.jobs):
+                problems["candidates are not measured in fp8: make the chosen one again with extrapolate or merge"] = (
+                    None
+                )
         except PlanError as error:
             problems |= dict.fromkeys(error.problems)
         except MergekitLiteError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.checkpoint import adapter_file, formats, hub, quantised, references, vector_file
+from mergekit_lite.checkpoint import adapter_file, formats, gguf_models, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint.adapter import Adapter
 from mergekit_lite.checkpoint.companion_patterns import has_tokenizer
@@ -51,6 +51,7 @@ class Checkpoint:
         home: the folder with config and tokenizer, where it isn't ``path``.
         tokenizer_home: the folder with the tokenizer, where it isn't ``folder``.
         in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
+        config_made: how ``config`` was made of a GGUF's header, or why it wasn't, where there is no ``config.json``.
     """
 
     reference: str
@@ -122,6 +123,8 @@ class Checkpoint:
         named = f"{self.reference}/{folders[0]}"
         return f"{self.reference}: is a folder of several models ({', '.join(folders)}); name one of them: {named}"
 
+    config_made: str = ""
+
     @property
     def paths(self) -> tuple[Path, ...]:
         """Every folder or file that is read."""
@@ -162,11 +165,11 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     """Open a checkpoint; only headers are read.
 
     Args:
-        reference: a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, ``ckpt.pt:ema`` for what a torch file holds
-            under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for what that
-            holds under a key, ``hf:FOLDER`` for it under transformers' names, or a hub repository ``org/name`` or
-            ``org/name@revision``; or one of these and what is added when weights are read, each after a
-            ``+``: LoRA adapters and task vectors (see ``references``).
+        reference: a ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.gguf`` file, ``ckpt.pt:ema`` for what a torch
+            file holds under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for
+            what that holds under a key, ``hf:FOLDER`` for it under transformers' names, or a hub repository
+            ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after
+            a ``+``: LoRA adapters and task vectors (see ``references``).
 
     Raises:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
@@ -295,7 +298,7 @@ def _open_path(reference: str, path: Path, revision: str | None = None, within: 
 def _open_part(reference: str, path: Path, revision: str | None, within: str, part: Part) -> Checkpoint:
     """Open one part of a model by itself, its tensors under their own names."""
     index: Mapping[str, str] | None = None
-    paths, config = [path], part.config
+    paths, config = folders.parts_of(path), part.config
     if part.stem == VALUE_HEAD:
         paths = [folders.value_head_file(path, part.folder)]
     elif path.is_dir():
@@ -303,8 +306,22 @@ def _open_part(reference: str, path: Path, revision: str | None, within: str, pa
     headers = [_model_header(reference, file, within) for file in paths]
     files = tuple(replace(header.file, folder=part.folder) for header in headers)
     left_out = {name: "not a tensor of the model's state" for header in headers for name in header.left_out}
-    shown, hidden = quantised.dequantised(path, _joined(path, headers, index), config)
-    nest, parts = headers[-1].nest, (replace(part, files=files),)
+    tensors, nest, parts = _joined(path, headers, index), headers[-1].nest, (replace(part, files=files),)
+    if headers[0].values:
+        model = gguf_models.as_transformers(path, tensors, [header.values for header in headers])
+        return Checkpoint(
+            reference,
+            path,
+            files,
+            model.tensors,
+            config or model.config,
+            left_out=model.left_out,
+            revision=revision,
+            in_shards=False,
+            parts=parts,
+            config_made="" if config else model.config_made,
+        )
+    shown, hidden = quantised.dequantised(path, tensors, config)
     return Checkpoint(reference, path, files, shown, config, nest, left_out | hidden, revision, parts=parts)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mergekit_lite import input_files
-from mergekit_lite.checkpoint.formats import FORMATS, SUFFIXES, Format, refused
+from mergekit_lite.checkpoint.formats import FORMATS, SUFFIXES, Format, gguf
 from mergekit_lite.errors import CheckpointError, listing
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,6 +45,17 @@ def weight_files(root: Path, part: str = "") -> tuple[list[Path], Mapping[str, s
     if missing := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(listing(f"{folder}: these shards are missing; download them again", missing))
     return [inside(root, f"{part}/{name}" if part else name) for name in names], index
+
+
+def parts_of(file: Path) -> list[Path]:
+    """Return the files of a model of which one is named: all parts of a split GGUF, else the file alone."""
+    shard = SHARD.fullmatch(file.name)
+    if shard is None or shard["suffix"] not in gguf.SUFFIXES:
+        return [file]
+    parts = [file.parent / name for name in _numbered(shard)]
+    if missing := [part.name for part in parts if not part.exists()]:
+        raise CheckpointError(listing(f"{file}: these parts are missing; download them again", missing))
+    return parts
 
 
 def weight_names(where: object, names: Collection[str]) -> list[str]:
@@ -164,8 +175,7 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
             continue
         weights = [name for name in weights if not name.startswith(CONSOLIDATED)] or weights
         if shard := SHARD.fullmatch(weights[0]):
-            stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
-            numbered = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+            numbered = _numbered(shard)
             if set(weights) <= set(numbered):
                 return numbered
         elif len(weights) == 1:
@@ -174,11 +184,13 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
             listing(f"{where}: has no model.safetensors and several weight files; name the one that is meant", weights)
         )
     standard = ", ".join(name for format in FORMATS for name in _standard_names(format))
-    unread = [suffix for suffix in refused.REMEDIES if any(name.endswith(suffix) for name in names)]
-    hint = "".join(f" It holds {suffix[1:].upper()} files, which aren't read." for suffix in unread)
-    raise CheckpointError(
-        f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).{hint}"
-    )
+    raise CheckpointError(f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).")
+
+
+def _numbered(shard: re.Match[str]) -> list[str]:
+    """Return the names of all shards of a set of which one is named."""
+    stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
+    return [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
 
 
 def _standard_names(format: Format) -> list[str]:

@@ -18,9 +18,8 @@ EMBEDDINGS = (
     "embeddings.weight",
     "shared.weight",
 )
-COPIES = re.compile(
-    r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$"
-)  # T5's, Whisper's
+# T5's and Whisper's, beside the embedding
+COPIES = re.compile(r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$")
 NUMBER = re.compile(r"\.\d+\.")  # of a layer
 
 
@@ -64,6 +63,8 @@ def repeated_by(name: str, tensors: Mapping[str, TensorSpec], config: Mapping[st
 
     T5's embeddings of encoder and decoder are the shared one, whatever the config says of the head.
     """
+    if not may_be_tied(name):
+        return None
     first = tied_to(name, {other: spec for other, spec in tensors.items() if other != name})
     tied = (config or {}).get("tie_word_embeddings", None if is_head(name) else True)
     shared = first is not None and not is_head(name) and first.name.endswith("shared.weight")

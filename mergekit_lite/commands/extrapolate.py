@@ -54,7 +54,9 @@ Examples:
     show_default=True,
     help="Vocabulary rows that only ALIGNED has.",
 )
-@click.option("--out-dtype", help="float32, bfloat16, float16 or float64; as in ALIGNED by default.")
+@click.option(
+    "--out-dtype", help="float32, bfloat16, float16, float64, or fp8 in blocks of 128 × 128; as in ALIGNED by default."
+)
 @running.takes_rounding
 @running.takes_shard_size
 @running.takes_copy_code
@@ -71,9 +73,9 @@ def command(
 ) -> None:
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
 
-    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors or .pt /
-    .bin files, training checkpoints (torch.distributed.checkpoint, DeepSpeed's ZeRO), or hub repositories (org/name,
-    org/name@revision). FILE.pt:KEY or FOLDER:KEY names the weights where there are several.
+    SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors, .gguf or
+    .pt / .bin files, training checkpoints (torch.distributed.checkpoint, DeepSpeed's ZeRO), or hub repositories
+    (org/name, org/name@revision). FILE.pt:KEY or FOLDER:KEY names the weights where there are several.
     """
     from mergekit_lite.extrapolation import plan_extrapolation
 

@@ -73,13 +73,15 @@ def _numbers(job: Job) -> Hashable:
 def _group(run: _Run) -> Group:
     first = run.jobs[0]
     stored = ", ".join(sorted({spec.stored_dtype for spec in first.inputs}))
-    dtype = stored if stored == first.dtype else f"{stored} → {first.dtype}"
+    dtype = first.dtype if stored in ("", first.dtype) else f"{stored} → {first.dtype}"
     return Group(_what(run), len(run.jobs), sum(job.nbytes for job in run.jobs), dtype, first.name)
 
 
 def _what(run: _Run) -> str:
     """Return in words what is done: ``ties weight 0.2 … 0.8, density 0.5 along 32 layers``, ``copy (excluded)``."""
     first = run.jobs[0]
+    if first.scales_of:
+        return "scales of FP8 blocks"
     if not first.merged_elements:
         return f"copy ({first.why})" if first.why else "copy"
     jobs = [run.by_layer[at] for at in sorted(run.by_layer, key=lambda at: -1 if at is None else at)]

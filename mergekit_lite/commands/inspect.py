@@ -31,7 +31,7 @@ Examples:
 def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose: bool) -> None:
     """Show what MODEL is made of, and what looks wrong with it: from headers alone, unless --stats is given.
 
-    MODEL is a folder, a .safetensors or torch file, or a hub repository. What looks wrong is a hint, no
+    MODEL is a folder, a .safetensors, .gguf or torch file, or a hub repository. What looks wrong is a hint, no
     error: the exit code is 0.
     """
     from mergekit_lite.commands.screen import Screen

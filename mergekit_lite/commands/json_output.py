@@ -50,6 +50,8 @@ def of_finished(finished: Finished) -> dict[str, Any]:
 
 def what_happens(plan: Plan, job: Job) -> str:
     """Return one job in a few words: ``expo alpha 0.3``, ``copy (int64 is not for arithmetic)``."""
+    if job.scales_of:
+        return f"scales of {job.scales_of}"
     if not job.merged_elements:
         return f"copy ({job.why})" if job.why else "copy"
     numbers = " | ".join(", ".join(f"{k} {shown(v)}" for k, v in values.items()) for values in job.parameters)

@@ -106,6 +106,8 @@ class Screen:
             if not self.quiet:
                 self.out.print(made(output, plan.layout.nbytes))
                 self._effect(report)
+                if report.fp8_error is not None:
+                    self.out.print(f"  FP8 weights differ from the exact results by {report.fp8_error:.2%} (RMS)")
                 self._coefficients(report)
             self.warn(_advice(report))
         if not self.quiet:

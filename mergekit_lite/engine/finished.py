@@ -52,7 +52,7 @@ def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:
 def _digest(content: IO[bytes], job: Job) -> str:
     """Return the digest of a job's tensor, as manifests hold it; the file is positioned at its first byte."""
     spans: list[str] = []
-    for begin, end in bounds(job.numel, job.merged_elements):
+    for begin, end in bounds(job.numel, job.merged_elements, job.dtype):
         digest = xxhash.xxh3_128()
         left = (end - begin) * dtypes.size(job.dtype)
         while left and (piece := content.read(min(READ_BYTES, left))):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.run import workers_and_block
+from mergekit_lite.engine.span_writer import chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
 from mergekit_lite.ops import CPU
@@ -16,6 +17,7 @@ from mergekit_lite.planning import Job, Plan
 PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
 WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of which the host keeps a part
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
+QUANTISING = 20  # bytes for each element of a chunk that is quantised: sizes, quotients, codes, what they stand for
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
 PER_TENSOR = 3_000  # the plan, the tasks and the journal; measured: 2,000 for two models
@@ -28,7 +30,9 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     """
     workers, block = workers_and_block(devices, threads, writing_workers())
     on_cpu = CPU in devices
-    buffers = (plan.most_inputs + 1) * CHUNK * plan.widest_element + TEMPORARIES * BLOCK * 8
+    chunk = max((chunk_of(job, CHUNK) for job in plan.jobs), default=CHUNK)
+    buffers = (plan.most_inputs + 1) * chunk * plan.widest_element + TEMPORARIES * BLOCK * 8
+    buffers += QUANTISING * chunk if any(job.scales for job in plan.jobs) else 0
     if not on_cpu:
         buffers = pinned_bytes(plan, block)
     folds = any(isinstance(spec.encoding, Sum) for job in plan.jobs for spec in job.inputs)

@@ -40,6 +40,8 @@ class Report:
         exact: whether every element was looked at, or a fixed sample of them.
         tensors: the tensors that were observed, one by one; none where the method observes nothing.
         coefficients: where a method finds them by statistics, those of each tensor by model.
+        fp8_error: of an FP8 output, how far its quantised weights are from the exact results: the root of the sum of
+            squares of the differences, divided by that of the results.
     """
 
     merged: int
@@ -51,6 +53,7 @@ class Report:
     exact: bool
     tensors: tuple[TensorEffect, ...]
     coefficients: Mapping[str, Mapping[str, float]]
+    fp8_error: float | None = None
 
     @property
     def worst(self) -> list[TensorEffect]:
@@ -60,7 +63,10 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return asdict(self)
+        content = asdict(self)
+        if self.fp8_error is None:
+            del content["fp8_error"]
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Report:
@@ -73,6 +79,7 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
     effects: list[TensorEffect] = []
     moved: list[float] = []  # ⟨out − aligned, delta⟩ of each tensor, scaled up from the sample
     deltas: list[float] = []  # ⟨delta, delta⟩ likewise
+    errors: list[tuple[float, float]] = []  # of the quantised tensors: what changed, what there was, both squared
     coefficients: dict[str, dict[str, float]] = {}
     identical = seen_all = merged = elements = 0
     for index, job in enumerate(plan.jobs):
@@ -81,6 +88,8 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
         of_job = _of_job(records, index, job)
         if of_job and of_job[0].coefficients:
             coefficients[job.name] = _by_model(plan, job, of_job[0].coefficients)
+        if of_job and of_job[0].squared_error:
+            errors += [(change, square) for change, square in (record.squared_error for record in of_job)]
         of_job = [record for record in of_job if record.sums]  # none of a job that is only copied
         if not of_job:
             continue
@@ -96,7 +105,7 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
     total = math.fsum(deltas)
     return Report(
         merged=merged,
-        copied=len(plan.jobs) - merged,
+        copied=len(plan.copied),
         identical=identical,
         asked=math.fsum(e.asked * d for e, d in zip(effects, deltas, strict=True)) / total if total else None,
         effective=math.fsum(moved) / total if total else None,
@@ -104,12 +113,18 @@ def report(plan: Plan, number: int, records: Mapping[tuple[int, int], Record]) -
         exact=seen_all == len(effects),
         tensors=tuple(effects),
         coefficients=coefficients,
+        fp8_error=_relative_error(errors) if errors else None,
     )
+
+
+def _relative_error(errors: Sequence[tuple[float, float]]) -> float:
+    change, square = (math.fsum(column) for column in zip(*errors, strict=True))
+    return math.sqrt(change / square) if square else 0.0
 
 
 def _of_job(records: Mapping[tuple[int, int], Record], index: int, job: Job) -> list[Record]:
     """Return the records of a job's spans, in their order."""
-    of_job = [records.get((index, begin)) for begin, _ in bounds(job.numel, job.merged_elements)]
+    of_job = [records.get((index, begin)) for begin, _ in bounds(job.numel, job.merged_elements, job.dtype)]
     return [record for record in of_job if record is not None]
 
 

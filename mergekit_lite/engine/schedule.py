@@ -15,7 +15,7 @@ from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
-from mergekit_lite.engine.span_writer import SpanWriter
+from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, Section, add_to, gather, needed, needs_torch
 from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
 from mergekit_lite.methods.contract import Totals
@@ -54,7 +54,8 @@ class Schedule:
             self.shared = needed(self.shared, only)
         self.bytes_in_all = sum(_cost(span) for of_job in spans(plan, only) for span in of_job)
         self.bytes_done = 0
-        room = max(self.writer.chunk, CHUNK) + 2 * rows
+        chunk = max((chunk_of(job, self.writer.chunk) for job in plan.jobs), default=0)
+        room = max(chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
         self.pool = Pool(workers.count, workers.devices, plan.most_inputs, nbytes, processes=workers.processes)
 
@@ -76,6 +77,9 @@ class Schedule:
         """
         longest = offset = 0
         for index, job in enumerate(self.plan.jobs):
+            if job.scales_of:  # made with their codes
+                offset += job.numel
+                continue
             outputs = self.workspaces if job.merged_elements else ()
             merges = {output: JobMerge(self.plan, job, output, offset, self.extent) for output in outputs}
             longest = max(longest, *(merge.row for merge in merges.values()), 0)

@@ -28,7 +28,7 @@ class JobMerge(TensorMerge):
         models = len(job.inputs) - job.has_base
         arguments = self.method.resolve(job.parameters[output], models, job.has_base)
         info = TensorInfo(job.name, job.shape, models, job.has_base, plan.seed, offset, extent)
-        kinds = [*(spec.dtype for spec in job.inputs), job.dtype]
+        kinds = [*(spec.dtype for spec in job.inputs), job.computed_dtype]
         super().__init__(self.method, info, arguments, kinds, rounding_key(plan, job))
 
     @property
@@ -87,7 +87,8 @@ def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
     """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics."""
     copies = job.merged_elements < job.numel
     return (
-        any(merge.ops(CPU).needs_torch for merge in merges)
+        bool(job.scales or job.scales_of)
+        or any(merge.ops(CPU).needs_torch for merge in merges)
         or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))
         or not all(spec.is_plain for spec in job.inputs)
     )

@@ -12,9 +12,11 @@ No output byte depends on chunks and blocks: any multiples of the grain will do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from mergekit_lite import block_fp8
 from mergekit_lite.planning import Job, Plan
 
 SPAN = 1 << 23
@@ -31,7 +33,8 @@ SAMPLED = 64  # in larger models every sixty-fourth grain of a tensor is observe
 class Span:
     """The elements ``begin … end`` of one job; ``merged`` says whether they go through the method.
 
-    ``offset`` is the number of elements in the tensors before the job's.
+    ``offset`` is the number of elements in the tensors before the job's; ``scales`` are the index and the job of the
+    scales that are made with FP8 codes.
     """
 
     index: int
@@ -40,23 +43,39 @@ class Span:
     begin: int
     end: int
     merged: bool
+    scales: tuple[int, Job] | None = None
 
 
 def spans(plan: Plan, only: Collection[int] | None = None) -> Iterator[list[Span]]:
     """Yield the spans of each job, in the order of the output's bytes; ``only`` of the jobs with these indices."""
+    codes_to_scales = {job.scales_of: (index, job) for index, job in enumerate(plan.jobs) if job.scales_of}
     offset = 0
     for index, job in enumerate(plan.jobs):
         merged = job.merged_elements
-        if only is None or index in only:
-            yield [Span(index, job, offset, begin, end, end <= merged) for begin, end in bounds(job.numel, merged)]
+        if not job.scales_of and (only is None or index in only):
+            scales = codes_to_scales.get(job.name)
+            yield [
+                Span(index, job, offset, begin, end, end <= merged, scales)
+                for begin, end in bounds(job.numel, merged, job.dtype)
+            ]
         offset += job.numel
 
 
-def bounds(numel: int, merged: int) -> Iterator[tuple[int, int]]:
-    """Yield the (begin, end) of each span of a tensor whose first ``merged`` elements go through a method."""
+def bounds(numel: int, merged: int, dtype: str) -> Iterator[tuple[int, int]]:
+    """Yield the (begin, end) of each span of a tensor whose first ``merged`` elements go through a method.
+
+    FP8 codes and their scales are one span each: so nobody needs to know where blocks begin.
+    """
+    span = max(numel, 1) if dtype == block_fp8.CODES else SPAN
     for first, last in ((0, merged), (merged, numel)):
-        for begin in range(first, last, SPAN):
-            yield begin, min(begin + SPAN, last)
+        for begin in range(first, last, span):
+            yield begin, min(begin + span, last)
+
+
+def quantised_at_once(job: Job) -> int:
+    """Return the elements of a quantised job that a chunk is a multiple of: whole rows of blocks, and whole grains."""
+    stripe = block_fp8.EDGE * job.shape[-1]
+    return math.lcm(stripe, GRAIN)
 
 
 def cut(begin: int, end: int, length: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mergekit_lite import dtypes
+from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.checkpoint import Checkpoint, formats, own_code, tied_weights
 from mergekit_lite.checkpoint.companion_patterns import COMPANIONS, matches, travels
 from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
@@ -21,6 +21,7 @@ from mergekit_lite.output.card import model_card
 from mergekit_lite.output.manifest import manifest_of, text_pieces
 from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Job, Plan
+from mergekit_lite.planning.fp8 import modules_not_quantised
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
 
 CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
@@ -194,9 +195,11 @@ def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any
         config = written_config(plan, digests, name.removesuffix("config.json").rstrip("/"))
         _write_json(folder / name, _with_its_code(config, name, plan.source))
     owners = _owners(plan)[0]
+    models = {model.folder: model for model in plan.inputs}
     for name, path in companions(plan)[0].items():
-        for config in own_code.configs_of(owners[name], [name]).values() if name in owners else ():
-            if (rewritten := _with_its_code(config, name, owners[name])) != config:
+        giver = models.get(owners.get(name))
+        for config in own_code.configs_of(giver, [name]).values() if giver is not None else ():
+            if (rewritten := _with_its_code(config, name, giver)) != config:
                 _write_json(folder / name, rewritten)
                 break
         else:
@@ -261,12 +264,15 @@ def written_config(plan: Plan, digests: Mapping[str, Any], folder: str = "") -> 
     jobs = [job for job in plan.jobs if source.part_of(job.name).folder == folder]
     if any(spec.quantised for name, spec in source.tensors.items() if source.part_of(name).folder == folder):
         config = _without(config, QUANTIZATION_KEYS)
-    written = {job.dtype for job in jobs if dtypes.is_float(job.dtype)}
+    written = {job.dtype for job in jobs if dtypes.is_float(job.dtype) and not job.scales_of}
     if len(written) == 1:
         config = _with_value(config, ("dtype", "torch_dtype"), *written)
     is_of_transformers = "model_type" in config if folder else "_class_name" not in config
+    is_fp8 = plan.out_dtype == block_fp8.NAME
     if plan.out_dtype is not None and is_of_transformers and not {"dtype", "torch_dtype"} & config.keys():
-        config["torch_dtype"] = plan.out_dtype
+        config["torch_dtype"] = block_fp8.BESIDE if is_fp8 else plan.out_dtype
+    if is_fp8:
+        config["quantization_config"] = block_fp8.config_section(modules_not_quantised(jobs))
     if _has_own_head(jobs, digests) and config.get("tie_word_embeddings") is not False:
         config = _with_value(config, ("tie_word_embeddings",), False) | {"tie_word_embeddings": False}
     return config

@@ -37,6 +37,7 @@ class Record(NamedTuple):
     bad: Sequence[int]  # indices of the inputs that held NaN or infinity; -1 where only the output did
     coefficients: Sequence[float] = ()  # each model's, from the method's statistics; in a tensor's first span
     device: str = ""  # the kind of device that made it, where the last bits depend on that
+    squared_error: Sequence[float] = ()  # of FP8: the sums of squares of what quantising changed, and of the values
 
 
 class RecordTable(MutableMapping[tuple[int, int], Record]):
@@ -151,6 +152,7 @@ def _record(fields: object, plan_digest: str) -> Record | None:
     *values, seal = fields
     record = Record(*values)
     numbers = [(record.sums, float), (record.bad, int), (record.coefficients, float)]
+    numbers.append((record.squared_error, float))
     is_typed = (
         _are((record.job, record.begin), int)
         and _are((record.output,), str)

@@ -62,7 +62,7 @@ def manifest_of(
             for file in plan.layout.files
         ],
         "beside": {} if is_single_file(plan.outputs[number]) else _beside(plan, folder),
-        "digest": "xxh3-128 of the hex xxh3-128 digests of every 8,388,608 elements",
+        "digest": "xxh3-128 of the hex xxh3-128 digests of every 8,388,608 elements, or of all in FP8",
         "tensors": digests,
         "left_out": [list(entry) for entry in plan.left_out],
         "effect": effect,

@@ -35,7 +35,11 @@ def disagreements(keys: Sequence[str], inputs: Sequence[Checkpoint], config_sour
                 f"{in_folder(folder, key)}: {json.dumps(own[key])} in {reference}, {json.dumps(other[key])} in "
                 f"{source.reference}"
                 for key in keys
-                if key in own and key in other and own[key] != other[key]
+                if key in own
+                and key in other
+                and own[key] != other[key]
+                # A Mistral in GGUF is a llama.
+                and not (key == "model_type" and (source.config_made or inputs[config_source].config_made))
             ]
     return differing
 
@@ -48,6 +52,25 @@ def _comparable(one: Config, other: Config) -> tuple[Config, Config]:
     for section in sections:
         section.pop("model_type", None)  # a text model has another type within and without
     return sections[0], sections[1]
+
+
+def giving_config(inputs: Sequence[Checkpoint], number: int) -> tuple[int, list[str]]:
+    """Return which of the inputs gives the config and what else lies beside weights, and what the user should know.
+
+    It is input ``number``, or, where that is a bare GGUF, the first other one in a folder with a config.
+    """
+    source = inputs[number]
+    if not source.config_made:
+        return number, []
+    for other, each in enumerate(inputs):
+        if each.folder is not None and each.config is not None and not each.config_made:
+            return other, [f"{source.reference} is a bare GGUF: config and tokenizer are those of {each.reference}"]
+    remedy = f"AutoTokenizer.from_pretrained({str(source.path.parent)!r}, gguf_file={source.files[0].path.name!r})"
+    missing = "tokenizer" if source.config is not None else "config and tokenizer"
+    return number, [
+        f"{source.reference} is a bare GGUF: {source.config_made}; no tokenizer is written. Put the original model's "
+        f"{missing} beside the output, or save what transformers makes: {remedy}"
+    ]
 
 
 def relayered(

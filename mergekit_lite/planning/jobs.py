@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mergekit_lite import dtypes
+from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.optional_tensors import modules_alone, promises_head, why_optional
 from mergekit_lite.errors import UsageError
@@ -78,6 +78,8 @@ class Jobs:
         lead = self._lead(tensor, specs)
         spec = specs[lead]
         asked = self.recipe.out_dtype or self.recipe.dtype
+        if asked == block_fp8.NAME:
+            asked = block_fp8.BESIDE  # of all, until some are chosen to be quantised
 
         def copied_from(source: int, why: str) -> Job:
             copy = specs[source]

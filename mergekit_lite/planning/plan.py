@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from mergekit_lite import dtypes
+from mergekit_lite import block_fp8, dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.layout import Layout, OutputTensor
@@ -30,6 +30,13 @@ class Job(OutputTensor):
     parameters: tuple[Mapping[str, Any], ...] = ()  # the method's keyword arguments, for each output; empty for a copy
     merged_elements: int = 0  # leading elements that go through the method; the rest is copied from the first input
     why: str = ""  # the reason for a copy
+    scales: str = ""  # of a job whose results are quantised to FP8: the name of the tensor of scales
+    scales_of: str = ""  # of a tensor of scales, which is made with its codes: their name
+
+    @property
+    def computed_dtype(self) -> str:
+        """The dtype that results are rounded to, before they are quantised if they are."""
+        return block_fp8.SCALES if self.scales else self.dtype
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Plan:
     @property
     def copied(self) -> list[Job]:
         """The jobs that take a tensor over as it is."""
-        return [job for job in self.jobs if not job.merged_elements]
+        return [job for job in self.jobs if not job.merged_elements and not job.scales_of]
 
     @property
     def bytes_to_read(self) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite import block_fp8
+from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.one_naming import names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
@@ -16,7 +17,8 @@ from mergekit_lite.layout import is_single_file
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
 from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
-from mergekit_lite.planning.configs import Origin, disagreements, relayered
+from mergekit_lite.planning.configs import Origin, disagreements, giving_config, relayered
+from mergekit_lite.planning.fp8 import quantised_jobs
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, MissingError, arranged
@@ -74,17 +76,24 @@ def make_plan(
         PlanError: the models or the recipe don't fit together; every problem is named.
     """
     _check(recipe, outputs, shard_size)
-    config_source = recipe.models.index(recipe.config_source)
-    inputs = _under_one_naming(_opened(recipe.models, opened or {}), config_source)
+    opened_inputs = _opened(recipe.models, opened or {})
+    listed_source = recipe.models.index(recipe.config_source)
+    config_source, notes_on_gguf = giving_config(opened_inputs, listed_source)
+    inputs = _under_one_naming(opened_inputs, config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
     layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
-    making = Jobs(recipe, inputs, parts, config_source, METHODS[recipe.merge_method].config_source == "model")
+    making = Jobs(recipe, inputs, parts, listed_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in layered.tensors]
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
+    paths = tuple(Path(output).expanduser() for output in outputs)
+    is_folder = not is_single_file(paths[0])
+    if recipe.out_dtype == block_fp8.NAME:
+        jobs = quantised_jobs(jobs)
+        problems += _not_fp8(jobs, inputs[config_source], is_folder)
     problems += _unmatched(recipe, tensors) if strict else []
     problems += _of_several(recipe, inputs[config_source], outputs)
     problems += disagreements(MUST_AGREE, inputs, config_source)
@@ -96,8 +105,6 @@ def make_plan(
         remedy = "rows are not moved to other tokens yet; without tokenizer_source they are merged as they stand"
         problems += [f"{text}: {remedy}" for text in foreign]
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
-    paths = tuple(Path(output).expanduser() for output in outputs)
-    is_folder = not is_single_file(paths[0])
     if is_folder and template is not None:
         tokenizer_config(inputs[tokenizer])  # the template is written into it, so it has to be readable
     front_matter, notes_on_card = carried_over(inputs[config_source]) if is_folder else ({}, [])
@@ -120,6 +127,7 @@ def make_plan(
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
         plain = f"the output's files have no variant in their names: load it without variant={variants[0]!r}"
         notes += [f"{inputs[config_source].reference} is the variant {', '.join(variants)}; {plain}"] * is_folder
+    notes += notes_on_gguf if is_folder else []
     if recipe.chat_template is not None and template is None:
         notes.append("chat_template: auto finds no template in any model and has no effect")
     if not is_folder and (template is not None or recipe.tokenizer is not None):
@@ -157,12 +165,25 @@ def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None
         raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
     if unfit := [output for output in outputs if not is_plain_line(Path(output).name)]:
         raise UsageError(f"{str(unfit[0])!a}: {NOT_PLAIN}. Choose another.")
+    if unwritten := [output for output in outputs if Path(output).suffix in formats.gguf.SUFFIXES]:
+        raise UsageError(
+            f"{unwritten[0]}: GGUF is read, but not written. Name a folder, and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
     methods = [method_named(name) for name in (recipe.merge_method, *(each.merge_method for each in recipe.overrides))]
     known = {name for method in methods for name in method.parameters}
     if unknown := list(dict.fromkeys(name for parameters in recipe.levels for name in parameters if name not in known)):
         names = " and ".join(dict.fromkeys(method.name for method in methods))
         wrong = [f"{names} takes no parameter {name!r}.{nearest(name, known)}" for name in unknown]
         raise UsageError(listing("The recipe is wrong", wrong) if len(wrong) > 1 else wrong[0])
+
+
+def _not_fp8(jobs: Sequence[Job], source: Checkpoint, is_folder: bool) -> Iterator[str]:
+    """Yield why an output can't be in FP8."""
+    if not any(job.scales for job in jobs):
+        yield f"out_dtype fp8: no linear layer of attention or MLP has sizes that are multiples of {block_fp8.EDGE}"
+    if not is_folder or source.config is None:
+        yield "out_dtype fp8: needs a folder with a config.json, which says what is quantised"
 
 
 def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from mergekit_lite import dtypes
+from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.errors import UsageError, listing, nearest
 from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe.rules import NOWHERE, Filter, Parameters, Spot, joined
@@ -90,7 +90,7 @@ class Recipe:
         include: tensors that are merged, all others are copied; empty for all.
         exclude: tensors that are copied. Copies come from the model that gives config and tokenizer.
         dtype: the dtype of the output where ``out_dtype`` is None; None for that of the inputs.
-        out_dtype: the dtype of the output, or None for ``dtype``.
+        out_dtype: the dtype of the output, or ``fp8``, or None for ``dtype``.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
         new_rows: ``refuse``, or ``copy`` to take rows over that only the vocabulary of the model that gives the config
@@ -186,11 +186,13 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         ("rounding", recipe.rounding, ROUNDINGS),
         ("new_rows", recipe.new_rows, NEW_ROWS),
         ("dtype", recipe.dtype, (None, *dtypes.FLOATS)),
-        ("out_dtype", recipe.out_dtype, (None, *dtypes.FLOATS)),
+        ("out_dtype", recipe.out_dtype, (None, *dtypes.OUTPUTS)),
         ("tokenizer", recipe.tokenizer, (None, BASE, UNION, *recipe.models)),
     ):
         if value not in known:
             yield _unknown(name, value, known)
+    if recipe.out_dtype == block_fp8.NAME and recipe.rounding != "nearest":
+        yield f"rounding is {recipe.rounding}, but fp8 is rounded to nearest."
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or recipe.seed < 0:
         yield f"seed expects a whole number from 0 on, got {recipe.seed!r}."
     if recipe.chat_template is not None and not is_template(recipe.chat_template):

@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from mergekit_lite import dtypes
 from mergekit_lite.errors import nearest
 from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
@@ -114,7 +115,7 @@ class _Parser:
             include=tuple(self.pattern(node) for node in self.several(parts.get("include"))),
             exclude=tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
             dtype=values.dtype(parts.get("dtype"), "dtype", self.problems),
-            out_dtype=values.dtype(parts.get("out_dtype"), "out_dtype", self.problems),
+            out_dtype=values.dtype(parts.get("out_dtype"), "out_dtype", self.problems, dtypes.OUTPUTS),
             rounding=self.chosen(parts, "rounding", ROUNDINGS),
             seed=values.seed(parts, self.problems, self.notes),
             new_rows=self.chosen(parts, "new_rows", NEW_ROWS),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
@@ -212,17 +212,20 @@ def _located(node: Node, name: str, problems: Remarks) -> str:
     return f"{path}@{revision.text if isinstance(revision, Scalar) else text(revision, 'revision', problems)}"
 
 
-def dtype(node: Node | None, name: str, problems: Remarks) -> str | None:
-    """Return a float dtype by its name in torch; None where the key is missing or wrong."""
+def dtype(node: Node | None, name: str, problems: Remarks, known: Sequence[str] = dtypes.FLOATS) -> str | None:
+    """Return one of the known dtypes by its name; None where the key is missing or wrong."""
     if node is None:
         return None
     written = text(node, name, problems)
     try:
-        return dtypes.float_named(written) if written else None
+        named = dtypes.output_named(written) if written else None
+        if named is None or named in known:
+            return named
     except UsageError:
-        expected = f"{name!r} expects one of {', '.join(dtypes.FLOATS)}, got {describe(node)}."
-        problems.append(Remark(node.at, expected + nearest(written, dtypes.FLOATS)))
-        return None
+        pass
+    expected = f"{name!r} expects one of {', '.join(known)}, got {describe(node)}."
+    problems.append(Remark(node.at, expected + nearest(written or "", known)))
+    return None
 
 
 def seed(parts: Mapping[str, Node], problems: Remarks, notes: Remarks) -> int:

@@ -181,7 +181,7 @@ def check_digests(
     spans: dict[str, list[_Span]] = {}
     for name, spec in output.tensors.items():
         merged = manifest.tensors[name].merged
-        cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel))
+        cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel), spec.dtype)
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
     pool = Pool(workers, [CPU], 1, CHUNK * WIDEST)
 

@@ -92,7 +92,7 @@ class Recomputation:
         self.plan = plan
         self.manifest = manifest
         self.device = kind_of(devices[0])
-        self.jobs = sorted(jobs)
+        self.jobs = sorted(with_scales(plan, jobs))
         self.records: Records = Records()
         if self.device != manifest.device:
             planned = {job.name: (job.dtype, job.shape) for job in plan.jobs}
@@ -100,7 +100,7 @@ class Recomputation:
             self.records = ComparedRecords(as_planned)
         # Forked workers would count for themselves.
         team = Workers(workers, devices, block, processes and self.device == manifest.device)
-        self.schedule = Schedule(plan, {0: self.records}, team, progress, set(jobs))
+        self.schedule = Schedule(plan, {0: self.records}, team, progress, set(self.jobs))
         self.grouped = {index for (index, _), merge in self.schedule.shared.items() if merge.group is not None}
 
     @property
@@ -134,7 +134,7 @@ class Recomputation:
         if recorded is None or len(recorded.inputs) != len(job.inputs) or recorded.merged != partly_merged:
             yield Finding("manifest", "has no digests of it, or of other inputs or spans than it has", job.name)
             return
-        cuts = list(bounds(job.numel, job.merged_elements))
+        cuts = list(bounds(job.numel, job.merged_elements, job.dtype))
         records = [self.records.made[index, begin] for begin, _ in cuts]
         changed = False
         for number, spec in enumerate(job.inputs):
@@ -184,6 +184,16 @@ class Recomputation:
         effect = report(self.plan, 0, self.records.made).to_json()
         if not _agree(json.loads(json.dumps(effect)), self.manifest.effect):
             yield Finding("manifest", "the figures under 'effect' are not those that its inputs give")
+
+
+def with_scales(plan: Plan, jobs: Collection[int]) -> set[int]:
+    """Return jobs with those that are made with them: FP8 codes and their scales."""
+    names = {plan.jobs[index].name for index in jobs}
+    return {
+        index
+        for index, job in enumerate(plan.jobs)
+        if job.name in names or job.scales in names or (job.scales_of and job.scales_of in names)
+    }
 
 
 def _agree(one: object, other: object) -> bool:

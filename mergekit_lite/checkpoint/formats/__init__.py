@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from mergekit_lite.checkpoint.formats import refused, safetensors, torch
+from mergekit_lite.checkpoint.formats import gguf, safetensors, torch
 from mergekit_lite.checkpoint.formats.header import Header
 from mergekit_lite.errors import CheckpointError
 
@@ -32,9 +32,15 @@ class Format(Protocol):
         """Read a file's header, but no weight. Raises CheckpointError where it is damaged, hostile or not supported."""
 
 
-FORMATS: tuple[Format, ...] = (safetensors, torch)  # of a folder that has several, the first is read
+FORMATS: tuple[Format, ...] = (safetensors, torch, gguf)  # of a folder that has several, the first is read
+WRITTEN_SUFFIXES = (*safetensors.SUFFIXES, *torch.SUFFIXES)
 SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.SUFFIXES)
 _BY_SUFFIX = {suffix: format for format in FORMATS for suffix in format.SUFFIXES}
+
+
+def is_written(path: Path) -> bool:
+    """Return whether a file's name is one of a format that is written, not only read."""
+    return path.suffix in WRITTEN_SUFFIXES
 
 
 def read_header(path: Path, within: str = "") -> Header:
@@ -46,6 +52,4 @@ def read_header(path: Path, within: str = "") -> Header:
         return torch.read_header(path, within)
     if path.suffix in _BY_SUFFIX:
         return _BY_SUFFIX[path.suffix].read_header(path)
-    if path.suffix in refused.REMEDIES:
-        raise CheckpointError(f"{path}: {refused.REMEDIES[path.suffix]}")
     raise CheckpointError(f"{path}: not a weight file; expected one of {', '.join(SUFFIXES)}, or a folder.")

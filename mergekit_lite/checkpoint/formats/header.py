@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -57,6 +58,7 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)  # free-form text; empty in a format without metadata
     nest: tuple[str, ...] = ()  # the keys that the tensors are under: ("model",) for a torch file of {"model": {...}}
     left_out: tuple[str, ...] = ()  # names of what are not tensors of the model, such as an epoch or an optimizer
+    values: Mapping[str, Any] = field(default_factory=dict)  # what a GGUF says of its model, by llama.cpp's keys
 
 
 def check_name(file: Path, name: str) -> None:
