@@ -109,11 +109,11 @@ def companions(plan: Plan) -> tuple[dict[str, Path], dict[str, str]]:
 def _owners(plan: Plan) -> tuple[dict[str, Path | None], dict[str, str]]:
     """Return the folder that each file copied with a plan's weights is from, code aside, and why others are not."""
     names, left = companions_of(plan.source)
-    owners = dict.fromkeys(names, plan.source.folder)
+    owners: dict[str, Path | None] = dict.fromkeys(names, plan.source.folder)
     tokenizer = (plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]).tokenizer_folder
     if tokenizer != plan.source.folder:
         owners = {name: folder for name, folder in owners.items() if not is_tokenizer_file(name)}
-        owners |= {name: tokenizer for name in _companions_in(tokenizer)[0] if is_tokenizer_file(name)}
+        owners |= dict.fromkeys(filter(is_tokenizer_file, _companions_in(tokenizer)[0]), tokenizer)
     if plan.chat_template is not None:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
         owners = {name: folder for name, folder in owners.items() if not is_template_file(name)}
@@ -194,14 +194,12 @@ def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any
     for name in _config_names(plan.source):
         config = written_config(plan, digests, name.removesuffix("config.json").rstrip("/"))
         _write_json(folder / name, _with_its_code(config, name, plan.source))
-    owners = _owners(plan)[0]
-    models = {model.folder: model for model in plan.inputs}
+    folders, models = _owners(plan)[0], {source.folder: source for source in plan.inputs}
     for name, path in companions(plan)[0].items():
-        giver = models.get(owners.get(name))
-        for config in own_code.configs_of(giver, [name]).values() if giver is not None else ():
-            if (rewritten := _with_its_code(config, name, giver)) != config:
-                _write_json(folder / name, rewritten)
-                break
+        model = models.get(folders.get(name))
+        content = own_code.configs_of(model, [name]).get(name) if model is not None else None
+        if model is not None and (rewritten := _with_its_code(content, name, model)) != content:
+            _write_json(folder / name, rewritten)
         else:
             _copy(path, folder / name)
     if plan.chat_template is not None:
@@ -224,8 +222,9 @@ def _with_its_code(content: Any, name: str, source: Checkpoint) -> Any:
     transformers looks for a model's code there at the top alone, so configs in folders stay.
     """
     repository = own_code.repository_of(source)
-    is_on_hub = repository is not None and "/" not in name and own_code.code_names(content)
-    return own_code.from_hub(content, repository) if is_on_hub else content
+    if repository is None or "/" in name or not own_code.code_names(content):
+        return content
+    return own_code.from_hub(content, repository)
 
 
 def _write_template(plan: Plan, folder: Path, template: str) -> None:
