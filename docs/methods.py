@@ -41,7 +41,8 @@ No method is the best one everywhere: measure.
 ## All methods
 
 *Each model* and *each input* mark parameters that each model may have its own value of (*input*: the base too); a value
-under the recipe's `parameters` serves all. `{effectless}` is accepted wherever mergekit has it, and has no effect.
+under the recipe's `parameters` serves all. {effectless}
+are accepted, and have no effect.
 `base` is whether a `base_model` is needed, `models` is how many are merged besides it.
 
 | method | formula | base | models | parameters, defaults | source |
@@ -56,7 +57,7 @@ def page() -> str:
     families = {inspect.getmodule(method.function) for method in METHODS.values()} | {sparsify}  # has no method
     modules = sorted((module for module in families if module is not None), key=lambda module: module.__name__)
     parts = [part for module in modules for part in family(module)]
-    table = TABLE.format(effectless=", ".join(NO_EFFECT))
+    table = TABLE.format(effectless=", ".join(f"`{name}`" for name in NO_EFFECT))
     return "\n".join([HEAD, *which, table.rstrip(), *rows, "", *parts]).rstrip() + "\n"
 
 

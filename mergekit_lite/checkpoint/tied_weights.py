@@ -18,9 +18,8 @@ EMBEDDINGS = (
     "embeddings.weight",
     "shared.weight",
 )
-COPIES = re.compile(
-    r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$"
-)  # T5's and Whisper's, beside the embedding
+# T5's and Whisper's, beside the embedding
+COPIES = re.compile(r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$")
 NUMBER = re.compile(r"\.\d+\.")  # of a layer
 
 
@@ -51,9 +50,8 @@ def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
     """
     if not may_be_tied(name) or name in tensors:
         return None
-    if is_head(name) and any(
-        is_head(other) and not NUMBER.search(other) and part(other) == part(name) for other in tensors
-    ):
+    others = [other for other in tensors if is_head(other) and part(other) == part(name) and not NUMBER.search(other)]
+    if is_head(name) and others:
         return None
     embeddings = [spec for spec in tensors.values() if is_embedding(spec.name) and part(spec.name) == part(name)]
     first = [spec for spec in embeddings if not COPIES.search(spec.name)] or embeddings
