@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mergekit_lite
-from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, transformers_names
 from mergekit_lite.checkpoint.one_naming import shown_as
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import PlanError
@@ -123,15 +126,11 @@ NAMINGS: dict[str, tuple[Callable[[int], State], Callable[[int], State]]] = {
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # no part of an output's names
 
 
-@pytest.fixture(params=[(name, turned) for name in NAMINGS for turned in (False, True)], ids=str)
-def folders(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write(one: Callable[[int], State], two: Callable[[int], State]) -> None:
     """Write ``a`` and ``b`` under two namings, and ``a_as_b`` under that of ``b``."""
-    name, turned = request.param
-    one, two = NAMINGS[name][::-1] if turned else NAMINGS[name]
-    write_folder(tmp_path / "a", one(0))
-    write_folder(tmp_path / "a_as_b", two(0))
-    write_folder(tmp_path / "b", tuned(two(0), 1))
-    monkeypatch.chdir(tmp_path)
+    write_folder(Path("a"), one(0))
+    write_folder(Path("a_as_b"), two(0))
+    write_folder(Path("b"), tuned(two(0), 1))
 
 
 def read(folder: str) -> State:
@@ -147,16 +146,37 @@ def assert_same(one: str, other: str) -> None:
     assert [name for name in made if not same_bytes(made[name], expected[name])] == []
 
 
-@pytest.mark.usefixtures("folders")
-def test_every_command_takes_them_as_one_model() -> None:
-    a, b = read("a_as_b"), read("b")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_extrapolated(naming: str, turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(*(NAMINGS[naming][::-1] if turned else NAMINGS[naming]))
     mergekit_lite.extrapolate("a", "b", "out", 0.5)
     mergekit_lite.extrapolate("a_as_b", "b", "expected", 0.5)
     assert_same("out", "expected")
+    a, b = read("a_as_b"), read("b")
     for name, tensor in read("out").items():
         exact = 1.5 * b[name].double() - 0.5 * a[name].double()
         torch.testing.assert_close(tensor.double(), exact, rtol=2**-7, atol=1e-6)
     assert mergekit_lite.verify("out", samples="all").findings == ()
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.sampled_from(["model", "module", "layers", "encoder", "x"]), min_size=1, max_size=3).map(".".join))
+def test_a_beginning_changes_no_byte(beginning: str) -> None:
+    with TemporaryDirectory() as folder:
+        a, b, out, expected = (Path(folder) / name for name in ("a", "b", "out", "expected"))
+        write_folder(b, tuned(text(0), 1))
+        mergekit_lite.extrapolate(write_folder(a, text(0)), b, expected, 0.5)
+        write_folder(a, under(f"{beginning}.", text(0)))
+        mergekit_lite.extrapolate(a, b, out, 0.5)
+        assert_same(str(out), str(expected))
+
+
+@pytest.mark.parametrize("naming", ["Gemma-3", "FSDP", "experts together", "Mixtral"])
+def test_every_command_takes_them_as_one_model(naming: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(*NAMINGS[naming])
 
     recipe = {"merge_method": "linear", "parameters": {"weight": 0.5}}
     mergekit_lite.merge(recipe | {"models": [{"model": "b"}, {"model": "a"}]}, "merged")
@@ -302,3 +322,39 @@ def test_experts_are_read_alike_wherever_they_are_cut(naming: str, turned: bool,
                 for count in (1, 5, 20, spec.numel):
                     count = min(count, spec.numel - start)
                     assert torch.equal(spec.elements(reader, start, count), flat[start : start + count]), name
+
+
+def test_names_that_transformers_alone_knows(tmp_path: Path) -> None:
+    """A ViT as the hub has it and as transformers 5 names it: six names within a layer differ."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    tiny = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**tiny, image_size=4, patch_size=2))
+    model.save_pretrained(tmp_path / "hub")
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
+    hub, new = read(str(tmp_path / "hub")), read(str(tmp_path / "new"))
+    assert hub.keys() != new.keys()
+    mergekit_lite.extrapolate(tmp_path / "hub", tmp_path / "new", tmp_path / "out", 0.5)
+    assert_same(str(tmp_path / "out"), str(tmp_path / "new"))  # the same model, so its own extrapolation
+    mergekit_lite.extrapolate(tmp_path / "new", tmp_path / "hub", tmp_path / "back", 0.5)
+    assert_same(str(tmp_path / "back"), str(tmp_path / "hub"))
+    _, loading = ViTForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        {"architectures": ["NoSuchModel"]},
+        {"architectures": ["GenerationConfig"]},
+        {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 10**9},
+        {"architectures": ["Qwen3ForCausalLM"], "vision_config": {"depth": 10**9}},
+        {"architectures": [7]},
+    ],
+)
+def test_a_config_that_transformers_does_not_know_gives_no_names(config: dict[str, object] | None) -> None:
+    model = Checkpoint("a", Path("a"), (), {}, config)
+    assert transformers_names.match_names(model, model) is None

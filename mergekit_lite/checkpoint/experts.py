@@ -47,9 +47,14 @@ class _Module:
         return counts.pop() if len(counts) == 1 and alike and matrices and numbered and not self.stacks else None
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors."""
+        return [spec for specs in self.apart.values() for spec in specs.values()] + list(self.stacks.values())
+
+    @property
     def is_plain(self) -> bool:
         """Whether all tensors lie in their files as they are."""
-        return all(spec.is_plain for specs in (*self.apart.values(), self.stacks) for spec in specs.values())
+        return all(spec.is_plain for spec in self.specs)
 
 
 def stored_as(own: Mapping[str, TensorSpec], other: Mapping[str, TensorSpec]) -> tuple[dict[str, TensorSpec], int]:
@@ -65,8 +70,8 @@ def stored_as(own: Mapping[str, TensorSpec], other: Mapping[str, TensorSpec]) ->
             continue
         shown = _shown(mine, target)
         if shown:
-            for name in (spec.name for specs in (*mine.apart.values(), mine.stacks) for spec in specs.values()):
-                del tensors[name]
+            for spec in mine.specs:
+                del tensors[spec.name]
             tensors |= {spec.name: spec for spec in shown}
             changed += len(shown)
     return tensors, changed

@@ -8,18 +8,19 @@ part of a model then differ in their beginnings and agree in their ends. The rul
 2. A *renaming* is a beginning that takes the place of another; it pairs all names that agree in their ends, in their
    numbers and in their shapes. Renamings that only put in or take out *containers* (``model``, ``language_model``,
    ``transformer``, ``backbone`` …) or exchange synonyms are known, and count as one.
-3. The renaming that pairs most names is right, if every other one that pairs some of the same tensors pairs fewer of
+3. A renaming that isn't known must pair a stack of layers, or every tensor of a model: a head that happens to have the
+   end and the shape of another is not the same tensor.
+4. The renaming that pairs most names is right, if every other one that pairs some of the same tensors pairs fewer of
    them and none besides. Of equals the known one is right. If two remain, neither is used.
-4. A renaming that isn't known must pair a stack of layers, or every tensor of a model: a head that happens to have the
-   ends and the shape of another is not the same tensor.
 5. What is left is looked at again. Names that no tensor of the other model answers to follow the beginnings of those
    that are paired, so that layers which only one model has keep their place.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint import tied_weights
@@ -30,7 +31,8 @@ Parts = tuple[str, ...]  # the components of a name
 Numbers = tuple[str, ...]
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-CONTAINERS = ("model", "language_model", "text_model", "transformer", "backbone", "base_model", "net")
+WRAPPED = re.compile(rf"(^|\.)({'|'.join(WRAPPERS)})\.")
+CONTAINERS = ("model", "language_model", "transformer", "backbone", "base_model", "net")
 SYNONYMS = {"block_sparse_moe": "mlp"}  # of the module that holds the experts, in Mixtral's files
 NUMBER = "*"  # stands for each number in a pattern
 FEWEST_OF_STACK = 3  # patterns of names within layers that make a renaming plausible which isn't known
@@ -102,12 +104,12 @@ def with_followers(paired: Mapping[str, str], own: Iterable[str], other: Contain
     names: dict[str, str] = {}
     taken = set(paired.values())
     for name in own:
-        new = paired.get(name)
-        if new is None:
+        if name in paired:
+            names[name] = paired[name]
+        else:
             following = _following(name, ways)
-            new = name if following in taken or following in other else following
-            taken.add(new)
-        names[name] = new
+            names[name] = name if following in taken or following in other else following
+            taken.add(names[name])
     return names if len(set(names.values())) == len(names) else {name: name for name in names}
 
 
@@ -121,11 +123,12 @@ def _following(name: str, ways: Mapping[Parts, set[Parts]]) -> str:
     return name
 
 
-def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+def without_wrappers(names: Collection[str]) -> dict[str, str]:
     """Return each name without wrappers; nothing where none has any, or two names differ in nothing else."""
+    if not any(map(WRAPPED.search, names)):
+        return {}
     shorter = {name: _filled(*_pattern(name.split("."))) for name in names}
-    is_sound = len(set(shorter.values())) == len(shorter)
-    return shorter if is_sound and any(name != short for name, short in shorter.items()) else {}
+    return shorter if len(set(shorter.values())) == len(shorter) else {}
 
 
 def _naming(
@@ -162,7 +165,7 @@ class _Side:
         return self.names.get((parts, numbers)) or _filled(parts, numbers)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Renaming:
     """A beginning that takes the place of another, and the patterns that it pairs."""
 
@@ -179,16 +182,10 @@ class _Renaming:
 
     def is_weaker(self, than: _Renaming) -> bool:
         """Return whether the other renaming pairs all that this one pairs of a model's patterns, and is better."""
-        mine, theirs = self.pairs.keys(), than.pairs.keys()
+        mine, theirs = set(self.pairs), set(than.pairs)
         if not mine & theirs:
             mine, theirs = set(self.pairs.values()), set(than.pairs.values())
         return mine < theirs or (mine == theirs and (self.names < than.names or than.known))
-
-    def rivals(self, other: _Renaming) -> bool:
-        """Return whether the two pair some tensor of one model with different ones of the other."""
-        mine, theirs = self.pairs, other.pairs
-        owners = {two: one for one, two in mine.items()}
-        return any(mine.get(one, two) != two or owners.get(two, one) != one for one, two in theirs.items())
 
 
 def _paired(ours: _Side, theirs: _Side) -> tuple[dict[Parts, Parts], list[tuple[str, str, str]]]:
@@ -199,16 +196,28 @@ def _paired(ours: _Side, theirs: _Side) -> tuple[dict[Parts, Parts], list[tuple[
     while renamings := [each for each in renamings if each.pairs]:
         best = max(renamings, key=lambda each: (each.names, each.known, len(each.pairs)))
         renamings.remove(best)
-        rivals = [each for each in renamings if best.rivals(each) and not each.is_weaker(best)]
+        rivals = _rivals(best, renamings)
         if rivals:
             ambiguous += [(_text(best.own), _text(best.other), _text(each.other)) for each in rivals]
-            renamings = [each for each in renamings if each not in rivals]
+            unfit = set(rivals)
+            renamings = [each for each in renamings if each not in unfit]
             continue
         if best.known or _is_plausible(best, ours, theirs):
             pairs |= best.pairs
             used = set(pairs.values())
             renamings = [each.without(set(pairs), used, ours) for each in renamings]
     return pairs, ambiguous
+
+
+def _rivals(best: _Renaming, others: Iterable[_Renaming]) -> list[_Renaming]:
+    """Return the renamings that pair tensors of the best one with different ones, and aren't weaker."""
+    owners = {two: one for one, two in best.pairs.items()}
+    return [
+        each
+        for each in others
+        if any(best.pairs.get(one, two) != two or owners.get(two, one) != one for one, two in each.pairs.items())
+        and not each.is_weaker(best)
+    ]
 
 
 def _renamings(ours: _Side, theirs: _Side) -> list[_Renaming]:

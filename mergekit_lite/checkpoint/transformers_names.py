@@ -18,7 +18,7 @@ from mergekit_lite.checkpoint.tensor import TensorSpec
 
 Config = Mapping[str, Any]
 
-COUNTS = re.compile(r"layer|depth|block|stage|expert|num_")
+COUNTS = re.compile(r"layers?(_|$)|depth|stages|experts|blocks")  # settings that say how many modules there are
 MOST = 2000  # modules of a kind; a config that promises more is not made into a model
 # What would load code, kernels or quantisation libraries when a model is made.
 LEFT_OUT = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "compression_config")
@@ -64,13 +64,18 @@ def loaded_names(names: Iterable[str], config: Config | None) -> dict[str, str] 
         architecture = getattr(transformers, str(architectures[0]), None)
         if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
             return None
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it would remark on a config's other settings
+        config_class: Any = architecture.config_class
+        settings = config_class.from_dict(_plain(config))
+        if getattr(settings, "backbone", None) or getattr(settings, "use_pretrained_backbone", False):
+            return None  # that would be downloaded
+        logging: Any = transformers.logging
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would remark on a config's other settings
         try:
             with torch.device("meta"):
-                made: Any = architecture(architecture.config_class.from_dict(_plain(config)))
+                made: Any = architecture(settings)
         finally:
-            transformers.logging.set_verbosity(verbosity)
+            logging.set_verbosity(verbosity)
         renamings = [each for each in get_model_conversion_mapping(made) if isinstance(each, WeightRenaming)]
         return {name: rename_source_key(name, renamings, [])[0] for name in names}
     except Exception:  # these functions are transformers' own affair, so a version of it may lack or change them
@@ -88,7 +93,10 @@ def _is_small(config: Any) -> bool:
     """Return whether no number of modules in a config, which may be anybody's, is beyond reason."""
     if not isinstance(config, Mapping):
         return True
-    return all(
-        _is_small(value) and not (COUNTS.search(key) and isinstance(value, int) and value > MOST)
-        for key, value in config.items()
-    )
+    for key, value in config.items():
+        counts = value if isinstance(value, list) else [value]
+        if not _is_small(value) or (
+            COUNTS.search(key) and any(isinstance(each, int) and each > MOST for each in counts)
+        ):
+            return False
+    return True

@@ -1,7 +1,7 @@
 """Names of one model under two namings, by the matcher alone."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lite.checkpoint.naming import match_names
@@ -126,6 +126,7 @@ MODEL = st.dictionaries(NAME, SHAPE, min_size=1, max_size=12)
 BEGINNING = st.lists(COMPONENT.filter(str.isalpha), min_size=1, max_size=2).map(lambda parts: ".".join(parts) + ".")
 
 
+@settings(max_examples=60, deadline=None)
 @given(MODEL, BEGINNING)
 def test_a_beginning_put_before_all_names_pairs_the_same_tensors_or_none(model, beginning):
     for own, other in ((under(beginning, model), model), (model, under(beginning, model))):
@@ -135,6 +136,7 @@ def test_a_beginning_put_before_all_names_pairs_the_same_tensors_or_none(model, 
             assert new == truth[name] or new not in other
 
 
+@settings(max_examples=60, deadline=None)
 @given(MODEL, MODEL)
 def test_pairs_are_of_one_shape_and_names_stay_different(own, other):
     naming = match_names(own, other)
