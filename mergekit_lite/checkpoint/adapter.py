@@ -74,7 +74,8 @@ class Adapter:
                 replaced.append(Replaced(target, spec, own))
             except CheckpointError as problem:
                 problems.append(str(problem))
-        for name, part in (*self.factors.items(), *self.tokens.items()):
+        parts: dict[str, Factors | TokenRows] = {**self.factors, **self.tokens}
+        for name, part in parts.items():
             target = name_in[name]
             try:
                 own = _counterpart(target, part.stored.name, tensors, base)

@@ -180,14 +180,14 @@ def _unsound(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _listed_tokens(config: Mapping[str, Any]) -> Mapping[str, object]:
+def _listed_tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what ``trainable_token_indices`` gives for each module; a bare list is for the input embedding."""
     listed = config.get("trainable_token_indices") or {}
     return listed if isinstance(listed, dict) else {"": listed}
 
 
 def _tokens(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(rows) for name, rows in _listed_tokens(config).items()}  # type: ignore[call-overload]
+    return {name: tuple(rows) for name, rows in _listed_tokens(config).items()}
 
 
 def _are_tokens(rows: object) -> bool:

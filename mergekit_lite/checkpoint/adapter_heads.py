@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import tied_weights
 from mergekit_lite.checkpoint.adapter_config import MERGE_IT
 from mergekit_lite.checkpoint.folded import Folded
@@ -79,14 +80,16 @@ def with_task_head(folded: Folded, heads: Mapping[str, TensorSpec], task: str, s
     """
     tensors, config = folded.tensors, dict(folded.config or {})
     first = next(iter(heads.values()))
+    if whole := [spec for spec in heads.values() if not dtypes.is_float(spec.dtype)]:
+        raise CheckpointError(f"{whole[0].name}: is {whole[0].dtype}, which is not for arithmetic")
     if scale != 1:
         raise CheckpointError(f"{first.name}: is a head that the base doesn't have, so it can't be scaled by {scale:g}")
     new = _class_for(task, config)
     if new is None:
         named = ", ".join(map(str, config.get("architectures") or ["none"]))
         raise CheckpointError(
-            f"{first.name}: is a head for {task}, and architectures in the config of the base ({named}) don't say which "
-            f"class of transformers has it under the base's names. {MERGE_IT}"
+            f"{first.name}: is a head for {task}, and architectures in the config of the base ({named}) don't say "
+            f"which class of transformers has it under the base's names. {MERGE_IT}"
         )
     between = BETWEEN.get(str(config.get("model_type"))) if task == "SEQ_CLS" else None
     if between and not any(f".{between}." in f".{name}" for name in (*tensors, *heads)):
@@ -96,12 +99,8 @@ def with_task_head(folded: Folded, heads: Mapping[str, TensorSpec], task: str, s
         )
     language = [name for name in tensors if tied_weights.is_head(name) or name.startswith(LANGUAGE_HEADS)]
     embeddings = [spec for name, spec in tensors.items() if tied_weights.is_embedding(name)]
-    own = {
-        name: replace(
-            spec, name=name, written_as=(embeddings or [spec])[0].written_as or (embeddings or [spec])[0].dtype
-        )
-        for name, spec in heads.items()
-    }
+    dtype = embeddings[0].written_as or embeddings[0].dtype if embeddings else None
+    own = {name: replace(spec, name=name, written_as=dtype or spec.dtype) for name, spec in heads.items()}
     return Folded(
         {name: spec for name, spec in tensors.items() if name not in language} | own,
         _for_task(config, new, heads) if task != "QUESTION_ANS" else config | {"architectures": [new]},

@@ -63,7 +63,8 @@ def matched(
         by_loaded = {new: name for name, new in loaded.items()}
         by_table = naming.match_names(own, {new: base[name].shape for new, name in by_loaded.items()})
         names = {name: by_loaded.get(new, new) for name, new in by_table.names.items()}
-        found = min(found, Naming(names), key=lost)
+        if len(set(names.values())) == len(names):
+            found = min(found, Naming(names), key=lost)
     return found
 
 

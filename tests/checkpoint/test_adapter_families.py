@@ -100,14 +100,16 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     "Nemotron-H": (nemotron_h, ["in_proj", "q_proj", "up_proj"], IDS),
     "Mixtral": (mixtral, "all-linear", IDS),
 }
+ALIKE = ("Gemma-3", "Gemma-3, all", "Qwen2-VL, all", "Qwen2.5-VL", "Qwen2.5-VL, tied embedding")  # as another one is
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES])
 def test_a_family(name: str, tmp_path: Path) -> None:
     make, targets, inputs = FAMILIES[name]
     torch.manual_seed(0)
-    make().save_pretrained(tmp_path / "base")
-    kind = type(make())
+    made_anew = make()
+    made_anew.save_pretrained(tmp_path / "base")
+    kind = type(made_anew)
     trained = peft.get_peft_model(
         kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=4, target_modules=targets)
     ).eval()

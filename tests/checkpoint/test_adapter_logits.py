@@ -103,8 +103,7 @@ def test_a_tied_embedding(name: str, tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings == (name in ("lora, both", "in full, both", "tokens"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rows", [35, 30])
+@pytest.mark.parametrize(("rows", "tied"), [(35, True), (30, False)])
 def test_a_resized_vocabulary(rows: int, tied: bool, tmp_path: Path) -> None:
     def resize(model: Any) -> Any:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -143,8 +142,7 @@ def test_other_kinds(name: str, tmp_path: Path) -> None:
     assert difference(folded(tmp_path)[0], expected) < 1e-6
 
 
-@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("task", "tied"), [("SEQ_CLS", True), ("TOKEN_CLS", False)])
 def test_a_head_for_a_task(task: str, tied: bool, tmp_path: Path) -> None:
     """The base is the language model; only its heads differ from the classifier that was trained."""
     kind = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}[task]

@@ -89,7 +89,7 @@ def test_what_the_base_lacks_cannot_be_scaled(tmp_path):
 
 def test_a_head_for_a_task_on_a_model_of_no_known_class(tmp_path):
     head = {f"{PREFIX}score.weight": torch.ones(2, 8)}
-    assert "don't say which class" in refusal(tmp_path, head, task_type="SEQ_CLS")
+    assert "which class of transformers" in refusal(tmp_path, head, task_type="SEQ_CLS")
     assert "the base has no tensor score.weight" in refusal(tmp_path / "no task", head)
 
 
