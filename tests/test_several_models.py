@@ -283,9 +283,9 @@ def test_verify_finds_damage_in_a_part(place: Path) -> None:
         path.unlink() if before is None else path.write_bytes(before)
     assert mergekit_lite.verify("out", samples=0).sound
     manifest = place / "out" / "mergekit_lite_manifest.json"
-    for path in ("../unet/model.safetensors", "/x.safetensors", "a/b/c/d.safetensors", "unet/../x.safetensors"):
+    for elsewhere in ("../unet/model.safetensors", "/x.safetensors", "a/b/c/d.safetensors", "unet/../x.safetensors"):
         forged = json.loads(manifest.read_text())
-        forged["files"][0]["name"] = path
+        forged["files"][0]["name"] = elsewhere
         (place / "forged").mkdir(exist_ok=True)
         (place / "forged" / manifest.name).write_text(json.dumps(forged))
         with pytest.raises(mergekit_lite.MergekitLiteError, match="in no folder but that of a part"):
@@ -320,7 +320,7 @@ def test_modules_in_torch_files_and_in_folders_of_their_own(place: Path) -> None
     mergekit_lite.extrapolate("sft", "aligned", "out", 0.5)
     renamed = {name.replace("pytorch_model.bin", "model.safetensors") for name in files_of("aligned")}
     assert files_of("out") == renamed
-    assert_same(stored(place / "out"), extrapolated(*parts, 0.5))
+    assert_same(stored(place / "out"), extrapolated(parts[0], parts[1], 0.5))
 
 
 def test_the_modules_of_a_router(place: Path) -> None:
