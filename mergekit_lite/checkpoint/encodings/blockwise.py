@@ -12,6 +12,8 @@ from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
 
+CACHED = 1 << 18  # elements at a time: the values in float32 stay in the cache, which is twice as fast
+
 
 @dataclass(frozen=True, slots=True)
 class Blockwise(Encoding):
@@ -25,7 +27,7 @@ class Blockwise(Encoding):
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Multiply by the magnitudes, and round."""
-        for begin, piece in pieces(start, out, spec.dtype):
+        for begin, piece in pieces(start, out, spec.dtype, CACHED):
             values = self.values.elements(reader, begin, piece.numel())
             first, last = begin // self.size, -(-(begin + piece.numel()) // self.size)
             absmax = self.absmax.elements(reader, first, last - first)

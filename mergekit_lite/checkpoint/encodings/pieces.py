@@ -10,11 +10,11 @@ from mergekit_lite.deferred import torch
 PIECE = 1 << 20  # elements at a time: what one piece needs is all the memory that is needed
 
 
-def pieces(start: int, out: memoryview, dtype: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield a buffer of elements in pieces of at most ``PIECE``, each with the index of its first element."""
-    values = tensor_of(out, dtype)
-    for done in range(0, values.numel(), PIECE):
-        yield start + done, values[done : done + PIECE]
+def pieces(start: int, out: memoryview, dtype: str, most: int = PIECE) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield a buffer of elements in pieces of at most ``most``, each with the index of its first element."""
+    values, size = tensor_of(out, dtype), min(most, PIECE)
+    for done in range(0, values.numel(), size):
+        yield start + done, values[done : done + size]
 
 
 def by_rows(start: int, piece: torch.Tensor, columns: int) -> Iterator[tuple[int, int, torch.Tensor]]:
