@@ -109,4 +109,4 @@ def _spec(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, Rec
             "negated; that is not supported. Save it as a plain dense tensor."
         )
     record = Record(offset, records[offset].length if offset in records else 0)
-    return spec_in_record(path, name, dtype.name, tensor.shape, tensor.stride(), tensor.storage_offset(), record)
+    return spec_in_record(path, name, dtype.name, tensor.shape, tensor.stride(), int(tensor.storage_offset()), record)

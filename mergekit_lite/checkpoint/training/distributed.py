@@ -155,7 +155,7 @@ def _stored(path: Path, key: str, entry: Rebuilt) -> Stored:
             f"{path}: tensor {key!r} has dtype {shortened(ascii(dtype), 80)} and shape {shortened(ascii(shape), 80)}, "
             "or pieces without a place. The file is damaged or forged, or the dtype isn't supported."
         )
-    return Stored(key, str(dtype), tuple(shape), tuple(dict.fromkeys(blocks)))  # type: ignore[arg-type]
+    return Stored(key, str(dtype), tuple(shape), tuple(dict.fromkeys(blocks)))
 
 
 def _is_shape(value: object) -> bool:
