@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergekit_lite
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, transformers_names
-from mergekit_lite.checkpoint.one_naming import shown_as
+from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.naming.alignment import shown_as
+from mergekit_lite.checkpoint.naming.transformers_tables import match_names
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.errors import PlanError
 from tests.models import State, read_folder, same_bytes, state, tuned, write_folder
@@ -374,5 +375,4 @@ def test_names_that_transformers_alone_knows(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_transformers_does_not_know_gives_no_names(config: dict[str, object] | None) -> None:
-    model = Checkpoint("a", Path("a"), (), {}, config)
-    assert transformers_names.match_names(model, model) is None
+    assert match_names({}, config, {}, config) is None

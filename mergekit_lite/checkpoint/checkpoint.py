@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_lite.checkpoint import adapter_file, formats, gguf_models, hub, quantised, references, vector_file
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint.adapter import Adapter
+from mergekit_lite.checkpoint import formats, gguf_models, hub, quantised, references, vector_file
+from mergekit_lite.checkpoint.adapters.adapter import Adapter
+from mergekit_lite.checkpoint.adapters.file import read_adapter
 from mergekit_lite.checkpoint.companion_patterns import has_tokenizer
 from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile
@@ -42,7 +43,6 @@ class Checkpoint:
         files: the identities of its weight files.
         tensors: every tensor by name, in the order of their bytes in the files.
         config: the folder's ``config.json``, if any.
-        parts: the sets of weight files that it is made of, in the order of their folders.
         nest: the keys a torch file keeps its tensors under.
         left_out: for all that the files hold but these tensors, why it is left out.
         revision: the commit a hub repository was fetched at.
@@ -51,6 +51,7 @@ class Checkpoint:
         home: the folder with config and tokenizer, where it isn't ``path``.
         tokenizer_home: the folder with the tokenizer, where it isn't ``folder``.
         in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
+        parts: the sets of weight files that it is made of, in the order of their folders.
         config_made: how ``config`` was made of a GGUF's header, or why it wasn't, where there is no ``config.json``.
     """
 
@@ -68,6 +69,7 @@ class Checkpoint:
     tokenizer_home: Path | None = None
     in_shards: bool = True
     parts: tuple[Part, ...] = (Part(),)
+    config_made: str = ""
 
     def part_of(self, name: str) -> Part:
         """Return the part that a tensor is of: by its file; for one that no part's file holds, by its name."""
@@ -122,8 +124,6 @@ class Checkpoint:
             return ""
         named = f"{self.reference}/{folders[0]}"
         return f"{self.reference}: is a folder of several models ({', '.join(folders)}); name one of them: {named}"
-
-    config_made: str = ""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -205,9 +205,9 @@ def open_adapter(reference: str) -> Adapter:
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
-            return adapter_file.read_adapter(reference, path.resolve())
+            return read_adapter(reference, path.resolve())
     folder = hub.fetch(reference, adapter=True)
-    return adapter_file.read_adapter(reference, folder, folder.name)
+    return read_adapter(reference, folder, folder.name)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
-from mergekit_lite.checkpoint.naming import match_names
+from mergekit_lite.checkpoint.naming.matching import match_names
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
 from mergekit_lite.input_files import parse_json

@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 
 from mergekit_lite.checkpoint import open_checkpoint
-from mergekit_lite.checkpoint.one_naming import shown_as
+from mergekit_lite.checkpoint.naming.alignment import shown_as
 from mergekit_lite.comparison.deltas import CompareSettings, DeltaMeasurement, DeltaSums, TensorComparison, shares
 from mergekit_lite.comparison.shared_tensors import Unmatched, shared_tensors
 from mergekit_lite.comparison.survey import FloatArray, survey

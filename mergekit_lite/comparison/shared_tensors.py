@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.one_naming import names_differ
+from mergekit_lite.checkpoint.naming.alignment import names_differ
 from mergekit_lite.checkpoint.optional_tensors import why_optional
 from mergekit_lite.errors import PlanError
 from mergekit_lite.recipe.layers import place, stacks

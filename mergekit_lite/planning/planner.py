@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.one_naming import names_differ, shown_as, unwrapped
+from mergekit_lite.checkpoint.naming.alignment import names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import is_single_file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.one_naming import names_differ, shown_as
+from mergekit_lite.checkpoint.naming.alignment import names_differ, shown_as
 from mergekit_lite.checkpoint.optional_tensors import modules_alone, why_optional
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.comparison.shared_tensors import tensors_by_name

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, tied_weights
-from mergekit_lite.checkpoint.adapter_file import PREFIX
+from mergekit_lite.checkpoint.adapters.file import PREFIX
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.optional_tensors import promises_head
 from mergekit_lite.errors import PlanError

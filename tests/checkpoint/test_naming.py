@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lite.checkpoint.naming import match_names
+from mergekit_lite.checkpoint.naming.matching import match_names
 
 TEXT = {
     "embed_tokens.weight": (64, 32),

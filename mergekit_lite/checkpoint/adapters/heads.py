@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import tied_weights
-from mergekit_lite.checkpoint.adapter_config import MERGE_IT
+from mergekit_lite.checkpoint.adapters.config import MERGE_IT
 from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError

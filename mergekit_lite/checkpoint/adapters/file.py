@@ -18,9 +18,9 @@ from pathlib import Path
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
-from mergekit_lite.checkpoint.adapter import Adapter
-from mergekit_lite.checkpoint.adapter_config import MERGE_IT, AdapterConfig, read_config
-from mergekit_lite.checkpoint.adapter_factors import ExpertFactors, Factors, TokenRows
+from mergekit_lite.checkpoint.adapters.adapter import Adapter
+from mergekit_lite.checkpoint.adapters.config import MERGE_IT, AdapterConfig, read_config
+from mergekit_lite.checkpoint.adapters.factors import ExpertFactors, Factors, TokenRows
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, refuse
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from mergekit_lite.checkpoint import transformers_names
 from mergekit_lite.checkpoint.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.experts import stored_as
-from mergekit_lite.checkpoint.naming import Naming, Shape, match_names, without_wrappers
+from mergekit_lite.checkpoint.naming import transformers_tables
+from mergekit_lite.checkpoint.naming.experts import stored_as
+from mergekit_lite.checkpoint.naming.matching import Naming, Shape, match_names, without_wrappers
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import counted
 
@@ -37,15 +37,15 @@ def unwrapped(model: Checkpoint) -> Checkpoint:
 def shown_as(model: Checkpoint, other: Checkpoint) -> Checkpoint:
     """Return a checkpoint with its tensors under another's names, experts stored as there; its notes say what changed.
 
-    Names and shapes decide (``naming``, ``experts``). What they leave open within layers is looked up in transformers'
-    own tables of names, where transformers is installed. What isn't matched keeps its name.
+    Names and shapes decide (``matching``, ``experts``). What they leave open within layers is looked up in the tables
+    of transformers, where that is installed. What isn't matched keeps its name.
     """
     if model.tensors.keys() == other.tensors.keys() and _shapes(model.tensors) == _shapes(other.tensors):
         return model
     naming = match_names(_shapes(model.tensors), _shapes(other.tensors))
     tensors, moved = stored_as(_renamed(model.tensors, naming), other.tensors)
     if _differ_within_layers(tensors, other.tensors):
-        table = transformers_names.match_names(
+        table = transformers_tables.match_names(
             model.tensors, model.config or other.config, other.tensors, other.config or model.config
         )
         by_table, moved_by_table = stored_as(_renamed(model.tensors, table), other.tensors) if table else ({}, 0)

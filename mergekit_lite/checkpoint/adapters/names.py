@@ -1,6 +1,6 @@
 """Which tensors of a base an adapter is for, whatever version of transformers named either.
 
-peft names modules as transformers loaded them, and the hub's files often have names that are older. ``naming`` says
+peft names modules as transformers loaded them, and the hub's files often have names that are older. ``naming/`` says
 what counts as the same.
 """
 
@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mergekit_lite.checkpoint import naming, tied_weights, transformers_names
-from mergekit_lite.checkpoint.adapter_factors import ExpertFactors, Factors, TokenRows
-from mergekit_lite.checkpoint.naming import Naming, Shape
+from mergekit_lite.checkpoint import tied_weights
+from mergekit_lite.checkpoint.adapters.factors import ExpertFactors, Factors, TokenRows
+from mergekit_lite.checkpoint.naming.matching import Naming, Shape, match_names
+from mergekit_lite.checkpoint.naming.transformers_tables import loaded_names
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import shortened
 
@@ -55,13 +56,13 @@ def matched(
     def lost(found: Naming) -> int:
         return sum(tied_weights.counterpart(found.names[name], base) is None for name in wanted)
 
-    found = naming.match_names(own, shapes)
+    found = match_names(own, shapes)
     if lost(found):
         # A shape may be wrong, as a config needn't say how a layer stores its weight.
-        found = min(found, naming.match_names(dict.fromkeys(own), shapes), key=lost)
-    if lost(found) and (loaded := transformers_names.loaded_names(base, config)):
+        found = min(found, match_names(dict.fromkeys(own), shapes), key=lost)
+    if lost(found) and (loaded := loaded_names(base, config)):
         by_loaded = {new: name for name, new in loaded.items()}
-        by_table = naming.match_names(own, {new: base[name].shape for new, name in by_loaded.items()})
+        by_table = match_names(own, {new: base[name].shape for new, name in by_loaded.items()})
         names = {name: by_loaded.get(new, new) for name, new in by_table.names.items()}
         if len(set(names.values())) == len(names):
             found = min(found, Naming(names), key=lost)

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergekit_lite.checkpoint import naming
-from mergekit_lite.checkpoint.naming import Naming
+from mergekit_lite.checkpoint.naming import matching
+from mergekit_lite.checkpoint.naming.matching import Naming
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
 Config = Mapping[str, Any]
@@ -38,12 +38,12 @@ def match_names(
     by_loaded = {loaded_name: name for name, loaded_name in loaded.items()}
     if len(back) < len(others) or len(by_loaded) < len(loaded):
         return None  # several tensors become one
-    matched = naming.match_names(
+    matched = matching.match_names(
         {loaded_name: own[name].shape for loaded_name, name in by_loaded.items()},
         {loaded_name: other[name].shape for loaded_name, name in back.items()},
     )
     paired = {name: back[matched.names[new]] for name, new in loaded.items() if matched.names[new] in back}
-    return Naming(naming.with_followers(paired, own, other))
+    return Naming(matching.with_followers(paired, own, other))
 
 
 def _same(names: Iterable[str]) -> dict[str, str]:

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import adapter_experts, adapter_heads, adapter_names, tied_weights
-from mergekit_lite.checkpoint.adapter_config import AdapterConfig
-from mergekit_lite.checkpoint.adapter_factors import ExpertFactors, Factors, TokenRows
-from mergekit_lite.checkpoint.adapter_heads import Replaced
+from mergekit_lite.checkpoint import tied_weights
+from mergekit_lite.checkpoint.adapters.config import AdapterConfig
+from mergekit_lite.checkpoint.adapters.experts import terms_of_experts
+from mergekit_lite.checkpoint.adapters.factors import ExpertFactors, Factors, TokenRows
+from mergekit_lite.checkpoint.adapters.heads import Replaced, resized, task_heads, untied, with_task_head
+from mergekit_lite.checkpoint.adapters.names import given_twice, matched, misnamed
 from mergekit_lite.checkpoint.encodings.dense import Replace
 from mergekit_lite.checkpoint.encodings.sum import Sum, base_of, scaled, with_terms
 from mergekit_lite.checkpoint.folded import Folded
 from mergekit_lite.checkpoint.formats.header import WeightFile
-from mergekit_lite.checkpoint.naming import Naming
+from mergekit_lite.checkpoint.naming.matching import Naming
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, refuse, shortened
 
@@ -57,14 +59,14 @@ class Adapter:
         Raises:
             CheckpointError: a tensor of the adapter matches none of the base, or another shape. All are named.
         """
-        heads = adapter_heads.task_heads(self.replacements, base, self.config.task)
+        heads = task_heads(self.replacements, base, self.config.task)
         replacements = {name: spec for name, spec in self.replacements.items() if name not in heads}
-        found = adapter_names.matched(self.factors, self.tokens, replacements, self.experts, base, config)
+        found = matched(self.factors, self.tokens, replacements, self.experts, base, config)
         name_in, tensors = found.names, dict(base)
         changed = [*self.factors, *self.tokens, *replacements]
-        if misnamed := adapter_names.misnamed(found, dict.fromkeys(changed), base):
-            raise CheckpointError(f"{self.reference}: this adapter doesn't fit its base. {misnamed}")
-        problems = adapter_names.given_twice(found, changed, base)
+        if why := misnamed(found, dict.fromkeys(changed), base):
+            raise CheckpointError(f"{self.reference}: this adapter doesn't fit its base. {why}")
+        problems = given_twice(found, changed, base)
         replaced: list[Replaced] = []
         for name, spec in replacements.items():
             target = name_in[name]
@@ -82,7 +84,7 @@ class Adapter:
                 tensors[target] = with_terms(own, scaled((part.term_for(own),), scale), target)
             except CheckpointError as problem:
                 problems.append(str(problem))
-        terms, misfits = adapter_experts.terms(self.experts, name_in, base, self.config.peft_version)
+        terms, misfits = terms_of_experts(self.experts, name_in, base, self.config.peft_version)
         for target, term in terms.items():
             tensors[target] = with_terms(tensors[target], scaled((term,), scale), target)
         refuse(self.reference, problems + misfits, "this adapter on its base")
@@ -97,10 +99,10 @@ class Adapter:
         apart = {name_in[name] for name in (*self.factors, *replacements)}
         try:
             if heads:
-                folded = adapter_heads.with_task_head(folded, heads, self.config.task or "", scale)
+                folded = with_task_head(folded, heads, self.config.task or "", scale)
             else:
-                folded = adapter_heads.untied(folded, apart, base, replaced)
-            return adapter_heads.resized(folded, replaced, has_tokens=bool(self.tokens))
+                folded = untied(folded, apart, base, replaced)
+            return resized(folded, replaced, has_tokens=bool(self.tokens))
         except CheckpointError as problem:
             refuse(self.reference, [str(problem)], "this adapter on its base")
             raise

@@ -12,9 +12,9 @@ from itertools import count, takewhile
 from typing import NamedTuple
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.adapter_config import MERGE_IT
-from mergekit_lite.checkpoint.adapter_factors import AXES_AS_MEANT, ExpertFactors
-from mergekit_lite.checkpoint.adapter_names import APART
+from mergekit_lite.checkpoint.adapters.config import MERGE_IT
+from mergekit_lite.checkpoint.adapters.factors import AXES_AS_MEANT, ExpertFactors
+from mergekit_lite.checkpoint.adapters.names import APART
 from mergekit_lite.checkpoint.encodings.low_rank import LowRank
 from mergekit_lite.checkpoint.encodings.stack import StackedLowRank, matrix_of
 from mergekit_lite.checkpoint.encodings.strided import strides_of, viewed
@@ -50,7 +50,7 @@ class Stack:
             yield matrix.name, LowRank(left, matrix_of(term.right, matrix.expert), scale=term.scale)
 
 
-def terms(
+def terms_of_experts(
     experts: Mapping[str, Sequence[ExpertFactors]],
     name_in: Mapping[str, str],
     base: Mapping[str, TensorSpec],
@@ -60,7 +60,7 @@ def terms(
 
     Args:
         experts: the factors of each layer of the adapter.
-        name_in: the base's names for those of the adapter, as ``adapter_names`` finds them.
+        name_in: the base's names for those of the adapter, as ``names`` finds them.
         base: the tensors of the base.
         version: of the peft that wrote the adapter.
     """
