@@ -37,7 +37,7 @@ def test_all_disagreements_are_reported_together(tmp_path: Path) -> None:
     sft, aligned = state(0), state(1)
     aligned["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 16).bfloat16()
     aligned["extra.weight"] = torch.zeros(3).bfloat16()
-    aligned["model.norm.weight"] = torch.zeros(8, dtype=torch.int32)
+    aligned["model.norm.weight"] = torch.zeros(8, dtype=torch.int64)
     sft["only.sft.weight"] = torch.zeros(3).bfloat16()
     sft["model.layers.1.input_layernorm.weight"] = torch.zeros(8, dtype=torch.int64)
     with pytest.raises(PlanError) as raised:

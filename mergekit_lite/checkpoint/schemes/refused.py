@@ -105,7 +105,7 @@ def unclaimed(stored: Stored) -> Iterator[Quantised]:
     if names:
         example = stored.tensors[names[0]]
         problem = (
-            f"whole numbers in two axes, as codes of quantised weights are, in no scheme that is known: "
+            f"whole numbers where weights should be, as codes of quantised weights are, in no scheme that is known: "
             f"{counted(len(names), 'tensor')}, such as {names[0]} ({example.dtype}, {example.shape}). {ORIGINAL}."
         )
         yield Quantised(names[0], dict.fromkeys(names[1:], SHOWN), problem)
