@@ -71,7 +71,7 @@ def served(url: str) -> list[dict[str, Any]]:
 
 def test_killed_while_servers_are_asked(tmp_path: Path) -> None:
     drawn, total, kills = chance(), 2 * 3 * len(PROMPTS), 4
-    moments = sorted(drawn.sample(range(total - 60), kills))  # not so late that it ends by itself)
+    moments = sorted(drawn.sample(range(total - 60), kills))  # not so late that it ends by itself
     with fake_server(Fake(lambda text, before: 503 if text.endswith("7") and not before else None)) as fake:
         fake.on_request = lambda text: time.sleep(drawn.uniform(0, 0.02))
         recipe = place(tmp_path / "killed", served(fake.url))
