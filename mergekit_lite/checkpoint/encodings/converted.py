@@ -1,4 +1,7 @@
-"""What llama.cpp's converter does to some tensors of a model, undone (its folder ``conversion``, class by class)."""
+"""Tensors that other programs store in another form than transformers.
+
+llama.cpp's converter says what it does class by class, in its folder ``conversion``.
+"""
 
 from __future__ import annotations
 

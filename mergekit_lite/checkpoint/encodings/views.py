@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
-from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
 
@@ -118,9 +117,3 @@ def run_of(whole: TensorSpec, begin: int, shape: tuple[int, ...]) -> TensorSpec:
     if whole.is_plain:
         return replace(whole, shape=shape, offset=whole.offset + begin * dtypes.size(whole.dtype))
     return replace(whole, shape=shape, encoding=Run(whole, begin))
-
-
-def strided(whole: TensorSpec, begin: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorSpec:
-    """Return the tensor of this shape whose elements lie ``strides`` apart in a plain one, from ``begin`` on."""
-    offset = whole.offset + begin * dtypes.size(whole.dtype)
-    return replace(whole, shape=shape, offset=offset, encoding=Strided(strides))

@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from mergekit_lite.checkpoint.encodings.strided import transposed
-from mergekit_lite.checkpoint.encodings.views import joined, run_of, side_by_side, strided
+from mergekit_lite.checkpoint.encodings.strided import transposed, viewed
+from mergekit_lite.checkpoint.encodings.views import joined, run_of, side_by_side
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
 ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -128,7 +128,7 @@ def _apart(mine: _Module, target: _Module) -> Iterator[TensorSpec]:
             for number, like in target.apart[role].items():
                 first = number * rows * columns
                 if turned:
-                    part = strided(whole, first + begin, like.shape, (1, rows))
+                    part = viewed(whole, first + begin, like.shape, (1, rows))
                 else:
                     part = run_of(whole, first + begin * columns, like.shape)
                 yield replace(part, name=like.name)
@@ -146,7 +146,7 @@ def _turned(mine: _Module, target: _Module) -> list[TensorSpec]:
     for stack, whole in mine.stacks.items():
         experts, rows, columns = whole.shape
         like = target.stacks[stack]
-        shown.append(replace(strided(whole, 0, (experts, columns, rows), (rows * columns, 1, columns)), name=like.name))
+        shown.append(replace(viewed(whole, 0, (experts, columns, rows), (rows * columns, 1, columns)), name=like.name))
     return shown
 
 

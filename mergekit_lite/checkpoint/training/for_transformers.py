@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint.encodings.rotary_rows import HalvesOfHeads
+from mergekit_lite.checkpoint.encodings.converted import InterleavedHeads
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, listing
 from mergekit_lite.input_files import read_json
@@ -122,4 +122,4 @@ def _halved(path: Path, spec: TensorSpec, config: Mapping[str, Any]) -> TensorSp
             f"{path}: {spec.name} has shape {list(spec.shape)}, which are no heads of {head} rows as the config says. "
             f"Name the config of this model: hf=FOLDER:{path}"
         )
-    return replace(spec, encoding=HalvesOfHeads(spec, head))
+    return replace(spec, encoding=InterleavedHeads(spec, spec.shape[0] // head))
