@@ -1,7 +1,8 @@
 # make demo    train a small pair, extrapolate it, score it, draw the curve (minutes)
 # make demo-boost   let boost find the alpha for the demo's pair (minutes, after make demo)
 # make demo-distill   three strong models teach a small one on three roads, all measured (a quarter of an hour)
-# make test    the whole test suite
+# make test    the test suite
+# make test-slow   the tests that take long: proofs by many runs, very many tensors, every family by every command
 # make bench   the speed and memory tables of extrapolate and merge (needs 45 GB of disk, removes what it makes)
 #              SIZE=1e9 other models; BENCH="--runs 5 --folder DIR" what both take; beside mergekit after `make parity`,
 #              unless MERGEKIT=
@@ -22,7 +23,7 @@ MERGEKIT ?= $(wildcard $(PARITY_VENV)/bin/mergekit-yaml)
 
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-boost demo-distill test bench parity check dist clean
+.PHONY: demo demo-boost demo-distill test test-slow bench parity check dist clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo.extrapolate --out demo/out
@@ -37,6 +38,9 @@ demo-distill: $(VENV)/.ready
 # that wait for each other.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-slow: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/test_dist.py -n auto --dist loadfile
 
 bench: MEASURED = $(addprefix --size ,$(SIZE)) $(addprefix --mergekit ,$(MERGEKIT)) $(BENCH)
 bench: $(VENV)/.ready

@@ -95,6 +95,7 @@ def test_portions_are_whole_batches_and_no_more_than_the_first_look(total: int, 
     assert found == batch_size or (found <= PORTION and found <= looks(total)[0])
 
 
+@pytest.mark.slow
 def test_peeking_errs_no_more_often_than_it_says() -> None:
     """A candidate as good as the best is dropped at one of the looks in at most 5 % of the searches."""
     rng = np.random.default_rng(5)

@@ -111,7 +111,7 @@ class VocabularyTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_never_more_than_one_chunk_of_logits(dtype):
     """2 rows of 3 sequences of 2048 tokens at a vocabulary of 128k, forward and backward."""
     vocabulary = 131_072

@@ -317,6 +317,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_good_as_one(tmp_path):
     target(tmp_path / "target")
     stages = {"sft": {}, "preference": {}}

@@ -55,6 +55,7 @@ def test_nothing_is_chosen_where_nothing_helps(tmp_path: Path) -> None:
     assert verdict(result)[0] == "No candidate helps: none beats alpha=0 beyond its 95 % interval."
 
 
+@pytest.mark.slow
 def test_nothing_is_chosen_where_there_is_only_noise(tmp_path: Path) -> None:
     """Nine equal candidates: one of them looks better by chance in a fifth of the searches; held out it is not."""
     alphas = {"alpha": [0.1 * step for step in range(1, 10)]}
@@ -68,6 +69,7 @@ def test_nothing_is_chosen_where_there_is_only_noise(tmp_path: Path) -> None:
     assert wrong <= 1 < looked_better
 
 
+@pytest.mark.slow
 def test_a_plateau_gives_the_smallest_alpha(tmp_path: Path) -> None:
     """The first one on it, unless that is by chance more than a standard error below the best: a third of the cases."""
     chosen = []
