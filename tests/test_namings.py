@@ -256,7 +256,10 @@ def test_a_missing_layer_is_no_tower(tmp_path: Path) -> None:
     write_folder(tmp_path / "without", without, config={"model_type": "tiny"})
     with pytest.raises(PlanError) as refused:
         mergekit_lite.extrapolate(tmp_path / "without", tmp_path / "whole", tmp_path / "out", 0.5)
-    assert refused.value.problems == (f"model.layers.0.mlp.up_proj.weight: is missing in {tmp_path / 'without'}",)
+    assert refused.value.problems == (
+        f"model.layers.0.mlp.up_proj.weight: is missing in {tmp_path / 'without'}; exclude it to take it from "
+        f"{tmp_path / 'whole'} as it is",
+    )
 
 
 def test_a_head_that_an_architecture_has_not_is_left_out(tmp_path: Path) -> None:

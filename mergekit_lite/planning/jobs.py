@@ -97,7 +97,9 @@ class Jobs:
             return copied_from(lead, f"not all models have {module}")
         is_float = dtypes.is_float(spec.dtype)
         if missing and is_float:
-            raise MissingError(f"{name}: is missing in {', '.join(self.inputs[model].reference for model in missing)}")
+            lacking = ", ".join(self.inputs[model].reference for model in missing)
+            having = self.inputs[models[lead]].reference
+            raise MissingError(f"{name}: is missing in {lacking}; exclude it to take it from {having} as it is")
         if is_float or not self.continues:
             rows = self.recipe.new_rows if self.continues else None
             others = [(other, self.inputs[models[index]].reference) for index, other in specs.items() if index != lead]
