@@ -18,21 +18,11 @@ WORD = 32  # bits, and the numbers that fill whole words, whatever their bits
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRows(Encoding):
-    """A matrix, int8, of which each row is packed."""
+class _Packed(Encoding):
+    """Numbers in words, along whichever axis."""
 
-    words: TensorSpec  # (rows, ⌈columns · bits / 32⌉), int32
+    words: TensorSpec  # int32
     bits: int
-
-    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Unpack the numbers."""
-        columns = spec.shape[-1]
-        for begin, piece in pieces(start, out, spec.dtype):
-            for row, column, part in by_rows(begin, piece, columns):
-                # Of one row, whole bytes around what is wanted; of several, whole rows.
-                first = column // TOGETHER * TOGETHER
-                last = first - (first - column - part.shape[1]) // TOGETHER * TOGETHER
-                part.copy_(self._numbers(reader, row, len(part), first, last)[:, column - first :][:, : part.shape[1]])
 
     def stored_dtype(self, spec: TensorSpec) -> str:
         """Return the dtype of the words."""
@@ -46,6 +36,21 @@ class PackedRows(Encoding):
     def key(self) -> tuple[object, ...]:
         """The words and the bits of a number."""
         return self.words.key, self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows(_Packed):
+    """A matrix, int8, of which each row is packed: (rows, ⌈columns · bits / 32⌉) words."""
+
+    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Unpack the numbers."""
+        columns = spec.shape[-1]
+        for begin, piece in pieces(start, out, spec.dtype):
+            for row, column, part in by_rows(begin, piece, columns):
+                # Of one row, whole bytes around what is wanted; of several, whole rows.
+                first = column // TOGETHER * TOGETHER
+                last = first - (first - column - part.shape[1]) // TOGETHER * TOGETHER
+                part.copy_(self._numbers(reader, row, len(part), first, last)[:, column - first :][:, : part.shape[1]])
 
     def _numbers(self, reader: Reader, row: int, rows: int, first: int, last: int) -> torch.Tensor:
         """Return (rows, numbers) from ``row`` and ``first`` on, a multiple of eight; of several rows all, and more."""
@@ -63,11 +68,8 @@ class PackedRows(Encoding):
 
 
 @dataclass(frozen=True, slots=True)
-class PackedColumns(Encoding):
-    """A matrix, int8, of which each column is packed."""
-
-    words: TensorSpec  # (⌈rows · bits / 32⌉, columns), int32
-    bits: int
+class PackedColumns(_Packed):
+    """A matrix, int8, of which each column is packed: (⌈rows · bits / 32⌉, columns) words."""
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Unpack the rows that the elements are in."""
@@ -82,19 +84,6 @@ class PackedColumns(Encoding):
             numbers = centred(unpacked(torch.nn.functional.pad(by_column, (0, padding)), self.bits), self.bits)
             rows = numbers.T[first - whole : last - whole].reshape(-1)
             piece.copy_(rows[begin - first * columns :][: piece.numel()])
-
-    def stored_dtype(self, spec: TensorSpec) -> str:
-        """Return the dtype of the words."""
-        return self.words.dtype
-
-    def stored_bytes(self, spec: TensorSpec, count: int) -> int:
-        """Return the bytes of the packed numbers."""
-        return -(-count * self.bits // 8)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The words and the bits of a number."""
-        return self.words.key, self.bits
 
 
 def centred(codes: torch.Tensor, bits: int) -> torch.Tensor:
