@@ -7,39 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mergekit_lite.checkpoint.encodings.derived import Derived
 from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
+from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Converted(Encoding):
-    """A tensor made of a stored one of the same shape; what is on disk is that one's."""
-
-    stored: TensorSpec
-
-    def stored_dtype(self, spec: TensorSpec) -> str:
-        """Return what the stored tensor's elements are on disk."""
-        return self.stored.stored_dtype
-
-    def stored_bytes(self, spec: TensorSpec, count: int) -> int:
-        """Return the bytes of ``count`` elements of the stored tensor."""
-        return self.stored.stored_bytes(count)
-
-    @property
-    def block(self) -> Block | None:
-        """The stored tensor's block."""
-        return self.stored.encoding.block
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The stored tensor, and what is done to it."""
-        return type(self).__name__, self.stored.key
-
-
-@dataclass(frozen=True, slots=True)
-class InterleavedHeads(Converted):
+class InterleavedHeads(Derived):
     """Rows of queries or keys whose rotary pairs lie side by side, shown as transformers has them: in two halves.
 
     Of a head of 2n rows, row i and row n + i are a pair for transformers (``rotate_half``); stored are they as rows 2i
@@ -78,7 +54,7 @@ class InterleavedHeads(Converted):
 
 
 @dataclass(frozen=True, slots=True)
-class PlusOne(Converted):
+class PlusOne(Derived):
     """A norm's weights that are stored with the one that the model adds to them when it runs, as Gemma's are."""
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:

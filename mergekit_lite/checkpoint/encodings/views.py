@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.encodings.derived import Derived
 from mergekit_lite.checkpoint.encodings.pieces import by_rows, pieces
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
@@ -70,33 +71,19 @@ class SideBySide(_Parts):
 
 
 @dataclass(frozen=True, slots=True)
-class Run(Encoding):
+class Run(Derived):
     """Elements of another tensor, from ``begin`` on."""
 
-    whole: TensorSpec
     begin: int
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Let the other tensor fill them."""
-        self.whole.fill(reader, self.begin + start, out)
-
-    def stored_dtype(self, spec: TensorSpec) -> str:
-        """Return the dtype that the other tensor is stored in."""
-        return self.whole.stored_dtype
-
-    def stored_bytes(self, spec: TensorSpec, count: int) -> int:
-        """Return the bytes of as many elements of the other tensor."""
-        return self.whole.stored_bytes(count)
-
-    @property
-    def block(self) -> Block | None:
-        """The block of the other tensor."""
-        return self.whole.encoding.block
+        self.stored.fill(reader, self.begin + start, out)
 
     @property
     def key(self) -> tuple[object, ...]:
         """The other tensor, and where the run begins."""
-        return self.whole.key, self.begin
+        return self.stored.key, self.begin
 
 
 def joined(parts: Sequence[TensorSpec], shape: tuple[int, ...]) -> TensorSpec:
