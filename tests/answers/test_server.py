@@ -20,6 +20,7 @@ from mergekit_lite.answers import replies as replies_module
 from mergekit_lite.answers import server as module
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.replies import Failed, Reply, reply_in
+from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of
 from mergekit_lite.answers.server import Question, Served, Server, ask
 from tests.answers.fake_server import REASONS, Fake, Trouble, answer_to, fake_server
@@ -31,8 +32,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def server_of(fake: Fake, **how: object) -> Server:
-    how = {"model": "m", "sampling": Sampling(), "concurrency": 8, "timeout": 20.0, "retries": 6} | how
-    return Server(fake.url, **how)  # type: ignore[arg-type]
+    how = {"urls": [fake.url], "sampling": Sampling(), "concurrency": 8, "timeout": 20.0, "retries": 6} | how
+    return Server(body=RequestBody("m", how.pop("sampling")), **how)  # type: ignore[arg-type]
 
 
 def questions(texts: list[str]) -> list[Question]:
@@ -137,7 +138,7 @@ def test_a_server_that_is_not_there_is_given_up() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Server(f"http://127.0.0.1:{port}/v1", "m", Sampling(), concurrency=2, retries=1)
+    server = Server([f"http://127.0.0.1:{port}/v1"], RequestBody("m", Sampling()), concurrency=2, retries=1)
     assert not replies(server, questions([f"q{n}" for n in range(200)]))
     assert "no connection" in server.failures.stopped and str(port) in server.failures.stopped
     assert len(server.failures.lost) <= module.LOST_IN_A_ROW + 2
@@ -167,7 +168,7 @@ def test_several_servers_are_asked_at_once() -> None:
         one.on_request = other.on_request = lambda text: meeting.wait() and None
         servers = [server_of(one, concurrency=1), server_of(other, concurrency=1)]
         found = list(ask({server: questions(["a", "b", "c"]) for server in servers}))
-    assert Counter(server.url for server, *_ in found) == {one.url: 3, other.url: 3}
+    assert Counter(server.urls[0] for server, *_ in found) == {one.url: 3, other.url: 3}
 
 
 def test_who_stops_listening_stops_the_asking() -> None:
