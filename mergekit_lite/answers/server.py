@@ -100,7 +100,7 @@ class Server:
         return reply
 
     async def together(self, client: AsyncClient, asked: Together) -> dict[Hashable, Reply]:
-        """Return the replies of one request by their keys; none where the server doesn't give so many."""
+        """Return the replies of one request by their keys; none where the server gives fewer."""
         questions = asked.questions
         if not self.gives_several or len(questions) == 1:
             return {}

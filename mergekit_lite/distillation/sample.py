@@ -59,7 +59,7 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
     check(recipe)
     planned = plan(recipe, settled(recipe, reporter))
     for each in planned:
-        _hold_settings(recipe, each.source)
+        hold_source(recipe, each.source)
     unfinished = [each for each in planned if each.ledger.missing]
     behind_servers = [each for each in unfinished if each.source.server is not None]
     missing: list[str] = []
@@ -268,7 +268,8 @@ def _reasons(lost: dict[Key, str]) -> str:
     return "; ".join(shown) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")
 
 
-def _hold_settings(recipe: Recipe, source: RecipeSource) -> None:
+def hold_source(recipe: Recipe, source: RecipeSource) -> None:
+    """Save the settings of a source's answers. Raises UsageError where it has answers that were drawn with others."""
     path = Folder(recipe.folder).samples(source.name).with_suffix(".json")
     exists = any(path.with_name(f"{source.name}{end}").exists() for end in (".jsonl", ".partial.jsonl"))
     refusal = f"The answers of {source.name} in {path.parent} were drawn in another way"
