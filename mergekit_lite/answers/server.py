@@ -177,7 +177,7 @@ class Server:
         from httpx2 import AsyncClient, Limits
 
         headers = {
-            b"Authorization": f"Bearer {os.environ.get(self.key_variable) or 'none'}".encode(),
+            b"Authorization": f"Bearer {self._key or 'none'}".encode(),
             b"Content-Type": b"application/json",
             b"Accept-Encoding": b"identity",  # a small packed reply may be endless when it is unpacked
         }
@@ -213,12 +213,12 @@ class Server:
             await asyncio.sleep(min(left, 0.5))
 
     def _of_status(self, url: str, response: Response, complaint: bytes, asked: Mapping[str, Any]) -> Failed:
-        status, said = response.status_code, one_line(complaint.decode(errors="replace"))
+        status, said = response.status_code, self._without_key(complaint.decode(errors="replace"))
         if status in REFUSED:
             remedy = REFUSED[status].format(variable=self.key_variable)
             return Failed(f"{url} says {status}: {said} {remedy}", repeat=False, stop=True)
         if response.is_redirect:
-            place = one_line(response.headers.get("location", "another place"))
+            place = self._without_key(response.headers.get("location", "another place"))
             why = f"{url} says {status} and points to {place}: check `server`, it has to be the address itself."
             return Failed(why, repeat=False, stop=True)
         if status in REPEATED or status >= 500:
@@ -230,6 +230,14 @@ class Server:
             why = f"{url} refuses {name!r}, which is set for it, and says {status}: {said} Take it out of `sampling`."
             return Failed(why, repeat=False, stop=True)
         return Failed(f"HTTP {status}: {said}", repeat=True, refused=name)
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable, "")
+
+    def _without_key(self, said: str) -> str:
+        """Return what a server says in one line, without the key, which some repeat."""
+        return one_line(said.replace(self._key, "…") if self._key else said)
 
     def _lose(self, question: Question, failed: Failed) -> None:
         if failed.stop or self.failures.stopped:

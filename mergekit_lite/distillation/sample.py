@@ -93,15 +93,21 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     """Return what is still needed here and is not there, as messages: models' folders, programs that serve, vLLM."""
     folder = Folder(recipe.folder)
     needed = [each for each in recipe.sources if each.server is None and not folder.samples(each.name).exists()]
-    models = {f"the source {each.name}": each.model for each in needed}
+    models = {f"the source {each.name}": each.model for each in needed if each.serve is None}
     if and_target:
         models["the target"] = recipe.target
         needed += [recipe.target_source] if recipe.target_source is not None else []
     absent = {whose: model for whose, model in models.items() if Path(model).is_absolute() and not Path(model).is_dir()}
     return [
         *(f"{whose}: {model} is no folder" for whose, model in absent.items()),
+        *(f"the source {each.name}: there is no {each.model}" for each in needed if each.serve and _is_absent(each)),
         *(f"the source {each.name}: {why}" for each in needed if (why := _missing_program(each))),
     ]
+
+
+def _is_absent(source: RecipeSource) -> bool:
+    """Whether a served model is a path to nothing; it may be a file."""
+    return Path(source.model).is_absolute() and not Path(source.model).exists()
 
 
 def _missing_program(source: RecipeSource) -> str | None:

@@ -220,6 +220,17 @@ def test_a_key_may_have_any_letters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fake.headers[0]["authorization"].encode("latin-1").decode() == "Bearer s\u00e9same\u2026"
 
 
+@pytest.mark.parametrize("status", [307, 400, 401])
+def test_a_key_that_a_server_repeats_is_not_told(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setenv("MY_KEY", "sesame")
+    with fake_server(Fake(lambda text, before: status, complaint="wrong key: sesame")) as fake:
+        fake.more_headers["Location"] = "http://else/sesame"
+        server = server_of(fake, key_variable="MY_KEY", concurrency=1)
+        replies(server, questions(["x"]))
+    said = server.failures.stopped or str(server.failures.lost["x"])
+    assert str(status) in said and "…" in said and "sesame" not in said
+
+
 def test_half_a_surrogate_pair_does_not_stop_the_run() -> None:
     assert reply_in(body_with("a\ud83d b\ud83d\ude00")) == Reply("a� b😀", "stop", None)
 

@@ -119,6 +119,7 @@ WRONG = [
     ({"server": []}, "an empty list"),
     ({"server": ["http://x/v1", "http://x/v1"]}, "listed twice"),
     ({"server": ["http://x/v1", "localhost:8000"]}, "'localhost:8000' is no URL"),
+    ({"server": "http://me:secret@x/v1"}, "URLs are shown and logged"),
     ({"one_request": True}, "'one_request' has no effect"),
     ({"sampling": {"extra_body": {"a": 1}}}, "'extra_body' has no effect"),
     ({"sampling": {"presence_penalty": 1}}, "'presence_penalty' has no effect"),

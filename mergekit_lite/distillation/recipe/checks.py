@@ -160,6 +160,8 @@ def _server(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
         where: KeyPath = (*at, "server") if isinstance(source.server, str) else (*at, "server", place)
         if not url.startswith(("http://", "https://")):
             yield Problem(where, f"{url!r} is no URL: expected for instance http://localhost:8000/v1")
+        if "@" in url:
+            yield Problem(where, "URLs are shown and logged: put the key into the variable of 'api_key_variable'")
         if url in urls[:place]:
             yield Problem(where, f"{url!r} is listed twice")
 
