@@ -17,7 +17,7 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.rows import Message
 
 LIMITS = ("max_tokens", "max_completion_tokens")
-OURS = ("model", "messages", "seed", "n", "stream", *LIMITS)  # keys that a recipe's ``extra_body`` can't have
+OURS = ("model", "messages", "seed", "n", "stream")  # keys that a recipe's ``extra_body`` can't have
 NOT_PERMITTED = ("extra_forbidden", "unsupported_parameter", "unsupported_value", "unknown_parameter")
 REFUSAL = re.compile(
     r"unsupported|n[o']t support|not permitted|not allowed|not accept|unknown|unrecogni[sz]ed|unexpected|deprecated",
@@ -56,6 +56,8 @@ class RequestBody:
             asked["repetition_penalty"] = sampling.repetition_penalty
         if answers > 1:
             asked["n"] = answers
+        if self.limit == "max_tokens" and "max_completion_tokens" in (sampling.extra_body or ()):
+            del asked["max_tokens"]  # it is the same limit: a batch can't find out which one the service takes
         asked |= sampling.extra_body or {}
         return {name: value for name, value in asked.items() if name not in self.refused}
 

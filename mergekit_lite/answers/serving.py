@@ -18,10 +18,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
-from urllib.error import URLError
-from urllib.request import urlopen
+from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.plain_text import plain_line
@@ -31,13 +31,14 @@ STOP_SECONDS = 20.0  # that a server gets to stop by itself
 POLL_SECONDS = 0.2
 SHOWN = 15  # lines of a server's output that an error shows
 SHOWN_BYTES = 20_000  # of its end
+LONGEST_REPLY = 1 << 20  # bytes that are read of a list of models
 
 
 class RunningServer(NamedTuple):
     """A server that is ready."""
 
     url: str  # ``http://127.0.0.1:port/v1``
-    model: str  # the name of its first model
+    model: str  # the name by which it is asked for the model
     ended: Callable[[], str | None]  # says why it answers no more; None while it runs
 
 
@@ -82,7 +83,7 @@ def serving(words: Sequence[str], model: str, log: Path, patience: float) -> Ite
             code = process.poll()
             return None if code is None else f"The server ended with exit code {code}.{_said(log)}"
 
-        yield RunningServer(url, _wait(process, url, patience, log), ended)
+        yield RunningServer(url, _wait(process, url, model, patience, log), ended)
 
 
 @contextmanager
@@ -113,17 +114,54 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:
-    """Wait until the server lists its models, and return the name of the first one."""
+def _wait(process: subprocess.Popen[bytes], url: str, model: str, patience: float, log: Path) -> str:
+    """Wait until the server is ready, and return the name by which it is asked for the model."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RunError(f"The server ended with exit code {process.returncode} before it was ready.{_said(log)}")
-        unready = suppress(URLError, OSError, ValueError, LookupError, TypeError)
-        with unready, urlopen(f"{url}/models", timeout=5) as reply:
-            return str(json.load(reply)["data"][0]["id"])
+        if (name := _name(url, model)) is not None:
+            return name
         time.sleep(POLL_SECONDS)
     raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
+
+
+def _name(url: str, model: str) -> str | None:
+    """Return the name of the model at a server; None while it isn't ready.
+
+    Servers list what they serve, and most call it as they were told. ``transformers serve`` lists what is in the hub's
+    cache instead, perhaps nothing, and takes the name that it was given alone. So the first name that is listed is
+    tried where it is another one.
+    """
+    listed = _reply(f"{url}/models", 5)
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    entries = [each for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
+    names = [each["id"] for each in entries if isinstance(each.get("id"), str)]
+    if model in names:
+        return model
+    for each in entries:
+        if each.get("root") == model and each.get("id") in names:  # vLLM's and SGLang's word for it
+            return str(each["id"])
+    if names:
+        asked = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 1, "seed": 0}
+        tried = (name for name in (names[0], model) if _reply(f"{url}/chat/completions", 60, {"model": name, **asked}))
+        return next(tried, names[0])
+    return model if _reply(f"{url.removesuffix('/v1')}/health", 5) is not None else None
+
+
+def _reply(address: str, seconds: float, asked: object = None) -> Any:
+    """Return what a server says, as JSON; an empty text where it says something else, None for an error."""
+    data = None if asked is None else json.dumps(asked).encode()
+    request = Request(address, data, {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=seconds) as response:
+            text = response.read(LONGEST_REPLY)
+    except (OSError, ValueError, HTTPException):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
 
 
 def _said(log: Path) -> str:

@@ -83,6 +83,8 @@ def test_nothing_is_sent_that_was_not_set_but_what_has_a_default() -> None:
         "reasoning_effort": "low", **more,
     }  # fmt: skip
     json.dumps(body.of(MESSAGES, 7))
+    other = RequestBody("m", Sampling(extra_body={"max_completion_tokens": 9})).of(MESSAGES, 7)
+    assert other["max_completion_tokens"] == 9 and "max_tokens" not in other
 
 
 def refusing(*names: str) -> Fake:

@@ -1,6 +1,7 @@
 """A server for tests: ``python serving.py MODEL PORT [how]``. It says which model it was started over.
 
 ``dies`` ends at once, ``later`` after some answers; ``child`` starts a process of its own and notes its number.
+``pinned`` lists nothing, and ``cached`` other models; both take the name of their own model alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ given = 0
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if HOW == "pinned" and self.path == "/v1/models":
+            return self.send_error(500)
+        if HOW == "cached":
+            return self._reply({"data": [{"id": "org/other"}, {"id": "org/another"}]})
         self._reply({"data": [{"id": f"served {Path(sys.argv[1]).name}"}]})
 
     def do_POST(self) -> None:
@@ -29,6 +34,8 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(3)
         time.sleep(0.02)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if HOW in ("pinned", "cached") and asked["model"] != sys.argv[1]:
+            return self.send_error(400, "pinned to another model")
         text = f"{asked['model']}: {asked['messages'][-1]['content']} {asked['seed']}"
         self._reply({"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": text}}]})
 
