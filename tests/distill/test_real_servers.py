@@ -61,12 +61,19 @@ def test_transformers_serve(tmp_path: Path, drawn: bool) -> None:
     model = write_model(tmp_path / "model")
     config = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(config | {"do_sample": drawn, "max_length": 64}))
-    found, told = sampled(tmp_path, "./model", TRANSFORMERS)
+    found, told = sampled(tmp_path, "./model", TRANSFORMERS, sampling={"max_tokens": 12})
     print(told)
     assert len(found) == 18 and all(row["tokens"] for row in found)
     alike = Counter(row["prompt"] for row in found if row["text"] == found[3 * int(row["prompt"][1:])]["text"])
     assert (sum(count == 3 for count in alike.values()) >= 5) == (not drawn)
     assert ("got identical answers" in told) == (not drawn)
+
+
+@needs_transformers
+def test_transformers_serve_refuses_top_k_and_says_so(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    code, _, error = invoke("sample", place(tmp_path, "./model", TRANSFORMERS))
+    assert code == 1 and "refuses 'top_k', which is set for it, and says 422" in error, error
 
 
 @needs_llama
