@@ -193,15 +193,17 @@ def respondent(recipe: Recipe, source: RecipeSource) -> Iterator[Served | Local]
 
 
 def _client(source: RecipeSource, body: RequestBody, running: RunningServer | None = None) -> Server:
-    return Server(
+    server = Server(
         (running.url,) if running is not None else urls_of(source.server or ()),
         body,
         key_variable=source.api_key_variable,
         concurrency=source.concurrency,
         timeout=source.timeout,
         retries=source.retries,
-        **({"ended": running.ended} if running is not None else {}),
     )
+    if running is not None:
+        server.ended = running.ended
+    return server
 
 
 def key_of(row: dict[str, Any]) -> Key:

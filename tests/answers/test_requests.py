@@ -123,7 +123,7 @@ def test_what_the_user_set_is_not_left_out(sampling: dict[str, Any]) -> None:
 
 def test_a_limit_that_is_too_large_for_one_prompt_loses_that_prompt_only() -> None:
     said = REFUSALS["a context that is full"][0]
-    full = Fake(refuses=lambda body: said["error"] if body["messages"][-1]["content"] == "q3" else None)  # type: ignore[index,call-overload]
+    full = Fake(refuses=lambda body: said["error"] if body["messages"][-1]["content"] == "q3" else None)  # type: ignore[index]
     with fake_server(full) as fake:
         server = server_of(fake, sampling=Sampling(max_tokens=2048))
         assert len(replies(server, questions([f"q{n}" for n in range(9)]))) == 8
