@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import aclosing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from httpx2 import Response
@@ -19,6 +19,7 @@ class Reply(NamedTuple):
     text: str
     finish: str
     tokens: int | None
+    thoughts: str | None = None
 
 
 class Failed(Exception):
@@ -54,7 +55,8 @@ def reply_in(body: bytes) -> Reply:
     try:
         content = json.loads(body)
         choice = content["choices"][0]
-        text, finish = choice["message"]["content"], choice.get("finish_reason")
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = message["content"]
         usage = content.get("usage")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise Failed("a reply that can't be read", repeat=True) from error
@@ -62,7 +64,18 @@ def reply_in(body: bytes) -> Reply:
         raise Failed("cut by the server's content filter", repeat=True, fresh_seed=True)
     if not isinstance(text, str) or not text.strip():
         raise Failed("an empty reply", repeat=True, fresh_seed=True)
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     counted = type(tokens) is int and 0 <= tokens <= MOST_TOKENS
-    return Reply(whole, "length" if finish == "length" else "stop", tokens if counted else None)
+    ended = "length" if finish == "length" else "stop"
+    return Reply(_whole(text), ended, tokens if counted else None, _thoughts(message))
+
+
+def _thoughts(message: dict[str, Any]) -> str | None:
+    """Return the reasoning that a server sends beside the text: vLLM, SGLang and DeepSeek differ in its name."""
+    sent = (message.get(name) for name in ("reasoning_content", "reasoning"))
+    return next((_whole(thoughts) for thoughts in sent if isinstance(thoughts, str) and thoughts.strip()), None)
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which can't be written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -253,4 +253,4 @@ def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -
     for server, question, reply in ask(questions):
         if isinstance(question.key, Key):
             prompt, index = question.key
-            yield Answer(prompt, names[server], index, reply.text, reply.finish, reply.tokens)
+            yield Answer(prompt, names[server], index, *reply)

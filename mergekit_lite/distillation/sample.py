@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> li
             stack.callback(each.ledger.close)
         with closing(_answers([(respondents[each.source.name], each) for each in group])) as answers:
             for answer in answers:
-                ledgers[answer.source].append([asdict(answer)])
+                ledgers[answer.source].append([answer.as_row()])
                 advance[answer.source](1)
     return [line for each in group for line in _failures(recipe, each, respondents[each.source.name], reporter)]
 

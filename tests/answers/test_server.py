@@ -20,7 +20,7 @@ from mergekit_lite.answers import replies as replies_module
 from mergekit_lite.answers import server as module
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.replies import Failed, Reply, reply_in
-from mergekit_lite.answers.rows import Key, Prompt, seed_of
+from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of
 from mergekit_lite.answers.server import Question, Served, Server, ask
 from tests.answers.fake_server import REASONS, Fake, Trouble, answer_to, fake_server
 
@@ -276,6 +276,7 @@ def test_whatever_json_comes_is_a_reply_or_a_failure(value: object) -> None:
         {"choices": value},
         {"choices": [{"message": value}]},
         {"choices": [{"message": {"content": value}}]},
+        {"choices": [{"message": {**message, "reasoning": value}}]},
         {"choices": [{"message": message, "finish_reason": value}]},
         {"choices": [{"message": message}], "usage": value},
         {"choices": [{"message": message}], "usage": {"completion_tokens": value}},
@@ -293,6 +294,16 @@ def test_whatever_json_comes_is_a_reply_or_a_failure(value: object) -> None:
 @pytest.mark.parametrize(("count", "tokens"), [(7, 7), (0, 0), (-5, None), (True, None), ("many", None), (1e400, None)])
 def test_a_count_of_tokens_that_is_none_is_left_out(count: object, tokens: int | None) -> None:
     assert reply_in(body_with("fine", usage={"completion_tokens": count})) == Reply("fine", "stop", tokens)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_that_a_server_sends_apart_are_kept_apart(name: str) -> None:
+    for sent, kept in (("so\ud83d many", "so\ufffd many"), (" ", None), (None, None), (7, None)):
+        message = {"content": "fine", name: sent}
+        reply = reply_in(json.dumps({"choices": [{"message": message}]}).encode())
+        assert reply == Reply("fine", "stop", None, kept)
+        row = Answer("p", "s", 0, *reply).as_row()
+        assert row.get("thoughts", ...) == (kept if kept else ...)
 
 
 def test_a_reply_without_end_is_read_up_to_a_bound() -> None:
