@@ -55,7 +55,6 @@ class Local:
 
         Raises:
             CheckpointError: the model can't be loaded.
-            TemplateError: the chat template refuses the system prompt.
             RunError: a batch doesn't fit into memory.
         """
         if not wanted:
@@ -84,10 +83,6 @@ class Local:
         try:
             tokens = self.template.prompt((*before, *task.prompt.messages))
         except TemplateError as error:
-            if self.system is not None:
-                raise TemplateError(
-                    f"{error} Leave `system` out, if it is the system prompt that is refused."
-                ) from error
             self._refused[task.prompt.id] = str(error)
             return None
         if self._context is not None and len(tokens) >= self._context:
@@ -128,6 +123,8 @@ class Local:
         end = next((place for place, token in enumerate(tokens) if token in self.loaded.ends), None)
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         finish = "length" if end is None else "stop"
+        if self.template.opens_thoughts:  # it goes on from there
+            text = self.template.opens_thoughts + text
         return Answer(task.prompt.id, self.name, task.index, str(text), finish, len(tokens[:end]))
 
     @cached_property

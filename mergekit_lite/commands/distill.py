@@ -130,8 +130,8 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
     reporter.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
     reporter.line("")
-    sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}") for s in plan.sources]
-    reporter.table(("source", "model", "asked", ">answers", ">done"), sources)
+    sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}", f"{s.cut:,}") for s in plan.sources]
+    reporter.table(("source", "model", "asked", ">answers", ">done", ">cut"), sources)
     reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     reporter.table(("training", ">rows ≤", ">steps ≤"), stages)

@@ -11,6 +11,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, Key, Prompt
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
+from mergekit_lite.distillation.pairing.counts import counts_of
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 
@@ -33,6 +34,7 @@ class SourceRequests(NamedTuple):
     where: str
     requests: int
     done: int
+    cut: int = 0  # of those that are done, by the limit of tokens
 
 
 class TrainingSteps(NamedTuple):
@@ -88,9 +90,10 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
-    missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER).missing
+    ledger: Ledger[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER)
     where = source.server or "in this process"
-    return SourceRequests(source.name, source.model, where, len(keys), len(keys) - len(missing))
+    done, cut = len(keys) - len(ledger.missing), counts_of(ledger.rows()).cut
+    return SourceRequests(source.name, source.model, where, len(keys), done, cut)
 
 
 def _target(

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.answers.asking import Respondent, Task
+from mergekit_lite.answers.asking import Task
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.pairing.counts import counts_of
 from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.reporter import Reporter
@@ -67,7 +68,8 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
     for each in planned:
         answers = len(each.tasks) - len(each.ledger.missing)
         each.ledger.finish(with_missing=skip_missing)
-        reporter.line(f"{each.source.name}: {counted(answers, 'answer')} in {each.ledger.path}")
+        ends = counts_of(each.ledger.rows()).remark
+        reporter.line(f"{each.source.name}: {counted(answers, 'answer')} in {each.ledger.path}{ends}")
     if (why := waits_for(recipe)) is not None:
         reporter.line(f"{TARGET}: answers later: {why}")
 
@@ -187,8 +189,10 @@ def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[A
     yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
 
 
-def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Reporter) -> Iterator[str]:
+def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter: Reporter) -> Iterator[str]:
     source, failures = asked.source, who.failures
+    for note in who.template.notes if isinstance(who, Local) else ():
+        reporter.line(f"{source.name}: {note}")
     if failures.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
         reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
+from mergekit_lite.answers.thoughts import Thoughts
 
 TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
@@ -44,6 +45,7 @@ class RecipeSource(Strict):
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
+    thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
     def answers_to(self, domain: str) -> int:
         """Return how many answers the source gives to a prompt of a domain."""
@@ -62,6 +64,7 @@ class PairingRules(Strict):
     score: str | None = None  # the scorer that ranks; only as_is does without
     correct: str | None = None  # a verifier: only answers that it scores 1 are chosen, only others rejected
     answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
+    cut: Literal["drop", "keep"] = "drop"  # answers that the limit of tokens cut, chosen and rejected
     gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
     gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
     split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
