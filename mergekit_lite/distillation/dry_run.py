@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, Key, Prompt
+from mergekit_lite.distillation.data.given import examples, keys_given
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.pairing.counts import counts_of
@@ -69,12 +71,18 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
         may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
         sources.append(_target(recipe, recipe.target_source, domains, may_wait))
     rows = {stage: sum(getattr(domain, stage) for domain in domains) for stage in recipe.train.stages}
+    if recipe.rows is not None:
+        rows = {stage: _given(getattr(recipe.rows, stage)) for stage in recipe.train.stages}
     training = [
         TrainingSteps(stage, rows[stage], math.floor(settings.epochs * rows[stage] + 1e-9) // settings.batch_size)
         for stage, settings in recipe.train.stages.items()
     ]
     scorers = tuple(scorer.name for scorer in recipe.scorers)
     return DryRun(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
+
+
+def _given(origins: Iterable[Data]) -> int:
+    return sum(1 for origin in origins for _ in examples(origin, []))
 
 
 def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
@@ -89,6 +97,9 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
 
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
+    if source.answers:
+        keys = keys_given(source, prompts)
+        return SourceRequests(source.name, "", "given", len(keys), len(keys))
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
     ledger: Ledger[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER)
     where = source.server or "in this process"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.answers.rows import Key, Prompt, write_rows
+from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting, assignments
 from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
@@ -34,9 +35,12 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
         skip_missing: ignore answers and scores that the files don't have, and count them as losses.
 
     Raises:
-        UsageError: answers or scores of the sources are missing, or the recipe's pairs are wrong.
+        UsageError: answers or scores of the sources are missing, or the recipe's pairs or the given rows are wrong.
     """
     folder, inventory = Folder(recipe.folder), Inventory()
+    if recipe.rows is not None:
+        import_rows(folder, recipe.rows, reporter)
+        return PairingTable({})
     _check(pairing_problems(recipe))
     prompts = {prompt.id: prompt for prompt in stored(folder)}
     pairings = {prompt.domain: recipe.pairs.of(prompt.domain) for prompt in prompts.values()}

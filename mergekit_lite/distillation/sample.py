@@ -19,6 +19,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
+from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.counts import counts_of
 from mergekit_lite.distillation.prompts import settled
@@ -51,8 +52,15 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
         UsageError: the prompts or a source's settings are not those of the existing answers.
         RunError: answers are missing at the end.
     """
+    if recipe.rows is not None:
+        reporter.line("The rows are given: nothing is asked.")
+        return
     check(recipe)
-    planned = plan(recipe, settled(recipe, reporter))
+    prompts = settled(recipe, reporter)
+    for source in (source for source in recipe.sources if source.answers):
+        number = import_answers(Folder(recipe.folder), source, prompts, reporter)
+        reporter.line(f"{source.name}: {counted(number, 'answer')} given")
+    planned = plan(recipe, prompts)
     for each in planned:
         _hold_settings(recipe, each.source)
     unfinished = [each for each in planned if each.ledger.missing]
@@ -86,7 +94,7 @@ def check(recipe: Recipe, *, and_target: bool = False) -> None:
 def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     """Return the local models that are still needed and have no folder, as messages."""
     folder = Folder(recipe.folder)
-    local = [source for source in recipe.sources if source.server is None]
+    local = [source for source in recipe.sources if source.server is None and not source.answers]
     models = {f"the source {each.name}": each.model for each in local if not folder.samples(each.name).exists()}
     if and_target:
         models["the target"] = recipe.target
@@ -95,8 +103,8 @@ def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
-    """Return the tasks of every source, and those of the target where it can answer already."""
-    planned = [_source_tasks(recipe, source, prompts) for source in recipe.sources]
+    """Return the tasks of every source that is asked, and those of the target where it can answer already."""
+    planned = [_source_tasks(recipe, source, prompts) for source in recipe.sources if not source.answers]
     if recipe.target_source is not None and waits_for(recipe) is None:
         planned.append(_source_tasks(recipe, recipe.target_source, own_prompts(recipe, prompts)))
     return planned

@@ -87,6 +87,9 @@ def score(recipe: Recipe, reporter: Reporter) -> None:
         SandboxError: this machine can't sandbox model-written code.
         RunError: a judge's server can't be reached.
     """
+    if recipe.rows is not None:
+        reporter.line("The rows are given: nothing is scored.")
+        return
     tasks = plan(recipe, reporter)
     for scorer in recipe.scorers:
         _hold_settings(recipe, scorer)

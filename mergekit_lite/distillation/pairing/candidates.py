@@ -77,7 +77,7 @@ def candidates(
     lacking = {prompt: max(source.answers_to(prompts[prompt].domain) - answers[prompt], 0) for prompt in wanted}
     for prompt_id, number in lacking.items():
         inventory.count(prompts[prompt_id].domain, "not there", number)
-    if absent := sum(lacking.values()):
+    if (absent := sum(lacking.values())) and not source.answers:  # given ones are all there are
         inventory.absent.append(f"{absent:,} answers of {source.name}: {path} has {answers.total():,}")
     for name in scores:
         unjudged = losses[_unjudged(name)]

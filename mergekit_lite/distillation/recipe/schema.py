@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from mergekit_lite.answers.thoughts import Thoughts
@@ -27,11 +28,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class GivenAnswers(Data):
+    """Answers that are there already, in any form of ``data/examples.py``."""
+
+    model: str | None = None  # only those of this model, where the data name models
+    scorer: str | None = None  # a scorer of the kind ``given``, which takes the scores that the data have
+    domain: str = ""  # of prompts without one
+
+
+class GivenRows(Strict):
+    """Rows to train on that are there already, in any form of ``data/examples.py``, instead of what makes them."""
+
+    sft: tuple[Data, ...] = ()
+    preference: tuple[Data, ...] = ()
+
+
 class RecipeSource(Strict):
-    """A model that answers prompts, behind a server or loaded into this process."""
+    """A model that answers prompts, behind a server or loaded into this process; or answers that are there."""
 
     name: Name
-    model: str  # a folder or org/name; for a server, the name it is served under
+    model: str = ""  # a folder or org/name; for a server, the name it is served under
+    answers: tuple[GivenAnswers, ...] = ()  # instead of a model
     server: str | None = None  # http://host:port/v1 of an OpenAI-compatible server
     api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
     concurrency: Count = 32  # requests open at once
@@ -48,8 +65,10 @@ class RecipeSource(Strict):
     thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
     def answers_to(self, domain: str) -> int:
-        """Return how many answers the source gives to a prompt of a domain."""
-        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
+        """Return how many answers the source gives to a prompt of a domain, at least."""
+        if self.domains is not None and domain not in self.domains:
+            return 0
+        return 1 if self.answers else self.samples_for.get(domain, self.samples)  # given ones: as many as there are
 
 
 class RecipeScorer(ScorerSettings):
@@ -179,10 +198,11 @@ class Recipe(Strict):
     folder: Path  # of everything it makes
     seed: int = 0
     target: str  # the model to train
-    prompts: tuple[Prompts, ...]
-    sources: tuple[RecipeSource, ...]
+    rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
+    prompts: tuple[Prompts, ...] = ()  # those of the given answers by default
+    sources: tuple[RecipeSource, ...] = ()
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
-    scorers: tuple[RecipeScorer, ...]
-    pairs: Pairing
+    scorers: tuple[RecipeScorer, ...] = ()
+    pairs: Pairing = Pairing(rule="as_is")
     train: Train
     report: ReportSettings = ReportSettings()
