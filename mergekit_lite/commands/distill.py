@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_lite.commands import CommandGroup
 from mergekit_lite.commands.reporter import TerminalReporter
+
+if TYPE_CHECKING:
+    from mergekit_lite.distillation.data.exporting import Format
 
 
 @click.group(name="distill", cls=CommandGroup)
@@ -28,9 +32,9 @@ def command() -> None:
     """
 
 
-def stage(name: str, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], click.Command]:
+def stage(name: str, examples: tuple[str, ...] = ("",)) -> Callable[[Callable[..., None]], click.Command]:
     """Return a decorator that makes a function the command of a stage, with a recipe as its argument."""
-    lines = "".join(f"\n  mergekit-lite distill {name} {arguments}" for arguments in ("recipe.yaml", *examples))
+    lines = "".join(f"\n  mergekit-lite distill {name} recipe.yaml {options}".rstrip() for options in examples)
 
     def as_command(function: Callable[..., None]) -> click.Command:
         function = click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")(function)
@@ -45,7 +49,7 @@ skip_missing_option = click.option(
 )
 
 
-@stage("run", ("--dry-run", "--dry-run --json"))
+@stage("run", ("", "--dry-run", "--dry-run --json"))
 @skip_missing_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
@@ -66,7 +70,7 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
         distill(recipe, skip_missing=skip_missing, reporter=reporter)
 
 
-@stage("sample", ("--skip-missing",))
+@stage("sample", ("", "--skip-missing"))
 @skip_missing_option
 def sample(recipe: Path, quiet: bool, skip_missing: bool) -> None:
     """Ask the sources of RECIPE: prompts × sources × samples.
@@ -82,7 +86,7 @@ def score(recipe: Path, quiet: bool) -> None:
     _carry_out("score", recipe, quiet)
 
 
-@stage("pair", ("--skip-missing",))
+@stage("pair", ("", "--skip-missing"))
 @skip_missing_option
 def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
     """Make SFT and preference rows of the answers.
@@ -107,6 +111,28 @@ def report(recipe: Path, quiet: bool) -> None:
     _carry_out("report", recipe, quiet)
 
 
+@stage("export", ("--format trl -o rows",))
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["trl", "llama-factory", "sharegpt"]), help="Of which tool."
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A new folder; files lie in it as JSON Lines.",
+)
+def export(recipe: Path, quiet: bool, form: Format, output: Path) -> None:
+    """Write the rows of RECIPE for another tool.
+
+    The stage pair has made them.
+    """
+    from mergekit_lite.distillation.data.exporting import export as export_rows
+    from mergekit_lite.distillation.recipe.loading import load
+
+    export_rows(load(recipe), TerminalReporter(quiet=quiet), to=output, form=form)
+
+
 def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
     from mergekit_lite.distillation.recipe.loading import load
@@ -123,7 +149,7 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
 
     recipe = load(path)
     check(recipe)  # what training would refuse hours later
-    plan = dry_run(recipe, prompts.read(recipe, reporter))
+    plan = dry_run(recipe, [] if recipe.rows is not None else prompts.read(recipe, reporter))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
         return
