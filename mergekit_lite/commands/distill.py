@@ -146,6 +146,7 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     from mergekit_lite.distillation.dry_run import dry_run
     from mergekit_lite.distillation.recipe.loading import load
     from mergekit_lite.distillation.train import check
+    from mergekit_lite.errors import counted, listing
 
     recipe = load(path)
     check(recipe)  # what training would refuse hours later
@@ -164,3 +165,5 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     reporter.line(f"\neverything lies in {recipe.folder}")
     for missing in plan.missing_models:
         reporter.warn(missing)
+    if plan.left_out:
+        reporter.warn(listing(f"{counted(len(plan.left_out), 'row')} of the data left out", plan.left_out, 5))

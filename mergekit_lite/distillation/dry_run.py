@@ -55,6 +55,7 @@ class DryRun(NamedTuple):
     scorers: tuple[str, ...]
     training: tuple[TrainingSteps, ...]
     missing_models: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # rows that are given and can't be read
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -71,18 +72,20 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
         may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
         sources.append(_target(recipe, recipe.target_source, domains, may_wait))
     rows = {stage: sum(getattr(domain, stage) for domain in domains) for stage in recipe.train.stages}
+    left_out: list[str] = []
     if recipe.rows is not None:
-        rows = {stage: _given(getattr(recipe.rows, stage)) for stage in recipe.train.stages}
+        rows = {stage: _given(getattr(recipe.rows, stage), left_out) for stage in recipe.train.stages}
     training = [
         TrainingSteps(stage, rows[stage], math.floor(settings.epochs * rows[stage] + 1e-9) // settings.batch_size)
         for stage, settings in recipe.train.stages.items()
     ]
     scorers = tuple(scorer.name for scorer in recipe.scorers)
-    return DryRun(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
+    missing = tuple(missing_models(recipe, and_target=True))
+    return DryRun(domains, tuple(sources), scorers, tuple(training), missing, tuple(left_out))
 
 
-def _given(origins: Iterable[Data]) -> int:
-    return sum(1 for origin in origins for _ in examples(origin, []))
+def _given(origins: Iterable[Data], problems: list[str]) -> int:
+    return sum(1 for origin in origins for _ in examples(origin, problems))
 
 
 def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:

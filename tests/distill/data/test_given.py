@@ -155,6 +155,7 @@ def test_rows_skip_three_stages(tmp_path: Path) -> None:
         {"stage": "sft", "rows": 6, "steps": 3},
         {"stage": "preference", "rows": 7, "steps": 3},
     ]
+    assert json.loads(told)["left_out"][0].startswith(f"{tmp_path / 'preference.jsonl'}:8: the columns 'chosen'")
     for stage in ("sample", "score"):
         assert invoke(stage, path)[1].startswith("The rows are given")
     code, told, error = invoke("pair", path)
