@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_lite.answers.prompts import digest_of, message_of
 from mergekit_lite.answers.rows import Message, Prompt
@@ -103,19 +103,24 @@ def _answers(row: Mapping[str, Any], has: set[str]) -> tuple[tuple[Message, ...]
     raise ValueError(f"the columns {', '.join(map(repr, row))} are none of those that are known: {KNOWN}")
 
 
-def _preference(
-    row: Mapping[str, Any], has: set[str]
-) -> tuple[tuple[Message, ...], tuple[Given, ...], tuple[Given, ...]]:
+class _Preference(NamedTuple):
+    messages: tuple[Message, ...]
+    chosen: tuple[Given, ...]
+    rejected: tuple[Given, ...]
+
+
+def _preference(row: Mapping[str, Any], has: set[str]) -> _Preference:
     sides = {name: row[name] for name in ("chosen", "rejected")}
     if all(isinstance(side, str) for side in sides.values()):
         if not has & {"prompt", "instruction", "conversations", "messages"}:
             return _without_prompt(row)
-        return _asked(row), *((Given(side, score=_number(row.get(f"score_{name}"))),) for name, side in sides.items())
+        texts = ((Given(side, score=_number(row.get(f"score_{name}"))),) for name, side in sides.items())
+        return _Preference(_asked(row), *texts)
     sides = {name: [side] if isinstance(side, Mapping | str) else side for name, side in sides.items()}
     if any(not isinstance(side, Sequence) or not side for side in sides.values()):
         raise ValueError("'chosen' and 'rejected' have to be both texts, or both lists of messages")
     if all(isinstance(each, Mapping) and "text" in each for side in sides.values() for each in side):
-        return _turns(row["messages"]), *(tuple(map(_own, side)) for side in sides.values())
+        return _Preference(_turns(row["messages"]), *(tuple(map(_own, side)) for side in sides.values()))
     turns = {name: _turns(side) for name, side in sides.items()}
     if all(turn["role"] == "assistant" for side in turns.values() for turn in side):
         messages = _asked(row)
@@ -128,12 +133,11 @@ def _preference(
     if wrong := next((turn for side in turns.values() for turn in side if turn["role"] != "assistant"), None):
         raise ValueError(f"a turn of the role {wrong['role']!r} follows the answer: only the last answers may differ")
     scores = {name: _number(row.get(f"score_{name}")) for name in turns}
-    return messages, *(
-        tuple(Given(turn["content"], score=scores[name]) for turn in side) for name, side in turns.items()
-    )
+    said = (tuple(Given(turn["content"], score=scores[name]) for turn in side) for name, side in turns.items())
+    return _Preference(messages, *said)
 
 
-def _without_prompt(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Given, ...], tuple[Given, ...]]:
+def _without_prompt(row: Mapping[str, Any]) -> _Preference:
     """Take two texts apart: transcripts into turns, others where they begin to differ, at a space before it."""
     chosen, rejected = row["chosen"], row["rejected"]
     if TRANSCRIPT.match(chosen) and TRANSCRIPT.match(rejected):
@@ -145,7 +149,7 @@ def _without_prompt(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[
     if not chosen[:border].strip():
         raise ValueError("there is no 'prompt', and 'chosen' and 'rejected' begin with nothing in common")
     prompt = (Message(role="user", content=chosen[:border].rstrip()),)
-    return prompt, (Given(chosen[border:]),), (Given(rejected[border:]),)
+    return _Preference(prompt, (Given(chosen[border:]),), (Given(rejected[border:]),))
 
 
 def _transcript(text: str) -> list[dict[str, str]]:

@@ -112,7 +112,7 @@ def _sft_row(example: Example, place: str) -> dict[str, Any] | str:
     if not answer.text.strip():
         return "blank"
     cut = {"cut": True} if answer.cut else {}
-    score = {"score": answer.score, "scores": {}}
+    score: dict[str, Any] = {"score": answer.score, "scores": {}}
     rest = {"source": answer.model or "given", "index": 0, **score, "rule": "given", "why": place}
     return {**_question(example), "response": answer.text, **cut, **rest}
 

@@ -83,9 +83,9 @@ class PairingTable:
         ]
         if losses:
             reporter.table(["domain", ">lost", "why"], losses)
-        for what, counts in (("source", self.sources), ("in rows as", self.roles)):
-            if counts:
-                reporter.table([what, *HEADS], [[name, *each.cells] for name, each in counts.items()])
+        for what, looked_at in (("source", self.sources), ("in rows as", self.roles)):
+            if looked_at:
+                reporter.table([what, *HEADS], [[name, *each.cells] for name, each in looked_at.items()])
 
 
 def table_of(

@@ -280,3 +280,20 @@ def test_trl_and_datasets_read_exported_rows(tmp_path: Path) -> None:
             text = maybe_apply_chat_template(row, tokenizer("chatml"))
             assert text["prompt"].endswith("<|im_start|>assistant\n")
             assert all(text[key].endswith("<|im_end|>\n") for key in keys - {"prompt"})
+
+
+@pytest.mark.slow
+def test_given_rows_are_trained_on(tmp_path: Path) -> None:
+    """From rows to a trained model, with nothing else in the recipe."""
+    from tests.distill.training import target
+
+    path = given_rows(tmp_path)
+    target(tmp_path / "target")
+    data = yaml.safe_load(path.read_text())
+    for stage in data["train"].values():
+        stage |= {"dtype": "float32", "per_device_batch_size": 2}
+    path.write_text(yaml.safe_dump(data))
+    code, told, error = invoke("run", path)
+    assert code == 0, error
+    assert "sft: 3 steps done" in told and "preference: 3 steps done" in told
+    assert (tmp_path / "out" / "train" / "preference" / "config.json").exists()
