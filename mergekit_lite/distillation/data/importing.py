@@ -106,8 +106,10 @@ def _rows(name: str, origins: Iterable[Data], left: Left, loaded: LoadedPrompts)
 
 def _sft_row(example: Example, place: str) -> dict[str, Any] | str:
     """Return the row of the answer, or of the first chosen one; or why there is none."""
-    if len(example.answers) > 1:
-        raise ValueError(f"{len(example.answers)} answers: give them as `answers` of a source, and a rule chooses")
+    if not example.chosen and len(example.answers) != 1:
+        raise ValueError(
+            f"{len(example.answers)} answers, expected one: give them as `answers` of a source, and a rule chooses"
+        )
     (answer, *_) = (*example.chosen, *example.answers)
     if not answer.text.strip():
         return "blank"
