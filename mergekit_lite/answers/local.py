@@ -121,11 +121,11 @@ class Local:
 
     def _answer(self, task: Task, tokens: list[int]) -> Answer:
         end = next((place for place, token in enumerate(tokens) if token in self.loaded.ends), None)
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         finish = "length" if end is None else "stop"
         if self.template.opens_thoughts:  # it goes on from there
             text = self.template.opens_thoughts + text
-        return Answer(task.prompt.id, self.name, task.index, str(text), finish, len(tokens[:end]))
+        return Answer(task.prompt.id, self.name, task.index, text, finish, len(tokens[:end]))
 
     @cached_property
     def template(self) -> ChatTemplate:
