@@ -28,7 +28,7 @@ class Prompts(Data):
     """A source of prompts."""
 
     domain: str = ""  # of prompts without one
-    columns: dict[Column, str] = Field({})  # ours: theirs
+    columns: dict[Column, str] = Field(default={})  # ours: theirs
 
 
 @dataclass
