@@ -56,7 +56,6 @@ class Local:
 
         Raises:
             CheckpointError: the model can't be loaded.
-            TemplateError: the chat template refuses the system prompt.
             RunError: a batch doesn't fit into memory.
         """
         if not wanted:
@@ -85,10 +84,6 @@ class Local:
         try:
             tokens = self.template.prompt((*before, *task.prompt.messages))
         except TemplateError as error:
-            if self.system is not None:
-                raise TemplateError(
-                    f"{error} Leave `system` out, if it is the system prompt that is refused."
-                ) from error
             self._refused[task.prompt.id] = str(error)
             return None
         if self._context is not None and len(tokens) >= self._context:
@@ -135,8 +130,13 @@ class Local:
         if stopped:
             places = [place for stop in self.sampling.stop or () if (place := text.find(stop)) >= 0]
             text = text[: min(places, default=len(text))]
+        text = self._whole(text)
         finish = "length" if end is None and not stopped else "stop"
         return Answer(task.prompt.id, self.name, task.index, text, finish, len(tokens[:end]))
+
+    def _whole(self, text: str) -> str:
+        """Return an answer with the mark of the thoughts that the chat template has opened, and it goes on from."""
+        return self.template.opens_thoughts + text
 
     @cached_property
     def template(self) -> ChatTemplate:

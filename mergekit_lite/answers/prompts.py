@@ -1,4 +1,4 @@
-"""Prompts from files and data sets of the hub.
+"""Prompts from files and data sets of the hub (``data_files.py``).
 
 A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and optionally ``id``,
 ``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns with
@@ -10,34 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from xxhash import xxh3_64_hexdigest
 
-from mergekit_lite.answers.rows import Message, Prompt, read_rows
-from mergekit_lite.errors import UsageError, nearest, shortened
+from mergekit_lite.answers.data_files import Data, rows_of
+from mergekit_lite.answers.rows import Message, Prompt
+from mergekit_lite.errors import shortened
 
 Column = Literal["id", "prompt", "messages", "domain", "reference", "tests"]
 COLUMNS: tuple[Column, ...] = ("id", "prompt", "messages", "domain", "reference", "tests")
 ROLES = ("system", "user", "assistant")
-JSON_LINES = (".jsonl", ".ndjson")
-PARQUET = (".parquet", ".pq")
 
 
-class Prompts(BaseModel):
-    """A source of prompts: a JSONL or Parquet file, or a data set of the hub."""
+class Prompts(Data):
+    """A source of prompts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: Path | None = None
-    dataset: str | None = None  # org/name on the hub, org/name@revision
-    config: str | None = None  # of the data set
-    split: str = "train"
     domain: str = ""  # of prompts without one
-    columns: dict[Column, str] = {}  # ours: theirs
-    limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the first
+    columns: dict[Column, str] = Field(default={})  # ours: theirs
 
 
 @dataclass
@@ -47,6 +38,22 @@ class LoadedPrompts:
     prompts: list[Prompt] = field(default_factory=list)  # the sound ones, each once, in the order of the data
     problems: list[str] = field(default_factory=list)  # of the rows that were left out, with their places
     repeated: int = 0  # how many rows were left out because an earlier row has the same conversation
+    _asked: set[str] = field(default_factory=set)  # digests of the conversations
+    _places: dict[str, str] = field(default_factory=dict)  # of each id
+
+    def add(self, prompt: Prompt, place: str) -> None:
+        """Add a prompt, unless its conversation was there before or its id is that of another one."""
+        digest = digest_of(prompt.messages)
+        if digest in self._asked:
+            self.repeated += 1
+        elif prompt.id in self._places:
+            self.problems.append(
+                f"{place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {self._places[prompt.id]}"
+            )
+        else:
+            self._asked.add(digest)
+            self._places[prompt.id] = place
+            self.prompts.append(prompt)
 
 
 def load(sources: Iterable[Prompts]) -> LoadedPrompts:
@@ -56,26 +63,12 @@ def load(sources: Iterable[Prompts]) -> LoadedPrompts:
         UsageError: a file or data set can't be read, or has no column with prompts.
     """
     loaded = LoadedPrompts()
-    asked: set[str] = set()
-    places: dict[str, str] = {}  # of each id
     for source in sources:
         for values, place in _rows(source, loaded.problems):
             try:
-                prompt = _prompt(values, source.domain)
+                loaded.add(_prompt(values, source.domain), place)
             except ValueError as error:
                 loaded.problems.append(f"{place}: {error}")
-                continue
-            digest = digest_of(prompt.messages)
-            if digest in asked:
-                loaded.repeated += 1
-            elif prompt.id in places:
-                loaded.problems.append(
-                    f"{place}: the id {shortened(prompt.id, 60)!r} is that of another prompt at {places[prompt.id]}"
-                )
-            else:
-                asked.add(digest)
-                places[prompt.id] = place
-                loaded.prompts.append(prompt)
     return loaded
 
 
@@ -103,65 +96,9 @@ def from_row(row: Mapping[str, Any]) -> Prompt:
 def _rows(source: Prompts, problems: list[str]) -> Iterator[tuple[Mapping[Column, Any], str]]:
     """Yield the values of each row by our names, and its place: file and line."""
     names: dict[Column, str] = {column: source.columns.get(column, column) for column in COLUMNS}
-    rows = _of_file(source.path, names, problems) if source.path else _of_dataset(source, names)
-    for number, (row, place) in enumerate(rows):
-        if number == source.limit:
-            return
+    needed = (names["prompt"], names["messages"])
+    for row, place in rows_of(source, problems, tuple(names.values()), needed):
         yield {column: row[name] for column, name in names.items() if row.get(name) is not None}, place
-
-
-Rows = Iterator[tuple[Mapping[str, Any], str]]  # each with its place
-
-
-def _of_file(path: Path, names: Mapping[Column, str], problems: list[str]) -> Rows:
-    if path.suffix in JSON_LINES:
-        return ((line.row, f"{path}:{line.number}") for line in read_rows(path, problems))
-    if path.suffix in PARQUET:
-        return _of_parquet(path, names)
-    raise UsageError(
-        f"{path}: prompts are read from {', '.join(JSON_LINES + PARQUET)} files, told by their ending. "
-        "Write one JSON object a line, for instance."
-    )
-
-
-def _of_parquet(path: Path, names: Mapping[Column, str]) -> Rows:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = _readable(file.schema_arrow.names, names, str(path))
-            number = 0
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}: row {number:,}"
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"Can't read {path}: {error}.") from error
-
-
-def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Rows:
-    from datasets import load_dataset
-
-    name, _, revision = str(source.dataset).partition("@")
-    try:
-        # A data set that comes as code is refused by the library.
-        data = load_dataset(name, source.config, split=source.split, revision=revision or None)
-    except Exception as error:  # any of the library's parts may raise
-        raise UsageError(f"Can't load the data set {source.dataset}, split {source.split}: {error}") from error
-    data = data.select_columns(_readable(data.column_names, names, str(source.dataset)))
-    for number, row in enumerate(data, 1):
-        yield row, f"{source.dataset} ({source.split}): row {number:,}"
-
-
-def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
-    if not {names["prompt"], names["messages"]} & set(columns):
-        hint = nearest(names["prompt"], columns) or nearest(names["messages"], columns)
-        raise UsageError(
-            f"{where} has no column {names['prompt']!r} or {names['messages']!r}; it has {', '.join(columns)}.{hint} "
-            "Map it with `columns: {prompt: THEIRS}`, or {messages: THEIRS}."
-        )
-    return [name for name in columns if name in names.values()]
 
 
 def _prompt(values: Mapping[Column, Any], domain: str) -> Prompt:
@@ -183,13 +120,14 @@ def _messages(values: Mapping[Column, Any]) -> tuple[Message, ...]:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise ValueError(f"expected a text or a list of messages, got {shortened(given, 60)!r}")
-    messages = tuple(_message(number, message) for number, message in enumerate(given, 1))
+    messages = tuple(message_of(number, message) for number, message in enumerate(given, 1))
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message is of the role {messages[-1]['role']!r}, expected 'user': who is answered")
     return messages
 
 
-def _message(number: int, given: object) -> Message:
+def message_of(number: int, given: object) -> Message:
+    """Return a message with a role and a text. Raises ValueError, which names it by its number."""
     if not isinstance(given, dict):
         raise ValueError(f"message {number}: expected {{role, content}}, got {shortened(given, 60)!r}")
     role, content = given.get("role"), given.get("content")

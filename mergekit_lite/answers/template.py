@@ -3,16 +3,21 @@
 The prompt is the conversation under the tokenizer's chat template with the header of the next turn. The response is
 the rest of the same conversation with the answer under the template, up to the token that ends the turn. So no header
 is scored, a system prompt that the template adds is in the prompt, and a turn ends once.
+
+Thoughts are written as the template writes them. Where it opens them in the prompt, the response goes on from there; an
+answer without thoughts closes them first, as the template does, or else by the mark that closes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from mergekit_lite.answers.rows import Message
+from mergekit_lite.answers.thoughts import MARKS, OPENING, Parts, parted
 from mergekit_lite.errors import MergekitLiteError
 
 if TYPE_CHECKING:
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 
 QUESTION = (Message(role="user", content="?"),)
 PROBE = "Zq7kAnswer"  # an answer that no template writes by itself
+THOUGHT_PROBE = "Zq7kThought"
+SYSTEM_PROBE = "Zq7kSystem"
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # of a message, by which templates take thoughts
 # Llama-3.2's template writes today's date unless it is given one. This is its own default. Tokens must not depend on
 # the day: a stored log-probability would no longer be that of the row.
 DATE = "26 Jul 2024"
@@ -84,14 +92,21 @@ class ChatTemplate:
     """The chat template of a tokenizer; or plain text, where it has none.
 
     Plain text is the contents of the messages, blank lines between them and after them, then the answer and the
-    tokenizer's end of text. ``note`` is a remark about that for the user, or None.
+    tokenizer's end of text. A system prompt that the template refuses or leaves out is put before the first turn of
+    the user, a blank line between.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         self.plain = not tokenizer.chat_template
-        self.note = f"{self.name} has no chat template: prompts are plain text." if self.plain else None
+        self._remarks: Counter[str] = Counter()
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the user: what was written in another way than asked so far, and how often."""
+        plain = [f"{self.name} has no chat template: prompts are plain text."] if self.plain else []
+        return [*plain, *(f"The chat template of {self.name} {what} ({n:,}×)." for what, n in self._remarks.items())]
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the tokens that the model reads before it answers.
@@ -101,24 +116,41 @@ class ChatTemplate:
         """
         if self.plain:
             return self._plain_ids(messages)
-        return self._ids(self._prompt_text(messages))
+        return self._ids(self._prompt_text(self._accepted(messages)))
 
-    def tokens(self, messages: Sequence[Message], response: str) -> Tokens:
+    def tokens(self, messages: Sequence[Message], response: str, *, cut: bool = False) -> Tokens:
         """Return the tokens of the conversation so far, and of the answer to it.
+
+        Args:
+            messages: the conversation; the last one is the user's.
+            response: the answer, its thoughts in front of it (``answers/thoughts.py``).
+            cut: the answer was cut: no end of turn follows it. Nor does one follow thoughts that never close.
 
         Raises:
             TemplateError: the template refuses these messages or shows no answers; or the answer has an end of turn
-                inside.
+                inside; or nothing is left of it.
         """
+        parts = parted(response)
+        cut = cut or parts.open
         if self.plain:
-            return Tokens(self._plain_ids(messages), self._ended(self._ids(response)))
+            ids = self._ids(response)
+            return Tokens(self._plain_ids(messages), ids if cut else self._ended(ids))
+        messages = self._accepted(messages)
         prompt_text = self._prompt_text(messages)
-        response_text = self._response_text(messages, response, prompt_text)
+        response_text = self._response_text(messages, parts, prompt_text) + ("" if cut else self._end)
+        if not response_text:
+            raise TemplateError(f"The answer is empty, or thoughts that {self.name} has no place for.")
         prompt = self._ids(prompt_text)
         whole = self._ids(prompt_text + response_text)
         # A token that spans the border would be no token of the prompt: the model answers after the prompt's own.
         joined = whole[: len(prompt)] == prompt
-        return Tokens(prompt, self._ended(whole[len(prompt) :] if joined else self._ids(response_text)))
+        ids = whole[len(prompt) :] if joined else self._ids(response_text)
+        return Tokens(prompt, ids if cut else self._ended(ids))
+
+    @cached_property
+    def opens_thoughts(self) -> str:
+        """The end of the prompt, from the mark that opens thoughts on, where the template opens them; else nothing."""
+        return "" if self.plain else _opened(self._prompt_text(QUESTION))
 
     def whole(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the tokens of a whole conversation, with its answers.
@@ -126,22 +158,84 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses these messages.
         """
-        return self._plain_ids(messages) if self.plain else self._ids(self._render(messages))
+        return self._plain_ids(messages) if self.plain else self._ids(self._render(self._accepted(messages)))
 
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         return self._render(messages, header=True) + self._missing_header
 
-    def _response_text(self, messages: Sequence[Message], response: str, prompt: str) -> str:
-        """Return the text that follows the prompt, with the end of the turn.
+    def _accepted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages, the system prompt folded into the user's first turn where there is no place for it."""
+        if len(messages) < 2 or messages[0]["role"] != "system" or self._takes_system:
+            return messages
+        if messages[1]["role"] != "user":
+            return messages
+        self._remarks["has no place for a system prompt: it is put before the first turn of the user"] += 1
+        folded = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        return [Message(role="user", content=folded), *messages[2:]]
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        try:
+            return SYSTEM_PROBE in self._render([Message(role="system", content=SYSTEM_PROBE), *QUESTION], header=True)
+        except TemplateError:
+            return False
+
+    def _response_text(self, messages: Sequence[Message], parts: Parts, prompt: str) -> str:
+        """Return the text that follows the prompt, without the end of the turn.
 
         Where the template shows the answer as it is, that is the text it renders beyond the prompt. Some templates
-        remove parts of answers (thoughts), or write something else in the place of the header: with them it is the
-        answer itself and the end of a turn, as the model would have written them after the prompt.
+        remove thoughts from answers, or write something else in the place of the header: with them it is the answer
+        itself, as the model would have written it after the prompt.
         """
-        whole = self._render([*messages, Message(role="assistant", content=response)])
-        rest = whole.removeprefix(prompt).removesuffix(self._frame.after)
-        shown = whole.startswith(prompt) and whole.endswith(self._frame.after) and response.strip() in rest
-        return (rest if shown else response) + self._end
+        if parts.has_thoughts and prompt.rstrip().endswith(tuple(MARKS.values())):
+            self._remarks["closes thoughts before each answer: answers are taken without theirs"] += 1
+            parts = Parts("", parts.answer)
+        for message in self._messages(parts):
+            whole = self._render([*messages, message])
+            rest = whole.removeprefix(prompt).removesuffix(self._frame.after)
+            framed = whole.startswith(prompt) and whole.endswith(self._frame.after)
+            if framed and _shows(rest, parts, _opened(prompt)):
+                return rest
+        return self._written(parts, _opened(prompt))
+
+    def _messages(self, parts: Parts) -> Iterator[Message]:
+        """Yield the answer as a message: with thoughts in a field that the template knows, then in the content."""
+        if parts.open:  # a template would close them
+            return
+        if parts.has_thoughts and self._thought_key:
+            apart = {self._thought_key: parts.thoughts.strip()}
+            yield cast(Message, {"role": "assistant", "content": parts.answer, **apart})
+        yield Message(role="assistant", content=parts.whole)
+
+    def _written(self, parts: Parts, opened: str) -> str:
+        """Return the answer as a model writes it after a prompt that ends with ``opened``."""
+        mark = next((mark for mark in MARKS if mark in (opened or self._lead)), OPENING)
+        if not parts.has_thoughts:
+            gap = opened.removeprefix(mark)
+            return (gap + MARKS[mark] + 2 * gap if opened else self._lead) + parts.answer
+        end = "" if parts.open else MARKS[mark] + parts.text
+        if opened:
+            return parts.thoughts.removeprefix(opened.removeprefix(mark)) + end
+        return self._lead.partition(mark)[0] + mark + parts.thoughts + end
+
+    @cached_property
+    def _lead(self) -> str:
+        """What the template writes between the prompt and an answer: a space, a channel, thoughts that are empty."""
+        asked = self._prompt_text(QUESTION)
+        return self._frame.before.removeprefix(asked) if self._frame.before.startswith(asked) else ""
+
+    @cached_property
+    def _thought_key(self) -> str | None:
+        """The field of a message whose text the template writes before the answer, as thoughts."""
+        for key in THOUGHT_KEYS:
+            message = {"role": "assistant", "content": PROBE, key: THOUGHT_PROBE}
+            try:
+                text = self._render([*QUESTION, cast(Message, message)])
+            except TemplateError:
+                continue
+            if PROBE in text.partition(THOUGHT_PROBE)[2]:
+                return key
+        return None
 
     @cached_property
     def _missing_header(self) -> str:
@@ -212,3 +306,21 @@ class ChatTemplate:
     def _special(self) -> frozenset[int]:
         added = self.tokenizer.added_tokens_decoder
         return frozenset({*self.tokenizer.all_special_ids, *(key for key, token in added.items() if token.special)})
+
+
+def _opened(prompt: str) -> str:
+    """Return the end of a prompt, from the mark that opens thoughts on, if it ends with one; else nothing."""
+    bare = prompt.rstrip()
+    mark = next((mark for mark in MARKS if bare.endswith(mark)), "")
+    return prompt[len(bare) - len(mark) :] if mark else ""
+
+
+def _shows(rest: str, parts: Parts, opened: str) -> bool:
+    """Return whether what a template wrote after the prompt is the answer with its thoughts, each of them once."""
+    answer = parts.answer.strip()
+    if parts.has_thoughts:
+        before, found, after = rest.partition(parts.thoughts.strip())
+        marks = sum(before.count(mark) for mark in MARKS)
+        return bool(found) and answer in after and marks <= 1 and not (opened and before.strip())
+    closed = any(mark in rest[: rest.find(answer)] for mark in MARKS.values())
+    return answer in rest and (closed or not opened)

@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_lite.commands import CommandGroup
 from mergekit_lite.commands.reporter import TerminalReporter
+
+if TYPE_CHECKING:
+    from mergekit_lite.distillation.data.exporting import Format
 
 
 @click.group(name="distill", cls=CommandGroup)
@@ -28,9 +32,9 @@ def command() -> None:
     """
 
 
-def stage(name: str, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], click.Command]:
+def stage(name: str, examples: tuple[str, ...] = ("",)) -> Callable[[Callable[..., None]], click.Command]:
     """Return a decorator that makes a function the command of a stage, with a recipe as its argument."""
-    lines = "".join(f"\n  mergekit-lite distill {name} {arguments}" for arguments in ("recipe.yaml", *examples))
+    lines = "".join(f"\n  mergekit-lite distill {name} recipe.yaml {options}".rstrip() for options in examples)
 
     def as_command(function: Callable[..., None]) -> click.Command:
         function = click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")(function)
@@ -46,7 +50,7 @@ skip_missing_option = click.option(
 )
 
 
-@stage("run", ("--dry-run", "--dry-run --json"))
+@stage("run", ("", "--dry-run", "--dry-run --json"))
 @skip_missing_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
@@ -67,7 +71,7 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
         distill(recipe, skip_missing=skip_missing, reporter=reporter)
 
 
-@stage("sample", ("--skip-missing", "--source strong --write-batch requests.jsonl"))
+@stage("sample", ("", "--skip-missing", "--source strong --write-batch requests.jsonl"))
 @skip_missing_option
 @click.option("--source", metavar="NAME", help="The source of a batch, if there are several.")
 @click.option(
@@ -106,7 +110,7 @@ def score(recipe: Path, quiet: bool) -> None:
     _carry_out("score", recipe, quiet)
 
 
-@stage("pair", ("--skip-missing",))
+@stage("pair", ("", "--skip-missing"))
 @skip_missing_option
 def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
     """Make SFT and preference rows of the answers.
@@ -131,6 +135,28 @@ def report(recipe: Path, quiet: bool) -> None:
     _carry_out("report", recipe, quiet)
 
 
+@stage("export", ("--format trl -o rows",))
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["trl", "llama-factory", "sharegpt"]), help="Of which tool."
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A new folder; files lie in it as JSON Lines.",
+)
+def export(recipe: Path, quiet: bool, form: Format, output: Path) -> None:
+    """Write the rows of RECIPE for another tool.
+
+    The stage pair has made them.
+    """
+    from mergekit_lite.distillation.data.exporting import export as export_rows
+    from mergekit_lite.distillation.recipe.loading import load
+
+    export_rows(load(recipe), TerminalReporter(quiet=quiet), to=output, form=form)
+
+
 def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
     from mergekit_lite.distillation.recipe.loading import load
@@ -144,21 +170,24 @@ def _show_plan(path: Path, reporter: TerminalReporter, as_json: bool) -> None:
     from mergekit_lite.distillation.dry_run import dry_run
     from mergekit_lite.distillation.recipe.loading import load
     from mergekit_lite.distillation.train import check
+    from mergekit_lite.errors import counted, listing
 
     recipe = load(path)
     check(recipe)  # what training would refuse hours later
-    plan = dry_run(recipe, prompts.read(recipe, reporter))
+    plan = dry_run(recipe, [] if recipe.rows is not None else prompts.read(recipe, reporter))
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
         return
     domains = [(d.domain or "–", f"{d.prompts:,}", d.rule, f"{d.sft:,}", f"{d.preference:,}") for d in plan.domains]
     reporter.table(("domain", ">prompts", "rule", ">SFT rows ≤", ">preference rows ≤"), domains)
     reporter.line("")
-    sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}") for s in plan.sources]
-    reporter.table(("source", "model", "asked", ">answers", ">done"), sources)
+    sources = [(s.name, s.model, s.where, f"{s.requests:,}", f"{s.done:,}", f"{s.cut:,}") for s in plan.sources]
+    reporter.table(("source", "model", "asked", ">answers", ">done", ">cut"), sources)
     reporter.line(f"\nscored by {', '.join(plan.scorers) or 'nothing'}\n")
     stages = [(stage.stage, f"{stage.rows:,}", f"{stage.steps:,}") for stage in plan.training]
     reporter.table(("training", ">rows ≤", ">steps ≤"), stages)
     reporter.line(f"\neverything lies in {recipe.folder}")
     for missing in plan.missing_models:
         reporter.warn(missing)
+    if plan.left_out:
+        reporter.warn(listing(f"{counted(len(plan.left_out), 'row')} of the data left out", plan.left_out, 5))

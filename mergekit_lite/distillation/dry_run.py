@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mergekit_lite.answers.asking import urls_of
+from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, Key, Prompt
+from mergekit_lite.distillation.data.given import examples, keys_given
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
+from mergekit_lite.distillation.pairing.counts import counts_of
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 
@@ -34,6 +37,7 @@ class SourceRequests(NamedTuple):
     where: str
     requests: int
     done: int
+    cut: int = 0  # of those that are done, by the limit of tokens
 
 
 class TrainingSteps(NamedTuple):
@@ -52,6 +56,7 @@ class DryRun(NamedTuple):
     scorers: tuple[str, ...]
     training: tuple[TrainingSteps, ...]
     missing_models: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # rows that are given and can't be read
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -68,12 +73,20 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
         may_wait = (prompt for prompt in prompts if recipe.pairs.of(prompt.domain).needs_target)
         sources.append(_target(recipe, recipe.target_source, domains, may_wait))
     rows = {stage: sum(getattr(domain, stage) for domain in domains) for stage in recipe.train.stages}
+    left_out: list[str] = []
+    if recipe.rows is not None:
+        rows = {stage: _given(getattr(recipe.rows, stage), left_out) for stage in recipe.train.stages}
     training = [
         TrainingSteps(stage, rows[stage], math.floor(settings.epochs * rows[stage] + 1e-9) // settings.batch_size)
         for stage, settings in recipe.train.stages.items()
     ]
     scorers = tuple(scorer.name for scorer in recipe.scorers)
-    return DryRun(domains, tuple(sources), scorers, tuple(training), tuple(missing_models(recipe, and_target=True)))
+    missing = tuple(missing_models(recipe, and_target=True))
+    return DryRun(domains, tuple(sources), scorers, tuple(training), missing, tuple(left_out))
+
+
+def _given(origins: Iterable[Data], problems: list[str]) -> int:
+    return sum(1 for origin in origins for _ in examples(origin, problems))
 
 
 def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
@@ -88,14 +101,18 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
 
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
+    if source.answers:
+        keys = keys_given(source, prompts)
+        return SourceRequests(source.name, "", "given", len(keys), len(keys))
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
-    missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER).missing
+    ledger: Ledger[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER)
     where = "in this process" if source.engine == "transformers" else f"in this process, by {source.engine}"
     if source.server is not None:
         where = ", ".join(urls_of(source.server))
     elif source.serve is not None:
         where = f"served by {source.serve}"
-    return SourceRequests(source.name, source.model, where, len(keys), len(keys) - len(missing))
+    done, cut = len(keys) - len(ledger.missing), counts_of(ledger.rows()).cut
+    return SourceRequests(source.name, source.model, where, len(keys), done, cut)
 
 
 def _target(

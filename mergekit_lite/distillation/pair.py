@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite.answers.rows import Key, Prompt, write_rows
+from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting, assignments
 from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
@@ -18,7 +19,7 @@ from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair,
 from mergekit_lite.errors import UsageError, counted, listing
 
 ByPrompt = Mapping[str, Sequence[Candidate]]
-Responses = Mapping[tuple[str, Key], dict[str, Any]]  # text and scores of answers, by source and key
+Responses = Mapping[tuple[str, Key], dict[str, Any]]  # text, scores, and whether it was cut; by source and key
 
 
 def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> PairingTable:
@@ -34,9 +35,12 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
         skip_missing: ignore answers and scores that the files don't have, and count them as losses.
 
     Raises:
-        UsageError: answers or scores of the sources are missing, or the recipe's pairs are wrong.
+        UsageError: answers or scores of the sources are missing, or the recipe's pairs or the given rows are wrong.
     """
     folder, inventory = Folder(recipe.folder), Inventory()
+    if recipe.rows is not None:
+        import_rows(folder, recipe.rows, reporter)
+        return PairingTable({})
     _check(pairing_problems(recipe))
     prompts = {prompt.id: prompt for prompt in stored(folder)}
     pairings = {prompt.domain: recipe.pairs.of(prompt.domain) for prompt in prompts.values()}
@@ -58,9 +62,9 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
             assigned = _assigned(recipe, prompts, pairings, answers, answered=True)
     for problem in inventory.problems:
         reporter.warn(problem)
-    _write(recipe, prompts, pairings, answers, assigned)
+    rows = _write(recipe, prompts, pairings, answers, assigned)
     _write_waiting(folder, [prompts[prompt] for prompt in waiting])
-    table = table_of(assigned, prompts, inventory.counts)
+    table = table_of(assigned, prompts, inventory, rows)
     table.write(folder.root / "pairs" / "table.json")
     table.show(reporter)
     if missing:
@@ -107,8 +111,11 @@ def _write(
     pairings: Mapping[str, Pairing],
     answers: Mapping[str, Answers],
     assigned: Mapping[str, Assignment],
-) -> None:
-    """Write the rows. While prompts wait for the target there are no preference rows, not even an older file."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Write the rows and return them, by the names of their files.
+
+    While prompts wait for the target there are no preference rows, not even an older file.
+    """
     folder = Folder(recipe.folder)
     responses = _responses(recipe, folder, assigned)
     rows: dict[str, list[dict[str, Any]]] = {"sft": [], "preference": [], "dropped": []}
@@ -126,6 +133,7 @@ def _write(
         folder.pairs("preference").unlink(missing_ok=True)
     for name, lines in rows.items():
         write_rows(folder.pairs(name), lines)
+    return rows
 
 
 def _write_waiting(folder: Folder, waiting: Sequence[Prompt]) -> None:
@@ -142,10 +150,12 @@ def _responses(recipe: Recipe, folder: Folder, assigned: Mapping[str, Assignment
         for answer in _used(assignment):
             wanted.setdefault(answer.source, set()).add(Key(prompt, answer.index))
     responses: dict[tuple[str, Key], dict[str, Any]] = {}
+    own = [recipe.target_source] if recipe.target_source is not None else []
+    sources = {source.name: source for source in (*recipe.sources, *own)}
     for source, keys in wanted.items():
-        text = texts(folder, source, keys)
+        text = texts(folder, sources[source], keys)
         scores = all_scores(folder, recipe.scorers, source, keys)
-        responses |= {(source, key): {"text": text[key], "scores": scores[key]} for key in keys}
+        responses |= {(source, key): {**text[key]._asdict(), "scores": scores[key]} for key in keys}
     return responses
 
 
@@ -153,6 +163,10 @@ def _used(assignment: Assignment) -> Iterable[Candidate]:
     if isinstance(assignment, SftExample):
         return (assignment.answer,)
     return (*assignment.chosen, *assignment.rejected) if isinstance(assignment, PreferencePair) else ()
+
+
+def _cut(response: Mapping[str, Any]) -> dict[str, bool]:
+    return {"cut": True} if response["cut"] else {}
 
 
 def _question(prompt: Prompt) -> dict[str, Any]:
@@ -165,6 +179,7 @@ def _sft_row(prompt: Prompt, example: SftExample, pairing: Pairing, responses: R
     return {
         **_question(prompt),
         "response": response["text"],
+        **_cut(response),
         "source": answer.source,
         "index": answer.index,
         "score": response["scores"].get(pairing.score),
@@ -181,6 +196,7 @@ def _preference_row(
         response = responses[answer.source, Key(prompt.id, answer.index)]
         return {
             "text": response["text"],
+            **_cut(response),
             "source": answer.source,
             "index": answer.index,
             "score": answer.score,

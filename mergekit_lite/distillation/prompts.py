@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mergekit_lite.answers import prompts as data
 from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
+from mergekit_lite.distillation.data.given import add_prompts
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.checks import unknown_domains
 from mergekit_lite.distillation.recipe.schema import Recipe
@@ -22,11 +23,13 @@ def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
         UsageError: the data can't be read, are empty, or have no prompt of a domain that the recipe names.
     """
     loaded = data.load(recipe.prompts)
+    if not recipe.prompts:
+        add_prompts(recipe.sources, loaded)
     if loaded.problems:
         left_out = f"{counted(len(loaded.problems), 'row')} of the prompts left out"
         reporter.warn(listing(left_out, loaded.problems, SHOWN))
     if loaded.repeated:
-        reporter.line(f"{counted(loaded.repeated, 'prompt')} asked before in the data, left out")
+        reporter.line(f"{counted(loaded.repeated, 'prompt')} asked before in the data, taken once")
     if not loaded.prompts:
         raise UsageError(listing("There is no prompt to ask", loaded.problems or ["the data have no rows"]))
     unknown_domains(recipe, (prompt.domain for prompt in loaded.prompts))

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_lite.answers.asking import Task
 from mergekit_lite.answers.rows import Answer, Key
+from mergekit_lite.answers.thoughts import is_cut, parts_of
 from mergekit_lite.distillation.recipe.schema import RecipeSource
 from mergekit_lite.errors import counted
 
@@ -57,10 +58,10 @@ def remarks(source: RecipeSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
     for _, group in groupby(rows, lambda row: row["prompt"]):
         texts = []
         for row in group:
-            at_limit = row.get("finish") == "length"
-            spent = at_limit and is_thoughts_alone(row["text"])
-            thoughts, cut = thoughts + spent, cut + (at_limit and not spent)
-            texts.append(row["text"])
+            parts = parts_of(row)
+            spent = is_cut(row) and not parts.text.strip()
+            thoughts, cut = thoughts + spent, cut + (is_cut(row) and not spent)
+            texts.append(parts.text)
         answers += len(texts)
         said = [text for text in texts if text.strip()]
         complete += len(said) > 1
@@ -73,11 +74,6 @@ def remarks(source: RecipeSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
         yield f"{source.name}: {counted(cut, 'answer')} of {answers:,} cut at {limit}"
     if source.sampling.temperature > 0 and complete >= FEW and alike >= NEARLY_ALL * complete:
         yield _alike(source, alike, complete)
-
-
-def is_thoughts_alone(text: str) -> bool:
-    """Whether an answer that was cut never came to speak: it is blank, or a thought that doesn't end."""
-    return not text.strip() or (text.lstrip().startswith("<think>") and "</think>" not in text)
 
 
 def _alike(source: RecipeSource, alike: int, complete: int) -> str:

@@ -24,6 +24,7 @@ from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.answers.serving import RunningServer, serve_words, serving
+from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
@@ -56,8 +57,15 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
         UsageError: the prompts or a source's settings are not those of the existing answers.
         RunError: answers are missing at the end.
     """
+    if recipe.rows is not None:
+        reporter.line("The rows are given: nothing is asked.")
+        return
     check(recipe)
-    planned = plan(recipe, settled(recipe, reporter))
+    prompts = settled(recipe, reporter)
+    for source in (source for source in recipe.sources if source.answers):
+        number = import_answers(Folder(recipe.folder), source, prompts, reporter)
+        reporter.line(f"{source.name}: {counted(number, 'answer')} given")
+    planned = plan(recipe, prompts)
     for each in planned:
         hold_source(recipe, each.source)
     unfinished = [each for each in planned if each.ledger.missing]
@@ -92,7 +100,11 @@ def check(recipe: Recipe, *, and_target: bool = False) -> None:
 def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
     """Return what is still needed here and is not there, as messages: models' folders, programs that serve, vLLM."""
     folder = Folder(recipe.folder)
-    needed = [each for each in recipe.sources if each.server is None and not folder.samples(each.name).exists()]
+    needed = [
+        each
+        for each in recipe.sources
+        if each.server is None and not each.answers and not folder.samples(each.name).exists()
+    ]
     models = {f"the source {each.name}": each.model for each in needed if each.serve is None}
     if and_target:
         models["the target"] = recipe.target
@@ -120,8 +132,8 @@ def _missing_program(source: RecipeSource) -> str | None:
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
-    """Return the tasks of every source, and those of the target where it can answer already."""
-    planned = [_source_tasks(recipe, source, prompts) for source in recipe.sources]
+    """Return the tasks of every source that is asked, and those of the target where it can answer already."""
+    planned = [_source_tasks(recipe, source, prompts) for source in recipe.sources if not source.answers]
     if recipe.target_source is not None and waits_for(recipe) is None:
         planned.append(_source_tasks(recipe, recipe.target_source, own_prompts(recipe, prompts)))
     return planned
@@ -256,8 +268,10 @@ def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[A
     yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
 
 
-def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Reporter) -> Iterator[str]:
+def _failures(recipe: Recipe, asked: SourceTasks, who: Served | Local, reporter: Reporter) -> Iterator[str]:
     source, failures = asked.source, who.failures
+    for note in who.template.notes if isinstance(who, Local) else ():
+        reporter.line(f"{source.name}: {note}")
     if failures.retried:
         reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
         reporter.line(f"{source.name}: {counted(failures.retried.total(), 'request')} made again: {reasons}")

@@ -24,6 +24,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
 from mergekit_lite.answers.scoring.registry import kind_of, open_scorer
 from mergekit_lite.answers.scoring.scorer import Judged, Score, Scorer
+from mergekit_lite.answers.thoughts import parts_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer
@@ -49,7 +50,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceAnswers:
-    """The answers of one source to the prompts of a scorer's domains."""
+    """The answers of one source to the prompts of a scorer's domains, without their thoughts."""
 
     path: Path
     prompts: Mapping[str, Prompt]
@@ -58,7 +59,7 @@ class SourceAnswers:
     def items(self, problems: list[str]) -> Iterator[Item]:
         """Yield the answers in the order of the file; malformed rows become problems."""
         for line in read_rows(self.path, problems, ANSWER):
-            key, text = Key(line.row["prompt"], line.row["index"]), line.row["text"]
+            key, text = Key(line.row["prompt"], line.row["index"]), parts_of(line.row).answer
             prompt = self.prompts.get(key.prompt)
             if prompt is None:
                 problems.append(f"{self.path}:{line.number}: no {key.prompt!r} among the prompts")
@@ -86,6 +87,9 @@ def score(recipe: Recipe, reporter: Reporter) -> None:
         SandboxError: this machine can't sandbox model-written code.
         RunError: a judge's server can't be reached.
     """
+    if recipe.rows is not None:
+        reporter.line("The rows are given: nothing is scored.")
+        return
     tasks = plan(recipe, reporter)
     for scorer in recipe.scorers:
         _hold_settings(recipe, scorer)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Answer, Key, Prompt
-from mergekit_lite.answers.template import TemplateError
 from mergekit_lite.errors import CheckpointError
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
@@ -158,17 +157,28 @@ def test_prompts_that_do_not_fit_are_told_and_long_ones_leave_less_room(tmp_path
     assert all("the model takes 40" in why for why in asked.failures.lost.values())
 
 
-def test_a_system_prompt_is_put_before_the_messages_or_refused(model: Path, tmp_path: Path) -> None:
+def test_a_system_prompt_is_put_before_the_messages_or_folded(model: Path, tmp_path: Path) -> None:
     tasks = tasks_of(samples=1)
     briefed = answers(local(model, GREEDY, system="Be brief."), tasks)
     assert briefed != answers(local(model, GREEDY), tasks)
-    gemma = write_model(tmp_path, style="gemma")
-    with pytest.raises(TemplateError, match=r"No system role.*Leave `system` out"):
-        answers(local(gemma, system="Be brief."), tasks)
+    gemma = write_model(tmp_path, style="gemma")  # its template refuses system prompts
     own = Prompt("own", ({"role": "system", "content": "x"}, {"role": "user", "content": "y"}))
+    folded = Prompt("folded", ({"role": "user", "content": "x\n\ny"},))
+    texts = [
+        [answer.text for answer in answers(local(gemma, GREEDY), [Task(prompt, 0, 0)]).values()]
+        for prompt in (own, folded)
+    ]
+    assert texts[0] == texts[1]
+    twice = Prompt("twice", (*folded.messages, *folded.messages))
     asked = local(gemma, GREEDY)
-    assert answers(asked, [*tasks, Task(own, 0, 0)]).keys() == {task.key for task in tasks}
-    assert "No system role" in asked.failures.lost[Key("own", 0)]
+    assert answers(asked, [*tasks, Task(twice, 0, 0)]).keys() == {task.key for task in tasks}
+    assert "must alternate" in asked.failures.lost[Key("twice", 0)]
+
+
+def test_an_answer_whose_thoughts_the_template_opens_begins_with_the_mark(tmp_path: Path) -> None:
+    """Else a thought that never ends would be taken for the answer."""
+    (answer,) = answers(local(write_model(tmp_path, style="thinking"), GREEDY), tasks_of(("one",), samples=1)).values()
+    assert answer.text.startswith("<think>\n")
 
 
 def test_what_is_no_model_is_told_in_a_sentence(tmp_path: Path, model: Path) -> None:

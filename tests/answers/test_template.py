@@ -33,7 +33,7 @@ SINGLE = {
     ),
     "mistral": ("<bos>[INST] What is one and one? [/INST]", " It is two.<eos>"),
     "phi-3": ("<|user|>\nWhat is one and one?<|end|>\n<|assistant|>\n", "It is two.<|end|>"),
-    "thinking": ("<bos><|user|>What is one and one?<|assistant|><think>\n", "It is two.<eos>"),
+    "thinking": ("<bos><|user|>What is one and one?<|assistant|><think>\n", "\n</think>\n\nIt is two.<eos>"),
 }
 
 
@@ -44,7 +44,7 @@ def test_prompt_and_response(style):
     row = template.tokens([USER], "It is two.")
     assert (tok.decode(row.prompt), tok.decode(row.response)) == SINGLE[style]
     assert template.prompt([USER]) == row.prompt
-    assert template.note is None
+    assert template.notes == []
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
@@ -61,6 +61,8 @@ def test_what_a_template_takes_from_an_answer_is_scored_all_the_same():
     tok = tokenizer("thinking")
     row = ChatTemplate(tok).tokens([USER], "one, two</think>two")
     assert tok.decode(row.response) == "one, two</think>two<eos>"
+    row = ChatTemplate(tok).tokens([USER], "<think>\none, two\n</think>\n\ntwo")
+    assert tok.decode(row.response) == "one, two\n</think>\n\ntwo<eos>"
 
 
 def test_tokens_do_not_span_the_border():
@@ -96,7 +98,7 @@ def test_without_template_plain_text():
     row = template.tokens(TALK, "It is two.")
     assert tok.decode(row.prompt) == "What is one and one?\n\ntwo\n\nAnd one more?\n\n"
     assert tok.decode(row.response) == "It is two.<eos>"
-    assert "plain text" in template.note
+    assert "plain text" in template.notes[0]
 
 
 def rows(prompt: int, *responses: int) -> list[Tokens]:

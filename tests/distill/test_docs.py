@@ -44,10 +44,22 @@ def test_the_recipe_plans(tmp_path: Path) -> None:
     assert recipe.folder == tmp_path / "made"
 
 
+def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
+    section = PAGE.split("\n## Data that are there")[1].split("\n## ")[0]
+    answers, rows = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    train = "train: {sft: {learning_rate: 1.0e-5}, preference: {objective: dpo, learning_rate: 1.0e-6}}\n"
+    common = f"folder: made\ntarget: ./small\n{train}"
+    (tmp_path / "a.yaml").write_text(common + answers + "pairs: {rule: best_worst, score: overall}\n")
+    (tmp_path / "b.yaml").write_text(common + rows)
+    assert [source.name for source in load(tmp_path / "a.yaml").sources] == ["gpt-4", "falcon"]
+    given = load(tmp_path / "b.yaml").rows
+    assert given is not None and given.preference[0].split == "train_prefs"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str) -> None:
     """They exist, with the options that the page gives, and the recipes that it names are there."""
-    *verbs, recipe = [word for word in command.split() if not word.startswith("-")]
+    *verbs, recipe = command.partition(" -")[0].split()
     found = CliRunner().invoke(main, [*verbs, "--help"])
     assert found.exit_code == 0, found.output
     assert all(option in found.output for option in re.findall(r"--[a-z-]+", command))
@@ -55,7 +67,7 @@ def test_commands(command: str) -> None:
 
 
 def test_the_tables_tell_of_all() -> None:
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     assert first_column("Rules") == set(get_args(Rule))
     assert first_column("Scorers") == set(scorer.names())
     assert first_column("Objectives") == set(OBJECTIVES)
@@ -85,7 +97,7 @@ def test_accelerate_reads_its_configuration(tmp_path: Path) -> None:
 
 
 def test_the_sources_load(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(sources:\n.*?)```", PAGE, re.DOTALL)
+    (block,) = re.findall(r"```yaml\n(sources:\n  - name: strong\n.*?)```", PAGE, re.DOTALL)
     loaded = load(write_recipe(tmp_path, **yaml.safe_load(block)))
     assert [source.is_served for source in loaded.sources] == [True, True, False]
     assert loaded.target_source is not None and loaded.target_source.serve

@@ -294,3 +294,82 @@ def test_killed_between_any_two_files(
                 pair(recipe(tmp_path, **settings), Reporter())
         pair(recipe(tmp_path, **settings), Reporter())
         assert {name: text for name, text in contents(tmp_path).items() if not name.endswith(".writing")} == whole
+
+
+def write_answers(folder: Path, source: str, prompt: str, answers: Sequence[dict[str, Any]]) -> None:
+    """Answers of one source to one prompt; the later, the better."""
+    keys = [{"prompt": prompt, "index": index} for index in range(len(answers))]
+    write_rows(
+        Folder(folder).samples(source),
+        [{**key, "source": source, "finish": "stop", **answer} for key, answer in zip(keys, answers, strict=True)],
+    )
+    scores = [{**key, "score": key["index"] / 10, "why": ""} for key in keys]
+    write_rows(Folder(folder).scores("reward", source), scores)
+
+
+CUT = {"finish": "length"}
+ENDS = [{"text": "no"}, {"text": "yes"}, {"text": "yes, of course that", **CUT}]
+
+
+def test_answers_that_were_cut_are_left_out_and_counted(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, 1)
+    for source in SOURCES:
+        write_answers(tmp_path, source, prompts[0], ENDS)
+    heard = Heard()
+    table = pair(recipe(tmp_path, rule="best_worst", sft_share=0), heard)
+    (row,) = rows(tmp_path, "preference")
+    assert (row["chosen"][0]["text"], row["rejected"][0]["text"]) == ("yes", "no")
+    assert table.overall.answers == {"answers": 6, "answers: cut by the limit of tokens": 2}
+    assert {source: each.cut for source, each in table.sources.items()} == dict.fromkeys(SOURCES, 1)
+    assert [*heard.tables[-2][1]] == ["gemma", "3", "1", "0", "8"]  # characters: (2 + 3 + 19) / 3
+    assert [[*line] for line in heard.tables[-1][1:]] == [
+        ["chosen, source", "1", "0", "0", "3"],
+        ["rejected, source", "1", "0", "0", "2"],
+    ]
+    written = json.loads((tmp_path / "pairs" / "table.json").read_text())
+    assert written["sources"]["qwen"]["cut"] == 1
+    assert written["roles"]["chosen, source"]["mean_length"] == 3
+
+
+def test_answers_that_were_cut_are_kept_on_demand(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, 2)
+    for source in SOURCES:
+        write_answers(tmp_path, source, prompts[0], [*ENDS[1:], {"text": "of", **CUT}][::-1])
+    pair(recipe(tmp_path, rule="best_worst", sft_share=0, cut="keep"), Heard(), skip_missing=True)
+    (row,) = rows(tmp_path, "preference")
+    assert ("cut" in row["chosen"][0], row["rejected"][0]["cut"]) == (False, True)
+    table = pair(recipe(tmp_path, rule="as_is", cut="keep"), Heard(), skip_missing=True)
+    (row,) = rows(tmp_path, "sft")
+    assert (row["response"], row["cut"]) == ("of", True)
+    assert table.roles["SFT"].cut == 1
+    pair(recipe(tmp_path, rule="as_is"), Heard(), skip_missing=True)
+    assert [row["response"] for row in rows(tmp_path, "sft")] == ["yes"]  # the first that is whole
+
+
+WHOLE = "<think>\nwhy not\n</think>\n\nyes"
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "chosen", "losses"),
+    [
+        ("keep", WHOLE, {}),
+        ("strip", "yes", {}),
+        ("only", WHOLE, {"answers: without thoughts": 2}),
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_thoughts(tmp_path: Path, thoughts: str, chosen: str, losses: dict[str, int], apart: bool) -> None:
+    prompts = write_prompts(tmp_path, 1)
+    yes = {"text": "yes", "thoughts": "why not"} if apart else {"text": WHOLE}
+    no = {"text": "no", "thoughts": "well"} if apart else {"text": "<think>well</think>no"}
+    spent = {"text": "", "thoughts": "so m", **CUT} if apart else {"text": "<think>\nso m"}
+    for source in SOURCES:
+        write_answers(tmp_path, source, prompts[0], [{"text": "perhaps"}, no, yes, spent])
+    made = recipe(tmp_path, rule="best_worst", sft_share=0)
+    sources = tuple(source.model_copy(update={"thoughts": thoughts}) for source in made.sources)
+    table = pair(made.model_copy(update={"sources": sources}), Heard())
+    (row,) = rows(tmp_path, "preference")
+    assert row["chosen"][0]["text"] == chosen
+    assert table.overall.answers == {"answers": 8, "answers: cut by the limit of tokens": 2, **losses}
+    assert table.sources["gemma"].thoughts == 3
+    assert table.roles["chosen, source"].thoughts == (thoughts != "strip")

@@ -67,6 +67,19 @@ def test_every_source_is_asked_what_the_recipe_says(tmp_path: Path) -> None:
     assert [row["id"] for row in rows(tmp_path / "out" / "prompts.jsonl")] == [p["id"] for p in PROMPTS]
 
 
+def test_answers_that_were_cut_are_told(tmp_path: Path) -> None:
+    with fake_server() as fake:
+        path = place(tmp_path, fake.url)
+        assert invoke("sample", path)[0] == 0
+        file = tmp_path / "out" / "samples" / "b.jsonl"
+        ends = [{"finish": "length"}, {"text": "<think>\nso"}, {"thoughts": "so"}, {}, {}, {}]
+        write_rows(file, [{**row, **end} for row, end in zip(rows(file), ends, strict=True)])
+        told = invoke("sample", path)[1].splitlines()
+    assert f"b: 6 answers in {file}; 2 cut by the limit of tokens (33%); 2 with thoughts (33%)" in told
+    cells = next(line.split() for line in invoke("run", path, "--dry-run")[1].splitlines() if line.startswith("b "))
+    assert cells[-3:] == ["6", "6", "2"]
+
+
 def test_what_is_missing_is_told_and_asked_for_again(tmp_path: Path) -> None:
     moods: dict[str, Trouble] = {"question 4": 500, "question 6": 400}
     with fake_server(Fake(lambda text, before: moods.get(text))) as fake:
@@ -205,13 +218,21 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
             {"domain": "maths", "prompts": 6, "rule": "wrpo", "sft": 2, "preference": 4},
         ],
         "sources": [
-            {"name": "a", "model": "m", "where": "http://127.0.0.1:9/v1", "requests": 21, "done": 0},
-            {"name": "b", "model": "m", "where": "http://127.0.0.1:9/v1", "requests": 6, "done": 0},
-            {"name": "target", "model": "what SFT makes", "where": "in this process", "requests": 16, "done": 0},
+            {"name": "a", "model": "m", "where": "http://127.0.0.1:9/v1", "requests": 21, "done": 0, "cut": 0},
+            {"name": "b", "model": "m", "where": "http://127.0.0.1:9/v1", "requests": 6, "done": 0, "cut": 0},
+            {
+                "name": "target",
+                "model": "what SFT makes",
+                "where": "in this process",
+                "requests": 16,
+                "done": 0,
+                "cut": 0,
+            },
         ],
         "scorers": ["right"],
         "training": [{"stage": "sft", "rows": 5, "steps": 2}, {"stage": "preference", "rows": 4, "steps": 2}],
         "missing_models": [],
+        "left_out": [],
     }
     code, told, _ = invoke("run", path, "--dry-run")
     assert code == 0 and "what SFT makes" in told and "everything lies in" in told

@@ -263,3 +263,18 @@ def test_a_row_of_an_answer_that_is_none_is_left_out(tmp_path: Path, row: Any, w
     code, _, warned = invoke(path)
     assert code == 0 and "a.jsonl:3" in warned.replace("\n", "") and why in " ".join(warned.split()), warned
     assert [row["prompt"] for row in scores(tmp_path / "run", "right", "a")] == ["p0", "p1"]
+
+
+def test_thoughts_are_not_judged(tmp_path: Path) -> None:
+    """Be they in the text or apart, whatever becomes of them in training."""
+    path = place(tmp_path / "run", [EXACT], prompts=1)
+    row = {"prompt": "p0", "source": "a", "finish": "stop"}
+    answers = [
+        {"text": "<think>\na 0 1\n</think>\n\na 0 0"},
+        {"text": "a 0 0", "thoughts": "a 0 1"},
+        {"text": "<think>\na 0 0"},  # a thought that never ended is no answer
+    ]
+    rows = [{**row, "index": index, **given} for index, given in enumerate(answers)]
+    write_rows(tmp_path / "run" / "out" / "samples" / "a.jsonl", rows)
+    assert invoke(path)[0] == 0
+    assert [row["score"] for row in scores(tmp_path / "run", "right", "a")] == [1, 1, 0]

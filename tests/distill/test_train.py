@@ -20,7 +20,7 @@ from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.train import check, train
 from mergekit_lite.distillation.training.model import tokenizer_of
-from mergekit_lite.distillation.training.rows import preference_rows
+from mergekit_lite.distillation.training.rows import preference_rows, sft_rows
 from mergekit_lite.errors import CheckpointError, UsageError
 from tests.distill import training
 from tests.distill.training import log, recipe, target, weights, write_rows
@@ -241,6 +241,21 @@ def test_a_row_with_several_rejected_answers_is_as_many_rows(folder, tmp_path):
     assert len(found.rows) == 12 and found.rows == preference_rows(apart, template, limits).rows
     refused = "expected one or more chosen responses, and one or more rejected, got 2 chosen and 0 rejected"
     assert found.problems == [f"{path}:{number}: {refused}" for number in (1, 5)]
+
+
+def test_an_answer_that_was_cut_has_no_end_of_turn(folder):
+    template, limits = ChatTemplate(tokenizer_of(str(folder / "target"))), LengthLimits(2048, 1024, "drop")
+    for name, read in (("sft", sft_rows), ("preference", preference_rows)):
+        path = folder / "pairs" / f"{name}.jsonl"
+        line = json.loads(path.read_text().splitlines()[0])
+        ends = []
+        for cut in (False, True):
+            last = line if name == "sft" else line["rejected"][0]
+            last["cut"] = cut
+            path.write_text(json.dumps(line) + "\n")
+            (row,) = read(path, template, limits).rows
+            ends.append(list(row.answers[-1]))
+        assert ends[0] == [*ends[1], template.tokenizer.eos_token_id]
 
 
 def test_wrpo_needs_sources_and_the_target(folder):

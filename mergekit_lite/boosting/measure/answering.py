@@ -18,6 +18,7 @@ from mergekit_lite.answers.likelihood import LogProb
 from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of, user_text
 from mergekit_lite.answers.scoring.scorer import Judged, Scorer
 from mergekit_lite.answers.template import Tokens
+from mergekit_lite.answers.thoughts import parts_of
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
@@ -146,7 +147,10 @@ class Answering:
     ) -> Iterator[ItemRow]:
         items = [item_of[answer.key] for answer in answers]
         judged = [Judged(self._tasks[item].prompt, answer.text) for item, answer in zip(items, answers, strict=True)]
-        scores = {scorer.name: scorer.score(judged) for scorer in self.scorers}
+        without = [
+            Judged(self._tasks[item_of[answer.key]].prompt, parts_of(answer.as_row()).answer) for answer in answers
+        ]
+        scores = {scorer.name: scorer.score(without) for scorer in self.scorers}
         likely = [ItemRow() for _ in answers]
         if self.likelihoods is not None:
             whole = [answer.finish == "stop" for answer in answers]

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from mergekit_lite.answers.rows import ANSWER, VERDICT, Key, Prompt, read_rows
+from mergekit_lite.answers.thoughts import as_trained, is_cut, parts_of
 from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.pairing.counts import CUT, AnswerCounts
 from mergekit_lite.distillation.recipe.schema import Pairing, RecipeScorer, RecipeSource
 from mergekit_lite.distillation.rules import Candidate
 
@@ -27,6 +29,7 @@ class Inventory:
     absent: list[str] = field(default_factory=list)  # rows that existing files don't have yet
     problems: list[str] = field(default_factory=list)  # malformed rows, with file and line
     counts: dict[str, Counter[str]] = field(default_factory=dict)  # answers by domain, there by what became of them
+    sources: dict[str, AnswerCounts] = field(default_factory=dict)  # by source
 
     def count(self, domain: str, what: str, number: int = 1) -> None:
         """Count answers to prompts of a domain."""
@@ -41,7 +44,7 @@ def candidates(
     inventory: Inventory,
     own: bool = False,
 ) -> dict[str, list[Candidate]]:
-    """Return one source's usable answers to each prompt, ordered by index: not blank, with all scores they need.
+    """Return one source's usable answers to each prompt, ordered by index: whole, not blank, with all scores they need.
 
     Answers to other prompts are ignored. ``prompts`` are by id, ``pairings`` by domain. The inventory takes what is
     missing or lost; ``own`` says that the source is the target itself.
@@ -64,7 +67,8 @@ def candidates(
         prompt = prompts[row["prompt"]]
         answers[prompt.id] += 1
         inventory.count(prompt.domain, "answers")
-        candidate = _candidate(row, source.name, own, pairings[prompt.domain], scores)
+        inventory.sources.setdefault(source.name, AnswerCounts()).add(row)
+        candidate = _candidate(row, source, own, pairings[prompt.domain], scores)
         if isinstance(candidate, str):
             losses[candidate] += 1
             inventory.count(prompt.domain, candidate)
@@ -73,7 +77,7 @@ def candidates(
     lacking = {prompt: max(source.answers_to(prompts[prompt].domain) - answers[prompt], 0) for prompt in wanted}
     for prompt_id, number in lacking.items():
         inventory.count(prompts[prompt_id].domain, "not there", number)
-    if absent := sum(lacking.values()):
+    if (absent := sum(lacking.values())) and not source.answers:  # given ones are all there are
         inventory.absent.append(f"{absent:,} answers of {source.name}: {path} has {answers.total():,}")
     for name in scores:
         unjudged = losses[_unjudged(name)]
@@ -83,11 +87,19 @@ def candidates(
 
 
 def _candidate(
-    row: Mapping[str, Any], source: str, own: bool, pairing: Pairing, scores: Mapping[str, Mapping[Key, float | None]]
+    row: Mapping[str, Any],
+    source: RecipeSource,
+    own: bool,
+    pairing: Pairing,
+    scores: Mapping[str, Mapping[Key, float | None]],
 ) -> Candidate | str:
-    text, key = row["text"], Key(row["prompt"], row["index"])
+    key, parts, text = Key(row["prompt"], row["index"]), parts_of(row), as_trained(row, source.thoughts)
+    if pairing.cut == "drop" and is_cut(row):
+        return CUT
     if not text.strip():
         return "blank"
+    if source.thoughts == "only" and not parts.has_thoughts:
+        return "without thoughts"
     score, correct = 0.0, None
     for name in pairing.scorers:
         if key not in scores[name]:
@@ -99,7 +111,8 @@ def _candidate(
             score = value
         if name == pairing.correct:
             correct = value >= 1
-    return Candidate(source, key.number, score, correct, len(text), xxh3_64_intdigest(text.encode()), own)
+    digest = xxh3_64_intdigest(text.encode())
+    return Candidate(source.name, key.number, score, correct, len(parts.answer), digest, own)
 
 
 def _unjudged(scorer: str) -> str:
@@ -116,11 +129,18 @@ def verdicts(folder: Folder, scorer: str, source: str, inventory: Inventory) -> 
     return {Key(row["prompt"], row["index"]): row["score"] for row in rows}
 
 
-def texts(folder: Folder, source: str, wanted: Collection[Key]) -> dict[Key, str]:
+class Text(NamedTuple):
+    """An answer as it is trained."""
+
+    text: str  # with its thoughts, where they are kept
+    cut: bool
+
+
+def texts(folder: Folder, source: RecipeSource, wanted: Collection[Key]) -> dict[Key, Text]:
     """Return the texts of some answers of one source."""
-    rows = (line.row for line in read_rows(folder.samples(source), [], ANSWER))
-    keyed = ((Key(row["prompt"], row["index"]), row["text"]) for row in rows)
-    return {key: text for key, text in keyed if key in wanted}
+    rows = (line.row for line in read_rows(folder.samples(source.name), [], ANSWER))
+    keyed = ((Key(row["prompt"], row["index"]), row) for row in rows)
+    return {key: Text(as_trained(row, source.thoughts), is_cut(row)) for key, row in keyed if key in wanted}
 
 
 def all_scores(

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mergekit_lite.answers.rows import Prompt, write_text
 from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting
+from mergekit_lite.distillation.pairing.candidates import Inventory
+from mergekit_lite.distillation.pairing.counts import HEADS, AnswerCounts, counts_by_role
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import PreferencePair
 
@@ -38,9 +41,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class PairingTable:
-    """The counts of each domain, and their sum."""
+    """The counts of each domain and their sum, and of the answers to look at before training."""
 
     domains: Mapping[str, Counts]
+    sources: Mapping[str, AnswerCounts] = field(default_factory=dict)  # the answers there are, by source
+    roles: Mapping[str, AnswerCounts] = field(default_factory=dict)  # the answers in the rows: SFT, chosen, rejected
 
     @property
     def overall(self) -> Counts:
@@ -52,8 +57,12 @@ class PairingTable:
     def write(self, path: Path) -> None:
         """Write the table as JSON, atomically."""
         rows = {name: _row(counts) for name, counts in self.domains.items()}
-        text = json.dumps({"domains": rows, "all": _row(self.overall)}, indent=1, ensure_ascii=False)
-        write_text(path, f"{text}\n")
+        answers = {
+            what: {name: {**asdict(each), "mean_length": each.mean_length} for name, each in counts.items()}
+            for what, counts in (("sources", self.sources), ("roles", self.roles))
+        }
+        data = {"domains": rows, "all": _row(self.overall), **answers}
+        write_text(path, f"{json.dumps(data, indent=1, ensure_ascii=False)}\n")
 
     def show(self, reporter: Reporter) -> None:
         """Report the counts as a table, then the losses as another."""
@@ -74,16 +83,22 @@ class PairingTable:
         ]
         if losses:
             reporter.table(["domain", ">lost", "why"], losses)
+        for what, looked_at in (("source", self.sources), ("in rows as", self.roles)):
+            if looked_at:
+                reporter.table([what, *HEADS], [[name, *each.cells] for name, each in looked_at.items()])
 
 
 def table_of(
-    assigned: Mapping[str, Assignment], prompts: Mapping[str, Prompt], answers: Mapping[str, Counter[str]]
+    assigned: Mapping[str, Assignment],
+    prompts: Mapping[str, Prompt],
+    inventory: Inventory,
+    rows: Mapping[str, Iterable[Mapping[str, Any]]],
 ) -> PairingTable:
-    """Count assignments, by the prompt's id, and ``Inventory.counts`` of answers by domain."""
+    """Count assignments, by the prompt's id, the answers there are, and those in the rows that were written."""
     domains: dict[str, Counts] = {}
     for prompt, assignment in assigned.items():
         domain = prompts[prompt].domain
-        counts = domains.setdefault(domain, Counts(answers=_answers(answers.get(domain, Counter()))))
+        counts = domains.setdefault(domain, Counts(answers=_answers(inventory.counts.get(domain, Counter()))))
         counts.prompts += 1
         counts.sft += isinstance(assignment, SftExample)
         counts.preference += isinstance(assignment, PreferencePair)
@@ -93,7 +108,7 @@ def table_of(
             counts.dropped[why] = counts.dropped.get(why, 0) + 1
     for counts in domains.values():
         counts.dropped = dict(sorted(counts.dropped.items()))
-    return PairingTable(domains)
+    return PairingTable(domains, inventory.sources, counts_by_role(rows))
 
 
 def _answers(counts: Counter[str]) -> dict[str, int]:

@@ -7,15 +7,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mergekit_lite.answers.asking import Sampling, urls_of
+from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.requests import OURS
 from mergekit_lite.answers.scoring.registry import wrong_settings
 from mergekit_lite.answers.serving import wrong_command
-from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, RecipeSource
+from mergekit_lite.distillation.recipe.schema import (
+    TARGET,
+    TARGET_RULES,
+    GivenRows,
+    Pairing,
+    Recipe,
+    RecipeSource,
+)
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
 KeyPath = tuple[int | str, ...]  # keys and list indices from the recipe's root
+GIVEN = "given"  # the kind of scorer whose scores the data have
 DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
 
 SERVERS_ONLY = {"presence_penalty", "frequency_penalty", "chat_template_kwargs", "extra_body"}  # keys of sampling
@@ -36,6 +45,9 @@ class Problem(NamedTuple):
 
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield every contradiction in the recipe."""
+    if recipe.rows is not None:
+        yield from _given_rows(recipe, recipe.rows)
+        return
     yield from _empty_sections(recipe)
     yield from _clashing_names("sources", [source.name for source in recipe.sources])
     yield from _clashing_names("scorers", [scorer.name for scorer in recipe.scorers])
@@ -43,6 +55,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         yield from _source(("sources", number), source)
     for number, scorer in enumerate(recipe.scorers):
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
+    yield from _given_scores(recipe)
     yield from _target_source(recipe)
     yield from _sampling(("report", "sampling"), recipe.report.sampling)
     for number, prompts in enumerate(recipe.prompts):
@@ -93,11 +106,34 @@ def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
 
 
 def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
-    for key in ("prompts", "sources"):
-        if not getattr(recipe, key):
+    for key in ("prompts", "sources", "scorers", "pairs"):
+        given = key == "prompts" and any(source.answers for source in recipe.sources)
+        if key not in recipe.model_fields_set and not given:
+            yield Problem((), f"the recipe has no {key!r}")
+        elif key in ("prompts", "sources") and not getattr(recipe, key) and not given:
             yield Problem((key,), f"{key!r} is an empty list: at least one is needed")
     if recipe.train.sft is None and recipe.train.preference is None:
         yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
+
+
+def _given_rows(recipe: Recipe, rows: GivenRows) -> Iterator[Problem]:
+    """With rows that are given nothing is asked, scored or paired."""
+    for key in ("prompts", "sources", "pairs"):  # the report has scorers, and asks as target_source says
+        if key in recipe.model_fields_set:
+            yield Problem((key,), f"{key!r} has no effect here: the 'rows' are given already")
+    for stage in ("sft", "preference"):
+        origins, training = getattr(rows, stage), getattr(recipe.train, stage)
+        for number, data in enumerate(origins):
+            yield from _one_origin(("rows", stage, number), data)
+        if bool(origins) != (training is not None):
+            has, lacks = ("rows", "train") if origins else ("train", "rows")
+            yield Problem((lacks,), f"{has!r} has {stage!r}, {lacks!r} has not: give both, or neither")
+    if recipe.train.sft is None and recipe.train.preference is None:
+        yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
+    for number, scorer in enumerate(recipe.scorers):
+        yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
+    for number, prompts in enumerate(recipe.report.prompts):
+        yield from _one_origin(("report", "prompts", number), prompts)
 
 
 def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
@@ -112,6 +148,14 @@ def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
 def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
     if source.name == TARGET:
         yield Problem((*at, "name"), f"{TARGET!r} is the trained model's own name: choose another one")
+    if source.answers:
+        for key in sorted(source.model_fields_set - {"name", "answers", "domains", "thoughts"}):
+            yield Problem((*at, key), f"{key!r} has no effect here: the answers are given")
+        for number, given in enumerate(source.answers):
+            yield from _one_origin((*at, "answers", number), given)
+        return
+    if not source.model:
+        yield Problem(at, f"{_of(at)} has no 'model', and no 'answers'")
     ineffective, why = _without_effect(source)
     for key in ineffective:
         if key in source.model_fields_set:
@@ -174,6 +218,27 @@ def _sampling(at: KeyPath, sampling: Sampling) -> Iterator[Problem]:
             yield Problem((*at, "extra_body", key), f"{key!r} is what each request sets by itself: leave it out")
 
 
+def _of(at: KeyPath) -> str:
+    """Return a path as text, counted from 1: ``sources[2]``."""
+    return "".join(f"[{step + 1}]" if isinstance(step, int) else step for step in at)
+
+
+def _given_scores(recipe: Recipe) -> Iterator[Problem]:
+    """Yield the scorers of given scores that there are not, and those that nothing gives scores."""
+    kinds = {scorer.name: scorer.kind for scorer in recipe.scorers}
+    filled = set()
+    for number, source in enumerate(recipe.sources):
+        for place, given in enumerate(source.answers):
+            filled.add(given.scorer)
+            if given.scorer is not None and kinds.get(given.scorer) != GIVEN:
+                text = f"no scorer of the kind {GIVEN!r} is named {given.scorer!r}.{nearest(given.scorer, kinds)}"
+                yield Problem(("sources", number, "answers", place, "scorer"), text)
+    for number, scorer in enumerate(recipe.scorers):
+        if scorer.kind == GIVEN and scorer.name not in filled:
+            text = f"no 'answers' of a source give scores to {scorer.name!r}: name it there as their 'scorer'"
+            yield Problem(("scorers", number), text)
+
+
 def _target_source(recipe: Recipe) -> Iterator[Problem]:
     own = recipe.target_source
     if own is None:
@@ -188,12 +253,13 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
     yield from (problem for problem in _source(("target_source",), own) if problem.at[-1] != "name")
 
 
-def _one_origin(at: KeyPath, prompts: Prompts) -> Iterator[Problem]:
-    if (prompts.path is None) == (prompts.dataset is None):
-        yield Problem(at, "prompts are given by exactly one of 'path' and 'dataset'")
-    if prompts.path is not None:
+def _one_origin(at: KeyPath, data: Data) -> Iterator[Problem]:
+    if (data.path is None) == (data.dataset is None):
+        what = "prompts" if isinstance(data, Prompts) else "data"
+        yield Problem(at, f"{what} are given by exactly one of 'path' and 'dataset'")
+    if data.path is not None:
         for key in ("config", "split"):
-            if key in prompts.model_fields_set:
+            if key in data.model_fields_set:
                 yield Problem((*at, key), f"{key!r} has no effect on a file: it is for a 'dataset'")
 
 

@@ -7,18 +7,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.data_files import Data
 from mergekit_lite.distillation.recipe.checks import KeyPath, contradictions
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource
 from mergekit_lite.errors import nearest
 from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read, text_of
 
 NEEDS = "folder, target, prompts, sources, scorers, pairs and train"
+D = TypeVar("D", bound=Data)
 EXPECTED = {  # pydantic's types of errors: what to tell a user who knows no Python
     "string_type": "text: put it in quotes, if it is one",
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-'",
@@ -160,12 +161,16 @@ def _bare(annotation: Any) -> Any:
 
 
 def _located(recipe: Recipe, folder: Path) -> Recipe:
-    report = recipe.report.model_copy(update={"prompts": tuple(_prompts(p, folder) for p in recipe.report.prompts)})
+    report = recipe.report.model_copy(update={"prompts": _data(recipe.report.prompts, folder)})
+    rows = recipe.rows and recipe.rows.model_copy(
+        update={"sft": _data(recipe.rows.sft, folder), "preference": _data(recipe.rows.preference, folder)}
+    )
     return recipe.model_copy(
         update={
             "folder": folder / recipe.folder.expanduser(),
             "target": _model(recipe.target, folder),
-            "prompts": tuple(_prompts(prompts, folder) for prompts in recipe.prompts),
+            "prompts": _data(recipe.prompts, folder),
+            "rows": rows,
             "sources": tuple(_source(source, folder) for source in recipe.sources),
             "scorers": tuple(_scorer(scorer, folder) for scorer in recipe.scorers),
             "report": report,
@@ -173,11 +178,14 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def _prompts(prompts: Prompts, folder: Path) -> Prompts:
-    return prompts.model_copy(update={"path": folder / prompts.path.expanduser()}) if prompts.path else prompts
+def _data(data: tuple[D, ...], folder: Path) -> tuple[D, ...]:
+    located = ({"path": folder / each.path.expanduser()} if each.path else {} for each in data)
+    return tuple(each.model_copy(update=update) for each, update in zip(data, located, strict=True))
 
 
 def _source(source: RecipeSource, folder: Path) -> RecipeSource:
+    if source.answers:
+        return source.model_copy(update={"answers": _data(source.answers, folder)})
     return source if source.server else source.model_copy(update={"model": _model(source.model, folder)})
 
 

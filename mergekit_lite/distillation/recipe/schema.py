@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
+from mergekit_lite.answers.thoughts import Thoughts
 
 TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
@@ -26,11 +28,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class GivenAnswers(Data):
+    """Answers that are there already, in any form of ``data/examples.py``."""
+
+    model: str | None = None  # only those of this model, where the data name models
+    scorer: str | None = None  # a scorer of the kind ``given``, which takes the scores that the data have
+    domain: str = ""  # of prompts without one
+
+
+class GivenRows(Strict):
+    """Rows to train on that are there already, in any form of ``data/examples.py``, instead of what makes them."""
+
+    sft: tuple[Data, ...] = ()
+    preference: tuple[Data, ...] = ()
+
+
 class RecipeSource(Strict):
-    """A model that answers prompts, behind a server or loaded into this process."""
+    """A model that answers prompts, behind a server or loaded into this process; or answers that are there."""
 
     name: Name
-    model: str  # a folder or org/name; for a server, the name it is served under
+    model: str = ""  # a folder or org/name; for a server, the name it is served under
+    answers: tuple[GivenAnswers, ...] = ()  # instead of a model
     server: str | tuple[str, ...] | None = None  # http://host:port/v1 of an OpenAI-compatible server; one or several
     serve: str | None = None  # a command that starts such a server here: vllm serve {model} --port {port}
     serve_patience: Annotated[float, Field(gt=0)] = 600  # seconds until it is ready
@@ -49,6 +67,7 @@ class RecipeSource(Strict):
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
+    thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
     @property
     def is_served(self) -> bool:
@@ -56,8 +75,10 @@ class RecipeSource(Strict):
         return self.server is not None or self.serve is not None
 
     def answers_to(self, domain: str) -> int:
-        """Return how many answers the source gives to a prompt of a domain."""
-        return self.samples_for.get(domain, self.samples) if self.domains is None or domain in self.domains else 0
+        """Return how many answers the source gives to a prompt of a domain, at least."""
+        if self.domains is not None and domain not in self.domains:
+            return 0
+        return 1 if self.answers else self.samples_for.get(domain, self.samples)  # given ones: as many as there are
 
 
 class RecipeScorer(ScorerSettings):
@@ -72,6 +93,7 @@ class PairingRules(Strict):
     score: str | None = None  # the scorer that ranks; only as_is does without
     correct: str | None = None  # a verifier: only answers that it scores 1 are chosen, only others rejected
     answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
+    cut: Literal["drop", "keep"] = "drop"  # answers that the limit of tokens cut, chosen and rejected
     gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
     gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
     split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
@@ -186,10 +208,11 @@ class Recipe(Strict):
     folder: Path  # of everything it makes
     seed: int = 0
     target: str  # the model to train
-    prompts: tuple[Prompts, ...]
-    sources: tuple[RecipeSource, ...]
+    rows: GivenRows | None = None  # to train on; then there are no prompts, sources, scorers and pairs
+    prompts: tuple[Prompts, ...] = ()  # those of the given answers by default
+    sources: tuple[RecipeSource, ...] = ()
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
-    scorers: tuple[RecipeScorer, ...]
-    pairs: Pairing
+    scorers: tuple[RecipeScorer, ...] = ()
+    pairs: Pairing = Pairing(rule="as_is")
     train: Train
     report: ReportSettings = ReportSettings()

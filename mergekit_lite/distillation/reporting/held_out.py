@@ -20,6 +20,7 @@ from xxhash import xxh3_64_hexdigest
 from mergekit_lite.answers.intervals import Interval, interval, paired
 from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
+from mergekit_lite.answers.thoughts import is_cut, parts_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
 from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource
@@ -215,14 +216,14 @@ def _identity(model: Path) -> str:
 
 def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> ModelAnswers:
     rows = [line.row for line in read_rows(folder.samples(model), [], {**ANSWER, "finish": str})]
-    texts = {row["prompt"]: row["text"] for row in sorted(rows, key=lambda row: -row["index"])}
+    texts = {row["prompt"]: parts_of(row).whole for row in sorted(rows, key=lambda row: -row["index"])}
     metrics: dict[str, Mapping[str, float | None]] = {}
     for scorer in scorers:
         judged = verdicts(folder, scorer, model, Inventory())
         keys = (Key(row["prompt"], row["index"]) for row in rows)
         metrics[scorer] = _means((key.prompt, judged[key]) for key in keys if key in judged)
-    metrics[LENGTH] = _means((row["prompt"], float(len(row["text"]))) for row in rows)
-    metrics[CUT] = _means((row["prompt"], float(row["finish"] == "length")) for row in rows)
+    metrics[LENGTH] = _means((row["prompt"], float(len(parts_of(row).answer))) for row in rows)
+    metrics[CUT] = _means((row["prompt"], float(is_cut(row))) for row in rows)
     return ModelAnswers(texts, metrics)
 
 

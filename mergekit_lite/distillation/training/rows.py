@@ -32,6 +32,7 @@ class Response(BaseModel):
 
     text: str
     role: Role
+    cut: bool = False  # by the limit of tokens: no end of turn follows it
     win: float | None = None  # the probability that it beats the others, for sppo
 
 
@@ -40,6 +41,7 @@ class SftRow(BaseModel):
 
     messages: list[Turn]
     response: str
+    cut: bool = False
 
 
 class PreferenceRow(BaseModel):
@@ -132,7 +134,7 @@ def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenR
 
     def tokenise(line: dict[str, Any]) -> list[UnfittedRow]:
         row = SftRow.model_validate(line)
-        return [UnfittedRow((template.tokens(_messages(row.messages), row.response),), ("source",))]
+        return [UnfittedRow((template.tokens(_messages(row.messages), row.response, cut=row.cut),), ("source",))]
 
     return _read(path, tokenise, template, limits)
 
@@ -175,7 +177,7 @@ def order(rows: int, total: int, seed: int, stage: str) -> list[int]:
 def _unfitted(messages: list[Message], responses: Sequence[Response], template: ChatTemplate) -> UnfittedRow:
     wins = tuple(response.win for response in responses if response.win is not None)
     return UnfittedRow(
-        tuple(template.tokens(messages, response.text) for response in responses),
+        tuple(template.tokens(messages, response.text, cut=response.cut) for response in responses),
         tuple(response.role for response in responses),
         wins if len(wins) == len(responses) else None,
     )
@@ -186,7 +188,7 @@ def _messages(turns: Sequence[Turn]) -> list[Message]:
 
 
 def _read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
-    tokens = TokenRows(notes=[template.note] if template.note else [])
+    tokens = TokenRows()
     for line in read_rows(path, tokens.problems):
         try:
             unfitted = tokenise(line.row)
@@ -199,6 +201,7 @@ def _read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: Lengt
         else:
             for row in unfitted:
                 tokens.add(row, limits)
+    tokens.notes = template.notes
     tokens.counts["malformed"] = len(tokens.problems) - tokens.counts["refused"]
     tokens.counts["kept"] = len(tokens.rows)
     if not tokens.rows:
