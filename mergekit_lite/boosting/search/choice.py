@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import NormalDist
 
-from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, difference
 from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, label
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boosting.search.point import Point, Settings, beyond, plain, point, values
@@ -173,7 +173,7 @@ class Contest:
 
     def _difference(self, one: Params, other: Params, items: Sequence[str], confidence: float) -> Interval:
         ours, theirs = (values(self.study.rows(each, items), self.settings.score) for each in (one, other))
-        return interval(paired(ours, theirs), confidence)
+        return difference(ours, theirs, confidence)
 
     def _distance(self, candidate: Point) -> float:
         """Return the squared distance to the baseline, each parameter in units of the width that was tried."""

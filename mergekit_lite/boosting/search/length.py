@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_lite.answers.intervals import Floats, Interval, bca, interval, resampled_means
+from mergekit_lite.answers.intervals import Floats, Interval, bca, of_differences, resampled_means
 
 PENALTIES = 10.0 ** np.linspace(-4, 4, 10)  # C, as scikit-learn's LogisticRegressionCV has by default
 FOLDS = 5
@@ -71,7 +71,7 @@ def at_equal_length(gains: Floats, longer: Floats, confidence: float = 0.95) -> 
     intercept = float(_intercept(moments.mean(0)))
     low, high = bca(intercept, _intercept(resampled_means(moments)), _intercept(left_out), confidence)
     left = Interval(intercept, low, high, gains.size)
-    return LengthEffect(interval(gains, confidence), left, float(longer.mean()))
+    return LengthEffect(of_differences(gains, confidence), left, float(longer.mean()))
 
 
 def _intercept(moments: Floats) -> Floats:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, difference, interval, paired
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, cluster_of, label
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
@@ -67,7 +67,7 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
     """Compute all figures of a candidate from its rows of these items."""
     rows, base = study.rows(params, items), study.rows(settings.baseline, items)
     scorers = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
-    gains = {name: interval(paired(values(rows, name), values(base, name)), settings.confidence) for name in scorers}
+    gains = {name: difference(values(rows, name), values(base, name), settings.confidence) for name in scorers}
     lost = guarding.losses({name: gain.mean for name, gain in gains.items()}, settings.limits)
     own = [value for value in values(rows, settings.score).values() if value is not None]
     both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]

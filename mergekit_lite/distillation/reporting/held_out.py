@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from xxhash import xxh3_64_hexdigest
 
-from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, difference, interval
 from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.distillation.folder import Folder
@@ -89,7 +89,7 @@ class HeldOutComparison:
 
     def difference(self, model: Model, other: Model, metric: str) -> Interval:
         """Return the mean of model − other, paired by prompt, with its 95 % interval."""
-        return interval(paired(self._by_prompt(model, metric), self._by_prompt(other, metric)))
+        return difference(self._by_prompt(model, metric), self._by_prompt(other, metric))
 
     @property
     def domains(self) -> list[str]:
