@@ -117,7 +117,7 @@ def _limits(result: Result) -> Iterator[tuple[str, str]]:
 def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     """Return heads and rows of the table of candidates, without columns that are empty."""
     points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
-    rates, guards = [point.controlled for point in points], [point.guards for point in points]
+    rates, guards = [point.win_rates for point in points], [point.guards for point in points]
     shares = ("truncated", "ended", "repetition", "identical", "unchanged", "unscored")
     columns: list[tuple[str, list[Cell]]] = [
         ("score", [_number(point.score.mean if math.isfinite(point.score.mean) else None, ".4g") for point in points]),
@@ -126,7 +126,7 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
         *((name, [_gain(None), *(_gain(one.others[name]) for one in points[1:])]) for name in result.baseline.others),
         ("at equal length", [_gain(point.length and point.length.at_equal_length) for point in points]),
         ("win rate", [_percent(rate and rate.raw / 100) for rate in rates]),
-        ("length-controlled", [_percent(rate and rate.controlled / 100) for rate in rates]),
+        ("win rate at equal length", [_percent(rate and rate.at_equal_length / 100) for rate in rates]),
         ("length", [_number(one.length, ".0f") for one in guards]),
         ("growth", [_number(one.growth, ".2f") for one in guards]),
         *((name, [_percent(getattr(one, name)) for one in guards]) for name in shares),

@@ -64,12 +64,10 @@ def _length(result: Result) -> Iterator[str]:
             f"This win may be only length: answers are {shown.length.longer:.0f} characters longer on average, and at "
             f"equal length the gain is {figures(shown.length.at_equal_length)}."
         )
-    if shown.controlled is not None:
-        extreme = " That is far apart: look at the lengths." if shown.controlled.extreme else ""
-        yield (
-            f"Win rate against {result.baseline.name}: {shown.controlled.raw:.1f} %, length-controlled "
-            f"{shown.controlled.controlled:.1f} %.{extreme}"
-        )
+    if (rates := shown.win_rates) is not None:
+        extreme = " That is far apart: look at the lengths." if rates.extreme else ""
+        both = f"{rates.raw:.1f} %, at equal length {rates.at_equal_length:.1f} %"
+        yield f"Win rate against {result.baseline.name}: {both}.{extreme}"
 
 
 def _hints(result: Result) -> Iterator[str]:

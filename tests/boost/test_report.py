@@ -94,7 +94,7 @@ def test_the_figures_are_there_for_machines(reported: tuple[Path, Result]) -> No
     assert found["chosen"] == result.chosen and found["version"] == 1
     assert [one["numbers"] for one in found["candidates"]] == [dict(point.params) for point in result.points]
     assert found["held_out"]["gain"]["low"] == result.held_out.gain.low  # type: ignore[union-attr]
-    assert found["baseline"]["controlled"]["controlled"] == 50
+    assert found["baseline"]["win_rates"]["at_equal_length"] == 50
     assert found["settings"]["limits"]["growth"] == 2.5
 
 

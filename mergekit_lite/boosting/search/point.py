@@ -15,10 +15,10 @@ from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
 from mergekit_lite.boosting.search.length import (
     Judgements,
-    LengthControlled,
     LengthEffect,
+    WinRates,
     at_equal_length,
-    length_controlled,
+    win_rates,
 )
 from mergekit_lite.boosting.search.study import Study
 
@@ -48,7 +48,7 @@ class Point:
     beyond: tuple[str, ...]  # the limits it passes; empty where it is allowed
     dropped: str  # why it was not measured on all items; empty where it was
     length: LengthEffect | None  # the gain without the part that goes with length; None without answers
-    controlled: LengthControlled | None  # win rates against the baseline; None without answers
+    win_rates: WinRates | None  # against the baseline; None without answers
     facts: Mapping[str, Any]  # from the evaluator, such as the effective alpha
     seconds: float  # of measuring
 
@@ -81,7 +81,7 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
         beyond=(*beyond(params, items, study, settings), *lost),
         dropped=dropped,
         length=_length_effect(*answered, settings),
-        controlled=_controlled(*answered, settings.score),
+        win_rates=_win_rates(*answered, settings.score),
         **study.about(params),
     )
 
@@ -127,14 +127,14 @@ def _length_effect(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], set
     return at_equal_length(gains, np.array([longer[name] for name in scored], dtype=np.float64), settings.confidence)
 
 
-def _controlled(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> LengthControlled | None:
+def _win_rates(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> WinRates | None:
     """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
     known = [
         (value, len(row["text"]), len(base[item]["text"]))
         for item, row in rows.items()
         if (value := _preferred(row, base[item], score)) is not None
     ]
-    return length_controlled(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
+    return win_rates(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
 def _preferred(ours: ItemRow, theirs: ItemRow, score: str) -> float | None:
