@@ -50,6 +50,11 @@ class Interval(NamedTuple):
         """Whether all of it is below 0."""
         return self.high < 0
 
+    @property
+    def turned(self) -> Interval:
+        """The interval of the values with the other sign."""
+        return Interval(0.0 - self.mean, 0.0 - self.high, 0.0 - self.low, self.items)
+
 
 def paired(ours: Values, theirs: Values) -> Floats:
     """Return ours − theirs for each item that both have a value of, in our order."""
@@ -87,11 +92,13 @@ def interval(values: Sequence[float] | Floats, confidence: float = 0.95) -> Inte
     x = np.asarray(values, dtype=np.float64)
     if x.size and np.isin(x, (0.0, 1.0)).all():
         return Interval(float(x.mean()), *wilson(int(x.sum()), x.size, confidence), x.size)
+    if x.size and np.isin(x, (0.0, -1.0)).all():  # wrong or right, with the other sign
+        return interval(-x, confidence).turned
     return _of_mean(x, confidence)
 
 
 def _right_or_wrong(values: Values) -> bool:
-    return all(value in (None, 0, 1) for value in values.values())
+    return {*values.values()} - {None} in ({0, 1}, {0}, {1}, {0, -1}, {-1})
 
 
 def _of_mean(x: Floats, confidence: float) -> Interval:

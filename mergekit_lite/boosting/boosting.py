@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,15 +113,29 @@ def search_and_write(
     request = prepared.request
     with (
         evaluator_of(prepared) as evaluator,
-        Study(request.folder, prepared.identity(), evaluator.items, request.seed) as study,
+        Study(request.folder, _identity(prepared, evaluator), evaluator.items, request.seed) as study,
     ):
-        result = choice.boost(prepared.searcher, evaluator, study, prepared.settings, measured)
+        settings = replace(prepared.settings, minimised=_minimised(prepared, evaluator))
+        result = choice.boost(prepared.searcher, evaluator, study, settings, measured)
         about = described(prepared)
         page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:
         return Boosted(result, page, about, None)
     with writing() as progress:
         return Boosted(result, page, about, write(prepared, result.chosen, progress))
+
+
+def _minimised(prepared: Prepared, evaluator: ModelEvaluator) -> tuple[str, ...]:
+    """Return the names of the scores of which lower is better."""
+    asked = [score.name for score in prepared.scores if score.scorer is not None and score.scorer.minimise]
+    tasks = [measure.name for measure in evaluator.measures if isinstance(measure, Harness) and measure.minimised]
+    return (*asked, *tasks)
+
+
+def _identity(prepared: Prepared, evaluator: ModelEvaluator) -> dict[str, Any]:
+    """Return all that a row depends on; so also the sign of its values, which a task's own file says."""
+    minimised = _minimised(prepared, evaluator)
+    return prepared.identity() | ({"minimised": list(minimised)} if minimised else {})
 
 
 @contextmanager

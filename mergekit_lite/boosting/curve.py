@@ -115,7 +115,8 @@ def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[flo
     axes.set_ylim(bottom - 0.04 * (top - bottom), top)
     if legend:
         sure = f"{100 * result.settings.confidence:g} %"
-        axes.set_ylabel(f"{result.settings.score}: gain over {result.baseline.name}", parse_math=False)
+        lower = " (lower is better)" if result.settings.score in result.settings.minimised else ""
+        axes.set_ylabel(f"{result.settings.score}{lower}: gain over {result.baseline.name}", parse_math=False)
         axes.set_title(f"Paired differences, with {sure} intervals", fontsize=10)
         if result.points:
             axes.legend(fontsize=8, frameon=False)

@@ -20,7 +20,7 @@ CAN_NOT_TELL = (
 
 def verdict(result: Result) -> list[str]:
     """Return the verdict in sentences: the answer first, then remarks on it."""
-    return [*_answer(result), *_length(result), *_hints(result)]
+    return [*_answer(result), *_direction(result), *_length(result), *_hints(result)]
 
 
 def figures(of: Interval) -> str:
@@ -53,6 +53,15 @@ def _answer(result: Result) -> Iterator[str]:
             f"{best.name} scored highest ({figures(best.gain)}), by less than one standard error; {picked.name} is "
             f"nearer to {base}."
         )
+
+
+def _direction(result: Result) -> Iterator[str]:
+    name = result.settings.score
+    if name in result.settings.minimised:
+        best = result.picked or result.baseline
+        means = [result.settings.shown(name, point.score).mean for point in (result.baseline, best)]
+        change = f" and {means[1]:.4g} at {best.name}" if best is not result.baseline else ""
+        yield f"Lower {name} is better, and a gain is how much lower: {means[0]:.4g} at {result.baseline.name}{change}."
 
 
 def _length(result: Result) -> Iterator[str]:

@@ -86,6 +86,8 @@ def test_no_difference_at_all_is_a_point_unless_answers_are_right_or_wrong() -> 
 def test_a_rate_of_none_is_not_never() -> None:
     found = interval([0.0] * 30)
     assert found.mean == found.low == 0 and 0.1 < found.high < 0.13
+    errors = [-1.0] * 30  # all wrong, of a score of which lower is better
+    assert interval(errors).turned[:3] == pytest.approx((1, 1 - found.high, 1))
 
 
 @pytest.mark.parametrize("n", [30, 650])

@@ -33,7 +33,16 @@ class Settings:
     confidence: float = 0.95  # of all intervals
     held_out: float = 0.5  # the share of the items that takes no part in the search
     batch: int = 1  # clusters that are measured together; looks and the search's items are multiples of it
+    minimised: tuple[str, ...] = ()  # the scores of which lower is better: their values have the other sign
     stop_early: bool = True  # drop candidates before all items are measured
+
+    def shown(self, name: str, of: Interval) -> Interval:
+        """Return an interval of a score's values as the score itself has them."""
+        return of.turned if name in self.minimised else of
+
+    def direction(self, name: str) -> str:
+        """Return which way a score is better, in words."""
+        return "lower is better" if name in self.minimised else "higher is better"
 
 
 @dataclass(frozen=True)
@@ -41,9 +50,9 @@ class Point:
     """A measured candidate."""
 
     params: Params
-    score: Interval  # the mean of the deciding score
-    gain: Interval  # its paired difference to the baseline
-    others: Mapping[str, Interval]  # the paired differences of the other scores
+    score: Interval  # the mean of the deciding score's values; ``Settings.shown`` gives the score's own
+    gain: Interval  # its paired difference to the baseline: positive is better
+    others: Mapping[str, Interval]  # the paired differences of the other scores; positive is better
     guards: Guards  # figures of its answers
     beyond: tuple[str, ...]  # the limits it passes; empty where it is allowed
     dropped: str  # why it was not measured on all items; empty where it was
