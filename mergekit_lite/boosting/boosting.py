@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mergekit_lite.boosting.measure.answering import ANSWERS_AT_ONCE, Answering,
 from mergekit_lite.boosting.measure.evaluator import Measure, ModelEvaluator
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.likelihood import PreferenceAccuracy, TextLikelihood
+from mergekit_lite.boosting.measure.nulls import null_tests
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.measure.tasks import Harness
@@ -116,7 +118,8 @@ def search_and_write(
         Study(request.folder, _identity(prepared, evaluator), evaluator.items, request.seed) as study,
     ):
         settings = replace(prepared.settings, minimised=_minimised(prepared, evaluator))
-        result = choice.boost(prepared.searcher, evaluator, study, settings, measured)
+        test = partial(null_tests, prepared.scores, prepared.prompts, request.folder)
+        result = choice.boost(prepared.searcher, evaluator, study, settings, measured, test)
         about = described(prepared)
         page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:

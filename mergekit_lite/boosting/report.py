@@ -17,8 +17,8 @@ from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.guards import Guards
 from mergekit_lite.boosting.search.point import Point, plain
 from mergekit_lite.boosting.search.study import Study
-from mergekit_lite.boosting.summary import CAN_NOT_TELL, highest, verdict
-from mergekit_lite.errors import shortened
+from mergekit_lite.boosting.summary import CAN_NOT_TELL, highest, stability, verdict
+from mergekit_lite.errors import counted, shortened
 from mergekit_lite.pages import drawing
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 
@@ -70,6 +70,9 @@ def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
         "candidates": [_figures(result, point) for point in result.points],
         "picked": plain(result.picked and result.picked.params),
         "held_out": result.held_out and _figures(result, result.held_out),
+        "items": {"searched": result.items, "held_out": result.items_held_out},
+        "stays": {f"{share:g}": kept for share, kept in result.stays.items()},
+        "broken": dict(result.broken),
     }
 
 
@@ -97,7 +100,9 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
     decides = f"{settings.score}: {settings.direction(settings.score)}"
     facts = {**about, "score that decides": decides, "baseline": label(settings.baseline)}
     facts["limits"] = ", ".join(f"{name} {value}" for name, value in _limits(result)) or "none"
-    facts["held out from the search"] = f"{100 * settings.held_out:g} % of the items" if result.held_out else "nothing"
+    facts["held out from the search"] = _held_out(result)
+    if result.stays:
+        facts["where labels flip"] = stability(result)
     compared = max((point.guards.kl_answers for point in result.points), default=0)
     if compared:
         facts["KL"] = f"with its standard error, from the first {compared:,} answers of each candidate"
@@ -106,6 +111,14 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
         "dl", *(element(kind, text) for pair in facts.items() for kind, text in zip(("dt", "dd"), pair, strict=True))
     )
     yield from _samples(result, study, asked)
+
+
+def _held_out(result: Result) -> str:
+    total, apart = result.items + result.items_held_out, result.items_held_out
+    if not apart:
+        return f"none of {counted(total, 'item')}"
+    unused = "" if result.held_out else "; not asked, as no candidate was preferred"
+    return f"{apart:,} of {counted(total, 'item')}{unused}"
 
 
 def _explained(result: Result) -> Iterator[str]:
@@ -146,8 +159,11 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
         ("seconds", [_number(point.seconds or None, ",.0f") for point in points]),
     ]
     shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]
-    names = [point.name for point in (result.baseline, *result.points)]
-    names += [f"{result.held_out.name}, held out"] if result.held_out else []
+    # Candidates of several numbers have long names, which wrap, and are called by their place in the order of trials.
+    several = len(result.baseline.params) > 1
+    called = [f"{place}: {point.name}" if several else point.name for place, point in enumerate(result.points, 1)]
+    called += [f"{result.held_out.name}, held out"] if result.held_out else []
+    names = [name.replace(",", ", ") for name in (result.baseline.name, *called)]
     verdicts = [_state(result, point) for point in points]
     heads = ["candidate", "verdict", *(head for head, _ in shown)]
     return heads, [list(row) for row in zip(names, verdicts, *(cells for _, cells in shown), strict=True)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.boosting.search.choice import Result
+from mergekit_lite.boosting.search.flips import DRAWS
 from mergekit_lite.boosting.search.point import Point
 from mergekit_lite.errors import counted
 
@@ -20,7 +21,17 @@ CAN_NOT_TELL = (
 
 def verdict(result: Result) -> list[str]:
     """Return the verdict in sentences: the answer first, then remarks on it."""
-    return [*_answer(result), *_direction(result), *_length(result), *_hints(result)]
+    broken = result.broken.get(result.settings.score)
+    answer = [f"No candidate was chosen. {broken}"] if broken else list(_answer(result))
+    others = [said for name, said in result.broken.items() if name != result.settings.score]
+    firm = [f"The choice {stability(result)}."] if result.stays else []
+    return [*answer, *others, *_direction(result), *firm, *_length(result), *_hints(result)]
+
+
+def stability(result: Result) -> str:
+    """Say how often the choice stays where labels flip."""
+    shares = [f"{100 * kept:.0f} % with {100 * share:.0f} %" for share, kept in result.stays.items()]
+    return f"stays in {', '.join(shares)} of the labels flipped ({DRAWS} draws each)"
 
 
 def figures(of: Interval) -> str:
