@@ -118,8 +118,7 @@ def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[flo
     if legend:
         sure = f"{100 * result.settings.confidence:g} %"
         lower = ", lower is better" if result.settings.score in result.settings.minimised else ""
-        base = result.baseline.name if len(result.baseline.params) == 1 else "the baseline"
-        axes.set_ylabel(f"gain over {shortened(base, LONGEST)}", parse_math=False)
+        axes.set_ylabel(f"gain over {shortened(result.called(result.baseline), LONGEST)}", parse_math=False)
         title = f"{shortened(result.settings.score, LONGEST)}{lower}; {sure} intervals"
         axes.set_title(title, fontsize=10, loc="left", parse_math=False)
         if result.points:
@@ -133,9 +132,8 @@ def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[fl
         return
     place = xs[[point.params for point in points].index(result.picked.params)]
     chosen = "chosen" if result.chosen is not None else "preferred, not confirmed"
-    number = [point.params for point in result.points].index(result.picked.params) + 1
-    name = result.picked.name if len(result.picked.params) == 1 else f"candidate {number}"
-    axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=f"{chosen}: {name}", zorder=0)
+    label = f"{chosen}: {result.called(result.picked)}"
+    axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=label, zorder=0)
     effect = (result.held_out or result.picked).length
     for label, gain, colour, aside in (
         ("held out", result.held_out.gain if result.held_out else None, HELD_OUT, 7),

@@ -102,7 +102,7 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
     facts["limits"] = ", ".join(f"{name} {value}" for name, value in _limits(result)) or "none"
     facts["held out from the search"] = _held_out(result)
     if result.stays:
-        facts["where labels flip"] = stability(result)
+        facts["how firm"] = stability(result)
     compared = max((point.guards.kl_answers for point in result.points), default=0)
     if compared:
         facts["KL"] = f"with its standard error, from the first {compared:,} answers of each candidate"
@@ -123,7 +123,8 @@ def _held_out(result: Result) -> str:
 
 def _explained(result: Result) -> Iterator[str]:
     settings = result.settings
-    yield f"Gains are paired differences to {result.baseline.name} with {100 * settings.confidence:g} % intervals."
+    base, sure = result.called(result.baseline), f"{100 * settings.confidence:g} %"
+    yield f"Gains are paired differences to {base} with {sure} intervals."
     if minimised := [name for name in (settings.score, *result.baseline.others) if name in settings.minimised]:
         yield f"Of {' and '.join(minimised)} lower is better: there a gain is how much lower it became."
 
@@ -162,7 +163,7 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     # Candidates of several numbers have long names, which wrap, and are called by their place in the order of trials.
     several = len(result.baseline.params) > 1
     called = [f"{place}: {point.name}" if several else point.name for place, point in enumerate(result.points, 1)]
-    called += [f"{result.held_out.name}, held out"] if result.held_out else []
+    called += [f"{result.called(result.held_out)}, held out"] if result.held_out else []
     names = [name.replace(",", ", ") for name in (result.baseline.name, *called)]
     verdicts = [_state(result, point) for point in points]
     heads = ["candidate", "verdict", *(head for head, _ in shown)]

@@ -16,7 +16,7 @@ from mergekit_lite.answers.intervals import Floats, Interval, difference
 from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, label
 from mergekit_lite.boosting.search.flips import stays
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
-from mergekit_lite.boosting.search.point import Point, Settings, beyond, plain, point, values
+from mergekit_lite.boosting.search.point import Point, Settings, beyond, called, plain, point, values
 from mergekit_lite.boosting.search.search import CLOSE, Same, Search, SearchOutcome
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
@@ -42,6 +42,10 @@ class Result:
         default_factory=dict
     )  # how often the choice stays, by the labels' flipped share
     broken: Mapping[str, str] = field(default_factory=dict)  # what is wrong with judges, by score
+
+    def called(self, candidate: Point) -> str:
+        """Return how a candidate, or the baseline, is called in sentences."""
+        return called(candidate, [each.name for each in self.points])
 
 
 def boost(
@@ -178,13 +182,6 @@ class Contest:
         confidence = self.settings.confidence
         return shared_confidence(confidence, len(self.points)) if corrected and self.points else confidence
 
-    def _called(self, candidate: Point) -> str:
-        """Return the name of a candidate; that of several numbers is long, so its place in the order of the trials."""
-        if len(candidate.params) == 1:
-            return candidate.name
-        names = list(self.points)
-        return f"candidate {names.index(candidate.name) + 1}" if candidate.name in names else "the baseline"
-
     def _measured(self, params: Params) -> Point:
         sizes = looks(len(self.clusters), self.settings.batch)
         if not self.settings.stop_early or len(self.study.rows(params, self.items)) == len(self.items):
@@ -202,7 +199,7 @@ class Contest:
         for other in (self.baseline, self.best):
             lost = self._difference(params, other.params, items, confidence)
             if lost.below and lost.items >= FIRST_LOOK:
-                return f"surely worse than {self._called(other)}"
+                return f"surely worse than {called(other, list(self.points))}"
         parts = [items[part::PARTS] for part in range(PARTS)]
         passed = [beyond(params, part, self.study, self.settings) for part in parts]
         return f"throughout {passed[0][0]}" if all(passed) else ""

@@ -72,6 +72,16 @@ class Point:
         return not self.dropped and not self.beyond
 
 
+def called(candidate: Point, tried: Sequence[str]) -> str:
+    """Return how a candidate is called in sentences: by its name; one of several numbers by its place among ``tried``.
+
+    ``tried`` are the names of all candidates but the baseline, in their order.
+    """
+    if len(candidate.params) == 1:
+        return candidate.name
+    return f"candidate {tried.index(candidate.name) + 1}" if candidate.name in tried else "the baseline"
+
+
 def point(params: Params, items: Sequence[str], study: Study, settings: Settings, dropped: str = "") -> Point:
     """Compute all figures of a candidate from its rows of these items."""
     rows, base = study.rows(params, items), study.rows(settings.baseline, items)

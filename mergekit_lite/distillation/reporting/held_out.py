@@ -119,8 +119,8 @@ def compare(recipe: Recipe, reporter: Reporter) -> HeldOutComparison | None:
     _discard_outdated(folder, models, reporter)
     sample(inner, reporter)
     score(inner, reporter)
-    scorers = [scorer.name for scorer in inner.scorers]
-    return HeldOutComparison(prompts, scorers, {model: _model_answers(folder, model, scorers) for model in models})
+    scorers = {f"-{scorer.name}" if scorer.minimise else scorer.name: scorer.name for scorer in inner.scorers}
+    return HeldOutComparison(prompts, [*scorers], {model: _model_answers(folder, model, scorers) for model in models})
 
 
 def existing_models(recipe: Recipe) -> dict[Model, str]:
@@ -211,14 +211,19 @@ def _identity(model: Path) -> str:
     return xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files if file.exists()))
 
 
-def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> ModelAnswers:
+def _model_answers(folder: Folder, model: Model, scorers: Mapping[str, str]) -> ModelAnswers:
+    """Read a model's answers and their scores.
+
+    ``scorers`` are by the name that is shown: with a minus where lower is better, as such scores have the other sign,
+    so that higher is better everywhere.
+    """
     rows = [line.row for line in read_rows(folder.samples(model), [], {**ANSWER, "finish": str})]
     texts = {row["prompt"]: row["text"] for row in sorted(rows, key=lambda row: -row["index"])}
     metrics: dict[str, Mapping[str, float | None]] = {}
-    for scorer in scorers:
+    for shown, scorer in scorers.items():
         judged = verdicts(folder, scorer, model, Inventory())
         keys = (Key(row["prompt"], row["index"]) for row in rows)
-        metrics[scorer] = _means((key.prompt, judged[key]) for key in keys if key in judged)
+        metrics[shown] = _means((key.prompt, judged[key]) for key in keys if key in judged)
     metrics[LENGTH] = _means((row["prompt"], float(len(row["text"]))) for row in rows)
     metrics[CUT] = _means((row["prompt"], float(row["finish"] == "length")) for row in rows)
     return ModelAnswers(texts, metrics)
