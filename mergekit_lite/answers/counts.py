@@ -48,7 +48,7 @@ def sure(better: int, worse: int, confidence: float) -> bool:
     unequal, fewer = better + worse, min(better, worse)
     below = sum(math.comb(unequal, k) for k in range(fewer))
     at = math.comb(unequal, fewer)
-    mid_p, exact = (2 * below + at) / 2**unequal, 2 * (below + at) / 2**unequal
+    mid_p, exact = (2 * below + at) / (1 << unequal), 2 * (below + at) / (1 << unequal)
     return mid_p < 1 - confidence and exact < SLACK * (1 - confidence)
 
 

@@ -52,6 +52,10 @@ class Minimised(Scorer):
             each if each.value is None else each._replace(value=0.0 - each.value) for each in self.scorer.score(judged)
         ]
 
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer with the other sign."""
+        return self.score([judged])[0]
+
     def close(self) -> None:
         """Free what the scorer holds."""
         self.scorer.close()
