@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def boost(
     contest = Contest(study.clusters[:searched], evaluator, study, settings)
     search = searcher(contest.same)
     broken = test(contest.measure_baseline())
-    counts = {"items": searched, "items_held_out": len(study.clusters) - searched, "broken": broken}
+    counts: dict[str, Any] = {"items": searched, "items_held_out": len(study.clusters) - searched, "broken": broken}
     if settings.score in broken:
         return Result(settings, contest.baseline, (), None, None, None, **counts)
     outcome = None
@@ -97,7 +98,7 @@ def boost(
         confirmed = point(picked.params, apart, study, settings)
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
     chosen = picked.params if picked and not failed else None
-    firm = contest.stays(picked, apart) if chosen else {}
+    firm = contest.stays(picked, apart) if picked and not failed else {}
     points = tuple(contest.points.values())
     return Result(settings, contest.baseline, points, picked, confirmed, chosen, stays=firm, **counts)
 
