@@ -138,7 +138,7 @@ def students_ends(x: Floats) -> tuple[Floats, Floats]:
     for here, before in zip(ordered.T[1:], ordered.T, strict=False):
         run = np.where(here == before, run + 1, 1)
         commonest = np.maximum(commonest, run)
-    reach = np.array([math.inf, *(student(0.95, freedom) for freedom in range(1, x.shape[1] + 1))])
+    reach = np.array([1e9, *(student(0.95, freedom) for freedom in range(1, x.shape[1] + 1))])
     return x.mean(1), reach[x.shape[1] - commonest] * x.std(1, ddof=1) / math.sqrt(x.shape[1])
 
 
