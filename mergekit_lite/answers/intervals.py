@@ -3,10 +3,13 @@
 All models are measured on the same items, in the same order, with the same draws. So the difference of two is taken
 item by item, and what is common to both, above all how hard an item is, cancels.
 
-Intervals are BCa bootstrap intervals (Efron, "Better bootstrap confidence intervals", 1987) of a mean over items:
-they follow skewed scores, stay within the range of the scores, and need no library. The resamples are seeded, so an
-interval depends on the differences alone. It is about other items of the same kind: not about other kinds, nor about
-other answers to these items.
+Where scores are 0 or 1, and where all items that differ do so by the same amount, intervals are made from counts
+(``counts``). Else each end is the farther one of two intervals' ends. BCa bootstrap intervals (Efron, "Better bootstrap
+confidence intervals", 1987) follow skewed scores; the resamples are seeded, so an interval depends on the values alone.
+They are too narrow for few values, for heavy tails, and where all but few are the same. Student's interval is not, with
+as many degrees of freedom as there are values other than the commonest.
+
+An interval is about other items of the same kind: not about other kinds, nor about other answers to these items.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mergekit_lite.answers.counts import paired_rates, student, wilson
 
 RESAMPLES = 4000
 RESAMPLED_AT_ONCE = 1 << 21  # resampled items at once
@@ -45,15 +50,58 @@ class Interval(NamedTuple):
         """Whether all of it is below 0."""
         return self.high < 0
 
+    @property
+    def turned(self) -> Interval:
+        """The interval of the values with the other sign."""
+        return Interval(0.0 - self.mean, 0.0 - self.high, 0.0 - self.low, self.items)
+
 
 def paired(ours: Values, theirs: Values) -> Floats:
     """Return ours − theirs for each item that both have a value of, in our order."""
     return np.array([a - b for item, a in ours.items() if a is not None and (b := theirs.get(item)) is not None])
 
 
+def difference(ours: Values, theirs: Values, confidence: float = 0.95) -> Interval:
+    """Return the mean of ours − theirs over the items that both have a value of, and its interval."""
+    return of_differences(paired(ours, theirs), confidence, all(map(_right_or_wrong, (ours, theirs))))
+
+
+def of_differences(x: Floats, confidence: float = 0.95, right_or_wrong: bool = False) -> Interval:
+    """Return the mean of paired differences, and its interval.
+
+    Args:
+        x: (n,) differences, one an item.
+        confidence: of the interval, two-sided.
+        right_or_wrong: whether what was compared is 0 or 1. Then no difference on any item is no proof that there is
+            none; else the interval is the point 0.
+    """
+    sizes = np.unique(np.abs(x[x != 0]))
+    unit = sizes[-1] if sizes.size else float(right_or_wrong)
+    if x.size > 1 and unit and np.allclose(sizes, unit, rtol=1e-9, atol=0):
+        better, worse = int((x > 0).sum()), int((x < 0).sum())
+        low, high = paired_rates(better, worse, x.size, confidence)
+        return Interval(float(x.mean()), float(unit * low), float(unit * high), x.size)
+    return _of_mean(x, confidence)
+
+
 def interval(values: Sequence[float] | Floats, confidence: float = 0.95) -> Interval:
-    """Return the mean and its BCa interval, which is infinite for a single value."""
+    """Return the mean of one model's scores and its interval, which is infinite for a single value that isn't 0 or 1.
+
+    For differences of two models there is ``difference``.
+    """
     x = np.asarray(values, dtype=np.float64)
+    if x.size and np.isin(x, (0.0, 1.0)).all():
+        return Interval(float(x.mean()), *wilson(int(x.sum()), x.size, confidence), x.size)
+    if x.size and np.isin(x, (0.0, -1.0)).all():  # wrong or right, with the other sign
+        return interval(-x, confidence).turned
+    return _of_mean(x, confidence)
+
+
+def _right_or_wrong(values: Values) -> bool:
+    return {*values.values()} - {None} in ({0, 1}, {0}, {1}, {0, -1}, {-1})
+
+
+def _of_mean(x: Floats, confidence: float) -> Interval:
     if x.size < 2:
         return Interval(float(x[0]) if x.size else math.nan, -math.inf, math.inf, x.size)
     mean = float(x.mean())
@@ -61,7 +109,9 @@ def interval(values: Sequence[float] | Floats, confidence: float = 0.95) -> Inte
         return Interval(mean, mean, mean, x.size)
     left_out = (x.sum() - x) / (x.size - 1)
     low, high = bca(mean, resampled_means(x), left_out, confidence)
-    return Interval(mean, low, high, x.size)
+    unlike = x.size - int(np.unique(x, return_counts=True)[1].max())
+    half = student(confidence, unlike) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    return Interval(mean, min(low, mean - half), max(high, mean + half), x.size)
 
 
 def bca(estimate: float, resampled: Floats, left_out: Floats, confidence: float) -> tuple[float, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mergekit_lite.boosting.measure.answering import ANSWERS_AT_ONCE, Answering,
 from mergekit_lite.boosting.measure.evaluator import Measure, ModelEvaluator
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.likelihood import PreferenceAccuracy, TextLikelihood
+from mergekit_lite.boosting.measure.nulls import null_tests
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.measure.tasks import Harness
@@ -113,15 +115,30 @@ def search_and_write(
     request = prepared.request
     with (
         evaluator_of(prepared) as evaluator,
-        Study(request.folder, prepared.identity(), evaluator.items, request.seed) as study,
+        Study(request.folder, _identity(prepared, evaluator), evaluator.items, request.seed) as study,
     ):
-        result = choice.boost(prepared.searcher, evaluator, study, prepared.settings, measured)
+        settings = replace(prepared.settings, minimised=_minimised(prepared, evaluator))
+        test = partial(null_tests, prepared.scores, prepared.prompts, request.folder)
+        result = choice.boost(prepared.searcher, evaluator, study, settings, measured, test)
         about = described(prepared)
         page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:
         return Boosted(result, page, about, None)
     with writing() as progress:
         return Boosted(result, page, about, write(prepared, result.chosen, progress))
+
+
+def _minimised(prepared: Prepared, evaluator: ModelEvaluator) -> tuple[str, ...]:
+    """Return the names of the scores of which lower is better."""
+    asked = [score.name for score in prepared.scores if score.scorer is not None and score.scorer.minimise]
+    tasks = [measure.name for measure in evaluator.measures if isinstance(measure, Harness) and measure.minimised]
+    return (*asked, *tasks)
+
+
+def _identity(prepared: Prepared, evaluator: ModelEvaluator) -> dict[str, Any]:
+    """Return all that a row depends on; so also the sign of its values, which a task's own file says."""
+    minimised = _minimised(prepared, evaluator)
+    return prepared.identity() | ({"minimised": list(minimised)} if minimised else {})
 
 
 @contextmanager

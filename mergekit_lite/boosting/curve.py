@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.point import Point
 from mergekit_lite.boosting.summary import highest
+from mergekit_lite.errors import shortened
 from mergekit_lite.pages.drawing import COLOURS
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 GAIN_HEIGHT, GUARDS_HEIGHT = 3.4, 2.2  # inches
 WIDE = 12  # the ratio of largest to smallest value from which an axis is logarithmic
 MOST_PARAMS = 6  # panels
+LONGEST = 30  # characters of a name
 SHARES = ("truncated", "repetition", "identical", "unchanged")
 FINE, DROPPED, BEYOND = COLOURS[0], "#8a8f98", COLOURS[1]
 HELD_OUT, EQUAL = COLOURS[2], COLOURS[3]
@@ -115,10 +117,14 @@ def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[flo
     axes.set_ylim(bottom - 0.04 * (top - bottom), top)
     if legend:
         sure = f"{100 * result.settings.confidence:g} %"
-        axes.set_ylabel(f"{result.settings.score}: gain over {result.baseline.name}", parse_math=False)
-        axes.set_title(f"Paired differences, with {sure} intervals", fontsize=10)
+        lower = ", lower is better" if result.settings.score in result.settings.minimised else ""
+        axes.set_ylabel(f"gain over {shortened(result.called(result.baseline), LONGEST)}", parse_math=False)
+        title = f"{shortened(result.settings.score, LONGEST)}{lower}; {sure} intervals"
+        axes.set_title(title, fontsize=10, loc="left", parse_math=False)
         if result.points:
-            axes.legend(fontsize=8, frameon=False)
+            # Above the axes, as points may lie everywhere within.
+            place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2}
+            axes.legend(fontsize=7, frameon=False, **place)
 
 
 def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:
@@ -126,7 +132,8 @@ def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[fl
         return
     place = xs[[point.params for point in points].index(result.picked.params)]
     chosen = "chosen" if result.chosen is not None else "preferred, not confirmed"
-    axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=f"{chosen}: {result.picked.name}", zorder=0)
+    label = f"{chosen}: {result.called(result.picked)}"
+    axes.axvline(place, color=HELD_OUT, linewidth=5, alpha=0.2, label=label, zorder=0)
     effect = (result.held_out or result.picked).length
     for label, gain, colour, aside in (
         ("held out", result.held_out.gain if result.held_out else None, HELD_OUT, 7),

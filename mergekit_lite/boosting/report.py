@@ -17,8 +17,8 @@ from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.guards import Guards
 from mergekit_lite.boosting.search.point import Point, plain
 from mergekit_lite.boosting.search.study import Study
-from mergekit_lite.boosting.summary import CAN_NOT_TELL, highest, verdict
-from mergekit_lite.errors import shortened
+from mergekit_lite.boosting.summary import CAN_NOT_TELL, highest, stability, verdict
+from mergekit_lite.errors import counted, shortened
 from mergekit_lite.pages import drawing
 from mergekit_lite.pages.html import Cell, Markup, Text, document, element, plot, table
 
@@ -63,16 +63,23 @@ def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
         "verdict": verdict(result),
         "about": dict(about),
         "settings": plain(result.settings),
-        "baseline": _figures(result.baseline),
-        "candidates": [_figures(point) for point in result.points],
+        "directions": {
+            name: result.settings.direction(name) for name in (result.settings.score, *result.baseline.others)
+        },
+        "baseline": _figures(result, result.baseline),
+        "candidates": [_figures(result, point) for point in result.points],
         "picked": plain(result.picked and result.picked.params),
-        "held_out": result.held_out and _figures(result.held_out),
+        "held_out": result.held_out and _figures(result, result.held_out),
+        "items": {"searched": result.items, "held_out": result.items_held_out},
+        "stays": {f"{share:g}": kept for share, kept in result.stays.items()},
+        "broken": dict(result.broken),
     }
 
 
-def _figures(point: Point) -> dict[str, Any]:
-    figures: dict[str, Any] = plain(point)
-    return {"numbers": figures.pop("params"), **figures}
+def _figures(result: Result, point: Point) -> dict[str, Any]:
+    """Return a candidate's figures: the score as it is, and gains of which positive is better."""
+    settings, figures = result.settings, plain(point)
+    return {"numbers": figures.pop("params"), **figures, "score": plain(settings.shown(settings.score, point.score))}
 
 
 def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Mapping[str, str]) -> Iterator[Markup]:
@@ -85,17 +92,17 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
     yield element("h2", "What it can’t tell")
     yield element("ul", *(element("li", said) for said in CAN_NOT_TELL))
     yield element("h2", "Candidates")
-    explained = (
-        f"Gains are paired differences to {result.baseline.name} with {100 * result.settings.confidence:g} % intervals."
-    )
-    yield element("p", explained, class_="soft")
+    yield element("p", " ".join(_explained(result)), class_="soft")
     heads, rows = _table(result)
     yield table("Candidates", heads, rows)
     yield element("h2", "How")
     settings = result.settings
-    facts = {**about, "score that decides": settings.score, "baseline": label(settings.baseline)}
+    decides = f"{settings.score}: {settings.direction(settings.score)}"
+    facts = {**about, "score that decides": decides, "baseline": label(settings.baseline)}
     facts["limits"] = ", ".join(f"{name} {value}" for name, value in _limits(result)) or "none"
-    facts["held out from the search"] = f"{100 * settings.held_out:g} % of the items" if result.held_out else "nothing"
+    facts["held out from the search"] = _held_out(result)
+    if result.stays:
+        facts["how firm"] = stability(result)
     compared = max((point.guards.kl_answers for point in result.points), default=0)
     if compared:
         facts["KL"] = f"with its standard error, from the first {compared:,} answers of each candidate"
@@ -104,6 +111,22 @@ def _sections(result: Result, study: Study, about: Mapping[str, str], asked: Map
         "dl", *(element(kind, text) for pair in facts.items() for kind, text in zip(("dt", "dd"), pair, strict=True))
     )
     yield from _samples(result, study, asked)
+
+
+def _held_out(result: Result) -> str:
+    total, apart = result.items + result.items_held_out, result.items_held_out
+    if not apart:
+        return f"none of {counted(total, 'item')}"
+    unused = "" if result.held_out else "; not asked, as no candidate was preferred"
+    return f"{apart:,} of {counted(total, 'item')}{unused}"
+
+
+def _explained(result: Result) -> Iterator[str]:
+    settings = result.settings
+    base, sure = result.called(result.baseline), f"{100 * settings.confidence:g} %"
+    yield f"Gains are paired differences to {base} with {sure} intervals."
+    if minimised := [name for name in (settings.score, *result.baseline.others) if name in settings.minimised]:
+        yield f"Of {' and '.join(minimised)} lower is better: there a gain is how much lower it became."
 
 
 def _limits(result: Result) -> Iterator[tuple[str, str]]:
@@ -117,16 +140,17 @@ def _limits(result: Result) -> Iterator[tuple[str, str]]:
 def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
     """Return heads and rows of the table of candidates, without columns that are empty."""
     points = (result.baseline, *result.points, *([result.held_out] if result.held_out else []))
-    rates, guards = [point.controlled for point in points], [point.guards for point in points]
+    scores = [result.settings.shown(result.settings.score, point.score).mean for point in points]
+    rates, guards = [point.win_rates for point in points], [point.guards for point in points]
     shares = ("truncated", "ended", "repetition", "identical", "unchanged", "unscored")
     columns: list[tuple[str, list[Cell]]] = [
-        ("score", [_number(point.score.mean if math.isfinite(point.score.mean) else None, ".4g") for point in points]),
+        ("score", [_number(score if math.isfinite(score) else None, ".4g") for score in scores]),
         ("gain", [_gain(None), *(_gain(point.gain) for point in points[1:])]),
         ("items", [Cell(f"{point.gain.items:,}", point.gain.items) for point in points]),
         *((name, [_gain(None), *(_gain(one.others[name]) for one in points[1:])]) for name in result.baseline.others),
         ("at equal length", [_gain(point.length and point.length.at_equal_length) for point in points]),
         ("win rate", [_percent(rate and rate.raw / 100) for rate in rates]),
-        ("length-controlled", [_percent(rate and rate.controlled / 100) for rate in rates]),
+        ("win rate at equal length", [_percent(rate and rate.at_equal_length / 100) for rate in rates]),
         ("length", [_number(one.length, ".0f") for one in guards]),
         ("growth", [_number(one.growth, ".2f") for one in guards]),
         *((name, [_percent(getattr(one, name)) for one in guards]) for name in shares),
@@ -136,8 +160,11 @@ def _table(result: Result) -> tuple[list[str], list[list[Text]]]:
         ("seconds", [_number(point.seconds or None, ",.0f") for point in points]),
     ]
     shown = [(head, cells) for head, cells in columns if any(cell.text != "–" for cell in cells)]
-    names = [point.name for point in (result.baseline, *result.points)]
-    names += [f"{result.held_out.name}, held out"] if result.held_out else []
+    # Candidates of several numbers have long names, which wrap, and are called by their place in the order of trials.
+    several = len(result.baseline.params) > 1
+    called = [f"{place}: {point.name}" if several else point.name for place, point in enumerate(result.points, 1)]
+    called += [f"{result.called(result.held_out)}, held out"] if result.held_out else []
+    names = [name.replace(",", ", ") for name in (result.baseline.name, *called)]
     verdicts = [_state(result, point) for point in points]
     heads = ["candidate", "verdict", *(head for head, _ in shown)]
     return heads, [list(row) for row in zip(names, verdicts, *(cells for _, cells in shown), strict=True)]
@@ -162,7 +189,7 @@ def _samples(result: Result, study: Study, asked: Mapping[str, str]) -> Iterator
         if item in asked:
             yield _verbatim("asked", asked[item])
         for name, rows in shown.items():
-            yield _verbatim(f"{name}{_scores(rows[item])}", rows[item]["text"])
+            yield _verbatim(f"{name}{_scores(result, rows[item])}", rows[item]["text"])
 
 
 def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
@@ -177,8 +204,9 @@ def _sampled(result: Result) -> dict[str, Mapping[str, float]]:
     return params
 
 
-def _scores(row: ItemRow) -> str:
-    values = [f"{name} {value:.4g}" for name, value in row["values"].items() if value is not None]
+def _scores(result: Result, row: ItemRow) -> str:
+    signs = {name: -1 if name in result.settings.minimised else 1 for name in row["values"]}
+    values = [f"{name} {signs[name] * value:.4g}" for name, value in row["values"].items() if value is not None]
     cut = ["cut at the limit"] if row.get("finish") == "length" else []
     return ": " + ", ".join([*values, *cut]) if values or cut else ""
 

@@ -17,6 +17,7 @@ from mergekit_lite.answers.prompts import Prompts, as_row, load
 from mergekit_lite.answers.serving import serve_words
 from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
+from mergekit_lite.boosting.measure import nulls
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
@@ -306,6 +307,7 @@ def described(prepared: Prepared) -> dict[str, str]:
         "scores": ", ".join(request.scores),
         "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
         "answers": _answers_described(request) if prepared.prompts else "",
+        "null test of the judge": nulls.described(prepared.scores),
         "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
         "rounding": plan.rounding,
         "device": prepared.device,

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mergekit_lite.answers.intervals import interval, paired
+from mergekit_lite.answers.counts import student
+from mergekit_lite.answers.intervals import Floats, difference, interval, of_differences, paired
 from mergekit_lite.boosting.search.looks import PORTION, looks, portion, shared_confidence
 
 SIMULATIONS = 300
@@ -69,14 +70,98 @@ def test_an_interval_depends_on_the_values_alone_and_moves_with_them() -> None:
     assert turned[:3] == pytest.approx([-found.mean, -found.high, -found.low], abs=1e-3)
 
 
-@pytest.mark.parametrize("values", [[], [1.0]])
+@pytest.mark.parametrize("values", [[], [0.7]])
 def test_too_few_values_tell_nothing(values: list[float]) -> None:
     found = interval(values)
     assert not found.above and not found.below and found.items == len(values)
 
 
-def test_no_difference_at_all_is_a_point() -> None:
-    assert interval([0.0] * 40)[:3] == (0.0, 0.0, 0.0)
+def test_no_difference_at_all_is_a_point_unless_answers_are_right_or_wrong() -> None:
+    values = {str(i): 0.5 * i for i in range(40)}
+    assert difference(values, values)[:3] == (0.0, 0.0, 0.0)
+    right = {str(i): float(i % 2) for i in range(40)}
+    same = difference(right, right)
+    assert same.mean == 0 and same.low == -same.high < -0.05
+
+
+def test_a_rate_of_none_is_not_never() -> None:
+    found = interval([0.0] * 30)
+    assert found.mean == found.low == 0 and 0.1 < found.high < 0.13
+    errors = [-1.0] * 30  # all wrong, of a score of which lower is better
+    assert interval(errors).turned[:3] == pytest.approx((1, 1 - found.high, 1))
+
+
+@pytest.mark.parametrize("n", [30, 650])
+@pytest.mark.parametrize("unit", [1.0, 0.2, 9.0])
+def test_three_items_that_got_better_prove_nothing(n: int, unit: float) -> None:
+    """Exactly, 3 of 3 to one side have p = 0.25, whatever the unit; 9 of 10 have 0.02."""
+    x = np.zeros(n)
+    x[:3] = unit
+    assert not of_differences(x).above
+    x[:9], x[9] = unit, -unit
+    assert of_differences(x).above and of_differences(-x).below
+
+
+def rarely_different(kind: str, rng: np.random.Generator, n: int, share: float) -> Floats:
+    """Paired differences of equal models that differ on a share of the items."""
+    x = np.zeros(n)
+    unequal = rng.random(n) < share
+    many = int(unequal.sum())
+    if kind == "normal":
+        x[unequal] = rng.normal(0, 1, many)
+    elif kind == "heavy tails":
+        x[unequal] = rng.standard_t(3, many)
+    else:
+        x[unequal] = rng.choice([-3, -2, -1, 1, 2, 3], size=many)
+    return x
+
+
+def told_apart(kind: str, n: int, share: float, trials: int) -> float:
+    rng = np.random.default_rng([n, round(1000 * share)])
+    found = [of_differences(rarely_different(kind, rng, n, share)) for _ in range(trials)]
+    return float(np.mean([one.above or one.below for one in found]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "share"),
+    [("normal", 5, 1.0), ("normal", 30, 0.1), ("grades", 8, 1.0), ("grades", 100, 0.05), ("heavy tails", 100, 0.3)],
+)
+def test_equal_models_are_rarely_told_apart(kind: str, n: int, share: float) -> None:
+    """By chance 400 trials at 5 % give 8 % or more once in 250."""
+    assert told_apart(kind, n, share, 400) < 0.08
+
+
+def students_ends(x: Floats) -> tuple[Floats, Floats]:
+    """The mean of each row, and half of Student's interval: a second implementation, of many rows at once."""
+    ordered = np.sort(x, axis=1)
+    run = commonest = np.ones(len(x), dtype=int)
+    for here, before in zip(ordered.T[1:], ordered.T, strict=False):
+        run = np.where(here == before, run + 1, 1)
+        commonest = np.maximum(commonest, run)
+    reach = np.array([1e9, *(student(0.95, freedom) for freedom in range(1, x.shape[1] + 1))])
+    return x.mean(1), reach[x.shape[1] - commonest] * x.std(1, ddof=1) / math.sqrt(x.shape[1])
+
+
+def test_an_interval_is_no_narrower_than_students() -> None:
+    rng = np.random.default_rng(6)
+    rows = np.stack([rarely_different("normal", rng, 40, 0.5) for _ in range(30)])
+    for x, mean, half in zip(rows, *students_ends(rows), strict=True):
+        found = of_differences(x)
+        assert found.low <= mean - half + 1e-9 and found.high >= mean + half - 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["normal", "grades", "heavy tails"])
+@pytest.mark.parametrize("n", [5, 8, 16, 30, 60, 100])
+def test_equal_models_are_told_apart_in_less_than_six_in_a_hundred(kind: str, n: int) -> None:
+    """By Student's interval, which bounds how often the wider one errs; items that differ by one size are counted."""
+    rng = np.random.default_rng(n)
+    for share in (0.05, 0.1, 0.3, 1.0):
+        x = np.stack([rarely_different(kind, rng, n, share) for _ in range(5000)])
+        sizes = np.abs(x)
+        several = np.where(sizes > 0, sizes, np.inf).min(1) < sizes.max(1)
+        mean, half = students_ends(x)
+        assert (several & (np.abs(mean) > half)).mean() < 0.06, share
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,29 @@ def test_the_chosen_model_is_the_one_that_extrapolate_makes(
     assert made == tree_bytes(out)
 
 
+def test_a_score_of_which_lower_is_better_is_minimised_and_told_so(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have the other sign; what is shown has its own, and a gain is a decrease."""
+    monkeypatch.chdir(models)
+    told: dict[bool, Any] = {}
+    for minimise in (False, True):
+        score = f"{SPACES}{',minimise=true' * minimise}"
+        arguments = ["--score", score, "--search", "grid", "--grid", "25", "--max-tokens", "6", "--limits"]
+        arguments += ["growth=none", "--held-out", "0", "--all-items", "-o", tmp_path / str(minimise), "--json"]
+        said = command("sft", "dpo", "--prompts", "prompts.jsonl", *arguments)
+        assert said.exit_code == 0, said.stderr
+        told[minimise] = json.loads(said.stdout)
+    [up], [down] = (told[minimise]["candidates"] for minimise in (False, True))
+    assert up["score"] == pytest.approx(down["score"]) and up["score"]["mean"] > 0
+    assert up["gain"]["mean"] == pytest.approx(-down["gain"]["mean"]) and up["gain"]["mean"]
+    assert told[True]["directions"] == {"function": "lower is better"}
+    assert any("Lower function is better" in said for said in told[True]["verdict"])
+    assert "function: lower is better" in (tmp_path / "True.boost" / "report.html").read_text()
+    rows = rows_of(tmp_path / "True.boost")["alpha=25"]
+    assert min(row["values"]["function"] for row in rows.values()) < 0
+
+
 def test_where_nothing_helps_there_is_no_model_and_no_error(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

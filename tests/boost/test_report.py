@@ -94,7 +94,7 @@ def test_the_figures_are_there_for_machines(reported: tuple[Path, Result]) -> No
     assert found["chosen"] == result.chosen and found["version"] == 1
     assert [one["numbers"] for one in found["candidates"]] == [dict(point.params) for point in result.points]
     assert found["held_out"]["gain"]["low"] == result.held_out.gain.low  # type: ignore[union-attr]
-    assert found["baseline"]["controlled"]["controlled"] == 50
+    assert found["baseline"]["win_rates"]["at_equal_length"] == 50
     assert found["settings"]["limits"]["growth"] == 2.5
 
 
@@ -104,6 +104,36 @@ def test_the_picture_opens(reported: tuple[Path, Result]) -> None:
     height, width, _ = imread(reported[0] / "curve.png").shape
     assert width == 770 and 500 < height < 800
     assert not list(reported[0].glob("*writing*"))
+
+
+def test_figures_of_candidates_with_long_names_are_on_the_page(tmp_path: Path) -> None:
+    """Score, gain and items of all candidates are within the window, and nothing of the picture is cut off."""
+    names = ["models.0.parameters.weight", "models.1.parameters.density[filter=mlp]"]
+    evaluator = SyntheticEvaluator(lambda params: sum(params.values()), items=80)
+    with Study(tmp_path, {}, evaluator.items) as study:
+        settings = Settings(score="score", baseline=dict.fromkeys(names, 0.0), minimised=("other",))
+        result = boost(lambda same: grid({key: [0.0, 0.3] for key in names}), evaluator, study, settings)
+        page = write(result, study, {}, {})
+    with Browser() as browser:
+        browser.open(page, width=1100)
+        assert browser.run("document.documentElement.scrollWidth") <= 1100
+        assert browser.run("document.querySelector('h1').textContent").startswith("Candidate 3 beats the baseline:")
+        right = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[4].getBoundingClientRect().right)"
+        assert max(browser.run(right)) < 1000
+        inside = "(() => { const all = document.querySelector('svg').getBoundingClientRect(); return "
+        inside += "[...document.querySelectorAll('svg text')].every(one => { const box = one.getBoundingClientRect(); "
+        inside += "return box.left >= all.left && box.right <= all.right && box.top >= all.top }) })()"
+        assert browser.run(inside)
+        said = browser.run("document.body.textContent")
+    assert "40 of 80 items" in said and "Of other lower is better" in said
+
+
+def test_what_was_held_out_is_said_though_nobody_was_preferred(tmp_path: Path) -> None:
+    evaluator = SyntheticEvaluator(lambda params: -params["alpha"], items=100)
+    with Study(tmp_path, {}, evaluator.items) as study:
+        result = boost(lambda same: grid({"alpha": [1.0]}), evaluator, study, Settings(score="score"))
+        page = write(result, study, {}, {})
+    assert "50 of 100 items; not asked, as no candidate was preferred" in page.read_text()
 
 
 @pytest.mark.parametrize("kind", ["nothing helps", "several numbers", "no answers", "nothing tried", "all beyond"])

@@ -154,7 +154,7 @@ def test_says_what_is_beyond_noise(findings: Findings) -> None:
     assert "other" not in findings.comparison.scorers  # it judges no held-out domain
     said = " ".join(findings.conclusions)
     assert (
-        "By armorm, the preference model is first: +0.0591 [+0.0572, +0.0611] against the target as it was (beyond"
+        "By armorm, the preference model is first: +0.0591 [+0.0571, +0.0611] against the target as it was (beyond"
         in said
     )
     assert "times the length" in said and "2.5 % of the SFT model" in said and "97.6 % of the rows" in said

@@ -33,7 +33,7 @@ def _check(settings: ScorerSettings) -> Iterator[Wrong]:
         yield Wrong(("model",), f"{settings.model!r}: a function is given as module:function")
 
 
-@scorer("function", needs={"model": "MODULE:NAME"}, check=_check)
+@scorer("function", needs={"model": "MODULE:NAME"}, takes=("minimise",), check=_check)
 class Function(Scorer):
     """The number that the function returns; no score, with its message, where it raises."""
 

@@ -80,7 +80,7 @@ class Options(ScorerOptions):
         return self
 
 
-@scorer("judge", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency"))
+@scorer("judge", needs={"model": "MODEL", "server": "URL"}, takes=("api_key_variable", "concurrency", "minimise"))
 class Judge(Scorer):
     """The judge's grade; no score, with the reason, where the judge gives none."""
 

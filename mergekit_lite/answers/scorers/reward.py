@@ -51,7 +51,7 @@ class Options(ScorerOptions):
     dtype: Dtype | None = None  # on a CPU float32, else the model's own by default
 
 
-@scorer("reward", needs={"model": "MODEL"}, takes=("batch_size",), read_together=True)
+@scorer("reward", needs={"model": "MODEL"}, takes=("batch_size", "minimise"), read_together=True)
 class Reward(Scorer):
     """The reward model's number; no score where its template refuses the conversation or it is too long."""
 

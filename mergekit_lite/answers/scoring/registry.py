@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
 from pydantic import ValidationError
 
 from mergekit_lite.answers import scorers
-from mergekit_lite.answers.scoring.scorer import SCORERS, Scorer, ScorerKind, ScorerSettings, Wrong
+from mergekit_lite.answers.scoring.scorer import SCORERS, Judged, Score, Scorer, ScorerKind, ScorerSettings, Wrong
 from mergekit_lite.errors import UsageError, listing, nearest
 
 ALWAYS = ("name", "kind", "options")
@@ -40,6 +40,27 @@ def wrong_settings(settings: ScorerSettings) -> Iterator[Wrong]:
             yield Wrong(("options", *at), _about_option(kind, at, problem["type"], problem["msg"]))
 
 
+class Minimised(Scorer):
+    """A scorer of which lower is better, with the other sign."""
+
+    def __init__(self, scorer: Scorer):
+        self.name, self.scorer = scorer.name, scorer
+
+    def score(self, judged: Sequence[Judged]) -> list[Score]:
+        """Return the scores with the other sign, in order."""
+        return [
+            each if each.value is None else each._replace(value=0.0 - each.value) for each in self.scorer.score(judged)
+        ]
+
+    def score_one(self, judged: Judged) -> Score:
+        """Return the score of an answer with the other sign."""
+        return self.score([judged])[0]
+
+    def close(self) -> None:
+        """Free what the scorer holds."""
+        self.scorer.close()
+
+
 @contextmanager
 def open_scorer(settings: ScorerSettings) -> Iterator[Scorer]:
     """Open the scorer that the settings describe, and close it with the context.
@@ -55,7 +76,7 @@ def open_scorer(settings: ScorerSettings) -> Iterator[Scorer]:
     kind = kind_of(settings.kind)
     scorer = kind.make(settings, kind.options.model_validate(settings.options))
     try:
-        yield scorer
+        yield Minimised(scorer) if settings.minimise else scorer
     finally:
         scorer.close()
 

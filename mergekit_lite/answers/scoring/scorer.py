@@ -75,6 +75,7 @@ class ScorerSettings(BaseModel):
     api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
     concurrency: Positive = 32  # open requests, to each URL
     batch_size: Positive = 8  # answers that a model reads, or programs that run, at once
+    minimise: bool = False  # lower is better: scores are kept with the other sign
     allow_code: bool = Field(
         False, description="it runs programs that a model wrote: say `allow_code: true` if that is wanted"
     )
@@ -82,7 +83,10 @@ class ScorerSettings(BaseModel):
 
 
 class Scorer(Protocol):
-    """Judges answers. A score depends on its prompt and answer alone, not on what else is judged with them."""
+    """Judges answers: higher is better, once it is opened by ``open_scorer``.
+
+    A score depends on its prompt and answer alone, not on what else is judged with them.
+    """
 
     name: str
 

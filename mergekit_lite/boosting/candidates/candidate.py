@@ -12,7 +12,7 @@ class ItemRow(TypedDict, total=False):
     """One item of one candidate: a line of its ledger."""
 
     item: str  # the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt
-    values: dict[str, float | None]  # by score, higher is better; None where the item can't be scored
+    values: dict[str, float | None]  # by score; higher is better, with the other sign where need be; None for no score
     text: str  # the answer, where the item asks for one
     finish: str  # ``stop`` where the model ended by itself, ``length`` where the limit cut it
     tokens: int  # of the answer

@@ -1,6 +1,7 @@
 """The scores of candidates, as ``--score`` gives them: ``KIND:TARGET,SETTING=VALUE,…``; docs/boost.md lists them.
 
-A kind is a scorer of answers (``answers/scorers``) or one of ``OWN``. Higher is better everywhere.
+A kind is a scorer of answers (``answers/scorers``) or one of ``OWN``. In rows higher is better everywhere: a score of
+which lower is better has the other sign there, and its own where it is shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from mergekit_lite.errors import UsageError, listing, nearest
 LOG_RATIO, PAIRS, NLL, LM_EVAL = "log_ratio", "pairs", "nll", "lm-eval"
 OWN = {LOG_RATIO: LOG_RATIO, PAIRS: PAIRS, NLL: f"{NLL}:FILE", LM_EVAL: f"{LM_EVAL}:TASK"}  # how they are written
 SETTING = re.compile(r",(?=[a-z_]+=)")
-HARNESS: dict[str, type] = {"name": str, "metric": str, "include": str, "limit": int, "shots": int, "chat": bool}
+HARNESS: dict[str, type] = {
+    "name": str,
+    "metric": str,
+    "minimise": bool,
+    "include": str,
+    "limit": int,
+    "shots": int,
+    "chat": bool,
+}
 
 
 class ScoreSpec(NamedTuple):

@@ -6,14 +6,18 @@ docs/boost.md says by which rules, and why.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from statistics import NormalDist
+from typing import Any
 
-from mergekit_lite.answers.intervals import Interval, interval, paired
+import numpy as np
+
+from mergekit_lite.answers.intervals import Floats, Interval, difference
 from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, label
+from mergekit_lite.boosting.search.flips import stays
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
-from mergekit_lite.boosting.search.point import Point, Settings, beyond, plain, point, values
+from mergekit_lite.boosting.search.point import Point, Settings, beyond, called, plain, point, values
 from mergekit_lite.boosting.search.search import CLOSE, Same, Search, SearchOutcome
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.errors import MergekitLiteError, UsageError
@@ -33,6 +37,16 @@ class Result:
     picked: Point | None  # the candidate that the search prefers; None where none beats the baseline
     held_out: Point | None  # the picked candidate on held-out items; None where none was held out, or nothing picked
     chosen: Params | None  # the params to write a model with; None where no candidate helps
+    items: int = 0  # clusters of items that the search used
+    items_held_out: int = 0  # clusters that it didn't
+    stays: Mapping[float, float] = field(
+        default_factory=dict
+    )  # how often the choice stays, by the labels' flipped share
+    broken: Mapping[str, str] = field(default_factory=dict)  # what is wrong with judges, by score
+
+    def called(self, candidate: Point) -> str:
+        """Return how a candidate, or the baseline, is called in sentences."""
+        return called(candidate, [each.name for each in self.points])
 
 
 def boost(
@@ -41,6 +55,7 @@ def boost(
     study: Study,
     settings: Settings,
     progress: Callable[[Point], None] = lambda point: None,
+    test: Callable[[Mapping[str, ItemRow]], Mapping[str, str]] = lambda rows: {},
 ) -> Result:
     """Search, choose, confirm.
 
@@ -50,6 +65,8 @@ def boost(
         study: stores rows, and has all items.
         settings: how candidates are judged.
         progress: called with each candidate when its last row is in.
+        test: called with the baseline's rows before any candidate is measured; returns what is wrong with judges, by
+            score. Where that is the deciding score, nothing is searched and nothing chosen.
 
     Raises:
         MergekitLiteError: the baseline has no score of the deciding scorer.
@@ -59,7 +76,10 @@ def boost(
     apart = list(chain.from_iterable(study.clusters[searched:]))
     contest = Contest(study.clusters[:searched], evaluator, study, settings)
     search = searcher(contest.same)
-    contest.measure_baseline()
+    broken = test(contest.measure_baseline())
+    counts: dict[str, Any] = {"items": searched, "items_held_out": len(study.clusters) - searched, "broken": broken}
+    if settings.score in broken:
+        return Result(settings, contest.baseline, (), None, None, None, **counts)
     outcome = None
     while True:
         try:
@@ -78,7 +98,9 @@ def boost(
         confirmed = point(picked.params, apart, study, settings)
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
     chosen = picked.params if picked and not failed else None
-    return Result(settings, contest.baseline, tuple(contest.points.values()), picked, confirmed, chosen)
+    firm = contest.stays(picked, apart) if picked and not failed else {}
+    points = tuple(contest.points.values())
+    return Result(settings, contest.baseline, points, picked, confirmed, chosen, stays=firm, **counts)
 
 
 def _searched(total: int, settings: Settings) -> int:
@@ -99,11 +121,12 @@ class Contest:
         self.baseline: Point
         self.best: Point
 
-    def measure_baseline(self) -> None:
-        """Measure the baseline, which the others are compared with."""
+    def measure_baseline(self) -> dict[str, ItemRow]:
+        """Measure the baseline, which the others are compared with, and return its rows."""
         rows = self.study.measured(self.settings.baseline, self.items, self.evaluator)
         _check_scorers(rows, self.settings)
         self.baseline = self.best = point(self.settings.baseline, self.items, self.study, self.settings)
+        return rows
 
     def outcome(self, params: Params) -> SearchOutcome:
         """Measure a candidate, unless it is the baseline or known, and return what the search is sent."""
@@ -129,15 +152,36 @@ class Contest:
 
         Equal is what lies within one standard error. ``corrected``: the confidence is that of all candidates together.
         """
-        confidence = self.settings.confidence
-        if corrected and self.points:
-            confidence = shared_confidence(confidence, len(self.points))
+        confidence = self._confidence(corrected)
         base = self.baseline.params
         allowed = [one for one in self.points.values() if one.allowed]
         better = [one for one in allowed if self._difference(one.params, base, self.items, confidence).above]
         best = max(better, key=lambda one: one.gain.mean, default=None)
         close = [one for one in better if best and self.same(one.params, best.params, CLOSE)]
         return min(close, key=self._distance, default=None)
+
+    def stays(self, picked: Point, apart: Sequence[str]) -> dict[float, float]:
+        """Return how often the picked one is chosen again where labels flip, by their share; ``apart`` confirm it."""
+        allowed = [one for one in self.points.values() if one.allowed]
+        return stays(
+            {one.name: self._gains(one.params, self.items) for one in allowed},
+            {one.name: self._distance(one) for one in allowed},
+            self._gains(picked.params, apart) if apart else None,
+            picked.name,
+            self._confidence(corrected=not apart),
+        )
+
+    def _gains(self, params: Params, items: Sequence[str]) -> Floats:
+        """Return the paired differences of all clusters of these items, NaN where there is none."""
+        base, ours = (
+            values(self.study.rows(each, items), self.settings.score) for each in (self.baseline.params, params)
+        )
+        pairs = ((ours.get(name), theirs) for name, theirs in base.items())
+        return np.array([np.nan if a is None or b is None else a - b for a, b in pairs])
+
+    def _confidence(self, corrected: bool) -> float:
+        confidence = self.settings.confidence
+        return shared_confidence(confidence, len(self.points)) if corrected and self.points else confidence
 
     def _measured(self, params: Params) -> Point:
         sizes = looks(len(self.clusters), self.settings.batch)
@@ -156,7 +200,7 @@ class Contest:
         for other in (self.baseline, self.best):
             lost = self._difference(params, other.params, items, confidence)
             if lost.below and lost.items >= FIRST_LOOK:
-                return f"surely worse than {other.name}"
+                return f"surely worse than {called(other, list(self.points))}"
         parts = [items[part::PARTS] for part in range(PARTS)]
         passed = [beyond(params, part, self.study, self.settings) for part in parts]
         return f"throughout {passed[0][0]}" if all(passed) else ""
@@ -173,7 +217,7 @@ class Contest:
 
     def _difference(self, one: Params, other: Params, items: Sequence[str], confidence: float) -> Interval:
         ours, theirs = (values(self.study.rows(each, items), self.settings.score) for each in (one, other))
-        return interval(paired(ours, theirs), confidence)
+        return difference(ours, theirs, confidence)
 
     def _distance(self, candidate: Point) -> float:
         """Return the squared distance to the baseline, each parameter in units of the width that was tried."""

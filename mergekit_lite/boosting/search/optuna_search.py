@@ -1,6 +1,7 @@
 """Optuna's samplers as a search, for several parameters at once.
 
-A study goes on where it stopped: the complete trials come first again, which costs nothing as their rows are stored,
+A candidate that was dropped early is a pruned trial, with the gain that the report shows. A study goes on where it
+stopped: the trials that came to an end come first again, which costs nothing as their rows are stored,
 then a trial that was running when the process died. The attributes of a trial are the candidate's outcome. The baseline
 is a trial of its own, as its score is known.
 """
@@ -8,6 +9,7 @@ is a trial of its own, as its score is known.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -62,7 +64,7 @@ def optuna_search(
 
 
 def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Search:
-    done = _complete(study)
+    done = _ended(study)
     for trial in done:
         yield {name: tidy(value) for name, value in trial.params.items()}
     for _ in range(trials - len(done)):
@@ -74,19 +76,27 @@ def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Se
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, outcome: SearchOutcome) -> None:
+    from optuna.trial import TrialState
+
     for key, value in {"score": outcome.score, "allowed": outcome.allowed, **outcome.details}.items():
         trial.set_user_attr(key, value)
+    gain = outcome.details.get("gain") or {}
+    if outcome.details.get("dropped") and gain.get("mean") is not None:
+        trial.report(gain["mean"], gain["items"])  # which is what a pruned trial's value is
+        study.tell(trial, state=TrialState.PRUNED)
+        return
     scores = [outcome.score] if math.isfinite(outcome.score) else []
     if not outcome.allowed:
-        scores += [one.value for one in _complete(study) if one.value is not None]
+        scores += [one.value for one in _ended(study) if one.value is not None]
     study.tell(trial, min(scores, default=0.0))
 
 
-def _complete(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     from optuna.trial import TrialState
 
-    complete: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial for trial in complete if "baseline" not in trial.user_attrs]
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    ended: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=states)
+    return [trial for trial in ended if "baseline" not in trial.user_attrs]
 
 
 def _study(ranges: Mapping[str, Range], storage: str, name: str, baseline: Params) -> optuna.Study:
@@ -132,4 +142,6 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed)
-    return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of considering pruned trials
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, consider_pruned_trials=True)

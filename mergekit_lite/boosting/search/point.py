@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, difference, interval, paired
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, cluster_of, label
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
 from mergekit_lite.boosting.search.length import (
     Judgements,
-    LengthControlled,
     LengthEffect,
+    WinRates,
     at_equal_length,
-    length_controlled,
+    win_rates,
 )
 from mergekit_lite.boosting.search.study import Study
 
@@ -33,7 +33,16 @@ class Settings:
     confidence: float = 0.95  # of all intervals
     held_out: float = 0.5  # the share of the items that takes no part in the search
     batch: int = 1  # clusters that are measured together; looks and the search's items are multiples of it
+    minimised: tuple[str, ...] = ()  # the scores of which lower is better: their values have the other sign
     stop_early: bool = True  # drop candidates before all items are measured
+
+    def shown(self, name: str, of: Interval) -> Interval:
+        """Return an interval of a score's values as the score itself has them."""
+        return of.turned if name in self.minimised else of
+
+    def direction(self, name: str) -> str:
+        """Return which way a score is better, in words."""
+        return "lower is better" if name in self.minimised else "higher is better"
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,14 @@ class Point:
     """A measured candidate."""
 
     params: Params
-    score: Interval  # the mean of the deciding score
-    gain: Interval  # its paired difference to the baseline
-    others: Mapping[str, Interval]  # the paired differences of the other scores
+    score: Interval  # the mean of the deciding score's values; ``Settings.shown`` gives the score's own
+    gain: Interval  # its paired difference to the baseline: positive is better
+    others: Mapping[str, Interval]  # the paired differences of the other scores; positive is better
     guards: Guards  # figures of its answers
     beyond: tuple[str, ...]  # the limits it passes; empty where it is allowed
     dropped: str  # why it was not measured on all items; empty where it was
     length: LengthEffect | None  # the gain without the part that goes with length; None without answers
-    controlled: LengthControlled | None  # win rates against the baseline; None without answers
+    win_rates: WinRates | None  # against the baseline; None without answers
     facts: Mapping[str, Any]  # from the evaluator, such as the effective alpha
     seconds: float  # of measuring
 
@@ -63,11 +72,21 @@ class Point:
         return not self.dropped and not self.beyond
 
 
+def called(candidate: Point, tried: Sequence[str]) -> str:
+    """Return how a candidate is called in sentences: by its name; one of several numbers by its place among ``tried``.
+
+    ``tried`` are the names of all candidates but the baseline, in their order.
+    """
+    if len(candidate.params) == 1:
+        return candidate.name
+    return f"candidate {tried.index(candidate.name) + 1}" if candidate.name in tried else "the baseline"
+
+
 def point(params: Params, items: Sequence[str], study: Study, settings: Settings, dropped: str = "") -> Point:
     """Compute all figures of a candidate from its rows of these items."""
     rows, base = study.rows(params, items), study.rows(settings.baseline, items)
     scorers = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
-    gains = {name: interval(paired(values(rows, name), values(base, name)), settings.confidence) for name in scorers}
+    gains = {name: difference(values(rows, name), values(base, name), settings.confidence) for name in scorers}
     lost = guarding.losses({name: gain.mean for name, gain in gains.items()}, settings.limits)
     own = [value for value in values(rows, settings.score).values() if value is not None]
     both = [item for item in rows if "text" in rows[item] and "text" in base.get(item, {})]
@@ -81,7 +100,7 @@ def point(params: Params, items: Sequence[str], study: Study, settings: Settings
         beyond=(*beyond(params, items, study, settings), *lost),
         dropped=dropped,
         length=_length_effect(*answered, settings),
-        controlled=_controlled(*answered, settings.score),
+        win_rates=_win_rates(*answered, settings.score),
         **study.about(params),
     )
 
@@ -127,14 +146,14 @@ def _length_effect(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], set
     return at_equal_length(gains, np.array([longer[name] for name in scored], dtype=np.float64), settings.confidence)
 
 
-def _controlled(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> LengthControlled | None:
+def _win_rates(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> WinRates | None:
     """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
     known = [
         (value, len(row["text"]), len(base[item]["text"]))
         for item, row in rows.items()
         if (value := _preferred(row, base[item], score)) is not None
     ]
-    return length_controlled(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
+    return win_rates(Judgements(*np.array(known, dtype=np.float64).T)) if known else None
 
 
 def _preferred(ours: ItemRow, theirs: ItemRow, score: str) -> float | None:

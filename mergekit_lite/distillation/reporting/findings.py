@@ -115,7 +115,7 @@ def _of_comparison(comparison: HeldOutComparison | None) -> Iterator[str]:
         yield from _winner(comparison, scorer)
     if len(comparison.prompts) < FEW:
         prompts = counted(len(comparison.prompts), "prompt")
-        yield f"With only {prompts} all intervals are rough: too narrow, if anything."
+        yield f"With only {prompts} only large differences can be told from noise."
     lengths = {model: comparison.mean(model, LENGTH).mean for model in comparison.answers}
     first, before = next(iter(lengths.items()))
     for model, length in lengths.items():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from xxhash import xxh3_64_hexdigest
 
-from mergekit_lite.answers.intervals import Interval, interval, paired
+from mergekit_lite.answers.intervals import Interval, difference, interval
 from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
 from mergekit_lite.answers.thoughts import is_cut, parts_of
@@ -92,7 +92,7 @@ class HeldOutComparison:
 
     def difference(self, model: Model, other: Model, metric: str) -> Interval:
         """Return the mean of model − other, paired by prompt, with its 95 % interval."""
-        return interval(paired(self._by_prompt(model, metric), self._by_prompt(other, metric)))
+        return difference(self._by_prompt(model, metric), self._by_prompt(other, metric))
 
     @property
     def domains(self) -> list[str]:
@@ -122,8 +122,8 @@ def compare(recipe: Recipe, reporter: Reporter) -> HeldOutComparison | None:
     _discard_outdated(folder, models, reporter)
     sample(inner, reporter)
     score(inner, reporter)
-    scorers = [scorer.name for scorer in inner.scorers]
-    return HeldOutComparison(prompts, scorers, {model: _model_answers(folder, model, scorers) for model in models})
+    scorers = {f"-{scorer.name}" if scorer.minimise else scorer.name: scorer.name for scorer in inner.scorers}
+    return HeldOutComparison(prompts, [*scorers], {model: _model_answers(folder, model, scorers) for model in models})
 
 
 def existing_models(recipe: Recipe) -> dict[Model, str]:
@@ -214,14 +214,19 @@ def _identity(model: Path) -> str:
     return xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files if file.exists()))
 
 
-def _model_answers(folder: Folder, model: Model, scorers: Sequence[str]) -> ModelAnswers:
+def _model_answers(folder: Folder, model: Model, scorers: Mapping[str, str]) -> ModelAnswers:
+    """Read a model's answers and their scores.
+
+    ``scorers`` are by the name that is shown: with a minus where lower is better, as such scores have the other sign,
+    so that higher is better everywhere.
+    """
     rows = [line.row for line in read_rows(folder.samples(model), [], {**ANSWER, "finish": str})]
     texts = {row["prompt"]: parts_of(row).whole for row in sorted(rows, key=lambda row: -row["index"])}
     metrics: dict[str, Mapping[str, float | None]] = {}
-    for scorer in scorers:
+    for shown, scorer in scorers.items():
         judged = verdicts(folder, scorer, model, Inventory())
         keys = (Key(row["prompt"], row["index"]) for row in rows)
-        metrics[scorer] = _means((key.prompt, judged[key]) for key in keys if key in judged)
+        metrics[shown] = _means((key.prompt, judged[key]) for key in keys if key in judged)
     metrics[LENGTH] = _means((row["prompt"], float(len(parts_of(row).answer))) for row in rows)
     metrics[CUT] = _means((row["prompt"], float(is_cut(row))) for row in rows)
     return ModelAnswers(texts, metrics)

@@ -93,7 +93,7 @@ def _held_out(comparison: HeldOutComparison, picture: Picture) -> Iterator[Block
     yield Heading("Before and after")
     yield (
         f"{len(comparison.prompts):,} prompts that are not in the training data, the same for all models; "
-        "means with 95 % bootstrap intervals over the prompts."
+        "means with 95 % intervals over the prompts."
     )
     heads = ["", *comparison.scorers, LENGTH, "cut off"]
     yield TableBlock("Means", heads, [_of_model(comparison, model, None) for model in comparison.answers])

@@ -12,7 +12,7 @@ from mergekit_lite.boosting.search.length import (
     at_equal_length,
     fit,
     fit_cross_validated,
-    length_controlled,
+    win_rates,
 )
 
 
@@ -26,13 +26,11 @@ def judge(rng: np.random.Generator, n: int, length: float, model: float, longer:
     answer = np.maximum(baseline + longer + rng.normal(0, 300, n), 1)
     shorter = baseline - answer
     t = np.tanh(shorter / shorter.std(ddof=1))
-    d = rng.normal(0, 1, n)
-    return Judgements(sigmoid(length * t + 0.5 * d + model), answer, baseline, d)
+    return Judgements(sigmoid(length * t + model), answer, baseline)
 
 
 def swapped(one: Judgements) -> Judgements:
-    difficulty = None if one.difficulty is None else -one.difficulty
-    return Judgements(1 - one.preferred, one.baseline_length, one.length, difficulty)
+    return Judgements(1 - one.preferred, one.baseline_length, one.length)
 
 
 def test_the_fit_meets_the_conditions_of_an_optimum() -> None:
@@ -72,33 +70,30 @@ def test_cross_validation_takes_the_penalty_that_predicts_best() -> None:
 
 def test_a_baseline_against_itself_has_fifty() -> None:
     lengths = np.arange(1.0, 101)
-    found = length_controlled(Judgements(np.full(100, 0.5), lengths, lengths))
-    assert found.controlled == 50 and found.raw == 50 and not found.extreme
+    found = win_rates(Judgements(np.full(100, 0.5), lengths, lengths))
+    assert found.at_equal_length == 50 and found.raw == 50 and not found.extreme
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_two_models_rates_against_each_other_sum_to_a_hundred(seed: int) -> None:
     rng = np.random.default_rng(seed)
     one = judge(rng, 200, rng.normal(), rng.normal(), rng.normal(0, 300))
-    assert length_controlled(one).controlled + length_controlled(swapped(one)).controlled == pytest.approx(
-        100, abs=1e-6
-    )
+    assert win_rates(one).at_equal_length + win_rates(swapped(one)).at_equal_length == pytest.approx(100, abs=1e-6)
 
 
 def test_a_win_by_length_alone_is_taken_back() -> None:
     """A judge that likes length (w < 0 on the baseline's excess) and sees no other difference."""
     long = judge(np.random.default_rng(2), 805, length=-2.0, model=0.0, longer=400)
-    found = length_controlled(long)
-    assert found.raw > 70 and abs(found.controlled - 50) < 2
+    found = win_rates(long)
+    assert found.raw > 70 and abs(found.at_equal_length - 50) < 2
     assert found.extreme
 
 
 def test_a_win_by_merit_stays() -> None:
     good = judge(np.random.default_rng(3), 805, length=-0.5, model=1.0, longer=0)
-    found = length_controlled(good)
-    honest = 100 * sigmoid(0.5 * good.difficulty + 1.0).mean()
-    assert abs(found.controlled - honest) < 1
-    assert found.weights == pytest.approx((-0.5, 0.5, 1.0), abs=0.1)
+    found = win_rates(good)
+    assert abs(found.at_equal_length - 100 * sigmoid(np.array(1.0))) < 1
+    assert found.weights == pytest.approx((-0.5, 1.0), abs=0.1)
 
 
 def test_a_gain_that_goes_with_length_is_only_length() -> None:
