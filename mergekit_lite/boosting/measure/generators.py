@@ -121,8 +121,8 @@ class ServerGenerator:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _written(self, params: Params) -> Path:
-        from mergekit_lite.boosting.measure.weights import Rewritten
         from mergekit_lite.engine.run import run
+        from mergekit_lite.resident.weights import Rewritten
 
         started, path, resident = time.monotonic(), self.folder / "model", self.resident
         finished = run(resident.family.plan(params, path), device=resident.device, threads=resident.threads)
