@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.previewing.preview import Prepared, Preview, Previewed, Request, Watch
+    from mergekit_lite.previewing.preview import Preview, Previewed, Watch
+    from mergekit_lite.previewing.request import Prepared, Request
     from mergekit_lite.previewing.search import Beam
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -91,7 +92,8 @@ def command(
     same: choose an alpha by boost, on the real models.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.previewing.preview import Request, asked_prompts, loaded, prepare, previews, sampling_of
+    from mergekit_lite.previewing.preview import loaded, previews
+    from mergekit_lite.previewing.request import Request, asked_prompts, prepare, sampling_of
 
     screen = Screen(quiet=quiet or as_json, verbose=False)
     sampling = sampling_of(temperature, top_p, repetition_penalty, max_tokens, searching=beam is not None)

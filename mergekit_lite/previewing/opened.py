@@ -47,7 +47,8 @@ class Opened:
     @property
     def context(self) -> int | None:
         """The longest sequence that the model takes, in tokens; None where its config doesn't say."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        most: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return most
 
     @property
     def weights(self) -> int:
@@ -66,10 +67,13 @@ class Opened:
     def cached(self, tokens: int) -> int:
         """Estimate the bytes of the keys and values of so long a sequence; 0 where the config doesn't tell."""
         config = self.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-        size = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
-        element = max(dtypes.size(job.dtype) for job in self.plan.jobs)
-        return 2 * config.num_hidden_layers * int(heads) * int(size) * element * tokens
+        try:
+            heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+            size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+            layers = int(config.num_hidden_layers)
+        except AttributeError:
+            return 0
+        return 2 * layers * heads * size * tokens * max(dtypes.size(job.dtype) for job in self.plan.jobs)
 
 
 def opened(references: Mapping[str, str], dtype: str | None) -> list[Opened]:

@@ -15,7 +15,8 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.errors import UsageError
 from mergekit_lite.previewing import opened
 from mergekit_lite.previewing.drafts import Drafts, Reader, Rules
-from mergekit_lite.previewing.preview import Prepared, Request, conversation, loaded, prepare, previews, sampling_of
+from mergekit_lite.previewing.preview import loaded, previews
+from mergekit_lite.previewing.request import Prepared, Request, conversation, prepare, sampling_of
 from mergekit_lite.previewing.search import Beam, grown, preference, searched
 from tests.adapters import folded, lora, write_adapter
 from tests.preview.pairs import greedy, load, write_model, write_pair
