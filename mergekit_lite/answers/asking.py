@@ -13,14 +13,28 @@ from mergekit_lite.answers.rows import Answer, Key, Prompt
 
 
 class Sampling(BaseModel):
-    """The settings by which answers are drawn."""
+    """The settings by which answers are drawn. What is None is not sent to a server."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: Annotated[float, Field(ge=0)] = 0.8  # 0 is greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_k: Annotated[int, Field(ge=1)] | None = None  # from the so many most probable tokens
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None  # from tokens this share as probable as the most probable
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None  # servers only, as the next
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = (
+        None  # ends an answer
+    )
     max_tokens: Annotated[int, Field(ge=1)] = 2048
+    chat_template_kwargs: dict[str, Any] | None = None  # for the chat template: {enable_thinking: false}
+    extra_body: dict[str, Any] | None = None  # anything else of a server's request
+
+
+def urls_of(server: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the URLs of a server, which a recipe gives as one text or several."""
+    return (server,) if isinstance(server, str) else tuple(server)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Failures:
     retried: Counter[str] = field(default_factory=Counter)  # how many requests were made again, by reason
     lost: dict[Any, str] = field(default_factory=dict)  # why a task got no answer, by its key
     stopped: str = ""  # why the model is no longer asked; empty while it is
+    notes: list[str] = field(default_factory=list)  # what was found out about a server, each told once
 
 
 class Respondent(Protocol):

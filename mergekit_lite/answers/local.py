@@ -14,6 +14,7 @@ from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.errors import RunError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SERVE = "serve it, and give the source a `server`."
@@ -111,24 +112,31 @@ class Local:
             most = min(most, self._context - longest)
         torch.manual_seed(seed_of(*(work.task.seed for work in batch)))
         model = self.loaded.model
+        stops = Stops(self.tokenizer, self.sampling.stop or (), longest, len(batch))
         try:
             with torch.inference_mode():
                 sequences = model.generate(
-                    ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most
+                    ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    max_new_tokens=most,
+                    stopping_criteria=[stops] if self.sampling.stop else None,
                 )
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"{self.path}: {len(batch)} answers at once to prompts of up to {longest:,} tokens don't fit into the "
                 f"memory of {model.device}. Lower `batch_size` of the source {self.name}."
             ) from error
-        for work, tokens in zip(batch, sequences[:, longest:].tolist(), strict=True):
-            yield self._answer(work.task, tokens)
+        for work, tokens, stopped in zip(batch, sequences[:, longest:].tolist(), stops.at, strict=True):
+            yield self._answer(work.task, tokens[:stopped], stopped is not None)
 
-    def _answer(self, task: Task, tokens: list[int]) -> Answer:
+    def _answer(self, task: Task, tokens: list[int], stopped: bool) -> Answer:
         end = next((place for place, token in enumerate(tokens) if token in self.loaded.ends), None)
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        finish = "length" if end is None else "stop"
-        return Answer(task.prompt.id, self.name, task.index, str(text), finish, len(tokens[:end]))
+        text = decoded(self.tokenizer, tokens[:end])
+        if stopped:
+            places = [place for stop in self.sampling.stop or () if (place := text.find(stop)) >= 0]
+            text = text[: min(places, default=len(text))]
+        finish = "length" if end is None and not stopped else "stop"
+        return Answer(task.prompt.id, self.name, task.index, text, finish, len(tokens[:end]))
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -151,6 +159,34 @@ class Local:
         return ready(causal_model(self.path, placed(self.device, self.dtype), SERVE), self.tokenizer, self.sampling)
 
 
+class Stops:
+    """Ends an answer at the first of some texts. ``at``: each answer's number of tokens by then, or None."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], start: int, rows: int):
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.start = start  # of the answers, in tokens
+        self.tail = max(map(len, stops), default=0) + 4  # tokens that hold a stop: each token but special ones has text
+        self.at: list[int | None] = [None] * rows
+
+    def __call__(self, ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        """Return which answers have ended."""
+        import torch
+
+        made = ids.shape[1] - self.start
+        for row, before in enumerate(self.at):
+            if before is None:
+                text = decoded(self.tokenizer, ids[row, self.start :][-self.tail :].tolist())
+                if any(stop in text for stop in self.stops):
+                    self.at[row] = made
+        return torch.tensor([at is not None for at in self.at], device=ids.device)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Return the text of tokens, special ones left out."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> ReadyModel:
     """Replace a model's generation config by the sampling; settings that it doesn't have become neutral."""
     from transformers import GenerationConfig
@@ -158,7 +194,10 @@ def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) ->
     model.eval()
     ends = ends_of(model.generation_config.eos_token_id, tokenizer)
     drawn = sampling.temperature > 0
-    warped: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
+    warped: dict[str, Any] = {}
+    if drawn:
+        warped = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+        warped |= {} if sampling.min_p is None else {"min_p": sampling.min_p}
     settings: Any = GenerationConfig  # has no types
     model.generation_config = settings(
         do_sample=drawn,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, TypedDict
@@ -50,11 +50,19 @@ class Answer:
     text: str  # without special tokens
     finish: str  # ``stop`` where the model ended by itself, ``length`` where the limit cut it
     tokens: int | None = None  # their number, if the source reports it
+    thoughts: str | None = None  # what a server sent apart from the text as the model's reasoning
 
     @property
     def key(self) -> Key:
         """Its key among the answers of its source."""
         return Key(self.prompt, self.index)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the row of its file; without thoughts it has no such field."""
+        row = asdict(self)
+        if self.thoughts is None:
+            del row["thoughts"]
+        return row
 
 
 def seed_of(*parts: object) -> int:

@@ -1,10 +1,11 @@
 """Models behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, ``transformers serve``, a service.
 
 A request that fails is mostly worth repeating: no connection, a time-out, 408, 409, 429, any 5xx, a reply that is
-empty, too long or can't be read. It is made again after a wait that doubles each time, or as long as ``Retry-After``
-says, but ten minutes in all for a question; up to ``retries`` times. Any other status is the request's own fault and is
-not repeated. A server that refuses everybody (401, 403, 404), that sends requests elsewhere (3xx), or that answers none
-of many requests in a row, is given up.
+empty, too long or can't be read. Where the model has several URLs another one is asked at once. Else the request is
+made again after a wait that doubles each time, or as long as ``Retry-After`` says, but ten minutes in all for a
+question; up to ``retries`` times. Any other status is the request's own fault and is not repeated, unless the server
+names a parameter that can be left out. A server that refuses everybody (401, 403, 404), that refuses a parameter of the
+user's, that sends requests elsewhere (3xx), or that answers none of many requests in a row, is given up.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lite.answers.asking import Failures, Sampling, Task
-from mergekit_lite.answers.replies import Failed, Reply, body_of, reply_in
+from mergekit_lite.answers.asking import Failures, Task
+from mergekit_lite.answers.endpoints import Endpoint, Endpoints
+from mergekit_lite.answers.replies import Failed, Reply, body_of, replies_in
+from mergekit_lite.answers.requests import RequestBody, refused_parameter
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
 from mergekit_lite.errors import one_line
 
@@ -43,92 +48,161 @@ REFUSED = {
 
 
 class Question(NamedTuple):
-    """One request; ``key`` is the caller's own."""
+    """One answer to ask for; ``key`` is the caller's own."""
 
     key: Hashable
     messages: Sequence[Message]
     seed: int
 
 
+class Together(NamedTuple):
+    """All answers to one conversation, to be asked for by one request with the first one's seed.
+
+    The request is for all of them whichever are ``wanted``, so that an answer doesn't depend on where a run was
+    stopped. Where the server gives fewer, each wanted one is asked for by itself.
+    """
+
+    questions: Sequence[Question]
+    wanted: frozenset[Hashable]  # keys
+
+
 @dataclass(eq=False)
 class Server:
-    """A model behind a URL, and the state of asking it."""
+    """A model behind one or several URLs, and the state of asking it."""
 
-    url: str  # ``http://host:port/v1``
-    model: str  # the name it is served under
-    sampling: Sampling  # how answers are drawn
+    urls: Sequence[str]  # ``http://host:port/v1``, each serving the same model
+    body: RequestBody  # what is asked
     key_variable: str = "OPENAI_API_KEY"  # the environment variable with the key, if the server needs one
-    concurrency: int = 32  # how many requests are open at once
+    concurrency: int = 32  # how many requests are open at once, at each URL
     timeout: float = 600.0  # seconds that a request may take
     retries: int = 8  # how often a request is repeated at most
+    ended: Callable[[], str | None] = lambda: None  # says why there is no server any more, where that is known
     failures: Failures = field(default_factory=Failures)  # lost questions by their key; ``stopped``: given up
     in_a_row: int = 0  # questions lost since the last reply
+    gives_several: bool = True  # answers to one request
+    endpoints: Endpoints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.endpoints = Endpoints(self.urls, self.concurrency, self.failures.notes.append)
+
+    @property
+    def most_open(self) -> int:
+        """How many requests are open at once at most, at all URLs."""
+        return self.concurrency * len(self.urls)
 
     async def reply(self, client: AsyncClient, question: Question) -> Reply | None:
         """Return the reply to a question, or None when it is lost."""
-        seed, patience = question.seed, LONGEST_ASKED_WAIT
-        for attempt in range(self.retries + 1):
-            if self.failures.stopped:
-                return None
+        try:
+            (reply,) = await self._replies(client, question)
+        except Failed as failed:
+            self._lose(question, failed)
+            return None
+        return reply
+
+    async def together(self, client: AsyncClient, asked: Together) -> dict[Hashable, Reply]:
+        """Return the replies of one request by their keys; none where the server gives fewer."""
+        questions = asked.questions
+        if not self.gives_several or len(questions) == 1:
+            return {}
+        try:
+            found = await self._replies(client, questions[0], len(questions))
+        except Failed as failed:
+            if failed.refused != "n":
+                for question in questions:
+                    if question.key in asked.wanted:
+                        self._lose(question, failed)
+                return {}
+            found = []
+        if len(found) < len(questions):
+            if self.gives_several:
+                self.failures.notes.append(
+                    f"the server gives {len(found) or 'no'} of {len(questions)} answers to one request: "
+                    "each is asked for by itself"
+                )
+            self.gives_several = False
+            return {}
+        pairs = zip(questions, found, strict=True)
+        return {question.key: reply for question, reply in pairs if reply and question.key in asked.wanted}
+
+    async def _replies(self, client: AsyncClient, question: Question, number: int = 1) -> list[Reply | None]:
+        """Return the replies to a question, made again as often as it is worth it. Raises Failed when it is lost."""
+        seed, patience, attempt = question.seed, LONGEST_ASKED_WAIT, 0
+        tried: set[Endpoint] = set()  # URLs that failed in this attempt
+        while not self.failures.stopped:
+            endpoint = await self.endpoints.take(tried)
             try:
-                reply = await self._request(client, question.messages, seed)
+                found = await self._request(client, endpoint, self.body.of(question.messages, seed, number))
             except Failed as failed:
                 if failed.stop:
-                    self.failures.stopped = self.failures.stopped or str(failed)
-                    return None
-                if not failed.repeat or attempt == self.retries:
-                    self._lose(question, str(failed))
-                    return None
+                    if not self.endpoints.give_up(endpoint, str(failed)):
+                        self.failures.stopped = self.failures.stopped or str(failed)
+                    continue
+                if failed.refused and failed.repeat:
+                    if note := self.body.adapt(failed.refused):
+                        self.failures.notes.append(note)
+                    continue
+                if not failed.repeat:
+                    raise
+                tried.add(endpoint)
+                if why := self.ended():
+                    self.failures.stopped = self.failures.stopped or why
+                    continue
+                if not failed.fresh_seed:
+                    self.endpoints.failed(endpoint, str(failed))
+                    if self.endpoints.other(tried):
+                        self.failures.retried[str(failed)] += 1
+                        continue
+                if attempt == self.retries:
+                    raise
                 self.failures.retried[str(failed)] += 1
                 if failed.fresh_seed:  # the same seed would give the same reply
                     seed = seed_of(seed, "again")
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
                 asked_wait = min(failed.wait, patience)
                 patience -= asked_wait
-                await self._pause(asked_wait or wait)
             else:
                 self.in_a_row = 0
-                return reply
-        return None
+                self.endpoints.answered(endpoint)
+                return found
+            finally:
+                await self.endpoints.release(endpoint)
+            await self._pause(asked_wait or wait)
+            attempt += 1
+            tried.clear()
+        raise Failed(self.failures.stopped, repeat=False, stop=True)
 
-    def client(self) -> AsyncClient:
-        """Return a client of this server that repeats nothing: ``reply`` does, and counts."""
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[AsyncClient]:
+        """Give a client of this server that repeats nothing: ``reply`` does, and counts."""
         from httpx2 import AsyncClient, Limits
 
         headers = {
-            b"Authorization": f"Bearer {os.environ.get(self.key_variable) or 'none'}".encode(),
+            b"Authorization": f"Bearer {self._key or 'none'}".encode(),
             b"Content-Type": b"application/json",
             b"Accept-Encoding": b"identity",  # a small packed reply may be endless when it is unpacked
         }
-        return AsyncClient(headers=headers, timeout=self.timeout, limits=Limits(max_connections=self.concurrency))
+        self.endpoints.begin()
+        limits = Limits(max_connections=self.most_open)
+        async with AsyncClient(headers=headers, timeout=self.timeout, limits=limits) as client:
+            yield client
 
-    async def _request(self, client: AsyncClient, messages: Sequence[Message], seed: int) -> Reply:
+    async def _request(self, client: AsyncClient, endpoint: Endpoint, asked: dict[str, Any]) -> list[Reply | None]:
         import httpx2
 
-        asked = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "max_tokens": self.sampling.max_tokens,
-            "seed": seed,
-        }
-        if self.sampling.repetition_penalty != 1:  # not all servers know it
-            asked["repetition_penalty"] = self.sampling.repetition_penalty
         try:
             # The client's own limit is between two pieces of a reply, and a slow stream never reaches it.
-            response, body = await asyncio.wait_for(self._post(client, asked), self.timeout)
+            response, body = await asyncio.wait_for(self._post(client, endpoint.url, asked), self.timeout)
         except (httpx2.TimeoutException, asyncio.TimeoutError) as error:
             raise Failed(f"no reply within {self.timeout:g} s", repeat=True) from error
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise Failed("no connection", repeat=True) from error
         if not response.is_success:
-            raise self._of_status(response, one_line(body[:COMPLAINT].decode(errors="replace")))
-        return reply_in(body)
+            raise self._of_status(endpoint.url, response, body[:COMPLAINT], asked)
+        return replies_in(body, asked.get("n", 1))
 
-    async def _post(self, client: AsyncClient, asked: dict[str, Any]) -> tuple[Response, bytes]:
+    async def _post(self, client: AsyncClient, url: str, asked: dict[str, Any]) -> tuple[Response, bytes]:
         """Return the response to a request, and its body."""
-        address = f"{self.url.rstrip('/')}/chat/completions"
+        address = f"{url.rstrip('/')}/chat/completions"
         async with client.stream("POST", address, content=json.dumps(asked)) as response:
             client.cookies.clear()  # else a server could fill the memory with them
             return response, await body_of(response)
@@ -138,24 +212,41 @@ class Server:
         while not self.failures.stopped and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.5))
 
-    def _of_status(self, response: Response, said: str) -> Failed:
-        status = response.status_code
+    def _of_status(self, url: str, response: Response, complaint: bytes, asked: Mapping[str, Any]) -> Failed:
+        status, said = response.status_code, self._without_key(complaint.decode(errors="replace"))
         if status in REFUSED:
             remedy = REFUSED[status].format(variable=self.key_variable)
-            return Failed(f"{self.url} says {status}: {said} {remedy}", repeat=False, stop=True)
+            return Failed(f"{url} says {status}: {said} {remedy}", repeat=False, stop=True)
         if response.is_redirect:
-            place = one_line(response.headers.get("location", "another place"))
-            why = f"{self.url} says {status} and points to {place}: check `server`, it has to be the address itself."
+            place = self._without_key(response.headers.get("location", "another place"))
+            why = f"{url} says {status} and points to {place}: check `server`, it has to be the address itself."
             return Failed(why, repeat=False, stop=True)
         if status in REPEATED or status >= 500:
             return Failed(f"HTTP {status}", repeat=True, wait=_asked_wait(response.headers.get("retry-after")))
-        return Failed(f"HTTP {status}: {said}", repeat=False)
+        name = refused_parameter(complaint, asked) if status in (400, 422) else None
+        if name is None or name == "n":
+            return Failed(f"HTTP {status}: {said}", repeat=False, refused=name)
+        if name != "max_tokens" and self.body.is_set(name):
+            why = f"{url} refuses {name!r}, which is set for it, and says {status}: {said} Take it out of `sampling`."
+            return Failed(why, repeat=False, stop=True)
+        return Failed(f"HTTP {status}: {said}", repeat=True, refused=name)
 
-    def _lose(self, question: Question, why: str) -> None:
-        self.failures.lost[question.key] = why
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable, "")
+
+    def _without_key(self, said: str) -> str:
+        """Return what a server says in one line, without the key, which some repeat."""
+        return one_line(said.replace(self._key, "…") if self._key else said)
+
+    def _lose(self, question: Question, failed: Failed) -> None:
+        if failed.stop or self.failures.stopped:
+            return
+        self.failures.lost[question.key] = str(failed)
         self.in_a_row += 1
-        if self.in_a_row >= max(LOST_IN_A_ROW, self.concurrency):
-            self.failures.stopped = f"{self.url}: {self.in_a_row} requests in a row got no answer, the last one: {why}."
+        if self.in_a_row >= max(LOST_IN_A_ROW, self.most_open):
+            where = ", ".join(self.urls)
+            self.failures.stopped = f"{where}: {self.in_a_row} requests in a row got no answer, the last one: {failed}."
 
 
 def _asked_wait(header: str | None) -> float:
@@ -172,7 +263,7 @@ def _asked_wait(header: str | None) -> float:
     return min(seconds, LONGEST_ASKED_WAIT) if seconds > 0 else 0.0  # NaN is not
 
 
-def ask(questions: Mapping[Server, Iterable[Question]]) -> Iterator[tuple[Server, Question, Reply]]:
+def ask(questions: Mapping[Server, Iterable[Question | Together]]) -> Iterator[tuple[Server, Question, Reply]]:
     """Ask several servers at once, and yield replies as they come. Each server notes its own failures."""
     arrived: queue.SimpleQueue[tuple[Server, Question, Reply] | BaseException | None] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()
@@ -203,21 +294,30 @@ def _run(loop: asyncio.AbstractEventLoop, work: asyncio.Task[None], put: Callabl
         loop.run_until_complete(loop.shutdown_asyncgens())
 
 
-async def _all(questions: Mapping[Server, Iterable[Question]], put: Callable[[Any], None]) -> None:
+async def _all(questions: Mapping[Server, Iterable[Question | Together]], put: Callable[[Any], None]) -> None:
     await asyncio.gather(*(_one(server, iter(asked), put) for server, asked in questions.items()))
 
 
-async def _one(server: Server, questions: Iterator[Question], put: Callable[[Any], None]) -> None:
+async def _one(server: Server, questions: Iterator[Question | Together], put: Callable[[Any], None]) -> None:
     async def work(client: AsyncClient) -> None:
-        for question in questions:
-            if server.failures.stopped:
-                return
-            reply = await server.reply(client, question)
-            if reply is not None:
-                put((server, question, reply))
+        for asked in questions:
+            single: Iterable[Question] = [asked] if isinstance(asked, Question) else asked.questions
+            if isinstance(asked, Together):
+                found = await server.together(client, asked)
+                for question in single:
+                    if question.key in found:
+                        put((server, question, found[question.key]))
+                left = asked.wanted - found.keys() - server.failures.lost.keys()
+                single = [question for question in single if question.key in left]
+            for question in single:
+                if server.failures.stopped:
+                    return
+                reply = await server.reply(client, question)
+                if reply is not None:
+                    put((server, question, reply))
 
     async with server.client() as client:
-        await asyncio.gather(*(work(client) for _ in range(server.concurrency)))
+        await asyncio.gather(*(work(client) for _ in range(server.most_open)))
 
 
 @dataclass(eq=False)
@@ -227,6 +327,7 @@ class Served:
     name: str
     server: Server
     system: str | None = None
+    one_request: bool = False  # asks for all answers to a prompt at once
 
     @property
     def failures(self) -> Failures:
@@ -237,20 +338,30 @@ class Served:
         """Yield the answers to the ``wanted`` of the ``tasks``, as they come."""
         return answers_of([(self, tasks, wanted)])
 
-    def questions(self, tasks: Iterable[Task], wanted: frozenset[Key]) -> Iterator[Question]:
+    def questions(self, tasks: Iterable[Task], wanted: frozenset[Key]) -> Iterator[Question | Together]:
         """Yield the requests for the ``wanted``."""
+        if not self.one_request:
+            return (self._question(task) for task in tasks if task.key in wanted)
+        by_prompt = (list(of) for _, of in groupby(tasks, lambda task: task.prompt.id))
+        return (
+            Together([self._question(task) for task in of], frozenset(keys))
+            for of in by_prompt
+            if (keys := wanted.intersection(task.key for task in of))
+        )
+
+    def _question(self, task: Task) -> Question:
         before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
-        return (Question(task.key, (*before, *task.prompt.messages), task.seed) for task in tasks if task.key in wanted)
+        return Question(task.key, (*before, *task.prompt.messages), task.seed)
 
 
 def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -> Iterator[Answer]:
     """Yield the answers of several served models, all asked at once; each has its ``source``."""
     names: dict[Server, str] = {}
-    questions: dict[Server, Iterator[Question]] = {}
+    questions: dict[Server, Iterator[Question | Together]] = {}
     for respondent, tasks, wanted in asked:
         names[respondent.server] = respondent.name
         questions[respondent.server] = respondent.questions(tasks, wanted)
     for server, question, reply in ask(questions):
         if isinstance(question.key, Key):
             prompt, index = question.key
-            yield Answer(prompt, names[server], index, reply.text, reply.finish, reply.tokens)
+            yield Answer(prompt, names[server], index, *reply)

@@ -14,10 +14,10 @@ import xxhash
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import Prompts, as_row, load
+from mergekit_lite.answers.serving import serve_words
 from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
 from mergekit_lite.boosting.measure import scores as scoring
-from mergekit_lite.boosting.measure.generators import serve_words
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
 from mergekit_lite.boosting.search.choice import Searcher
@@ -144,7 +144,7 @@ def prepare(request: Request) -> Prepared:
     device = _try(problems, lambda: chosen_device(request.device))
     _try(problems, lambda: drawing.check_drawable(None))
     if (command := request.serve_command) is not None:
-        _try(problems, lambda: serve_words(command))
+        _try(problems, lambda: serve_words(command, "--serve-command"))
     problems += _missing(request, scores)
     problems += [f"{request.output}: lies in the folder of the search"] * (
         request.folder in (request.output, *request.output.parents)

@@ -40,6 +40,7 @@ def stage(name: str, examples: tuple[str, ...] = ()) -> Callable[[Callable[..., 
     return as_command
 
 
+FILE = click.Path(dir_okay=False, path_type=Path)
 skip_missing_option = click.option(
     "--skip-missing", is_flag=True, help="Go on without the answers that a source fails to give."
 )
@@ -66,14 +67,37 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
         distill(recipe, skip_missing=skip_missing, reporter=reporter)
 
 
-@stage("sample", ("--skip-missing",))
+@stage("sample", ("--skip-missing", "--source strong --write-batch requests.jsonl"))
 @skip_missing_option
-def sample(recipe: Path, quiet: bool, skip_missing: bool) -> None:
+@click.option("--source", metavar="NAME", help="The source of a batch, if there are several.")
+@click.option(
+    "--write-batch", type=FILE, metavar="FILE", help="Ask nobody: write a source's requests in OpenAI's batch format."
+)
+@click.option("--read-batch", type=FILE, metavar="FILE", help="Ask nobody: read the results of such requests.")
+def sample(
+    recipe: Path,
+    quiet: bool,
+    skip_missing: bool,
+    source: str | None,
+    write_batch: Path | None,
+    read_batch: Path | None,
+) -> None:
     """Ask the sources of RECIPE: prompts × sources × samples.
 
     Asks only for what is missing.
     """
-    _carry_out("sample", recipe, quiet, skip_missing=skip_missing)
+    if write_batch is not None and read_batch is not None:
+        raise click.UsageError("--write-batch and --read-batch are two steps: the service's work lies between them.")
+    file = write_batch or read_batch
+    if file is None:
+        if source is not None:
+            raise click.UsageError("--source is for --write-batch and --read-batch.")
+        return _carry_out("sample", recipe, quiet, skip_missing=skip_missing)
+    from mergekit_lite.distillation import batch
+    from mergekit_lite.distillation.recipe.loading import load
+
+    step = batch.write_batch if write_batch is not None else batch.read_batch
+    return step(load(recipe), source, file, TerminalReporter(quiet=quiet))
 
 
 @stage("score")

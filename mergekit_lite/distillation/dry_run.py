@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from mergekit_lite.answers.asking import urls_of
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, Key, Prompt
 from mergekit_lite.distillation.folder import Folder
@@ -89,7 +90,11 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
     missing: Sequence[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER).missing
-    where = source.server or "in this process"
+    where = "in this process" if source.engine == "transformers" else f"in this process, by {source.engine}"
+    if source.server is not None:
+        where = ", ".join(urls_of(source.server))
+    elif source.serve is not None:
+        where = f"served by {source.serve}"
     return SourceRequests(source.name, source.model, where, len(keys), len(keys) - len(missing))
 
 

@@ -7,21 +7,27 @@ the settings of a source's answers, so that answers drawn with different setting
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_lite.answers.asking import Respondent, Task
+from mergekit_lite.answers.asking import Respondent, Task, urls_of
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
+from mergekit_lite.answers.offline import Offline, is_installed
+from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
+from mergekit_lite.answers.serving import RunningServer, serve_words, serving
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
+from mergekit_lite.distillation.remarks import Watch, remarks
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -53,11 +59,11 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
     check(recipe)
     planned = plan(recipe, settled(recipe, reporter))
     for each in planned:
-        _hold_settings(recipe, each.source)
+        hold_source(recipe, each.source)
     unfinished = [each for each in planned if each.ledger.missing]
-    behind_servers = [each for each in unfinished if each.source.server]
+    behind_servers = [each for each in unfinished if each.source.server is not None]
     missing: list[str] = []
-    for group in (behind_servers, *([each] for each in unfinished if not each.source.server)):
+    for group in (behind_servers, *([each] for each in unfinished if each.source.server is None)):
         missing += _ask(recipe, group, reporter)
     if missing and not skip_missing:
         raise RunError(
@@ -68,6 +74,8 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
         answers = len(each.tasks) - len(each.ledger.missing)
         each.ledger.finish(with_missing=skip_missing)
         reporter.line(f"{each.source.name}: {counted(answers, 'answer')} in {each.ledger.path}")
+        for remark in remarks(each.source, each.ledger.rows()):
+            reporter.warn(remark)
     if (why := waits_for(recipe)) is not None:
         reporter.line(f"{TARGET}: answers later: {why}")
 
@@ -82,14 +90,33 @@ def check(recipe: Recipe, *, and_target: bool = False) -> None:
 
 
 def missing_models(recipe: Recipe, *, and_target: bool) -> list[str]:
-    """Return the local models that are still needed and have no folder, as messages."""
+    """Return what is still needed here and is not there, as messages: models' folders, programs that serve, vLLM."""
     folder = Folder(recipe.folder)
-    local = [source for source in recipe.sources if source.server is None]
-    models = {f"the source {each.name}": each.model for each in local if not folder.samples(each.name).exists()}
+    needed = [each for each in recipe.sources if each.server is None and not folder.samples(each.name).exists()]
+    models = {f"the source {each.name}": each.model for each in needed if each.serve is None}
     if and_target:
         models["the target"] = recipe.target
+        needed += [recipe.target_source] if recipe.target_source is not None else []
     absent = {whose: model for whose, model in models.items() if Path(model).is_absolute() and not Path(model).is_dir()}
-    return [f"{whose}: {model} is no folder" for whose, model in absent.items()]
+    return [
+        *(f"{whose}: {model} is no folder" for whose, model in absent.items()),
+        *(f"the source {each.name}: there is no {each.model}" for each in needed if each.serve and _is_absent(each)),
+        *(f"the source {each.name}: {why}" for each in needed if (why := _missing_program(each))),
+    ]
+
+
+def _is_absent(source: RecipeSource) -> bool:
+    """Whether a served model is a path to nothing; it may be a file."""
+    return Path(source.model).is_absolute() and not Path(source.model).exists()
+
+
+def _missing_program(source: RecipeSource) -> str | None:
+    if source.serve is not None:
+        program = shlex.split(source.serve)[0]
+        return None if shutil.which(program) else f"there is no program {program!r} here, which `serve` names"
+    if source.server is None and source.engine == "vllm" and not is_installed():
+        return "vLLM is not installed: pip install vllm, or leave `engine` out"
+    return None
 
 
 def plan(recipe: Recipe, prompts: Sequence[Prompt]) -> list[SourceTasks]:
@@ -127,27 +154,53 @@ def tasks_of(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) ->
     )
 
 
-def respondent(recipe: Recipe, source: RecipeSource) -> Served | Local:
-    """Return what answers for a source: a client of its server, or the model in this process."""
-    if source.server is not None:
-        server = Server(
-            source.server,
-            source.model,
-            source.sampling,
-            source.api_key_variable,
-            source.concurrency,
-            source.timeout,
-            source.retries,
-        )
-        return Served(source.name, server, source.system)
-    return Local(
-        source.name,
-        _model(recipe, source),
-        source.sampling,
-        system=source.system,
-        batch_size=source.batch_size,
-        device=source.device,
-        dtype=source.dtype,
+@contextmanager
+def respondent(recipe: Recipe, source: RecipeSource) -> Iterator[Served | Local]:
+    """Give what answers for a source: a client of its server, started where that is asked for, or a model here.
+
+    Raises:
+        RunError: the server doesn't start.
+    """
+    with ExitStack() as stack:
+        if source.server is not None:
+            server = _client(source, RequestBody(source.model, source.sampling))
+            yield Served(source.name, server, source.system, source.one_request)
+        elif source.serve is not None:
+            log = Folder(recipe.folder).server_log(source.name)
+            words = serve_words(source.serve, f"{source.name}: serve")
+            running = stack.enter_context(serving(words, _model(recipe, source), log, source.serve_patience))
+            server = _client(source, RequestBody(running.model, source.sampling), running)
+            yield Served(source.name, server, source.system, source.one_request)
+        elif source.engine == "vllm":
+            yield Offline(
+                source.name,
+                _model(recipe, source),
+                source.sampling,
+                system=source.system,
+                dtype=source.dtype,
+                options=source.engine_options,
+            )
+        else:
+            yield Local(
+                source.name,
+                _model(recipe, source),
+                source.sampling,
+                system=source.system,
+                batch_size=source.batch_size,
+                device=source.device,
+                dtype=source.dtype,
+            )
+
+
+def _client(source: RecipeSource, body: RequestBody, running: RunningServer | None = None) -> Server:
+    return Server(
+        (running.url,) if running is not None else urls_of(source.server or ()),
+        body,
+        key_variable=source.api_key_variable,
+        concurrency=source.concurrency,
+        timeout=source.timeout,
+        retries=source.retries,
+        **({"ended": running.ended} if running is not None else {}),
     )
 
 
@@ -163,20 +216,34 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
 
 
 def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> list[str]:
-    """Ask one local source, or all servers. Returns a message for each source that answers are missing of."""
-    ledgers = {each.source.name: each.ledger for each in group}
-    respondents = {each.source.name: respondent(recipe, each.source) for each in group}
+    """Ask one source in this process, or all servers. Returns a message for each source that answers are missing of."""
+    planned = {each.source.name: each for each in group}
+    watches = {each.source.name: Watch(each.source, each.tasks, each.ledger.missing) for each in group}
     advance: dict[str, Callable[[int], None]] = {}
     with ExitStack() as stack:
+        respondents = {each.source.name: stack.enter_context(respondent(recipe, each.source)) for each in group}
         for each in group:
             name, total = each.source.name, len(each.tasks)
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
+        told: Counter[str] = Counter()  # notes, by source
         with closing(_answers([(respondents[each.source.name], each) for each in group])) as answers:
             for answer in answers:
-                ledgers[answer.source].append([asdict(answer)])
+                planned[answer.source].ledger.append([answer.as_row()])
                 advance[answer.source](1)
+                if (remark := watches[answer.source].remark(answer)) is not None:
+                    reporter.warn(remark)
+                _tell(respondents, told, reporter)
+        _tell(respondents, told, reporter)
     return [line for each in group for line in _failures(recipe, each, respondents[each.source.name], reporter)]
+
+
+def _tell(respondents: Mapping[str, Respondent], told: Counter[str], reporter: Reporter) -> None:
+    """Report what was newly found out about servers."""
+    for name, who in respondents.items():
+        for note in who.failures.notes[told[name] :]:
+            reporter.warn(f"{name}: {note}")
+            told[name] += 1
 
 
 def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[Answer]:
@@ -195,7 +262,8 @@ def _failures(recipe: Recipe, asked: SourceTasks, who: Respondent, reporter: Rep
     if missing := len(asked.ledger.missing):
         message = f"{source.name}: {missing:,} of {len(asked.tasks):,}. {failures.stopped or _reasons(failures.lost)}"
         if source.name == TARGET and source.server is not None:
-            message += f" The server {source.server} has to serve {_trained(recipe)} as {source.model}."
+            urls = ", ".join(urls_of(source.server))
+            message += f" The server {urls} has to serve {_trained(recipe)} as {source.model}."
         yield message
 
 
@@ -206,7 +274,8 @@ def _reasons(lost: dict[Key, str]) -> str:
     return "; ".join(shown) + (f"; and {len(counts) - SHOWN:,} other reasons" if len(counts) > SHOWN else "")
 
 
-def _hold_settings(recipe: Recipe, source: RecipeSource) -> None:
+def hold_source(recipe: Recipe, source: RecipeSource) -> None:
+    """Save the settings of a source's answers. Raises UsageError where it has answers that were drawn with others."""
     path = Folder(recipe.folder).samples(source.name).with_suffix(".json")
     exists = any(path.with_name(f"{source.name}{end}").exists() for end in (".jsonl", ".partial.jsonl"))
     refusal = f"The answers of {source.name} in {path.parent} were drawn in another way"
@@ -221,10 +290,13 @@ def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
     model = _model(recipe, source)
     return {
         "model": os.path.relpath(model, recipe.folder) if Path(model).is_absolute() else model,
-        "served": source.server is not None,
+        "served": source.is_served,
+        "engine": None if source.engine == "transformers" else source.engine,
+        "engine_options": source.engine_options or None,
+        "one_request": source.one_request or None,
         "system": source.system,
         "seed": recipe.seed,
-        **source.sampling.model_dump(),
+        **source.sampling.model_dump(mode="json"),
         **({"trained": _digest(Path(model))} if source.name == TARGET and source.server is None else {}),
     }
 

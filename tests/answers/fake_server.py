@@ -45,6 +45,9 @@ class Fake:
     retry_after: str | None = None
     complaint: str = ""  # in the body of an error
     more_headers: dict[str, str] = field(default_factory=dict)
+    refuses: Callable[[dict[str, Any]], str | dict[str, Any] | None] = lambda body: None  # what 400 says to a request
+    several: bool = True  # whether it gives `n` answers
+    thoughts: Callable[[str], str | None] = lambda text: None
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -69,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.fake
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"]
-        name = f"{text}|{body['seed']}" if body["model"] == "by seed" else text
+        name = f"{text}|{body.get('seed')}" if body["model"] == "by seed" else text
         with fake.lock:
             trouble = fake.mood(text, fake.asked[name])
             fake.asked[name] += 1
@@ -80,7 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
             fake.most_open = max(fake.most_open, fake.open)
         try:
             fake.on_request(text)
-            self._reply(trouble, text, body)
+            if (refusal := fake.refuses(body)) is not None:
+                self._send(
+                    400, json.dumps({"error": {"message": refusal} if isinstance(refusal, str) else refusal}).encode()
+                )
+            else:
+                self._reply(trouble, text, body)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client was killed
         finally:
@@ -88,6 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fake.open -= 1
 
     def _reply(self, trouble: Trouble, text: str, body: dict[str, Any]) -> None:
+        fake = self.fake
         if trouble == "drop":
             self.close_connection = True
         elif trouble == "hang":
@@ -106,23 +115,28 @@ class _Handler(BaseHTTPRequestHandler):
         elif trouble == "page":
             self._send(200, b"<html>gateway</html>", kind="text/html")
         else:
-            said = {"empty": "  ", "none": None}.get(str(trouble), self.fake.say(text, body["seed"]))
             finish = "content_filter" if trouble == "filtered" else "length" if "long" in text else "stop"
+            choices = []
+            for place in range(body.get("n", 1) if fake.several else 1):
+                seed = body.get("seed", 0) + place
+                said = {"empty": "  ", "none": None}.get(str(trouble), fake.say(text, seed))
+                message = {"role": "assistant", "content": said}
+                if (thoughts := fake.thoughts(text)) is not None:
+                    message["reasoning_content"] = thoughts
+                choices.append({"index": place, "finish_reason": finish, "message": message})
             reply = json.dumps(
                 {
                     "id": "x",
                     "object": "chat.completion",
                     "created": 0,
                     "model": body["model"],
-                    "choices": [
-                        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": said}}
-                    ],
+                    "choices": choices[::-1],
                     "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
                 }
             ).encode()
             if trouble is None:
-                with self.fake.lock:
-                    self.fake.answered[text, body["seed"]] += 1
+                with fake.lock:
+                    fake.answered[text, body.get("seed", 0)] += 1
             self._send(200, reply, cut=trouble == "cut")
 
     def _pour(self, piece: bytes, pause: float) -> None:

@@ -114,6 +114,29 @@ def test_sampling_has_nothing_of_the_models_own_settings(tmp_path: Path) -> None
     assert answers(local(folder), tasks_of()) == answers(local(write_model(tmp_path / "plain")), tasks_of())
 
 
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"min_p": 1.0}])
+def test_draws_from_the_most_probable_token_alone_are_greedy(model: Path, narrow: dict[str, float]) -> None:
+    drawn = Sampling(temperature=1.5, top_p=1, max_tokens=12, **narrow)  # type: ignore[arg-type]
+    assert answers(local(model, drawn), tasks_of()) == answers(local(model, GREEDY), tasks_of())
+
+
+def test_an_answer_ends_before_the_first_of_its_stops(model: Path) -> None:
+    """The draws of others in the batch are the same."""
+    tasks = tasks_of()
+    whole = answers(local(model), tasks)
+    texts = sorted((answer.text for answer in whole.values()), key=len)
+    stops = (texts[-1][5:7], texts[-2][3:4])
+    found = answers(local(model, DRAWN.model_copy(update={"stop": stops})), tasks)
+    assert sum(found[key] != whole[key] for key in whole) >= 2
+    for key, answer in whole.items():
+        places = [place for stop in stops if (place := answer.text.find(stop)) >= 0]
+        assert found[key].text == answer.text[: min(places, default=None)]
+        if places:
+            assert found[key].finish == "stop" and 0 < (found[key].tokens or 0) <= (answer.tokens or 0)
+        else:
+            assert found[key] == answer
+
+
 def test_what_ends_an_answer_is_the_tokenizers_or_special(tmp_path: Path) -> None:
     """Configurations that say nothing have their family's default, here any word of this vocabulary."""
     folder = write_model(tmp_path)

@@ -20,7 +20,8 @@ from mergekit_lite.answers import replies as replies_module
 from mergekit_lite.answers import server as module
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.replies import Failed, Reply, reply_in
-from mergekit_lite.answers.rows import Key, Prompt, seed_of
+from mergekit_lite.answers.requests import RequestBody
+from mergekit_lite.answers.rows import Answer, Key, Prompt, seed_of
 from mergekit_lite.answers.server import Question, Served, Server, ask
 from tests.answers.fake_server import REASONS, Fake, Trouble, answer_to, fake_server
 
@@ -31,8 +32,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def server_of(fake: Fake, **how: object) -> Server:
-    how = {"model": "m", "sampling": Sampling(), "concurrency": 8, "timeout": 20.0, "retries": 6} | how
-    return Server(fake.url, **how)  # type: ignore[arg-type]
+    how = {"urls": [fake.url], "sampling": Sampling(), "concurrency": 8, "timeout": 20.0, "retries": 6} | how
+    return Server(body=RequestBody("m", how.pop("sampling")), **how)  # type: ignore[arg-type]
 
 
 def questions(texts: list[str]) -> list[Question]:
@@ -137,7 +138,7 @@ def test_a_server_that_is_not_there_is_given_up() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Server(f"http://127.0.0.1:{port}/v1", "m", Sampling(), concurrency=2, retries=1)
+    server = Server([f"http://127.0.0.1:{port}/v1"], RequestBody("m", Sampling()), concurrency=2, retries=1)
     assert not replies(server, questions([f"q{n}" for n in range(200)]))
     assert "no connection" in server.failures.stopped and str(port) in server.failures.stopped
     assert len(server.failures.lost) <= module.LOST_IN_A_ROW + 2
@@ -167,7 +168,7 @@ def test_several_servers_are_asked_at_once() -> None:
         one.on_request = other.on_request = lambda text: meeting.wait() and None
         servers = [server_of(one, concurrency=1), server_of(other, concurrency=1)]
         found = list(ask({server: questions(["a", "b", "c"]) for server in servers}))
-    assert Counter(server.url for server, *_ in found) == {one.url: 3, other.url: 3}
+    assert Counter(server.urls[0] for server, *_ in found) == {one.url: 3, other.url: 3}
 
 
 def test_who_stops_listening_stops_the_asking() -> None:
@@ -217,6 +218,17 @@ def test_a_key_may_have_any_letters(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_server() as fake:
         assert replies(server_of(fake, key_variable="MY_KEY"), questions(["x"])).keys() == {"x"}
     assert fake.headers[0]["authorization"].encode("latin-1").decode() == "Bearer s\u00e9same\u2026"
+
+
+@pytest.mark.parametrize("status", [307, 400, 401])
+def test_a_key_that_a_server_repeats_is_not_told(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setenv("MY_KEY", "sesame")
+    with fake_server(Fake(lambda text, before: status, complaint="wrong key: sesame")) as fake:
+        fake.more_headers["Location"] = "http://else/sesame"
+        server = server_of(fake, key_variable="MY_KEY", concurrency=1)
+        replies(server, questions(["x"]))
+    said = server.failures.stopped or str(server.failures.lost["x"])
+    assert str(status) in said and "…" in said and "sesame" not in said
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_run() -> None:
@@ -276,6 +288,7 @@ def test_whatever_json_comes_is_a_reply_or_a_failure(value: object) -> None:
         {"choices": value},
         {"choices": [{"message": value}]},
         {"choices": [{"message": {"content": value}}]},
+        {"choices": [{"message": {**message, "reasoning": value}}]},
         {"choices": [{"message": message, "finish_reason": value}]},
         {"choices": [{"message": message}], "usage": value},
         {"choices": [{"message": message}], "usage": {"completion_tokens": value}},
@@ -293,6 +306,16 @@ def test_whatever_json_comes_is_a_reply_or_a_failure(value: object) -> None:
 @pytest.mark.parametrize(("count", "tokens"), [(7, 7), (0, 0), (-5, None), (True, None), ("many", None), (1e400, None)])
 def test_a_count_of_tokens_that_is_none_is_left_out(count: object, tokens: int | None) -> None:
     assert reply_in(body_with("fine", usage={"completion_tokens": count})) == Reply("fine", "stop", tokens)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_that_a_server_sends_apart_are_kept_apart(name: str) -> None:
+    for sent, kept in (("so\ud83d many", "so\ufffd many"), (" ", None), (None, None), (7, None)):
+        message = {"content": "fine", name: sent}
+        reply = reply_in(json.dumps({"choices": [{"message": message}]}).encode())
+        assert reply == Reply("fine", "stop", None, kept)
+        row = Answer("p", "s", 0, *reply).as_row()
+        assert row.get("thoughts", ...) == (kept if kept else ...)
 
 
 def test_a_reply_without_end_is_read_up_to_a_bound() -> None:

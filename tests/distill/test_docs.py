@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from docs import distill as page_of_distill
@@ -17,6 +18,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import Rule
+from tests.distill.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
@@ -53,7 +55,7 @@ def test_commands(command: str) -> None:
 
 
 def test_the_tables_tell_of_all() -> None:
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
     assert first_column("Rules") == set(get_args(Rule))
     assert first_column("Scorers") == set(scorer.names())
     assert first_column("Objectives") == set(OBJECTIVES)
@@ -80,3 +82,10 @@ def test_accelerate_reads_its_configuration(tmp_path: Path) -> None:
         known = launch_command_parser().parse_args(line.split())
         assert known.training_script == "mergekit_lite" and known.training_script_args[:2] == ["distill", "train"]
     assert len(launched) == 2
+
+
+def test_the_sources_load(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(sources:\n.*?)```", PAGE, re.DOTALL)
+    loaded = load(write_recipe(tmp_path, **yaml.safe_load(block)))
+    assert [source.is_served for source in loaded.sources] == [True, True, False]
+    assert loaded.target_source is not None and loaded.target_source.serve

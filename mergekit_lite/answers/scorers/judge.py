@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from string import Formatter
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from mergekit_lite.answers.asking import Sampling
+from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.replies import Reply
+from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Message, seed_of
 from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
 from mergekit_lite.answers.server import Question, Server, ask
@@ -53,6 +54,8 @@ class Options(ScorerOptions):
     highest: float = 10
     temperature: Annotated[float, Field(ge=0)] = 0
     max_tokens: Positive = 1024
+    chat_template_kwargs: dict[str, Any] | None = None  # for the chat template: {enable_thinking: false}
+    extra_body: dict[str, Any] | None = None  # anything else of a request
     timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
     retries: Annotated[int, Field(ge=0)] = 8  # repetitions of a request that failed
 
@@ -110,10 +113,11 @@ class Judge(Scorer):
     def _server(self) -> Server:
         settings, options = self.settings, self.options
         assert settings.server is not None and settings.model is not None
+        names = {"temperature", "max_tokens", "chat_template_kwargs", "extra_body"}
+        sampling = Sampling(top_p=1, **options.model_dump(include=names))
         return Server(
-            settings.server,
-            settings.model,
-            Sampling(temperature=options.temperature, top_p=1, max_tokens=options.max_tokens),
+            urls_of(settings.server),
+            RequestBody(settings.model, sampling, said=options.model_fields_set),
             key_variable=settings.api_key_variable,
             concurrency=settings.concurrency,
             timeout=options.timeout,

@@ -69,11 +69,11 @@ class ScorerSettings(BaseModel):
     model: str | None = None  # a reward model, a judge, or a function as module:function
     strong: str | None = None  # of log_ratio
     weak: str | None = None
-    server: str | None = Field(
-        None, description="the URL of an OpenAI-compatible server, as a rule with /v1 at its end"
+    server: str | tuple[str, ...] | None = Field(
+        None, description="the URL of an OpenAI-compatible server, as a rule with /v1 at its end; or several URLs"
     )
     api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
-    concurrency: Positive = 32  # open requests
+    concurrency: Positive = 32  # open requests, to each URL
     batch_size: Positive = 8  # answers that a model reads, or programs that run, at once
     allow_code: bool = Field(
         False, description="it runs programs that a model wrote: say `allow_code: true` if that is wanted"

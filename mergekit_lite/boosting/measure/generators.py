@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from mergekit_lite.answers.asking import Respondent, Sampling, Task
 from mergekit_lite.answers.local import Local, ready
+from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
+from mergekit_lite.answers.serving import serve_words, serving
 from mergekit_lite.boosting.candidates.candidate import Params, label
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
-from mergekit_lite.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from mergekit_lite.answers.local import ReadyModel
-
-PLACES = ("{model}", "{port}")
-STOP_SECONDS = 20.0  # that a server gets to stop by itself
-POLL_SECONDS = 0.2
-SHOWN = 15  # lines of a server's output that an error shows
 
 
 class LocalGenerator(Local):
@@ -114,9 +101,10 @@ class ServerGenerator:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a killed search
         try:
             model = self._written(params)
-            with _started(serve_words(self.command), model, self.folder / "server.log") as (process, url):
-                served_as = _wait(process, url, self.patience, self.folder / "server.log")
-                yield Server(url, served_as, self.sampling, concurrency=self.concurrency)
+            words = serve_words(self.command, "--serve-command")
+            with serving(words, str(model), self.folder / "server.log", self.patience) as running:
+                body = RequestBody(running.model, self.sampling)
+                yield Server([running.url], body, concurrency=self.concurrency, ended=running.ended)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -129,70 +117,3 @@ class ServerGenerator:
         resident.rewritten[label(params)] = Rewritten(finished.reports[0], ())
         resident.seconds[label(params)] += time.monotonic() - started
         return path
-
-
-def serve_words(command: str) -> list[str]:
-    """Split a command into words. Raises UsageError where it can't start a server over a model."""
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UsageError(f"--serve-command {command!r}: {error}.") from error
-    missing = [place for place in PLACES if place not in command]
-    if missing:
-        example = "'vllm serve {model} --port {port}'"
-        raise UsageError(f"--serve-command lacks {' and '.join(missing)}: expected for instance {example}.")
-    if shutil.which(words[0]) is None:
-        raise UsageError(f"--serve-command: there is no program {words[0]!r} here.")
-    return words
-
-
-@contextmanager
-def _started(words: Sequence[str], model: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Start the server in a process group that ends with this context or process; yield its process and URL."""
-    port = _free_port()
-    filled = [word.replace("{model}", str(model)).replace("{port}", str(port)) for word in words]
-    watched = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), *filled]
-    with log.open("wb") as output:
-        process = subprocess.Popen(watched, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
-    try:
-        yield process, f"http://127.0.0.1:{port}/v1"
-    finally:
-        _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all it started: SIGTERM first, then SIGKILL."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:
-    """Wait until the server lists its models, and return the name of the first one."""
-    until = time.monotonic() + patience
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RunError(f"The server ended with exit code {process.returncode} before it was ready.{_said(log)}")
-        unready = suppress(URLError, OSError, ValueError, LookupError, TypeError)
-        with unready, urlopen(f"{url}/models", timeout=5) as reply:
-            return str(json.load(reply)["data"][0]["id"])
-        time.sleep(POLL_SECONDS)
-    raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
-
-
-def _said(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:]
-    return "\n".join([" It said:", *(f"  {line}" for line in lines)]) if lines else " It said nothing."
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

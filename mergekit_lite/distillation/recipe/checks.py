@@ -6,14 +6,25 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.prompts import Prompts
+from mergekit_lite.answers.requests import OURS
 from mergekit_lite.answers.scoring.registry import wrong_settings
+from mergekit_lite.answers.serving import wrong_command
 from mergekit_lite.distillation.recipe.schema import TARGET, TARGET_RULES, Pairing, Recipe, RecipeSource
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
 KeyPath = tuple[int | str, ...]  # keys and list indices from the recipe's root
 DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
+
+SERVERS_ONLY = {"presence_penalty", "frequency_penalty", "chat_template_kwargs", "extra_body"}  # keys of sampling
+VLLM_TOO = {"presence_penalty", "frequency_penalty"}
+NO_ENGINE_OPTIONS = {
+    "model": "it is the source's 'model'",
+    "dtype": "it is the source's 'dtype'",
+    "trust_remote_code": "code of a model is never run in this process. Serve it, and give the source a 'server'",
+}
 
 
 class Problem(NamedTuple):
@@ -33,6 +44,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     for number, scorer in enumerate(recipe.scorers):
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _target_source(recipe)
+    yield from _sampling(("report", "sampling"), recipe.report.sampling)
     for number, prompts in enumerate(recipe.prompts):
         yield from _one_origin(("prompts", number), prompts)
     for number, prompts in enumerate(recipe.report.prompts):
@@ -100,19 +112,66 @@ def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
 def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
     if source.name == TARGET:
         yield Problem((*at, "name"), f"{TARGET!r} is the trained model's own name: choose another one")
-    if source.server:
-        ineffective, why = ["batch_size", "device", "dtype"], "a server decides that itself"
-    else:
-        ineffective, why = ["concurrency", "timeout", "retries", "api_key_variable"], "it is for a 'server'"
+    ineffective, why = _without_effect(source)
     for key in ineffective:
         if key in source.model_fields_set:
             yield Problem((*at, key), f"{key!r} has no effect here: {why}")
+    yield from _server(at, source)
+    yield from _sampling((*at, "sampling"), source.sampling)
+    if not source.is_served:
+        for key in SERVERS_ONLY - (VLLM_TOO if source.engine == "vllm" else set()):
+            if getattr(source.sampling, key) is not None:
+                yield Problem((*at, "sampling", key), f"{key!r} has no effect here: it is for a 'server'")
+    for key in source.engine_options:
+        if key in NO_ENGINE_OPTIONS:
+            yield Problem((*at, "engine_options", key), f"{key!r} is not for a recipe: {NO_ENGINE_OPTIONS[key]}")
     if source.domains is not None:
         for domain in source.samples_for:
             if domain not in source.domains:
                 hint = nearest(domain, source.domains)
                 text = f"samples for {domain!r}, which is not among the source's 'domains'.{hint}"
                 yield Problem((*at, "samples_for", domain), text)
+
+
+def _without_effect(source: RecipeSource) -> tuple[list[str], str]:
+    """Return the keys that a source of this kind has no use for, and why."""
+    in_process = ["batch_size", "device", "dtype", "engine", "engine_options"]
+    if source.server is not None:
+        return [*in_process, "serve_patience"], "a server decides that itself"
+    if source.serve is not None:
+        return [*in_process, "api_key_variable"], "the server that 'serve' starts decides that itself"
+    served = ["concurrency", "timeout", "retries", "api_key_variable", "one_request", "serve_patience"]
+    if source.engine == "vllm":
+        return [*served, "batch_size", "device"], "vLLM decides that itself"
+    return [*served, "engine_options"], "it is for a 'server', or for the engine vllm"
+
+
+def _server(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
+    if source.serve is not None and (wrong := wrong_command(source.serve)):
+        yield Problem((*at, "serve"), wrong)
+    if source.server is None:
+        return
+    if source.serve is not None:
+        yield Problem((*at, "serve"), "a 'server' runs already, 'serve' starts one: give one of them")
+    urls = urls_of(source.server)
+    if not urls:
+        yield Problem((*at, "server"), "'server' is an empty list: expected a URL, or several")
+    for place, url in enumerate(urls):
+        where: KeyPath = (*at, "server") if isinstance(source.server, str) else (*at, "server", place)
+        if not url.startswith(("http://", "https://")):
+            yield Problem(where, f"{url!r} is no URL: expected for instance http://localhost:8000/v1")
+        if "@" in url:
+            yield Problem(where, "URLs are shown and logged: put the key into the variable of 'api_key_variable'")
+        if url in urls[:place]:
+            yield Problem(where, f"{url!r} is listed twice")
+
+
+def _sampling(at: KeyPath, sampling: Sampling) -> Iterator[Problem]:
+    for key in sampling.extra_body or ():
+        if key in Sampling.model_fields:
+            yield Problem((*at, "extra_body", key), f"{key!r} is a key of 'sampling' itself: say it there")
+        elif key in OURS:
+            yield Problem((*at, "extra_body", key), f"{key!r} is what each request sets by itself: leave it out")
 
 
 def _target_source(recipe: Recipe) -> Iterator[Problem]:

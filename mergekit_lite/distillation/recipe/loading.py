@@ -190,5 +190,5 @@ def _scorer(scorer: RecipeScorer, folder: Path) -> RecipeScorer:
 def _model(text: str, folder: Path) -> str:
     """Return a model's path resolved against the recipe's folder, or its name on the hub unchanged."""
     path = Path(text).expanduser()
-    is_path = path.is_absolute() or text.startswith((".", "~")) or (folder / path).is_dir()
+    is_path = path.is_absolute() or text.startswith((".", "~")) or (folder / path).exists()
     return str((folder / path).resolve()) if is_path else text

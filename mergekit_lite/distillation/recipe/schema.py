@@ -31,11 +31,16 @@ class RecipeSource(Strict):
 
     name: Name
     model: str  # a folder or org/name; for a server, the name it is served under
-    server: str | None = None  # http://host:port/v1 of an OpenAI-compatible server
+    server: str | tuple[str, ...] | None = None  # http://host:port/v1 of an OpenAI-compatible server; one or several
+    serve: str | None = None  # a command that starts such a server here: vllm serve {model} --port {port}
+    serve_patience: Annotated[float, Field(gt=0)] = 600  # seconds until it is ready
     api_key_variable: str = "OPENAI_API_KEY"  # the environment variable with the server's key
-    concurrency: Count = 32  # requests open at once
+    concurrency: Count = 32  # requests open at once, to each URL
     timeout: Annotated[float, Field(gt=0)] = 600  # seconds that a request may take
     retries: Annotated[int, Field(ge=0)] = 8  # of a failed request
+    one_request: bool = False  # for all answers to a prompt, as far as the server gives several (`n`)
+    engine: Literal["transformers", "vllm"] = "transformers"  # in process
+    engine_options: dict[str, Any] = {}  # more arguments of vllm.LLM: tensor_parallel_size, max_model_len …
     batch_size: Count = 16  # in process
     device: str | None = None  # cpu, cuda, cuda:1 …; by default a GPU if the machine has one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # in process; the model's own by default
@@ -44,6 +49,11 @@ class RecipeSource(Strict):
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     sampling: Sampling = Sampling()
     system: str | None = None  # a system prompt put before the messages
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server answers for it."""
+        return self.server is not None or self.serve is not None
 
     def answers_to(self, domain: str) -> int:
         """Return how many answers the source gives to a prompt of a domain."""
@@ -166,7 +176,7 @@ class ReportSettings(Strict):
     samples: Count = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
-    servers: dict[Literal["untrained", "sft", "preference"], str] = {}  # a server that serves a model by this name
+    servers: dict[Literal["untrained", "sft", "preference"], str | tuple[str, ...]] = {}  # that serve it by this name
     examples: Count = 4  # prompts whose answers are shown side by side
 
 

@@ -31,6 +31,8 @@ from mergekit_lite.input_files import read_json
 
 Model = Literal["untrained", "sft", "preference"]
 MODELS: tuple[Model, ...] = ("untrained", "sft", "preference")
+OWN = {"system", "batch_size", "device", "dtype", "serve", "serve_patience", "concurrency", "timeout", "retries"}
+OWN |= {"engine", "engine_options"}  # what the models have of ``target_source``
 LENGTH, CUT = "characters", "cut off"  # metrics besides the scorers' names
 
 Metrics = Mapping[str, Mapping[str, float | None]]  # by metric and prompt: the mean over the answers
@@ -183,12 +185,12 @@ def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[s
 
 
 def _source(recipe: Recipe, name: Model, model: str) -> RecipeSource:
-    """Return a model as a source: served, or in this process with the settings of ``target_source``."""
+    """Return a model as a source: behind a server that runs, or in the way of ``target_source``."""
     report, own = recipe.report, recipe.target_source
     common: dict[str, Any] = {"name": name, "samples": report.samples, "sampling": report.sampling}
     if name in report.servers:
         return RecipeSource(**common, server=report.servers[name], model=name)
-    settings = own.model_dump(include={"system", "batch_size", "device", "dtype"}) if own is not None else {}
+    settings = own.model_dump(include=OWN) if own is not None else {}
     return RecipeSource(**common, model=model, **settings)
 
 

@@ -147,3 +147,16 @@ def test_the_prompt_is_the_users_to_write() -> None:
 
 def test_the_default_prompt_has_all_it_needs() -> None:
     assert Options().prompt == PROMPT and all(tag in PROMPT for tag in ("{conversation}", "{answer}", "Grade: N"))
+
+
+def test_a_judge_may_have_several_urls_and_be_told_not_to_think() -> None:
+    def say(text: str, seed: int) -> str:
+        return f"Grade: {number_in(text) + 1}"
+
+    with fake_server(Fake(say=say)) as one, fake_server(Fake(lambda text, before: 503, say=say)) as other:
+        settings = ScorerSettings(name="j", kind="judge", model="m", server=(one.url, other.url), concurrency=2)
+        how = {"chat_template_kwargs": {"enable_thinking": False}, "extra_body": {"effort": "low"}, "retries": 0}
+        scores = Judge(settings, Options.model_validate(how)).score(answers(9))
+    assert [score.value for score in scores] == list(range(1, 10))
+    assert one.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False} and one.bodies[0]["effort"] == "low"
+    assert one.bodies[0]["temperature"] == 0 and "top_p" not in one.bodies[0]

@@ -55,7 +55,7 @@ def test_each_candidate_is_served_and_removed(models: Path, tmp_path: Path) -> N
 def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("mergekit_lite.answers.serving.STOP_SECONDS", 0.2)
     (tmp_path / "out.boost").mkdir()
     with evaluator_of(prepare(request_of(models, tmp_path / "out", "stubborn"))) as evaluator:
         first, *others = evaluator.items
@@ -69,7 +69,7 @@ def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
 def test_a_server_is_stopped_when_the_search_fails(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("mergekit_lite.answers.serving.STOP_SECONDS", 0.2)
     (tmp_path / "out.boost").mkdir()
 
     def failing(*_: object) -> Iterator[object]:
@@ -133,7 +133,7 @@ def gone(process: int) -> bool:
 def test_a_server_that_does_not_get_ready(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, patience: float, said: str
 ) -> None:
-    monkeypatch.setattr("mergekit_lite.boosting.measure.generators.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("mergekit_lite.answers.serving.STOP_SECONDS", 0.5)
     request = request_of(models, tmp_path / "out", how, serve_patience=patience)
     with evaluator_of(prepare(request)) as evaluator, pytest.raises(RunError) as failed:
         list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))

@@ -1,0 +1,141 @@
+"""A server of the user's own, started over a model and ended with all that it started.
+
+The command is split into words, and no shell reads it. ``{model}`` and ``{port}`` in it stand for a folder or a name
+on the hub, and for a free port. What the server prints goes to a file. It ends with the context, on Ctrl-C, and when
+this process dies in any way (``watchdog.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.plain_text import plain_line
+
+PLACES = ("{model}", "{port}")
+STOP_SECONDS = 20.0  # that a server gets to stop by itself
+POLL_SECONDS = 0.2
+SHOWN = 15  # lines of a server's output that an error shows
+SHOWN_BYTES = 20_000  # of its end
+
+
+class RunningServer(NamedTuple):
+    """A server that is ready."""
+
+    url: str  # ``http://127.0.0.1:port/v1``
+    model: str  # the name of its first model
+    ended: Callable[[], str | None]  # says why it answers no more; None while it runs
+
+
+def wrong_command(command: str) -> str | None:
+    """Return what is wrong with a command that is to start a server; None for nothing."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return f"{command!r}: {error}"
+    missing = [place for place in PLACES if not any(place in word for word in words)]
+    if missing:
+        return f"it lacks {' and '.join(missing)}: expected for instance 'vllm serve {{model}} --port {{port}}'"
+    return None
+
+
+def serve_words(command: str, option: str) -> list[str]:
+    """Split a command into words. Raises UsageError, naming the option, where it can't start a server here."""
+    if wrong := wrong_command(command):
+        raise UsageError(f"{option}: {wrong}.")
+    words = shlex.split(command)
+    if shutil.which(words[0]) is None:
+        raise UsageError(f"{option}: there is no program {words[0]!r} here.")
+    return words
+
+
+@contextmanager
+def serving(words: Sequence[str], model: str, log: Path, patience: float) -> Iterator[RunningServer]:
+    """Start a server over a model, wait until it is ready, and end it with the context.
+
+    Args:
+        words: the command.
+        model: fills ``{model}``.
+        log: the file that takes what the server prints.
+        patience: seconds that the server has to load the model.
+
+    Raises:
+        RunError: it ended, or wasn't ready in time; the message has the end of what it printed.
+    """
+    with _started(words, model, log) as (process, url):
+
+        def ended() -> str | None:
+            code = process.poll()
+            return None if code is None else f"The server ended with exit code {code}.{_said(log)}"
+
+        yield RunningServer(url, _wait(process, url, patience, log), ended)
+
+
+@contextmanager
+def _started(words: Sequence[str], model: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Start the server in a process group that ends with this context or process; yield its process and URL."""
+    port = _free_port()
+    filled = [word.replace("{port}", str(port)).replace("{model}", model) for word in words]
+    watched = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), *filled]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(watched, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process, f"http://127.0.0.1:{port}/v1"
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all it started: SIGTERM first, then SIGKILL."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> str:
+    """Wait until the server lists its models, and return the name of the first one."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RunError(f"The server ended with exit code {process.returncode} before it was ready.{_said(log)}")
+        unready = suppress(URLError, OSError, ValueError, LookupError, TypeError)
+        with unready, urlopen(f"{url}/models", timeout=5) as reply:
+            return str(json.load(reply)["data"][0]["id"])
+        time.sleep(POLL_SECONDS)
+    raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
+
+
+def _said(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - SHOWN_BYTES))
+        text = file.read().decode(errors="replace")
+    lines = [plain_line(line) for line in text.splitlines()[-SHOWN:]]
+    return "\n".join([" It said:", *(f"  {line}" for line in lines)]) if lines else " It said nothing."
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
