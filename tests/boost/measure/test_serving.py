@@ -58,7 +58,7 @@ def test_several_servers_share_the_prompts_and_change_nothing(models: Path, tmp_
     for servers in (1, 3):
         (tmp_path / str(servers)).mkdir()
         request = request_of(
-            models, tmp_path / str(servers) / "out", "counts {number} 0.2", search="grid", grid={"alpha": (1.0,)},
+            models, tmp_path / str(servers) / "out", "counts {number} 0.05", search="grid", grid={"alpha": (1.0,)},
             servers=servers, concurrency=1,
         )  # fmt: skip
         boosted = search_and_write(prepare(request))
