@@ -20,10 +20,10 @@ SECTIONS = {
     "Planning and running": ("plan_extrapolation", "plan_merge", "make_plan", "run", "RunOptions", "Finished"),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors"),
-    "Searching and teaching": ("boost", "BoostOptions", "distill"),
+    "Searching and teaching": ("boost", "BoostOptions", "preview", "distill"),
     "What functions take and return": (
         *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted"),
-        "Findings",
+        *("Preview", "Previewed", "Findings"),
     ),
     "Errors": ("MergekitLiteError", "UsageError", "CheckpointError", "PlanError", "NonFiniteError", "RunError"),
 }

@@ -192,7 +192,7 @@ def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) ->
     from transformers import GenerationConfig
 
     model.eval()
-    ends = _ends(model.generation_config.eos_token_id, tokenizer)
+    ends = ends_of(model.generation_config.eos_token_id, tokenizer)
     drawn = sampling.temperature > 0
     warped: dict[str, Any] = {}
     if drawn:
@@ -209,7 +209,7 @@ def ready(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) ->
     return ReadyModel(model, ends)
 
 
-def _ends(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def ends_of(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end an answer: the tokenizer's, and those of the model that are special tokens.
 
     A configuration without such tokens has its family's default, which in another vocabulary may be any word.

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,19 +78,50 @@ def serving(words: Sequence[str], model: str, log: Path, patience: float) -> Ite
     Raises:
         RunError: it ended, or wasn't ready in time; the message has the end of what it printed.
     """
-    with _started(words, model, log) as (process, url):
-
-        def ended() -> str | None:
-            code = process.poll()
-            return None if code is None else f"The server ended with exit code {code}.{_said(log)}"
-
-        yield RunningServer(url, _wait(process, url, model, patience, log), ended)
+    with serving_several(words, model, [log], patience) as (running,):
+        yield running
 
 
 @contextmanager
-def _started(words: Sequence[str], model: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Start the server in a process group that ends with this context or process; yield its process and URL."""
-    port = _free_port()
+def serving_several(
+    words: Sequence[str], model: str, logs: Sequence[Path], patience: float
+) -> Iterator[list[RunningServer]]:
+    """Start several servers over one model, as ``serving`` does, one for each log; they load it at the same time.
+
+    ``{number}`` in the words stands for the number of a server, from 0: for instance that of its GPU.
+    """
+    ports: set[int] = set()
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(_started(_numbered(words, number), model, log, ports))
+            for number, log in enumerate(logs)
+        ]
+        stack.callback(_ask_to_stop, *(process for process, _ in started))  # all at once; then each is awaited
+        yield [
+            RunningServer(url, _wait(process, url, model, patience, log), partial(_ended, process, log))
+            for (process, url), log in zip(started, logs, strict=True)
+        ]
+
+
+def _numbered(words: Sequence[str], number: int) -> list[str]:
+    return [word.replace("{number}", str(number)) for word in words]
+
+
+def _ended(process: subprocess.Popen[bytes], log: Path) -> str | None:
+    code = process.poll()
+    return None if code is None else f"The server ended with exit code {code}.{_said(log)}"
+
+
+@contextmanager
+def _started(
+    words: Sequence[str], model: str, log: Path, ports: set[int]
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Start the server in a process group that ends with this context or process; yield its process and URL.
+
+    It gets a free port that is none of ``ports``, which is added to them.
+    """
+    port = next(port for port in iter(_free_port, None) if port not in ports)
+    ports.add(port)
     filled = [word.replace("{port}", str(port)).replace("{model}", model) for word in words]
     watched = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), *filled]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +133,15 @@ def _started(words: Sequence[str], model: str, log: Path) -> Iterator[tuple[subp
         _stop(process)
 
 
+def _ask_to_stop(*processes: subprocess.Popen[bytes]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and all it started: SIGTERM first, then SIGKILL."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+    _ask_to_stop(process)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
     with suppress(ProcessLookupError):

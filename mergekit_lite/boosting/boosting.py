@@ -178,7 +178,13 @@ def _generator(prepared: Prepared, resident: ResidentModel) -> AbstractContextMa
         return nullcontext(LocalGenerator(resident, request.sampling, request.batch_size, prepared.portion))
     folder = request.folder / "serving"
     return ServerGenerator(
-        resident, request.serve_command, folder, request.sampling, request.concurrency, request.serve_patience
+        resident,
+        request.serve_command,
+        folder,
+        request.sampling,
+        request.concurrency,
+        request.serve_patience,
+        request.servers,
     )
 
 

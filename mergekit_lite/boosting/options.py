@@ -14,7 +14,7 @@ from mergekit_lite.options import NewRows, Rounding
 
 RANGES = {
     **dict.fromkeys(
-        ("limit", "trials", "max_tokens", "samples", "batch_size", "concurrency", "threads"), (1, math.inf)
+        ("limit", "trials", "max_tokens", "samples", "batch_size", "concurrency", "servers", "threads"), (1, math.inf)
     ),
     **dict.fromkeys(("temperature", "serve_patience"), (0, math.inf)),
     "confidence": (0.5, 0.999),
@@ -59,9 +59,11 @@ class BoostOptions(TypedDict, total=False):
         samples: answers to each prompt; 1 by default.
         batch_size: answers made at once; 16 by default.
         likelihoods: compute how likely answers are under candidate and baseline; True by default.
-        serve_command: starts a server of each candidate; ``{model}`` and ``{port}`` stand for its folder and port.
+        serve_command: starts a server of each candidate; ``{model}`` and ``{port}`` stand for its folder and port,
+            ``{number}`` for that of the server, from 0.
         serve_patience: seconds until the server is ready; 600 by default.
-        concurrency: open requests to the server; 32 by default.
+        servers: that are started over each candidate and share its prompts; 1 by default.
+        concurrency: open requests to each server; 32 by default.
         include, exclude, new_rows, out_dtype, rounding, shard_size, copy_code: as of ``extrapolate``, for a pair.
         seed: of answers, the items' order and rounding; 0 by default.
         threads: that set weights; one for each core by default.
@@ -93,6 +95,7 @@ class BoostOptions(TypedDict, total=False):
     likelihoods: bool
     serve_command: str | None
     serve_patience: float
+    servers: int
     concurrency: int
     include: Sequence[str]
     exclude: Sequence[str]

@@ -73,6 +73,7 @@ class Request:
     likelihoods: bool = True
     serve_command: str | None = None
     serve_patience: float = 600.0
+    servers: int = 1
     concurrency: int = 32
     device: str = "cpu"
     threads: int | None = None
@@ -216,6 +217,8 @@ def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
         problems.append("--pairs are there, but nothing that scores them: give --score pairs.")
     if LOG_RATIO in kinds and (request.recipe is not None or request.serve_command is not None):
         problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
+    if request.servers > 1 and request.serve_command is None:
+        problems.append("--servers is the number of servers that --serve-command starts: give one.")
     if LM_EVAL in kinds and find_spec("lm_eval") is None:
         problems.append("--score lm-eval:… needs the package lm_eval: pip install lm_eval.")
     if request.search is not None and request.search not in SEARCHES:

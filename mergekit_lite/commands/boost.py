@@ -101,7 +101,15 @@ Examples:
     "{port} in its place, for instance 'vllm serve {model} --port {port}'.",
 )
 @click.option("--serve-patience", type=float, default=600.0, show_default=True, help="Seconds until it is ready.")
-@click.option("--concurrency", type=int, default=32, show_default=True, help="Open requests.")
+@click.option(
+    "--servers",
+    type=int,
+    default=1,
+    show_default=True,
+    help="That are started over each candidate and share its prompts; {number} in the command stands for 0, 1 …: "
+    "'env CUDA_VISIBLE_DEVICES={number} vllm serve {model} --port {port}'.",
+)
+@click.option("--concurrency", type=int, default=32, show_default=True, help="Open requests, of each server.")
 @click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate.")
 @click.option("--exclude", metavar="REGEX", multiple=True, help="As in extrapolate.")
 @click.option("--new-rows", type=click.Choice(["refuse", "copy"]), default="refuse", help="As in extrapolate.")

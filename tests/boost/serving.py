@@ -1,7 +1,7 @@
 """A server for tests: ``python serving.py MODEL PORT [how]``. Its answers tell which model it was started over.
 
 ``dies`` ends at once, ``silent`` is never ready, ``fails`` answers nothing. ``stubborn`` ignores SIGTERM and starts a
-process of its own; so does ``stuck``, which is never ready either.
+process of its own; so does ``stuck``, which is never ready either. ``counts NUMBER SECONDS`` sleeps before it answers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if sys.argv[3:] == ["fails"]:
             return self.send_error(404)
+        if sys.argv[3:4] == ["counts"]:  # sleeps, and notes its number for each answer
+            time.sleep(float(sys.argv[5]))
+            with (Path(sys.argv[1]).parents[1] / "counts").open("a") as counts:
+                counts.write(f"{sys.argv[4]}\n")
         alpha = json.loads((Path(sys.argv[1]) / "mergekit_lite_manifest.json").read_text())["recipe"]["parameters"]
         text = f"{asked['messages'][-1]['content']} alpha {alpha['alpha']:g}" + " word" * int(4 * alpha["alpha"])
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}

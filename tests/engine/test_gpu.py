@@ -18,8 +18,6 @@ from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite import draws
-from mergekit_lite.boosting.measure.model import Built
-from mergekit_lite.boosting.measure.weights import Weights
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.engine.buffers import WorkerBuffers
@@ -37,6 +35,8 @@ from mergekit_lite.methods.registry import METHODS
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.workspace import OutputWorkspace
 from mergekit_lite.planning import Plan
+from mergekit_lite.resident.model import Built
+from mergekit_lite.resident.weights import Weights
 from tests.engine.simulated_gpu import SimulatedGpus, Stream
 from tests.models import State, tuned, write_folder
 

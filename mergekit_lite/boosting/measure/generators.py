@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from mergekit_lite.answers.local import Local, ready
 from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
-from mergekit_lite.answers.serving import serve_words, serving
+from mergekit_lite.answers.serving import RunningServer, serve_words, serving_several
 from mergekit_lite.boosting.candidates.candidate import Params, label
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 
@@ -63,14 +63,19 @@ class LocalGenerator(Local):
 
 @dataclass
 class ServerGenerator:
-    """Answers with a server, which is started for each candidate and stopped when another one is to answer."""
+    """Answers with servers, which are started for each candidate and stopped when another one is to answer.
+
+    Several ones share a candidate's prompts. An answer follows from prompt and seed, whichever server gives it: so the
+    number of servers changes no row.
+    """
 
     resident: ResidentModel  # of the family; its model is not built for this
     command: str  # starts the server, with ``{model}`` and ``{port}`` for folder and port. No shell reads it.
     folder: Path  # where candidates are written; each is removed with its server
     sampling: Sampling  # how answers are drawn
-    concurrency: int = 32  # open requests
-    patience: float = 600.0  # seconds that the server has to load a model
+    concurrency: int = 32  # open requests, of each server
+    patience: float = 600.0  # seconds that a server has to load a model
+    servers: int = 1  # that are started over each candidate
     _running: ExitStack = field(default_factory=ExitStack, init=False)
     _candidate: str = field(default="", init=False)
     _respondent: Respondent | None = field(default=None, init=False)
@@ -79,15 +84,15 @@ class ServerGenerator:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop the running server, and remove its candidate."""
+        """Stop the running servers, and remove its candidate."""
         self._running.close()
         self._candidate = ""
 
     def for_candidate(self, params: Params) -> Respondent:
-        """Start a server over the candidate, unless it is running.
+        """Start the servers over the candidate, unless they are running.
 
         Raises:
-            RunError: the server ended, or wasn't ready in time; the message has the end of its output.
+            RunError: a server ended, or wasn't ready in time; the message has the end of its output.
             NonFiniteError: the candidate's weights aren't finite.
         """
         if self._respondent is None or label(params) != self._candidate:
@@ -102,18 +107,26 @@ class ServerGenerator:
         try:
             model = self._written(params)
             words = serve_words(self.command, "--serve-command")
-            with serving(words, str(model), self.folder / "server.log", self.patience) as running:
-                body = RequestBody(running.model, self.sampling)
-                yield Server([running.url], body, concurrency=self.concurrency, ended=running.ended)
+            logs = [self.folder / f"server-{number}.log" for number in range(self.servers)]
+            with serving_several(words, str(model), logs, self.patience) as running:
+                body = RequestBody(running[0].model, self.sampling)
+                urls = [each.url for each in running]
+                yield Server(urls, body, concurrency=self.concurrency, ended=partial(_all_ended, running))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _written(self, params: Params) -> Path:
-        from mergekit_lite.boosting.measure.weights import Rewritten
         from mergekit_lite.engine.run import run
+        from mergekit_lite.resident.weights import Rewritten
 
         started, path, resident = time.monotonic(), self.folder / "model", self.resident
         finished = run(resident.family.plan(params, path), device=resident.device, threads=resident.threads)
         resident.rewritten[label(params)] = Rewritten(finished.reports[0], ())
         resident.seconds[label(params)] += time.monotonic() - started
         return path
+
+
+def _all_ended(servers: Sequence[RunningServer]) -> str | None:
+    """Return why the first server answers no more, where none does; None while one runs."""
+    said = [server.ended() for server in servers]
+    return said[0] if all(said) else None

@@ -17,7 +17,7 @@ from mergekit_lite.boosting.candidates.family import Family
 from mergekit_lite.errors import NonFiniteError, counted
 
 if TYPE_CHECKING:
-    from mergekit_lite.boosting.measure.weights import Rewritten, Weights
+    from mergekit_lite.resident.weights import Rewritten, Weights
 
 
 @dataclass
@@ -90,7 +90,7 @@ class ResidentModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The output's tokenizer."""
-        from mergekit_lite.boosting.measure.model import tokenizer_of
+        from mergekit_lite.resident.model import tokenizer_of
 
         return tokenizer_of(self.family.plan(self.family.baseline))
 
@@ -108,8 +108,8 @@ class ResidentModel:
 
     @cached_property
     def _weights(self) -> Weights:
-        from mergekit_lite.boosting.measure.model import build
-        from mergekit_lite.boosting.measure.weights import Weights
+        from mergekit_lite.resident.model import build
+        from mergekit_lite.resident.weights import Weights
 
         return Weights(build(self.family.plan(self.family.baseline), self.device), self.device, self.threads)
 

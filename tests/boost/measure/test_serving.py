@@ -52,6 +52,29 @@ def test_each_candidate_is_served_and_removed(models: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out.boost" / "serving").exists()
 
 
+def test_several_servers_share_the_prompts_and_change_nothing(models: Path, tmp_path: Path) -> None:
+    """Three servers over each candidate: each one answers, and the rows are those of one server."""
+    rows = {}
+    for servers in (1, 3):
+        (tmp_path / str(servers)).mkdir()
+        request = request_of(
+            models, tmp_path / str(servers) / "out", "counts {number} 0.05", search="grid", grid={"alpha": (1.0,)},
+            servers=servers, concurrency=1,
+        )  # fmt: skip
+        boosted = search_and_write(prepare(request))
+        assert boosted.result.chosen == {"alpha": 1.0}
+        answered = (tmp_path / str(servers) / "out.boost" / "counts").read_text().split()
+        assert set(answered) == {str(number) for number in range(servers)} and len(answered) == 16
+        ledger = (tmp_path / str(servers) / "out.boost" / "candidates" / "alpha=1.jsonl").read_text().splitlines()
+        rows[servers] = sorted(ledger)
+    assert rows[1] == rows[3]
+
+
+def test_several_servers_need_a_command(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--servers is the number of servers that --serve-command starts"):
+        prepare(request_of(models, tmp_path / "out", serve_command=None, servers=2))
+
+
 def test_a_server_that_will_not_stop_is_ended_with_all_it_started(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

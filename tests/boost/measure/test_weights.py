@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_lite import plan_extrapolation, plan_merge, run
-from mergekit_lite.boosting.measure.model import build
-from mergekit_lite.boosting.measure.weights import Weights
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
 from mergekit_lite.planning import Plan
+from mergekit_lite.resident.model import build
+from mergekit_lite.resident.weights import Weights
 from tests.boost.tiny import logits, write_pair
 
 CPU = "cpu"

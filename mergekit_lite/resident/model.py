@@ -56,7 +56,7 @@ def build(plan: Plan, device: str) -> Built:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = _config(plan)
+    config = config_of(plan)
     blank = {job.name: torch.empty(job.shape, dtype=dtypes.torch_dtype(job.dtype)) for job in plan.jobs}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _quiet():
@@ -104,7 +104,12 @@ def tokenizer_of(plan: Plan) -> Any:
     return tokenizer
 
 
-def _config(plan: Plan) -> Any:
+def config_of(plan: Plan) -> Any:
+    """Return the configuration, of transformers, that loading the plan's output would give.
+
+    Raises:
+        UsageError: it is missing, or not that of a causal language model that transformers knows.
+    """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if plan.source.config is None:

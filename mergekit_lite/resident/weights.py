@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_lite import dtypes
-from mergekit_lite.boosting.measure.model import Built, Places
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.pool import Workers
 from mergekit_lite.engine.report import Report, report
@@ -16,6 +15,7 @@ from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.schedule import Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.planning import Plan
+from mergekit_lite.resident.model import Built, Places
 
 
 class Parameters(Records):
