@@ -16,6 +16,7 @@ TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own 
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -132,6 +133,8 @@ class Training(Strict):
     max_prompt_length: Count | None = None
     too_long: Literal["drop", "cut"] = "drop"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: Attention | None = None  # of transformers; by default the model's, sdpa where it can
+    packing: bool = True  # rows of a device lie end to end, without padding, where the model and its attention allow it
     gradient_checkpointing: bool = False
     lora: Lora | None = None
     save_steps: Count = 100

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
+from mergekit_lite.answers.packing import Packed, packs
 from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.errors import UsageError
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
+# How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
+Layout = Literal["padded", "packed", "shared"]
 OWN_CODE = "only architectures that transformers has are trained."  # ends the refusal of models with own code
 
 
@@ -50,14 +54,36 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
     config = loading.config_of(name, CAUSAL, OWN_CODE)
-    model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config))
+    how = {} if training.attn_implementation is None else {"attn_implementation": training.attn_implementation}
+    model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config), **how)
     check_head(model)
     make_savable(model.generation_config)
+    set_layout(model, training)
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
+
+
+def set_layout(model: Any, training: Training) -> None:
+    """Set the model's ``layout``, and its attention to what that needs.
+
+    Flash attention keeps sequences apart by itself, if the rest of the model does, but can't share prompts.
+    """
+    model.layout = "padded"
+    own = model.config._attn_implementation
+    flash = own.startswith("flash_attention")
+    if training.packing and (flash or training.attn_implementation in (None, "sdpa")) and packs(model):
+        model.layout = "packed" if flash else "shared"
+        if flash:
+            model.set_attn_implementation(own)
+
+
+def layout_of(model: Any) -> Layout:
+    """Return how the rows of a batch must lie for ``trained_model``'s model."""
+    layout: Layout = model.layout
+    return layout
 
 
 def make_savable(generation: GenerationConfig) -> None:
@@ -106,20 +132,15 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
         raise UsageError(f"peft can't put a LoRA on {model.name_or_path}: {error}") from error
 
 
-def _log_probs(
-    self: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    responses: torch.Tensor,
-    squares: bool = False,
-    **_: Any,
-) -> dict[str, torch.Tensor]:
+def _log_probs(self: PreTrainedModel, squares: bool = False, **inputs: Any) -> dict[str, torch.Tensor]:
     """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
-    R responses of up to T tokens, each with its prompt, are (R, T), as are the masks. ``sums`` and ``lengths`` of the
+    The inputs are the fields of a ``Batch`` or of a ``Packed`` batch of R responses. ``sums`` and ``lengths`` of the
     responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)².
     """
-    scored = response_log_probs(self, Batch(input_ids, attention_mask, responses), squares)
+    kind = Packed if "sizes" in inputs else Batch
+    batch = kind(**{field.name: inputs[field.name] for field in fields(kind)})
+    scored = response_log_probs(self, batch, squares)
     outputs = {"sums": scored.sums, "lengths": scored.lengths}
     return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mergekit_lite.distillation.training.trainer import ResponseTrainer
 
 # Settings that a resumed run may change: they affect the last bits of the result at most.
-FREE = {"per_device_batch_size", "gradient_checkpointing", "save_steps", "log_to"}
+FREE = {"per_device_batch_size", "gradient_checkpointing", "save_steps", "log_to", "packing", "attn_implementation"}
 
 
 def objective_of(training: Preference, problems: list[str]) -> tuple[Objective, dict[str, Any]] | None:
