@@ -207,7 +207,7 @@ class PreferenceTrainer(ResponseTrainer):
             **{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, squares=self.objective.squares
         )
         rows = self.log_probs(outputs, inputs)
-        outcome = self.objective.function(rows, **self.options)
+        outcome = self.objective(rows, **self.options)
         chosen_roles = inputs["roles"][:, :-1]
         for number, role in enumerate(ROLES):
             where = chosen_roles == number
