@@ -118,6 +118,10 @@ class Lora(Strict):
     alpha: float = 32
     dropout: Share = 0.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the adapter, such as embed_tokens
+    rslora: bool = False  # scales by alpha / √rank instead of alpha / rank
+    dora: bool = False  # trains the lengths of the columns of weights by themselves
+    base: Literal["nf4"] | None = None  # QLoRA: the frozen weights have 4 bits in training; needs bitsandbytes
 
 
 class Training(Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -39,7 +40,7 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
     Its weights are in float32, as 16 bits lose steps of 1e-7; ``dtype`` is that of the computation. With an adapter,
-    only the adapter's weights are in float32.
+    only the adapter's weights are in float32, and with QLoRA (2305.14314) the linear layers' are in 4 bits.
 
     Args:
         name: a folder or a name on the hub.
@@ -54,8 +55,11 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
     config = loading.config_of(name, CAUSAL, OWN_CODE)
-    how = {} if training.attn_implementation is None else {"attn_implementation": training.attn_implementation}
+    how = loading_arguments(training)
     model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config), **how)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a form for generating only, in bfloat16
+            layer.support_avx512bf16_for_cpu = False
     check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
@@ -64,6 +68,44 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
         return model
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
+
+
+def unavailable(training: Training, stage: str) -> list[str]:
+    """Return messages about what a training needs and this machine doesn't have, or its dtype doesn't allow."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    problems = []
+    wanted = training.attn_implementation or ""
+    there = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if wanted in there:
+        where, version = f"train.{stage}.attn_implementation", wanted[-1]
+        if not there[wanted]():
+            package = "flash-attn" if version == "2" else "flash-attn-3"
+            text = f"{wanted} needs the package {package} and a GPU that it runs on. Install it, or leave the key out"
+            problems.append(f"{where}: {text}: sdpa does the same.")
+        if training.dtype == "float32":
+            problems.append(f"{where}: flash attention computes in 16 bits: set dtype to bfloat16, or use sdpa.")
+    if training.lora is not None and training.lora.base is not None and find_spec("bitsandbytes") is None:
+        text = "4 bits need the package bitsandbytes: pip install bitsandbytes, or leave the key out."
+        problems.append(f"train.{stage}.lora.base: {text}")
+    return problems
+
+
+def loading_arguments(training: Training) -> dict[str, Any]:
+    """Return what transformers is told on loading the model to train, beside its place."""
+    how: dict[str, Any] = {}
+    if training.attn_implementation is not None:
+        how["attn_implementation"] = training.attn_implementation
+    if training.lora is not None and training.lora.base is not None:
+        from transformers import BitsAndBytesConfig
+
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=training.lora.base,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, training.dtype),
+        )
+    return how
 
 
 def set_layout(model: Any, training: Training) -> None:
@@ -117,6 +159,7 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
 
     assert training.lora is not None
     modules = training.lora.target_modules
+    whole = list(training.lora.modules_to_save) or None
     try:
         return peft.get_peft_model(
             model,
@@ -125,6 +168,11 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
                 lora_alpha=training.lora.alpha,  # type: ignore[arg-type]  # it takes any number
                 lora_dropout=training.lora.dropout,
                 target_modules=modules if isinstance(modules, str) else list(modules),
+                modules_to_save=whole,
+                # A head that is the embedding stays so.
+                ensure_weight_tying=whole is not None and bool(model.config.get_text_config().tie_word_embeddings),
+                use_rslora=training.lora.rslora,
+                use_dora=training.lora.dora,
                 task_type="CAUSAL_LM",
             ),
         )
@@ -153,6 +201,9 @@ def write_model(saved: Path, start: str, training: Training, folder: Path) -> No
         start: the model that training started from; it gives configuration, generation configuration and tokenizer.
         training: of the recipe; weights are written in its ``dtype``.
         folder: to write.
+
+    An adapter is folded into the weights that training started from, in float32. After QLoRA these aren't the 4-bit
+    ones that were trained beside: the result differs from the model in training by the base's rounding to 4 bits.
     """
     from transformers import GenerationConfig
 
