@@ -21,6 +21,9 @@ def causal_model(architecture: str = "llama", vocabulary: int = 340, hidden: int
             "gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0, "sliding_window": 64},
             "granite": {"logits_scaling": 4.0},
             "cohere": {"logit_scale": 0.25},
+            "gemma3text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            "mistral": {"sliding_window": 8},
+            "lfm2": {"layer_types": ["conv", "full_attention"]},
         }
         config = kind[f"{architecture}config"](
             vocab_size=vocabulary,

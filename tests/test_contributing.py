@@ -182,7 +182,7 @@ import torch
 from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs
 options = OBJECTIVES["toy"].options({"factor": 3}, [])
 ones = torch.ones(1, 1)
-assert OBJECTIVES["toy"].function(LogProbs(ones, ones[0], ones, ones[0]), **options).loss.item() == -3
+assert OBJECTIVES["toy"](LogProbs(ones, ones[0], ones, ones[0]), **options).loss.item() == -3
 problems = []
 OBJECTIVES["toy"].options({"factor": -1}, problems)
 assert problems

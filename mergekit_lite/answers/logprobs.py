@@ -1,10 +1,10 @@
 """Log-probabilities of responses, without the logits of a whole batch.
 
 The model's body computes hidden states; its head computes the logits of a chunk of response positions at a time, from
-which the targets' log-probabilities are taken in float32, and which are computed again in the backward pass. At a
-vocabulary of 128,000 a batch of 2 × 3 sequences of 2048 tokens would need 6.3 GB of float32 logits for the forward
-pass alone; a chunk is 256 MB in float32, and never more than a sixteenth of it is in float32 where the model computes
-in 16 bits.
+which the targets' log-probabilities are taken in float32. Where there are several chunks, they are computed again in
+the backward pass. At a vocabulary of 128,000 a batch of 2 × 3 sequences of 2048 tokens would need 6.3 GB of float32
+logits for the forward pass alone; a chunk is 256 MB in float32, and never more than a sixteenth of it is in float32
+where the model computes in 16 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from mergekit_lite.answers.packing import Packed
 from mergekit_lite.answers.template import Tokens
 from mergekit_lite.errors import UsageError
 
@@ -36,6 +37,31 @@ class Batch:
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64; 0 at padding
     responses: Tensor  # (B, T) bool; True at the tokens of the responses
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of the model's body."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def states(self) -> Tensor:
+        """(R,) int64; the places in the flattened batch that predict the scored tokens."""
+        return self._scored.flatten().nonzero()[:, 0]
+
+    @property
+    def targets(self) -> Tensor:
+        """(R,) int64; the scored tokens."""
+        return self.input_ids.flatten()[self.states + 1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64; the number of scored tokens of each sequence."""
+        return self._scored.sum(1)
+
+    @property
+    def _scored(self) -> Tensor:
+        """(B, T) bool; True where the next token is scored: never the first one, which nothing predicts."""
+        return torch.nn.functional.pad(self.responses[:, 1:], (0, 1))
 
 
 @dataclass(frozen=True)
@@ -67,29 +93,26 @@ def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "c
     return Batch(input_ids.to(device), attention_mask.to(device), responses.to(device))
 
 
-def response_log_probs(model: PreTrainedModel, batch: Batch, squares: bool = False) -> ResponseLogProbs:
+def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: bool = False) -> ResponseLogProbs:
     """Compute the log-probabilities of the responses under a causal language model.
 
     ``sums`` is differentiable. The first token of a sequence is never scored, for nothing predicts it.
 
     Args:
-        model: with a head that ``check_head`` accepts.
+        model: with a head that ``check_head`` accepts; for a packed batch, one that ``packs``.
         batch: on the model's device.
         squares: whether to compute WPO's mean_t log Σ_v π² too.
     """
-    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
-    scored = batch.responses[:, 1:]
-    states = hidden[:, :-1][scored]  # (R, H)
-    targets = batch.input_ids[:, 1:][scored]
+    hidden = model.base_model(**batch.inputs, use_cache=False)[0].flatten(0, 1)
+    states, targets, lengths = hidden[batch.states], batch.targets, batch.lengths
     shape, head = shape_of(model), head_of(model)
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    parts = zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
-    chunks = [_chunk(head, part, target, shape, squares) for part, target in parts]
-    lengths = scored.sum(1)
-    sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), scored)
+    parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
+    chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
+    sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), lengths)
     if not squares:
         return ResponseLogProbs(sums, lengths)
-    return ResponseLogProbs(sums, lengths, _by_sequence(torch.cat([logs for _, logs in chunks]), scored) / lengths)
+    return ResponseLogProbs(sums, lengths, _by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths)
 
 
 def head_of(model: PreTrainedModel) -> Any:
@@ -147,16 +170,24 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _by_sequence(values: Tensor, scored: Tensor) -> Tensor:
-    """Sum the scored positions' values (R,) over each sequence, giving (B,), always in the same order."""
-    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values).sum(1)
+def _by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sum the scored tokens' values (R,) over each sequence, giving (S,), always in the same order."""
+    places = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
+    return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values).sum(1)
 
 
-def _chunk(head: Any, states: Tensor, targets: Tensor, shape: Shape, squares: bool) -> tuple[Tensor, Tensor]:
+def _chunk(
+    head: Any, states: Tensor, targets: Tensor, shape: Shape, squares: bool, again: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``_TargetLogProbs`` of states (R, H); ``again`` computes the logits anew for the backward pass.
+
+    The only chunk of a batch is kept for it: where that pass begins, one chunk is in memory in either case.
+    """
+
     def run(states: Tensor, targets: Tensor) -> Any:
         return _TargetLogProbs.apply(head(states), targets, shape, squares)  # type: ignore[no-untyped-call]
 
-    if not torch.is_grad_enabled():
+    if not (again and torch.is_grad_enabled()):
         logps, logs = run(states, targets)
     else:
         logps, logs = checkpoint(run, states, targets, use_reentrant=False)
@@ -166,8 +197,8 @@ def _chunk(head: Any, states: Tensor, targets: Tensor, shape: Shape, squares: bo
 class _TargetLogProbs(torch.autograd.Function):
     """From a head's output (R, V) and targets (R,) to log p_target and log Σ_v p_v², both (R,) float32.
 
-    The gradient, one at the target minus softmax, overwrites the head's output, which nothing else needs by then:
-    ``checkpoint`` computed it for this backward pass alone. ``log Σ p²`` has no gradient.
+    The gradient, one at the target minus softmax, overwrites the head's output, which nothing else needs by then.
+    ``log Σ p²`` has no gradient.
     """
 
     @staticmethod

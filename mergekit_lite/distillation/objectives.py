@@ -9,13 +9,18 @@ n(y) is the number of its tokens, with the end of the turn. Then
 The index w marks a chosen response, l the rejected one. Every objective takes ``LogProbs`` and its options as keyword
 arguments, which are the recipe's ``options``, and returns an ``Outcome``. With several chosen responses in a row,
 ``wrpo`` weighs their rewards; all others return the mean of the losses of each with the rejected one.
+
+The option ``nll`` of every objective adds nll · (−ā_w), the negative log-likelihood of a token of the chosen response,
+averaged over several of them. It keeps chosen responses likely, where the loss alone would be content with making the
+rejected ones unlikely faster (RPO, 2404.19733, whose α it is; ``rpo_alpha`` of earlier versions of TRL, ``pref_ftx`` of
+LLaMA-Factory).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -119,15 +124,20 @@ class Objective:
     squares: bool = False  # whether it needs log Σ π²
     fuses: bool = False  # whether it weighs chosen responses of sources against one of the target: it needs both
 
+    def __call__(self, rows: LogProbs, *, nll: float = 0.0, **options: Any) -> Outcome:
+        """Return the outcome of ``function`` under its options, with nll · (−ā_w) added to the loss."""
+        outcome = self.function(rows, **options)
+        return replace(outcome, loss=outcome.loss + nll * -rows.averages()[0].mean(1)) if nll else outcome
+
     @property
     def defaults(self) -> dict[str, Any]:
         """The default values of the options."""
         parameters = inspect.signature(self.function).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY} | {"nll": 0.0}
 
     def options(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         """Return all keyword arguments of ``function``; wrong names and values become ``problems``."""
-        kinds = get_type_hints(self.function, include_extras=True)
+        kinds = get_type_hints(self.function, include_extras=True) | {"nll": NonNegative}
         options = self.defaults
         for name, value in given.items():
             if name not in options:
@@ -225,9 +235,12 @@ def simpo(rows: LogProbs, *, beta: Positive = 2.0, gamma: NonNegative = 1.0, smo
     return _pairwise(_logistic(beta * (chosen - rejected) - gamma, smoothing), beta * chosen, beta * rejected)
 
 
-@objective("(ρ_w − ρ_l − 1/(2β))²", "IPO, 2310.12036", "noisy labels: it doesn't push a pair on for ever")
-def ipo(rows: LogProbs, *, beta: Positive = 0.1, length_normalised: bool = False) -> Outcome:
-    """Return (ρ_w − ρ_l − 1/(2β))². TRL takes ρ̄ for ρ, which is ``length_normalised`` here."""
+@objective("(ρ̄_w − ρ̄_l − 1/(2β))²", "IPO, 2310.12036", "noisy labels: it doesn't push a pair on for ever")
+def ipo(rows: LogProbs, *, beta: Positive = 0.1, length_normalised: bool = True) -> Outcome:
+    """Return (ρ̄_w − ρ̄_l − 1/(2β))², or the same with ρ without ``length_normalised``.
+
+    The paper's formula has ρ. Its authors told TRL's that they ran it with averages over tokens, as TRL has it.
+    """
     chosen, rejected = rows.ratios(length_normalised)
     return _pairwise((chosen - rejected - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected)
 

@@ -37,6 +37,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.training import arguments
+from mergekit_lite.distillation.training.model import unavailable
 from mergekit_lite.distillation.training.stage import TrainingStage, objective_of
 from mergekit_lite.errors import UsageError, counted, listing
 
@@ -71,6 +72,7 @@ def check(recipe: Recipe) -> None:
     problems: list[str] = []
     for name, training in recipe.train.stages.items():
         problems += arguments.wrong_trainer_keys(training, name)
+        problems += unavailable(training, name)
         if training.max_prompt_length is not None and training.max_prompt_length >= training.max_length:
             problems.append(f"train.{name}: max_prompt_length must be below max_length, or no response has room")
     if recipe.train.preference is not None:

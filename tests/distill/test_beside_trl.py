@@ -1,8 +1,8 @@
 """DPO, IPO, WPO, SPPO, SimPO and ORPO on the same batch through TRL's own code, where it is installed.
 
-TRL computes in float32, and differs by definition in a few places, which each test undoes: its IPO divides log-ratios
-by length, its WPO has no bound on the weight, its ``sppo_hard`` isn't halved, and its ORPO takes the likelihood term
-over prompt and response, so that only the odds ratio is compared.
+TRL computes in float32, and differs by definition in a few places, which each test undoes: its WPO has no bound on the
+weight, its ``sppo_hard`` isn't halved, its ORPO takes the likelihood term over prompt and response, so that only the
+odds ratio is compared, and its SFT term (RPO's) is the mean over the tokens of a batch, not of each response.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def ours(policy, reference, batch: dict[str, torch.Tensor], name: str, **options
         chosen_squares=mine.squares.chunk(2)[0][:, None],
         rejected_squares=mine.squares.chunk(2)[1],
     )
-    return OBJECTIVES[name].function(rows, beta=BETA, **options)
+    return OBJECTIVES[name](rows, beta=BETA, **options)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def ours(policy, reference, batch: dict[str, torch.Tensor], name: str, **options
     [
         ("sigmoid", "dpo", {}, 1),
         ("sigmoid_norm", "dpo_norm", {}, 1),
-        ("ipo", "ipo", {"length_normalised": True}, 1),
+        ("ipo", "ipo", {}, 1),
         ("sppo_hard", "sppo", {}, 2),
     ],
 )
@@ -97,6 +97,14 @@ def test_from_tokens_to_the_loss(policy, reference, tmp_path, theirs, name, opti
     """TRL's whole trainer, its log-probabilities included, beside ours on the same tokens."""
     loss, batch = of_trl(policy, reference, tmp_path, loss_type=theirs)
     assert scale * ours(policy, reference, batch, name, **options).loss.mean().item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_nll(policy, reference, tmp_path):
+    loss, batch = of_trl(policy, reference, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2])
+    plain, added = (ours(policy, reference, batch, "dpo", nll=nll).loss for nll in (0, 0.2))
+    lengths = batch["completion_mask"].sum(1).chunk(2)[0]
+    mine = plain.mean() + ((added - plain) * lengths).sum() / lengths.sum()
+    assert mine.item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_simpo():

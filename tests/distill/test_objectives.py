@@ -31,7 +31,7 @@ PUBLISHED = LogProbs(
 
 
 def run(name: str, rows: LogProbs, **options):
-    return OBJECTIVES[name].function(rows, **options)
+    return OBJECTIVES[name](rows, **options)
 
 
 def one_chosen(rows: LogProbs, column: int = -1) -> LogProbs:
@@ -176,6 +176,34 @@ def test_several_chosen_are_the_mean_of_pairs(name):
     rows = random_rows(4)
     pairs = [run(name, one_chosen(rows, column)).loss for column in range(2)]
     torch.testing.assert_close(run(name, rows).loss, torch.stack(pairs).mean(0))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nll_is_that_of_a_chosen_token(name):
+    """Its gradient is −nll / n at each chosen response, shared by several, and nothing at the rejected one."""
+    rows = random_rows(9)
+    plain, added = (
+        replace(rows, chosen=rows.chosen.clone().requires_grad_(), rejected=rows.rejected.clone().requires_grad_())
+        for _ in range(2)
+    )
+    without, outcome = run(name, plain), run(name, added, nll=0.2)
+    torch.testing.assert_close(
+        outcome.loss - without.loss, 0.2 * (-rows.chosen / rows.chosen_lengths).mean(1), check_dtype=False
+    )
+    without.loss.sum().backward()
+    outcome.loss.sum().backward()
+    torch.testing.assert_close(added.chosen.grad - plain.chosen.grad, -0.2 / 2 / rows.chosen_lengths)
+    torch.testing.assert_close(added.rejected.grad, plain.rejected.grad)
+    assert torch.equal(outcome.margins, without.margins)
+
+
+def test_ipo_divides_by_lengths_unless_told():
+    rows = one_chosen(random_rows(10))
+    for normalised in (True, False):
+        chosen, rejected = rows.ratios(normalised)
+        options = {} if normalised else {"length_normalised": False}
+        expected = (chosen - rejected)[:, 0] - 5
+        torch.testing.assert_close(run("ipo", rows, beta=0.1, **options).loss, expected**2)
 
 
 def test_wrpo_without_sources_share_is_dpo():

@@ -352,3 +352,62 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         same(weights(first), weights(second), rtol=1e-3, atol=2e-5)
         for mine, other in zip(log(first), log(second), strict=True):
             assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+QUANTISED = pytest.param({"base": "nf4"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", [{"rslora": True, "dora": True, "modules_to_save": ["embed_tokens"]}, QUANTISED])
+@pytest.mark.parametrize("tied", [False, True])
+def test_kinds_of_adapters(tmp_path, kind, tied):
+    """The folder's weights answer as the adapter does beside the model it started from, which is never quantised."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    if "base" in kind:
+        pytest.importorskip("bitsandbytes")
+    target(tmp_path / "target", "cohere" if tied else "llama")
+    write_rows(tmp_path)
+    trained(tmp_path, sft={"lora": {"rank": 4, **kind}, "learning_rate": 1e-2, "epochs": 1 / 3})
+    made = tmp_path / "train" / "sft"
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    ids = torch.arange(1, 40)[None]
+    before = base(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, made / "adapter").eval()
+    assert adapted.peft_config["default"].use_rslora == adapted.peft_config["default"].use_dora == ("base" not in kind)
+    merged = AutoModelForCausalLM.from_pretrained(made)(ids).logits
+    torch.testing.assert_close(adapted(ids).logits, merged, rtol=1e-4, atol=1e-4)
+    assert (merged - before).abs().max() > 1e-2
+    assert {tensor.dtype for tensor in weights(made).values()} == {torch.float32}
+
+
+def test_what_is_not_installed_is_told_early(folder, monkeypatch):
+    monkeypatch.setattr("mergekit_lite.distillation.training.model.find_spec", lambda name: None)
+    stage = {"attn_implementation": "flash_attention_2", "lora": {"base": "nf4"}}
+    with pytest.raises(UsageError) as caught:
+        check(recipe(folder, folder / "target", sft=stage))
+    for text in ("needs the package flash-attn", "set dtype to bfloat16", "pip install bitsandbytes"):
+        assert text in str(caught.value)
+
+
+def test_rows_of_like_length_lie_together_within_a_step():
+    from array import array
+
+    from mergekit_lite.distillation.training.rows import TrainingRow
+    from mergekit_lite.distillation.training.trainer import OrderedRows
+
+    rows = [TrainingRow(array("i", range(length)), (array("i", [1]),), ("source",)) for length in (3, 9, 1, 7, 5, 2)]
+    ordered = OrderedRows(rows, [0, 1, 2, 3, 5, 4, 2, 1])
+    ordered.group(4)
+    assert [len(row.prompt) for row in map(ordered.__getitem__, range(8))] == [9, 7, 3, 1, 9, 5, 2, 1]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_other_models_are_padded(folder, tmp_path, packing):
+    """A model that packs is not padded unless told; the losses are the same."""
+    from mergekit_lite.distillation.training.model import layout_of, trained_model
+
+    for architecture, layout in {"llama": "shared", "bloom": "padded"}.items():
+        stage = recipe(folder, target(tmp_path / architecture, architecture), sft={"packing": packing}).train.sft
+        model = trained_model(str(tmp_path / architecture), stage, dropout=False, seed=0)
+        assert layout_of(model) == (layout if packing else "padded")

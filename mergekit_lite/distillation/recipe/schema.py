@@ -18,6 +18,7 @@ TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own 
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rule = Literal["fusechat3", "wrpo", "best_worst", "sweet_spot", "simplemix", "as_is"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -149,6 +150,10 @@ class Lora(Strict):
     alpha: float = 32
     dropout: Share = 0.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the adapter, such as embed_tokens
+    rslora: bool = False  # scales by alpha / √rank instead of alpha / rank
+    dora: bool = False  # trains the lengths of the columns of weights by themselves
+    base: Literal["nf4"] | None = None  # QLoRA: the frozen weights have 4 bits in training; needs bitsandbytes
 
 
 class Training(Strict):
@@ -164,6 +169,8 @@ class Training(Strict):
     max_prompt_length: Count | None = None
     too_long: Literal["drop", "cut"] = "drop"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: Attention | None = None  # of transformers; by default the model's, sdpa where it can
+    packing: bool = True  # rows of a device lie end to end, without padding, where the model and its attention allow it
     gradient_checkpointing: bool = False
     lora: Lora | None = None
     save_steps: Count = 100

@@ -164,7 +164,8 @@ def _of_training(logs: Mapping[str, Log]) -> Iterator[str]:
         names = " and ".join(f"the {role}'s" for role in negative)
         yield (
             f"The rewards of chosen answers ({names}) ended below 0: they became less probable, only less so than the "
-            "rejected ones. That is common in DPO; a smaller learning rate or an NLL term holds against it."
+            "rejected ones. That is common in DPO; a smaller learning rate, or an NLL term (`options: {nll: 0.2}`), "
+            "holds against it."
         )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
+from mergekit_lite.answers.packing import Packed, packs
 from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.errors import UsageError
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
+# How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
+Layout = Literal["padded", "packed", "shared"]
 OWN_CODE = "only architectures that transformers has are trained."  # ends the refusal of models with own code
 
 
@@ -35,7 +40,7 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
     Its weights are in float32, as 16 bits lose steps of 1e-7; ``dtype`` is that of the computation. With an adapter,
-    only the adapter's weights are in float32.
+    only the adapter's weights are in float32, and with QLoRA (2305.14314) the linear layers' are in 4 bits.
 
     Args:
         name: a folder or a name on the hub.
@@ -50,14 +55,77 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
     config = loading.config_of(name, CAUSAL, OWN_CODE)
-    model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config))
+    how = loading_arguments(training)
+    model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config), **how)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a form for generating only, in bfloat16
+            layer.support_avx512bf16_for_cpu = False
     check_head(model)
     make_savable(model.generation_config)
+    set_layout(model, training)
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
+
+
+def unavailable(training: Training, stage: str) -> list[str]:
+    """Return messages about what a training needs and this machine doesn't have, or its dtype doesn't allow."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    problems = []
+    wanted = training.attn_implementation or ""
+    there = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if wanted in there:
+        where, version = f"train.{stage}.attn_implementation", wanted[-1]
+        if not there[wanted]():
+            package = "flash-attn" if version == "2" else "flash-attn-3"
+            text = f"{wanted} needs the package {package} and a GPU that it runs on. Install it, or leave the key out"
+            problems.append(f"{where}: {text}: sdpa does the same.")
+        if training.dtype == "float32":
+            problems.append(f"{where}: flash attention computes in 16 bits: set dtype to bfloat16, or use sdpa.")
+    if training.lora is not None and training.lora.base is not None and find_spec("bitsandbytes") is None:
+        text = "4 bits need the package bitsandbytes: pip install bitsandbytes, or leave the key out."
+        problems.append(f"train.{stage}.lora.base: {text}")
+    return problems
+
+
+def loading_arguments(training: Training) -> dict[str, Any]:
+    """Return what transformers is told on loading the model to train, beside its place."""
+    how: dict[str, Any] = {}
+    if training.attn_implementation is not None:
+        how["attn_implementation"] = training.attn_implementation
+    if training.lora is not None and training.lora.base is not None:
+        from transformers import BitsAndBytesConfig
+
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=training.lora.base,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, training.dtype),
+        )
+    return how
+
+
+def set_layout(model: Any, training: Training) -> None:
+    """Set the model's ``layout``, and its attention to what that needs.
+
+    Flash attention keeps sequences apart by itself, if the rest of the model does, but can't share prompts.
+    """
+    model.layout = "padded"
+    own = model.config._attn_implementation
+    flash = own.startswith("flash_attention")
+    if training.packing and (flash or training.attn_implementation in (None, "sdpa")) and packs(model):
+        model.layout = "packed" if flash else "shared"
+        if flash:
+            model.set_attn_implementation(own)
+
+
+def layout_of(model: Any) -> Layout:
+    """Return how the rows of a batch must lie for ``trained_model``'s model."""
+    layout: Layout = model.layout
+    return layout
 
 
 def make_savable(generation: GenerationConfig) -> None:
@@ -91,6 +159,7 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
 
     assert training.lora is not None
     modules = training.lora.target_modules
+    whole = list(training.lora.modules_to_save) or None
     try:
         return peft.get_peft_model(
             model,
@@ -99,6 +168,11 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
                 lora_alpha=training.lora.alpha,  # type: ignore[arg-type]  # it takes any number
                 lora_dropout=training.lora.dropout,
                 target_modules=modules if isinstance(modules, str) else list(modules),
+                modules_to_save=whole,
+                # A head that is the embedding stays so.
+                ensure_weight_tying=whole is not None and bool(model.config.get_text_config().tie_word_embeddings),
+                use_rslora=training.lora.rslora,
+                use_dora=training.lora.dora,
                 task_type="CAUSAL_LM",
             ),
         )
@@ -106,20 +180,15 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
         raise UsageError(f"peft can't put a LoRA on {model.name_or_path}: {error}") from error
 
 
-def _log_probs(
-    self: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    responses: torch.Tensor,
-    squares: bool = False,
-    **_: Any,
-) -> dict[str, torch.Tensor]:
+def _log_probs(self: PreTrainedModel, squares: bool = False, **inputs: Any) -> dict[str, torch.Tensor]:
     """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
-    R responses of up to T tokens, each with its prompt, are (R, T), as are the masks. ``sums`` and ``lengths`` of the
+    The inputs are the fields of a ``Batch`` or of a ``Packed`` batch of R responses. ``sums`` and ``lengths`` of the
     responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)².
     """
-    scored = response_log_probs(self, Batch(input_ids, attention_mask, responses), squares)
+    kind = Packed if "sizes" in inputs else Batch
+    batch = kind(**{field.name: inputs[field.name] for field in fields(kind)})
+    scored = response_log_probs(self, batch, squares)
     outputs = {"sums": scored.sums, "lengths": scored.lengths}
     return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
 
@@ -132,6 +201,9 @@ def write_model(saved: Path, start: str, training: Training, folder: Path) -> No
         start: the model that training started from; it gives configuration, generation configuration and tokenizer.
         training: of the recipe; weights are written in its ``dtype``.
         folder: to write.
+
+    An adapter is folded into the weights that training started from, in float32. After QLoRA these aren't the 4-bit
+    ones that were trained beside: the result differs from the model in training by the base's rounding to 4 bits.
     """
     from transformers import GenerationConfig
 

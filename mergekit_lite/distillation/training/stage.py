@@ -18,7 +18,7 @@ from mergekit_lite.distillation.recipe.schema import Preference, Training
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.training import reference
 from mergekit_lite.distillation.training.arguments import Length, length, training_arguments
-from mergekit_lite.distillation.training.model import tokenizer_of, trained_model, write_model
+from mergekit_lite.distillation.training.model import layout_of, tokenizer_of, trained_model, write_model
 from mergekit_lite.distillation.training.rows import TokenRows, order, preference_rows, sft_rows
 from mergekit_lite.distillation.training.workspace import Workspace, digest_of, flat, identity
 from mergekit_lite.errors import UsageError, counted, listing, nearest
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from mergekit_lite.distillation.training.trainer import ResponseTrainer
 
 # Settings that a resumed run may change: they affect the last bits of the result at most.
-FREE = {"per_device_batch_size", "gradient_checkpointing", "save_steps", "log_to"}
+FREE = {"per_device_batch_size", "gradient_checkpointing", "save_steps", "log_to", "packing", "attn_implementation"}
+# Defaults of settings that came later than others: runs from before go on.
+LATER = {"options.nll": 0.0, "lora.rslora": False, "lora.dora": False, "lora.modules_to_save": [], "lora.base": None}
 
 
 def objective_of(training: Preference, problems: list[str]) -> tuple[Objective, dict[str, Any]] | None:
@@ -97,6 +99,9 @@ class TrainingStage:
             record = {"rows": data.counts, "steps": planned.steps, "processes": args.world_size, "versions": versions}
             self.workspace.begin({"settings": settings, **record}, done)
         trainer = self._trainer(args, data, planned)
+        if self.training.packing and layout_of(trainer.model) == "padded":
+            why = "this model, or its attention, doesn't keep rows apart that lie end to end"
+            reporter.line(f"{self.name}: rows are padded, as {why}")
         with reporter.progress(f"train {self.name}", planned.steps, done) as advance:
             trainer.add_callback(self._callback(trainer, data, reporter, advance))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -109,6 +114,7 @@ class TrainingStage:
         if isinstance(self.training, Preference):
             own["options"] = self._objective[1]
         settings = {"start": self.start, "start's weights": identity(self.start), "seed": self.seed, **flat(own)}
+        settings = {key: value for key, value in settings.items() if LATER.get(key, ...) != value}
         if self.rows_path.exists():
             settings["rows"] = digest_of(self.rows_path)
         return dict(json.loads(json.dumps(settings)))  # as read from a file: lists for tuples

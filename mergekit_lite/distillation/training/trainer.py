@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mergekit_lite.answers.logprobs import padded
+from mergekit_lite.answers.logprobs import Batch, padded
+from mergekit_lite.answers.packing import Packed, packed
 from mergekit_lite.distillation.objectives import LogProbs, Objective
+from mergekit_lite.distillation.training.model import layout_of
 from mergekit_lite.distillation.training.rows import TrainingRow
 
 Inputs = dict[str, Any]
 ROLES = ("source", "target")
-MODEL_INPUTS = ("input_ids", "attention_mask", "responses")
+MODEL_INPUTS = tuple(dict.fromkeys(field.name for kind in (Batch, Packed) for field in fields(kind)))
 NO_LABEL = -100  # transformers' label of tokens without loss
 
 
@@ -36,6 +40,16 @@ class OrderedRows(Dataset[TrainingRow]):
 
     def __getitem__(self, position: int) -> TrainingRow:
         return self.rows[self.order[position]]
+
+    def group(self, step: int) -> None:
+        """Put rows of like length side by side within each optimiser step of ``step`` rows, the longest first.
+
+        So the parts of a step need little padding, and processes wait little for each other. What a step learns from
+        stays the same.
+        """
+        starts = range(0, len(self.order), step)
+        steps = (sorted(self.order[start : start + step], key=lambda at: -self.rows[at].longest) for start in starts)
+        self.order = [place for rows in steps for place in rows]
 
     @property
     def epochs(self) -> float:
@@ -77,6 +91,7 @@ class ResponseTrainer(Trainer):
     def __init__(
         self, model: PreTrainedModel, args: TrainingArguments, rows: OrderedRows, log: Path, figures: Sequence[str]
     ):
+        rows.group(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=self.batch)
         self.remove_callback(PrinterCallback)  # the reporter shows progress
         self.rows = rows
@@ -84,9 +99,15 @@ class ResponseTrainer(Trainer):
         self.means = RunningMeans(figures)
 
     def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
-        """Return the model's inputs: (R, T) tensors of all responses of the first row, then of the next."""
-        batch = padded([response for row in rows for response in row.responses])
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "responses": batch.responses}
+        """Return the model's inputs: what ``laid_out`` returns, field by field."""
+        return dict(vars(self.laid_out(rows)))
+
+    def laid_out(self, rows: Sequence[TrainingRow]) -> Batch | Packed:
+        """Return all responses of the first row, then of the next, in the layout that the model takes."""
+        layout = layout_of(self.model)
+        if layout == "padded":
+            return padded([response for row in rows for response in row.responses])
+        return packed([row.responses for row in rows], share=layout == "shared")
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the figures to the logs, and a row to the log file. Every process must call this."""
@@ -135,9 +156,9 @@ class SftTrainer(ResponseTrainer):
 
     def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
         """Return the model's inputs, and labels for the trainer to count."""
-        inputs = super().batch(rows)
-        inputs["labels"] = torch.where(inputs["responses"], inputs["input_ids"], NO_LABEL)
-        return inputs
+        laid_out = self.laid_out(rows)
+        labels = pad(laid_out.targets, (1, 0), value=NO_LABEL)  # the first label of a row is not counted
+        return {**vars(laid_out), "labels": labels[None]}
 
     def compute_loss(
         self, model: Module, inputs: Inputs, *_: Any, num_items_in_batch: Tensor | int | None = None
@@ -146,7 +167,7 @@ class SftTrainer(ResponseTrainer):
 
         It is multiplied by the number of processes, as the gradient is averaged over them.
         """
-        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS})
+        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs})
         self.means.add("length/response", outputs["lengths"])
         assert num_items_in_batch is not None
         loss: Tensor = -outputs["sums"].sum() / num_items_in_batch * self.accelerator.num_processes
@@ -193,9 +214,11 @@ class PreferenceTrainer(ResponseTrainer):
 
     def compute_loss(self, model: Module, inputs: Inputs, *_: Any, **__: Any) -> Tensor:
         """Return the mean loss of these rows, and add their figures to the means."""
-        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS}, squares=self.objective.squares)
+        outputs = model(
+            **{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, squares=self.objective.squares
+        )
         rows = self.log_probs(outputs, inputs)
-        outcome = self.objective.function(rows, **self.options)
+        outcome = self.objective(rows, **self.options)
         chosen_roles = inputs["roles"][:, :-1]
         for number, role in enumerate(ROLES):
             where = chosen_roles == number
