@@ -13,6 +13,7 @@ from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
 from mergekit_lite.distillation.recipe.schema import Training
+from mergekit_lite.distillation.training.deepspeed import is_partitioned
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,19 +46,39 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
 
     Raises:
         CheckpointError: it can't be loaded, or weights are missing.
-        UsageError: log-probabilities can't be computed for its head.
+        UsageError: log-probabilities can't be computed for its head. With weights that ZeRO-3 has partitioned,
+            ``check_whole_model`` finds out.
     """
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
     config = loading.config_of(name, CAUSAL, OWN_CODE)
     model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config))
-    check_head(model)
+    if not is_partitioned(model):
+        check_head(model)
     make_savable(model.generation_config)
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
     torch.manual_seed(seed)
     return cast("PreTrainedModel", with_adapter(model, training))
+
+
+def check_whole_model(model: Any) -> None:
+    """Do what ``trained_model`` can't do with weights that ZeRO-3 has partitioned: check the head, by its engine.
+
+    Every process must call this, with the model on its devices. Does nothing for other models.
+
+    Raises:
+        UsageError: log-probabilities can't be computed for its head.
+    """
+    if not is_partitioned(model):
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ours = base.__dict__.pop("forward")  # leaves the forward pass of its class, with logits
+    try:
+        check_head(base)
+    finally:
+        base.forward = ours
 
 
 def make_savable(generation: GenerationConfig) -> None:
