@@ -106,7 +106,8 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
     hidden = model.base_model(**batch.inputs, use_cache=False)[0].flatten(0, 1)
     states, targets, lengths = hidden[batch.states], batch.targets, batch.lengths
     shape, head = shape_of(model), head_of(model)
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    # ZeRO-3 keeps a weight's shape apart while it is partitioned.
+    rows = max(1, LOGITS_AT_ONCE // getattr(head.weight, "ds_shape", head.weight.shape)[0])
     parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
     chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
     sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), lengths)
@@ -163,6 +164,11 @@ def check_head(model: PreTrainedModel) -> None:
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = shape_of(model).apply(head(model.base_model(input_ids=ids, use_cache=False)[0]))
     model.train(training)
+    if not own.isfinite().all():
+        raise UsageError(
+            f"The logits of {model.name_or_path or type(model).__name__} are NaN or infinite. Its weights are damaged: "
+            "mergekit-lite inspect shows which."
+        )
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
         raise UsageError(
             f"{type(model).__name__} makes its logits in a way that this package doesn't know (not a linear head, "

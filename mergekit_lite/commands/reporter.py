@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import RenderableType
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from mergekit_lite.commands.screen import PLAIN_INTERVAL, console, table
-from mergekit_lite.distillation.reporter import Reporter
+from mergekit_lite.distillation.reporter import Advance, Reporter
 from mergekit_lite.plain_text import plain_line
 
 
@@ -47,10 +47,10 @@ class TerminalReporter(Reporter):
         (self.err if self._bars else self.out).print(what)
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Advance]:
         """Show progress with rate and time left; yields what is called with the number of items done."""
         if self.quiet or not total:
-            yield lambda more: None
+            yield lambda more, note="": None
         elif self.err.is_terminal:
             with self._bar(what, total, done) as advance:
                 yield advance
@@ -58,7 +58,7 @@ class TerminalReporter(Reporter):
             yield _plain(what, total, done)
 
     @contextmanager
-    def _bar(self, what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    def _bar(self, what: str, total: int, done: int) -> Iterator[Advance]:
         outermost = self._bars is None
         if self._bars is None:
             columns = (
@@ -67,13 +67,18 @@ class TerminalReporter(Reporter):
                 MofNCompleteColumn(),
                 _Rate(),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
             )
             self._bars = Progress(*columns, console=self.err, transient=True)
             self._bars.start()
         bars = self._bars
-        task = bars.add_task(what, total=total, completed=done)
+        task = bars.add_task(what, total=total, completed=done, note="")
+
+        def advance(more: int, note: str = "") -> None:
+            bars.update(task, advance=more, **({"note": note} if note else {}))
+
         try:
-            yield lambda more: bars.advance(task, more)
+            yield advance
         finally:
             if outermost:
                 bars.stop()
@@ -90,19 +95,19 @@ def rate(speed: float) -> str:
     return f"{speed:.1f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
 
 
-def _plain(what: str, total: int, done: int) -> Callable[[int], None]:
+def _plain(what: str, total: int, done: int) -> Advance:
     started = last = time.monotonic()
-    before = done
+    before, told = done, ""
 
-    def advance(more: int) -> None:
-        nonlocal last, done
-        done += more
+    def advance(more: int, note: str = "") -> None:
+        nonlocal last, done, told
+        done, told = done + more, note or told
         now = time.monotonic()
         if now - last >= PLAIN_INTERVAL:
             last = now
             speed = max(done - before, 1e-9) / (now - started)
             left = (total - done) / speed
             line = f"{plain_line(what)}  {done / total:4.0%}  {done:,} of {total:,}  {rate(speed)}  {left:,.0f} s left"
-            print(line, file=sys.stderr)
+            print(f"{line}  {told}".rstrip(), file=sys.stderr)
 
     return advance

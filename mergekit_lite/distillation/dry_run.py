@@ -15,7 +15,7 @@ from mergekit_lite.distillation.data.given import examples, keys_given
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.pairing.counts import counts_of
-from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
+from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource, Training
 from mergekit_lite.distillation.sample import key_of, missing_models, tasks_of
 
 
@@ -76,10 +76,7 @@ def dry_run(recipe: Recipe, prompts: Sequence[Prompt]) -> DryRun:
     left_out: list[str] = []
     if recipe.rows is not None:
         rows = {stage: _given(getattr(recipe.rows, stage), left_out) for stage in recipe.train.stages}
-    training = [
-        TrainingSteps(stage, rows[stage], math.floor(settings.epochs * rows[stage] + 1e-9) // settings.batch_size)
-        for stage, settings in recipe.train.stages.items()
-    ]
+    training = [_steps(stage, settings, rows[stage]) for stage, settings in recipe.train.stages.items()]
     scorers = tuple(scorer.name for scorer in recipe.scorers)
     missing = tuple(missing_models(recipe, and_target=True))
     return DryRun(domains, tuple(sources), scorers, tuple(training), missing, tuple(left_out))
@@ -98,6 +95,12 @@ def _domain(recipe: Recipe, domain: str, count: int) -> DomainRows:
         sft = floor_share(pairing.sft_share, count)
         preference = count - sft
     return DomainRows(domain, count, pairing.rule, sft, preference)
+
+
+def _steps(stage: str, training: Training, rows: int) -> TrainingSteps:
+    held = training.eval if training.eval >= 1 else math.floor(training.eval * rows + 1e-9)
+    trained = max(0, rows - int(held))
+    return TrainingSteps(stage, trained, math.floor(training.epochs * trained + 1e-9) // training.batch_size)
 
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+
+class Advance(Protocol):
+    """Tells that items of a task are done; ``note`` replaces the words that are shown beside its progress."""
+
+    def __call__(self, more: int, note: str = "") -> None:
+        """Tell it."""
 
 
 class Reporter:
@@ -18,7 +26,7 @@ class Reporter:
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Report a table. Columns whose heading begins with ``>`` are flush right."""
 
-    def progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+    def progress(self, what: str, total: int, done: int = 0) -> AbstractContextManager[Advance]:
         """Report the progress of a task; several may be open at once.
 
         Args:
@@ -29,4 +37,8 @@ class Reporter:
         Returns:
             A context that gives a function to call with the number of items done since its last call.
         """
-        return nullcontext(lambda more: None)
+        return nullcontext(_discarded)
+
+
+def _discarded(more: int, note: str = "") -> None:
+    pass

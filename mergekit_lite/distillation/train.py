@@ -8,7 +8,7 @@ An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``chec
     the model         weights in the recipe's dtype, config, generation config, tokenizer with its template
     adapter/          with ``lora``: the adapter by itself, relative to the model that training started from;
                       the weights of the folder have it merged in
-    training.json     settings, counts of rows, steps, processes, versions
+    training.json     settings, counts of rows, steps, processes, versions; which checkpoint it is, with ``keep: best``
     log.jsonl         see below
 
 The loss covers the tokens of responses only, the end of the turn included. A step takes ``batch_size`` rows, whatever
@@ -17,7 +17,7 @@ over the tokens of a batch. Preference training averages over its rows and has n
 
 **log.jsonl** has a row for each logged step. A figure is the mean since the row before, over all processes:
 
-    step, epoch          done so far
+    step, epoch, time    done so far, and when
     loss, grad_norm, learning_rate
     length/response      SFT: tokens of the responses
     length/source, length/target, length/rejected           tokens of chosen responses by role, and of rejected ones
@@ -26,7 +26,12 @@ over the tokens of a batch. Preference training averages over its rows and has n
     accuracy/source, accuracy/target                        the same for the chosen responses of one role
     margin               chosen minus rejected reward
     alpha                the sources' share (``wrpo`` only)
+    tokens_per_second    over all processes, from the first forward pass since the row before to this row
+    peak_memory          bytes, of the process that needs most: on its GPU, or of the machine's memory without one
     kl                   estimate of KL(reference ‖ model), nats a response: mean of −ρ over the target's own responses
+
+With ``eval`` there are rows with ``eval_loss``, in preference training with ``eval_accuracy`` and ``eval_margin`` too:
+of the held-out rows under the model after that step, 0 being before the first.
 
 A row has no figure that its steps have no values for (no response of that role, no reference).
 """
@@ -75,6 +80,11 @@ def check(recipe: Recipe) -> None:
         problems += unavailable(training, name)
         if training.max_prompt_length is not None and training.max_prompt_length >= training.max_length:
             problems.append(f"train.{name}: max_prompt_length must be below max_length, or no response has room")
+        if not training.eval:
+            if training.keep == "best":
+                problems.append(f"train.{name}: keep: best chooses by prompts held out: say by eval how many, as 0.02")
+            if training.eval_steps is not None:
+                problems.append(f"train.{name}: eval_steps has no effect without eval")
     if recipe.train.preference is not None:
         objective_of(recipe.train.preference, problems)
     if problems:

@@ -219,6 +219,31 @@ def test_log_of_a_resumed_run(tmp_path: Path) -> None:
     assert [row["loss"] for row in curves.read_log(tmp_path / "log.jsonl")] == [1, 2]
 
 
+def test_what_was_held_out_of_a_training_is_shown(tmp_path: Path) -> None:
+    """Figures of one step in two rows are one point; the panel has both curves; the page says what was chosen."""
+    from matplotlib.figure import Figure
+
+    trained_folder(tmp_path)
+    made = Folder(tmp_path / "made").trained("sft")
+    with (made / "log.jsonl").open("a") as log:
+        for step in (0, 3, 5):
+            log.write(json.dumps({"step": step, "time": "2026-01-01T00:00:00Z", "eval_loss": 4.0 - step}) + "\n")
+    chosen = {"step": 3, "by": "eval_loss", "checkpoints": {"3": 1.0, "5": 1.25}}
+    (made / "training.json").write_text(json.dumps({"settings": {}, "published": chosen}))
+    rows = curves.read_log(made / "log.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert rows[3].keys() > {"loss", "eval_loss"} and "time" not in rows[3]
+    assert curves.ends(rows)["eval_loss"] == (4.0, -1.0)
+    assert curves.ends(rows)["loss"] == (rows[1]["loss"], rows[5]["loss"])
+    findings = report(recipe(tmp_path, report={}), Reporter())
+    told = "step 3 has the least held-out loss (1; step 5: 1.25)"
+    assert findings.choices == {"sft": told} and told in (tmp_path / "made/report/report.md").read_text()
+    figure = Figure()
+    findings.pictures[0].draw(figure)
+    lines = {line.get_label(): line.get_xdata() for line in figure.axes[0].get_lines()}
+    assert list(lines["held out"]) == [0, 3, 5] and list(lines["training"]) == [1, 2, 3, 4, 5]
+
+
 def test_held_out_prompts_of_the_training_data_are_refused(tmp_path: Path) -> None:
     trained_folder(tmp_path)
     rows = prompt_rows("held", 4)

@@ -28,8 +28,6 @@ from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
 preload("mergekit_lite.distillation.training.trainer", "transformers.models.gpt2.modeling_gpt2")
-# peft asks transformers by a name that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROOT = Path(__file__).parents[2]
 
 
@@ -92,7 +90,8 @@ def test_both_stages(folder):
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert rows[0]["loss"] == pytest.approx(ln(2)) and rows[0]["rewards/rejected"] == rows[0]["alpha"] == 0
     assert rows[-1]["alpha"] == pytest.approx(0.1 * 5 / 6)
-    expected = {"step", "epoch", "loss", "grad_norm", "learning_rate", "accuracy", "margin", "alpha", "kl"}
+    expected = {"step", "time", "epoch", "loss", "grad_norm", "learning_rate", "accuracy", "margin", "alpha", "kl"}
+    expected |= {"tokens_per_second", "peak_memory"}
     expected |= {f"{what}/{role}" for what in ("length", "rewards") for role in ("source", "target", "rejected")}
     assert rows[0].keys() == expected | {"accuracy/source", "accuracy/target"}
     assert list((preference / "runs").iterdir())
@@ -149,6 +148,7 @@ def test_how_a_batch_is_cut_changes_nothing(folder, tmp_path):
         same(weights(made[1] / stage), weights(made[4] / stage), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft below
 def test_lora(folder):
     """The adapter by itself on the model it started from is what the folder's weights are."""
     import peft
@@ -350,7 +350,7 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         first, second = tmp_path / "one" / "train" / stage, tmp_path / "two" / "train" / stage
         assert [json.loads((made / "training.json").read_text())["processes"] for made in (first, second)] == [1, 2]
         same(weights(first), weights(second), rtol=1e-3, atol=2e-5)
-        for mine, other in zip(log(first), log(second), strict=True):
+        for mine, other in zip(training.figures(first), training.figures(second), strict=True):
             assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 

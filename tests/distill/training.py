@@ -91,6 +91,14 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+OF_THE_MACHINE = ("time", "tokens_per_second", "peak_memory")  # in the log
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """The rows of a trained stage's log without what depends on the machine."""
+    return [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in log(folder)]
+
+
 class Printing(Reporter):
     """Prints lines at once."""
 

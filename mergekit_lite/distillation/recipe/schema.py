@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.data_files import Data
@@ -156,6 +156,12 @@ class Lora(Strict):
     base: Literal["nf4"] | None = None  # QLoRA: the frozen weights have 4 bits in training; needs bitsandbytes
 
 
+def _share_or_count(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"a share below 1 or a whole number of prompts is expected, got {value:g}")
+    return value
+
+
 class Training(Strict):
     """One training. ``trainer`` passes any other argument of transformers' TrainingArguments."""
 
@@ -174,6 +180,9 @@ class Training(Strict):
     gradient_checkpointing: bool = False
     lora: Lora | None = None
     save_steps: Count = 100
+    eval: Annotated[float, Field(ge=0), AfterValidator(_share_or_count)] = 0  # prompts held out: below 1 their share
+    eval_steps: Count | None = None  # steps after which they are measured; by default save_steps
+    keep: Literal["last", "best"] = "last"  # best: of the last checkpoints, by the prompts held out
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     trainer: dict[str, Any] = {}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MANY = 60  # points: curves with more have a running mean drawn over them
 PANEL_HEIGHT = 2.1  # inches
 COLOUR_OF = {"source": COLOURS[0], "target": COLOURS[2], "rejected": COLOURS[1]}
+HELD_OUT = "eval_"  # begins the names of what is measured on held-out rows
 
 Log = Sequence[Mapping[str, float]]
 
@@ -37,7 +38,7 @@ class Panel(NamedTuple):
 
 PANELS = {
     "sft": (
-        Panel("Loss", "nats a token", {"loss": ""}),
+        Panel("Loss", "nats a token", {"loss": "training", "eval_loss": "held out"}),
         Panel("Learning rate", "a step", {"learning_rate": ""}),
         Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
         Panel("Length of the responses", "tokens", {"length/response": ""}),
@@ -48,13 +49,18 @@ PANELS = {
             "reward",
             {"rewards/source": "source, chosen", "rewards/target": "target, chosen", "rewards/rejected": "rejected"},
         ),
-        Panel("Margin of chosen over rejected", "reward", {"margin": ""}),
+        Panel("Margin of chosen over rejected", "reward", {"margin": "training", "eval_margin": "held out"}),
         Panel(
             "Accuracy: chosen above rejected",
             "share of rows",
-            {"accuracy": "all chosen", "accuracy/source": "source", "accuracy/target": "target"},
+            {
+                "accuracy": "all chosen",
+                "accuracy/source": "source",
+                "accuracy/target": "target",
+                "eval_accuracy": "all chosen, held out",
+            },
         ),
-        Panel("Loss", "mean of the rows", {"loss": ""}),
+        Panel("Loss", "mean of the rows", {"loss": "training", "eval_loss": "held out"}),
         Panel("KL to the reference, estimate", "nats a response", {"kl": ""}),
         Panel("Weight of the sources' answer, α", "share", {"alpha": ""}),
         Panel(
@@ -78,11 +84,23 @@ class Picture:
 
 
 def read_log(path: Path) -> Log:
-    """Return the rows of a training log, ordered by step; of a step that was logged again, its last row."""
+    """Return the figures of a training log by step, in order; of a figure that was logged again, the last one."""
     if not path.exists():
         return []
-    rows = {line.row["step"]: line.row for line in read_rows(path, []) if "step" in line.row}
+    rows: dict[int, dict[str, float]] = {}
+    for line in read_rows(path, []):
+        if "step" in line.row:
+            rows.setdefault(line.row["step"], {}).update({k: v for k, v in line.row.items() if k != "time"})
     return [rows[step] for step in sorted(rows)]
+
+
+def ends(log: Log) -> dict[str, tuple[float, float]]:
+    """Return the first and the last value of each figure of a log."""
+    found: dict[str, tuple[float, float]] = {}
+    for row in log:
+        for key, value in row.items():
+            found[key] = (found.get(key, (value,))[0], value)
+    return found
 
 
 def training(stage: str, log: Log) -> Picture | None:
@@ -108,12 +126,13 @@ def _panel(axes: Axes, panel: Panel, log: Log) -> None:
     for number, (key, label) in enumerate(lines.items()):
         points = [(row["step"], row[key]) for row in log if key in row and math.isfinite(row[key])]
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-        colour = COLOUR_OF.get(key.partition("/")[2], "#7f7f7f" if len(lines) > 1 else COLOURS[number])
+        others = COLOURS[3] if key.startswith(HELD_OUT) else "#7f7f7f" if len(lines) > 1 else COLOURS[number]
+        colour = COLOUR_OF.get(key.partition("/")[2], others)
         if len(values) > MANY:
             axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
             steps, values = _smooth(steps, values, len(values) // 20)
-        marker = "o" if len(values) == 1 else ""
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, label=label)
+        marker = "o" if len(values) == 1 or (key.startswith(HELD_OUT) and len(values) <= MANY) else ""
+        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3, label=label)
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("optimiser step", fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)

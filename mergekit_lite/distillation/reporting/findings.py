@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.curves import Log, Picture
 from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
+from mergekit_lite.distillation.training.held_out import Choice
 from mergekit_lite.errors import counted
 from mergekit_lite.input_files import read_json
 
@@ -25,6 +27,7 @@ NAMES: Mapping[Model, str] = {
 }
 LONGER = 1.1  # ratio of lengths that is reported
 FEW = 30  # prompts below which intervals are called rough
+PLACES = ((0, "first"), (1, "last"))  # of a figure's values over a training
 MANY_CUT = 0.02  # share of answers cut off that is reported
 CAN_NOT_TELL = (
     "An interval tells what other prompts of this kind would have given. It knows nothing of another run of training: "
@@ -45,12 +48,14 @@ class Findings:
         logs: by training, of those that have one.
         table: the table of the pair stage, from its JSON file.
         comparison: of the models on held-out prompts; None without such prompts.
+        choices: by training, which checkpoint was published and why, of those where it was chosen.
     """
 
     recipe: Recipe
     logs: Mapping[str, Log]
     table: Mapping[str, Any] | None
     comparison: HeldOutComparison | None
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[Picture]:
@@ -74,7 +79,12 @@ class Findings:
             "said": self.conclusions,
             "held_out": _comparison_json(self.comparison),
             "pairs": self.table,
-            "training": {stage: {"first": log[0], "last": log[-1]} for stage, log in self.logs.items() if log},
+            "training": {
+                stage: {name: {key: pair[place] for key, pair in curves.ends(log).items()} for place, name in PLACES}
+                for stage, log in self.logs.items()
+                if log
+            },
+            "published": dict(self.choices),
         }
 
 
@@ -84,7 +94,23 @@ def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
     logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in STAGES}
     path = folder.root / "pairs" / "table.json"
     table = read_json(path) if path.exists() else None
-    return Findings(recipe, {stage: log for stage, log in logs.items() if log}, table, comparison)
+    chosen = {stage: _choice(folder.trained(stage) / "training.json") for stage in STAGES}
+    return Findings(
+        recipe,
+        {stage: log for stage, log in logs.items() if log},
+        table,
+        comparison,
+        {stage: choice for stage, choice in chosen.items() if choice},
+    )
+
+
+def _choice(path: Path) -> str:
+    """Return in words which checkpoint was chosen to be published; an empty text where none was."""
+    published = read_json(path).get("published") if path.exists() else None
+    if not published:
+        return ""
+    figures = {int(step): value for step, value in published["checkpoints"].items()}
+    return Choice(published["step"], published["by"], figures).told
 
 
 def with_ends(interval: Interval, signed: bool = False) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
-from mergekit_lite.distillation.reporting.curves import Picture
+from mergekit_lite.distillation.reporting.curves import Picture, ends
 from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
 from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
 from mergekit_lite.errors import shortened
@@ -135,13 +135,14 @@ def _differences(comparison: HeldOutComparison) -> Iterator[Sequence[Text]]:
 
 
 def _log(findings: Findings, stage: str) -> Iterator[Block]:
-    log = findings.logs[stage]
+    if choice := findings.choices.get(stage):
+        yield f"Of the last checkpoints, {choice}: it is published."
     rows: list[Sequence[Text]] = [
-        [key, *(Cell(f"{row[key]:.4g}", row[key]) if key in row else Cell("–", None) for row in (log[0], log[-1]))]
-        for key in log[-1]
+        [key, *(Cell(f"{value:.4g}", value) for value in values)]
+        for key, values in ends(findings.logs[stage]).items()
         if key not in ("step", "epoch")
     ]
-    yield TableBlock(STAGE_NAMES[stage], ["", f"step {log[0]['step']:,}", f"step {log[-1]['step']:,}"], rows)
+    yield TableBlock(STAGE_NAMES[stage], ["", "first", "last"], rows)
 
 
 def _data(findings: Findings) -> Iterator[Block]:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mergekit_lite.distillation.recipe.schema import Training
+from mergekit_lite.distillation.training import deepspeed
 from mergekit_lite.errors import UsageError, counted, nearest
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+LAST_CHECKPOINTS = 2  # kept, unless the recipe says otherwise by save_total_limit
 # Arguments that the recipe has under a name of its own, or (with "") that a resumable run needs as they are.
 OWN = {
     "learning_rate": "learning_rate",
@@ -36,7 +38,10 @@ OWN = {
     "data_seed": "seed",
     "output_dir": "folder",
     **dict.fromkeys(("save_strategy", "save_only_model", "remove_unused_columns", "resume_from_checkpoint"), ""),
-    **dict.fromkeys(("label_smoothing_factor", "auto_find_batch_size", "push_to_hub", "load_best_model_at_end"), ""),
+    **dict.fromkeys(("label_smoothing_factor", "auto_find_batch_size", "push_to_hub", "logging_nan_inf_filter"), ""),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy", "do_eval", "per_device_eval_batch_size"), "eval"),
+    **dict.fromkeys(("eval_steps", "eval_delay", "eval_on_start"), "eval_steps"),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "keep"),
 }
 
 
@@ -72,7 +77,9 @@ def wrong_trainer_keys(training: Training, stage: str) -> list[str]:
     problems = []
     for name in training.trainer:
         where = f"train.{stage}.trainer"
-        if name in OWN:
+        if name == "deepspeed":
+            problems.append(f"{where}: give DeepSpeed's file to accelerate launch, as `--deepspeed_config_file FILE`")
+        elif name in OWN:
             instead = f"Use {OWN[name]!r} of the recipe." if OWN[name] else "This stage sees to it."
             problems.append(f"{where}: {name!r} can't be set here. {instead}")
         elif name not in known:
@@ -94,16 +101,24 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # Newer versions of transformers call gradient checkpointing activation checkpointing.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    on_cpu, by_deepspeed = not torch.accelerator.is_available(), deepspeed.is_wanted()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # The largest part of a process's share that fits on the device and divides the share evenly.
+    share = max(1, training.batch_size // started)
+    part = max(size for size in range(1, min(training.per_device_batch_size, share) + 1) if share % size == 0)
     values: dict[str, Any] = {
         "logging_steps": 1,
-        "save_total_limit": 2,
+        "save_total_limit": LAST_CHECKPOINTS,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": on_cpu and not by_deepspeed,
+        "ddp_backend": "gloo" if on_cpu and by_deepspeed else None,
         **training.trainer,
         "output_dir": str(folder),
         "max_steps": steps,
+        "per_device_train_batch_size": part,
+        "gradient_accumulation_steps": share // part,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
         "warmup_steps": math.ceil(training.warmup_ratio * steps),
@@ -111,6 +126,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         "fp16": training.dtype == "float16",
         checkpointing: training.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not a number as 0
         "save_strategy": "steps",
         "save_steps": training.save_steps,
         "report_to": list(training.log_to),
@@ -122,7 +138,7 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         processes = arguments.world_size
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f"transformers refuses these arguments of training: {error}") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > processes:
+    if started > processes:
         raise UsageError(
             "Several processes were started, but accelerate knows of one. Start them by accelerate launch."
         )
@@ -130,9 +146,5 @@ def training_arguments(training: Training, folder: Path, steps: int, seed: int) 
         raise UsageError(
             f"{processes} processes can't share a batch_size of {training.batch_size}. Use a multiple of {processes}."
         )
-    # The largest part of a process's share that fits on the device and divides the share evenly.
-    share = training.batch_size // processes
-    part = max(size for size in range(1, min(training.per_device_batch_size, share) + 1) if share % size == 0)
-    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = part, share // part
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device a process: for several, accelerate launches processes
     return arguments

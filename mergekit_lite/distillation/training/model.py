@@ -16,6 +16,7 @@ from mergekit_lite.answers.loading import CAUSAL, Placed
 from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
 from mergekit_lite.answers.packing import Packed, packs
 from mergekit_lite.distillation.recipe.schema import Training
+from mergekit_lite.distillation.training.deepspeed import is_partitioned
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
 
     Raises:
         CheckpointError: it can't be loaded, or weights are missing.
-        UsageError: log-probabilities can't be computed for its head.
+        UsageError: log-probabilities can't be computed for its head. With weights that ZeRO-3 has partitioned,
+            ``check_whole_model`` finds out.
     """
     frozen = training.lora is not None
     place = Placed(None, getattr(torch, training.dtype) if frozen else torch.float32)
@@ -60,7 +62,8 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a form for generating only, in bfloat16
             layer.support_avx512bf16_for_cpu = False
-    check_head(model)
+    if not is_partitioned(model):
+        check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
     model.forward = MethodType(_log_probs, model)
@@ -114,9 +117,10 @@ def set_layout(model: Any, training: Training) -> None:
     Flash attention keeps sequences apart by itself, if the rest of the model does, but can't share prompts.
     """
     model.layout = "padded"
+    whole = not is_partitioned(model)  # else it can't be tried before ZeRO-3's engine is there
     own = model.config._attn_implementation
     flash = own.startswith("flash_attention")
-    if training.packing and (flash or training.attn_implementation in (None, "sdpa")) and packs(model):
+    if training.packing and (flash or training.attn_implementation in (None, "sdpa")) and whole and packs(model):
         model.layout = "packed" if flash else "shared"
         if flash:
             model.set_attn_implementation(own)
@@ -126,6 +130,24 @@ def layout_of(model: Any) -> Layout:
     """Return how the rows of a batch must lie for ``trained_model``'s model."""
     layout: Layout = model.layout
     return layout
+
+
+def check_whole_model(model: Any) -> None:
+    """Do what ``trained_model`` can't do with weights that ZeRO-3 has partitioned: check the head, by its engine.
+
+    Every process must call this, with the model on its devices. Does nothing for other models.
+
+    Raises:
+        UsageError: log-probabilities can't be computed for its head.
+    """
+    if not is_partitioned(model):
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ours = base.__dict__.pop("forward")  # leaves the forward pass of its class, with logits
+    try:
+        check_head(base)
+    finally:
+        base.forward = ours
 
 
 def make_savable(generation: GenerationConfig) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mergekit_lite.answers.logprobs import Batch, padded
 from mergekit_lite.answers.packing import Packed, packed
 from mergekit_lite.distillation.objectives import LogProbs, Objective
+from mergekit_lite.distillation.training import held_out
 from mergekit_lite.distillation.training.model import layout_of
 from mergekit_lite.distillation.training.rows import TrainingRow
+from mergekit_lite.distillation.training.watch import Watch, check_weights
 
 Inputs = dict[str, Any]
 ROLES = ("source", "target")
@@ -75,6 +86,12 @@ class RunningMeans:
         self.totals[0, column] += values.double().sum().cpu()
         self.totals[1, column] += values.numel()
 
+    def add_mean(self, name: str, mean: Tensor, count: int) -> None:
+        """Add ``count`` values of a figure by their mean, a tensor with one element."""
+        column = self.names.index(name)
+        self.totals[0, column] += mean.detach().double().cpu() * count
+        self.totals[1, column] += count
+
     def take(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means over all processes, and start again from zero. ``add_up`` sums a tensor over processes."""
         sums, counts = add_up(self.totals).tolist()
@@ -85,7 +102,8 @@ class RunningMeans:
 class ResponseTrainer(Trainer):
     """A trainer with rows in a given order, responses as batches, and a log file: the base of both trainings.
 
-    It appends ``figures`` to the log besides loss and learning rate.
+    It appends ``figures`` to the log besides loss and learning rate, and stops where the training diverges.
+    ``held_out`` are rows that it measures its loss on.
     """
 
     def __init__(
@@ -95,8 +113,10 @@ class ResponseTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=self.batch)
         self.remove_callback(PrinterCallback)  # the reporter shows progress
         self.rows = rows
+        self.held_out: Sequence[TrainingRow] = ()
         self.log_file = log
         self.means = RunningMeans(figures)
+        self.watch = Watch()
 
     def batch(self, rows: Sequence[TrainingRow]) -> Inputs:
         """Return the model's inputs: what ``laid_out`` returns, field by field."""
@@ -109,41 +129,119 @@ class ResponseTrainer(Trainer):
             return padded([response for row in rows for response in row.responses])
         return packed([row.responses for row in rows], share=layout == "shared")
 
+    def training_step(self, model: Module, inputs: Inputs, *more: Any, **named: Any) -> Tensor:
+        """Do one part of a step, under watch."""
+        self.watch.part(inputs)
+        loss = super().training_step(model, inputs, *more, **named)
+        self.watch.loss = self.watch.loss + loss.detach()
+        return loss
+
+    def check_step(self, step: int, saved: bool) -> None:
+        """Raise DivergedError where the loss of a step is not finite, or weights about to be ``saved`` are not."""
+        self.watch.check_loss(step, self._added_up)
+        if saved:
+            check_weights(step, self.model.parameters(), self._added_up)
+
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        """Add the figures to the logs, and a row to the log file. Every process must call this."""
-        step_row = "loss" in logs
-        if step_row:
-            device = self.accelerator.device
-            # Devices without float64 take the sums in float32.
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            logs |= self.means.take(lambda sums: self.accelerator.reduce(sums.to(device, dtype), "sum").cpu())
+        """Add the figures to the logs, and a row to the log file. Every process must call this.
+
+        Raises:
+            DivergedError: the norm of the gradient is not finite.
+        """
+        step = self.state.global_step
+        if "loss" in logs:
+            skipped = bool(self.accelerator.optimizer_step_was_skipped)
+            self.watch.check_gradient(step, logs.get("grad_norm", 0.0), skipped)
+            logs |= self.means.take(self._added_up)
+            logs |= self.watch.take(lambda row: self.accelerator.gather(self._on_device(row)).cpu())
         super().log(logs, *more, **named)
-        if step_row and self.is_world_process_zero():
-            epoch = self.rows.epochs * self.state.global_step / self.state.max_steps
-            row = {"step": self.state.global_step, **logs, "epoch": epoch}
+        if ("loss" in logs or held_out.LOSS in logs) and self.is_world_process_zero():
+            epoch = self.rows.epochs * step / self.state.max_steps
+            row = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), **logs, "epoch": epoch}
             # JSON has neither infinities nor NaN.
             row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the held-out rows under the model as it is, without dropout, and log the figures.
+
+        The loss is the training's own, averaged over all held-out rows as it is over those of a step.
+        """
+        accelerator = self.accelerator
+        before, self.means = self.means, RunningMeans((*self.means.names, held_out.LOSS))
+        rows = sorted(self.held_out, key=lambda row: (row.longest, row.key))
+        size, processes = self.args.per_device_train_batch_size, accelerator.num_processes
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self.model_wrapped.eval()
+        for start in range(0, len(batches), processes):
+            # A model sharded over devices needs all processes in each pass: one without a batch repeats the last one.
+            place = start + accelerator.process_index
+            kept = self.means
+            if place >= len(batches):
+                self.means = RunningMeans(kept.names)
+            self._measure(batches[min(place, len(batches) - 1)])
+            self.means = kept
+        found, self.means = self.means.take(self._added_up), before
+        figures = {key: found[name] for key, name in self._measured.items() if name in found}
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def _measure(self, rows: Sequence[TrainingRow]) -> None:
+        """Add the rows' loss, and what else is measured, to the means."""
+        raise NotImplementedError
+
+    @property
+    def _measured(self) -> dict[str, str]:
+        """The figures to log of held-out rows, with their names among the means."""
+        return {held_out.LOSS: held_out.LOSS}
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        device = self.accelerator.device
+        # Devices without float64 take the sums in float32.
+        return tensor.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def _added_up(self, sums: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        total: Tensor = self.accelerator.reduce(self._on_device(sums), "sum")
+        return total.cpu()
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(self.rows)
 
 
 class TrainingCallback(TrainerCallback):
-    """A callback that calls ``begin`` before the first step, with the model on its devices, and ``step`` after each."""
+    """A callback that calls functions of a stage while its trainer trains.
 
-    def __init__(self, begin: Callable[[], None], step: Callable[[], None]):
+    Args:
+        begin: called before the first step, with the model on its devices.
+        step: called after each step with its number and whether it is saved; says whether to measure held-out rows.
+        logged: called with what was logged.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], None],
+        step: Callable[[int, bool], bool],
+        logged: Callable[[Mapping[str, float]], None],
+    ):
         self.begin = begin
         self.step = step
+        self.logged = logged
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Call ``begin``."""
         self.begin()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """Call ``step``."""
-        self.step()
+        control.should_evaluate = self.step(state.global_step, control.should_save)
+
+    def on_log(self, *_: Any, logs: Mapping[str, float], **__: Any) -> None:
+        """Call ``logged``."""
+        self.logged(logs)
 
 
 class SftTrainer(ResponseTrainer):
@@ -172,6 +270,13 @@ class SftTrainer(ResponseTrainer):
         assert num_items_in_batch is not None
         loss: Tensor = -outputs["sums"].sum() / num_items_in_batch * self.accelerator.num_processes
         return loss
+
+    def _measure(self, rows: Sequence[TrainingRow]) -> None:
+        inputs = self._prepare_inputs(self.batch(rows))
+        with self.compute_loss_context_manager():
+            total = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=self.accelerator.num_processes)
+        tokens = sum(len(answer) for row in rows for answer in row.answers)
+        self.means.add_mean(held_out.LOSS, total / tokens, tokens)
 
 
 class PreferenceTrainer(ResponseTrainer):
@@ -237,6 +342,16 @@ class PreferenceTrainer(ResponseTrainer):
         loss: Tensor = outcome.loss.mean()
         return loss
 
+    def _measure(self, rows: Sequence[TrainingRow]) -> None:
+        inputs = self._prepare_inputs(self.batch(rows))
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model_wrapped, inputs)
+        self.means.add_mean(held_out.LOSS, loss, len(rows))
+
+    @property
+    def _measured(self) -> dict[str, str]:
+        return {held_out.LOSS: held_out.LOSS, held_out.ACCURACY: "accuracy", held_out.MARGIN: "margin"}
+
     @torch.no_grad()
     def reference_log_probs(self, rows: Sequence[TrainingRow]) -> list[list[float]]:
         """Return s of the rows' responses under the model as it is on its devices, without dropout."""
@@ -259,4 +374,6 @@ class PreferenceTrainer(ResponseTrainer):
         if self.objective.reference:
             reference = inputs["reference"]
             fields |= {"reference_chosen": reference[:, :-1], "reference_rejected": reference[:, -1]}
-        return LogProbs(**fields, progress=self.state.global_step / self.state.max_steps)
+        # Held-out rows are measured with what the end of training will have, so that steps can be compared.
+        progress = self.state.global_step / self.state.max_steps if self.model_wrapped.training else 1.0
+        return LogProbs(**fields, progress=progress)

@@ -64,7 +64,7 @@ class Workspace:
 
         These are incomplete checkpoints, a half-written model, and rows of the log.
         """
-        write_text(self.root / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        self._write(record, self.root)
         for folder in self.root.glob("checkpoint-*"):
             if self._step(folder) is None:
                 shutil.rmtree(folder)
@@ -77,17 +77,30 @@ class Workspace:
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Return step and folder of the last complete checkpoint."""
-        checkpoints = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
-        return max(((step, folder) for step, folder in checkpoints if step is not None), default=None)
+        return max(self.checkpoints().items(), default=None)
 
-    def publish(self) -> None:
-        """Give the complete model its final name, and delete the rest."""
-        for name in (SETTINGS, LOG):
-            shutil.copy(self.root / name, self.model / name)
+    def checkpoints(self) -> dict[int, Path]:
+        """Return the folders of the complete checkpoints by step."""
+        checkpoints = ((self._step(folder), folder) for folder in self.root.glob("checkpoint-*"))
+        return {step: folder for step, folder in checkpoints if step is not None}
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the finished model was checked before it was published."""
+        return "checked" in json.loads((self.final / SETTINGS).read_text(encoding="utf-8"))
+
+    def publish(self, record: Mapping[str, Any]) -> None:
+        """Write the complete model's ``training.json``, give it its final name, and delete the rest."""
+        self._write(record, self.model)
+        shutil.copy(self.log, self.model / LOG)
         if (self.root / TENSORBOARD).exists():
             shutil.copytree(self.root / TENSORBOARD, self.model / TENSORBOARD)
         self.model.rename(self.final)
         self.tidy()
+
+    @staticmethod
+    def _write(record: Mapping[str, Any], folder: Path) -> None:
+        write_text(folder / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def tidy(self) -> None:
         """Delete the folder of a finished training."""
