@@ -2,7 +2,8 @@
 
 A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and optionally ``id``,
 ``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns with
-other names are mapped. A wrong row is reported with its place and left out.
+other names are mapped. Columns that ``keep`` names stay with the prompt, for scorers that are functions. A wrong row is
+reported with its place and left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from xxhash import xxh3_64_hexdigest
@@ -37,6 +38,7 @@ class Prompts(BaseModel):
     split: str = "train"
     domain: str = ""  # of prompts without one
     columns: dict[Column, str] = {}  # ours: theirs
+    keep: tuple[str, ...] | Literal["all"] = ()  # further columns, which a function that scores gets
     limit: Annotated[int, Field(ge=1)] | None = None  # rows, from the first
 
 
@@ -59,9 +61,9 @@ def load(sources: Iterable[Prompts]) -> LoadedPrompts:
     asked: set[str] = set()
     places: dict[str, str] = {}  # of each id
     for source in sources:
-        for values, place in _rows(source, loaded.problems):
+        for values, kept, place in _rows(source, loaded.problems):
             try:
-                prompt = _prompt(values, source.domain)
+                prompt = _prompt(values, kept, source.domain)
             except ValueError as error:
                 loaded.problems.append(f"{place}: {error}")
                 continue
@@ -97,40 +99,67 @@ def from_row(row: Mapping[str, Any]) -> Prompt:
         domain=row["domain"],
         reference=row["reference"],
         tests=tuple(row["tests"]),
+        plain=row["plain"],
+        columns=row["columns"],
     )
 
 
-def _rows(source: Prompts, problems: list[str]) -> Iterator[tuple[Mapping[Column, Any], str]]:
-    """Yield the values of each row by our names, and its place: file and line."""
+class _Row(NamedTuple):
+    values: Mapping[Column, Any]  # by our names
+    kept: Mapping[str, Any]  # other columns, by their own names
+    place: str  # file and line
+
+
+def _rows(source: Prompts, problems: list[str]) -> Iterator[_Row]:
+    """Yield the rows of a source.
+
+    Raises:
+        UsageError: no row has a column that is to be kept.
+    """
     names: dict[Column, str] = {column: source.columns.get(column, column) for column in COLUMNS}
-    rows = _of_file(source.path, names, problems) if source.path else _of_dataset(source, names)
+    rows = _of_file(source, names, problems) if source.path else _of_dataset(source, names)
+    seen: set[str] = set()
     for number, (row, place) in enumerate(rows):
         if number == source.limit:
-            return
-        yield {column: row[name] for column, name in names.items() if row.get(name) is not None}, place
+            break
+        seen.update(row)
+        ours = {column: row[name] for column, name in names.items() if row.get(name) is not None}
+        keep = [name for name in row if name not in names.values()] if source.keep == "all" else source.keep
+        yield _Row(ours, {name: row.get(name) for name in keep}, place)
+    if seen:
+        _hold_kept(source, sorted(seen))
+
+
+def _hold_kept(source: Prompts, columns: Sequence[str]) -> None:
+    for name in source.keep if source.keep != "all" else ():
+        if name not in columns:
+            where = f"{source.path or source.dataset} has no column {name!r} to keep"
+            raise UsageError(f"{where}; it has {', '.join(columns)}.{nearest(name, columns)}")
 
 
 Rows = Iterator[tuple[Mapping[str, Any], str]]  # each with its place
 
 
-def _of_file(path: Path, names: Mapping[Column, str], problems: list[str]) -> Rows:
+def _of_file(source: Prompts, names: Mapping[Column, str], problems: list[str]) -> Rows:
+    assert source.path is not None
+    path = source.path
     if path.suffix in JSON_LINES:
         return ((line.row, f"{path}:{line.number}") for line in read_rows(path, problems))
     if path.suffix in PARQUET:
-        return _of_parquet(path, names)
+        return _of_parquet(path, source, names)
     raise UsageError(
         f"{path}: prompts are read from {', '.join(JSON_LINES + PARQUET)} files, told by their ending. "
         "Write one JSON object a line, for instance."
     )
 
 
-def _of_parquet(path: Path, names: Mapping[Column, str]) -> Rows:
+def _of_parquet(path: Path, source: Prompts, names: Mapping[Column, str]) -> Rows:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            columns = _readable(file.schema_arrow.names, names, str(path))
+            columns = _readable(file.schema_arrow.names, source, names, str(path))
             number = 0
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
@@ -149,22 +178,23 @@ def _of_dataset(source: Prompts, names: Mapping[Column, str]) -> Rows:
         data = load_dataset(name, source.config, split=source.split, revision=revision or None)
     except Exception as error:  # any of the library's parts may raise
         raise UsageError(f"Can't load the data set {source.dataset}, split {source.split}: {error}") from error
-    data = data.select_columns(_readable(data.column_names, names, str(source.dataset)))
+    data = data.select_columns(_readable(data.column_names, source, names, str(source.dataset)))
     for number, row in enumerate(data, 1):
         yield row, f"{source.dataset} ({source.split}): row {number:,}"
 
 
-def _readable(columns: Sequence[str], names: Mapping[Column, str], where: str) -> list[str]:
+def _readable(columns: Sequence[str], source: Prompts, names: Mapping[Column, str], where: str) -> list[str]:
     if not {names["prompt"], names["messages"]} & set(columns):
         hint = nearest(names["prompt"], columns) or nearest(names["messages"], columns)
         raise UsageError(
             f"{where} has no column {names['prompt']!r} or {names['messages']!r}; it has {', '.join(columns)}.{hint} "
             "Map it with `columns: {prompt: THEIRS}`, or {messages: THEIRS}."
         )
-    return [name for name in columns if name in names.values()]
+    _hold_kept(source, columns)
+    return [name for name in columns if name in names.values() or source.keep == "all" or name in source.keep]
 
 
-def _prompt(values: Mapping[Column, Any], domain: str) -> Prompt:
+def _prompt(values: Mapping[Column, Any], kept: Mapping[str, Any], domain: str) -> Prompt:
     messages = _messages(values)
     return Prompt(
         id=_plain_text(values, "id") or digest_of(messages),
@@ -172,7 +202,20 @@ def _prompt(values: Mapping[Column, Any], domain: str) -> Prompt:
         domain=_plain_text(values, "domain") or domain,
         reference=_plain_text(values, "reference"),
         tests=_tests(values.get("tests", ())),
+        plain=isinstance(values.get("messages", values.get("prompt")), str),
+        columns=_as_json(kept),
     )
+
+
+def _as_json(kept: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in kept.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the column {name!r} has a value that JSON can't hold, and can't be kept: {error}"
+            ) from error
+    return kept
 
 
 def _messages(values: Mapping[Column, Any]) -> tuple[Message, ...]:

@@ -72,6 +72,8 @@ def write_prompts(folder: Path, number: int, domains: Sequence[str] = ("instruct
             "domain": domains[index % len(domains)],
             "reference": None,
             "tests": [],
+            "plain": False,
+            "columns": {},
         }
         for index, name in enumerate(names)
     ]
