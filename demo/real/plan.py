@@ -26,9 +26,9 @@ class Size:
 
 
 FULL = Size(
-    train=360, dev=288, report=36, test=360, sums=300, texts=150, max_tokens=96, learning_rate="5.0e-5", epochs=1
+    train=360, dev=288, report=36, test=288, sums=200, texts=100, max_tokens=96, learning_rate="2.0e-5", epochs=1
 )
-QUICK = Size(train=54, dev=36, report=18, test=36, sums=4, texts=4, max_tokens=24, learning_rate="5.0e-5", epochs=1)
+QUICK = Size(train=54, dev=36, report=18, test=36, sums=4, texts=4, max_tokens=24, learning_rate="2.0e-5", epochs=1)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def from_row(row: Mapping[str, Any]) -> Prompt:
         domain=row["domain"],
         reference=row["reference"],
         tests=tuple(row["tests"]),
-        plain=row["plain"],
-        columns=row["columns"],
+        plain=row.get("plain", False),
+        columns=row.get("columns", {}),
     )
 
 

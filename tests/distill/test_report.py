@@ -58,8 +58,6 @@ def prompt_rows(what: str, number: int) -> list[dict[str, Any]]:
             "domain": ("chat", "maths")[index % 2],
             "reference": "42" if index % 2 else None,
             "tests": [],
-            "plain": False,
-            "columns": {},
         }
         for index in range(number)
     ]

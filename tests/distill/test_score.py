@@ -72,8 +72,6 @@ def place(folder: Path, scorers: list[dict[str, Any]], prompts: int = 6, samples
                 "domain": DOMAINS[n % 2],
                 "reference": f"a {n} 0",
                 "tests": [],
-                "plain": False,
-                "columns": {},
             }
             for n in range(prompts)
         ),
