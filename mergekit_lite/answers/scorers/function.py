@@ -195,4 +195,5 @@ def function_named(reference: str) -> RewardFunction:
         sys.path.remove(here)
     if not callable(function):
         raise UsageError(f"Module {module_name!r} has no function {shortened(function_name)!r}.")
-    return function
+    found: RewardFunction = function
+    return found
