@@ -105,6 +105,12 @@ def test_costs_are_of_other_things():
     assert len({row["text"] for row in costs.texts(50)}) == 50
 
 
+def test_the_first_new_number_is_the_answer_to_a_sum():
+    said = ["17 + 30 = 47, as 7 and 0 are 7", "47", "The sum of 17 and 30 is 37. No, 47.", "17 + 30", "", "470"]
+    columns = {"reference": ["47"] * len(said), "id": said}
+    assert costs.right(["What is 17 + 30?"] * len(said), said, **columns) == [1, 1, 0, 0, 0, 0]
+
+
 def test_recipes_load(tmp_path):
     out = Out(tmp_path)
     write_data(out, QUICK)

@@ -121,7 +121,7 @@ def measure(out: Out, size: Size) -> None:
         "test": ("--prompts", out.prompts("test"), *SCORE, *drawing, *every),
         "dev": ("--prompts", out.prompts("dev"), *SCORE, *drawing),
         "costs": (
-            "--prompts", out.prompts("sums"), "--score", r"exact,pattern=\d+,name=sums", "--score",
+            "--prompts", out.prompts("sums"), "--score", "function:demo.real.costs:right,name=sums", "--score",
             f"nll:{out.prompts('texts')}", "--temperature", 0, "--max-tokens", 32, *every,
         ),
     }  # fmt: skip
