@@ -16,11 +16,11 @@ import click
 BATCH = 200
 
 
-def right(prompt: Any, answer: str) -> float:
-    """Return 1 for a right answer, else 0: the scorer of the search."""
+def right(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Return 1 for each right answer, else 0: the scorer of the search."""
     from demo import task
 
-    return float(task.is_right(prompt.messages[-1]["content"], answer))
+    return [float(task.is_right(asked, answer)) for asked, answer in zip(prompts, completions, strict=True)]
 
 
 def write_questions(path: Path, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Processes of the demo: two at a time, each with one thread, and what they say kept in files."""
+"""Processes of the demo: two at a time, as a rule with one thread each, and what they say kept in files."""
 
 import os
 import subprocess
@@ -24,6 +24,7 @@ class Job:
 
     what: str
     command: Sequence[str]
+    threads: int = 1
 
 
 def run(jobs: Iterable[Job], logs: Path) -> None:
@@ -43,7 +44,8 @@ def finish(job: Job, logs: Path) -> str:
     log = logs / f"{job.what.replace(' ', '-').replace(',', '')}.log"
     started = perf_counter()
     with log.open("w") as file:
-        done = subprocess.run(job.command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(job.threads)}
+        done = subprocess.run(job.command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         last = "\n".join(log.read_text().splitlines()[-20:])
         raise click.ClickException(f"{job.what}: {' '.join(job.command)} failed. The end of {log}:\n{last}")

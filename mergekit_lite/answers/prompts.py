@@ -2,7 +2,8 @@
 
 A row has ``prompt``, a text, or ``messages``, a conversation whose last turn is the user's; and optionally ``id``,
 ``domain``, ``reference`` (the right answer) and ``tests`` (programs that an answer's code has to pass). Columns with
-other names are mapped. A wrong row is reported with its place and left out.
+other names are mapped. Columns that ``keep`` names stay with the prompt, for scorers that are functions. A wrong row is
+reported with its place and left out.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 from xxhash import xxh3_64_hexdigest
 
 from mergekit_lite.answers.data_files import Data, rows_of
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.errors import shortened
+from mergekit_lite.errors import UsageError, nearest, shortened
 
 Column = Literal["id", "prompt", "messages", "domain", "reference", "tests"]
 COLUMNS: tuple[Column, ...] = ("id", "prompt", "messages", "domain", "reference", "tests")
@@ -29,6 +30,7 @@ class Prompts(Data):
 
     domain: str = ""  # of prompts without one
     columns: dict[Column, str] = Field(default={})  # ours: theirs
+    keep: tuple[str, ...] | Literal["all"] = ()  # further columns, which a function that scores gets
 
 
 @dataclass
@@ -64,9 +66,9 @@ def load(sources: Iterable[Prompts]) -> LoadedPrompts:
     """
     loaded = LoadedPrompts()
     for source in sources:
-        for values, place in _rows(source, loaded.problems):
+        for values, kept, place in _rows(source, loaded.problems):
             try:
-                loaded.add(_prompt(values, source.domain), place)
+                loaded.add(_prompt(values, kept, source.domain), place)
             except ValueError as error:
                 loaded.problems.append(f"{place}: {error}")
     return loaded
@@ -90,18 +92,44 @@ def from_row(row: Mapping[str, Any]) -> Prompt:
         domain=row["domain"],
         reference=row["reference"],
         tests=tuple(row["tests"]),
+        plain=row.get("plain", False),
+        columns=row.get("columns", {}),
     )
 
 
-def _rows(source: Prompts, problems: list[str]) -> Iterator[tuple[Mapping[Column, Any], str]]:
-    """Yield the values of each row by our names, and its place: file and line."""
+class _Row(NamedTuple):
+    values: Mapping[Column, Any]  # by our names
+    kept: Mapping[str, Any]  # other columns, by their own names
+    place: str  # file and line
+
+
+def _rows(source: Prompts, problems: list[str]) -> Iterator[_Row]:
+    """Yield the rows of a source.
+
+    Raises:
+        UsageError: no row has a column that is to be kept.
+    """
     names: dict[Column, str] = {column: source.columns.get(column, column) for column in COLUMNS}
     needed = (names["prompt"], names["messages"])
-    for row, place in rows_of(source, problems, tuple(names.values()), needed):
-        yield {column: row[name] for column, name in names.items() if row.get(name) is not None}, place
+    columns = () if source.keep else tuple(names.values())
+    seen: set[str] = set()
+    for row, place in rows_of(source, problems, columns, needed):
+        seen.update(row)
+        ours = {column: row[name] for column, name in names.items() if row.get(name) is not None}
+        keep = [name for name in row if name not in names.values()] if source.keep == "all" else source.keep
+        yield _Row(ours, {name: row.get(name) for name in keep}, place)
+    if seen:
+        _hold_kept(source, sorted(seen))
 
 
-def _prompt(values: Mapping[Column, Any], domain: str) -> Prompt:
+def _hold_kept(source: Prompts, columns: Sequence[str]) -> None:
+    for name in source.keep if source.keep != "all" else ():
+        if name not in columns:
+            where = f"{source.path or source.dataset} has no column {name!r} to keep"
+            raise UsageError(f"{where}; it has {', '.join(columns)}.{nearest(name, columns)}")
+
+
+def _prompt(values: Mapping[Column, Any], kept: Mapping[str, Any], domain: str) -> Prompt:
     messages = _messages(values)
     return Prompt(
         id=_plain_text(values, "id") or digest_of(messages),
@@ -109,7 +137,20 @@ def _prompt(values: Mapping[Column, Any], domain: str) -> Prompt:
         domain=_plain_text(values, "domain") or domain,
         reference=_plain_text(values, "reference"),
         tests=_tests(values.get("tests", ())),
+        plain=isinstance(values.get("messages", values.get("prompt")), str),
+        columns=_as_json(kept),
     )
+
+
+def _as_json(kept: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in kept.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the column {name!r} has a value that JSON can't hold, and can't be kept: {error}"
+            ) from error
+    return kept
 
 
 def _messages(values: Mapping[Column, Any]) -> tuple[Message, ...]:

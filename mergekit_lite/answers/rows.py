@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, TypedDict
@@ -31,6 +31,8 @@ class Prompt:
     domain: str = ""  # chooses rules and scorers: ``instruction``, ``maths``, ``code``; empty where the data have none
     reference: str | None = None  # the right answer, if it is known
     tests: tuple[str, ...] = ()  # Python programs that an answer's code has to pass
+    plain: bool = False  # whether the data have it as a text, not as messages
+    columns: Mapping[str, Any] = field(default_factory=dict)  # kept of the data's other columns, for functions
 
 
 class Key(NamedTuple):

@@ -151,7 +151,7 @@ def prepare(request: Request) -> Prepared:
     problems += [f"{request.output}: lies in the folder of the search"] * (
         request.folder in (request.output, *request.output.parents)
     )
-    prompts = _try(problems, lambda: load(Prompts(path=path) for path in request.prompts))
+    prompts = _try(problems, lambda: load(Prompts(path=path, keep="all") for path in request.prompts))
     path = request.pairs
     pairs = _try(problems, lambda: read_pairs(path, request.limit)) if path is not None else {}
     texts: dict[str, str] = {}

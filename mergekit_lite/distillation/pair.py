@@ -10,13 +10,13 @@ from mergekit_lite.distillation.data.importing import import_rows
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftExample, Waiting, assignments
 from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
-from mergekit_lite.distillation.pairing.table import PairingTable, table_of
+from mergekit_lite.distillation.pairing.table import Counts, PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.checks import Problem, pairing_problems
 from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, win
-from mergekit_lite.errors import UsageError, counted, listing
+from mergekit_lite.errors import RunError, UsageError, counted, listing
 
 ByPrompt = Mapping[str, Sequence[Candidate]]
 Responses = Mapping[tuple[str, Key], dict[str, Any]]  # text, scores, and whether it was cut; by source and key
@@ -36,6 +36,7 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
 
     Raises:
         UsageError: answers or scores of the sources are missing, or the recipe's pairs or the given rows are wrong.
+        RunError: no prompt became a row.
     """
     folder, inventory = Folder(recipe.folder), Inventory()
     if recipe.rows is not None:
@@ -69,7 +70,26 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     table.show(reporter)
     if missing:
         reporter.line(listing("The preference rows wait for the target's own answers and their scores", missing))
+    _hold_rows(table.overall)
     return table
+
+
+def _hold_rows(counts: Counts) -> None:
+    """Refuse to go on without a row for any training.
+
+    Raises:
+        RunError: with what became of the prompts and their answers.
+    """
+    if counts.total:
+        return
+    reasons = [f"{what}: {number:,}×" for what, number in sorted(counts.dropped.items(), key=lambda each: -each[1])]
+    given = counts.answers.get("answers", 0)
+    unusable = [f"{what}: {number:,} of {given:,}" for what, number in counts.answers.items() if what != "answers"]
+    raise RunError(
+        listing(f"None of {counted(counts.prompts, 'prompt')} became a row, so there is nothing to train on", [
+            *reasons, *unusable,
+        ])
+    )  # fmt: skip
 
 
 def _missing(inventory: Inventory, skip_missing: bool) -> list[str]:

@@ -30,7 +30,7 @@ from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import hold_settings
-from mergekit_lite.errors import UsageError, counted, listing
+from mergekit_lite.errors import RunError, UsageError, counted, listing
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def score(recipe: Recipe, reporter: Reporter) -> None:
         UsageError: there are no answers, or a scorer's settings are wrong or not those of its existing verdicts.
         CheckpointError: a model can't be loaded.
         SandboxError: this machine can't sandbox model-written code.
-        RunError: a judge's server can't be reached.
+        RunError: a judge's server can't be reached, or none of a source's answers got a score.
     """
     if recipe.rows is not None:
         reporter.line("The rows are given: nothing is scored.")
@@ -99,6 +99,8 @@ def score(recipe: Recipe, reporter: Reporter) -> None:
             with open_scorer(scorer) as judge:
                 for task in unfinished:
                     _judge(judge, task, reporter)
+        for task in (task for task in tasks if task.scorer is scorer):
+            _hold_scored(task)
     for task in tasks:
         task.ledger.finish()
     _report_summary(tasks, reporter)
@@ -128,7 +130,8 @@ def plan(recipe: Recipe, reporter: Reporter) -> list[ScoringTask]:
 def digest_of(prompt: Prompt, answer: str) -> str:
     """Return a digest of all that a scorer sees."""
     turns = [[message["role"], message["content"]] for message in prompt.messages]
-    return xxh3_64_hexdigest(json.dumps([turns, prompt.reference, prompt.tests, answer]).encode())
+    seen = [turns, prompt.reference, prompt.tests, answer, *([prompt.columns] if prompt.columns else [])]
+    return xxh3_64_hexdigest(json.dumps(seen).encode())
 
 
 def _task(
@@ -167,6 +170,27 @@ def _judge(judge: Scorer, task: ScoringTask, reporter: Reporter) -> None:
                 advance(len(wanted))
         finally:
             task.ledger.close()
+
+
+def _hold_scored(task: ScoringTask) -> None:
+    """Refuse to go on where a scorer gave no score to any answer of a source: pairs would only say that there are none.
+
+    Raises:
+        RunError: with the reasons.
+    """
+    if not task.digests or any(row["score"] is not None for row in task.ledger.rows()):
+        return
+    reasons = Counter(row["why"] for row in task.ledger.rows())
+    folder = task.ledger.path.parent
+    raise RunError(
+        listing(
+            f"The scorer {task.scorer.name} gave no score to any of the {counted(len(task.digests), 'answer')} of "
+            f"{task.source}",
+            [f"{why} ({count:,}×)" for why, count in reasons.most_common(SHOWN)],
+        )
+        + f"\nOnce the reason is mended, delete {folder} and run the stage again. Limit the scorer by `domains`, if "
+        "it isn't for these prompts."
+    )
 
 
 def _row(item: Item, verdict: Score) -> dict[str, Any]:

@@ -42,11 +42,40 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
     assert not loaded.problems and not loaded.repeated
     conversation = tuple(ROWS[2]["messages"])
     assert loaded.prompts == [
-        Prompt("a", user("1+1?"), "maths", "2"),
-        Prompt(digest_of(user("Write f.")), user("Write f."), "other", None, ("assert f()", "assert f(1)")),
+        Prompt("a", user("1+1?"), "maths", "2", plain=True),
+        Prompt(digest_of(user("Write f.")), user("Write f."), "other", None, ("assert f()", "assert f(1)"), plain=True),
         Prompt(digest_of(conversation), conversation, "other"),
     ]
     assert [from_row(json.loads(json.dumps(as_row(prompt)))) for prompt in loaded.prompts] == loaded.prompts
+
+
+@pytest.mark.parametrize("form", ["p.jsonl", "p.parquet", "data set"])
+def test_further_columns_are_kept_where_that_is_asked(tmp_path: Path, form: str) -> None:
+    """None is kept unasked, as a data set's other columns may be many times as large as its prompts."""
+    rows = [{"q": "x", "topic": "bread", "given": [1, 2]}, {"q": "y", "topic": "tea", "given": None}]
+    path = jsonl(tmp_path / "p.jsonl", rows)
+    if form == "p.parquet":
+        path.unlink()
+        path = tmp_path / form
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    source = {"dataset": str(tmp_path)} if form == "data set" else {"path": path}
+
+    def kept(**how: Any) -> list[Any]:
+        loaded = load([Prompts(**source, columns={"prompt": "q"}, **how)])
+        assert [from_row(json.loads(json.dumps(as_row(prompt)))) for prompt in loaded.prompts] == loaded.prompts
+        return [prompt.columns for prompt in loaded.prompts]
+
+    assert kept() == [{}, {}]
+    assert kept(keep=("topic",)) == [{"topic": "bread"}, {"topic": "tea"}]
+    assert kept(keep="all") == [{"topic": "bread", "given": [1, 2]}, {"topic": "tea", "given": None}]
+    with pytest.raises(UsageError, match=r"no column 'topics' to keep; it has .*Did you mean 'topic'"):
+        kept(keep=("topics",))
+
+
+def test_a_column_that_json_can_not_hold_is_not_kept(tmp_path: Path) -> None:
+    parquet.write_table(pa.Table.from_pylist([{"prompt": "x", "blob": b"\x00"}]), tmp_path / "p.parquet")
+    loaded = load([Prompts(path=tmp_path / "p.parquet", keep="all")])
+    assert not loaded.prompts and "the column 'blob'" in loaded.problems[0]
 
 
 def test_parquet_has_the_same_prompts(tmp_path: Path) -> None:

@@ -39,14 +39,14 @@ def write_pairs(root: Path, count: int = 24) -> Path:
     return path
 
 
-def spaces(prompt: object, answer: str) -> float:
+def spaces(completions: list[str], **columns: object) -> list[float]:
     """How often an answer has a blank: as good a score as any."""
-    return answer.count(" ")
+    return [answer.count(" ") for answer in completions]
 
 
-def slow_and_logged(prompt: object, answer: str) -> float:
+def slow_and_logged(completions: list[str], id: list[str], **columns: object) -> list[float]:
     """The same, written down, so that a test sees what was scored; slow, so that it can be killed meanwhile."""
     with Path(os.environ["SCORED"]).open("a") as file:
-        file.write(json.dumps([prompt.id, answer]) + "\n")  # type: ignore[attr-defined]
-    time.sleep(0.02)
-    return answer.count(" ")
+        file.writelines(json.dumps([prompt, answer]) + "\n" for prompt, answer in zip(id, completions, strict=True))
+    time.sleep(0.02 * len(id))
+    return [answer.count(" ") for answer in completions]

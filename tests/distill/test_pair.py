@@ -15,7 +15,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pair import pair
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.reporter import Reporter
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import RunError, UsageError
 
 SOURCES = ("gemma", "qwen")
 SAMPLES = 3
@@ -119,6 +119,19 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((folder / "pairs").iterdir())}
+
+
+def test_a_stage_without_a_row_says_why(tmp_path: Path) -> None:
+    """The table and the dropped prompts are written all the same."""
+    write_all(tmp_path)
+    heard = Heard()
+    with pytest.raises(RunError) as caught:
+        pair(recipe(tmp_path, domains={"maths": {"rule": "fusechat3"}}, gap=(2, 3)), heard)
+    assert str(caught.value).splitlines() == [
+        "None of 20 prompts became a row, so there is nothing to train on:",
+        "  - prompts, preference: gap below 2: 20×",
+    ]
+    assert len(rows(tmp_path, "dropped")) == 20 and not rows(tmp_path, "preference")
 
 
 def test_rows(tmp_path: Path) -> None:

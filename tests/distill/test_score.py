@@ -30,13 +30,18 @@ EXACT = {"name": "right", "kind": "exact"}
 LENGTH = {"name": "long", "kind": "function", "model": "lengths:length", "domains": ["chat"]}
 MODULE = """
 import os, time
-def slow(prompt, answer):
-    time.sleep(0.005)
-    return len(answer)
-def length(prompt, answer):
+def slow(completions, **columns):
+    time.sleep(0.005 * len(completions))
+    return [len(answer[-1]["content"]) for answer in completions]
+def length(completions, id, **columns):
+    answers = [answer[-1]["content"] for answer in completions]
     with open(os.environ["LENGTHS_LOG"], "a") as log:
-        log.write(f"{prompt.id} {answer}\\n")
-    return None if answer.endswith("3") else len(answer)
+        log.writelines(f"{prompt} {answer}\\n" for prompt, answer in zip(id, answers))
+    return [None if answer.endswith("3") else len(answer) for answer in answers]
+def broken(completions, **columns):
+    return [answer.size for answer in completions]
+def silent(completions, **columns):
+    return [None for answer in completions]
 """
 
 
@@ -123,6 +128,26 @@ def test_what_gets_no_score_is_counted_and_told(tmp_path: Path) -> None:
     assert any(line.split() == ["long", "a", "12", "5", "0", "3"] for line in told.splitlines())
     row = scores(tmp_path / "run", "long", "a")[3]
     assert row["score"] is None and row["why"] == "the function returned None"
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        ("broken", "AttributeError: 'list' object has no attribute 'size'"),
+        ("silent", "the function returned None (18×)"),
+    ],
+)
+def test_a_source_without_a_score_ends_the_stage(tmp_path: Path, function: str, why: str) -> None:
+    """A function that raises is shown by its own traceback; a second call says the same, until it is mended."""
+    path = place(tmp_path / "run", [{"name": "f", "kind": "function", "model": f"lengths:{function}"}])
+    for _ in range(2):
+        code, _, error = invoke(path)
+        assert code == 1 and why in error, error
+        assert ("Traceback (most recent call last):" in error) == (function == "broken")
+        assert "score.py" not in error
+    if function == "silent":
+        assert "gave no score to any of the 18 answers of a" in error
+        assert f"delete {tmp_path / 'run' / 'out' / 'scores' / 'f'} " in " ".join(error.split())
 
 
 def test_more_answers_and_changed_ones_are_judged_and_no_others(tmp_path: Path, lengths: Path) -> None:

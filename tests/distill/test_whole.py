@@ -35,7 +35,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, number in (("train", 12), ("held-out", 6)):
         rows = [json.dumps({"prompt": f"{name} question {index}"}) for index in range(number)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    (tmp_path / "variety.py").write_text("def score(prompt, answer):\n    return float(len(set(answer)))\n")
+    (tmp_path / "variety.py").write_text(
+        "def score(completions, **columns):\n    return [len(set(answer)) for answer in completions]\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = {
         "folder": "made",

@@ -205,6 +205,9 @@ def _read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: Lengt
     tokens.counts["malformed"] = len(tokens.problems) - tokens.counts["refused"]
     tokens.counts["kept"] = len(tokens.rows)
     if not tokens.rows:
-        reasons = tokens.problems or [f"{counted(tokens.counts['too long'], 'row')} longer than max_length"]
+        too_long = tokens.counts["too long"]
+        reasons = tokens.problems or [
+            f"{counted(too_long, 'row')} longer than max_length" if too_long else "it has none: see the stage `pair`"
+        ]
         raise UsageError(listing(f"No row of {path} can be trained on", reasons))
     return tokens
