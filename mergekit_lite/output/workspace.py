@@ -91,17 +91,17 @@ class OutputWorkspace:
 
         Memory that lies as many bytes after the start of a page is written without a copy.
         """
-        return (self.layout.places[tensor][1] + offset) % PAGE
+        return (self.layout.place(tensor)[1] + offset) % PAGE
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor, from its byte ``offset`` on. Raises RunError (disk full, file limit, I/O error)."""
-        number, start = self.layout.places[tensor]
+        number, start = self.layout.place(tensor)
         with as_run_errors(self.result / self.layout.files[number].name):
             self._targets[number].write(start + offset, data)
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` with what an earlier run wrote; return False where the file ends before."""
-        number, start = self.layout.places[tensor]
+        number, start = self.layout.place(tensor)
         return self._targets[number].read(start + offset, buffer)
 
     def record(self, job: int, begin: int) -> Record | None:
