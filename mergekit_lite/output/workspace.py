@@ -55,7 +55,7 @@ class OutputWorkspace:
         self._targets: list[FileWriter] = []
         self._times = WriteTimes()
         with as_run_errors(folder.path):
-            self.journal = Journal(folder.journal, digest, sources)
+            self.journal = Journal(folder.journal, digest, sources, len(layout.places))
             try:
                 self.result.mkdir(exist_ok=True)
                 folder.check_result(self._names)
@@ -71,7 +71,7 @@ class OutputWorkspace:
         if path.parent != self.result:
             path.parent.mkdir(exist_ok=True, parents=True)
         if not _is_whole(path, file.size):
-            self.journal.records.clear()
+            self.journal.clear()
             path.unlink(missing_ok=True)
             if self.layout.nest is not None:
                 with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT), "wb") as skeleton:
@@ -106,7 +106,7 @@ class OutputWorkspace:
 
     def record(self, job: int, begin: int) -> Record | None:
         """Return an earlier run's record of a span, or None."""
-        return self.journal.records.get((job, begin))
+        return self.journal.get((job, begin))
 
     def done(self, record: Record) -> None:
         """Record that a span's bytes are written. Raises RunError."""
