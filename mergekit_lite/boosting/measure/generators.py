@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PLACES = ("{model}", "{port}")
 STOP_SECONDS = 20.0  # that a server gets to stop by itself
 POLL_SECONDS = 0.2
+LONGEST_REPLY = 1 << 20  # bytes that are read of a server's list of its models
 SHOWN = 15  # lines of a server's output that an error shows
 
 
@@ -179,9 +181,9 @@ def _wait(process: subprocess.Popen[bytes], url: str, patience: float, log: Path
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RunError(f"The server ended with exit code {process.returncode} before it was ready.{_said(log)}")
-        unready = suppress(URLError, OSError, ValueError, LookupError, TypeError)
+        unready = suppress(URLError, OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError)
         with unready, urlopen(f"{url}/models", timeout=5) as reply:
-            return str(json.load(reply)["data"][0]["id"])
+            return str(json.loads(reply.read(LONGEST_REPLY))["data"][0]["id"])
         time.sleep(POLL_SECONDS)
     raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
 
