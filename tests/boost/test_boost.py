@@ -227,7 +227,7 @@ def test_kl_is_estimated_from_the_same_first_items_of_every_candidate(models: Pa
             assert compared == (set(items[2:7]) if alpha else set())
 
 
-@pytest.mark.parametrize("held_out", [0.5, 0.3])
+@pytest.mark.parametrize("held_out", [pytest.param(0.5, marks=pytest.mark.slow), 0.3])
 def test_no_answer_is_made_that_is_not_wanted(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float
 ) -> None:
