@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -51,7 +51,8 @@ class Fake:
     asked: Counter[str] = field(default_factory=Counter)
     given: Counter[Trouble] = field(default_factory=Counter)
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
-    open: int = 0
+    answered_for: Counter[str] = field(default_factory=Counter)  # by the key that came with the request
+    open: int = 0  # requests that have come, and whose reply has not begun
     most_open: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     poured: int = 0  # bytes of floods
@@ -78,14 +79,11 @@ class _Handler(BaseHTTPRequestHandler):
             fake.headers.append({key.lower(): value for key, value in self.headers.items()})
             fake.open += 1
             fake.most_open = max(fake.most_open, fake.open)
-        try:
-            fake.on_request(text)
+        fake.on_request(text)
+        with fake.lock:
+            fake.open -= 1  # before the reply: who has got it may ask again at once
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
             self._reply(trouble, text, body)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client was killed
-        finally:
-            with fake.lock:
-                fake.open -= 1
 
     def _reply(self, trouble: Trouble, text: str, body: dict[str, Any]) -> None:
         if trouble == "drop":
@@ -123,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             if trouble is None:
                 with self.fake.lock:
                     self.fake.answered[text, body["seed"]] += 1
+                    self.fake.answered_for[self.headers.get("Authorization", "").removeprefix("Bearer ")] += 1
             self._send(200, reply, cut=trouble == "cut")
 
     def _pour(self, piece: bytes, pause: float) -> None:
