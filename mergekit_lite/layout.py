@@ -23,6 +23,7 @@ from mergekit_lite.checkpoint.parts import MODEL, in_folder
 from mergekit_lite.errors import RunError
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
+FILE = 1 << 48  # bytes; no file has so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,19 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All files of one output, and each tensor's place: (index of its file, byte offset in it).
+    """All files of one output, and each tensor's place.
 
-    ``nest`` is for torch files only: the keys that its tensors are nested under.
+    A place is one number, ``file_number * FILE + byte offset``: pairs would take three times the memory, and there are
+    very many tensors. ``nest`` is for torch files only: the keys that its tensors are nested under.
     """
 
     files: tuple[OutputFile, ...]
-    places: dict[str, tuple[int, int]]
+    places: dict[str, int]
     nest: tuple[str, ...] | None = None
+
+    def place(self, tensor: str) -> tuple[int, int]:
+        """Return the number of a tensor's file, and the tensor's first byte in it."""
+        return divmod(self.places[tensor], FILE)
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +98,7 @@ def safetensors_layout(
     ``names`` are the files' paths in the output; ``metadata`` is text by key for the header.
     """
     files: list[OutputFile] = []
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, int] = {}
     for number, (group, name) in enumerate(zip(groups, names, strict=True)):
         tensors = tuple(sorted(group, key=lambda tensor: -dtypes.size(tensor.dtype)))
         text = f"{{{','.join(_header_members(tensors, folder_of(name), metadata or {}))}}}".encode()
@@ -100,7 +106,7 @@ def safetensors_layout(
         header = len(text).to_bytes(8, "little") + text
         offset = len(header)
         for tensor in tensors:
-            places[tensor.name] = (number, offset)
+            places[tensor.name] = number * FILE + offset
             offset += tensor.nbytes
         files.append(OutputFile(name, header, offset, tensors))
     return Layout(tuple(files), places)
@@ -143,7 +149,7 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
             f"{error.filename or tempfile.gettempdir()}: can't be written, and a torch file is laid out there: "
             f"{error.strerror}. Make room, or set TMPDIR to another folder."
         ) from error
-    places = {spec.name: (0, spec.offset) for spec in specs.values()}
+    places = {spec.name: spec.offset for spec in specs.values()}
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
 
 

@@ -1,8 +1,15 @@
-"""The order of the tests: files that take long go first, so that no core waits for the last of them."""
+"""The order of the tests: files that take long go first, so that no core waits for the last of them.
+
+No test fails because a machine is busy.
+"""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 LONG = (  # by their time, the longest first
     "test_train.py", "test_crash.py", "test_golden.py", "test_families.py", "test_boost.py", "test_serving.py",

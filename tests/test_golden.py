@@ -375,7 +375,10 @@ def digests(group: str, threads: int) -> dict[str, str]:
             os.chdir(before)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+# Only kernels know float16 from bfloat16, and tests/methods/test_kernels.py holds those of both to torch.
+@pytest.mark.parametrize(
+    "group", [pytest.param(each, marks=[pytest.mark.slow] * each.endswith("/float16")) for each in GROUPS]
+)
 def test_no_output_changed(group: str) -> None:
     record = json.loads(RECORD.read_text())
     expected = {name: digest for name, digest in record["digests"].items() if name.startswith(f"{group}/")}

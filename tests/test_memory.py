@@ -67,6 +67,6 @@ def test_counts_over_a_group_of_tensors_are_added_as_they_come(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, most", [(EXTRAPOLATE, 250e6), (MERGE, 300e6)], ids=["two models", "three models"])
-def test_a_hundred_thousand_tensors(tmp_path: Path, command: Sequence[str], most: float) -> None:
-    assert peak(tmp_path / "many", MANY, command) < most
+@pytest.mark.parametrize("command", [EXTRAPOLATE, MERGE], ids=["two models", "three models"])
+def test_a_hundred_thousand_tensors(tmp_path: Path, command: Sequence[str]) -> None:
+    assert peak(tmp_path / "many", MANY, command) < 250e6

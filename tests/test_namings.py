@@ -162,7 +162,7 @@ def test_extrapolated(naming: str, turned: bool, tmp_path: Path, monkeypatch: py
     assert mergekit_lite.verify("out", samples="all").findings == ()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.sampled_from(["model", "module", "layers", "encoder", "x"]), min_size=1, max_size=3).map(".".join))
 def test_a_beginning_changes_no_byte(beginning: str) -> None:
     with TemporaryDirectory() as folder:

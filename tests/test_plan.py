@@ -138,7 +138,7 @@ def test_layout_is_aligned_and_shards_keep_the_limit(tmp_path: Path) -> None:
     for file in plan.layout.files:
         assert len(file.tensors) == 1 or sum(tensor.nbytes for tensor in file.tensors) <= 600
         for tensor in file.tensors:
-            _, offset = plan.layout.places[tensor.name]
+            _, offset = plan.layout.place(tensor.name)
             assert offset % sft[tensor.name].element_size() == 0
 
 

@@ -32,7 +32,7 @@ def pair(folder: Path, sft: State, aligned: State) -> tuple[Path, Path]:
     return folder / "sft.safetensors", folder / "aligned.safetensors"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**31), count=st.integers(1, 3000))
 def test_alpha_0_and_minus_1_give_the_inputs_bytes(dtype: torch.dtype, seed: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -44,7 +44,7 @@ def test_alpha_0_and_minus_1_give_the_inputs_bytes(dtype: torch.dtype, seed: int
         assert same_bytes(read_folder(folder / "out-1")["w"], sft)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3),
     alpha=st.floats(-2, 30).filter(lambda alpha: abs(alpha) > 1e-3),

@@ -230,5 +230,6 @@ def write(prepared: Prepared, params: Params, progress: Progress | None = None) 
         threads=request.threads,
         resume=True,
         force=request.force,
+        sync=request.sync,
         progress=progress,
     )

@@ -69,6 +69,7 @@ class BoostOptions(TypedDict, total=False):
         threads: that set weights; one for each core by default.
         device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto``.
         force: replace an existing output.
+        sync: bring the output to the disk before it gets its name, as in ``run``.
     """
 
     tune: Sequence[str]
@@ -108,6 +109,7 @@ class BoostOptions(TypedDict, total=False):
     threads: int | None
     device: str
     force: bool
+    sync: bool
 
 
 def request_of(

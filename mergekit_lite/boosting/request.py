@@ -79,6 +79,7 @@ class Request:
     threads: int | None = None
     study: Path | None = None
     force: bool = False
+    sync: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)  # of plan_extrapolation
 
     @property

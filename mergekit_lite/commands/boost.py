@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from mergekit_lite.commands import values
+from mergekit_lite.commands import running, values
 
 if TYPE_CHECKING:
     from mergekit_lite.boosting.options import BoostOptions
@@ -121,6 +121,7 @@ Examples:
 @click.option("--threads", type=int, help="That set weights; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
+@running.takes_sync
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors, warnings and the verdict only.")

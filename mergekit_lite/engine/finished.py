@@ -41,7 +41,7 @@ def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:
         for path, file in zip(paths, plan.layout.files, strict=True):
             with path.open("rb") as content:
                 for tensor in file.tensors:
-                    content.seek(plan.layout.places[tensor.name][1])
+                    content.seek(plan.layout.place(tensor.name)[1])
                     if _digest(content, jobs[tensor.name]) != manifest["tensors"][tensor.name]["output"]:
                         return False
     except (OSError, UnreadableError, LookupError, TypeError, ValueError):  # missing files, or a manifest that changed

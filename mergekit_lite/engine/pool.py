@@ -115,7 +115,10 @@ class Pool:
 
 @contextmanager
 def tuned_process(with_torch: bool = True) -> Iterator[None]:
-    """Tune the process to its workers: freed memory kept, many files allowed, one thread for each call of torch."""
+    """Tune the process to its workers: freed memory kept, many files allowed, one thread for each call of torch.
+
+    What planning freed is given back first.
+    """
     _keep_freed_memory()
     _allow_many_files()
     if not with_torch:
@@ -148,6 +151,7 @@ def _keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 

@@ -111,9 +111,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         if not options.get("allow_nonfinite", False):
             _refuse_nonfinite(plan, workspaces)
         for v, workspace in workspaces.items():
-            records = workspace.journal.records
-            made[v] = report(plan, v, records)
-            digests = TensorDigests(plan, records)
+            made[v] = report(plan, v, workspace.journal)
+            digests = TensorDigests(plan, workspace.journal)
             with workspace.adding_companions() as folder_of_result:
                 write_companions(plan, v, folder_of_result, kind_of(devices[0]), made[v].to_json(), digests)
             workspace.publish(force=force, sync=sync)
@@ -160,7 +159,8 @@ def _check_inputs(plan: Plan) -> None:
 def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, OutputWorkspace]) -> None:
     found: dict[str, None] = {}
     for workspace in workspaces.values():
-        for record in workspace.journal.records.values():
+        for key in workspace.journal.bad:
+            record = workspace.journal[key]
             job = plan.jobs[record.job]
             for number in record.bad:
                 where = (

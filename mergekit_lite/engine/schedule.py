@@ -100,7 +100,7 @@ class Schedule:
         of_file: dict[int, list[list[Span]]] = {}
         for of_job in spans(self.plan, self.only):
             for unit in [of_job] if self._gathers(of_job) else [[span] for span in of_job]:
-                of_file.setdefault(self.plan.layout.places[unit[0].job.name][0], []).append(unit)
+                of_file.setdefault(self.plan.layout.place(unit[0].job.name)[0], []).append(unit)
         tasks = [list(joined(units, self.most, lambda span: span.end - span.begin)) for units in of_file.values()]
         return by_turns(tasks, self.pool.workers)
 

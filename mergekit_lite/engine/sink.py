@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator, MutableMapping
 from typing import Protocol
 
-from mergekit_lite.output.journal import Record, RecordTable
+from mergekit_lite.output.journal import Record
+
+MOST_ELEMENTS = 1 << 48  # of a tensor
 
 
 class Sink(Protocol):
@@ -24,6 +28,36 @@ class Sink(Protocol):
 
     def done(self, record: Record) -> None:
         """Take note that all of a span's bytes are written."""
+
+
+class RecordTable(MutableMapping[tuple[int, int], Record]):
+    """Records by job and first element, each pickled: as objects they would take three times the memory.
+
+    For the same reason a key is kept as one number.
+    """
+
+    def __init__(self) -> None:
+        self._pickled: dict[int, bytes] = {}
+
+    def __getitem__(self, key: tuple[int, int]) -> Record:
+        return Record(*pickle.loads(self._pickled[_one_number(key)]))
+
+    def __setitem__(self, key: tuple[int, int], record: Record) -> None:
+        self._pickled[_one_number(key)] = pickle.dumps(tuple(record), pickle.HIGHEST_PROTOCOL)
+
+    def __delitem__(self, key: tuple[int, int]) -> None:
+        del self._pickled[_one_number(key)]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (divmod(number, MOST_ELEMENTS) for number in self._pickled)
+
+    def __len__(self) -> int:
+        return len(self._pickled)
+
+
+def _one_number(key: tuple[int, int]) -> int:
+    job, begin = key
+    return job * MOST_ELEMENTS + begin
 
 
 class Records:

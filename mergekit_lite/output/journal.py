@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from mergekit_lite.errors import RunError, listing
-from mergekit_lite.output.working_folder import NEW_JOURNAL, open_own, write_own
+from mergekit_lite.errors import GOES_ON, RunError, listing
+from mergekit_lite.output.working_folder import NEW_JOURNAL, open_own
 
 LONGEST_LINE = 1 << 26  # bytes; the head of a run with a hundred thousand input files is shorter
-MOST_ELEMENTS = 1 << 48  # of a tensor
 LARGEST = 1 << 32  # bytes of a whole journal
+PIECE = 1 << 10  # bytes read back at once; nearly all lines are shorter
+SEALED = len(', "0123456789abcdef"]\n')  # bytes; of what a seal adds to a record's text
 
 
 class Record(NamedTuple):
@@ -40,75 +41,93 @@ class Record(NamedTuple):
     squared_error: Sequence[float] = ()  # of FP8: the sums of squares of what quantising changed, and of the values
 
 
-class RecordTable(MutableMapping[tuple[int, int], Record]):
-    """Records by job and first element, each pickled: as objects they would take three times the memory.
-
-    For the same reason a key is kept as one number.
-    """
-
-    def __init__(self) -> None:
-        self._pickled: dict[int, bytes] = {}
-
-    def __getitem__(self, key: tuple[int, int]) -> Record:
-        return Record(*pickle.loads(self._pickled[_one_number(key)]))
-
-    def __setitem__(self, key: tuple[int, int], record: Record) -> None:
-        self._pickled[_one_number(key)] = pickle.dumps(tuple(record), pickle.HIGHEST_PROTOCOL)
-
-    def __delitem__(self, key: tuple[int, int]) -> None:
-        del self._pickled[_one_number(key)]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return (divmod(number, MOST_ELEMENTS) for number in self._pickled)
-
-    def __len__(self) -> int:
-        return len(self._pickled)
-
-
-def _one_number(key: tuple[int, int]) -> int:
-    job, begin = key
-    return job * MOST_ELEMENTS + begin
-
-
-class Journal:
+class Journal(Mapping[tuple[int, int], Record]):
     """The journal of one output, open for appending from many threads; started where there is none.
 
-    ``sources`` are path, size and time of every input file. Raises RunError where the journal belongs to another plan,
-    or an input changed.
+    It maps the job and the first element of each finished span to its record. The records are in the file alone: in
+    memory is where the line of each begins, eight bytes for each tensor and some for each further span of a large one,
+    and ``bad``, which are those that tell of NaN or infinity.
+    ``sources`` are path, size and time of every input file; ``tensors`` is the number of the plan's jobs.
+    Raises RunError where the journal belongs to another plan, an input changed, or a line can't be read back.
     """
 
-    def __init__(self, path: Path, plan_digest: str, sources: Sequence[tuple[str, int, int]]) -> None:
+    def __init__(self, path: Path, plan_digest: str, sources: Sequence[tuple[str, int, int]], tensors: int) -> None:
         head = {"plan": plan_digest, "sources": [list(source) for source in sources]}
+        self.path = path
         self.plan_digest = plan_digest
-        self.records = RecordTable()
+        self._first = array("Q", bytes(8 * tensors))  # where the line of a tensor's first span begins; 0 for none
+        self._further: dict[tuple[int, int], int] = {}  # the same of spans that begin at a later element
+        self.bad: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         lines = _lines(path)
         if (first_line := next(lines, None)) is not None:
             _check_head(path, _parsed(first_line), head)
-        for line in lines:
-            if (record := _record(_parsed(line), plan_digest)) is not None:
-                self.records[record.job, record.begin] = record
         # Rewritten, not appended to: after a torn line the next one would be unreadable.
         temporary = path.with_name(NEW_JOURNAL)
-        text = json.dumps(head) + "\n" + "".join(map(self._line, self.records.values()))
-        write_own(temporary, text.encode())
+        with os.fdopen(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+            self._end = file.write(json.dumps(head).encode() + b"\n")
+            for line in lines:
+                if (record := _sealed_record(line, plan_digest)) is not None and record.job < tensors:
+                    self._note(record, self._end)
+                    self._end += file.write(line)
         temporary.replace(path)
-        self._descriptor = open_own(path, os.O_WRONLY | os.O_APPEND)
+        self._descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
 
     def add(self, record: Record) -> None:
         """Append a finished span. Raises OSError."""
-        line = self._line(record).encode()
+        line = _sealed(json.dumps(record).encode(), self.plan_digest)
         with self._lock:
+            place = self._end
             while line:
-                line = line[os.write(self._descriptor, line) :]
-            self.records[record.job, record.begin] = record
+                written = os.write(self._descriptor, line)
+                self._end += written
+                line = line[written:]
+            self._note(record, place)
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self._first = array("Q", bytes(8 * len(self._first)))
+        self._further.clear()
+        self.bad.clear()
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
 
-    def _line(self, record: Record) -> str:
-        return json.dumps([*record, _seal(record, self.plan_digest)]) + "\n"
+    def __getitem__(self, key: tuple[int, int]) -> Record:
+        job, begin = key
+        place = self._further[key] if begin else self._first[job]
+        if not place:
+            raise KeyError(key)
+        if (text := _unsealed(self._line(place), self.plan_digest)) is None:
+            raise RunError(f"{self.path}: was changed while the run went on. {GOES_ON}")
+        return Record(*json.loads(text))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        yield from ((job, 0) for job, place in enumerate(self._first) if place)
+        yield from self._further
+
+    def __len__(self) -> int:
+        return sum(map(bool, self._first)) + len(self._further)
+
+    def _note(self, record: Record, place: int) -> None:
+        """Note where a record's line begins."""
+        note_or_forget = self.bad.add if record.bad else self.bad.discard
+        note_or_forget((record.job, record.begin))
+        if record.begin:
+            self._further[record.job, record.begin] = place
+        else:
+            self._first[record.job] = place
+
+    def _line(self, place: int) -> bytes:
+        """Return the line that begins at a byte of the file. Raises RunError."""
+        line = b""
+        try:
+            while not line.endswith(b"\n") and (piece := os.pread(self._descriptor, PIECE, place + len(line))):
+                line += piece[: piece.find(b"\n") + 1 or None]
+        except OSError as error:
+            raise RunError(f"{self.path}: can't be read back: {error.strerror}. {GOES_ON}") from error
+        return line
 
 
 def plan_of(path: Path) -> str | None:
@@ -145,22 +164,23 @@ def _check_head(path: Path, first_line: object, head: dict[str, Any]) -> None:
         raise RunError(listing(title, changed))
 
 
-def _record(fields: object, plan_digest: str) -> Record | None:
-    """Return the record of a line's fields; None where they aren't what a run of this plan wrote."""
-    if not isinstance(fields, list) or len(fields) != len(Record._fields) + 1:
+def _sealed_record(line: bytes, plan_digest: str) -> Record | None:
+    """Return the record that a line holds; None where it isn't what a run of this plan wrote."""
+    fields = _parsed(_unsealed(line, plan_digest) or b"")
+    if not isinstance(fields, list) or len(fields) != len(Record._fields):
         return None
-    *values, seal = fields
-    record = Record(*values)
+    record = Record(*fields)
     numbers = [(record.sums, float), (record.bad, int), (record.coefficients, float)]
     numbers.append((record.squared_error, float))
     is_typed = (
         _are((record.job, record.begin), int)
+        and record.job >= 0
         and _are((record.output,), str)
         and isinstance(record.inputs, list)
         and _are(record.inputs, str)
         and all(isinstance(values, list) and _are(values, kind) for values, kind in numbers)
     )
-    return record if is_typed and seal == _seal(record, plan_digest) else None
+    return record if is_typed else None
 
 
 def _are(values: Sequence[object], kind: type) -> bool:
@@ -169,8 +189,19 @@ def _are(values: Sequence[object], kind: type) -> bool:
     return all(isinstance(value, kinds) and not isinstance(value, bool) for value in values)
 
 
-def _seal(record: Record, plan_digest: str) -> str:
-    return xxhash.xxh3_64_hexdigest(f"{plan_digest} {json.dumps(record)}".encode())
+def _sealed(text: bytes, plan_digest: str) -> bytes:
+    """Return the line of a record, which is given as the text of a JSON array: with its seal as the last member."""
+    return b'%b, "%b"]\n' % (text[:-1], _seal(text, plan_digest))
+
+
+def _unsealed(line: bytes, plan_digest: str) -> bytes | None:
+    """Return the text that ``_sealed`` made a line of; None where it made none of it for this plan."""
+    text = line[:-SEALED] + b"]"
+    return text if line == _sealed(text, plan_digest) else None
+
+
+def _seal(text: bytes, plan_digest: str) -> bytes:
+    return xxhash.xxh3_64_hexdigest(f"{plan_digest} ".encode() + text).encode()
 
 
 def _parsed(line: bytes) -> object:

@@ -145,7 +145,7 @@ def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
 
 def frame_of(layout: Layout, path: Path, file: OutputFile) -> str:
     """Return the digest of what lies around the tensors of an output's file. Raises OSError or UnreadableError."""
-    places = [(layout.places[tensor.name][1], tensor.nbytes) for tensor in file.tensors]
+    places = [(layout.place(tensor.name)[1], tensor.nbytes) for tensor in file.tensors]
     return frame_digest(path, [(begin, begin + length) for begin, length in places])
 
 

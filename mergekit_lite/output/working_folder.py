@@ -142,12 +142,6 @@ def open_own(path: Path, flags: int) -> int:
     return descriptor
 
 
-def write_own(path: Path, data: bytes) -> None:
-    """Write a file of a working folder anew. Raises OSError, and RunError as ``open_own``."""
-    with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
-        file.write(data)
-
-
 @contextmanager
 def as_run_errors(path: Path) -> Iterator[None]:
     """Turn what the system refuses into RunError; ``path`` is what it concerns."""

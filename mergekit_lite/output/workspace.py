@@ -55,7 +55,7 @@ class OutputWorkspace:
         self._targets: list[FileWriter] = []
         self._times = WriteTimes()
         with as_run_errors(folder.path):
-            self.journal = Journal(folder.journal, digest, sources)
+            self.journal = Journal(folder.journal, digest, sources, len(layout.places))
             try:
                 self.result.mkdir(exist_ok=True)
                 folder.check_result(self._names)
@@ -71,7 +71,7 @@ class OutputWorkspace:
         if path.parent != self.result:
             path.parent.mkdir(exist_ok=True, parents=True)
         if not _is_whole(path, file.size):
-            self.journal.records.clear()
+            self.journal.clear()
             path.unlink(missing_ok=True)
             if self.layout.nest is not None:
                 with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT), "wb") as skeleton:
@@ -91,22 +91,22 @@ class OutputWorkspace:
 
         Memory that lies as many bytes after the start of a page is written without a copy.
         """
-        return (self.layout.places[tensor][1] + offset) % PAGE
+        return (self.layout.place(tensor)[1] + offset) % PAGE
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor, from its byte ``offset`` on. Raises RunError (disk full, file limit, I/O error)."""
-        number, start = self.layout.places[tensor]
+        number, start = self.layout.place(tensor)
         with as_run_errors(self.result / self.layout.files[number].name):
             self._targets[number].write(start + offset, data)
 
     def read(self, tensor: str, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` with what an earlier run wrote; return False where the file ends before."""
-        number, start = self.layout.places[tensor]
+        number, start = self.layout.place(tensor)
         return self._targets[number].read(start + offset, buffer)
 
     def record(self, job: int, begin: int) -> Record | None:
         """Return an earlier run's record of a span, or None."""
-        return self.journal.records.get((job, begin))
+        return self.journal.get((job, begin))
 
     def done(self, record: Record) -> None:
         """Record that a span's bytes are written. Raises RunError."""

@@ -15,7 +15,6 @@ from mergekit_lite.methods import METHODS
 from mergekit_lite.planning.matching import MissingError, output_dtype, shared_elements
 from mergekit_lite.planning.plan import Job
 from mergekit_lite.recipe import Numbers, Output, Recipe
-from mergekit_lite.recipe.layers import Input
 from mergekit_lite.recipe.rules import Spot
 
 Arguments = Mapping[str, Any]
@@ -57,16 +56,17 @@ class Jobs:
         """
         if not tied_weights.may_be_tied(tensor.spot.name):
             return tensor
-        inputs = {each.source: each for each in tensor.inputs}
+        spots = dict(tensor.inputs)
         base = self.recipe.slices[tensor.part].base
         for index, model in enumerate(self.parts[tensor.part]):
             embedding = tied_weights.tied_to(tensor.spot.name, self.inputs[model].tensors)
-            if index not in inputs and embedding is not None and (not self.continues or index == base):
-                inputs[index] = Input(index, Spot(embedding.name))
+            if index not in spots and embedding is not None and (not self.continues or index == base):
+                spots[index] = Spot(embedding.name)
                 reference = self.inputs[model].reference
                 if tied_weights.is_head(tensor.spot.name):
                     self.tied.append(f"{reference} ties {tensor.spot.name} to {embedding.name}, other models don't")
-        return tensor._replace(inputs=tuple(inputs[index] for index in sorted(inputs)))
+        sources = tuple(sorted(spots))
+        return tensor._replace(sources=sources, spots=tuple(map(spots.__getitem__, sources)))
 
     def job(self, tensor: Output, numbers: Sequence[Numbers | None]) -> Job:
         """Return the job of one output tensor; ``numbers`` are for each output of the plan, None where it is copied.
@@ -74,7 +74,7 @@ class Jobs:
         Raises LeftOutError, WrongNumbersError, and MismatchError where the models' tensors don't fit together.
         """
         part, name, models = self.recipe.slices[tensor.part], tensor.spot.name, self.parts[tensor.part]
-        specs = {each.source: self.inputs[models[each.source]].tensors[each.spot.name] for each in tensor.inputs}
+        specs = {source: self.inputs[models[source]].tensors[spot.name] for source, spot in tensor.inputs}
         lead = self._lead(tensor, specs)
         spec = specs[lead]
         asked = self.recipe.out_dtype or self.recipe.dtype

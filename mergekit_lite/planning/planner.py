@@ -289,9 +289,10 @@ def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequ
     for tensor in tensors:
         if tensor.spot.layer is not None:
             base = recipe.slices[tensor.part].base
-            origin = next((each for each in tensor.inputs if each.source == base), tensor.inputs[0])
-            assert origin.spot.layer is not None
-            origins[tensor.spot.layer] = (parts[tensor.part][origin.source], origin.spot.layer)
+            source = base if base is not None and base in tensor.sources else tensor.sources[0]
+            layer = dict(tensor.inputs)[source].layer
+            assert layer is not None
+            origins[tensor.spot.layer] = (parts[tensor.part][source], layer)
     return [origins[layer] for layer in range(layers)]
 
 

@@ -39,20 +39,19 @@ class Place(NamedTuple):
     rest: str
 
 
-class Input(NamedTuple):
-    """A tensor of one of a slice's sources."""
-
-    source: int
-    spot: Spot
-
-
 class Output(NamedTuple):
-    """A tensor of the output."""
+    """A tensor of the output, and the tensors of its slice's sources that it is made of."""
 
     spot: Spot  # its name and layer in the output
     part: int  # which slice it is from
     t: Fraction  # where it stands along the gradients of its slice
-    inputs: tuple[Input, ...]  # in the order of the slice's sources; a source without such a tensor is left out
+    sources: tuple[int, ...]  # those that have such a tensor, in their order
+    spots: tuple[Spot, ...]  # name and layer of each source's tensor
+
+    @property
+    def inputs(self) -> tuple[tuple[int, Spot], ...]:
+        """Each source with the name and the layer of its tensor."""
+        return tuple(zip(self.sources, self.spots, strict=True))
 
 
 class Outputs(NamedTuple):
@@ -141,17 +140,19 @@ def _merged(part: Slice, names: Mapping[str, Sequence[str]], first: str, promise
         for stack, seen in lengths.items()
         if len(seen) > 1
     ]
+    one: dict[tuple[int, ...], tuple[int, ...]] = {}  # the same tuple for the same sources: most tensors are in all
     having: dict[str, tuple[int, ...]] = {}
     for index in order:
         for name in names[part.sources[index].model]:
-            having[name] = (*having.get(name, ()), index)
+            sources = tuple(sorted((*having.get(name, ()), index)))
+            having[name] = one.setdefault(sources, sources)
     tensors = []
     for name, sources in having.items():
         at = places.pop(name)
         length = next(iter(lengths[at.stack])) if at and at.stack in lengths else 0
         spot = Spot(name, at.layer if at and length else None)
         t = depth(spot.layer, max(length, spot.layer + 1)) if spot.layer is not None else Fraction(0)
-        tensors.append(Output(spot, 0, t, tuple(Input(index, spot) for index in sorted(sources))))
+        tensors.append(Output(spot, 0, t, sources, (spot,) * len(sources)))
     return Outputs(tuple(tensors), None, tuple(problems))
 
 
@@ -198,13 +199,16 @@ def _stacked(slices: Sequence[Slice], names: Mapping[str, Sequence[str]]) -> Out
         ranges = [_range(source, known[source.model]) for source in part.sources]
         length = ranges[0][1] - ranges[0][0]
         for layer in range(length):
-            rests: dict[str, list[Input]] = {}
+            rests: dict[str, dict[int, Spot]] = {}
             for index, source in enumerate(part.sources):
                 at = ranges[index][0] + layer
                 for rest in known[source.model].layers[at]:
-                    rests.setdefault(rest, []).append(Input(index, Spot(_name(stack, at, rest), at)))
+                    rests.setdefault(rest, {})[index] = Spot(_name(stack, at, rest), at)
             t, at = depth(layer, length), total + layer
-            tensors += [Output(Spot(_name(stack, at, rest), at), number, t, tuple(of)) for rest, of in rests.items()]
+            tensors += [
+                Output(Spot(_name(stack, at, rest), at), number, t, tuple(of), tuple(of.values()))
+                for rest, of in rests.items()
+            ]
         total += length
     tensors += _outside(slices[-1], len(slices) - 1, known, behind=True)
     return Outputs(tuple(tensors), total, ())
@@ -248,12 +252,12 @@ def _beyond(source: Source, layered: _Layered) -> list[str]:
 
 
 def _outside(part: Slice, number: int, known: Mapping[str, _Layered], behind: bool) -> list[Output]:
-    having: dict[str, list[Input]] = {}
+    having: dict[str, dict[int, Spot]] = {}
     for index, source in enumerate(part.sources):
         for name in known[source.model].others:
             if is_behind(name) == behind:
-                having.setdefault(name, []).append(Input(index, Spot(name)))
-    return [Output(Spot(name), number, Fraction(0), tuple(inputs)) for name, inputs in having.items()]
+                having.setdefault(name, {})[index] = Spot(name)
+    return [Output(Spot(name), number, Fraction(0), tuple(of), tuple(of.values())) for name, of in having.items()]
 
 
 def is_behind(name: str) -> bool:

@@ -95,7 +95,7 @@ class _Resolving:
             return given
 
         shared: dict[str, Value | None] = {}
-        per_model: list[dict[str, Value | None]] = [{} for _ in output.inputs]
+        per_model: list[dict[str, Value | None]] = [{} for _ in output.sources]
         for key, parameter in method.parameters.items():
             if not parameter.each:
                 shared[key] = value(key, parameter, [*above, *below], output.spot, "")

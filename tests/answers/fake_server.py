@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -54,7 +54,8 @@ class Fake:
     asked: Counter[str] = field(default_factory=Counter)
     given: Counter[Trouble] = field(default_factory=Counter)
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
-    open: int = 0
+    answered_for: Counter[str] = field(default_factory=Counter)  # by the key that came with the request
+    open: int = 0  # requests that have come, and whose reply has not begun
     most_open: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     poured: int = 0  # bytes of floods
@@ -81,19 +82,15 @@ class _Handler(BaseHTTPRequestHandler):
             fake.headers.append({key.lower(): value for key, value in self.headers.items()})
             fake.open += 1
             fake.most_open = max(fake.most_open, fake.open)
-        try:
-            fake.on_request(text)
-            if (refusal := fake.refuses(body)) is not None:
-                self._send(
-                    400, json.dumps({"error": {"message": refusal} if isinstance(refusal, str) else refusal}).encode()
-                )
-            else:
+        fake.on_request(text)
+        with fake.lock:
+            fake.open -= 1  # before the reply: who has got it may ask again at once
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client was killed
+            if (refusal := fake.refuses(body)) is None:
                 self._reply(trouble, text, body)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client was killed
-        finally:
-            with fake.lock:
-                fake.open -= 1
+            else:
+                error = {"message": refusal} if isinstance(refusal, str) else refusal
+                self._send(400, json.dumps({"error": error}).encode())
 
     def _reply(self, trouble: Trouble, text: str, body: dict[str, Any]) -> None:
         fake = self.fake
@@ -137,6 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             if trouble is None:
                 with fake.lock:
                     fake.answered[text, body.get("seed", 0)] += 1
+                    fake.answered_for[self.headers.get("Authorization", "").removeprefix("Bearer ")] += 1
             self._send(200, reply, cut=trouble == "cut")
 
     def _pour(self, piece: bytes, pause: float) -> None:

@@ -155,9 +155,16 @@ def test_a_server_that_was_given_up_is_not_waited_for(monkeypatch: pytest.Monkey
     assert server.failures.stopped and time.monotonic() - started < 30
 
 
-def test_no_more_requests_are_open_than_allowed() -> None:
+def test_as_many_requests_are_open_as_allowed() -> None:
+    """None is answered before five are open; a sixth would come while they wait a little longer."""
+    meeting = threading.Barrier(5, timeout=60)
+
+    def together(text: str) -> None:
+        meeting.wait()
+        time.sleep(0.01)
+
     with fake_server() as fake:
-        fake.on_request = lambda text: time.sleep(0.01)
+        fake.on_request = together
         found = replies(server_of(fake, concurrency=5), questions([f"q{n}" for n in range(40)]))
     assert len(found) == 40 and fake.most_open == 5
 

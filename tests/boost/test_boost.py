@@ -67,12 +67,15 @@ def test_the_chosen_model_is_the_one_that_extrapolate_makes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(models)
+    synced: list[Path] = []
+    monkeypatch.setattr("mergekit_lite.output.workspace.sync_tree", synced.append)
     out = tmp_path / "out"
-    arguments = ["--score", "pairs", "--search", "grid", "--grid", "8,16", "-o", out, "--json"]
+    arguments = ["--score", "pairs", "--search", "grid", "--grid", "8,16", "-o", out, "--json", "--sync"]
     said = command("sft", "dpo", "--pairs", "pairs.jsonl", *arguments)
     assert said.exit_code == 0, said.stderr
     told = json.loads(said.stdout)
     assert told["chosen"] and told["output"] == str(out)
+    assert len(synced) == 1
     made = tree_bytes(out)
     extrapolate("sft", "dpo", out, told["chosen"]["alpha"], force=True)
     assert made == tree_bytes(out)
@@ -247,7 +250,7 @@ def test_kl_is_estimated_from_the_same_first_items_of_every_candidate(models: Pa
             assert compared == (set(items[2:7]) if alpha else set())
 
 
-@pytest.mark.parametrize("held_out", [0.5, 0.3])
+@pytest.mark.parametrize("held_out", [pytest.param(0.5, marks=pytest.mark.slow), 0.3])
 def test_no_answer_is_made_that_is_not_wanted(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: float
 ) -> None:

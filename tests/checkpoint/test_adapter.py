@@ -79,7 +79,7 @@ def read(spec: TensorSpec, start: int, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("turned", [False, True])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_any_cut_gives_the_same_bits(tmp_path_factory, turned, data):
     rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     rank = data.draw(st.integers(1, 9))
@@ -334,7 +334,7 @@ def test_square_experts_are_turned_as_the_other_matrix_says(version, tmp_path):
 
 @pytest.mark.parametrize("kind", ["experts", "lengths", "tokens"])
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 def test_any_cut_of_other_terms_gives_the_same_bits(tmp_path_factory, kind, data):
     folder = tmp_path_factory.mktemp("cut")
     rows, columns = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))

@@ -126,7 +126,7 @@ MODEL = st.dictionaries(NAME, SHAPE, min_size=1, max_size=12)
 BEGINNING = st.lists(COMPONENT.filter(str.isalpha), min_size=1, max_size=2).map(lambda parts: ".".join(parts) + ".")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MODEL, BEGINNING)
 def test_a_beginning_put_before_all_names_pairs_the_same_tensors_or_none(model, beginning):
     for own, other in ((under(beginning, model), model), (model, under(beginning, model))):
@@ -136,7 +136,7 @@ def test_a_beginning_put_before_all_names_pairs_the_same_tensors_or_none(model, 
             assert new == truth[name] or new not in other
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MODEL, MODEL)
 def test_pairs_are_of_one_shape_and_names_stay_different(own, other):
     naming = match_names(own, other)

@@ -68,7 +68,7 @@ def refusal(folder: Path) -> str:
 BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_part_of_a_block_scaled_tensor_is_that_part_of_the_naive_whole(data):
     stack = data.draw(st.lists(st.integers(1, 3), max_size=1))

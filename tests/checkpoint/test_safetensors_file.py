@@ -40,7 +40,7 @@ tensors = st.dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(tensors, st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2))
 def test_any_file_of_the_library_reads_as_the_library_reads_it(expected, metadata):
     expected.pop("__metadata__", None)
@@ -55,7 +55,7 @@ def test_any_file_of_the_library_reads_as_the_library_reads_it(expected, metadat
             assert sorted(in_file_order) == sorted(opened.keys())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_part_is_that_part_of_the_whole(data):
     whole = tensor_of(data.draw(st.sampled_from(["bfloat16", "float32", "int64", "bool"])), (7, 11))

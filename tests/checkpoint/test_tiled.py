@@ -55,7 +55,7 @@ def stored(folder: Path, whole: torch.Tensor, blocks: list[Block], transposed: b
     return tiles
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cut(), st.booleans(), st.integers(1, 40), st.data())
 def test_any_run_of_elements_reads_as_of_the_whole(case, transposed, piece, data):
     shape, blocks = case
@@ -68,7 +68,7 @@ def test_any_run_of_elements_reads_as_of_the_whole(case, transposed, piece, data
         assert bits(spec.elements(reader, begin, count)) == bits(whole.flatten()[begin : begin + count])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cut(), st.data())
 def test_a_hole_or_an_overlap_is_found(case, data):
     shape, blocks = case

@@ -53,7 +53,7 @@ def views(draw) -> torch.Tensor:
     return tensor
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.dictionaries(st.text("abc.", min_size=1, max_size=6).map("{}.mask".format), views(), min_size=1, max_size=5),
     st.integers(0, 2),
@@ -70,7 +70,7 @@ def test_any_view_reads_as_torch_loads_it(tensors, depth):
         assert_reads_as(path, loaded)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_part_of_a_strided_tensor_is_that_part_of_the_whole(data):
     whole = torch.arange(5 * 6 * 7).view(5, 6, 7).permute(data.draw(st.permutations(range(3))))[:, 1:, ::2]

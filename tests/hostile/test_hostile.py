@@ -159,7 +159,7 @@ def damaged(draw, sound: bytes, within: int | None = None) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(damaged(make_hostile.GOOD))
 def test_any_damage_to_a_safetensors_file_is_success_or_a_clear_error(content):
     checkpoint = opened("x.safetensors", content)
@@ -167,7 +167,7 @@ def test_any_damage_to_a_safetensors_file_is_success_or_a_clear_error(content):
         assert sum(spec.nbytes for spec in checkpoint.tensors.values()) <= len(content)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_success_or_a_clear_error(content):
     opened("x.safetensors", len(content).to_bytes(8, "little") + content)
@@ -186,13 +186,13 @@ def torch_file() -> bytes:
 TORCH_FILE = torch_file()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(damaged(TORCH_FILE))
 def test_any_damage_to_a_torch_file_is_success_or_a_clear_error(content):
     opened("x.pt", content)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.data())
 def test_any_damage_to_a_pickle_is_success_or_a_clear_error(data):
     """The damage is inside the pickle and the zip around it sound, so that it is the loader that meets it."""

@@ -272,7 +272,7 @@ def test_pickles_that_ask_for_much_get_nothing(folder, pickled):
     tracemalloc.stop()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 7000), st.integers(0, 255)), min_size=1, max_size=3))
 def test_changed_bytes_are_refused_or_harmless(folder, changes):
     """Whatever bytes of the metadata are changed: they still describe the weights, or there is one clear error."""

@@ -151,7 +151,7 @@ def test_another_base_is_refused_though_shapes_fit(place: Path) -> None:
         open_checkpoint(f"{place / 'base'}+{path}")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data(), form=st.sampled_from(sorted(FORMATS)))
 def test_damaged_anywhere_it_is_refused_or_read(data: st.DataObject, form: str, place: Path) -> None:
     content = bytearray((place / f"{form}.safetensors").read_bytes())

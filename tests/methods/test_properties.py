@@ -86,7 +86,7 @@ def test_nothing_is_special_about_methods_that_are_gone() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(IDENTITY))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=seeds)
 def test_identical_models_give_themselves(method: str, seed: int) -> None:
     count = models_of(method)
@@ -111,7 +111,7 @@ def test_all_inputs_the_same_give_it_to_the_bit(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", SYMMETRIC)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=seeds, order=st.permutations(range(3)))
 def test_order_of_models_does_not_matter(method: str, seed: int, order: list[int]) -> None:
     base, *models = drawn(seed, models_of(method), dtype=torch.float32)
@@ -122,7 +122,7 @@ def test_order_of_models_does_not_matter(method: str, seed: int, order: list[int
 
 
 @pytest.mark.parametrize("method", ["sce", "varm"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=seeds, power=st.integers(-20, 20))
 def test_scaling_all_deltas_leaves_coefficients(method: str, seed: int, power: int) -> None:
     _, *deltas = drawn(seed, 3, dtype=torch.float32)
@@ -133,7 +133,7 @@ def test_scaling_all_deltas_leaves_coefficients(method: str, seed: int, power: i
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - ABSOLUTE))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=seeds, power=st.integers(-30, 30))
 def test_scaling_the_models_scales_the_merge(method: str, seed: int, power: int) -> None:
     """To the bit: no threshold, draw or tolerance depends on how large the weights and the deltas are."""
@@ -202,7 +202,7 @@ def test_empty_tensors_stay_empty() -> None:
 # --- selection ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     method=st.sampled_from(["ties", "breadcrumbs", "sce"]),
     values=st.lists(st.integers(-4, 4), min_size=1, max_size=60),
@@ -230,7 +230,7 @@ def test_the_lowest_indices_of_a_tie_are_the_largest(
     assert torch.equal(merged, torch.tensor([delta[i] if i in chosen else 0.0 for i in range(count)]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, density=st.floats(0.01, 1), coarse=st.booleans(), method=st.sampled_from(["ties", "breadcrumbs"]))
 def test_global_trim_is_that_of_the_model_in_one_piece(seed: int, density: float, coarse: bool, method: str) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -140,8 +140,8 @@ def test_frankenmerge() -> None:
         (1, "model.layers.1.mlp.up_proj.weight", 1),
     ]
     before, behind = by_name["model.embed_tokens.weight"], by_name["lm_head.weight"]
-    assert (before.part, before.t, len(before.inputs)) == (0, 0, 1)
-    assert (behind.part, behind.t, len(behind.inputs)) == (
+    assert (before.part, before.t, len(before.sources)) == (0, 0, 1)
+    assert (behind.part, behind.t, len(behind.sources)) == (
         1,
         0,
         2,
@@ -151,7 +151,7 @@ def test_frankenmerge() -> None:
 def test_a_layer_may_come_twice() -> None:
     made = outputs([Slice((Source("a", (0, 2)),)), Slice((Source("a", (1, 2)),))], {"a": llama(2)})
     assert made.layers == 3
-    assert [o.inputs[0].spot.layer for o in made.tensors if o.spot.name.endswith("q_proj.weight")] == [0, 1, 1]
+    assert [o.spots[0].layer for o in made.tensors if o.spot.name.endswith("q_proj.weight")] == [0, 1, 1]
     assert [o.t for o in made.tensors if o.spot.name.endswith("q_proj.weight")] == [0, 1, 1]
 
 
@@ -200,7 +200,7 @@ def test_every_tensor_is_accounted_for(data: st.DataObject) -> None:
     wanted = [layer for start, end in ranges for layer in range(start, end)]
     assert made.layers == len(wanted)
     inside = [output for output in made.tensors if output.spot.layer is not None]
-    assert [(o.spot.layer, o.inputs[0].spot.layer) for o in inside] == [
+    assert [(o.spot.layer, o.spots[0].layer) for o in inside] == [
         (new, old) for new, old in enumerate(wanted) for _ in RESTS
     ]
     assert sorted(o.spot.name for o in made.tensors) == sorted(llama(len(wanted)))

@@ -104,7 +104,7 @@ def test_orcamini_platy() -> None:
         merge_method: passthrough
         dtype: float16
     """, 40)  # fmt: skip
-    from_layer = {o.spot.layer: (o.part, o.inputs[0].spot.layer) for o in made if o.spot.layer is not None}
+    from_layer = {o.spot.layer: (o.part, o.spots[0].layer) for o in made if o.spot.layer is not None}
     assert from_layer == {n: (0, n) if n < 24 else (1, n - 4) for n in range(44)}
     assert {o.spot.name: o.part for o in made if o.spot.layer is None} == {
         "model.embed_tokens.weight": 0, "model.norm.weight": 1, "lm_head.weight": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
@@ -65,7 +65,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # the inputs take longer than what is tested
 @given(recipes())
 def test_what_is_written_is_read_back(recipe: Recipe) -> None:
     assert parse(to_yaml(as_data(recipe))) == recipe

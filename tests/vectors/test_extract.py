@@ -59,7 +59,7 @@ def test_dense_gives_the_tuned_model_back_to_the_bit(dtype: torch.dtype, close: 
     assert_same(read_folder(tmp_path / "out"), expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

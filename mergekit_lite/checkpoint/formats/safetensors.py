@@ -59,7 +59,7 @@ def read_header(path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise CheckpointError(f"{path}: __metadata__ in its header should map text to text.")
     start = LENGTH_BYTES + length
-    specs = [_spec(path, name, entry, start) for name, entry in entries.items()]
+    specs = [_spec(path, name, entries.pop(name), start) for name in list(entries)]  # an entry takes more than a spec
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
     _check_tiling(path, specs, start, total)
     return Header(WeightFile.identify(path, raw), {spec.name: spec for spec in specs}, metadata)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mergekit_lite.boosting.boosting import evaluator_of, search_and_write
+from mergekit_lite.boosting.measure import generators
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
@@ -162,6 +164,19 @@ def test_a_server_that_does_not_get_ready(
         list(evaluator.measure({"alpha": 0.0}, evaluator.items, frozenset(evaluator.items)))
     assert said in str(failed.value)
     assert not (tmp_path / "out.boost" / "serving").exists()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b'{"data": [{"id": "%b"}]}' % (b"x" * generators.LONGEST_REPLY), b"[" * 100_000, b'{"data": []}'],
+    ids=["endless", "deep", "empty"],
+)
+def test_a_list_of_models_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+    monkeypatch.setattr(generators, "urlopen", lambda *_, **__: BytesIO(reply))
+    log = tmp_path / "server.log"
+    log.write_text("waiting for requests")
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server, pytest.raises(RunError, match="nothing sound"):
+        generators._wait(server, "http://localhost", 0.1, log)
 
 
 @pytest.mark.parametrize(
