@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the same on a device."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Packed(**{name: part.to(device) if isinstance(part, Tensor) else part for name, part in fields.items()})
+        tensors = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **tensors)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -87,7 +87,8 @@ def packed(groups: Sequence[Sequence[Tokens]], share: bool = True) -> Packed:
     """
     ids: list[int] = []
     positions: list[int] = []
-    sizes, lengths = [], []
+    sizes: list[int] = []
+    lengths: list[int] = []
     taken: list[range] = []
     given: list[range] = []
     states: list[range] = []
@@ -161,11 +162,11 @@ def attend(
     if packed.taken is not None:
         query, key, value = (each.index_select(2, packed.taken) for each in (query, key, value))
     parts = []
-    for q, k, v in zip(*(each.split(packed.sizes, 2) for each in (query, key, value)), strict=True):
+    for q, k, v in zip(*(torch.split(each, packed.sizes, 2) for each in (query, key, value)), strict=True):
         size = q.shape[2]
         narrow = sliding_window is not None and size > sliding_window
         mask = _causal(size, sliding_window if narrow else None, q.device) if narrow or softcap is not None else None
-        if softcap is None:
+        if softcap is None or mask is None:
             parts.append(sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal=True)[0])
             continue
         groups = q.shape[1] // k.shape[1]

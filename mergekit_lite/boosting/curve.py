@@ -123,8 +123,7 @@ def _gains(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[flo
         axes.set_title(title, fontsize=10, loc="left", parse_math=False)
         if result.points:
             # Above the axes, as points may lie everywhere within.
-            place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2}
-            axes.legend(fontsize=7, frameon=False, **place)
+            axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
 
 
 def _marked(axes: Axes, result: Result, points: Sequence[Point], xs: Sequence[float]) -> None:

@@ -75,7 +75,9 @@ class TerminalReporter(Reporter):
         task = bars.add_task(what, total=total, completed=done, note="")
 
         def advance(more: int, note: str = "") -> None:
-            bars.update(task, advance=more, **({"note": note} if note else {}))
+            bars.update(task, advance=more)
+            if note:
+                bars.update(task, note=note)
 
         try:
             yield advance

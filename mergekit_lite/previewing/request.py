@@ -105,9 +105,8 @@ def prepare(request: Request) -> Prepared:
     models = tuple(model for model in every if any(factors[model.role]) or model.role in needed)
     check_memory(models, device)
     template = ChatTemplate(aligned.tokenizer)
-    if template.note:
-        notes.append(template.note)
     prompts = tuple(_tokens(prompt, request, template, models) for prompt in request.prompts)
+    notes += template.notes
     ends = frozenset().union(*(model.ends() for model in every))
     weights = tuple(factors[model.role] for model in models)
     return Prepared(request, aligned, models, weights, prompts, device, ends, tuple(notes))

@@ -61,7 +61,7 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
     model = loading.causal_model(name, place, OWN_CODE, config=config if dropout else without_dropout(config), **how)
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a form for generating only, in bfloat16
-            layer.support_avx512bf16_for_cpu = False
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010  # no attribute of a module that types know
     if not is_partitioned(model):
         check_head(model)
     make_savable(model.generation_config)
@@ -75,7 +75,7 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
 
 def unavailable(training: Training, stage: str) -> list[str]:
     """Return messages about what a training needs and this machine doesn't have, or its dtype doesn't allow."""
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+    from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     problems = []
     wanted = training.attn_implementation or ""
@@ -102,7 +102,7 @@ def loading_arguments(training: Training) -> dict[str, Any]:
     if training.lora is not None and training.lora.base is not None:
         from transformers import BitsAndBytesConfig
 
-        how["quantization_config"] = BitsAndBytesConfig(
+        how["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=training.lora.base,
             bnb_4bit_use_double_quant=True,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class ResponseTrainer(Trainer):
     def check_step(self, step: int, saved: bool) -> None:
         """Raise DivergedError where the loss of a step is not finite, or weights about to be ``saved`` are not."""
         self.watch.check_loss(step, self._added_up)
-        if saved:
+        if saved and self.model is not None:
             check_weights(step, self.model.parameters(), self._added_up)
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
@@ -157,7 +157,12 @@ class ResponseTrainer(Trainer):
         super().log(logs, *more, **named)
         if ("loss" in logs or held_out.LOSS in logs) and self.is_world_process_zero():
             epoch = self.rows.epochs * step / self.state.max_steps
-            row = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), **logs, "epoch": epoch}
+            row = {
+                "step": step,
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                **logs,
+                "epoch": epoch,
+            }
             # JSON has neither infinities nor NaN.
             row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
             with self.log_file.open("a", encoding="utf-8") as file:
@@ -235,13 +240,13 @@ class TrainingCallback(TrainerCallback):
         """Call ``begin``."""
         self.begin()
 
-    def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Call ``step``."""
         control.should_evaluate = self.step(state.global_step, control.should_save)
 
-    def on_log(self, *_: Any, logs: Mapping[str, float], **__: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Call ``logged``."""
-        self.logged(logs)
+        self.logged(kwargs["logs"])
 
 
 class SftTrainer(ResponseTrainer):

@@ -96,9 +96,10 @@ def told(figures: Mapping[str, Any]) -> str:
 
 def _local(weight: Parameter) -> Tensor:
     """Return this process's share of a weight."""
+    partitioned: Any = weight
     if hasattr(weight, "ds_tensor"):  # of ZeRO-3, filled up at its end to be as long as the others' shares
-        share = weight.ds_tensor.detach().flatten()
-        first = torch.distributed.get_rank(weight.ds_process_group) * share.numel()
-        return share[: max(0, weight.ds_numel - first)]
+        share: Tensor = partitioned.ds_tensor.detach().flatten()
+        first = torch.distributed.get_rank(partitioned.ds_process_group) * share.numel()
+        return share[: max(0, partitioned.ds_numel - first)]
     detached = weight.detach()
     return detached.to_local() if hasattr(detached, "to_local") else detached
