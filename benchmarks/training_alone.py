@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def peak() -> int:
 def ours(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
     """Train by ``mergekit_lite.distillation``."""
     from mergekit_lite.distillation.recipe.schema import Recipe
-    from mergekit_lite.distillation.reporter import Reporter
+    from mergekit_lite.distillation.reporter import Advance, Reporter
     from mergekit_lite.distillation.train import train
 
     watch = Watch()
@@ -56,8 +56,8 @@ def ours(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
 
     class Stamps(Reporter):
         @contextmanager
-        def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-            def advance(_: int) -> None:
+        def progress(self, what: str, total: int, done: int = 0) -> Iterator[Advance]:
+            def advance(more: int, note: str = "") -> None:
                 watch.stop(what.split()[0])
                 peaks.append(peak())
 

@@ -217,7 +217,7 @@ def _alone(model: PreTrainedModel, row: Tokens) -> Tensor:
 
 
 def _together(model: PreTrainedModel, rows: Sequence[Tokens]) -> Tensor:
-    """Return the same of all responses, computed at once; the first two share their prompt."""
+    """Return the hidden states (n, H) that predict all responses, packed; the first two share their prompt."""
     batch = packed([rows[:2], rows[2:]]).to(model.device)
     hidden: Tensor = model.base_model(**batch.inputs, use_cache=False)[0]
     return hidden[0, batch.states]
