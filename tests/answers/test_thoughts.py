@@ -88,7 +88,7 @@ def test_every_family(family, messages):
         assert template.notes == ([f"{remark} theirs (1×)."] if left_out else [])
 
 
-@pytest.mark.parametrize("family", set(FAMILIES) - {"closed"})
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "closed"])
 def test_an_answer_that_was_cut_has_no_end(family):
     made = of(family)
     template = ChatTemplate(made)

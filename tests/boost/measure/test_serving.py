@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import Request as HttpRequest
 
 import pytest
 
+from mergekit_lite.answers import serving
 from mergekit_lite.boosting.boosting import evaluator_of, search_and_write
-from mergekit_lite.boosting.measure import generators
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts
@@ -168,15 +169,20 @@ def test_a_server_that_does_not_get_ready(
 
 @pytest.mark.parametrize(
     "reply",
-    [b'{"data": [{"id": "%b"}]}' % (b"x" * generators.LONGEST_REPLY), b"[" * 100_000, b'{"data": []}'],
+    [b'{"data": [{"id": "%b"}]}' % (b"x" * serving.LONGEST_REPLY), b"[" * 100_000, b'{"data": []}'],
     ids=["endless", "deep", "empty"],
 )
 def test_a_list_of_models_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
-    monkeypatch.setattr(generators, "urlopen", lambda *_, **__: BytesIO(reply))
+    def say(request: HttpRequest, **_: object) -> BytesIO:
+        if request.full_url.endswith("/health"):
+            raise OSError("it has none")
+        return BytesIO(reply)
+
+    monkeypatch.setattr(serving, "urlopen", say)
     log = tmp_path / "server.log"
     log.write_text("waiting for requests")
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server, pytest.raises(RunError, match="nothing sound"):
-        generators._wait(server, "http://localhost", 0.1, log)
+        serving._wait(server, "http://localhost/v1", "m", 0.1, log)
 
 
 @pytest.mark.parametrize(
