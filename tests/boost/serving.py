@@ -1,7 +1,8 @@
 """A server for tests: ``python serving.py MODEL PORT [how]``. Its answers tell which model it was started over.
 
 ``dies`` ends at once, ``silent`` is never ready, ``fails`` answers nothing. ``stubborn`` ignores SIGTERM and starts a
-process of its own; so does ``stuck``, which is never ready either. ``counts NUMBER SECONDS`` sleeps before it answers.
+process of its own; so does ``stuck``, which is never ready either. ``counts NUMBER SECONDS`` sleeps before it answers,
+and notes its number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if sys.argv[3:] == ["fails"]:
             return self.send_error(404)
-        if sys.argv[3:4] == ["counts"]:  # sleeps, and notes its number for each answer
+        if sys.argv[3:4] == ["counts"] and asked["max_tokens"] > 1:  # not where it is tried under a name
             time.sleep(float(sys.argv[5]))
             with (Path(sys.argv[1]).parents[1] / "counts").open("a") as counts:
                 counts.write(f"{sys.argv[4]}\n")
