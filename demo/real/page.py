@@ -43,7 +43,7 @@ def write(out: Out, console: "Console") -> None:
     found = read(out)
     out.report.mkdir(exist_ok=True)
     pictures.curve(found.test, found.chosen, out.report / "real.png")
-    pictures.costs(found.costs, out.report / "real-costs.png")
+    pictures.costs(found.costs, results.at(-1)(found.costs), out.report / "real-costs.png")
     pictures.effective(found.rounding, out.report / "real-rounding.png")
     text = page(found)
     (out.report / "report.md").write_text(text)
