@@ -148,7 +148,7 @@ def made_up(tmp_path):
                 rows.append({"item": item, "values": values, "text": text, "finish": "stop" if right else "length"})
             (folder / f"alpha={alpha:g}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out.figures("dev").parent.mkdir(parents=True)
-    out.figures("dev").write_text(json.dumps({"chosen": {"alpha": 1.0}, "verdict": "alpha=1 beats alpha=0"}))
+    out.figures("dev").write_text(json.dumps({"chosen": {"alpha": 1.0}, "verdict": ["alpha=1 beats alpha=0"]}))
     effective = [[[alpha * scale] for alpha in ASKED] for scale in (0.5, 0.9, 1.0)]
     out.rounding.write_text(json.dumps({"overall": {"rms": [1.5e-4], "effective": effective}}))
     return out
@@ -160,7 +160,7 @@ def test_the_page_of_a_made_up_result(made_up, capsys):
     assert {path.name for path in made_up.report.glob("*.png")} == {"real.png", "real-costs.png", "real-rounding.png"}
     found = page.read(made_up)
     assert {len(each.rows) for each in found.test} == {QUICK.test - 1}  # those that every alpha has
-    assert page.chosen(found) == 1 and "alpha=1 beats alpha=0" in text and "12 pairs" in text
+    assert found.chosen == 1 and "alpha=1 beats alpha=0" in text and "12 pairs" in text
     first, trained = found.test[0], found.test[1]
     assert (first.alpha, trained.alpha) == (-1, 0)
     mean = sum(trained.values("followed").values()) / len(trained.rows)
@@ -171,6 +171,6 @@ def test_the_page_of_a_made_up_result(made_up, capsys):
 
 
 def test_a_search_that_found_nothing_has_a_page_too(made_up, capsys):
-    made_up.figures("dev").write_text(json.dumps({"chosen": None, "verdict": "not sure"}))
+    made_up.figures("dev").write_text(json.dumps({"chosen": None, "verdict": ["not", "sure"]}))
     page.write(made_up, Console())
     assert "boost on dev: not sure" in (made_up.report / "report.md").read_text()

@@ -21,7 +21,8 @@ class Measured(NamedTuple):
 
     test: list[Candidate]
     costs: list[Candidate]
-    boost: dict[str, object]  # what ``boost`` found on dev
+    chosen: float | None  # by ``boost`` on dev
+    verdict: list[str]  # its sentences
     rounding: Rounding
     asked: dict[str, str]  # the test's instructions by id
     pairs: int
@@ -33,25 +34,20 @@ def read(out: Out) -> Measured:
     boost = json.loads(out.figures("dev").read_text())
     pairs = json.loads((out.made / "pairs" / "table.json").read_text())["all"]["preference"]
     test, costs = (results.common(results.candidates(out, name)) for name in ("test", "costs"))
-    return Measured(test, costs, boost, results.rounding(out), asked, pairs)
+    chosen = boost["chosen"]["alpha"] if boost["chosen"] else None
+    return Measured(test, costs, chosen, boost["verdict"], results.rounding(out), asked, pairs)
 
 
 def write(out: Out, console: "Console") -> None:
     """Make the page of everything that was measured."""
     found = read(out)
     out.report.mkdir(exist_ok=True)
-    pictures.curve(found.test, chosen(found), out.report / "real.png")
-    pictures.costs(found.costs, out.report / "real-costs.png")
+    pictures.curve(found.test, found.chosen, out.report / "real.png")
+    pictures.costs(found.costs, results.at(-1)(found.costs), out.report / "real-costs.png")
     pictures.effective(found.rounding, out.report / "real-rounding.png")
     text = page(found)
     (out.report / "report.md").write_text(text)
     console.print(text, soft_wrap=True, markup=False)
-
-
-def chosen(found: Measured) -> float | None:
-    """Return the alpha that boost chose on dev, or None."""
-    numbers = found.boost["chosen"]
-    return numbers["alpha"] if isinstance(numbers, dict) else None
 
 
 def page(found: Measured) -> str:
@@ -61,7 +57,7 @@ def page(found: Measured) -> str:
         "# A released model",
         f"{found.pairs:,} pairs of its own answers; RMS(delta) {found.rounding.rms:.1e}. Test: "
         f"{len(trained.rows):,} instructions. In brackets are 95 % intervals, differences are paired by instruction.",
-        f"boost on dev: {found.boost['verdict']}",
+        f"boost on dev: {' '.join(found.verdict)}",
         "![Instructions followed over alpha](real.png)",
         table(
             ("alpha", "followed, %", "over DPO, points", "over the released model", "characters", "cut, %"),
@@ -102,7 +98,7 @@ def page(found: Measured) -> str:
         table(
             ("asked", *found.rounding.effective),
             [
-                (f"{asked:g}", *(f"{values[place]:.3f}" for values in found.rounding.effective.values()))
+                (signed(asked, "g"), *(signed(values[place], ".3f") for values in found.rounding.effective.values()))
                 for place, asked in enumerate(ASKED)
             ],
         ),
@@ -129,7 +125,11 @@ def samples(found: Measured) -> list[str]:
 
 def name(alpha: float) -> str:
     """Return an alpha as the page calls it."""
-    return {-1.0: "−1, released", 0.0: "0, DPO"}.get(alpha, f"{alpha:g}".replace("-", "−"))
+    return {-1.0: "−1, released", 0.0: "0, DPO"}.get(alpha, signed(alpha, "g"))
+
+
+def signed(number: float, form: str) -> str:
+    return format(number, form).replace("-", "−")
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

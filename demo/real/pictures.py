@@ -7,6 +7,7 @@ from typing import Any
 from demo.real.plan import ASKED
 from demo.real.results import Candidate, Rounding
 from demo.report import BLUE, GREEN, GREY, ORANGE
+from mergekit_lite.answers.intervals import Interval
 
 COLOURS = {"bfloat16": ORANGE, "float16": GREEN, "float32": BLUE}
 
@@ -24,8 +25,7 @@ def _figure(panels: int, height: float) -> tuple[Any, Any, Any]:
     return plt, figure, axes[:, 0]
 
 
-def _curve(axes: Any, measured: Sequence[Candidate], name: str, scale: float, colour: str) -> None:
-    found = [each.mean(name) for each in measured]
+def _curve(axes: Any, measured: Sequence[Candidate], found: Sequence[Interval], scale: float, colour: str) -> None:
     middle = [scale * each.mean for each in found]
     reach = [[scale * (e.mean - e.low) for e in found], [scale * (e.high - e.mean) for e in found]]
     alphas = [each.alpha for each in measured]
@@ -43,7 +43,7 @@ def curve(measured: Sequence[Candidate], chosen: float | None, picture: Path) ->
     """Draw instructions followed over alpha, with lengths and cut answers below."""
     plt, figure, (upper, middle, lower) = _figure(3, 7.5)
     figure.suptitle("SmolLM2-135M-Instruct, DPO on its own answers, and past the end of it")
-    _curve(upper, measured, "followed", 100, BLUE)
+    _curve(upper, measured, [each.mean("followed") for each in measured], 100, BLUE)
     upper.set(ylabel="instructions followed (%)", ylim=(0, None))
     if chosen is not None and chosen in [each.alpha for each in measured]:
         upper.axvline(chosen, color=GREY, linestyle=":", label=f"chosen on dev: alpha {chosen:g}")
@@ -58,14 +58,15 @@ def curve(measured: Sequence[Candidate], chosen: float | None, picture: Path) ->
     plt.close(figure)
 
 
-def costs(measured: Sequence[Candidate], picture: Path) -> None:
-    """Draw sums and the text over alpha."""
+def costs(measured: Sequence[Candidate], released: Candidate, picture: Path) -> None:
+    """Draw sums over alpha, and how much less likely than to the released model the text is."""
     plt, figure, (upper, lower) = _figure(2, 5.5)
     figure.suptitle("What it was not trained for")
-    _curve(upper, measured, "sums", 100, BLUE)
+    _curve(upper, measured, [each.mean("sums") for each in measured], 100, BLUE)
     upper.set(ylabel="right sums (%)", ylim=(0, None))
-    _curve(lower, measured, "nll", 1, GREEN)
-    lower.set(ylabel="mean log-probability of\nPython's reference (nats a token)")
+    _curve(lower, measured, [each.gain(released, "nll") for each in measured], 1, GREEN)
+    lower.axhline(0, color="0.8")
+    lower.set(ylabel="log-probability of Python's reference:\nchange (nats a token)")
     _alphas(lower, measured)
     figure.savefig(picture, dpi=130)
     plt.close(figure)
