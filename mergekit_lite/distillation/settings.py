@@ -27,8 +27,10 @@ def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal
     """
     if path.exists():
         saved = _read(path, results)
+        # What came later than the file, and is off, changes nothing.
+        compared = {key: now for key, now in settings.items() if key in saved or now}
         changes = [
-            f"{key}: was {saved.get(key)!r}, is {now!r}" for key, now in settings.items() if saved.get(key) != now
+            f"{key}: was {saved.get(key)!r}, is {now!r}" for key, now in compared.items() if saved.get(key) != now
         ]
         if not changes:
             return
