@@ -266,6 +266,16 @@ def test_a_model_that_was_trained_anew_answers_anew(tmp_path: Path) -> None:
     assert inner.samples("preference").exists()
 
 
+def test_what_is_given_has_no_part_in_the_report(tmp_path: Path) -> None:
+    """Rows that are given and a scorer of given scores: the models are asked and judged all the same."""
+    trained_folder(tmp_path)
+    scorers = [{"name": "armorm", "kind": "exact"}, {"name": "gpt4", "kind": "given"}]
+    rows = {"preference": [{"path": tmp_path / "rows.jsonl"}]}
+    findings = report(recipe(tmp_path, scorers=scorers, rows=rows), Reporter())
+    assert findings.comparison is not None
+    assert findings.comparison.scorers == ["armorm"] and len(findings.comparison.answers) == len(MODELS)
+
+
 def test_without_training(tmp_path: Path) -> None:
     write_rows(tmp_path / "held-out.jsonl", prompt_rows("held", 4))
     write_rows(Folder(tmp_path / "made").prompts, prompt_rows("train", 4))

@@ -23,7 +23,7 @@ from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, 
 from mergekit_lite.answers.thoughts import is_cut, parts_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
-from mergekit_lite.distillation.recipe.schema import Pairing, Recipe, RecipeSource
+from mergekit_lite.distillation.recipe.schema import GIVEN, Pairing, Recipe, RecipeSource
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.sample import sample
 from mergekit_lite.distillation.score import score
@@ -171,11 +171,14 @@ def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[s
     scorers = [
         scorer.model_copy(update={"domains": scorer.domains and tuple(d for d in scorer.domains if d in domains)})
         for scorer in recipe.scorers
-        if (wanted is None or scorer.name in wanted) and (scorer.domains is None or domains & {*scorer.domains})
+        if scorer.kind != GIVEN  # nobody has scored these answers
+        and (wanted is None or scorer.name in wanted)
+        and (scorer.domains is None or domains & {*scorer.domains})
     ]
     return recipe.model_copy(
         update={
             "folder": recipe.folder / "report",
+            "rows": None,
             "prompts": recipe.report.prompts,
             "sources": tuple(_source(recipe, name, model) for name, model in models.items()),
             "target_source": None,

@@ -186,12 +186,21 @@ def test_contradictions_are_told_with_their_places(tmp_path: Path) -> None:
     for what in ("'prompts' has no effect", "'sources' has no effect", "'pairs' has no effect", "exactly one of 'path'",
                  "'rows' has 'sft', 'train' has not", "'train' has 'preference', 'rows' has not"):  # fmt: skip
         assert what in error
+    given = {"sft": [{"path": "x.jsonl"}]}
+    scorers: list[dict[str, Any]] = [{"name": name, "kind": "exact"} for name in ("right", "Right")]
+    rest = {"scorers": scorers, "target_source": {"name": "a"}, "report": {"scores": ["wrong"]}}
+    error = invoke("pair", write_recipe(tmp_path, "prompts", "sources", "pairs", rows=given, **rest))[2]
+    for what in ("'Right' is taken by another", "always called 'target'", "no scorer is named 'wrong'"):
+        assert what in error, error
     sources = [{"name": "a", "answers": [{"path": "x", "scorer": "gpt5"}], "samples": 3}, {"name": "b"}]
     scorers = [{"name": "gpt4", "kind": "given"}, {"name": "right", "kind": "exact"}]
-    error = invoke("pair", write_recipe(tmp_path, "prompts", "pairs", sources=sources, scorers=scorers))[2]
+    report = {"scores": ["gpt4"]}
+    error = invoke("pair", write_recipe(tmp_path, "prompts", "pairs", sources=sources, scorers=scorers, report=report))[
+        2
+    ]
     for what in ("no scorer of the kind 'given' is named 'gpt5'", "no 'answers' of a source give scores to 'gpt4'",
                  "'samples' has no effect here: the answers are given", "sources[2] has no 'model', and no 'answers'",
-                 "the recipe has no 'pairs'"):  # fmt: skip
+                 "the recipe has no 'pairs'", "can't judge what the trained models answer"):  # fmt: skip
         assert what in error, error
 
 
