@@ -162,11 +162,38 @@ def test_rows_skip_three_stages(tmp_path: Path) -> None:
     assert code == 0 and "preference: 1 left out: chosen and rejected are the same text" in told
     assert f"{tmp_path / 'preference.jsonl'}:8: the columns 'chosen'" in error
     assert ["chosen,", "source", "6", "0", "0", "3"] in [line.split() for line in told.splitlines()]
+    table = json.loads((tmp_path / "out" / "pairs" / "table.json").read_text())
+    assert table["domains"] == {} and table["roles"]["chosen, source"]["answers"] == 6
     for name in ("sft", "preference"):
         assert [
             row["messages"][0]["content"] for row in rows(tmp_path / "out" / "pairs" / f"{name}.jsonl")
         ] == QUESTIONS
     assert len(rows(tmp_path / "out" / "prompts.jsonl")) == 6  # held-out prompts are looked for among them
+
+
+def test_given_answers_do_not_replace_those_of_a_model_nor_pass_for_them(tmp_path: Path) -> None:
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    write_lines(tmp_path / "given.jsonl", [{"prompt": "one", "completion": "<think>hm"}])
+    given = {"name": "a", "answers": [{"path": "given.jsonl"}]}
+    path = write_recipe(tmp_path, sources=[given])
+    plan = json.loads(invoke("run", path, "--dry-run", "--json")[1])
+    assert [(each["done"], each["cut"]) for each in plan["sources"]] == [(1, 1)]  # it ends in its thoughts
+    folder = tmp_path / "out" / "samples"
+    folder.mkdir(parents=True)
+    for settings in (None, '{"model": "m"}'):
+        asked = write_lines(folder / "a.jsonl", [{"prompt": "p", "source": "a", "index": 0, "text": "costly"}])
+        (folder / "a.json").unlink(missing_ok=True)
+        if settings:
+            (folder / "a.json").write_text(settings)
+        before = asked.read_bytes()
+        code, _, error = invoke("sample", path)
+        assert code == 2 and "don't come from the recipe's data" in error, error
+        assert asked.read_bytes() == before
+    for file in folder.iterdir():
+        file.unlink()
+    assert invoke("sample", path)[0] == 0 and invoke("sample", path)[0] == 0
+    code, _, error = invoke("sample", write_recipe(tmp_path))
+    assert code == 2 and "model: was None, is 'm'" in error
 
 
 def test_wrpos_rows_have_the_targets_answers(tmp_path: Path) -> None:
