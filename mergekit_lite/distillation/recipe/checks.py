@@ -10,10 +10,9 @@ from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.requests import OURS
-from mergekit_lite.answers.scoring.registry import wrong_settings
+from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
 from mergekit_lite.answers.serving import wrong_command
 from mergekit_lite.distillation.recipe.schema import (
-    GIVEN,
     TARGET,
     TARGET_RULES,
     GivenRows,
@@ -25,6 +24,7 @@ from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
 
 KeyPath = tuple[int | str, ...]  # keys and list indices from the recipe's root
+GIVEN = "given"  # the kind of scorer whose scores the data have
 DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
 
 SERVERS_ONLY = {"presence_penalty", "frequency_penalty", "chat_template_kwargs", "extra_body"}  # keys of sampling
@@ -118,7 +118,7 @@ def _report(recipe: Recipe) -> Iterator[Problem]:
         if name not in kinds:
             hint = nearest(name, kinds) or f" There are: {', '.join(kinds)}."
             yield Problem(("report", "scores", number), f"no scorer is named {name!r}.{hint}")
-        elif kinds[name] == GIVEN:
+        elif not kind_of(kinds[name]).judges:
             text = f"{name!r} has the scores of the data, and can't judge what the trained models answer"
             yield Problem(("report", "scores", number), text)
 

@@ -13,7 +13,6 @@ from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from mergekit_lite.answers.thoughts import Thoughts
 
-GIVEN = "given"  # the kind of scorer whose scores the data have
 TARGET = "target"  # names the source that is the target itself, after its SFT
 TARGET_RULES = ("wrpo", "simplemix")  # rules that always pair the target's own answers
 
