@@ -61,7 +61,9 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """Return the same on a device."""
-        tensors = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        tensors: dict[str, Any] = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)
+        }
         return replace(self, **tensors)
 
     @cached_property
@@ -162,7 +164,7 @@ def attend(
     if packed.taken is not None:
         query, key, value = (each.index_select(2, packed.taken) for each in (query, key, value))
     parts = []
-    for q, k, v in zip(*(torch.split(each, packed.sizes, 2) for each in (query, key, value)), strict=True):
+    for q, k, v in zip(*(torch.split(each, list(packed.sizes), 2) for each in (query, key, value)), strict=True):
         size = q.shape[2]
         narrow = sliding_window is not None and size > sliding_window
         mask = _causal(size, sliding_window if narrow else None, q.device) if narrow or softcap is not None else None

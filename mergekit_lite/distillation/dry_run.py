@@ -11,7 +11,7 @@ from mergekit_lite.answers.asking import urls_of
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import ANSWER, Key, Prompt
-from mergekit_lite.distillation.data.given import examples, keys_given
+from mergekit_lite.distillation.data.given import Left, examples, given_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.assign import floor_share
 from mergekit_lite.distillation.pairing.counts import counts_of
@@ -105,8 +105,8 @@ def _steps(stage: str, training: Training, rows: int) -> TrainingSteps:
 
 def _source(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt]) -> SourceRequests:
     if source.answers:
-        keys = keys_given(source, prompts)
-        return SourceRequests(source.name, "", "given", len(keys), len(keys))
+        given = counts_of(each.answer.as_row() for each in given_answers(source, prompts, Left()))
+        return SourceRequests(source.name, "", "given", given.answers, given.answers, given.cut)
     keys = [task.key for task in tasks_of(recipe, source, prompts)]
     ledger: Ledger[Key] = Ledger(Folder(recipe.folder).samples(source.name), keys, key_of, ANSWER)
     where = "in this process" if source.engine == "transformers" else f"in this process, by {source.engine}"

@@ -40,8 +40,10 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     """
     folder, inventory = Folder(recipe.folder), Inventory()
     if recipe.rows is not None:
-        import_rows(folder, recipe.rows, reporter)
-        return PairingTable({})
+        table = PairingTable({}, roles=import_rows(folder, recipe.rows, reporter))
+        table.write(folder.root / "pairs" / "table.json")
+        table.show(reporter)
+        return table
     _check(pairing_problems(recipe))
     prompts = {prompt.id: prompt for prompt in stored(folder)}
     pairings = {prompt.domain: recipe.pairs.of(prompt.domain) for prompt in prompts.values()}

@@ -22,8 +22,8 @@ HINT = (
 )
 
 
-class Watch:
-    """Looks at a source's answers as they come. Memory has the digests of the prompts in work."""
+class Likeness:
+    """How alike a source's answers to a prompt are, as they come. Memory has digests of the prompts in work."""
 
     def __init__(self, source: RecipeSource, tasks: Sequence[Task], missing: Iterable[Key]):
         """Prompts are counted whose answers are all still ``missing`` at the start."""
@@ -40,7 +40,7 @@ class Watch:
         prompt = answer.prompt
         if self._told or prompt not in self._left:
             return None
-        self._texts.setdefault(prompt, set()).add(hash(answer.text))
+        self._texts.setdefault(prompt, set()).add(hash(parts_of(answer.as_row()).whole))
         self._left[prompt] -= 1
         if self._left[prompt]:
             return None
@@ -56,14 +56,13 @@ def remarks(source: RecipeSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
     """Yield what is to be told of all answers of a source; the rows of a prompt are neighbours."""
     answers = thoughts = cut = complete = alike = 0
     for _, group in groupby(rows, lambda row: row["prompt"]):
-        texts = []
+        said: list[str] = []
         for row in group:
             parts = parts_of(row)
             spent = is_cut(row) and not parts.text.strip()
             thoughts, cut = thoughts + spent, cut + (is_cut(row) and not spent)
-            texts.append(parts.text)
-        answers += len(texts)
-        said = [text for text in texts if text.strip()]
+            answers += 1
+            said += [parts.whole] if parts.text.strip() else []  # thoughts that differ are drawn, too
         complete += len(said) > 1
         alike += len(said) > 1 and len(set(said)) == 1
     limit = f"max_tokens ({source.sampling.max_tokens:,})"

@@ -28,7 +28,7 @@ from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
-from mergekit_lite.distillation.remarks import Watch, remarks
+from mergekit_lite.distillation.remarks import Likeness, remarks
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.errors import RunError, UsageError, counted, listing
@@ -232,7 +232,7 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
 def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> list[str]:
     """Ask one source in this process, or all servers. Returns a message for each source that answers are missing of."""
     planned = {each.source.name: each for each in group}
-    watches = {each.source.name: Watch(each.source, each.tasks, each.ledger.missing) for each in group}
+    likeness = {each.source.name: Likeness(each.source, each.tasks, each.ledger.missing) for each in group}
     advance: dict[str, Callable[[int], None]] = {}
     with ExitStack() as stack:
         respondents = {each.source.name: stack.enter_context(respondent(recipe, each.source)) for each in group}
@@ -245,7 +245,7 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> li
             for answer in answers:
                 planned[answer.source].ledger.append([answer.as_row()])
                 advance[answer.source](1)
-                if (remark := watches[answer.source].remark(answer)) is not None:
+                if (remark := likeness[answer.source].remark(answer)) is not None:
                     reporter.warn(remark)
                 _tell(respondents, told, reporter)
         _tell(respondents, told, reporter)

@@ -1,4 +1,4 @@
-"""docs/distill.md is true: its recipe loads and plans, its commands are there, its tables are complete."""
+"""The pages on distill are true: recipes load and plan, commands are there, tables are complete, links lead on."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from typing import get_args
 import pytest
 import yaml
 from click.testing import CliRunner
+from pydantic.fields import FieldInfo
 
-from docs import distill as page_of_distill
+from docs import training as page_of_training
+from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.scoring import scorer
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.objectives import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
-from mergekit_lite.distillation.recipe.schema import Rule
+from mergekit_lite.distillation.recipe.schema import Lora, RecipeSource, Rule, Training
 from tests.distill.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("distill", "sources", "training")
+}
+PAGE = "\n".join(PAGES.values())
 YAML = {name: text for text, name in re.findall(r"```yaml\n(# (\S+\.yaml)\n.*?)```", PAGE, re.DOTALL)}
 COMMANDS = re.findall(r"^    mergekit-lite (.*?)(?:  +#.*)?$", PAGE, re.MULTILINE)
 
 
+def section(heading: str) -> str:
+    return PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
 def first_column(heading: str) -> set[str]:
     """The names in code in the first column of a section's first table."""
-    section = PAGE.split(f"\n## {heading}")[1].split("\n## ")[0]
-    return set(re.findall(r"^\| `([a-z_0-9]+)` \|", section, re.MULTILINE))
+    return set(re.findall(r"^\| `([a-z_0-9]+)` \|", section(heading), re.MULTILINE))
 
 
 def test_the_recipe_plans(tmp_path: Path) -> None:
@@ -45,8 +53,7 @@ def test_the_recipe_plans(tmp_path: Path) -> None:
 
 
 def test_the_recipes_of_given_data_load(tmp_path: Path) -> None:
-    section = PAGE.split("\n## Data that are there")[1].split("\n## ")[0]
-    answers, rows = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    answers, rows = re.findall(r"```yaml\n(.*?)```", section("Data that are there"), re.DOTALL)
     train = "train: {sft: {learning_rate: 1.0e-5}, preference: {objective: dpo, learning_rate: 1.0e-6}}\n"
     common = f"folder: made\ntarget: ./small\n{train}"
     (tmp_path / "a.yaml").write_text(common + answers + "pairs: {rule: best_worst, score: overall}\n")
@@ -68,10 +75,10 @@ def test_commands(command: str) -> None:
 
 def test_the_tables_tell_of_all() -> None:
     assert len(COMMANDS) == 10
-    assert first_column("Rules") == set(get_args(Rule))
+    assert first_column("Rules: from scores to rows") == set(get_args(Rule))
     assert first_column("Scorers") == set(scorer.names())
     assert first_column("Objectives") == set(OBJECTIVES)
-    assert page_of_distill.page() == PAGE, "run: python -m docs.distill"
+    assert page_of_training.page() == PAGES["training"], "run: python -m docs.training"
 
 
 def test_the_files_are_those_of_the_folder() -> None:
@@ -101,3 +108,49 @@ def test_the_sources_load(tmp_path: Path) -> None:
     loaded = load(write_recipe(tmp_path, **yaml.safe_load(block)))
     assert [source.is_served for source in loaded.sources] == [True, True, False]
     assert loaded.target_source is not None and loaded.target_source.serve
+
+
+@pytest.mark.parametrize(
+    ("heading", "keys"),
+    [("Keys of a source", RecipeSource.model_fields), ("Keys of a training", Training.model_fields)],
+)
+def test_keys_have_the_defaults_that_the_pages_tell(heading: str, keys: dict[str, FieldInfo]) -> None:
+    told = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", section(heading), re.MULTILINE))
+    assert told.keys() == keys.keys()
+    for name, default in told.items():
+        if default:
+            assert default == _told(keys[name].default), name
+        else:
+            assert keys[name].is_required() or name in ("model", "sampling")
+    temperature, top_p, most = (Sampling.model_fields[name].default for name in ("temperature", "top_p", "max_tokens"))
+    assert f"`temperature` {temperature}, `top_p` {top_p}, `max_tokens` {most}" in PAGES["sources"]
+    lora = {name: field.default for name, field in Lora.model_fields.items()}
+    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["target_modules"]) == (16, 32, 0, "all-linear")
+    assert "`rank` is 16,\n`alpha` 32, `dropout` 0 and `target_modules` all linear layers" in PAGES["training"]
+
+
+def _told(default: object) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "none" if default is None or default in ((), {}) else str(default)
+
+
+def test_links_and_named_files_are_there() -> None:
+    """Within the pages on distill, and to them from everywhere in the docs."""
+    docs = {path: path.read_text(encoding="utf-8") for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]}
+    anchors = {
+        path.resolve(): {
+            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        }
+        for path, text in docs.items()
+    }
+    for path, text in docs.items():
+        for to, anchor in re.findall(r"\]\(([\w./-]*\.md)?(?:#([\w-]+))?\)", text):
+            found = (path.parent / to).resolve() if to else path.resolve()
+            if found in anchors:
+                assert not anchor or anchor in anchors[found], f"{path.name}: {to}#{anchor}"
+            else:
+                assert found.exists(), f"{path.name}: {to}"
+    for named in re.findall(r"`(?:pytest -m slow\s)?(tests/[\w/.]+)`", PAGE):
+        assert (ROOT / named).exists(), named

@@ -14,6 +14,7 @@ import pytest
 from mergekit_lite.answers.prompts import from_row
 from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.distillation.folder import Folder
+from mergekit_lite.distillation.pairing.table import PairingTable
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.report import report
 from mergekit_lite.distillation.reporter import Reporter
@@ -264,6 +265,17 @@ def test_a_model_that_was_trained_anew_answers_anew(tmp_path: Path) -> None:
         report(recipe(tmp_path), Reporter())
     assert not inner.samples("sft").exists() and not inner.scores("flat", "sft").exists()
     assert inner.samples("preference").exists()
+
+
+def test_what_is_given_has_no_part_in_the_report(tmp_path: Path) -> None:
+    """Rows that are given and a scorer of given scores: the models are asked and judged all the same."""
+    trained_folder(tmp_path)
+    scorers = [{"name": "armorm", "kind": "exact"}, {"name": "gpt4", "kind": "given"}]
+    rows = {"preference": [{"path": tmp_path / "rows.jsonl"}]}
+    PairingTable({}).write(tmp_path / "made" / "pairs" / "table.json")
+    findings = report(recipe(tmp_path, scorers=scorers, rows=rows), Reporter())
+    assert findings.comparison is not None
+    assert findings.comparison.scorers == ["armorm"] and len(findings.comparison.answers) == len(MODELS)
 
 
 def test_without_training(tmp_path: Path) -> None:

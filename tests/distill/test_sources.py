@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mergekit_lite.answers.rows import seed_of, write_rows
+from mergekit_lite.answers.asking import Task
+from mergekit_lite.answers.rows import Answer, Prompt, seed_of, write_rows
 from mergekit_lite.distillation import remarks as remarks_module
 from mergekit_lite.distillation.remarks import remarks
 from tests.answers.fake_server import Fake, answer_to, fake_server
@@ -232,6 +233,22 @@ def test_what_is_told_at_the_end(tmp_path: Path) -> None:
         "1 answer of 5 spent all tokens on thoughts and said nothing",
         "2 answers of 5 cut at max_tokens (2,048)",
     ]
+
+
+def test_equal_answers_after_thoughts_that_differ_are_not_alike(tmp_path: Path) -> None:
+    source = recipe(tmp_path).sources[0]
+    tasks = [Task(Prompt(f"p{n}", ()), index, 0) for n in range(3) for index in range(2)]
+    for apart in (True, False):
+        answers = [
+            Answer(each.prompt.id, "a", each.index, "4", "stop", thoughts=str(each.index))
+            if apart
+            else Answer(each.prompt.id, "a", each.index, f"<think>{each.index}</think>4", "stop")
+            for each in tasks
+        ]
+        likeness = remarks_module.Likeness(source, tasks, [each.key for each in tasks])
+        assert [likeness.remark(answer) for answer in answers] == [None] * 6
+        assert (likeness.complete, likeness.alike) == (3, 0)
+        assert not list(remarks(source, [answer.as_row() for answer in answers]))
 
 
 # vLLM's offline engine: its documented interface, by a module of our own.

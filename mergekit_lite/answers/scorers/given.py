@@ -12,7 +12,7 @@ class Options(ScorerOptions):
     """None."""
 
 
-@scorer("given")
+@scorer("given", judges=False)
 class Given(Scorer):
     """No score: those that the data have are there already."""
 

@@ -48,7 +48,7 @@ class ScoreSpec(NamedTuple):
 
 def forms() -> dict[str, str]:
     """Return how a ``--score`` of each kind is written, such as ``judge:MODEL,server=URL``."""
-    return {kind: _form(kind) for kind in names() if kind not in OWN} | OWN
+    return {kind: _form(kind) for kind in names() if kind not in OWN and kind_of(kind).judges} | OWN
 
 
 def _form(kind: str) -> str:

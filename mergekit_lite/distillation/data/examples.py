@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.answers.prompts import digest_of, message_of
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.thoughts import together
+from mergekit_lite.answers.thoughts import is_cut, together
 from mergekit_lite.errors import shortened
 
 ROLES = {  # of messages, in ShareGPT's and other names
@@ -45,8 +45,13 @@ class Given:
     text: str  # its thoughts in front of it
     model: str = ""  # that gave it, where the data say so
     score: float | None = None
-    cut: bool = False
+    ended: bool = True  # False where the data say that it was cut
     role: str = ""  # source or target, where the data say so
+
+    @property
+    def cut(self) -> bool:
+        """Whether it was cut: the data say so, or its thoughts never close."""
+        return is_cut({"text": self.text, "finish": "stop" if self.ended else "length"})
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def _answers(row: Mapping[str, Any], has: set[str]) -> tuple[tuple[Message, ...]
     if {"prompt", "completion"} <= has:
         return _asked(row), (_answer(row["completion"]),)
     if {"messages", "response"} <= has:
-        return _turns(row["messages"]), (Given(_text(row["response"], "'response'"), cut=row.get("cut") is True),)
+        return _turns(row["messages"]), (Given(_text(row["response"], "'response'"), ended=row.get("cut") is not True),)
     if {"instruction", "output"} <= has:
         return _asked(row), (_answer(row["output"]),)
     for name in ("messages", "conversations", "conversation"):
@@ -232,7 +237,7 @@ def _own(given: Mapping[str, Any]) -> Given:
         _text(given["text"], "an answer"),
         model=str(given.get("source") or ""),
         score=_number(given.get("score")),
-        cut=given.get("cut") is True,
+        ended=given.get("cut") is not True,
         role=str(given.get("role") or ""),
     )
 
@@ -272,10 +277,15 @@ def _prompt(row: Mapping[str, Any], messages: tuple[Message, ...], domain: str) 
     """Return the prompt. Its id is a digest of it: other data may have the same prompt under another id."""
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("what is answered has to end with a turn of the user")
-    reference, own_domain = row.get("reference"), row.get("domain")
+    names = ("messages", "conversations", "prompt", "instruction")
+    asked = next((row[name] for name in names if row.get(name) is not None), None)
+    own_domain, reference, tests = row.get("domain"), row.get("reference"), row.get("tests")
+    tests = [tests] if isinstance(tests, str) else tests
     return Prompt(
         digest_of(messages),
         messages,
         own_domain if isinstance(own_domain, str) and own_domain else domain,
-        reference if isinstance(reference, str) else None,
+        str(reference) if isinstance(reference, str | int | float) and not isinstance(reference, bool) else None,
+        tuple(tests) if isinstance(tests, list) and all(isinstance(test, str) for test in tests) else (),
+        plain=isinstance(asked, str) and len(messages) == 1,
     )

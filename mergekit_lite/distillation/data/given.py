@@ -82,7 +82,7 @@ def given_answers(source: RecipeSource, prompts: Iterable[Prompt], left: Left) -
                 elif prompt is None:
                     left.counts[OTHER] += 1
                 else:
-                    finish = "length" if given.cut else "stop"
+                    finish = "stop" if given.ended else "length"
                     answer = Answer(prompt.id, source.name, numbers[prompt.id], given.text, finish)
                     numbers[prompt.id] += 1
                     yield GivenAnswer(answer, given.score, origin.scorer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mergekit_lite.answers.data_files import Data
@@ -17,11 +18,12 @@ from mergekit_lite.answers.thoughts import parted
 from mergekit_lite.distillation.data.examples import Example, Given
 from mergekit_lite.distillation.data.given import GivenAnswer, Left, examples, given_answers, keys_given
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.pairing.counts import HEADS, counts_by_role
+from mergekit_lite.distillation.pairing.counts import AnswerCounts, counts_by_role
 from mergekit_lite.distillation.recipe.schema import GivenRows, RecipeSource
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import DIGITS
 from mergekit_lite.distillation.score import digest_of
+from mergekit_lite.distillation.settings import hold_settings
 from mergekit_lite.errors import UsageError, counted, listing
 
 CHUNK = 1000  # answers that are written together
@@ -32,7 +34,7 @@ def import_answers(root: Folder, source: RecipeSource, prompts: Sequence[Prompt]
     """Write a source's answers to ``samples/``, and the scores that the data have to ``scores/``; return how many.
 
     Raises:
-        UsageError: the data can't be read, or have no answer to any prompt.
+        UsageError: the data can't be read, have no answer to any prompt, or would replace answers of a model.
     """
     left, places = Left(), {prompt.id: place for place, prompt in enumerate(prompts)}
     path = root.samples(source.name)
@@ -42,7 +44,9 @@ def import_answers(root: Folder, source: RecipeSource, prompts: Sequence[Prompt]
         list(found)  # to see what is wrong
         why = [*left.problems, *(f"{number:,} answers {why}" for why, number in left.counts.items())]
         raise UsageError(listing(f"The data have no answer of {source.name}", why or ["no rows"]))
-    for file in (path, path.with_name(f"{source.name}.partial.jsonl")):
+    files = (path, path.with_name(f"{source.name}.partial.jsonl"))
+    _hold_given(path, exist=any(file.exists() for file in files))
+    for file in files:
         file.unlink(missing_ok=True)
     ledger = Ledger(path, keys, lambda row: Key(row["prompt"], row["index"]), ANSWER)
     scores: dict[str, list[dict[str, Any]]] = {}
@@ -58,14 +62,23 @@ def import_answers(root: Folder, source: RecipeSource, prompts: Sequence[Prompt]
     return len(keys)
 
 
+def _hold_given(path: Path, exist: bool) -> None:
+    """Note that the answers are given. Raises UsageError where there are others: what a model said isn't replaced."""
+    settings, refusal = path.with_suffix(".json"), f"{path} has answers that don't come from the recipe's data"
+    advice = f"Give the source another name; or, to be without them, delete {path.stem}.* there."
+    if exist and not settings.exists():
+        raise UsageError(f"{refusal}.\n{advice}")
+    hold_settings(settings, {"given": True}, "answers", refusal if exist else None, advice)
+
+
 def _verdict(prompt: Prompt, given: GivenAnswer) -> dict[str, Any]:
     answer = given.answer
     judged = digest_of(prompt, parted(answer.text).answer)
     return {"prompt": answer.prompt, "index": answer.index, "score": given.score, "why": "", "judged": judged}
 
 
-def import_rows(root: Folder, rows: GivenRows, reporter: Reporter) -> None:
-    """Write the rows that are given to ``pairs/``, and their prompts to ``prompts.jsonl``.
+def import_rows(root: Folder, rows: GivenRows, reporter: Reporter) -> dict[str, AnswerCounts]:
+    """Write the rows that are given to ``pairs/``, and their prompts to ``prompts.jsonl``; return counts by role.
 
     Raises:
         UsageError: data can't be read, or have no row to train on.
@@ -86,7 +99,7 @@ def import_rows(root: Folder, rows: GivenRows, reporter: Reporter) -> None:
         write_rows(root.pairs(name), found)
         reporter.line(f"{name}: {counted(len(found), 'row')} in {root.pairs(name)}")
     write_rows(root.prompts, map(as_row, loaded.prompts))
-    reporter.table(["in rows as", *HEADS], [[role, *each.cells] for role, each in counts_by_role(written).items()])
+    return counts_by_role(written)
 
 
 def _rows(name: str, origins: Iterable[Data], left: Left, loaded: LoadedPrompts) -> Iterator[dict[str, Any]]:

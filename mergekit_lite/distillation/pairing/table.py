@@ -74,7 +74,8 @@ class PairingTable:
             figures = [counts.prompts, sum(counts.dropped.values()), counts.total, counts.sft, counts.preference]
             figures += [counts.waiting] if waiting else []
             rows.append([name or "–", *(f"{figure:,}" for figure in figures), counts.share])
-        reporter.table([*heads, ">SFT share"], rows)
+        if rows:  # none where the rows are given
+            reporter.table([*heads, ">SFT share"], rows)
         losses = [
             [name or "–", f"{number:,}", what]
             for name, counts in self.domains.items()

@@ -10,7 +10,7 @@ from mergekit_lite.answers.asking import Sampling, urls_of
 from mergekit_lite.answers.data_files import Data
 from mergekit_lite.answers.prompts import Prompts
 from mergekit_lite.answers.requests import OURS
-from mergekit_lite.answers.scoring.registry import wrong_settings
+from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
 from mergekit_lite.answers.serving import wrong_command
 from mergekit_lite.distillation.recipe.schema import (
     TARGET,
@@ -47,27 +47,22 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield every contradiction in the recipe."""
     if recipe.rows is not None:
         yield from _given_rows(recipe, recipe.rows)
-        return
-    yield from _empty_sections(recipe)
-    yield from _clashing_names("sources", [source.name for source in recipe.sources])
+    else:
+        yield from _empty_sections(recipe)
+        yield from _clashing_names("sources", [source.name for source in recipe.sources])
+        for number, source in enumerate(recipe.sources):
+            yield from _source(("sources", number), source)
+        for number, prompts in enumerate(recipe.prompts):
+            yield from _one_origin(("prompts", number), prompts)
+        yield from pairing_problems(recipe)
+    if recipe.train.sft is None and recipe.train.preference is None:
+        yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
     yield from _clashing_names("scorers", [scorer.name for scorer in recipe.scorers])
-    for number, source in enumerate(recipe.sources):
-        yield from _source(("sources", number), source)
     for number, scorer in enumerate(recipe.scorers):
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _given_scores(recipe)
     yield from _target_source(recipe)
-    yield from _sampling(("report", "sampling"), recipe.report.sampling)
-    for number, prompts in enumerate(recipe.prompts):
-        yield from _one_origin(("prompts", number), prompts)
-    for number, prompts in enumerate(recipe.report.prompts):
-        yield from _one_origin(("report", "prompts", number), prompts)
-    yield from pairing_problems(recipe)
-    for number, name in enumerate(recipe.report.scores or ()):
-        known = [scorer.name for scorer in recipe.scorers]
-        if name not in known:
-            hint = nearest(name, known) or f" There are: {', '.join(known)}."
-            yield Problem(("report", "scores", number), f"no scorer is named {name!r}.{hint}")
+    yield from _report(recipe)
 
 
 def pairing_problems(recipe: Recipe, domains: Iterable[str] = ()) -> Iterator[Problem]:
@@ -112,8 +107,20 @@ def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((), f"the recipe has no {key!r}")
         elif key in ("prompts", "sources") and not getattr(recipe, key) and not given:
             yield Problem((key,), f"{key!r} is an empty list: at least one is needed")
-    if recipe.train.sft is None and recipe.train.preference is None:
-        yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
+
+
+def _report(recipe: Recipe) -> Iterator[Problem]:
+    yield from _sampling(("report", "sampling"), recipe.report.sampling)
+    for number, prompts in enumerate(recipe.report.prompts):
+        yield from _one_origin(("report", "prompts", number), prompts)
+    kinds = {scorer.name: scorer.kind for scorer in recipe.scorers}
+    for number, name in enumerate(recipe.report.scores or ()):
+        if name not in kinds:
+            hint = nearest(name, kinds) or f" There are: {', '.join(kinds)}."
+            yield Problem(("report", "scores", number), f"no scorer is named {name!r}.{hint}")
+        elif not kind_of(kinds[name]).judges:
+            text = f"{name!r} has the scores of the data, and can't judge what the trained models answer"
+            yield Problem(("report", "scores", number), text)
 
 
 def _given_rows(recipe: Recipe, rows: GivenRows) -> Iterator[Problem]:
@@ -128,12 +135,6 @@ def _given_rows(recipe: Recipe, rows: GivenRows) -> Iterator[Problem]:
         if bool(origins) != (training is not None):
             has, lacks = ("rows", "train") if origins else ("train", "rows")
             yield Problem((lacks,), f"{has!r} has {stage!r}, {lacks!r} has not: give both, or neither")
-    if recipe.train.sft is None and recipe.train.preference is None:
-        yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
-    for number, scorer in enumerate(recipe.scorers):
-        yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
-    for number, prompts in enumerate(recipe.report.prompts):
-        yield from _one_origin(("report", "prompts", number), prompts)
 
 
 def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from xxhash import xxh3_64_hexdigest
 from mergekit_lite.answers.intervals import Interval, difference, interval
 from mergekit_lite.answers.prompts import load
 from mergekit_lite.answers.rows import ANSWER, Key, Message, Prompt, read_rows, seed_of, write_text
+from mergekit_lite.answers.scoring.registry import kind_of
 from mergekit_lite.answers.thoughts import is_cut, parts_of
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.pairing.candidates import Inventory, verdicts
@@ -171,11 +172,14 @@ def _as_distillation(recipe: Recipe, models: Mapping[Model, str], domains: set[s
     scorers = [
         scorer.model_copy(update={"domains": scorer.domains and tuple(d for d in scorer.domains if d in domains)})
         for scorer in recipe.scorers
-        if (wanted is None or scorer.name in wanted) and (scorer.domains is None or domains & {*scorer.domains})
+        if kind_of(scorer.kind).judges  # nobody has scored these answers
+        and (wanted is None or scorer.name in wanted)
+        and (scorer.domains is None or domains & {*scorer.domains})
     ]
     return recipe.model_copy(
         update={
             "folder": recipe.folder / "report",
+            "rows": None,
             "prompts": recipe.report.prompts,
             "sources": tuple(_source(recipe, name, model) for name, model in models.items()),
             "target_source": None,

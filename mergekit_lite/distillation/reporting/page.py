@@ -146,7 +146,7 @@ def _log(findings: Findings, stage: str) -> Iterator[Block]:
 
 
 def _data(findings: Findings) -> Iterator[Block]:
-    if findings.table is None:
+    if findings.table is None or not findings.table["domains"]:  # the rows were given
         return
     yield Heading("Data")
     counts = {**findings.table["domains"], "all": findings.table["all"]}

@@ -26,6 +26,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "log_ratio": {"strong": "a", "weak": "b"},
     "exact": {},
     "function": {"model": "os.path:join"},
+    "given": {},
 }
 
 

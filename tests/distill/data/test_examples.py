@@ -68,6 +68,23 @@ def test_preferences(form: str) -> None:
     assert scores == ([8, 3.5] if form in ("UltraFeedback, binarized", "ours") else [None, None])
 
 
+def test_prompts_are_as_those_that_a_recipe_names() -> None:
+    row = {"prompt": "one", "reference": 4, "tests": ["assert True"], "completion": "two"}
+    prompt = example_of(row).prompt
+    assert (prompt.reference, prompt.tests, prompt.plain) == ("4", ("assert True",), True)
+    ours = {"prompt": "an id", "messages": [USER], "response": "two"}
+    with_system = {"system": "Be brief.", "instruction": "one", "output": "two"}
+    assert not any(example_of(row).prompt.plain for row in (ours, with_system, {"messages": [USER, TWO]}))
+
+
+def test_answers_that_end_in_their_thoughts_are_cut() -> None:
+    for text, cut in (("<think> and so", True), ("<think>so</think> 4", False), ("4", False)):
+        (given,) = example_of({"prompt": "one", "completion": text}).answers
+        assert given.cut is cut
+    ours = {"messages": [USER], "response": "4", "cut": True}
+    assert [given.cut for given in example_of(ours).answers] == [True]
+
+
 @pytest.mark.parametrize("form", ANSWERED)
 def test_answers(form: str) -> None:
     example = example_of(ANSWERED[form], "sums")

@@ -162,11 +162,38 @@ def test_rows_skip_three_stages(tmp_path: Path) -> None:
     assert code == 0 and "preference: 1 left out: chosen and rejected are the same text" in told
     assert f"{tmp_path / 'preference.jsonl'}:8: the columns 'chosen'" in error
     assert ["chosen,", "source", "6", "0", "0", "3"] in [line.split() for line in told.splitlines()]
+    table = json.loads((tmp_path / "out" / "pairs" / "table.json").read_text())
+    assert table["domains"] == {} and table["roles"]["chosen, source"]["answers"] == 6
     for name in ("sft", "preference"):
         assert [
             row["messages"][0]["content"] for row in rows(tmp_path / "out" / "pairs" / f"{name}.jsonl")
         ] == QUESTIONS
     assert len(rows(tmp_path / "out" / "prompts.jsonl")) == 6  # held-out prompts are looked for among them
+
+
+def test_given_answers_do_not_replace_those_of_a_model_nor_pass_for_them(tmp_path: Path) -> None:
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    write_lines(tmp_path / "given.jsonl", [{"prompt": "one", "completion": "<think>hm"}])
+    given = {"name": "a", "answers": [{"path": "given.jsonl"}]}
+    path = write_recipe(tmp_path, sources=[given])
+    plan = json.loads(invoke("run", path, "--dry-run", "--json")[1])
+    assert [(each["done"], each["cut"]) for each in plan["sources"]] == [(1, 1)]  # it ends in its thoughts
+    folder = tmp_path / "out" / "samples"
+    folder.mkdir(parents=True)
+    for settings in (None, '{"model": "m"}'):
+        asked = write_lines(folder / "a.jsonl", [{"prompt": "p", "source": "a", "index": 0, "text": "costly"}])
+        (folder / "a.json").unlink(missing_ok=True)
+        if settings:
+            (folder / "a.json").write_text(settings)
+        before = asked.read_bytes()
+        code, _, error = invoke("sample", path)
+        assert code == 2 and "don't come from the recipe's data" in error, error
+        assert asked.read_bytes() == before
+    for file in folder.iterdir():
+        file.unlink()
+    assert invoke("sample", path)[0] == 0 and invoke("sample", path)[0] == 0
+    code, _, error = invoke("sample", write_recipe(tmp_path))
+    assert code == 2 and "model: was None, is 'm'" in error
 
 
 def test_wrpos_rows_have_the_targets_answers(tmp_path: Path) -> None:
@@ -186,12 +213,21 @@ def test_contradictions_are_told_with_their_places(tmp_path: Path) -> None:
     for what in ("'prompts' has no effect", "'sources' has no effect", "'pairs' has no effect", "exactly one of 'path'",
                  "'rows' has 'sft', 'train' has not", "'train' has 'preference', 'rows' has not"):  # fmt: skip
         assert what in error
+    given = {"sft": [{"path": "x.jsonl"}]}
+    scorers: list[dict[str, Any]] = [{"name": name, "kind": "exact"} for name in ("right", "Right")]
+    rest = {"scorers": scorers, "target_source": {"name": "a"}, "report": {"scores": ["wrong"]}}
+    error = invoke("pair", write_recipe(tmp_path, "prompts", "sources", "pairs", rows=given, **rest))[2]
+    for what in ("'Right' is taken by another", "always called 'target'", "no scorer is named 'wrong'"):
+        assert what in error, error
     sources = [{"name": "a", "answers": [{"path": "x", "scorer": "gpt5"}], "samples": 3}, {"name": "b"}]
     scorers = [{"name": "gpt4", "kind": "given"}, {"name": "right", "kind": "exact"}]
-    error = invoke("pair", write_recipe(tmp_path, "prompts", "pairs", sources=sources, scorers=scorers))[2]
+    report = {"scores": ["gpt4"]}
+    error = invoke("pair", write_recipe(tmp_path, "prompts", "pairs", sources=sources, scorers=scorers, report=report))[
+        2
+    ]
     for what in ("no scorer of the kind 'given' is named 'gpt5'", "no 'answers' of a source give scores to 'gpt4'",
                  "'samples' has no effect here: the answers are given", "sources[2] has no 'model', and no 'answers'",
-                 "the recipe has no 'pairs'"):  # fmt: skip
+                 "the recipe has no 'pairs'", "can't judge what the trained models answer"):  # fmt: skip
         assert what in error, error
 
 

@@ -1,4 +1,4 @@
-"""Write the table of objectives in ``docs/distill.md`` from their registry: ``python -m docs.distill``."""
+"""Write the table of objectives in ``docs/training.md`` from their registry: ``python -m docs.training``."""
 
 from __future__ import annotations
 
