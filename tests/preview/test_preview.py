@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 import mergekit_lite
 from mergekit_lite.answers.asking import Sampling
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import MergekitLiteError, UsageError
 from mergekit_lite.previewing import opened
 from mergekit_lite.previewing.drafts import Drafts, Reader, Rules
 from mergekit_lite.previewing.preview import loaded, previews
@@ -263,6 +264,26 @@ def test_what_can_not_be_done_is_said_before_anything_is_loaded(
     assert len(prepared(pair, [0.0]).models) == 1
     with pytest.raises(UsageError, match=r"SFT 0.00, ALIGNED 0.00.*alpha 0 and -1 alone take one model"):
         prepared(pair, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"eos_token_id": ', r"generation_config.json: is not valid JSON"),
+        ("[1, 2]", r"generation_config.json: should hold a JSON object"),
+        ('{"max_new_tokens": -4}', r"generation_config.json: transformers refuses it: .*must be greater than 0"),
+    ],
+)
+def test_a_damaged_generation_config_is_said(
+    pair: tuple[Path, Path], tmp_path: Path, content: str, message: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(pair[1], folder)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(MergekitLiteError, match=message):
+        prepared((pair[0], folder), [0.0])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [[1], "x", 2.5]}')
+    assert prepared((pair[0], folder), [0.0]).ends == prepared(pair, [0.0]).ends  # the tokenizer's
 
 
 def test_in_python(pair: tuple[Path, Path]) -> None:
