@@ -216,6 +216,7 @@ def ends_of(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBa
     """
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
-    by_model = {configured} if isinstance(configured, int) else set(configured or ())
+    given = configured if isinstance(configured, list) else [configured]
+    by_model = {token for token in given if isinstance(token, int)}  # others are mistakes in a file
     own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     return frozenset(own | (by_model & special))

@@ -157,18 +157,19 @@ def _wait(process: subprocess.Popen[bytes], url: str, model: str, patience: floa
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RunError(f"The server ended with exit code {process.returncode} before it was ready.{_said(log)}")
-        if (name := _name(url, model)) is not None:
+        if (name := _name(url, model, until)) is not None:
             return name
         time.sleep(POLL_SECONDS)
     raise RunError(f"The server was not ready after {patience:g} s: nothing sound at {url}/models.{_said(log)}")
 
 
-def _name(url: str, model: str) -> str | None:
+def _name(url: str, model: str, until: float) -> str | None:
     """Return the name of the model at a server; None while it isn't ready.
 
     Servers list what they serve, and most call it as they were told. ``transformers serve`` lists what is in the hub's
-    cache instead, perhaps nothing, and takes the name that it was given alone. So the first name that is listed is
-    tried where it is another one.
+    cache instead, perhaps nothing, and takes the name that it was given alone; ``mlx_lm.server`` does, and loads any
+    model that it is asked for. So a server that lists other names is asked by the one it was given, and by the first
+    that it lists only where it refuses that. It may load the model with that question: it has until then to answer.
     """
     listed = _reply(f"{url}/models", 5)
     entries = listed.get("data") if isinstance(listed, dict) else None
@@ -181,8 +182,9 @@ def _name(url: str, model: str) -> str | None:
             return str(each["id"])
     if names:
         asked = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 1, "seed": 0}
-        tried = (name for name in (names[0], model) if _reply(f"{url}/chat/completions", 60, {"model": name, **asked}))
-        return next(tried, names[0])
+        left = max(1.0, until - time.monotonic())
+        answers = _reply(f"{url}/chat/completions", left, {"model": model, **asked}) is not None
+        return model if answers else names[0]
     return model if _reply(f"{url.removesuffix('/v1')}/health", 5) is not None else None
 
 

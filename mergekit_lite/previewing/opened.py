@@ -14,7 +14,7 @@ from mergekit_lite.engine.devices import chosen_device
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted, listing, shortened
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
-from mergekit_lite.resident.model import config_of, tokenizer_of
+from mergekit_lite.resident.model import config_of, generation_config_of, tokenizer_of
 
 SHOWN = 3  # tokens that a message names
 UNWRITTEN = Path("previewed")  # the output in plans that are never run
@@ -57,12 +57,8 @@ class Opened:
 
     def ends(self) -> frozenset[int]:
         """Return the tokens that end an answer of this model."""
-        from transformers import GenerationConfig
-
-        folder, configured = self.plan.source.folder, self.config.get_text_config().eos_token_id
-        if folder is not None and (Path(folder) / "generation_config.json").is_file():
-            configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        return ends_of(configured, self.tokenizer)
+        config = generation_config_of(self.plan) or self.config.get_text_config()
+        return ends_of(config.eos_token_id, self.tokenizer)
 
     def cached(self, tokens: int) -> int:
         """Estimate the bytes of the keys and values of so long a sequence; 0 where the config doesn't tell."""

@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.folder import small_file
-from mergekit_lite.errors import PlanError, UsageError, nearest
+from mergekit_lite.errors import PlanError, UsageError, nearest, one_line
+from mergekit_lite.input_files import read_json
 from mergekit_lite.output.companions import written_config
 from mergekit_lite.planning import Plan
 
 Places = Mapping[str, torch.Tensor]
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def build(plan: Plan, device: str) -> Built:
     if problems:
         raise PlanError(problems)
     places, unused = _places(plan, model)
-    _add_generation_config(plan, model)
+    if (generation := generation_config_of(plan)) is not None:
+        model.generation_config = generation
     return Built(model, places, unused)
 
 
@@ -129,6 +132,26 @@ def config_of(plan: Plan) -> Any:
     return config
 
 
+def generation_config_of(plan: Plan) -> Any:
+    """Return the configuration, of transformers, with which the plan's output answers; None where it has none.
+
+    Raises:
+        CheckpointError: the file may not be opened, or is no JSON object.
+        UsageError: transformers doesn't take its settings.
+    """
+    from transformers import GenerationConfig
+
+    folder = plan.source.folder
+    path = None if folder is None else small_file(folder, GENERATION)
+    if path is None:
+        return None
+    settings: Any = GenerationConfig  # has no types
+    try:
+        return settings.from_dict(read_json(path))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: transformers refuses it: {one_line(str(error))}") from error
+
+
 def _places(plan: Plan, model: Any) -> tuple[Places, tuple[str, ...]]:
     """Return the place of each tensor of the plan in the model, and the tensors that have none."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -171,14 +194,6 @@ def _name_in(saved: Mapping[str, torch.Tensor], name: str, prefix: str) -> str |
     """Return the model's name of a tensor: with or without the prefix of the model below the head, as on loading."""
     options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((option for option in options if option in saved), None)
-
-
-def _add_generation_config(plan: Plan, model: Any) -> None:
-    from transformers import GenerationConfig
-
-    folder = plan.source.folder
-    if folder is not None and small_file(folder, "generation_config.json"):
-        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 @contextmanager

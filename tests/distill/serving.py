@@ -1,7 +1,8 @@
 """A server for tests: ``python serving.py MODEL PORT [how]``. It says which model it was started over.
 
 ``dies`` ends at once, ``later`` after some answers; ``child`` starts a process of its own and notes its number.
-``pinned`` lists nothing, and ``cached`` other models; both take the name of their own model alone.
+``pinned`` lists nothing, and ``cached`` other models; both take the name of their own model alone. ``any`` lists other
+models, too, and takes every name. The others take the name they list alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 HOW = sys.argv[3] if len(sys.argv) > 3 else ""
+OWN = f"served {Path(sys.argv[1]).name}"
 given = 0
 
 
@@ -22,9 +24,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if HOW == "pinned" and self.path == "/v1/models":
             return self.send_error(500)
-        if HOW == "cached":
+        if HOW in ("cached", "any"):
             return self._reply({"data": [{"id": "org/other"}, {"id": "org/another"}]})
-        self._reply({"data": [{"id": f"served {Path(sys.argv[1]).name}"}]})
+        self._reply({"data": [{"id": OWN}]})
 
     def do_POST(self) -> None:
         global given
@@ -36,6 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if HOW in ("pinned", "cached") and asked["model"] != sys.argv[1]:
             return self.send_error(400, "pinned to another model")
+        if HOW not in ("pinned", "cached", "any") and asked["model"] != OWN:
+            return self.send_error(404, "no such model")
         text = f"{asked['model']}: {asked['messages'][-1]['content']} {asked['seed']}"
         self._reply({"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": text}}]})
 

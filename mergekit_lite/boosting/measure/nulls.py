@@ -71,7 +71,11 @@ def null_tests(
     found = {}
     for settings in tested(scores):
         graded = {item: row["values"][settings.name] for item, row in rows.items() if settings.name in row["values"]}
-        asked = {item: by_id.get(item) or by_id[cluster_of(item)] for item in list(graded)[:ASKED]}
+        # Of several answers to a prompt the first: it is prompts that are to be different.
+        first: dict[str, str] = {}
+        for item in graded:
+            first.setdefault(cluster_of(item), item)
+        asked = {item: by_id.get(item) or by_id[cluster] for cluster, item in list(first.items())[:ASKED]}
         grades = _grades(settings, asked, folder / f"nulls.{settings.name}.jsonl")
         if said := _complaint(settings.name, grades, graded):
             found[settings.name] = said

@@ -39,7 +39,7 @@ def rows(samples: int) -> dict[str, ItemRow]:
     return {item: ItemRow(item=item, values={"judge": 7.0}) for item in items}
 
 
-@pytest.mark.parametrize(("say", "samples", "broken"), [(strict, 1, False), (fooled, 1, True), (fooled, 2, True)])
+@pytest.mark.parametrize(("say", "samples", "broken"), [(strict, 1, False), (fooled, 1, True), (fooled, 3, True)])
 def test_a_constant_answer_must_not_win(
     say: Callable[[str, int], str], samples: int, broken: bool, tmp_path: Path
 ) -> None:
@@ -49,6 +49,8 @@ def test_a_constant_answer_must_not_win(
         asked = len(server.bodies)
         again = null_tests(scores, PROMPTS, tmp_path, rows(samples))
         assert asked == len(server.bodies) == len(CONSTANTS) * ASKED, "what was asked is kept"
+        shown = {body["messages"][-1]["content"] for body in server.bodies}
+        assert len(shown) == asked, "each constant is graded once on each of as many different prompts"
     assert found == again and bool(found) is broken
     assert f"{asked} requests" in described(scores)
     if broken:
