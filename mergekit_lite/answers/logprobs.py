@@ -230,7 +230,8 @@ class _TargetLogProbs(torch.autograd.Function):
             *(tensor.chunk(PARTS) for tensor in (output, targets, total, gradient)), strict=True
         ):
             logits = ctx.shape.apply(part)
-            slope = (logits - log_z[:, None]).exp_().mul_(-weight[:, None])
+            curve = ctx.shape.slope(logits)  # before the logits, which may be the part itself, are overwritten
+            slope = logits.sub_(log_z[:, None]).exp_().mul_(-weight[:, None])
             slope.scatter_add_(1, target[:, None], weight[:, None])
-            part.copy_(slope.mul_(ctx.shape.slope(logits)))
+            part.copy_(slope if isinstance(curve, float) and curve == 1 else slope.mul_(curve))
         return output, None, None, None
