@@ -129,10 +129,10 @@ def test_instructions_go_to_the_strong_model_only(models: Path) -> None:
 
 
 def test_what_has_no_ratio_says_why(models: Path) -> None:
-    system = Prompt("p", (Message(role="system", content="s"), Message(role="user", content="u")))
-    found = ratios(models, "a", "b", [judged("one"), Judged(system, "one"), judged("one " * 3000)])
+    twice = Prompt("p", (Message(role="user", content="u"), Message(role="user", content="v")))
+    found = ratios(models, "a", "b", [judged("one"), Judged(twice, "one"), judged("one " * 3000)])
     assert found[0].value is not None and found[1].value is None and found[2].value is None
-    assert "No system role" in found[1].why and "tokens are more than the 2,048" in found[2].why
+    assert "roles must alternate" in found[1].why and "tokens are more than the 2,048" in found[2].why
 
 
 def test_what_is_no_model_is_refused(models: Path) -> None:

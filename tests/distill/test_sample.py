@@ -74,8 +74,9 @@ def test_answers_that_were_cut_are_told(tmp_path: Path) -> None:
         file = tmp_path / "out" / "samples" / "b.jsonl"
         ends = [{"finish": "length"}, {"text": "<think>\nso"}, {"thoughts": "so"}, {}, {}, {}]
         write_rows(file, [{**row, **end} for row, end in zip(rows(file), ends, strict=True)])
-        told = invoke("sample", path)[1].splitlines()
-    assert f"b: 6 answers in {file}; 2 cut by the limit of tokens (33%); 2 with thoughts (33%)" in told
+        _, told, error = invoke("sample", path)
+    assert "b: 1 answer of 6 cut at max_tokens" in told + error
+    assert "b: 1 answer of 6 spent all tokens on thoughts and said nothing" in told + error
     cells = next(line.split() for line in invoke("run", path, "--dry-run")[1].splitlines() if line.startswith("b "))
     assert cells[-3:] == ["6", "6", "2"]
 

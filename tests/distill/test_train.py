@@ -359,6 +359,7 @@ QUANTISED = pytest.param({"base": "nf4"}, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("kind", [{"rslora": True, "dora": True, "modules_to_save": ["embed_tokens"]}, QUANTISED])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft below
 def test_kinds_of_adapters(tmp_path, kind, tied):
     """The folder's weights answer as the adapter does beside the model it started from, which is never quantised."""
     import peft

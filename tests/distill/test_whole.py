@@ -49,7 +49,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ],
         "target_source": {"samples": 3, "sampling": SAMPLING, "device": "cpu"},
         "scorers": [{"name": "variety", "kind": "function", "model": "variety:score"}],
-        "pairs": {"rule": "wrpo", "score": "variety", "sft_share": 0.33333333},
+        # Models of random weights never end an answer.
+        "pairs": {"rule": "wrpo", "score": "variety", "sft_share": 0.33333333, "cut": "keep"},
         "train": {"sft": STAGE, "preference": {**STAGE, "objective": "wrpo", "trainer": {"use_cpu": True}}},
         "report": {"prompts": [{"path": "held-out.jsonl"}], "sampling": {**SAMPLING, "temperature": 0}},
     }

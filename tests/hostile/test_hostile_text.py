@@ -106,6 +106,8 @@ def test_no_command_shows_what_a_terminal_obeys(place: Path) -> None:
         ["distill", TRICKS],
         ["boost", "sft", odd, "--prompts", f"no{TRICKS}.jsonl", "--score", f"maths,{TRICKS}=1", "-o", "boosted"],
         ["boost", "sft", odd, "--prompts", f"no{TRICKS}.jsonl", "--score", "maths", "-o", "boosted", "--dry-run"],
+        ["preview", "sft", odd, "--alpha", "0.3", "--prompt", TRICKS],
+        ["preview", f"./{TRICKS}", "dpo", "--alpha", TRICKS, "--prompt", "a"],
         [TRICKS],
         [f"--{TRICKS}"],
         ["merge", f"--{TRICKS}"],

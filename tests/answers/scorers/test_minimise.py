@@ -9,9 +9,10 @@ from mergekit_lite.answers.scoring.scorer import ScorerSettings
 from tests.answers.scorers.asked import judged
 
 
-def mistakes(prompt: object, answer: str) -> float | None:
+def mistakes(completions: list[list[dict[str, str]]], **_: object) -> list[float | None]:
     """How many x an answer has; no score for a blank one."""
-    return float(answer.count("x")) if answer else None
+    answers = [completion[0]["content"] for completion in completions]
+    return [float(answer.count("x")) if answer else None for answer in answers]
 
 
 def test_higher_is_better_once_it_is_opened() -> None:

@@ -133,9 +133,9 @@ def test_what_has_no_score_says_why(tmp_path: Path, classifier: Path) -> None:
     found = rewards([judged("one two three four")], settings(classifier, max_length=20))
     assert found[0].value is None and "more than 20" in found[0].why
     gemma = write_classifier(tmp_path, style="gemma")
-    system = Judged(Prompt("p", (Message(role="system", content="s"), Message(role="user", content="u"))), "one")
-    found = rewards([system, judged("one")], settings(gemma))
-    assert found[0].value is None and "No system role" in found[0].why and found[1].value is not None
+    twice = Judged(Prompt("p", (Message(role="user", content="u"), Message(role="user", content="v"))), "one")
+    found = rewards([twice, judged("one")], settings(gemma))
+    assert found[0].value is None and "roles must alternate" in found[0].why and found[1].value is not None
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
