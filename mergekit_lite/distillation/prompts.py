@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mergekit_lite.answers import prompts as data
 from mergekit_lite.answers.rows import Prompt, read_rows, write_rows
@@ -39,7 +40,8 @@ def read(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
 def settled(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
     """Return the prompts as ``read`` does, and hold them to those in the recipe's folder.
 
-    The first call writes them there. Later ones may change them only while there are no answers.
+    The first call writes them there. Later ones may change them only while there are no answers, but for what no
+    source sees: columns that functions get, and whether the data have a text.
 
     Raises:
         UsageError: as ``read``, or the data have other prompts than the folder's answers.
@@ -49,8 +51,9 @@ def settled(recipe: Recipe, reporter: Reporter) -> list[Prompt]:
     if not folder.prompts.exists():
         write_rows(folder.prompts, map(data.as_row, now))
     elif (then := stored(folder)) != now:
-        if any((folder.root / "samples").glob("*.jsonl")):
-            raise UsageError(_changed(folder, then, now))
+        before, after = _as_asked(then), _as_asked(now)
+        if before != after and any((folder.root / "samples").glob("*.jsonl")):
+            raise UsageError(_changed(folder, before, after))
         write_rows(folder.prompts, map(data.as_row, now))
     return now
 
@@ -73,6 +76,10 @@ def stored(folder: Folder) -> list[Prompt]:
     if problems:
         raise UsageError(listing(f"{folder.prompts} was changed since it was written", problems))
     return prompts
+
+
+def _as_asked(prompts: Sequence[Prompt]) -> list[Prompt]:
+    return [replace(prompt, plain=False, columns={}) for prompt in prompts]
 
 
 def _changed(folder: Folder, then: Sequence[Prompt], now: Sequence[Prompt]) -> str:

@@ -108,6 +108,23 @@ def test_the_last_good_checkpoint_is_kept_and_gone_on_from(folder, monkeypatch):
     assert [row["step"] for row in log(folder / "train" / "sft")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_held_out_loss_that_is_not_finite_stops_the_training(folder, monkeypatch):
+    """Nothing else shows it, and the best checkpoint would be chosen by no figure at all."""
+    from mergekit_lite.distillation.training.trainer import SftTrainer
+
+    whole = SftTrainer._measure
+
+    def broken(self, rows):
+        whole(self, rows)
+        if self.state.global_step:
+            self.means.totals[0] = float("nan")
+
+    monkeypatch.setattr(SftTrainer, "_measure", broken)
+    with pytest.raises(RunError, match="sft: training diverged: at step 1 the held-out loss is nan"):
+        trained(folder, sft={"eval": 4, "save_steps": 1, "keep": "best"})
+    assert not (folder / "train" / "sft").exists()
+
+
 def test_weights_that_are_not_finite_are_no_checkpoint(folder, monkeypatch):
     """The last step breaks the weights: no loss shows it."""
     from torch.optim import AdamW

@@ -238,7 +238,7 @@ def _own(given: Mapping[str, Any]) -> Given:
         model=str(given.get("source") or ""),
         score=_number(given.get("score")),
         ended=given.get("cut") is not True,
-        role=str(given.get("role") or ""),
+        role=str(role) if (role := given.get("role")) in ("source", "target") else "",
     )
 
 

@@ -31,7 +31,7 @@ from mergekit_lite.distillation.objectives import LogProbs, Objective
 from mergekit_lite.distillation.training import held_out
 from mergekit_lite.distillation.training.model import layout_of
 from mergekit_lite.distillation.training.rows import TrainingRow
-from mergekit_lite.distillation.training.watch import Watch, check_weights
+from mergekit_lite.distillation.training.watch import DivergedError, Watch, check_weights
 
 Inputs = dict[str, Any]
 ROLES = ("source", "target")
@@ -173,6 +173,9 @@ class ResponseTrainer(Trainer):
         """Measure the held-out rows under the model as it is, without dropout, and log the figures.
 
         The loss is the training's own, averaged over all held-out rows as it is over those of a step.
+
+        Raises:
+            DivergedError: it is not finite.
         """
         accelerator = self.accelerator
         before, self.means = self.means, RunningMeans((*self.means.names, held_out.LOSS))
@@ -190,6 +193,8 @@ class ResponseTrainer(Trainer):
             self.means = kept
         found, self.means = self.means.take(self._added_up), before
         figures = {key: found[name] for key, name in self._measured.items() if name in found}
+        if not math.isfinite(figures[held_out.LOSS]):
+            raise DivergedError(self.state.global_step, f"the held-out loss is {figures[held_out.LOSS]}")
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures

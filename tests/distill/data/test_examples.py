@@ -77,6 +77,11 @@ def test_prompts_are_as_those_that_a_recipe_names() -> None:
     assert not any(example_of(row).prompt.plain for row in (ours, with_system, {"messages": [USER, TWO]}))
 
 
+def test_a_role_of_other_data_is_none_of_ours() -> None:
+    sides = {name: [{"text": name, "role": role}] for name, role in (("chosen", "target"), ("rejected", "assistant"))}
+    assert [given.role for given in example_of({"messages": [USER], **sides}).all] == ["target", ""]
+
+
 def test_answers_that_end_in_their_thoughts_are_cut() -> None:
     for text, cut in (("<think> and so", True), ("<think>so</think> 4", False), ("4", False)):
         (given,) = example_of({"prompt": "one", "completion": text}).answers

@@ -171,6 +171,21 @@ def test_rows_skip_three_stages(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "out" / "prompts.jsonl")) == 6  # held-out prompts are looked for among them
 
 
+def test_columns_may_be_kept_once_there_are_answers(tmp_path: Path) -> None:
+    """No source sees them, so nothing is asked again; nor for prompts that an earlier version wrote."""
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "one", "topic": "numbers"}])
+    write_lines(tmp_path / "given.jsonl", [{"prompt": "one", "completion": "1"}])
+    sources, stored = [{"name": "a", "answers": [{"path": "given.jsonl"}]}], tmp_path / "out" / "prompts.jsonl"
+    assert invoke("sample", write_recipe(tmp_path, sources=sources))[0] == 0
+    (row,) = rows(stored)
+    write_lines(stored, [{key: value for key, value in row.items() if key not in ("plain", "columns")}])
+    path = write_recipe(tmp_path, sources=sources, prompts=[{"path": "prompts.jsonl", "keep": ["topic"]}])
+    assert invoke("sample", path)[0] == 0
+    assert rows(stored) == [{**row, "columns": {"topic": "numbers"}}]
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "another", "topic": "numbers"}])
+    assert "no longer those" in invoke("sample", path)[2]
+
+
 def test_given_answers_do_not_replace_those_of_a_model_nor_pass_for_them(tmp_path: Path) -> None:
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
     write_lines(tmp_path / "given.jsonl", [{"prompt": "one", "completion": "<think>hm"}])
