@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_lite.answers.intervals import Interval, difference, interval, paired
+from mergekit_lite.answers.thoughts import parted
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, cluster_of, label
 from mergekit_lite.boosting.search import guards as guarding
 from mergekit_lite.boosting.search.guards import Guards, Limits
@@ -138,8 +139,13 @@ def cluster_means(figures: Mapping[str, float | None]) -> dict[str, float | None
     return {name: sum(those) / len(those) if those else None for name, those in clusters.items()}
 
 
+def _length(row: ItemRow) -> int:
+    """Return the characters of an answer as scorers get it, without its thoughts."""
+    return len(parted(row["text"]).answer)
+
+
 def _length_effect(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], settings: Settings) -> LengthEffect | None:
-    longer = cluster_means({item: float(len(row["text"]) - len(base[item]["text"])) for item, row in rows.items()})
+    longer = cluster_means({item: float(_length(row) - _length(base[item])) for item, row in rows.items()})
     ours, theirs = values(rows, settings.score), values(base, settings.score)
     scored = [name for name in longer if ours[name] is not None and theirs[name] is not None]
     gains = paired({name: ours[name] for name in scored}, theirs)
@@ -149,7 +155,7 @@ def _length_effect(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], set
 def _win_rates(rows: Mapping[str, ItemRow], base: Mapping[str, ItemRow], score: str) -> WinRates | None:
     """Compute win rates from a judge's comparisons where rows have them, else from which answer scores higher."""
     known = [
-        (value, len(row["text"]), len(base[item]["text"]))
+        (value, _length(row), _length(base[item]))
         for item, row in rows.items()
         if (value := _preferred(row, base[item], score)) is not None
     ]
