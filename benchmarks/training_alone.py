@@ -58,8 +58,9 @@ def ours(folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
         @contextmanager
         def progress(self, what: str, total: int, done: int = 0) -> Iterator[Advance]:
             def advance(more: int, note: str = "") -> None:
-                watch.stop(what.split()[0])
-                peaks.append(peak())
+                if more:  # else only the note is new
+                    watch.stop(what.split()[0])
+                    peaks.append(peak())
 
             watch.start()
             yield advance

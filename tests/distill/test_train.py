@@ -357,6 +357,7 @@ def test_two_processes_are_as_good_as_one(tmp_path):
 QUANTISED = pytest.param({"base": "nf4"}, marks=pytest.mark.slow)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft below
 @pytest.mark.parametrize("kind", [{"rslora": True, "dora": True, "modules_to_save": ["embed_tokens"]}, QUANTISED])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft below
