@@ -27,6 +27,7 @@ class Candidate:
     length: int = 0  # of the text, in characters
     digest: int | None = None  # of the text; equal texts have equal digests
     own: bool = False  # whether it is the target's own answer, not a source's
+    whole: bool = True  # False for one that was cut: it may be rejected, but never chosen
 
 
 class Answers(NamedTuple):
@@ -107,6 +108,8 @@ def sweet_spot(answers: Answers, *, sigmas: float = 2.0) -> Offers:
     others = [answer for answer in pool if answer is not top and not answer.correct]
     if not others:
         return [Refusal(NO_WRONG if top.correct else TOO_FEW)]
+    if top.correct is None:  # a cut one may have a higher score
+        others = [answer for answer in others if answer.score <= top.score] or [top]
     nearest = min(others, key=lambda answer: abs(answer.score - spot))
     return [_pair(top, nearest, f"best, and the one nearest to μ − {sigmas:g}σ = {spot:.4g}")]
 
@@ -132,11 +135,14 @@ RULES: dict[str, Callable[..., Offers]] = {
 
 
 def best(answers: Sequence[Candidate]) -> Candidate | Refusal:
-    """Return the answer with the highest score; with a verifier, only of the right answers."""
+    """Return the answer with the highest score of those that were not cut; with a verifier, only of the right ones."""
     if not answers:
         return Refusal("no answer with a score")
     right = [answer for answer in answers if answer.correct is not False]
-    return max(right, key=lambda answer: answer.score) if right else Refusal("no right answer")
+    whole = [answer for answer in right if answer.whole]
+    if not whole:
+        return Refusal("no right answer that is whole" if right else "no right answer")
+    return max(whole, key=lambda answer: answer.score)
 
 
 def extremes(answers: Sequence[Candidate]) -> PreferencePair | Refusal:
@@ -166,7 +172,7 @@ def win(answer: Candidate, pool: Sequence[Candidate]) -> float:
 
 def _pair(chosen: Candidate, rejected: Candidate, why: str) -> PreferencePair | Refusal:
     if chosen.correct is None and chosen.score == rejected.score:
-        return Refusal("all answers have the same score")
+        return Refusal("no answer has a lower score")
     if chosen.digest is not None and chosen.digest == rejected.digest:
         return Refusal("chosen and rejected are the same text")
     return PreferencePair((chosen,), (rejected,), round(chosen.score - rejected.score, DIGITS), why)

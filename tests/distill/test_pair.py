@@ -321,10 +321,11 @@ def write_answers(folder: Path, source: str, prompt: str, answers: Sequence[dict
 
 
 CUT = {"finish": "length"}
+NOT_CHOSEN = "answers: cut by the limit of tokens, so not chosen"
 ENDS = [{"text": "no"}, {"text": "yes"}, {"text": "yes, of course that", **CUT}]
 
 
-def test_answers_that_were_cut_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_answers_that_were_cut_are_not_chosen_and_counted(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 1)
     for source in SOURCES:
         write_answers(tmp_path, source, prompts[0], ENDS)
@@ -332,7 +333,7 @@ def test_answers_that_were_cut_are_left_out_and_counted(tmp_path: Path) -> None:
     table = pair(recipe(tmp_path, rule="best_worst", sft_share=0), heard)
     (row,) = rows(tmp_path, "preference")
     assert (row["chosen"][0]["text"], row["rejected"][0]["text"]) == ("yes", "no")
-    assert table.overall.answers == {"answers": 6, "answers: cut by the limit of tokens": 2}
+    assert table.overall.answers == {"answers": 6, NOT_CHOSEN: 2}
     assert {source: each.cut for source, each in table.sources.items()} == dict.fromkeys(SOURCES, 1)
     assert [*heard.tables[-2][1]] == ["gemma", "3", "1", "0", "8"]  # characters: (2 + 3 + 19) / 3
     assert [[*line] for line in heard.tables[-1][1:]] == [
@@ -351,6 +352,8 @@ def test_answers_that_were_cut_are_kept_on_demand(tmp_path: Path) -> None:
     pair(recipe(tmp_path, rule="best_worst", sft_share=0, cut="keep"), Heard(), skip_missing=True)
     (row,) = rows(tmp_path, "preference")
     assert ("cut" in row["chosen"][0], row["rejected"][0]["cut"]) == (False, True)
+    pair(recipe(tmp_path, rule="best_worst", sft_share=0), Heard(), skip_missing=True)
+    assert rows(tmp_path, "preference") == [row]  # it may be rejected in any case
     table = pair(recipe(tmp_path, rule="as_is", cut="keep"), Heard(), skip_missing=True)
     (row,) = rows(tmp_path, "sft")
     assert (row["response"], row["cut"]) == ("of", True)
@@ -365,9 +368,9 @@ WHOLE = "<think>\nwhy not\n</think>\n\nyes"
 @pytest.mark.parametrize(
     ("thoughts", "chosen", "losses"),
     [
-        ("keep", WHOLE, {}),
-        ("strip", "yes", {}),
-        ("only", WHOLE, {"answers: without thoughts": 2}),
+        ("keep", WHOLE, {NOT_CHOSEN: 2}),
+        ("strip", "yes", {"answers: blank": 2}),
+        ("only", WHOLE, {NOT_CHOSEN: 2, "answers: without thoughts": 2}),
     ],
 )
 @pytest.mark.parametrize("apart", [False, True])
@@ -383,6 +386,6 @@ def test_thoughts(tmp_path: Path, thoughts: str, chosen: str, losses: dict[str, 
     table = pair(made.model_copy(update={"sources": sources}), Heard())
     (row,) = rows(tmp_path, "preference")
     assert row["chosen"][0]["text"] == chosen
-    assert table.overall.answers == {"answers": 8, "answers: cut by the limit of tokens": 2, **losses}
+    assert table.overall.answers == {"answers": 8, **losses}
     assert table.sources["gemma"].thoughts == 3
     assert table.roles["chosen, source"].thoughts == (thoughts != "strip")

@@ -284,3 +284,21 @@ class TestAssignments:
             sft = sum(isinstance(assignment, SftExample) for assignment in assigned.values())
             pairs = sum(isinstance(assignment, PreferencePair) for assignment in assigned.values())
             assert sft == share * (sft + pairs) // 5
+
+
+def test_an_answer_that_was_cut_is_rejected_at_most() -> None:
+    """Whatever its score: it is never the best one, and no whole one is rejected for it."""
+    cut = [Candidate("A", 0, 0.9, whole=False), Candidate("A", 3, 0.1, whole=False)]
+    whole = [Candidate("A", 1, 0.5), Candidate("A", 2, 0.4)]
+    for rule in (best_worst, fusechat3):
+        (pair,) = rule(Answers([*cut, *whole]))
+        assert scores_of(pair) == (0.5, 0.1)
+    assert scores_of(sweet_spot(Answers([cut[0], *whole]), sigmas=0)[0]) == (0.5, 0.4)
+    for rule in (best_worst, sweet_spot):
+        assert rule(Answers([cut[0], whole[0]])) == [Refusal("no answer has a lower score")]
+        assert rule(Answers(cut)) == [Refusal("no right answer that is whole")]
+    right = [Candidate("A", 0, 0.9, correct=True, whole=False), Candidate("A", 1, 0.2, correct=True)]
+    assert best(right) == right[1]
+    assert extremes([*right, Candidate("A", 2, 0.1, correct=False)]) == extremes(
+        [right[1], Candidate("A", 2, 0.1, correct=False)]
+    )

@@ -65,9 +65,10 @@ def assignments(
 
 
 def _as_is(answers: Answers) -> Assignment:
-    if not answers.sources:
-        return Dropped("sft", Refusal("no answer"))
-    return SftExample(answers.sources[0], "the first answer, as it is")
+    first = next((answer for answer in answers.sources if answer.whole), None)
+    if first is None:
+        return Dropped("sft", Refusal("no answer that is whole" if answers.sources else "no answer"))
+    return SftExample(first, "the first answer, as it is")
 
 
 def _available(pair: PreferencePair | Refusal, answers: Answers) -> Assignment:

@@ -44,7 +44,7 @@ def candidates(
     inventory: Inventory,
     own: bool = False,
 ) -> dict[str, list[Candidate]]:
-    """Return one source's usable answers to each prompt, ordered by index: whole, not blank, with all scores they need.
+    """Return one source's usable answers to each prompt, ordered by index: not blank, with all scores they need.
 
     Answers to other prompts are ignored. ``prompts`` are by id, ``pairings`` by domain. The inventory takes what is
     missing or lost; ``own`` says that the source is the target itself.
@@ -74,6 +74,8 @@ def candidates(
             inventory.count(prompt.domain, candidate)
         else:
             usable.setdefault(prompt.id, []).append(candidate)
+            if not candidate.whole:
+                inventory.count(prompt.domain, CUT)
     lacking = {prompt: max(source.answers_to(prompts[prompt].domain) - answers[prompt], 0) for prompt in wanted}
     for prompt_id, number in lacking.items():
         inventory.count(prompts[prompt_id].domain, "not there", number)
@@ -94,8 +96,6 @@ def _candidate(
     scores: Mapping[str, Mapping[Key, float | None]],
 ) -> Candidate | str:
     key, parts, text = Key(row["prompt"], row["index"]), parts_of(row), as_trained(row, source.thoughts)
-    if pairing.cut == "drop" and is_cut(row):
-        return CUT
     if not text.strip():
         return "blank"
     if source.thoughts == "only" and not parts.has_thoughts:
@@ -112,7 +112,8 @@ def _candidate(
         if name == pairing.correct:
             correct = value >= 1
     digest = xxh3_64_intdigest(text.encode())
-    return Candidate(source.name, key.number, score, correct, len(parts.answer), digest, own)
+    whole = pairing.cut == "keep" or not is_cut(row)
+    return Candidate(source.name, key.number, score, correct, len(parts.answer), digest, own, whole)
 
 
 def _unjudged(scorer: str) -> str:

@@ -94,7 +94,7 @@ class PairingRules(Strict):
     score: str | None = None  # the scorer that ranks; only as_is does without
     correct: str | None = None  # a verifier: only answers that it scores 1 are chosen, only others rejected
     answers: Literal["sources", "target", "all"] = "sources"  # whose answers best_worst and sweet_spot pair
-    cut: Literal["drop", "keep"] = "drop"  # answers that the limit of tokens cut, chosen and rejected
+    cut: Literal["drop", "keep"] = "drop"  # of chosen answers and SFT: those that the limit of tokens cut
     gap: tuple[float | None, float | None] = (None, None)  # least and most difference of scores in a pair
     gap_quantiles: tuple[Share, Share] | None = None  # the same as quantiles of all gaps of the domain
     split: Literal["share", "availability"] = "share"  # availability: every pair is a preference row, the rest SFT
