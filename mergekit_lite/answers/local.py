@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.answers.asking import Failures, Sampling, Task
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
-from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
+from mergekit_lite.answers.rows import Answer, Key, seed_of, with_system
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.errors import RunError
 
@@ -80,9 +80,8 @@ class Local:
         return sorted(work, key=lambda work: -len(work.prompt))
 
     def _prompt(self, task: Task) -> tuple[int, ...] | None:
-        before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
         try:
-            tokens = self.template.prompt((*before, *task.prompt.messages))
+            tokens = self.template.prompt(with_system(task.prompt.messages, self.system))
         except TemplateError as error:
             self._refused[task.prompt.id] = str(error)
             return None

@@ -163,6 +163,12 @@ def as_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
+    """Return the messages after a system message; without one where the text is empty or None."""
+    before = (Message(role="system", content=system),) if system else ()
+    return (*before, *messages)
+
+
 def user_text(messages: Sequence[Message]) -> str:
     """Return the user's last message, or an empty text."""
     return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")

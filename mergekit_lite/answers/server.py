@@ -28,7 +28,7 @@ from mergekit_lite.answers.asking import Failures, Task
 from mergekit_lite.answers.endpoints import Endpoint, Endpoints
 from mergekit_lite.answers.replies import Failed, Reply, body_of, replies_in
 from mergekit_lite.answers.requests import RequestBody, refused_parameter
-from mergekit_lite.answers.rows import Answer, Key, Message, seed_of
+from mergekit_lite.answers.rows import Answer, Key, Message, seed_of, with_system
 from mergekit_lite.errors import one_line
 
 if TYPE_CHECKING:
@@ -350,8 +350,7 @@ class Served:
         )
 
     def _question(self, task: Task) -> Question:
-        before: tuple[Message, ...] = (Message(role="system", content=self.system),) if self.system else ()
-        return Question(task.key, (*before, *task.prompt.messages), task.seed)
+        return Question(task.key, with_system(task.prompt.messages, self.system), task.seed)
 
 
 def answers_of(asked: Iterable[tuple[Served, Sequence[Task], frozenset[Key]]]) -> Iterator[Answer]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mergekit_lite.answers.replies import Failed, reply_in
 from mergekit_lite.answers.requests import RequestBody
-from mergekit_lite.answers.rows import Answer, Key, Message, read_rows, write_rows
+from mergekit_lite.answers.rows import Answer, Key, read_rows, with_system, write_rows
 from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.remarks import remarks
@@ -37,7 +37,6 @@ def write_batch(recipe: Recipe, name: str | None, path: Path, reporter: Reporter
     if path.exists():
         raise UsageError(f"{path} exists already: name another file, or delete it.")
     body, missing = RequestBody(asked.source.model, asked.source.sampling), frozenset(asked.ledger.missing)
-    before = [] if asked.source.system is None else [Message(role="system", content=asked.source.system)]
     tasks = [task for task in asked.tasks if task.key in missing]
     write_rows(
         path,
@@ -46,7 +45,7 @@ def write_batch(recipe: Recipe, name: str | None, path: Path, reporter: Reporter
                 "custom_id": f"{task.prompt.id}/{task.index}",
                 "method": "POST",
                 "url": ADDRESS,
-                "body": body.of([*before, *task.prompt.messages], task.seed),
+                "body": body.of(with_system(task.prompt.messages, asked.source.system), task.seed),
             }
             for task in tasks
         ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import LoadedPrompts, Prompts, digest_of, load
-from mergekit_lite.answers.rows import Message, Prompt
+from mergekit_lite.answers.rows import Message, Prompt, with_system
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.engine.devices import chosen_device
 from mergekit_lite.errors import UsageError, counted, listing
@@ -156,9 +156,8 @@ def conversation(messages: Sequence[Message]) -> Prompt:
 
 def _tokens(prompt: Prompt, request: Request, template: ChatTemplate, models: Sequence[Opened]) -> tuple[int, ...]:
     """Return a prompt as tokens. Raises UsageError where a model can't read it."""
-    before = (Message(role="system", content=request.system),) if request.system else ()
     try:
-        tokens = template.prompt((*before, *prompt.messages))
+        tokens = template.prompt(with_system(prompt.messages, request.system))
     except TemplateError as error:
         raise UsageError(str(error)) from error
     for model in models:
