@@ -11,8 +11,6 @@ Once the four models are there, ``mergekit-lite distill`` does the rest with rec
 import json
 import random
 import shutil
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from time import perf_counter
@@ -20,7 +18,7 @@ from time import perf_counter
 import click
 
 from demo.distill import page, results, skills
-from demo.distill.jobs import AT_ONCE, Job, console, run, serving, stage
+from demo.distill.jobs import AT_ONCE, Job, claim, console, mergekit_lite, python, run, serving, stage
 from demo.distill.plan import ALPHAS, CAREFUL, FULL, LEARNT, MERGES, QUICK, ROADS, Out, Size
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,24 +45,6 @@ def main(out: Path, seeds: int | None, quick: bool) -> None:
     alphas = evaluate(there)
     page.write(there, alphas, console)
     console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
-
-
-def claim(root: Path, size: Size) -> None:
-    """Refuse an output folder of another size, as existing results are reused."""
-    note, text = root / "size.json", json.dumps(asdict(size)) + "\n"
-    if note.exists() and note.read_text() != text:
-        raise click.ClickException(f"{root} has a run of another size: delete it, or choose another --out.")
-    root.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-
-
-def python(*arguments: object) -> list[str]:
-    """Return a command line of this Python."""
-    return [sys.executable, "-m", *map(str, arguments)]
-
-
-def mergekit_lite(*arguments: object) -> list[str]:
-    return python("mergekit_lite", *arguments)
 
 
 def make_models(out: Out, size: Size) -> None:

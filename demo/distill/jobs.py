@@ -1,13 +1,16 @@
 """Processes of the demo: two at a time, as a rule with one thread each, and what they say kept in files."""
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import click
 from rich.console import Console
@@ -25,6 +28,24 @@ class Job:
     what: str
     command: Sequence[str]
     threads: int = 1
+
+
+def python(*arguments: object) -> list[str]:
+    """Return a command line of this Python."""
+    return [sys.executable, "-m", *map(str, arguments)]
+
+
+def mergekit_lite(*arguments: object) -> list[str]:
+    return python("mergekit_lite", *arguments)
+
+
+def claim(root: Path, size: Any) -> None:
+    """Make an output folder; refuse one of another size (a dataclass), as existing results are used again."""
+    note, text = root / "size.json", json.dumps(asdict(size)) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise click.ClickException(f"{root} has a run of another size: delete it, or choose another --out.")
+    root.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
 
 
 def run(jobs: Iterable[Job], logs: Path) -> None:

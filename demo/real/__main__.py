@@ -7,7 +7,6 @@ instructions, and all alphas are measured on a third set, with sums and a text t
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
@@ -16,7 +15,7 @@ from time import perf_counter
 import click
 import yaml
 
-from demo.distill.jobs import Job, console, run, stage
+from demo.distill.jobs import Job, claim, console, mergekit_lite, python, run, stage
 from demo.real import costs, page
 from demo.real.instructions import drawn
 from demo.real.plan import ALPHAS, ASKED, DTYPES, FULL, QUICK, SOURCES, Out, Size
@@ -53,24 +52,6 @@ def main(out: Path, threads: int, quick: bool) -> None:
     measure(there, size)
     page.write(there, console)
     console.print(f"\nEverything is in {out}; {perf_counter() - started:.0f} s in all.")
-
-
-def claim(root: Path, size: Size) -> None:
-    """Refuse an output folder of another size, as existing results are used again."""
-    note, text = root / "size.json", json.dumps(asdict(size)) + "\n"
-    if note.exists() and note.read_text() != text:
-        raise click.ClickException(f"{root} has a run of another size: delete it, or choose another --out.")
-    root.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-
-
-def python(*arguments: object) -> list[str]:
-    """Return a command line of this Python."""
-    return [sys.executable, "-m", *map(str, arguments)]
-
-
-def mergekit_lite(*arguments: object) -> list[str]:
-    return python("mergekit_lite", *arguments)
 
 
 def write_data(out: Out, size: Size) -> None:
