@@ -59,8 +59,9 @@ def remarks(source: RecipeSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
         said: list[str] = []
         for row in group:
             parts = parts_of(row)
-            spent = is_cut(row) and not parts.text.strip()
-            thoughts, cut = thoughts + spent, cut + (is_cut(row) and not spent)
+            was_cut = is_cut(row)
+            spent = was_cut and not parts.text.strip()
+            thoughts, cut = thoughts + spent, cut + (was_cut and not spent)
             answers += 1
             said += [parts.whole] if parts.text.strip() else []  # thoughts that differ are drawn, too
         complete += len(said) > 1
