@@ -23,24 +23,12 @@ from mergekit_lite.distillation.training.model import tokenizer_of
 from mergekit_lite.distillation.training.rows import preference_rows, sft_rows
 from mergekit_lite.errors import CheckpointError, UsageError
 from tests.distill import training
-from tests.distill.training import log, recipe, target, weights, write_rows
+from tests.distill.training import Told, log, recipe, target, trained, weights, write_rows
 from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
 preload("mergekit_lite.distillation.training.trainer", "transformers.models.gpt2.modeling_gpt2")
 ROOT = Path(__file__).parents[2]
-
-
-class Told(Reporter):
-    """Remembers what it is told."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def line(self, text):
-        self.lines.append(text)
-
-    warn = line
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +45,6 @@ def folder(tmp_path):
     target(tmp_path / "target")
     write_rows(tmp_path)
     return tmp_path
-
-
-def trained(folder, **stages) -> Told:
-    told = Told()
-    train(recipe(folder, folder / "target", **stages), told)
-    return told
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rtol: float = 0, atol: float = 0) -> None:

@@ -20,21 +20,9 @@ from mergekit_lite.distillation.training.rows import TrainingRow
 from mergekit_lite.distillation.training.soundness import check_sound
 from mergekit_lite.errors import RunError, UsageError
 from tests.causal import causal_model
-from tests.distill.training import log, recipe, target, weights, write_rows
+from tests.distill.training import log, recipe, target, trained, weights, write_rows
 
 pytest.importorskip("accelerate")
-
-
-class Told(Reporter):
-    """Remembers what it is told."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def line(self, text):
-        self.lines.append(text)
-
-    warn = line
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +38,6 @@ def folder(tmp_path):
     target(tmp_path / "target")
     write_rows(tmp_path)
     return tmp_path
-
-
-def trained(folder, **stages) -> Told:
-    told = Told()
-    train(recipe(folder, folder / "target", **stages), told)
-    return told
 
 
 def damaged(folder: Path, change) -> None:

@@ -112,5 +112,24 @@ def main(path: str | Path) -> None:
     train(Recipe.model_validate_json(Path(path).read_text()), Printing())
 
 
+class Told(Reporter):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    warn = line
+
+
+def trained(folder: Path, **stages: Any) -> Told:
+    """Train the folder's target, and return what was told."""
+    told = Told()
+    train(recipe(folder, folder / "target", **stages), told)
+    return told
+
+
 if __name__ == "__main__":
     main(sys.argv[1])
