@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from mergekit_lite.answers.prompts import Prompts, as_row, digest_of, from_row, load
-from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.answers.rows import Message, Prompt, with_system
 from mergekit_lite.errors import UsageError
 
 ROWS: list[dict[str, Any]] = [
@@ -166,3 +166,9 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=told):
             load([Prompts(path=tmp_path / name)])
+
+
+def test_a_system_message_comes_first_and_an_empty_one_not_at_all() -> None:
+    asked = (Message(role="user", content="one?"),)
+    assert with_system(asked, "Be brief.") == (Message(role="system", content="Be brief."), *asked)
+    assert with_system(asked, "") == with_system(asked, None) == asked
