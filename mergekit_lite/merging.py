@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.engine.run import Finished, RunOptions, run
+from mergekit_lite.multimerge import merge_documents, plan_documents
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, as_data, parse, text_of, to_yaml
+from mergekit_lite.recipe.documents import parse_documents
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,15 +43,18 @@ def merge(
     *,
     shard_size: int | None = None,
     copy_code: bool = False,
+    keep: bool = False,
     **run_options: Unpack[RunOptions],
 ) -> Finished:
     """Merge models as a recipe says.
 
     Args:
-        recipe: a YAML file in mergekit's language, the same as a mapping, or a ``Recipe``.
-        output: a folder, or a ``.safetensors`` or ``.pt`` file.
+        recipe: a YAML file in mergekit's language, of one document or several; one as a mapping, or a ``Recipe``.
+        output: a folder, or a ``.safetensors`` or ``.pt`` file; with ``{name}`` in it where several documents of a
+            file are used by no other one.
         shard_size: most bytes of data in one file.
         copy_code: copy the code of its own that a model in a folder has (``auto_map`` in its config); it is not run.
+        keep: of a file of several documents, keep what lies in between for the next run.
         **run_options: see ``RunOptions``.
 
     Returns:
@@ -61,4 +66,17 @@ def merge(
         PlanError: the models don't fit together; every problem is named.
         RunError, NonFiniteError: as ``run`` says.
     """
+    if isinstance(recipe, str | Path):
+        documents = parse_documents(text_of(Path(recipe)), str(recipe))
+        if len(documents) > 1:
+            steps = plan_documents(documents, output, shard_size=shard_size, copy_code=copy_code)
+            return _joined([made for step, made in merge_documents(steps, keep=keep, **run_options) if step.is_final])
     return run(plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code), **run_options)
+
+
+def _joined(made: Iterable[Finished | None]) -> Finished:
+    """Return several results as one."""
+    there = [each for each in made if each is not None]
+    outputs = tuple(path for each in there for path in each.outputs)
+    reports = tuple(report for each in there for report in each.reports)
+    return Finished(outputs, reports, sum(each.seconds for each in there))

@@ -6,7 +6,7 @@ YAML is read as mergekit reads it (YAML 1.1, the safe tags) with these differenc
 - ``1e-5`` is a number, as everywhere but in YAML 1.1;
 - a date is text: nothing in a recipe is one, but a revision may look like it;
 - anchors, aliases and ``<<`` work, up to ``LIMIT`` values after expansion;
-- several documents in one text, and tags beyond the plain ones, are refused.
+- tags beyond the plain ones are refused.
 """
 
 from __future__ import annotations
@@ -110,20 +110,24 @@ def describe(node: Node) -> str:
 
 
 def read(text: str, source: str, needs: str = "merge_method and models") -> Node:
-    """Return the tree of a YAML text.
+    """Return the tree of a YAML text of one document.
 
     Messages name ``source`` as the place the text is from; the one about an empty text asks for what it ``needs``.
     Raises RecipeError where it is no YAML, has several documents, or breaks one of the rules above.
     """
+    first, *others = read_documents(text, source, needs)
+    if others:
+        several = "several documents in one file are for merges, which make a model each: one is wanted here"
+        raise RecipeError(source, [Remark(others[0].at, several)])
+    return first
+
+
+def read_documents(text: str, source: str, needs: str = "merge_method and models") -> list[Node]:
+    """Return the tree of each document of a YAML text that isn't empty. Raises RecipeError as ``read`` does."""
     reading = _Reading(source)
     try:
-        documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
-        if not documents or documents[0] is None:
-            raise reading.refusal(Mark(1, 1), f"the recipe is empty: it needs {needs}")
-        if len(documents) > 1:
-            several = "several documents in one file (mergekit-multi) are not supported yet"
-            raise reading.refusal(_mark(documents[1].start_mark), f"{several}: write one file for each merge")
-        tree, _ = reading.sized(documents[0])
+        composed = list(yaml.compose_all(text, Loader=yaml.SafeLoader))  # all at once: what is read goes by identity
+        trees = [reading.sized(document)[0] for document in composed if not _is_empty(document)]
     except yaml.MarkedYAMLError as error:
         at = _mark(error.problem_mark or error.context_mark)
         raise reading.refusal(at, f"this is not YAML: {error.problem or error.context}") from error
@@ -136,7 +140,16 @@ def read(text: str, source: str, needs: str = "merge_method and models") -> Node
         raise reading.refusal(Mark(1, 1), "nested too deeply") from None
     if reading.problems:
         raise RecipeError(source, reading.problems)
-    return tree
+    if not trees:
+        raise reading.refusal(Mark(1, 1), f"the recipe is empty: it needs {needs}")
+    return trees
+
+
+def _is_empty(document: yaml.Node | None) -> bool:
+    """Return whether nothing stands between two lines of dashes."""
+    return document is None or (
+        isinstance(document, yaml.ScalarNode) and document.tag == f"{TAG}null" and not document.value
+    )
 
 
 class _Writer(yaml.SafeDumper):

@@ -16,6 +16,8 @@ from docs import api as page_of_python
 from docs import methods as page_of_methods
 from mergekit_lite.commands import main
 from mergekit_lite.methods import METHODS
+from mergekit_lite.multimerge import plan_documents
+from mergekit_lite.recipe.documents import parse_documents
 from tests.adapters import lora, write_adapter
 from tests.models import read_folder, same_bytes, state, tuned, write_folder
 
@@ -51,13 +53,15 @@ def test_the_page_on_security_names_tests_that_exist() -> None:
 
 
 def test_the_examples_are_found() -> None:
-    assert len(EXAMPLES) == RECIPES.count("```yaml") == 8
+    assert len(EXAMPLES) == RECIPES.count("```yaml") == 9
     assert len(COMMANDS) == 3
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_without_a_note(name: str, place: Path) -> None:
-    assert mergekit_lite.plan_merge(name, "out").notes == ()
+    documents = parse_documents((place / name).read_text(encoding="utf-8"), name)
+    for plan in [step.plan for step in plan_documents(documents, "out")]:
+        assert plan.notes == ()
     mergekit_lite.merge(name, "out")
     assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == (
         12 if "stack" in name else 8
@@ -99,7 +103,7 @@ def test_the_errors_shown_are_those_of_the_program(place: Path) -> None:
         ("experts: []", "experts"),
         ("genome: {}", "genome"),
         ("dnsity: 0.5", "unknown key 'dnsity'"),
-        ("---\nmerge_method: linear", "several documents"),
+        ("---\nmerge_method: linear", "two documents have no 'name'"),
     ],
 )
 def test_what_is_refused(change: str, told: str, place: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite.recipe import Recipe, parse, text_of
+from mergekit_lite.multimerge import plan_documents
+from mergekit_lite.recipe import Recipe, text_of
+from mergekit_lite.recipe.documents import parse_documents
 from tests.models import State, read_folder, state, tuned, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +38,9 @@ def layers_of(recipe: Recipe) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = parse(text_of(file), str(file))
-    layers = layers_of(recipe)
+    documents = parse_documents(text_of(file), str(file))
+    made_here = {document.name for document in documents}
+    layers = max(layers_of(document.recipe) for document in documents)
     config = {
         "model_type": "llama",
         "num_hidden_layers": layers,
@@ -45,19 +48,21 @@ def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "tie_word_embeddings": False,
     }
     base = llama(layers)
-    for number, model in enumerate(recipe.models):
+    models = dict.fromkeys(model for document in documents for model in document.recipe.models)
+    for number, model in enumerate(model for model in models if model not in made_here):
         # A path that exists goes before a repository of the hub.
-        tensors = base if model == recipe.base_model else tuned(base, number + 1)
+        tensors = base if model == documents[-1].recipe.base_model else tuned(base, number + 1)
         write_folder(tmp_path / model.partition("@")[0], tensors, config=config)
     monkeypatch.chdir(tmp_path)
-    plan = mergekit_lite.plan_merge(file, "out")
-    assert plan.notes == ()
-    assert not plan.left_out or len(recipe.slices) > 1 or recipe.exclude
+    steps = plan_documents(documents, "out")
+    for document, step in zip(documents, steps, strict=True):
+        assert step.plan.notes == ()
+        assert not step.plan.left_out or len(document.recipe.slices) > 1 or document.recipe.exclude
+        assert any(job.merged_elements for job in step.plan.jobs)
     mergekit_lite.merge(file, "out")
     merged = read_folder(tmp_path / "out")
-    assert merged.keys() == {job.name for job in plan.jobs}
+    assert merged.keys() == {job.name for job in steps[-1].plan.jobs}
     assert all(tensor.isfinite().all() for tensor in merged.values())
-    assert any(job.merged_elements for job in plan.jobs)
 
 
 def test_recipes_are_found() -> None:

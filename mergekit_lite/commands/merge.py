@@ -18,6 +18,7 @@ Examples:
   mergekit-lite merge recipe.yml -o ./merged
   mergekit-lite merge recipe.yml -o ./merged --dry-run
   mergekit-lite merge recipe.yml -o merged.safetensors --threads 4
+  mergekit-lite merge several-documents.yml -o ./merged --keep
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
@@ -25,6 +26,7 @@ Examples:
 @click.option("-o", "--output", help="A folder, or a .safetensors or .pt file; the same as OUT.")
 @running.takes_shard_size
 @running.takes_copy_code
+@click.option("--keep", is_flag=True, help="Keep what lies between several documents for the next run.")
 @running.takes_run_options
 def command(
     recipe: Path,
@@ -32,18 +34,31 @@ def command(
     output: str | None,
     shard_size: int | None,
     copy_code: bool,
+    keep: bool,
     run_options: RunOptions,
     view: running.View,
 ) -> None:
     """Merge models as RECIPE says, a YAML file in mergekit's language.
 
     Everything is checked before a weight is read: the recipe, the models' names, shapes and dtypes, the room on the
-    disk. The command methods lists the methods.
+    disk. The command methods lists the methods. A file of several documents is planned whole, and merged one document
+    after the other.
     """
+    from mergekit_lite.commands import documents as several
     from mergekit_lite.merging import plan_merge
+    from mergekit_lite.multimerge import plan_documents
+    from mergekit_lite.recipe import text_of
+    from mergekit_lite.recipe.documents import parse_documents
 
     output = output or out
     if output is None or (out is not None and output != out):
         raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
+    documents = parse_documents(text_of(recipe), str(recipe))
+    if len(documents) > 1:
+        steps = plan_documents(documents, output, shard_size=shard_size, copy_code=copy_code)
+        several.carry_out(steps, run_options, view, keep=keep)
+        return
+    if keep:
+        raise UsageError("--keep is for recipes of several documents: this one has nothing in between.")
     plan = plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code)
     running.carry_out(plan, run_options, view)

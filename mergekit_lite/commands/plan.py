@@ -21,12 +21,24 @@ Examples:
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
 def command(recipe: Path, as_json: bool, verbose: bool) -> None:
     """Print what RECIPE would do: methods and numbers of all tensors, sizes, memory, what is copied or left out."""
+    from mergekit_lite.commands import documents as several
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.engine.buffers import CPU
     from mergekit_lite.merging import plan_merge
+    from mergekit_lite.multimerge import plan_documents
+    from mergekit_lite.recipe import text_of
+    from mergekit_lite.recipe.documents import final, parse_documents
 
+    screen = Screen(quiet=False, verbose=verbose)
+    documents = parse_documents(text_of(recipe), str(recipe))
+    if len(documents) > 1:
+        output = "merged-{name}" if len(final(documents)) > 1 else "merged"
+        steps = plan_documents(documents, output)
+        several.show_plans(steps, screen, as_json=as_json, threads=None, devices=(CPU,))
+        return
     plan = plan_merge(recipe, "merged")
     if as_json:
         click.echo(json.dumps(json_output.of_plan(plan, None), indent=1))
     else:
-        Screen(quiet=False, verbose=verbose).plan(plan, None)
+        screen.plan(plan, None)

@@ -50,6 +50,11 @@ class Screen:
         if message:
             self.err.print(Text.assemble(("Warning:", "yellow bold"), f" {message}"))
 
+    def note(self, text: str) -> None:
+        """Print a line beside the results, unless it shall be quiet."""
+        if not self.quiet:
+            self.err.print(Text(text))
+
     def plan(self, plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> None:
         """Print the whole plan, with what it takes on some devices."""
         rows = []

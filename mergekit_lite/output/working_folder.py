@@ -112,6 +112,15 @@ class WorkingFolder:
             raise _foreign(self.path, strange)
 
 
+def own_folder(path: Path) -> None:
+    """Make a folder for this user alone, or take the one that is there. Raises RunError where it is another's."""
+    with as_run_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        _check_own(path)
+
+
 @contextmanager
 def left_by_earlier_run(output: Path) -> Iterator[WorkingFolder | None]:
     """Hold the working folder that an earlier run left; yield None where there is none that this process may use."""

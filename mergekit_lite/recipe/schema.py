@@ -73,8 +73,12 @@ WITHOUT_EFFECT = {  # keys that mergekit ignores
 
 def parse(content: str, source: str = "The recipe") -> Recipe:
     """Return the recipe in a YAML text. Raises RecipeError with every problem, its place, and the text's ``source``."""
+    return recipe_of(read(content, source), source)
+
+
+def recipe_of(root: Node, source: str) -> Recipe:
+    """Return the recipe in the tree of a document. Raises RecipeError as ``parse``."""
     parser = _Parser()
-    root = read(content, source)
     if not isinstance(root, Fields):
         expected = f"a recipe is a mapping with merge_method and models or slices, got {describe(root)}"
         raise RecipeError(source, [Remark(root.at, expected)])

@@ -9,9 +9,11 @@ import pytest
 
 from mergekit_lite.methods import METHODS
 from mergekit_lite.recipe import Recipe, outputs, parse, resolve, text_of
+from mergekit_lite.recipe.documents import final, parse_documents
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yml"))
+SEVERAL = sorted((ROOT / "recipes/documents").glob("*.yml"))
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.yml")} - {*SEVERAL})
 INSIDE = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
 NAMES = [
     "model.embed_tokens.weight",
@@ -74,7 +76,16 @@ def test_recipe(path: Path) -> None:
     assert len(found.numbers) == len(made.tensors) >= len(NAMES)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", SEVERAL, ids=lambda path: path.stem)
+def test_recipe_of_several_documents(path: Path) -> None:
+    documents = parse_documents(text_of(path), str(path))
+    assert len(final(documents)) == 1
+    for document in documents:
+        made = outputs(document.recipe.slices, dict.fromkeys(document.recipe.models, NAMES))
+        assert document.recipe.notes == made.problems == resolve(document.recipe, made.tensors).problems == ()
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *SEVERAL], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_comments(path: Path) -> None:
     head, body = path.read_text(encoding="utf-8").split("\n\n", 1)
     assert all(line.startswith("#") for line in head.splitlines())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mergekit_lite.errors import UsageError
 from mergekit_lite.recipe import Override, Recipe, Slice, Source, as_data, parse, text_of, to_yaml
+from mergekit_lite.recipe.documents import parse_documents
 from mergekit_lite.recipe.rules import Filter, Rule, Rules
 
 FILES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yml"))
@@ -72,8 +73,8 @@ def test_what_is_written_is_read_back(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_shipped_recipes_are_read_back(file: Path) -> None:
-    recipe = parse(text_of(file))
-    assert parse(to_yaml(as_data(recipe))) == recipe
+    for document in parse_documents(text_of(file)):
+        assert parse(to_yaml(as_data(document.recipe))) == document.recipe
 
 
 def test_each_of_several_outputs_is_a_recipe() -> None:

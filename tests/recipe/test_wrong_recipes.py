@@ -35,7 +35,7 @@ WRONG = [
     ("alias of itself", "a: &a [*a]", ["1:4: an alias names a value that it is itself a part of"]),
     ("merge of a number", "<<: 3", ["1:5: '<<' takes a mapping, got the number 3"]),
     ("not a number", "a: !!int x", ["1:4: 'x' is not a value of type int"]),
-    ("two documents", TAIL + PAIR + "---\n" + TAIL, ["6:1: several documents in one file (mergekit-multi) are not supported yet: write one file for each merge"]),
+    ("two documents", TAIL + PAIR + "---\n" + TAIL, ["6:1: several documents in one file are for merges, which make a model each: one is wanted here"]),
     # --- the root
     ("a list", "- a", ["1:1: a recipe is a mapping with merge_method and models or slices, got a list"]),
     ("no method", PAIR, ["1:1: the recipe has no 'merge_method'"]),

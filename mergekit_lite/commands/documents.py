@@ -1,0 +1,85 @@
+"""Recipes of several documents on the command line: their plans, and their merges one after the other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_lite.commands import json_output, running
+from mergekit_lite.commands.screen import Screen, size
+from mergekit_lite.engine.devices import chosen_devices
+from mergekit_lite.engine.run import RunOptions, check_outputs
+from mergekit_lite.errors import RunError
+
+if TYPE_CHECKING:
+    from mergekit_lite.multimerge import Step
+    from mergekit_lite.planning import Plan
+
+
+def show_plans(
+    steps: Sequence[Step], screen: Screen, *, as_json: bool, threads: int | None, devices: Sequence[str]
+) -> None:
+    """Print the plan of each document, in the order in which they are made."""
+    if as_json:
+        plans = [{"name": step.name, **json_output.of_plan(step.plan, threads, devices)} for step in steps]
+        click.echo(json.dumps({"documents": plans}, indent=1))
+        return
+    for number, step in enumerate(steps):
+        screen.lines([*[""] * bool(number), _heading(step)])
+        screen.plan(step.plan, threads, devices)
+        screen.missing(step.plan)
+
+
+def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View, *, keep: bool) -> None:
+    """Show or run the documents of a recipe."""
+    from mergekit_lite.multimerge import merge_documents
+
+    screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
+    for step in steps:
+        if step.is_final:
+            check_outputs(step.plan, resume=run_options["resume"], force=run_options["force"])
+    if not run_options["resume"]:
+        _check_room(steps)
+    if view.dry_run:
+        devices = chosen_devices(run_options["device"])
+        show_plans(steps, screen, as_json=view.as_json, threads=run_options["threads"], devices=devices)
+        return
+
+    def announce(step: Step, plan: Plan) -> None:
+        screen.note(_heading(step))
+        screen.headline(plan)
+
+    made = []
+    with running.resumable(), screen.progress() as progress:
+        options: RunOptions = {**run_options, "progress": progress, "processes": running.PROCESSES}
+        for step, finished in merge_documents(steps, keep=keep, starting=announce, **options):
+            if finished is None:
+                screen.note(f"{_heading(step)}: is there already")
+                continue
+            if not view.as_json:
+                screen.finished(step.plan, finished)
+            made.append({"name": step.name, **json_output.of_finished(finished)})
+    if view.as_json:
+        click.echo(json.dumps({"documents": made}, indent=1))
+    if keep:
+        folders = {step.output.parent for step in steps if not step.is_final}
+        screen.note("".join(f"kept for the next run: {folder}" for folder in folders))
+
+
+def _heading(step: Step) -> str:
+    return f"Document {step.name!r}" if step.name else "The last document"
+
+
+def _check_room(steps: Sequence[Step]) -> None:
+    """Raise RunError where the disk has no room for all results together."""
+    wanted = sum(step.plan.bytes_to_write for step in steps)
+    parent = next(folder for folder in steps[-1].output.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(parent).free) < wanted:
+        raise RunError(
+            f"{parent}: has {size(free)} free, and the results of all documents need {size(wanted)}. Make room or "
+            "choose another disk."
+        )

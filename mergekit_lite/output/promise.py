@@ -1,0 +1,43 @@
+"""An output as its plan promises it, before it is made: its files with their headers and sizes, but without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mergekit_lite.layout import index_json, indexed_files
+from mergekit_lite.output.companions import companions, written_config
+from mergekit_lite.planning import Plan
+from mergekit_lite.planning.tokenizers import TOKENIZER_CONFIG, tokenizer_config
+
+
+def lay_promised(plan: Plan, folder: Path) -> None:
+    """Lay a plan's first output into a new folder as far as it is known before a weight is read.
+
+    A plan of what is to be made of it can be made from that folder. Where the weights will be, the files have holes,
+    which take no room. Whether a head of its own equals the embedding is not known yet; here it does not. Raises
+    OSError.
+    """
+    files = {file.name: file for file in plan.layout.files}
+    for name, file in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as promised:
+            promised.write(file.header)
+            promised.truncate(file.size)
+    written: dict[str, object] = {
+        name: index_json([files[shard] for shard in shards]) for name, shards in indexed_files(files).items()
+    }
+    unequal = {job.name: {"output": job.name} for job in plan.jobs}
+    for part in plan.source.configs:
+        written[f"{part}/config.json" if part else "config.json"] = written_config(plan, unequal, part)
+    if plan.chat_template is not None:
+        giver = plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]
+        written[TOKENIZER_CONFIG] = (tokenizer_config(giver) or {}) | {"chat_template": plan.chat_template}
+    for name, content in written.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    for name, path in companions(plan)[0].items():
+        if name not in written:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(path.read_bytes())
