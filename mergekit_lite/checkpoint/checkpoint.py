@@ -52,6 +52,7 @@ class Checkpoint:
         tokenizer_home: the folder with the tokenizer, where it isn't ``folder``.
         in_shards: whether an output can have its tensors in files like these; False where they are in pieces.
         parts: the sets of weight files that it is made of, in the order of their folders.
+        stands_for: the beginning of the names in the base of a merge, where it stands for that part of it alone.
         config_made: how ``config`` was made of a GGUF's header, or why it wasn't, where there is no ``config.json``.
     """
 
@@ -70,6 +71,7 @@ class Checkpoint:
     in_shards: bool = True
     parts: tuple[Part, ...] = (Part(),)
     config_made: str = ""
+    stands_for: str = ""
 
     def part_of(self, name: str) -> Part:
         """Return the part that a tensor is of: by its file; for one that no part's file holds, by its name."""
@@ -167,7 +169,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     Args:
         reference: a ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.gguf`` file, ``ckpt.pt:ema`` for what a torch
             file holds under a key, a folder with such files, the folder of a training checkpoint, ``FOLDER:ema`` for
-            what that holds under a key, ``hf:FOLDER`` for it under transformers' names, or a hub repository
+            what that holds under a key, ``hf:FOLDER`` for it under transformers' names, ``part=BEGINNING:MODEL`` for
+            one that stands for a part of a merge's base, ``rename=OLD>NEW:MODEL`` for other names, or a hub repository
             ``org/name`` or ``org/name@revision``; or one of these and what is added when weights are read, each after
             a ``+``: LoRA adapters and task vectors (see ``references``).
 
@@ -179,6 +182,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
             return _open_path(text, path.resolve())
+        if read_as := references.split_read_as(text):
+            return _open_read_as(text, read_as)
         if "+" not in text and (names := references.split_names(text)):
             return _open_as_transformers(text, names)
         file, within = references.split_key(text)
@@ -190,6 +195,25 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         return _open_sum(text)
     folder = hub.fetch(text)
     return _open_path(text, folder, folder.name)
+
+
+def _open_read_as(reference: str, read_as: references.ReadAs) -> Checkpoint:
+    """Open a checkpoint that stands for a part of a merge's base, or whose names are read otherwise.
+
+    Raises CheckpointError where no name begins as a renaming says, or two become the same.
+    """
+    model = open_checkpoint(read_as.rest)
+    if read_as.renamed is None:
+        return replace(model, reference=reference, stands_for=read_as.part.rstrip(".") + ".")
+    old, new = read_as.renamed
+    names = {name: new + name.removeprefix(old) if name.startswith(old) else name for name in model.tensors}
+    if not any(name.startswith(old) for name in names):
+        example = next(iter(names), "it has none")
+        raise CheckpointError(f"{reference}: no tensor's name begins with {old!r}; the first is {example}")
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(f"{reference}: {new!r} in the place of {old!r} makes one name of two.")
+    tensors = {names[name]: replace(spec, name=names[name]) for name, spec in model.tensors.items()}
+    return replace(model, reference=reference, tensors=tensors)
 
 
 def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:

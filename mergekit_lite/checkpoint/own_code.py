@@ -16,6 +16,7 @@ from mergekit_lite import input_files
 from mergekit_lite.checkpoint.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.checkpoint.parts import MODULES, in_folder
+from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.errors import CheckpointError
 
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
@@ -59,7 +60,7 @@ def from_hub(content: Any, repository: str) -> Any:
 
 def repository_of(source: Checkpoint) -> str | None:
     """Return the hub repository of a model or its base; None for a path."""
-    return source.base_reference.partition("@")[0] if source.revision else None
+    return plain_reference(source.base_reference).partition("@")[0] if source.revision else None
 
 
 def needed_files(source: Checkpoint, configs: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,8 @@ What is added is a task vector (a file) or a LoRA adapter (a folder or a hub rep
 scale it. ``vector:`` before it says what it is and may be left out; ``rebase:`` adds a vector to another base than the
 one it was made from. ``hf:STEP`` is read under the names that transformers loads
 (``training.for_transformers``). ``ckpt.pt:ema`` is what a torch file, or the folder of a
-training checkpoint, holds under a key.
+training checkpoint, holds under a key. ``part=BEGINNING:MODEL`` stands for the part of the base whose names begin so;
+``rename=OLD>NEW:MODEL`` is read with that beginning in the place of the other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SCALED = re.compile(r"(?P<path>.+):(?P<scale>-?(\d+\.?\d*|\.\d+)([eE]-?\d+)?)")
 KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>[^+]+)")
 KEYED_FOLDER = re.compile(r"(?P<path>.+):(?P<key>[^:+]+)")
 AS_TRANSFORMERS = re.compile(r"hf(=(?P<config>[^:]+))?:(?P<rest>.+)")
+READ_AS = re.compile(r"(part=(?P<part>[^:=>]+)|rename=(?P<old>[^:=>]*)>(?P<new>[^:=>]*)):(?P<rest>.+)")
 MOST_PLUSES = 12
 
 
@@ -52,6 +54,7 @@ def split_key(text: str) -> tuple[Path, str]:
 
     A folder, which may be a training checkpoint, is split alike. A path of that very name goes first, so none is cut.
     """
+    text = plain_reference(text)
     if names := split_names(text):
         text = names.rest
     whole = Path(text).expanduser()
@@ -60,6 +63,30 @@ def split_key(text: str) -> tuple[Path, str]:
             if (match := pattern.fullmatch(text)) and is_there(path := Path(match["path"]).expanduser()):
                 return path, match["key"]
     return whole, ""
+
+
+class ReadAs(NamedTuple):
+    """A model that stands for a part of the base, or is read under other names; what isn't asked for is empty."""
+
+    rest: str  # its own reference
+    part: str  # the beginning of the names in the base
+    renamed: tuple[str, str] | None  # a beginning of its names, and what takes its place
+
+
+def split_read_as(text: str) -> ReadAs | None:
+    """Split ``part=BEGINNING:MODEL`` or ``rename=OLD>NEW:MODEL``; None for others, and for a path of that very name."""
+    match = READ_AS.fullmatch(text)
+    if match is None or Path(text).expanduser().exists():
+        return None
+    renamed = None if match["part"] else (match["old"], match["new"])
+    return ReadAs(match["rest"], match["part"] or "", renamed)
+
+
+def plain_reference(text: str) -> str:
+    """Return a reference without what says which part it stands for, and what is renamed."""
+    while read_as := split_read_as(text):
+        text = read_as.rest
+    return text
 
 
 class Names(NamedTuple):

@@ -20,6 +20,10 @@ EMBEDDINGS = (
 )
 # T5's and Whisper's, beside the embedding
 COPIES = re.compile(r"(^|[./])((en|de)coder\.embed_tokens|proj_out)\.weight$")
+# Every tensor with one row for each token: an embedding, a head, or a head's bias.
+VOCABULARY = re.compile(
+    rf"(^|[./])({'|'.join(map(re.escape, EMBEDDINGS + HEADS + tuple(h.replace('weight', 'bias') for h in HEADS)))})$"
+)
 NUMBER = re.compile(r"\.\d+\.")  # of a layer
 
 
@@ -40,7 +44,7 @@ def may_be_tied(name: str) -> bool:
 
 def is_vocabulary(name: str) -> bool:
     """Return whether a tensor has one row for each token: an embedding, a head, or a head's bias."""
-    return _ends(name, EMBEDDINGS + HEADS) or _ends(name, tuple(head.replace("weight", "bias") for head in HEADS))
+    return VOCABULARY.search(name) is not None
 
 
 def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:

@@ -11,6 +11,7 @@ import yaml
 
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.parts import DIFFUSION, MODULES
+from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.errors import counted
 from mergekit_lite.pages import markdown
 from mergekit_lite.plain_text import plain
@@ -63,7 +64,7 @@ def _library(source: Checkpoint) -> str:
 
 def _repository(source: Checkpoint) -> str | None:
     """Return the hub repository of a model or its base; None for a path, which means nothing to readers of the card."""
-    return source.base_reference.partition("@")[0] if source.revision else None
+    return plain_reference(source.base_reference).partition("@")[0] if source.revision else None
 
 
 def _linked(source: Checkpoint) -> str:
@@ -75,7 +76,7 @@ def _linked(source: Checkpoint) -> str:
 
 def _known_as(source: Checkpoint) -> str:
     """Return the reference of a model as others may know it: local paths are their last part."""
-    base = source.base_reference if source.revision else _last_part(source.path)
+    base = plain_reference(source.base_reference) if source.revision else _last_part(source.path)
     added = (
         addition if each.revision else addition._replace(path=_last_part(each.path)) for each, addition in source.added
     )
@@ -90,7 +91,7 @@ def _last_part(path: Path) -> str:
 
 def _without_paths(recipe: str, sources: Sequence[Checkpoint]) -> str:
     """Return a recipe's text with the last part of each absolute path: those of the models, and what looks like one."""
-    written = {source.base_reference: source.path for source in sources}
+    written = {plain_reference(source.base_reference): source.path for source in sources}
     written |= {addition.path: each.path for source in sources for each, addition in source.added}
     for reference in sorted(written, key=len, reverse=True):
         if reference.startswith(("/", "~")):

@@ -95,6 +95,8 @@ class Jobs:
                 raise LeftOutError(f"{self.inputs[self.config_source].reference} has no {module}")
             self.alone[module, self.inputs[models[lead]].reference] += 1
             return copied_from(lead, f"not all models have {module}")
+        if missing and all(self._is_outside(name, model) for model in missing):
+            return copied_from(lead, f"outside {', '.join(self.inputs[model].stands_for for model in missing)}")
         is_float = dtypes.is_float(spec.dtype)
         if missing and is_float:
             lacking = ", ".join(self.inputs[model].reference for model in missing)
@@ -153,6 +155,11 @@ class Jobs:
             raise LeftOutError(f"{model.reference} has no {module}")
         lacking = f"is in {models[having].reference}, but not in {model.reference}"
         raise MissingError(f"{name}: {lacking}; exclude it to go on without it")
+
+    def _is_outside(self, name: str, model: int) -> bool:
+        """Return whether an input stands for a part of the output that a tensor isn't in."""
+        part = self.inputs[model].stands_for
+        return bool(part) and not name.startswith(part)
 
     def _why_optional(self, name: str, spec: TensorSpec, model: int) -> str | None:
         """Return why other models can do without a tensor that input ``model`` has; None where they can't."""

@@ -6,11 +6,12 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.naming.alignment import names_differ, shown_as, unwrapped
+from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import is_single_file
@@ -27,6 +28,7 @@ from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularie
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE, UNION
+from mergekit_lite.recipe.rules import Filter
 
 SHARD_SIZE = 5_000_000_000
 MUST_AGREE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type", "_class_name")
@@ -76,9 +78,13 @@ def make_plan(
         PlanError: the models or the recipe don't fit together; every problem is named.
     """
     _check(recipe, outputs, shard_size)
+    recipe = _with_exclusions(recipe)
     opened_inputs = _opened(recipe.models, opened or {})
     listed_source = recipe.models.index(recipe.config_source)
     config_source, notes_on_gguf = giving_config(opened_inputs, listed_source)
+    if (part := opened_inputs[config_source]).stands_for:
+        needs = "is a part of a model, and the output needs a whole one: name that as base_model"
+        raise PlanError([f"{part.reference}: {needs}"])
     inputs = _under_one_naming(opened_inputs, config_source)
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
@@ -178,6 +184,14 @@ def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None
         raise UsageError(listing("The recipe is wrong", wrong) if len(wrong) > 1 else wrong[0])
 
 
+def _with_exclusions(recipe: Recipe) -> Recipe:
+    """Return a recipe that merges the backbone only as one that excludes embeddings and heads."""
+    if recipe.backbone != "only":
+        return recipe
+    vocabulary = Filter(f"regex:{tied_weights.VOCABULARY.pattern}")
+    return replace(recipe, exclude=(*recipe.exclude, vocabulary))
+
+
 def _not_fp8(jobs: Sequence[Job], source: Checkpoint, is_folder: bool) -> Iterator[str]:
     """Yield why an output can't be in FP8."""
     if not any(job.scales for job in jobs):
@@ -207,7 +221,10 @@ def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tup
 def _under_one_naming(inputs: Sequence[Checkpoint], config_source: int) -> tuple[Checkpoint, ...]:
     """Return the inputs with the names of the one that gives the config."""
     source = unwrapped(inputs[config_source])
-    return tuple(source if each is inputs[config_source] else shown_as(each, source) for each in inputs)
+    return tuple(
+        source if each is inputs[config_source] else (as_part if each.stands_for else shown_as)(each, source)
+        for each in inputs
+    )
 
 
 def _jobs(

@@ -24,6 +24,7 @@ from mergekit_lite.recipe.schema import recipe_of
 from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read_documents
 
 NAME = re.compile(r"[^\W_]([\w. -]{0,98}[\w-])?")  # what a folder can be called, and no reference is cut in
+READ_AS = re.compile(r"^((part|rename)=[^:]*:)+")  # what may stand before a reference
 NEEDS = "text of letters, digits, dots, dashes, blanks and underscores, a letter or digit first, 100 at most"
 
 
@@ -87,7 +88,11 @@ def with_results(document: Document, place: Callable[[str], str]) -> Recipe:
 
     def found(reference: str) -> str:
         name = _document_in(reference, document.uses)
-        return place(name) + reference.removeprefix(name) if name else reference
+        if not name:
+            return reference
+        before = READ_AS.match(reference)
+        read_as = before[0] if before else ""
+        return read_as + place(name) + reference.removeprefix(read_as).removeprefix(name)
 
     recipe = document.recipe
     slices = tuple(
@@ -101,7 +106,7 @@ def with_results(document: Document, place: Callable[[str], str]) -> Recipe:
 
 def _document_in(reference: str, names: Sequence[str] | set[str]) -> str:
     """Return the document that a reference names, alone or before what is added to it; empty where it names none."""
-    first = reference.partition("+")[0]
+    first = READ_AS.sub("", reference.partition("+")[0])
     return first if first in names else ""
 
 

@@ -21,6 +21,7 @@ from mergekit_lite.rounding import ROUNDINGS
 from mergekit_lite.yaml_document import Mark, Remark
 
 NEW_ROWS = ("refuse", "copy")
+BACKBONES = ("all", "only")
 BASE, UNION = "base", "union"  # as a tokenizer: that of the base model; that which all models have
 KNOWN_TEMPLATES = ("auto", *TEMPLATES)
 SHORTEST_TEMPLATE = 20  # characters
@@ -95,6 +96,7 @@ class Recipe:
         seed: of everything random.
         new_rows: ``refuse``, or ``copy`` to take rows over that only the vocabulary of the model that gives the config
             has; for methods that continue that model (``expo``).
+        backbone: ``only`` to merge what lies between embedding and head, and copy those; or ``all``.
         chat_template: ``auto``, the name of a template, or a template; None for the tokenizer's own.
         tokenizer: ``base``, or the model that gives the tokenizer; ``union`` for the one that all models have; None for
             that of the model that gives the config.
@@ -117,6 +119,7 @@ class Recipe:
     rounding: str = "nearest"
     seed: int = 0
     new_rows: str = "refuse"
+    backbone: str = "all"
     chat_template: str | None = None
     tokenizer: str | None = None
     notes: tuple[Remark, ...] = field(default=(), compare=False)
@@ -185,6 +188,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, value, known in (
         ("rounding", recipe.rounding, ROUNDINGS),
         ("new_rows", recipe.new_rows, NEW_ROWS),
+        ("backbone", recipe.backbone, BACKBONES),
         ("dtype", recipe.dtype, (None, *dtypes.FLOATS)),
         ("out_dtype", recipe.out_dtype, (None, *dtypes.OUTPUTS)),
         ("tokenizer", recipe.tokenizer, (None, BASE, UNION, *recipe.models)),

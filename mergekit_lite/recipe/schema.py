@@ -18,6 +18,9 @@
 
 Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
 
+      - model: org/llm             # under models or sources: it stands for a part of the base, whose names begin so
+        part: model.language_model.
+        rename: {transformer.: model.}      # beginnings of its names that are read as others
     include: [mlp, self_attn]      # the tensors that are merged; all others are copied
     exclude: [norm, "regex:^lm_head", {filter: mlp, layers: [0, 4]}]    # tensors that are copied
     overrides:                     # for the tensors of a filter: other parameters, or another method
@@ -26,6 +29,7 @@ Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit
         parameters: {weight: 1}    # before all other levels; for what they lack those hold too
     seed: 0                        # of everything random (random_seed is read as well)
     rounding: stochastic           # or nearest, the default
+    backbone: only                 # embedding and head are copied: for other vocabularies; or all, the default
     new_rows: copy                 # of expo: rows that only the aligned model's vocabulary has; or refuse, the default
 
 Keys that mergekit ignores and that are known (``name``, ``architecture``, a parameter where it does nothing) are notes.
@@ -42,7 +46,7 @@ from mergekit_lite.errors import nearest
 from mergekit_lite.methods import METHODS, Method
 from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
 from mergekit_lite.recipe import values
-from mergekit_lite.recipe.recipe import NEW_ROWS, Override, Recipe, Slice, Source
+from mergekit_lite.recipe.recipe import BACKBONES, NEW_ROWS, Override, Recipe, Slice, Source
 from mergekit_lite.recipe.rules import Filter, Parameters, Rules
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
 from mergekit_lite.rounding import ROUNDINGS
@@ -50,10 +54,12 @@ from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, 
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "include", "exclude", "new_rows", "overrides", "seed", "random_seed", "rounding",
+    "tokenizer", "chat_template", "include", "exclude", "backbone", "new_rows", "overrides", "seed", "random_seed",
+    "rounding",
 )  # fmt: skip
-MODEL_KEYS = ("model", "parameters")
-SOURCE_KEYS = ("model", "layer_range", "parameters")
+MODEL_KEYS = ("model", "parameters", "part", "rename")
+SOURCE_KEYS = ("model", "layer_range", "parameters", "part", "rename")
+MAY_LACK = ("parameters", "part", "rename")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
 MIXTURE = "mixtures of experts made from dense models (mergekit-moe) are not supported yet"
@@ -123,6 +129,7 @@ class _Parser:
             rounding=self.chosen(parts, "rounding", ROUNDINGS),
             seed=values.seed(parts, self.problems, self.notes),
             new_rows=self.chosen(parts, "new_rows", NEW_ROWS),
+            backbone=self.chosen(parts, "backbone", BACKBONES),
             chat_template=values.template(parts.get("chat_template"), self.problems),
             notes=(*self.notes, *self.idle),
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
@@ -221,7 +228,7 @@ class _Parser:
         layered = {"layer_range": "layer_range is for the sources of slices: 'models' takes all layers of each model"}
         parts = self.fields(node, what, known, layered)
         for key in known:
-            if key != "parameters" and key not in parts and isinstance(node, Fields):
+            if key not in MAY_LACK and key not in parts and isinstance(node, Fields):
                 self.problems.append(Remark(node.at, f"{what} has no {key!r}"))
         model = self.reference(parts, "model") or ""
         if model.startswith(VECTORS):
@@ -229,6 +236,8 @@ class _Parser:
                 needs = f"{model!r} is a task vector: it needs a base_model to be added to"
                 self.problems.append(Remark(node.at, needs))
             model = f"{base}+{model}"
+        if model:
+            model = values.read_as(parts.get("part"), parts.get("rename"), self.problems) + model
         layers = layer_range(parts["layer_range"], "layer_range", self.problems) if "layer_range" in parts else None
         return Source(model, layers, self.parameters(parts, self.used, model, model == base), node.at)
 

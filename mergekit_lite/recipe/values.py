@@ -212,6 +212,27 @@ def _located(node: Node, name: str, problems: Remarks) -> str:
     return f"{path}@{revision.text if isinstance(revision, Scalar) else text(revision, 'revision', problems)}"
 
 
+def read_as(part: Node | None, renames: Node | None, problems: Remarks) -> str:
+    """Return what stands before a reference that is a part of the base, or is read under other names; often nothing."""
+    wanted = [f"part={_beginning(part, 'part', problems)}:"] if part is not None else []
+    if renames is not None and not isinstance(renames, Fields):
+        expected = f"'rename' expects beginnings of names, {{old: new}}, got {describe(renames)}"
+        problems.append(Remark(renames.at, expected))
+    for key, value in renames.entries if isinstance(renames, Fields) else ():
+        wanted.append(f"rename={_beginning(key, 'rename', problems)}>{_beginning(value, 'rename', problems)}:")
+    return "".join(wanted)
+
+
+def _beginning(node: Node, name: str, problems: Remarks) -> str:
+    """Return the beginning of names, which may be empty where others are renamed to it."""
+    if name == "rename" and isinstance(node, Scalar) and node.value == "":
+        return ""
+    written = text(node, name, problems)
+    if any(sign in written for sign in ":=>"):
+        problems.append(Remark(node.at, f"{name!r} expects the beginning of tensors' names, got {describe(node)}"))
+    return written
+
+
 def dtype(node: Node | None, name: str, problems: Remarks, known: Sequence[str] = dtypes.FLOATS) -> str | None:
     """Return one of the known dtypes by its name; None where the key is missing or wrong."""
     if node is None:

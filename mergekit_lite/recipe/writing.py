@@ -37,6 +37,7 @@ def as_data(recipe: Recipe) -> Data:
         "out_dtype": recipe.out_dtype,
         "rounding": recipe.rounding if recipe.rounding != "nearest" else None,
         "seed": recipe.seed,
+        "backbone": recipe.backbone if recipe.backbone != "all" else None,
         "new_rows": recipe.new_rows if recipe.new_rows != "refuse" else None,
         "chat_template": recipe.chat_template,
         "tokenizer_source": recipe.tokenizer,

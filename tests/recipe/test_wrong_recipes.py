@@ -16,7 +16,7 @@ PAIR = "models:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, paramet
 SLICES = TAIL + "parameters: {weight: 1}\nslices:\n"
 ROOT_KEYS = (
     "merge_method, models, slices, base_model, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
-    "chat_template, include, exclude, new_rows, overrides, seed, random_seed, rounding"
+    "chat_template, include, exclude, backbone, new_rows, overrides, seed, random_seed, rounding"
 )
 
 # (what is tried, the text, every complaint)
@@ -58,7 +58,7 @@ WRONG = [
     ("two seeds", TAIL + PAIR + "seed: 1\nrandom_seed: 1\n", ["6:14: 'seed' and 'random_seed' are one setting: give one of them"]),
     ("rounding", TAIL + PAIR + "rounding: up\n", ["5:11: 'rounding' expects one of nearest, stochastic, got the text 'up'."]),
     # --- models and slices
-    ("model is text", TAIL + "models: [a, b]\n", ["2:10: expected a model (a mapping of model, parameters), got the text 'a'", "2:13: expected a model (a mapping of model, parameters), got the text 'b'"]),
+    ("model is text", TAIL + "models: [a, b]\n", ["2:10: expected a model (a mapping of model, parameters, part, rename), got the text 'a'", "2:13: expected a model (a mapping of model, parameters, part, rename), got the text 'b'"]),
     ("no model", TAIL + "models: [{parameters: {weight: 1}}]\n", ["2:10: a model has no 'model'"]),
     ("model is a number", TAIL + "models: [{model: 7, parameters: {weight: 1}}]\n", ["2:18: 'model' expects text, got the number 7: put it in quotes, '7', if it is one"]),
     ("misspelt parameters", TAIL + "models: [{model: a, paramters: {weight: 1}}]\n", ["2:10: linear needs the parameter 'weight' of 'a'", "2:21: unknown key 'paramters' in a model. Did you mean 'parameters'?"]),

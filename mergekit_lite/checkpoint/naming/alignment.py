@@ -12,7 +12,8 @@ from mergekit_lite.checkpoint.naming import transformers_tables
 from mergekit_lite.checkpoint.naming.experts import stored_as
 from mergekit_lite.checkpoint.naming.matching import Naming, Shape, match_names, without_wrappers
 from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.errors import counted
+from mergekit_lite.checkpoint.tied_weights import is_head
+from mergekit_lite.errors import CheckpointError, counted, listing
 
 WITHIN_LAYERS = re.compile(r"(^|\.)\d+\..*\.")
 BEGINNING = re.compile(r"(?:[^.]*[^.\d][^.]*\.){1,2}")  # two components, or fewer before a number or at the end
@@ -54,6 +55,29 @@ def shown_as(model: Checkpoint, other: Checkpoint) -> Checkpoint:
     tensors = _renamed(tensors, Naming(_synonyms(_shapes(tensors), _shapes(other.tensors))))
     experts = f"experts are read as {counted(moved, 'tensor')}, as {other.reference} has them" if moved else ""
     return _noted(model, tensors, naming.summary, experts)
+
+
+def as_part(model: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return a model that stands for a part of another, with its tensors under the names that they have there.
+
+    A head that the other keeps beside that part is its head. Raises CheckpointError where no name of the other begins
+    so, or tensors of the model have no place there: none of them gets lost.
+    """
+    beginning = model.stands_for
+    places = {name.removeprefix(beginning): name for name in other.tensors if name.startswith(beginning)}
+    if not places:
+        raise CheckpointError(
+            f"{model.reference}: no tensor of {other.reference} has a name that begins with {beginning!r}. They begin "
+            f"with {_beginnings(other.tensors)}"
+        )
+    if not any(map(is_head, places)):
+        places |= {".".join(name.split(".")[-2:]): name for name in other.tensors if is_head(name)}
+    naming = match_names(_shapes(model.tensors), {bare: other.tensors[name].shape for bare, name in places.items()})
+    if homeless := [name for name in naming.unmatched if not is_head(name)]:  # a head may stand for a tied one
+        lost = f"{counted(len(homeless), 'tensor')} with no place in {beginning} of {other.reference}"
+        raise CheckpointError(listing(f"{model.reference}: {lost}", homeless))
+    names = {own: places.get(bare, bare) for own, bare in naming.names.items()}
+    return _noted(model, _renamed(model.tensors, Naming(names)), Naming(names).summary)
 
 
 def _synonyms(own: Mapping[str, Shape], other: Mapping[str, Shape]) -> dict[str, str]:
