@@ -77,7 +77,7 @@ def _files(source: Source) -> dict[str, RemoteFile]:
     inner: Mapping[str, str] = {}
     read: dict[str, Any] = {}
     for _ in LISTS[1:]:  # a router's modules are known once its own folder is
-        inner = listed_folders(source.url, files, lambda name: _json(files[name], read))
+        inner = listed_folders(source.url, files, lambda name, files=files: _json(files[name], read))
         for folder in inner:
             if folder and not any(name.startswith(f"{folder}/") for name in files):
                 files |= {in_folder(folder, name): file for name, file in source.listed(folder).items()}
@@ -100,7 +100,7 @@ def _siblings(name: str) -> list[Path]:
     shard = folders.SHARD.fullmatch(name)
     if shard is None or shard["suffix"] not in formats.gguf.SUFFIXES:
         return [Path(name)]
-    return [Path(each) for each in folders.numbered(shard)]
+    return [Path(each) for each in folders.shard_names(shard)]
 
 
 def _is_name(name: str) -> bool:

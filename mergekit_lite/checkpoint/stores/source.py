@@ -42,7 +42,7 @@ class Source:
     def some(self, names: Collection[str], *, may_lack: bool = False) -> dict[str, RemoteFile]:
         """Return files by their paths. Raises CheckpointError where one is missing that must not be."""
         found = {name: file for name in sorted(names) if (file := self.find(name)) is not None}
-        if missing := [f"{self.url}/{name}" for name in names if name not in found]:
-            if not may_lack:
-                raise CheckpointError(listing(f"{self.url}: these files are not there", missing))
+        missing = [name for name in names if name not in found]
+        if missing and not may_lack:
+            raise CheckpointError(listing(f"{self.url}: these files are not there", missing))
         return found

@@ -56,7 +56,7 @@ def source(folder: str, file: str) -> Source:
 
 
 def _links(url: str) -> tuple[list[str], list[str]]:
-    """Return the names of the files and the folders that a page links to in its own folder; none where it is no page."""
+    """Return the names of the files and folders that a page links to in its own folder; none where it is no page."""
     status, headers, page = _answer("GET", url, MAX_PAGE)
     if status != 200 or "html" not in headers.get("content-type", ""):
         return [], []
