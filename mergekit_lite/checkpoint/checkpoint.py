@@ -19,7 +19,7 @@ from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.stores import mirror
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.checkpoint.stores.addresses import HUB, is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
@@ -192,6 +192,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _open_sum(text)
+    if hub.is_streamed(text):
+        return replace(_open_elsewhere(HUB + text), reference=text)
     folder = hub.fetch(text)
     return _open_path(text, folder, folder.name)
 
@@ -220,6 +222,8 @@ def open_adapter(reference: str) -> Adapter:
         path = Path(reference).expanduser()
         if path.exists():
             return read_adapter(reference, path.resolve())
+    if hub.is_streamed(reference):
+        return read_adapter(reference, *mirror.stand_up(HUB + reference))
     folder = hub.fetch(reference, adapter=True)
     return read_adapter(reference, folder, folder.name)
 

@@ -63,7 +63,7 @@ def _source(reference: str) -> Source:
         return hub_files.source(reference)
     object_stores.check_url(reference)
     folder, _, name = reference.rstrip("/").rpartition("/")
-    is_file = name.endswith(formats.SUFFIXES) and "/" in folder.split("://", 1)[-1]
+    is_file = name.endswith(formats.SUFFIXES) and not folder.endswith(":/")
     where = (folder, name) if is_file else (reference.rstrip("/"), "")
     return objects.source(*where) if object_stores.is_object(reference) else web.source(*where)
 

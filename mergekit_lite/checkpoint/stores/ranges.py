@@ -41,6 +41,10 @@ class Traffic:
             self.requests += other.requests
             self.repeated += other.repeated
 
+    def as_json(self) -> dict[str, int]:
+        """Return the counts as plain data."""
+        return {"bytes": self.nbytes, "requests": self.requests, "repeated": self.repeated}
+
     def taken(self) -> Traffic:
         """Return what was counted, and begin again at nothing."""
         with _lock:
