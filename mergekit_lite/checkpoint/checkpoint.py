@@ -237,29 +237,10 @@ def _opening(reference: str) -> Iterator[None]:
         raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
-def open_vector(reference: str) -> Vector:
-    """Open a task vector by its file or URL; errors as in ``read_vector``."""
-    if is_elsewhere(reference):
-        return vector_file.read_vector(reference, mirror.stand_up(reference)[0])
-    return vector_file.read_vector(reference, Path(reference).expanduser().resolve())
-
-
-def is_one_file(reference: str) -> bool:
-    """Return whether a reference is of one file, as a task vector is, not of a folder."""
-    if is_elsewhere(reference):
-        return reference.endswith(formats.SUFFIXES)
-    return Path(reference).expanduser().is_file()
-
-
 def _open_addition(addition: Addition) -> Adapter | Vector:
-    if is_elsewhere(addition.path):
-        if addition.is_vector or is_one_file(addition.path):
-            return open_vector(addition.path)
-        return open_adapter(addition.path)
-    path = Path(addition.path).expanduser()
     with _opening(addition.path):
-        if path.is_file() or addition.is_vector:
-            return vector_file.read_vector(addition.path, path.resolve())
+        if addition.is_vector or references.is_one_file(addition.path):
+            return vector_file.open_vector(addition.path)
     return open_adapter(addition.path)
 
 

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from mergekit_lite import object_stores, store_process
 from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import address_of, moved
-from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError
 
 ATTEMPTS = 12  # in a row that bring no byte, before a range is given up

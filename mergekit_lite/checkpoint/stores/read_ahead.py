@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint.stores import http as requests
-from mergekit_lite.checkpoint.stores.files import RemoteFile
 from mergekit_lite.checkpoint.stores.ranges import fetch
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
 BLOCK = 4 << 20  # bytes of one request
 ROOM = 32 << 20  # bytes of the blocks that a reader has or waits for

@@ -14,8 +14,8 @@ from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.companion_patterns import IN_FOLDERS
 from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import web_url
-from mergekit_lite.checkpoint.stores.files import RemoteFile
 from mergekit_lite.checkpoint.stores.ranges import bare
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
 from mergekit_lite.errors import CheckpointError
 
