@@ -5,4 +5,13 @@ from mergekit_lite.checkpoint.checkpoint import Checkpoint, open_adapter, open_c
 from mergekit_lite.checkpoint.formats.header import WeightFile
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
-__all__ = ["Adapter", "Checkpoint", "TensorSpec", "WeightFile", "open_adapter", "open_checkpoint"]
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "TensorSpec",
+    "WeightFile",
+    "is_one_file",
+    "open_adapter",
+    "open_checkpoint",
+    "open_vector",
+]

@@ -18,6 +18,8 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
+from mergekit_lite.checkpoint.stores import mirror
+from mergekit_lite.checkpoint.stores.addresses import HUB, is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
@@ -178,6 +180,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
     """
     text = str(reference)
+    if is_elsewhere(text) and "+" not in text:
+        return _open_elsewhere(text)
     with _opening(text):
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
@@ -193,6 +197,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _open_sum(text)
+    if hub.is_streamed(text):
+        return replace(_open_elsewhere(HUB + text), reference=text)
     folder = hub.fetch(text)
     return _open_path(text, folder, folder.name)
 
@@ -216,6 +222,13 @@ def _open_read_as(reference: str, read_as: references.ReadAs) -> Checkpoint:
     return replace(model, reference=reference, tensors=tensors)
 
 
+def _open_elsewhere(reference: str) -> Checkpoint:
+    """Open a checkpoint by its URL: its weights are read by range."""
+    keyed = references.KEYED.fullmatch(reference)
+    path, revision = mirror.stand_up(keyed["path"] if keyed else reference)
+    return _open_path(reference, path, revision, keyed["key"] if keyed else "")
+
+
 def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:
     """Open a checkpoint under the names that transformers loads, with the config from beside it or as named."""
     checkpoint = open_checkpoint(names.rest)
@@ -225,11 +238,16 @@ def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint
 
 
 def open_adapter(reference: str) -> Adapter:
-    """Open a LoRA adapter by its folder or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
+    """Open a LoRA adapter by its folder, URL or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
+    if is_elsewhere(reference):
+        path, revision = mirror.stand_up(reference)
+        return read_adapter(reference, path, revision)
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
             return read_adapter(reference, path.resolve())
+    if hub.is_streamed(reference):
+        return read_adapter(reference, *mirror.stand_up(HUB + reference))
     folder = hub.fetch(reference, adapter=True)
     return read_adapter(reference, folder, folder.name)
 
@@ -244,10 +262,9 @@ def _opening(reference: str) -> Iterator[None]:
 
 
 def _open_addition(addition: Addition) -> Adapter | Vector:
-    path = Path(addition.path).expanduser()
     with _opening(addition.path):
-        if path.is_file() or addition.is_vector:
-            return vector_file.read_vector(addition.path, path.resolve())
+        if addition.is_vector or references.is_one_file(addition.path):
+            return vector_file.open_vector(addition.path)
     return open_adapter(addition.path)
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint import hub
-from mergekit_lite.checkpoint.formats import torch
+from mergekit_lite.checkpoint.formats import SUFFIXES, torch
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
@@ -45,6 +46,8 @@ class Addition(NamedTuple):
     @property
     def can_exist(self) -> bool:
         """Whether it is on this disk, or may be on the hub."""
+        if is_elsewhere(self.path):
+            return "+" not in self.path
         path, within = split_key(self.path)
         return bool(within) or path.exists() or (not self.is_vector and hub.is_repository(self.path))
 
@@ -89,6 +92,13 @@ def plain_reference(text: str) -> str:
     return text
 
 
+def is_one_file(reference: str) -> bool:
+    """Return whether a reference is of one file, as a task vector is, not of a folder."""
+    if is_elsewhere(reference):
+        return reference.endswith(SUFFIXES)
+    return Path(reference).expanduser().is_file()
+
+
 class Names(NamedTuple):
     """A checkpoint that is read under the names that transformers loads."""
 
@@ -98,7 +108,7 @@ class Names(NamedTuple):
 
 def split_names(text: str) -> Names | None:
     """Split ``hf:STEP`` or ``hf=CONFIG:STEP``; None for any other reference, and for a path of that very name."""
-    match = AS_TRANSFORMERS.fullmatch(text)
+    match = None if is_elsewhere(text) else AS_TRANSFORMERS.fullmatch(text)
     return Names(match["rest"], match["config"] or "") if match and not Path(text).expanduser().exists() else None
 
 

@@ -39,6 +39,13 @@ takes_sync = click.option(
     is_flag=True,
     help="Hold through a power cut, too: wait until the disk has the output. Takes as long as the disk takes to write.",
 )
+takes_stream = click.option(
+    "--stream",
+    is_flag=True,
+    expose_value=False,
+    callback=values.stream,
+    help="Read hub models by range, as they are needed, and store none of them: org/name as hf://org/name.",
+)
 OPTIONS = (
     click.option(
         "--threads",
@@ -49,6 +56,7 @@ OPTIONS = (
     click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
     takes_sync,
+    takes_stream,
     click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -114,7 +122,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     if not resume:
         _check_room(plan)
     if view.dry_run and view.as_json:
-        click.echo(json.dumps(json_output.of_plan(plan, threads, devices), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(json_output.of_plan(plan, threads, devices)), indent=1))
     elif view.dry_run:
         screen.plan(plan, threads, devices)
     else:
@@ -127,7 +135,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
         options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES}
         finished = run(plan, **options)
     if view.as_json:
-        click.echo(json.dumps(json_output.of_finished(finished), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(json_output.of_finished(finished)), indent=1))
     screen.finished(plan, finished)
 
 

@@ -52,6 +52,7 @@ def manifest_of(
                 **_added_to(source),
                 "files": [
                     {"name": file.name, "size": file.size, "header_xxh3_128": file.header_digest}
+                    | ({"etag": file.etag} if file.etag else {})
                     for file in source.files
                 ],
             }

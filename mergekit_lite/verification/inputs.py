@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.references import Addition, split_key
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.planning import Plan, make_plan
@@ -98,7 +99,7 @@ def _pinned(recorded: RecordedInput) -> str:
 def _is_here(reference: str) -> bool:
     """Return True where a local path exists: a missing path that looks like a hub repository must not be fetched."""
     try:
-        return split_key(reference)[0].exists()
+        return is_elsewhere(reference) or split_key(reference)[0].exists()
     except (OSError, RuntimeError):  # too long a name, a home of nobody
         return False
 
@@ -116,6 +117,8 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
             inputs.findings.append(Finding(where, f"an input that changed: {now.size:,} bytes, it had {before.size:,}"))
         elif before.header_xxh3_128 != now.header_digest:
             inputs.findings.append(Finding(where, "an input that changed: its header is another one"))
+        elif before.etag and now.etag and before.etag != now.etag:
+            inputs.findings.append(Finding(where, "an input that changed, or was uploaded again: its etag is another"))
 
 
 def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> Plan:

@@ -1,0 +1,185 @@
+"""URLs of object stores: recognised, kept free of secrets, and opened by ``obstore``.
+
+``s3://bucket/key``, ``gs://bucket/key`` and ``az://container/key`` name objects. Credentials, endpoints and regions
+come from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT`` …), never from a URL, so that a URL can be printed,
+logged and put into a manifest.
+
+A store must not be used on both sides of a fork: its library runs threads of its own, which a fork doesn't copy, and a
+request in the child would wait for them without end. So a process that was forked from one that had used a store is
+refused here rather than left to hang.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from mergekit_lite.errors import CheckpointError, RunError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+OBJECTS = ("s3", "gs", "az")  # what obstore opens
+WEB = ("https", "http")
+URL = re.compile(rf"(?P<scheme>{'|'.join((*OBJECTS, *WEB))})://(?P<rest>.*)", re.DOTALL)
+INSTALL = "pip install 'mergekit-lite[remote]'"
+CREDENTIALS = {  # where each store's own tools look
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION; AWS_SKIP_SIGNATURE=true for a "
+    "public bucket",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS; GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; "
+    "AZURE_SKIP_SIGNATURE=true for a public container",
+}
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)  # in the name of a variable
+PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of the variables that a client is set up by
+SWITCHES = ("allow_http", "allow_invalid_certificates")
+TEXTS = ("proxy_url", "proxy_ca_certificate", "proxy_excludes", "connect_timeout", "read_timeout", "timeout")
+_used_by: set[int] = set()  # processes, this one or those it was forked from, that have used a store
+
+
+class Place(NamedTuple):
+    """An object, or a prefix of objects, in a store."""
+
+    scheme: str
+    bucket: str  # a bucket or a container
+    key: str  # without slashes at its ends; empty for the whole bucket
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, name: str) -> Place:
+        return self._replace(key=f"{self.key}/{name}" if self.key else name)
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is the URL of an object store or of a web server."""
+    return URL.fullmatch(text) is not None
+
+
+def is_object(text: str) -> bool:
+    """Return whether a text is the URL of an object store."""
+    match = URL.fullmatch(text)
+    return match is not None and match["scheme"] in OBJECTS
+
+
+def check_url(url: str) -> None:
+    """Raise UsageError where a URL can hold a secret, or can't be an object's; the message doesn't repeat a secret."""
+    match = URL.fullmatch(url)
+    if match is None:
+        raise UsageError(f"{one_line(url, 80)}: is not a URL of {', '.join(f'{each}://' for each in (*OBJECTS, *WEB))}")
+    scheme, host, shown = match["scheme"], re.split(r"[/?#]", match["rest"], maxsplit=1)[0], without_secrets(url)
+    remedy = f"Set {CREDENTIALS[scheme]} instead." if scheme in CREDENTIALS else "Give a URL that needs none of it."
+    if "@" in host:
+        raise UsageError(
+            f"{shown}: has a user or a password in it, which would get into logs and manifests. Refused. {remedy}"
+        )
+    if "?" in url or "#" in url:
+        raise UsageError(
+            f"{shown}: has a query, which may be a signature or a token and would get into logs and manifests. "
+            f"Refused. {remedy}"
+        )
+    if not host or not url.isprintable() or ".." in match["rest"].split("/"):
+        raise UsageError(f"{one_line(shown, 200)}: is no URL that can be opened: {scheme}://NAME/PATH is expected.")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without what may be secrets: user, password, query and fragment of URLs, and the environment's."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET.search(name):
+            text = text.replace(value, "…")
+    text = re.sub(r"(?P<scheme>\w+://)[^/\s?#]*@", r"\g<scheme>…@", text)
+    return re.sub(r"(?P<url>\w+://[^\s?#'\")]*)[?#][^\s'\")]*", r"\g<url>?…", text)
+
+
+def parse_place(url: str) -> Place:
+    """Return the place that the URL of an object store names. Raises UsageError as ``check_url``."""
+    check_url(url)
+    parts = urlsplit(url)
+    if parts.scheme not in OBJECTS:
+        raise UsageError(f"{url}: is not in an object store ({', '.join(f'{each}://' for each in OBJECTS)}).")
+    return Place(parts.scheme, parts.netloc, url.split("://", 1)[1].partition("/")[2].strip("/"))
+
+
+def store_of(place: Place, *, retries: int = 10) -> ObjectStore:
+    """Return the client of a place's bucket, one for each process; keys are then paths in the bucket.
+
+    Args:
+        place: in the store.
+        retries: how often the client itself repeats a request that failed: with exponential back-off and jitter, for
+            connections that break, timeouts and answers 429 and 5xx.
+
+    Raises:
+        CheckpointError: obstore isn't installed, or the environment isn't enough to open the store.
+        RunError: this process was forked from one that has used a store.
+    """
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(f"{place}: object stores need obstore: {INSTALL}") from error
+    check_not_forked()
+    _used_by.add(os.getpid())
+    try:
+        return _store(place.scheme, place.bucket, retries)
+    except Exception as error:
+        raise CheckpointError(f"{place}: can't be opened: {said(error)}. Set {CREDENTIALS[place.scheme]}.") from error
+
+
+def is_usable() -> bool:
+    """Return whether this process may use stores: no process that it was forked from has."""
+    return _used_by <= {os.getpid()}
+
+
+def check_not_forked() -> None:
+    """Raise RunError where this process was forked from one that has used a store: a request would never end."""
+    if not is_usable():
+        raise RunError(
+            "This process was forked from one that had used an object store, whose client doesn't survive that. Start "
+            "a fresh process for it (multiprocessing's spawn)."
+        )
+
+
+def said(error: Exception) -> str:
+    """Return what a client's error says, in one line without secrets: of a server's answer only its status and code.
+
+    An answer's text may repeat the name of a key, or all that was signed.
+    """
+    text = str(error).split("\n\nDebug source:", maxsplit=1)[0]
+    if status := re.search(r"status code: (\d{3}[ \w]*)", text):
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        return f"the store answered {status[1].strip()}" + (f" ({code[1]})" if code else "")
+    return without_secrets(one_line(text, 300)).rstrip(". ")
+
+
+@lru_cache(maxsize=64)
+def _store(scheme: str, bucket: str, retries: int) -> ObjectStore:
+    from obstore.store import from_url
+
+    store: ObjectStore = from_url(
+        f"{scheme}://{bucket}",
+        client_options=_client_options(scheme),  # type: ignore[arg-type]
+        retry_config={
+            "max_retries": retries,
+            "retry_timeout": timedelta(minutes=4),
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
+        },
+    )
+    return store
+
+
+def _client_options(scheme: str) -> dict[str, object]:
+    """Return how requests are made. What the environment says goes first: options given here would hide all of it."""
+    options: dict[str, object] = {"connect_timeout": "10s", "timeout": "120s"}
+    for name in (*SWITCHES, *TEXTS):
+        if value := os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}"):
+            options[name] = value.lower() in ("1", "true", "yes", "on", "t", "y") if name in SWITCHES else value
+    return options
+
+
+def denied(url: str) -> str:
+    """Return what to do where the credentials don't give access to a URL."""
+    scheme = url.partition("://")[0]
+    return f"access was refused. Set {CREDENTIALS[scheme]}." if scheme in CREDENTIALS else "access was refused."
