@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import is_one_file
 from mergekit_lite.checkpoint.references import split_key
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
@@ -135,7 +136,7 @@ def extrapolate(
 def default_output(aligned: str) -> str:
     """Return ``NAME-expo-{alpha}`` with the last part of the aligned model's name; a file keeps its suffix."""
     path, _ = split_key(aligned)
-    if path.is_file():
+    if path.is_file() or is_one_file(aligned):
         return f"{path.stem}-expo-{{alpha}}{path.suffix}"
     name = path.resolve().name if path.exists() else path.name.partition("@")[0]
     return f"{name}-expo-{{alpha}}"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from mergekit_lite.errors import UnreadableError
 
@@ -23,6 +23,14 @@ MAX_DEPTH = 100  # of JSON: configs and tokenizers have less than 20
 MAX_DIGITS = 250  # of a whole number: with as many, hexadecimal ones too, it fits a float
 CONTAINERS = frozenset((dict, list))  # the types that JSON nests
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON escapes a surrogate, be it one of a pair or alone
+
+
+class StandIn(type(Path())):  # type: ignore[misc]
+    """A path that stands in for a file elsewhere (``checkpoint/stores``)."""
+
+    def elsewhere(self) -> BinaryIO | None:
+        """Open what it stands for; None where the file lies here in full."""
+        raise NotImplementedError
 
 
 @contextmanager
@@ -36,6 +44,11 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
     Raises:
         UnreadableError: there is no such file, it may not be read, it is a pipe, device, folder or socket, or too long.
     """
+    if isinstance(path, StandIn) and (elsewhere := path.elsewhere()) is not None:
+        with elsewhere:
+            _check_size(path, size_of(elsewhere), limit)
+            yield elsewhere
+        return
     try:
         # Without waiting, since opening a pipe takes as long as nobody writes to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -46,9 +59,20 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
         os.close(descriptor)
         raise UnreadableError(path, "is not a regular file")
     with open(descriptor, "rb") as file:  # noqa: PTH123  (a descriptor, no path)
-        if limit is not None and status.st_size > limit:
-            raise UnreadableError(path, f"is {status.st_size:,} bytes long; more than {limit:,} is refused")
+        _check_size(path, status.st_size, limit)
         yield file
+
+
+def size_of(file: IO[bytes]) -> int:
+    """Return the bytes of an opened file, which is then read from its begin."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def _check_size(path: Path, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise UnreadableError(path, f"is {size:,} bytes long; more than {limit:,} is refused")
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:

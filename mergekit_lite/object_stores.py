@@ -35,6 +35,7 @@ CREDENTIALS = {  # where each store's own tools look
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; "
     "AZURE_SKIP_SIGNATURE=true for a public container",
 }
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)  # in the name of a variable
 PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of the variables that a client is set up by
 SWITCHES = ("allow_http", "allow_invalid_certificates")
 TEXTS = ("proxy_url", "proxy_ca_certificate", "proxy_excludes", "connect_timeout", "read_timeout", "timeout")
@@ -106,7 +107,10 @@ def check_url(url: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with what may be secrets cut out of the URLs in it: user, password, query and fragment."""
+    """Return a text without what may be secrets: user, password, query and fragment of URLs, and the environment's."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET.search(name):
+            text = text.replace(value, "…")
     text = re.sub(r"(?P<scheme>\w+://)[^/\s?#]*@", r"\g<scheme>…@", text)
     return re.sub(r"(?P<url>\w+://[^\s?#'\")]*)[?#][^\s'\")]*", r"\g<url>?…", text)
 
@@ -159,8 +163,14 @@ def check_not_forked() -> None:
 
 
 def said(error: Exception) -> str:
-    """Return what a client's error says, in one line, without its debugging part and without secrets."""
+    """Return what a client's error says, in one line without secrets: of a server's answer only its status and code.
+
+    An answer's text may repeat the name of a key, or all that was signed.
+    """
     text = str(error).split("\n\nDebug source:", maxsplit=1)[0]
+    if status := re.search(r"status code: (\d{3}[ \w]*)", text):
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        return f"the store answered {status[1].strip()}" + (f" ({code[1]})" if code else "")
     return without_secrets(one_line(text, 300)).rstrip(". ")
 
 
@@ -187,3 +197,9 @@ def _client_options(scheme: str) -> dict[str, object]:
         if value := os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}"):
             options[name] = value.lower() in ("1", "true", "yes", "on", "t", "y") if name in SWITCHES else value
     return options
+
+
+def denied(url: str) -> str:
+    """Return what to do where the credentials don't give access to a URL."""
+    scheme = url.partition("://")[0]
+    return f"access was refused. Set {CREDENTIALS[scheme]}." if scheme in CREDENTIALS else "access was refused."

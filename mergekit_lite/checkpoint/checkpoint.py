@@ -18,6 +18,8 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile
 from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
+from mergekit_lite.checkpoint.stores import mirror
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
@@ -175,6 +177,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         CheckpointError: it doesn't exist, is damaged or hostile, or its format is refused; the message says what to do.
     """
     text = str(reference)
+    if is_elsewhere(text) and "+" not in text:
+        return _open_elsewhere(text)
     with _opening(text):
         path = Path(reference).expanduser()
         if path.is_dir() or path.is_file():
@@ -192,6 +196,13 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     return _open_path(text, folder, folder.name)
 
 
+def _open_elsewhere(reference: str) -> Checkpoint:
+    """Open a checkpoint by its URL: its weights are read by range."""
+    keyed = references.KEYED.fullmatch(reference)
+    path, revision = mirror.stand_up(keyed["path"] if keyed else reference)
+    return _open_path(reference, path, revision, keyed["key"] if keyed else "")
+
+
 def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:
     """Open a checkpoint under the names that transformers loads, with the config from beside it or as named."""
     checkpoint = open_checkpoint(names.rest)
@@ -201,7 +212,10 @@ def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint
 
 
 def open_adapter(reference: str) -> Adapter:
-    """Open a LoRA adapter by its folder or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
+    """Open a LoRA adapter by its folder, URL or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
+    if is_elsewhere(reference):
+        path, revision = mirror.stand_up(reference)
+        return read_adapter(reference, path, revision)
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
@@ -219,7 +233,25 @@ def _opening(reference: str) -> Iterator[None]:
         raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
+def open_vector(reference: str) -> Vector:
+    """Open a task vector by its file or URL; errors as in ``read_vector``."""
+    if is_elsewhere(reference):
+        return vector_file.read_vector(reference, mirror.stand_up(reference)[0])
+    return vector_file.read_vector(reference, Path(reference).expanduser().resolve())
+
+
+def is_one_file(reference: str) -> bool:
+    """Return whether a reference is of one file, as a task vector is, not of a folder."""
+    if is_elsewhere(reference):
+        return reference.endswith(formats.SUFFIXES)
+    return Path(reference).expanduser().is_file()
+
+
 def _open_addition(addition: Addition) -> Adapter | Vector:
+    if is_elsewhere(addition.path):
+        if addition.is_vector or is_one_file(addition.path):
+            return open_vector(addition.path)
+        return open_adapter(addition.path)
     path = Path(addition.path).expanduser()
     with _opening(addition.path):
         if path.is_file() or addition.is_vector:

@@ -52,7 +52,7 @@ def parts_of(file: Path) -> list[Path]:
     shard = SHARD.fullmatch(file.name)
     if shard is None or shard["suffix"] not in gguf.SUFFIXES:
         return [file]
-    names = _numbered(shard)
+    names = shard_names(shard)
     if file.name not in names:
         return [file]
     if missing := [name for name in names if not (file.parent / name).exists()]:
@@ -177,7 +177,7 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
             continue
         weights = [name for name in weights if not name.startswith(CONSOLIDATED)] or weights
         if shard := SHARD.fullmatch(weights[0]):
-            numbered = _numbered(shard)
+            numbered = shard_names(shard)
             if set(weights) <= set(numbered):
                 return numbered
         elif len(weights) == 1:
@@ -189,7 +189,7 @@ def _unindexed(where: object, names: Collection[str]) -> list[str]:
     raise CheckpointError(f"{where}: holds no weights (looked for {standard}, or one {' / '.join(SUFFIXES)} file).")
 
 
-def _numbered(shard: re.Match[str]) -> list[str]:
+def shard_names(shard: re.Match[str]) -> list[str]:
     """Return the names of all shards of a set of which one is named."""
     stem, count, suffix = shard["stem"], shard["count"], shard["suffix"]
     return [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]

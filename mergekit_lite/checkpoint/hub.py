@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
@@ -42,13 +43,7 @@ def fetch(reference: str, *, adapter: bool = False) -> Path:
     Raises:
         CheckpointError: no such path or repository, no access to it, or no network and not in the cache.
     """
-    match = REPOSITORY.fullmatch(reference)
-    if match is None or not is_repository(reference):
-        raise CheckpointError(
-            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
-            f"org/name@revision).{_nearest_path(reference)}"
-        )
-    repo, revision = match["repo"], match["revision"]
+    repo, revision = _named(reference)
     try:
         return _downloaded(repo, revision, adapter)
     except CheckpointError:
@@ -58,6 +53,53 @@ def fetch(reference: str, *, adapter: bool = False) -> Path:
             raise CheckpointError(refusal) from error
         trouble = _trouble(error)
     return _cached(reference, repo, revision, adapter, trouble)
+
+
+def listed(reference: str) -> tuple[str, str, dict[str, tuple[int, str] | None]]:
+    """Return a repository's name, its commit, and size and etag of its files by their paths; None where not told.
+
+    Raises CheckpointError as ``fetch``: the cache doesn't help here.
+    """
+    from huggingface_hub import HfApi
+
+    repo, revision = _named(reference)
+    with _asking(reference, repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    files: dict[str, tuple[int, str] | None] = {}
+    for file in info.siblings or ():
+        if is_plain_line(file.rfilename):
+            etag = file.lfs.sha256 if file.lfs else file.blob_id
+            files[file.rfilename] = (file.size, etag) if file.size is not None and etag else None
+    return repo, str(info.sha), files
+
+
+def metadata(reference: str, url: str) -> tuple[int, str]:
+    """Return the size and the etag of a file of a repository. Raises CheckpointError as ``fetch``."""
+    from huggingface_hub import get_hf_file_metadata
+
+    with _asking(reference, *_named(reference)):
+        found = get_hf_file_metadata(url)
+    return found.size or 0, found.etag or ""
+
+
+@contextmanager
+def _asking(reference: str, repo: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        refusal = _refusal(reference, repo, revision, error)
+        raise CheckpointError(refusal or f"{reference}: {_trouble(error)}, and this model is read from it.") from error
+
+
+def _named(reference: str) -> tuple[str, str | None]:
+    """Return the repository and the revision that a reference names. Raises CheckpointError where it names none."""
+    match = REPOSITORY.fullmatch(reference)
+    if match is None or not is_repository(reference):
+        raise CheckpointError(
+            f"{reference}: no such file or folder, and not the name of a hub repository (org/name or "
+            f"org/name@revision).{_nearest_path(reference)}"
+        )
+    return match["repo"], match["revision"]
 
 
 def _downloaded(repo: str, revision: str | None, adapter: bool) -> Path:

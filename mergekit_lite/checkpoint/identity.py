@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from mergekit_lite.checkpoint.extents import extents
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.tensor import TensorSpec
 
@@ -33,11 +34,18 @@ class Identity(NamedTuple):
 def identify(reference: str, revision: str | None, tensors: Mapping[str, TensorSpec]) -> Identity:
     """Return the identity of a model; some kilobytes of each tensor are read. Raises RunError where they can't be."""
     header, sample = xxhash.xxh3_128(), xxhash.xxh3_128()
+    places = {name: sorted({0, spec.numel // 2}) for name, spec in tensors.items()}
     with Reader() as reader:
+        reader.expect(
+            (*extent, 0)
+            for name in sorted(tensors)
+            for start in places[name]
+            for extent in extents(tensors[name], start, min(start + SAMPLE, tensors[name].numel))
+        )
         for name in sorted(tensors):
             spec = tensors[name]
             header.update(repr((name, spec.dtype, spec.shape)).encode())
-            for start in sorted({0, spec.numel // 2}):
+            for start in places[name]:
                 elements = spec.elements(reader, start, min(SAMPLE, spec.numel - start))
                 sample.update(bytes_of(elements))
     return Identity(reference, revision, header.hexdigest(), sample.hexdigest())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.stores.files import RemoteFile, StorePath
+from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError
 
@@ -21,10 +23,14 @@ class Reader:
     """The open files of checkpoints, and what was computed from them lately. Many threads may use it at once.
 
     Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays
-    what the buffers are.
+    what the buffers are. What lies elsewhere is fetched, ahead where it was said what will be read; each thread has
+    blocks of its own.
     """
 
     def __init__(self) -> None:
+        self._remote: dict[Path, RemoteFile | None] = {}
+        self._blocks = threading.local()
+        self._block_readers: list[BlockReader] = []
         self._descriptors: dict[Path, int] = {}
         self._remembered: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -36,12 +42,27 @@ class Reader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        for blocks in self._block_readers:
+            blocks.close()
+
+    def expect(self, extents: Iterable[tuple[Path, int, int, int]], *, again: bool = False) -> None:
+        """Say which bytes this thread will read next: file, begin, end, and turn, as ``BlockReader.expect``."""
+        elsewhere = [
+            Extent(file, begin, end, turn)
+            for path, begin, end, turn in extents
+            if isinstance(path, StorePath) and (file := self._remote_of(path)) is not None
+        ]
+        if elsewhere:
+            self._block_reader().expect(elsewhere, again=again)
 
     def fill(self, path: Path, offset: int, out: memoryview, tensor: str) -> None:
         """Fill ``out``, to its end, with the bytes of a file from ``offset`` on, for a tensor that errors name.
 
         Raises RunError where the file can't be read, or ends before its header says it does.
         """
+        if isinstance(path, StorePath) and (file := self._remote_of(path)) is not None:
+            self._block_reader().fill(file, offset, out)
+            return
         descriptor = self._descriptor(path)
         while out:
             try:
@@ -70,6 +91,19 @@ class Reader:
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
         return result
+
+    def _remote_of(self, path: StorePath) -> RemoteFile | None:
+        if path not in self._remote:
+            self._remote[path] = path.remote
+        return self._remote[path]
+
+    def _block_reader(self) -> BlockReader:
+        if not hasattr(self._blocks, "reader"):
+            self._blocks.reader = BlockReader()
+            with self._lock:
+                self._block_readers.append(self._blocks.reader)
+        reader: BlockReader = self._blocks.reader
+        return reader
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:

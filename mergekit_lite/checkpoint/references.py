@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.formats import torch
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
@@ -43,6 +44,8 @@ class Addition(NamedTuple):
     @property
     def can_exist(self) -> bool:
         """Whether it is on this disk, or may be on the hub."""
+        if is_elsewhere(self.path):
+            return "+" not in self.path
         path, within = split_key(self.path)
         return bool(within) or path.exists() or (not self.is_vector and hub.is_repository(self.path))
 
@@ -71,7 +74,7 @@ class Names(NamedTuple):
 
 def split_names(text: str) -> Names | None:
     """Split ``hf:STEP`` or ``hf=CONFIG:STEP``; None for any other reference, and for a path of that very name."""
-    match = AS_TRANSFORMERS.fullmatch(text)
+    match = None if is_elsewhere(text) else AS_TRANSFORMERS.fullmatch(text)
     return Names(match["rest"], match["config"] or "") if match and not Path(text).expanduser().exists() else None
 
 

@@ -30,12 +30,13 @@ class Signed(click.Command):
 
 def _signed(argument: str) -> str:
     from mergekit_lite.checkpoint.references import parse_addition
+    from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 
     rest = argument[1:]
     if not argument.startswith(("+", "-")) or rest.startswith("-") or not rest or Path(argument).exists():
         return argument
     vector = parse_addition(rest)
-    if not Path(vector.path).expanduser().exists():
+    if not (is_elsewhere(vector.path) or Path(vector.path).expanduser().exists()):
         return argument
     return str(vector._replace(scale=-vector.scale)) if argument.startswith("-") else rest
 

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from queue import Empty, SimpleQueue
-from typing import TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.stores.ranges import TRAFFIC, Traffic
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.processes import forked
@@ -22,6 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Do: TypeAlias = Callable[[WorkerBuffers, Reader, Task], Result]
+Expect: TypeAlias = Callable[[Reader, Task], None]
 Done: TypeAlias = "SimpleQueue[tuple[Result | None, BaseException | None]]"
 
 
@@ -64,27 +66,30 @@ class Pool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Iterable[Task], do: Do[Task, Result]) -> Iterator[Result]:
-        """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised."""
+    def run(self, tasks: Iterable[Task], do: Do[Task, Result], expect: Expect[Task] | None = None) -> Iterator[Result]:
+        """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised.
+
+        ``expect`` tells a worker's reader what a task will read, before the worker comes to it.
+        """
         tasks = list(tasks)
         if self.processes and len(tasks) > 1:
-            return forked(self.workers, tasks, lambda: self._worker(do))
-        return self._threaded(tasks, do)
+            return self._counted(forked(self.workers, tasks, lambda: _Worker(self._room, do, expect)))
+        return self._threaded(tasks, do, expect)
 
-    def _worker(self, do: Do[Task, Result]) -> Callable[[Task], Result]:
-        """Return what does the tasks of one process."""
-        buffers, reader = WorkerBuffers(CPU, *self._room), Reader()
+    def _counted(self, results: Iterator[tuple[Result, Traffic]]) -> Iterator[Result]:
+        """Yield the results of processes, and count what they fetched as this one's."""
+        for result, traffic in results:
+            TRAFFIC.add(traffic)
+            yield result
 
-        return lambda task: do(buffers, reader, task)
-
-    def _threaded(self, tasks: Sequence[Task], do: Do[Task, Result]) -> Iterator[Result]:
+    def _threaded(self, tasks: Sequence[Task], do: Do[Task, Result], expect: Expect[Task] | None) -> Iterator[Result]:
         todo: SimpleQueue[Task] = SimpleQueue()
         for task in tasks:
             todo.put(task)
         done: Done[Result] = SimpleQueue()
         with Reader() as reader:
             devices = islice(cycle(self._devices), self.workers)
-            threads = [threading.Thread(target=self._work, args=(on, reader, todo, done, do)) for on in devices]
+            threads = [threading.Thread(target=self._work, args=(on, reader, todo, done, do, expect)) for on in devices]
             for thread in threads:
                 thread.start()
             try:
@@ -100,17 +105,43 @@ class Pool:
                 self._stop.clear()
 
     def _work(
-        self, device: str, reader: Reader, todo: SimpleQueue[Task], done: Done[Result], do: Do[Task, Result]
+        self,
+        device: str,
+        reader: Reader,
+        todo: SimpleQueue[Task],
+        done: Done[Result],
+        do: Do[Task, Result],
+        expect: Expect[Task] | None,
     ) -> None:
         try:
             buffers = WorkerBuffers(device, *self._room)
             with buffers.working():
                 while not self._stop.is_set():
-                    done.put((do(buffers, reader, todo.get_nowait()), None))
+                    task = todo.get_nowait()
+                    if expect is not None:
+                        expect(reader, task)
+                    done.put((do(buffers, reader, task), None))
         except Empty:
             return
         except BaseException as failure:
             done.put((None, failure))
+
+
+class _Worker(Generic[Task, Result]):
+    """What does the tasks of one process, and says what it fetched for each."""
+
+    def __init__(self, room: tuple[int, int], do: Do[Task, Result], expect: Expect[Task] | None) -> None:
+        self._buffers, self._reader = WorkerBuffers(CPU, *room), Reader()
+        self._do, self._expect = do, expect
+        TRAFFIC.taken()  # what was counted before the fork is not this worker's
+
+    def __call__(self, task: Task) -> tuple[Result, Traffic]:
+        return self._do(self._buffers, self._reader, task), TRAFFIC.taken()
+
+    def expect(self, task: Task) -> None:
+        """Tell the reader what a task will read."""
+        if self._expect is not None:
+            self._expect(self._reader, task)
 
 
 @contextmanager

@@ -21,12 +21,13 @@ import signal
 import traceback
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from mergekit_lite.errors import GOES_ON, RunError
 
@@ -47,6 +48,14 @@ CRASHED = "A library crashed in it: look for faulty memory or a faulty disk, and
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Worker = Callable[[], Callable[[Task], Result]]  # made in each process: what does its tasks
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """What does tasks and wants to know of each as soon as it is given, in their order."""
+
+    def expect(self, task: Any) -> None:
+        """Prepare for a task that comes after those that were said before."""
 
 
 def forked(workers: int, tasks: Iterable[Task], worker: Worker[Task, Result]) -> Iterator[Result]:
@@ -211,14 +220,21 @@ def _live(
 def _serve(connection: Connection, packed: Sequence[bytes], worker: Worker[Task, Result]) -> None:
     """Do tasks until the connection ends. Raises OSError where it breaks."""
     do: Callable[[Task], Result] | None = None
+    waiting: deque[Task] = deque()
     while True:
+        numbers = []
         try:
-            number = connection.recv()
+            while not (waiting or numbers) or connection.poll():
+                numbers.append(connection.recv())
         except (EOFError, ConnectionResetError):
             return
         try:
             do = do or worker()
-            answer = pickle.dumps((do(pickle.loads(zlib.decompress(packed[number]))), None))
+            for number in numbers:
+                waiting.append(pickle.loads(zlib.decompress(packed[number])))
+                if isinstance(do, LooksAhead):
+                    do.expect(waiting[-1])
+            answer = pickle.dumps((do(waiting.popleft()), None))
         except BaseException as failure:
             answer = pickle.dumps((None, _sendable(failure)))
         connection.send_bytes(answer)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import zip_longest
 from typing import TypeVar
 
+from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.extents import extents, is_elsewhere
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
@@ -66,7 +68,7 @@ class Schedule:
             if self.has_statistics:
                 np.empty(0)  # imported here, and not by each worker
             gather(list(self.shared.values()), self._sums)
-            for nbytes, records in self.pool.run(self._tasks(), self._carry_out):
+            for nbytes, records in self.pool.run(self._tasks(), self._carry_out, self.expect):
                 for output, record in records:
                     self.workspaces[output].done(record)
                 self._advance(nbytes)
@@ -131,11 +133,25 @@ class Schedule:
         self.bytes_in_all += cost(wanted)
         sums: dict[Section, Totals] = {}
         tasks = joined([[section] for section in wanted], self.most, lambda section: section[2] - section[1])
-        for nbytes, of_task in self.pool.run(tasks, add):
+
+        def expect(reader: Reader, task: Sequence[Section]) -> None:
+            expect_elements(reader, [(merges[number].job.inputs, begin, end) for number, begin, end in task])
+
+        for nbytes, of_task in self.pool.run(tasks, add, expect):
             for section, part in of_task.items():
                 add_to(sums, part, section, firsts[section])
             self._advance(nbytes)
         return sums
+
+    def expect(self, reader: Reader, task: Sequence[Span]) -> None:
+        """Tell a reader what the spans of a task will read, and whether they do so again for their statistics."""
+        if not any(map(is_elsewhere, (spec for span in task for spec in span.job.inputs))):
+            return
+        inputs = [(span.job.inputs if span.merged else span.job.inputs[:1], span.begin, span.end) for span in task]
+        again = any(
+            self._merge(span, output).request is not None for span in task if span.merged for output in self.workspaces
+        )
+        expect_elements(reader, inputs, again=again)
 
     def _advance(self, nbytes: int) -> None:
         self.bytes_done += nbytes
@@ -162,6 +178,22 @@ class Schedule:
                 of_span = {output: merges[span.index, output] for output in missing if span.merged}
                 records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
         return sum(map(_cost, task)), records
+
+
+def expect_elements(
+    reader: Reader, ranges: Iterable[tuple[Sequence[TensorSpec], int, int]], *, again: bool = False
+) -> None:
+    """Tell a reader which elements it will read: ranges of some tensors each, (tensors, begin, end), side by side."""
+    reader.expect(
+        (
+            (*extent, turn)
+            for turn, (specs, begin, end) in enumerate(ranges)
+            for spec in specs
+            if is_elsewhere(spec)
+            for extent in extents(spec, begin, end)
+        ),
+        again=again,
+    )
 
 
 def joined(units: Iterable[list[Part]], most: int, elements: Callable[[Part], int]) -> Iterator[list[Part]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.extents import extents
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.ops import TensorKind, ops_for
 from mergekit_lite.ops.operations import InnerProducts
@@ -31,11 +32,19 @@ def delta_rms(plan: Plan) -> float | None:
     jobs = plan.merged
     chosen = [jobs[number * len(jobs) // min(TENSORS, len(jobs))] for number in range(min(TENSORS, len(jobs)))]
     square = elements = 0.0
+    parts = []
+    for job in chosen:
+        count = min(ELEMENTS, job.merged_elements)
+        parts += [((job.inputs[0], job.inputs[:2][-1]), (job.merged_elements - count) // 2, count)] * bool(count)
     with Reader() as reader:
-        for job in chosen:
-            count = min(ELEMENTS, job.merged_elements)
-            start = (job.merged_elements - count) // 2
-            square += _square(reader, (job.inputs[0], job.inputs[:2][-1]), start, count) if count else 0.0
+        reader.expect(
+            (*extent, turn)
+            for turn, (specs, start, count) in enumerate(parts)
+            for spec in specs
+            for extent in extents(spec, start, start + count)
+        )
+        for specs, start, count in parts:
+            square += _square(reader, specs, start, count)
             elements += count
     return math.sqrt(square / elements) if elements else None
 

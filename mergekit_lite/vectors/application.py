@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import is_one_file
 from mergekit_lite.checkpoint.references import parse_addition
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
@@ -36,7 +37,7 @@ def plan_apply(
         raise UsageError("No task vector was given: mergekit-lite vector apply BASE v.safetensors:0.5 -o OUT.")
     added = [parse_addition(str(text)) for text in vectors]
     if rebase:
-        added = [one._replace(rebase=True) if Path(one.path).expanduser().is_file() else one for one in added]
+        added = [one._replace(rebase=True) if is_one_file(one.path) else one for one in added]
     recipe: dict[str, Any] = {
         "merge_method": "passthrough",
         "models": [{"model": "+".join([str(base), *map(str, added)])}],

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, TensorSpec
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, is_one_file, open_vector
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.checkpoint.references import Addition, parse_addition
-from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, read_vector
+from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import safetensors_layout
@@ -44,7 +44,7 @@ def plan_combine(
         raise UsageError("No task vector was given: mergekit-lite vector combine --method ties a b -o v.safetensors.")
     named = [parse_addition(str(text)) for text in vectors]
     _check_files(named)
-    opened = [read_vector(one.path, Path(one.path).expanduser().resolve()) for one in named]
+    opened = [open_vector(one.path) for one in named]
     if not rebase:
         _check_one_base(opened)
     known = METHODS.get(method)
@@ -111,7 +111,7 @@ def combine_vectors(
 
 def _check_files(named: Sequence[Addition]) -> None:
     """Raise PlanError where a vector is no file."""
-    wrong = [f"{one.path}: is not a file" for one in named if not Path(one.path).expanduser().is_file()]
+    wrong = [f"{one.path}: is not a file" for one in named if not is_one_file(one.path)]
     if wrong:
         remedy = "an adapter is made one with: vector extract BASE BASE+ADAPTER -o v.safetensors"
         raise PlanError([f"{text}; {remedy}" for text in wrong])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.references import Addition, split_key
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.planning import Plan, make_plan
@@ -98,7 +99,7 @@ def _pinned(recorded: RecordedInput) -> str:
 def _is_here(reference: str) -> bool:
     """Return True where a local path exists: a missing path that looks like a hub repository must not be fetched."""
     try:
-        return split_key(reference)[0].exists()
+        return is_elsewhere(reference) or split_key(reference)[0].exists()
     except (OSError, RuntimeError):  # too long a name, a home of nobody
         return False
 

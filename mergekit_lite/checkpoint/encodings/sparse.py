@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 from mergekit_lite import dtypes
@@ -12,6 +11,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, RunError
+from mergekit_lite.input_files import opened
 
 ELEMENTS_PER_START = 1 << 16  # elements of a tensor that share an entry of ``starts``; a place in one fits into 16 bits
 
@@ -58,11 +58,12 @@ class Sparse(VectorTerm):
 
     def check_values(self) -> None:
         """Raise CheckpointError where the index doesn't begin at 0 and end at the number of values."""
-        with self.starts.file.open("rb") as file:
-            first, last = (
-                int.from_bytes(os.pread(file.fileno(), 8, self.starts.offset + 8 * entry), "little", signed=True)
-                for entry in (0, self.starts.numel - 1)
-            )
+        counts = []
+        with opened(self.starts.file) as file:
+            for entry in (0, self.starts.numel - 1):
+                file.seek(self.starts.offset + 8 * entry)
+                counts.append(int.from_bytes(file.read(8), "little", signed=True))
+        first, last = counts
         if (first, last) != (0, self.values.numel):
             raise CheckpointError(
                 f"{self.starts.name}: counts from {first} to {last}, expected 0 to {self.values.numel}"

@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.reader import Reader, tensor_of
+from mergekit_lite.checkpoint.reader import Reader, bytes_of, tensor_of
 from mergekit_lite.checkpoint.tensor import Encoding, TensorSpec
 from mergekit_lite.deferred import torch
+from mergekit_lite.input_files import StandIn
+
+PIECE = 1 << 20  # elements of a file elsewhere that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,25 @@ class Strided(Encoding):
         for length, stride in zip(reversed(spec.shape), reversed(self.strides), strict=True):
             position += index % length * stride
             index = index // length
+        if isinstance(spec.file, StandIn):
+            self._gather(spec, reader, position, values)
+            return
         mapped = torch.from_file(str(spec.file), size=spec.file.stat().st_size, dtype=torch.uint8)
         reach = 1 + int(position.max())
         stored = mapped[spec.offset : spec.offset + reach * values.element_size()]
         if spec.offset % values.element_size():
             stored = stored.clone()  # no view begins between two elements
         torch.index_select(stored.view(values.dtype), 0, position, out=values)
+
+    def _gather(self, spec: TensorSpec, reader: Reader, position: torch.Tensor, values: torch.Tensor) -> None:
+        """Pick the elements at some positions out of the stored ones, which are read piece by piece: none is mapped."""
+        piece = torch.empty(PIECE, dtype=values.dtype)
+        size = values.element_size()
+        for begin in range(int(position.min()), int(position.max()) + 1, PIECE):
+            end = min(begin + PIECE, int(position.max()) + 1)
+            reader.fill(spec.file, spec.offset + begin * size, bytes_of(piece[: end - begin]), spec.name)
+            wanted = (position >= begin) & (position < end)
+            values[wanted] = piece[position[wanted] - begin]
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -9,7 +9,6 @@ into those of transformers.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_na
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import CheckpointError, shortened
-from mergekit_lite.input_files import opened
+from mergekit_lite.input_files import opened, size_of
 
 SUFFIXES = (".gguf",)
 MODEL_NAMES: tuple[str, ...] = ()
@@ -57,7 +56,7 @@ def read_header(path: Path) -> Header:
     """
     library = gguf_library()
     with opened(path) as file:
-        fields = _Fields(path, file, os.fstat(file.fileno()).st_size)
+        fields = _Fields(path, file, size_of(file))
         try:
             values, infos = _read(fields)
         except OSError as error:

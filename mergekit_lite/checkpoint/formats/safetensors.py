@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.formats.header import Header, WeightFile, check_name
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, shortened
-from mergekit_lite.input_files import opened
+from mergekit_lite.input_files import opened, size_of
 from mergekit_lite.plain_text import can_be_written
 
 SUFFIXES = (".safetensors",)
@@ -39,7 +38,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         with opened(path) as file:
-            total = os.fstat(file.fileno()).st_size
+            total = size_of(file)
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             if total < LENGTH_BYTES or length > total - LENGTH_BYTES:
                 raise CheckpointError(

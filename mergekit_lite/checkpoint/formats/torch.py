@@ -21,7 +21,7 @@ from mergekit_lite.checkpoint.formats.torch_zip import Record, read_records, spe
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, shortened
-from mergekit_lite.input_files import opened
+from mergekit_lite.input_files import StandIn, opened
 
 SUFFIXES = (".bin", ".pt", ".pth")
 MODEL_NAMES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
@@ -72,7 +72,9 @@ def _load_meta(path: Path, pickled: bytes) -> Any:
             f"{path}: asks for memory beside its tensors (a bytearray), which is refused. Keep tensors only."
         )
     try:
-        return torch.load(path, map_location="meta", weights_only=True)
+        with opened(path) as file:
+            source = file if isinstance(path, StandIn) else path
+            return torch.load(source, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged or forged pickle makes the loader raise nearly anything
         reasons = str(error).strip().splitlines() or [type(error).__name__]
         named = next((line for line in reasons if "GLOBAL" in line or "Unsupported" in line), reasons[0]).strip()

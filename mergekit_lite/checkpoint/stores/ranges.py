@@ -1,0 +1,261 @@
+"""Ranges of files elsewhere, fetched until they are whole: what fails is asked for again, what changed is an error."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import random
+import re
+import threading
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+from mergekit_lite import object_stores, store_process
+from mergekit_lite.checkpoint.stores import http as requests
+from mergekit_lite.checkpoint.stores.addresses import address_of, moved
+from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.errors import GOES_ON, CheckpointError, RunError
+
+ATTEMPTS = 12  # in a row that bring no byte, before a range is given up
+FIRST_WAIT, LONGEST_WAIT = 0.1, 15.0  # seconds; each wait is twice the one before, and up to half more or less
+LONGEST_ASKED = 120.0  # seconds that a server may ask to wait
+BUFFERED = 1 << 18  # bytes of a header that are fetched at once
+RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+|\*)")
+CHANGED = "changed since it was opened (its etag or its size is another one). Start again with a file that stays."
+
+
+@dataclass
+class Traffic:
+    """What was fetched: bytes of answers, requests, and how many of those had to be repeated."""
+
+    nbytes: int = 0
+    requests: int = 0
+    repeated: int = 0
+
+    def add(self, other: Traffic) -> None:
+        """Count what another process or thread fetched."""
+        with _lock:
+            self.nbytes += other.nbytes
+            self.requests += other.requests
+            self.repeated += other.repeated
+
+    def taken(self) -> Traffic:
+        """Return what was counted, and begin again at nothing."""
+        with _lock:
+            counted = Traffic(self.nbytes, self.requests, self.repeated)
+            self.nbytes = self.requests = self.repeated = 0
+        return counted
+
+
+class _Again(Exception):
+    """A request that failed in a way that may pass; ``wait`` are the seconds that the server asked for."""
+
+    def __init__(self, why: str, wait: float | None = None, *, anew: bool = False):
+        super().__init__(why)
+        self.wait = wait
+        self.anew = anew
+
+
+_lock = threading.Lock()
+TRAFFIC = Traffic()  # of this process, and of the workers whose work it took
+
+
+def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
+    """Fill ``out`` with the bytes of a file from ``begin`` on.
+
+    Raises:
+        CheckpointError: it is gone, isn't the one that was opened, or may not be read.
+        RunError: it can't be fetched.
+    """
+    done = failures = 0
+    anew = False
+    while done < len(out):
+        before = done
+        try:
+            done += _fetch_some(file, begin + done, out[done:], anew=anew)
+            anew = False
+            if done < len(out):
+                raise _Again("the answer was cut short")
+        except _Partly as partly:
+            done += partly.nbytes
+            why: _Again = _Again(partly.why)
+        except _Again as again:
+            why = again
+        else:
+            return
+        failures = 0 if done > before else failures + 1
+        if anew and why.anew:
+            raise CheckpointError(f"{file.url}: {object_stores.denied(file.url)} ({why})") from why
+        anew = why.anew
+        if failures >= ATTEMPTS:
+            raise RunError(
+                f"{file.url}: bytes {begin + done:,} to {begin + len(out):,} can't be fetched, after {ATTEMPTS} "
+                f"attempts: {why}. {GOES_ON}"
+            )
+        TRAFFIC.add(Traffic(repeated=1))
+        pause = min(LONGEST_WAIT, FIRST_WAIT * 2**failures) * random.uniform(0.5, 1.5)
+        time.sleep(max(pause, min(why.wait or 0.0, LONGEST_ASKED)))
+
+
+class _Partly(Exception):
+    """An answer that ended before its end; ``nbytes`` of it came."""
+
+    def __init__(self, nbytes: int, why: str):
+        super().__init__(why)
+        self.nbytes, self.why = nbytes, why
+
+
+def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) -> int:
+    """Request a range once, and return how much of it came. Raises _Again, _Partly, or what is final."""
+    try:
+        address = address_of(file, anew=anew)
+        if not address.url:
+            data = store_process.ask("read", file.url, begin, begin + len(out), file.etag)
+            out[: len(data)] = data
+            TRAFFIC.add(Traffic(len(data), 1))
+            return len(data)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.url}: was there when it was opened, and is gone.") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{file.url}: {object_stores.denied(file.url)}") from error
+    except OSError as error:
+        raise _Again(str(error)) from error
+    wanted = {"Range": f"bytes={begin}-{begin + len(out) - 1}", "Accept-Encoding": "identity", **address.headers}
+    try:
+        url, response = requests.followed("GET", address.url, wanted, address.secret)
+    except requests.Unanswered as error:
+        raise _Again(str(error)) from error
+    try:
+        _check(file, begin, len(out), response)
+        moved(file, url)
+        return _read(url, response, out)
+    finally:
+        requests.finish(url, response)
+
+
+def _read(url: str, response: http.client.HTTPResponse, out: memoryview) -> int:
+    done = 0
+    try:
+        while done < len(out) and (count := requests.read_into(response, out[done:])):
+            done += count
+    except requests.Unanswered as error:
+        requests.drop(url)
+        raise _Partly(done, str(error)) from error
+    finally:
+        TRAFFIC.add(Traffic(done, 1))
+    if done < len(out):
+        requests.drop(url)
+        raise _Partly(done, "the answer was cut short")
+    return done
+
+
+def _check(file: RemoteFile, begin: int, length: int, response: http.client.HTTPResponse) -> None:
+    """Hold the head of an answer to what was asked for. Raises _Again where asking again may help."""
+    status = response.status
+    if status in (408, 425, 429) or status >= 500:
+        raise _Again(f"the server answered {status}", _asked_wait(response.headers.get("Retry-After")))
+    if status in (404, 410):
+        raise CheckpointError(f"{file.url}: was there when it was opened, and is gone (the server answered {status}).")
+    if status in (412, 416):
+        raise RunError(f"{file.url}: {CHANGED}")
+    if status in (400, 401, 403):
+        raise _Again(f"the server answered {status}: access was refused", anew=True)
+    if status not in (200, 206):
+        raise RunError(f"{file.url}: the server answered {status}, which is no range of a file.")
+    etag = response.headers.get("ETag")
+    if etag and file.etag and not file.url.startswith("hf://") and bare(etag) != file.etag:
+        raise RunError(f"{file.url}: {CHANGED}")
+    told = RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if told is None:
+        if status == 200 and begin == 0 and response.length == length == file.size:
+            return
+        raise RunError(
+            f"{file.url}: its server doesn't send ranges of files, so nothing can be read from it as it is needed. "
+            "Download the model, and name the folder."
+        )
+    if told["size"] not in ("*", str(file.size)):
+        raise RunError(f"{file.url}: {CHANGED}")
+    if int(told["first"]) != begin or int(told["last"]) >= begin + length:
+        raise _Again("the server sent another range than was asked for")
+
+
+def bare(etag: str) -> str:
+    """Return an etag without its quotes."""
+    return etag.replace('"', "")
+
+
+def _asked_wait(text: str | None) -> float | None:
+    """Return the seconds that a ``Retry-After`` asks for: a number, or a date."""
+    if not text:
+        return None
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+class RangeFile(io.RawIOBase):
+    """A file elsewhere as an open file, for headers: what is read is fetched in blocks, of which a few are kept."""
+
+    def __init__(self, file: RemoteFile):
+        self._file = file
+        self._position = 0
+        self._blocks: dict[int, bytes] = {}
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a byte."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        if origin + offset < 0:
+            raise OSError(22, "before the begin of the file")
+        self._position = origin + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the byte that is read next."""
+        return self._position
+
+    def readinto(self, out: memoryview) -> int:  # type: ignore[override]
+        """Fill ``out`` as far as the file goes."""
+        data = self.read(len(out))
+        memoryview(out).cast("B")[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return up to ``size`` bytes."""
+        rest = max(0, self._file.size - self._position)
+        count = rest if size is None or size < 0 else min(size, rest)
+        if count > BUFFERED:
+            data = bytearray(count)
+            fetch(self._file, self._position, memoryview(data))
+            self._position += count
+            return bytes(data)
+        pieces = []
+        while count:
+            number, within = divmod(self._position, BUFFERED)
+            piece = self._block(number)[within : within + count]
+            pieces.append(piece)
+            self._position += len(piece)
+            count -= len(piece)
+        return b"".join(pieces)
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._blocks:
+            begin = number * BUFFERED
+            data = bytearray(min(BUFFERED, self._file.size - begin))
+            fetch(self._file, begin, memoryview(data))
+            if len(self._blocks) >= 8:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = bytes(data)
+        return self._blocks[number]

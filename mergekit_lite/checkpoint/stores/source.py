@@ -1,0 +1,48 @@
+"""What the kinds of places give: the files of a folder, by listing it or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.errors import CheckpointError, listing
+
+
+@dataclass
+class Source:
+    """A model's folder, or one weight file, elsewhere.
+
+    Attributes:
+        url: of the folder; what messages and manifests call it.
+        list: returns the files of a folder in it by name, and the names of the folders in that.
+        find: returns a file by its path; None where there is none.
+        file: the name of the file in the folder, if one is meant.
+        revision: the commit of a hub repository.
+        lists: whether all files of a folder are listed; False where only known names are looked for.
+        advice: what else to look at where nothing is found.
+    """
+
+    url: str
+    list: Callable[[str], tuple[dict[str, RemoteFile], list[str]]]
+    find: Callable[[str], RemoteFile | None]
+    file: str = ""
+    revision: str | None = None
+    lists: bool = True
+    advice: str = "."
+    folders: set[str] = field(default_factory=set)
+
+    def listed(self, folder: str) -> dict[str, RemoteFile]:
+        """Return the files of a folder in it by their names; an empty path is the folder itself."""
+        files, inner = self.list(folder)
+        if not folder:
+            self.folders = set(inner)
+        return files
+
+    def some(self, names: Collection[str], *, may_lack: bool = False) -> dict[str, RemoteFile]:
+        """Return files by their paths. Raises CheckpointError where one is missing that must not be."""
+        found = {name: file for name in sorted(names) if (file := self.find(name)) is not None}
+        missing = [name for name in names if name not in found]
+        if missing and not may_lack:
+            raise CheckpointError(listing(f"{self.url}: these files are not there", missing))
+        return found

@@ -1,0 +1,106 @@
+"""Folders of web servers: by the page that lists them, or, where there is none, by the names that models have."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from html import unescape
+from urllib.parse import unquote, urljoin, urlsplit
+
+from mergekit_lite.checkpoint import folder as folders
+from mergekit_lite.checkpoint import formats
+from mergekit_lite.checkpoint.companion_patterns import IN_FOLDERS
+from mergekit_lite.checkpoint.stores import http as requests
+from mergekit_lite.checkpoint.stores.addresses import web_url
+from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.checkpoint.stores.ranges import bare
+from mergekit_lite.checkpoint.stores.source import Source
+from mergekit_lite.errors import CheckpointError
+
+LINK = re.compile(r"""href\s*=\s*["']?([^"'>\s]+)""", re.IGNORECASE)
+MAX_PAGE = 10_000_000  # bytes of a page that lists a folder
+ATTEMPTS = 6
+AT_ONCE = 8
+KNOWN = (
+    *(name for name in IN_FOLDERS if not set(name) & {*"[*?"}),
+    "README.md",
+    folders.ADAPTER_CONFIG,
+    *(name + ending for each in formats.FORMATS for name in each.MODEL_NAMES for ending in ("", folders.INDEX_ENDING)),
+    *(name for each in formats.FORMATS for name in each.ADAPTER_NAMES),
+    *folders.VALUE_HEADS,
+)
+
+
+def source(folder: str, file: str) -> Source:
+    """Return a folder of a web server, or one file of it."""
+
+    def find(name: str) -> RemoteFile | None:
+        return _head(f"{folder}/{name}")
+
+    made = Source(folder, lambda inner: ({}, []), find, file)
+
+    def listed(inner: str) -> tuple[dict[str, RemoteFile], list[str]]:
+        where = f"{folder}/{inner}" if inner else folder
+        names, inner_folders = _links(f"{where}/")
+        if not names:
+            made.lists = False
+            names = list(KNOWN)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            found = list(threads.map(lambda name: _head(f"{where}/{name}"), names))
+        return {name: each for name, each in zip(names, found, strict=True) if each is not None}, inner_folders
+
+    made.list = listed
+    return made
+
+
+def _links(url: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files and folders that a page links to in its own folder; none where it is no page."""
+    status, headers, page = _answer("GET", url, MAX_PAGE)
+    if status != 200 or "html" not in headers.get("content-type", ""):
+        return [], []
+    base = web_url(url)
+    names: dict[str, None] = {}
+    for link in LINK.findall(page.decode("utf-8", "replace")):
+        target = urljoin(base, unescape(link))
+        if target.startswith(base) and "?" not in target and "#" not in target and len(target) > len(base):
+            names[unquote(urlsplit(target).path[len(urlsplit(base).path) :])] = None
+    plain = [name for name in names if "/" not in name]
+    return plain, [name.rstrip("/") for name in names if name.endswith("/") and name.count("/") == 1]
+
+
+def _head(url: str) -> RemoteFile | None:
+    """Return a file with its size and etag; None where there is none. Raises CheckpointError."""
+    status, headers, _ = _answer("HEAD", url)
+    if status in (404, 410):
+        return None
+    if status in (401, 403):
+        raise CheckpointError(f"{url}: access was refused (the server answered {status}).")
+    if status != 200 or not headers.get("content-length", "").isdecimal():
+        raise CheckpointError(
+            f"{url}: the server answered {status} and no size, so nothing can be read from it in parts."
+        )
+    return RemoteFile(url, int(headers["content-length"]), bare(headers.get("etag", "")))
+
+
+def _answer(verb: str, url: str, most: int = 0) -> tuple[int, dict[str, str], bytes]:
+    """Return the status, the headers and up to ``most`` bytes of an answer. Raises CheckpointError where none comes."""
+    why = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.5))
+        try:
+            at, response = requests.followed(verb, web_url(url), {"Accept-Encoding": "identity"})
+            content = b""
+            if most and response.status == 200:
+                content = response.read(most)
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            requests.finish(at, response)
+        except (requests.Unanswered, OSError) as error:
+            why = str(error)
+            continue
+        if response.status != 429 and response.status < 500:
+            return response.status, headers, content
+        why = f"the server answered {response.status}"
+    raise CheckpointError(f"{url}: can't be reached: {why}.")

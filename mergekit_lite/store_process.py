@@ -1,0 +1,173 @@
+"""A process that asks object stores for this one: the only place where a reader's requests meet ``obstore``.
+
+The client's threads don't survive a fork, and the workers of a merge are forked. So it lives in a fresh process of its
+own, started when it is first needed and ended with this one; it lists, signs and, where a store can't sign, reads.
+What it signs, this process requests by itself. No credential leaves it, and what is signed is never shown.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import IO, Any
+
+from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
+from mergekit_lite.object_stores import CREDENTIALS, parse_place, said, store_of
+
+SIGNED_FOR = timedelta(hours=1)
+LENGTH = struct.Struct("<Q")
+ERRORS = {kind.__name__: kind for kind in (CheckpointError, RunError, UsageError)}
+_lock = threading.Lock()
+_process: tuple[int, subprocess.Popen[bytes]] | None = None  # whose it is, and itself
+
+
+def ask(verb: str, *arguments: Any) -> Any:
+    """Return what ``list``, ``head``, ``sign`` or ``read`` below returns for an object's URL, from that process.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        PermissionError: the credentials don't give access.
+        OSError: the store couldn't be asked; asking again may help.
+        MergekitLiteError: asking again doesn't help.
+    """
+    with _lock:
+        process = _running()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _send(process.stdin, (verb, arguments))
+            answer, failure = _receive(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            _end()
+            raise OSError("the process that asks the store ended") from error
+    if failure is None:
+        return answer
+    kind, message = failure
+    if kind in ERRORS:
+        raise ERRORS[kind](message)
+    raise {"FileNotFoundError": FileNotFoundError, "PermissionError": PermissionError}.get(kind, OSError)(message)
+
+
+def _running() -> subprocess.Popen[bytes]:
+    """Return this process's own one: a forked child doesn't share its parent's."""
+    global _process
+    if _process is None or _process[0] != os.getpid() or _process[1].poll() is not None:
+        code = f"import sys; sys.path[:] = {sys.path!r}; from mergekit_lite.store_process import serve; serve()"
+        command = [sys.executable, "-X", "faulthandler=0", "-c", code]
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if _process is None:
+            atexit.register(_end)
+        _process = os.getpid(), started
+    return _process[1]
+
+
+def _end() -> None:
+    """End the process, if it is this one's."""
+    global _process
+    if _process is not None and _process[0] == os.getpid():
+        for pipe in (_process[1].stdin, _process[1].stdout):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+        _process[1].kill()
+        _process[1].wait()
+        _process = None
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    while True:
+        try:
+            verb, arguments = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = VERBS[verb](*arguments), None
+        except MergekitLiteError as error:
+            answer = None, (type(error).__name__, str(error))
+        except FileNotFoundError:
+            answer = None, ("FileNotFoundError", "is not there")
+        except BaseException as error:
+            kind = type(error).__name__
+            denied = kind in ("PermissionDeniedError", "UnauthenticatedError")
+            answer = None, ("PermissionError" if denied else "OSError", said(error))
+        _send(answers, answer)
+
+
+def list_folder(url: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
+    """Return a folder's files by name, each with its size and etag, and the names of the folders in it."""
+    import obstore
+
+    place = parse_place(url)
+    prefix = f"{place.key}/" if place.key else None
+    found = obstore.list_with_delimiter(store_of(place), prefix)
+    files = {entry["path"].rpartition("/")[2]: (entry["size"], entry["e_tag"] or "") for entry in found["objects"]}
+    return files, [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
+
+
+def head(url: str) -> tuple[int, str]:
+    """Return an object's size and etag."""
+    import obstore
+
+    place = parse_place(url)
+    entry = obstore.head(store_of(place), place.key)
+    return entry["size"], entry["e_tag"] or ""
+
+
+def sign(url: str) -> str | None:
+    """Return a URL at which the object can be read for an hour; None where these credentials can't make one."""
+    import obstore
+
+    place = parse_place(url)
+    try:
+        signed: str = obstore.sign(store_of(place), "GET", place.key, SIGNED_FOR)
+    except Exception:
+        return None
+    return signed
+
+
+def read(url: str, begin: int, end: int, etag: str) -> bytes:
+    """Return some bytes of an object. Raises RunError where it is no longer the one with this etag."""
+    import obstore
+
+    place = parse_place(url)
+    options: dict[str, Any] = {"range": (begin, end)}
+    if etag:
+        options["if_match"] = f'"{etag}"' if not etag.startswith(('"', "W/")) else etag
+    try:
+        found = obstore.get(store_of(place, retries=0), place.key, options=options)  # type: ignore[arg-type]
+        data = bytes(found.bytes())
+    except obstore.exceptions.PreconditionError:
+        raise RunError(f"{url}: changed while it was read") from None
+    if etag and found.meta["e_tag"] and found.meta["e_tag"].strip('"') != etag.strip('"'):
+        raise RunError(f"{url}: changed while it was read")
+    return data
+
+
+VERBS = {"list": list_folder, "head": head, "sign": sign, "read": read}
+__all__ = ["CREDENTIALS", "ask", "serve"]
+
+
+def _send(pipe: IO[bytes], content: object) -> None:
+    data = pickle.dumps(content)
+    pipe.write(LENGTH.pack(len(data)) + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> Any:
+    start = pipe.read(LENGTH.size)
+    if len(start) < LENGTH.size:
+        raise EOFError
+    (length,) = LENGTH.unpack(start)
+    data = pipe.read(length)
+    if len(data) < length:
+        raise EOFError
+    return pickle.loads(data)
