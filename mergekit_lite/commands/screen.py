@@ -118,7 +118,7 @@ class Screen:
                 self._coefficients(report)
             self.warn(_advice(report))
         if not self.quiet:
-            if not is_single_file(finished.outputs[0]):
+            if not is_single_file(plan.outputs[0]):
                 not_copied = companions(plan)[1]
                 self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
             rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)

@@ -37,7 +37,7 @@ def is_finished(plan: Plan, number: int, *, force: bool, sync: bool) -> bool:
 
 
 def may_be_finished(plan: Plan, number: int) -> bool:
-    """Return whether a manifest calls an output the plan's own; ``is_finished`` tells whether it is. Raises RunError."""
+    """Return whether a manifest calls an output the plan's own; see ``is_finished``. Raises RunError."""
     output, digest = plan.outputs[number], plan.digest(number)
     if isinstance(output, Place):
         return (remote_manifest(output) or {}).get("plan") == digest

@@ -103,7 +103,7 @@ def _check_sources(plan: Plan, workspace: RemoteWorkspace) -> None:
         file = plan.layout.place(job.name)[0]
         end = next(end for begin, end in bounds(job.numel, job.merged_elements, job.dtype) if begin == record.begin)
         for number, spec in enumerate(job.inputs[: len(record.inputs)]):
-            place, size = (str(spec.path), job.models[number], file), end - record.begin
+            place, size = (str(spec.file), job.models[number], file), end - record.begin
             if place not in chosen or _tells_more(size, chosen[place][0]):
                 chosen[place] = (size, number, record)
     changed: dict[str, None] = {}

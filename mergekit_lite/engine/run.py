@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.engine.buffers import CPU
@@ -36,9 +37,9 @@ GPU_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Finished:
-    """The outputs of a run, in the order of the plan's: a path or a place in an object store, and a report for each."""
+    """The outputs of a run, in the order of the plan's: a path or the URL of an object store, and a report for each."""
 
-    outputs: tuple[OutputPath, ...]
+    outputs: tuple[Path | str, ...]
     reports: tuple[Report, ...]
     seconds: float
 
@@ -118,7 +119,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
                 write_companions(plan, v, folder_of_result, kind_of(devices[0]), made[v].to_json(), digests)
             workspace.publish(force=force, sync=sync)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
-    return Finished(plan.outputs, reports, time.monotonic() - started)
+    outputs = tuple(str(output) if isinstance(output, Place) else output for output in plan.outputs)
+    return Finished(outputs, reports, time.monotonic() - started)
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
@@ -134,11 +136,12 @@ def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> N
 
 def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force: bool) -> None:
     sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    references = [checkpoint.base_reference for checkpoint in plan.inputs]
     for output, done in zip(plan.outputs, finished, strict=True):
         if done:
             continue
         if isinstance(output, Place):
-            check_remote_target(output, sources, resume=resume, force=force)
+            check_remote_target(output, [*sources, *references], resume=resume, force=force)
         else:
             check_target(output, sources, resume=resume, force=force)
 

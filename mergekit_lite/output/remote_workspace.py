@@ -169,10 +169,11 @@ class RemoteWorkspace(OutputWorkspace):
         """
         self._lock.check()
         super().done(record)
-        of_record = [(*self.layout.place(tensor), *rest) for tensor, *rest in self._parts(record)]
-        for number in {number for number, *_ in of_record}:
+        parts = self._parts(record)
+        for number in {self.layout.place(tensor)[0] for tensor, *_ in parts}:
             self._keys[number].append((record.job, record.begin))
-        for number, start, begin, end, digest in of_record:
+        for tensor, begin, end, digest in parts:
+            number, start = self.layout.place(tensor)
             if (upload := self._uploads.get(number)) is not None:
                 upload.made(Extent(start + begin, start + end, digest))
                 upload.wait(self._window)
