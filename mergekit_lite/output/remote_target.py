@@ -14,14 +14,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.object_stores import Place, said, store_of
+from mergekit_lite.object_stores import Place, denied, said, store_of
 from mergekit_lite.output.upload import Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -34,7 +34,8 @@ PROBE = "probe"  # written to learn what time it is in the store
 JOURNAL_ENDING = ".jsonl"
 RENEWED = 10.0  # seconds between two signs of life
 DEAD = 40.0  # seconds without one after which a run counts as dead
-LARGEST_SMALL = 1 << 32  # bytes of a manifest or journal
+PATIENCE = 60.0  # seconds for which a request that broke is repeated
+T = TypeVar("T")
 
 
 def standing(output: Place) -> dict[str, int]:
@@ -66,73 +67,80 @@ class RemoteFolder:
         import obstore
 
         prefix = f"{self.place.key}/" if self.place.key else ""
-        with store_errors(self.place):
-            listed = [each for page in obstore.list(self._store, self.place.key) for each in page]
+        pages = _asked(self.place, lambda: list(obstore.list(self._store, self.place.key)))
+        listed = [each for page in pages or () for each in page]
         return {each["path"].removeprefix(prefix): each["size"] for each in listed if each["path"].startswith(prefix)}
 
     def head(self, name: str) -> tuple[Uploaded, datetime] | None:
         """Return the size and tag of an object, and when it was written; None where there is none."""
         import obstore
 
-        try:
-            with store_errors(self.place / name):
-                there = obstore.head(self._store, (self.place / name).key)
-        except FileNotFoundError:
-            return None
-        return Uploaded(there["size"], tag(there["e_tag"])), there["last_modified"]
+        place = self.place / name
+        there = _asked(place, lambda: obstore.head(self._store, place.key))
+        return None if there is None else (Uploaded(there["size"], tag(there["e_tag"])), there["last_modified"])
 
     def get(self, name: str) -> bytes | None:
         """Return the bytes of a small object; None where there is none."""
         import obstore
 
-        try:
-            with store_errors(self.place / name):
-                return bytes(obstore.get(self._store, (self.place / name).key).bytes())
-        except FileNotFoundError:
-            return None
+        place = self.place / name
+        return _asked(place, lambda: bytes(obstore.get(self._store, place.key).bytes()))
 
     def put(self, name: str, content: bytes) -> None:
         """Write a small object, in place of what has its name."""
         import obstore
 
-        with store_errors(self.place / name):
-            obstore.put(self._store, (self.place / name).key, content, use_multipart=False)
+        place = self.place / name
+        _asked(place, lambda: obstore.put(self._store, place.key, content, use_multipart=False))
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Write a small object where there is none; return False where there is one, if the store looks."""
+    def create(self, name: str, content: bytes) -> None:
+        """Write a small object where there is none, if the store looks; what is there tells whether it was."""
         import obstore
-        from obstore.exceptions import AlreadyExistsError, NotSupportedError
 
+        place = self.place / name
         try:
-            with store_errors(self.place / name):
-                obstore.put(self._store, (self.place / name).key, content, mode="create")
-        except (AlreadyExistsError, FileExistsError):
-            return False
-        except (NotSupportedError, NotImplementedError):
+            _asked(place, lambda: obstore.put(self._store, place.key, content, mode="create"))
+        except FileExistsError:
+            pass
+        except NotImplementedError:
             self.put(name, content)
-        return True
 
     def delete(self, *names: str) -> None:
         """Remove objects; those that don't exist are fine."""
         import obstore
 
-        with store_errors(self.place):
-            for name in names:
-                with suppress(FileNotFoundError):
-                    obstore.delete(self._store, (self.place / name).key)
+        for place in (self.place / name for name in names):
+            _asked(place, lambda place=place: obstore.delete(self._store, place.key))  # type: ignore[misc]
 
 
-@contextmanager
-def store_errors(place: Place) -> Iterator[None]:
-    """Turn what a store refuses into RunError; what isn't there stays FileNotFoundError, what is FileExistsError."""
-    from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
+def _asked(place: Place, request: Callable[[], T]) -> T | None:
+    """Return what a request of a store gives; None where what is asked for isn't there. It is repeated where it broke.
 
-    try:
-        yield
-    except (FileNotFoundError, FileExistsError, AlreadyExistsError, NotSupportedError, NotImplementedError):
-        raise
-    except (BaseError, OSError, ValueError) as error:
-        raise RunError(f"{place}: can't be reached or written: {said(error)}. {GOES_ON}") from None
+    The client repeats requests by itself, but not those whose answer was cut. Raises RunError; FileExistsError where
+    the object is there already; NotImplementedError where the store can't do it.
+    """
+    from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PermissionDeniedError
+    from obstore.exceptions import UnauthenticatedError as Unauthenticated
+
+    until = time.monotonic() + PATIENCE
+    pause = 0.1
+    while True:
+        try:
+            return request()
+        except FileNotFoundError:
+            return None
+        except AlreadyExistsError as error:
+            raise FileExistsError(str(place)) from error
+        except (NotSupportedError, NotImplementedError) as error:
+            raise NotImplementedError from error
+        except (BaseError, PermissionError, OSError, ValueError) as error:
+            is_denied = isinstance(error, PermissionError | PermissionDeniedError | Unauthenticated)
+            if is_denied or "answered 403" in said(error) or "answered 401" in said(error):
+                raise RunError(f"{place}: {said(error)}: {denied(str(place))}") from None
+            if time.monotonic() > until or "answered 4" in said(error):
+                raise RunError(f"{place}: can't be reached or written: {said(error)}. {GOES_ON}") from None
+            time.sleep(pause)
+            pause *= 2
 
 
 class Lock:
@@ -178,7 +186,8 @@ class Lock:
                 if now is None:
                     break
             self._folder.delete(LOCK)
-        if not self._folder.create(LOCK, self._own) or self._folder.get(LOCK) != self._own:
+        self._folder.create(LOCK, self._own)
+        if self._folder.get(LOCK) != self._own:
             raise self._taken()
 
     def _silent_for(self, written: datetime) -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote
 
 KEY, SECRET = "MARKEDKEYID0123456789", "MARKEDsecret/0123456789abcdefghijklmnopqr"
 BUCKET = "bucket"
@@ -60,12 +61,17 @@ def environment(url: str) -> dict[str, str]:
     }
 
 
+def set_up(variables: dict[str, str]) -> None:
+    """Set variables of the environment; to be called in a new process."""
+    os.environ.update(variables)
+
+
 @contextmanager
 def serving(root: Path) -> Iterator[Store]:
-    """Run a store with one bucket until the block ends."""
+    """Run a store with one bucket until the block ends. What is changed under its feet it sees when it is restarted."""
     (root / BUCKET).mkdir(parents=True, exist_ok=True)
     command = [rclone(), "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}"]
-    command += ["--dir-cache-time", "0s", str(root)]
+    command.append(str(root))
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
     assert process.stderr is not None
@@ -105,7 +111,12 @@ def spoiling(store: Store, **settings: object) -> Iterator[tuple[Store, Proxy]]:
     handler = type(
         "Handler",
         (_Handler,),
-        {"proxy": proxy, "behind": store.url.removeprefix("http://"), "draws": random.Random(proxy.seed)},
+        {
+            "proxy": proxy,
+            "behind": store.url.removeprefix("http://"),
+            "draws": random.Random(proxy.seed),
+            "root": store.root,
+        },
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -123,6 +134,7 @@ def spoiling(store: Store, **settings: object) -> Iterator[tuple[Store, Proxy]]:
 class _Handler(BaseHTTPRequestHandler):
     proxy: Proxy
     behind: str
+    root: Path
     draws: random.Random
     protocol_version = "HTTP/1.1"
     lock = threading.Lock()
@@ -147,10 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.proxy.conditional and self.headers.get("If-None-Match") == "*":
             with self.lock:
-                if self.forward("HEAD", b"")[0] == 200:
+                if (self.root / unquote(self.path.partition("?")[0]).strip("/")).exists():
                     self.answer(412, [], b"<Error><Code>PreconditionFailed</Code></Error>")
                     return
-        status, headers, content = self.forward(self.command, body)
+        status, headers, content = self.forward(body)
         if how == "cut after":
             self.close_connection = True
             return
@@ -158,13 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
-    def forward(self, method: str, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    def forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.behind, timeout=60)
         try:
-            connection.putrequest(method, self.path, skip_host=True, skip_accept_encoding=True)
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if method == self.command or name.lower() not in ("content-length", "if-none-match"):
-                    connection.putheader(name, value)
+                connection.putheader(name, value)
             connection.endheaders(body or None)
             response = connection.getresponse()
             return response.status, response.getheaders(), response.read()
