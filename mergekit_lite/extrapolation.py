@@ -11,6 +11,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.references import is_one_file, split_key
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
+from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.options import NewRows, Rounding, named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
@@ -140,7 +141,7 @@ def default_output(aligned: str) -> str:
     return f"{name}-expo-{{alpha}}"
 
 
-def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
+def named_outputs(output: str, alphas: Sequence[float]) -> list[OutputPath]:
     """Return the path of each alpha's output. Raises UsageError where several would have the same."""
     if len(set(alphas)) < len(alphas):
         raise UsageError("The same alpha was given twice.")
@@ -148,7 +149,7 @@ def named_outputs(output: str, alphas: Sequence[float]) -> list[Path]:
         raise UsageError(
             f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}."
         )
-    return [Path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]
+    return [output_path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]
 
 
 def _regex(pattern: str) -> Filter:

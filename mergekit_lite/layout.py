@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import formats
@@ -21,9 +21,11 @@ from mergekit_lite.checkpoint.folder import INDEX_ENDING, SHARD
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.parts import MODEL, in_folder
 from mergekit_lite.errors import RunError
+from mergekit_lite.object_stores import Place, is_url, parse_place
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
 FILE = 1 << 48  # bytes; no file has so many
+OutputPath: TypeAlias = "Path | Place"  # on a disk, or in an object store
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,14 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
     return Layout((OutputFile(name, b"", size, tuple(tensors)),), places, nest)
 
 
-def is_single_file(output: Path) -> bool:
+def output_path(output: str | Path | Place) -> OutputPath:
+    """Return where an output goes: a path, or for the URL of an object store its place. Raises UsageError."""
+    if isinstance(output, str) and is_url(output):
+        return parse_place(output)
+    return output if isinstance(output, Place) else Path(output).expanduser()
+
+
+def is_single_file(output: OutputPath) -> bool:
     """Return whether an output path names one file rather than a folder."""
     return formats.is_written(output)
 

@@ -15,6 +15,7 @@ import os
 import re
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -53,6 +54,25 @@ class Place(NamedTuple):
 
     def __truediv__(self, name: str) -> Place:
         return self._replace(key=f"{self.key}/{name}" if self.key else name)
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """What the name ends with, from its last dot on."""
+        return PurePosixPath(self.key).suffix
+
+    @property
+    def folder(self) -> Place:
+        """What it lies in."""
+        return self._replace(key=self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> Place:
+        """Return the place of this name beside this one."""
+        return self.folder / name
 
 
 def is_url(text: str) -> bool:

@@ -9,6 +9,8 @@ from mergekit_lite.checkpoint.stores.ranges import TRAFFIC
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.memory import memory_estimate
+from mergekit_lite.engine.pool import writing_workers
+from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.output.companions import companions, what_is_missing
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def of_plan(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) ->
         "bytes_to_read": plan.bytes_to_read,
         "bytes_to_write": plan.bytes_to_write,
         "memory": memory_estimate(plan, threads, devices),
+        "spool": spool_bytes(plan, threads or writing_workers()),
         "tensors": [_of_job(plan, job) for job in plan.jobs],
         "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
         "beside": {"copied": sorted(copied), "not_copied": not_copied},

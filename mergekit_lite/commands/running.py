@@ -15,8 +15,12 @@ import click
 
 from mergekit_lite.commands import values
 from mergekit_lite.engine.devices import chosen_devices
+from mergekit_lite.engine.pool import writing_workers
+from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.engine.run import RunOptions, check_outputs, run
 from mergekit_lite.errors import RunError
+from mergekit_lite.object_stores import Place
+from mergekit_lite.output.remote_workspace import spool_folder
 
 if TYPE_CHECKING:
     from mergekit_lite.planning import Plan
@@ -120,7 +124,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     devices = chosen_devices(run_options["device"])
     check_outputs(plan, resume=resume, force=run_options["force"])
     if not resume:
-        _check_room(plan)
+        _check_room(plan, threads)
     if view.dry_run and view.as_json:
         click.echo(json.dumps(json_output.with_fetched(json_output.of_plan(plan, threads, devices)), indent=1))
     elif view.dry_run:
@@ -148,11 +152,18 @@ def resumable() -> Iterator[None]:
         raise KeyboardInterrupt("What was finished is kept: the same command with --resume goes on.") from None
 
 
-def _check_room(plan: Plan) -> None:
-    parent = next(folder for folder in plan.outputs[0].resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.bytes_to_write:
-        raise RunError(
-            f"{parent}: has {free / 1e9:.2f} GB free, the output needs {plan.bytes_to_write / 1e9:.2f} GB. "
-            "Make room or choose another disk."
+def _check_room(plan: Plan, threads: int | None) -> None:
+    output = plan.outputs[0]
+    if isinstance(output, Place):
+        parent, needed, remedy = (
+            spool_folder(),
+            spool_bytes(plan, threads or writing_workers()),
+            "set TMPDIR to another",
         )
+    else:
+        parent = next(folder for folder in output.resolve().parents if folder.exists())
+        needed, remedy = plan.bytes_to_write, "choose another disk"
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        what = "the output needs" if not isinstance(output, Place) else "what waits to be uploaded can take"
+        raise RunError(f"{parent}: has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB. Make room or {remedy}.")

@@ -20,13 +20,15 @@ from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.memory import memory_estimate
+from mergekit_lite.engine.pool import writing_workers
+from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.errors import counted
+from mergekit_lite.layout import is_single_file
 from mergekit_lite.output.companions import companions, what_is_missing
+from mergekit_lite.output.remote_workspace import spool_folder
 from mergekit_lite.plain_text import plain, plain_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Plan
@@ -67,7 +69,7 @@ class Screen:
         self.out.print(table(("", "path", "", ">size"), rows))
         self.out.print(
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
-            f"takes about {size(memory_estimate(plan, threads, devices))} of memory\n"
+            f"takes about {size(memory_estimate(plan, threads, devices))} of memory{self._spooled(plan, threads)}\n"
         )
         if to_fetch := fetches(plan):
             again = f", of that {size(to_fetch.again)} once more or oftener, for statistics" if to_fetch.again else ""
@@ -84,6 +86,11 @@ class Screen:
         self.lines(left_out)
         for note in plan.notes:
             self.warn(note)
+
+    def _spooled(self, plan: Plan, threads: int | None) -> str:
+        """Return what outputs in object stores take of this machine's disk, as the end of a sentence."""
+        nbytes = spool_bytes(plan, threads or writing_workers())
+        return f", at most {size(nbytes)} of {spool_folder()} until it is uploaded" if nbytes else ""
 
     def headline(self, plan: Plan) -> None:
         """Print in a line what the run is about to do."""
@@ -120,7 +127,7 @@ class Screen:
                 self._coefficients(report)
             self.warn(_advice(report))
         if not self.quiet:
-            if any(output.is_dir() for output in finished.outputs):
+            if not is_single_file(plan.outputs[0]):
                 not_copied = companions(plan)[1]
                 self.lines([f"not copied: {name}: {why}" for name, why in not_copied.items()])
             rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
@@ -189,7 +196,7 @@ def console(stream: TextIO) -> Console:
     return PlainConsole(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
-def made(path: Path, nbytes: int | None = None) -> Text:
+def made(path: object, nbytes: int | None = None) -> Text:
     """Return the line that names something that was written, and its size if it is given."""
     return Text.assemble(("made", "bold green"), f" {path}", "" if nbytes is None else f"  {size(nbytes)}")
 

@@ -14,8 +14,10 @@ from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.errors import UnreadableError
 from mergekit_lite.layout import is_single_file
+from mergekit_lite.object_stores import Place
 from mergekit_lite.output.manifest import READ_BYTES, frame_of
-from mergekit_lite.output.publishing import is_published
+from mergekit_lite.output.publishing import is_published, own_manifests
+from mergekit_lite.output.remote_target import is_published_remotely, remote_manifest
 from mergekit_lite.planning import Job, Plan
 
 
@@ -25,8 +27,21 @@ def is_finished(plan: Plan, number: int, *, force: bool, sync: bool) -> bool:
     Every byte is read. What a kill kept from being done is finished, as ``is_published`` says. Raises RunError.
     """
     output = plan.outputs[number]
+    if isinstance(output, Place):
+        names = [output.name if is_single_file(output) else file.name for file in plan.layout.files]
+        files = dict(zip(names, (file.size for file in plan.layout.files), strict=True))
+        newest = max((time for _, _, time in plan.input_files), default=0)
+        return is_published_remotely(output, plan.digest(number), files, newest)
     describes = partial(_describes, plan, output)
     return is_published(output, plan.digest(number), plan.input_files, describes, force=force, sync=sync)
+
+
+def may_be_finished(plan: Plan, number: int) -> bool:
+    """Return whether a manifest calls an output the plan's own; see ``is_finished``. Raises RunError."""
+    output, digest = plan.outputs[number], plan.digest(number)
+    if isinstance(output, Place):
+        return (remote_manifest(output) or {}).get("plan") == digest
+    return any(own_manifests(output, digest, plan.input_files))
 
 
 def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.devices import chosen_devices, kind_of
-from mergekit_lite.engine.finished import is_finished
+from mergekit_lite.engine.finished import is_finished, may_be_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
+from mergekit_lite.engine.remote import jobs_left, opened_workspace
 from mergekit_lite.engine.report import Report, TensorDigests, report
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.tiling import BLOCK, GRAIN
 from mergekit_lite.errors import NonFiniteError, UsageError, counted, listing
+from mergekit_lite.layout import OutputPath
+from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
-from mergekit_lite.output.companions import companion_names, write_companions
-from mergekit_lite.output.publishing import check_target, own_manifests
-from mergekit_lite.output.working_folder import WorkingFolder
+from mergekit_lite.output.companions import write_companions
+from mergekit_lite.output.publishing import check_target
+from mergekit_lite.output.remote_target import check_remote_target, remote_manifest
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.planning import Plan
 
@@ -34,9 +37,9 @@ GPU_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Finished:
-    """The outputs of a run: a path and a report for each, in the order of the plan's outputs."""
+    """The outputs of a run, in the order of the plan's: a path or the URL of an object store, and a report for each."""
 
-    outputs: tuple[Path, ...]
+    outputs: tuple[Path | str, ...]
     reports: tuple[Report, ...]
     seconds: float
 
@@ -100,13 +103,12 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     with ExitStack() as stack:
         workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            folder = stack.enter_context(WorkingFolder(plan.outputs[v], fresh=force and not resume))
-            names = companion_names(plan, v)
-            workspaces[v] = OutputWorkspace(folder, plan.layout, plan.digest(v), plan.input_files, names)
+            workspaces[v] = opened_workspace(plan, v, stack, resume=resume, force=force)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
+        left = jobs_left(plan, workspaces.values())
         team = Workers(workers, devices, block, options.get("processes", False))
-        Schedule(plan, workspaces, team, options.get("progress")).run()
+        Schedule(plan, workspaces, team, options.get("progress"), left).run()
         _check_inputs(plan)
         if not options.get("allow_nonfinite", False):
             _refuse_nonfinite(plan, workspaces)
@@ -117,7 +119,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
                 write_companions(plan, v, folder_of_result, kind_of(devices[0]), made[v].to_json(), digests)
             workspace.publish(force=force, sync=sync)
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
-    return Finished(plan.outputs, reports, time.monotonic() - started)
+    outputs = tuple(str(output) if isinstance(output, Place) else output for output in plan.outputs)
+    return Finished(outputs, reports, time.monotonic() - started)
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:
@@ -127,16 +130,19 @@ def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> N
     """
     if len(set(plan.outputs)) < len(plan.outputs):
         raise UsageError("Two outputs have the same path. Put {alpha} in the name: -o out-{alpha}.")
-    likely = [
-        resume and any(own_manifests(output, plan.digest(v), plan.input_files)) for v, output in enumerate(plan.outputs)
-    ]
+    likely = [resume and may_be_finished(plan, v) for v in range(len(plan.outputs))]
     _check_targets(plan, likely, resume=resume, force=force)
 
 
 def _check_targets(plan: Plan, finished: Sequence[bool], *, resume: bool, force: bool) -> None:
     sources = [path for checkpoint in plan.inputs for path in checkpoint.paths]
+    references = [checkpoint.base_reference for checkpoint in plan.inputs]
     for output, done in zip(plan.outputs, finished, strict=True):
-        if not done:
+        if done:
+            continue
+        if isinstance(output, Place):
+            check_remote_target(output, [*sources, *references], resume=resume, force=force)
+        else:
             check_target(output, sources, resume=resume, force=force)
 
 
@@ -176,5 +182,7 @@ def _refuse_nonfinite(plan: Plan, workspaces: Mapping[int, OutputWorkspace]) -> 
         )
 
 
-def _reported(output: Path) -> Report:
+def _reported(output: OutputPath) -> Report:
+    if isinstance(output, Place):
+        return Report.from_json((remote_manifest(output) or {})["effect"])
     return Report.from_json(json.loads(manifest_path(output).read_bytes())["effect"])

@@ -22,6 +22,7 @@ from mergekit_lite.engine.tensor_merge import JobMerge, Section, add_to, gather,
 from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
 from mergekit_lite.methods.contract import Totals
 from mergekit_lite.output.journal import Record
+from mergekit_lite.output.remote_workspace import RemoteWorkspace
 from mergekit_lite.planning import Plan
 
 Progress = Callable[[int, int], None]
@@ -104,7 +105,9 @@ class Schedule:
             for unit in [of_job] if self._gathers(of_job) else [[span] for span in of_job]:
                 of_file.setdefault(self.plan.layout.place(unit[0].job.name)[0], []).append(unit)
         tasks = [list(joined(units, self.most, lambda span: span.end - span.begin)) for units in of_file.values()]
-        return by_turns(tasks, self.pool.workers)
+        # A file that is uploaded while it is made can't be gone on with until it is complete: one after the other.
+        uploaded = any(isinstance(workspace, RemoteWorkspace) for workspace in self.workspaces.values())
+        return by_turns(tasks, 1 if uploaded else self.pool.workers)
 
     def _gathers(self, of_job: Sequence[Span]) -> bool:
         """Return whether a job of several spans has statistics that one worker gathers."""

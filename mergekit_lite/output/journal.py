@@ -84,6 +84,18 @@ class Journal(Mapping[tuple[int, int], Record]):
                 line = line[written:]
             self._note(record, place)
 
+    def take_over(self, line: bytes) -> Record | None:
+        """Append a line of another journal of the same plan; return its record, None where it is no such line."""
+        record = _sealed_record(line, self.plan_digest)
+        if record is None or record.job >= len(self._first):
+            return None
+        self.add(record)
+        return record
+
+    def line(self, key: tuple[int, int]) -> bytes:
+        """Return the line of a finished span, with its seal. Raises KeyError and RunError."""
+        return _sealed(json.dumps(self[key]).encode(), self.plan_digest)
+
     def clear(self) -> None:
         """Forget all records."""
         self._first = array("Q", bytes(8 * len(self._first)))

@@ -12,19 +12,30 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import overload
 
 from mergekit_lite.errors import RunError
-from mergekit_lite.layout import Layout, OutputFile, is_single_file, write_torch_skeleton
+from mergekit_lite.layout import Layout, OutputFile, OutputPath, is_single_file, write_torch_skeleton
+from mergekit_lite.object_stores import Place
 from mergekit_lite.output import renames
 from mergekit_lite.output.file_writer import PAGE, FileWriter, WriteTimes
 from mergekit_lite.output.journal import Journal, Record
+from mergekit_lite.output.spool import Spool
 from mergekit_lite.output.sync import sync_name, sync_tree
 from mergekit_lite.output.working_folder import WorkingFolder, as_run_errors, open_own
 
 MANIFEST_NAME = "mergekit_lite_manifest.json"
 
 
-def manifest_path(output: Path) -> Path:
+@overload
+def manifest_path(output: Path) -> Path: ...
+
+
+@overload
+def manifest_path(output: Place) -> Place: ...
+
+
+def manifest_path(output: OutputPath) -> OutputPath:
     """Return the path of a finished output's manifest."""
     return output.with_name(output.name + ".manifest.json") if is_single_file(output) else output / MANIFEST_NAME
 
@@ -52,7 +63,7 @@ class OutputWorkspace:
         self.layout = layout
         self.companions = companions
         self._names = {*companions, *(file.name for file in layout.files)}
-        self._targets: list[FileWriter] = []
+        self._targets: list[FileWriter | Spool] = []
         self._times = WriteTimes()
         with as_run_errors(folder.path):
             self.journal = Journal(folder.journal, digest, sources, len(layout.places))
@@ -66,7 +77,7 @@ class OutputWorkspace:
                 self.close()
                 raise
 
-    def _open(self, file: OutputFile) -> FileWriter:
+    def _open(self, file: OutputFile) -> FileWriter | Spool:
         path = self.result / file.name
         if path.parent != self.result:
             path.parent.mkdir(exist_ok=True, parents=True)

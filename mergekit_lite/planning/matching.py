@@ -9,6 +9,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.layout import (
     Layout,
+    OutputPath,
     OutputTensor,
     file_layout,
     grouped_by_size,
@@ -57,7 +58,7 @@ def output_dtype(spec: TensorSpec, asked: str | None) -> str:
     return asked or spec.written_as or spec.dtype
 
 
-def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
+def arranged(jobs: list[Job], source: Checkpoint, output: OutputPath, shard_size: int | None) -> Layout:
     """Return the layout of the jobs' tensors; put the jobs into its order.
 
     The name of ``output`` says whether a file or a folder is wanted. A folder takes over the shards of ``source`` where
@@ -69,7 +70,7 @@ def arranged(jobs: list[Job], source: Checkpoint, output: Path, shard_size: int 
     return layout
 
 
-def _layout(tensors: Sequence[OutputTensor], source: Checkpoint, output: Path, shard_size: int | None) -> Layout:
+def _layout(tensors: Sequence[OutputTensor], source: Checkpoint, output: OutputPath, shard_size: int | None) -> Layout:
     if is_single_file(output):
         return file_layout(tensors, output.name, source.nest)
     of_parts: dict[tuple[str, str], list[OutputTensor]] = {(part.folder, part.stem): [] for part in source.parts}

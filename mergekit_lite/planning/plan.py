@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -15,7 +14,7 @@ import xxhash
 from mergekit_lite import block_fp8, dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
-from mergekit_lite.layout import Layout, OutputTensor
+from mergekit_lite.layout import Layout, OutputPath, OutputTensor
 from mergekit_lite.planning.front_matter import FrontMatter
 
 
@@ -50,7 +49,7 @@ class Plan:
         jobs: one for each output tensor, in the order they are written.
         left_out: what no output tensor is made of: (reference, name, reason).
         layout: where each output tensor lies; the same for every output.
-        outputs: their paths.
+        outputs: their paths, or places in object stores.
         rounding: ``nearest`` or ``stochastic``.
         seed: of everything random.
         out_dtype: the dtype asked for, if one was.
@@ -70,7 +69,7 @@ class Plan:
     jobs: tuple[Job, ...]
     left_out: tuple[tuple[str, str, str], ...]
     layout: Layout
-    outputs: tuple[Path, ...]
+    outputs: tuple[OutputPath, ...]
     rounding: str = "nearest"
     seed: int = 0
     out_dtype: str | None = None

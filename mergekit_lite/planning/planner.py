@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
-from mergekit_lite.layout import is_single_file
+from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
 from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
@@ -52,7 +51,7 @@ def _uncollected() -> Iterator[None]:
 @_uncollected()
 def make_plan(
     recipe: Recipe,
-    outputs: Sequence[str | Path],
+    outputs: Sequence[str | OutputPath],
     *,
     shard_size: int | None = None,
     copy_code: bool = False,
@@ -64,7 +63,8 @@ def make_plan(
 
     Args:
         recipe: the recipe.
-        outputs: a path for each of its outputs: a folder, or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
+        outputs: a path for each of its outputs: a folder, or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file;
+            or the URL of such a place in an object store.
         shard_size: most bytes of data in one file; by default the shards of the model that gives the config, or 5 GB
             where layers were moved or that model is in pieces.
         copy_code: copy the model's own code, which its config names, with its configs.
@@ -95,7 +95,7 @@ def make_plan(
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
-    paths = tuple(Path(output).expanduser() for output in outputs)
+    paths = tuple(map(output_path, outputs))
     is_folder = not is_single_file(paths[0])
     if recipe.out_dtype == block_fp8.NAME:
         jobs = quantised_jobs(jobs)
@@ -161,7 +161,7 @@ def make_plan(
     )
 
 
-def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None) -> None:
+def _check(recipe: Recipe, outputs: Sequence[str | OutputPath], shard_size: int | None) -> None:
     """Raise UsageError where outputs can't be named, models are missing, or a method or parameter is not known."""
     if len(outputs) != len(recipe.for_outputs):
         raise UsageError(f"The recipe makes {counted(len(recipe.for_outputs), 'output')}, got {len(outputs)} paths.")
@@ -169,9 +169,9 @@ def _check(recipe: Recipe, outputs: Sequence[str | Path], shard_size: int | None
         raise UsageError("The recipe has no models, or a slice of it has none.")
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
-    if unfit := [output for output in outputs if not is_plain_line(Path(output).name)]:
+    if unfit := [output for output in outputs if not is_plain_line(output_path(output).name)]:
         raise UsageError(f"{str(unfit[0])!a}: {NOT_PLAIN}. Choose another.")
-    if unwritten := [output for output in outputs if Path(output).suffix in formats.gguf.SUFFIXES]:
+    if unwritten := [output for output in outputs if output_path(output).suffix in formats.gguf.SUFFIXES]:
         raise UsageError(
             f"{unwritten[0]}: GGUF is read, but not written. Name a folder, and convert that with llama.cpp's "
             "convert_hf_to_gguf.py."
@@ -282,12 +282,12 @@ def _notes_on_jobs(
     return [f"No tensor goes through the method: the output is a copy of {source.reference}.", *heads]
 
 
-def _of_several(recipe: Recipe, source: Checkpoint, outputs: Sequence[str | Path]) -> Iterator[str]:
+def _of_several(recipe: Recipe, source: Checkpoint, outputs: Sequence[str | OutputPath]) -> Iterator[str]:
     """Yield what can't be done with a folder of several models."""
     if not source.is_of_several:
         return
     folders = ", ".join(f"{part.folder}/" for part in source.parts if part.folder)
-    if is_single_file(Path(outputs[0])):
+    if is_single_file(output_path(outputs[0])):
         yield f"{source.reference} is a folder of several models ({folders}), so the output is a folder: name one"
     if all(part.folder for part in source.parts) and (recipe.tokenizer is not None or recipe.chat_template is not None):
         yield f"chat_template and tokenizer are for a model of one folder, {source.reference} has several: {folders}"

@@ -11,6 +11,7 @@ from typing import Protocol
 from mergekit_lite.checkpoint.formats import gguf, safetensors, torch
 from mergekit_lite.checkpoint.formats.header import Header
 from mergekit_lite.errors import CheckpointError
+from mergekit_lite.object_stores import Place
 
 
 class Format(Protocol):
@@ -38,7 +39,7 @@ SUFFIXES = tuple(suffix for format in FORMATS for suffix in format.SUFFIXES)
 _BY_SUFFIX = {suffix: format for format in FORMATS for suffix in format.SUFFIXES}
 
 
-def is_written(path: Path) -> bool:
+def is_written(path: Path | Place) -> bool:
     """Return whether a file's name is one of a format that is written, not only read."""
     return path.suffix in WRITTEN_SUFFIXES
 

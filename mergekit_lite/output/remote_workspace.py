@@ -1,0 +1,236 @@
+"""Workspace of an output in an object store: spools that are uploaded while they are filled, and what is put beside.
+
+The working folder is on this machine, for the journal and the small files; it goes when the run ends, however it ends.
+What a later run goes on with lies in the store: the finished files of weights, and their journals beside them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial as bound
+from pathlib import Path
+
+import xxhash
+
+from mergekit_lite.errors import RunError, listing
+from mergekit_lite.layout import Layout, OutputFile, indexed_files, is_single_file, write_torch_skeleton
+from mergekit_lite.object_stores import Place
+from mergekit_lite.output.journal import Record
+from mergekit_lite.output.remote_target import (
+    JOURNAL_ENDING,
+    FinishedFile,
+    Lock,
+    RemoteFolder,
+    finished_files,
+    partial,
+    standing,
+)
+from mergekit_lite.output.spool import Spool
+from mergekit_lite.output.upload import IN_FLIGHT, Extent, Upload, Uploaded
+from mergekit_lite.output.working_folder import WorkingFolder
+from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
+
+WINDOW = 1 << 28  # bytes that are made and could be sent, but aren't yet: whoever makes more waits
+LONGEST = 80  # characters of an output's name in the name of its working folder
+Part = tuple[str, int, int, str]  # of a record: a tensor, the first byte and the end in it, the digest of the bytes
+Parts = Callable[[Record], Sequence[Part]]
+
+
+def spool_folder() -> Path:
+    """Return the folder in which spools and working folders of remote outputs are made."""
+    return Path(tempfile.gettempdir())
+
+
+def local_name(output: Place) -> Path:
+    """Return the path that a remote output's working folder on this machine is named after."""
+    digest = xxhash.xxh3_64_hexdigest(str(output).encode())
+    return spool_folder() / f"mergekit-lite-{digest}-{output.name[:LONGEST]}"
+
+
+class RemoteWorkspace(OutputWorkspace):
+    """Files of one output of an object store while they are made; see ``OutputWorkspace``.
+
+    It takes the lock of the output. With ``resume`` it goes on with the finished files that an earlier run of the same
+    plan left; what else is there is removed, with ``force`` even what no run of this program put there. ``parts``
+    returns which bytes a record tells of. ``together`` is the number of outputs that are made at once: they share the
+    bytes in flight.
+
+    Attributes:
+        settled: numbers of the files that an earlier run finished.
+        changed_sources: paths of the inputs that are not, by size and time, those of the earlier run.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        layout: Layout,
+        digest: str,
+        sources: Sequence[tuple[str, int, int]],
+        companions: Collection[str],
+        parts: Parts,
+        *,
+        resume: bool,
+        force: bool,
+        together: int = 1,
+    ) -> None:
+        self.place = place
+        self.settled: set[int] = set()
+        self.changed_sources: set[str] = set()
+        self._parts = parts
+        self._in_flight, self._window = IN_FLIGHT // together, WINDOW // together
+        self._head = {"plan": digest, "sources": [list(source) for source in sources]}
+        self._uploads: dict[int, Upload] = {}  # by the file's number
+        # In the store; a single file's own is the output's, and a plan has one layout for all its outputs.
+        self._stored = [place.name if is_single_file(place) else file.name for file in layout.files]
+        self._keys: list[list[tuple[int, int]]] = [[] for _ in layout.files]  # of each file's records
+        self._files = RemoteFolder(place if not is_single_file(place) else place.folder)
+        self._beside = RemoteFolder(partial(place))
+        self._lock = Lock(self._beside)
+        self._local: WorkingFolder | None = None
+        self._targets = []
+        try:
+            earlier = self._earlier(layout, {*companions}, resume=resume, force=force)
+            self.settled = {number for number, name in enumerate(self._stored) if name in earlier}
+            self._local = WorkingFolder(local_name(place), fresh=True)
+            super().__init__(self._local, layout, digest, sources, companions)
+            self._take_over(earlier)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _earlier(
+        self, layout: Layout, companions: set[str], *, resume: bool, force: bool
+    ) -> Mapping[str, FinishedFile]:
+        """Return the finished files to go on with, and remove all else that is there of an earlier run or output."""
+        files = {name: file.size for name, file in zip(self._stored, layout.files, strict=True)}
+        there = standing(self.place)
+        if not force and (strange := sorted(there.keys() - companions - files.keys())):
+            title = f"{self.place}: holds what no run of this program put there; move it away, or --force removes it"
+            raise RunError(listing(title, [ascii(name)[1:-1] for name in strange]))
+        kept: dict[str, FinishedFile] = {}
+        for name, finished in finished_files(self._beside) if resume else ():
+            if finished.head.get("plan") != self._head["plan"]:
+                another = "holds an unfinished run of another plan (other models, options or version)"
+                raise RunError(f"{partial(self.place)}: {another}. --force starts over.")
+            now = self._files.head(name) if name in there else None
+            if now is not None and now[0] == finished.uploaded and now[0].size == files.get(name):
+                kept[name] = finished
+                self.changed_sources |= _changed(self._head["sources"], finished.head.get("sources"))
+        journals = {name + JOURNAL_ENDING for name in kept}
+        self._beside.delete(*(name for name in self._beside.sizes() if name not in journals and name != "lock"))
+        # The manifest goes first: without it nothing that is left is an output.
+        manifest = manifest_path(self.place).name
+        self._files.delete(*sorted(there.keys() - kept.keys(), key=lambda name: name != manifest))
+        return kept
+
+    def _take_over(self, earlier: Mapping[str, FinishedFile]) -> None:
+        """Journal what an earlier run finished."""
+        for finished in earlier.values():
+            for line in finished.lines:
+                if self.journal.take_over(line) is None:
+                    raise RunError(f"{partial(self.place)}: a journal there is damaged. --force starts over.")
+
+    def _open(self, file: OutputFile) -> Spool:
+        """Make a file's spool; beside it lies a sparse file with all but the tensors, which manifests describe."""
+        number = len(self._targets)
+        path = self.result / file.name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        with path.open("xb") as skeleton:
+            if self.layout.nest is not None:
+                write_torch_skeleton(skeleton, file.tensors, self.layout.nest)
+            else:
+                skeleton.write(file.header)
+            skeleton.truncate(file.size)
+        spool = Spool(self.folder.path)
+        if number not in self.settled:
+            done = bound(self._journal_file, number)
+            held = is_single_file(self.place)  # nothing else tells whether it is sound
+            place = self._files.place / self._stored[number]
+            upload = Upload(place, spool, file.size, done, in_flight=self._in_flight, held=held)
+            with path.open("rb") as skeleton:
+                for begin, end in _around(self.layout, file):
+                    skeleton.seek(begin)
+                    spool.write(begin, memoryview(skeleton.read(end - begin)))
+                    upload.made(Extent(begin, end))
+            self._uploads[number] = upload
+        return spool
+
+    def write(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor, from its byte ``offset`` on, unless its file is finished already."""
+        if self.layout.place(tensor)[0] not in self.settled:
+            super().write(tensor, offset, data)
+
+    def done(self, record: Record) -> None:
+        """Record that a span's bytes are written, and send them when it is their turn.
+
+        Waits while the upload is far behind. Raises RunError where an upload failed, or another run took over.
+        """
+        self._lock.check()
+        super().done(record)
+        parts = self._parts(record)
+        for number in {self.layout.place(tensor)[0] for tensor, *_ in parts}:
+            self._keys[number].append((record.job, record.begin))
+        for tensor, begin, end, digest in parts:
+            number, start = self.layout.place(tensor)
+            if (upload := self._uploads.get(number)) is not None:
+                upload.made(Extent(start + begin, start + end, digest))
+                upload.wait(self._window)
+
+    def _journal_file(self, number: int, uploaded: Uploaded) -> None:
+        """Put the journal of a finished file beside the output. Called by its upload."""
+        self._lock.check()
+        lines = [self.journal.line(key) for key in self._keys[number]]
+        self._beside.put(self._stored[number] + JOURNAL_ENDING, FinishedFile(self._head, uploaded, lines).to_bytes())
+
+    def publish(self, *, force: bool, sync: bool) -> None:
+        """Complete the uploads, put what belongs beside the weights, the manifest last, and remove the journals.
+
+        Raises RunError where that fails, or something else appeared under the name that may not be replaced.
+        """
+        for upload in self._uploads.values():
+            upload.complete()
+        self._lock.check()
+        self.folder.check_result(self._names)
+        weights = {file.name for file in self.layout.files}
+        if strange := sorted(standing(self.place).keys() - {*self._stored}):
+            if not force:
+                title = f"{self.place}: appeared while this output was made; --resume --force replaces it"
+                raise RunError(listing(title, [ascii(name)[1:-1] for name in strange]))
+            self._files.delete(*strange)
+        manifest, indexes = manifest_path(self.place).name, indexed_files(weights)
+        names = [path.relative_to(self.result).as_posix() for path in self.result.rglob("*") if path.is_file()]
+        for name in sorted(set(names) - weights, key=lambda name: (name == manifest, name in indexes, name)):
+            self._files.put(name, (self.result / name).read_bytes())
+        self._beside.delete(*(name for name in self._beside.sizes() if name != "lock"))
+
+    def close(self) -> None:
+        """End the uploads that aren't complete, give the lock back, and remove the working folder."""
+        for upload in self._uploads.values():
+            upload.stop()
+        super().close()
+        self._leave()
+
+    def _leave(self) -> None:
+        for upload in self._uploads.values():
+            upload.stop()
+        self._lock.close()
+        if self._local is not None:
+            self._local.remove()
+            with suppress(OSError):
+                self._local.__exit__(None, None, None)
+            self._local = None
+
+
+def _around(layout: Layout, file: OutputFile) -> list[tuple[int, int]]:
+    """Return what lies around the tensors of a file: the begin and end of each piece."""
+    places = sorted((layout.place(tensor.name)[1], tensor.nbytes) for tensor in file.tensors)
+    begins = [0, *(begin + length for begin, length in places)]
+    ends = [*(begin for begin, _ in places), file.size]
+    return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
+
+
+def _changed(now: Sequence[Sequence[object]], then: object) -> set[str]:
+    """Return the paths of the sources that aren't among those of an earlier run."""
+    return {str(source[0]) for source in now if not isinstance(then, list) or list(source) not in then}

