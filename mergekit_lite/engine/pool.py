@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from queue import Empty, SimpleQueue
-from typing import TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import torch
@@ -25,6 +25,19 @@ Do: TypeAlias = Callable[[WorkerBuffers, Reader, Task], Result]
 Done: TypeAlias = "SimpleQueue[tuple[Result | None, BaseException | None]]"
 
 
+class Crew(Protocol):
+    """Workers elsewhere: those of a Ray cluster (``ray_workers.Cluster``)."""
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        worker: Callable[[], Callable[[Task], Result]],
+        size: Callable[[Task], int] | None = None,
+    ) -> Iterator[Result]:
+        """Yield what ``worker()``, called by each worker, makes of each task; ``size`` returns the bytes it reads."""
+        ...
+
+
 @dataclass(frozen=True)
 class Workers:
     """Who carries a plan out.
@@ -34,12 +47,14 @@ class Workers:
         devices: to compute on; the workers are spread over them.
         block: elements that each computes at once.
         processes: fork the workers instead of starting threads, where that is possible.
+        crew: workers elsewhere, who do it instead.
     """
 
     count: int
     devices: Sequence[str]
     block: int
     processes: bool = False
+    crew: Crew | None = None
 
 
 class Pool:
@@ -47,35 +62,61 @@ class Pool:
 
     Each has buffers of ``nbytes`` for ``inputs`` inputs and an output, and one of the ``devices``. A worker is a
     thread, or where ``processes`` is set a process of its own, which gets a copy of this one when the tasks begin: only
-    what a task returns comes back.
+    what a task returns comes back. Workers of a ``crew`` get a copy by pickle.
     """
 
     def __init__(
-        self, workers: int, devices: Sequence[str], inputs: int, nbytes: int, *, processes: bool = False
+        self,
+        workers: int,
+        devices: Sequence[str],
+        inputs: int,
+        nbytes: int,
+        *,
+        processes: bool = False,
+        crew: Crew | None = None,
     ) -> None:
         self.workers = workers
+        self.crew = crew
         self.processes = processes and workers > 1 and CPU in devices
         self._devices = devices
         self._room = (inputs, nbytes)
         self._stop = threading.Event()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_stop"} | {"crew": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _stop=threading.Event())
 
     @property
     def stopped(self) -> bool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Iterable[Task], do: Do[Task, Result]) -> Iterator[Result]:
-        """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised."""
+    def run(
+        self, tasks: Iterable[Task], do: Do[Task, Result], size: Callable[[Task], int] | None = None
+    ) -> Iterator[Result]:
+        """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised.
+
+        ``size`` returns the bytes that a task reads: a crew begins with the largest.
+        """
         tasks = list(tasks)
+        if self.crew is not None:
+            return self.crew.run(tasks, lambda: self._worker(do), size)
         if self.processes and len(tasks) > 1:
             return forked(self.workers, tasks, lambda: self._worker(do))
         return self._threaded(tasks, do)
 
     def _worker(self, do: Do[Task, Result]) -> Callable[[Task], Result]:
-        """Return what does the tasks of one process."""
-        buffers, reader = WorkerBuffers(CPU, *self._room), Reader()
+        """Return what does the tasks of one process, or of a thread of a crew's."""
+        buffers, reader = WorkerBuffers(self._devices[0], *self._room), Reader()
+        working = buffers.working()
+        working.__enter__()  # until the process ends: what does the tasks holds on to it
 
-        return lambda task: do(buffers, reader, task)
+        def work(task: Task, _: object = working) -> Result:
+            return do(buffers, reader, task)
+
+        return work
 
     def _threaded(self, tasks: Sequence[Task], do: Do[Task, Result]) -> Iterator[Result]:
         todo: SimpleQueue[Task] = SimpleQueue()
