@@ -139,6 +139,8 @@ class Screen:
         for node in crew.nodes.values() if crew is not None else ():
             if node.refused:
                 self.warn(f"{node.name} was left out: it {plain_line(node.refused)}.")
+            elif node.lost:
+                self.warn(f"{counted(node.lost, 'worker')} of {node.name} ended early; others did their work.")
             if node.tasks and not self.quiet:
                 self.err.print(f"  {node.name}: {size(node.nbytes)} read, {size(node.rate)}/s")
 

@@ -81,8 +81,10 @@ def connected(address: str, device: str = CPU, workers: int | None = None) -> It
         def connect() -> None:
             ray = _quiet_ray()
             if not ray.is_initialized():  # else the caller's own connection serves
+                folder = stack.enter_context(_own_folder())
+                stack.enter_context(_silenced(ray))
                 stack.callback(_stop, ray)
-                _start(ray, address, int(local[1]) if local else 0, stack)
+                _start(ray, address, int(local[1]) if local else 0, folder)
 
         yield Cluster(connect, local=local is not None, gpus=device != CPU, most=workers)
 
@@ -98,13 +100,12 @@ def _quiet_ray() -> Any:
     return ray
 
 
-def _start(ray: Any, address: str, local: int, stack: ExitStack) -> None:
+def _start(ray: Any, address: str, local: int, empty: str) -> None:
     """Connect this process to a cluster, or start one with ``local`` processors.
 
     Ray gives the working folder of this process to all workers as a place to import modules from. It may be a
-    stranger's model, so an empty one is shown to it.
+    stranger's model, so it is shown an ``empty`` folder, which takes what Ray writes.
     """
-    empty = stack.enter_context(_own_folder())
     options: dict[str, Any] = {"address": address}
     if local:
         options = {"address": "local", "num_cpus": local, "object_store_memory": OBJECT_STORE, "_temp_dir": empty}
@@ -124,6 +125,21 @@ def _start(ray: Any, address: str, local: int, stack: ExitStack) -> None:
         os.chdir(here)
         with suppress(ValueError):  # in another thread than the main one nothing was changed
             signal.signal(signal.SIGTERM, at_signal)
+
+
+@contextmanager
+def _silenced(ray: Any) -> Iterator[None]:
+    """Keep Ray from printing what happens to its machines: it prints logs, and we say it in our words."""
+    worker = getattr(ray._private, "worker", None)
+    printing = getattr(worker, "print_to_stdstream", None)
+    if printing is None:
+        yield
+        return
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printing
 
 
 @contextmanager

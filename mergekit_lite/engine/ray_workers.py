@@ -44,6 +44,7 @@ class Node:
         workers: that are at work, or looking whether they can be.
         tasks, nbytes: that were done there.
         seconds: from its first task to its last result.
+        lost: workers that ended before their work was done.
         refused: why it gets no tasks; empty where it does.
     """
 
@@ -53,7 +54,8 @@ class Node:
     nbytes: int = 0
     started: float = 0.0
     seconds: float = 0.0
-    losses: int = 0  # workers since a task was last done there
+    lost: int = 0
+    losses: int = 0  # those since a task was last done there
     refused: str = ""
 
     @property
@@ -64,7 +66,8 @@ class Node:
     def to_json(self) -> dict[str, Any]:
         """Return what was done there as plain data."""
         done = {"name": self.name, "tasks": self.tasks, "bytes": self.nbytes, "seconds": round(self.seconds, 3)}
-        return done | {"bytes_per_second": round(self.rate)} | ({"refused": self.refused} if self.refused else {})
+        done |= {"bytes_per_second": round(self.rate), "workers_lost": self.lost}
+        return done | ({"refused": self.refused} if self.refused else {})
 
 
 @dataclass(eq=False)
@@ -109,7 +112,7 @@ class Cluster:
         self._needs = Needs(identity())
         self._workers: list[_Worker] = []
         self._rounds = 0
-        self._looked = 0.0
+        self._looked = -LOOK_AROUND
 
     def must_see(self, files: Sequence[File], marks: Sequence[tuple[str, str]] = ()) -> None:
         """Have every machine look for files before it gets further tasks: inputs, and marks in working folders."""
@@ -152,7 +155,7 @@ class Cluster:
         import ray
 
         left = len(a_round.tasks)
-        self._looked = 0.0
+        self._looked = -LOOK_AROUND
         last_ready = time.monotonic()
         try:
             for worker in self._workers:
@@ -276,9 +279,10 @@ class Cluster:
     def _lose(self, a_round: _Round, worker: _Worker, error: Exception) -> None:
         """Forget a worker that died or can't be reached."""
         self._drop(a_round, worker)
-        self._looked = 0.0
+        self._looked = -LOOK_AROUND
         node = self.nodes[worker.node]
         node.losses += 1
+        node.lost += 1
         if node.losses > MOST_LOSSES:
             self._refuse(a_round, worker.node, f"lost {counted(node.losses, 'worker')} in a row: {_why(error)}")
 
@@ -337,7 +341,7 @@ class Cluster:
             with suppress(Exception):
                 ray.kill(worker.actor)
         self._workers.clear()
-        self._looked = 0.0
+        self._looked = -LOOK_AROUND
 
 
 def _why(error: Exception) -> str:
