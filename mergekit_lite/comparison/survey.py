@@ -106,7 +106,7 @@ def survey(
     pool = Pool(threads or available_cores(), [CPU], inputs, room, processes=processes, crew=crew)
     unfinished: dict[int, list[SectionSums]] = {}  # of tensors that several workers share
     with tuned_process():
-        for number, parts, result in pool.run(tasks, work, lambda task: scans[task[0]].bytes_of(task[1])):
+        for number, parts, result in pool.run(tasks, work, size=lambda task: scans[task[0]].bytes_of(task[1])):
             scan = scans[number]
             done += scan.tensor.nbytes // len(scan.tasks)
             if progress is not None:

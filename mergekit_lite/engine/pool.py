@@ -94,7 +94,7 @@ class Pool:
         return self._stop.is_set()
 
     def run(
-        self, tasks: Iterable[Task], do: Do[Task, Result], size: Callable[[Task], int] | None = None
+        self, tasks: Iterable[Task], do: Do[Task, Result], *, size: Callable[[Task], int] | None = None
     ) -> Iterator[Result]:
         """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised.
 

@@ -85,6 +85,8 @@ def _missing(needs: Needs) -> str:
         if ours != here:
             return f"has {here}, this machine has {ours}. Install the same there"
     for path, size, mtime_ns in needs.files:
+        if "://" in path:
+            continue  # it lies in no file system, and its reader holds it to what the plan knows of it
         try:
             status = Path(path).stat()
         except OSError as error:

@@ -117,8 +117,10 @@ class Cluster:
     def must_see(self, files: Sequence[File], marks: Sequence[tuple[str, str]] = ()) -> None:
         """Have every machine look for files before it gets further tasks: inputs, and marks in working folders."""
         self._needs = Needs(self._needs.identity, tuple(files), tuple(marks))
-        if self._workers:
-            self._dismiss()
+        for worker in self._workers:
+            worker.is_fit = False
+        for node in self.nodes.values():
+            node.refused = ""
 
     def run(
         self,
@@ -300,6 +302,7 @@ class Cluster:
     def _refuse(self, a_round: _Round, node: str, why: str) -> None:
         """Give a node no more tasks. Raises RunError where none is left."""
         self.nodes[node].refused = why
+        self._looked = -LOOK_AROUND  # others may take its place
         for worker in [worker for worker in self._workers if worker.node == node]:
             self._drop(a_round, worker)
             for reference in [one for one, (of, _) in a_round.under_way.items() if of == worker]:

@@ -71,7 +71,7 @@ class Schedule:
             if self.has_statistics:
                 np.empty(0)  # imported here, and not by each worker
             gather(list(self.shared.values()), self._sums)
-            for nbytes, records in self.pool.run(self._tasks(), self._carry_out, _cost_of_task):
+            for nbytes, records in self.pool.run(self._tasks(), self._carry_out, size=_cost_of_task):
                 for output, record in records:
                     self.workspaces[output].done(record)
                 self._advance(nbytes)
@@ -134,7 +134,7 @@ class Schedule:
         self.bytes_in_all += cost(wanted)
         sums: dict[Section, Totals] = {}
         tasks = joined([[section] for section in wanted], self.most, lambda section: section[2] - section[1])
-        for nbytes, of_task in self.pool.run(tasks, add, cost):
+        for nbytes, of_task in self.pool.run(tasks, add, size=cost):
             for section, part in of_task.items():
                 add_to(sums, part, section, firsts[section])
             self._advance(nbytes)

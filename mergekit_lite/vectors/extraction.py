@@ -290,7 +290,9 @@ class _Extraction:
     def _each(self, pairs: list[TensorPair], do: Callable[[Reader, TensorPair], T]) -> Iterator[tuple[str, T]]:
         """Call ``do`` for each pair, on all threads; yield each tensor's name and what it returned."""
         pool = Pool(self.threads, [CPU], 0, 0, crew=self.crew)
-        for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair)), lambda pair: pair.nbytes):
+        for pair, result in pool.run(
+            pairs, lambda _, reader, pair: (pair, do(reader, pair)), size=lambda pair: pair.nbytes
+        ):
             self.done += pair.nbytes
             if self.progress is not None:
                 self.progress(self.done, self.in_all)

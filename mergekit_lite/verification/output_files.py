@@ -207,7 +207,7 @@ def check_digests(
 
     with tuned_process(with_torch=False):
         tasks = [span for of_tensor in spans.values() for span in of_tensor]
-        for span, result in pool.run(tasks, digest, lambda span: span.nbytes):
+        for span, result in pool.run(tasks, digest, size=lambda span: span.nbytes):
             if isinstance(result, Finding):
                 failed[span.spec.name] = result
             else:
