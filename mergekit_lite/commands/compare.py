@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import running, values
+from mergekit_lite.commands import json_output, running, values
+from mergekit_lite.engine.ray_cluster import workers_of
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
@@ -28,6 +29,7 @@ Examples:
   mergekit-lite compare ./base ./math ./code
   mergekit-lite compare ./sft ./dpo --alpha 0.1,0.3 --dtype bfloat16 --plot changes.png
   mergekit-lite compare ./base ./math ./code --html report.html --csv figures.csv
+  mergekit-lite compare ./base ./math ./code --ray auto
 """,
 )
 @click.argument("base")
@@ -57,6 +59,7 @@ Examples:
 @click.option("--html", "html_path", type=WRITABLE, help="Write one page with plots, tables that sort, and a summary.")
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @running.takes_stream
+@running.takes_ray
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
@@ -69,6 +72,7 @@ def command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    ray: str | None,
     **options: Any,
 ) -> None:
     """Show what MODELS, all tuned from BASE, changed in it, where, and whether they agree. Each is read once.
@@ -76,7 +80,6 @@ def command(
     For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
     largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
     """
-    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen, made
     from mergekit_lite.comparison import export, plots
     from mergekit_lite.comparison.comparison import compare
@@ -87,8 +90,8 @@ def command(
     for path in (csv_path, plot, html_path):
         values.check_folder(path)
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
-    with screen.progress("comparing") as progress:
-        comparison = compare(base, models, progress=progress, processes=running.PROCESSES, **options)
+    with workers_of(ray, workers=options["threads"]) as crew, screen.progress("comparing", crew) as progress:
+        comparison = compare(base, models, progress=progress, processes=running.PROCESSES, ray=crew, **options)
     if csv_path is not None:
         table = io.StringIO()
         export.write_csv(comparison, table)
@@ -100,11 +103,14 @@ def command(
 
         html_path.write_text(page(comparison), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(json_output.with_fetched(export.as_data(comparison)), indent=1))
+        click.echo(
+            json.dumps(json_output.with_fetched(export.as_data(comparison) | json_output.of_nodes(crew)), indent=1)
+        )
     elif not quiet:
         _show(screen, comparison)
     for name in comparison.nonfinite:
         screen.warn(f"{name} has NaN or infinity; it is left out of layers and totals.")
+    screen.nodes(crew)
     if not screen.quiet:
         for written in filter(None, (csv_path, plot, html_path)):
             screen.err.print(made(written))

@@ -14,6 +14,7 @@ from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.output.companions import companions, what_is_missing
 
 if TYPE_CHECKING:
+    from mergekit_lite.engine.ray_workers import Cluster
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Job, Plan
 
@@ -57,6 +58,11 @@ def of_finished(finished: Finished) -> dict[str, Any]:
         "seconds": round(finished.seconds, 3),
         "outputs": [{"path": str(output), **report.to_json()} for output, report in pairs],
     }
+
+
+def of_nodes(crew: Cluster | None) -> dict[str, Any]:
+    """Return what each machine of a Ray cluster did; nothing where there is none."""
+    return {} if crew is None else {"nodes": [node.to_json() for node in crew.nodes.values()]}
 
 
 def what_happens(plan: Plan, job: Job) -> str:

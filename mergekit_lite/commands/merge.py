@@ -19,6 +19,7 @@ Examples:
   mergekit-lite merge recipe.yml -o ./merged --dry-run
   mergekit-lite merge recipe.yml -o merged.safetensors --threads 4
   mergekit-lite merge several-documents.yml -o ./merged --keep
+  mergekit-lite merge recipe.yml -o /shared/merged --ray auto     (all machines of a Ray cluster)
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import values
-from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.pool import writing_workers
+from mergekit_lite.engine.ray_cluster import devices_of, workers_of
 from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.engine.run import RunOptions, check_outputs, run
 from mergekit_lite.errors import RunError
@@ -50,6 +50,11 @@ takes_stream = click.option(
     callback=values.stream,
     help="Read hub models by range, as they are needed, and store none of them: org/name as hf://org/name.",
 )
+takes_ray = click.option(
+    "--ray",
+    metavar="auto|ADDRESS|local:N",
+    help="Work on the machines of a Ray cluster: of the one here, of the one at HOST:PORT, or with N workers here.",
+)
 OPTIONS = (
     click.option(
         "--threads",
@@ -57,6 +62,7 @@ OPTIONS = (
         help="Workers; by default one more than cores, as some wait for the disk.",
     ),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …, cuda:all or auto."),
+    takes_ray,
     click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
     takes_sync,
@@ -121,7 +127,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
     resume, threads = run_options["resume"], run_options["threads"]
-    devices = chosen_devices(run_options["device"])
+    devices = devices_of(run_options["ray"], run_options["device"])
     check_outputs(plan, resume=resume, force=run_options["force"])
     if not resume:
         _check_room(plan, threads)
@@ -135,12 +141,18 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     if view.dry_run:
         screen.missing(plan)
         return
-    with resumable(), screen.progress() as progress:
-        options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES}
+    with (
+        resumable(),
+        workers_of(run_options["ray"], run_options["device"], threads) as crew,
+        screen.progress(crew=crew) as progress,
+    ):
+        options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES, "ray": crew}
         finished = run(plan, **options)
     if view.as_json:
-        click.echo(json.dumps(json_output.with_fetched(json_output.of_finished(finished)), indent=1))
+        made = json_output.of_finished(finished) | json_output.of_nodes(crew)
+        click.echo(json.dumps(json_output.with_fetched(made), indent=1))
     screen.finished(plan, finished)
+    screen.nodes(crew)
 
 
 @contextmanager

@@ -10,7 +10,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +38,7 @@ from mergekit_lite.output.remote_workspace import spool_folder
 from mergekit_lite.plain_text import plain, plain_line
 
 if TYPE_CHECKING:
+    from mergekit_lite.engine.ray_workers import Cluster
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Plan
@@ -104,17 +114,23 @@ class Screen:
             self.warn(note)
 
     @contextmanager
-    def progress(self, what: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
-        """Show a bar with rate and time left on a terminal, elsewhere a line now and then."""
+    def progress(
+        self, what: str = "merging", crew: Cluster | None = None
+    ) -> Iterator[Callable[[int, int], None] | None]:
+        """Show a bar with rate and time left on a terminal, elsewhere a line now and then.
+
+        Of each machine of a ``crew`` its rate is shown, too.
+        """
         if self.quiet:
             yield None
         elif self.err.is_terminal:
             columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=self.err, transient=True) as bar:
+            of_nodes = [_NodesColumn(crew)] if crew is not None else []
+            with Progress(*columns, *of_nodes, console=self.err, transient=True) as bar:
                 task = bar.add_task(what, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         else:
-            yield _plain_progress()
+            yield _plain_progress(crew)
 
     def finished(self, plan: Plan, finished: Finished) -> None:
         """Print the outputs, and what became of alpha."""
@@ -133,6 +149,16 @@ class Screen:
             rate = (plan.bytes_to_read + plan.bytes_to_write) / max(finished.seconds, 1e-9)
             self.err.print(f"{finished.seconds:.1f} s, {size(rate)}/s read and written")
         self.missing(plan)
+
+    def nodes(self, crew: Cluster | None) -> None:
+        """Print what each machine of a Ray cluster did, and warn of those that could do nothing."""
+        for node in crew.nodes.values() if crew is not None else ():
+            if node.refused:
+                self.warn(f"{node.name} was left out: it {plain_line(node.refused)}.")
+            elif node.lost:
+                self.warn(f"{counted(node.lost, 'worker')} of {node.name} ended early; others did their work.")
+            if node.tasks and not self.quiet:
+                self.err.print(f"  {node.name}: {size(node.nbytes)} read, {size(node.rate)}/s")
 
     def missing(self, plan: Plan) -> None:
         """Print what the outputs lack to be loaded, if anything: the last line of a plan or a run."""
@@ -232,7 +258,24 @@ def _row(group: Group) -> tuple[str, str, str, Text]:
     return f"{group.tensors:,}", size(group.nbytes), group.dtype, what
 
 
-def _plain_progress() -> Callable[[int, int], None]:
+class _NodesColumn(ProgressColumn):
+    """The machines of a Ray cluster under the bar, each with its workers and rate."""
+
+    def __init__(self, crew: Cluster) -> None:
+        super().__init__()
+        self._crew = crew
+
+    def render(self, task: Task) -> Text:
+        return Text("".join(f"\n{line}" for line in _rates(self._crew)), "dim")
+
+
+def _rates(crew: Cluster | None) -> list[str]:
+    """Return a line for each machine that works."""
+    nodes = crew.nodes.values() if crew is not None else ()
+    return [f"{node.name}  {counted(node.workers, 'worker')}  {size(node.rate)}/s" for node in nodes if node.workers]
+
+
+def _plain_progress(crew: Cluster | None = None) -> Callable[[int, int], None]:
     started = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -243,7 +286,7 @@ def _plain_progress() -> Callable[[int, int], None]:
             rate = done / (now - started)
             left = (total - done) / rate
             line = f"{done / total:4.0%}  {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
-            print(line, file=sys.stderr)
+            print("; ".join([line, *_rates(crew)]), file=sys.stderr)
 
     return show
 

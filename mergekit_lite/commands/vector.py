@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import CommandGroup, running, values
+from mergekit_lite.commands import CommandGroup, json_output, running, values
+from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.run import RunOptions
 from mergekit_lite.errors import counted
 
@@ -82,6 +83,7 @@ Examples:
 @click.option("--seed", type=int, default=0, show_default=True, help="lowrank, lora: of the random projections.")
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="lowrank, lora: cpu, cuda, cuda:1 … or auto.")
+@running.takes_ray
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run.")
 @running.takes_sync
@@ -89,24 +91,28 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
-def extract(base: str, tuned: str, output: str, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def extract(
+    base: str, tuned: str, output: str, as_json: bool, quiet: bool, verbose: bool, ray: str | None, **options: Any
+) -> None:
     """Make the task vector of TUNED: what was added to BASE. Prints what it takes and what it throws away.
 
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
     """
-    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.vectors.extraction import extract_vector
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
-    with running.resumable(), screen.progress() as progress:
-        extracted = extract_vector(base, tuned, output, progress=progress, **options)
+    workers = workers_of(ray, options["device"], options["threads"])
+    with running.resumable(), workers as crew, screen.progress("extracting", crew) as progress:
+        extracted = extract_vector(base, tuned, output, progress=progress, ray=crew, **options)
     for note in extracted.notes:
         screen.warn(note)
     if as_json:
-        click.echo(json.dumps(json_output.with_fetched(extracted.to_json()), indent=1))
+        made = extracted.to_json() | json_output.of_nodes(crew)
+        click.echo(json.dumps(json_output.with_fetched(made), indent=1))
     elif not quiet:
         _show(extracted, screen)
+    screen.nodes(crew)
 
 
 def _show(extracted: Extracted, screen: Screen) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_lite.commands import running, values
+from mergekit_lite.commands import json_output, running, values
+from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.errors import UsageError, counted, listing
 from mergekit_lite.plain_text import plain, plain_line
 
@@ -48,6 +49,7 @@ Examples:
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …, cuda:all or auto.")
 @running.takes_stream
+@running.takes_ray
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Print everything that is wrong, and the tensors made again.")
@@ -58,6 +60,7 @@ def command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    ray: str | None,
     **options: Any,
 ) -> None:
     """Check OUT, which extrapolate or merge made, against its manifest: every byte of it by digest.
@@ -66,18 +69,20 @@ def command(
     """
     if everything and samples is not None:
         raise UsageError("--all and --samples exclude each other.")
-    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.verification import verify
 
     screen = Screen(quiet=quiet or as_json, verbose=verbose)
-    with screen.progress("verifying") as progress:
-        options |= {"progress": progress, "processes": running.PROCESSES}
+    workers = workers_of(ray, options["device"], options["threads"])
+    with workers as crew, screen.progress("verifying", crew) as progress:
+        options |= {"progress": progress, "processes": running.PROCESSES, "ray": crew}
         verdict = verify(out, samples="all" if everything else samples, **options)
     if as_json:
-        click.echo(json.dumps(json_output.with_fetched(verdict.to_json()), indent=1))
+        told = verdict.to_json() | json_output.of_nodes(crew)
+        click.echo(json.dumps(json_output.with_fetched(told), indent=1))
     else:
         _show(verdict, quiet, verbose)
+    screen.nodes(crew)
     sys.exit(0 if verdict.sound else 1)
 
 

@@ -18,6 +18,8 @@ from mergekit_lite.comparison.deltas import CompareSettings, DeltaMeasurement, D
 from mergekit_lite.comparison.shared_tensors import Unmatched, shared_tensors
 from mergekit_lite.comparison.survey import FloatArray, survey
 from mergekit_lite.dtypes import float_named
+from mergekit_lite.engine.ray_cluster import files_of, workers_of
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import named_options
@@ -175,6 +177,7 @@ def compare(
     threads: int | None = None,
     progress: Progress | None = None,
     processes: bool = False,
+    ray: str | Cluster | None = None,
 ) -> Comparison:
     """Compare what some models changed in their common base: one read of each.
 
@@ -188,6 +191,7 @@ def compare(
         threads: workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
         processes: fork the workers, as for ``run``.
+        ray: work on the machines of a Ray cluster, as for ``run``.
 
     Returns:
         Figures of each tensor, each layer and all of the model.
@@ -208,10 +212,13 @@ def compare(
     # the sums of all tensors in one piece of memory: one by one between freed temporaries they made the heap grow
     rows = np.empty((len(tensors), measurement.layout.width))
     compared: dict[int, TensorComparison] = {}
-    for number, result in survey(tensors, measurement, threads, progress, processes):
-        rows[number] = result.sums
-        sums = DeltaSums(tensors[number].numel, rows[number], measurement.layout)
-        compared[number] = TensorComparison(tensors[number], sums, result.sce, result.stable_rank, result.whole)
+    with workers_of(ray, workers=threads) as crew:
+        if crew is not None and not crew.local:
+            crew.must_see(files_of(opened))
+        for number, result in survey(tensors, measurement, threads, progress, processes, crew):
+            rows[number] = result.sums
+            sums = DeltaSums(tensors[number].numel, rows[number], measurement.layout)
+            compared[number] = TensorComparison(tensors[number], sums, result.sce, result.stable_rank, result.whole)
     for checkpoint in opened:
         checkpoint.check_unchanged()
     return Comparison(

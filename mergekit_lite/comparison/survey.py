@@ -19,7 +19,7 @@ from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.comparison.shared_tensors import SharedTensor
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
-from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
+from mergekit_lite.engine.pool import Crew, Pool, available_cores, tuned_process
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods.tensor_merge import SECTION, STATISTICS_BLOCK
@@ -67,6 +67,7 @@ def survey(
     threads: int | None = None,
     progress: Progress | None = None,
     processes: bool = False,
+    crew: Crew | None = None,
 ) -> Iterator[tuple[int, Measured]]:
     """Read every tensor once and measure it.
 
@@ -76,6 +77,7 @@ def survey(
         threads: number of workers, one for each core by default.
         progress: called with (bytes read, bytes in all).
         processes: fork the workers, as for ``engine.run``.
+        crew: workers elsewhere, who do it instead.
 
     Yields:
         The number of a tensor and its result, in the order in which they are done.
@@ -101,10 +103,10 @@ def survey(
             return (number, parts, None) if len(scan.tasks) > 1 else (number, [], scan.result(parts))
 
     room = max((scan.chunk for scan in scans), default=0) * widest
-    pool = Pool(threads or available_cores(), [CPU], inputs, room, processes=processes)
+    pool = Pool(threads or available_cores(), [CPU], inputs, room, processes=processes, crew=crew)
     unfinished: dict[int, list[SectionSums]] = {}  # of tensors that several workers share
     with tuned_process():
-        for number, parts, result in pool.run(tasks, work):
+        for number, parts, result in pool.run(tasks, work, size=lambda task: scans[task[0]].bytes_of(task[1])):
             scan = scans[number]
             done += scan.tensor.nbytes // len(scan.tasks)
             if progress is not None:
@@ -150,6 +152,11 @@ class _TensorScan(Generic[Measured]):
         sections = [(begin, begin + count) for begin, count in cut(0, tensor.numel, section)]
         self.tasks = [sections] if len(sections) <= MAX_UNSHARED_SECTIONS else [[one] for one in sections]
         self._working = dtypes.working(spec.dtype for spec in tensor.specs)
+
+    def bytes_of(self, sections: Sequence[ElementRange]) -> int:
+        """Return the number of bytes that are read for some sections."""
+        elements = sum(end - begin for begin, end in sections)
+        return sum(spec.stored_bytes(elements) for spec in self.tensor.specs)
 
     def read(self, buffers: WorkerBuffers, reader: Reader, begin: int, end: int) -> SectionSums:
         """Read one section, chunk by chunk, and add up its sums block by block."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint.reader import Reader
@@ -28,6 +28,19 @@ Expect: TypeAlias = Callable[[Reader, Task], None]
 Done: TypeAlias = "SimpleQueue[tuple[Result | None, BaseException | None]]"
 
 
+class Crew(Protocol):
+    """Workers elsewhere: those of a Ray cluster (``ray_workers.Cluster``)."""
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        worker: Callable[[], Callable[[Task], Result]],
+        size: Callable[[Task], int] | None = None,
+    ) -> Iterator[Result]:
+        """Yield what ``worker()``, called by each worker, makes of each task; ``size`` returns the bytes it reads."""
+        ...
+
+
 @dataclass(frozen=True)
 class Workers:
     """Who carries a plan out.
@@ -37,12 +50,14 @@ class Workers:
         devices: to compute on; the workers are spread over them.
         block: elements that each computes at once.
         processes: fork the workers instead of starting threads, where that is possible.
+        crew: workers elsewhere, who do it instead.
     """
 
     count: int
     devices: Sequence[str]
     block: int
     processes: bool = False
+    crew: Crew | None = None
 
 
 class Pool:
@@ -50,32 +65,56 @@ class Pool:
 
     Each has buffers of ``nbytes`` for ``inputs`` inputs and an output, and one of the ``devices``. A worker is a
     thread, or where ``processes`` is set a process of its own, which gets a copy of this one when the tasks begin: only
-    what a task returns comes back.
+    what a task returns comes back. Workers of a ``crew`` get a copy by pickle.
     """
 
     def __init__(
-        self, workers: int, devices: Sequence[str], inputs: int, nbytes: int, *, processes: bool = False
+        self,
+        workers: int,
+        devices: Sequence[str],
+        inputs: int,
+        nbytes: int,
+        *,
+        processes: bool = False,
+        crew: Crew | None = None,
     ) -> None:
         self.workers = workers
+        self.crew = crew
         self.processes = processes and workers > 1 and CPU in devices
         self._devices = devices
         self._room = (inputs, nbytes)
         self._stop = threading.Event()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_stop"} | {"crew": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _stop=threading.Event())
 
     @property
     def stopped(self) -> bool:
         """Whether long tasks should end now."""
         return self._stop.is_set()
 
-    def run(self, tasks: Iterable[Task], do: Do[Task, Result], expect: Expect[Task] | None = None) -> Iterator[Result]:
+    def run(
+        self,
+        tasks: Iterable[Task],
+        do: Do[Task, Result],
+        expect: Expect[Task] | None = None,
+        *,
+        size: Callable[[Task], int] | None = None,
+    ) -> Iterator[Result]:
         """Do all tasks and yield what each one gives, as they get done. Raises what the first failing one raised.
 
-        ``expect`` tells a worker's reader what a task will read, before the worker comes to it.
+        ``expect`` tells a worker's reader what a task will read, before the worker comes to it. ``size`` returns the
+        bytes that a task reads: a crew begins with the largest.
         """
         tasks = list(tasks)
         store_process.end()  # what it found out is known; the workers need the memory
+        if self.crew is not None:
+            return self._counted(self.crew.run(tasks, lambda: _Worker(self._devices[0], self._room, do, expect), size))
         if self.processes and len(tasks) > 1:
-            return self._counted(forked(self.workers, tasks, lambda: _Worker(self._room, do, expect)))
+            return self._counted(forked(self.workers, tasks, lambda: _Worker(CPU, self._room, do, expect)))
         return self._threaded(tasks, do, expect)
 
     def _counted(self, results: Iterator[tuple[Result, Traffic]]) -> Iterator[Result]:
@@ -132,8 +171,10 @@ class Pool:
 class _Worker(Generic[Task, Result]):
     """What does the tasks of one process, and says what it fetched for each."""
 
-    def __init__(self, room: tuple[int, int], do: Do[Task, Result], expect: Expect[Task] | None) -> None:
-        self._buffers, self._reader = WorkerBuffers(CPU, *room), Reader()
+    def __init__(self, device: str, room: tuple[int, int], do: Do[Task, Result], expect: Expect[Task] | None) -> None:
+        self._buffers, self._reader = WorkerBuffers(device, *room), Reader()
+        self._working = self._buffers.working()
+        self._working.__enter__()  # until the process ends, which holds on to it
         self._do, self._expect = do, expect
         TRAFFIC.taken()  # what was counted before the fork is not this worker's
 

@@ -67,10 +67,10 @@ def forked(workers: int, tasks: Iterable[Task], worker: Worker[Task, Result]) ->
         RunError: a process could not be started, ended early, or can't be reached.
         Exception: what the first failing task raised. The other processes are stopped.
     """
-    return _done([_packed(task) for task in tasks], workers, worker)
+    return _done([packed(task) for task in tasks], workers, worker)
 
 
-def _packed(task: object) -> bytes:
+def packed(task: object) -> bytes:
     """Return a task as bytes: of many small tensors, whose names differ in a number, a sixth of what pickle makes."""
     return zlib.compress(pickle.dumps(task, pickle.HIGHEST_PROTOCOL), level=1)
 
@@ -236,11 +236,11 @@ def _serve(connection: Connection, packed: Sequence[bytes], worker: Worker[Task,
                     do.expect(waiting[-1])
             answer = pickle.dumps((do(waiting.popleft()), None))
         except BaseException as failure:
-            answer = pickle.dumps((None, _sendable(failure)))
+            answer = pickle.dumps((None, sendable(failure)))
         connection.send_bytes(answer)
 
 
-def _sendable(failure: BaseException) -> BaseException:
+def sendable(failure: BaseException) -> BaseException:
     """Return a failure, or where pickling loses it or its message one that says the same."""
     with suppress(Exception):
         if str(pickle.loads(pickle.dumps(failure))) == str(failure):

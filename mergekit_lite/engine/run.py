@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from mergekit_lite.engine.buffers import CPU
-from mergekit_lite.engine.devices import chosen_devices, kind_of
+from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.finished import is_finished, may_be_finished
 from mergekit_lite.engine.pool import Workers, available_cores, writing_workers
+from mergekit_lite.engine.ray_cluster import devices_of, workers_of
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.remote import jobs_left, opened_workspace
 from mergekit_lite.engine.report import Report, TensorDigests, report
 from mergekit_lite.engine.schedule import Progress, Schedule
@@ -25,6 +28,7 @@ from mergekit_lite.options import named_options
 from mergekit_lite.output.companions import write_companions
 from mergekit_lite.output.publishing import check_target
 from mergekit_lite.output.remote_target import check_remote_target, remote_manifest
+from mergekit_lite.output.working_folder import as_run_errors
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.planning import Plan
 
@@ -60,6 +64,8 @@ class RunOptions(TypedDict, total=False):
         progress: called with (bytes read, bytes in all) after each span, or some small ones.
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
+        ray: work on the machines of a Ray cluster: ``auto``, ``HOST:PORT``, ``local:N``, or one that is connected. They
+            share the file systems of inputs and outputs; ``device`` is ``cpu`` or ``cuda``, for all GPUs they have.
     """
 
     threads: int | None
@@ -71,6 +77,7 @@ class RunOptions(TypedDict, total=False):
     allow_nonfinite: bool
     progress: Progress | None
     processes: bool
+    ray: str | Cluster | None
 
 
 @named_options
@@ -85,14 +92,15 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         The outputs' paths, a report for each of them, and the seconds it took.
 
     Raises:
-        UsageError: an output exists, or lies in an input; the device is not there.
+        UsageError: an output exists, or lies in an input; the device or the cluster is not there.
         CheckpointError: an input changed since it was planned.
         RunError: reading or writing failed; the journal is kept for ``resume``.
         NonFiniteError: weights are NaN or infinite; everything is kept for ``resume`` with ``allow_nonfinite``.
     """
     started = time.monotonic()
     resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
-    devices = chosen_devices(options.get("device", CPU))
+    ray, device = options.get("ray"), options.get("device", CPU)
+    devices = devices_of(ray, device)
     workers, usual_block = workers_and_block(devices, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
@@ -101,13 +109,16 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     unfinished = [v for v, done in enumerate(finished) if not done]
     made: dict[int, Report] = {}
     with ExitStack() as stack:
+        crew = stack.enter_context(workers_of(ray, device, options.get("threads"))) if unfinished else None
         workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
             workspaces[v] = opened_workspace(plan, v, stack, resume=resume, force=force)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
         left = jobs_left(plan, workspaces.values())
-        team = Workers(workers, devices, block, options.get("processes", False))
+        if crew is not None and not crew.local:
+            crew.must_see(plan.input_files, [_shared(workspace) for workspace in workspaces.values()])
+        team = Workers(workers, devices, block, options.get("processes", False), crew)
         Schedule(plan, workspaces, team, options.get("progress"), left).run()
         _check_inputs(plan)
         if not options.get("allow_nonfinite", False):
@@ -121,6 +132,13 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     outputs = tuple(str(output) if isinstance(output, Place) else output for output in plan.outputs)
     return Finished(outputs, reports, time.monotonic() - started)
+
+
+def _shared(workspace: OutputWorkspace) -> tuple[str, str]:
+    """Let other machines write to a workspace, and return the mark by which they know it."""
+    workspace.share()
+    with as_run_errors(workspace.folder.path):
+        return workspace.folder.marked(secrets.token_hex(16))
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.extents import extents, is_elsewhere
@@ -60,15 +60,21 @@ class Schedule:
         chunk = max((chunk_of(job, self.writer.chunk) for job in plan.jobs), default=0)
         room = max(chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
-        self.pool = Pool(workers.count, workers.devices, plan.most_inputs, nbytes, processes=workers.processes)
+        self.pool = Pool(
+            workers.count, workers.devices, plan.most_inputs, nbytes, processes=workers.processes, crew=workers.crew
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker elsewhere needs to carry out spans."""
+        return vars(self) | {"plan": self.plan.for_workers, "progress": None, "only": None}
 
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
-        with tuned_process(self.needs_torch):
+        with tuned_process(self.needs_torch and self.pool.crew is None):
             if self.has_statistics:
                 np.empty(0)  # imported here, and not by each worker
             gather(list(self.shared.values()), self._sums)
-            for nbytes, records in self.pool.run(self._tasks(), self._carry_out, self.expect):
+            for nbytes, records in self.pool.run(self._tasks(), self._carry_out, self.expect, size=_cost_of_task):
                 for output, record in records:
                     self.workspaces[output].done(record)
                 self._advance(nbytes)
@@ -137,7 +143,7 @@ class Schedule:
         def expect(reader: Reader, task: Sequence[Section]) -> None:
             expect_elements(reader, [(merges[number].job.inputs, begin, end) for number, begin, end in task])
 
-        for nbytes, of_task in self.pool.run(tasks, add, expect):
+        for nbytes, of_task in self.pool.run(tasks, add, expect, size=cost):
             for section, part in of_task.items():
                 add_to(sums, part, section, firsts[section])
             self._advance(nbytes)
@@ -177,7 +183,7 @@ class Schedule:
             if missing:
                 of_span = {output: merges[span.index, output] for output in missing if span.merged}
                 records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
-        return sum(map(_cost, task)), records
+        return _cost_of_task(task), records
 
 
 def expect_elements(
@@ -219,6 +225,10 @@ def by_turns(tasks: Sequence[Sequence[list[Span]]], files: int) -> Iterator[list
     for first in range(0, len(tasks), files):
         for turn in zip_longest(*tasks[first : first + files]):
             yield from (task for task in turn if task is not None)
+
+
+def _cost_of_task(task: Sequence[Span]) -> int:
+    return sum(map(_cost, task))
 
 
 def _cost(span: Span) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
@@ -32,6 +33,9 @@ class SpanWriter:
         self.block = block
         self.chunk = max(block, CHUNK // block * block)  # elements read and written at once
         self.share = observed_share(plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"plan": self.plan.for_workers}
 
     def is_made(self, buffers: WorkerBuffers, sink: Sink, span: Span) -> bool:
         """Return whether an earlier run wrote this span and its bytes are still what it wrote.

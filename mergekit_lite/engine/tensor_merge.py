@@ -29,7 +29,19 @@ class JobMerge(TensorMerge):
         arguments = self.method.resolve(job.parameters[output], models, job.has_base)
         info = TensorInfo(job.name, job.shape, models, job.has_base, plan.seed, offset, extent)
         kinds = [*(spec.dtype for spec in job.inputs), job.computed_dtype]
+        self._made_of = (plan, job, output, offset, extent)
+        self._totals: list[Totals] = []  # that were sent
         super().__init__(self.method, info, arguments, kinds, rounding_key(plan, job))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it as what it was made of and sent: a method under way can't be, so it is made anew."""
+        plan, *others = self._made_of
+        return _made_again, (plan.for_workers, *others, self._totals)
+
+    def send(self, total: Totals) -> None:
+        """Hand over the total of the requested reduction and go as far as the next request."""
+        self._totals.append(total)
+        super().send(total)
 
     @property
     def is_shared(self) -> bool:
@@ -76,6 +88,13 @@ class JobMerge(TensorMerge):
         """Return a backend's views of the inputs' chunks, which come in the job's order: the base first."""
         views = [ops.of_bytes(chunk, spec.dtype) for chunk, spec in zip(chunks, self.job.inputs, strict=True)]
         return [views[-1], *views[:-1]] if self.job.has_base else views
+
+
+def _made_again(plan: Plan, job: Job, output: int, offset: int, extent: int, totals: Sequence[Totals]) -> JobMerge:
+    merge = JobMerge(plan, job, output, offset, extent)
+    for total in totals:
+        merge.send(total)
+    return merge
 
 
 def rounding_key(plan: Plan, job: Job) -> int | None:

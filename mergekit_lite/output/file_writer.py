@@ -36,15 +36,23 @@ class FileWriter:
     Raises OSError where the disk is full, or the file can't be opened, RunError for links and irregular files.
     """
 
-    def __init__(self, path: Path, size: int, times: WriteTimes) -> None:
-        self._cached = open_own(path, os.O_RDWR | os.O_CREAT)
+    def __init__(self, path: Path, size: int | None, times: WriteTimes, *, shared: bool = False) -> None:
+        """Open it; ``size`` None says that it is there already, ``shared`` that other machines write to it too.
+
+        What is written to a shared file is with its server before the write returns. So nothing that is reported as
+        written dies with this machine; and a client of NFS sends the very bytes, where it would otherwise send the
+        whole page with what it last knew of bytes that others write.
+        """
+        durable = os.O_DSYNC if shared else 0
+        self._cached = open_own(path, os.O_RDWR | durable | (os.O_CREAT if size is not None else 0))
         try:
-            _reserve(self._cached, size)
+            if size is not None:
+                _reserve(self._cached, size)
         except OSError:
             os.close(self._cached)
             raise
         self._times = times
-        self._direct = _opened_directly(path)
+        self._direct = _opened_directly(path, durable)
         if self._direct is None:
             times.never_direct()
 
@@ -64,6 +72,10 @@ class FileWriter:
     def read(self, position: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from ``position`` on; return False where the file ends before. Raises OSError."""
         return os.preadv(self._cached, [buffer], position) == len(buffer)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk, or to its server. Raises OSError."""
+        os.fsync(self._cached)
 
     def close(self) -> None:
         """Close the file."""
@@ -141,9 +153,9 @@ def _reserve(descriptor: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _opened_directly(path: Path) -> int | None:
+def _opened_directly(path: Path, durable: int) -> int | None:
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.open(path, durable | os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (AttributeError, OSError):  # the system or the file system can't do it
         return None
 

@@ -73,6 +73,13 @@ class Journal(Mapping[tuple[int, int], Record]):
         temporary.replace(path)
         self._descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what reads the records that are there now, in another process."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_descriptor")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock(), _descriptor=open_own(state["path"], os.O_RDONLY))
+
     def add(self, record: Record) -> None:
         """Append a finished span. Raises OSError."""
         line = _sealed(json.dumps(record).encode(), self.plan_digest)

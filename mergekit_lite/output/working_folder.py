@@ -4,6 +4,7 @@
     .NAME.partial/journal.jsonl    the spans that are written
     .NAME.partial/result/…         the files, complete only when every span is journalled
     .NAME.partial/factors/…        matrices that an extraction of low rank keeps for its second pass
+    .NAME.partial/mark             a number by which workers on other machines know the folder
     .NAME.partial/replaced         what had the output's name before, until it is removed
 
 Whoever may write here may write into the output. So the folder has to belong to the user and be closed to others, and
@@ -25,8 +26,8 @@ from mergekit_lite.errors import RunError, listing
 from mergekit_lite.output import renames
 
 JOURNAL, NEW_JOURNAL, LOCK = "journal.jsonl", "journal.new", "lock"
-RESULT, FACTORS, REPLACED, PROBE = "result", "factors", "replaced", "probe"
-NAMES = (REPLACED, RESULT, FACTORS, PROBE, NEW_JOURNAL, JOURNAL, LOCK)  # in the order in which they are removed
+RESULT, FACTORS, REPLACED, PROBE, MARK = "result", "factors", "replaced", "probe", "mark"
+NAMES = (REPLACED, RESULT, FACTORS, PROBE, MARK, NEW_JOURNAL, JOURNAL, LOCK)  # in the order in which they are removed
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -46,8 +47,8 @@ class WorkingFolder:
     def __init__(self, output: Path, *, fresh: bool) -> None:
         self.output = output
         self.path = working_folder(output)
-        self.result, self.journal, self.factors, self.replaced = (
-            self.path / name for name in (RESULT, JOURNAL, FACTORS, REPLACED)
+        self.result, self.journal, self.factors, self.replaced, self.mark = (
+            self.path / name for name in (RESULT, JOURNAL, FACTORS, REPLACED, MARK)
         )
         self._is_new = False  # whether it was made here and is still there
         with as_run_errors(self.path):
@@ -77,6 +78,15 @@ class WorkingFolder:
         for name in NAMES:
             if name != LOCK:
                 renames.remove(self.path / name)
+
+    def marked(self, text: str) -> tuple[str, str]:
+        """Put a text into the folder, by which workers on other machines know it; return the file's path and the text.
+
+        Raises OSError.
+        """
+        with os.fdopen(open_own(self.mark, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
+            file.write(text)
+        return str(self.mark), text
 
     def __enter__(self) -> WorkingFolder:
         return self

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from mergekit_lite.errors import RunError
 from mergekit_lite.layout import Layout, OutputFile, OutputPath, is_single_file, write_torch_skeleton
@@ -65,6 +65,7 @@ class OutputWorkspace:
         self._names = {*companions, *(file.name for file in layout.files)}
         self._targets: list[FileWriter | Spool] = []
         self._times = WriteTimes()
+        self.is_shared = False
         with as_run_errors(folder.path):
             self.journal = Journal(folder.journal, digest, sources, len(layout.places))
             try:
@@ -76,6 +77,25 @@ class OutputWorkspace:
             except BaseException:
                 self.close()
                 raise
+
+    def share(self) -> None:
+        """Let workers on other machines write to the files, too. Raises RunError."""
+        self.is_shared = True
+        with as_run_errors(self.result):
+            for target in self._targets:
+                target.flush()  # nothing of this machine's is still on its way when others write beside it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes a workspace for a worker in another process: it writes and reads back, and no more."""
+        own = ("result", "layout", "journal", "is_shared")
+        return {name: vars(self)[name] for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._times = WriteTimes()
+        paths = [self.result / file.name for file in self.layout.files]
+        with as_run_errors(self.result):
+            self._targets = [FileWriter(path, None, self._times, shared=self.is_shared) for path in paths]
 
     def _open(self, file: OutputFile) -> FileWriter | Spool:
         path = self.result / file.name

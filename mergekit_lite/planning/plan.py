@@ -6,7 +6,8 @@ It accounts for every tensor of every input: merged, copied, or left out, each w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import xxhash
@@ -122,6 +123,14 @@ class Plan:
     def input_files(self) -> list[tuple[str, int, int]]:
         """Every input file with its size and time: what must not change until a run and its resumptions are done."""
         return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files]
+
+    @cached_property
+    def for_workers(self) -> Plan:
+        """The plan without what a worker has no use for: with its tasks it gets the jobs."""
+        nowhere = Layout((), {})
+        return replace(
+            self, recipes=(), inputs=(), jobs=(), left_out=(), layout=nowhere, config=None, text="", notes=()
+        )
 
     def digest(self, number: int) -> str:
         """Return what identifies an output: equal digests write equal bytes from equal files, wherever those lie."""

@@ -7,6 +7,7 @@ and once to write them. The output appears under its name when it is complete.
 from __future__ import annotations
 
 import math
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.devices import chosen_device, explained
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
+from mergekit_lite.engine.ray_cluster import devices_of, workers_of
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
@@ -91,6 +94,7 @@ def extract_vector(
     force: bool = False,
     sync: bool = False,
     progress: Progress | None = None,
+    ray: str | Cluster | None = None,
 ) -> Extracted:
     """Make the task vector ``tuned − base``.
 
@@ -111,6 +115,7 @@ def extract_vector(
         sync: bring the output to the disk before it gets its name, and its name after, so that a power cut can't undo
             or damage what was published; takes as long as the disk takes to write the output.
         progress: called with (bytes read, bytes in all) after each tensor.
+        ray: work on the machines of a Ray cluster, as for ``run``.
 
     Returns:
         The output's path, its bytes, and for each tensor how it is stored and what share is thrown away.
@@ -126,7 +131,7 @@ def extract_vector(
     settings = ExtractSettings(format, density, threshold, rank, energy, seed)
     path = Path(output).expanduser()
     _check_name(path, settings.format)
-    place = chosen_device(device)
+    place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     pairs, notes, problems = pair_tensors(before, after)
     if settings.format == "lora":
@@ -139,9 +144,13 @@ def extract_vector(
     if resume and (extracted := _published(path, run, sources, force=force, sync=sync)) is not None:
         return extracted
     check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
-    with WorkingFolder(path, fresh=force and not resume) as folder, as_run_errors(folder.path):
+    with (
+        workers_of(ray, device, threads) as crew,
+        WorkingFolder(path, fresh=force and not resume) as folder,
+        as_run_errors(folder.path),
+    ):
         spill = folder.factors
-        extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress)
+        extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress, crew)
         try:
             with explained(place), tuned_process():
                 return extraction.run(folder, pairs, notes, run, sources, force=force, sync=sync)
@@ -212,6 +221,11 @@ class _Extraction:
     device: str
     spill: Path
     progress: Progress | None
+    crew: Cluster | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker elsewhere needs."""
+        return vars(self) | {"progress": None, "crew": None}
 
     def run(
         self,
@@ -227,6 +241,8 @@ class _Extraction:
         output = folder.output
         if self.settings.energy is not None:
             self.spill.mkdir(exist_ok=True)
+        if self.crew is not None and not self.crew.local:
+            self.crew.must_see(sources, [folder.marked(secrets.token_hex(16))])
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
@@ -237,6 +253,8 @@ class _Extraction:
         layout, named = self._layout(output, changed, storage)
         names = [manifest_path(output).name, *[ADAPTER_CONFIG] * (self.settings.format == "lora")]
         workspace = OutputWorkspace(folder, layout, run["plan"], sources, names)
+        if self.crew is not None and not self.crew.local:
+            workspace.share()
         numbers = {name: number for number, name in enumerate(changed)}
 
         def write(reader: Reader, pair: TensorPair) -> Record:
@@ -271,8 +289,10 @@ class _Extraction:
 
     def _each(self, pairs: list[TensorPair], do: Callable[[Reader, TensorPair], T]) -> Iterator[tuple[str, T]]:
         """Call ``do`` for each pair, on all threads; yield each tensor's name and what it returned."""
-        pool = Pool(self.threads, [CPU], 0, 0)
-        for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair))):
+        pool = Pool(self.threads, [CPU], 0, 0, crew=self.crew)
+        for pair, result in pool.run(
+            pairs, lambda _, reader, pair: (pair, do(reader, pair)), size=lambda pair: pair.nbytes
+        ):
             self.done += pair.nbytes
             if self.progress is not None:
                 self.progress(self.done, self.in_all)

@@ -16,7 +16,7 @@ from mergekit_lite.checkpoint.folder import inside, weight_map
 from mergekit_lite.checkpoint.parts import in_folder
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
-from mergekit_lite.engine.pool import Pool, tuned_process
+from mergekit_lite.engine.pool import Crew, Pool, tuned_process
 from mergekit_lite.engine.report import of_spans
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import CheckpointError, RunError
@@ -51,6 +51,10 @@ class _Span(NamedTuple):
     number: int
     begin: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.end - self.begin) * dtypes.size(self.spec.dtype)
 
 
 def open_output(output: Path, manifest: Manifest) -> OpenedOutput:
@@ -166,7 +170,11 @@ def _check_index(folder: Path, index: str, tensors: Mapping[str, TensorSpec]) ->
 
 
 def check_digests(
-    output: OpenedOutput, manifest: Manifest, workers: int, advance: Callable[[int], None]
+    output: OpenedOutput,
+    manifest: Manifest,
+    workers: int,
+    advance: Callable[[int], None],
+    crew: Crew | None = None,
 ) -> list[Finding]:
     """Read every tensor of the output and compare the digests of its spans with the manifest's.
 
@@ -175,6 +183,7 @@ def check_digests(
         manifest: its manifest.
         workers: number of threads.
         advance: called with the number of bytes that were read.
+        crew: workers elsewhere, who read instead.
     """
     span_digests: dict[tuple[str, int], str] = {}
     failed: dict[str, Finding] = {}
@@ -183,7 +192,7 @@ def check_digests(
         merged = manifest.tensors[name].merged
         cuts = bounds(spec.numel, spec.numel if merged is None else min(merged, spec.numel), spec.dtype)
         spans[name] = [_Span(spec, number, *ends) for number, ends in enumerate(cuts)]
-    pool = Pool(workers, [CPU], 1, CHUNK * WIDEST)
+    pool = Pool(workers, [CPU], 1, CHUNK * WIDEST, crew=crew)
 
     def digest(buffers: WorkerBuffers, reader: Reader, span: _Span) -> tuple[_Span, str | Finding]:
         hashed = xxhash.xxh3_128()
@@ -197,12 +206,13 @@ def check_digests(
         return span, hashed.hexdigest()
 
     with tuned_process(with_torch=False):
-        for span, result in pool.run([span for of_tensor in spans.values() for span in of_tensor], digest):
+        tasks = [span for of_tensor in spans.values() for span in of_tensor]
+        for span, result in pool.run(tasks, digest, size=lambda span: span.nbytes):
             if isinstance(result, Finding):
                 failed[span.spec.name] = result
             else:
                 span_digests[span.spec.name, span.number] = result
-            advance((span.end - span.begin) * dtypes.size(span.spec.dtype))
+            advance(span.nbytes)
     findings = list(failed.values())
     for name, of_tensor in spans.items():
         if name not in failed:

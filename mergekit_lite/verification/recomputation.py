@@ -15,12 +15,13 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
 from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.pool import Workers
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.report import report
 from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.schedule import Progress, Schedule
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.tiling import bounds
-from mergekit_lite.errors import MergekitLiteError, counted
+from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.planning import Plan
 from mergekit_lite.verification.manifest_schema import Manifest
 from mergekit_lite.verification.output_files import differing
@@ -83,10 +84,12 @@ class Recomputation:
         threads: int | None,
         progress: Progress,
         processes: bool,
+        crew: Cluster | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
-        ``written`` are the output's tensors, ``jobs`` indices in the plan; other arguments are those of ``verify``.
+        ``written`` are the output's tensors, ``jobs`` indices in the plan, ``crew`` is of workers elsewhere; other
+        arguments are those of ``verify``.
         """
         workers, block = workers_and_block(devices, threads)
         self.plan = plan
@@ -98,8 +101,10 @@ class Recomputation:
             planned = {job.name: (job.dtype, job.shape) for job in plan.jobs}
             as_planned = {name: spec for name, spec in written.items() if planned.get(name) == (spec.dtype, spec.shape)}
             self.records = ComparedRecords(as_planned)
+            if crew is not None:
+                raise UsageError(f"--ray takes the kind of device that made the output: --device {manifest.device}.")
         # Forked workers would count for themselves.
-        team = Workers(workers, devices, block, processes and self.device == manifest.device)
+        team = Workers(workers, devices, block, processes and self.device == manifest.device, crew)
         self.schedule = Schedule(plan, {0: self.records}, team, progress, set(self.jobs))
         self.grouped = {index for (index, _), merge in self.schedule.shared.items() if merge.group is not None}
 

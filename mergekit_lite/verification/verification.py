@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_lite._version import __version__
-from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.pool import available_cores
+from mergekit_lite.engine.ray_cluster import devices_of, files_of, workers_of
+from mergekit_lite.engine.ray_workers import Cluster, File
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.layout import is_single_file
@@ -40,6 +41,7 @@ def verify(
     device: str = "cpu",
     progress: Progress | None = None,
     processes: bool = False,
+    ray: str | Cluster | None = None,
 ) -> Verification:
     """Check an output against its manifest, and make some of its tensors again from the inputs.
 
@@ -53,6 +55,7 @@ def verify(
         device: for making tensors again, as for ``run``.
         progress: called with (bytes read, bytes in all), from the workers' threads.
         processes: fork the workers that make tensors again, as for ``run``.
+        ray: work on the machines of a Ray cluster, as for ``run``.
 
     Raises:
         UsageError: there is no such output, or an input or device is named that isn't there.
@@ -62,7 +65,7 @@ def verify(
     path = Path(output).expanduser()
     if not path.exists() or path.is_dir() == is_single_file(path):
         raise UsageError(f"{path}: no such folder, or file of weights. Name an output of extrapolate or merge.")
-    devices = chosen_devices(device)
+    devices = devices_of(ray, device)
     manifest, sealed = read_manifest(path)
     opened = OpenedInputs() if samples == 0 else open_inputs(manifest, inputs or {})
     written = open_output(path, manifest)
@@ -81,14 +84,19 @@ def verify(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     total_progress = _TotalProgress(written.nbytes, progress)
     recomputation = None
-    if plan is not None:
-        jobs = _chosen(plan, samples, seed)
-        advance = total_progress.recomputed
-        recomputation = Recomputation(plan, manifest, written.tensors, jobs, devices, threads, advance, processes)
-        total_progress.to_recompute = recomputation.schedule.bytes_in_all
-    findings += check_digests(written, manifest, threads or available_cores(), total_progress.read)
-    if recomputation is not None:
-        findings += recomputation.run()
+    with workers_of(ray, device, threads) as crew:
+        if plan is not None:
+            jobs = _chosen(plan, samples, seed)
+            advance = total_progress.recomputed
+            recomputation = Recomputation(
+                plan, manifest, written.tensors, jobs, devices, threads, advance, processes, crew
+            )
+            total_progress.to_recompute = recomputation.schedule.bytes_in_all
+        if crew is not None and not crew.local:
+            crew.must_see([*files_of(opened.opened.values()), *_files_of_output(written)])
+        findings += check_digests(written, manifest, threads or available_cores(), total_progress.read, crew)
+        if recomputation is not None:
+            findings += recomputation.run()
     return Verification(
         output=path,
         findings=tuple(findings),
@@ -100,6 +108,12 @@ def verify(
         seed=seed,
         seconds=time.monotonic() - started,
     )
+
+
+def _files_of_output(output: OpenedOutput) -> list[File]:
+    """Return the weight files of an output, as machines have to see them."""
+    files = {spec.file: spec.file.stat() for spec in output.tensors.values()}
+    return [(str(path), status.st_size, status.st_mtime_ns) for path, status in files.items()]
 
 
 def _chosen(plan: Plan, samples: Samples, seed: int) -> list[int]:

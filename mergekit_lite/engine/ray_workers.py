@@ -1,0 +1,356 @@
+"""Workers on the machines of a Ray cluster, with the contract of ``processes.forked``.
+
+There is one worker for each processor of the cluster, or one for each GPU with several threads, as Ray counts them.
+What the tasks are done by is packed once and kept in Ray's object store; a task is sent packed, like what comes back.
+Weights never travel through Ray: workers read the inputs and write the output by their paths, on a file system that all
+machines share. Whether a machine sees them, and is of our version, each worker finds out before it gets a task.
+
+A worker that is lost is replaced, and its tasks are given to others. That is safe, even if it still lives and writes:
+what it writes are the same bytes in the same places.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mergekit_lite._version import __version__
+from mergekit_lite.engine.processes import packed
+from mergekit_lite.engine.ray_machine import File, Needs, RayWorker, identity
+from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted, listing, one_line
+
+AHEAD = 1  # tasks that a worker has been given besides the one it does
+MOST_LOSSES = 3  # times that a task may be lost with its worker, and workers that a node may lose in a row
+PATIENCE = 300  # seconds without any worker after which nobody waits longer
+LOOK_AROUND = 5.0  # seconds after which it is looked whether nodes have joined
+GPU, GPU_THREADS = "GPU", 6
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Node:
+    """One machine of the cluster, and what was done there.
+
+    Attributes:
+        name: the host's, with the start of the number that Ray gives it.
+        workers: that are at work, or looking whether they can be.
+        tasks, nbytes: that were done there.
+        seconds: from its first task to its last result.
+        lost: workers that ended before their work was done.
+        refused: why it gets no tasks; empty where it does.
+    """
+
+    name: str
+    workers: int = 0
+    tasks: int = 0
+    nbytes: int = 0
+    started: float = 0.0
+    seconds: float = 0.0
+    lost: int = 0
+    losses: int = 0  # those since a task was last done there
+    refused: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was done there as plain data."""
+        done = {"name": self.name, "tasks": self.tasks, "bytes": self.nbytes, "seconds": round(self.seconds, 3)}
+        done |= {"bytes_per_second": round(self.rate), "workers_lost": self.lost}
+        return done | ({"refused": self.refused} if self.refused else {})
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One worker, as the driver sees it: where it is, the handle of its actor, and whether it may be given tasks."""
+
+    node: str
+    actor: Any
+    is_fit: bool = False
+
+
+@dataclass
+class _Round:
+    """One call of ``Cluster.run``: its tasks, those that wait, what each worker is at, and how often tasks got lost."""
+
+    number: int
+    job: Any  # reference of what the tasks are done by
+    tasks: Sequence[bytes]
+    sizes: Sequence[int]
+    waiting: deque[int]
+    under_way: dict[Any, tuple[_Worker, int | None]] = field(default_factory=dict)  # None: it looks around
+    ready: list[_Worker] = field(default_factory=list)
+    losses: Counter[int] = field(default_factory=Counter)
+
+
+class Cluster:
+    """The workers of a Ray cluster, from the first tasks to the end of the run.
+
+    ``connect`` is called before the first tasks. ``local`` says that this process starts the cluster, on this machine
+    alone; ``gpus`` that the workers have one each. ``most`` is the largest number of workers, or None for one on each
+    processor or GPU.
+    """
+
+    def __init__(
+        self, connect: Callable[[], None], *, local: bool = False, gpus: bool = False, most: int | None = None
+    ) -> None:
+        self._connect: Callable[[], None] | None = connect
+        self.local = local
+        self.gpus = gpus
+        self.most = most
+        self.nodes: dict[str, Node] = {}
+        self._needs = Needs(identity())
+        self._workers: list[_Worker] = []
+        self._rounds = 0
+        self._looked = -LOOK_AROUND
+
+    def must_see(self, files: Sequence[File], marks: Sequence[tuple[str, str]] = ()) -> None:
+        """Have every machine look for files before it gets further tasks: inputs, and marks in working folders."""
+        self._needs = Needs(self._needs.identity, tuple(files), tuple(marks))
+        for worker in self._workers:
+            worker.is_fit = False
+        for node in self.nodes.values():
+            node.refused = ""
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        worker: Callable[[], Callable[[Task], Result]],
+        size: Callable[[Task], int] | None = None,
+    ) -> Iterator[Result]:
+        """Yield what ``worker()`` makes of each task, as they get done; large tasks begin first.
+
+        ``worker`` is pickled, with what it refers to, and called by each worker. ``size`` returns the bytes that a task
+        reads.
+
+        Raises:
+            UsageError: there is no such cluster, or no GPU in it.
+            RunError: Ray can't be started, no machine can do the tasks, or too many workers were lost.
+            Exception: what the first failing task raised. The other workers are stopped.
+        """
+        import ray
+        from ray import cloudpickle
+
+        if self._connect is not None:
+            self._connect()
+            self._connect = None
+            if self.gpus and not any(count for _, count in self._places()):
+                raise UsageError("No machine of the Ray cluster has a GPU. --device cpu needs none.")
+        sizes = [size(task) if size is not None else 0 for task in tasks]
+        order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
+        self._rounds += 1
+        job = ray.put(zlib.compress(cloudpickle.dumps(worker), level=1))
+        a_round = _Round(self._rounds, job, [packed(task) for task in tasks], sizes, deque(order))
+        return self._done(a_round)
+
+    def _done(self, a_round: _Round) -> Iterator[Any]:
+        import ray
+
+        left = len(a_round.tasks)
+        self._looked = -LOOK_AROUND
+        last_ready = time.monotonic()
+        try:
+            for worker in self._workers:
+                self._take_up(a_round, worker)
+            while left:
+                self._staff(a_round)
+                self._hand_out(a_round)
+                for reference in ray.wait(list(a_round.under_way), timeout=1.0)[0]:
+                    if reference not in a_round.under_way:
+                        continue  # of a node that was refused meanwhile
+                    worker, task = a_round.under_way.pop(reference)
+                    answer = self._answer(a_round, reference, worker, task)
+                    if answer is not None and task is not None:
+                        left -= 1
+                        self._note(worker, a_round.sizes[task])
+                        yield self._result(worker, answer)
+                if a_round.ready:
+                    last_ready = time.monotonic()
+                elif time.monotonic() - last_ready > PATIENCE:
+                    raise RunError(self._nobody(f"no worker could be started within {PATIENCE} seconds"))
+        finally:
+            if left:
+                self._dismiss()
+
+    def _take_up(self, a_round: _Round, worker: _Worker) -> None:
+        """Have a worker take part in a round, once it has looked around."""
+        if worker.is_fit:
+            a_round.ready.append(worker)
+        else:
+            a_round.under_way[worker.actor.look.remote(pickle.dumps(self._needs))] = worker, None
+
+    def _result(self, worker: _Worker, answer: bytes) -> Any:
+        """Return a result from a worker's answer. Raises what the task raised there."""
+        result, failure = pickle.loads(answer)
+        if type(failure) is RunError and not self.local:
+            raise RunError(f"On {self.nodes[worker.node].name}: {failure}")
+        if failure is not None:
+            raise failure
+        return result
+
+    def _staff(self, a_round: _Round) -> None:
+        """Start workers where the cluster has room for them: at the beginning, for lost ones, on nodes that joined."""
+        if time.monotonic() - self._looked < LOOK_AROUND:
+            return
+        self._looked = time.monotonic()
+        places = self._places()
+        at_work = Counter(worker.node for worker in self._workers)
+        wanted = min(len(a_round.tasks), self.most or sum(count for _, count in places))
+        while len(self._workers) < wanted:
+            free = [(at_work[node] / count, node) for node, count in places if at_work[node] < count]
+            if not free:
+                break
+            node = min(free)[1]  # the least busy one, so that a few workers are spread
+            worker = _Worker(node, self._started(node))
+            at_work[node] += 1
+            self._workers.append(worker)
+            self._take_up(a_round, worker)
+        for identifier, node in self.nodes.items():
+            node.workers = at_work[identifier]
+        if not self._workers:
+            raise RunError(self._nobody("it has none that is alive"))
+
+    def _places(self) -> list[tuple[str, int]]:
+        """Return the nodes that may be given tasks, each with the number of workers that fit there."""
+        import ray
+
+        places = []
+        for node in ray.nodes():
+            identifier = node["NodeID"]
+            known = self.nodes.setdefault(identifier, Node(f"{node['NodeManagerHostname']} ({identifier[:8]})"))
+            if node["Alive"] and not known.refused:
+                places.append((identifier, int(node["Resources"].get(GPU if self.gpus else "CPU", 0))))
+        return places
+
+    def _started(self, node: str) -> Any:
+        """Start a worker on a node, and return the handle of its actor."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": GPU_THREADS} if self.gpus else {}
+        options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | options
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        return ray.remote(RayWorker).options(**options).remote()
+
+    def _hand_out(self, a_round: _Round) -> None:
+        """Give tasks to the workers, to each as many as it may have."""
+        has = Counter(worker for worker, task in a_round.under_way.values() if task is not None)
+        most = (GPU_THREADS if self.gpus else 1) + AHEAD
+        for more in range(1, most + 1):  # to each one before anybody gets a second
+            for worker in a_round.ready:
+                if a_round.waiting and has[worker] < more:
+                    has[worker] += 1
+                    task = a_round.waiting.popleft()
+                    node = self.nodes[worker.node]
+                    node.started = node.started or time.monotonic()
+                    reference = worker.actor.do.remote(a_round.number, a_round.job, a_round.tasks[task])
+                    a_round.under_way[reference] = worker, task
+
+    def _answer(self, a_round: _Round, reference: Any, worker: _Worker, task: int | None) -> bytes | None:
+        """Return what a worker answered; None where it had only to look around, or was lost."""
+        import ray
+
+        try:
+            answer = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            if worker in self._workers:
+                self._lose(a_round, worker, error)
+            if task is not None:
+                self._give_back(a_round, worker, task)
+            return None
+        if task is not None:
+            assert isinstance(answer, bytes)
+            return answer
+        if answer:
+            self._refuse(a_round, worker.node, answer)
+        elif worker in self._workers:
+            worker.is_fit = True
+            a_round.ready.append(worker)
+        return None
+
+    def _lose(self, a_round: _Round, worker: _Worker, error: Exception) -> None:
+        """Forget a worker that died or can't be reached."""
+        self._drop(a_round, worker)
+        self._looked = -LOOK_AROUND
+        node = self.nodes[worker.node]
+        node.losses += 1
+        node.lost += 1
+        if node.losses > MOST_LOSSES:
+            self._refuse(a_round, worker.node, f"lost {counted(node.losses, 'worker')} in a row: {_why(error)}")
+
+    def _give_back(self, a_round: _Round, worker: _Worker, task: int) -> None:
+        """Let a task of a lost worker be done by another. Raises RunError where it was lost too often."""
+        a_round.waiting.appendleft(task)
+        a_round.losses[task] += 1
+        if a_round.losses[task] > MOST_LOSSES:
+            raise RunError(
+                f"Ray: the same work was lost {a_round.losses[task]} times with its worker, the last time on "
+                f"{self.nodes[worker.node].name}. Usually that means that the memory there ran out: a cluster that "
+                f"offers fewer CPUs of each machine (ray start --num-cpus) needs less. {GOES_ON}"
+            )
+
+    def _refuse(self, a_round: _Round, node: str, why: str) -> None:
+        """Give a node no more tasks. Raises RunError where none is left."""
+        self.nodes[node].refused = why
+        self._looked = -LOOK_AROUND  # others may take its place
+        for worker in [worker for worker in self._workers if worker.node == node]:
+            self._drop(a_round, worker)
+            for reference in [one for one, (of, _) in a_round.under_way.items() if of == worker]:
+                _, task = a_round.under_way.pop(reference)
+                if task is not None:
+                    a_round.waiting.appendleft(task)
+        if not any(count for _, count in self._places()):
+            raise RunError(self._nobody("none of its machines can do this work"))
+
+    def _nobody(self, why: str) -> str:
+        """Return the message that no machine works."""
+        refused = [f"{node.name}: {node.refused}" for node in self.nodes.values() if node.refused]
+        title = f"Ray: {why}"
+        return (listing(title, refused) if refused else f"{title}.") + f"\n{GOES_ON}"
+
+    def _note(self, worker: _Worker, nbytes: int) -> None:
+        node = self.nodes[worker.node]
+        node.losses = 0
+        node.tasks += 1
+        node.nbytes += nbytes
+        node.seconds = time.monotonic() - node.started
+
+    def _drop(self, a_round: _Round, worker: _Worker) -> None:
+        """End a worker."""
+        import ray
+
+        with suppress(ValueError):
+            self._workers.remove(worker)
+        with suppress(ValueError):
+            a_round.ready.remove(worker)
+        with suppress(Exception):
+            ray.kill(worker.actor)
+
+    def _dismiss(self) -> None:
+        """End all workers; the next tasks start others."""
+        import ray
+
+        for worker in self._workers:
+            with suppress(Exception):
+                ray.kill(worker.actor)
+        self._workers.clear()
+        self._looked = -LOOK_AROUND
+
+
+def _why(error: Exception) -> str:
+    """Return what Ray says about a worker that died, in a line."""
+    text = str(error)
+    if "No module named 'mergekit_lite'" in text:
+        return f"mergekit_lite is not installed there. Install version {__version__} with the extra ray"
+    lines = [line for line in text.splitlines() if line.strip()]
+    return one_line(lines[-1] if lines else type(error).__name__)

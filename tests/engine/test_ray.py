@@ -1,0 +1,340 @@
+"""Work on the machines of a Ray cluster: the bytes of a plain run, whatever dies meanwhile.
+
+One start of Ray takes ten seconds, so nearly all of this is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mergekit_lite import merge
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.commands import main
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.tensor_merge import JobMerge
+from mergekit_lite.merging import plan_merge
+from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.tensor_merge import joined
+from tests.ray_nodes import RayNodes, wait_for
+from tests.test_golden import LARGE, RECIPES, shapes, write_models
+
+COMMAND = [sys.executable, "-m", "mergekit_lite"]
+TIES = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [{"model": name, "parameters": {"density": 0.4, "weight": 0.5}} for name in "ab"],
+    "parameters": {"trim": "global"},
+}
+SPOKEN = re.compile(r"\bray(let|::)?\b", re.I)  # what Ray would say of itself
+
+
+def run(place: Path, *arguments: object, expected: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder."""
+    ended = subprocess.run([*COMMAND, *map(str, arguments)], cwd=place, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == expected, ended.stderr
+    return ended
+
+
+def models(place: Path, layers: int = 0) -> None:
+    """Write a base, two models tuned from it, and a recipe that needs sums over all of their tensors."""
+    large = {
+        f"model.layers.{n}.mlp.{part}.weight": (2048, 1024) for n in range(layers) for part in ("up_proj", "down_proj")
+    }
+    here = Path.cwd()
+    os.chdir(place)
+    write_models(["base", "a", "b"], shapes(3) | large, "bfloat16", shards=2)
+    os.chdir(here)
+    (place / "ties.yml").write_text(yaml.safe_dump(TIES))
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    """Return the bytes of all files but those that tell the output's name."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.suffix in (".safetensors", ".pt")}
+
+
+def processes_of_ray() -> set[str]:
+    """Return the processes on this machine that are Ray's, by their numbers."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if b"mergekit-lite-ray-" in words or words.startswith(b"ray::"):
+            found.add(path.parent.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--ray", "local"), "local:N"),
+        (("--ray", "local:0"), "local:N"),
+        (("--ray", "somewhere"), "HOST:PORT"),
+        (("--ray", "auto", "--device", "cuda:1"), "all GPUs"),
+    ],
+)
+def test_what_is_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], told: str):
+    models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["merge", "ties.yml", "-o", "out", *arguments])
+    assert result.exit_code == 2
+    assert told in result.output
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["merge", "ties.yml", "-o", "out", "--ray", "local:2"])
+    assert result.exit_code == 2
+    assert "pip install 'mergekit-lite[ray]'" in result.output
+
+
+def test_a_merge_under_way_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that waits for a sum goes on elsewhere from where it stands, by what it was sent."""
+    models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plan = plan_merge("ties.yml", "out")
+    merge = JobMerge(plan, plan.merged[0], 0, 0, plan.merged[0].numel)
+    buffers, rounds = WorkerBuffers(CPU, 3, 1 << 20), 0
+    with Reader() as reader:
+        while merge.request is not None:
+            other = pickle.loads(pickle.dumps(merge))
+            assert other.request == merge.request
+            total = joined(merge.sum(buffers, reader, *section) for section in merge.sections())
+            merge.send(total)
+            other.send(total)
+            rounds += 1
+    assert rounds > 1
+    assert pickle.loads(pickle.dumps(merge)).merge == other.merge == merge.merge
+
+
+def test_on_this_machine(tmp_path: Path) -> None:
+    """The bytes are those of a plain run; Ray says nothing, and leaves no process and no file."""
+    models(tmp_path)
+    before = set(Path("/tmp").glob("mergekit-lite-ray-*"))
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    ended = run(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", "local:2", "--json")
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    (node,) = json.loads(ended.stdout)["nodes"]
+    assert node["tasks"] > 1 and node["workers_lost"] == 0
+    assert ended.stderr == ""
+    wait_for(lambda: not processes_of_ray(), 10)
+    assert set(Path("/tmp").glob("mergekit-lite-ray-*")) <= before
+
+
+@pytest.mark.slow
+def test_interrupted_on_this_machine(tmp_path: Path) -> None:
+    """After Ctrl-C nothing runs on, the command ends as it always does, and --resume goes on."""
+    models(tmp_path, layers=30)
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    process = subprocess.Popen(
+        [*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", "local:2"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1, told
+    assert "--resume goes on" in told and not SPOKEN.search(told.replace("ray_", "")), told
+    wait_for(lambda: not processes_of_ray(), 10)
+    run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_killed_on_this_machine(tmp_path: Path) -> None:
+    """What the command started does not outlive it."""
+    models(tmp_path, layers=30)
+    process = subprocess.Popen([*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", "local:2", "-q"], cwd=tmp_path)
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not processes_of_ray(), 60)
+    for folder in Path("/tmp").glob("mergekit-lite-ray-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    with RayNodes(3) as cluster:
+        yield cluster
+
+
+DRIVER = """
+import os, sys
+import mergekit_lite
+from mergekit_lite.engine.ray_cluster import connected
+address, *places = sys.argv[1:]
+with connected(address) as cluster:
+    for place in places:
+        os.chdir(place)
+        mergekit_lite.merge("recipe.yml", "ray", ray=cluster)
+    assert [node.tasks > 0 for node in cluster.nodes.values()] == [True] * 3
+"""
+
+
+@pytest.mark.slow
+def test_every_method(nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method gives the bytes of a plain run."""
+    assert METHODS.keys() <= {file.stem for file in RECIPES}
+    for file in RECIPES:
+        recipe = yaml.safe_load(file.read_text())
+        sources = [source for part in recipe.get("slices", ()) for source in part["sources"]] + recipe.get("models", [])
+        names = dict.fromkeys([recipe.get("base_model", "org/base"), *(source["model"] for source in sources)])
+        layers = max([6, *(source["layer_range"][1] for source in sources if "layer_range" in source)])
+        place = tmp_path / file.stem
+        place.mkdir()
+        monkeypatch.chdir(place)
+        write_models(list(names), shapes(layers) | LARGE, "bfloat16")
+        Path("recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        merge("recipe.yml", "plain")
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER, nodes.address, *(str(tmp_path / file.stem) for file in RECIPES)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for file in RECIPES:
+        place = tmp_path / file.stem
+        assert weights(place / "ray") == weights(place / "plain"), file.stem
+
+
+@pytest.mark.slow
+def test_every_command(nodes: RayNodes, tmp_path: Path) -> None:
+    """All that takes --ray gives what it gives without."""
+    models(tmp_path, layers=2)
+    ray = ("--ray", nodes.address)
+    for name, *arguments in (
+        ("expo", "extrapolate", "base", "a", "-a", "0.2,0.4", "--rounding", "stochastic", "-o", "{}-{{alpha}}"),
+        ("dense", "vector", "extract", "base", "a", "-o", "{}.safetensors"),
+        ("rank", "vector", "extract", "base", "a", "--format", "lowrank", "--energy", 0.5, "-o", "{}.safetensors"),
+        ("applied", "vector", "apply", "base", "dense-plain.safetensors:0.5", "-o", "{}.safetensors"),
+    ):
+        for suffix, how in (("plain", ()), ("ray", ray)):
+            run(tmp_path, *(str(one).format(f"{name}-{suffix}") for one in arguments), *how)
+    for one in ("dense", "rank", "applied"):
+        plain, other = (tmp_path / f"{one}-{suffix}.safetensors" for suffix in ("plain", "ray"))
+        assert other.read_bytes() == plain.read_bytes(), one
+    for alpha in ("0.2", "0.4"):
+        assert weights(tmp_path / f"expo-ray-{alpha}") == weights(tmp_path / f"expo-plain-{alpha}")
+    plain = json.loads(run(tmp_path, "compare", "base", "a", "b", "--json").stdout)
+    told = json.loads(run(tmp_path, "compare", "base", "a", "b", "--json", *ray).stdout)
+    assert len(told.pop("nodes")) >= 3
+    assert told == plain
+    verdict = json.loads(run(tmp_path, "verify", "expo-ray-0.2", "--all", "--json", *ray).stdout)
+    assert verdict["sound"] and verdict["recomputed"]
+    damaged = tmp_path / "expo-ray-0.4" / "model-00001-of-00002.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert "not the bytes" in run(tmp_path, "verify", "expo-ray-0.4", *ray, expected=1).stdout
+
+
+@pytest.mark.slow
+def test_a_node_killed(nodes: RayNodes, tmp_path: Path) -> None:
+    """What a dead node had begun is done by others."""
+    models(tmp_path, layers=40)
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    process = subprocess.Popen(
+        [*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", nodes.address, "--json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
+    nodes.kill()
+    out, err = process.communicate(timeout=200)
+    nodes.add()
+    assert process.returncode == 0, err
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    assert sum(node["workers_lost"] for node in json.loads(out)["nodes"]) == 1
+    assert re.fullmatch(r"Warning: 1 worker of \S+ \(\w+\) ended early; others did their work\.\n", err), err
+
+
+@pytest.mark.slow
+def test_the_driver_killed(nodes: RayNodes, tmp_path: Path) -> None:
+    """A run goes on from elsewhere: on a cluster again, after that without one."""
+    models(tmp_path, layers=40)
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    more: tuple[str, ...] = ()
+    for least in (5, 20):
+        process = subprocess.Popen(
+            [*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", nodes.address, "-q", *more], cwd=tmp_path
+        )
+        wait_for(lambda least=least: journal.exists() and journal.read_bytes().count(b"\n") > least)
+        process.kill()
+        process.wait()
+        more = ("--resume",)
+    run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs namespaces")
+def test_machines_that_see_other_files(tmp_path: Path) -> None:
+    """A machine with another folder under the output's path, or without the inputs, gets no work and is named."""
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    models(tmp_path / "in")
+    run(tmp_path / "in", "merge", "ties.yml", "-o", "plain")
+    hide = "mount -t tmpfs none {}"
+    with RayNodes(1) as cluster:
+        cluster.join(hide.format(tmp_path / "out"))
+        cluster.join(hide.format(tmp_path / "in"))
+        ray = ("--ray", cluster.address)
+        wait_for(lambda: _nodes(tmp_path / "in", ray) == 3)
+        ended = run(tmp_path / "in", "merge", "ties.yml", "-o", tmp_path / "out" / "m", *ray, "--json")
+        told = sorted(node.get("refused", "") for node in json.loads(ended.stdout)["nodes"])
+        assert told[0] == ""
+        assert told[1].startswith(f"doesn't see the input {tmp_path}/in/base/model-")
+        assert told[2].startswith(f"doesn't see the working folder {tmp_path}/out/.m.partial, or can't write there")
+        assert "was left out: it doesn't see" in ended.stderr
+        assert weights(tmp_path / "out" / "m") == weights(tmp_path / "in" / "plain")
+
+
+def _nodes(place: Path, ray: tuple[str, str]) -> int:
+    """Return how many nodes a run finds."""
+    return len(json.loads(run(place, "compare", "base", "a", "--json", *ray).stdout)["nodes"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs namespaces")
+def test_another_version(tmp_path: Path) -> None:
+    """A machine with other sources than ours gets no work, even where it is called the same version."""
+    models(tmp_path)
+    package = Path(__file__).parents[2] / "mergekit_lite"
+    other = tmp_path / "other"
+    shutil.copytree(package, other / "mergekit_lite", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "mergekit_lite" / "errors.py").open("a") as file:
+        file.write("\n# changed\n")
+    with RayNodes(1) as cluster:
+        cluster.join(":", PYTHONPATH=str(other))
+        ray = ("--ray", cluster.address)
+        wait_for(lambda: _nodes(tmp_path, ray) == 2)
+        ended = run(tmp_path, "merge", "ties.yml", "-o", "out", *ray)
+        assert re.search(r"left out: it has mergekit_lite \S+ \(sources \w+, with", ended.stderr), ended.stderr

@@ -1,0 +1,124 @@
+"""A Ray cluster of several nodes on this machine, in processes of its own: the tests' own process never loads Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).parents[1]
+STORE = 80 << 20  # bytes of each node's object store
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+
+
+class RayNodes:
+    """A cluster of nodes with one processor each; it ends with its context.
+
+    The first node holds the cluster together, and can't be killed.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._host = subprocess.Popen(
+            [sys.executable, "-m", "tests.ray_nodes", str(count)],
+            cwd=ROOT,
+            env=os.environ | QUIET,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self._others: list[subprocess.Popen[bytes]] = []
+        self.address = self._line()
+
+    def __enter__(self) -> RayNodes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for other in self._others:
+            end_group(other)
+        assert self._host.stdin and self._host.stdout
+        self._host.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._host.wait(30)
+        end_group(self._host)
+        self._host.stdout.close()
+
+    def _line(self) -> str:
+        assert self._host.stdout
+        return self._host.stdout.readline().strip()
+
+    def kill(self) -> None:
+        """Kill all processes of the newest node."""
+        assert self._host.stdin
+        self._host.stdin.write("kill\n")
+        self._host.stdin.flush()
+        assert self._line() == "killed"
+
+    def add(self) -> None:
+        """Add a node like the others."""
+        assert self._host.stdin
+        self._host.stdin.write("add\n")
+        self._host.stdin.flush()
+        assert self._line() == "added"
+
+    def join(self, first: str, **environment: str) -> None:
+        """Add a node by ``ray start``, in namespaces of its own, where shell commands are run ``first``."""
+        ray = f"{sys.executable} -m ray.scripts.scripts start --address={self.address} --num-cpus=1 --block"
+        script = f"{first}\nexec {ray} --object-store-memory={STORE}"
+        self._others.append(
+            subprocess.Popen(
+                ["unshare", "--mount", "sh", "-ec", script],
+                env=os.environ | QUIET | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+
+
+def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """Kill a process and all that it started in its session."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def host(count: int) -> None:
+    """Start a cluster, print its address, and obey lines of standard input until it ends."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False},
+    )
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(count - 1)]
+    print(cluster.address, flush=True)
+    for line in sys.stdin:
+        if line == "kill\n":
+            for processes in nodes.pop().all_processes.values():
+                for process in processes:
+                    os.kill(process.process.pid, signal.SIGKILL)
+            print("killed", flush=True)
+        else:
+            nodes.append(cluster.add_node(num_cpus=1, object_store_memory=STORE))
+            print("added", flush=True)
+    cluster.shutdown()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    host(int(sys.argv[1]))
