@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergekit_lite import dtypes
+from mergekit_lite import dtypes, positioned
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Reader:
     """The open files of checkpoints, and what was computed from them lately. Many threads may use it at once.
 
-    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays
+    Reads are positioned, straight into the caller's memory: nothing is mapped, so resident memory stays
     what the buffers are.
     """
 
@@ -45,7 +45,7 @@ class Reader:
         descriptor = self._descriptor(path)
         while out:
             try:
-                count = os.preadv(descriptor, [out], offset)
+                count = positioned.read(descriptor, out, offset)
             except OSError as error:
                 raise RunError(
                     f"{path}: reading tensor {tensor!r} at byte {offset:,} failed: {error.strerror}"
@@ -75,7 +75,7 @@ class Reader:
         with self._lock:
             if path not in self._descriptors:
                 try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._descriptors[path] = positioned.open_file(path, os.O_RDONLY)
                 except OSError as error:
                     raise RunError(f"{path}: can't be read: {error.strerror}") from error
             return self._descriptors[path]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 from mergekit_lite import dtypes
@@ -12,6 +11,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import CheckpointError, RunError
+from mergekit_lite.positioned import read_bytes
 
 ELEMENTS_PER_START = 1 << 16  # elements of a tensor that share an entry of ``starts``; a place in one fits into 16 bits
 
@@ -59,9 +59,9 @@ class Sparse(VectorTerm):
     def check_values(self) -> None:
         """Raise CheckpointError where the index doesn't begin at 0 and end at the number of values."""
         with self.starts.file.open("rb") as file:
+            places = (self.starts.offset + 8 * entry for entry in (0, self.starts.numel - 1))
             first, last = (
-                int.from_bytes(os.pread(file.fileno(), 8, self.starts.offset + 8 * entry), "little", signed=True)
-                for entry in (0, self.starts.numel - 1)
+                int.from_bytes(read_bytes(file.fileno(), 8, place), "little", signed=True) for place in places
             )
         if (first, last) != (0, self.values.numel):
             raise CheckpointError(
