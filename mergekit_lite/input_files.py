@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from mergekit_lite.errors import UnreadableError
+from mergekit_lite.positioned import open_file
 
 MAX_BYTES = 100_000_000  # of a small file: tokenizers come to some tens of megabytes, an index of a million tensors too
 MAX_DEPTH = 100  # of JSON: configs and tokenizers have less than 20
@@ -50,8 +51,7 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
             yield elsewhere
         return
     try:
-        # Without waiting, since opening a pipe takes as long as nobody writes to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = open_file(path, os.O_RDONLY)
     except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
         raise UnreadableError(path, f"can't be read: {getattr(error, 'strerror', None) or error}") from error
     status = os.fstat(descriptor)

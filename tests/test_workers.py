@@ -138,24 +138,22 @@ def test_a_worker_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, limit:
 
 def orphaned(widened: str, prctl_works: bool) -> None:
     """Start workers that note their ids, in a process that is to be killed; ``widened`` is where each is slow."""
-    library = processes.ctypes.CDLL
+    found = processes.c_function
 
     def noted() -> None:
         Path(f"worker-{os.getpid()}").touch()
 
-    def slow_library(name: None) -> object:
+    def slow_function(name: str) -> object:
         if widened == "start":
             noted()
             time.sleep(0.3)
-        if not prctl_works:
-            raise OSError("there is no prctl")
-        return library(name)
+        return found(name) if prctl_works else None
 
     def worker() -> Callable[[int], None]:
         noted()
         return lambda number: time.sleep(0.2 if widened != "idle" else 0)
 
-    processes.ctypes.CDLL = slow_library  # type: ignore[assignment, misc]
+    processes.c_function = slow_function  # type: ignore[assignment]
     for _ in forked(WORKERS, range(1000), worker):
         if widened == "idle":
             time.sleep(60)

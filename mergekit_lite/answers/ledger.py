@@ -1,14 +1,14 @@
 """A file of rows that are made one by one and survive a kill.
 
-Until it is finished, rows are appended to ``NAME.partial.jsonl`` as they come, in any order. Once no expected row is
-missing they are written in the expected order as ``NAME.jsonl``, and the partial file is removed. So a finished
-ledger's bytes depend on its rows alone, not on interruptions.
+Until it is finished, rows are appended to ``NAME.partial.jsonl`` as they come, in any order, by the one process that
+holds the lock ``NAME.partial.lock``. Once no expected row is missing they are written in the expected order as
+``NAME.jsonl``, and both are removed. So a finished ledger's bytes depend on its rows alone, not on interruptions.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from mergekit_lite.answers.rows import Fields, as_line, not_written, read_rows, write_lines
 from mergekit_lite.errors import RunError
+from mergekit_lite.locks import lock_file
 
 K = TypeVar("K", bound=Hashable)
 
@@ -37,6 +38,8 @@ class Ledger(Generic[K]):
     ):
         self.path = path
         self.partial = path.with_name(f"{path.stem}.partial.jsonl")
+        self._lock_file = path.with_name(f"{path.stem}.partial.lock")  # where locks bind, nobody could read the rows
+        self._lock: int | None = None
         self.expected = tuple(expected)
         self.key = key
         self.fields = fields
@@ -87,6 +90,7 @@ class Ledger(Generic[K]):
             write_lines(self.path, self._lines())
         self.close()
         self.partial.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)
         self._places = {}
         self._finished = tuple(self._take(self.path))
 
@@ -96,6 +100,9 @@ class Ledger(Generic[K]):
             with suppress(OSError):  # ``append`` has flushed and reported
                 self._appending.close()
             self._appending = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _lines(self) -> Iterator[bytes]:
         files: dict[Path, BinaryIO] = {}
@@ -128,12 +135,14 @@ class Ledger(Generic[K]):
     def _open(self) -> BinaryIO:
         """Open the partial file for this process alone, at the start of a line."""
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        file = self.partial.open("a+b")
+        self._lock = lock_file(self._lock_file)
+        if self._lock is None:
+            raise RunError(f"{self.partial}: another process is making this file. Wait for it, or stop it.")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise RunError(f"{self.partial}: another process is making this file. Wait for it, or stop it.") from error
+            file = self.partial.open("a+b")
+        except OSError:
+            self.close()
+            raise
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":

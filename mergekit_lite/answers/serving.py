@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
+from mergekit_lite.answers.watchdog import end_all
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.plain_text import plain_line
 
@@ -46,7 +47,7 @@ class RunningServer(NamedTuple):
 def wrong_command(command: str) -> str | None:
     """Return what is wrong with a command that is to start a server; None for nothing."""
     try:
-        words = shlex.split(command)
+        words = split_command(command)
     except ValueError as error:
         return f"{command!r}: {error}"
     missing = [place for place in PLACES if not any(place in word for word in words)]
@@ -59,10 +60,19 @@ def serve_words(command: str, option: str) -> list[str]:
     """Split a command into words. Raises UsageError, naming the option, where it can't start a server here."""
     if wrong := wrong_command(command):
         raise UsageError(f"{option}: {wrong}.")
-    words = shlex.split(command)
+    words = split_command(command)
     if shutil.which(words[0]) is None:
         raise UsageError(f"{option}: there is no program {words[0]!r} here.")
     return words
+
+
+def split_command(command: str) -> list[str]:
+    """Split a command as a shell would; on Windows a backslash is part of a path. Raises ValueError."""
+    lexer = shlex.shlex(command, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if os.sep == "\\":
+        lexer.escape = ""
+    return list(lexer)
 
 
 @contextmanager
@@ -135,6 +145,9 @@ def _started(
 
 def _ask_to_stop(*processes: subprocess.Popen[bytes]) -> None:
     for process in processes:
+        if not hasattr(os, "killpg"):  # on Windows nothing asks
+            end_all(process.pid)
+            continue
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
 
@@ -144,8 +157,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     _ask_to_stop(process)
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    end_all(process.pid)
     process.wait()
     if process.stdin is not None:
         process.stdin.close()

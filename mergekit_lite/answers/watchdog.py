@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 
 def main() -> int:
@@ -20,14 +21,23 @@ def main() -> int:
     except OSError as error:
         print(f"can't be started: {error.strerror}: {sys.argv[1]}", file=sys.stderr, flush=True)
         return 1
-    threading.Thread(target=_end_with_starter, daemon=True).start()
+    threading.Thread(target=_end_with_starter, args=(process.pid,), daemon=True).start()
     code = process.wait()
     return code if code >= 0 else 128 - code
 
 
-def _end_with_starter() -> None:
+def end_all(process: int) -> None:
+    """Kill a process that leads a group of its own, with all that it started; on Windows without the group."""
+    if not hasattr(os, "killpg"):
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process)], capture_output=True)
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
+def _end_with_starter(command: int) -> None:
     os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
+    end_all(0 if hasattr(os, "killpg") else command)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mergekit_lite import dtypes
+from mergekit_lite import dtypes, positioned
 from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Reader:
     """The open files of checkpoints, and what was computed from them lately. Many threads may use it at once.
 
-    Reads are positioned (``preadv``) straight into the caller's memory: nothing is mapped, so resident memory stays
+    Reads are positioned, straight into the caller's memory: nothing is mapped, so resident memory stays
     what the buffers are. What lies elsewhere is fetched, ahead where it was said what will be read; each thread has
     blocks of its own.
     """
@@ -67,7 +67,7 @@ class Reader:
         descriptor = self._descriptor(path)
         while out:
             try:
-                count = os.preadv(descriptor, [out], offset)
+                count = positioned.read(descriptor, out, offset)
             except OSError as error:
                 raise RunError(
                     f"{path}: reading tensor {tensor!r} at byte {offset:,} failed: {error.strerror}"
@@ -110,7 +110,7 @@ class Reader:
         with self._lock:
             if path not in self._descriptors:
                 try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._descriptors[path] = positioned.open_file(path, os.O_RDONLY)
                 except OSError as error:
                     raise RunError(f"{path}: can't be read: {error.strerror}") from error
             return self._descriptors[path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ from mergekit_lite.output.remote_workspace import spool_folder
 if TYPE_CHECKING:
     from mergekit_lite.planning import Plan
 
-PROCESSES = sys.platform == "linux"  # whether workers are forked: elsewhere system libraries don't survive that
+# Whether workers are forked: elsewhere there is no fork, or system libraries don't survive it.
+PROCESSES = sys.platform == "linux" and hasattr(os, "fork")
 
 
 @dataclass(frozen=True)

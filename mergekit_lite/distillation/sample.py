@@ -7,7 +7,6 @@ the settings of a source's answers, so that answers drawn with different setting
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from mergekit_lite.answers.offline import Offline, is_installed
 from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
-from mergekit_lite.answers.serving import RunningServer, serve_words, serving
+from mergekit_lite.answers.serving import RunningServer, serve_words, serving, split_command
 from mergekit_lite.distillation.data.importing import import_answers
 from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import settled
@@ -124,7 +123,7 @@ def _is_absent(source: RecipeSource) -> bool:
 
 def _missing_program(source: RecipeSource) -> str | None:
     if source.serve is not None:
-        program = shlex.split(source.serve)[0]
+        program = split_command(source.serve)[0]
         return None if shutil.which(program) else f"there is no program {program!r} here, which `serve` names"
     if source.server is None and source.engine == "vllm" and not is_installed():
         return "vLLM is not installed: pip install vllm, or leave `engine` out"

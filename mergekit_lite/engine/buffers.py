@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mergekit_lite import dtypes
+from mergekit_lite import dtypes, positioned
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.deferred import torch
@@ -80,7 +80,7 @@ class WorkerBuffers:
 
 def _buffer(nbytes: int) -> memoryview:
     """Return memory that begins at a page's begin, with room for a chunk that begins anywhere in the page."""
-    return memoryview(mmap.mmap(-1, nbytes + mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return positioned.pages(nbytes + mmap.PAGESIZE)
 
 
 @contextmanager

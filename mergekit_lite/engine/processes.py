@@ -12,7 +12,6 @@ system finds that its parent is another, or that its connection has no other end
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import os
@@ -29,14 +28,15 @@ from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
+from mergekit_lite.c_library import c_function
 from mergekit_lite.errors import GOES_ON, RunError
 
 AHEAD = 2  # tasks that a worker has been given besides the one it does, so that it never waits for the next
 PR_SET_PDEATHSIG = 1
 ADVICE = {  # by the signal that ended a worker
-    signal.SIGKILL: "Usually that means that the memory ran out: fewer --threads need less.",
-    signal.SIGTERM: "Somebody stopped it.",
-    signal.SIGXCPU: "Its processor time ran out: raise the limit (ulimit -t).",
+    "SIGKILL": "Usually that means that the memory ran out: fewer --threads need less.",
+    "SIGTERM": "Somebody stopped it.",
+    "SIGXCPU": "Its processor time ran out: raise the limit (ulimit -t).",
 }
 TO_START = {  # what else helps, by the error that keeps a worker from being started
     errno.EMFILE: "; or raise the limit of open files: ulimit -n 1024",
@@ -149,7 +149,7 @@ class _Process:
         status = self._wait()
         if status < 0:
             number = signal.Signals(-status)
-            return f"was ended by {number.name} before its work was done. {ADVICE.get(number, CRASHED)}"
+            return f"was ended by {number.name} before its work was done. {ADVICE.get(number.name, CRASHED)}"
         if status == os.EX_IOERR:
             return "ended, as it could not send a result."
         return f"ended before its work was done{f' (exit status {status})' if status else ''}."
@@ -205,8 +205,8 @@ def _live(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if (prctl := c_function("prctl")) is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for other in not_ours:
             other.close()  # while a worker held the parent's end, the parent's end would not be noticed
         if os.getppid() == parent:

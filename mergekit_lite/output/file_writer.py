@@ -17,6 +17,8 @@ import threading
 import time
 from pathlib import Path
 
+from mergekit_lite import positioned
+from mergekit_lite.c_library import c_function
 from mergekit_lite.output.working_folder import open_own
 
 PAGE = max(4096, mmap.PAGESIZE)  # bytes; position, length and memory of a direct write are multiples of it
@@ -71,7 +73,7 @@ class FileWriter:
 
     def read(self, position: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from ``position`` on; return False where the file ends before. Raises OSError."""
-        return os.preadv(self._cached, [buffer], position) == len(buffer)
+        return positioned.read(self._cached, buffer, position) == len(buffer)
 
     def flush(self) -> None:
         """Bring what was written to the disk, or to its server. Raises OSError."""
@@ -85,7 +87,7 @@ class FileWriter:
 
     def _write_cached(self, position: int, data: memoryview) -> None:
         while data:
-            written = os.pwrite(self._cached, data, position)
+            written = positioned.write(self._cached, data, position)
             position, data = position + written, data[written:]
 
     def _write_past_cache(self, position: int, data: memoryview) -> None:
@@ -103,7 +105,7 @@ class FileWriter:
     def _write_pages(self, position: int, pages: memoryview) -> int:
         assert self._direct is not None
         try:
-            return os.pwrite(self._direct, pages, position)
+            return positioned.write(self._direct, pages, position)
         except OSError as error:
             if error.errno not in NOT_DIRECT:
                 raise
@@ -146,8 +148,8 @@ def _reserve(descriptor: int, size: int) -> None:
     The system call is used: on file systems that can't do it the C library would write the whole file instead.
     """
     os.ftruncate(descriptor, size)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "fallocate64") and libc.fallocate64(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+    fallocate = c_function("fallocate64")
+    if fallocate is not None and fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
         code = ctypes.get_errno()
         if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise OSError(code, os.strerror(code))
@@ -173,5 +175,5 @@ def _stage() -> memoryview:
     """Return this thread's memory for such copies."""
     stage: memoryview | None = getattr(_of_thread, "stage", None)
     if stage is None:
-        stage = _of_thread.stage = memoryview(mmap.mmap(-1, DIRECT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        stage = _of_thread.stage = positioned.pages(DIRECT_WRITE)
     return stage

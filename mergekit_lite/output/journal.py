@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from mergekit_lite import positioned
 from mergekit_lite.errors import GOES_ON, RunError, listing
 from mergekit_lite.output.working_folder import NEW_JOURNAL, open_own
 
@@ -71,7 +72,7 @@ class Journal(Mapping[tuple[int, int], Record]):
                     self._note(record, self._end)
                     self._end += file.write(line)
         temporary.replace(path)
-        self._descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
+        self._descriptor = open_own(path, os.O_RDWR)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what reads the records that are there now, in another process."""
@@ -82,11 +83,11 @@ class Journal(Mapping[tuple[int, int], Record]):
 
     def add(self, record: Record) -> None:
         """Append a finished span. Raises OSError."""
-        line = _sealed(json.dumps(record).encode(), self.plan_digest)
+        line = memoryview(_sealed(json.dumps(record).encode(), self.plan_digest))
         with self._lock:
             place = self._end
             while line:
-                written = os.write(self._descriptor, line)
+                written = positioned.write(self._descriptor, line, self._end)
                 self._end += written
                 line = line[written:]
             self._note(record, place)
@@ -110,8 +111,10 @@ class Journal(Mapping[tuple[int, int], Record]):
         self.bad.clear()
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file; more than once does no harm."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def __getitem__(self, key: tuple[int, int]) -> Record:
         job, begin = key
@@ -140,9 +143,9 @@ class Journal(Mapping[tuple[int, int], Record]):
 
     def _line(self, place: int) -> bytes:
         """Return the line that begins at a byte of the file. Raises RunError."""
-        line = b""
+        line, file = b"", self._descriptor
         try:
-            while not line.endswith(b"\n") and (piece := os.pread(self._descriptor, PIECE, place + len(line))):
+            while not line.endswith(b"\n") and (piece := positioned.read_bytes(file, PIECE, place + len(line))):
                 line += piece[: piece.find(b"\n") + 1 or None]
         except OSError as error:
             raise RunError(f"{self.path}: can't be read back: {error.strerror}. {GOES_ON}") from error

@@ -15,6 +15,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from mergekit_lite.c_library import c_function
+
 IN_WORKING_FOLDER = -100  # AT_FDCWD: what relative paths are relative to
 NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
@@ -58,11 +60,10 @@ def remove(path: Path) -> None:
 
 def renameat2(source: Path, target: Path, flags: int) -> None:
     """Rename as the system call does. Raises OSError; one of ``UNSUPPORTED`` where the system has no such call."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = errno.ENOSYS
-    if hasattr(libc, "renameat2"):
+    call, code = c_function("renameat2"), errno.ENOSYS
+    if call is not None:
         old, new = os.fsencode(source), os.fsencode(target)
-        if libc.renameat2(IN_WORKING_FOLDER, old, IN_WORKING_FOLDER, new, ctypes.c_uint(flags)) == 0:
+        if call(IN_WORKING_FOLDER, old, IN_WORKING_FOLDER, new, ctypes.c_uint(flags)) == 0:
             return
         code = ctypes.get_errno()
     raise OSError(code, os.strerror(code), str(source), None, str(target))

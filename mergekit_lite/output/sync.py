@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+from mergekit_lite.positioned import open_file
+
+WINDOWS = os.name == "nt"
 
 
 def sync_tree(path: Path) -> None:
@@ -26,8 +31,15 @@ def sync_name(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if WINDOWS and path.is_dir():
+        return  # its file system brings names to the disk by itself, and opens no folder
+    descriptor = open_file(path, os.O_RDWR if WINDOWS else os.O_RDONLY, links=False)
     try:
         os.fsync(descriptor)
+        if sys.platform == "darwin":  # past the disk's own memory, too
+            import fcntl
+
+            with suppress(OSError):  # of a file system that has no such call
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)

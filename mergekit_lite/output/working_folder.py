@@ -14,7 +14,6 @@ no link in it is followed. Anything foreign is an error that names it; it is nei
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -23,12 +22,15 @@ from pathlib import Path
 from types import TracebackType
 
 from mergekit_lite.errors import RunError, listing
+from mergekit_lite.locks import take_lock
 from mergekit_lite.output import renames
+from mergekit_lite.positioned import open_file
 
 JOURNAL, NEW_JOURNAL, LOCK = "journal.jsonl", "journal.new", "lock"
 RESULT, FACTORS, REPLACED, PROBE, MARK = "result", "factors", "replaced", "probe", "mark"
 NAMES = (REPLACED, RESULT, FACTORS, PROBE, MARK, NEW_JOURNAL, JOURNAL, LOCK)  # in the order in which they are removed
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OPEN_FILES_GO = os.name != "nt"  # whether an open file can be removed
 
 
 def working_folder(output: Path) -> Path:
@@ -58,19 +60,16 @@ class WorkingFolder:
                 self._is_new = True
             _check_own(self.path)
             _check_names(self.path)
-            self._lock = open_own(self.path / LOCK, os.O_RDWR | os.O_CREAT)
+            self._lock: int | None = open_own(self.path / LOCK, os.O_RDWR | os.O_CREAT)
             try:
                 self._take(fresh)
             except BaseException:
-                os.close(self._lock)
+                self._unlock()
                 raise
 
     def _take(self, fresh: bool) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            another = "another process is making this output. Wait for it, or stop it."
-            raise RunError(f"{self.path}: {another}") from error
+        if self._lock is None or not take_lock(self._lock):
+            raise RunError(f"{self.path}: another process is making this output. Wait for it, or stop it.")
         if not fresh:
             return
         if os.path.lexists(self.replaced) and not os.path.lexists(self.output):
@@ -94,7 +93,7 @@ class WorkingFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._is_new and not self.journal.exists():  # there is nothing to go on with
             self.remove()
-        os.close(self._lock)
+        self._unlock()
 
     def remove(self) -> None:
         """Remove what runs put here, as far as the system lets it, and the folder if that leaves it empty.
@@ -104,8 +103,15 @@ class WorkingFolder:
         self._is_new = False
         with suppress(OSError):
             for name in NAMES:
+                if name == LOCK and not OPEN_FILES_GO:
+                    self._unlock()
                 renames.remove(self.path / name)
             self.path.rmdir()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def check_result(self, names: Collection[str]) -> None:
         """Raise RunError where the result holds anything but regular files of these names, relative to it."""
@@ -149,10 +155,10 @@ def left_by_earlier_run(output: Path) -> Iterator[WorkingFolder | None]:
 def open_own(path: Path, flags: int) -> int:
     """Open a file of a working folder, and return its descriptor. Raises RunError for links and irregular files."""
     try:
-        # Opening a FIFO for reading would wait for a writer if it weren't for O_NONBLOCK; files don't mind it.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        descriptor = open_file(path, flags, links=False)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # of a link, a folder, a FIFO or a socket
+        # Of a link, a folder, a FIFO or a socket; Windows has no number of its own for folders.
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO) or path.is_dir():
             raise _foreign(path.parent, [path.name]) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -175,7 +181,7 @@ def _check_own(folder: Path) -> None:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise RunError(f"{folder}: is in the way of the folder in which the output is made. Remove it.")
-    if status.st_uid == os.geteuid() and not status.st_mode & OTHERS_MAY_WRITE:
+    if _is_own(status) and not status.st_mode & OTHERS_MAY_WRITE:
         return
     # Some file systems know neither owners nor permissions: there a folder of our own looks the same.
     like = None
@@ -188,6 +194,11 @@ def _check_own(folder: Path) -> None:
             f"{folder}: other users may write there, and so into the output. Remove it; if you trust what it holds, "
             "make it your own and closed to others (chown, chmod 700)."
         )
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Return whether a file is this user's; False where the system knows no owners by number."""
+    return hasattr(os, "geteuid") and status.st_uid == os.geteuid()
 
 
 def _access(status: os.stat_result) -> tuple[int, int]:

@@ -160,6 +160,7 @@ class OutputWorkspace:
             self.folder.check_result(self._names)
             if sync:
                 sync_tree(self.result)
+            self.close()  # before it is renamed: some systems rename and remove no open file
             try:
                 self._rename(force)
             except FileExistsError as error:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import selectors
 import subprocess
 import sys
-from typing import Any
+import threading
+from queue import Empty, SimpleQueue
+from typing import IO, Any
 
 from mergekit_lite.answers.scoring import math_worker
 from mergekit_lite.answers.scoring.scorer import Judged, Positive, Score, Scorer, ScorerOptions, ScorerSettings, scorer
@@ -41,12 +42,16 @@ class Maths(Scorer):
         self.name = settings.name
         self.seconds = options.seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._replies: SimpleQueue[bytes] = SimpleQueue()
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):  # a question that it didn't take
+                self._process.stdin.close()
             self._process = None
 
     def score_one(self, judged: Judged) -> Score:
@@ -67,29 +72,29 @@ class Maths(Scorer):
             process.stdin.flush()
         except BrokenPipeError:
             return None
-        return _line_of(process, self.seconds)
+        return self._reply(self.seconds)
 
     def _started(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", math_worker.__name__, str(self.seconds), str(MEMORY)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if _line_of(self._process, START) is None:
+        self._replies = SimpleQueue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
+        if self._reply(START) is None:
             self.close()
             raise RuntimeError("the process that compares maths doesn't start")
         return self._process
 
+    def _reply(self, seconds: float) -> dict[str, Any] | None:
+        """Return the process's reply, a line; None where it gives none in time, or has ended."""
+        with contextlib.suppress(Empty, ValueError):
+            reply: dict[str, Any] = json.loads(self._replies.get(timeout=seconds))
+            return reply
+        return None
 
-def _line_of(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
-    """Read the process's reply; None where it gives none in time, or has ended.
 
-    The process writes one short line for each question, at once: where something can be read, all of it can.
-    """
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        if not selector.select(seconds):
-            return None
-    line = process.stdout.readline()
-    with contextlib.suppress(ValueError):
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-    return None
+def _read(replies: IO[bytes], queue: SimpleQueue[bytes]) -> None:
+    """Pass on a process's lines, and an empty one at its end: not every system can wait for a pipe for some time."""
+    with replies:
+        while line := replies.readline():
+            queue.put(line)
+    queue.put(b"")

@@ -13,18 +13,21 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
+from contextlib import suppress
 from typing import Any
 
 
 def main(seconds: int, memory: int) -> None:
     """Answer questions until there are no more."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limits, macOS has them by name
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     logging.disable()  # math-verify logs each answer that it can't read
     import math_verify  # noqa: F401  # imported before the first question comes
 
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # all other output
     print("{}", file=replies, flush=True)
     for line in sys.stdin:
@@ -35,10 +38,13 @@ def main(seconds: int, memory: int) -> None:
 
 
 def end_after(seconds: int) -> None:
-    """Let the kernel end this process once it has used some more seconds of processor time."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    most = math.ceil(used.ru_utime + used.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    """Let the system end this process once it has used some more seconds of processor time, if it can."""
+    with suppress(ImportError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        most = math.ceil(used.ru_utime + used.ru_stime) + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def compared(reference: str, answer: str, seconds: int) -> tuple[float | None, str]:

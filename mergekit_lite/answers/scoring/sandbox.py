@@ -83,6 +83,8 @@ def run_sandboxed(code: str, tests: Sequence[str], limits: SandboxLimits) -> San
     Raises:
         SandboxError: the sandbox can't be built; nothing ran.
     """
+    if sys.platform != "linux" or not hasattr(os, "geteuid"):
+        raise _not_here(f"this system is {sys.platform}")
     passed_status = 2 + secrets.randbelow(100)  # neither what Python ends with by itself nor a signal's
     user = FIRST_USER + (os.getpid() * 64 + next(users)) % 100_000_000 if _is_root() else None
     task = {"code": code, "tests": list(tests), "passed_status": passed_status, "user": user}
@@ -116,7 +118,15 @@ def interpreter_files() -> tuple[str, ...]:
     extensions = map(str, Path(library, "lib-dynload").glob("*.so"))
     # Asked in this way, the loader lists what a program and its preloaded libraries need, and starts nothing.
     loader = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": " ".join(extensions)}
-    listed = subprocess.run([program], env=loader, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        [program],
+        env=loader,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ).stdout
     needed = sorted(set(re.findall(r"(/.*) \(0x", listed)))
     return (program, library, *(path for path in needed if not Path(path).is_relative_to(library)))
 
@@ -195,7 +205,8 @@ def _walls(limits: SandboxLimits) -> list[str]:
 
 def _is_root() -> bool:
     """Return whether this is the machine's root, and not a container's, which has few user ids to become."""
-    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+    users_here = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+    return os.geteuid() == 0 and users_here == ["0", "0", "4294967295"]
 
 
 def _exit_code(report: bytes) -> int | None:

@@ -11,8 +11,8 @@ a candidate of both is measured once.
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import random
 import re
 import time
@@ -29,6 +29,7 @@ from mergekit_lite.answers.rows import write_text
 from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, cluster_of, label
 from mergekit_lite.errors import UsageError, listing, shortened
 from mergekit_lite.input_files import read_json
+from mergekit_lite.locks import lock_file
 
 VERSION = 2
 LONGEST_NAME = 80  # of a file, without its endings
@@ -152,13 +153,10 @@ class Study:
 def _locked(folder: Path) -> IO[str]:
     """Lock a folder, which is made where it is missing; closing the file unlocks it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise UsageError(f"{folder}: another search is at work in it. Wait for it, or give another -o.") from error
-    return lock
+    lock = lock_file(folder / "lock")
+    if lock is None:
+        raise UsageError(f"{folder}: another search is at work in it. Wait for it, or give another -o.")
+    return os.fdopen(lock)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from mergekit_lite.answers.scorers import maths
 from mergekit_lite.answers.scorers.maths import Maths
 from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.answers.scoring.scorer import Score, ScorerSettings
@@ -89,7 +88,7 @@ def test_a_process_that_hangs_or_dies_is_replaced(scorer: Maths, monkeypatch: py
     assert scorer.score([judged("1", reference="1")]) == [Score(1.0)]
     first = scorer._process
     assert first is not None
-    monkeypatch.setattr(maths, "_line_of", lambda process, seconds: None)
+    monkeypatch.setattr(scorer, "_reply", lambda seconds: None)
     assert scorer.score([judged("1", reference="1")]) == [Score(None, "no verdict within 6 s")]
     monkeypatch.undo()
     assert first.poll() is not None  # killed
