@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import values
+from mergekit_lite.commands.prediction import predicted
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import RunOptions, check_outputs, run
 from mergekit_lite.errors import RunError
@@ -113,10 +114,11 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     check_outputs(plan, resume=resume, force=run_options["force"])
     if not resume:
         _check_room(plan)
+    prediction = predicted(plan, threads=threads, devices=devices) if view.dry_run else None
     if view.dry_run and view.as_json:
-        click.echo(json.dumps(json_output.of_plan(plan, threads, devices), indent=1))
+        click.echo(json.dumps(json_output.of_plan(plan, threads, devices, prediction), indent=1))
     elif view.dry_run:
-        screen.plan(plan, threads, devices)
+        screen.plan(plan, threads, devices, prediction)
     else:
         screen.headline(plan)
     screen.warn(delta_warning(plan))
