@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from mergekit_lite.engine.ray_workers import Cluster
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Job, Plan
+    from mergekit_lite.prediction import Prediction
 
 
-def of_plan(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> dict[str, Any]:
-    """Return everything that the plan decides, with what it takes on some devices."""
+def of_plan(
+    plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,), prediction: Prediction | None = None
+) -> dict[str, Any]:
+    """Return everything that the plan decides, with what it takes on some devices, and is predicted to take."""
     copied, not_copied = companions(plan)
     return {
         "inputs": [
@@ -37,6 +40,7 @@ def of_plan(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) ->
         "bytes_to_write": plan.bytes_to_write,
         "memory": memory_estimate(plan, threads, devices),
         "spool": spool_bytes(plan, threads or writing_workers()),
+        **({} if prediction is None else {"prediction": prediction.to_json()}),
         "tensors": [_of_job(plan, job) for job in plan.jobs],
         "left_out": [{"model": model, "name": name, "why": why} for model, name, why in plan.left_out],
         "beside": {"copied": sorted(copied), "not_copied": not_copied},

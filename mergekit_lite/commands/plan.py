@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mergekit_lite.commands import running
+from mergekit_lite.commands.prediction import predicted, takes_cluster
 
 
 @click.command(
@@ -16,14 +18,21 @@ from mergekit_lite.commands import running
 Examples:
   mergekit-lite plan recipe.yml
   mergekit-lite plan recipe.yml --json
+  mergekit-lite plan recipe.yml --nodes 4 --cores 16 --disk 2,1   (a shared disk that gives each node 2 GB/s)
+  mergekit-lite plan recipe.yml --nodes 16 --net 1.25   (an object store, nodes with 10 Gbit/s)
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@takes_cluster
 @running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
-def command(recipe: Path, as_json: bool, verbose: bool) -> None:
-    """Print what RECIPE would do: methods and numbers of all tensors, sizes, memory, what is copied or left out."""
+def command(recipe: Path, as_json: bool, verbose: bool, cluster_options: dict[str, Any]) -> None:
+    """Print what RECIPE would do: methods and numbers of all tensors, sizes, memory, what is copied or left out.
+
+    And how long it would take, on this machine or on others: computing is measured here, with made-up weights; without
+    --disk and --net this machine's disk is, too. Only headers of the models are read.
+    """
     from mergekit_lite.commands import documents as several
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
@@ -41,7 +50,10 @@ def command(recipe: Path, as_json: bool, verbose: bool) -> None:
         several.show_plans(steps, screen, as_json=as_json, threads=None, devices=(CPU,))
         return
     plan = plan_merge(recipe, "merged")
+    prediction = predicted(plan, **cluster_options)
+    threads = prediction.workers if prediction is not None else None
     if as_json:
-        click.echo(json.dumps(json_output.with_fetched(json_output.of_plan(plan, None)), indent=1))
+        told = json_output.of_plan(plan, threads, prediction=prediction)
+        click.echo(json.dumps(json_output.with_fetched(told), indent=1))
     else:
-        screen.plan(plan, None)
+        screen.plan(plan, threads, prediction=prediction)

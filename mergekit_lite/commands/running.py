@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import values
+from mergekit_lite.commands.prediction import predicted
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.ray_cluster import devices_of, workers_of
 from mergekit_lite.engine.remote import spool_bytes
@@ -133,10 +134,12 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     check_outputs(plan, resume=resume, force=run_options["force"])
     if not resume:
         _check_room(plan, threads)
+    prediction = predicted(plan, threads=threads, devices=devices) if view.dry_run else None
     if view.dry_run and view.as_json:
-        click.echo(json.dumps(json_output.with_fetched(json_output.of_plan(plan, threads, devices)), indent=1))
+        told = json_output.of_plan(plan, threads, devices, prediction)
+        click.echo(json.dumps(json_output.with_fetched(told), indent=1))
     elif view.dry_run:
-        screen.plan(plan, threads, devices)
+        screen.plan(plan, threads, devices, prediction)
     else:
         screen.headline(plan)
     screen.warn(delta_warning(plan))

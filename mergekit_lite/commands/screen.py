@@ -26,6 +26,8 @@ from rich.text import Text
 
 from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
+from mergekit_lite.commands.prediction import headline, rows
+from mergekit_lite.commands.units import size as size
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.memory import memory_estimate
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from mergekit_lite.engine.report import Report
     from mergekit_lite.engine.run import Finished
     from mergekit_lite.planning import Plan
+    from mergekit_lite.prediction import Prediction
 
 SHOWN = 5
 FAR = 0.1  # relative distance of the effective alpha from the one asked for, beyond which the user gets advice
@@ -68,15 +71,21 @@ class Screen:
         if not self.quiet:
             self.err.print(Text(text))
 
-    def plan(self, plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) -> None:
-        """Print the whole plan, with what it takes on some devices."""
-        rows = []
+    def plan(
+        self,
+        plan: Plan,
+        threads: int | None,
+        devices: Sequence[str] = (CPU,),
+        prediction: Prediction | None = None,
+    ) -> None:
+        """Print the whole plan, with what it takes on some devices, and is predicted to take."""
+        files_in_and_out = []
         for source in plan.inputs:
             nbytes = sum(spec.nbytes for spec in source.tensors.values())
-            rows.append(("input", source.reference, counted(len(source.tensors), "tensor"), size(nbytes)))
+            files_in_and_out.append(("input", source.reference, counted(len(source.tensors), "tensor"), size(nbytes)))
         files = counted(len(plan.layout.files), "file")
-        rows += [("output", str(output), files, size(plan.layout.nbytes)) for output in plan.outputs]
-        self.out.print(table(("", "path", "", ">size"), rows))
+        files_in_and_out += [("output", str(output), files, size(plan.layout.nbytes)) for output in plan.outputs]
+        self.out.print(table(("", "path", "", ">size"), files_in_and_out))
         self.out.print(
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
             f"takes about {size(memory_estimate(plan, threads, devices))} of memory{self._spooled(plan, threads)}\n"
@@ -84,6 +93,10 @@ class Screen:
         if to_fetch := fetches(plan):
             again = f", of that {size(to_fetch.again)} once more or oftener, for statistics" if to_fetch.again else ""
             self.out.print(f"fetches {size(to_fetch.bytes)} by range{again}; nothing of it is stored\n")
+        if prediction is not None:
+            self.out.print(headline(prediction))
+            self.out.print(table(("", ">in all", ">a node", ">rate", ">time"), rows(prediction)))
+            self.out.print()
         if self.verbose:
             jobs = [
                 (job.name, shape_text(job.shape), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs
@@ -225,14 +238,6 @@ def console(stream: TextIO) -> Console:
 def made(path: object, nbytes: int | None = None) -> Text:
     """Return the line that names something that was written, and its size if it is given."""
     return Text.assemble(("made", "bold green"), f" {path}", "" if nbytes is None else f"  {size(nbytes)}")
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as text: ``1.50 GB``."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
-    return f"{count / 1000**power:.2f} {'kMG'[power - 1]}B"
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -96,6 +96,25 @@ def size(_context: object, _option: object, text: str | None) -> int | None:
     return count
 
 
+def rate(_context: object, _option: object, text: str | None) -> float | None:
+    """Parse gigabytes a second, ``1.25``; return bytes a second."""
+    if text is None:
+        return None
+    if (value := number(text)) <= 0:
+        raise BadParameter(f"{text!r} is no rate: expected gigabytes a second, for instance 1.25.")
+    return value * 1e9
+
+
+def rates(context: object, option: object, text: str | None) -> tuple[float, float] | None:
+    """Parse one rate for both ways, or two with a comma: ``2``, ``3,1.5``; return bytes a second."""
+    if text is None:
+        return None
+    parsed = [rate(context, option, part) for part in text.split(",")]
+    if len(parsed) > 2:
+        raise BadParameter(f"{text!r} should be one rate, or two: reading and writing.")
+    return parsed[0] or 0.0, parsed[-1] or 0.0
+
+
 def check_folder(path: Path | None) -> None:
     """Raise BadParameter where a file can't be written because its folder doesn't exist."""
     if path is not None and not path.resolve().parent.is_dir():

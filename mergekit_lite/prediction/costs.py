@@ -1,0 +1,166 @@
+"""What a tensor costs: measured with the engine itself, on made-up tensors of each kind that a plan has.
+
+So there is no table of methods and dtypes to keep true: whatever a method does, in C or in torch, with whatever
+encoding it is read and written, is what is measured. Three sizes tell the cost of any: those below 256 Ki elements are
+not sampled, and all have a part that doesn't depend on size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.pool import tuned_process
+from mergekit_lite.engine.sink import Records
+from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
+from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
+from mergekit_lite.engine.tiling import BLOCK, CHUNK, Span
+from mergekit_lite.methods.tensor_merge import joined
+from mergekit_lite.planning import Job, Plan
+from mergekit_lite.prediction.made_up import MadeUpReader, made_up
+
+SIZES = (1 << 10, 1 << 18, 1 << 21)  # elements
+TIMES = 3  # that each is measured; the median counts
+MOST_KINDS = 12  # that are measured, those with the most elements first
+
+
+class Point(NamedTuple):
+    """A made-up tensor: its elements, seconds of processor time, and bytes read for its statistics."""
+
+    elements: int
+    merging: float
+    statistics: float
+    read_again: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the tensors of one kind cost.
+
+    Attributes:
+        points: the made-up tensors, by their size.
+        has_statistics: whether the method looks at the whole tensor before it merges it.
+        group: whether it looks at a group of tensors before it merges the first of them.
+    """
+
+    points: tuple[Point, ...]
+    has_statistics: bool = False
+    group: bool = False
+
+    def of(self, elements: int) -> Point:
+        """Return what a tensor of this size costs: between two points and beyond the last in a straight line."""
+        if len(self.points) < 2:
+            return self.points[0]
+        parts = list(pairwise(self.points))
+        low, high = next((part for part in parts if elements <= part[1].elements), parts[-1])
+        share = (elements - low.elements) / (high.elements - low.elements)
+        return Point(elements, *(max(0.0, a + share * (b - a)) for a, b in zip(low[1:], high[1:], strict=True)))
+
+
+def kind_of(job: Job) -> Hashable:
+    """Return what the cost of an element of a job depends on: of numbers only whether they are 0, 1 or others."""
+    inputs = tuple([(spec.dtype, _encodings(spec)) for spec in job.inputs])
+    numbers = tuple([tuple([(key, _told(value)) for key, value in each.items()]) for each in job.parameters])
+    return job.method, numbers, inputs, job.has_base, job.dtype, bool(job.scales), bool(job.merged_elements)
+
+
+def _encodings(spec: TensorSpec) -> Hashable:
+    return type(spec.encoding).__name__, spec.stored_dtype, spec.encoding.block
+
+
+def _told(value: Any) -> Hashable:
+    if isinstance(value, tuple):
+        return tuple([_told(each) for each in value])
+    return value if value in (0, 1) or not isinstance(value, float | int) else "number"
+
+
+def kinds_of(plan: Plan) -> list[Hashable]:
+    """Return the kind of each job of a plan; None for scales, which are made with their codes."""
+    return [None if job.scales_of else kind_of(job) for job in plan.jobs]
+
+
+def measured_costs(plan: Plan, kinds: Sequence[Hashable]) -> tuple[dict[Hashable, Cost], float]:
+    """Return the costs of a plan's kinds of jobs, and the seconds that torch's import took where they need it.
+
+    Kinds beyond the first few, which have the fewest elements, take the cost of the last of those.
+    """
+    of_kind: dict[Hashable, Job] = {}
+    elements: dict[Hashable, int] = {}
+    for job, kind in zip(plan.jobs, kinds, strict=True):
+        if kind is not None:
+            elements[kind] = elements.get(kind, 0) + job.numel
+            if kind not in of_kind or job.numel > of_kind[kind].numel:
+                of_kind[kind] = job
+    common = sorted(of_kind, key=lambda kind: -elements[kind])
+    chosen = common[:MOST_KINDS]
+    started = time.process_time()
+    torch_needed = any(
+        needs_torch(job, [JobMerge(plan, job, v, 0, job.numel) for v in _outputs(plan, job)])
+        for job in map(of_kind.__getitem__, chosen)
+    )
+    if torch_needed:
+        import torch  # noqa: F401
+    importing = time.process_time() - started
+    with tuned_process(torch_needed), MadeUpReader() as reader:
+        writer = SpanWriter(plan, BLOCK)
+        costs = {kind: _measured(plan, of_kind[kind], writer, reader) for kind in chosen}
+    return costs | dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(())), importing
+
+
+def _outputs(plan: Plan, job: Job) -> range:
+    return range(len(plan.outputs) if job.merged_elements else 0)
+
+
+def _measured(plan: Plan, job: Job, writer: SpanWriter, reader: MadeUpReader) -> Cost:
+    points: dict[int, Point] = {}
+    requests = []
+    for size in SIZES:
+        small = made_up(job, size, reader)
+        if small.numel in points:
+            continue
+        nbytes = (max(chunk_of(small, writer.chunk), CHUNK) + 2 * (small.shape[-1] if small.shape else 1)) * 8
+        buffers = WorkerBuffers(CPU, len(small.inputs), nbytes)
+        merges = [JobMerge(plan, small, v, 0, small.numel) for v in _outputs(plan, job)]
+        requests = [merge.request for merge in merges if merge.request is not None]
+        tries = [_once(plan, small, writer, buffers, reader) for _ in range(TIMES)]
+        points[small.numel] = sorted(tries, key=lambda point: point.merging + point.statistics)[TIMES // 2]
+    group = any(request.group is not None for request in requests)
+    return Cost(tuple(points[size] for size in sorted(points)), bool(requests), group)
+
+
+def _once(plan: Plan, job: Job, writer: SpanWriter, buffers: WorkerBuffers, reader: MadeUpReader) -> Point:
+    """Make a made-up job once, as a worker does."""
+    outputs = range(len(plan.outputs))
+    scales = (0, job) if job.scales else None
+    span = Span(0, job, 0, 0, job.numel, bool(job.merged_elements), scales)
+    read = reader.nbytes
+    started, copied, left_out = time.thread_time(), reader.seconds, reader.uncounted
+    merges = {v: JobMerge(plan, job, v, 0, job.numel) for v in _outputs(plan, job)}
+    for merge in merges.values():
+        _prepare(merge, buffers, reader)
+    statistics = time.thread_time() - started - (reader.seconds - copied) - (reader.uncounted - left_out)
+    read_again = reader.nbytes - read
+    started, copied = time.thread_time(), reader.seconds
+    writer.make(buffers, reader, span, merges, {v: Records() for v in outputs}, lambda: False)
+    merging = time.thread_time() - started - (reader.seconds - copied)
+    return Point(job.numel, merging, statistics, read_again)
+
+
+def _prepare(merge: JobMerge, buffers: WorkerBuffers, reader: MadeUpReader) -> None:
+    """Gather a merge's statistics.
+
+    Of a group of tensors, the passes that look for the last of equal numbers visit a few tensors of a whole model: they
+    don't count here.
+    """
+    while (request := merge.request) is not None:
+        started, copied, read = time.thread_time(), reader.seconds, reader.nbytes
+        total = joined(merge.sum(buffers, reader, *section) for section in merge.sections())
+        if request.group is not None and request.within is not None:
+            reader.uncounted += time.thread_time() - started - (reader.seconds - copied)
+            reader.nbytes = read
+        merge.send(total)

@@ -1,0 +1,331 @@
+"""The prediction: a plan's work, cut into tasks as the engine cuts it, and given to workers and nodes.
+
+A node's workers overlap reading, computing and writing, so the slowest of these decides:
+
+    seconds = start + Σ over phases of max(processor time / cores, bytes / rate of the disk or the network,
+                                           what a worker does one thing after another / workers)
+
+There are two phases, as statistics that span tensors, or one of more than 64 Mi elements, come first. No phase is
+shorter than its largest task. With several nodes a task goes to the node that is free first, the largest first; the
+busiest node decides.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mergekit_lite import block_fp8
+from mergekit_lite.engine.memory import memory_estimate
+from mergekit_lite.engine.tensor_merge import LARGE
+from mergekit_lite.engine.tiling import SPAN
+from mergekit_lite.methods.tensor_merge import SECTION
+from mergekit_lite.planning import Plan
+from mergekit_lite.prediction.cluster import OVER_NET, Cluster, cached_share
+from mergekit_lite.prediction.costs import Cost, kinds_of, measured_costs
+
+PER_TENSOR = 150e-6  # seconds of processor time beside its planning: tasks, journal, manifest; measured
+FINISH = 0.05  # seconds: index, config, card, and the renames
+FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
+
+
+class Load(NamedTuple):
+    """Work of a task or of many: seconds of processor time, and bytes.
+
+    ``fetched`` and ``stored`` pass the disk, ``received`` and ``sent`` the network; what comes from the page cache
+    passes neither.
+    """
+
+    processor: float = 0.0
+    fetched: float = 0.0
+    stored: float = 0.0
+    received: float = 0.0
+    sent: float = 0.0
+
+    def plus(self, other: Load, times: float = 1) -> Load:
+        """Return the sum of this load and another, that one some times."""
+        return Load(*(mine + times * its for mine, its in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> Load:
+        """Return a part of it, or some of it."""
+        return Load().plus(self, factor)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run of a plan will take.
+
+    Attributes:
+        cluster: the machines.
+        workers: of each node.
+        seconds: from start to end: ``start`` (Python, planning, imports), ``statistics`` that come first, ``merging``
+            (with what else is gathered), ``finish``.
+        processor: seconds of processor time, all nodes together.
+        compute, disk, net: seconds for which the busiest node's cores, disk and connection have work.
+        read: bytes of weights; ``read_again`` those that are read once more for statistics.
+        from_disk, written: bytes that the disks give, and bytes of output.
+        received, sent: bytes that cross the network to the nodes, and from them.
+        share: of the work that the busiest node does.
+        memory: bytes, each node.
+    """
+
+    cluster: Cluster
+    workers: int
+    start: float
+    statistics: float
+    merging: float
+    finish: float
+    processor: float
+    compute: float
+    disk: float
+    net: float
+    read: int
+    read_again: int
+    from_disk: int
+    written: int
+    received: int
+    sent: int
+    share: float
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        """From start to end."""
+        return self.start + self.statistics + self.merging + self.finish
+
+    @property
+    def limit(self) -> str:
+        """What takes longest: ``compute``, ``disk``, ``net``, or ``start-up`` of which all else is the smaller part."""
+        busy = {"compute": self.compute, "disk": self.disk, "net": self.net}
+        most = max(busy, key=lambda name: busy[name])
+        return most if busy[most] > self.start + self.finish else "start-up"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data: seconds and bytes, a rate of null where it is without limit."""
+        cluster = self.cluster
+        return {
+            "nodes": cluster.nodes,
+            "cores": cluster.cores,
+            "workers": self.workers,
+            "rates": {
+                "measured": cluster.is_measured,
+                "read": _finite(cluster.read),
+                "write": _finite(cluster.write),
+                "net": cluster.net,
+            },
+            "seconds": {
+                "total": round(self.seconds, 3),
+                "start": round(self.start, 3),
+                "statistics": round(self.statistics, 3),
+                "merging": round(self.merging, 3),
+                "finish": round(self.finish, 3),
+            },
+            "busy": {"compute": round(self.compute, 3), "disk": round(self.disk, 3), "net": round(self.net, 3)},
+            "limit": self.limit,
+            "processor_seconds": round(self.processor, 3),
+            "bytes": {
+                "read": self.read,
+                "read_again": self.read_again,
+                "from_disk": self.from_disk,
+                "written": self.written,
+                "received": self.received,
+                "sent": self.sent,
+            },
+            "busiest_node": round(self.share, 4),
+            "memory": self.memory,
+        }
+
+
+def predict(plan: Plan, cluster: Cluster, workers: int | None = None, started: float | None = None) -> Prediction:
+    """Predict what a run of a plan on CPUs will take; headers are all that is looked at.
+
+    Args:
+        plan: from any of the planning functions.
+        cluster: the machines: ``this_cluster``, or given.
+        workers: of each node; by default one more than cores on a single one, else one for each core.
+        started: seconds that start-up and planning took; by default the processor time of this process.
+    """
+    started = time.process_time() if started is None else started
+    workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
+    kinds = kinds_of(plan)
+    costs, importing = measured_costs(plan, kinds)
+    work = _Work(plan, cluster)
+    for (kind, job), count in _alike(plan, kinds).items():
+        work.add(costs[kind], job, count)
+    pace = _Pace(cluster, workers)
+    statistics, merging = pace.phase(work.early), pace.phase(work.late)
+    load = work.load
+    busiest = max(statistics.share, merging.share) if work.early else merging.share
+    disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
+    finish = FINISH + PER_TENSOR * len(plan.jobs) / 2
+    overhead = started + importing + finish
+    return Prediction(
+        cluster,
+        workers,
+        start=started + importing,
+        statistics=statistics.seconds,
+        merging=merging.seconds,
+        finish=finish,
+        processor=overhead + load.processor,
+        compute=load.processor * busiest / pace.parallel,
+        disk=disk,
+        net=net,
+        read=plan.bytes_to_read,
+        read_again=round(work.read_again),
+        from_disk=round(load.fetched),
+        written=plan.bytes_to_write,
+        received=round(load.received),
+        sent=round(load.sent),
+        share=busiest,
+        memory=memory_estimate(plan, workers),
+    )
+
+
+class _Alike(NamedTuple):
+    """What the work of a job depends on besides its kind."""
+
+    numel: int
+    read: int
+    written: int
+    codes: bool
+
+
+def _alike(plan: Plan, kinds: list[Any]) -> Mapping[tuple[Any, _Alike], int]:
+    """Return how many jobs there are of each kind and size."""
+    scales = {job.scales_of: job.nbytes for job in plan.jobs if job.scales_of}
+    found: Counter[tuple[Any, _Alike]] = Counter()
+    for job, kind in zip(plan.jobs, kinds, strict=True):
+        if kind is not None:
+            read = sum([spec.nbytes for spec in job.inputs])
+            written = (job.nbytes + scales.get(job.name, 0)) * len(plan.outputs)
+            found[kind, _Alike(job.numel, read, written, job.dtype == block_fp8.CODES)] += 1
+    return found
+
+
+class _Work:
+    """The tasks of a plan, in two phases.
+
+    Attributes:
+        early, late: tasks with how many there are of each: sections of statistics that come first, and all else.
+        read_again: bytes that are read once more for statistics.
+    """
+
+    def __init__(self, plan: Plan, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.early: list[tuple[Load, int]] = []
+        self.late: list[tuple[Load, int]] = []
+        self.read_again = 0.0
+        cached, self.stays = 0.0, False
+        if cluster.is_measured:
+            cached = cached_share((file.path, file.size) for source in plan.inputs for file in source.files)
+            self.stays = plan.bytes_to_read <= FITS * cluster.free_memory
+        self.uncached = 1 - cached
+
+    @property
+    def load(self) -> Load:
+        """All of it."""
+        total = Load()
+        for load, count in self.early + self.late:
+            total = total.plus(load, count)
+        return total
+
+    def add(self, cost: Cost, job: _Alike, count: int) -> None:
+        """Add ``count`` jobs that are alike."""
+        point = cost.of(job.numel)
+        again = point.read_again if cost.has_statistics else 0.0
+        self.read_again += again * count
+        apart = cost.has_statistics and (cost.group or job.numel > LARGE)
+        first_read = job.read * self.uncached
+        if apart:
+            fetched = min(again, first_read) if self.stays else again * self.uncached
+            gathering = Load(point.statistics + again * self.cluster.copy_in, fetched)
+            sections = -(-job.numel // SECTION)
+            self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
+            first_read = first_read - fetched if self.stays else first_read
+        seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR / 2
+        copied = job.read + (0.0 if apart else again)
+        seconds += copied * self.cluster.copy_in + job.written * self.cluster.copy_out
+        load = self._sent(Load(seconds, first_read, job.written), copied)
+        spans = 1 if job.codes or (cost.has_statistics and not apart) else max(1, -(-job.numel // SPAN))
+        self.late.append((load.times(1 / spans), spans * count))
+
+    def _sent(self, load: Load, copied: float) -> Load:
+        """Return a load with what of it crosses the network, if anything; ``copied`` are all bytes that are read."""
+        if self.cluster.net is None:
+            return load
+        if self.cluster.is_shared:
+            return load._replace(received=load.fetched, sent=load.stored)
+        seconds = load.processor + OVER_NET * (copied + load.stored)
+        return Load(seconds, 0.0, 0.0, copied, load.stored)
+
+
+class _Phase(NamedTuple):
+    seconds: float
+    share: float  # of the work, that the busiest node does
+
+
+class _Pace:
+    """How long loads take on the nodes of a cluster."""
+
+    def __init__(self, cluster: Cluster, workers: int) -> None:
+        self.cluster = cluster
+        self.workers = workers
+        self.parallel = min(workers, cluster.cores)
+
+    def disk(self, load: Load) -> float:
+        """Return the seconds for which one node's disk has work: it reads and writes at the same time."""
+        beyond = max(0.0, load.stored - self.cluster.buffered)
+        return max(load.fetched / self.cluster.read, beyond / self.cluster.write)
+
+    def net(self, load: Load) -> float:
+        """Return the seconds for which one node's connection has work, both ways at the same time."""
+        return max(load.received, load.sent) / (self.cluster.net or math.inf)
+
+    def alone(self, load: Load) -> float:
+        """Return the seconds that one worker alone takes, doing one thing after another."""
+        cluster = self.cluster
+        writing = cluster.write_wait if cluster.is_measured else 1 / cluster.write
+        moved = (load.received + load.sent) / (cluster.net or math.inf)
+        return load.processor + load.fetched / cluster.read + load.stored * writing + moved
+
+    def node(self, load: Load) -> float:
+        """Return the seconds that all workers of one node take."""
+        return max(load.processor / self.parallel, self.disk(load), self.net(load), self.alone(load) / self.workers)
+
+    def phase(self, tasks: list[tuple[Load, int]]) -> _Phase:
+        """Return the seconds that some tasks take, each with how often it comes."""
+        total, largest = Load(), 0.0
+        for load, count in tasks:
+            total = total.plus(load, count)
+            largest = max(largest, self.alone(load))
+        share = busiest_share([(self.alone(load), count) for load, count in tasks], self.cluster.nodes)
+        return _Phase(max(self.node(total.times(share)), largest), share)
+
+
+def busiest_share(tasks: Iterable[tuple[float, int]], nodes: int) -> float:
+    """Return the share of the work that the busiest of some nodes does.
+
+    ``tasks`` are seconds, and how many take so long. Each task goes to the node that is free first, the largest first:
+    with more nodes none has more to do than the busiest had.
+    """
+    tasks = sorted(tasks, reverse=True)
+    total = sum(seconds * count for seconds, count in tasks)
+    if nodes == 1 or total <= 0:
+        return 1.0 if nodes == 1 else 1 / nodes
+    loads = [0.0] * nodes
+    for seconds, count in tasks:
+        rounds = (count // nodes) * (max(loads) == min(loads))  # whole rounds from a level ground stay level
+        if rounds:
+            loads = [load + seconds * rounds for load in loads]
+        for _ in range(count - rounds * nodes):
+            heapq.heapreplace(loads, loads[0] + seconds)
+    return max(loads) / total
+
+
+def _finite(rate: float) -> float | None:
+    return None if math.isinf(rate) else round(rate)
