@@ -94,17 +94,19 @@ def serving(words: Sequence[str], model: str, log: Path, patience: float) -> Ite
 
 @contextmanager
 def serving_several(
-    words: Sequence[str], model: str, logs: Sequence[Path], patience: float
+    words: Sequence[str], model: str, logs: Sequence[Path], patience: float, group: tuple[int, int] = (0, 1)
 ) -> Iterator[list[RunningServer]]:
     """Start several servers over one model, as ``serving`` does, one for each log; they load it at the same time.
 
-    ``{number}`` in the words stands for the number of a server, from 0: for instance that of its GPU.
+    ``{number}`` in the words stands for the number of a server, from 0: for instance that of its GPU. ``group`` are the
+    number of this group of servers, and of all such groups that are started side by side: they number their servers
+    on, and take no port of each other's.
     """
     ports: set[int] = set()
     with ExitStack() as stack:
         started = [
-            stack.enter_context(_started(_numbered(words, number), model, log, ports))
-            for number, log in enumerate(logs)
+            stack.enter_context(_started(_numbered(words, number), model, log, ports, group))
+            for number, log in enumerate(logs, group[0] * len(logs))
         ]
         stack.callback(_ask_to_stop, *(process for process, _ in started))  # all at once; then each is awaited
         yield [
@@ -124,13 +126,14 @@ def _ended(process: subprocess.Popen[bytes], log: Path) -> str | None:
 
 @contextmanager
 def _started(
-    words: Sequence[str], model: str, log: Path, ports: set[int]
+    words: Sequence[str], model: str, log: Path, ports: set[int], group: tuple[int, int]
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Start the server in a process group that ends with this context or process; yield its process and URL.
 
-    It gets a free port that is none of ``ports``, which is added to them.
+    It gets a free port of its group that is none of ``ports``, which is added to them.
     """
-    port = next(port for port in iter(_free_port, None) if port not in ports)
+    place, groups = group
+    port = next(port for port in iter(_free_port, None) if port not in ports and port % groups == place)
     ports.add(port)
     filled = [word.replace("{port}", str(port)).replace("{model}", model) for word in words]
     watched = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watchdog.py")), *filled]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_lite.answers.scoring.registry import open_scorer
 from mergekit_lite.boosting import report
 from mergekit_lite.boosting.candidates.candidate import Params
-from mergekit_lite.boosting.candidates.family import PairFamily, RecipeFamily
-from mergekit_lite.boosting.measure.answering import ANSWERS_AT_ONCE, Answering, Likelihoods
-from mergekit_lite.boosting.measure.evaluator import Measure, ModelEvaluator
-from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
-from mergekit_lite.boosting.measure.likelihood import PreferenceAccuracy, TextLikelihood
+from mergekit_lite.boosting.candidates.family import RecipeFamily
+from mergekit_lite.boosting.evaluators import evaluator_of, processes_of
+from mergekit_lite.boosting.measure.evaluator import ModelEvaluator
 from mergekit_lite.boosting.measure.nulls import null_tests
-from mergekit_lite.boosting.measure.resident_model import ResidentModel
-from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS
 from mergekit_lite.boosting.measure.tasks import Harness
 from mergekit_lite.boosting.options import BoostOptions, request_of
 from mergekit_lite.boosting.request import Prepared, described, prepare
@@ -100,6 +95,7 @@ def search_and_write(
     prepared: Prepared,
     measured: Callable[[Point], None] = lambda point: None,
     writing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Boosted:
     """Search, report, and write the model that was chosen.
 
@@ -107,19 +103,22 @@ def search_and_write(
         prepared: from ``prepare``.
         measured: called with each candidate once it is measured.
         writing: gives the progress of the bytes read while the model is made.
+        note: called with remarks, such as that a worker died and was replaced.
 
     Raises:
         MergekitLiteError: a candidate can't be made or asked, or the output not written. Measured rows stay stored.
     """
     check_output(prepared)
     request = prepared.request
+    several = len(prepared.devices) > 1
     with (
-        evaluator_of(prepared) as evaluator,
+        evaluator_of(prepared, measures=not several) as evaluator,
         Study(request.folder, _identity(prepared, evaluator), evaluator.items, request.seed) as study,
+        processes_of(prepared, study.items, note) if several else nullcontext() as team,
     ):
         settings = replace(prepared.settings, minimised=_minimised(prepared, evaluator))
         test = partial(null_tests, prepared.scores, prepared.prompts, request.folder)
-        result = choice.boost(prepared.searcher, evaluator, study, settings, measured, test)
+        result = choice.boost(prepared.searcher, evaluator, study, settings, measured, test, team)
         about = described(prepared)
         page = report.write(result, study, about, evaluator.asked)
     if result.chosen is None:
@@ -139,61 +138,6 @@ def _identity(prepared: Prepared, evaluator: ModelEvaluator) -> dict[str, Any]:
     """Return all that a row depends on; so also the sign of its values, which a task's own file says."""
     minimised = _minimised(prepared, evaluator)
     return prepared.identity() | ({"minimised": list(minimised)} if minimised else {})
-
-
-@contextmanager
-def evaluator_of(prepared: Prepared) -> Iterator[ModelEvaluator]:
-    """Make the evaluator of a request; the scorers' models are freed with the context."""
-    request = prepared.request
-    resident = ResidentModel(prepared.family, prepared.device, request.threads)
-    with ExitStack() as opened:
-        measures: list[Measure] = []
-        kinds = {score.kind for score in prepared.scores}
-        if prepared.prompts:
-            scorers = [opened.enter_context(open_scorer(s.scorer)) for s in prepared.scores if s.scorer is not None]
-            measures.append(
-                Answering(
-                    prepared.prompts,
-                    request.samples,
-                    request.seed,
-                    opened.enter_context(_generator(prepared, resident)),
-                    scorers,
-                    _likelihoods(prepared, resident, LOG_RATIO in kinds),
-                    max(ANSWERS_AT_ONCE, request.batch_size),
-                )
-            )
-        if PAIRS in kinds:
-            measures.append(PreferenceAccuracy(resident, prepared.pairs, request.batch_size))
-        if NLL in kinds:
-            measures.append(TextLikelihood(resident, prepared.texts, request.batch_size))
-        for score in prepared.scores:
-            if score.kind == LM_EVAL:
-                measures.append(Harness(resident, score, request.seed, request.batch_size))
-        yield ModelEvaluator(measures, resident)
-
-
-def _generator(prepared: Prepared, resident: ResidentModel) -> AbstractContextManager[ServerGenerator | LocalGenerator]:
-    request = prepared.request
-    if request.serve_command is None:
-        return nullcontext(LocalGenerator(resident, request.sampling, request.batch_size, prepared.portion))
-    folder = request.folder / "serving"
-    return ServerGenerator(
-        resident,
-        request.serve_command,
-        folder,
-        request.sampling,
-        request.concurrency,
-        request.serve_patience,
-        request.servers,
-    )
-
-
-def _likelihoods(prepared: Prepared, resident: ResidentModel, ratio: bool) -> Likelihoods | None:
-    request = prepared.request
-    if request.serve_command is not None or not (request.likelihoods or ratio):
-        return None
-    weak = prepared.family.weak if ratio and isinstance(prepared.family, PairFamily) else None
-    return Likelihoods(resident, request.batch_size, weak)
 
 
 def check_output(prepared: Prepared) -> None:

@@ -14,7 +14,19 @@ from mergekit_lite.options import NewRows, Rounding
 
 RANGES = {
     **dict.fromkeys(
-        ("limit", "trials", "max_tokens", "samples", "batch_size", "concurrency", "servers", "threads"), (1, math.inf)
+        (
+            "limit",
+            "trials",
+            "max_tokens",
+            "samples",
+            "batch_size",
+            "concurrency",
+            "servers",
+            "threads",
+            "parallel",
+            "at_once",
+        ),
+        (1, math.inf),
     ),
     **dict.fromkeys(("temperature", "serve_patience"), (0, math.inf)),
     "confidence": (0.5, 0.999),
@@ -64,10 +76,13 @@ class BoostOptions(TypedDict, total=False):
         serve_patience: seconds until the server is ready; 600 by default.
         servers: that are started over each candidate and share its prompts; 1 by default.
         concurrency: open requests to each server; 32 by default.
+        parallel: processes that measure side by side, each with a model, or with ``servers``, of its own; by default
+            one for each GPU of ``device``, else 1.
+        at_once: candidates that tpe and cmaes draw before they know how the ones before did; 1 by default.
         include, exclude, new_rows, out_dtype, rounding, shard_size, copy_code: as of ``extrapolate``, for a pair.
         seed: of answers, the items' order and rounding; 0 by default.
-        threads: that set weights; one for each core by default.
-        device: ``cpu`` (the default), ``cuda``, ``cuda:1`` … or ``auto``.
+        threads: that set weights in a process; by default one for each core, shared by the processes.
+        device: ``cpu`` (the default), ``cuda`` for all GPUs, ``cuda:1`` …, or ``auto``.
         force: replace an existing output.
         sync: bring the output to the disk before it gets its name, as in ``run``.
     """
@@ -98,6 +113,8 @@ class BoostOptions(TypedDict, total=False):
     serve_patience: float
     servers: int
     concurrency: int
+    parallel: int | None
+    at_once: int
     include: Sequence[str]
     exclude: Sequence[str]
     new_rows: NewRows

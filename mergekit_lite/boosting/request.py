@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +35,7 @@ from mergekit_lite.pages import drawing
 if TYPE_CHECKING:
     from mergekit_lite.answers.likelihood import Pair
     from mergekit_lite.answers.rows import Prompt
+    from mergekit_lite.planning import Plan
 
 SEARCHES = ("bracket", "grid", *SAMPLERS)
 ALPHA = f"alpha=0:{MOST:g}"
@@ -75,6 +78,8 @@ class Request:
     serve_patience: float = 600.0
     servers: int = 1
     concurrency: int = 32
+    parallel: int | None = None
+    at_once: int = 1
     device: str = "cpu"
     threads: int | None = None
     study: Path | None = None
@@ -102,8 +107,14 @@ class Prepared:
     searcher: Searcher  # begins the search, once the folder exists
     settings: Settings  # how candidates are judged
     portion: int  # answers that are made before the next ones are begun; see ``looks.portion``
-    device: str  # of the model
+    devices: tuple[str, ...]  # of the models, one for each process that measures
+    threads: int | None  # of each of several; None for one, which takes those of torch
     notes: tuple[str, ...]  # remarks for the user
+
+    @property
+    def device(self) -> str:
+        """The device of the model in this process, and of the one that is written."""
+        return self.devices[0]
 
     def identity(self) -> dict[str, Any]:
         """Return all that a row depends on except the candidate's params; one study has one identity."""
@@ -138,13 +149,11 @@ def prepare(request: Request) -> Prepared:
     Raises:
         MergekitLiteError: it can't be carried out; the message has every problem that can be seen at once.
     """
-    from mergekit_lite.engine.devices import chosen_device
-
     problems: list[str] = []
     scores = _try(problems, lambda: scoring.parse(request.scores)) or ()
     tunables = _try(problems, lambda: _tunables(request)) or ()
     limits_given = _try(problems, lambda: limits(request.limits))
-    device = _try(problems, lambda: chosen_device(request.device))
+    devices = _try(problems, lambda: _devices(request))
     _try(problems, lambda: drawing.check_drawable(None))
     if (command := request.serve_command) is not None:
         _try(problems, lambda: serve_words(command, "--serve-command"))
@@ -161,11 +170,12 @@ def prepare(request: Request) -> Prepared:
             texts |= _try(problems, lambda: read_texts(Path(score.target), request.limit)) or {}  # noqa: B023
     if problems:
         raise UsageError(problems[0] if len(problems) == 1 else listing("This can't be done as asked", problems))
-    assert prompts is not None and pairs is not None and limits_given is not None and device is not None
+    assert prompts is not None and pairs is not None and limits_given is not None and devices is not None
     family = _family(request, tunables)
     notes = [f"left out: {text}" for text in prompts.problems]
     notes += [f"{prompts.repeated:,} prompts were there before and are asked once"] * bool(prompts.repeated)
     notes += _check_plans(family)
+    _check_memory(request, family, devices)
     asked = tuple(prompts.prompts[: request.limit])
     together = portion(len(asked) * request.samples, request.batch_size)
     settings = Settings(
@@ -180,8 +190,63 @@ def prepare(request: Request) -> Prepared:
     search = request.search or ("bracket" if _can_bracket(family) else "tpe")
     searcher = _searcher(request, search, family, settings)
     return Prepared(
-        request, family, scores, asked, pairs, texts, search, searcher, settings, together, device, tuple(notes)
+        request,
+        family,
+        scores,
+        asked,
+        pairs,
+        texts,
+        search,
+        searcher,
+        settings,
+        together,
+        devices,
+        _threads_of_each(devices),
+        tuple(notes),
     )
+
+
+def _devices(request: Request) -> tuple[str, ...]:
+    """Return the device of each process that measures: every GPU, unless one is named or fewer are asked for.
+
+    Raises:
+        UsageError: the device is unknown or missing.
+    """
+    from mergekit_lite.engine.devices import ALL, chosen_device, chosen_devices
+
+    several = request.device in ("auto", "cuda", ALL) and chosen_device(request.device.replace(ALL, "cuda")) != "cpu"
+    found = chosen_devices(ALL if several else request.device)
+    by_servers = request.serve_command is not None  # which have GPUs of their own
+    number = request.parallel or (1 if by_servers else len(found))
+    return tuple(islice(cycle(found), number))
+
+
+def _threads_of_each(devices: Sequence[str]) -> int | None:
+    """Return each process's share of the threads that torch takes here."""
+    if len(devices) == 1:
+        return None
+    import torch
+
+    return max(1, torch.get_num_threads() // len(devices))
+
+
+def _check_memory(request: Request, family: Family, devices: Sequence[str]) -> None:
+    """Refuse several models whose weights alone don't fit into what is free.
+
+    Raises:
+        UsageError: with what they take and what is there.
+    """
+    from mergekit_lite.engine.devices import memory_left
+
+    if request.serve_command is not None:
+        return
+    weights = family.plan(family.baseline).bytes_to_write
+    for device, number in Counter(devices).items():
+        if number > 1 and (free := memory_left(device)) is not None and number * weights > free:
+            raise UsageError(
+                f"{number} models take {number} × {weights / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are "
+                f"free on {device}: lower --parallel."
+            )
 
 
 def _try(problems: list[str], make: Callable[[], T]) -> T | None:
@@ -220,6 +285,8 @@ def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
         problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
     if request.servers > 1 and request.serve_command is None:
         problems.append("--servers is the number of servers that --serve-command starts: give one.")
+    if request.at_once > 1 and request.search not in (None, *SAMPLERS):
+        problems.append(f"--at-once is for tpe and cmaes: {request.search} measures side by side what it can.")
     if LM_EVAL in kinds and find_spec("lm_eval") is None:
         problems.append("--score lm-eval:… needs the package lm_eval: pip install lm_eval.")
     if request.search is not None and request.search not in SEARCHES:
@@ -276,7 +343,13 @@ def _searcher(request: Request, kind: str, family: Family, settings: Settings) -
         return lambda same: grid(values)
     storage = request.storage or f"sqlite:///{(request.folder / 'study.db').absolute()}"
     return lambda same: optuna_search(
-        family.ranges, settings, storage=storage, sampler=kind, trials=request.trials, seed=request.seed
+        family.ranges,
+        settings,
+        storage=storage,
+        sampler=kind,
+        trials=request.trials,
+        seed=request.seed,
+        at_once=request.at_once,
     )
 
 
@@ -314,10 +387,23 @@ def described(prepared: Prepared) -> dict[str, str]:
         "null test of the judge": nulls.described(prepared.scores),
         "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
         "rounding": plan.rounding,
-        "device": prepared.device,
+        "device": ", ".join(dict.fromkeys(prepared.devices)),
+        "measured by": _team_described(prepared, plan),
         "seed": str(request.seed),
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def _team_described(prepared: Prepared, plan: Plan) -> str:
+    number = len(prepared.devices)
+    if prepared.threads is None:
+        return ""
+    if prepared.request.serve_command is not None:
+        return (
+            f"{number} processes, each with {counted(prepared.request.servers, 'server')} over a candidate of its own"
+        )
+    weights = f"{number} × {plan.bytes_to_write / 1e9:.2f} GB of weights"
+    return f"{number} processes with {counted(prepared.threads, 'thread')} and a model each: {weights}"
 
 
 def _answers_described(request: Request) -> str:

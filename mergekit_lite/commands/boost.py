@@ -42,6 +42,7 @@ Examples:
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score reward:./rm -o ./boosted
   mergekit-lite boost ./sft ./dpo --pairs prefs.jsonl --score pairs -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log_ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --parallel 8 -o ./boosted
   mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
       --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
 """,
@@ -110,6 +111,19 @@ Examples:
     "'env CUDA_VISIBLE_DEVICES={number} vllm serve {model} --port {port}'.",
 )
 @click.option("--concurrency", type=int, default=32, show_default=True, help="Open requests, of each server.")
+@click.option(
+    "--parallel",
+    type=int,
+    help="Processes that measure side by side, each with a model of its own in memory, or with --servers of its own; "
+    "by default one for each GPU, else 1.",
+)
+@click.option(
+    "--at-once",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Candidates that tpe and cmaes draw before they know how the last ones did; their steps depend on it.",
+)
 @click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate.")
 @click.option("--exclude", metavar="REGEX", multiple=True, help="As in extrapolate.")
 @click.option("--new-rows", type=click.Choice(["refuse", "copy"]), default="refuse", help="As in extrapolate.")
@@ -118,8 +132,8 @@ Examples:
 @click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate.")
 @click.option("--copy-code", is_flag=True, help="As in extrapolate.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding.")
-@click.option("--threads", type=int, help="That set weights; one for each core by default.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 … or auto.")
+@click.option("--threads", type=int, help="That set weights in a process; by default one for each core.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda (all GPUs), cuda:1 … or auto.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 @running.takes_sync
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be done.")
@@ -178,7 +192,7 @@ def _carry_out(prepared: Prepared, screen: Screen, as_json: bool) -> None:
     from mergekit_lite.output.companions import what_is_missing
 
     with _stopping_the_server():
-        boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress)
+        boosted = search_and_write(prepared, partial(_show_point, screen), screen.progress, screen.warn)
     if as_json:
         click.echo(json.dumps(boosted.to_json(), indent=1))
         return

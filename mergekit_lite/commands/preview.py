@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.previewing.preview import Preview, Previewed, Watch
+    from mergekit_lite.previewing.preview import OnTokens, Preview, Previewed
     from mergekit_lite.previewing.request import Prepared, Request
     from mergekit_lite.previewing.search import Beam
 
@@ -137,7 +137,7 @@ def _tell(screen: Screen, prepared: Prepared, to_output: bool) -> None:
 
 
 @contextmanager
-def _streaming(screen: Screen, prepared: Prepared) -> Iterator[Watch | None]:
+def _streaming(screen: Screen, prepared: Prepared) -> Iterator[OnTokens | None]:
     """Show growing answers, where there is a terminal."""
     from rich.live import Live
 

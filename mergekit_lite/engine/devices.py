@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError, UsageError, counted
@@ -49,6 +50,17 @@ def chosen_device(name: str) -> str:
 def kind_of(device: str) -> str:
     """Return ``cpu`` or ``cuda``: devices of one kind are taken to give the same bits."""
     return device.partition(":")[0]
+
+
+def memory_left(device: str) -> int | None:
+    """Return the bytes of memory that are free on a device; None where the system doesn't tell."""
+    if chosen_device(device) != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    facts = Path("/proc/meminfo")
+    if not facts.exists():
+        return None
+    lines = facts.read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 @contextmanager

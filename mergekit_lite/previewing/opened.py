@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_lite import dtypes
 from mergekit_lite.answers.local import ends_of
-from mergekit_lite.engine.devices import chosen_device
+from mergekit_lite.engine.devices import memory_left
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted, listing, shortened
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
@@ -133,23 +133,10 @@ def check_memory(models: Sequence[Opened], device: str) -> None:
     Raises:
         UsageError: with what they take and what is there.
     """
-    taken, free = sum(model.weights for model in models), free_memory(device)
+    taken, free = sum(model.weights for model in models), memory_left(device)
     if free is not None and taken > free:
         each = ", ".join(f"{model.role} {model.weights / 1e9:.2f}" for model in models)
         raise UsageError(
             f"The weights take {taken / 1e9:.2f} GB ({each}), but only {free / 1e9:.2f} GB of memory are free on "
             f"{device}. Take --dtype bfloat16, or another --device; alpha 0 and -1 alone take one model."
         )
-
-
-def free_memory(device: str) -> int | None:
-    """Return the bytes of memory that are free on a device; None where the system doesn't tell."""
-    if chosen_device(device) != "cpu":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    facts = Path("/proc/meminfo")
-    if not facts.exists():
-        return None
-    lines = facts.read_text(encoding="ascii").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -61,7 +61,7 @@ class Preview:
         return user_text(self.prompt.messages)
 
 
-Watch = Callable[[list[list[int]]], None]  # called with the tokens so far, by alpha
+OnTokens = Callable[[list[list[int]]], None]  # called with the tokens so far, by alpha
 
 
 @named_options
@@ -171,7 +171,7 @@ def _model(opened: Opened, prepared: Prepared) -> Any:
     return built.model
 
 
-def previews(prepared: Prepared, readers: Sequence[Reader], watch: Watch | None = None) -> Iterator[Preview]:
+def previews(prepared: Prepared, readers: Sequence[Reader], watch: OnTokens | None = None) -> Iterator[Preview]:
     """Yield the answers to one prompt after the other.
 
     Args:
@@ -192,7 +192,7 @@ def previews(prepared: Prepared, readers: Sequence[Reader], watch: Watch | None 
 
 
 def _answers(
-    prepared: Prepared, readers: Sequence[Reader], prompt: Prompt, tokens: Sequence[int], watch: Watch | None
+    prepared: Prepared, readers: Sequence[Reader], prompt: Prompt, tokens: Sequence[int], watch: OnTokens | None
 ) -> tuple[Previewed, ...]:
     import torch
 

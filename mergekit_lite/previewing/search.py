@@ -34,17 +34,17 @@ class Beam:
         return self.width * self.successors
 
 
-Watch = Callable[[Drafts], None]
+OnDrafts = Callable[[Drafts], None]  # called after each step
 
 
-def grown(drafts: Drafts, most: int, watch: Watch) -> list[int]:
+def grown(drafts: Drafts, most: int, watch: OnDrafts) -> list[int]:
     """Let one draft of each alpha grow to its end, or to ``most`` tokens; return them in the order of the alphas."""
     while drafts.tokens.shape[1] < most and drafts.grow():
         watch(drafts)
     return list(range(len(drafts.tokens)))
 
 
-def searched(drafts: Drafts, most: int, watch: Watch, beam: Beam, aligned: int, sft: int) -> list[int]:
+def searched(drafts: Drafts, most: int, watch: OnDrafts, beam: Beam, aligned: int, sft: int) -> list[int]:
     """Search for the best draft of each alpha; return them in the order of the alphas.
 
     Args:

@@ -6,21 +6,21 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, label
+from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Job, Params, label, pieces
 from mergekit_lite.boosting.search.search import Search, SearchOutcome
+from mergekit_lite.boosting.search.study import Study
 
 
 def tried(search: Search, score: Callable[[Params], float | SearchOutcome | None]) -> list[Params]:
     """The candidates a search asks for, where each is told its score; None is out of limits."""
     asked: list[Params] = []
     try:
-        params = next(search)
+        batch = next(search)
         while True:
-            asked.append(dict(params))
-            value = score(params)
-            if value is None:
-                value = SearchOutcome(0.0, allowed=False)
-            params = search.send(value if isinstance(value, SearchOutcome) else SearchOutcome(value))
+            asked += [dict(params) for params in batch]
+            values = [score(params) for params in batch]
+            outcomes = [SearchOutcome(0.0, allowed=False) if value is None else value for value in values]
+            batch = search.send([each if isinstance(each, SearchOutcome) else SearchOutcome(each) for each in outcomes])
     except StopIteration:
         return asked
 
@@ -34,6 +34,13 @@ def best(asked: list[float], score: Callable[[float], float | None]) -> float:
     """What an exact scorer chooses: the best of the asked and 0."""
     known = {0.0: 0.0} | {alpha: value for alpha in asked if (value := score(alpha)) is not None}
     return max(sorted(known), key=lambda alpha: known[alpha])
+
+
+def measure(evaluator: Evaluator, study: Study, *candidates: Params) -> None:
+    """Measure candidates on all items."""
+    for params in candidates:
+        for piece in pieces(evaluator, study.items, Job(params, frozenset(study.items))):
+            study.record(params, piece)
 
 
 class SyntheticEvaluator:
@@ -53,6 +60,7 @@ class SyntheticEvaluator:
         self.curve, self.noise, self.words = curve, noise, words
         self.measured: list[tuple[str, str]] = []
         self.fail_after: int | None = None
+        self.portion = 16
 
     def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         for item in items:
@@ -67,6 +75,9 @@ class SyntheticEvaluator:
         value = common.gauss(0, 2) + self.curve(params) + own.gauss(0, self.noise)
         text = " ".join(own.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(self.words(params, own)))
         return ItemRow(item=item, values={"score": value, "other": -value}, text=text, finish="stop", tokens=len(text))
+
+    def portions(self, items: Sequence[str]) -> list[list[str]]:
+        return [list(items[start : start + self.portion]) for start in range(0, len(items), self.portion)]
 
     def facts(self, params: Params) -> dict[str, Any]:
         return {"effective_alpha": 0.9 * next(iter(params.values()))}

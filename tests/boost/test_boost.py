@@ -22,7 +22,8 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Prompt
 from mergekit_lite.answers.template import ChatTemplate
-from mergekit_lite.boosting.boosting import evaluator_of, search_and_write
+from mergekit_lite.boosting.boosting import search_and_write
+from mergekit_lite.boosting.evaluators import evaluator_of
 from mergekit_lite.boosting.measure.answering import Answering
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.commands import main

@@ -1,9 +1,12 @@
-"""A candidate: its params, its rows, its name; and the contract between search, study and evaluator."""
+"""A candidate: its params, its rows, its name; and the contract between search, study, evaluator and team."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 Params = Mapping[str, float]  # of a candidate: {"alpha": 0.3}, or several numbers of a recipe by their names
 
@@ -35,6 +38,76 @@ class Evaluator(Protocol):
 
     def facts(self, params: Params) -> dict[str, Any]:
         """Return facts about the candidate measured last, such as its effective alpha, as JSON can hold them."""
+
+    def portions(self, items: Sequence[str]) -> list[list[str]]:
+        """Cut all items, in their common order, into what is best measured at once."""
+
+
+class Job(NamedTuple):
+    """What a worker measures at once."""
+
+    params: Params  # of a candidate
+    wanted: frozenset[str]  # items, of one portion
+
+
+class Piece(NamedTuple):
+    """What a worker sends of a job, as it comes."""
+
+    rows: Sequence[ItemRow] = ()
+    facts: Mapping[str, Any] | None = None  # as of ``Evaluator.facts``, with the first rows and at the end
+    seconds: float = 0.0  # that the job took, at its end
+    ended: bool = False  # nothing comes after it
+    lost: bool = False  # the worker died: what is missing has to be measured again
+
+
+class Seat(NamedTuple):
+    """A worker's place in its team."""
+
+    number: int = 0
+    of: int = 1  # workers
+
+
+ONLY = Seat()
+
+
+class Team(Protocol):
+    """Workers, each with an evaluator of its own, that measure side by side."""
+
+    size: int  # the number of workers, which are called 0, 1 …
+
+    def give(self, worker: int, job: Job) -> None:
+        """Give a job to a worker that has none."""
+
+    def next(self) -> tuple[int, Piece]:
+        """Wait for a worker that has a job, and return what it sends. Raises what a job raised."""
+
+
+@dataclass
+class Alone:
+    """A team of one: this process."""
+
+    evaluator: Evaluator
+    items: Sequence[str]  # all, in their common order
+    size: int = field(default=1, init=False)
+    _pieces: Iterator[Piece] = field(init=False)
+
+    def give(self, worker: int, job: Job) -> None:
+        """Begin a job."""
+        self._pieces = pieces(self.evaluator, self.items, job)
+
+    def next(self) -> tuple[int, Piece]:
+        """Go on with it."""
+        return 0, next(self._pieces)
+
+
+def pieces(evaluator: Evaluator, items: Sequence[str], job: Job) -> Iterator[Piece]:
+    """Do a job and yield its rows one by one, then an end."""
+    started, first = time.monotonic(), True
+    with closing(evaluator.measure(job.params, items, job.wanted)) as rows:  # type: ignore[type-var]
+        for row in rows:
+            yield Piece([row], evaluator.facts(job.params) if first else None)
+            first = False
+    yield Piece(facts=evaluator.facts(job.params), seconds=time.monotonic() - started, ended=True)
 
 
 def cluster_of(item: str) -> str:

@@ -94,6 +94,7 @@ class Answering:
     scorers: Sequence[Scorer]  # of the answers
     likelihoods: Likelihoods | None = None  # of the answers; None where no model is in this process
     chunk: int = ANSWERS_AT_ONCE  # answers that are scored at once, no fewer than are generated at once
+    at_once: int | None = None  # answers that one worker is asked for at once; None for all
 
     @property
     def items(self) -> list[str]:

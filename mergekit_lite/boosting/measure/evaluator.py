@@ -25,6 +25,10 @@ class Measure(Protocol):
     def names(self) -> Sequence[str]:
         """The names of its scores."""
 
+    @property
+    def at_once(self) -> int | None:
+        """How many of its items, cut in their order, are measured at once; None for all."""
+
     def rows(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items, as ``Evaluator.measure`` does."""
 
@@ -41,6 +45,16 @@ class ModelEvaluator:
     def asked(self) -> dict[str, str]:
         """The question of each item that has one."""
         return {item: text for measure in self.measures for item, text in measure.asked.items()}
+
+    def portions(self, items: Sequence[str]) -> list[list[str]]:
+        """Cut the items of each measure into portions, in the order of their first items."""
+        places = {item: place for place, item in enumerate(items)}
+        cut: list[list[str]] = []
+        for measure in self.measures:
+            own = sorted(measure.items, key=places.__getitem__)
+            size = measure.at_once or max(1, len(own))
+            cut += [own[start : start + size] for start in range(0, len(own), size)]
+        return sorted(cut, key=lambda portion: places[portion[0]])
 
     def measure(self, params: Params, items: Sequence[str], wanted: frozenset[str]) -> Iterator[ItemRow]:
         """Yield the rows of the wanted items. A candidate whose weights aren't finite has no score on any.

@@ -17,7 +17,7 @@ from mergekit_lite.answers.requests import RequestBody
 from mergekit_lite.answers.rows import Answer, Key
 from mergekit_lite.answers.server import Served, Server
 from mergekit_lite.answers.serving import RunningServer, serve_words, serving_several
-from mergekit_lite.boosting.candidates.candidate import Params, label
+from mergekit_lite.boosting.candidates.candidate import ONLY, Params, Seat, label
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ServerGenerator:
     concurrency: int = 32  # open requests, of each server
     patience: float = 600.0  # seconds that a server has to load a model
     servers: int = 1  # that are started over each candidate
+    seat: Seat = ONLY  # whose servers these are
     _running: ExitStack = field(default_factory=ExitStack, init=False)
     _candidate: str = field(default="", init=False)
     _respondent: Respondent | None = field(default=None, init=False)
@@ -108,7 +109,7 @@ class ServerGenerator:
             model = self._written(params)
             words = serve_words(self.command, "--serve-command")
             logs = [self.folder / f"server-{number}.log" for number in range(self.servers)]
-            with serving_several(words, str(model), logs, self.patience) as running:
+            with serving_several(words, str(model), logs, self.patience, self.seat) as running:
                 body = RequestBody(running[0].model, self.sampling)
                 urls = [each.url for each in running]
                 yield Server(urls, body, concurrency=self.concurrency, ended=partial(_all_ended, running))

@@ -41,6 +41,7 @@ class PreferenceAccuracy:
     pairs: Mapping[str, Pair]  # by item
     batch_size: int
     names: ClassVar = (PAIRS, MARGIN)
+    at_once: ClassVar = ITEMS_AT_ONCE
     asked: ClassVar[Mapping[str, str]] = {}
 
     @property
@@ -76,6 +77,7 @@ class TextLikelihood:
     texts: Mapping[str, str]  # by item
     batch_size: int
     names: ClassVar = (NLL,)
+    at_once: ClassVar = ITEMS_AT_ONCE
     asked: ClassVar[Mapping[str, str]] = {}
 
     @property

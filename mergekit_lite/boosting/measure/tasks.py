@@ -27,6 +27,7 @@ class Harness:
     """One task of the harness, or a group of them."""
 
     asked: Mapping[str, str] = MappingProxyType({})
+    at_once: None = None  # a call of the harness costs much, and draws its examples anew
 
     def __init__(self, resident: ResidentModel, score: ScoreSpec, seed: int = 0, batch_size: int = 8) -> None:
         """Load the documents.

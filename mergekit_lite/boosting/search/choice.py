@@ -5,18 +5,19 @@ docs/boost.md says by which rules, and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from mergekit_lite.answers.intervals import Floats, Interval, difference
-from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, label
+from mergekit_lite.boosting.candidates.candidate import Alone, Evaluator, ItemRow, Params, Team, label
 from mergekit_lite.boosting.search.flips import stays
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
+from mergekit_lite.boosting.search.measuring import Demand, Measuring
 from mergekit_lite.boosting.search.point import Point, Settings, beyond, called, plain, point, values
 from mergekit_lite.boosting.search.search import CLOSE, Same, Search, SearchOutcome
 from mergekit_lite.boosting.search.study import Study
@@ -56,8 +57,11 @@ def boost(
     settings: Settings,
     progress: Callable[[Point], None] = lambda point: None,
     test: Callable[[Mapping[str, ItemRow]], Mapping[str, str]] = lambda rows: {},
+    team: Team | None = None,
 ) -> Result:
     """Search, choose, confirm.
+
+    The result doesn't depend on the team: candidates are judged in the order in which the search names them.
 
     Args:
         searcher: begins the search, given a test of whether two candidates are the same.
@@ -67,6 +71,7 @@ def boost(
         progress: called with each candidate when its last row is in.
         test: called with the baseline's rows before any candidate is measured; returns what is wrong with judges, by
             score. Where that is the deciding score, nothing is searched and nothing chosen.
+        team: measures side by side; by default this process alone, with the evaluator.
 
     Raises:
         MergekitLiteError: the baseline has no score of the deciding scorer.
@@ -74,27 +79,23 @@ def boost(
     """
     searched = _searched(len(study.clusters), settings)
     apart = list(chain.from_iterable(study.clusters[searched:]))
-    contest = Contest(study.clusters[:searched], evaluator, study, settings)
+    measuring = Measuring(team or Alone(evaluator, study.items), study, evaluator.portions(study.items))
+    contest = Contest(study.clusters[:searched], measuring, study, settings)
     search = searcher(contest.same)
     broken = test(contest.measure_baseline())
     counts: dict[str, Any] = {"items": searched, "items_held_out": len(study.clusters) - searched, "broken": broken}
     if settings.score in broken:
         return Result(settings, contest.baseline, (), None, None, None, **counts)
-    outcome = None
+    outcomes: list[SearchOutcome] = []
     while True:
         try:
-            params = search.send(outcome) if outcome else next(search)
+            outcomes = contest.outcomes(search.send(outcomes) if outcomes else next(search), progress)
         except StopIteration:
             break
-        before = len(contest.points)
-        outcome = contest.outcome(params)
-        if len(contest.points) > before:
-            progress(contest.points[label(params)])
     picked = contest.preferred(corrected=not apart)
     confirmed = None
     if picked and apart:
-        for params in (settings.baseline, picked.params):
-            study.measured(params, apart, evaluator)
+        measuring.measure(*(Demand(params, apart) for params in (settings.baseline, picked.params)))
         confirmed = point(picked.params, apart, study, settings)
     failed = confirmed is not None and (not confirmed.gain.above or confirmed.beyond)
     chosen = picked.params if picked and not failed else None
@@ -111,33 +112,53 @@ def _searched(total: int, settings: Settings) -> int:
     return searched if total - searched >= FIRST_LOOK else total
 
 
+@dataclass
+class Course:
+    """A candidate on its way from look to look."""
+
+    params: Params
+    sizes: Sequence[int]  # clusters, at each look; the last one is all
+    passed: int = 0  # looks
+    best: Point | None = None  # the candidate that it was compared with at these
+    hopeless: str = ""  # why it fails the look after those passed; empty while it doesn't
+
+
 class Contest:
     """Candidates measured on common items, and compared."""
 
-    def __init__(self, clusters: Sequence[Sequence[str]], evaluator: Evaluator, study: Study, settings: Settings):
+    def __init__(self, clusters: Sequence[Sequence[str]], measuring: Measuring, study: Study, settings: Settings):
         self.clusters, self.items = clusters, list(chain.from_iterable(clusters))
-        self.evaluator, self.study, self.settings = evaluator, study, settings
+        self.measuring, self.study, self.settings = measuring, study, settings
         self.points: dict[str, Point] = {}
         self.baseline: Point
         self.best: Point
 
     def measure_baseline(self) -> dict[str, ItemRow]:
         """Measure the baseline, which the others are compared with, and return its rows."""
-        rows = self.study.measured(self.settings.baseline, self.items, self.evaluator)
+        self.measuring.measure(Demand(self.settings.baseline, self.items))
+        rows = self.study.rows(self.settings.baseline, self.items)
         _check_scorers(rows, self.settings)
         self.baseline = self.best = point(self.settings.baseline, self.items, self.study, self.settings)
         return rows
 
-    def outcome(self, params: Params) -> SearchOutcome:
-        """Measure a candidate, unless it is the baseline or known, and return what the search is sent."""
-        name = label(params)
-        if name == self.baseline.name:
+    def outcomes(self, batch: Sequence[Params], progress: Callable[[Point], None]) -> list[SearchOutcome]:
+        """Measure candidates, but the baseline and those that are known, and return what the search is sent.
+
+        They are judged one after the other, in their order, as if each had been measured before the next was begun.
+        """
+        new = {label(params): params for params in batch}
+        left = [self._course(params) for name, params in new.items() if name not in {self.baseline.name, *self.points}]
+        while left:
+            while left and self._is_through(left[0]):
+                progress(self._taken(left.pop(0)))
+            if left:
+                self.measuring.step(self._demands(left))
+        return [self._outcome(params) for params in batch]
+
+    def _outcome(self, params: Params) -> SearchOutcome:
+        if label(params) == self.baseline.name:
             return SearchOutcome(0.0)
-        if name not in self.points:
-            self.points[name] = new = self._measured(params)
-            if new.allowed and new.gain.mean > self.best.gain.mean:
-                self.best = new
-        measured = self.points[name]
+        measured = self.points[label(params)]
         details = {name: plain(getattr(measured, name)) for name in DETAILS}
         return SearchOutcome(self._score(measured), not measured.beyond and measured.gain.items > 0, details)
 
@@ -183,18 +204,50 @@ class Contest:
         confidence = self.settings.confidence
         return shared_confidence(confidence, len(self.points)) if corrected and self.points else confidence
 
-    def _measured(self, params: Params) -> Point:
-        sizes = looks(len(self.clusters), self.settings.batch)
-        if not self.settings.stop_early or len(self.study.rows(params, self.items)) == len(self.items):
-            sizes = [len(self.clusters)]  # a look would save nothing
-        confidence = shared_confidence(self.settings.confidence, len(sizes))
-        why = ""
-        for size in sizes:
-            items = list(chain.from_iterable(self.clusters[:size]))
-            self.study.measured(params, items, self.evaluator)
-            if size < len(self.clusters) and (why := self._hopeless(params, items, confidence)):
-                break
-        return point(params, items, self.study, self.settings, why)
+    def _course(self, params: Params) -> Course:
+        total = len(self.clusters)
+        return Course(params, looks(total, self.settings.batch) if self.settings.stop_early else [total])
+
+    def _is_through(self, course: Course) -> bool:
+        """Take a candidate's looks as far as rows are there; return whether it has failed one or passed all.
+
+        While those before it aren't all judged, the best candidate may change: then its looks are taken again.
+        """
+        if course.best is not self.best:
+            course.best, course.passed, course.hopeless = self.best, 0, ""
+        confidence = shared_confidence(self.settings.confidence, len(course.sizes))
+        while not course.hopeless and course.passed < len(course.sizes):
+            items = self._items(course)
+            if self.study.missing(course.params, items):
+                return False
+            if len(items) < len(self.items):
+                course.hopeless = self._hopeless(course.params, items, confidence)
+            course.passed += not course.hopeless
+        return True
+
+    def _items(self, course: Course) -> list[str]:
+        """Return the items of a candidate's next look, or of the last one."""
+        size = course.sizes[min(course.passed, len(course.sizes) - 1)]
+        return list(chain.from_iterable(self.clusters[:size]))
+
+    def _taken(self, course: Course) -> Point:
+        """Take a candidate that is through among the points, perhaps as the best one."""
+        new = point(course.params, self._items(course), self.study, self.settings, course.hopeless)
+        self.points[new.name] = new
+        if new.allowed and new.gain.mean > self.best.gain.mean:
+            self.best = new
+        return new
+
+    def _demands(self, left: Sequence[Course]) -> Iterator[Demand]:
+        """Yield what is wanted of the next candidates.
+
+        One that seems hopeless has to wait until those before it are judged. Workers without anything else measure
+        what comes after a look before it is passed: where it isn't, only their time is lost.
+        """
+        under_way = [course for course in islice(left, 2 * self.measuring.team.size) if not self._is_through(course)]
+        yield from (Demand(course.params, self._items(course)) for course in under_way)
+        if self.measuring.can_run_ahead:
+            yield from (Demand(course.params, self.items, ahead=True) for course in under_way)
 
     def _hopeless(self, params: Params, items: Sequence[str], confidence: float) -> str:
         for other in (self.baseline, self.best):

@@ -36,6 +36,7 @@ def optuna_search(
     sampler: str = "tpe",
     trials: int = 30,
     seed: int = 0,
+    at_once: int = 1,
 ) -> Search:
     """Search by ``trials`` trials, those of earlier runs included.
 
@@ -49,6 +50,8 @@ def optuna_search(
         sampler: ``tpe``, or ``cmaes`` for two parameters or more.
         trials: their number in all.
         seed: of the sampler.
+        at_once: trials that are asked for together, and told together: so many are drawn without knowing each other's
+            outcomes. Studies that differ in it are different.
 
     Raises:
         UsageError: Optuna (or cmaes) is missing, the sampler doesn't fit, or the database can't be opened. It is
@@ -56,23 +59,26 @@ def optuna_search(
     """
     _check_installed(sampler, len(ranges))
     space = {name: [of.low, of.high, of.step] for name, of in ranges.items()}
-    name = f"boost-{xxhash.xxh3_64_hexdigest(repr((space, settings, sampler, seed)).encode())}"
+    together = (at_once,) if at_once > 1 else ()
+    name = f"boost-{xxhash.xxh3_64_hexdigest(repr((space, settings, sampler, seed, *together)).encode())}"
     study = _study(ranges, storage, name, settings.baseline)
     # A sampler that begins anew would draw its first candidates once more.
     study.sampler = _sampler(sampler, seed + len(study.get_trials(deepcopy=False)))
-    return _search(ranges, study, trials)
+    return _search(ranges, study, trials, at_once)
 
 
-def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int) -> Search:
+def _search(ranges: Mapping[str, Range], study: optuna.Study, trials: int, at_once: int) -> Search:
     done = _ended(study)
-    for trial in done:
-        yield {name: tidy(value) for name, value in trial.params.items()}
-    for _ in range(trials - len(done)):
-        running = study.ask()
-        outcome = yield {
-            name: tidy(running.suggest_float(name, of.low, of.high, step=of.step)) for name, of in ranges.items()
-        }
-        _tell(study, running, outcome)
+    if done:
+        yield [{name: tidy(value) for name, value in trial.params.items()} for trial in done]
+    for number in range(len(done) - len(done) % at_once, trials, at_once):
+        running = [study.ask() for _ in range(max(number, len(done)), min(number + at_once, trials))]
+        outcomes = yield [
+            {name: tidy(trial.suggest_float(name, of.low, of.high, step=of.step)) for name, of in ranges.items()}
+            for trial in running
+        ]
+        for trial, outcome in zip(running, outcomes, strict=True):
+            _tell(study, trial, outcome)
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, outcome: SearchOutcome) -> None:

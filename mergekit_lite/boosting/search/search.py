@@ -1,7 +1,7 @@
 """Searches: generators of the params to try next.
 
-A search yields the params of a candidate, is sent its ``SearchOutcome``, and ends when it has seen enough.
-It knows no models, so that its steps can be followed on paper.
+A search yields the params of candidates that can be measured side by side, is sent a ``SearchOutcome`` of each, in
+their order, and ends when it has seen enough. It knows no models, so that its steps can be followed on paper.
 
 ``bracket`` is the procedure of ExPO's authors (Zheng et al., arXiv 2404.16792, appendix B), who did it by hand and
 released no code. Here it is one rule, which gives the paper's three searches; docs/boost.md has them.
@@ -32,16 +32,15 @@ class SearchOutcome(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})  # for dashboards, as JSON can hold them
 
 
-Search = Generator[Params, SearchOutcome, None]
+Search = Generator[Sequence[Params], Sequence[SearchOutcome], None]
 # Whether two candidates are the same to within a number of standard errors of their difference.
 Same = Callable[[Params, Params, int], bool]
 CLOSE, SURE = 1, 2  # standard errors: below one a difference is ignored, above two it ends a climb
 
 
 def grid(values: Mapping[str, Sequence[float]]) -> Search:
-    """Yield every combination of the values, in the order given."""
-    for combination in product(*values.values()):
-        yield dict(zip(values, combination, strict=True))
+    """Yield every combination of the values, in the order given, all together."""
+    yield [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
 
 
 def bracket(
@@ -94,7 +93,7 @@ class _Curve:
 
     def ask(self, point: float) -> Search:
         if point not in self.scores:
-            outcome = yield {self.name: point}
+            (outcome,) = yield [{self.name: point}]
             self.scores[point] = outcome.score if outcome.allowed else -math.inf
 
     def same(self, one: float, other: float, errors: int) -> bool:

@@ -15,9 +15,7 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,7 +24,7 @@ import xxhash
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.rows import write_text
-from mergekit_lite.boosting.candidates.candidate import Evaluator, ItemRow, Params, cluster_of, label
+from mergekit_lite.boosting.candidates.candidate import ItemRow, Params, Piece, cluster_of, label
 from mergekit_lite.errors import UsageError, listing, shortened
 from mergekit_lite.input_files import read_json
 from mergekit_lite.locks import lock_file
@@ -77,18 +75,32 @@ class Study:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for ledger in self._ledgers.values():
+            ledger.close()
         self._lock.close()
 
-    def measured(self, params: Params, items: Sequence[str], evaluator: Evaluator) -> dict[str, ItemRow]:
-        """Return the rows of these items, in their order; the evaluator measures those that are missing."""
+    def missing(self, params: Params, items: Sequence[str]) -> list[str]:
+        """Return those of the items that a candidate has no row of yet, in order."""
         ledger = self._ledger(params)
-        wanted = frozenset(item for item in items if item not in ledger)
-        if wanted:
-            self._measure(params, wanted, evaluator, ledger)
-        missing = [item for item in items if item not in ledger]
-        if missing:
-            raise RuntimeError(f"{label(params)}: no row came for {missing[:3]}")
-        return self.rows(params, items)
+        return [item for item in items if item not in ledger]
+
+    def record(self, params: Params, piece: Piece) -> None:
+        """Store what a worker sent; when this returns, a kill of the process doesn't lose it.
+
+        Facts come before the rows they are about: so a candidate with all its rows has them.
+        """
+        ledger = self._ledger(params)
+        if piece.facts is not None:
+            seconds = self.about(params)["seconds"] + piece.seconds
+            about = {"numbers": dict(params), "facts": dict(piece.facts), "seconds": seconds}
+            _write(self._path(params, "json"), about)
+        ledger.append([cast(dict[str, Any], row) for row in piece.rows])
+        for row in piece.rows:
+            self._rows[label(params)].setdefault(row["item"], row)
+        if piece.ended:
+            ledger.close()
+            if not ledger.missing:
+                ledger.finish()
 
     def rows(self, params: Params, items: Sequence[str]) -> dict[str, ItemRow]:
         """Return the stored rows of these items, in their order."""
@@ -102,24 +114,14 @@ class Study:
         stored: dict[str, Any] = read_json(path) if path.exists() else {}
         return {"facts": stored.get("facts", {}), "seconds": stored.get("seconds", 0.0)}
 
-    def _measure(self, params: Params, wanted: frozenset[str], evaluator: Evaluator, ledger: Ledger[str]) -> None:
-        started, before = time.monotonic(), self.about(params)["seconds"]
-        with closing(ledger):
-            for row in evaluator.measure(params, self.items, wanted):
-                ledger.append([cast(dict[str, Any], row)])
-                self._rows[label(params)].setdefault(row["item"], row)
-        seconds = before + time.monotonic() - started
-        about = {"numbers": dict(params), "facts": evaluator.facts(params), "seconds": seconds}
-        _write(self._path(params, "json"), about)
-        if not ledger.missing:
-            ledger.finish()
-
     def _ledger(self, params: Params) -> Ledger[str]:
         name = label(params)
         if name not in self._ledgers:
             path = self._path(params, "jsonl")
             self._ledgers[name] = ledger = Ledger(path, self.items, lambda row: str(row["item"]))
             self._rows[name] = {row["item"]: cast(ItemRow, row) for row in ledger.rows()}
+            if not ledger.missing and not ledger.is_finished:  # the process was killed just before
+                ledger.finish()
         return self._ledgers[name]
 
     def _path(self, params: Params, kind: str) -> Path:

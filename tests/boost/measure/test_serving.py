@@ -18,7 +18,8 @@ from urllib.request import Request as HttpRequest
 import pytest
 
 from mergekit_lite.answers import serving
-from mergekit_lite.boosting.boosting import evaluator_of, search_and_write
+from mergekit_lite.boosting.boosting import search_and_write
+from mergekit_lite.boosting.evaluators import evaluator_of
 from mergekit_lite.boosting.request import Request, prepare
 from mergekit_lite.errors import RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts

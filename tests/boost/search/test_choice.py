@@ -21,7 +21,7 @@ from mergekit_lite.boosting.search.search import bracket, grid
 from mergekit_lite.boosting.search.study import Study
 from mergekit_lite.boosting.summary import verdict
 from mergekit_lite.errors import MergekitLiteError, UsageError
-from tests.boost.synthetic import SyntheticEvaluator
+from tests.boost.synthetic import SyntheticEvaluator, measure
 
 
 def peak(params: Params, at: float = 2.0, height: float = 0.6) -> float:
@@ -110,8 +110,8 @@ def test_a_dropped_candidate_never_seems_better_than_what_it_lost_to(tmp_path: P
     told = []
 
     def watched(same: Any) -> Any:
-        told.append((yield {"alpha": 1}))
-        told.append((yield {"alpha": 2}))
+        told.extend((yield [{"alpha": 1}]))
+        told.extend((yield [{"alpha": 2}]))
 
     result = search(evaluator, tmp_path, watched, held_out=0)
     assert result.points[1].dropped == "surely worse than alpha=1"
@@ -290,8 +290,7 @@ def test_names_that_no_file_can_have_are_told_apart(tmp_path: Path) -> None:
     evaluator = SyntheticEvaluator(lambda params: 0.0, items=3)
     long = "models/0/parameters:weight" * 10
     with Study(tmp_path, {}, evaluator.items) as study:
-        for params in ({f"{long}a": 1.0}, {f"{long}b": 1.0}, {"alpha": 1 / 3}, {"alpha": 0.333333}):
-            study.measured(params, study.items, evaluator)
+        measure(evaluator, study, {f"{long}a": 1.0}, {f"{long}b": 1.0}, {"alpha": 1 / 3}, {"alpha": 0.333333})
     assert len(list((tmp_path / "candidates").glob("*.jsonl"))) == 4
     abouts = [json.loads(path.read_text()) for path in (tmp_path / "candidates").glob("*.json")]
     assert {"alpha": 1 / 3} in [about["numbers"] for about in abouts]

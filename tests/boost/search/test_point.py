@@ -9,6 +9,7 @@ from typing import Any
 from mergekit_lite.boosting.candidates.candidate import ItemRow, Params
 from mergekit_lite.boosting.search.point import Point, Settings, point
 from mergekit_lite.boosting.search.study import Study
+from tests.boost.synthetic import measure
 
 
 class Thinking:
@@ -26,6 +27,9 @@ class Thinking:
             values: Mapping[str, float | None] = {"s": number % 7 + alpha * (number % 4)}
             yield ItemRow(item=item, values=dict(values), text=thoughts + text, finish="stop")
 
+    def portions(self, items: Sequence[str]) -> list[list[str]]:
+        return [list(items)]
+
     def facts(self, params: Params) -> dict[str, Any]:
         return {}
 
@@ -34,8 +38,7 @@ def measured(folder: Path, thinks: int) -> Point:
     evaluator, settings = Thinking(thinks), Settings(score="s")
     with Study(folder, {}, evaluator.items) as study:
         items = [item for cluster in study.clusters for item in cluster]
-        for params in (settings.baseline, {"alpha": 1.0}):
-            study.measured(params, items, evaluator)
+        measure(evaluator, study, settings.baseline, {"alpha": 1.0})
         return point({"alpha": 1.0}, items, study, settings)
 
 

@@ -42,9 +42,9 @@ def test_what_was_tried_comes_first_and_counts(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     first = tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=6), bowl)
     search = optuna_search(RANGES, SETTINGS, storage=storage, trials=9)
-    again = [next(search)]
-    again += [search.send(SearchOutcome(bowl(again[-1]))) for _ in range(6)]
-    assert again[:6] == first
+    again = list(next(search))
+    assert again == first
+    again += search.send([SearchOutcome(bowl(params)) for params in again])
     search.close()  # killed in the seventh
     resumed = tried(optuna_search(RANGES, SETTINGS, storage=storage, trials=9), bowl)
     assert resumed[:7] == again and len(resumed) == 9
