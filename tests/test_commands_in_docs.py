@@ -59,6 +59,7 @@ def test_it_is_there(page: str, command: str) -> None:
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists()
     else:
         parser = ArgumentParser()
+        parser.add_argument("-s", action="store_true")
         parser.add_argument("-m", default="not slow", choices=["slow"])
         parser.add_argument("-k", default="test_")
         parser.add_argument("paths", nargs="+", type=Path)
