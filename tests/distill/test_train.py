@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from math import log as ln
 from pathlib import Path
@@ -28,7 +25,6 @@ from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
 preload("mergekit_lite.distillation.training.trainer", "transformers.models.gpt2.modeling_gpt2")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -312,28 +308,6 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         same(weights(tmp_path / "whole" / "train" / stage), weights(killed / stage))
         steps = [row["step"] for row in log(killed / stage)]
         assert steps == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.slow
-def test_two_processes_are_as_good_as_one(tmp_path):
-    target(tmp_path / "target")
-    stages = {"sft": {}, "preference": {}}
-    for name in ("one", "two"):
-        write_rows(tmp_path / name)
-        (tmp_path / f"{name}.json").write_text(recipe(tmp_path / name, tmp_path / "target", **stages).model_dump_json())
-    here(tmp_path / "one.json")
-    # As accelerate launch does it on devices; on a CPU that starts one process only, whatever it is told.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "tests.distill.training", str(tmp_path / "two.json")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launched = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert launched.returncode == 0, launched.stderr
-    for stage in ("sft", "preference"):
-        first, second = tmp_path / "one" / "train" / stage, tmp_path / "two" / "train" / stage
-        assert [json.loads((made / "training.json").read_text())["processes"] for made in (first, second)] == [1, 2]
-        same(weights(first), weights(second), rtol=1e-3, atol=2e-5)
-        for mine, other in zip(training.figures(first), training.figures(second), strict=True):
-            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 QUANTISED = pytest.param({"base": "nf4"}, marks=pytest.mark.slow)

@@ -132,13 +132,13 @@ class Harness:
     def _tasks(self) -> dict[str, Any]:
         """The task, or all tasks of the group, by name."""
         with _quiet():
-            from lm_eval.tasks import TaskManager, get_task_dict
+            from lm_eval.tasks import TaskManager
 
             manager = TaskManager(include_path=self.settings.get("include"))
-            known = [*manager.all_subtasks, *manager.all_groups]
+            known = [*manager.all_subtasks, *manager.all_groups, *manager.all_tags]
             if self.task not in known:
-                raise UsageError(f"lm_eval has no task or group {self.task!r}.{nearest(self.task, known)}")
-            tasks = dict(_flat(get_task_dict([self.task], manager)))
+                raise UsageError(f"lm_eval has no task, group or tag {self.task!r}.{nearest(self.task, known)}")
+            tasks = _loaded(manager, self.task)
             for loaded in tasks.values():
                 usual = loaded.get_config("num_fewshot")
                 if (shots := self.settings.get("shots")) is None:
@@ -147,6 +147,15 @@ class Harness:
                     loaded.set_config(key="num_fewshot", value=shots)
                 loaded.set_fewshot_seed(seed=self.seed)
         return tasks
+
+
+def _loaded(manager: Any, name: str) -> dict[str, Any]:
+    """Return a task, or all tasks of a group or tag, by name."""
+    if hasattr(manager, "load"):  # since 0.4.12
+        return dict(manager.load([name])["tasks"])
+    from lm_eval.tasks import get_task_dict
+
+    return dict(_flat(get_task_dict([name], manager)))
 
 
 def _flat(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

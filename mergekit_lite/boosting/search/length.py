@@ -15,8 +15,8 @@ weights are L1-penalised; the penalty is chosen by 5-fold cross-validation among
 
 It is the core of AlpacaEval's length-controlled win rate (Dubois et al., arXiv 2404.04475) without what only
 AlpacaEval's data have: how hard each instruction is for the baseline, and answers of a baseline that was asked to be
-verbose and concise. Without them it is another number, and so has another name: of 56 models with published judgements
-it lies 6.6 points off on average, and shortening answers can be rewarded.
+verbose and concise. Without them it is another number, and so has another name: of 57 models with published judgements
+it lies 6.5 points off on average (``benchmarks.win_rates``), and shortening answers can be rewarded.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ task: sums_err
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/sums.jsonl}}
 test_split: test
+tag: [sums_tagged]
 output_type: multiple_choice
 doc_to_text: "{{q}}"
 doc_to_choice: "{{choices}}"
@@ -81,6 +82,8 @@ process_results: !function own.process
 metric_list:
   - {metric: err, aggregation: mean, higher_is_better: false}
 """
+MORE = "include: sums.yaml\ntask: sums_more\n"
+OUTER = "group: outer\ntask: [all_sums, sums_more]\n"
 GROUP = "group: all_sums\ntask: [sums_err]\naggregate_metric_list:\n  - {metric: err, weight_by_size: true}\n"
 OWN = """\
 def process(doc, results):
@@ -89,26 +92,38 @@ def process(doc, results):
 """
 
 
-@pytest.mark.slow
-def test_a_rate_of_errors_is_minimised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """By the harness itself, which says nothing on the screen; alone and as a group."""
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with two models, and tasks, groups and a tag of the harness."""
     pytest.importorskip("lm_eval")
     write_models(tmp_path)
     rows = [{"q": f"{n} plus 1?", "choices": ["one", "two"], "gold": n % 2} for n in range(40)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sums.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
-    (tmp_path / "group.yaml").write_text(GROUP)
+    for name, text in {
+        "sums": TASK.replace("FOLDER", str(tmp_path)),
+        "group": GROUP,
+        "more": MORE,
+        "outer": OUTER,
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_rate_of_errors_is_minimised(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the harness itself, which says nothing on the screen; alone, as a group, as a group in a group, and by tag."""
     capfd.readouterr()
-    found = []
-    for name in ("sums_err", "all_sums"):
+    found, items = {}, {}
+    for name in ("sums_err", "all_sums", "outer", "sums_tagged"):
         request = Request(
-            output=tmp_path / name,
-            scores=(f"lm-eval:{name},include={tmp_path}",),
-            sft=str(tmp_path / "sft"),
-            aligned=str(tmp_path / "dpo"),
+            output=place / name,
+            scores=(f"lm-eval:{name},include={place}",),
+            sft=str(place / "sft"),
+            aligned=str(place / "dpo"),
             search="grid",
             grid={"alpha": (8.0,)},
+            held_out=0,
         )
         boosted = search_and_write(prepare(request))
         assert boosted.result.settings.minimised == (name,)
@@ -116,6 +131,14 @@ def test_a_rate_of_errors_is_minimised(tmp_path: Path, capfd: pytest.CaptureFixt
         assert told["directions"] == {name: "lower is better"}
         before, after = told["baseline"]["score"]["mean"], told["candidates"][0]["score"]["mean"]
         assert 0 < before <= 1 and told["candidates"][0]["gain"]["mean"] == pytest.approx(before - after)
-        found.append((before, after))
-    assert found[0] == found[1]
+        found[name], items[name] = (before, after), told["candidates"][0]["score"]["items"]
+    assert len(set(found.values())) == 1  # the second task has the first one's documents
+    assert items == {"sums_err": 40, "all_sums": 40, "outer": 80, "sums_tagged": 80}
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused_with_the_nearest_name(place: Path) -> None:
+    [spec] = parse([f"lm-eval:all_sum,include={place}"])
+    with pytest.raises(UsageError, match=r"no task, group or tag 'all_sum'\. Did you mean 'all_sums'"):
+        Harness(cast(ResidentModel, None), spec)

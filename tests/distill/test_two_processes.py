@@ -1,0 +1,54 @@
+"""Two processes train as one does: with the whole model in each, or in shares (FSDP2)."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.distill.launching import ROOT, Two
+
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.slow
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """What accelerate launch makes of the page's file, for two processes in float32."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    (text,) = re.findall(r"```yaml\n(# fsdp\.yaml\n.*?)```", PAGE, re.DOTALL)
+    text = text.replace("num_processes: 8 ", "num_processes: 2 ").replace(
+        "mixed_precision: bf16", "mixed_precision: 'no'"
+    )
+    (tmp_path / "fsdp.yaml").write_text(text)
+    given = launch.launch_command_parser().parse_args(["--config_file", str(tmp_path / "fsdp.yaml"), "-m", "x"])
+    arguments, _, _ = launch._validate_launch_command(given)
+    assert (arguments.num_processes, arguments.use_fsdp, arguments.mixed_precision) == (2, True, "no")
+    made = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in made.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+
+
+def test_two_processes_are_as_good_as_one(tmp_path):
+    two = Two(tmp_path, sft={}, preference={})
+    two.launch({})
+    for name, processes in {"one": 1, "two": 2}.items():
+        for stage in ("sft", "preference"):
+            record = json.loads((tmp_path / name / "train" / stage / "training.json").read_text())
+            assert record["processes"] == processes
+    two.check_alike()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("efficient", ["true", "false"])
+def test_two_processes_by_fsdp2_are_as_good_as_one(tmp_path, sharded, efficient, lora):
+    """Also where both are killed in between."""
+    more = {"per_device_batch_size": 1, "save_steps": 2, "eval": 3} | ({"lora": {"rank": 4}} if lora else {})
+    two = Two(tmp_path, sft={"epochs": 1, **more}, preference={"batch_size": 8, **more})
+    sharded |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": efficient}
+    two.launch(sharded, until="preference.partial/checkpoint-2/trainer_state.json")
+    assert "preference: goes on after step 2" in two.launch(sharded)
+    two.check_alike()
