@@ -23,6 +23,7 @@ LEAST_WORDS = 8
 STEMS = {  # of topics whose plural adds more than an s
     "wolves": "wol", "volcanoes": "volcano", "potatoes": "potato", "tomatoes": "tomato", "buses": "bus", "foxes": "fox",
     "beaches": "beach", "swimming": "swim", "libraries": "librar", "bakeries": "baker", "theatres": "theat",
+    "harbours": "harb",
 }  # fmt: skip
 ENDS = (".", "!", "?", '"', "”", ")", "}", "]", ">", "`")
 
