@@ -31,7 +31,7 @@ class Size:
 # boost measures whole batches of 64, so a part of the test has 256, and a half of dev.
 FULL = Size(
     train=360, lessons=720, dev=512, report=36, test=1024, sums=200, texts=100, max_tokens=96, batch_size=8,
-    learning_rate="2.0e-5", epochs=1, student_epochs=3,
+    learning_rate="2.0e-5", epochs=1, student_epochs=2,
 )  # fmt: skip
 QUICK = Size(
     train=54, lessons=72, dev=36, report=18, test=72, sums=4, texts=4, max_tokens=24, batch_size=2,
