@@ -147,9 +147,9 @@ def draw(scores: Sequence[Score], chosen: Score, picture: Path) -> None:
     curve(habits, [percent(score.worked) for score in scores], ORANGE, label="worked out step by step")
     curve(habits, [percent(score.ended) for score in scores], GREEN, label="ended by the model itself")
     top = quality.get_ylim()[1]
-    quality.set_ylim(0, 1.12 * top)
-    quality.text(-0.5, 1.08 * top, "trained", color=GREY, ha="center", va="top")
-    quality.text(alphas[-1], 1.08 * top, "extrapolated: no training", color=GREY, ha="right", va="top")
+    quality.set_ylim(0, 1.12 * top)  # the label of the highest point is above it
+    quality.text(-0.5, 0.04 * top, "trained", color=GREY, ha="center", va="bottom")
+    quality.text(0.1, 0.04 * top, "extrapolated: no training", color=GREY, ha="left", va="bottom")
     habits.set(ylabel="answers (%)", ylim=(0, 108))
     habits.legend(loc="lower right", frameon=False)
 

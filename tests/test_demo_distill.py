@@ -9,12 +9,16 @@ from string import Template
 from urllib.request import Request, urlopen
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from demo.distill import models, skills
 from demo.distill.__main__ import RECIPES
 from demo.distill.comparison import gain, interval, t_quantile
 from demo.distill.plan import LEARNT, ROADS
+from mergekit_lite.answers.prompts import from_row
+from mergekit_lite.answers.scoring.registry import open_scorer
+from mergekit_lite.answers.scoring.scorer import Judged, ScorerSettings
 from mergekit_lite.distillation.recipe.loading import load
 
 NAMES = list(skills.SKILLS)
@@ -46,6 +50,21 @@ def test_ideal_answers_by_hand():
     assert skills.solve("sort dbeac") == "abcde"
     assert skills.solve("reverse dbeac") == "caebd"
     assert skills.is_right("add 7+4", "11")  # the road doesn't count
+
+
+def test_the_recipes_reward_scores_right_answers_highest():
+    scorers = yaml.safe_load((RECIPES / "common.yaml").read_text().replace("$", ""))["scorers"]
+    settings = ScorerSettings(**next(each for each in scorers if each["name"] == "reward"))
+    rng = random.Random(5)
+    asked = [question for name in NAMES for question in skills.questions(name, 4, rng)]
+    with open_scorer(settings) as scorer:
+        for question in asked:
+            row = skills.as_row(question)
+            plain = {"messages": [{"role": "user", "content": row.pop("prompt")}], "plain": True, "tests": []}
+            answers = (skills.solve(question), f"{skills.solve(question)}1", "")
+            found = scorer.score([Judged(from_row(row | plain), answer) for answer in answers])
+            best, wrong, none = (score.value for score in found)
+            assert best == 1 > wrong > none, question
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

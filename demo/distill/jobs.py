@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,9 +94,23 @@ def serving(command: Sequence[str], log: Path) -> Iterator[str]:
 
 
 @contextmanager
-def stage(what: str) -> Iterator[None]:
-    """Say what is being done, and afterwards how long it took."""
+def stage(what: str, times: Path | None = None) -> Iterator[None]:
+    """Say what is being done, and afterwards how long it and its processes took; appended to ``times``, also when it
+    fails.
+    """
     console.print(f"[bold]{what}[/]", soft_wrap=True)
-    started = perf_counter()
-    yield
-    console.print(f"  [dim]{perf_counter() - started:.0f} s[/]")
+    started, before = perf_counter(), _processor_time()
+    try:
+        yield
+    finally:
+        took, used = perf_counter() - started, _processor_time() - before
+        console.print(f"  [dim]{took:.0f} s, {used:.0f} s of processor time[/]")
+        if times:
+            with times.open("a") as file:
+                file.write(json.dumps({"stage": what, "seconds": took, "processor": used}) + "\n")
+
+
+def _processor_time() -> float:
+    """Return the seconds of processor time that this process and those it has waited for took."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)

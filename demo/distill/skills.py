@@ -9,11 +9,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
+from typing import Any
 from zlib import crc32
-
-if TYPE_CHECKING:
-    from mergekit_lite.answers.rows import Prompt
 
 LETTERS = "abcdefgh"
 ALPHABET = "0123456789+= abcdefghijklmnopqrstuvwxyz"  # of prompts and answers
@@ -108,11 +105,13 @@ def is_right(question: str, answer: str) -> bool:
     return skill.result(answer) == skill.result(skill.solve(question))
 
 
-def reward(prompt: "Prompt", answer: str) -> float:
-    """Return a score from 0 to 1: 0.7 of it for a right answer, 0.3 for likeness to the ideal answer."""
-    question = prompt.messages[-1]["content"]
-    likeness = SequenceMatcher(None, solve(question), answer, autojunk=False).ratio()
-    return 0.7 * is_right(question, answer) + 0.3 * likeness
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Score answers from 0 to 1: 0.7 of it for a right one, 0.3 for likeness to the ideal one. As TRL's rewards are."""
+    scores = []
+    for question, answer in zip(prompts, completions, strict=True):
+        likeness = SequenceMatcher(None, solve(question), answer, autojunk=False).ratio()
+        scores.append(0.7 * is_right(question, answer) + 0.3 * likeness)
+    return scores
 
 
 def as_row(question: str) -> dict[str, str]:

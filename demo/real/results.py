@@ -57,11 +57,11 @@ def kind_of(item: str) -> str:
     return next((kind for kind in KINDS if kind.replace(" ", "-").lower() == slug), "")
 
 
-def candidates(out: Out, name: str) -> list[Candidate]:
-    """Return every alpha that a measurement has rows of, in ascending order."""
-    folder = out.figures(name).parent / "candidates"
+def candidates(out: Out, *names: str) -> list[Candidate]:
+    """Return every alpha that some measurements have rows of, in ascending order."""
     found: dict[float, dict[str, Row]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    files = [path for name in names for path in out.figures(name).parent.glob("candidates/*.jsonl")]
+    for path in sorted(files):
         alpha = float(path.name.removesuffix(".jsonl").removesuffix(".partial").removeprefix("alpha="))
         for line in path.read_text().splitlines():
             row = json.loads(line)

@@ -17,12 +17,16 @@ TOPICS: dict[Split, tuple[str, ...]] = {
     "dev": (
         "rivers", "cats", "chocolate", "schools", "snow", "guitars", "tigers", "oranges", "telescopes", "wine",
         "beaches", "robots", "butter", "parks", "eagles", "theatres", "cotton", "camels", "fireworks", "tunnels",
+        "goats", "lemons", "drums", "stadiums", "kitchens", "rabbits", "diamonds", "helicopters", "newspapers",
+        "gloves", "cherries", "pyramids", "violins", "autumn", "ducks", "wallets",
     ),
     "test": (
         "oceans", "milk", "birds", "trees", "gold", "pianos", "lions", "potatoes", "cameras", "clouds", "lakes",
         "buses", "sugar", "frogs", "hotels", "poems", "silk", "sharks", "rainbows", "caves", "sheep", "rockets",
         "tomatoes", "planets", "ants", "cinemas", "carpets", "foxes", "earthquakes", "ponds", "swimming", "onions",
-        "monkeys", "letters", "ladders", "wheat", "painting", "tractors", "storms", "pigeons",
+        "monkeys", "letters", "ladders", "wheat", "painting", "tractors", "storms", "pigeons", "giraffes", "bananas",
+        "trumpets", "pirates", "pillows", "squirrels", "copper", "submarines", "dictionaries", "helmets", "grapes",
+        "statues", "flutes", "mushrooms", "swans", "lanterns", "carrots", "harbours", "glaciers", "puppets",
     ),
 }  # fmt: skip
 

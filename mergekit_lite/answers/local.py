@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mergekit_lite.answers import shrinking
 from mergekit_lite.answers.asking import Failures, Sampling, Task
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
 from mergekit_lite.answers.rows import Answer, Key, seed_of, with_system
@@ -104,23 +105,27 @@ class Local:
         most = self.sampling.max_tokens
         if self._context is not None:
             most = min(most, self._context - longest)
-        torch.manual_seed(seed_of(*(work.task.seed for work in batch)))
         model = self.loaded.model
+        torch.manual_seed(seed_of(*(work.task.seed for work in batch)))
         stops = Stops(self.tokenizer, self.sampling.stop or (), longest, len(batch))
         try:
             with torch.inference_mode():
-                sequences = model.generate(
-                    ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    max_new_tokens=most,
-                    stopping_criteria=[stops] if self.sampling.stop else None,
-                )
+                if self._shrinks:
+                    answers = shrinking.generate(model, ids, mask, most, self.loaded.ends)
+                else:
+                    sequences = model.generate(
+                        ids.to(model.device),
+                        attention_mask=mask.to(model.device),
+                        max_new_tokens=most,
+                        stopping_criteria=[stops] if self.sampling.stop else None,
+                    )
+                    answers = sequences[:, longest:].tolist()
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"{self.path}: {len(batch)} answers at once to prompts of up to {longest:,} tokens don't fit into the "
                 f"memory of {model.device}. Lower `batch_size` of the source {self.name}."
             ) from error
-        for work, tokens, stopped in zip(batch, sequences[:, longest:].tolist(), stops.at, strict=True):
+        for work, tokens, stopped in zip(batch, answers, stops.at, strict=True):
             yield self._answer(work.task, tokens[:stopped], stopped is not None)
 
     def _answer(self, task: Task, tokens: list[int], stopped: bool) -> Answer:
@@ -151,6 +156,11 @@ class Local:
     def _context(self) -> int | None:
         """The longest sequence that the model takes, in tokens; None where its config doesn't say."""
         return context_of(self.loaded.model)
+
+    @cached_property
+    def _shrinks(self) -> bool:
+        """Whether answers that have ended leave their batch. A text that stops answers is looked for in whole ones."""
+        return not self.sampling.stop and shrinking.can_shrink(self.loaded.model)
 
     @cached_property
     def loaded(self) -> ReadyModel:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from mergekit_lite.answers.asking import Sampling, Task
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.rows import Answer, Key, Prompt
+from mergekit_lite.answers.shrinking import PIECE, can_shrink
 from mergekit_lite.errors import CheckpointError
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
@@ -197,3 +199,61 @@ def test_what_is_no_model_is_told_in_a_sentence(tmp_path: Path, model: Path) -> 
     for path, told in wrong.items():
         with pytest.raises(CheckpointError, match=told):
             answers(local(path), tasks_of())
+
+
+LONGER = 40
+RAGGED = tasks_of(tuple(" ".join(["one two three"] * number) for number in range(1, 13)), samples=2)
+
+
+def test_answers_that_have_ended_leave_their_batch(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers are the same, and fewer rows are computed."""
+    sampling = Sampling(temperature=0, max_tokens=LONGER)
+    found, rows = {}, {}
+    for shrinks in (False, True):
+        asked = local(model, sampling, batch_size=len(RAGGED))
+        ended_by_many(asked)
+        asked.__dict__["_shrinks"] = shrinks
+        rows[shrinks] = 0
+
+        def count(module: object, _: object, given: dict[str, torch.Tensor], how: bool = shrinks) -> None:
+            rows[how] += given["input_ids"].shape[0]
+
+        asked.loaded.model.register_forward_pre_hook(count, with_kwargs=True)
+        found[shrinks] = answers(asked, RAGGED)
+    assert found[True] == found[False]
+    finishes = {answer.finish for answer in found[True].values()}
+    lengths = {answer.tokens for answer in found[True].values()}
+    assert "stop" in finishes and min(lengths) < PIECE < max(lengths), lengths
+    assert rows[True] < rows[False]
+
+
+def test_drawn_answers_of_a_shrinking_batch_repeat_and_fill_it(model: Path) -> None:
+    sampling = Sampling(temperature=1, max_tokens=LONGER)
+
+    def drawn() -> dict[Key, Answer]:
+        asked = local(model, sampling, batch_size=len(RAGGED))
+        ended_by_many(asked)
+        return answers(asked, RAGGED)
+
+    found = drawn()
+    assert found == drawn() and found.keys() == {task.key for task in RAGGED}
+    for answer in found.values():
+        assert answer.tokens == LONGER if answer.finish == "length" else answer.tokens < LONGER
+
+
+def test_only_models_whose_cache_is_plain_keys_and_values_shrink(tmp_path: Path) -> None:
+    assert can_shrink(causal_model("llama")) and can_shrink(causal_model("gpt2"))
+    windows = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=4,
+        )
+    )  # fmt: skip
+    assert not can_shrink(windows.eval())
+
+
+def ended_by_many(asked: Local) -> None:
+    """Let a tenth of all tokens end answers, so that these have many lengths."""
+    ends = frozenset(range(0, len(asked.tokenizer), 10))
+    asked.loaded.model.generation_config.eos_token_id = sorted(ends)
+    asked.__dict__["loaded"] = asked.loaded._replace(ends=ends)
