@@ -98,8 +98,8 @@ def test_the_errors_shown_are_those_of_the_program(place: Path) -> None:
     ("change", "told"),
     [
         ("modules: {}", "modules"),
-        ("tokenizer: {tokens: {a: {}}}", "tokens is not supported yet"),
-        ("tokenizer: {source: base, pad_to_multiple_of: 64}", "pad_to_multiple_of is not supported yet"),
+        ("tokenizer: {tokens: {a: 3}}", "expected the token 'a'"),
+        ("tokenizer: {source: base, pad_to_multiple_of: no}", "expects a whole number"),
         ("experts: []", "experts"),
         ("genome: {}", "genome"),
         ("dnsity: 0.5", "unknown key 'dnsity'"),

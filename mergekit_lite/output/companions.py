@@ -30,6 +30,7 @@ REPLACED = (
     "config.json", "README.md", MANIFEST_NAME, "mergekit_config.yml", COEFFICIENTS_NAME, "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
+GENERATION = "generation_config.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
 WRITTEN = ("config.json", "chat_template.jinja", "mergekit_config.yml", COEFFICIENTS_NAME, "README.md")
 
@@ -114,6 +115,8 @@ def _owners(plan: Plan) -> tuple[dict[str, Path | None], dict[str, str]]:
     if tokenizer != plan.source.folder:
         owners = {name: folder for name, folder in owners.items() if not is_tokenizer_file(name)}
         owners |= dict.fromkeys(filter(is_tokenizer_file, _companions_in(tokenizer)[0]), tokenizer)
+        if tokenizer is not None and small_file(tokenizer, GENERATION) is not None:
+            owners[GENERATION] = tokenizer  # it ends at tokens by their numbers
     if plan.chat_template is not None:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
         owners = {name: folder for name, folder in owners.items() if not is_template_file(name)}

@@ -13,6 +13,7 @@ from mergekit_lite.checkpoint.companion_patterns import VOCABULARY_FILES, matche
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import UnreadableError, counted, shortened
 from mergekit_lite.input_files import read_bytes, read_json, read_text
+from mergekit_lite.planning.tokenizer_file import vocabulary_in
 from mergekit_lite.recipe.templates import TEMPLATES
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -112,26 +113,10 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
     return contrary, list(dict.fromkeys(more))
 
 
-def other_tokens(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) -> list[str]:
-    """Return a message for each model whose tokens aren't those of ``tokenizer``: their union is another one."""
-    own = _vocabulary_files(tokenizer)
-    return [
-        f"tokenizer: union of {tokenizer.reference} and {source.reference}, whose tokens differ, is not supported yet: "
-        "give 'base' or one of the models, all with the same vocabulary"
-        for source in inputs
-        if _vocabulary_files(source) != own and _tokens(source) != _tokens(tokenizer)
-    ]
-
-
-def _tokens(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
-    """Return the tokens of a model, or what holds them where that isn't a ``tokenizer.json``."""
-    return vocabulary_of(source) or _vocabulary_files(source)
-
-
-def _vocabulary_files(source: Checkpoint) -> list[bytes]:
-    """Return the contents of the files that hold a model's tokens."""
-    paths = [small_file(source.tokenizer_folder, name) for name in VOCABULARY_FILES] if source.tokenizer_folder else []
-    return [read_bytes(path) for path in paths if path]
+def tokens_of(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
+    """Return the tokens of a model, or the contents of what holds them where that isn't a ``tokenizer.json``."""
+    files = [small_file(source.tokenizer_folder, name) for name in VOCABULARY_FILES] if source.tokenizer_folder else []
+    return vocabulary_of(source) or [read_bytes(path) for path in files if path]
 
 
 def _file(source: Checkpoint) -> Path | None:
@@ -139,19 +124,7 @@ def _file(source: Checkpoint) -> Path | None:
 
 
 def _vocabulary(path: Path) -> dict[int, str]:
-    content = read_json(path)
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    tokens: dict[int, str] = {}
-    if isinstance(vocabulary, dict):
-        tokens = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
-    elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
-        tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
-    added = content.get("added_tokens")
-    for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict) and isinstance(token.get("id"), int):
-            tokens[token["id"]] = str(token.get("content"))
-    return tokens
+    return vocabulary_in(read_json(path))
 
 
 def _quoted(token: str) -> str:

@@ -101,7 +101,9 @@ def with_results(document: Document, place: Callable[[str], str]) -> Recipe:
     )
     base = found(recipe.base_model) if recipe.base_model is not None else None
     tokenizer = found(recipe.tokenizer) if recipe.tokenizer is not None else None
-    return replace(recipe, slices=slices, base_model=base, tokenizer=tokenizer)
+    rows = tuple(replace(row, model=found(row.model) if row.model else None) for row in recipe.vocabulary.tokens)
+    vocabulary = replace(recipe.vocabulary, tokens=rows)
+    return replace(recipe, slices=slices, base_model=base, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
 def _document_in(reference: str, names: Sequence[str] | set[str]) -> str:

@@ -22,6 +22,7 @@ from mergekit_lite.yaml_document import Mark, Remark
 
 NEW_ROWS = ("refuse", "copy")
 BACKBONES = ("all", "only")
+WIDTHS = ("base", "max", "min")
 BASE, UNION = "base", "union"  # as a tokenizer: that of the base model; that which all models have
 KNOWN_TEMPLATES = ("auto", *TEMPLATES)
 SHORTEST_TEMPLATE = 20  # characters
@@ -77,6 +78,35 @@ class Override:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """Where models that lack a token have its row from, or all models where it is ``force``d.
+
+    A model's row of the token ``other``, or of the same token, or its row of a ``number``; ``zero``; or, of none of
+    these, the default.
+    """
+
+    token: str
+    model: str | None = None
+    other: str | None = None
+    number: int | None = None
+    zero: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of the output's vocabulary: what single tokens get, and how many rows there are.
+
+    ``width`` is that of the model that gives the tokenizer (``base``), or the ``max`` or ``min`` of all models; or the
+    tokens are padded to a multiple.
+    """
+
+    tokens: tuple[TokenRow, ...] = ()
+    width: str = "base"
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A merge as asked for.
 
@@ -100,6 +130,7 @@ class Recipe:
         chat_template: ``auto``, the name of a template, or a template; None for the tokenizer's own.
         tokenizer: ``base``, or the model that gives the tokenizer; ``union`` for the one that all models have; None for
             that of the model that gives the config.
+        vocabulary: where a tokenizer is asked for: what single tokens get, and how many rows there are.
         notes: what the user should know though it is no error.
 
     Raises:
@@ -122,6 +153,7 @@ class Recipe:
     backbone: str = "all"
     chat_template: str | None = None
     tokenizer: str | None = None
+    vocabulary: Vocabulary = Vocabulary()
     notes: tuple[Remark, ...] = field(default=(), compare=False)
     at: Mark = field(default=NOWHERE, compare=False)
 

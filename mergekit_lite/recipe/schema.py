@@ -13,7 +13,8 @@
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
     out_dtype: float32             # of the output, before dtype
-    tokenizer_source: base         # or one of the models, or union where all agree; or tokenizer: {source: base}
+    tokenizer_source: base         # or one of the models, or union where one has all tokens; rows move to their tokens
+    tokenizer: {source: base, tokens: {"<eot>": {source: org/a, force: true}}, width: max, pad_to_multiple_of: 64}
     chat_template: chatml          # auto, a name, or a template
 
 Values of parameters, gradients and filters: ``rules.py``. Additions to mergekit's language:
@@ -134,7 +135,8 @@ class _Parser:
             notes=(*self.notes, *self.idle),
             at=parts["merge_method"].at if "merge_method" in parts else root.at,
         )
-        return replace(recipe, tokenizer=values.tokenizer(parts, recipe.models, self.problems, self.notes))
+        tokenizer, vocabulary = values.tokenizer(parts, recipe.models, self.problems, self.notes)
+        return replace(recipe, tokenizer=tokenizer, vocabulary=vocabulary)
 
     def without_definitions(self, root: Node) -> Node:
         """Return the recipe without keys of its own that only hold what aliases elsewhere stand for, with a note."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.methods.parameters import Parameter
-from mergekit_lite.recipe.recipe import BASE, KNOWN_TEMPLATES, UNION, is_template
+from mergekit_lite.recipe.recipe import BASE, KNOWN_TEMPLATES, UNION, WIDTHS, TokenRow, Vocabulary, is_template
 from mergekit_lite.recipe.rules import Filter, Rule, Rules
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar, Value, describe
 
@@ -278,22 +278,86 @@ def template(node: Node | None, problems: Remarks) -> str | None:
     return None
 
 
-def tokenizer(parts: Mapping[str, Node], models: tuple[str, ...], problems: Remarks, notes: Remarks) -> str | None:
-    """Return whose tokenizer is asked for: ``base``, ``union``, a model; None where the recipe doesn't say."""
+def tokenizer(
+    parts: Mapping[str, Node], models: tuple[str, ...], problems: Remarks, notes: Remarks
+) -> tuple[str | None, Vocabulary]:
+    """Return whose tokenizer is asked for, and what of its rows: ``base``, ``union``, a model; None for no word."""
     if "tokenizer" in parts and "tokenizer_source" in parts:
         problems.append(Remark(parts["tokenizer"].at, "'tokenizer' and 'tokenizer_source' exclude each other"))
     if "tokenizer_source" in parts:
         source = parts["tokenizer_source"]
-        return _tokenizer_source(source, source, "tokenizer_source", models, problems, notes)
+        return _tokenizer_source(source, source, "tokenizer_source", models, problems, notes), Vocabulary()
     node = parts.get("tokenizer")
     if isinstance(node, Fields):
-        keys = fields(node, "the tokenizer", ("source", "tokens", "pad_to_multiple_of"), problems)
-        for key in ("tokens", "pad_to_multiple_of"):
-            if key in keys:
-                problems.append(Remark(keys[key].at, f"tokenizer: {key} is not supported yet"))
-        return _tokenizer_source(keys.get("source"), node, "tokenizer: source", models, problems, notes)
+        keys = fields(node, "the tokenizer", ("source", "tokens", "width", "pad_to_multiple_of"), problems)
+        named = _tokenizer_source(keys.get("source"), node, "tokenizer: source", models, problems, notes)
+        return named, _vocabulary(keys, models, problems, notes)
     if node is not None:
         problems.append(Remark(node.at, f"'tokenizer' expects a mapping with 'source', got {describe(node)}"))
+    return None, Vocabulary()
+
+
+def _vocabulary(keys: Mapping[str, Node], models: tuple[str, ...], problems: Remarks, notes: Remarks) -> Vocabulary:
+    """Return what a recipe says of the rows of single tokens, and of how many rows there are."""
+    width = choice(keys["width"], "width", WIDTHS, problems) if "width" in keys else None
+    multiple = (
+        _count(keys["pad_to_multiple_of"], "pad_to_multiple_of", 1, problems) if "pad_to_multiple_of" in keys else None
+    )
+    if "width" in keys and multiple is not None:
+        problems.append(Remark(keys["width"].at, "'width' and 'pad_to_multiple_of' exclude each other"))
+    listed = keys.get("tokens")
+    if listed is not None and not isinstance(listed, Fields):
+        problems.append(Remark(listed.at, f"'tokens' expects a mapping of tokens, got {describe(listed)}"))
+    entries = listed.entries if isinstance(listed, Fields) else ()
+    rows = tuple(_token_row(key.text, value, models, problems, notes) for key, value in entries)
+    return Vocabulary(rows, width or "base", multiple)
+
+
+def _token_row(token: str, node: Node, models: tuple[str, ...], problems: Remarks, notes: Remarks) -> TokenRow:
+    """Return what a recipe says of one token."""
+    keys = fields(node, f"the token {token!r}", ("source", "force"), problems)
+    force = keys.get("force")
+    is_forced = isinstance(force, Scalar) and force.value is True
+    if force is not None and not (isinstance(force, Scalar) and isinstance(force.value, bool)):
+        problems.append(Remark(force.at, f"'force' expects true or false, got {describe(force)}"))
+    source = keys.get("source")
+    if source is None:
+        return TokenRow(token, force=is_forced)
+    kind = (
+        next((value for key, value in source.entries if key.text == "kind"), None)
+        if isinstance(source, Fields)
+        else None
+    )
+    if kind is None:
+        return TokenRow(token, _listed_model(source, "source", models, problems, notes), force=is_forced)
+    known = ("kind", "model", "token", "token_id")
+    given = fields(source, "the source of a token", known, problems)
+    if choice(kind, "kind", ("zero", "model_token"), problems) == "zero":
+        return TokenRow(token, zero=True, force=is_forced)
+    if "model" not in given or ("token" in given) == ("token_id" in given):
+        needs = "a 'model_token' names a 'model', and a 'token' or a 'token_id' of it"
+        problems.append(Remark(source.at, needs))
+    model = _listed_model(given["model"], "model", models, problems, notes) if "model" in given else None
+    other = text(given["token"], "token", problems) if "token" in given else None
+    number = _count(given["token_id"], "token_id", 0, problems) if "token_id" in given else None
+    return TokenRow(token, model, other, number, force=is_forced)
+
+
+def _listed_model(node: Node, name: str, models: tuple[str, ...], problems: Remarks, notes: Remarks) -> str | None:
+    """Return one of the recipe's models."""
+    written = reference(node, name, problems, notes)
+    if written and written not in models:
+        expected = f"{name!r} expects one of the recipe's models, got {written!r}.{nearest(written, models)}"
+        problems.append(Remark(node.at, expected))
+    return written or None
+
+
+def _count(node: Node, name: str, least: int, problems: Remarks) -> int | None:
+    """Return a whole number of ``least`` at least, or None."""
+    value = node.value if isinstance(node, Scalar) else None
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    problems.append(Remark(node.at, f"{name!r} expects a whole number from {least} on, got {describe(node)}"))
     return None
 
 

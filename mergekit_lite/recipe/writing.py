@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mergekit_lite.errors import UsageError
-from mergekit_lite.recipe.recipe import Recipe, Slice, Source
+from mergekit_lite.recipe.recipe import Recipe, Slice, Source, TokenRow, Vocabulary
 from mergekit_lite.recipe.rules import Filter, Parameters, Rule, Rules, joined
 from mergekit_lite.yaml_document import dump
 
@@ -40,9 +40,35 @@ def as_data(recipe: Recipe) -> Data:
         "backbone": recipe.backbone if recipe.backbone != "all" else None,
         "new_rows": recipe.new_rows if recipe.new_rows != "refuse" else None,
         "chat_template": recipe.chat_template,
-        "tokenizer_source": recipe.tokenizer,
+        **_tokenizer(recipe),
     }
     return {name: value for name, value in written.items() if value}
+
+
+def _tokenizer(recipe: Recipe) -> Data:
+    """Return the keys of the tokenizer."""
+    vocabulary = recipe.vocabulary
+    if vocabulary == Vocabulary():
+        return {"tokenizer_source": recipe.tokenizer}
+    tokens = {row.token: _token(row) for row in vocabulary.tokens}
+    written = {
+        "source": recipe.tokenizer,
+        "tokens": tokens or None,
+        "width": vocabulary.width if vocabulary.width != "base" else None,
+        "pad_to_multiple_of": vocabulary.pad_to_multiple_of,
+    }
+    return {"tokenizer": {name: value for name, value in written.items() if value}}
+
+
+def _token(row: TokenRow) -> Data:
+    source: Any = row.model
+    if row.zero:
+        source = {"kind": "zero"}
+    elif row.number is not None:
+        source = {"kind": "model_token", "model": row.model, "token_id": row.number}
+    elif row.other is not None:
+        source = {"kind": "model_token", "model": row.model, "token": row.other}
+    return ({"source": source} if source else {}) | ({"force": True} if row.force else {})
 
 
 def to_yaml(recipe: Mapping[str, Any]) -> str:

@@ -1,0 +1,133 @@
+"""What a ``tokenizer.json`` says of its tokens: their numbers, which were added, and what alphabet writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.input_files import read_json
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+WORD = "▁"  # SentencePiece's blank
+Token = str | bytes | int  # its text; its bytes; the number of a byte that is a token for want of a better one
+
+
+def _byte_level() -> dict[str, int]:
+    """Return the byte of each character of the byte-level alphabet.
+
+    Printable bytes of Latin-1 are written as themselves, all others, in their order, as the characters from U+0100 on
+    (GPT-2, Radford et al. 2019).
+    """
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()
+
+
+class Alphabet(Enum):
+    """How a tokenizer writes its tokens."""
+
+    BYTES = "byte-level"  # a character for each byte
+    WORDS = "SentencePiece"  # ▁ for a blank, <0xNN> for a byte
+    PLAIN = "plain"
+
+    def decoded(self, text: str) -> Token:
+        """Return the bytes that a token stands for, or the number of a lone byte that is no text by itself."""
+        if self is Alphabet.BYTES and all(character in BYTE_LEVEL for character in text):
+            data = bytes(BYTE_LEVEL[character] for character in text)
+            return data[0] if len(data) == 1 and data[0] > 127 else data
+        if self is Alphabet.WORDS:
+            if byte := BYTE.fullmatch(text):
+                return int(byte[1], 16)
+            text = text.replace(WORD, " ")
+        return text.encode()
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokens of a model by their numbers, the numbers of added ones, their alphabet, and special ones by role."""
+
+    tokens: Mapping[int, str]
+    added: frozenset[int]
+    alphabet: Alphabet
+    special: Mapping[str, str]
+
+    def as_compared(self, number: int, *, in_bytes: bool) -> Token:
+        """Return a token as it is compared with others: its text, or between two alphabets what that stands for."""
+        text = self.tokens[number]
+        if not in_bytes:
+            return text
+        return text.encode() if number in self.added else self.alphabet.decoded(text)
+
+
+def read_tokenizer(source: Checkpoint) -> Tokenizer | None:
+    """Read a model's ``tokenizer.json`` and the special tokens beside it; None where it has none.
+
+    Raises CheckpointError where a file can't be read.
+    """
+    path = small_file(source.tokenizer_folder, "tokenizer.json") if source.tokenizer_folder else None
+    if path is None:
+        return None
+    content = read_json(path)
+    tokens = vocabulary_in(content)
+    added = content.get("added_tokens")
+    numbers = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return Tokenizer(
+        tokens, frozenset(each for each in numbers if isinstance(each, int)), _alphabet(content), _special(source)
+    )
+
+
+def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
+    """Return the tokens in the content of a ``tokenizer.json`` by their numbers."""
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    tokens: dict[int, str] = {}
+    if isinstance(vocabulary, dict):
+        tokens = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
+    elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
+        tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            tokens[token["id"]] = str(token.get("content"))
+    return tokens
+
+
+def _alphabet(content: Mapping[str, Any]) -> Alphabet:
+    if "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("decoder")]):
+        return Alphabet.BYTES
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    texts = vocabulary if isinstance(vocabulary, dict) else [str(entry[0]) for entry in vocabulary or [] if entry]
+    return Alphabet.WORDS if any(str(text).startswith(WORD) for text in texts) else Alphabet.PLAIN
+
+
+def _kinds(parts: Any) -> set[str]:
+    """Return the types of all steps in a part of a ``tokenizer.json``, however they are nested."""
+    if isinstance(parts, list):
+        return {kind for part in parts for kind in _kinds(part)}
+    if not isinstance(parts, dict):
+        return set()
+    own = {str(parts["type"])} if "type" in parts else set()
+    return own | {kind for value in parts.values() for kind in _kinds(value)}
+
+
+def _special(source: Checkpoint) -> dict[str, str]:
+    special: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = small_file(source.tokenizer_folder, name) if source.tokenizer_folder else None
+        content = read_json(path) if path else {}
+        for role in ROLES:
+            value = content.get(role)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                special[role] = text
+    return special

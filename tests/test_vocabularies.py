@@ -1,0 +1,227 @@
+"""Vocabularies brought into one order: rows follow their tokens, whatever their numbers; nothing is lost unsaid."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mergekit_lite
+from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.encodings.gathered import gathered
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.errors import PlanError
+from mergekit_lite.recipe import as_data, parse, to_yaml
+from tests.models import State, read_folder, same_bytes, state, write_folder
+
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+WORDS = ["<s>", "</s>", "Ġsnow", "win", "ter", "Ġand", "a", "b", "c", "é"]
+
+
+def tokenizer(tokens: list[str | None], added: int = 2, kind: str = "ByteLevel") -> dict[str, Any]:
+    """The content of a tokenizer.json; the first ones are added tokens; None is a number without a token."""
+    named = {token: number for number, token in enumerate(tokens) if token is not None}
+    special = [{"id": number, "content": token, "special": True} for token, number in list(named.items())[:added]]
+    return {
+        "model": {"type": "BPE", "vocab": dict(list(named.items())[added:]), "merges": []},
+        "added_tokens": special,
+        "pre_tokenizer": {"type": kind},
+    }
+
+
+def model(folder: Path, seed: int, tokens: list[str | None], rows: int | None = None, **config: Any) -> State:
+    """Write a model with a row for each token, or more, and its tokenizer."""
+    tensors = state(seed, vocabulary=rows or len(tokens))
+    described = {"model_type": "llama", "hidden_size": 8, "vocab_size": rows or len(tokens), **config}
+    write_folder(folder, tensors, config=described)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(tokens)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return tensors
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def linear(models: list[str], **more: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "linear",
+        "models": [{"model": name, "parameters": {"weight": 1 / len(models)}} for name in models],
+        **more,
+    }
+
+
+def merged(recipe: dict[str, Any]) -> State:
+    mergekit_lite.merge(recipe, "out", force=True)
+    return read_folder(Path("out"))
+
+
+def mean(*rows: torch.Tensor) -> torch.Tensor:
+    return (sum(row.float() for row in rows) / len(rows)).to(rows[0].dtype)
+
+
+def test_any_order_of_tokens_gives_the_same_rows(place: Path) -> None:
+    """A second implementation: each row is looked up by its token, one by one."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    for _ in range(5):
+        orders: dict[str, list[str | None]] = {}
+        tensors: dict[str, State] = {}
+        for number, name in enumerate(("one", "two", "three")):
+            tokens: list[str | None] = [*WORDS[:2], *draw.sample(WORDS[2:], draw.randint(4, len(WORDS) - 2))]
+            body = tokens[2:]
+            draw.shuffle(body)
+            orders[name] = [*tokens[:2], *body]
+            tensors[name] = model(place / name, number, orders[name])
+        made = merged(linear(list(orders), base_model="one", tokenizer_source="two"))
+        for tensor in VOCABULARY:
+            assert len(made[tensor]) == len(orders["two"])
+            for row, token in enumerate(orders["two"]):
+                own = {n: tensors[n][tensor][orders[n].index(token)] for n in orders if token in orders[n]}
+                default = own["one"] if "one" in own else torch.stack([r.double() for r in own.values()]).mean(0)
+                rows = [own.get(name, default) for name in orders]
+                exact = torch.stack([each.double() for each in rows]).mean(0)
+                torch.testing.assert_close(made[tensor][row].double(), exact, rtol=2**-7, atol=1e-6)
+        assert json.loads((place / "out/config.json").read_text())["vocab_size"] == len(orders["two"])
+        assert json.loads((place / "out/tokenizer.json").read_text()) == tokenizer(orders["two"])
+        assert mergekit_lite.verify("out").sound
+
+
+def test_added_tokens_keep_the_rows_of_whoever_has_them(place: Path) -> None:
+    """A base and two fine-tunes, each with a token of its own: linear and TIES give the only row there is."""
+    base = model(place / "base", 0, [*WORDS])
+    chat = model(place / "chat", 1, [*WORDS, "<|im_end|>"])
+    for method in ("linear", "ties", "task_arithmetic"):
+        recipe = linear(["chat"], base_model="base", tokenizer_source="union") | {"merge_method": method}
+        recipe["models"].append({"model": "base", "parameters": {"weight": 0.5}}) if method == "linear" else None
+        made = merged(recipe)
+        for tensor in VOCABULARY:
+            assert same_bytes(made[tensor][len(WORDS)], chat[tensor][len(WORDS)]), method
+    plan = mergekit_lite.plan_merge(recipe, "x")
+    assert any(
+        "10 tokens at the same place, 0 at another, 1 it lacks; 10 rows become 11" in note for note in plan.notes
+    )
+    assert base is not None
+
+
+@pytest.mark.parametrize(("width", "rows"), [("base", 12), ("max", 16), ("min", 12)])
+def test_padded_vocabularies_take_the_width_that_is_asked_for(place: Path, width: str, rows: int) -> None:
+    """Padding rows that several have are merged, those that one has are kept."""
+    base, tuned = model(place / "base", 0, [*WORDS], rows=12), model(place / "tuned", 1, [*WORDS], rows=16)
+    recipe = linear(["base", "tuned"], base_model="base", tokenizer={"source": "base", "width": width})
+    made = merged(recipe)
+    for tensor in VOCABULARY:
+        assert len(made[tensor]) == rows
+        for row in range(min(rows, 12)):
+            assert same_bytes(made[tensor][row], mean(base[tensor][row], tuned[tensor][row]))
+        for row in range(12, rows):
+            assert same_bytes(made[tensor][row], tuned[tensor][row])
+    assert json.loads((place / "out/config.json").read_text())["vocab_size"] == len(made[VOCABULARY[0]])
+    assert parse(to_yaml(as_data(parse(to_yaml(recipe))))) == parse(to_yaml(recipe))
+
+
+def test_a_multiple_pads_with_rows_of_nothing(place: Path) -> None:
+    model(place / "one", 0, [*WORDS])
+    model(place / "two", 1, [*WORDS])
+    made = merged(linear(["one", "two"], tokenizer={"source": "one", "pad_to_multiple_of": 8}))
+    for tensor in VOCABULARY:
+        assert len(made[tensor]) == 16
+        assert not made[tensor][10:].any()
+
+
+def test_single_tokens_get_what_the_recipe_says(place: Path) -> None:
+    one, two = model(place / "one", 0, [*WORDS]), model(place / "two", 1, [*reversed(WORDS)])
+    tokens = {
+        "a": {"source": {"kind": "zero"}, "force": True},
+        "b": {"source": "two", "force": True},
+        "c": {"source": {"kind": "model_token", "model": "two", "token": "win"}, "force": True},
+        "win": {"source": {"kind": "model_token", "model": "one", "token_id": 0}, "force": True},
+    }
+    recipe = linear(["one", "two"], tokenizer={"source": "one", "tokens": tokens})
+    made = merged(recipe)
+    for tensor in VOCABULARY:
+        at = {token: made[tensor][number] for number, token in enumerate(WORDS)}
+        assert not at["a"].any()
+        assert same_bytes(at["b"], two[tensor][WORDS[::-1].index("b")])
+        assert same_bytes(at["c"], two[tensor][WORDS[::-1].index("win")])
+        assert same_bytes(at["win"], one[tensor][0])
+    assert parse(to_yaml(as_data(parse(to_yaml(recipe))))) == parse(to_yaml(recipe))
+
+
+def test_tokens_of_two_alphabets_are_matched_by_what_they_stand_for(place: Path) -> None:
+    bytes_of = ["<s>", "</s>", "Ġsnow", "Ã©", "a", "Ã"]
+    words_of: list[str | None] = ["<s>", "</s>", "a", "é", "▁snow", "<0xC3>"]
+    one = model(place / "bytes", 0, [*bytes_of])
+    two = model(place / "words", 1, words_of)
+    (place / "words/tokenizer.json").write_text(json.dumps(tokenizer(words_of, kind="Metaspace")))
+    made = merged(linear(["bytes", "words"], tokenizer_source="bytes"))
+    for tensor in VOCABULARY:
+        for row, other in enumerate([0, 1, 4, 3, 2, 5]):
+            assert same_bytes(made[tensor][row], mean(one[tensor][row], two[tensor][other]))
+
+
+def test_a_tied_head_stays_tied(place: Path) -> None:
+    for number, name in enumerate(("one", "two")):
+        tokens: list[str | None] = [*WORDS] if number == 0 else [*reversed(WORDS)]
+        tensors = model(place / name, number, tokens, tie_word_embeddings=True)
+        del tensors["lm_head.weight"]
+        config = json.loads((place / name / "config.json").read_text())
+        write_folder(place / name, tensors, config=config)
+    made = merged(linear(["one", "two"], tokenizer_source="one"))
+    assert "lm_head.weight" not in made
+    assert json.loads((place / "out/config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_what_only_one_model_has_is_told_and_what_cannot_be_told_is_refused(place: Path) -> None:
+    model(place / "one", 0, [*WORDS])
+    model(place / "two", 1, [*WORDS, "<|im_end|>"])
+    model(place / "three", 2, [*WORDS[:-1], "other"])
+    plan = mergekit_lite.plan_merge(linear(["one", "two"], tokenizer_source="one"), "x")
+    assert any("1 that only it has are left out: '<|im_end|>'" in note for note in plan.notes)
+    with pytest.raises(PlanError, match="no model has the tokens of all"):
+        merged(linear(["one", "two", "three"], tokenizer_source="union"))
+    (place / "two/tokenizer.json").unlink()
+    with pytest.raises(PlanError, match=r"two: has no tokenizer\.json to tell"):
+        merged(linear(["one", "two"], tokenizer_source="one"))
+
+
+def test_special_tokens_follow_the_tokenizer(place: Path) -> None:
+    model(place / "one", 0, [*WORDS], eos_token_id=1)
+    model(place / "two", 1, [*WORDS, "<|im_end|>"], eos_token_id=10)
+    (place / "one/generation_config.json").write_text('{"eos_token_id": 1}')
+    (place / "two/generation_config.json").write_text('{"eos_token_id": 10}')
+    (place / "two/tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    merged(linear(["one", "two"], base_model="one", tokenizer_source="two"))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((place / "out" / name).read_text())["eos_token_id"] == 10
+    plan = mergekit_lite.plan_merge(linear(["one", "two"], base_model="one", tokenizer_source="two"), "x")
+    assert "one uses other special tokens: eos_token '</s>', here '<|im_end|>'" in plan.notes
+
+
+def test_any_part_of_gathered_rows_is_what_the_whole_has(place: Path) -> None:
+    """Reads of any begin and length, across runs, means and zeros."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    model(place / "one", 0, [*WORDS])
+    model(place / "two", 1, [*WORDS])
+    specs = [open_checkpoint(name).tensors[VOCABULARY[0]] for name in ("one", "two")]
+    places: list[Any] = [(0, 3), (0, 4), (0, 5), ((0, 1), (1, 2)), (), (1, 9), (1, 0), (1, 1), ((0, 1), (1, 2))]
+    made = gathered(specs[0], specs, places)
+    with Reader() as reader:
+        whole = made.elements(reader, 0, made.numel)
+        for _ in range(100):
+            begin = draw.randrange(made.numel)
+            count = draw.randint(1, made.numel - begin)
+            assert same_bytes(made.elements(reader, begin, count), whole[begin : begin + count])
+        rows = [spec.elements(reader, 0, spec.numel).view(10, 8) for spec in specs]
+        assert same_bytes(whole.view(-1, 8)[0], rows[0][3]) and same_bytes(whole.view(-1, 8)[7], rows[1][1])
+        assert same_bytes(whole.view(-1, 8)[3], ((rows[0][1].double() + rows[1][2].double()) / 2).bfloat16())
+        assert not whole.view(-1, 8)[4].any()
