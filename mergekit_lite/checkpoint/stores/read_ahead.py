@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
@@ -223,7 +222,6 @@ class BlockReader:
                 if block.was_read and not self._is_of_current(block):
                     self._free(block)
                 self._changed.notify_all()
-        requests.drop_all()
 
     def _memory(self, block: Block) -> memoryview:
         if block.size < SMALL:
