@@ -18,13 +18,13 @@ from typing import NamedTuple
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
-BLOCK = 4 << 20  # bytes of one request
-ROOM = 32 << 20  # bytes of the blocks that a reader has or waits for
-FETCHERS = 8  # threads of a reader, each with a request of its own
+BLOCK = 8 << 20  # bytes of one request
+ROOM = 48 << 20  # bytes of the blocks that a reader has or waits for
+FETCHERS = 6  # threads of a reader, each with a request of its own
 SMALL = 1 << 18  # bytes of a block that gets memory of its own; larger ones share buffers of a whole block
 LEAST = 1 << 16  # bytes of a request for what nobody expected
 TAILS = 4  # files of which what lies behind an unexpected read is kept
-PER_READER = ROOM + 2 * BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections, threads
+PER_READER = ROOM + BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections and threads
 
 
 class Extent(NamedTuple):
