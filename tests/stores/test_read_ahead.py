@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from mergekit_lite.checkpoint.stores import read_ahead
+from mergekit_lite.checkpoint.stores import cache, read_ahead
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
@@ -107,3 +110,39 @@ def test_a_failure_reaches_whoever_reads(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(OSError, match="gone"):
         reader.fill(FILES[0], 0, memoryview(bytearray(10)))
     reader.close()
+
+
+def test_a_cache_saves_fetching_again_up_to_its_bound(
+    fetched: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two processes share it; what it holds is the files' bytes, and no more than the bound and a block."""
+    monkeypatch.setattr(cache.ranges, "fetch", read_ahead.fetch)
+    monkeypatch.setattr(cache, "GRAIN", 64)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    draw = random.Random(3)
+    for limit, again in ((10 * SIZE, 1), (20_000, 2)):
+        fetched.clear()
+        with cache.caching(limit):
+            for _ in range(2):
+                for begin in range(0, SIZE, 1000):
+                    out = bytearray(min(1000, SIZE - begin))
+                    cache.fetch(FILES[0], begin, memoryview(out))
+                    assert out == CONTENT[FILES[0].url][begin : begin + 1000]
+            pid = os.fork()
+            if pid == 0:
+                before = fetched.total()
+                out = bytearray(10_000)
+                cache.fetch(FILES[0], 100, memoryview(out))
+                right = out == CONTENT[FILES[0].url][100:10_100] and (fetched.total() - before < 1500 or again > 1)
+                os._exit(0 if right else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            for _ in range(30):
+                begin = draw.randrange(SIZE - 1)
+                out = bytearray(min(SIZE - begin, draw.randrange(1, 5000)))
+                cache.fetch(FILES[1], begin, memoryview(out))
+                assert out == CONTENT[FILES[1].url][begin : begin + len(out)]
+            [folder] = tmp_path.glob("*/fetched-*")
+            assert (folder / "used").stat().st_size * 64 <= min(limit, 2 * SIZE + 128)
+        counts = [count for (url, _), count in fetched.items() if url == FILES[0].url]
+        assert sum(counts) < 1.15 * SIZE if again == 1 else sum(counts) > 1.2 * SIZE
+        assert not list(tmp_path.glob("*/*"))
