@@ -80,10 +80,12 @@ class Commands(CommandGroup):
     def invoke(self, context: click.Context) -> object:
         """Run the command; an error of this package is a message, not a traceback."""
         try:
-            with _plain_messages():
-                result = super().invoke(context)
-            _say_what_was_fetched(quiet=bool({"-q", "--quiet", "--json"} & {*context.args}))
-            return result
+            quiet = bool({"-q", "--quiet", "--json"} & {*context.args})
+            try:
+                with _plain_messages():
+                    return super().invoke(context)
+            finally:
+                _say_what_was_fetched(quiet)
         except MergekitLiteError as error:
             _fail(str(error), error.exit_code)
         except (ImportError, MemoryError, OSError) as error:
@@ -98,7 +100,7 @@ class Commands(CommandGroup):
             sys.exit(1)
 
 
-def _say_what_was_fetched(*, quiet: bool) -> None:
+def _say_what_was_fetched(quiet: bool) -> None:
     """Print a line on what was fetched, if anything was."""
     ranges = sys.modules.get("mergekit_lite.checkpoint.stores.ranges")
     if ranges is not None and ranges.TRAFFIC.requests and not quiet:

@@ -58,6 +58,13 @@ takes_ray = click.option(
     metavar="auto|ADDRESS|local:N",
     help="Work on the machines of a Ray cluster: of the one here, of the one at HOST:PORT, or with N workers here.",
 )
+takes_fetch_cache = click.option(
+    "--fetch-cache",
+    metavar="SIZE",
+    expose_value=False,
+    callback=values.fetch_cache,
+    help="Keep up to so much of what is fetched on this disk until the end, for methods that read it again.",
+)
 OPTIONS = (
     click.option(
         "--threads",
@@ -70,6 +77,7 @@ OPTIONS = (
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
     takes_sync,
     takes_stream,
+    takes_fetch_cache,
     click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,7 +29,7 @@ Examples:
   mergekit-lite verify boosted.safetensors --samples 0   (the output alone)
 """,
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
@@ -54,7 +53,7 @@ Examples:
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Print everything that is wrong, and the tensors made again.")
 def command(
-    out: Path,
+    out: str,
     samples: int | None,
     everything: bool,
     as_json: bool,

@@ -11,12 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from mergekit_lite.checkpoint.parts import LISTS, in_folder, listed_folders
 from mergekit_lite.checkpoint.stores import hub_files, objects, web
 from mergekit_lite.checkpoint.stores.addresses import HUB
 from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath, know
+from mergekit_lite.checkpoint.stores.private_folder import private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
@@ -35,7 +33,6 @@ from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
 AT_ONCE = 8  # small files that are fetched side by side
-KEPT_FOR = 7 * 24 * 3600  # seconds
 
 
 def stand_up(reference: str) -> tuple[StorePath, str | None]:
@@ -151,7 +148,7 @@ def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, b
     }
     contents = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
     key = hashlib.sha256(json.dumps([described, contents], sort_keys=True).encode()).hexdigest()[:32]
-    home = _home()
+    home = private_folder()
     root = home / key
     if not root.is_dir():
         made = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
@@ -187,22 +184,3 @@ def _set_time(path: Path, file: RemoteFile) -> None:
     digest = hashlib.sha256(f"{file.size} {file.etag}".encode()).digest()
     made_up = int.from_bytes(digest[:4], "little") // 2 * 1_000_000_000
     os.utime(path, ns=(made_up, made_up))
-
-
-def _home() -> Path:
-    """Return the folder of all stand-ins of this user, closed to others. Raises CheckpointError where it isn't."""
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    home = Path(tempfile.gettempdir()) / f"mergekit-lite-{user}"
-    try:
-        home.mkdir(mode=0o700, exist_ok=True)
-        status = home.lstat()
-    except OSError as error:
-        raise CheckpointError(f"{home}: can't be made: {error.strerror}. Set TMPDIR to a folder of yours.") from error
-    is_ours = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
-    if not stat.S_ISDIR(status.st_mode) or not is_ours:
-        raise CheckpointError(f"{home}: is not a folder of yours alone. Remove it, or set TMPDIR to a folder of yours.")
-    for old in home.iterdir():
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > KEPT_FOR:
-                shutil.rmtree(old, ignore_errors=True)
-    return home

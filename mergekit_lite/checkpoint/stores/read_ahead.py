@@ -15,17 +15,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mergekit_lite.checkpoint.stores import http as requests
-from mergekit_lite.checkpoint.stores.ranges import fetch
+from mergekit_lite.checkpoint.stores.cache import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
-BLOCK = 4 << 20  # bytes of one request
-ROOM = 32 << 20  # bytes of the blocks that a reader has or waits for
-FETCHERS = 8  # threads of a reader, each with a request of its own
+BLOCK = 8 << 20  # bytes of one request
+ROOM = 48 << 20  # bytes of the blocks that a reader has or waits for
+FETCHERS = 6  # threads of a reader, each with a request of its own
 SMALL = 1 << 18  # bytes of a block that gets memory of its own; larger ones share buffers of a whole block
 LEAST = 1 << 16  # bytes of a request for what nobody expected
 TAILS = 4  # files of which what lies behind an unexpected read is kept
-PER_READER = ROOM + 2 * BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections, threads
+PER_READER = ROOM + BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections and threads
 
 
 class Extent(NamedTuple):
@@ -160,7 +159,10 @@ class BlockReader:
             block.asked = True
             self._used += block.room
             self._urgent.append(block)
-            course.next = course.number[id(block)] + 1  # from here on it is read, perhaps once more
+            if block.was_read:  # from here on the task is read once more
+                course.next = course.number[id(block)]
+                for later in course.blocks[course.next :]:
+                    later.was_read = False
             self._changed.notify_all()
         while block.data is None and block.failure is None:
             self._changed.wait()
@@ -184,7 +186,7 @@ class BlockReader:
         for course in self._courses:
             while course.next < len(course.blocks):
                 block = course.blocks[course.next]
-                if block.asked:
+                if block.asked or block.was_read:
                     course.next += 1
                 elif self._used + block.room <= self._room or not self._used:
                     course.next += 1
@@ -223,7 +225,6 @@ class BlockReader:
                 if block.was_read and not self._is_of_current(block):
                     self._free(block)
                 self._changed.notify_all()
-        requests.drop_all()
 
     def _memory(self, block: Block) -> memoryview:
         if block.size < SMALL:
