@@ -18,13 +18,18 @@ Examples:
   mergekit-lite merge recipe.yml -o ./merged
   mergekit-lite merge recipe.yml -o ./merged --dry-run
   mergekit-lite merge recipe.yml -o merged.safetensors --threads 4
+  mergekit-lite merge recipe.yml -o s3://bucket/merged       (into an object store)
+  mergekit-lite merge recipe.yml -o ./merged --push org/name (and on the hub)
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("out", required=False)
-@click.option("-o", "--output", help="A folder, or a .safetensors or .pt file; the same as OUT.")
+@click.option(
+    "-o", "--output", help="A folder, or a .safetensors or .pt file, here or s3://, gs://, az://; the same as OUT."
+)
 @running.takes_shard_size
 @running.takes_copy_code
+@running.takes_push
 @running.takes_run_options
 def command(
     recipe: Path,
@@ -34,6 +39,8 @@ def command(
     copy_code: bool,
     run_options: RunOptions,
     view: running.View,
+    push: str | None,
+    public: bool,
 ) -> None:
     """Merge models as RECIPE says, a YAML file in mergekit's language.
 
@@ -46,4 +53,4 @@ def command(
     if output is None or (out is not None and output != out):
         raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
     plan = plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code)
-    running.carry_out(plan, run_options, view)
+    running.carry_out(plan, run_options, view, push, public)

@@ -18,12 +18,16 @@ from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.engine.run import RunOptions, check_outputs, run
-from mergekit_lite.errors import RunError
+from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
+from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place
 from mergekit_lite.output.remote_workspace import spool_folder
 
 if TYPE_CHECKING:
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.layout import OutputPath
     from mergekit_lite.planning import Plan
+    from mergekit_lite.pushing import Pushed
 
 PROCESSES = sys.platform == "linux"  # whether workers are forked: elsewhere system libraries don't survive that
 
@@ -92,6 +96,17 @@ takes_copy_code = click.option(
 )
 
 
+takes_public = click.option(
+    "--public", is_flag=True, help="Let everybody see a hub repository that is created; by default it is private."
+)
+
+
+def takes_push(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of putting its output on the hub."""
+    option = click.option("--push", metavar="ORG/NAME", help="Put the output on the Hugging Face hub, too.")
+    return option(takes_public(function))
+
+
 def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of rounding, for methods that draw nothing else."""
     seed = click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
@@ -105,9 +120,10 @@ def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     return rounding(seed(function))
 
 
-def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
-    """Show or run a plan."""
+def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None = None, public: bool = False) -> None:
+    """Show or run a plan, and ``push`` what it made to a repository of the hub."""
     from mergekit_lite.commands import json_output
+    from mergekit_lite.commands.push import show
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.planning.delta_check import delta_warning
 
@@ -115,6 +131,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     resume, threads = run_options["resume"], run_options["threads"]
     devices = chosen_devices(run_options["device"])
     check_outputs(plan, resume=resume, force=run_options["force"])
+    repositories = _repositories(plan, push)
     if not resume:
         _check_room(plan, threads)
     if view.dry_run and view.as_json:
@@ -130,9 +147,40 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     with resumable(), screen.progress() as progress:
         options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES}
         finished = run(plan, **options)
+    pushed = [_pushed(output, name, public, screen) for output, name in zip(plan.outputs, repositories, strict=False)]
     if view.as_json:
-        click.echo(json.dumps(json_output.of_finished(finished), indent=1))
+        told = [each.to_json() for each in pushed]
+        click.echo(json.dumps(json_output.of_finished(finished) | ({"pushed": told} if told else {}), indent=1))
     screen.finished(plan, finished)
+    for each in pushed:
+        show(each, screen)
+
+
+def _repositories(plan: Plan, push: str | None) -> list[str]:
+    """Return the repository of each output, where any is to be pushed. Raises UsageError where one can't be."""
+    from mergekit_lite.pushing import check_repository
+
+    if push is None:
+        return []
+    if len(plan.outputs) > 1:
+        raise UsageError("--push takes one output: make several, then push each: mergekit-lite push OUTPUT org/name.")
+    if isinstance(plan.outputs[0], Place) or is_single_file(plan.outputs[0]):
+        raise UsageError(f"--push takes a folder on a disk, with a card and a config; {plan.outputs[0]} is none.")
+    check_repository(push)
+    return [push]
+
+
+def _pushed(output: OutputPath, repository: str, public: bool, screen: Screen) -> Pushed:
+    from mergekit_lite.pushing import push
+
+    again = f"It is made; push it again with: mergekit-lite push {output} {repository}"
+    try:
+        with screen.progress("uploading") as progress:
+            return push(str(output), repository, public=public, progress=progress)
+    except MergekitLiteError as error:
+        raise RunError(f"{error}\n{again}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again) from None
 
 
 @contextmanager
