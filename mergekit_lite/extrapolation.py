@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import is_one_file
-from mergekit_lite.checkpoint.references import split_key
+from mergekit_lite.checkpoint.references import is_one_file, split_key
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
 from mergekit_lite.layout import OutputPath, output_path

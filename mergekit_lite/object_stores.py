@@ -148,6 +148,27 @@ def store_of(place: Place, *, retries: int = 10) -> ObjectStore:
         raise CheckpointError(f"{place}: can't be opened: {said(error)}. Set {CREDENTIALS[place.scheme]}.") from error
 
 
+def is_on(value: str) -> bool:
+    """Return whether a variable's text switches something on."""
+    return value.lower() in ("1", "true", "yes", "on", "t", "y")
+
+
+def unsigned(place: Place) -> str:
+    """Return where an object of S3 is requested that everybody may read: a signed URL without what signs it."""
+    import obstore
+    from obstore.store import S3Store
+
+    store = S3Store(
+        place.bucket,
+        skip_signature=False,
+        access_key_id="nobody",
+        secret_access_key="nothing",
+        client_options=_client_options(place.scheme),  # type: ignore[arg-type]
+    )
+    signed: str = obstore.sign(store, "GET", place.key, timedelta(hours=1))
+    return signed.partition("?")[0]
+
+
 def is_usable() -> bool:
     """Return whether this process may use stores: no process that it was forked from has."""
     return _used_by <= {os.getpid()}
@@ -195,7 +216,7 @@ def _client_options(scheme: str) -> dict[str, object]:
     options: dict[str, object] = {"connect_timeout": "10s", "timeout": "120s"}
     for name in (*SWITCHES, *TEXTS):
         if value := os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}"):
-            options[name] = value.lower() in ("1", "true", "yes", "on", "t", "y") if name in SWITCHES else value
+            options[name] = is_on(value) if name in SWITCHES else value
     return options
 
 

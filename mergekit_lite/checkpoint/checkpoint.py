@@ -19,7 +19,7 @@ from mergekit_lite.checkpoint.identity import Identity, identify
 from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.stores import mirror
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.checkpoint.stores.addresses import HUB, is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
@@ -192,6 +192,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         raise CheckpointError(f"{text}: is a task vector, not a model. Name the model it is added to: BASE+{text}")
     if "+" in text:
         return _open_sum(text)
+    if hub.is_streamed(text):
+        return replace(_open_elsewhere(HUB + text), reference=text)
     folder = hub.fetch(text)
     return _open_path(text, folder, folder.name)
 
@@ -220,6 +222,8 @@ def open_adapter(reference: str) -> Adapter:
         path = Path(reference).expanduser()
         if path.exists():
             return read_adapter(reference, path.resolve())
+    if hub.is_streamed(reference):
+        return read_adapter(reference, *mirror.stand_up(HUB + reference))
     folder = hub.fetch(reference, adapter=True)
     return read_adapter(reference, folder, folder.name)
 
@@ -233,29 +237,10 @@ def _opening(reference: str) -> Iterator[None]:
         raise CheckpointError(f"{reference}: can't be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
-def open_vector(reference: str) -> Vector:
-    """Open a task vector by its file or URL; errors as in ``read_vector``."""
-    if is_elsewhere(reference):
-        return vector_file.read_vector(reference, mirror.stand_up(reference)[0])
-    return vector_file.read_vector(reference, Path(reference).expanduser().resolve())
-
-
-def is_one_file(reference: str) -> bool:
-    """Return whether a reference is of one file, as a task vector is, not of a folder."""
-    if is_elsewhere(reference):
-        return reference.endswith(formats.SUFFIXES)
-    return Path(reference).expanduser().is_file()
-
-
 def _open_addition(addition: Addition) -> Adapter | Vector:
-    if is_elsewhere(addition.path):
-        if addition.is_vector or is_one_file(addition.path):
-            return open_vector(addition.path)
-        return open_adapter(addition.path)
-    path = Path(addition.path).expanduser()
     with _opening(addition.path):
-        if path.is_file() or addition.is_vector:
-            return vector_file.read_vector(addition.path, path.resolve())
+        if addition.is_vector or references.is_one_file(addition.path):
+            return vector_file.open_vector(addition.path)
     return open_adapter(addition.path)
 
 

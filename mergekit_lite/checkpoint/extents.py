@@ -48,7 +48,12 @@ def extents(spec: TensorSpec, begin: int, end: int) -> Iterator[tuple[Path, int,
 
 def is_elsewhere(spec: TensorSpec) -> bool:
     """Return whether a tensor's file lies elsewhere."""
-    return isinstance(spec.file, StorePath)
+    return is_elsewhere_file(spec.file)
+
+
+def is_elsewhere_file(path: Path) -> bool:
+    """Return whether a file of weights lies elsewhere."""
+    return isinstance(path, StorePath)
 
 
 def _parts(encoding: object) -> Iterator[TensorSpec]:

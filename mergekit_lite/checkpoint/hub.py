@@ -32,6 +32,25 @@ def is_repository(reference: str) -> bool:
     return match is not None and not reference.endswith(formats.SUFFIXES) and ".." not in reference
 
 
+_is_streamed = False
+
+
+@contextmanager
+def streamed() -> Iterator[None]:
+    """Read repositories by range instead of downloading them, until the block ends."""
+    global _is_streamed
+    before, _is_streamed = _is_streamed, True
+    try:
+        yield
+    finally:
+        _is_streamed = before
+
+
+def is_streamed(reference: str) -> bool:
+    """Return whether a reference is a repository that is read by range."""
+    return _is_streamed and is_repository(reference)
+
+
 def fetch(reference: str, *, adapter: bool = False) -> Path:
     """Download what a model or a LoRA adapter needs of a repository, or find it in the cache.
 

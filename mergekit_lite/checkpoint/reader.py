@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.stores.files import RemoteFile, StorePath
+from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.deferred import torch
 from mergekit_lite.errors import RunError
 

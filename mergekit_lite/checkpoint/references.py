@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint import hub
-from mergekit_lite.checkpoint.formats import torch
+from mergekit_lite.checkpoint.formats import SUFFIXES, torch
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, UsageError
 
@@ -63,6 +63,13 @@ def split_key(text: str) -> tuple[Path, str]:
             if (match := pattern.fullmatch(text)) and is_there(path := Path(match["path"]).expanduser()):
                 return path, match["key"]
     return whole, ""
+
+
+def is_one_file(reference: str) -> bool:
+    """Return whether a reference is of one file, as a task vector is, not of a folder."""
+    if is_elsewhere(reference):
+        return reference.endswith(SUFFIXES)
+    return Path(reference).expanduser().is_file()
 
 
 class Names(NamedTuple):

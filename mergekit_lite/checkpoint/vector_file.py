@@ -31,6 +31,8 @@ from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.naming.matching import match_names
+from mergekit_lite.checkpoint.stores import mirror
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
 from mergekit_lite.input_files import parse_json
@@ -144,6 +146,13 @@ def check_output(path: Path) -> None:
         raise UsageError(f"{str(path)!a}: {NOT_PLAIN}. Choose another.")
     if path.suffix not in safetensors.SUFFIXES:
         raise UsageError(f"{path}: a task vector is a .safetensors file. Name one: -o {path.name}.safetensors.")
+
+
+def open_vector(reference: str) -> Vector:
+    """Open a task vector by its file or URL; errors as in ``read_vector``."""
+    if is_elsewhere(reference):
+        return read_vector(reference, mirror.stand_up(reference)[0])
+    return read_vector(reference, Path(reference).expanduser().resolve())
 
 
 def read_vector(reference: str, path: Path) -> Vector:

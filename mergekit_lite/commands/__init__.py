@@ -83,7 +83,9 @@ class Commands(CommandGroup):
         """Run the command; an error of this package is a message, not a traceback."""
         try:
             with _plain_messages():
-                return super().invoke(context)
+                result = super().invoke(context)
+            _say_what_was_fetched(quiet=bool({"-q", "--quiet", "--json"} & {*context.args}))
+            return result
         except MergekitLiteError as error:
             _fail(str(error), error.exit_code)
         except (ImportError, MemoryError, OSError) as error:
@@ -96,6 +98,17 @@ class Commands(CommandGroup):
             advice = str(interruption) or RESUMED.get(context.invoked_subcommand or "", "")
             click.echo(f"\nInterrupted. {advice}".rstrip(), err=True)
             sys.exit(1)
+
+
+def _say_what_was_fetched(*, quiet: bool) -> None:
+    """Print a line on what was fetched, if anything was."""
+    ranges = sys.modules.get("mergekit_lite.checkpoint.stores.ranges")
+    if ranges is not None and ranges.TRAFFIC.requests and not quiet:
+        from mergekit_lite.commands.screen import size
+
+        traffic = ranges.TRAFFIC
+        repeated = f", {traffic.repeated:,} of them once more" if traffic.repeated else ""
+        click.echo(f"fetched {size(traffic.nbytes)} in {traffic.requests:,} requests{repeated}", err=True)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ Examples:
 @click.option("--plot", type=WRITABLE, help="Draw a .png, .svg or .pdf: layers × modules, cosines, sizes.")
 @click.option("--html", "html_path", type=WRITABLE, help="Write one page with plots, tables that sort, and a summary.")
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
+@running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
@@ -75,6 +76,7 @@ def command(
     For each tensor, each layer and overall: size of the delta, share of changed weights, cosines, signs, overlap of the
     largest changes, the coefficients VaRM and SCE would find, alpha after rounding, stable rank.
     """
+    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen, made
     from mergekit_lite.comparison import export, plots
     from mergekit_lite.comparison.comparison import compare
@@ -98,7 +100,7 @@ def command(
 
         html_path.write_text(page(comparison), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(export.as_data(comparison), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(export.as_data(comparison)), indent=1))
     elif not quiet:
         _show(screen, comparison)
     for name in comparison.nonfinite:

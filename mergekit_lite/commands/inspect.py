@@ -26,6 +26,7 @@ Examples:
 @click.argument("model")
 @click.option("--stats", is_flag=True, help="Read the weights too: NaN, infinity, dead rows, mean, RMS, largest.")
 @click.option("--threads", type=click.IntRange(min=1), help="Workers for --stats; one for each core by default.")
+@running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
 def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose: bool) -> None:
@@ -34,6 +35,7 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
     MODEL is a folder, a .safetensors, .gguf or torch file, or a hub repository. What looks wrong is a hint, no
     error: the exit code is 0.
     """
+    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison.inspection import inspect
 
@@ -41,7 +43,7 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
     with screen.progress("reading") as progress:
         inspection = inspect(model, stats=stats, threads=threads, progress=progress, processes=running.PROCESSES)
     if as_json:
-        click.echo(json.dumps(inspection.to_json(), indent=1, allow_nan=False))
+        click.echo(json.dumps(json_output.with_fetched(inspection.to_json()), indent=1, allow_nan=False))
     else:
         _show(screen, inspection)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite.checkpoint.stores.ranges import TRAFFIC
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.remote import spool_bytes
@@ -39,7 +41,13 @@ def of_plan(plan: Plan, threads: int | None, devices: Sequence[str] = (CPU,)) ->
         "beside": {"copied": sorted(copied), "not_copied": not_copied},
         "missing": what_is_missing(plan),
         "notes": list(plan.notes),
+        **({"to_fetch": to_fetch._asdict()} if (to_fetch := fetches(plan)).bytes else {}),
     }
+
+
+def with_fetched(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's result with what was fetched for it, if anything was."""
+    return content | {"fetched": TRAFFIC.as_json()} if TRAFFIC.requests else content
 
 
 def of_finished(finished: Finished) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mergekit_lite.commands import running
+
 
 @click.command(
     name="plan",
@@ -17,6 +19,7 @@ Examples:
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
 def command(recipe: Path, as_json: bool, verbose: bool) -> None:
@@ -27,6 +30,6 @@ def command(recipe: Path, as_json: bool, verbose: bool) -> None:
 
     plan = plan_merge(recipe, "merged")
     if as_json:
-        click.echo(json.dumps(json_output.of_plan(plan, None), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(json_output.of_plan(plan, None)), indent=1))
     else:
         Screen(quiet=False, verbose=verbose).plan(plan, None)

@@ -47,6 +47,13 @@ takes_sync = click.option(
     is_flag=True,
     help="Hold through a power cut, too: wait until the disk has the output. Takes as long as the disk takes to write.",
 )
+takes_stream = click.option(
+    "--stream",
+    is_flag=True,
+    expose_value=False,
+    callback=values.stream,
+    help="Read hub models by range, as they are needed, and store none of them: org/name as hf://org/name.",
+)
 OPTIONS = (
     click.option(
         "--threads",
@@ -57,6 +64,7 @@ OPTIONS = (
     click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed."),
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
     takes_sync,
+    takes_stream,
     click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -135,7 +143,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
     if not resume:
         _check_room(plan, threads)
     if view.dry_run and view.as_json:
-        click.echo(json.dumps(json_output.of_plan(plan, threads, devices), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(json_output.of_plan(plan, threads, devices)), indent=1))
     elif view.dry_run:
         screen.plan(plan, threads, devices)
     else:
@@ -149,8 +157,8 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
         finished = run(plan, **options)
     pushed = [_pushed(output, name, public, screen) for output, name in zip(plan.outputs, repositories, strict=False)]
     if view.as_json:
-        told = [each.to_json() for each in pushed]
-        click.echo(json.dumps(json_output.of_finished(finished) | ({"pushed": told} if told else {}), indent=1))
+        told = json_output.with_fetched(json_output.of_finished(finished))
+        click.echo(json.dumps(told | ({"pushed": [each.to_json() for each in pushed]} if pushed else {}), indent=1))
     screen.finished(plan, finished)
     for each in pushed:
         show(each, screen)

@@ -18,6 +18,7 @@ from rich.text import Text
 from mergekit_lite.commands import json_output
 from mergekit_lite.commands.groups import Group, groups
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.memory import memory_estimate
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.remote import spool_bytes
@@ -65,6 +66,9 @@ class Screen:
             f"\nreads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, "
             f"takes about {size(memory_estimate(plan, threads, devices))} of memory{self._spooled(plan, threads)}\n"
         )
+        if to_fetch := fetches(plan):
+            again = f", of that {size(to_fetch.again)} once more or oftener, for statistics" if to_fetch.again else ""
+            self.out.print(f"fetches {size(to_fetch.bytes)} by range{again}; nothing of it is stored\n")
         if self.verbose:
             jobs = [
                 (job.name, shape_text(job.shape), job.dtype, json_output.what_happens(plan, job)) for job in plan.jobs

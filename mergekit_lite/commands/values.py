@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from click import BadParameter
+from click import BadParameter, Context
 
 BYTES = {"": 1, "b": 1} | {
     prefix + unit: base**power
@@ -100,3 +100,11 @@ def check_folder(path: Path | None) -> None:
     """Raise BadParameter where a file can't be written because its folder doesn't exist."""
     if path is not None and not path.resolve().parent.is_dir():
         raise BadParameter(f"{path}: there is no folder {path.parent}. Make it first.")
+
+
+def stream(context: Context, _option: object, given: bool) -> None:
+    """Read hub models by range while the command runs, where that is asked for."""
+    if given:
+        from mergekit_lite.checkpoint.hub import streamed
+
+        context.with_resource(streamed())

@@ -85,6 +85,7 @@ Examples:
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run.")
 @running.takes_sync
+@running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
@@ -93,6 +94,7 @@ def extract(base: str, tuned: str, output: str, as_json: bool, quiet: bool, verb
 
     BASE and TUNED are any models: folders, files, hub repositories, BASE+ADAPTER.
     """
+    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.vectors.extraction import extract_vector
 
@@ -102,7 +104,7 @@ def extract(base: str, tuned: str, output: str, as_json: bool, quiet: bool, verb
     for note in extracted.notes:
         screen.warn(note)
     if as_json:
-        click.echo(json.dumps(extracted.to_json(), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(extracted.to_json()), indent=1))
     elif not quiet:
         _show(extracted, screen)
 

@@ -47,6 +47,7 @@ Examples:
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …, cuda:all or auto.")
+@running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Print everything that is wrong, and the tensors made again.")
@@ -65,6 +66,7 @@ def command(
     """
     if everything and samples is not None:
         raise UsageError("--all and --samples exclude each other.")
+    from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.verification import verify
 
@@ -73,7 +75,7 @@ def command(
         options |= {"progress": progress, "processes": running.PROCESSES}
         verdict = verify(out, samples="all" if everything else samples, **options)
     if as_json:
-        click.echo(json.dumps(verdict.to_json(), indent=1))
+        click.echo(json.dumps(json_output.with_fetched(verdict.to_json()), indent=1))
     else:
         _show(verdict, quiet, verbose)
     sys.exit(0 if verdict.sound else 1)

@@ -20,7 +20,7 @@ from mergekit_lite.comparison.shared_tensors import SharedTensor
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
-from mergekit_lite.engine.schedule import Progress
+from mergekit_lite.engine.schedule import Progress, expect_elements
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods.tensor_merge import SECTION, STATISTICS_BLOCK
 
@@ -100,11 +100,15 @@ def survey(
             parts = [scan.read(buffers, reader, begin, end) for begin, end in sections]
             return (number, parts, None) if len(scan.tasks) > 1 else (number, [], scan.result(parts))
 
+    def expect(reader: Reader, task: tuple[int, list[ElementRange]]) -> None:
+        number, sections = task
+        expect_elements(reader, [(scans[number].tensor.specs, begin, end) for begin, end in sections])
+
     room = max((scan.chunk for scan in scans), default=0) * widest
     pool = Pool(threads or available_cores(), [CPU], inputs, room, processes=processes)
     unfinished: dict[int, list[SectionSums]] = {}  # of tensors that several workers share
     with tuned_process():
-        for number, parts, result in pool.run(tasks, work):
+        for number, parts, result in pool.run(tasks, work, expect):
             scan = scans[number]
             done += scan.tensor.nbytes // len(scan.tasks)
             if progress is not None:

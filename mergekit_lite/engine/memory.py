@@ -6,6 +6,8 @@ import mmap
 from collections.abc import Sequence
 
 from mergekit_lite.checkpoint.encodings.sum import Sum
+from mergekit_lite.checkpoint.stores.read_ahead import PER_READER
+from mergekit_lite.engine.fetching import fetches
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.span_writer import chunk_of
@@ -38,6 +40,7 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     folds = any(isinstance(spec.encoding, Sum) for job in plan.jobs for spec in job.inputs)
     factors = REMEMBERED_FACTORS if folds else 0
     buffers += FOLDING if folds else 0
+    buffers += PER_READER if fetches(plan) else 0
     runtime = WITH_CUDA if not on_cpu else WITH_TORCH if _needs_torch(plan) else PYTHON
     return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
 

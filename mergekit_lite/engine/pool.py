@@ -13,6 +13,7 @@ from itertools import cycle, islice
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeAlias, TypeVar
 
+from mergekit_lite import store_process
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.stores.ranges import TRAFFIC, Traffic
 from mergekit_lite.deferred import torch
@@ -72,6 +73,7 @@ class Pool:
         ``expect`` tells a worker's reader what a task will read, before the worker comes to it.
         """
         tasks = list(tasks)
+        store_process.end()  # what it found out is known; the workers need the memory
         if self.processes and len(tasks) > 1:
             return self._counted(forked(self.workers, tasks, lambda: _Worker(self._room, do, expect)))
         return self._threaded(tasks, do, expect)

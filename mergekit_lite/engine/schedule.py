@@ -190,7 +190,7 @@ def expect_elements(
             for turn, (specs, begin, end) in enumerate(ranges)
             for spec in specs
             if is_elsewhere(spec)
-            for extent in extents(spec, begin, end)
+            for extent in extents(spec, begin, min(end, spec.numel))
         ),
         again=again,
     )

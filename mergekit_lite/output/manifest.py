@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,7 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.input_files import opened
+from mergekit_lite.input_files import opened, size_of
 from mergekit_lite.layout import Layout, OutputFile, is_single_file
 from mergekit_lite.output.workspace import MANIFEST_NAME
 from mergekit_lite.planning import Plan
@@ -52,6 +51,7 @@ def manifest_of(
                 **_added_to(source),
                 "files": [
                     {"name": file.name, "size": file.size, "header_xxh3_128": file.header_digest}
+                    | ({"etag": file.etag} if file.etag else {})
                     for file in source.files
                 ],
             }
@@ -133,7 +133,7 @@ def frame_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
     digest = xxhash.xxh3_128()
     position = 0
     with opened(path) as file:
-        end = os.fstat(file.fileno()).st_size
+        end = size_of(file)
         for begin, after in sorted([*extents, (end, end)]):
             file.seek(position)
             while position < begin and (piece := file.read(min(READ_BYTES, begin - position))):

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import is_one_file
-from mergekit_lite.checkpoint.references import parse_addition
+from mergekit_lite.checkpoint.references import is_one_file, parse_addition
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import Rounding, named_options

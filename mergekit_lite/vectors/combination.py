@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint import Checkpoint, TensorSpec, is_one_file, open_vector
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.sum import Sum
-from mergekit_lite.checkpoint.references import Addition, parse_addition
-from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference
+from mergekit_lite.checkpoint.references import Addition, is_one_file, parse_addition
+from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, open_vector
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import safetensors_layout

@@ -26,7 +26,7 @@ from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.devices import chosen_device, explained
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
-from mergekit_lite.engine.schedule import Progress
+from mergekit_lite.engine.schedule import Progress, expect_elements
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
@@ -272,7 +272,12 @@ class _Extraction:
     def _each(self, pairs: list[TensorPair], do: Callable[[Reader, TensorPair], T]) -> Iterator[tuple[str, T]]:
         """Call ``do`` for each pair, on all threads; yield each tensor's name and what it returned."""
         pool = Pool(self.threads, [CPU], 0, 0)
-        for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair))):
+
+        def expect(reader: Reader, pair: TensorPair) -> None:
+            specs = [spec for spec in (pair.base, pair.tuned) if spec is not None]
+            expect_elements(reader, [(specs, 0, pair.tuned.numel)], again=True)
+
+        for pair, result in pool.run(pairs, lambda _, reader, pair: (pair, do(reader, pair)), expect):
             self.done += pair.nbytes
             if self.progress is not None:
                 self.progress(self.done, self.in_all)

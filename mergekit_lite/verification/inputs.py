@@ -117,6 +117,8 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
             inputs.findings.append(Finding(where, f"an input that changed: {now.size:,} bytes, it had {before.size:,}"))
         elif before.header_xxh3_128 != now.header_digest:
             inputs.findings.append(Finding(where, "an input that changed: its header is another one"))
+        elif before.etag and now.etag and before.etag != now.etag:
+            inputs.findings.append(Finding(where, "an input that changed, or was uploaded again: its etag is another"))
 
 
 def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> Plan:

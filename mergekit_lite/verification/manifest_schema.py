@@ -64,6 +64,7 @@ class RecordedInputFile(_Recorded):
     name: ShortText
     size: Size
     header_xxh3_128: Digest
+    etag: ShortText = ""  # of a file that was read by range from elsewhere
 
 
 class RecordedAddend(_Recorded):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from mergekit_lite._version import __version__
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.checkpoint.stores.mirror import stand_up
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.schedule import Progress
@@ -59,7 +61,7 @@ def verify(
         MergekitLiteError: there is no manifest, or it can't be used.
     """
     started = time.monotonic()
-    path = Path(output).expanduser()
+    path = stand_up(str(output))[0] if is_elsewhere(str(output)) else Path(output).expanduser()
     if not path.exists() or path.is_dir() == is_single_file(path):
         raise UsageError(f"{path}: no such folder, or file of weights. Name an output of extrapolate or merge.")
     devices = chosen_devices(device)

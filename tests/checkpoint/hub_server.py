@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
+
+RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 @dataclass
@@ -116,6 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
         return repository.revisions.get(revision)
 
     def send(self, content: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        if status == 200 and (asked := RANGE.fullmatch(self.headers.get("Range", ""))):
+            first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            headers = {**(headers or {}), "Content-Range": f"bytes {first}-{last}/{len(content)}"}
+            content, status = content[first : last + 1], 206
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(key, value)

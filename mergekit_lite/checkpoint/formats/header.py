@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, shortened
 
@@ -23,6 +24,7 @@ class WeightFile:
     size: int
     mtime_ns: int
     header_digest: str
+    etag: str = ""  # of a file elsewhere
     folder: str = ""  # where it lies in its model's folder; empty for the folder itself, and for a single file
 
     @property
@@ -34,7 +36,9 @@ class WeightFile:
     def identify(cls, path: Path, header: bytes) -> WeightFile:
         """Return the identity of a file: its size, its time and the digest of its header."""
         status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(header))
+        remote = path.remote if isinstance(path, StorePath) else None
+        etag = remote.etag if remote else ""
+        return cls(path, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(header), etag)
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where the file is no longer the one whose header was read."""

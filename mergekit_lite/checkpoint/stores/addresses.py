@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from mergekit_lite import object_stores, store_process
-from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError
 
 HUB = "hf://"

@@ -8,18 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from mergekit_lite.checkpoint.stores.ranges import RangeFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.input_files import StandIn
 
 DESCRIPTION = "stands-for.json"  # beside the folder that stands in: URL, and size and etag of each file
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file elsewhere, as it was when its model was opened."""
-
-    url: str  # what messages and manifests call it; it holds no secret
-    size: int
-    etag: str  # without quotes, ``W/`` before a weak one; empty where a server gives none
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,6 @@ class StorePath(StandIn):
 
     def elsewhere(self) -> BinaryIO | None:
         """Open the file that it stands for, to be read in places; None where it lies here in full."""
-        from mergekit_lite.checkpoint.stores.ranges import RangeFile
-
         remote = self.remote
         return None if remote is None else cast(BinaryIO, RangeFile(remote))
 

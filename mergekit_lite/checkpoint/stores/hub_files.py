@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.stores.addresses import HUB, hub_url
-from mergekit_lite.checkpoint.stores.files import RemoteFile
 from mergekit_lite.checkpoint.stores.ranges import bare
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
 
 AT_ONCE = 8

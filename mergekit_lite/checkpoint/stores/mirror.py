@@ -27,8 +27,9 @@ from mergekit_lite.checkpoint.companion_patterns import travels
 from mergekit_lite.checkpoint.parts import LISTS, in_folder, listed_folders
 from mergekit_lite.checkpoint.stores import hub_files, objects, web
 from mergekit_lite.checkpoint.stores.addresses import HUB
-from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, RemoteFile, StorePath, know
+from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath, know
 from mergekit_lite.checkpoint.stores.ranges import fetch
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
 from mergekit_lite.errors import CheckpointError, RunError
 
@@ -63,7 +64,7 @@ def _source(reference: str) -> Source:
         return hub_files.source(reference)
     object_stores.check_url(reference)
     folder, _, name = reference.rstrip("/").rpartition("/")
-    is_file = name.endswith(formats.SUFFIXES) and "/" in folder.split("://", 1)[-1]
+    is_file = name.endswith(formats.SUFFIXES) and not folder.endswith(":/")
     where = (folder, name) if is_file else (reference.rstrip("/"), "")
     return objects.source(*where) if object_stores.is_object(reference) else web.source(*where)
 

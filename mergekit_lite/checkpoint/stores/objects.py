@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from mergekit_lite import object_stores, store_process
-from mergekit_lite.checkpoint.stores.files import RemoteFile
 from mergekit_lite.checkpoint.stores.ranges import bare
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
 from mergekit_lite.errors import CheckpointError
 

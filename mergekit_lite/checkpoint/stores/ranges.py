@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import os
 import random
@@ -15,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from mergekit_lite import object_stores, store_process
 from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import address_of, moved
-from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError
 
 ATTEMPTS = 12  # in a row that bring no byte, before a range is given up
@@ -40,6 +39,10 @@ class Traffic:
             self.nbytes += other.nbytes
             self.requests += other.requests
             self.repeated += other.repeated
+
+    def as_json(self) -> dict[str, int]:
+        """Return the counts as plain data."""
+        return {"bytes": self.nbytes, "requests": self.requests, "repeated": self.repeated}
 
     def taken(self) -> Traffic:
         """Return what was counted, and begin again at nothing."""
@@ -95,7 +98,7 @@ def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
                 f"attempts: {why}. {GOES_ON}"
             )
         TRAFFIC.add(Traffic(repeated=1))
-        pause = min(LONGEST_WAIT, FIRST_WAIT * 2**failures) * random.uniform(0.5, 1.5)
+        pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** max(0, failures - 1)) * random.uniform(0.5, 1.5)
         time.sleep(max(pause, min(why.wait or 0.0, LONGEST_ASKED)))
 
 
@@ -124,38 +127,34 @@ def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) ->
         raise _Again(str(error)) from error
     wanted = {"Range": f"bytes={begin}-{begin + len(out) - 1}", "Accept-Encoding": "identity", **address.headers}
     try:
-        url, response = requests.followed("GET", address.url, wanted, address.secret)
+        answer = requests.followed("GET", address.url, wanted, address.secret)
     except requests.Unanswered as error:
         raise _Again(str(error)) from error
-    try:
-        _check(file, begin, len(out), response)
-        moved(file, url)
-        return _read(url, response, out)
-    finally:
-        requests.finish(url, response)
+    with answer:
+        _check(file, begin, len(out), answer)
+        moved(file, answer.url)
+        return _read(answer, out)
 
 
-def _read(url: str, response: http.client.HTTPResponse, out: memoryview) -> int:
+def _read(answer: requests.Answer, out: memoryview) -> int:
     done = 0
     try:
-        while done < len(out) and (count := requests.read_into(response, out[done:])):
+        while done < len(out) and (count := answer.read_into(out[done:])):
             done += count
     except requests.Unanswered as error:
-        requests.drop(url)
         raise _Partly(done, str(error)) from error
     finally:
         TRAFFIC.add(Traffic(done, 1))
     if done < len(out):
-        requests.drop(url)
         raise _Partly(done, "the answer was cut short")
     return done
 
 
-def _check(file: RemoteFile, begin: int, length: int, response: http.client.HTTPResponse) -> None:
+def _check(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -> None:
     """Hold the head of an answer to what was asked for. Raises _Again where asking again may help."""
-    status = response.status
+    status = answer.status
     if status in (408, 425, 429) or status >= 500:
-        raise _Again(f"the server answered {status}", _asked_wait(response.headers.get("Retry-After")))
+        raise _Again(f"the server answered {status}", _asked_wait(answer.headers.get("Retry-After")))
     if status in (404, 410):
         raise CheckpointError(f"{file.url}: was there when it was opened, and is gone (the server answered {status}).")
     if status in (412, 416):
@@ -164,12 +163,12 @@ def _check(file: RemoteFile, begin: int, length: int, response: http.client.HTTP
         raise _Again(f"the server answered {status}: access was refused", anew=True)
     if status not in (200, 206):
         raise RunError(f"{file.url}: the server answered {status}, which is no range of a file.")
-    etag = response.headers.get("ETag")
+    etag = answer.headers.get("ETag")
     if etag and file.etag and not file.url.startswith("hf://") and bare(etag) != file.etag:
         raise RunError(f"{file.url}: {CHANGED}")
-    told = RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    told = RANGE.fullmatch(answer.headers.get("Content-Range", ""))
     if told is None:
-        if status == 200 and begin == 0 and response.length == length == file.size:
+        if status == 200 and begin == 0 and answer.length == length == file.size:
             return
         raise RunError(
             f"{file.url}: its server doesn't send ranges of files, so nothing can be read from it as it is needed. "

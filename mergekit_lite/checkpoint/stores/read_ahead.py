@@ -7,6 +7,7 @@ task that is read again for its statistics, only where the task is larger than t
 
 from __future__ import annotations
 
+import mmap
 import threading
 from bisect import bisect_right
 from collections import OrderedDict, deque
@@ -14,16 +15,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mergekit_lite.checkpoint.stores import http as requests
-from mergekit_lite.checkpoint.stores.files import RemoteFile
 from mergekit_lite.checkpoint.stores.ranges import fetch
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
-BLOCK = 4 << 20  # bytes of one request
-ROOM = 32 << 20  # bytes of the blocks that a reader has or waits for
-FETCHERS = 8  # threads of a reader, each with a request of its own
+BLOCK = 8 << 20  # bytes of one request
+ROOM = 48 << 20  # bytes of the blocks that a reader has or waits for
+FETCHERS = 6  # threads of a reader, each with a request of its own
+SMALL = 1 << 18  # bytes of a block that gets memory of its own; larger ones share buffers of a whole block
 LEAST = 1 << 16  # bytes of a request for what nobody expected
 TAILS = 4  # files of which what lies behind an unexpected read is kept
-PER_READER = ROOM + 2 * BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections, threads
+PER_READER = ROOM + BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections and threads
 
 
 class Extent(NamedTuple):
@@ -52,6 +53,11 @@ class Block:
         """Bytes."""
         return self.end - self.begin
 
+    @property
+    def room(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.size if self.size < SMALL else BLOCK
+
 
 class _Course:
     """The blocks of one task, in the order of reading."""
@@ -60,7 +66,7 @@ class _Course:
         self.blocks = blocks
         self.next = 0  # where fetching goes on
         self.again = again  # whether it is read more than once
-        self.size = sum(block.size for block in blocks)
+        self.room = sum(block.room for block in blocks)
         by_file: dict[str, list[Block]] = {}
         for block in blocks:
             by_file.setdefault(block.file.url, []).append(block)
@@ -87,6 +93,7 @@ class BlockReader:
         self._changed = threading.Condition()
         self._courses: deque[_Course] = deque()
         self._urgent: deque[Block] = deque()
+        self._spare: list[mmap.mmap] = []  # buffers: what the heap gave for so many sizes and threads it would keep
         self._used = 0  # bytes of the blocks that are here or on their way
         self._tails: OrderedDict[str, tuple[int, bytearray]] = OrderedDict()
         self._ends: dict[str, int] = {}  # by URL, where the last unexpected read ended
@@ -121,6 +128,7 @@ class BlockReader:
             thread.join()
         self._courses.clear()
         self._tails.clear()
+        self._spare.clear()
 
     def _expected(self, url: str, position: int) -> Block | None:
         """Return the block that holds a byte; the tasks before the one that it is of are over."""
@@ -139,15 +147,17 @@ class BlockReader:
 
     def _free(self, block: Block) -> None:
         if block.data is not None:
+            if block.size >= SMALL:
+                self._spare.append(block.data.obj)
             block.data, block.asked = None, False
-            self._used -= block.size
+            self._used -= block.room
 
     def _copy(self, block: Block, begin: int, out: memoryview) -> int:
         """Wait for a block and copy what is wanted of it; return how much that is."""
         course = self._courses[0]
         if block.data is None and not block.asked:
             block.asked = True
-            self._used += block.size
+            self._used += block.room
             self._urgent.append(block)
             course.next = course.number[id(block)] + 1  # from here on it is read, perhaps once more
             self._changed.notify_all()
@@ -161,7 +171,7 @@ class BlockReader:
         out[:count] = block.data[start : start + count]
         if begin + count == block.end:
             block.was_read = True
-            if not (course.again and course.size <= self._room):
+            if not (course.again and course.room <= self._room):
                 self._free(block)
             self._changed.notify_all()
         return count
@@ -175,14 +185,14 @@ class BlockReader:
                 block = course.blocks[course.next]
                 if block.asked:
                     course.next += 1
-                elif self._used + block.size <= self._room or not self._used:
+                elif self._used + block.room <= self._room or not self._used:
                     course.next += 1
                     block.asked = True
-                    self._used += block.size
+                    self._used += block.room
                     return block
                 else:
                     return None
-            if course.again and course.size > self._room:  # its blocks are needed once more, before the next task's
+            if course.again and course.room > self._room:  # its blocks are needed once more, before the next task's
                 return None
         return None
 
@@ -201,7 +211,8 @@ class BlockReader:
                 if self._is_closed:
                     break
             assert block is not None
-            data, failure = memoryview(bytearray(block.size)), None
+            failure: BaseException | None = None
+            data = self._memory(block)
             try:
                 fetch(block.file, block.begin, data)
             except BaseException as error:
@@ -211,7 +222,13 @@ class BlockReader:
                 if block.was_read and not self._is_of_current(block):
                     self._free(block)
                 self._changed.notify_all()
-        requests.drop_all()
+
+    def _memory(self, block: Block) -> memoryview:
+        if block.size < SMALL:
+            return memoryview(bytearray(block.size))
+        with self._changed:
+            buffer = self._spare.pop() if self._spare else mmap.mmap(-1, BLOCK)
+        return memoryview(buffer)[: block.size]
 
     def _is_of_current(self, block: Block) -> bool:
         return any(id(block) in course.number for course in self._courses)

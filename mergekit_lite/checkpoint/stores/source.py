@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from mergekit_lite.checkpoint.stores.files import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
 
 

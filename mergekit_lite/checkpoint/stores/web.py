@@ -14,8 +14,8 @@ from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.companion_patterns import IN_FOLDERS
 from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import web_url
-from mergekit_lite.checkpoint.stores.files import RemoteFile
 from mergekit_lite.checkpoint.stores.ranges import bare
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
 from mergekit_lite.errors import CheckpointError
 
@@ -91,16 +91,13 @@ def _answer(verb: str, url: str, most: int = 0) -> tuple[int, dict[str, str], by
         if attempt:
             time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.5))
         try:
-            at, response = requests.followed(verb, web_url(url), {"Accept-Encoding": "identity"})
-            content = b""
-            if most and response.status == 200:
-                content = response.read(most)
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            requests.finish(at, response)
-        except (requests.Unanswered, OSError) as error:
+            with requests.followed(verb, web_url(url), {"Accept-Encoding": "identity"}) as answer:
+                content = answer.read(most) if most and answer.status == 200 else b""
+                headers = {name.lower(): value for name, value in answer.headers.items()}
+        except requests.Unanswered as error:
             why = str(error)
             continue
-        if response.status != 429 and response.status < 500:
-            return response.status, headers, content
-        why = f"the server answered {response.status}"
+        if answer.status != 429 and answer.status < 500:
+            return answer.status, headers, content
+        why = f"the server answered {answer.status}"
     raise CheckpointError(f"{url}: can't be reached: {why}.")

