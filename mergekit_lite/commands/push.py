@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_lite.commands import running
 from mergekit_lite.errors import counted
 
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.pushing import Pushed
+
+takes_public = click.option(
+    "--public", is_flag=True, help="Let everybody see a hub repository that is created; by default it is private."
+)
 
 
 @click.command(
@@ -26,7 +29,7 @@ Examples:
 )
 @click.argument("output", metavar="OUT")
 @click.argument("repository", metavar="ORG/NAME")
-@running.takes_public
+@takes_public
 @click.option("--force", is_flag=True, help="Replace what the repository has; its history keeps it.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import values
+from mergekit_lite.commands.push import show, takes_public
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.remote import spool_bytes
@@ -104,11 +105,6 @@ takes_copy_code = click.option(
 )
 
 
-takes_public = click.option(
-    "--public", is_flag=True, help="Let everybody see a hub repository that is created; by default it is private."
-)
-
-
 def takes_push(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of putting its output on the hub."""
     option = click.option("--push", metavar="ORG/NAME", help="Put the output on the Hugging Face hub, too.")
@@ -131,7 +127,6 @@ def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
 def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None = None, public: bool = False) -> None:
     """Show or run a plan, and ``push`` what it made to a repository of the hub."""
     from mergekit_lite.commands import json_output
-    from mergekit_lite.commands.push import show
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.planning.delta_check import delta_warning
 
