@@ -7,6 +7,7 @@ same call goes on where it stopped. The commit comes last and is complete or abs
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint import hub
+from mergekit_lite.checkpoint.folder import inside
 from mergekit_lite.errors import CheckpointError, RunError, UsageError, counted, listing, one_line
 from mergekit_lite.input_files import read_text
 from mergekit_lite.layout import indexed_files, is_single_file
@@ -170,7 +172,10 @@ def _checked(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     manifest = json.loads(read_text(folder / MANIFEST_NAME))
     weights = [file["name"] for file in manifest["files"]]
     names = [*weights, *indexed_files(weights), *manifest["beside"], CARD, MANIFEST_NAME]
-    files = {name: (folder / name).stat().st_size for name in dict.fromkeys(names) if (folder / name).is_file()}
+    present = [name for name in dict.fromkeys(names) if os.path.lexists(folder / name)]
+    if links := [name for name in present if (folder / name).is_symlink()]:
+        raise RunError(listing(f"{folder}: has links, which are not followed: put the files themselves there", links))
+    files = {name: inside(folder, name).stat().st_size for name in present}
     return files, tuple(sorted(finding.file for finding in found.findings))
 
 

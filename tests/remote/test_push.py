@@ -10,7 +10,8 @@ import pytest
 
 import mergekit_lite
 from mergekit_lite.commands import main
-from mergekit_lite.errors import RunError, UsageError
+from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
+from mergekit_lite.output.manifest import file_digest, seal, text_of
 from mergekit_lite.pushing import push
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.remote.push_hub import TOKEN, PushHub, serving
@@ -99,6 +100,25 @@ def test_damaged_and_foreign_files(hub: PushHub, out: Path) -> None:
     with pytest.raises(RunError, match="not what its manifest says"):
         push(out, "org/second")
     assert "org/second" not in hub.repositories
+
+
+def test_no_link_and_no_path_leads_out(hub: PushHub, out: Path) -> None:
+    """An output is a stranger's, too: what its manifest or its links name elsewhere on this machine stays here."""
+    (out.parent / "secret").write_text("the root of this host")
+    card = (out / "README.md").read_bytes()
+    (out / "README.md").unlink()
+    (out / "README.md").symlink_to(out.parent / "secret")
+    with pytest.raises(RunError, match="links"):
+        push(out, "org/name")
+    (out / "README.md").unlink()
+    (out / "README.md").write_bytes(card)
+    manifest = json.loads((out / "mergekit_lite_manifest.json").read_bytes())
+    manifest["beside"]["../secret"] = file_digest(out.parent / "secret")
+    manifest["manifest_xxh3_128"] = seal(manifest)
+    (out / "mergekit_lite_manifest.json").write_text(text_of(manifest))
+    with pytest.raises(MergekitLiteError):
+        push(out, "org/name")
+    assert not hub.repositories and not any(b"the root of this host" in body for body in hub.bodies)
 
 
 def test_a_dry_run_writes_nothing(hub: PushHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
