@@ -207,7 +207,7 @@ def _refusal(reference: str, repo: str, revision: str | None, error: Exception) 
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page, status = f"{constants.ENDPOINT}/{repo}", _status(error)
+    page, status = f"{constants.ENDPOINT}/{repo}", status_of(error)
     if _is(error, GatedRepoError) or status == 403:
         return f"{reference}: is gated or private. Ask for access on its page, {page}, and log in with: hf auth login"
     if _is(error, RevisionNotFoundError):
@@ -229,7 +229,7 @@ def _trouble(error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    status = _status(error)
+    status = status_of(error)
     return f"the hub answered {status}" if status else f"the hub can't be reached ({type(error).__name__})"
 
 
@@ -244,7 +244,8 @@ def _is(error: Exception, kind: type[Exception]) -> bool:
     return any(isinstance(cause, kind) for cause in _causes(error))
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
+    """Return the HTTP status that an error of the hub's client, or one of its causes, came with; None for none."""
     statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(error))
     return next((status for status in statuses if status is not None), None)
 

@@ -36,6 +36,7 @@ from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
 from mergekit_lite.input_files import parse_json
+from mergekit_lite.object_stores import Place
 from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 
 KEY = "task_vector"
@@ -140,7 +141,7 @@ def difference(delta: Delta, path: Path) -> TensorSpec:
     return TensorSpec(delta.name, "float64" if wide else "float32", delta.shape, path, 0, terms)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path | Place) -> None:
     """Raise UsageError where a task vector can't be written under this name, for its suffix or its characters."""
     if not is_plain_line(path.name):
         raise UsageError(f"{str(path)!a}: {NOT_PLAIN}. Choose another.")

@@ -31,10 +31,12 @@ COMMANDS = {  # with what help says of each in a line
     "distill": "Teach a small model by preferences.",
     "boost": "Choose alpha or recipe numbers by measuring.",
     "preview": "Hear what an alpha would answer.",
+    "push": "Put an output on the Hugging Face hub.",
 }
 RESUMED = {  # commands that go on by themselves where they stopped, with what an interrupted user should know
     "distill": "What was finished is kept: the same command goes on.",
     "boost": "What was measured is kept: the same command goes on.",
+    "push": "What was uploaded is kept: the same command goes on.",
 }
 ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview")  # commands that have failed if nobody could read them
 LEFT_AT_ONCE = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector")

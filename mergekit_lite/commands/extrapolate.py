@@ -19,6 +19,7 @@ Examples:
   mergekit-lite extrapolate ./tulu-2-7b ./tulu-2-dpo-7b --alpha 0.5 -o ./tulu-2-dpo-7b-expo
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.1,0.3,0.5 -o './expo-{alpha}'   (one read of the inputs)
   mergekit-lite extrapolate ./sft ./run/step-1000 --alpha 0.3 --as hf=./sft -o ./expo   (a training checkpoint)
+  mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 -o s3://bucket/expo   (into an object store)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --alpha-for 'norm|embed=0' -o ./expo --dry-run
 """,
 )
@@ -35,7 +36,8 @@ Examples:
 @click.option(
     "-o",
     "--output",
-    help="A folder, or a .safetensors or .pt file; {alpha} becomes the alpha. By default ALIGNED-expo-{alpha}, here.",
+    help="A folder, or a .safetensors or .pt file, here or s3://, gs://, az://; {alpha} becomes the alpha. By "
+    "default ALIGNED-expo-{alpha}, here.",
 )
 @click.option(
     "--alpha-for",
@@ -68,6 +70,7 @@ Examples:
 @running.takes_rounding
 @running.takes_shard_size
 @running.takes_copy_code
+@running.takes_push
 @running.takes_run_options
 def command(
     sft: str,
@@ -78,6 +81,8 @@ def command(
     names: str,
     run_options: RunOptions,
     view: running.View,
+    push: str | None,
+    public: bool,
     **options: Any,
 ) -> None:
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
@@ -91,4 +96,4 @@ def command(
     plan = plan_extrapolation(names + sft, names + aligned, output, alpha, alpha_for=alpha_for, **options)
     if output is None and not view.quiet:
         click.echo(plain_line(f"Output: {', '.join(map(str, plan.outputs))}"), err=True)
-    running.carry_out(plan, run_options, view)
+    running.carry_out(plan, run_options, view, push, public)

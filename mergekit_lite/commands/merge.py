@@ -20,14 +20,19 @@ Examples:
   mergekit-lite merge recipe.yml -o merged.safetensors --threads 4
   mergekit-lite merge several-documents.yml -o ./merged --keep
   mergekit-lite merge recipe.yml -o /shared/merged --ray auto     (all machines of a Ray cluster)
+  mergekit-lite merge recipe.yml -o s3://bucket/merged       (into an object store)
+  mergekit-lite merge recipe.yml -o ./merged --push org/name (and on the hub)
 """,
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("out", required=False)
-@click.option("-o", "--output", help="A folder, or a .safetensors or .pt file; the same as OUT.")
+@click.option(
+    "-o", "--output", help="A folder, or a .safetensors or .pt file, here or s3://, gs://, az://; the same as OUT."
+)
 @running.takes_shard_size
 @running.takes_copy_code
 @click.option("--keep", is_flag=True, help="Keep what lies between several documents for the next run.")
+@running.takes_push
 @running.takes_run_options
 def command(
     recipe: Path,
@@ -38,6 +43,8 @@ def command(
     keep: bool,
     run_options: RunOptions,
     view: running.View,
+    push: str | None,
+    public: bool,
 ) -> None:
     """Merge models as RECIPE says, a YAML file in mergekit's language.
 
@@ -62,4 +69,4 @@ def command(
     if keep:
         raise UsageError("--keep is for recipes of several documents: this one has nothing in between.")
     plan = plan_merge(recipe, output, shard_size=shard_size, copy_code=copy_code)
-    running.carry_out(plan, run_options, view)
+    running.carry_out(plan, run_options, view, push, public)

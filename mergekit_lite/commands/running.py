@@ -16,16 +16,21 @@ import click
 
 from mergekit_lite.commands import values
 from mergekit_lite.commands.prediction import predicted
+from mergekit_lite.commands.push import show, takes_public
 from mergekit_lite.engine.pool import writing_workers
 from mergekit_lite.engine.ray_cluster import devices_of, workers_of
 from mergekit_lite.engine.remote import spool_bytes
 from mergekit_lite.engine.run import RunOptions, check_outputs, run
-from mergekit_lite.errors import RunError
+from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
+from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place
 from mergekit_lite.output.remote_workspace import spool_folder
 
 if TYPE_CHECKING:
+    from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.layout import OutputPath
     from mergekit_lite.planning import Plan
+    from mergekit_lite.pushing import Pushed
 
 # Whether workers are forked: elsewhere there is no fork, or system libraries don't survive it.
 PROCESSES = sys.platform == "linux" and hasattr(os, "fork")
@@ -117,6 +122,12 @@ takes_copy_code = click.option(
 )
 
 
+def takes_push(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of putting its output on the hub."""
+    option = click.option("--push", metavar="ORG/NAME", help="Put the output on the Hugging Face hub, too.")
+    return option(takes_public(function))
+
+
 def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of rounding, for methods that draw nothing else."""
     seed = click.option("--seed", type=int, default=0, show_default=True, help="Of the stochastic rounding.")
@@ -130,8 +141,8 @@ def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     return rounding(seed(function))
 
 
-def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
-    """Show or run a plan."""
+def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None = None, public: bool = False) -> None:
+    """Show or run a plan, and ``push`` what it made to a repository of the hub."""
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.planning.delta_check import delta_warning
@@ -140,6 +151,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     resume, threads = run_options["resume"], run_options["threads"]
     devices = devices_of(run_options["ray"], run_options["device"])
     check_outputs(plan, resume=resume, force=run_options["force"])
+    repositories = _repositories(plan, push)
     if not resume:
         _check_room(plan, threads)
     prediction = predicted(plan, threads=threads, devices=devices) if view.dry_run else None
@@ -161,11 +173,42 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View) -> None:
     ):
         options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES, "ray": crew}
         finished = run(plan, **options)
+    pushed = [_pushed(output, name, public, screen) for output, name in zip(plan.outputs, repositories, strict=False)]
     if view.as_json:
         made = json_output.of_finished(finished) | json_output.of_nodes(crew)
-        click.echo(json.dumps(json_output.with_fetched(made), indent=1))
+        told = json_output.with_fetched(made)
+        click.echo(json.dumps(told | ({"pushed": [each.to_json() for each in pushed]} if pushed else {}), indent=1))
     screen.finished(plan, finished)
     screen.nodes(crew)
+    for each in pushed:
+        show(each, screen)
+
+
+def _repositories(plan: Plan, push: str | None) -> list[str]:
+    """Return the repository of each output, where any is to be pushed. Raises UsageError where one can't be."""
+    from mergekit_lite.pushing import check_repository
+
+    if push is None:
+        return []
+    if len(plan.outputs) > 1:
+        raise UsageError("--push takes one output: make several, then push each: mergekit-lite push OUTPUT org/name.")
+    if isinstance(plan.outputs[0], Place) or is_single_file(plan.outputs[0]):
+        raise UsageError(f"--push takes a folder on a disk, with a card and a config; {plan.outputs[0]} is none.")
+    check_repository(push)
+    return [push]
+
+
+def _pushed(output: OutputPath, repository: str, public: bool, screen: Screen) -> Pushed:
+    from mergekit_lite.pushing import push
+
+    again = f"It is made; push it again with: mergekit-lite push {output} {repository}"
+    try:
+        with screen.progress("uploading") as progress:
+            return push(str(output), repository, public=public, progress=progress)
+    except MergekitLiteError as error:
+        raise RunError(f"{error}\n{again}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again) from None
 
 
 @contextmanager

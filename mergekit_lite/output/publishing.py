@@ -11,6 +11,7 @@ from mergekit_lite.checkpoint.folder import MAX_FILE_NAME
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
 from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file
+from mergekit_lite.object_stores import OBJECTS, WEB
 from mergekit_lite.output.journal import plan_of
 from mergekit_lite.output.sync import sync_name, sync_tree
 from mergekit_lite.output.working_folder import (
@@ -22,6 +23,7 @@ from mergekit_lite.output.working_folder import (
 )
 from mergekit_lite.output.workspace import manifest_path, publish_one
 
+URL_PARTS = tuple(f"{scheme}:" for scheme in (*OBJECTS, *WEB))  # what a path made of a URL begins with
 Manifest: TypeAlias = dict[str, Any]
 
 
@@ -54,6 +56,8 @@ def check_target(output: Path, inputs: Sequence[Path], *, resume: bool, force: b
 
 def _check_name(output: Path) -> None:
     """Raise UsageError where a file or folder can't have an output's name, or what is made beside it can't."""
+    if output.parts and output.parts[0] in URL_PARTS and not Path(output.parts[0]).exists():
+        raise UsageError(f"{output}: a URL is given as text, to what can write there: merge, extrapolate and vector.")
     name = output.absolute().name
     if not name or output.name == "..":
         raise UsageError(f"{output}: can't be an output. Name the folder or file to be made.")

@@ -284,7 +284,7 @@ def is_published_remotely(output: Place, digest: str, files: Mapping[str, int], 
     if manifest is None or manifest.get("plan") != digest:
         return False
     there = standing(output)
-    beside = manifest.get("beside")
+    beside = manifest.get("beside", {})
     written = RemoteFolder(manifest_path(output).folder).head(manifest_path(output).name)
     if (
         any(there.get(name) != size for name, size in files.items())

@@ -83,7 +83,7 @@ class Upload:
             self._changed.notify_all()
 
     def wait(self, most: int) -> None:
-        """Wait until at most so many bytes before the front are not sent yet. Raises what ended the upload."""
+        """Wait until at most ``most`` bytes before the front are not sent yet. Raises what ended the upload."""
         with self._changed:
             self._changed.wait_for(lambda: self.failure is not None or self.front - self.sent <= most)
         if self.failure is not None:

@@ -29,13 +29,13 @@ def carried_over(source: Checkpoint) -> tuple[FrontMatter, list[str]]:
     """
     try:
         path = small_file(source.folder, CARD) if source.folder else None
-        return (_entries(read_text(path)) if path else {}), []
+        return (entries(read_text(path)) if path else {}), []
     except (CheckpointError, UsageError) as error:
         why = error.problems[0].text if isinstance(error, RecipeError) else str(error)
         return {}, [f"nothing of the card of {source.reference} is taken over, not even its licence: {why}"]
 
 
-def _entries(card: str) -> FrontMatter:
+def entries(card: str) -> FrontMatter:
     """Return the entries by their keys. Raises UsageError where they aren't YAML, or are neither text nor lists."""
     written = FRONT_MATTER.match(card.replace("\r\n", "\n"))
     entries = "".join(f"{entry}\n" for entry in ENTRY.findall(written[1])) if written else ""

@@ -14,7 +14,7 @@ from mergekit_lite.checkpoint.references import Addition, is_one_file, parse_add
 from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, open_vector
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
-from mergekit_lite.layout import safetensors_layout
+from mergekit_lite.layout import output_path, safetensors_layout
 from mergekit_lite.methods import METHODS
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan, make_plan
@@ -38,7 +38,7 @@ def plan_combine(
     seed: int = 0,
 ) -> Plan:
     """Plan a combination of task vectors; see ``combine_vectors`` for the arguments and errors."""
-    path = Path(output).expanduser()
+    path = output_path(output)
     check_output(path)
     if not vectors:
         raise UsageError("No task vector was given: mergekit-lite vector combine --method ties a b -o v.safetensors.")

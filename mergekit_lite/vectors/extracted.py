@@ -45,14 +45,14 @@ class Extracted:
     """Result of an extraction.
 
     Attributes:
-        output: path of the vector.
+        output: path of the vector, or its URL in an object store.
         nbytes: number of bytes of its file of weights.
         tensors: the tensors that differ.
         unchanged: number of tensors that don't.
         notes: facts that the user should know.
     """
 
-    output: Path
+    output: Path | str
     nbytes: int
     tensors: tuple[StoredTensor, ...]
     unchanged: int
@@ -85,7 +85,7 @@ class Extracted:
         }
 
     @classmethod
-    def from_manifest(cls, output: Path, manifest: Mapping[str, Any]) -> Extracted:
+    def from_manifest(cls, output: Path | str, manifest: Mapping[str, Any]) -> Extracted:
         """Return the result that a manifest keeps. Raises LookupError, TypeError or ValueError where it is no such."""
         tensors = tuple(
             StoredTensor(name, str(of["stored"]), int(of["bytes"]), of["norm"] ** 2, (of["error"] * of["norm"]) ** 2)

@@ -10,9 +10,11 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -20,7 +22,6 @@ import xxhash
 from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
-from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.checkpoint.vector_file import check_output, described
@@ -32,48 +33,23 @@ from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress, expect_elements
 from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.layout import Layout, OutputTensor, is_single_file, safetensors_layout
+from mergekit_lite.layout import Layout, OutputPath, OutputTensor, is_single_file, output_path, safetensors_layout
+from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.publishing import check_target, is_published
+from mergekit_lite.output.remote_target import check_remote_target, is_published_remotely, remote_manifest
+from mergekit_lite.output.remote_workspace import Part, RemoteWorkspace, spool_folder
 from mergekit_lite.output.working_folder import WorkingFolder, as_run_errors
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
+from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat
 from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, manifest_text
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
-VectorFormat = Literal["dense", "sparse", "lowrank", "sign", "lora"]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ExtractSettings:
-    """Options of an extraction; those that the format doesn't take are None."""
-
-    format: VectorFormat = "dense"
-    density: float | None = None
-    threshold: float | None = None
-    rank: int | None = None
-    energy: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise UsageError where an option is out of bounds, or the format doesn't take it."""
-        if self.format not in get_args(VectorFormat):
-            raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(get_args(VectorFormat))}.")
-        takes = {"sparse": ("density", "threshold"), "lowrank": ("rank", "energy"), "lora": ("rank", "energy")}
-        choices = takes.get(self.format, ())
-        given = [name for name in ("density", "threshold", "rank", "energy") if getattr(self, name) is not None]
-        if strange := [name for name in given if name not in choices]:
-            raise UsageError(f"--format {self.format} takes no --{strange[0]}.")
-        if choices and len(given) != 1:
-            raise UsageError(f"--format {self.format} takes one of --{choices[0]} and --{choices[1]}.")
-        for name, most in (("density", 1), ("energy", 1), ("rank", MAX_RANK), ("threshold", 1e38)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise UsageError(f"--{name}: expected a number above 0 up to {most:g}, got {value:g}.")
 
 
 @named_options
@@ -101,7 +77,7 @@ def extract_vector(
     Args:
         base: the model before tuning: any reference.
         tuned: the model after.
-        output: a ``.safetensors`` file; for the format ``lora`` a folder.
+        output: a ``.safetensors`` file; for the format ``lora`` a folder; or the URL of one in an object store.
         format: ``dense`` is exact; ``sparse``, ``lowrank``, ``sign`` and ``lora`` throw some of the difference away.
         density: sparse: the share of each tensor that is kept, its largest differences, in (0, 1].
         threshold: sparse, instead of ``density``: the least size of a difference that is kept.
@@ -129,7 +105,7 @@ def extract_vector(
         RunError: reading or writing failed.
     """
     settings = ExtractSettings(format, density, threshold, rank, energy, seed)
-    path = Path(output).expanduser()
+    path = output_path(output)
     _check_name(path, settings.format)
     place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
@@ -143,17 +119,22 @@ def extract_vector(
     sources = [(str(file.path), file.size, file.mtime_ns) for model in (before, after) for file in model.files]
     if resume and (extracted := _published(path, run, sources, force=force, sync=sync)) is not None:
         return extracted
-    check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
-    with (
-        workers_of(ray, device, threads) as crew,
-        WorkingFolder(path, fresh=force and not resume) as folder,
-        as_run_errors(folder.path),
-    ):
-        spill = folder.factors
+    with ExitStack() as stack:
+        target: WorkingFolder | Place
+        if isinstance(path, Place):
+            references = [before.base_reference, after.base_reference]
+            check_remote_target(path, [*before.paths, *after.paths, *references], resume=resume, force=force)
+            target, spill = path, Path(stack.enter_context(TemporaryDirectory(dir=spool_folder())), "factors")
+        else:
+            check_target(path, [*before.paths, *after.paths], resume=resume, force=force)
+            target = stack.enter_context(WorkingFolder(path, fresh=force and not resume))
+            stack.enter_context(as_run_errors(target.path))
+            spill = target.factors
+        crew = stack.enter_context(workers_of(ray, device, threads))
         extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress, crew)
         try:
             with explained(place), tuned_process():
-                return extraction.run(folder, pairs, notes, run, sources, force=force, sync=sync)
+                return extraction.run(target, pairs, notes, run, sources, resume=resume, force=force, sync=sync)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
 
@@ -171,9 +152,11 @@ def _identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings
 
 
 def _published(
-    output: Path, run: Mapping[str, Any], sources: Sequence[tuple[str, int, int]], *, force: bool, sync: bool
+    output: OutputPath, run: Mapping[str, Any], sources: Sequence[tuple[str, int, int]], *, force: bool, sync: bool
 ) -> Extracted | None:
     """Return the result of an earlier run that made this very output, None where none did. Raises RunError."""
+    if isinstance(output, Place):
+        return _published_remotely(output, run, sources)
     weights = output / peft_folder.WEIGHTS if run["format"] == "lora" else output
     results: list[Extracted] = []
 
@@ -187,7 +170,19 @@ def _published(
     return results[-1] if is_published(output, run["plan"], sources, is_result, force=force, sync=sync) else None
 
 
-def _check_name(path: Path, form: str) -> None:
+def _published_remotely(
+    output: Place, run: Mapping[str, Any], sources: Sequence[tuple[str, int, int]]
+) -> Extracted | None:
+    try:
+        extracted = Extracted.from_manifest(str(output), remote_manifest(output) or {})
+    except (LookupError, AttributeError, TypeError, ValueError):
+        return None
+    files = {peft_folder.WEIGHTS if run["format"] == "lora" else output.name: extracted.nbytes}
+    newest = max((time for _, _, time in sources), default=0)
+    return extracted if is_published_remotely(output, run["plan"], files, newest) else None
+
+
+def _check_name(path: OutputPath, form: str) -> None:
     """Raise UsageError where the output's name doesn't fit the format."""
     if form != "lora":
         check_output(path)
@@ -229,20 +224,21 @@ class _Extraction:
 
     def run(
         self,
-        folder: WorkingFolder,
+        target: WorkingFolder | Place,
         pairs: list[TensorPair],
         notes: list[str],
         run: Mapping[str, Any],
         sources: Sequence[tuple[str, int, int]],
         *,
+        resume: bool,
         force: bool,
         sync: bool,
     ) -> Extracted:
-        output = folder.output
+        output = target if isinstance(target, Place) else target.output
         if self.settings.energy is not None:
             self.spill.mkdir(exist_ok=True)
         if self.crew is not None and not self.crew.local:
-            self.crew.must_see(sources, [folder.marked(secrets.token_hex(16))])
+            self.crew.must_see(sources, [target.marked(secrets.token_hex(16))])
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
@@ -252,10 +248,21 @@ class _Extraction:
             peft_folder.check_changed(changed_pairs, self.before)
         layout, named = self._layout(output, changed, storage)
         names = [manifest_path(output).name, *[ADAPTER_CONFIG] * (self.settings.format == "lora")]
-        workspace = OutputWorkspace(folder, layout, run["plan"], sources, names)
-        if self.crew is not None and not self.crew.local:
-            workspace.share()
         numbers = {name: number for number, name in enumerate(changed)}
+
+        def parts_of(record: Record) -> list[Part]:
+            name = list(changed)[record.job]
+            written = zip(storage[name].parts, record.output.split(), strict=True)
+            return [(named(name, part.suffix), 0, _part_bytes(part), digest) for part, digest in written]
+
+        workspace: OutputWorkspace
+        if isinstance(target, Place):
+            plan = run["plan"]
+            workspace = RemoteWorkspace(target, layout, plan, sources, names, parts_of, resume=resume, force=force)
+        else:
+            workspace = OutputWorkspace(target, layout, run["plan"], sources, names)
+            if self.crew is not None and not self.crew.local:
+                workspace.share()
 
         def write(reader: Reader, pair: TensorPair) -> Record:
             return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
@@ -276,7 +283,8 @@ class _Extraction:
                 for name, kept in storage.items()
                 for part, digest in zip(kept.parts, records[name].output.split(), strict=True)
             }
-            extracted = Extracted(output, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
+            shown = str(output) if isinstance(output, Place) else output
+            extracted = Extracted(shown, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
             with workspace.adding_companions() as result:
                 text = manifest_text(extracted, run, result / layout.files[0].name, parts)
                 (result / manifest_path(output).name).write_text(text, encoding="utf-8")
@@ -340,7 +348,7 @@ class _Extraction:
         return LowRankEncoder(settings.rank, settings.energy, settings.seed, self.device, self.spill, turned)
 
     def _layout(
-        self, output: Path, changed: Mapping[str, _ChangedTensor], storage: Mapping[str, StoragePlan]
+        self, output: OutputPath, changed: Mapping[str, _ChangedTensor], storage: Mapping[str, StoragePlan]
     ) -> tuple[Layout, Callable[[str, str], str]]:
         """Lay out all parts, and return the function that names a tensor's part in the file."""
         lora = self.settings.format == "lora"

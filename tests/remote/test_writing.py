@@ -359,3 +359,25 @@ def test_a_dry_run_tells_of_the_spool(store: Store, models: Path, capsys: pytest
     plan = json.loads(capsys.readouterr().out)
     assert plan["outputs"] == ["s3://bucket/dry"] and 0 < plan["spool"] <= plan["bytes_to_write"]
     assert not under(store, "dry")
+
+
+def test_vectors(store: Store, models: Path, tmp_path: Path) -> None:
+    """Extracted, combined and applied into a store: the bytes are those of a disk."""
+    base, tuned_model = models / "sft", models / "dpo"
+    for kind, settings in {"dense": {}, "lora": {"rank": 2}}.items():
+        name = "v.safetensors" if kind == "dense" else "lora"
+        mergekit_lite.extract_vector(base, tuned_model, tmp_path / name, format=kind, **settings)
+        extracted = mergekit_lite.extract_vector(base, tuned_model, f"s3://bucket/vec/{name}", format=kind, **settings)
+        again = mergekit_lite.extract_vector(
+            base, tuned_model, f"s3://bucket/vec/{name}", format=kind, resume=True, **settings
+        )
+        assert extracted.output == again.output == f"s3://bucket/vec/{name}" and again.nbytes == extracted.nbytes
+    vector = str(tmp_path / "v.safetensors")
+    for folder in (str(tmp_path), "s3://bucket/vec"):
+        mergekit_lite.combine_vectors([vector, vector], f"{folder}/sum.safetensors", "linear")
+        mergekit_lite.apply_vectors(base, [vector], f"{folder}/applied.safetensors")
+    assert under(store, "vec") == tree_bytes(tmp_path)
+    with pytest.raises(UsageError, match="exists"):
+        mergekit_lite.extract_vector(base, tuned_model, "s3://bucket/vec/v.safetensors")
+    with pytest.raises(UsageError, match="given as text"):
+        mergekit_lite.extract_vector(base, tuned_model, Path("s3://bucket/vec/w.safetensors"))
