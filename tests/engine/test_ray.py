@@ -38,6 +38,7 @@ TIES = {
     "models": [{"model": name, "parameters": {"density": 0.4, "weight": 0.5}} for name in "ab"],
     "parameters": {"trim": "global"},
 }
+NETWORK = "10.213.77"
 SPOKEN = re.compile(r"\bray(let|::)?\b", re.I)  # what Ray would say of itself
 
 
@@ -338,3 +339,54 @@ def test_another_version(tmp_path: Path) -> None:
         wait_for(lambda: _nodes(tmp_path, ray) == 2)
         ended = run(tmp_path, "merge", "ties.yml", "-o", "out", *ray)
         assert re.search(r"left out: it has mergekit_lite \S+ \(sources \w+, with", ended.stderr), ended.stderr
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two hosts in network namespaces on a bridge, by the names of their namespaces."""
+    names = [f"mkl-{os.getpid()}-{number}" for number in (2, 3)]
+    bridge, ip = f"mkb{os.getpid()}", lambda words: subprocess.run(["ip", *words.split()], check=True)
+    try:
+        ip(f"link add {bridge} type bridge")
+        ip(f"addr add {NETWORK}.1/24 dev {bridge}")
+        ip(f"link set {bridge} up")
+        for number, name in zip((2, 3), names, strict=True):
+            ip(f"netns add {name}")
+            ip(f"link add mkv{number} type veth peer name eth0 netns {name}")
+            ip(f"link set mkv{number} master {bridge} up")
+            ip(f"-n {name} addr add {NETWORK}.{number}/24 dev eth0")
+            ip(f"-n {name} link set eth0 up")
+            ip(f"-n {name} link set lo up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+        subprocess.run(["ip", "link", "del", bridge], check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs network namespaces")
+def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
+    """A host whose network fails in the middle still writes, and does no harm: others do its work again."""
+    models(tmp_path, layers=40)
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    with RayNodes(1, f"{NETWORK}.1") as cluster:
+        for number, name in zip((2, 3), hosts, strict=True):
+            cluster.join(":", f"--node-ip-address={NETWORK}.{number}", inside=("ip", "netns", "exec", name))
+        ray = ("--ray", cluster.address)
+        wait_for(lambda: _nodes(tmp_path, ray) == 3)
+        process = subprocess.Popen(
+            [*COMMAND, "merge", "ties.yml", "-o", "out", *ray, "--json"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        journal = tmp_path / ".out.partial" / "journal.jsonl"
+        wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
+        subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    told = json.loads(out)["nodes"]
+    assert len(told) == 3 and sum(node["workers_lost"] for node in told) >= 1
