@@ -28,6 +28,8 @@ from mergekit_lite.engine.tensor_merge import JobMerge
 from mergekit_lite.merging import plan_merge
 from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.tensor_merge import joined
+from tests.answers.test_local import write_model
+from tests.distill.recipes import write_recipe
 from tests.ray_nodes import RayNodes, wait_for
 from tests.test_golden import LARGE, RECIPES, shapes, write_models
 
@@ -293,6 +295,22 @@ def test_the_driver_killed(nodes: RayNodes, tmp_path: Path) -> None:
         more = ("--resume",)
     run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_sampling(nodes: RayNodes, tmp_path: Path) -> None:
+    """A model that answers on the machines of a cluster gives the answers of one that answers here."""
+    write_model(tmp_path / "model")
+    prompts = [{"id": str(number), "prompt": f"What is {number} and one?"} for number in range(24)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    sources = [{"name": "a", "model": "./model", "samples": 2, "batch_size": 4, "device": "cpu", "max_tokens": 16}]
+    kept = []
+    for folder, how in (("plain", ()), ("ray", ("--ray", nodes.address))):
+        write_recipe(tmp_path, folder=folder, sources=sources, target="./model")
+        run(tmp_path, "distill", "sample", "recipe.yaml", *how)
+        kept.append((tmp_path / folder / "samples" / "a.jsonl").read_text())
+    assert kept[0] == kept[1]
+    assert kept[0].count("\n") == 48
 
 
 @pytest.mark.slow
