@@ -126,7 +126,7 @@ def _start(ray: Any, address: str, local: int, empty: str) -> None:
         raise RunError(f"--ray {address}: Ray can't be started: {one_line(error, 400)}") from error
     finally:
         os.chdir(here)
-        with suppress(ValueError):  # in another thread than the main one nothing was changed
+        with suppress(TypeError, ValueError):  # in another thread than the main one nothing was changed
             signal.signal(signal.SIGTERM, at_signal)
 
 

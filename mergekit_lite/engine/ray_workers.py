@@ -145,6 +145,8 @@ class Cluster:
             RunError: Ray can't be started, no machine can do the tasks, or too many workers were lost.
             Exception: what the first failing task raised. The other workers are stopped.
         """
+        if not tasks:
+            return iter(())
         import ray
         from ray import cloudpickle
 
@@ -161,8 +163,6 @@ class Cluster:
         return self._done(a_round)
 
     def _done(self, a_round: _Round) -> Iterator[Any]:
-        import ray
-
         left = len(a_round.tasks)
         self._looked = -LOOK_AROUND
         last_ready = time.monotonic()
@@ -172,7 +172,7 @@ class Cluster:
             while left:
                 self._staff(a_round)
                 self._hand_out(a_round)
-                for reference in ray.wait(list(a_round.under_way), timeout=1.0)[0]:
+                for reference in _ready(list(a_round.under_way)):
                     if reference not in a_round.under_way:
                         continue  # of a node that was refused meanwhile
                     worker, task = a_round.under_way.pop(reference)
@@ -184,7 +184,8 @@ class Cluster:
                 if a_round.ready:
                     last_ready = time.monotonic()
                 elif time.monotonic() - last_ready > PATIENCE:
-                    raise RunError(self._nobody(f"no worker could be started within {PATIENCE} seconds"))
+                    why = f"no worker could be started within {PATIENCE} seconds: others may use the processors"
+                    raise RunError(self._nobody(why))
         finally:
             if left:
                 self._dismiss()
@@ -352,6 +353,14 @@ class Cluster:
                 ray.kill(worker.actor)
         self._workers.clear()
         self._looked = -LOOK_AROUND
+
+
+def _ready(references: list[Any]) -> list[Any]:
+    """Wait for an answer, a second at most, and return the references of all that are there."""
+    import ray
+
+    one, _ = ray.wait(references, timeout=1.0)
+    return ray.wait(references, num_returns=len(references), timeout=0)[0] if one else []
 
 
 def _why(error: Exception) -> str:

@@ -298,12 +298,22 @@ def test_the_driver_killed(nodes: RayNodes, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sampling(nodes: RayNodes, tmp_path: Path) -> None:
+def test_sampling(nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that answers on the machines of a cluster gives the answers of one that answers here."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_model(tmp_path / "model")
     prompts = [{"id": str(number), "prompt": f"What is {number} and one?"} for number in range(24)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    sources = [{"name": "a", "model": "./model", "samples": 2, "batch_size": 4, "device": "cpu", "max_tokens": 16}]
+    sources = [
+        {
+            "name": "a",
+            "model": "./model",
+            "samples": 2,
+            "batch_size": 4,
+            "device": "cpu",
+            "sampling": {"max_tokens": 16},
+        }
+    ]
     kept = []
     for folder, how in (("plain", ()), ("ray", ("--ray", nodes.address))):
         write_recipe(tmp_path, folder=folder, sources=sources, target="./model")
