@@ -30,9 +30,11 @@ from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.tensor_merge import joined
 from tests.answers.test_local import write_model
 from tests.distill.recipes import write_recipe
+from tests.models import write_folder
 from tests.ray_nodes import RayNodes, wait_for
-from tests.test_golden import LARGE, RECIPES, shapes, write_models
+from tests.test_golden import LARGE, RECIPES, model, shapes, write_models
 
+TILE = {"tile": (2048, 1024)}
 COMMAND = [sys.executable, "-m", "mergekit_lite"]
 TIES = {
     "merge_method": "ties",
@@ -53,13 +55,15 @@ def run(place: Path, *arguments: object, expected: int = 0) -> subprocess.Comple
 
 def models(place: Path, layers: int = 0) -> None:
     """Write a base, two models tuned from it, and a recipe that needs sums over all of their tensors."""
-    large = {
-        f"model.layers.{n}.mlp.{part}.weight": (2048, 1024) for n in range(layers) for part in ("up_proj", "down_proj")
-    }
-    here = Path.cwd()
-    os.chdir(place)
-    write_models(["base", "a", "b"], shapes(3) | large, "bfloat16", shards=2)
-    os.chdir(here)
+    config = {"model_type": "llama", "num_hidden_layers": max(3, layers), "torch_dtype": "bfloat16"}
+    for seed, name in enumerate(("base", "a", "b")):
+        tile = model(TILE, "float32", seed)["tile"]
+        large = {
+            f"model.layers.{layer}.mlp.{part}.weight": (tile * (1 + layer / 64)).bfloat16()
+            for layer in range(layers)
+            for part in ("up_proj", "down_proj")
+        }
+        write_folder(place / name, model(shapes(3), "bfloat16", seed) | large, shards=2, config=config)
     (place / "ties.yml").write_text(yaml.safe_dump(TIES))
 
 
