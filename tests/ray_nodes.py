@@ -23,9 +23,10 @@ class RayNodes:
     The first node holds the cluster together, and can't be killed.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, address: str = "") -> None:
+        """Start it; ``address`` is this machine's among those of the nodes."""
         self._host = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_nodes", str(count)],
+            [sys.executable, "-m", "tests.ray_nodes", str(count), address],
             cwd=ROOT,
             env=os.environ | QUIET,
             stdin=subprocess.PIPE,
@@ -68,13 +69,16 @@ class RayNodes:
         self._host.stdin.flush()
         assert self._line() == "added"
 
-    def join(self, first: str, **environment: str) -> None:
-        """Add a node by ``ray start``, in namespaces of its own, where shell commands are run ``first``."""
+    def join(self, first: str, *options: str, inside: tuple[str, ...] = (), **environment: str) -> None:
+        """Add a node by ``ray start``, in a mount namespace of its own, where shell commands are run ``first``.
+
+        ``inside`` is a command that runs it elsewhere, such as ``ip netns exec``.
+        """
         ray = f"{sys.executable} -m ray.scripts.scripts start --address={self.address} --num-cpus=1 --block"
-        script = f"{first}\nexec {ray} --object-store-memory={STORE}"
+        script = f"{first}\nexec {ray} --object-store-memory={STORE} {' '.join(options)}"
         self._others.append(
             subprocess.Popen(
-                ["unshare", "--mount", "sh", "-ec", script],
+                [*inside, "unshare", "--mount", "sh", "-ec", script],
                 env=os.environ | QUIET | environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -90,14 +94,12 @@ def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def host(count: int) -> None:
+def host(count: int, address: str) -> None:
     """Start a cluster, print its address, and obey lines of standard input until it ends."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False},
-    )
+    options = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=options | ({"node_ip_address": address} if address else {}))
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(count - 1)]
     print(cluster.address, flush=True)
     for line in sys.stdin:
@@ -121,4 +123,4 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 if __name__ == "__main__":
-    host(int(sys.argv[1]))
+    host(int(sys.argv[1]), sys.argv[2])

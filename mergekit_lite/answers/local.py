@@ -52,8 +52,8 @@ class Local:
     _prompts: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
     _refused: dict[str, str] = field(default_factory=dict, init=False)  # reasons, by prompt
 
-    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
-        """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch.
+    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key], number: int | None = None) -> Iterator[Answer]:
+        """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch; of one batch where its number is given.
 
         Raises:
             CheckpointError: the model can't be loaded.
@@ -62,7 +62,8 @@ class Local:
         if not wanted:
             return
         work = self._work(tasks)
-        for start in range(0, len(work), self.batch_size):
+        starts = range(0, len(work), self.batch_size)
+        for start in starts if number is None else starts[number : number + 1]:
             batch = work[start : start + self.batch_size]
             if any(task.key in wanted for task, _ in batch):
                 yield from (answer for answer in self._batch(batch) if answer.key in wanted)

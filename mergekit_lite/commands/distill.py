@@ -12,6 +12,7 @@ import click
 
 from mergekit_lite.commands import CommandGroup
 from mergekit_lite.commands.reporter import TerminalReporter
+from mergekit_lite.commands.running import takes_ray
 
 if TYPE_CHECKING:
     from mergekit_lite.distillation.data.exporting import Format
@@ -71,8 +72,9 @@ def run(recipe: Path, quiet: bool, skip_missing: bool, dry_run: bool, as_json: b
         distill(recipe, skip_missing=skip_missing, reporter=reporter)
 
 
-@stage("sample", ("", "--skip-missing", "--source strong --write-batch requests.jsonl"))
+@stage("sample", ("", "--skip-missing", "--ray auto", "--source strong --write-batch requests.jsonl"))
 @skip_missing_option
+@takes_ray
 @click.option("--source", metavar="NAME", help="The source of a batch, if there are several.")
 @click.option(
     "--write-batch", type=FILE, metavar="FILE", help="Ask nobody: write a source's requests in OpenAI's batch format."
@@ -82,6 +84,7 @@ def sample(
     recipe: Path,
     quiet: bool,
     skip_missing: bool,
+    ray: str | None,
     source: str | None,
     write_batch: Path | None,
     read_batch: Path | None,
@@ -96,7 +99,9 @@ def sample(
     if file is None:
         if source is not None:
             raise click.UsageError("--source is for --write-batch and --read-batch.")
-        return _carry_out("sample", recipe, quiet, skip_missing=skip_missing)
+        return _carry_out("sample", recipe, quiet, skip_missing=skip_missing, ray=ray)
+    if ray is not None:
+        raise click.UsageError("--ray is for models that answer here: a batch asks nobody.")
     from mergekit_lite.distillation import batch
     from mergekit_lite.distillation.recipe.loading import load
 
@@ -157,7 +162,7 @@ def export(recipe: Path, quiet: bool, form: Format, output: Path) -> None:
     export_rows(load(recipe), TerminalReporter(quiet=quiet), to=output, form=form)
 
 
-def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool) -> None:
+def _carry_out(name: str, recipe: Path, quiet: bool, **options: bool | str | None) -> None:
     """Run one stage: a function of its own name, in the module of its name."""
     from mergekit_lite.distillation.recipe.loading import load
 

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSourc
 from mergekit_lite.distillation.remarks import Likeness, remarks
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.settings import hold_settings
+from mergekit_lite.distillation.spreading import spread
+from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.ray_cluster import workers_of
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.errors import RunError, UsageError, counted, listing
 
 SHOWN = 3  # reasons of missing answers in a message
@@ -44,13 +48,15 @@ class SourceTasks:
     ledger: Ledger[Key]
 
 
-def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> None:
+def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False, ray: str | None = None) -> None:
     """Ask every source for the answers it has not given yet; the trained target too, once it exists.
 
     Args:
         recipe: the recipe.
         reporter: takes progress and results.
         skip_missing: finish without the answers that sources fail to give.
+        ray: have models that answer in this process answer on the machines of a Ray cluster instead: ``auto``,
+            ``HOST:PORT`` or ``local:N``.
 
     Raises:
         UsageError: the prompts or a source's settings are not those of the existing answers.
@@ -71,7 +77,7 @@ def sample(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) ->
     behind_servers = [each for each in unfinished if each.source.server is not None]
     missing: list[str] = []
     for group in (behind_servers, *([each] for each in unfinished if each.source.server is None)):
-        missing += _ask(recipe, group, reporter)
+        missing += _ask(recipe, group, reporter, ray)
     if missing and not skip_missing:
         raise RunError(
             listing("Answers are missing; all others are kept", missing) + "\nThe same command goes on and asks for "
@@ -228,7 +234,7 @@ def _source_tasks(recipe: Recipe, source: RecipeSource, prompts: Iterable[Prompt
     return SourceTasks(source, tasks, Ledger(path, [task.key for task in tasks], key_of, ANSWER))
 
 
-def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> list[str]:
+def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: str | None = None) -> list[str]:
     """Ask one source in this process, or all servers. Returns a message for each source that answers are missing of."""
     planned = {each.source.name: each for each in group}
     likeness = {each.source.name: Likeness(each.source, each.tasks, each.ledger.missing) for each in group}
@@ -240,7 +246,10 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter) -> li
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
         told: Counter[str] = Counter()  # notes, by source
-        with closing(_answers([(respondents[each.source.name], each) for each in group])) as answers:
+        first = group[0].source
+        is_spread = type(respondents[first.name]) is Local  # vLLM has workers of its own, a server has none
+        crew = stack.enter_context(_crew(ray, first)) if is_spread else None
+        with closing(_answers([(respondents[each.source.name], each) for each in group], crew)) as answers:
             for answer in answers:
                 planned[answer.source].ledger.append([answer.as_row()])
                 advance[answer.source](1)
@@ -259,10 +268,17 @@ def _tell(respondents: Mapping[str, Respondent], told: Counter[str], reporter: R
             told[name] += 1
 
 
-def _answers(group: Sequence[tuple[Served | Local, SourceTasks]]) -> Generator[Answer]:
+def _crew(ray: str | None, source: RecipeSource) -> AbstractContextManager[Cluster | None]:
+    """Return the context of the workers that load a source's model: with a GPU each where it names such a device."""
+    return workers_of(ray, CPU if source.device in (None, CPU) else "cuda", threads=1)
+
+
+def _answers(group: Sequence[tuple[Served | Local, SourceTasks]], crew: Cluster | None) -> Generator[Answer]:
     wanted = [(who, each.tasks, frozenset(each.ledger.missing)) for who, each in group]
     for who, tasks, missing in wanted:
-        if isinstance(who, Local):
+        if crew is not None and isinstance(who, Local):
+            yield from spread(crew, who, tasks, missing)
+        elif isinstance(who, Local):
             yield from who.answers(tasks, missing)
     yield from answers_of([(who, tasks, missing) for who, tasks, missing in wanted if isinstance(who, Served)])
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.engine.devices import chosen_devices
-from mergekit_lite.engine.ray_workers import Cluster, File
+from mergekit_lite.engine.ray_workers import GPU_THREADS, Cluster, File
 from mergekit_lite.errors import RunError, UsageError, one_line
 from mergekit_lite.ops import CPU
 
@@ -44,10 +44,10 @@ def check_address(address: str, device: str) -> None:
 
 
 def workers_of(
-    ray: str | Cluster | None, device: str = CPU, workers: int | None = None
+    ray: str | Cluster | None, device: str = CPU, workers: int | None = None, threads: int = GPU_THREADS
 ) -> AbstractContextManager[Cluster | None]:
     """Return the context of the workers that an option ``ray`` names: None for none, an open cluster as it is."""
-    return connected(ray, device, workers) if isinstance(ray, str) else nullcontext(ray)
+    return connected(ray, device, workers, threads) if isinstance(ray, str) else nullcontext(ray)
 
 
 def devices_of(ray: str | Cluster | None, device: str) -> tuple[str, ...]:
@@ -64,13 +64,16 @@ def files_of(checkpoints: Iterable[Checkpoint]) -> list[File]:
 
 
 @contextmanager
-def connected(address: str, device: str = CPU, workers: int | None = None) -> Iterator[Cluster]:
+def connected(
+    address: str, device: str = CPU, workers: int | None = None, threads: int = GPU_THREADS
+) -> Iterator[Cluster]:
     """Give the workers of a cluster, which is joined or started when the first tasks are there, and left at the end.
 
     Args:
         address: ``auto``, ``HOST:PORT``, or ``local:N``.
         device: ``cpu``, or ``cuda`` for every GPU of the cluster.
         workers: the largest number of them; by default one for each processor or GPU.
+        threads: of each worker with a GPU.
 
     Raises UsageError as ``check_address``.
     """
@@ -86,7 +89,7 @@ def connected(address: str, device: str = CPU, workers: int | None = None) -> It
                 stack.callback(_stop, ray)
                 _start(ray, address, int(local[1]) if local else 0, folder)
 
-        yield Cluster(connect, local=local is not None, gpus=device != CPU, most=workers)
+        yield Cluster(connect, local=local is not None, gpus=device != CPU, most=workers, threads=threads)
 
 
 def _quiet_ray() -> Any:
@@ -123,7 +126,7 @@ def _start(ray: Any, address: str, local: int, empty: str) -> None:
         raise RunError(f"--ray {address}: Ray can't be started: {one_line(error, 400)}") from error
     finally:
         os.chdir(here)
-        with suppress(ValueError):  # in another thread than the main one nothing was changed
+        with suppress(TypeError, ValueError):  # in another thread than the main one nothing was changed
             signal.signal(signal.SIGTERM, at_signal)
 
 

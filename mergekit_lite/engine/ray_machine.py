@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
 import sys
 import threading
 import zlib
@@ -75,7 +76,7 @@ def identity() -> tuple[str, ...]:
     return (
         f"mergekit_lite {__version__} (sources {sources.hexdigest()[:8]}, {kernels} compiled kernels)",
         *(f"{name} {metadata.version(name)}" for name in ("torch", "numpy")),
-        f"a processor of kind {os.uname().machine}",
+        f"a processor of kind {platform.machine()}",
     )
 
 

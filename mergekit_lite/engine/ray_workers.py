@@ -23,13 +23,13 @@ from typing import Any, TypeVar
 from mergekit_lite._version import __version__
 from mergekit_lite.engine.processes import packed
 from mergekit_lite.engine.ray_machine import File, Needs, RayWorker, identity
-from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted, listing, one_line
+from mergekit_lite.errors import GOES_ON, CheckpointError, RunError, UsageError, counted, listing, one_line
 
 AHEAD = 1  # tasks that a worker has been given besides the one it does
 MOST_LOSSES = 3  # times that a task may be lost with its worker, and workers that a node may lose in a row
 PATIENCE = 300  # seconds without any worker after which nobody waits longer
 LOOK_AROUND = 5.0  # seconds after which it is looked whether nodes have joined
-GPU, GPU_THREADS = "GPU", 6
+GPU, GPU_THREADS = "GPU", 6  # threads that keep a GPU's copies going
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -97,17 +97,24 @@ class Cluster:
     """The workers of a Ray cluster, from the first tasks to the end of the run.
 
     ``connect`` is called before the first tasks. ``local`` says that this process starts the cluster, on this machine
-    alone; ``gpus`` that the workers have one each. ``most`` is the largest number of workers, or None for one on each
-    processor or GPU.
+    alone; ``gpus`` that the workers have one each, and so many ``threads``. ``most`` is the largest number of workers,
+    or None for one on each processor or GPU.
     """
 
     def __init__(
-        self, connect: Callable[[], None], *, local: bool = False, gpus: bool = False, most: int | None = None
+        self,
+        connect: Callable[[], None],
+        *,
+        local: bool = False,
+        gpus: bool = False,
+        most: int | None = None,
+        threads: int = GPU_THREADS,
     ) -> None:
         self._connect: Callable[[], None] | None = connect
         self.local = local
         self.gpus = gpus
         self.most = most
+        self.threads = threads if gpus else 1
         self.nodes: dict[str, Node] = {}
         self._needs = Needs(identity())
         self._workers: list[_Worker] = []
@@ -138,6 +145,8 @@ class Cluster:
             RunError: Ray can't be started, no machine can do the tasks, or too many workers were lost.
             Exception: what the first failing task raised. The other workers are stopped.
         """
+        if not tasks:
+            return iter(())
         import ray
         from ray import cloudpickle
 
@@ -154,8 +163,6 @@ class Cluster:
         return self._done(a_round)
 
     def _done(self, a_round: _Round) -> Iterator[Any]:
-        import ray
-
         left = len(a_round.tasks)
         self._looked = -LOOK_AROUND
         last_ready = time.monotonic()
@@ -165,7 +172,7 @@ class Cluster:
             while left:
                 self._staff(a_round)
                 self._hand_out(a_round)
-                for reference in ray.wait(list(a_round.under_way), timeout=1.0)[0]:
+                for reference in _ready(list(a_round.under_way)):
                     if reference not in a_round.under_way:
                         continue  # of a node that was refused meanwhile
                     worker, task = a_round.under_way.pop(reference)
@@ -177,7 +184,8 @@ class Cluster:
                 if a_round.ready:
                     last_ready = time.monotonic()
                 elif time.monotonic() - last_ready > PATIENCE:
-                    raise RunError(self._nobody(f"no worker could be started within {PATIENCE} seconds"))
+                    why = f"no worker could be started within {PATIENCE} seconds: others may use the processors"
+                    raise RunError(self._nobody(why))
         finally:
             if left:
                 self._dismiss()
@@ -192,8 +200,8 @@ class Cluster:
     def _result(self, worker: _Worker, answer: bytes) -> Any:
         """Return a result from a worker's answer. Raises what the task raised there."""
         result, failure = pickle.loads(answer)
-        if type(failure) is RunError and not self.local:
-            raise RunError(f"On {self.nodes[worker.node].name}: {failure}")
+        if type(failure) in (RunError, CheckpointError) and not self.local:
+            raise type(failure)(f"On {self.nodes[worker.node].name}: {failure}")
         if failure is not None:
             raise failure
         return result
@@ -237,7 +245,7 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": GPU_THREADS} if self.gpus else {}
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": self.threads} if self.gpus else {}
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | options
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         return ray.remote(RayWorker).options(**options).remote()
@@ -245,7 +253,7 @@ class Cluster:
     def _hand_out(self, a_round: _Round) -> None:
         """Give tasks to the workers, to each as many as it may have."""
         has = Counter(worker for worker, task in a_round.under_way.values() if task is not None)
-        most = (GPU_THREADS if self.gpus else 1) + AHEAD
+        most = self.threads + AHEAD
         for more in range(1, most + 1):  # to each one before anybody gets a second
             for worker in a_round.ready:
                 if a_round.waiting and has[worker] < more:
@@ -345,6 +353,14 @@ class Cluster:
                 ray.kill(worker.actor)
         self._workers.clear()
         self._looked = -LOOK_AROUND
+
+
+def _ready(references: list[Any]) -> list[Any]:
+    """Wait for an answer, a second at most, and return the references of all that are there."""
+    import ray
+
+    one, _ = ray.wait(references, timeout=1.0)
+    return ray.wait(references, num_returns=len(references), timeout=0)[0] if one else []
 
 
 def _why(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def answers(local: Local, tasks: list[Task], wanted: frozenset[Key] | None = Non
 
 def local(model: Path, sampling: Sampling = DRAWN, **how: object) -> Local:
     return Local("s", str(model), sampling, **({"batch_size": 4, "device": "cpu"} | how))  # type: ignore[arg-type]
+
+
+def test_batches_in_any_order_give_the_same_answers(model: Path) -> None:
+    """Workers elsewhere get a model that nobody has loaded, and draw one batch after the other."""
+    tasks = tasks_of()
+    everything = frozenset(task.key for task in tasks)
+    one = pickle.loads(pickle.dumps(local(model)))
+    drawn = [answer for number in (3, 0, 4, 2, 1) for answer in one.answers(tasks, everything, number)]
+    assert {answer.key: answer for answer in drawn} == answers(local(model), tasks)
+    assert list(one.answers(tasks, everything, 4)) == []
 
 
 def test_a_resumed_run_gives_the_answers_of_an_undisturbed_one(model: Path) -> None:

@@ -28,9 +28,13 @@ from mergekit_lite.engine.tensor_merge import JobMerge
 from mergekit_lite.merging import plan_merge
 from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.tensor_merge import joined
+from tests.answers.test_local import write_model
+from tests.distill.recipes import write_recipe
+from tests.models import write_folder
 from tests.ray_nodes import RayNodes, wait_for
-from tests.test_golden import LARGE, RECIPES, shapes, write_models
+from tests.test_golden import LARGE, RECIPES, model, shapes, write_models
 
+TILE = {"tile": (2048, 1024)}
 COMMAND = [sys.executable, "-m", "mergekit_lite"]
 TIES = {
     "merge_method": "ties",
@@ -38,6 +42,7 @@ TIES = {
     "models": [{"model": name, "parameters": {"density": 0.4, "weight": 0.5}} for name in "ab"],
     "parameters": {"trim": "global"},
 }
+NETWORK = "10.213.77"
 SPOKEN = re.compile(r"\bray(let|::)?\b", re.I)  # what Ray would say of itself
 
 
@@ -50,13 +55,15 @@ def run(place: Path, *arguments: object, expected: int = 0) -> subprocess.Comple
 
 def models(place: Path, layers: int = 0) -> None:
     """Write a base, two models tuned from it, and a recipe that needs sums over all of their tensors."""
-    large = {
-        f"model.layers.{n}.mlp.{part}.weight": (2048, 1024) for n in range(layers) for part in ("up_proj", "down_proj")
-    }
-    here = Path.cwd()
-    os.chdir(place)
-    write_models(["base", "a", "b"], shapes(3) | large, "bfloat16", shards=2)
-    os.chdir(here)
+    config = {"model_type": "llama", "num_hidden_layers": max(3, layers), "torch_dtype": "bfloat16"}
+    for seed, name in enumerate(("base", "a", "b")):
+        tile = model(TILE, "float32", seed)["tile"]
+        large = {
+            f"model.layers.{layer}.mlp.{part}.weight": (tile * (1 + layer / 64)).bfloat16()
+            for layer in range(layers)
+            for part in ("up_proj", "down_proj")
+        }
+        write_folder(place / name, model(shapes(3), "bfloat16", seed) | large, shards=2, config=config)
     (place / "ties.yml").write_text(yaml.safe_dump(TIES))
 
 
@@ -295,6 +302,32 @@ def test_the_driver_killed(nodes: RayNodes, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sampling(nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers on the machines of a cluster gives the answers of one that answers here."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_model(tmp_path / "model")
+    prompts = [{"id": str(number), "prompt": f"What is {number} and one?"} for number in range(24)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    sources = [
+        {
+            "name": "a",
+            "model": "./model",
+            "samples": 2,
+            "batch_size": 4,
+            "device": "cpu",
+            "sampling": {"max_tokens": 16},
+        }
+    ]
+    kept = []
+    for folder, how in (("plain", ()), ("ray", ("--ray", nodes.address))):
+        write_recipe(tmp_path, folder=folder, sources=sources, target="./model")
+        run(tmp_path, "distill", "sample", "recipe.yaml", *how)
+        kept.append((tmp_path / folder / "samples" / "a.jsonl").read_text())
+    assert kept[0] == kept[1]
+    assert kept[0].count("\n") == 48
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs namespaces")
 def test_machines_that_see_other_files(tmp_path: Path) -> None:
     """A machine with another folder under the output's path, or without the inputs, gets no work and is named."""
@@ -338,3 +371,54 @@ def test_another_version(tmp_path: Path) -> None:
         wait_for(lambda: _nodes(tmp_path, ray) == 2)
         ended = run(tmp_path, "merge", "ties.yml", "-o", "out", *ray)
         assert re.search(r"left out: it has mergekit_lite \S+ \(sources \w+, with", ended.stderr), ended.stderr
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two hosts in network namespaces on a bridge, by the names of their namespaces."""
+    names = [f"mkl-{os.getpid()}-{number}" for number in (2, 3)]
+    bridge, ip = f"mkb{os.getpid()}", lambda words: subprocess.run(["ip", *words.split()], check=True)
+    try:
+        ip(f"link add {bridge} type bridge")
+        ip(f"addr add {NETWORK}.1/24 dev {bridge}")
+        ip(f"link set {bridge} up")
+        for number, name in zip((2, 3), names, strict=True):
+            ip(f"netns add {name}")
+            ip(f"link add mkv{number} type veth peer name eth0 netns {name}")
+            ip(f"link set mkv{number} master {bridge} up")
+            ip(f"-n {name} addr add {NETWORK}.{number}/24 dev eth0")
+            ip(f"-n {name} link set eth0 up")
+            ip(f"-n {name} link set lo up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+        subprocess.run(["ip", "link", "del", bridge], check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs network namespaces")
+def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
+    """A host whose network fails in the middle still writes, and does no harm: others do its work again."""
+    models(tmp_path, layers=40)
+    run(tmp_path, "merge", "ties.yml", "-o", "plain")
+    with RayNodes(1, f"{NETWORK}.1") as cluster:
+        for number, name in zip((2, 3), hosts, strict=True):
+            cluster.join(":", f"--node-ip-address={NETWORK}.{number}", inside=("ip", "netns", "exec", name))
+        ray = ("--ray", cluster.address)
+        wait_for(lambda: _nodes(tmp_path, ray) == 3)
+        process = subprocess.Popen(
+            [*COMMAND, "merge", "ties.yml", "-o", "out", *ray, "--json"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        journal = tmp_path / ".out.partial" / "journal.jsonl"
+        wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
+        subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    told = json.loads(out)["nodes"]
+    assert len(told) == 3 and sum(node["workers_lost"] for node in told) >= 1
