@@ -1,4 +1,4 @@
-"""``python -m tests.elsewhere.jobs FIRST|REST``: the main jobs in this folder, in a process that may lack much."""
+"""``python -m tests.elsewhere.jobs [INPUTS] [FIRST] [REST]``: the main jobs in this folder, on whatever system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from pathlib import Path
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.commands import main
+from tests.models import state, tuned, write_folder
 
+TIES = """merge_method: ties
+base_model: sft
+models:
+  - {model: dpo, parameters: {weight: 1.0, density: 0.5}}
+  - {model: other, parameters: {weight: 0.5, density: 0.4}}
+dtype: bfloat16
+"""
 KEYS = range(20)
 UNFINISHED = ["extrapolate", "sft", "dpo", "--alpha", "0.3", "--threads", "2", "-o", "resumed"]
 JOBS = (
@@ -23,6 +31,14 @@ JOBS = (
     ["verify", "resumed", "--all", "--quiet"],
     ["compare", "sft", "dpo", "ties", "--json"],
 )
+
+
+def make_inputs(place: Path = Path()) -> None:
+    """Write three small models, and a recipe for them."""
+    base = state(1, layers=3, hidden=64)
+    for seed, name in enumerate(("sft", "dpo", "other"), 1):
+        write_folder(place / name, base if name == "sft" else tuned(base, seed), shards=2)
+    (place / "ties.yml").write_text(TIES)
 
 
 def do(arguments: list[str]) -> str:
@@ -58,4 +74,5 @@ def rest() -> None:
 
 
 if __name__ == "__main__":
-    {"FIRST": first, "REST": rest}[sys.argv[1]]()
+    for part in sys.argv[1:]:
+        {"INPUTS": make_inputs, "FIRST": first, "REST": rest}[part]()
