@@ -15,8 +15,17 @@ from setuptools.command.build_ext import build_ext
 KERNELS = "mergekit_lite.ops._compiled"
 
 
+GCC = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # and clang
+MSVC = ["/O2", "/fp:precise", "/std:c11"]
+
+
 class PlainLibrary(build_ext):
     """Builds a shared library instead of a Python module."""
+
+    def build_extension(self, ext):
+        """Build it with the flags of the compiler that is there."""
+        ext.extra_compile_args = MSVC if self.compiler.compiler_type == "msvc" else GCC
+        super().build_extension(ext)
 
     def get_ext_filename(self, fullname):
         """Return the library's path, the same for every Python (ops/c_ops.py looks for it)."""
@@ -46,13 +55,6 @@ setup(
         Extension(
             KERNELS,
             sources=["mergekit_lite/ops/kernels.c"],
-            extra_compile_args=[
-                "-O3",
-                "-ffp-contract=off",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-fvisibility=hidden",
-            ],
             optional=True,
         )
     ],

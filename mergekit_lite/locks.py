@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from mergekit_lite.positioned import open_file
 
 
-def lock_file(path: Path) -> int | None:
+def lock_file(path: Path) -> BinaryIO | None:
     """Lock a file, which is made where it is missing, without waiting; a link is not followed.
 
     Returns:
-        its descriptor, which holds the lock until it is closed; None where another process holds it.
+        the open file, which holds the lock until it is closed; None where another process holds it.
 
     Raises:
         OSError: the file can't be opened or locked.
     """
-    descriptor = open_file(path, os.O_RDWR | os.O_CREAT, links=False)
-    try:
-        if take_lock(descriptor):
-            return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+    with ExitStack() as opened:
+        file = opened.enter_context(os.fdopen(open_file(path, os.O_RDWR | os.O_CREAT, links=False), "rb"))
+        if not take_lock(file.fileno()):
+            return None
+        opened.pop_all()
+        return file
 
 
 def take_lock(descriptor: int) -> bool:

@@ -5,6 +5,10 @@ No test fails because a machine is busy.
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -16,6 +20,17 @@ LONG = (  # by their time, the longest first
     "test_report.py", "test_choice.py", "test_cli.py", "test_damage.py", "test_whole.py", "test_sample_killed.py",
     "test_contributing.py",
 )  # fmt: skip
+POSIX = re.compile(
+    r"import (fcntl|pty|resource)|from tests(\.\w+)* import .*\b(browser|faults|processes)\b|"
+    r"from tests\.(browser|every_change|faults|processes) import|os\.(fork|killpg|mkfifo)|signal\.SIGKILL"
+)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out, where there is no POSIX, the tests that take it for granted."""
+    if os.name == "posix" or not collection_path.name.startswith("test_"):
+        return None
+    return True if POSIX.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,6 @@ holds the lock ``NAME.partial.lock``. Once no expected row is missing they are w
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ class Ledger(Generic[K]):
         self.path = path
         self.partial = path.with_name(f"{path.stem}.partial.jsonl")
         self._lock_file = path.with_name(f"{path.stem}.partial.lock")  # where locks bind, nobody could read the rows
-        self._lock: int | None = None
+        self._lock: BinaryIO | None = None
         self.expected = tuple(expected)
         self.key = key
         self.fields = fields
@@ -101,7 +100,7 @@ class Ledger(Generic[K]):
                 self._appending.close()
             self._appending = None
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def _lines(self) -> Iterator[bytes]:

@@ -167,7 +167,7 @@ def write(prepared: Prepared, params: Params, progress: Progress | None = None) 
     request = prepared.request
     plan = prepared.family.plan(params, request.output)
     if isinstance(prepared.family, RecipeFamily):
-        (request.folder / "recipe.yml").write_text(plan.text, encoding="utf-8")
+        (request.folder / "recipe.yml").write_text(plan.text, encoding="utf-8", newline="\n")
     return run(
         plan,
         device=prepared.device,

@@ -11,6 +11,7 @@ training checkpoint, holds under a key. ``part=BEGINNING:MODEL`` stands for the 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -25,8 +26,11 @@ from mergekit_lite.errors import CheckpointError, UsageError
 VECTOR, REBASE = "vector:", "rebase:"
 SCALED = re.compile(r"(?P<path>.+):(?P<scale>-?(\d+\.?\d*|\.\d+)([eE]-?\d+)?)")
 KEYED = re.compile(rf"(?P<path>.+({'|'.join(map(re.escape, torch.SUFFIXES))})):(?P<key>[^+]+)")
-KEYED_FOLDER = re.compile(r"(?P<path>.+):(?P<key>[^:+]+)")
-AS_TRANSFORMERS = re.compile(r"hf(=(?P<config>[^:]+))?:(?P<rest>.+)")
+KEYED_FOLDER = re.compile(r"(?P<path>.+):(?P<key>[^:+\\]+)")
+DRIVE = (
+    r"[A-Za-z]:[\\/]" if os.sep == "\\" else r"[A-Za-z]:\\"
+)  # the begin of a path on Windows, with a colon of its own
+AS_TRANSFORMERS = re.compile(rf"hf(=(?P<config>({DRIVE})?[^:]+))?:(?P<rest>.+)")
 READ_AS = re.compile(r"(part=(?P<part>[^:=>]+)|rename=(?P<old>[^:=>]*)>(?P<new>[^:=>]*)):(?P<rest>.+)")
 MOST_PLUSES = 12
 

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from mergekit_lite.planning import Plan
     from mergekit_lite.pushing import Pushed
 
+NO_KERNELS = (
+    "the compiled kernels are not here: torch computes the same, slower. With a C compiler on this machine, "
+    "pip install --force-reinstall --no-deps mergekit-lite builds them."
+)
 # Whether workers are forked: elsewhere there is no fork, or system libraries don't survive it.
 PROCESSES = sys.platform == "linux" and hasattr(os, "fork")
 
@@ -145,6 +149,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
     """Show or run a plan, and ``push`` what it made to a repository of the hub."""
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
+    from mergekit_lite.ops.c_ops import compiled
     from mergekit_lite.planning.delta_check import delta_warning
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
@@ -162,6 +167,8 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
         screen.plan(plan, threads, devices, prediction)
     else:
         screen.headline(plan)
+        if compiled() is None and not screen.quiet:
+            screen.err.print(NO_KERNELS)
     screen.warn(delta_warning(plan))
     if view.dry_run:
         screen.missing(plan)

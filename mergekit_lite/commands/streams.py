@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
+import unicodedata
 from typing import Any, TextIO
+
+IN_ASCII = {"→": "->", "←": "<-", "▸": ">", "─": "-", "━": "-", "−": "-", "–": "-", "…": "...", "×": "x", "·": ".",
+            "√": "sqrt", "≤": "<=", "≥": ">=", "±": "+-", "≈": "~", "‖": "||", "’": "'", "“": '"',
+            "”": '"'}  # fmt: skip
+
+
+def in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Handle characters that a console's encoding lacks: Greek letters are named, others look alike or are ``?``."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
+
+
+def _in_ascii(character: str) -> str:
+    name = unicodedata.name(character, "").split()
+    if name[:1] == ["GREEK"] and name[2:3] == ["LETTER"]:
+        return name[3].lower() if name[1] == "SMALL" else name[3].title()
+    letter = unicodedata.normalize("NFKD", character)[0]  # of one with an accent
+    return IN_ASCII.get(character) or (letter if letter.isascii() else "?")
+
+
+codecs.register_error("mergekit_lite.in_ascii", in_ascii)
 
 
 class GuardedStream:
@@ -50,6 +75,9 @@ def guarded() -> tuple[GuardedStream, GuardedStream]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
             os.set_inheritable(number, True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="mergekit_lite.in_ascii")
     out, err = (
         GuardedStream(stream if stream is not None else open(number, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
         for number, stream in ((1, sys.stdout), (2, sys.stderr))

@@ -6,7 +6,6 @@ the settings of a source's answers, so that answers drawn with different setting
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeSource
 from mergekit_lite.distillation.remarks import Likeness, remarks
 from mergekit_lite.distillation.reporter import Reporter
-from mergekit_lite.distillation.settings import hold_settings
+from mergekit_lite.distillation.settings import as_from, hold_settings
 from mergekit_lite.distillation.spreading import spread
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.ray_cluster import workers_of
@@ -320,7 +319,7 @@ def hold_source(recipe: Recipe, source: RecipeSource) -> None:
 def _settings(recipe: Recipe, source: RecipeSource) -> dict[str, Any]:
     model = _model(recipe, source)
     return {
-        "model": os.path.relpath(model, recipe.folder) if Path(model).is_absolute() else model,
+        "model": as_from(recipe.folder, model) if Path(model).is_absolute() else model,
         "served": source.is_served,
         "engine": None if source.engine == "transformers" else source.engine,
         "engine_options": source.engine_options or None,

@@ -9,7 +9,6 @@ that verdicts with different settings are never in one file.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from mergekit_lite.distillation.folder import Folder
 from mergekit_lite.distillation.prompts import stored
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer
 from mergekit_lite.distillation.reporter import Reporter
-from mergekit_lite.distillation.settings import hold_settings
+from mergekit_lite.distillation.settings import as_from, hold_settings
 from mergekit_lite.errors import RunError, UsageError, counted, listing
 
 T = TypeVar("T")
@@ -224,7 +223,7 @@ def _settings(recipe: Recipe, scorer: RecipeScorer) -> dict[str, Any]:
     settings["options"] = {key: value for key, value in scorer.options.items() if key not in OPTIONS_WITHOUT_EFFECT}
     for key in ("model", "strong", "weak"):
         if settings[key] and Path(settings[key]).is_absolute():
-            settings[key] = os.path.relpath(settings[key], recipe.folder)
+            settings[key] = as_from(recipe.folder, settings[key])
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ def hold_settings(path: Path, settings: Mapping[str, Any], results: str, refusal
         if refusal is not None:
             raise UsageError(f"{listing(refusal, changes)}\n{advice}")
     write_text(path, json.dumps(settings, indent=1) + "\n")
+
+
+def as_from(folder: Path, path: str) -> str:
+    """Return an absolute path as it is from a folder, with slashes; on another drive of Windows it stays absolute."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        return Path(path).as_posix()
 
 
 def _read(path: Path, results: str) -> dict[str, Any]:

@@ -86,11 +86,12 @@ SIGNATURES = {
 
 @lru_cache(maxsize=1)
 def compiled() -> ctypes.CDLL | None:
-    """Return the compiled functions; None where the package was installed without them."""
+    """Return the compiled functions; None where the package was installed without them, or for another machine."""
     path = Path(__file__).with_name("_compiled.so")  # so named on every platform, see setup.py
-    if not path.exists():
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
         return None
-    library = ctypes.CDLL(str(path))
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

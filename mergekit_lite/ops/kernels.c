@@ -23,8 +23,18 @@
 #else
 #define FOR_EVERY_CPU
 #endif
+#if defined(_MSC_VER) && !defined(__clang__)
+#define EXPORT __declspec(dllexport)
+#define INLINE static __forceinline
+#define restrict __restrict
+#pragma fp_contract(off)
+#elif defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#define INLINE static inline __attribute__((always_inline))
+#else
 #define EXPORT __attribute__((visibility("default"))) FOR_EVERY_CPU
 #define INLINE static inline __attribute__((always_inline))
+#endif
 
 typedef float Tile[TILE];
 

@@ -23,6 +23,9 @@ SNAPSHOT = re.compile(r"/models--(?P<organisation>[\w.-]+)--(?P<name>[\w.-]+)/sn
 BEGINNING = r"(?<![\w.<>)~/-])"  # of a word; an end tag, an address and a relative path have their slash elsewhere
 # An absolute path of two parts or more; its last part is the group.
 ABSOLUTE = re.compile(BEGINNING + r"~?(?:/[^\s/'\",:+\[\]{}]+)+/([^\s/'\",:+\[\]{}]+)/?")
+# The same on Windows, behind the letter of a drive or the name of a machine.
+PART = r"[^\s\\/'\",:+\[\]{}]+"
+ON_WINDOWS = re.compile(rf"(?<!\w)(?:[A-Za-z]:[\\/]+|\\\\+)(?:{PART}[\\/]+)*({PART})[\\/]*")
 
 
 def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
@@ -94,10 +97,10 @@ def _without_paths(recipe: str, sources: Sequence[Checkpoint]) -> str:
     written = {plain_reference(source.base_reference): source.path for source in sources}
     written |= {addition.path: each.path for source in sources for each, addition in source.added}
     for reference in sorted(written, key=len, reverse=True):
-        if reference.startswith(("/", "~")):
+        if reference.startswith(("/", "~")) or ON_WINDOWS.fullmatch(reference):
             whole = re.compile(rf"{BEGINNING}{re.escape(reference)}(?![\w/-])")
             recipe = whole.sub(_last_part(written[reference]).replace("\\", r"\\"), recipe)
-    return ABSOLUTE.sub(r"\1", recipe)
+    return ABSOLUTE.sub(r"\1", ON_WINDOWS.sub(r"\1", recipe))
 
 
 def _gives(plan: Plan, source: Checkpoint) -> str:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from mergekit_lite.checkpoint.folder import MAX_FILE_NAME
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
+from mergekit_lite.file_names import unfit_on_windows
 from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import OBJECTS, WEB
@@ -61,6 +62,8 @@ def _check_name(output: Path) -> None:
     name = output.absolute().name
     if not name or output.name == "..":
         raise UsageError(f"{output}: can't be an output. Name the folder or file to be made.")
+    if os.name == "nt" and (why := unfit_on_windows(name)):
+        raise UsageError(f"{output}: Windows can't have such a name: it {why}. Choose another one.")
     longest = max(len(os.fsencode(path.name)) for path in (manifest_path(output), working_folder(output)))
     if longest > MAX_FILE_NAME:
         raise UsageError(

@@ -117,12 +117,12 @@ class WorkingFolder:
         """Raise RunError where the result holds anything but regular files of these names, relative to it."""
         if not _is_folder(self.result):
             raise _foreign(self.path, [RESULT])
-        folders = {str(folder) for name in names for folder in Path(name).parents}
+        folders = {folder.as_posix() for name in names for folder in Path(name).parents}
         strange: list[str] = []
         for path in sorted(self.result.rglob("*")):
             name = path.relative_to(self.result).as_posix()
             is_known = name in folders if _is_folder(path) else name in names and _is_regular(path)
-            if not is_known and str(Path(name).parent) in folders:  # of a strange folder its own name is enough
+            if not is_known and Path(name).parent.as_posix() in folders:  # of a strange folder its own name is enough
                 strange.append(f"{RESULT}/{name}")
         if strange:
             raise _foreign(self.path, strange)

@@ -287,7 +287,7 @@ class _Extraction:
             extracted = Extracted(shown, layout.nbytes, tuple(stored), len(pairs) - len(changed), tuple(notes))
             with workspace.adding_companions() as result:
                 text = manifest_text(extracted, run, result / layout.files[0].name, parts)
-                (result / manifest_path(output).name).write_text(text, encoding="utf-8")
+                (result / manifest_path(output).name).write_bytes(text.encode())
                 if self.settings.format == "lora":
                     peft_folder.write_config(result, self.before, storage, self.settings.rank)
             workspace.publish(force=force, sync=sync)

@@ -112,7 +112,7 @@ def write_config(folder: Path, base: Checkpoint, storage_plans: Mapping[str, Sto
         "rank_pattern": exceptions,
         "alpha_pattern": exceptions,
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_bytes(json.dumps(config, indent=2).encode() + b"\n")
 
 
 def _is_low_rank(storage: StoragePlan) -> bool:

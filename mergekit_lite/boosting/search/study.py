@@ -12,13 +12,12 @@ a candidate of both is measured once.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO, cast
 
 import xxhash
 
@@ -152,13 +151,13 @@ class Study:
             raise UsageError(listing(title, differ))
 
 
-def _locked(folder: Path) -> IO[str]:
+def _locked(folder: Path) -> BinaryIO:
     """Lock a folder, which is made where it is missing; closing the file unlocks it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_file(folder / "lock")
     if lock is None:
         raise UsageError(f"{folder}: another search is at work in it. Wait for it, or give another -o.")
-    return os.fdopen(lock)
+    return lock
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from mergekit_lite.distillation.recipe.schema import (
 )
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
+from mergekit_lite.file_names import unfit_on_windows
 
 KeyPath = tuple[int | str, ...]  # keys and list indices from the recipe's root
 GIVEN = "given"  # the kind of scorer whose scores the data have
@@ -144,6 +145,8 @@ def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
             yield Problem(at, f"the name {name!r} is taken by another of the {key}: files are called by it")
         if name.lower().endswith(".partial"):
             yield Problem(at, f"the name {name!r} ends like a file that is not finished: choose another one")
+        if why := unfit_on_windows(f"{name}.jsonl"):
+            yield Problem(at, f"the name {name!r} {why} on Windows, and files are called by it: choose another one")
 
 
 def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:

@@ -71,4 +71,4 @@ def _appending(path: Path) -> TextIO:
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", newline="\n")

@@ -165,7 +165,7 @@ class ResponseTrainer(Trainer):
             }
             # JSON has neither infinities nor NaN.
             row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
-            with self.log_file.open("a", encoding="utf-8") as file:
+            with self.log_file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ class Workspace:
         if self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.log.write_text("".join(lines), encoding="utf-8")
+            self.log.write_text("".join(lines), encoding="utf-8", newline="\n")
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Return step and folder of the last complete checkpoint."""

@@ -1,0 +1,124 @@
+"""Systems that lack what Linux has: the same bytes without it, and consoles that can't show every character."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+
+from mergekit_lite.answers.scoring.sandbox import SandboxError, SandboxLimits, check_sandbox
+from mergekit_lite.answers.serving import split_command
+from mergekit_lite.checkpoint.references import Addition, split_names, split_reference
+from mergekit_lite.commands import limits
+from mergekit_lite.distillation.training.watch import peak_memory
+from mergekit_lite.errors import GOES_ON
+from mergekit_lite.file_names import unfit_on_windows
+from mergekit_lite.output.card import ABSOLUTE, ON_WINDOWS
+from tests.elsewhere import jobs
+from tests.models import tree_bytes
+
+ROOT = Path(__file__).parents[1]
+ADVICE = f"--threads. {GOES_ON}"
+
+
+def elsewhere(place: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """A Python that knows as little of its system as on Windows."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "elsewhere"), str(ROOT)])}
+    return subprocess.Popen([sys.executable, *arguments], cwd=place, env={**os.environ, **paths, **environment})
+
+
+def test_the_main_jobs_give_the_same_bytes(tmp_path: Path) -> None:
+    """Killed on the way and resumed, by a Python without the calls of POSIX, and by this one without a stop."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here, there):
+        place.mkdir()
+        jobs.make_inputs(place)
+    killed = elsewhere(there, "-m", "tests.elsewhere.jobs", "FIRST", SLOW="0.05")
+    journal, until = there / ".resumed.partial" / "journal.jsonl", time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
+        assert time.monotonic() < until and killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert (there / "rows.partial.jsonl").exists() and not (there / "resumed").exists()
+    assert elsewhere(there, "-m", "tests.elsewhere.jobs", "REST").wait() == 0
+    with chdir(here):
+        jobs.first()
+        jobs.rest()
+    assert tree_bytes(there) == tree_bytes(here)
+
+
+def on_console(place: Path, encoding: str, *arguments: str) -> str:
+    """What a command shows on a terminal of an encoding."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "COLUMNS": "100"}
+    command = [sys.executable, "-m", "mergekit_lite", *arguments]
+    process = subprocess.Popen(command, cwd=place, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0, shown
+    return shown.decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437"])
+def test_a_console_that_lacks_characters(tmp_path: Path, encoding: str) -> None:
+    """Bars, arrows and Greek letters are shown as well as it can; nothing fails."""
+    jobs.make_inputs(tmp_path)
+    shown = on_console(tmp_path, encoding, "extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "αβ→out")
+    assert "alphabeta->out" in shown or "αbeta->out" in shown  # cp437 has an alpha of its own
+    assert (tmp_path / "αβ→out" / "model.safetensors.index.json").exists()
+    formula = on_console(tmp_path, encoding, "methods", "slerp")
+    assert "theta" in formula or "Θ" in formula or "θ" in formula
+
+
+@pytest.mark.parametrize("name", ["CON", "nul.pt", "Lpt1.safetensors", "a:b", "a\\b", "what?", "end.", "end "])
+def test_names_that_windows_lacks(name: str) -> None:
+    assert unfit_on_windows(name) is not None
+
+
+@pytest.mark.parametrize("name", ["model", "v1.2.safetensors", "console", "com0x", "αβ→out"])
+def test_names_that_windows_has(name: str) -> None:
+    assert unfit_on_windows(name) is None
+
+
+def test_references_with_drives() -> None:
+    assert split_reference(r"C:\models\a+D:\lora") == (r"C:\models\a", (Addition(r"D:\lora"),))
+    vector = Addition(r"E:\v.safetensors", -2, is_vector=True)
+    assert split_reference(r"C:\a+vector:E:\v.safetensors:-2") == (r"C:\a", (vector,))
+    assert split_names(r"hf=C:\config:D:\step") == (r"D:\step", r"C:\config")
+    assert split_names(r"hf:D:\step") == (r"D:\step", "")
+
+
+@pytest.mark.parametrize("path", [r"C:\Users\me\base", r"C:\\Users\\me\\base", "D:/models/base", r"\\server\all\base"])
+def test_no_card_tells_a_path_of_windows(path: str) -> None:
+    recipe = ABSOLUTE.sub(r"\1", ON_WINDOWS.sub(r"\1", f'models:\n- model: "{path}"\n- https://host/x: org/name\n'))
+    assert recipe == 'models:\n- model: "base"\n- https://host/x: org/name\n'
+
+
+def test_commands_with_paths_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = r"""'C:\with spaces\server.exe' -m {model} --name "a b" #1"""
+    assert split_command(r"serve a\ b") == ["serve", "a b"]
+    monkeypatch.setattr(os, "sep", "\\")
+    assert split_command(command) == [r"C:\with spaces\server.exe", "-m", "{model}", "--name", "a b", "#1"]
+
+
+def test_without_resource_and_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psutil")  # which looks for it itself
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert limits.limit_reached(MemoryError()) == f"The memory ran out. Raise the limit, or take fewer {ADVICE}"
+    assert 10_000_000 < peak_memory() < 1 << 40
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SandboxError, match="this system is win32"):
+        check_sandbox(SandboxLimits())
