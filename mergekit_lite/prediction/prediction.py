@@ -27,7 +27,7 @@ from mergekit_lite.engine.tiling import SPAN
 from mergekit_lite.methods.tensor_merge import SECTION
 from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import OVER_NET, Cluster, cached_share
-from mergekit_lite.prediction.costs import Cost, kinds_of, measured_costs
+from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
 PER_TENSOR = 150e-6  # seconds of processor time beside its planning: tasks, journal, manifest; measured
 FINISH = 0.05  # seconds: index, config, card, and the renames
@@ -141,7 +141,13 @@ class Prediction:
         }
 
 
-def predict(plan: Plan, cluster: Cluster, workers: int | None = None, started: float | None = None) -> Prediction:
+def predict(
+    plan: Plan,
+    cluster: Cluster,
+    workers: int | None = None,
+    started: float | None = None,
+    costs: Costs | None = None,
+) -> Prediction:
     """Predict what a run of a plan on CPUs will take; headers are all that is looked at.
 
     Args:
@@ -149,25 +155,25 @@ def predict(plan: Plan, cluster: Cluster, workers: int | None = None, started: f
         cluster: the machines: ``this_cluster``, or given.
         workers: of each node; by default one more than cores on a single one, else one for each core.
         started: seconds that start-up and planning took; by default the processor time of this process.
+        costs: of the plan's jobs, where they were measured before.
     """
     started = time.process_time() if started is None else started
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
-    kinds = kinds_of(plan)
-    costs, importing = measured_costs(plan, kinds)
+    costs = costs or measured_costs(plan)
     work = _Work(plan, cluster)
-    for (kind, job), count in _alike(plan, kinds).items():
-        work.add(costs[kind], job, count)
+    for (kind, job), count in _alike(plan, costs.kinds).items():
+        work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
     statistics, merging = pace.phase(work.early), pace.phase(work.late)
     load = work.load
     busiest = max(statistics.share, merging.share) if work.early else merging.share
     disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
     finish = FINISH + PER_TENSOR * len(plan.jobs) / 2
-    overhead = started + importing + finish
+    overhead = started + costs.importing + finish
     return Prediction(
         cluster,
         workers,
-        start=started + importing,
+        start=started + costs.importing,
         statistics=statistics.seconds,
         merging=merging.seconds,
         finish=finish,
