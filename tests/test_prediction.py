@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +25,7 @@ from mergekit_lite.prediction.cluster import cached_share
 from mergekit_lite.prediction.costs import Costs
 from mergekit_lite.prediction.prediction import busiest_share
 from tests.models import state, tuned, write_folder
+from tests.test_memory import children, held
 
 GB = 1e9
 LARGE = (("model.embed_tokens.weight", (1 << 17, 8192)), ("model.norm.weight", (8192,)))
@@ -32,6 +36,7 @@ METHODS = {
     "karcher": {},
     "ties": {"weight": 0.5, "density": 0.5},
     "dare_ties": {"weight": 0.5, "density": 0.5},
+    "expo": {"alpha": 0.3},
 }
 
 
@@ -52,7 +57,7 @@ def write_holes(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dty
 
 def recipe(folder: Path, method: str, **parameters: object) -> Path:
     """Write a recipe for the models ``base`` and ``a``, and ``b`` where the method takes one more."""
-    names = ["a"] if method == "slerp" else ["a", "b"]
+    names = ["a"] if method in ("slerp", "expo") else ["a", "b"]
     content = {
         "merge_method": method,
         "models": [{"model": str(folder / name)} for name in names],
@@ -149,7 +154,7 @@ def test_bytes_are_those_that_the_engine_reads(tmp_path: Path, monkeypatch: pyte
     # passes over tied sizes depend on the weights, all others don't
     tolerance = 0.1 if method == "ties" else 0.0
     assert read == pytest.approx(told.read + told.read_again, rel=tolerance)
-    assert (told.read_again == 0) == (method == "linear")
+    assert (told.read_again == 0) == (method in ("linear", "expo"))
 
 
 def test_nothing_of_the_weights_is_read(large: tuple[Plan, Costs], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +230,21 @@ def test_wrong_machines_are_wrong_usage(tmp_path: Path, wrong: str) -> None:
     path = tmp_path / "r.yml"
     path.write_text("")
     assert CliRunner().invoke(main, ["plan", str(path), wrong]).exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["expo", "ties", "karcher"])
+def test_no_run_holds_more_memory_than_predicted(tmp_path: Path, method: str) -> None:
+    shapes = [(f"model.layers.{n}.mlp.up_proj.weight", (4096, 4096)) for n in range(8)]
+    for name in ("base", "a", "b"):
+        write_holes(tmp_path / name, [*shapes, *((f"model.layers.{n}.norm.weight", (4096,)) for n in range(2000))])
+    path = recipe(tmp_path, method)
+    told = predict(plan_merge(path, tmp_path / "merged"), Cluster(2), 3)
+    command = [sys.executable, "-m", "mergekit_lite", "merge", str(path), "-o", str(tmp_path / "out"), "-q"]
+    most = 0
+    with subprocess.Popen([*command, "--threads", "3"]) as run:
+        while run.poll() is None:
+            most = max(most, sum(map(held, [run.pid, *children(run.pid)])))
+            time.sleep(0.03)
+    assert run.returncode == 0
+    assert 30e6 < most <= told.memory

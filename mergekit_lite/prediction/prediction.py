@@ -6,8 +6,8 @@ A node's workers overlap reading, computing and writing, so the slowest of these
                                            what a worker does one thing after another / workers)
 
 There are two phases, as statistics that span tensors, or one of more than 64 Mi elements, come first. No phase is
-shorter than its largest task. With several nodes a task goes to the node that is free first, the largest first; the
-busiest node decides.
+shorter than its largest task, or than the command takes to hand out tasks and note their results. With several nodes a
+task goes to the node that is free first, the largest first; the busiest node decides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import OVER_NET, Cluster, cached_share
 from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
-PER_TENSOR = 150e-6  # seconds of processor time beside its planning: tasks, journal, manifest; measured
+PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
+# journal, manifest; measured
 FINISH = 0.05  # seconds: index, config, card, and the renames
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
 
@@ -164,11 +165,11 @@ def predict(
     for (kind, job), count in _alike(plan, costs.kinds).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
-    statistics, merging = pace.phase(work.early), pace.phase(work.late)
+    statistics, merging = pace.phase(work.early), pace.phase(work.late, PER_TENSOR * len(plan.jobs))
     load = work.load
     busiest = max(statistics.share, merging.share) if work.early else merging.share
     disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
-    finish = FINISH + PER_TENSOR * len(plan.jobs) / 2
+    finish = FINISH + PER_TENSOR * len(plan.jobs)
     overhead = started + costs.importing + finish
     return Prediction(
         cluster,
@@ -253,7 +254,7 @@ class _Work:
             sections = -(-job.numel // SECTION)
             self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
             first_read = first_read - fetched if self.stays else first_read
-        seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR / 2
+        seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR
         copied = job.read + (0.0 if apart else again)
         seconds += copied * self.cluster.copy_in + job.written * self.cluster.copy_out
         load = self._sent(Load(seconds, first_read, job.written), copied)
@@ -303,14 +304,14 @@ class _Pace:
         """Return the seconds that all workers of one node take."""
         return max(load.processor / self.parallel, self.disk(load), self.net(load), self.alone(load) / self.workers)
 
-    def phase(self, tasks: list[tuple[Load, int]]) -> _Phase:
-        """Return the seconds that some tasks take, each with how often it comes."""
+    def phase(self, tasks: list[tuple[Load, int]], least: float = 0.0) -> _Phase:
+        """Return the seconds that some tasks take, each with how often it comes; ``least`` the command's own."""
         total, largest = Load(), 0.0
         for load, count in tasks:
             total = total.plus(load, count)
             largest = max(largest, self.alone(load))
         share = busiest_share([(self.alone(load), count) for load, count in tasks], self.cluster.nodes)
-        return _Phase(max(self.node(total.times(share)), largest), share)
+        return _Phase(max(self.node(total.times(share)), largest, least), share)
 
 
 def busiest_share(tasks: Iterable[tuple[float, int]], nodes: int) -> float:
