@@ -154,7 +154,7 @@ def karcher(
     # the directions, of those inputs that have one: a zero tensor has none
     directed = lengths > 0
     if not directed.any():
-        return lambda block, _: torch.zeros_like(block[0])
+        return WeightedSum((0.0,) * len(weights))
     units = products[directed][:, directed] / np.outer(lengths[directed], lengths[directed])
     mean = _karcher_mean(units, weights[directed] / weights[directed].sum(), max_iter, tol)
     # the mean direction at the weighted mean length, as a combination of the inputs themselves

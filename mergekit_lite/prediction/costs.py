@@ -8,7 +8,7 @@ not sampled, and all have a part that doesn't depend on size.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -79,16 +79,27 @@ def _told(value: Any) -> Hashable:
     return value if value in (0, 1) or not isinstance(value, float | int) else "number"
 
 
-def kinds_of(plan: Plan) -> list[Hashable]:
-    """Return the kind of each job of a plan; None for scales, which are made with their codes."""
-    return [None if job.scales_of else kind_of(job) for job in plan.jobs]
+@dataclass(frozen=True)
+class Costs:
+    """What the jobs of a plan cost.
+
+    Attributes:
+        kinds: of each job; None for scales, which are made with their codes.
+        of_kind: the cost of each.
+        importing: seconds that torch's import took, where it is needed.
+    """
+
+    kinds: list[Hashable]
+    of_kind: dict[Hashable, Cost]
+    importing: float
 
 
-def measured_costs(plan: Plan, kinds: Sequence[Hashable]) -> tuple[dict[Hashable, Cost], float]:
-    """Return the costs of a plan's kinds of jobs, and the seconds that torch's import took where they need it.
+def measured_costs(plan: Plan) -> Costs:
+    """Measure what a plan's jobs cost.
 
     Kinds beyond the first few, which have the fewest elements, take the cost of the last of those.
     """
+    kinds = [None if job.scales_of else kind_of(job) for job in plan.jobs]
     of_kind: dict[Hashable, Job] = {}
     elements: dict[Hashable, int] = {}
     for job, kind in zip(plan.jobs, kinds, strict=True):
@@ -109,7 +120,8 @@ def measured_costs(plan: Plan, kinds: Sequence[Hashable]) -> tuple[dict[Hashable
     with tuned_process(torch_needed), MadeUpReader() as reader:
         writer = SpanWriter(plan, BLOCK)
         costs = {kind: _measured(plan, of_kind[kind], writer, reader) for kind in chosen}
-    return costs | dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(())), importing
+    rare = dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(()))
+    return Costs(kinds, costs | rare, importing)
 
 
 def _outputs(plan: Plan, job: Job) -> range:

@@ -6,8 +6,8 @@ A node's workers overlap reading, computing and writing, so the slowest of these
                                            what a worker does one thing after another / workers)
 
 There are two phases, as statistics that span tensors, or one of more than 64 Mi elements, come first. No phase is
-shorter than its largest task. With several nodes a task goes to the node that is free first, the largest first; the
-busiest node decides.
+shorter than its largest task, or than the command takes to hand out tasks and note their results. With several nodes a
+task goes to the node that is free first, the largest first; the busiest node decides.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from mergekit_lite.engine.tiling import SPAN
 from mergekit_lite.methods.tensor_merge import SECTION
 from mergekit_lite.planning import Plan
 from mergekit_lite.prediction.cluster import OVER_NET, Cluster, cached_share
-from mergekit_lite.prediction.costs import Cost, kinds_of, measured_costs
+from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
-PER_TENSOR = 150e-6  # seconds of processor time beside its planning: tasks, journal, manifest; measured
+PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
+# journal, manifest; measured
 FINISH = 0.05  # seconds: index, config, card, and the renames
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
 
@@ -141,7 +142,13 @@ class Prediction:
         }
 
 
-def predict(plan: Plan, cluster: Cluster, workers: int | None = None, started: float | None = None) -> Prediction:
+def predict(
+    plan: Plan,
+    cluster: Cluster,
+    workers: int | None = None,
+    started: float | None = None,
+    costs: Costs | None = None,
+) -> Prediction:
     """Predict what a run of a plan on CPUs will take; headers are all that is looked at.
 
     Args:
@@ -149,25 +156,25 @@ def predict(plan: Plan, cluster: Cluster, workers: int | None = None, started: f
         cluster: the machines: ``this_cluster``, or given.
         workers: of each node; by default one more than cores on a single one, else one for each core.
         started: seconds that start-up and planning took; by default the processor time of this process.
+        costs: of the plan's jobs, where they were measured before.
     """
     started = time.process_time() if started is None else started
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
-    kinds = kinds_of(plan)
-    costs, importing = measured_costs(plan, kinds)
+    costs = costs or measured_costs(plan)
     work = _Work(plan, cluster)
-    for (kind, job), count in _alike(plan, kinds).items():
-        work.add(costs[kind], job, count)
+    for (kind, job), count in _alike(plan, costs.kinds).items():
+        work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
-    statistics, merging = pace.phase(work.early), pace.phase(work.late)
+    statistics, merging = pace.phase(work.early), pace.phase(work.late, PER_TENSOR * len(plan.jobs))
     load = work.load
     busiest = max(statistics.share, merging.share) if work.early else merging.share
     disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
-    finish = FINISH + PER_TENSOR * len(plan.jobs) / 2
-    overhead = started + importing + finish
+    finish = FINISH + PER_TENSOR * len(plan.jobs)
+    overhead = started + costs.importing + finish
     return Prediction(
         cluster,
         workers,
-        start=started + importing,
+        start=started + costs.importing,
         statistics=statistics.seconds,
         merging=merging.seconds,
         finish=finish,
@@ -247,7 +254,7 @@ class _Work:
             sections = -(-job.numel // SECTION)
             self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
             first_read = first_read - fetched if self.stays else first_read
-        seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR / 2
+        seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR
         copied = job.read + (0.0 if apart else again)
         seconds += copied * self.cluster.copy_in + job.written * self.cluster.copy_out
         load = self._sent(Load(seconds, first_read, job.written), copied)
@@ -297,14 +304,14 @@ class _Pace:
         """Return the seconds that all workers of one node take."""
         return max(load.processor / self.parallel, self.disk(load), self.net(load), self.alone(load) / self.workers)
 
-    def phase(self, tasks: list[tuple[Load, int]]) -> _Phase:
-        """Return the seconds that some tasks take, each with how often it comes."""
+    def phase(self, tasks: list[tuple[Load, int]], least: float = 0.0) -> _Phase:
+        """Return the seconds that some tasks take, each with how often it comes; ``least`` the command's own."""
         total, largest = Load(), 0.0
         for load, count in tasks:
             total = total.plus(load, count)
             largest = max(largest, self.alone(load))
         share = busiest_share([(self.alone(load), count) for load, count in tasks], self.cluster.nodes)
-        return _Phase(max(self.node(total.times(share)), largest), share)
+        return _Phase(max(self.node(total.times(share)), largest, least), share)
 
 
 def busiest_share(tasks: Iterable[tuple[float, int]], nodes: int) -> float:

@@ -1,0 +1,250 @@
+"""What a run is predicted to take: properties of the prediction, and its bytes and memory beside real runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mergekit_lite
+from mergekit_lite import Plan, plan_merge
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.commands import main
+from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
+from mergekit_lite.prediction import Cluster, measured_costs, predict, this_cluster
+from mergekit_lite.prediction.cluster import cached_share
+from mergekit_lite.prediction.costs import Costs
+from mergekit_lite.prediction.prediction import busiest_share
+from tests.models import state, tuned, write_folder
+from tests.test_memory import children, held
+
+GB = 1e9
+LARGE = (("model.embed_tokens.weight", (1 << 17, 8192)), ("model.norm.weight", (8192,)))
+MATRICES = [(f"model.layers.{n}.mlp.up_proj.weight", (28_672, 8192)) for n in range(40)]
+METHODS = {
+    "linear": {"weight": 0.5},
+    "slerp": {"t": 0.4},
+    "karcher": {},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "expo": {"alpha": 0.3},
+}
+
+
+def write_holes(folder: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str = "bfloat16") -> None:
+    """Write a checkpoint of headers with holes behind them: it takes no room on the disk, whatever its size."""
+    tensors = [OutputTensor(name, dtype, shape) for name, shape in shapes]
+    groups = grouped_by_size(tensors, 5 * 10**9)
+    layout = safetensors_layout(groups, shard_names(len(groups)))
+    folder.mkdir()
+    for shard in layout.files:
+        with (folder / shard.name).open("wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.size)
+    if len(layout.files) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index_json(layout.files)))
+    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16"}')
+
+
+def recipe(folder: Path, method: str, **parameters: object) -> Path:
+    """Write a recipe for the models ``base`` and ``a``, and ``b`` where the method takes one more."""
+    names = ["a"] if method in ("slerp", "expo") else ["a", "b"]
+    content = {
+        "merge_method": method,
+        "models": [{"model": str(folder / name)} for name in names],
+        "parameters": METHODS.get(method, {}) | parameters,
+        **({} if method in ("linear", "karcher") else {"base_model": str(folder / "base")}),
+    }
+    path = folder / f"{method}.yml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Costs]:
+    """TIES of three models of 21 GB each, of which there are only headers, and its costs."""
+    folder = tmp_path_factory.mktemp("large")
+    for name in ("base", "a", "b"):
+        write_holes(folder / name, [*LARGE, *MATRICES])
+    plan = plan_merge(recipe(folder, "ties"), folder / "merged")
+    return plan, measured_costs(plan)
+
+
+def write_models(folder: Path) -> None:
+    base = state(0, hidden=64, vocabulary=4096)
+    write_folder(folder / "base", base)
+    for seed, name in enumerate(("a", "b"), start=1):
+        write_folder(folder / name, tuned(base, seed, 1e-4))
+
+
+def test_more_nodes_are_never_slower_and_no_better_than_as_many_times_faster(large: tuple[Plan, Costs]) -> None:
+    plan, costs = large
+    for rates in ({"read": 2 * GB, "write": GB}, {"net": GB}, {"read": GB, "net": GB, "is_shared": True}):
+        counts = [*range(1, 20), 100, 1000]
+        times = [predict(plan, Cluster(8, nodes, **rates), 8, 1.0, costs).seconds for nodes in counts]
+        assert all(a >= b for a, b in pairwise(times))
+        assert all(times[0] <= nodes * time * 1.001 for nodes, time in zip(counts, times, strict=True))
+
+
+@pytest.mark.parametrize("what", ["read", "write", "net", "cores", "workers"])
+def test_what_is_faster_never_makes_it_slower(large: tuple[Plan, Costs], what: str) -> None:
+    plan, costs = large
+    times = []
+    for faster in (1, 2, 3, 8, 100):
+        rates = {} if what in ("cores", "workers") else {what: 0.01 * GB * faster}
+        cluster = Cluster(faster if what == "cores" else 64, **rates)
+        times.append(predict(plan, cluster, faster if what == "workers" else 64, 1.0, costs).seconds)
+    assert all(a >= b for a, b in pairwise(times)), times
+    assert times[-1] < times[0] / 2
+
+
+def test_time_is_at_least_that_of_each_resource(large: tuple[Plan, Costs]) -> None:
+    plan, costs = large
+    told = predict(plan, Cluster(4, 3, read=GB, write=GB), None, 1.0, costs)
+    assert told.seconds >= max(told.compute, told.disk, told.net)
+    assert told.from_disk >= told.read == plan.bytes_to_read and told.written == plan.bytes_to_write
+    assert 1 / 3 <= told.share <= 1
+    slow = predict(plan, Cluster(64, read=0.01 * GB, write=GB), None, 1.0, costs)
+    assert slow.limit == "disk" and slow.seconds == pytest.approx(slow.from_disk / (0.01 * GB), rel=0.01)
+    assert predict(plan, Cluster(64, net=0.01 * GB), None, 1.0, costs).limit == "net"
+    assert predict(plan, Cluster(1), None, 1.0, costs).limit == "compute"
+
+
+def test_a_node_is_never_given_more_where_there_are_more() -> None:
+    """Random tasks; with one node it does everything, with very many the largest task is what one does."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    draw = random.Random(seed)
+    for _ in range(50):
+        tasks = [(draw.choice([draw.random(), 1.0]), draw.randint(1, 9)) for _ in range(draw.randint(1, 12))]
+        total, most = sum(time * count for time, count in tasks), max(time for time, _ in tasks)
+        shares = [busiest_share(tasks, nodes) for nodes in range(1, 40)]
+        assert shares[0] == 1.0 and all(a >= b - 1e-12 for a, b in pairwise(shares))
+        for nodes, share in enumerate(shares, start=1):
+            assert max(1 / nodes, most / total) <= share + 1e-12 <= 1 / nodes + most / total + 2e-12
+        assert busiest_share(tasks, 10_000) == pytest.approx(most / total)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_are_those_that_the_engine_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    write_models(tmp_path)
+    plan = plan_merge(recipe(tmp_path, method), tmp_path / "merged")
+    told = predict(plan, Cluster(2))
+    read = 0
+    fill = Reader.fill
+
+    def counting(self: Reader, path: Path, offset: int, out: memoryview, tensor: str) -> None:
+        nonlocal read
+        read += len(out)
+        fill(self, path, offset, out, tensor)
+
+    monkeypatch.setattr(Reader, "fill", counting)
+    mergekit_lite.run(plan, threads=1)
+    written = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert told.written == written
+    # passes over tied sizes depend on the weights, all others don't
+    tolerance = 0.1 if method == "ties" else 0.0
+    assert read == pytest.approx(told.read + told.read_again, rel=tolerance)
+    assert (told.read_again == 0) == (method in ("linear", "expo"))
+
+
+def test_nothing_of_the_weights_is_read(large: tuple[Plan, Costs], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Reader, "fill", refuse)
+    plan, _ = large
+    told = predict(plan, Cluster(2, read=GB, write=GB))
+    assert told.seconds > told.read / GB
+
+
+@pytest.mark.parametrize("method", [name for name in mergekit_lite.methods.METHODS if name != "passthrough"])
+def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
+    about = mergekit_lite.methods.METHODS[method]
+    count = about.models[0] if about.models[0] == about.models[1] else max(2, about.models[0])
+    with_base = about.base == "required"
+    names = ["base", *(f"m{number}" for number in range(count))]
+    for name in names:
+        write_holes(tmp_path / name, [("model.norm.weight", (8,)), ("model.layers.0.mlp.up_proj.weight", (64, 64))])
+    numbers = {key: 0.5 for key, each in about.parameters.items() if each.required}
+    content = {
+        "merge_method": method,
+        "models": [{"model": str(tmp_path / name)} for name in names[1:]],
+        "parameters": numbers,
+        **({"base_model": str(tmp_path / "base")} if with_base else {}),
+    }
+    (tmp_path / "r.yml").write_text(json.dumps(content))
+    told = predict(plan_merge(tmp_path / "r.yml", tmp_path / "merged"), Cluster(2), started=0.0)
+    assert 0 < told.seconds < 60 and told.processor > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_wider_elements_cost_more_bytes(tmp_path: Path, dtype: str) -> None:
+    for name in ("a", "b"):
+        write_holes(tmp_path / name, [("w", (1024, 256))], dtype)
+    told = predict(plan_merge(recipe(tmp_path, "linear"), tmp_path / "merged"), Cluster(2), started=0.0)
+    assert told.read == 2 * 1024 * 256 * {"float16": 2, "float32": 4, "float64": 8}[dtype]
+    assert math.isfinite(told.seconds) and told.compute > 0
+
+
+def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:
+    here = this_cluster(tmp_path / "merged")
+    assert here.is_measured and here.cores >= 1 and here.copy_in > 0 and here.copy_out > 0
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    assert 0 <= cached_share([(tmp_path / "file", 1 << 20)]) <= 1
+    assert cached_share([(tmp_path / "missing", 10)]) == 0
+
+
+def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["plan", str(recipe(tmp_path, "ties")), "--nodes", "4", "--cores", "8", "--disk", "2,1"]
+    told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["prediction"]
+    assert (told["nodes"], told["cores"], told["workers"]) == (4, 8, 8)
+    assert told["rates"] == {"measured": False, "read": 2 * GB, "write": GB, "net": None}
+    assert told["bytes"]["received"] == told["bytes"]["sent"] == 0
+    text = CliRunner().invoke(main, command).stdout
+    assert "on 4 nodes of 8 cores, 8 workers each; " in text and " limits" in text and "2.00 GB/s" in text
+    over_net = json.loads(CliRunner().invoke(main, [*command[:2], "--net", "1.25", "--json"]).stdout)["prediction"]
+    bytes_told = over_net["bytes"]
+    assert bytes_told["received"] == bytes_told["read"] + bytes_told["read_again"] and bytes_told["from_disk"] == 0
+    run = ["merge", "ties.yml", "-o", "merged", "--threads", "2", "--dry-run"]
+    dry = json.loads(CliRunner().invoke(main, [*run, "--json"]).stdout)
+    assert dry["prediction"]["workers"] == 2 and dry["prediction"]["memory"] == dry["memory"]
+    assert dry["prediction"]["bytes"]["read"] == dry["bytes_to_read"]
+    assert "on this machine" in CliRunner().invoke(main, run).stdout
+
+
+@pytest.mark.parametrize("wrong", ["--disk=0", "--disk=1,2,3", "--net=-1", "--net=x", "--nodes=0", "--cores=0"])
+def test_wrong_machines_are_wrong_usage(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "r.yml"
+    path.write_text("")
+    assert CliRunner().invoke(main, ["plan", str(path), wrong]).exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["expo", "ties", "karcher"])
+def test_no_run_holds_more_memory_than_predicted(tmp_path: Path, method: str) -> None:
+    shapes = [(f"model.layers.{n}.mlp.up_proj.weight", (4096, 4096)) for n in range(8)]
+    for name in ("base", "a", "b"):
+        write_holes(tmp_path / name, [*shapes, *((f"model.layers.{n}.norm.weight", (4096,)) for n in range(2000))])
+    path = recipe(tmp_path, method)
+    told = predict(plan_merge(path, tmp_path / "merged"), Cluster(2), 3)
+    command = [sys.executable, "-m", "mergekit_lite", "merge", str(path), "-o", str(tmp_path / "out"), "-q"]
+    most = 0
+    with subprocess.Popen([*command, "--threads", "3"]) as run:
+        while run.poll() is None:
+            most = max(most, sum(map(held, [run.pid, *children(run.pid)])))
+            time.sleep(0.03)
+    assert run.returncode == 0
+    assert 30e6 < most <= told.memory
