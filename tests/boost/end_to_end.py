@@ -54,12 +54,13 @@ def slow_and_logged(completions: list[str], id: list[str], **columns: object) ->
 
 
 def mortal(completions: list[str], id: list[str], **columns: object) -> list[float]:
-    """The same as ``spaces``; notes its process, and kills it once if it is told to, where it scores ``q7``."""
+    """The same as ``spaces``; notes its process, and kills it where it scores ``q7``, once or always, if told to."""
     with Path(os.environ["PROCESSES"]).open("a") as file:
         file.write(f"{os.getpid()}\n")
-    marker = os.environ.get("DIES_ONCE")
-    if marker and "q7" in id and not Path(marker).exists():
-        Path(marker).touch()
+    marker = os.environ.get("DIES")
+    if marker and "q7" in id and (marker == "always" or not Path(marker).exists()):
+        if marker != "always":
+            Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(float(os.environ.get("SECONDS", "0")))
     return [answer.count(" ") for answer in completions]
