@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from xxhash import xxh3_64_intdigest
 
-from mergekit_lite.errors import RunError, UnreadableError, UsageError
+from mergekit_lite.errors import RunError, UnreadableError, UsageError, counted
 from mergekit_lite.input_files import MAX_BYTES, opened, parse_json
 
 
@@ -164,9 +164,24 @@ def as_line(row: dict[str, Any]) -> str:
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """Return the messages after a system message; without one where the text is empty or None."""
-    before = (Message(role="system", content=system),) if system else ()
+    """Return the messages after a system message, unless they begin with one of their own or the text is empty or None.
+
+    So ``system`` is the default: what a prompt says of itself takes its place, as in LLaMA-Factory. Most chat templates
+    have no place for two; some raise, some leave one out.
+    """
+    before = (Message(role="system", content=system),) if system and not _has_system(messages) else ()
     return (*before, *messages)
+
+
+def _has_system(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[0]["role"] == "system"
+
+
+def own_systems(prompts: Sequence[Prompt], system: str | None) -> str | None:
+    """Say that prompts have system messages of their own, which take the place of ``system``; None where none has."""
+    number = sum(_has_system(prompt.messages) for prompt in prompts) if system else 0
+    have = "has a system message of its" if number == 1 else "have system messages of their"
+    return f"{number:,} of {counted(len(prompts), 'prompt')} {have} own, in place of `system`" if number else None
 
 
 def user_text(messages: Sequence[Message]) -> str:

@@ -76,6 +76,7 @@ class Server:
     concurrency: int = 32  # how many requests are open at once, at each URL
     timeout: float = 600.0  # seconds that a request may take
     retries: int = 8  # how often a request is repeated at most
+    names: Mapping[str, str] = field(default_factory=dict)  # of the model, by URL, where that is not the body's
     ended: Callable[[], str | None] = lambda: None  # says why there is no server any more, where that is known
     failures: Failures = field(default_factory=Failures)  # lost questions by their key; ``stopped``: given up
     in_a_row: int = 0  # questions lost since the last reply
@@ -131,7 +132,9 @@ class Server:
         while not self.failures.stopped:
             endpoint = await self.endpoints.take(tried)
             try:
-                found = await self._request(client, endpoint, self.body.of(question.messages, seed, number))
+                asked = self.body.of(question.messages, seed, number)
+                asked["model"] = self.names.get(endpoint.url, asked["model"])
+                found = await self._request(client, endpoint, asked)
             except Failed as failed:
                 if failed.stop:
                     if not self.endpoints.give_up(endpoint, str(failed)):

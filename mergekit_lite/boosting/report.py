@@ -71,7 +71,7 @@ def as_json(result: Result, about: Mapping[str, str]) -> dict[str, Any]:
         "picked": plain(result.picked and result.picked.params),
         "held_out": result.held_out and _figures(result, result.held_out),
         "items": {"searched": result.items, "held_out": result.items_held_out},
-        "stays": {f"{share:g}": kept for share, kept in result.stays.items()},
+        "stays": {f"{share:g}": kept._asdict() for share, kept in result.stays.items()},
         "broken": dict(result.broken),
     }
 

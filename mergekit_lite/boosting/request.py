@@ -140,6 +140,7 @@ class Prepared:
             "likelihoods": request.likelihoods,
             "device": self.device.partition(":")[0],
             "serve_command": request.serve_command,
+            **({"thoughts": "kept"} if request.serve_command is not None else {}),
         }
 
 

@@ -30,9 +30,12 @@ def verdict(result: Result) -> list[str]:
 
 def stability(result: Result) -> str:
     """Say how often the choice stays where labels flip."""
-    (share, kept), *more = result.stays.items()
-    first = f"With {100 * share:.0f} % of the labels flipped the choice stays in {100 * kept:.0f} % of {DRAWS} draws"
-    return ", ".join([first, *(f"with {100 * share:.0f} % in {100 * kept:.0f} %" for share, kept in more)])
+    said = [
+        f"{100 * share:.0f} % of the labels flipped the same is chosen in {100 * kept.same:.0f} % of {DRAWS} draws, "
+        f"the same or one as good in {100 * kept.as_good:.0f} %"
+        for share, kept in result.stays.items()
+    ]
+    return f"With {'; with '.join(said)}"
 
 
 def figures(of: Interval) -> str:

@@ -19,7 +19,7 @@ from mergekit_lite.distillation.prompts import settled
 from mergekit_lite.distillation.recipe.schema import Recipe
 from mergekit_lite.distillation.remarks import remarks
 from mergekit_lite.distillation.reporter import Reporter
-from mergekit_lite.distillation.sample import SourceTasks, hold_source, plan
+from mergekit_lite.distillation.sample import SourceTasks, hold_source, plan, tell_systems
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 
 ADDRESS = "/v1/chat/completions"
@@ -36,6 +36,7 @@ def write_batch(recipe: Recipe, name: str | None, path: Path, reporter: Reporter
     asked = _source(recipe, name, reporter)
     if path.exists():
         raise UsageError(f"{path} exists already: name another file, or delete it.")
+    tell_systems(asked, reporter)
     body, missing = RequestBody(asked.source.model, asked.source.sampling), frozenset(asked.ledger.missing)
     tasks = [task for task in asked.tasks if task.key in missing]
     write_rows(

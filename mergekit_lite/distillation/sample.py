@@ -19,7 +19,7 @@ from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.answers.local import Local
 from mergekit_lite.answers.offline import Offline, is_installed
 from mergekit_lite.answers.requests import RequestBody
-from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, read_rows, seed_of
+from mergekit_lite.answers.rows import ANSWER, Answer, Key, Prompt, own_systems, read_rows, seed_of
 from mergekit_lite.answers.server import Served, Server, answers_of
 from mergekit_lite.answers.serving import RunningServer, serve_words, serving, split_command
 from mergekit_lite.distillation.data.importing import import_answers
@@ -178,15 +178,13 @@ def respondent(recipe: Recipe, source: RecipeSource) -> Iterator[Served | Local]
         RunError: the server doesn't start.
     """
     with ExitStack() as stack:
-        if source.server is not None:
-            server = _client(source, RequestBody(source.model, source.sampling))
-            yield Served(source.name, server, source.system, source.one_request)
-        elif source.serve is not None:
-            log = Folder(recipe.folder).server_log(source.name)
-            words = serve_words(source.serve, f"{source.name}: serve")
-            running = stack.enter_context(serving(words, _model(recipe, source), log, source.serve_patience))
-            server = _client(source, RequestBody(running.model, source.sampling), running)
-            yield Served(source.name, server, source.system, source.one_request)
+        if source.is_served:
+            running = None
+            if source.serve is not None:
+                log = Folder(recipe.folder).server_log(source.name)
+                words = serve_words(source.serve, f"{source.name}: serve")
+                running = stack.enter_context(serving(words, _model(recipe, source), log, source.serve_patience))
+            yield Served(source.name, _client(source, running), source.system, source.one_request)
         elif source.engine == "vllm":
             yield Offline(
                 source.name,
@@ -208,10 +206,11 @@ def respondent(recipe: Recipe, source: RecipeSource) -> Iterator[Served | Local]
             )
 
 
-def _client(source: RecipeSource, body: RequestBody, running: RunningServer | None = None) -> Server:
+def _client(source: RecipeSource, running: RunningServer | None) -> Server:
+    """Return a client of a source's server: of the one that was started for it, where there is one."""
     server = Server(
-        (running.url,) if running is not None else urls_of(source.server or ()),
-        body,
+        urls_of(source.server or ()) if running is None else (running.url,),
+        RequestBody(source.model if running is None else running.model, source.sampling),
         key_variable=source.api_key_variable,
         concurrency=source.concurrency,
         timeout=source.timeout,
@@ -238,6 +237,8 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
     planned = {each.source.name: each for each in group}
     likeness = {each.source.name: Likeness(each.source, each.tasks, each.ledger.missing) for each in group}
     advance: dict[str, Callable[[int], None]] = {}
+    for each in group:
+        tell_systems(each, reporter)
     with ExitStack() as stack:
         respondents = {each.source.name: stack.enter_context(respondent(recipe, each.source)) for each in group}
         for each in group:
@@ -257,6 +258,13 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
                 _tell(respondents, told, reporter)
         _tell(respondents, told, reporter)
     return [line for each in group for line in _failures(recipe, each, respondents[each.source.name], reporter)]
+
+
+def tell_systems(asked: SourceTasks, reporter: Reporter) -> None:
+    """Report the prompts that a source's system prompt isn't put before."""
+    prompts = list({task.prompt.id: task.prompt for task in asked.tasks}.values())
+    if (said := own_systems(prompts, asked.source.system)) is not None:
+        reporter.line(f"{asked.source.name}: {said}")
 
 
 def _tell(respondents: Mapping[str, Respondent], told: Counter[str], reporter: Reporter) -> None:

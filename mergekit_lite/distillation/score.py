@@ -1,9 +1,10 @@
 """The score stage: every scorer's verdict on every answer of its domains, as ledgers of scores.
 
 One scorer at a time judges, so that one model at a time is in memory. Its verdicts on a source's answers are in
-``scores/SCORER/SOURCE.jsonl``. Each row has a digest of what was judged (conversation, reference, tests and answer) as
-``judged``; where that has changed, the answer is judged again. ``scores/SCORER.json`` holds the scorer's settings, so
-that verdicts with different settings are never in one file.
+``scores/SCORER/SOURCE.jsonl``. Each row has a digest of what was judged as ``judged``: conversation, reference, tests
+and answer, for a function also whether the data have the prompt as a text. Where that has changed, the answer is judged
+again. ``scores/SCORER.json`` holds the scorer's settings, so that verdicts with different settings are never in one
+file.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class SourceAnswers:
     path: Path
     prompts: Mapping[str, Prompt]
     domains: tuple[str, ...] | None
+    with_form: bool = False  # whether the scorer sees if a prompt is a text or messages
 
     def items(self, problems: list[str]) -> Iterator[Item]:
         """Yield the answers in the order of the file; malformed rows become problems."""
@@ -63,7 +65,7 @@ class SourceAnswers:
             if prompt is None:
                 problems.append(f"{self.path}:{line.number}: no {key.prompt!r} among the prompts")
             elif self.domains is None or prompt.domain in self.domains:
-                yield Item(key, digest_of(prompt, text), Judged(prompt, text))
+                yield Item(key, digest_of(prompt, text, self.with_form), Judged(prompt, text))
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,19 @@ def plan(recipe: Recipe, reporter: Reporter) -> list[ScoringTask]:
     return tasks
 
 
-def digest_of(prompt: Prompt, answer: str) -> str:
-    """Return a digest of all that a scorer sees."""
+def digest_of(prompt: Prompt, answer: str, with_form: bool = False) -> str:
+    """Return a digest of all that a scorer sees; ``with_form``: also whether the data have the prompt as a text."""
     turns = [[message["role"], message["content"]] for message in prompt.messages]
     seen = [turns, prompt.reference, prompt.tests, answer, *([prompt.columns] if prompt.columns else [])]
+    if with_form:
+        seen.append("text" if prompt.plain else "messages")
     return xxh3_64_hexdigest(json.dumps(seen).encode())
 
 
 def _task(
     folder: Folder, scorer: RecipeScorer, source: str, prompts: Mapping[str, Prompt], problems: list[str]
 ) -> ScoringTask:
-    answers = SourceAnswers(folder.samples(source), prompts, scorer.domains)
+    answers = SourceAnswers(folder.samples(source), prompts, scorer.domains, kind_of(scorer.kind).sees_form)
     digests = {item.key: item.digest for item in answers.items(problems)}
 
     def key_of(row: dict[str, Any]) -> Key:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.prompts import LoadedPrompts, Prompts, digest_of, load
-from mergekit_lite.answers.rows import Message, Prompt, with_system
+from mergekit_lite.answers.rows import Message, Prompt, own_systems, with_system
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.engine.devices import chosen_device
 from mergekit_lite.errors import UsageError, counted, listing
@@ -107,6 +107,7 @@ def prepare(request: Request) -> Prepared:
     template = ChatTemplate(aligned.tokenizer)
     prompts = tuple(_tokens(prompt, request, template, models) for prompt in request.prompts)
     notes += template.notes
+    notes += [said] if (said := own_systems(request.prompts, request.system)) is not None else []
     ends = frozenset().union(*(model.ends() for model in every))
     weights = tuple(factors[model.role] for model in models)
     return Prepared(request, aligned, models, weights, prompts, device, ends, tuple(notes))

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from mergekit_lite.answers.prompts import Prompts, as_row, digest_of, from_row, load
-from mergekit_lite.answers.rows import Message, Prompt, with_system
+from mergekit_lite.answers.rows import Message, Prompt, own_systems, with_system
 from mergekit_lite.errors import UsageError
 
 ROWS: list[dict[str, Any]] = [
@@ -172,3 +172,16 @@ def test_a_system_message_comes_first_and_an_empty_one_not_at_all() -> None:
     asked = (Message(role="user", content="one?"),)
     assert with_system(asked, "Be brief.") == (Message(role="system", content="Be brief."), *asked)
     assert with_system(asked, "") == with_system(asked, None) == asked
+
+
+def test_a_prompt_s_own_system_message_takes_the_place_of_another_and_that_is_told() -> None:
+    asked = (Message(role="user", content="one?"),)
+    own = (Message(role="system", content="In French."), *asked)
+    assert with_system(own, "Be brief.") == with_system(own, None) == own
+    prompts = [Prompt("a", own), Prompt("b", asked), Prompt("c", own)]
+    said = "2 of 3 prompts have system messages of their own, in place of `system`"
+    assert own_systems(prompts, "Be brief.") == said
+    assert (
+        own_systems(prompts[:2], "Be brief.") == "1 of 2 prompts has a system message of its own, in place of `system`"
+    )
+    assert own_systems(prompts[1:2], "Be brief.") is own_systems(prompts, None) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -50,3 +51,21 @@ def slow_and_logged(completions: list[str], id: list[str], **columns: object) ->
         file.writelines(json.dumps([prompt, answer]) + "\n" for prompt, answer in zip(id, completions, strict=True))
     time.sleep(0.02 * len(id))
     return [answer.count(" ") for answer in completions]
+
+
+def mortal(completions: list[str], id: list[str], **columns: object) -> list[float]:
+    """The same as ``spaces``; notes its process, and kills it where it scores ``q7``, once or always, if told to."""
+    with Path(os.environ["PROCESSES"]).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    marker = os.environ.get("DIES")
+    if marker and "q7" in id and (marker == "always" or not Path(marker).exists()):
+        if marker != "always":
+            Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(float(os.environ.get("SECONDS", "0")))
+    return [answer.count(" ") for answer in completions]
+
+
+def broken(completions: list[str], **columns: object) -> list[float]:
+    """A mistake of the user's."""
+    return [1 / 0 for _ in completions]

@@ -2,7 +2,7 @@
 
 ``dies`` ends at once, ``silent`` is never ready, ``fails`` answers nothing. ``stubborn`` ignores SIGTERM and starts a
 process of its own; so does ``stuck``, which is never ready either. ``counts NUMBER SECONDS`` sleeps before it answers,
-and notes its number.
+notes its number, and goes by no name but ``tiny-NUMBER``. ``thinks`` sends thoughts, too.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+NAME = f"tiny-{sys.argv[4]}" if sys.argv[3:4] == ["counts"] else "tiny"
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self._reply({"data": [{"id": "tiny"}]})
+        self._reply({"data": [{"id": NAME}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if sys.argv[3:] == ["fails"]:
             return self.send_error(404)
-        if sys.argv[3:4] == ["counts"] and asked["max_tokens"] > 1:  # not where it is tried under a name
+        if sys.argv[3:4] == ["counts"] and asked["model"] != NAME:
+            return self.send_error(404)
+        if sys.argv[3:4] == ["counts"]:
             time.sleep(float(sys.argv[5]))
             with (Path(sys.argv[1]).parents[1] / "counts").open("a") as counts:
                 counts.write(f"{sys.argv[4]}\n")
         alpha = json.loads((Path(sys.argv[1]) / "mergekit_lite_manifest.json").read_text())["recipe"]["parameters"]
         text = f"{asked['messages'][-1]['content']} alpha {alpha['alpha']:g}" + " word" * int(4 * alpha["alpha"])
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        message = {"role": "assistant", "content": text}
+        if sys.argv[3:4] == ["thinks"]:
+            message["reasoning_content"] = "so " * int(8 * alpha["alpha"])
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
         usage = {"completion_tokens": len(text.split()), "prompt_tokens": 1, "total_tokens": 1}
         self._reply({"id": "1", "object": "chat.completion", "created": 1, "model": "tiny", "choices": [choice],
                      "usage": usage})  # fmt: skip

@@ -169,6 +169,21 @@ def test_more_answers_and_changed_ones_are_judged_and_no_others(tmp_path: Path, 
     assert [row["score"] for row in scores(tmp_path / "run", "long", "b")][4] == 14
 
 
+def test_a_function_judges_again_where_a_text_has_become_messages(tmp_path: Path, lengths: Path) -> None:
+    """It gets the prompt as the data have it; no other scorer sees that."""
+    path = place(tmp_path / "run", [EXACT, LENGTH])
+    assert invoke(path)[0] == 0
+    out = tmp_path / "run" / "out"
+    prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    prompts[3]["plain"] = True  # by default False
+    (out / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    right = (out / "scores" / "right" / "a.jsonl").read_bytes()
+    lengths.unlink()
+    assert invoke(path)[0] == 0
+    assert {line.split()[0] for line in lengths.read_text().splitlines()} == {"p3"}
+    assert (out / "scores" / "right" / "a.jsonl").read_bytes() == right
+
+
 def test_another_way_of_judging_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert invoke(place(folder, [EXACT]))[0] == 0

@@ -16,7 +16,7 @@ class ItemRow(TypedDict, total=False):
 
     item: str  # the id of a prompt, a preference pair or a text; ``ID#0``, ``ID#1`` … for several answers to one prompt
     values: dict[str, float | None]  # by score; higher is better, with the other sign where need be; None for no score
-    text: str  # the answer, where the item asks for one
+    text: str  # the answer with its thoughts, where the item asks for one
     finish: str  # ``stop`` where the model ended by itself, ``length`` where the limit cut it
     tokens: int  # of the answer
     log_prob: float  # of the answer under the candidate that gave it, summed over its tokens

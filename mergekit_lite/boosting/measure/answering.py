@@ -158,7 +158,12 @@ class Answering:
             likely = self.likelihoods.of(params, judged, whole, [item in sampled for item in items])
         for place, (item, answer, row) in enumerate(zip(items, answers, likely, strict=True)):
             values = {name: given[place].value for name, given in scores.items()} | row.get("values", {})
-            row |= ItemRow(item=item, values=values, text=answer.text, finish=answer.finish)
+            row |= ItemRow(item=item, values=values, text=_whole(answer), finish=answer.finish)
             if answer.tokens is not None:
                 row["tokens"] = answer.tokens
             yield row
+
+
+def _whole(answer: Answer) -> str:
+    """Return all that the model wrote: thoughts that a server sent apart stand before the text, as in this process."""
+    return answer.text if answer.thoughts is None else parts_of(answer.as_row()).whole

@@ -111,8 +111,9 @@ class ServerGenerator:
             logs = [self.folder / f"server-{number}.log" for number in range(self.servers)]
             with serving_several(words, str(model), logs, self.patience, self.seat) as running:
                 body = RequestBody(running[0].model, self.sampling)
-                urls = [each.url for each in running]
-                yield Server(urls, body, concurrency=self.concurrency, ended=partial(_all_ended, running))
+                names = {each.url: each.model for each in running}
+                ended = partial(_all_ended, running)
+                yield Server(list(names), body, concurrency=self.concurrency, names=names, ended=ended)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mergekit_lite.answers.intervals import Floats, Interval, difference
 from mergekit_lite.boosting.candidates.candidate import Alone, Evaluator, ItemRow, Params, Team, label
-from mergekit_lite.boosting.search.flips import stays
+from mergekit_lite.boosting.search.flips import Kept, stays
 from mergekit_lite.boosting.search.looks import FIRST_LOOK, looks, shared_confidence
 from mergekit_lite.boosting.search.measuring import Demand, Measuring
 from mergekit_lite.boosting.search.point import Point, Settings, beyond, called, plain, point, values
@@ -40,9 +40,7 @@ class Result:
     chosen: Params | None  # the params to write a model with; None where no candidate helps
     items: int = 0  # clusters of items that the search used
     items_held_out: int = 0  # clusters that it didn't
-    stays: Mapping[float, float] = field(
-        default_factory=dict
-    )  # how often the choice stays, by the labels' flipped share
+    stays: Mapping[float, Kept] = field(default_factory=dict)  # how often the choice does, by the labels' flipped share
     broken: Mapping[str, str] = field(default_factory=dict)  # what is wrong with judges, by score
 
     def called(self, candidate: Point) -> str:
@@ -181,8 +179,8 @@ class Contest:
         close = [one for one in better if best and self.same(one.params, best.params, CLOSE)]
         return min(close, key=self._distance, default=None)
 
-    def stays(self, picked: Point, apart: Sequence[str]) -> dict[float, float]:
-        """Return how often the picked one is chosen again where labels flip, by their share; ``apart`` confirm it."""
+    def stays(self, picked: Point, apart: Sequence[str]) -> dict[float, Kept]:
+        """Return how often the picked one, or one as good, is chosen where labels flip; ``apart`` confirm it."""
         allowed = [one for one in self.points.values() if one.allowed]
         return stays(
             {one.name: self._gains(one.params, self.items) for one in allowed},

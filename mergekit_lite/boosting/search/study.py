@@ -148,6 +148,11 @@ class Study:
         ]
         if differ:
             title = f"{self.folder} holds a search of something else; give another -o, or remove it. What differs"
+            if '"minimise"' in str(now.get("scores")) and '"minimise"' not in str(before.get("scores")):
+                title = (
+                    f"{self.folder} was begun by an older version, which could not minimise a score; finish it with "
+                    "that version, give another -o, or remove it. What differs"
+                )
             raise UsageError(listing(title, differ))
 
 

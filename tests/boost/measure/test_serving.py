@@ -57,7 +57,7 @@ def test_each_candidate_is_served_and_removed(models: Path, tmp_path: Path) -> N
 
 
 def test_several_servers_share_the_prompts_and_change_nothing(models: Path, tmp_path: Path) -> None:
-    """Three servers over each candidate: each one answers, and the rows are those of one server."""
+    """Three servers over each candidate: each one answers to its own name, and the rows are those of one server."""
     rows = {}
     for servers in (1, 3):
         (tmp_path / str(servers)).mkdir()
@@ -72,6 +72,17 @@ def test_several_servers_share_the_prompts_and_change_nothing(models: Path, tmp_
         ledger = (tmp_path / str(servers) / "out.boost" / "candidates" / "alpha=1.jsonl").read_text().splitlines()
         rows[servers] = sorted(ledger)
     assert rows[1] == rows[3]
+
+
+def test_thoughts_that_a_server_sends_apart_are_guarded_and_not_scored(models: Path, tmp_path: Path) -> None:
+    limits = ("growth=none",)
+    request = request_of(models, tmp_path / "out", "thinks", search="grid", grid={"alpha": (1.0,)}, limits=limits)
+    [point] = search_and_write(prepare(request)).result.points
+    assert point.gain.mean == 4.0, "what the function scores has no thoughts"
+    assert point.guards.repetition is not None and point.guards.repetition > 0.2
+    assert point.beyond[0].startswith("repetition")
+    row = json.loads((tmp_path / "out.boost" / "candidates" / "alpha=1.jsonl").read_text().splitlines()[0])
+    assert row["text"].startswith("<think>\nso so so so so so so so\n</think>\n\nWhat is ")
 
 
 def test_several_servers_need_a_command(models: Path, tmp_path: Path) -> None:

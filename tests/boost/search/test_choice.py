@@ -273,6 +273,14 @@ def test_a_study_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
     assert "model.sft" not in message
 
 
+def test_a_study_of_an_older_version_says_so(tmp_path: Path) -> None:
+    with Study(tmp_path, {"scores": '[[], [{"name": "function"}]]'}, ["a"]):
+        pass
+    now = {"scores": '[[], [{"name": "function", "minimise": false}]]'}
+    with pytest.raises(UsageError, match=r"begun by an older version, .* finish it with that version, give another -o"):
+        Study(tmp_path, now, ["a"])
+
+
 def test_a_study_needs_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="found other files"):

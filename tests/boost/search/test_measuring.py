@@ -142,7 +142,7 @@ def test_trials_at_once_repeat_whatever_the_number_of_workers(tmp_path: Path) ->
         url = f"sqlite:///{tmp_path}/{size}.db"
         result = search(
             tmp_path / str(size),
-            lambda same: searcher(url),
+            lambda same, url=url: searcher(url),  # type: ignore[misc]
             evaluator,
             team,
             baseline=about.baseline,
