@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from mergekit_lite.distillation.training import deepspeed
-from tests.distill.training import figures, recipe, target, weights, write_rows
+from tests.distill.launching import Two
 
 pytest.importorskip("accelerate")
-ROOT = Path(__file__).parents[2]
 
 
 def arguments(config: dict, stage: int = 3) -> SimpleNamespace:
@@ -74,7 +69,7 @@ def test_without_deepspeed_nothing_is_done(monkeypatch):
 
 # --- two processes ----------------------------------------------------------------------------------------------------
 
-# What accelerate launch makes of a file that `accelerate config` wrote; on a CPU it would start one process only.
+# What accelerate launch makes of a file that `accelerate config` wrote.
 CONFIGURED = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_USE_CPU": "true",
@@ -84,8 +79,6 @@ CONFIGURED = {
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false",
     "ACCELERATE_MIXED_PRECISION": "no",
     "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
 }
 # Kernels for CPUs, which DeepSpeed would compile first: that takes minutes and changes nothing here.
 DRIVER = """
@@ -98,50 +91,19 @@ main(sys.argv[1])
 """
 
 
-def launched(path: Path, stage: int, init: bool) -> str:
-    """Train by a recipe in two processes; what they told."""
-    (path.parent / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    zero = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(init).lower()}
-    process = subprocess.run(
-        [*command, str(path.parent / "driver.py"), str(path)],
-        env=os.environ | CONFIGURED | zero,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("stage", "init"), [(2, False), (3, True), (3, False)])
 def test_two_processes_by_deepspeed_are_as_good_as_one(tmp_path, stage, init, lora):
-    """The same losses and the same published tensors, but for the order in which floats are added."""
-    from mergekit_lite.distillation.train import train
-    from tests.distill.test_train import Told
-
+    """Also where both are killed in between."""
     more = {"per_device_batch_size": 1, "save_steps": 2, "eval": 3} | ({"lora": {"rank": 4}} if lora else {})
-    stages = {"sft": {"epochs": 1, **more}, "preference": {"batch_size": 8, **more}}
-    target(tmp_path / "target")
-    for name in ("one", "two"):
-        write_rows(tmp_path / name)
-    made = recipe(tmp_path / "two", tmp_path / "target", **stages)
-    (tmp_path / "two.json").write_text(made.model_dump_json())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(recipe(tmp_path / "one", tmp_path / "target", **stages), Told())
-    torch.set_num_threads(threads)
-    told = launched(tmp_path / "two.json", stage, init)
+    two = Two(tmp_path, sft={"epochs": 1, **more}, preference={"batch_size": 8, **more})
+    (tmp_path / "driver.py").write_text(DRIVER)
+    zero = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(init).lower()}
+    how = {"environment": CONFIGURED | zero, "program": (str(tmp_path / "driver.py"),)}
+    told = two.launch(**how, until="preference.partial/checkpoint-2/trainer_state.json")
     assert "sft: DeepSpeed is set up by the recipe: gradient_accumulation_steps 2 for 1" in told
     assert "preference: DeepSpeed is set up by the recipe: gradient_accumulation_steps 4 for 1" in told
-    for name in ("sft", "preference"):
-        first, second = tmp_path / "one" / "train" / name, tmp_path / "two" / "train" / name
-        expected, found = weights(first), weights(second)
-        assert expected.keys() == found.keys()
-        for tensor in expected:
-            torch.testing.assert_close(found[tensor], expected[tensor], rtol=1e-3, atol=2e-5)
-        for mine, other in zip(figures(first), figures(second), strict=True):
-            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert "preference: goes on after step 2" in two.launch(**how)
+    two.check_alike()

@@ -100,10 +100,7 @@ class TrainingStage:
         settings = self.settings()
         self.workspace.check(settings)
         if self.final.exists():
-            self._together(self._check_earlier)
-            if self.is_main:
-                self.workspace.tidy()
-                reporter.line(f"{self.name}: done, {self.final}")
+            self._accept(reporter)
             return
         data = self.rows()
         parts = held_out.split(data.rows, self.training, self.seed, self.name)
@@ -111,25 +108,15 @@ class TrainingStage:
         args = training_arguments(self.training, self.workspace.root, planned.steps, self.seed)
         reporter = reporter if self.is_main else Reporter()
         self._report_rows(data, parts, planned, reporter)
-        if remarks := deepspeed.fit(args):
-            reporter.line(f"{self.name}: DeepSpeed is set up by the recipe: {', '.join(remarks)}")
-        if args.world_size == 1 and torch.accelerator.device_count() > 1:
-            reporter.warn("Only one of the devices is used. `accelerate launch -m mergekit_lite …` takes all.")
+        self._fit(args, reporter)
         done, checkpoint = self.workspace.last_checkpoint() or (0, None)
         if done:
             reporter.line(f"{self.name}: goes on after step {done:,} of {planned.steps:,}")
         _wait_for_everyone()  # all processes must read the folder before one changes it
-        versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-        record = {"rows": data.counts, "steps": planned.steps, "processes": args.world_size, "versions": versions}
-        if parts.held:
-            record["held out"] = {"prompts": parts.prompts, "rows": len(parts.held)}
-        record = {"settings": settings, **record}
+        record = self._record(settings, data, parts, planned, args)
         if self.is_main:
             self.workspace.begin(record, done)
-        trainer = self._trainer(args, parts, planned)
-        if self.training.packing and layout_of(trainer.model) == "padded":
-            why = "this model, its attention or ZeRO-3 doesn't keep rows apart that lie end to end"
-            reporter.line(f"{self.name}: rows are padded, as {why}")
+        trainer = self._trainer(args, parts, planned, reporter)
         with reporter.progress(f"train {self.name}", planned.steps, done) as advance:
             trainer.add_callback(self._callback(trainer, data.rows, reporter, advance))
             try:
@@ -138,6 +125,13 @@ class TrainingStage:
                 raise RunError(self._diverged(error)) from error
         self._publish(trainer, record, reporter)
         reporter.line(f"{self.name}: {counted(planned.steps, 'step')} done, {self.final}")
+
+    def _accept(self, reporter: Reporter) -> None:
+        """Take the finished folder as it is, once it is checked."""
+        self._together(self._check_earlier)
+        if self.is_main:
+            self.workspace.tidy()
+            reporter.line(f"{self.name}: done, {self.final}")
 
     def _check_earlier(self) -> None:
         """Check a finished folder that a version without a check has written."""
@@ -214,7 +208,25 @@ class TrainingStage:
         what = f"{data.summary}{held if parts.held else ''}"
         reporter.line(f"{self.name}: {what}; {self.training.epochs:g} epochs in {steps}{left}")
 
-    def _trainer(self, args: TrainingArguments, parts: Split, planned: Length) -> ResponseTrainer:
+    def _fit(self, args: TrainingArguments, reporter: Reporter) -> None:
+        """Bring the launcher's settings in line with the recipe, and tell of devices that lie idle."""
+        if remarks := deepspeed.fit(args):
+            reporter.line(f"{self.name}: DeepSpeed is set up by the recipe: {', '.join(remarks)}")
+        if args.world_size == 1 and torch.accelerator.device_count() > 1:
+            reporter.warn("Only one of the devices is used. `accelerate launch -m mergekit_lite …` takes all.")
+
+    @staticmethod
+    def _record(
+        settings: dict[str, Any], data: TokenRows, parts: Split, planned: Length, args: TrainingArguments
+    ) -> dict[str, Any]:
+        """Return what the published folder will say about its training."""
+        versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+        record = {"rows": data.counts, "steps": planned.steps, "processes": args.world_size, "versions": versions}
+        if parts.held:
+            record["held out"] = {"prompts": parts.prompts, "rows": len(parts.held)}
+        return {"settings": settings, **record}
+
+    def _trainer(self, args: TrainingArguments, parts: Split, planned: Length, reporter: Reporter) -> ResponseTrainer:
         from mergekit_lite.distillation.training.trainer import OrderedRows, PreferenceTrainer, SftTrainer
 
         by_preference = isinstance(self.training, Preference)
@@ -232,6 +244,9 @@ class TrainingStage:
                 f"train.{self.name}: keep: best needs whole checkpoints. Set fsdp_state_dict_type: FULL_STATE_DICT in "
                 "the file of accelerate launch."
             )
+        if self.training.packing and layout_of(trainer.model) == "padded":
+            why = "this model, its attention or ZeRO-3 doesn't keep rows apart that lie end to end"
+            reporter.line(f"{self.name}: rows are padded, as {why}")
         return trainer
 
     def _callback(self, trainer: ResponseTrainer, rows: list[TrainingRow], reporter: Reporter, advance: Advance) -> Any:
