@@ -18,10 +18,11 @@ from mergekit_lite.distillation.recipe.loading import load
 from tests.tokenizers import tokenizer
 
 TWO = "Bread is a food that people make of flour and water. Many bakers sell it fresh in the morning."
+THREE = f"{TWO} Some of it is sweet."
 GOOD = {  # an answer that follows, and what it was asked beyond its kind
     "lowercase": (None, TWO.lower()),
     "uppercase": (None, TWO.upper()),
-    "no commas": (None, f"{TWO} Some of it is sweet."),
+    "no commas": (None, THREE),
     "at most": (20, TWO),
     "at least": (30, f"{TWO} Its crust is dark where the oven was hot and the dough inside stays soft and warm."),
     "sentences": (2, TWO),
@@ -30,7 +31,7 @@ GOOD = {  # an answer that follows, and what it was asked beyond its kind
     "bullets": (3, "- Bread is made of flour\n- Bakers sell it each morning\n- Its crust is hard"),
     "numbered": (3, "1. Bread smells good\n2. It fills the hungry\n3. Crust crackles in your mouth"),
     "JSON": (["fact", "reason"], '{"fact": "Bread is made of flour", "reason": "People grow a lot of wheat"}'),
-    "quotes": (None, f'"{TWO}"'),
+    "quotes": (None, '"Bread is a food that people make of flour and water."'),
     "begin": ("Honestly", f"Honestly, {TWO}"),
     "end": ("That is all.", f"{TWO} That is all."),
     "title": (None, f"<<About Bread>>\n{TWO}"),
@@ -39,22 +40,31 @@ GOOD = {  # an answer that follows, and what it was asked beyond its kind
     "two parts": (None, TWO.replace(". ", ".\n***\n")),
 }
 GAMED = {  # answers that have the form and nothing else, or that have it by accident
-    "lowercase": ["bread.", "bread. " * 12, TWO],
+    "lowercase": ["bread.", THREE.lower(), "bread. " * 12, TWO],
     "uppercase": ["BREAD. BREAD.", "BREAD IS GOOD. " * 6, "1234. 5678."],
     "no commas": ["Bread. Bread. Bread.", "Bread is good. " * 3, f"{TWO} Some, not all, is sweet."],
     "at most": ["Bread.", "Bread bread bread bread bread bread bread bread bread."],
     "at least": ["bread " * 40, TWO],
-    "sentences": ["Bread. Yes.", "Bread is good food to eat. " * 2, f"{TWO} Some of it is sweet."],
+    "sentences": ["Bread. Yes.", "Bread is good food to eat. " * 2, THREE],
     "use": ["people water bread", TWO.replace("water", "milk")],
     "avoid": ["Bread", TWO],
     "bullets": ["- \n- \n- ", "**\n**\n**", "\n".join(["- bread bread"] * 3), "- Bread\n- Flour\n- Water"],
     "numbered": ["1.\n2.\n3.", "1. bread\n2. bread\n3. bread", f"Sure!\n{GOOD['numbered'][1]}"],
     "JSON": ['{"fact": "", "reason": ""}', '{"fact": "bread", "reason": "bread"}', "{}", f"Here: {GOOD['JSON'][1]}"],
-    "quotes": ['""', '"Bread"', f'Here it is: "{TWO}"', '"Bread" is a "food" that people eat in the "morning"'],
-    "begin": ["Honestly", "Honestly. Honestly. Honestly.", TWO],
-    "end": ["That is all.", "Bread. That is all.", f"That is all. {TWO} That is all."],
-    "title": ["<<>>", "<<Bread>>", f"<<Bread>> {TWO}", f"<<About Bread>> {'bread ' * 9}"],
-    "postscript": ["P.S.", f"{TWO} P.S.", "P.S. Bread is a food that people make of flour and water."],
+    "quotes": [
+        '""', '"Bread"', f'"{TWO}"', f"Here: {GOOD['quotes'][1]}",
+        '"Bread" is a "food" that people eat in the "morning"',
+    ],
+    "begin": ["Honestly", f"Honestly, {THREE}", "Honestly. Honestly. Honestly.", TWO],
+    "end": ["That is all.", f"{THREE} That is all.", "Bread. That is all.", f"That is all. {TWO} That is all."],
+    "title": [
+        "<<>>", "<<Bread>>", f"<<My Title>> {TWO}", f"<<Bread>> {TWO}", f"<<About Bread>> {THREE}",
+        f"<<About Bread>> {'bread ' * 9}",
+    ],
+    "postscript": [
+        "P.S.", f"{TWO} P.S.", f"{THREE} P.S. Try it with butter.",
+        "P.S. Bread is a food that people make of flour and water.",
+    ],
     "question": ["?", "bread?", "Bread? Bread? Bread? Why not?", "I like bread a lot. Why does bread rise?"],
     "two parts": ["***", "\n***\n", "Bread is a food made of flour\n***\nBread is a food made of flour", TWO],
 }  # fmt: skip

@@ -101,32 +101,38 @@ def json_of(text: str, keys: list[str]) -> bool:
 
 
 def quoted(text: str, given: None) -> bool:
-    """Return whether all of a text is within one pair of double quotation marks."""
+    """Return whether all of a text is one sentence within one pair of double quotation marks."""
     inside = text.strip()
-    return len(inside) > 2 and inside[0] in '"“' and inside[-1] in '"”' and not set('"“”') & set(inside[1:-1])
+    marked = len(inside) > 2 and inside[0] in '"“' and inside[-1] in '"”' and not set('"“”') & set(inside[1:-1])
+    return marked and len(SENTENCE.findall(inside)) <= 1  # its full stop may be missing
 
 
 def begins(text: str, word: str) -> bool:
-    """Return whether the first word is the given one, and more than it follows."""
-    return words_of(text)[:1] == [word.lower()]
+    """Return whether the first word of two sentences is the given one."""
+    return words_of(text)[:1] == [word.lower()] and len(sentences_of(text)) == 2
 
 
 def ends(text: str, phrase: str) -> bool:
-    """Return whether a text ends with a phrase that is not all it says, nor said before."""
+    """Return whether two sentences end with a phrase that they didn't say before."""
     body = text.strip().removesuffix(phrase)
-    return body != text.strip() and phrase.rstrip(".").lower() not in body.lower() and len(words_of(body)) >= 8
+    return body != text.strip() and phrase.rstrip(".").lower() not in body.lower() and len(sentences_of(body)) == 2
 
 
 def titled(text: str, given: None) -> bool:
-    """Return whether a text begins with one title of two words or more in <<double angles>>, and goes on after it."""
-    found = re.fullmatch(r"\s*<<([^<>]+)>>(.+)", text, re.DOTALL)
-    return found is not None and len(words_of(found[1])) >= 2 and len(words_of(found[2])) >= 8 and "<<" not in found[2]
+    """Return whether two sentences come after one title of two words or more in <<double angles>>.
+
+    The title of the instruction's example is none.
+    """
+    found = re.fullmatch(r"\s*<<([^<>]+)>>([^<>]+)", text)
+    if found is None or "my title" in found[1].lower():
+        return False
+    return len(words_of(found[1])) >= 2 and len(sentences_of(found[2])) == 2
 
 
 def postscript(text: str, given: None) -> bool:
-    """Return whether a text of eight words or more is followed by one ``P.S.`` of three words or more."""
+    """Return whether two sentences are followed by one ``P.S.`` of three words or more."""
     before, mark, after = text.partition("P.S.")
-    return bool(mark) and len(words_of(before)) >= 8 and len(words_of(after)) >= 3 and "P.S." not in after
+    return bool(mark) and len(sentences_of(before)) == 2 and len(words_of(after)) >= 3 and "P.S." not in after
 
 
 def two_parts(text: str, given: None) -> bool:
@@ -151,11 +157,11 @@ def _word_pairs(split: Split) -> list[Any]:
 KINDS: dict[str, Kind] = {
     "lowercase": Kind(
         "Write two sentences about {topic}. Use lowercase letters only, no capital letters.",
-        lambda text, given: _letters(text) == _letters(text).lower() and len(sentences_of(text)) >= 2,
+        lambda text, given: _letters(text) == _letters(text).lower() and len(sentences_of(text)) == 2,
     ),
     "uppercase": Kind(
         "Write two sentences about {topic}. Use CAPITAL LETTERS only.",
-        lambda text, given: _letters(text) == _letters(text).upper() and len(sentences_of(text)) >= 2,
+        lambda text, given: _letters(text) == _letters(text).upper() and len(sentences_of(text)) == 2,
     ),
     "no commas": Kind(
         "Write three sentences about {topic}. Don't use any commas.",
