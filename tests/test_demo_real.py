@@ -210,7 +210,7 @@ def test_the_page_of_a_made_up_result(made_up, tmp_path, capsys):
     found = page.read(made_up)
     assert {len(each.rows) for each in found.test} == {QUICK.test - len(PARTS)}  # those that every alpha has
     assert {len(each.rows) for each in found.student} == {QUICK.test}
-    assert found.chosen == 1 and "> alpha=1 beats alpha=0" in text and "12 pairs" in text
+    assert found.chosen == 1 and "- alpha=1 beats alpha=0" in text and "12 pairs" in text
     first, trained = found.test[0], found.test[1]
     assert (first.alpha, trained.alpha) == (-1, 0)
     mean = sum(trained.values("followed").values()) / len(trained.rows)
@@ -232,4 +232,4 @@ def test_sizes_of_models_are_those_of_their_configurations():
 def test_a_search_that_found_nothing_has_a_page_too(made_up, capsys):
     made_up.figures("dev").write_text(json.dumps({"chosen": None, "verdict": ["not", "sure"]}))
     page.write(made_up, Console())
-    assert "> not\n> sure" in (made_up.report / "report.md").read_text()
+    assert "- not\n- sure" in (made_up.report / "report.md").read_text()
