@@ -18,10 +18,11 @@ from mergekit_lite.distillation.recipe.loading import load
 from tests.tokenizers import tokenizer
 
 TWO = "Bread is a food that people make of flour and water. Many bakers sell it fresh in the morning."
+THREE = f"{TWO} Some of it is sweet."
 GOOD = {  # an answer that follows, and what it was asked beyond its kind
     "lowercase": (None, TWO.lower()),
     "uppercase": (None, TWO.upper()),
-    "no commas": (None, f"{TWO} Some of it is sweet."),
+    "no commas": (None, THREE),
     "at most": (20, TWO),
     "at least": (30, f"{TWO} Its crust is dark where the oven was hot and the dough inside stays soft and warm."),
     "sentences": (2, TWO),
@@ -39,22 +40,31 @@ GOOD = {  # an answer that follows, and what it was asked beyond its kind
     "two parts": (None, TWO.replace(". ", ".\n***\n")),
 }
 GAMED = {  # answers that have the form and nothing else, or that have it by accident
-    "lowercase": ["bread.", f"{TWO} Some of it is sweet.".lower(), "bread. " * 12, TWO],
+    "lowercase": ["bread.", THREE.lower(), "bread. " * 12, TWO],
     "uppercase": ["BREAD. BREAD.", "BREAD IS GOOD. " * 6, "1234. 5678."],
     "no commas": ["Bread. Bread. Bread.", "Bread is good. " * 3, f"{TWO} Some, not all, is sweet."],
     "at most": ["Bread.", "Bread bread bread bread bread bread bread bread bread."],
     "at least": ["bread " * 40, TWO],
-    "sentences": ["Bread. Yes.", "Bread is good food to eat. " * 2, f"{TWO} Some of it is sweet."],
+    "sentences": ["Bread. Yes.", "Bread is good food to eat. " * 2, THREE],
     "use": ["people water bread", TWO.replace("water", "milk")],
     "avoid": ["Bread", TWO],
     "bullets": ["- \n- \n- ", "**\n**\n**", "\n".join(["- bread bread"] * 3), "- Bread\n- Flour\n- Water"],
     "numbered": ["1.\n2.\n3.", "1. bread\n2. bread\n3. bread", f"Sure!\n{GOOD['numbered'][1]}"],
     "JSON": ['{"fact": "", "reason": ""}', '{"fact": "bread", "reason": "bread"}', "{}", f"Here: {GOOD['JSON'][1]}"],
-    "quotes": ['""', '"Bread"', f'"{TWO}"', f'Here: "{GOOD["quotes"][1]}"', '"Bread" is a "food" that people eat in the "morning"'],
-    "begin": ["Honestly", f"Honestly, {TWO} Some of it is sweet.", "Honestly. Honestly. Honestly.", TWO],
-    "end": ["That is all.", f"{TWO} So. I see it. That is all.", "Bread. That is all.", f"That is all. {TWO} That is all."],
-    "title": ["<<>>", f"<<My Title>> {TWO}", f"<<About Bread>> {TWO} Some of it is sweet.", "<<Bread>>", f"<<Bread>> {TWO}", f"<<About Bread>> {'bread ' * 9}"],
-    "postscript": ["P.S.", f"{TWO} Some of it is sweet. P.S. Try it with butter.", f"{TWO} P.S.", "P.S. Bread is a food that people make of flour and water."],
+    "quotes": [
+        '""', '"Bread"', f'"{TWO}"', f"Here: {GOOD['quotes'][1]}",
+        '"Bread" is a "food" that people eat in the "morning"',
+    ],
+    "begin": ["Honestly", f"Honestly, {THREE}", "Honestly. Honestly. Honestly.", TWO],
+    "end": ["That is all.", f"{THREE} That is all.", "Bread. That is all.", f"That is all. {TWO} That is all."],
+    "title": [
+        "<<>>", "<<Bread>>", f"<<My Title>> {TWO}", f"<<Bread>> {TWO}", f"<<About Bread>> {THREE}",
+        f"<<About Bread>> {'bread ' * 9}",
+    ],
+    "postscript": [
+        "P.S.", f"{TWO} P.S.", f"{THREE} P.S. Try it with butter.",
+        "P.S. Bread is a food that people make of flour and water.",
+    ],
     "question": ["?", "bread?", "Bread? Bread? Bread? Why not?", "I like bread a lot. Why does bread rise?"],
     "two parts": ["***", "\n***\n", "Bread is a food made of flour\n***\nBread is a food made of flour", TWO],
 }  # fmt: skip
@@ -200,7 +210,7 @@ def test_the_page_of_a_made_up_result(made_up, tmp_path, capsys):
     found = page.read(made_up)
     assert {len(each.rows) for each in found.test} == {QUICK.test - len(PARTS)}  # those that every alpha has
     assert {len(each.rows) for each in found.student} == {QUICK.test}
-    assert found.chosen == 1 and "> alpha=1 beats alpha=0" in text and "12 pairs" in text
+    assert found.chosen == 1 and "- alpha=1 beats alpha=0" in text and "12 pairs" in text
     first, trained = found.test[0], found.test[1]
     assert (first.alpha, trained.alpha) == (-1, 0)
     mean = sum(trained.values("followed").values()) / len(trained.rows)
@@ -222,4 +232,4 @@ def test_sizes_of_models_are_those_of_their_configurations():
 def test_a_search_that_found_nothing_has_a_page_too(made_up, capsys):
     made_up.figures("dev").write_text(json.dumps({"chosen": None, "verdict": ["not", "sure"]}))
     page.write(made_up, Console())
-    assert "> not\n> sure" in (made_up.report / "report.md").read_text()
+    assert "- not\n- sure" in (made_up.report / "report.md").read_text()

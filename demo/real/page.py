@@ -17,6 +17,7 @@ from demo.real.instructions import KINDS
 from demo.real.plan import ASKED, LEFT_OUT, OWN, PARTS, STUDENT, Out
 from demo.real.results import Candidate, Rounding
 from mergekit_lite.answers.intervals import Interval
+from mergekit_lite.pages import markdown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,25 +124,42 @@ def parts(found: Measured) -> dict[str, str]:
 
 
 def summary(found: Measured) -> str:
-    """Return the results in a line each."""
+    """Return what was gained and what it cost, a line each."""
     released, trained = results.at(-1)(found.test), results.at(0)(found.test)
+    before, after = results.at(-1)(found.costs), results.at(0)(found.costs)
     best = max(found.test, key=lambda each: each.mean("followed").mean)
     first, taught = found.student
-    chosen = "none, as it isn't sure that any helps" if found.chosen is None else f"{found.chosen:g}"
-    return "\n".join(
+    chosen = "none, as it isn't sure that any helps" if found.chosen is None else f"alpha {found.chosen:g}"
+    used = sum(each.processor for each in found.times) / 60
+    longer = 100 * (trained.characters / released.characters - 1)
+    return table(
+        ("", f"on {len(released.rows):,} instructions"),
         [
-            "| | |",
-            "| --- | --- |",
-            f"| the released model follows | {percent(released.mean('followed'))} % of {len(released.rows):,} |",
-            f"| DPO on {found.pairs:,} pairs of its own answers adds | "
-            f"{points(trained.gain(released, 'followed'))} points |",
-            f"| the best alpha on the test, {best.alpha:g}, adds to that | "
-            f"{points(best.gain(trained, 'followed'))} points |",
-            f"| the alpha that `boost` chose on other instructions | {chosen} |",
-            f"| a student with {1 - size(left_out()) / size(0):.0%} less weights follows | "
-            f"{percent(first.mean('followed'))} % before its lessons, {percent(taught.mean('followed'))} % after |",
-            f"| processor time | {sum(each.processor for each in found.times) / 60:.0f} minutes |",
-        ]
+            ("the released model follows", f"{percent(released.mean('followed'))} %"),
+            (
+                f"DPO on {found.pairs:,} pairs of its own answers adds",
+                f"{points(trained.gain(released, 'followed'))} points",
+            ),
+            (
+                f"the best alpha that was tried, {signed(best.alpha, 'g')}, adds to that",
+                f"{points(best.gain(trained, 'followed'))} points",
+            ),
+            ("`boost`, on other instructions, chose", chosen),
+            (
+                f"a student with {100 * (1 - size(left_out()) / size(0)):.0f} % less weights follows",
+                f"{percent(first.mean('followed'))} % before its lessons, {percent(taught.mean('followed'))} % after",
+            ),
+            (
+                "what DPO cost: length of answers",
+                f"{longer:+.0f} %; {100 * trained.cut:.1f} % are cut at the limit, {100 * released.cut:.1f} % were",
+            ),
+            (
+                "what DPO cost elsewhere",
+                f"sums {points(after.gain(before, 'sums'))} points; a text's log-probability "
+                f"{plain(after.gain(before, 'nll'), 4)} nats a token",
+            ),
+            ("time on two cores", f"{used / 2:.0f} minutes, if they do nothing else"),
+        ],
     )
 
 
@@ -167,7 +185,7 @@ def written(each: Candidate) -> tuple[str, str]:
 
 
 def quoted(verdict: list[str]) -> str:
-    return "\n".join(f"> {line}" for line in verdict)
+    return "\n".join(f"- {line}" for line in verdict)
 
 
 def kinds(found: Measured) -> str:
@@ -257,12 +275,12 @@ def samples(found: Measured) -> list[str]:
     items = sorted(set.intersection(*(set(each.rows) for each in shown.values())))
     texts = []
     for item in random.Random(0).sample(items, min(SAMPLES, len(items))):
-        lines = [f"> {found.asked[item]}", ""]
+        lines = [f"> {markdown.text(found.asked[item])}", ""]
         for model, each in shown.items():
             verdict = "followed" if each.values("followed").get(item) else "not followed"
             text = " ⏎ ".join(each.rows[item]["text"].split("\n"))
             text = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
-            lines.append(f"- {model} ({verdict}): {text}")
+            lines.append(f"- {model} ({verdict}): {markdown.text(text)}")
         texts.append("\n".join(lines))
     return texts
 

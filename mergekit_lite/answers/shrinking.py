@@ -3,10 +3,14 @@
 ``generate`` computes every row of a batch until its last one ends. On a CPU a row costs as much as another, whether it
 has ended or not, and half of the rows may have ended at half of the longest one. So a batch is generated in pieces of
 some tokens, and between these only the rows that go on are kept, with their part of the cache.
+
+Random numbers are still drawn for all rows. So each row gets those that it would get in a whole batch, and says the
+same; and answers of two models to the same prompts stay as alike as the models are, whichever row ends first.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,24 +52,71 @@ def generate(
 
     start = ids.shape[1]
     answers: list[list[int]] = [[] for _ in ids]
-    rows = torch.arange(len(ids))  # those that go on, by their places among the prompts
+    draw = Draw(model.generation_config, len(ids))
     last = torch.tensor(sorted(ends), dtype=torch.long)
     cache = None
-    while len(rows) and (left := most - (ids.shape[1] - start)) > 0:
+    while len(draw.rows) and (left := most - (ids.shape[1] - start)) > 0:
         made = model.generate(
             ids,
             attention_mask=mask,
+            generation_config=draw.config,
+            logits_processor=[draw] if draw.warpers is not None else None,
             max_new_tokens=min(piece, left),
             past_key_values=cache,
             return_dict_in_generate=True,
         )
-        for row, tokens in zip(rows.tolist(), made.sequences[:, start:].tolist(), strict=True):
+        for row, tokens in zip(draw.rows.tolist(), made.sequences[:, start:].tolist(), strict=True):
             answers[row] = tokens
         goes_on = ~torch.isin(made.sequences[:, ids.shape[1] :], last).any(dim=1)
         mask = torch.nn.functional.pad(mask, (0, made.sequences.shape[1] - ids.shape[1]), value=1)
         ids, cache = made.sequences, made.past_key_values
         if not goes_on.all():
             kept = goes_on.nonzero()[:, 0]
-            rows, ids, mask = rows[kept], ids[kept], mask[kept]
+            draw.rows, ids, mask = draw.rows[kept], ids[kept], mask[kept]
             cache.batch_select_indices(kept)
     return answers
+
+
+class Draw:
+    """Makes the highest logit that of a token drawn at random: log p − log q is highest there, with q ~ Exp(1).
+
+    That is what ``torch.multinomial`` does, with the same numbers, but for rows that have left their batch too.
+    """
+
+    def __init__(self, config: Any, rows: int):
+        """Take how tokens are drawn from a generation config."""
+        import torch
+
+        self.rows = torch.arange(rows)  # those that go on, by their places in the whole batch
+        self.count = rows
+        self.config = config  # of what is left for ``generate`` to do
+        self.warpers = None  # nothing is drawn
+        if config.do_sample:
+            self.warpers = warpers(config)
+            self.config = copy(config)
+            self.config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return logits with the noise by which the highest one is drawn, [rows that go on, vocabulary]."""
+        import torch
+
+        for warper in self.warpers or ():
+            scores = warper(ids, scores)
+        noise = torch.empty((self.count, scores.shape[1])).exponential_()
+        return scores - noise[self.rows].log_()
+
+
+def warpers(config: Any) -> list[Any]:
+    """Return what changes the logits before a token is drawn, in the order of transformers."""
+    from transformers.generation import logits_process as process
+
+    made: list[Any] = []
+    if config.temperature not in (None, 1):
+        made.append(process.TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        made.append(process.TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1:
+        made.append(process.TopPLogitsWarper(config.top_p))
+    if config.min_p is not None:
+        made.append(process.MinPLogitsWarper(config.min_p))
+    return made
