@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.formats import SUFFIXES, torch
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.checkpoint.stores.addresses import check_elsewhere, is_elsewhere
 from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
@@ -51,6 +51,7 @@ class Addition(NamedTuple):
     def can_exist(self) -> bool:
         """Whether it is on this disk, or may be on the hub."""
         if is_elsewhere(self.path):
+            check_elsewhere(self.path)
             return "+" not in self.path
         path, within = split_key(self.path)
         return bool(within) or path.exists() or (not self.is_vector and hub.is_repository(self.path))
@@ -99,6 +100,7 @@ def plain_reference(text: str) -> str:
 def is_one_file(reference: str) -> bool:
     """Return whether a reference is of one file, as a task vector is, not of a folder."""
     if is_elsewhere(reference):
+        check_elsewhere(reference)
         return reference.endswith(SUFFIXES)
     return Path(reference).expanduser().is_file()
 

@@ -17,6 +17,7 @@ from mergekit_lite._version import __version__
 from mergekit_lite.commands import streams
 from mergekit_lite.commands.limits import limit_reached
 from mergekit_lite.errors import MergekitLiteError, nearest
+from mergekit_lite.object_stores import without_secrets
 from mergekit_lite.plain_text import plain
 
 COMMANDS = {  # with what help says of each in a line
@@ -119,13 +120,13 @@ def _plain_messages() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = plain(error.message)  # type: ignore[misc]
+        error.message = plain(without_secrets(error.message))  # type: ignore[misc]
         raise
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(plain(message), err=True)
+    click.echo(plain(without_secrets(message)), err=True)
     sys.exit(exit_code)
 
 

@@ -25,6 +25,7 @@ SHOWN = 20
 Examples:
   mergekit-lite verify ./merged
   mergekit-lite verify ./merged --all
+  mergekit-lite verify s3://models/merged   (read by range)
   mergekit-lite verify ./merged --input ./base=/models/base
   mergekit-lite verify boosted.safetensors --samples 0   (the output alone)
 """,

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite import store_process
@@ -23,6 +24,7 @@ from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.stores import ranges
 from mergekit_lite.checkpoint.stores.files import StorePath
+from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
 from tests.adapters import lora, write_adapter
 from tests.checkpoint.hub_server import Repository, serve
@@ -259,6 +261,9 @@ def test_urls_with_secrets_are_refused(url: str, tmp_path: Path) -> None:
         with pytest.raises((UsageError, CheckpointError)) as refused:
             open_checkpoint(reference)
         assert "MARKED" not in str(refused.value)
+    for command in (["vector", "combine", url, "--method", "linear", "-o", "v.safetensors"], ["methods", url]):
+        refusal = CliRunner().invoke(main, command)
+        assert refusal.exit_code != 0 and "MARKED" not in refusal.output
 
 
 def test_web_servers(models: Path, tmp_path: Path) -> None:

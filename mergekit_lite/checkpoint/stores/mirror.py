@@ -28,7 +28,7 @@ from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath
 from mergekit_lite.checkpoint.stores.private_folder import private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source
+from mergekit_lite.checkpoint.stores.source import Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
@@ -71,7 +71,7 @@ def _files(source: Source) -> dict[str, RemoteFile]:
     if source.file:
         wanted = {path.name for path in _siblings(source.file)}
         return source.some(wanted) if len(wanted) > 1 else source.some({source.file})
-    files = {name: file for name, file in source.listed("").items() if _is_name(name)}
+    files = source.listed("")
     inner: Mapping[str, str] = {}
     read: dict[str, Any] = {}
     for _ in LISTS[1:]:  # a router's modules are known once its own folder is
@@ -83,10 +83,10 @@ def _files(source: Source) -> dict[str, RemoteFile]:
         files |= {in_folder(extra, name): file for name, file in source.listed(extra).items()}
     if not source.lists:  # a server without listings: what its index names is looked for by name
         for name in [each for each in files if each.endswith(folders.INDEX_ENDING)]:
-            weights = _json(files[name], read).get("weight_map", {})
-            named = {
-                in_folder(name.rpartition("/")[0], each) for each in weights.values() if folders.is_weight_name(each)
-            }
+            content = _json(files[name], read)
+            weights = content.get("weight_map") if isinstance(content, dict) else None
+            wanted = {each for each in (weights or {}).values() if folders.is_weight_name(each)}
+            named = {in_folder(name.rpartition("/")[0], each) for each in wanted}
             files |= source.some(named - files.keys(), may_lack=True)
     if not files:
         raise CheckpointError(f"{source.url}: nothing is there. Check the URL{source.advice}")
@@ -99,10 +99,6 @@ def _siblings(name: str) -> list[Path]:
     if shard is None or shard["suffix"] not in formats.gguf.SUFFIXES:
         return [Path(name)]
     return [Path(each) for each in folders.shard_names(shard)]
-
-
-def _is_name(name: str) -> bool:
-    return name not in ("", ".", "..") and "\\" not in name and "\0" not in name and len(name.encode()) <= 255
 
 
 def _small_names(files: Mapping[str, RemoteFile]) -> list[str]:
@@ -137,7 +133,7 @@ def _json(file: RemoteFile, read: dict[str, Any]) -> Any:
 def _name(url: str) -> str:
     """Return what a stand-in is called: the last part of the URL, as a file can have it."""
     last = url.rstrip("/").rpartition("/")[2].partition("@")[0]
-    return last if _is_name(last) and last.isprintable() else "model"
+    return last if is_name(last) and last != DESCRIPTION else "model"
 
 
 def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, bytes]) -> Path:
