@@ -146,7 +146,7 @@ class Upload:
 
     _reason: Exception | None = None  # why there are no more pieces: obstore may tell of something that follows from it
 
-    def _pieces(self) -> Iterator[bytes]:
+    def _pieces(self) -> Iterator[bytearray]:
         try:
             while self.sent < self.size:
                 yield from self._of_extent(self._next())
@@ -162,7 +162,7 @@ class Upload:
                 raise RunError(f"{self.place}: its upload was stopped. {GOES_ON}")
             return self._made.pop(self.sent)
 
-    def _of_extent(self, extent: Extent) -> Iterator[bytes]:
+    def _of_extent(self, extent: Extent) -> Iterator[bytearray]:
         """Yield an extent's bytes, and hold them to their digest before the last of them are sent."""
         digest = xxhash.xxh3_128()
         for begin in range(extent.begin, extent.end, PIECE):
@@ -178,7 +178,7 @@ class Upload:
                 )
             if end == self.size:
                 self._wait_to_complete()
-            yield bytes(piece)
+            yield piece
             with self._changed:
                 self.sent = end
                 self._changed.notify_all()
