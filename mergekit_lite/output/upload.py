@@ -18,6 +18,7 @@ from mergekit_lite.output.spool import Spool
 
 PART = 1 << 23  # bytes of a part of an upload
 MOST_PARTS = 9_000  # of one upload; stores take 10,000
+TIMEOUT = "600s"  # of the request of a part, which shares a slow line with the others
 PIECE = 1 << 20  # bytes read from the spool at once
 IN_FLIGHT = 1 << 26  # bytes of the parts that an output has under way
 
@@ -127,7 +128,7 @@ class Upload:
         """Send all of it, and return what the store has then. Raises what obstore raises, and RunError."""
         import obstore
 
-        store = store_of(self.place)
+        store = store_of(self.place, timeout=TIMEOUT)
         broken: Exception | None = None
         pieces = self._pieces()
         try:
