@@ -212,7 +212,7 @@ def _store(scheme: str, bucket: str, retries: int, timeout: str) -> ObjectStore:
     return store
 
 
-def _client_options(scheme: str, timeout: str) -> dict[str, object]:
+def _client_options(scheme: str, timeout: str = "120s") -> dict[str, object]:
     """Return how requests are made. What the environment says goes first: options given here would hide all of it."""
     options: dict[str, object] = {"connect_timeout": "10s", "timeout": timeout}
     for name in (*SWITCHES, *TEXTS):
