@@ -16,7 +16,7 @@ import re
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from mergekit_lite.errors import CheckpointError, RunError, UsageError, one_line
@@ -164,7 +164,7 @@ def unsigned(place: Place) -> str:
         skip_signature=False,
         access_key_id="nobody",
         secret_access_key="nothing",
-        client_options=_client_options(place.scheme),  # type: ignore[arg-type]
+        client_options=cast(Any, _client_options(place.scheme)),
     )
     signed: str = obstore.sign(store, "GET", place.key, timedelta(hours=1))
     return signed.partition("?")[0]
@@ -184,7 +184,7 @@ def check_not_forked() -> None:
         )
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """Return what a client's error says, in one line without secrets: of a server's answer only its status and code.
 
     An answer's text may repeat the name of a key, or all that was signed.
@@ -202,7 +202,7 @@ def _store(scheme: str, bucket: str, retries: int, timeout: str) -> ObjectStore:
 
     store: ObjectStore = from_url(
         f"{scheme}://{bucket}",
-        client_options=_client_options(scheme, timeout),  # type: ignore[arg-type]
+        client_options=cast(Any, _client_options(scheme, timeout)),
         retry_config={
             "max_retries": retries,
             "retry_timeout": timedelta(minutes=4),

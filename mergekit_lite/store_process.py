@@ -15,9 +15,10 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
 from mergekit_lite.object_stores import is_on, parse_place, said, store_of, unsigned
@@ -91,7 +92,7 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            answer = VERBS[verb](*arguments), None
+            answer: tuple[Any, tuple[str, str] | None] = VERBS[verb](*arguments), None
         except MergekitLiteError as error:
             answer = None, (type(error).__name__, str(error))
         except FileNotFoundError:
@@ -135,7 +136,7 @@ def sign(url: str) -> str | None:
     if place.scheme == "s3" and is_on(os.environ.get("AWS_SKIP_SIGNATURE", "")):
         return unsigned(place)
     try:
-        signed: str = obstore.sign(store_of(place), "GET", place.key, SIGNED_FOR)
+        signed: str = obstore.sign(cast(Any, store_of(place)), "GET", place.key, SIGNED_FOR)
     except Exception:
         return None
     return signed
@@ -159,7 +160,7 @@ def read(url: str, begin: int, end: int, etag: str) -> bytes:
     return data
 
 
-VERBS = {"list": list_folder, "head": head, "sign": sign, "read": read}
+VERBS: dict[str, Callable[..., Any]] = {"list": list_folder, "head": head, "sign": sign, "read": read}
 
 
 def _send(pipe: IO[bytes], content: object) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.formats import SUFFIXES, torch
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.checkpoint.stores.addresses import check_elsewhere, is_elsewhere
 from mergekit_lite.errors import CheckpointError, UsageError
 
 VECTOR, REBASE = "vector:", "rebase:"
@@ -45,6 +45,7 @@ class Addition(NamedTuple):
     def can_exist(self) -> bool:
         """Whether it is on this disk, or may be on the hub."""
         if is_elsewhere(self.path):
+            check_elsewhere(self.path)
             return "+" not in self.path
         path, within = split_key(self.path)
         return bool(within) or path.exists() or (not self.is_vector and hub.is_repository(self.path))
@@ -68,6 +69,7 @@ def split_key(text: str) -> tuple[Path, str]:
 def is_one_file(reference: str) -> bool:
     """Return whether a reference is of one file, as a task vector is, not of a folder."""
     if is_elsewhere(reference):
+        check_elsewhere(reference)
         return reference.endswith(SUFFIXES)
     return Path(reference).expanduser().is_file()
 

@@ -17,6 +17,7 @@ from mergekit_lite._version import __version__
 from mergekit_lite.commands import streams
 from mergekit_lite.commands.limits import limit_reached
 from mergekit_lite.errors import MergekitLiteError, nearest
+from mergekit_lite.object_stores import without_secrets
 from mergekit_lite.plain_text import plain
 
 COMMANDS = {  # with what help says of each in a line
@@ -82,10 +83,12 @@ class Commands(CommandGroup):
     def invoke(self, context: click.Context) -> object:
         """Run the command; an error of this package is a message, not a traceback."""
         try:
-            with _plain_messages():
-                result = super().invoke(context)
-            _say_what_was_fetched(quiet=bool({"-q", "--quiet", "--json"} & {*context.args}))
-            return result
+            quiet = bool({"-q", "--quiet", "--json"} & {*context.args})
+            try:
+                with _plain_messages():
+                    return super().invoke(context)
+            finally:
+                _say_what_was_fetched(quiet)
         except MergekitLiteError as error:
             _fail(str(error), error.exit_code)
         except (ImportError, MemoryError, OSError) as error:
@@ -100,7 +103,7 @@ class Commands(CommandGroup):
             sys.exit(1)
 
 
-def _say_what_was_fetched(*, quiet: bool) -> None:
+def _say_what_was_fetched(quiet: bool) -> None:
     """Print a line on what was fetched, if anything was."""
     ranges = sys.modules.get("mergekit_lite.checkpoint.stores.ranges")
     if ranges is not None and ranges.TRAFFIC.requests and not quiet:
@@ -117,13 +120,13 @@ def _plain_messages() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = plain(error.message)  # type: ignore[misc]
+        error.message = plain(without_secrets(error.message))  # type: ignore[misc]
         raise
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-    click.echo(plain(message), err=True)
+    click.echo(plain(without_secrets(message)), err=True)
     sys.exit(exit_code)
 
 

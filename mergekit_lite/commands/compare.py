@@ -26,6 +26,7 @@ WRITABLE = click.Path(dir_okay=False, path_type=Path)
     epilog="""\b
 Examples:
   mergekit-lite compare ./base ./math ./code
+  mergekit-lite compare org/base org/math --stream   (read by range, nothing stored)
   mergekit-lite compare ./sft ./dpo --alpha 0.1,0.3 --dtype bfloat16 --plot changes.png
   mergekit-lite compare ./base ./math ./code --html report.html --csv figures.csv
 """,

@@ -19,6 +19,7 @@ Examples:
   mergekit-lite extrapolate ./tulu-2-7b ./tulu-2-dpo-7b --alpha 0.5 -o ./tulu-2-dpo-7b-expo
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.1,0.3,0.5 -o './expo-{alpha}'   (one read of the inputs)
   mergekit-lite extrapolate ./sft ./run/step-1000 --alpha 0.3 --as hf=./sft -o ./expo   (a training checkpoint)
+  mergekit-lite extrapolate s3://models/sft s3://models/dpo --alpha 0.3 -o ./expo   (read by range)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 -o s3://bucket/expo   (into an object store)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --alpha-for 'norm|embed=0' -o ./expo --dry-run
 """,
@@ -88,8 +89,9 @@ def command(
     """Go on from SFT past ALIGNED: out = aligned + alpha·(aligned − sft), for every tensor (ExPO, arXiv 2404.16792).
 
     SFT and ALIGNED are two checkpoints of one model, before and after DPO or RLHF: folders, .safetensors, .gguf or
-    .pt / .bin files, training checkpoints (torch.distributed.checkpoint, DeepSpeed's ZeRO), or hub repositories
-    (org/name, org/name@revision). FILE.pt:KEY or FOLDER:KEY names the weights where there are several.
+    .pt / .bin files, training checkpoints (torch.distributed.checkpoint, DeepSpeed's ZeRO), hub repositories (org/name,
+    org/name@revision), or URLs that are read by range (s3://, gs://, az://, https://, hf://org/name). FILE.pt:KEY or
+    FOLDER:KEY names the weights where there are several.
     """
     from mergekit_lite.extrapolation import plan_extrapolation
 

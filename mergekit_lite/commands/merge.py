@@ -17,6 +17,7 @@ from mergekit_lite.errors import UsageError
 Examples:
   mergekit-lite merge recipe.yml -o ./merged
   mergekit-lite merge recipe.yml -o ./merged --dry-run
+  mergekit-lite merge recipe.yml -o ./merged --stream --fetch-cache 20GB   (hub models read by range)
   mergekit-lite merge recipe.yml -o merged.safetensors --threads 4
   mergekit-lite merge recipe.yml -o s3://bucket/merged       (into an object store)
   mergekit-lite merge recipe.yml -o ./merged --push org/name (and on the hub)

@@ -55,6 +55,13 @@ takes_stream = click.option(
     callback=values.stream,
     help="Read hub models by range, as they are needed, and store none of them: org/name as hf://org/name.",
 )
+takes_fetch_cache = click.option(
+    "--fetch-cache",
+    metavar="SIZE",
+    expose_value=False,
+    callback=values.fetch_cache,
+    help="Keep up to so much of what is fetched on this disk until the end, for methods that read it again.",
+)
 OPTIONS = (
     click.option(
         "--threads",
@@ -66,6 +73,7 @@ OPTIONS = (
     click.option("--force", is_flag=True, help="Replace OUTPUT if it exists; drop an unfinished run."),
     takes_sync,
     takes_stream,
+    takes_fetch_cache,
     click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinity in the inputs."),
     click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

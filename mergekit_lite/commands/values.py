@@ -108,3 +108,12 @@ def stream(context: Context, _option: object, given: bool) -> None:
         from mergekit_lite.checkpoint.hub import streamed
 
         context.with_resource(streamed())
+
+
+def fetch_cache(context: Context, _option: object, text: str | None) -> None:
+    """Keep what is fetched while the command runs, up to a size, where that is asked for."""
+    nbytes = size(context, _option, text)
+    if nbytes is not None:
+        from mergekit_lite.checkpoint.stores.cache import caching
+
+        context.with_resource(caching(nbytes))

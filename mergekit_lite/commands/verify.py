@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,11 +24,12 @@ SHOWN = 20
 Examples:
   mergekit-lite verify ./merged
   mergekit-lite verify ./merged --all
+  mergekit-lite verify s3://models/merged   (read by range)
   mergekit-lite verify ./merged --input ./base=/models/base
   mergekit-lite verify boosted.safetensors --samples 0   (the output alone)
 """,
 )
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
@@ -52,7 +52,7 @@ Examples:
 @click.option("-q", "--quiet", is_flag=True, help="Print only what is wrong.")
 @click.option("-v", "--verbose", is_flag=True, help="Print everything that is wrong, and the tensors made again.")
 def command(
-    out: Path,
+    out: str,
     samples: int | None,
     everything: bool,
     as_json: bool,

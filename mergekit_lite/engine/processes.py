@@ -222,7 +222,7 @@ def _serve(connection: Connection, packed: Sequence[bytes], worker: Worker[Task,
     do: Callable[[Task], Result] | None = None
     waiting: deque[Task] = deque()
     while True:
-        numbers = []
+        numbers: list[int] = []
         try:
             while not (waiting or numbers) or connection.poll():
                 numbers.append(connection.recv())

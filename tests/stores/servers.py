@@ -59,7 +59,7 @@ class Faults:
     """What a proxy does to the requests it passes on.
 
     Attributes:
-        share: of the requests that fail, each in one of ``KINDS``, drawn.
+        share: of the requests that fail, each in one of the ``kinds``, drawn.
         changed_after: answers with parts of files after which every etag is another one.
         retry_after: seconds that a 503 asks to wait.
         of: how often each kind was played; ``parts`` are answers with parts of files.
@@ -68,6 +68,7 @@ class Faults:
     share: float = 0.0
     changed_after: int | None = None
     retry_after: int | None = None
+    kinds: tuple[str, ...] = KINDS
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     of: Counter[str] = field(default_factory=Counter)
 
@@ -101,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         faults = self.faults
-        kind = faults.draw.choice(KINDS) if faults.draw.random() < faults.share else ""
+        kind = faults.draw.choice(faults.kinds) if faults.draw.random() < faults.share else ""
         faults.of[kind or "passed"] += 1
         if kind == "unanswered":
             return self.cut()

@@ -8,16 +8,23 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.stores import ranges
+from mergekit_lite.checkpoint.stores.files import StorePath
+from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
 from tests.adapters import lora, write_adapter
 from tests.checkpoint.hub_server import Repository, serve
@@ -254,6 +261,9 @@ def test_urls_with_secrets_are_refused(url: str, tmp_path: Path) -> None:
         with pytest.raises((UsageError, CheckpointError)) as refused:
             open_checkpoint(reference)
         assert "MARKED" not in str(refused.value)
+    for command in (["vector", "combine", url, "--method", "linear", "-o", "v.safetensors"], ["methods", url]):
+        refusal = CliRunner().invoke(main, command)
+        assert refusal.exit_code != 0 and "MARKED" not in refusal.output
 
 
 def test_web_servers(models: Path, tmp_path: Path) -> None:
@@ -267,6 +277,38 @@ def test_web_servers(models: Path, tmp_path: Path) -> None:
         assert contents(f"{url}/bucket/one/model.safetensors") == contents(str(local / "one" / "model.safetensors"))
         patch.setattr("mergekit_lite.checkpoint.stores.web.LINK", __import__("re").compile("(?!)"))
         assert contents(f"{url}/bucket/three") == contents(str(local / "three"))
+
+
+def test_a_server_may_ask_to_wait(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(ranges, "time", SimpleNamespace(sleep=waits.append, time=time.time))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with serving("http", models) as port, proxy(port) as (url, faults):
+        [file] = open_checkpoint(f"{url}/bucket/base/model.safetensors").files
+        assert isinstance(file.path, StorePath) and file.path.remote is not None
+        faults.share, faults.retry_after, faults.kinds = 1.0, 7, ("503", "429")
+        with pytest.raises(RunError, match=r"can't be fetched, after 12 attempts: the server answered (503|429)"):
+            ranges.fetch(file.path.remote, 0, memoryview(bytearray(10)))
+    assert len(waits) == 11 and min(waits) >= 7
+
+
+@pytest.mark.slow
+def test_workers_are_forked_from_a_process_that_has_read_headers(models: Path, store: Faults, tmp_path: Path) -> None:
+    """Many at once, so that threads are caught at any point: none hangs, all give the same bytes."""
+    local = str(models / "bucket")
+    mergekit_lite.extrapolate(f"{local}/base", f"{local}/three", tmp_path / "local", 0.5)
+
+    def one(number: int) -> subprocess.CompletedProcess[str]:
+        out = str(tmp_path / f"out{number}")
+        return run(
+            "extrapolate", "s3://bucket/base", "s3://bucket/three", "--alpha", "0.5", "-o", out, "--threads", "6"
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        for number, done in enumerate(threads.map(one, range(40))):
+            assert done.returncode == 0, done.stderr
+            assert weights(tmp_path / f"out{number}") == weights(tmp_path / "local")
 
 
 def test_hub_by_range(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

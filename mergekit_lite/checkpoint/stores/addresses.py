@@ -35,6 +35,12 @@ def is_elsewhere(reference: str) -> bool:
     return reference.startswith(HUB) or object_stores.is_url(reference)
 
 
+def check_elsewhere(reference: str) -> None:
+    """Raise UsageError where a URL may hold a secret."""
+    if not reference.startswith(HUB):
+        object_stores.check_url(reference)
+
+
 def address_of(file: RemoteFile, *, anew: bool = False) -> Address:
     """Return where a file's bytes are; ``anew`` where the last address is refused, as signatures end.
 

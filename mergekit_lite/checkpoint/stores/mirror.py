@@ -11,12 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +25,14 @@ from mergekit_lite.checkpoint.parts import LISTS, in_folder, listed_folders
 from mergekit_lite.checkpoint.stores import hub_files, objects, web
 from mergekit_lite.checkpoint.stores.addresses import HUB
 from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath, know
+from mergekit_lite.checkpoint.stores.private_folder import private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source
+from mergekit_lite.checkpoint.stores.source import Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
 AT_ONCE = 8  # small files that are fetched side by side
-KEPT_FOR = 7 * 24 * 3600  # seconds
 
 
 def stand_up(reference: str) -> tuple[StorePath, str | None]:
@@ -74,7 +71,7 @@ def _files(source: Source) -> dict[str, RemoteFile]:
     if source.file:
         wanted = {path.name for path in _siblings(source.file)}
         return source.some(wanted) if len(wanted) > 1 else source.some({source.file})
-    files = {name: file for name, file in source.listed("").items() if _is_name(name)}
+    files = source.listed("")
     inner: Mapping[str, str] = {}
     read: dict[str, Any] = {}
     for _ in LISTS[1:]:  # a router's modules are known once its own folder is
@@ -86,10 +83,10 @@ def _files(source: Source) -> dict[str, RemoteFile]:
         files |= {in_folder(extra, name): file for name, file in source.listed(extra).items()}
     if not source.lists:  # a server without listings: what its index names is looked for by name
         for name in [each for each in files if each.endswith(folders.INDEX_ENDING)]:
-            weights = _json(files[name], read).get("weight_map", {})
-            named = {
-                in_folder(name.rpartition("/")[0], each) for each in weights.values() if folders.is_weight_name(each)
-            }
+            content = _json(files[name], read)
+            weights = content.get("weight_map") if isinstance(content, dict) else None
+            wanted = {each for each in (weights or {}).values() if folders.is_weight_name(each)}
+            named = {in_folder(name.rpartition("/")[0], each) for each in wanted}
             files |= source.some(named - files.keys(), may_lack=True)
     if not files:
         raise CheckpointError(f"{source.url}: nothing is there. Check the URL{source.advice}")
@@ -102,10 +99,6 @@ def _siblings(name: str) -> list[Path]:
     if shard is None or shard["suffix"] not in formats.gguf.SUFFIXES:
         return [Path(name)]
     return [Path(each) for each in folders.shard_names(shard)]
-
-
-def _is_name(name: str) -> bool:
-    return name not in ("", ".", "..") and "\\" not in name and "\0" not in name and len(name.encode()) <= 255
 
 
 def _small_names(files: Mapping[str, RemoteFile]) -> list[str]:
@@ -140,7 +133,7 @@ def _json(file: RemoteFile, read: dict[str, Any]) -> Any:
 def _name(url: str) -> str:
     """Return what a stand-in is called: the last part of the URL, as a file can have it."""
     last = url.rstrip("/").rpartition("/")[2].partition("@")[0]
-    return last if _is_name(last) and last.isprintable() else "model"
+    return last if is_name(last) and last != DESCRIPTION else "model"
 
 
 def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, bytes]) -> Path:
@@ -151,7 +144,7 @@ def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, b
     }
     contents = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
     key = hashlib.sha256(json.dumps([described, contents], sort_keys=True).encode()).hexdigest()[:32]
-    home = _home()
+    home = private_folder()
     root = home / key
     if not root.is_dir():
         made = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
@@ -187,22 +180,3 @@ def _set_time(path: Path, file: RemoteFile) -> None:
     digest = hashlib.sha256(f"{file.size} {file.etag}".encode()).digest()
     made_up = int.from_bytes(digest[:4], "little") // 2 * 1_000_000_000
     os.utime(path, ns=(made_up, made_up))
-
-
-def _home() -> Path:
-    """Return the folder of all stand-ins of this user, closed to others. Raises CheckpointError where it isn't."""
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-    home = Path(tempfile.gettempdir()) / f"mergekit-lite-{user}"
-    try:
-        home.mkdir(mode=0o700, exist_ok=True)
-        status = home.lstat()
-    except OSError as error:
-        raise CheckpointError(f"{home}: can't be made: {error.strerror}. Set TMPDIR to a folder of yours.") from error
-    is_ours = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
-    if not stat.S_ISDIR(status.st_mode) or not is_ours:
-        raise CheckpointError(f"{home}: is not a folder of yours alone. Remove it, or set TMPDIR to a folder of yours.")
-    for old in home.iterdir():
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > KEPT_FOR:
-                shutil.rmtree(old, ignore_errors=True)
-    return home

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mergekit_lite.checkpoint.stores.ranges import fetch
+from mergekit_lite.checkpoint.stores.cache import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
 BLOCK = 8 << 20  # bytes of one request
@@ -159,7 +159,10 @@ class BlockReader:
             block.asked = True
             self._used += block.room
             self._urgent.append(block)
-            course.next = course.number[id(block)] + 1  # from here on it is read, perhaps once more
+            if block.was_read:  # from here on the task is read once more
+                course.next = course.number[id(block)]
+                for later in course.blocks[course.next :]:
+                    later.was_read = False
             self._changed.notify_all()
         while block.data is None and block.failure is None:
             self._changed.wait()
@@ -183,7 +186,7 @@ class BlockReader:
         for course in self._courses:
             while course.next < len(course.blocks):
                 block = course.blocks[course.next]
-                if block.asked:
+                if block.asked or block.was_read:
                     course.next += 1
                 elif self._used + block.room <= self._room or not self._used:
                     course.next += 1

@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
 
+MOST_BYTES = 1 << 50  # of a file; more is no real one
+
+
+def is_name(name: str) -> bool:
+    """Return whether what a server calls a file can be a file's name here, and nothing else."""
+    if name in ("", ".", "..") or not name.isprintable() or any(part in name for part in ("/", "\\")):
+        return False
+    return len(name.encode("utf-8", "surrogatepass")) <= 255
+
 
 @dataclass
 class Source:
@@ -37,11 +46,11 @@ class Source:
         files, inner = self.list(folder)
         if not folder:
             self.folders = set(inner)
-        return files
+        return {name: file for name, file in files.items() if is_name(name) and 0 <= file.size <= MOST_BYTES}
 
     def some(self, names: Collection[str], *, may_lack: bool = False) -> dict[str, RemoteFile]:
         """Return files by their paths. Raises CheckpointError where one is missing that must not be."""
-        found = {name: file for name in sorted(names) if (file := self.find(name)) is not None}
+        found = {name: file for name in sorted(names) if (file := self.find(name)) and file.size <= MOST_BYTES}
         missing = [name for name in names if name not in found]
         if missing and not may_lack:
             raise CheckpointError(listing(f"{self.url}: these files are not there", missing))

@@ -1,0 +1,123 @@
+"""What was fetched, kept on this disk up to a bound, where a command was asked to: statistics read tensors again.
+
+Workers share it. Each file elsewhere has a sparse file of its size, and a map with a byte for each grain that is there;
+a grain is written first, then marked. How much there is, is the length of a file to which each grain adds a byte: that
+is one step for all processes, so the bound is exceeded by a few blocks at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from mergekit_lite.checkpoint.stores import ranges
+from mergekit_lite.checkpoint.stores.private_folder import private_folder
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+
+GRAIN = 1 << 16  # bytes
+
+
+class _Kept(NamedTuple):
+    """What is kept of one file, as one process has it open."""
+
+    content: BinaryIO
+    grains: mmap.mmap
+
+
+class Cache:
+    """A folder with up to ``limit`` bytes of what was fetched."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._open: dict[tuple[int, RemoteFile], _Kept] = {}  # by process: a fork shares the place in an open file
+        self._lock = threading.Lock()
+
+    def fetch(self, file: RemoteFile, begin: int, out: memoryview) -> None:
+        """Fill ``out`` with the bytes of a file from ``begin`` on, from here as far as they are here."""
+        kept = self._kept(file)
+        end = begin + len(out)
+        numbers = range(begin // GRAIN, -(-end // GRAIN))
+        for is_here, run in groupby(numbers, lambda number: kept.grains[number]):
+            grains = list(run)
+            first, last = max(begin, grains[0] * GRAIN), min(end, (grains[-1] + 1) * GRAIN)
+            part = out[first - begin : last - begin]
+            if is_here:
+                with self._lock:
+                    kept.content.seek(first)
+                    is_whole = kept.content.readinto(part) == len(part)  # type: ignore[attr-defined]
+                if is_whole:
+                    continue
+            ranges.fetch(file, first, part)
+            self._keep(file, kept, first, part)
+
+    def _keep(self, file: RemoteFile, kept: _Kept, begin: int, data: memoryview) -> None:
+        """Keep the whole grains of some bytes, while there is room."""
+        end = begin + len(data)
+        first, last = -(-begin // GRAIN), -(-end // GRAIN) if end == file.size else end // GRAIN
+        used = self._folder / "used"
+        if first >= last or (used.stat().st_size + last - first) * GRAIN > self._limit:
+            return
+        with self._lock:
+            with used.open("ab", buffering=0) as counted:
+                counted.write(b"." * (last - first))
+            kept.content.seek(first * GRAIN)
+            kept.content.write(data[first * GRAIN - begin : last * GRAIN - begin])
+            kept.grains[first:last] = b"\1" * (last - first)
+
+    def _kept(self, file: RemoteFile) -> _Kept:
+        key = os.getpid(), file
+        with self._lock:
+            if key not in self._open:
+                name = hashlib.sha256(f"{file.url} {file.size} {file.etag}".encode()).hexdigest()[:32]
+                paths = [self._folder / f"{name}.bytes", self._folder / f"{name}.grains"]
+                for path, size in zip(paths, (file.size, max(1, -(-file.size // GRAIN))), strict=True):
+                    with path.open("ab") as made:
+                        made.truncate(size)
+                content = paths[0].open("r+b", buffering=0)
+                with paths[1].open("r+b") as grains:
+                    self._open[key] = _Kept(content, mmap.mmap(grains.fileno(), 0))  # type: ignore[arg-type]
+            return self._open[key]
+
+    def close(self) -> None:
+        """Close what this process has open, and remove all."""
+        for (process, _), kept in self._open.items():
+            if process == os.getpid():
+                kept.content.close()
+                kept.grains.close()
+        self._open.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+_cache: Cache | None = None
+
+
+@contextmanager
+def caching(limit: int) -> Iterator[None]:
+    """Keep up to ``limit`` bytes of what is fetched until the block ends; workers that are forked share it."""
+    global _cache
+    folder = Path(tempfile.mkdtemp(prefix="fetched-", dir=private_folder()))
+    (folder / "used").touch()
+    _cache = Cache(folder, limit)
+    try:
+        yield
+    finally:
+        _cache.close()
+        _cache = None
+
+
+def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
+    """Fill ``out`` with the bytes of a file from ``begin`` on as ``ranges.fetch``, by the cache if there is one."""
+    if _cache is None:
+        ranges.fetch(file, begin, out)
+    else:
+        _cache.fetch(file, begin, out)

@@ -1,0 +1,148 @@
+"""Blocks that are fetched ahead: the right bytes whatever is read, within the room, each once where that can be."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mergekit_lite.checkpoint.stores import cache, read_ahead
+from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+
+SIZE = 50_000
+CONTENT = {f"s3://b/{n}": random.Random(n).randbytes(SIZE) for n in range(3)}
+FILES = [RemoteFile(url, SIZE, "") for url in CONTENT]
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
+    """How often each byte was fetched, from blocks of a thousand bytes."""
+    counts: Counter[tuple[str, int]] = Counter()
+    lock = threading.Lock()
+
+    def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
+        assert begin >= 0 and begin + len(out) <= SIZE and len(out) > 0
+        time.sleep(random.random() / 2000)
+        out[:] = CONTENT[file.url][begin : begin + len(out)]
+        with lock:
+            counts.update((file.url, at) for at in range(begin, begin + len(out)))
+
+    monkeypatch.setattr(read_ahead, "fetch", fetch)
+    monkeypatch.setattr(read_ahead, "BLOCK", 1000)
+    monkeypatch.setattr(read_ahead, "SMALL", 100)
+    monkeypatch.setattr(read_ahead, "LEAST", 50)
+    return counts
+
+
+def read(reader: BlockReader, file: RemoteFile, begin: int, count: int) -> None:
+    out = bytearray(count)
+    reader.fill(file, begin, memoryview(out))
+    assert out == CONTENT[file.url][begin : begin + count]
+
+
+def test_what_is_expected_is_fetched_once_and_within_the_room(fetched: Counter[tuple[str, int]]) -> None:
+    reader = BlockReader(room=5000, fetchers=4)
+    tasks = [[Extent(file, task * 3500 + n, task * 3500 + 3500) for n, file in enumerate(FILES)] for task in range(6)]
+    most = 0
+    for task in tasks[:3]:
+        reader.expect(task)
+    for number, task in enumerate(tasks):
+        for start in range(0, 3500, 250):
+            for extent in task:
+                begin = extent.begin + start
+                if begin < extent.end:
+                    read(reader, extent.file, begin, min(250, extent.end - begin))
+                most = max(most, reader._used)
+        if number + 3 < len(tasks):
+            reader.expect(tasks[number + 3])
+    reader.close()
+    assert set(fetched.values()) == {1} and most <= 6000
+
+
+def test_a_task_that_is_read_again_is_kept_where_there_is_room(fetched: Counter[tuple[str, int]]) -> None:
+    for size, times in ((2000, 1), (12_000, 3)):
+        fetched.clear()
+        reader = BlockReader(room=8000, fetchers=3)
+        reader.expect([Extent(file, 0, size) for file in FILES[:2]], again=True)
+        reader.expect([Extent(FILES[2], 0, 3000)])
+        for _ in range(3):
+            for begin in range(0, size, 500):
+                for file in FILES[:2]:
+                    read(reader, file, begin, 500)
+        read(reader, FILES[2], 0, 3000)
+        reader.close()
+        assert max(fetched.values()) <= times and fetched[FILES[2].url, 0] == 1
+
+
+def test_whatever_is_read_in_whatever_order(fetched: Counter[tuple[str, int]]) -> None:
+    seed = random.SystemRandom().randrange(10_000)
+    print("seed", seed)
+    draw = random.Random(seed)
+    for _ in range(8):
+        reader = BlockReader(room=draw.choice([1000, 3000, 10_000]), fetchers=draw.choice([1, 2, 5]))
+        for _ in range(draw.randrange(6)):
+            extents = []
+            for turn in range(draw.randrange(1, 5)):
+                begin = draw.randrange(SIZE)
+                extents.append(Extent(draw.choice(FILES), begin, min(SIZE, begin + draw.randrange(6000)), turn))
+            reader.expect(extents, again=draw.random() < 0.5)
+            for extent in draw.sample(extents, len(extents)):
+                for _ in range(draw.randrange(4)):
+                    begin = draw.randrange(max(0, extent.begin - 100), min(SIZE - 1, extent.end + 100))
+                    read(reader, extent.file, begin, min(SIZE - begin, draw.randrange(1, 3000)))
+        reader.close()
+
+
+def test_a_failure_reaches_whoever_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(read_ahead, "fetch", fetch)
+    reader = BlockReader()
+    reader.expect([Extent(FILES[0], 0, SIZE)])
+    with pytest.raises(OSError, match="gone"):
+        reader.fill(FILES[0], 0, memoryview(bytearray(10)))
+    reader.close()
+
+
+def test_a_cache_saves_fetching_again_up_to_its_bound(
+    fetched: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two processes share it; what it holds is the files' bytes, and no more than the bound and a block."""
+    monkeypatch.setattr(cache.ranges, "fetch", read_ahead.fetch)
+    monkeypatch.setattr(cache, "GRAIN", 64)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    draw = random.Random(3)
+    for limit, again in ((10 * SIZE, 1), (20_000, 2)):
+        fetched.clear()
+        with cache.caching(limit):
+            for _ in range(2):
+                for begin in range(0, SIZE, 1000):
+                    out = bytearray(min(1000, SIZE - begin))
+                    cache.fetch(FILES[0], begin, memoryview(out))
+                    assert out == CONTENT[FILES[0].url][begin : begin + 1000]
+            pid = os.fork()
+            if pid == 0:
+                before = fetched.total()
+                out = bytearray(10_000)
+                cache.fetch(FILES[0], 100, memoryview(out))
+                right = out == CONTENT[FILES[0].url][100:10_100] and (fetched.total() - before < 1500 or again > 1)
+                os._exit(0 if right else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            for _ in range(30):
+                begin = draw.randrange(SIZE - 1)
+                out = bytearray(min(SIZE - begin, draw.randrange(1, 5000)))
+                cache.fetch(FILES[1], begin, memoryview(out))
+                assert out == CONTENT[FILES[1].url][begin : begin + len(out)]
+            [folder] = tmp_path.glob("*/fetched-*")
+            assert (folder / "used").stat().st_size * 64 <= min(limit, 2 * SIZE + 128)
+        counts = [count for (url, _), count in fetched.items() if url == FILES[0].url]
+        assert sum(counts) < 1.15 * SIZE if again == 1 else sum(counts) > 1.2 * SIZE
+        assert not list(tmp_path.glob("*/*"))
