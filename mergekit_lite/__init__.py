@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mergekit_lite.methods import merge_states, merge_tensors
     from mergekit_lite.planning import Plan, make_plan
     from mergekit_lite.previewing.preview import Preview, Previewed, preview
+    from mergekit_lite.pushing import Pushed, push
     from mergekit_lite.recipe import Recipe
     from mergekit_lite.vectors.application import apply_vectors
     from mergekit_lite.vectors.combination import combine_vectors
@@ -47,9 +48,10 @@ if TYPE_CHECKING:
 __all__ = [
     "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
     "Finished", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed",
-    "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
+    "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
     "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect", "make_plan", "merge",
-    "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "preview", "run", "verify",
+    "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "preview", "push",
+    "run", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -67,6 +69,7 @@ _NAMES = {  # by the module that has them
     "methods": ("merge_states", "merge_tensors"),
     "planning": ("Plan", "make_plan"),
     "previewing.preview": ("Preview", "Previewed", "preview"),
+    "pushing": ("Pushed", "push"),
     "recipe": ("Recipe",),
     "vectors.application": ("apply_vectors",),
     "vectors.combination": ("combine_vectors",),

@@ -124,13 +124,14 @@ def parse_place(url: str) -> Place:
     return Place(parts.scheme, parts.netloc, url.split("://", 1)[1].partition("/")[2].strip("/"))
 
 
-def store_of(place: Place, *, retries: int = 10) -> ObjectStore:
+def store_of(place: Place, *, retries: int = 10, timeout: str = "120s") -> ObjectStore:
     """Return the client of a place's bucket, one for each process; keys are then paths in the bucket.
 
     Args:
         place: in the store.
         retries: how often the client itself repeats a request that failed: with exponential back-off and jitter, for
             connections that break, timeouts and answers 429 and 5xx.
+        timeout: of a request; the environment goes first (``AWS_TIMEOUT`` …).
 
     Raises:
         CheckpointError: obstore isn't installed, or the environment isn't enough to open the store.
@@ -143,7 +144,7 @@ def store_of(place: Place, *, retries: int = 10) -> ObjectStore:
     check_not_forked()
     _used_by.add(os.getpid())
     try:
-        return _store(place.scheme, place.bucket, retries)
+        return _store(place.scheme, place.bucket, retries, timeout)
     except Exception as error:
         raise CheckpointError(f"{place}: can't be opened: {said(error)}. Set {CREDENTIALS[place.scheme]}.") from error
 
@@ -196,12 +197,12 @@ def said(error: BaseException) -> str:
 
 
 @lru_cache(maxsize=64)
-def _store(scheme: str, bucket: str, retries: int) -> ObjectStore:
+def _store(scheme: str, bucket: str, retries: int, timeout: str) -> ObjectStore:
     from obstore.store import from_url
 
     store: ObjectStore = from_url(
         f"{scheme}://{bucket}",
-        client_options=cast(Any, _client_options(scheme)),
+        client_options=cast(Any, _client_options(scheme, timeout)),
         retry_config={
             "max_retries": retries,
             "retry_timeout": timedelta(minutes=4),
@@ -211,9 +212,9 @@ def _store(scheme: str, bucket: str, retries: int) -> ObjectStore:
     return store
 
 
-def _client_options(scheme: str) -> dict[str, object]:
+def _client_options(scheme: str, timeout: str = "120s") -> dict[str, object]:
     """Return how requests are made. What the environment says goes first: options given here would hide all of it."""
-    options: dict[str, object] = {"connect_timeout": "10s", "timeout": "120s"}
+    options: dict[str, object] = {"connect_timeout": "10s", "timeout": timeout}
     for name in (*SWITCHES, *TEXTS):
         if value := os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}"):
             options[name] = is_on(value) if name in SWITCHES else value

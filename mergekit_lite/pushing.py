@@ -211,7 +211,7 @@ def _committed(
         sent += size
         if progress is not None:
             progress(sent, in_all)
-    operations = [*additions, *(CommitOperationDelete(name) for name in removed)]
+    operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in removed)]
     message = "Add a model made by mergekit_lite"
     info = api.create_commit(
         repository, operations, commit_message=message, parent_commit=before[0] or None if before else None

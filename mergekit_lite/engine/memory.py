@@ -13,12 +13,15 @@ from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.span_writer import chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
+from mergekit_lite.object_stores import Place
 from mergekit_lite.ops import CPU
+from mergekit_lite.output.upload import IN_FLIGHT
 from mergekit_lite.planning import Job, Plan
 
 PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
 WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of which the host keeps a part
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
+UPLOADING = IN_FLIGHT + 40_000_000  # parts under way, and the client of the store
 QUANTISING = 20  # bytes for each element of a chunk that is quantised: sizes, quotients, codes, what they stand for
 FOLDING = 5 * 8 << 20  # base, product and factors in float64 of one piece to which something is added, for each worker
 REMEMBERED_FACTORS = 64 << 20
@@ -42,6 +45,7 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     buffers += FOLDING if folds else 0
     buffers += PER_READER if fetches(plan) else 0
     runtime = WITH_CUDA if not on_cpu else WITH_TORCH if _needs_torch(plan) else PYTHON
+    runtime += UPLOADING if any(isinstance(output, Place) for output in plan.outputs) else 0
     return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
 
 

@@ -56,18 +56,22 @@ def partial(output: Place) -> Place:
 
 
 class RemoteFolder:
-    """The objects under a prefix. Every method raises RunError where the store can't be reached or refuses."""
+    """The objects under a prefix. Every method raises RunError where the store can't be reached or refuses.
 
-    def __init__(self, place: Place) -> None:
+    One that is ``hurried`` hardly repeats a request that failed.
+    """
+
+    def __init__(self, place: Place, *, hurried: bool = False) -> None:
         self.place = place
-        self._store: ObjectStore = store_of(place)
+        self._store: ObjectStore = store_of(place, retries=2) if hurried else store_of(place)
+        self._patience = 1.0 if hurried else PATIENCE
 
     def sizes(self) -> dict[str, int]:
         """Return the size of each object, by its name relative to the prefix."""
         import obstore
 
         prefix = f"{self.place.key}/" if self.place.key else ""
-        pages = _asked(self.place, lambda: list(obstore.list(self._store, self.place.key)))
+        pages = _asked(self.place, self._patience, lambda: list(obstore.list(self._store, self.place.key)))
         listed = [each for page in pages or () for each in page]
         return {each["path"].removeprefix(prefix): each["size"] for each in listed if each["path"].startswith(prefix)}
 
@@ -76,7 +80,7 @@ class RemoteFolder:
         import obstore
 
         place = self.place / name
-        there = _asked(place, lambda: obstore.head(self._store, place.key))
+        there = _asked(place, self._patience, lambda: obstore.head(self._store, place.key))
         return None if there is None else (Uploaded(there["size"], tag(there["e_tag"])), there["last_modified"])
 
     def get(self, name: str) -> bytes | None:
@@ -84,14 +88,14 @@ class RemoteFolder:
         import obstore
 
         place = self.place / name
-        return _asked(place, lambda: bytes(obstore.get(self._store, place.key).bytes()))
+        return _asked(place, self._patience, lambda: bytes(obstore.get(self._store, place.key).bytes()))
 
     def put(self, name: str, content: bytes) -> None:
         """Write a small object, in place of what has its name."""
         import obstore
 
         place = self.place / name
-        _asked(place, lambda: obstore.put(self._store, place.key, content, use_multipart=False))
+        _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, use_multipart=False))
 
     def create(self, name: str, content: bytes) -> None:
         """Write a small object where there is none, if the store looks; what is there tells whether it was."""
@@ -99,7 +103,7 @@ class RemoteFolder:
 
         place = self.place / name
         try:
-            _asked(place, lambda: obstore.put(self._store, place.key, content, mode="create"))
+            _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, mode="create"))
         except FileExistsError:
             pass
         except NotImplementedError:
@@ -110,19 +114,20 @@ class RemoteFolder:
         import obstore
 
         for place in (self.place / name for name in names):
-            _asked(place, lambda place=place: obstore.delete(self._store, place.key))  # type: ignore[misc]
+            _asked(place, self._patience, lambda place=place: obstore.delete(self._store, place.key))  # type: ignore[misc]
 
 
-def _asked(place: Place, request: Callable[[], T]) -> T | None:
-    """Return what a request of a store gives; None where what is asked for isn't there. It is repeated where it broke.
+def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
+    """Return what a request of a store gives; None where what is asked for isn't there.
 
-    The client repeats requests by itself, but not those whose answer was cut. Raises RunError; FileExistsError where
-    the object is there already; NotImplementedError where the store can't do it.
+    It is repeated for ``patience`` seconds where it broke: the client repeats requests by itself, but not those whose
+    answer was cut. Raises RunError; FileExistsError where the object is there already; NotImplementedError where the
+    store can't do it.
     """
     from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PermissionDeniedError
     from obstore.exceptions import UnauthenticatedError as Unauthenticated
 
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     pause = 0.1
     while True:
         try:
@@ -169,9 +174,10 @@ class Lock:
         """Give it back, if it is still held."""
         self._closed.set()
         self._thread.join()
-        with suppress(RunError):
-            if self._folder.get(LOCK) == self._own:
-                self._folder.delete(LOCK)
+        with suppress(RunError):  # of a store that is out of reach, which is why this run ends: nobody shall wait again
+            folder = RemoteFolder(self._folder.place, hurried=True)
+            if folder.get(LOCK) == self._own:
+                folder.delete(LOCK)
 
     def _take(self) -> None:
         first = self._folder.head(LOCK)

@@ -18,6 +18,7 @@ from mergekit_lite.output.spool import Spool
 
 PART = 1 << 23  # bytes of a part of an upload
 MOST_PARTS = 9_000  # of one upload; stores take 10,000
+TIMEOUT = "600s"  # of the request of a part, which shares a slow line with the others
 PIECE = 1 << 20  # bytes read from the spool at once
 IN_FLIGHT = 1 << 26  # bytes of the parts that an output has under way
 
@@ -127,7 +128,7 @@ class Upload:
         """Send all of it, and return what the store has then. Raises what obstore raises, and RunError."""
         import obstore
 
-        store = store_of(self.place)
+        store = store_of(self.place, timeout=TIMEOUT)
         broken: Exception | None = None
         pieces = self._pieces()
         try:
@@ -146,7 +147,7 @@ class Upload:
 
     _reason: Exception | None = None  # why there are no more pieces: obstore may tell of something that follows from it
 
-    def _pieces(self) -> Iterator[bytes]:
+    def _pieces(self) -> Iterator[bytearray]:
         try:
             while self.sent < self.size:
                 yield from self._of_extent(self._next())
@@ -162,7 +163,7 @@ class Upload:
                 raise RunError(f"{self.place}: its upload was stopped. {GOES_ON}")
             return self._made.pop(self.sent)
 
-    def _of_extent(self, extent: Extent) -> Iterator[bytes]:
+    def _of_extent(self, extent: Extent) -> Iterator[bytearray]:
         """Yield an extent's bytes, and hold them to their digest before the last of them are sent."""
         digest = xxhash.xxh3_128()
         for begin in range(extent.begin, extent.end, PIECE):
@@ -178,7 +179,7 @@ class Upload:
                 )
             if end == self.size:
                 self._wait_to_complete()
-            yield bytes(piece)
+            yield piece
             with self._changed:
                 self.sent = end
                 self._changed.notify_all()

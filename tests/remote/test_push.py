@@ -108,7 +108,7 @@ def test_no_link_and_no_path_leads_out(hub: PushHub, out: Path) -> None:
     card = (out / "README.md").read_bytes()
     (out / "README.md").unlink()
     (out / "README.md").symlink_to(out.parent / "secret")
-    with pytest.raises(RunError, match="links"):
+    with pytest.raises(RunError, match="is a link"):
         push(out, "org/name")
     (out / "README.md").unlink()
     (out / "README.md").write_bytes(card)

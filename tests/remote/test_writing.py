@@ -107,6 +107,23 @@ def test_single_files_of_several_alphas(store: Store, models: Path, tmp_path: Pa
     assert under(store, f"single-{suffix}") == tree_bytes(tmp_path)
 
 
+def test_from_a_store_into_a_store(store: Store, models: Path) -> None:
+    for name in ("sft", "dpo"):
+        for file, content in tree_bytes(models / name).items():
+            RemoteFolder(parse_place(f"s3://bucket/in/{name}")).put(file, content)
+    before = partial(set_up, store.environment)
+    urls = ["s3://bucket/in/sft", "s3://bucket/in/dpo", "-o", "s3://bucket/both", "--shard-size", str(SHARD)]
+    assert processes.run(models, "extrapolate", *urls, "--alpha", "0.3", before=before).returncode == 0
+    made, wanted = under(store, "both"), tree_bytes(models / "out")
+    assert {name: made[name] for name in wanted if name.startswith("model")} == {
+        name: content for name, content in wanted.items() if name.startswith("model")
+    }
+    verified = processes.run(models, "verify", "s3://bucket/both", before=before)
+    assert verified.returncode == 0 and "is sound" in verified.stdout
+    touching = processes.run(models, "extrapolate", *urls[:3], "s3://bucket/in/dpo", "--alpha", "1", before=before)
+    assert touching.returncode == 2 and "at the input" in touching.stderr
+
+
 def test_what_stands_there_is_replaced_only_when_asked(store: Store, models: Path) -> None:
     extrapolate(models, "s3://bucket/stands", 0.5)
     RemoteFolder(parse_place("s3://bucket/stands")).put("notes.txt", b"mine")
