@@ -131,6 +131,42 @@ def test_a_merge_under_way_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pickle.loads(pickle.dumps(merge)).merge == other.merge == merge.merge
 
 
+PACKING = """
+import pickle
+import mergekit_lite as ml
+from ray import cloudpickle
+
+class Packing:
+    'Workers in this process, who get everything as they would elsewhere; the last task first.'
+    local, nodes = True, {}
+
+    def run(self, tasks, worker, size=None):
+        do = cloudpickle.loads(cloudpickle.dumps(worker))()
+        for task in reversed(tasks):
+            assert size is None or size(task) >= 0
+            yield pickle.loads(pickle.dumps(do(pickle.loads(pickle.dumps(task)))))
+
+results = []
+for ray in (None, Packing()):
+    name = "plain" if ray is None else "ray"
+    ml.merge("ties.yml", name, ray=ray)
+    ml.extract_vector("base", "a", f"{name}.safetensors", format="lowrank", energy=0.5, ray=ray)
+    verified = ml.verify(name, samples="all", ray=ray)
+    assert verified.sound and verified.recomputed, verified.findings
+    results.append(repr(ml.compare("base", ["a", "b"], ray=ray).overall))
+assert results[0] == results[1]
+"""
+
+
+def test_everything_travels(tmp_path: Path) -> None:
+    """What tasks are done by can be packed, and does the same where it is unpacked."""
+    models(tmp_path)
+    ended = subprocess.run([sys.executable, "-c", PACKING], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert weights(tmp_path / "ray") == weights(tmp_path / "plain")
+    assert (tmp_path / "ray.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
 def test_on_this_machine(tmp_path: Path) -> None:
     """The bytes are those of a plain run; Ray says nothing, and leaves no process and no file."""
     models(tmp_path)
