@@ -74,7 +74,7 @@ def weights(output: Path) -> dict[str, bytes]:
 
 
 def processes_of_ray() -> set[str]:
-    """Return the processes, by their numbers, of clusters that commands have started: all work in a folder of theirs."""
+    """Return the processes, by their numbers, of clusters that commands started: they work in a folder of theirs."""
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
