@@ -24,6 +24,10 @@ else:
             setattr(self, name, attribute)  # from now on without this detour
             return attribute
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Pickle it by its name, as cloudpickle does modules that functions refer to."""
+            return _Deferred, (self.__name__,)
+
     np = _Deferred("numpy")
     torch = _Deferred("torch")
 

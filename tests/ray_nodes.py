@@ -114,7 +114,7 @@ def host(count: int, address: str) -> None:
     cluster.shutdown()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 900) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -14,8 +14,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
 SHOWN = 5
 FAR = 0.1  # relative distance of the effective alpha from the one asked for, beyond which the user gets advice
 PIPE_WIDTH = 160
+SHOWN_NODES = 16
 PLAIN_INTERVAL = 10.0  # seconds between lines of progress where there is no terminal
 
 
@@ -138,8 +137,8 @@ class Screen:
             yield None
         elif self.err.is_terminal:
             columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            of_nodes = [_NodesColumn(crew)] if crew is not None else []
-            with Progress(*columns, *of_nodes, console=self.err, transient=True) as bar:
+            with _ProgressOfNodes(*columns, console=self.err, transient=True) as bar:
+                bar.crew = crew
                 task = bar.add_task(what, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         else:
@@ -263,21 +262,23 @@ def _row(group: Group) -> tuple[str, str, str, Text]:
     return f"{group.tensors:,}", size(group.nbytes), group.dtype, what
 
 
-class _NodesColumn(ProgressColumn):
-    """The machines of a Ray cluster under the bar, each with its workers and rate."""
+class _ProgressOfNodes(Progress):
+    """A bar, and under it the machines of a Ray cluster, each with its workers and rate."""
 
-    def __init__(self, crew: Cluster) -> None:
-        super().__init__()
-        self._crew = crew
+    crew: Cluster | None = None
 
-    def render(self, task: Task) -> Text:
-        return Text("".join(f"\n{line}" for line in _rates(self._crew)), "dim")
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bar and the lines under it."""
+        yield from super().get_renderables()
+        if lines := _rates(self.crew):
+            yield Text("\n".join(lines), "dim")
 
 
 def _rates(crew: Cluster | None) -> list[str]:
-    """Return a line for each machine that works."""
-    nodes = crew.nodes.values() if crew is not None else ()
-    return [f"{node.name}  {counted(node.workers, 'worker')}  {size(node.rate)}/s" for node in nodes if node.workers]
+    """Return a line for each machine that works, as far as they fit on a screen."""
+    nodes = [node for node in crew.nodes.values() if node.workers] if crew is not None else []
+    lines = [f"{node.name}  {counted(node.workers, 'worker')}  {size(node.rate)}/s" for node in nodes[:SHOWN_NODES]]
+    return lines + [f"… and {len(nodes) - SHOWN_NODES:,} more"] * (len(nodes) > SHOWN_NODES)
 
 
 def _plain_progress(crew: Cluster | None = None) -> Callable[[int, int], None]:

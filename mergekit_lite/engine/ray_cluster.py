@@ -26,7 +26,7 @@ EXPECTED = (
     "expected auto (the cluster this machine is part of), the address of one as HOST:PORT, or local:N workers here"
 )
 OBJECT_STORE = 128 << 20  # bytes; what workers do is kept there, no weights
-LATE = 30  # tenths of a second that they may take
+LATE = 100  # tenths of a second that they may take
 QUIET = {  # settings of Ray by environment variables: no usage statistics are sent, no tips given
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

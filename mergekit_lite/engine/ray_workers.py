@@ -226,7 +226,7 @@ class Cluster:
         for identifier, node in self.nodes.items():
             node.workers = at_work[identifier]
         if not self._workers:
-            raise RunError(self._nobody("it has none that is alive"))
+            raise RunError(self._nobody("no machine of the cluster is alive"))
 
     def _places(self) -> list[tuple[str, int]]:
         """Return the nodes that may be given tasks, each with the number of workers that fit there."""
@@ -318,7 +318,7 @@ class Cluster:
                 if task is not None:
                     a_round.waiting.appendleft(task)
         if not any(count for _, count in self._places()):
-            raise RunError(self._nobody("none of its machines can do this work"))
+            raise RunError(self._nobody("no machine of the cluster can do this work"))
 
     def _nobody(self, why: str) -> str:
         """Return the message that no machine works."""

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from mergekit_lite.methods.tensor_merge import joined
 from tests.answers.test_local import write_model
 from tests.distill.recipes import write_recipe
 from tests.models import write_folder
-from tests.ray_nodes import RayNodes, wait_for
+from tests.ray_nodes import RayNodes, end_group, wait_for
 from tests.test_golden import LARGE, RECIPES, model, shapes, write_models
 
 TILE = {"tile": (2048, 1024)}
@@ -48,7 +49,7 @@ SPOKEN = re.compile(r"\bray(let|::)?\b", re.I)  # what Ray would say of itself
 
 def run(place: Path, *arguments: object, expected: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder."""
-    ended = subprocess.run([*COMMAND, *map(str, arguments)], cwd=place, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run([*COMMAND, *map(str, arguments)], cwd=place, capture_output=True, text=True, timeout=900)
     assert ended.returncode == expected, ended.stderr
     return ended
 
@@ -73,16 +74,40 @@ def weights(output: Path) -> dict[str, bytes]:
 
 
 def processes_of_ray() -> set[str]:
-    """Return the processes on this machine that are Ray's, by their numbers."""
+    """Return the processes, by their numbers, of clusters that commands started: they work in a folder of theirs."""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue
-        if b"mergekit-lite-ray-" in words or words.startswith(b"ray::"):
-            found.add(path.parent.name)
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if "mergekit-lite-ray-" in f"{(path / 'cwd').readlink()} {(path / 'cmdline').read_bytes()!r}":
+                found.add(path.name)
     return found
+
+
+@contextmanager
+def running(place: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Give a command that runs in a session of its own, once it has journalled something; it ends with the context."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        written = lines(place)
+        wait_for(lambda: process.poll() is not None or lines(place) > written + 5)
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        end_group(process)
+        process.communicate()
+
+
+def lines(place: Path) -> int:
+    """Return the lines in the journal of an output."""
+    journal = place / ".out.partial" / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 @pytest.mark.parametrize(
@@ -131,6 +156,42 @@ def test_a_merge_under_way_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pickle.loads(pickle.dumps(merge)).merge == other.merge == merge.merge
 
 
+PACKING = """
+import pickle
+import mergekit_lite as ml
+from ray import cloudpickle
+
+class Packing:
+    'Workers in this process, who get everything as they would elsewhere; the last task first.'
+    local, nodes = True, {}
+
+    def run(self, tasks, worker, size=None):
+        do = cloudpickle.loads(cloudpickle.dumps(worker))()
+        for task in reversed(tasks):
+            assert size is None or size(task) >= 0
+            yield pickle.loads(pickle.dumps(do(pickle.loads(pickle.dumps(task)))))
+
+results = []
+for ray in (None, Packing()):
+    name = "plain" if ray is None else "ray"
+    ml.merge("ties.yml", name, ray=ray)
+    ml.extract_vector("base", "a", f"{name}.safetensors", format="lowrank", energy=0.5, ray=ray)
+    verified = ml.verify(name, samples="all", ray=ray)
+    assert verified.sound and verified.recomputed, verified.findings
+    results.append(repr(ml.compare("base", ["a", "b"], ray=ray).overall))
+assert results[0] == results[1]
+"""
+
+
+def test_everything_travels(tmp_path: Path) -> None:
+    """What tasks are done by can be packed, and does the same where it is unpacked."""
+    models(tmp_path)
+    ended = subprocess.run([sys.executable, "-c", PACKING], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stderr
+    assert weights(tmp_path / "ray") == weights(tmp_path / "plain")
+    assert (tmp_path / "ray.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
 def test_on_this_machine(tmp_path: Path) -> None:
     """The bytes are those of a plain run; Ray says nothing, and leaves no process and no file."""
     models(tmp_path)
@@ -141,7 +202,7 @@ def test_on_this_machine(tmp_path: Path) -> None:
     (node,) = json.loads(ended.stdout)["nodes"]
     assert node["tasks"] > 1 and node["workers_lost"] == 0
     assert ended.stderr == ""
-    wait_for(lambda: not processes_of_ray(), 10)
+    wait_for(lambda: not processes_of_ray())
     assert set(Path("/tmp").glob("mergekit-lite-ray-*")) <= before
 
 
@@ -150,20 +211,12 @@ def test_interrupted_on_this_machine(tmp_path: Path) -> None:
     """After Ctrl-C nothing runs on, the command ends as it always does, and --resume goes on."""
     models(tmp_path, layers=30)
     run(tmp_path, "merge", "ties.yml", "-o", "plain")
-    process = subprocess.Popen(
-        [*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", "local:2"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    journal = tmp_path / ".out.partial" / "journal.jsonl"
-    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 1, told
-    assert "--resume goes on" in told and not SPOKEN.search(told.replace("ray_", "")), told
-    wait_for(lambda: not processes_of_ray(), 10)
+    with running(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", "local:2") as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, told = process.communicate(timeout=600)
+        assert process.returncode == 1, told
+        assert "--resume goes on" in told and not SPOKEN.search(told), told
+        wait_for(lambda: not processes_of_ray())
     run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
 
@@ -172,12 +225,11 @@ def test_interrupted_on_this_machine(tmp_path: Path) -> None:
 def test_killed_on_this_machine(tmp_path: Path) -> None:
     """What the command started does not outlive it."""
     models(tmp_path, layers=30)
-    process = subprocess.Popen([*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", "local:2", "-q"], cwd=tmp_path)
-    journal = tmp_path / ".out.partial" / "journal.jsonl"
-    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
-    process.kill()
-    process.wait()
-    wait_for(lambda: not processes_of_ray(), 60)
+    with running(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", "local:2", "-q") as process:
+        assert processes_of_ray()
+        process.kill()
+        process.wait()
+        wait_for(lambda: not processes_of_ray())
     for folder in Path("/tmp").glob("mergekit-lite-ray-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -264,17 +316,9 @@ def test_a_node_killed(nodes: RayNodes, tmp_path: Path) -> None:
     """What a dead node had begun is done by others."""
     models(tmp_path, layers=40)
     run(tmp_path, "merge", "ties.yml", "-o", "plain")
-    process = subprocess.Popen(
-        [*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", nodes.address, "--json"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    journal = tmp_path / ".out.partial" / "journal.jsonl"
-    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
-    nodes.kill()
-    out, err = process.communicate(timeout=200)
+    with running(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", nodes.address, "--json") as process:
+        nodes.kill()
+        out, err = process.communicate(timeout=600)
     nodes.add()
     assert process.returncode == 0, err
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
@@ -287,16 +331,9 @@ def test_the_driver_killed(nodes: RayNodes, tmp_path: Path) -> None:
     """A run goes on from elsewhere: on a cluster again, after that without one."""
     models(tmp_path, layers=40)
     run(tmp_path, "merge", "ties.yml", "-o", "plain")
-    journal = tmp_path / ".out.partial" / "journal.jsonl"
-    more: tuple[str, ...] = ()
-    for least in (5, 20):
-        process = subprocess.Popen(
-            [*COMMAND, "merge", "ties.yml", "-o", "out", "--ray", nodes.address, "-q", *more], cwd=tmp_path
-        )
-        wait_for(lambda least=least: journal.exists() and journal.read_bytes().count(b"\n") > least)
-        process.kill()
-        process.wait()
-        more = ("--resume",)
+    for more in ((), ("--resume",)):
+        with running(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", nodes.address, "-q", *more) as process:
+            process.kill()
     run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
 
@@ -407,17 +444,9 @@ def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
             cluster.join(":", f"--node-ip-address={NETWORK}.{number}", inside=("ip", "netns", "exec", name))
         ray = ("--ray", cluster.address)
         wait_for(lambda: _nodes(tmp_path, ray) == 3)
-        process = subprocess.Popen(
-            [*COMMAND, "merge", "ties.yml", "-o", "out", *ray, "--json"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        journal = tmp_path / ".out.partial" / "journal.jsonl"
-        wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 5)
-        subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
-        out, err = process.communicate(timeout=300)
+        with running(tmp_path, "merge", "ties.yml", "-o", "out", *ray, "--json") as process:
+            subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
+            out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
     told = json.loads(out)["nodes"]
