@@ -54,7 +54,7 @@ class Pool:
         self, workers: int, devices: Sequence[str], inputs: int, nbytes: int, *, processes: bool = False
     ) -> None:
         self.workers = workers
-        self.processes = processes and workers > 1 and CPU in devices
+        self.processes = processes and hasattr(os, "fork") and workers > 1 and CPU in devices
         self._devices = devices
         self._room = (inputs, nbytes)
         self._stop = threading.Event()
