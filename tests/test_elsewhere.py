@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pty
 import subprocess
@@ -21,6 +22,7 @@ from mergekit_lite.errors import GOES_ON
 from mergekit_lite.file_names import unfit_on_windows
 from mergekit_lite.output.card import ABSOLUTE, ON_WINDOWS
 from tests.elsewhere import jobs
+from tests.elsewhere.lacking import LACKING, MISSING
 from tests.models import tree_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -122,3 +124,24 @@ def test_without_resource_and_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SandboxError, match="this system is win32"):
         check_sandbox(SandboxLimits())
+
+
+HANDLED = {  # where the system is asked first, or nothing runs without POSIX
+    "answers/scoring/sandbox.py", "answers/scoring/sandboxed.py", "answers/scoring/math_worker.py",
+    "answers/serving.py", "answers/watchdog.py", "commands/limits.py", "distillation/training/watch.py",
+    "engine/pool.py", "engine/processes.py", "output/file_writer.py", "output/sync.py", "output/working_folder.py",
+    "positioned.py",
+}  # fmt: skip
+
+
+def test_what_only_posix_has_is_used_in_known_places() -> None:
+    package = ROOT / "mergekit_lite"
+    using = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(value=ast.Name(id=module), attr=name) if name in LACKING.get(module, "").split():
+                    using.add(path.relative_to(package).as_posix())
+                case ast.Import(names=[ast.alias(name=name)]) | ast.ImportFrom(module=name) if name in MISSING:
+                    using.add(path.relative_to(package).as_posix())
+    assert using == HANDLED

@@ -28,11 +28,10 @@ def limit_reached(error: Exception) -> str | None:
 
 def _allowed_memory() -> str:
     """Return how much memory this process may take, as the end of a sentence; nothing where there is no limit."""
-    resource = _resource()
-    limit = None if resource is None else resource.getrlimit(resource.RLIMIT_AS)[0]
-    if resource is None or limit == resource.RLIM_INFINITY:
+    if (resource := _resource()) is None:
         return ""
-    return f": this process may take {limit / 1e6:,.0f} MB (ulimit -v)"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return "" if limit == resource.RLIM_INFINITY else f": this process may take {limit / 1e6:,.0f} MB (ulimit -v)"
 
 
 def _resource() -> ModuleType | None:

@@ -80,7 +80,7 @@ class Pool:
     ) -> None:
         self.workers = workers
         self.crew = crew
-        self.processes = processes and workers > 1 and CPU in devices
+        self.processes = processes and hasattr(os, "fork") and workers > 1 and CPU in devices
         self._devices = devices
         self._room = (inputs, nbytes)
         self._stop = threading.Event()

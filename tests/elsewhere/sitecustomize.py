@@ -9,27 +9,16 @@ opened, and a rename replaces nothing. Libraries keep their modules: they know t
 import builtins
 import ctypes
 import errno
-import mmap
 import os
-import signal
 import time
 import types
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import filelock
-
-LACKING = {
-    os: """fork forkpty register_at_fork pread preadv pwrite pwritev posix_fallocate sendfile copy_file_range geteuid
-        getuid getegid getgid killpg getpgid setsid wait3 wait4 waitid sched_getaffinity uname getloadavg statvfs fchown
-        fchmod chown lchown mkfifo mknod sysconf pidfd_open memfd_create O_NOFOLLOW O_DIRECT O_NONBLOCK O_CLOEXEC
-        O_NOCTTY O_DIRECTORY O_SYNC O_DSYNC EX_OK EX_IOERR EX_USAGE""",
-    signal: """SIGKILL SIGXCPU SIGHUP SIGUSR1 SIGUSR2 SIGALRM SIGCHLD SIGPIPE SIGQUIT alarm setitimer pthread_sigmask
-        pthread_kill sigwait sigpending SIG_BLOCK SIG_UNBLOCK SIG_SETMASK""",
-    mmap: "MAP_PRIVATE MAP_SHARED MAP_ANONYMOUS MAP_ANON MAP_POPULATE PROT_READ PROT_WRITE",
-}
-MISSING = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix")
+from lacking import LACKING, MISSING  # beside this file
 
 filelock.lock_descriptor  # noqa: B018  (imported while all is there)
 
@@ -41,7 +30,7 @@ def without(module: types.ModuleType, names: str) -> types.ModuleType:
     return bare
 
 
-SEEN = {module.__name__: without(module, names) for module, names in LACKING.items()}
+SEEN = {name: without(import_module(name), names) for name, names in LACKING.items()}
 SEEN["os"].name = "nt"  # type: ignore[attr-defined]
 real_import = builtins.__import__
 
