@@ -65,8 +65,8 @@ def predicted(
 ) -> Prediction | None:
     """Predict a run on some machines: without rates on such as this one, which is measured.
 
-    ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, and where weights lie elsewhere but ``net`` is not
-    given: what the network gives is not measured.
+    ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, and where weights lie elsewhere without ``net``:
+    what the network gives is not measured.
     """
     elsewhere = any("://" in str(place) for place in (*(source.reference for source in plan.inputs), *plan.outputs))
     if CPU not in devices or (elsewhere and net is None):
