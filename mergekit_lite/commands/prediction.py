@@ -63,11 +63,13 @@ def predicted(
     net: float | None = None,
     devices: Sequence[str] = (CPU,),
 ) -> Prediction | None:
-    """Predict a run on some machines: without rates on such as this one, which is measured; None for GPUs.
+    """Predict a run on some machines: without rates on such as this one, which is measured.
 
-    ``disk`` and ``net`` are in bytes a second.
+    ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, and where weights lie elsewhere without ``net``:
+    what the network gives is not measured.
     """
-    if CPU not in devices:
+    elsewhere = any("://" in str(place) for place in (*(source.reference for source in plan.inputs), *plan.outputs))
+    if CPU not in devices or (elsewhere and net is None):
         return None
     from mergekit_lite.prediction import predict
 

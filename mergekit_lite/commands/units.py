@@ -14,8 +14,8 @@ def size(count: float) -> str:
 
 
 def seconds(count: float) -> str:
-    """Return a time as text: ``0.42 s``, ``41 s``, ``12 min``, ``3.5 h``."""
-    for limit, unit, digits, name in ((10, 1, 2, "s"), (120, 1, 0, "s"), (7200, 60, 0, "min")):
+    """Return a time as text: ``0.42 s``, ``141 s``, ``12 min``, ``3.5 h``."""
+    for limit, unit, digits, name in ((10, 1, 2, "s"), (600, 1, 0, "s"), (7200, 60, 0, "min")):
         if count < limit:
             return f"{count / unit:.{digits}f} {name}"
     return f"{count / 3600:.1f} h"

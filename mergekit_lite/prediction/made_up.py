@@ -52,6 +52,9 @@ class MadeUpReader(Reader):
             offset, out = offset + count, out[count:]
         self.seconds += time.thread_time() - started
 
+    def expect(self, *_: object, **__: object) -> None:
+        """Do nothing: what is said to be read next is made up, too."""
+
     def noise(self, spec: TensorSpec, number: int) -> TensorSpec:
         """Return a plain tensor of floats as noise: of the ``number``-th fine-tune, or of the base where that is 0."""
         name = f"{number} {spec.dtype}"
