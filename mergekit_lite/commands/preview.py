@@ -56,7 +56,7 @@ Examples:
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A question; repeat it for several.")
 @click.option("--prompts", type=FILE, multiple=True, help="JSONL or Parquet with prompts to answer.")
 @click.option("--limit", type=click.IntRange(min=1), help="Most prompts that are used.")
-@click.option("--system", metavar="TEXT", help="A system prompt before each conversation.")
+@click.option("--system", metavar="TEXT", help="A system prompt before conversations without one.")
 @click.option("--on", metavar="MODEL", help="Add the pair's change to this model, larger perhaps, of the same tokens.")
 @click.option(
     "--search", "beam", metavar="W,K,L", callback=_beam, help="Every L tokens the W best of W × K drafts go on."

@@ -95,7 +95,7 @@ def preview(
         prompts: texts, or conversations that end with the user's turn.
         alphas: any numbers, each once.
         on: a model of the same vocabulary, and of any size, that the pair's change is added to.
-        system: a system prompt before each conversation.
+        system: a system prompt before each conversation that has none of its own.
         temperature: of the draws, which all alphas share; 0, greedy, by default, with ``beam`` 0.7.
         top_p: the share of the likeliest tokens that are drawn from, in (0, 1].
         repetition_penalty: divides the logits of tokens that are there already; 1 is none.

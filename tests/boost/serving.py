@@ -8,6 +8,7 @@ notes its number, and goes by no name but ``tiny-NUMBER``. ``thinks`` sends thou
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         if sys.argv[3:4] == ["counts"]:
             time.sleep(float(sys.argv[5]))
-            with (Path(sys.argv[1]).parents[1] / "counts").open("a") as counts:
+            with Path(os.environ.get("COUNTS") or Path(sys.argv[1]).parents[1] / "counts").open("a") as counts:
                 counts.write(f"{sys.argv[4]}\n")
         alpha = json.loads((Path(sys.argv[1]) / "mergekit_lite_manifest.json").read_text())["recipe"]["parameters"]
         text = f"{asked['messages'][-1]['content']} alpha {alpha['alpha']:g}" + " word" * int(4 * alpha["alpha"])

@@ -66,14 +66,11 @@ def _receive(connection: Connection, received: queue.SimpleQueue[Any], at_work: 
 def _sendable(failure: BaseException) -> BaseException:
     """Return a failure, or where pickling loses it or its message one that says the same.
 
-    A mistake of this package has its traceback here as a note.
+    Of a mistake of this package the traceback is worth more than the class.
     """
     if not isinstance(failure, MergekitLiteError):
-        failure.add_note("".join(traceback.format_exception(failure)))
+        return RuntimeError(f"in a worker:\n{''.join(traceback.format_exception(failure))}")
     with suppress(Exception):
         if str(pickle.loads(pickle.dumps(failure))) == str(failure):
             return failure
-    if isinstance(failure, UsageError):
-        return UsageError(str(failure))
-    said = str(failure) if isinstance(failure, MergekitLiteError) else "".join(traceback.format_exception(failure))
-    return RunError(said.strip())
+    return UsageError(str(failure)) if isinstance(failure, UsageError) else RunError(str(failure))

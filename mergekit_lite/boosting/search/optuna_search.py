@@ -50,7 +50,7 @@ def optuna_search(
         sampler: ``tpe``, or ``cmaes`` for two parameters or more.
         trials: their number in all.
         seed: of the sampler.
-        at_once: trials that are asked for together, and told together: so many are drawn without knowing each other's
+        at_once: trials that are asked for together, and told together: they are drawn without knowing each other's
             outcomes. Studies that differ in it are different.
 
     Raises:

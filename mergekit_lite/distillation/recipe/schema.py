@@ -67,7 +67,7 @@ class RecipeSource(Strict):
     samples_for: dict[str, Count] = {}  # overrides by domain
     domains: tuple[str, ...] | None = None  # answers only prompts of these; all by default
     sampling: Sampling = Sampling()
-    system: str | None = None  # a system prompt put before the messages
+    system: str | None = None  # a system prompt put before messages that have none of their own
     thoughts: Thoughts = "keep"  # of its answers, for training; only: leave out answers without
 
     @property

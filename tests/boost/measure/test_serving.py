@@ -74,6 +74,31 @@ def test_several_servers_share_the_prompts_and_change_nothing(models: Path, tmp_
     assert rows[1] == rows[3]
 
 
+@pytest.mark.slow
+def test_groups_of_servers_measure_side_by_side_and_change_nothing(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of two: four servers with numbers of their own, and the rows of one server."""
+    rows = {}
+    for parallel, servers in ((1, 1), (2, 2)):
+        folder = tmp_path / str(parallel)
+        folder.mkdir()
+        monkeypatch.setenv("COUNTS", str(folder / "counts"))
+        request = request_of(
+            models, folder / "out", "counts {number} 0.1", search="grid", grid={"alpha": (1.0, 0.5, 2.0)},
+            servers=servers, concurrency=1, parallel=parallel,
+        )  # fmt: skip
+        boosted = search_and_write(prepare(request))
+        assert boosted.result.chosen == {"alpha": 2.0}
+        answered = (folder / "counts").read_text().split()
+        assert len(answered) == 8 * 4
+        assert set(answered) == {str(number) for number in range(parallel * servers)}
+        ledgers = (folder / "out.boost" / "candidates").glob("*.jsonl")
+        rows[parallel] = {path.name: sorted(path.read_text().splitlines()) for path in ledgers}
+        assert not (folder / "out.boost" / "serving").exists()
+    assert rows[1] == rows[2]
+
+
 def test_thoughts_that_a_server_sends_apart_are_guarded_and_not_scored(models: Path, tmp_path: Path) -> None:
     limits = ("growth=none",)
     request = request_of(models, tmp_path / "out", "thinks", search="grid", grid={"alpha": (1.0,)}, limits=limits)
