@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,30 @@ def test_a_plateau_gives_the_smallest_alpha(tmp_path: Path) -> None:
         assert result.chosen is not None
         chosen.append(result.chosen["alpha"])
     assert min(chosen) >= 1.0 and chosen.count(1.0) >= 3, chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "most", "least"), [(0.5, 4.5, 30), (0.25, 5.5, 20)])
+def test_holding_half_out_costs_less_and_finds_more(share: float, most: float, least: int, tmp_path: Path) -> None:
+    """36 searches over 1,000 items whose best alpha gains 0.1, and 12 in which no alpha helps; see docs/boost.md."""
+    passes, gains = [], []
+
+    def found(name: str, curve: Callable[[Params], float]) -> float | None:
+        evaluator = SyntheticEvaluator(curve, items=1000, noise=0.5 / math.sqrt(2))
+        evaluator.items = [f"{name} {item}" for item in evaluator.items]
+        result = search(evaluator, tmp_path / name, held_out=share)
+        passes.append(len(evaluator.measured) / 1000)
+        return None if result.chosen is None else curve(result.chosen)
+
+    for trial in range(12):
+        for at in (0.3, 2.0, 8.0):
+            gains.append(found(f"{trial} {at}", lambda params, at=at: peak(params, at, height=0.1)))
+    cost, sure = sum(passes) / 36, [gain for gain in gains if gain is not None and gain > 0]
+    print(
+        f"{share:g} held out: {cost:.1f} passes, {len(sure)} of 36 better, with a gain of {sum(sure) / len(sure):.3f}"
+    )
+    assert cost < most and len(sure) >= least and sum(sure) / len(sure) > 0.065
+    assert [found(f"none {trial}", lambda params: -0.1 * params["alpha"]) for trial in range(12)] == [None] * 12
 
 
 def test_a_bad_candidate_costs_an_eighth(tmp_path: Path) -> None:
