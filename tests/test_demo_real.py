@@ -130,6 +130,7 @@ def test_recipes_load_and_prompts_are_apart(size, tmp_path):
     for lesson in (OWN, STUDENT):
         recipe = load(out.recipe(lesson.recipe))
         assert tuple(source.name for source in recipe.sources) == lesson.sources
+        assert sum(source.samples for source in recipe.sources) == {OWN: 8, STUDENT: 2}[lesson]
         assert recipe.folder.name == lesson.folder
         for name in lesson.sources:
             part = load(out.recipe(name))

@@ -121,7 +121,11 @@ def measure(out: Out, size: Size) -> None:
         run([job for jobs in tests for job in jobs], out.logs)
     with stage("Alpha chosen on dev; costs", out.times):
         jobs = boost(out, "dev", pair, *asked(out, "dev", size)) + boost(out, "costs", pair, *sums, *every(*rest))
-        run([*jobs, Job("report", mergekit_lite("distill", "report", out.recipe(OWN.recipe)))], out.logs)
+        if not (out.folder(OWN) / "report" / "report.html").exists():
+            jobs.append(Job("report", mergekit_lite("distill", "report", out.recipe(OWN.recipe))))
+        run(jobs, out.logs)
+    if out.rounding.exists():
+        return
     with stage("What rounding leaves of alpha", out.times):
         dtypes = [word for dtype in DTYPES for word in ("--dtype", dtype)]
         command = mergekit_lite("compare", *pair, f"--alpha={','.join(f'{a:g}' for a in ASKED)}", *dtypes, "--json")
