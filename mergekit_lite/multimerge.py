@@ -19,6 +19,8 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
+from mergekit_lite.layout import OutputPath, output_path
+from mergekit_lite.object_stores import Place
 from mergekit_lite.output.journal import plan_of
 from mergekit_lite.output.promise import lay_promised
 from mergekit_lite.output.working_folder import as_run_errors, left_by_earlier_run, own_folder
@@ -46,7 +48,7 @@ class Step:
     """
 
     name: str
-    output: Path
+    output: OutputPath
     is_final: bool
     plan: Plan
     recipe: Recipe
@@ -68,8 +70,8 @@ def plan_documents(
 
     Args:
         documents: in an order in which they can be made.
-        output: a folder or a ``.safetensors`` or ``.pt`` file; with ``{name}`` in it where several documents are made
-            that no other one uses.
+        output: a folder or a ``.safetensors`` or ``.pt`` file, here or in an object store; with ``{name}`` in it where
+            several documents are made that no other one uses.
         shard_size: most bytes of data in one file of each result.
         copy_code: copy the code of its own that a model in a folder has.
 
@@ -79,8 +81,8 @@ def plan_documents(
     """
     wanted = final(documents)
     outputs = _outputs(wanted, str(output))
-    folder = documents_folder(Path(str(output)))
-    places = {each.name: outputs.get(each.name, folder / each.name) for each in documents}
+    folder = documents_folder(output_path(str(output)))
+    places: dict[str, OutputPath] = {each.name: outputs.get(each.name, folder / each.name) for each in documents}
     steps: list[Step] = []
     with tempfile.TemporaryDirectory() as promised:
         at = {each.name: Path(promised, str(number)) for number, each in enumerate(documents)}
@@ -137,8 +139,8 @@ def merge_documents(
     for step in steps:
         if step.is_final:
             check_outputs(step.plan, resume=resume, force=force)
-    between = [step for step in steps if not step.is_final]
-    for folder in {step.output.parent for step in between}:
+    between = [step.output for step in steps if not step.is_final and isinstance(step.output, Path)]
+    for folder in {output.parent for output in between}:
         own_folder(folder)
     for step in steps:
         plan = step.planned_anew()
@@ -155,23 +157,23 @@ def merge_documents(
         _remove(between)
 
 
-def documents_folder(output: Path) -> Path:
-    """Return the folder for what lies between a recipe's documents."""
-    output = output.absolute()
-    return output.with_name(f".{output.name}.documents")
+def documents_folder(output: OutputPath) -> Path:
+    """Return the folder for what lies between a recipe's documents: beside the output, or here if that is elsewhere."""
+    beside = Path(output.name) if isinstance(output, Place) else output
+    return beside.absolute().with_name(f".{output.name}.documents")
 
 
-def _outputs(wanted: Sequence[Document], output: str) -> dict[str, Path]:
+def _outputs(wanted: Sequence[Document], output: str) -> dict[str, OutputPath]:
     """Return the paths of the documents that are wanted. Raises UsageError where names are missing."""
     if len(wanted) == 1:
-        return {wanted[0].name: Path(output.replace("{name}", wanted[0].name))}
+        return {wanted[0].name: output_path(output.replace("{name}", wanted[0].name))}
     names = ", ".join(each.name or "one without a name" for each in wanted)
     made = f"The recipe makes {counted(len(wanted), 'model')} that no other document uses: {names}."
     if not all(each.name for each in wanted):
         raise UsageError(f"{made} Give each of them a 'name', and put {{name}} into the output's.")
     if "{name}" not in output:
         raise UsageError(f"{made} Put {{name}} into the output's name: -o 'out-{{name}}'.")
-    return {each.name: Path(output.replace("{name}", each.name)) for each in wanted}
+    return {each.name: output_path(output.replace("{name}", each.name)) for each in wanted}
 
 
 def _promised(document: Document, recipe: Recipe, at: Callable[[str], Path]) -> Mapping[str, Checkpoint]:
@@ -199,15 +201,17 @@ def _called(document: Document) -> str:
 
 def _is_begun(plan: Plan) -> bool:
     """Return whether an earlier run of the same plan left its work."""
-    with left_by_earlier_run(plan.outputs[0]) as folder:
+    output = plan.outputs[0]
+    assert isinstance(output, Path)
+    with left_by_earlier_run(output) as folder:
         return folder is not None and plan_of(folder.journal) == plan.digest(0)
 
 
-def _remove(steps: Sequence[Step]) -> None:
+def _remove(outputs: Sequence[Path]) -> None:
     """Remove what steps in between made, and their folder where nothing else is in it."""
-    for step in steps:
-        with as_run_errors(step.output):
-            shutil.rmtree(step.output)
-    for folder in {step.output.parent for step in steps}:
+    for output in outputs:
+        with as_run_errors(output):
+            shutil.rmtree(output)
+    for folder in {output.parent for output in outputs}:
         with suppress(OSError):
             folder.rmdir()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_lite.commands import json_output, running
 from mergekit_lite.commands.screen import Screen, size
-from mergekit_lite.engine.devices import chosen_devices
+from mergekit_lite.engine.ray_cluster import devices_of, workers_of
 from mergekit_lite.engine.run import RunOptions, check_outputs
 from mergekit_lite.errors import RunError
 
@@ -45,7 +46,7 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
     if not run_options["resume"]:
         _check_room(steps)
     if view.dry_run:
-        devices = chosen_devices(run_options["device"])
+        devices = devices_of(run_options["ray"], run_options["device"])
         show_plans(steps, screen, as_json=view.as_json, threads=run_options["threads"], devices=devices)
         return
 
@@ -54,8 +55,9 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
         screen.headline(plan)
 
     made = []
-    with running.resumable(), screen.progress() as progress:
-        options: RunOptions = {**run_options, "progress": progress, "processes": running.PROCESSES}
+    workers = workers_of(run_options["ray"], run_options["device"], run_options["threads"])
+    with running.resumable(), workers as crew, screen.progress(crew=crew) as progress:
+        options: RunOptions = {**run_options, "progress": progress, "processes": running.PROCESSES, "ray": crew}
         for step, finished in merge_documents(steps, keep=keep, starting=announce, **options):
             if finished is None:
                 screen.note(f"{_heading(step)}: is there already")
@@ -64,9 +66,11 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
                 screen.finished(step.plan, finished)
             made.append({"name": step.name, **json_output.of_finished(finished)})
     if view.as_json:
-        click.echo(json.dumps({"documents": made}, indent=1))
+        click.echo(json.dumps(json_output.with_fetched({"documents": made} | json_output.of_nodes(crew)), indent=1))
+    screen.nodes(crew)
     if keep:
-        folders = {step.output.parent for step in steps if not step.is_final}
+        between = [step.output for step in steps if not step.is_final]
+        folders = {output.parent for output in between if isinstance(output, Path)}
         screen.note("".join(f"kept for the next run: {folder}" for folder in folders))
 
 
@@ -76,8 +80,11 @@ def _heading(step: Step) -> str:
 
 def _check_room(steps: Sequence[Step]) -> None:
     """Raise RunError where the disk has no room for all results together."""
-    wanted = sum(step.plan.bytes_to_write for step in steps)
-    parent = next(folder for folder in steps[-1].output.absolute().parents if folder.exists())
+    here = [step for step in steps if isinstance(step.output, Path)]
+    if not here:
+        return
+    wanted = sum(step.plan.bytes_to_write for step in here)
+    parent = next(folder for folder in Path(str(here[-1].output)).absolute().parents if folder.exists())
     if (free := shutil.disk_usage(parent).free) < wanted:
         raise RunError(
             f"{parent}: has {size(free)} free, and the results of all documents need {size(wanted)}. Make room or "

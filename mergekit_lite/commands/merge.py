@@ -64,6 +64,8 @@ def command(
         raise UsageError("Name one output: mergekit-lite merge recipe.yml -o ./merged.")
     documents = parse_documents(text_of(recipe), str(recipe))
     if len(documents) > 1:
+        if push is not None:
+            raise UsageError(f"--push takes a recipe of one document: push the result: mergekit-lite push OUT {push}.")
         steps = plan_documents(documents, output, shard_size=shard_size, copy_code=copy_code)
         several.carry_out(steps, run_options, view, keep=keep)
         return

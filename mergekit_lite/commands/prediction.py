@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,7 +82,7 @@ def _cluster(plan: Plan, nodes: int, cores: int | None, disk: tuple[float, float
     from mergekit_lite.prediction import Cluster, this_cluster
 
     if disk is None and net is None:
-        here = this_cluster(plan.outputs[0])
+        here = this_cluster(Path(str(plan.outputs[0])))
         here = here if cores is None else replace(here, cores=cores)
         return here if nodes == 1 else replace(here, nodes=nodes, is_measured=False, buffered=0.0)
     given: dict[str, Any] = {} if disk is None else {"read": disk[0], "write": disk[1]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.finished import is_finished, may_be_finished
@@ -101,6 +102,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
     ray, device = options.get("ray"), options.get("device", CPU)
     devices = devices_of(ray, device)
+    _check_reach(plan, ray)
     workers, usual_block = workers_and_block(devices, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
@@ -117,7 +119,8 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         _check_inputs(plan)
         left = jobs_left(plan, workspaces.values())
         if crew is not None and not crew.local:
-            crew.must_see(plan.input_files, [_shared(workspace) for workspace in workspaces.values()])
+            here = [file for file in plan.input_files if not is_elsewhere(file[0])]
+            crew.must_see(here, [_shared(workspace) for workspace in workspaces.values()])
         team = Workers(workers, devices, block, options.get("processes", False), crew)
         Schedule(plan, workspaces, team, options.get("progress"), left).run()
         _check_inputs(plan)
@@ -132,6 +135,13 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     reports = tuple(made.get(v) or _reported(output) for v, output in enumerate(plan.outputs))
     outputs = tuple(str(output) if isinstance(output, Place) else output for output in plan.outputs)
     return Finished(outputs, reports, time.monotonic() - started)
+
+
+def _check_reach(plan: Plan, ray: str | Cluster | None) -> None:
+    """Raise UsageError where workers of a cluster would have to write to an object store: they have no spools."""
+    if ray is not None and (stores := [str(output) for output in plan.outputs if isinstance(output, Place)]):
+        remedy = "name a folder that all machines share, and copy it from there; or leave --ray out"
+        raise UsageError(f"{stores[0]}: outputs in object stores are made by one machine: {remedy}.")
 
 
 def _shared(workspace: OutputWorkspace) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from mergekit_lite.checkpoint.vector_file import check_output, described
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.devices import chosen_device, explained
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
-from mergekit_lite.engine.ray_cluster import devices_of, workers_of
+from mergekit_lite.engine.ray_cluster import devices_of, files_of, workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress, expect_elements
 from mergekit_lite.engine.tiling import CHUNK, cut
@@ -106,6 +106,8 @@ def extract_vector(
     """
     settings = ExtractSettings(format, density, threshold, rank, energy, seed)
     path = output_path(output)
+    if ray is not None and isinstance(path, Place):
+        raise UsageError(f"{path}: outputs in object stores are made by one machine: leave --ray out.")
     _check_name(path, settings.format)
     place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
@@ -238,7 +240,8 @@ class _Extraction:
         if self.settings.energy is not None:
             self.spill.mkdir(exist_ok=True)
         if self.crew is not None and not self.crew.local:
-            self.crew.must_see(sources, [target.marked(secrets.token_hex(16))])
+            assert not isinstance(target, Place)
+            self.crew.must_see(files_of([self.before, self.after]), [target.marked(secrets.token_hex(16))])
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}

@@ -104,7 +104,7 @@ def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Sequence[Pl
         if place and isinstance(place[0], int):
             matrix[number], row[number] = place
         else:
-            matrix[number] = -1 - means.setdefault(place, len(means))  # type: ignore[arg-type]
+            matrix[number] = -1 - means.setdefault(place, len(means))
     dtype = dtypes.promoted(source.dtype for source in sources)
     encoding = Gathered(tuple(sources), matrix, row, tuple(means))
     shape = (len(places), *own.shape[1:])
