@@ -120,12 +120,12 @@ class BlockReader:
             begin, out = begin + count, out[count:]
 
     def close(self) -> None:
-        """End the threads, once what they fetch is there."""
+        """End the threads; one that is still trying to fetch something is left to itself after some seconds."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout=5)
         self._courses.clear()
         self._tails.clear()
         self._spare.clear()
