@@ -36,11 +36,12 @@ class StorePath(StandIn):
     def __str__(self) -> str:
         _, mirror, inner = self._place()
         if mirror is None:
-            return self.__fspath__()
+            return os.fspath(self)
         return f"{mirror.url}/{inner}" if inner else mirror.url
 
     def __fspath__(self) -> str:
-        return os.path.join(*self.parts)  # noqa: PTH118  (pathlib would ask for the text)
+        path: str = os.path.join(*self.parts)  # noqa: PTH118  (pathlib would ask for the text)
+        return path
 
     def iterdir(self) -> Iterator[StorePath]:
         """Yield what the folder holds; pathlib's own would list its text."""

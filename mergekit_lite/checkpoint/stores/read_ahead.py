@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mergekit_lite.checkpoint.stores.cache import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
@@ -148,7 +148,7 @@ class BlockReader:
     def _free(self, block: Block) -> None:
         if block.data is not None:
             if block.size >= SMALL:
-                self._spare.append(block.data.obj)
+                self._spare.append(cast(mmap.mmap, block.data.obj))
             block.data, block.asked = None, False
             self._used -= block.room
 
