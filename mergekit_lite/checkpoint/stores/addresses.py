@@ -94,5 +94,5 @@ def hub_headers() -> Mapping[str, str]:
 
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError("HF_HUB_OFFLINE is set, and this model is read from the hub as it is needed. Unset it.")
-    headers: dict[str, str] = utils.build_hf_headers()
+    headers: dict[str, str] = utils.build_hf_headers()  # type: ignore[attr-defined]
     return {name: value for name, value in headers.items() if name.lower() == "authorization"}
