@@ -240,8 +240,7 @@ def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint
 def open_adapter(reference: str) -> Adapter:
     """Open a LoRA adapter by its folder, URL or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
     if is_elsewhere(reference):
-        path, revision = mirror.stand_up(reference)
-        return read_adapter(reference, path, revision)
+        return read_adapter(reference, *mirror.stand_up(reference))
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():

@@ -90,10 +90,9 @@ def hub_url(repository: str, commit: str, name: str) -> str:
 
 def hub_headers() -> Mapping[str, str]:
     """Return the headers of the user's token, if there is one."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, utils
 
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError("HF_HUB_OFFLINE is set, and this model is read from the hub as it is needed. Unset it.")
-    headers = build_hf_headers()
+    headers: dict[str, str] = utils.build_hf_headers()  # type: ignore[attr-defined]
     return {name: value for name, value in headers.items() if name.lower() == "authorization"}

@@ -85,7 +85,7 @@ class Cache:
                         made.truncate(size)
                 content = paths[0].open("r+b", buffering=0)
                 with paths[1].open("r+b") as grains:
-                    self._open[key] = _Kept(content, mmap.mmap(grains.fileno(), 0))  # type: ignore[arg-type]
+                    self._open[key] = _Kept(content, mmap.mmap(grains.fileno(), 0))
             return self._open[key]
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -35,16 +36,26 @@ class StorePath(StandIn):
     def __str__(self) -> str:
         _, mirror, inner = self._place()
         if mirror is None:
-            return super().__str__()
+            return os.fspath(self)
         return f"{mirror.url}/{inner}" if inner else mirror.url
 
     def __fspath__(self) -> str:
-        return super().__str__()
+        path: str = os.path.join(*self.parts)  # noqa: PTH118  (pathlib would ask for the text)
+        return path
+
+    def iterdir(self) -> Iterator[StorePath]:
+        """Yield what the folder holds; pathlib's own would list its text."""
+        for name in os.listdir(self.__fspath__()):  # noqa: PTH208
+            yield self / name
+
+    def rglob(self, pattern: str, **options: Any) -> Iterator[StorePath]:
+        """Yield what lies below; see ``iterdir``."""
+        yield from (StorePath(path) for path in Path(self.__fspath__()).rglob(pattern, **options))
 
     def __reduce__(self) -> tuple[Any, ...]:
         root, mirror, inner = self._place()
         file = self.remote
-        return _arrived, (super().__str__(), root, mirror.url if mirror else "", inner, file)
+        return _arrived, (self.__fspath__(), root, mirror.url if mirror else "", inner, file)
 
     @property
     def remote(self) -> RemoteFile | None:
@@ -59,7 +70,7 @@ class StorePath(StandIn):
 
     def _place(self) -> tuple[str, Mirror | None, str]:
         """Return the folder that holds the stand-in, what it stands for, and the path in the stand-in."""
-        parts = Path(super().__str__()).parts
+        parts = self.parts
         for depth in range(len(parts) - 1, 1, -1):
             root = os.path.join(*parts[:depth])  # noqa: PTH118  (a path would ask for its own text)
             if (mirror := _mirror(root)) is not None:

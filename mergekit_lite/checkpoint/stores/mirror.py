@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _files(source: Source) -> dict[str, RemoteFile]:
     inner: Mapping[str, str] = {}
     read: dict[str, Any] = {}
     for _ in LISTS[1:]:  # a router's modules are known once its own folder is
-        inner = listed_folders(source.url, files, lambda name, files=files: _json(files[name], read))
+        inner = listed_folders(source.url, files, partial(_json_of, files, read))
         for folder in inner:
             if folder and not any(name.startswith(f"{folder}/") for name in files):
                 files |= {in_folder(folder, name): file for name, file in source.listed(folder).items()}
@@ -128,6 +129,10 @@ def _json(file: RemoteFile, read: dict[str, Any]) -> Any:
         except ValueError as error:
             raise CheckpointError(f"{file.url}: is not valid JSON ({error})") from error
     return read[file.url]
+
+
+def _json_of(files: Mapping[str, RemoteFile], read: dict[str, Any], name: str) -> Any:
+    return _json(files[name], read)
 
 
 def _name(url: str) -> str:

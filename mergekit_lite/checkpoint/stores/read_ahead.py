@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mergekit_lite.checkpoint.stores.cache import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
@@ -120,12 +120,12 @@ class BlockReader:
             begin, out = begin + count, out[count:]
 
     def close(self) -> None:
-        """End the threads, once what they fetch is there."""
+        """End the threads; one that is still trying to fetch something is left to itself after some seconds."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout=5)
         self._courses.clear()
         self._tails.clear()
         self._spare.clear()
@@ -148,7 +148,7 @@ class BlockReader:
     def _free(self, block: Block) -> None:
         if block.data is not None:
             if block.size >= SMALL:
-                self._spare.append(block.data.obj)
+                self._spare.append(cast(mmap.mmap, block.data.obj))
             block.data, block.asked = None, False
             self._used -= block.room
 
