@@ -90,6 +90,7 @@ class Proxy:
 
     url: str
     share: float = 0.0  # of the requests that fail
+    cut: list[str] = field(default_factory=list)  # the answer to the next request whose path ends so is cut
     delay: float = 0.0  # seconds before each upload of bytes
     seed: int = 0
     conditional: bool = False  # whether writes on condition are honoured, as rclone's server doesn't
@@ -140,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.lock:
             fails = self.draws.random() < self.proxy.share
             how = self.draws.choice(["503", "cut before", "cut after", "cut within"]) if fails else ""
+        if self.proxy.cut and self.path.endswith(self.proxy.cut[0]):
+            self.proxy.cut.pop(0)
+            how = "cut within"
         self.proxy.seen.append((self.command, self.path, how))
         if self.command == "PUT":
             time.sleep(self.proxy.delay)

@@ -164,6 +164,22 @@ def test_requests_that_fail(server: Store, models: Path, monkeypatch: pytest.Mon
     assert len(failed) > 0.15 * len(proxy.seen) and len(failed) > 5
 
 
+def test_answers_that_the_client_does_not_ask_for_again(
+    server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer of an upload, and a list."""
+    spool = Spool(tmp_path)
+    spool.write(0, memoryview(bytes(1000)))
+    with spoiling(server, cut=["?uploads", "list-type=2&prefix=cut%2F"]) as (store, proxy):
+        use(store, monkeypatch)
+        sending = Upload(parse_place("s3://bucket/cut/file"), spool, 1000, lambda uploaded: None)
+        sending.made(Extent(0, 1000))
+        sending.complete()
+        assert RemoteFolder(parse_place("s3://bucket/cut")).sizes() == {"file": 1000}
+        assert not proxy.cut
+    spool.close()
+
+
 def test_access_that_is_refused(server: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(server, monkeypatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "MARKEDwrong" + SECRET)
