@@ -221,11 +221,7 @@ def test_a_killed_run_goes_on_from_elsewhere(tmp_path: Path, models: Path, monke
     left = under(store, "killed")
     shards = [name for name in left if name.startswith("model-")]
     finished = {name.rpartition("/")[2].removesuffix(".jsonl") for name in left if name.endswith(".jsonl")}
-    assert (
-        MANIFEST not in left
-        and "model.safetensors.index.json" not in left
-        and len(finished) == 3 < len(list((models / "out").glob("model-*")))
-    )
+    assert MANIFEST not in left and "model.safetensors.index.json" not in left and 3 <= len(finished) < 6
     assert all(left[name] == (models / "out" / name).read_bytes() for name in shards)
     make_dead(store, "killed")
     times = {name: (store.bucket / "killed" / name).stat().st_mtime_ns for name in shards}
