@@ -19,10 +19,11 @@ SECTIONS = {
     "Merging": ("extrapolate", "merge", "merge_tensors", "merge_states"),
     "Planning and running": ("plan_extrapolation", "plan_merge", "make_plan", "run", "RunOptions", "Finished"),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
+    "Sharing": ("push",),
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors"),
     "Searching and teaching": ("boost", "BoostOptions", "preview", "distill"),
     "What functions take and return": (
-        *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted"),
+        *("Plan", "Recipe", "Checkpoint", "Inspection", "Comparison", "Verification", "Extracted", "Boosted", "Pushed"),
         *("Preview", "Previewed", "Findings"),
     ),
     "Errors": ("MergekitLiteError", "UsageError", "CheckpointError", "PlanError", "NonFiniteError", "RunError"),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place, denied, said, store_of
-from mergekit_lite.output.upload import Uploaded, tag
+from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
 
@@ -34,7 +34,6 @@ PROBE = "probe"  # written to learn what time it is in the store
 JOURNAL_ENDING = ".jsonl"
 RENEWED = 10.0  # seconds between two signs of life
 DEAD = 40.0  # seconds without one after which a run counts as dead
-PATIENCE = 60.0  # seconds for which a request that broke is repeated
 T = TypeVar("T")
 
 

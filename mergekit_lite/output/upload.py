@@ -7,6 +7,7 @@ of its own, in whatever process makes the spans.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from mergekit_lite.output.spool import Spool
 PART = 1 << 23  # bytes of a part of an upload
 MOST_PARTS = 9_000  # of one upload; stores take 10,000
 TIMEOUT = "600s"  # of the request of a part, which shares a slow line with the others
+PATIENCE = 60.0  # seconds for which a request that broke is repeated
 PIECE = 1 << 20  # bytes read from the spool at once
 IN_FLIGHT = 1 << 26  # bytes of the parts that an output has under way
 
@@ -130,13 +132,18 @@ class Upload:
 
         store = store_of(self.place, timeout=TIMEOUT)
         broken: Exception | None = None
-        pieces = self._pieces()
-        try:
-            obstore.put(store, self.place.key, pieces, chunk_size=self._part, max_concurrency=self._at_once)
-        except Exception as error:
-            if self.sent < self.size:
-                raise self._reason or error from None
-            broken = error  # the answer to the last request may have got lost, and the object be complete
+        until, pause = time.monotonic() + PATIENCE, 0.1
+        while not self.sent:
+            try:
+                obstore.put(store, self.place.key, self._pieces(), chunk_size=self._part, max_concurrency=self._at_once)
+            except Exception as error:
+                if self.sent == self.size:
+                    broken = error  # the answer to the last request may have got lost, and the object be complete
+                elif self._is_begun or self._reason or "answered 4" in said(error) or time.monotonic() > until:
+                    raise self._reason or error from None
+                else:  # the client doesn't repeat the first request where its answer was cut
+                    time.sleep(pause)
+                    pause *= 2
         try:
             there = obstore.head(store, self.place.key)
         except Exception as error:
@@ -145,9 +152,11 @@ class Upload:
             raise RunError(f"{self.place}: has {there['size']:,} bytes, {self.size:,} were sent. {GOES_ON}")
         return Uploaded(there["size"], tag(there["e_tag"]))
 
+    _is_begun = False  # whether bytes were asked for
     _reason: Exception | None = None  # why there are no more pieces: obstore may tell of something that follows from it
 
     def _pieces(self) -> Iterator[bytearray]:
+        self._is_begun = True
         try:
             while self.sent < self.size:
                 yield from self._of_extent(self._next())

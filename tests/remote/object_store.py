@@ -90,6 +90,9 @@ class Proxy:
 
     url: str
     share: float = 0.0  # of the requests that fail
+    cut: list[str] = field(default_factory=list)  # the answer to the next request whose path holds this is cut
+    hold: str = ""  # uploads whose path holds this wait until the end
+    ended: threading.Event = field(default_factory=threading.Event)
     delay: float = 0.0  # seconds before each upload of bytes
     seed: int = 0
     conditional: bool = False  # whether writes on condition are honoured, as rclone's server doesn't
@@ -118,6 +121,7 @@ def spoiling(store: Store, **settings: object) -> Iterator[tuple[Store, Proxy]]:
     try:
         yield Store(store.root, proxy.url, environment(proxy.url)), proxy
     finally:
+        proxy.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -140,7 +144,14 @@ class _Handler(BaseHTTPRequestHandler):
         with self.lock:
             fails = self.draws.random() < self.proxy.share
             how = self.draws.choice(["503", "cut before", "cut after", "cut within"]) if fails else ""
+        if self.proxy.cut and self.proxy.cut[0] in self.path:
+            self.proxy.cut.pop(0)
+            how = "cut within"
         self.proxy.seen.append((self.command, self.path, how))
+        if self.command == "PUT" and self.proxy.hold and self.proxy.hold in self.path:
+            self.proxy.ended.wait(120)
+            self.close_connection = True
+            return
         if self.command == "PUT":
             time.sleep(self.proxy.delay)
         if how == "cut before":

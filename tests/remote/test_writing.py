@@ -164,6 +164,22 @@ def test_requests_that_fail(server: Store, models: Path, monkeypatch: pytest.Mon
     assert len(failed) > 0.15 * len(proxy.seen) and len(failed) > 5
 
 
+def test_answers_that_the_client_does_not_ask_for_again(
+    server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer of an upload, and a list."""
+    spool = Spool(tmp_path)
+    spool.write(0, memoryview(bytes(1000)))
+    with spoiling(server, cut=["?uploads", "list-type=2"]) as (store, proxy):
+        use(store, monkeypatch)
+        sending = Upload(parse_place("s3://bucket/cut/file"), spool, 1000, lambda uploaded: None)
+        sending.made(Extent(0, 1000))
+        sending.complete()
+        assert RemoteFolder(parse_place("s3://bucket/cut")).sizes() == {"file": 1000}
+        assert not proxy.cut
+    spool.close()
+
+
 def test_access_that_is_refused(server: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(server, monkeypatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "MARKEDwrong" + SECRET)
@@ -192,24 +208,20 @@ def killed(place: Path, store: Store, journals: int) -> None:
 
 
 @contextmanager
-def slow(root: Path) -> Iterator[Store]:
-    """A store that takes its time."""
-    with serving(root) as server, spoiling(server, delay=0.05) as (store, _):
+def slow(root: Path, hold: str = "") -> Iterator[Store]:
+    """A store that takes its time, and takes no file of the name ``hold``."""
+    with serving(root) as server, spoiling(server, delay=0.05, hold=hold) as (store, _):
         yield store
 
 
 def test_a_killed_run_goes_on_from_elsewhere(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished shards are not made again; nothing is complete before the manifest."""
-    with slow(tmp_path / "store") as store:
-        killed(models, store, 2)
+    with slow(tmp_path / "store", hold="model-00004") as store:
+        killed(models, store, 3)
     left = under(store, "killed")
     shards = [name for name in left if name.startswith("model-")]
     finished = {name.rpartition("/")[2].removesuffix(".jsonl") for name in left if name.endswith(".jsonl")}
-    assert (
-        MANIFEST not in left
-        and "model.safetensors.index.json" not in left
-        and 2 <= len(finished) < len(list((models / "out").glob("model-*")))
-    )
+    assert MANIFEST not in left and "model.safetensors.index.json" not in left and 3 <= len(finished) < 6
     assert all(left[name] == (models / "out" / name).read_bytes() for name in shards)
     make_dead(store, "killed")
     times = {name: (store.bucket / "killed" / name).stat().st_mtime_ns for name in shards}
@@ -229,8 +241,8 @@ def test_a_killed_run_goes_on_from_elsewhere(tmp_path: Path, models: Path, monke
 def test_a_finished_shard_that_changed_or_inputs_that_did(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with slow(tmp_path / "store") as store:
-        killed(models, store, 2)
+    with slow(tmp_path / "store", hold="model-00004") as store:
+        killed(models, store, 3)
     make_dead(store, "killed")
     first = next((store.bucket / "killed").glob("model-00001-*"))
     content = bytearray(first.read_bytes())
@@ -391,7 +403,7 @@ def test_vectors(store: Store, models: Path, tmp_path: Path) -> None:
         assert extracted.output == again.output == f"s3://bucket/vec/{name}" and again.nbytes == extracted.nbytes
     vector = str(tmp_path / "v.safetensors")
     for folder in (str(tmp_path), "s3://bucket/vec"):
-        mergekit_lite.combine_vectors([vector, vector], f"{folder}/sum.safetensors", "linear")
+        mergekit_lite.combine_vectors([vector], f"{folder}/sum.safetensors", "linear")
         mergekit_lite.apply_vectors(base, [vector], f"{folder}/applied.safetensors")
     assert under(store, "vec") == tree_bytes(tmp_path)
     with pytest.raises(UsageError, match="exists"):
