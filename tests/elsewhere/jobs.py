@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mergekit_lite.answers.ledger import Ledger
 from mergekit_lite.commands import main
-from tests.models import state, tuned, write_folder
 
 TIES = """merge_method: ties
 base_model: sft
@@ -35,6 +34,8 @@ JOBS = (
 
 def make_inputs(place: Path = Path()) -> None:
     """Write three small models, and a recipe for them."""
+    from tests.models import state, tuned, write_folder  # and torch
+
     base = state(1, layers=3, hidden=64)
     for seed, name in enumerate(("sft", "dpo", "other"), 1):
         write_folder(place / name, base if name == "sft" else tuned(base, seed), shards=2)

@@ -10,10 +10,12 @@ import builtins
 import ctypes
 import errno
 import os
+import threading
 import time
 import types
 from collections.abc import Callable
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,14 @@ def loading(self: Any, name: Any, *arguments: Any, **options: Any) -> None:
 
 
 def seeking(*arguments: Any) -> int:
-    """Set a place in a file, slowly, for a run that is to be killed on its way."""
-    time.sleep(float(os.environ.get("SLOW", 0)))
+    """Set a place in a file, in workers ``SEEKS`` times at most: then the process waits to be killed."""
+    is_worker = threading.current_thread() is not threading.main_thread()
+    if is_worker and next(seeks) >= int(os.environ.get("SEEKS", 1 << 30)):
+        time.sleep(3600)
     return real_seek(*arguments)
 
 
+seeks = count()
 real_open, real_seek, real_loading = os.open, os.lseek, ctypes.CDLL.__init__
 builtins.__import__ = limited_import
 SEEN["os"].open, SEEN["os"].lseek = opening, seeking  # type: ignore[attr-defined]
