@@ -10,7 +10,6 @@ same; and answers of two models to the same prompts stay as alike as the models 
 
 from __future__ import annotations
 
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,11 +58,10 @@ def generate(
         made = model.generate(
             ids,
             attention_mask=mask,
-            generation_config=draw.config,
-            logits_processor=[draw] if draw.warpers is not None else None,
             max_new_tokens=min(piece, left),
             past_key_values=cache,
             return_dict_in_generate=True,
+            **draw.settings,
         )
         for row, tokens in zip(draw.rows.tolist(), made.sequences[:, start:].tolist(), strict=True):
             answers[row] = tokens
@@ -89,18 +87,17 @@ class Draw:
 
         self.rows = torch.arange(rows)  # those that go on, by their places in the whole batch
         self.count = rows
-        self.config = config  # of what is left for ``generate`` to do
-        self.warpers = None  # nothing is drawn
+        self.warpers = warpers(config) if config.do_sample else []
+        self.settings: dict[str, Any] = {}  # of ``generate``, which takes the highest logit
         if config.do_sample:
-            self.warpers = warpers(config)
-            self.config = copy(config)
-            self.config.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
+            neutral = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}  # and ignored
+            self.settings = {"do_sample": False, "logits_processor": [self], **neutral}
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return logits with the noise by which the highest one is drawn, [rows that go on, vocabulary]."""
         import torch
 
-        for warper in self.warpers or ():
+        for warper in self.warpers:
             scores = warper(ids, scores)
         noise = torch.empty((self.count, scores.shape[1])).exponential_()
         return scores - noise[self.rows].log_()
