@@ -75,7 +75,7 @@ class Team(Protocol):
 
     @property
     def size(self) -> int:
-        """The number of workers, which are called 0, 1 …"""
+        """The number of workers, which are called 0, 1 and so on."""
 
     def give(self, worker: int, job: Job) -> None:
         """Give a job to a worker that has none."""
