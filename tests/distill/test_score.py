@@ -34,7 +34,7 @@ def slow(completions, **columns):
     time.sleep(0.005 * len(completions))
     return [len(answer[-1]["content"]) for answer in completions]
 def length(completions, id, **columns):
-    answers = [answer[-1]["content"] for answer in completions]
+    answers = [answer if isinstance(answer, str) else answer[-1]["content"] for answer in completions]
     with open(os.environ["LENGTHS_LOG"], "a") as log:
         log.writelines(f"{prompt} {answer}\\n" for prompt, answer in zip(id, answers))
     return [None if answer.endswith("3") else len(answer) for answer in answers]

@@ -267,7 +267,7 @@ def test_what_can_not_be_done_is_said_before_anything_is_loaded(
         prepared((tmp_path / "a", tmp_path / "b"), [0.5])
     with pytest.raises(UsageError, match="greedy ones are all alike"):
         prepared(pair, [0.5], beam=Beam())
-    monkeypatch.setattr(opened, "free_memory", lambda device: 300_000)
+    monkeypatch.setattr(opened, "memory_left", lambda device: 300_000)
     assert len(prepared(pair, [0.0]).models) == 1
     with pytest.raises(UsageError, match=r"SFT 0.00, ALIGNED 0.00.*alpha 0 and -1 alone take one model"):
         prepared(pair, [0.5])

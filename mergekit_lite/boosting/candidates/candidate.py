@@ -73,7 +73,9 @@ ONLY = Seat()
 class Team(Protocol):
     """Workers, each with an evaluator of its own, that measure side by side."""
 
-    size: int  # the number of workers, which are called 0, 1 …
+    @property
+    def size(self) -> int:
+        """The number of workers, which are called 0, 1 and so on."""
 
     def give(self, worker: int, job: Job) -> None:
         """Give a job to a worker that has none."""
