@@ -205,6 +205,15 @@ def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:
     assert cached_share([(tmp_path / "missing", 10)]) == 0
 
 
+def test_a_system_without_positioned_reads_is_predicted_by_usual_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.preadv")
+    assert this_cluster(tmp_path / "merged") == Cluster(this_cluster(tmp_path / "merged").cores)
+    (tmp_path / "file").write_bytes(bytes(10))
+    assert cached_share([(tmp_path / "file", 10)]) == 0
+
+
 def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path)
     monkeypatch.chdir(tmp_path)
