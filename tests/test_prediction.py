@@ -187,6 +187,17 @@ def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
     assert 0 < told.seconds < 60 and told.processor > 0
 
 
+@pytest.mark.parametrize("format", ["sparse", "sign", "dense", "lowrank"])
+def test_what_is_added_to_a_model_can_be_measured(tmp_path: Path, format: str) -> None:
+    write_models(tmp_path)
+    options = {"sparse": {"density": 0.1}, "lowrank": {"rank": 2}}.get(format, {})
+    vector = tmp_path / "a.safetensors"
+    mergekit_lite.extract_vector(tmp_path / "base", tmp_path / "a", vector, format=format, **options)
+    plan = mergekit_lite.plan_extrapolation(tmp_path / "b", f"{tmp_path / 'base'}+{vector}:0.5", tmp_path / "out", 0.3)
+    told = predict(plan, Cluster(2), started=0.0)
+    assert told.read == plan.bytes_to_read and told.compute > 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_wider_elements_cost_more_bytes(tmp_path: Path, dtype: str) -> None:
     for name in ("a", "b"):
