@@ -146,8 +146,8 @@ ARCHITECTURES = (
     Architecture("Llama 3 8B", _llama_config(4096, 14_336, 32, 32), _llama),
     Architecture("Llama 3 70B", _llama_config(8192, 28_672, 80, 64), _llama),
     Architecture("Llama 3.1 405B", _llama_config(16_384, 53_248, 126, 128), _llama),
-    Architecture("DeepSeek V3, FP8", _deepseek_config(61, 3, 256, 128, 129_280), _deepseek, fp8=True),
-    Architecture("Kimi K2, FP8", _deepseek_config(61, 1, 384, 64, 163_840), _deepseek, fp8=True),
+    Architecture("DeepSeek V3 (671 B), FP8", _deepseek_config(61, 3, 256, 128, 129_280), _deepseek, fp8=True),
+    Architecture("Kimi K2 (1 T), FP8", _deepseek_config(61, 1, 384, 64, 163_840), _deepseek, fp8=True),
 )
 
 

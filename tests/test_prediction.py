@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from mergekit_lite import Plan, plan_merge
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
+from mergekit_lite.methods import METHODS
 from mergekit_lite.prediction import Cluster, measured_costs, predict, this_cluster
 from mergekit_lite.prediction.cluster import cached_share
 from mergekit_lite.prediction.costs import Costs
@@ -30,7 +32,7 @@ from tests.test_memory import children, held
 GB = 1e9
 LARGE = (("model.embed_tokens.weight", (1 << 17, 8192)), ("model.norm.weight", (8192,)))
 MATRICES = [(f"model.layers.{n}.mlp.up_proj.weight", (28_672, 8192)) for n in range(40)]
-METHODS = {
+RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"weight": 0.5},
     "slerp": {"t": 0.4},
     "karcher": {},
@@ -61,7 +63,7 @@ def recipe(folder: Path, method: str, **parameters: object) -> Path:
     content = {
         "merge_method": method,
         "models": [{"model": str(folder / name)} for name in names],
-        "parameters": METHODS.get(method, {}) | parameters,
+        "parameters": RECIPES.get(method, {}) | parameters,
         **({} if method in ("linear", "karcher") else {"base_model": str(folder / "base")}),
     }
     path = folder / f"{method}.yml"
@@ -88,7 +90,10 @@ def write_models(folder: Path) -> None:
 
 def test_more_nodes_are_never_slower_and_no_better_than_as_many_times_faster(large: tuple[Plan, Costs]) -> None:
     plan, costs = large
-    for rates in ({"read": 2 * GB, "write": GB}, {"net": GB}, {"read": GB, "net": GB, "is_shared": True}):
+    kinds: list[dict[str, Any]] = [
+        {"read": 2 * GB, "write": GB}, {"net": GB}, {"read": GB, "net": GB, "is_shared": True}
+    ]  # fmt: skip
+    for rates in kinds:
         counts = [*range(1, 20), 100, 1000]
         times = [predict(plan, Cluster(8, nodes, **rates), 8, 1.0, costs).seconds for nodes in counts]
         assert all(a >= b for a, b in pairwise(times))
@@ -100,7 +105,7 @@ def test_what_is_faster_never_makes_it_slower(large: tuple[Plan, Costs], what: s
     plan, costs = large
     times = []
     for faster in (1, 2, 3, 8, 100):
-        rates = {} if what in ("cores", "workers") else {what: 0.01 * GB * faster}
+        rates: dict[str, Any] = {} if what in ("cores", "workers") else {what: 0.01 * GB * faster}
         cluster = Cluster(faster if what == "cores" else 64, **rates)
         times.append(predict(plan, cluster, faster if what == "workers" else 64, 1.0, costs).seconds)
     assert all(a >= b for a, b in pairwise(times)), times
@@ -134,7 +139,7 @@ def test_a_node_is_never_given_more_where_there_are_more() -> None:
         assert busiest_share(tasks, 10_000) == pytest.approx(most / total)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RECIPES)
 def test_bytes_are_those_that_the_engine_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     write_models(tmp_path)
     plan = plan_merge(recipe(tmp_path, method), tmp_path / "merged")
@@ -167,9 +172,9 @@ def test_nothing_of_the_weights_is_read(large: tuple[Plan, Costs], monkeypatch: 
     assert told.seconds > told.read / GB
 
 
-@pytest.mark.parametrize("method", [name for name in mergekit_lite.methods.METHODS if name != "passthrough"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "passthrough"])
 def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
-    about = mergekit_lite.methods.METHODS[method]
+    about = METHODS[method]
     count = about.models[0] if about.models[0] == about.models[1] else max(2, about.models[0])
     with_base = about.base == "required"
     names = ["base", *(f"m{number}" for number in range(count))]
@@ -185,6 +190,19 @@ def test_every_method_can_be_measured(tmp_path: Path, method: str) -> None:
     (tmp_path / "r.yml").write_text(json.dumps(content))
     told = predict(plan_merge(tmp_path / "r.yml", tmp_path / "merged"), Cluster(2), started=0.0)
     assert 0 < told.seconds < 60 and told.processor > 0
+
+
+@pytest.mark.parametrize("format", ["sparse", "sign", "dense", "lowrank"])
+def test_what_is_added_to_a_model_can_be_measured(tmp_path: Path, format: str) -> None:
+    write_models(tmp_path)
+    chosen: dict[str, dict[str, Any]] = {"sparse": {"density": 0.1}, "lowrank": {"rank": 2}}
+    options: Any = chosen.get(format, {})
+    vector = tmp_path / "a.safetensors"
+    options |= {"format": format}
+    mergekit_lite.extract_vector(tmp_path / "base", tmp_path / "a", vector, **options)
+    plan = mergekit_lite.plan_extrapolation(tmp_path / "b", f"{tmp_path / 'base'}+{vector}:0.5", tmp_path / "out", 0.3)
+    told = predict(plan, Cluster(2), started=0.0)
+    assert told.read == plan.bytes_to_read and told.compute > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
@@ -203,6 +221,15 @@ def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 20))
     assert 0 <= cached_share([(tmp_path / "file", 1 << 20)]) <= 1
     assert cached_share([(tmp_path / "missing", 10)]) == 0
+
+
+def test_a_system_without_positioned_reads_is_predicted_by_usual_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.preadv")
+    assert this_cluster(tmp_path / "merged") == Cluster(this_cluster(tmp_path / "merged").cores)
+    (tmp_path / "file").write_bytes(bytes(10))
+    assert cached_share([(tmp_path / "file", 10)]) == 0
 
 
 def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def this_cluster(output: Path) -> Cluster:
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as scratch:
             return _measured(cores, scratch)
-    except OSError:
+    except (OSError, AttributeError):  # nothing can be written there, or not at positions
         return Cluster(cores)
 
 
@@ -126,7 +126,7 @@ class _Way:
 def _timed(move: Callable[[int], int], most: int = SCRATCH) -> _Way:
     """Time a move of pieces at one place after another, until there are enough of them or it takes too long."""
     started, worked, moved = time.perf_counter(), time.thread_time(), 0
-    while moved < most and time.perf_counter() - started < LONGEST:
+    while moved == 0 or (moved < most and time.perf_counter() - started < LONGEST):
         moved += move(moved)
     working = time.thread_time() - worked
     return _Way(working / moved, max(0.0, time.perf_counter() - started - working) / moved, moved)

@@ -119,7 +119,7 @@ def measured_costs(plan: Plan) -> Costs:
     importing = time.process_time() - started
     with tuned_process(torch_needed), MadeUpReader() as reader:
         writer = SpanWriter(plan, BLOCK)
-        costs = {kind: _measured(plan, of_kind[kind], writer, reader) for kind in chosen}
+        costs = {kind: _cost(plan, of_kind[kind], writer, reader) for kind in chosen}
     rare = dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(()))
     return Costs(kinds, costs | rare, importing)
 
@@ -128,11 +128,19 @@ def _outputs(plan: Plan, job: Job) -> range:
     return range(len(plan.outputs) if job.merged_elements else 0)
 
 
-def _measured(plan: Plan, job: Job, writer: SpanWriter, reader: MadeUpReader) -> Cost:
+def _cost(plan: Plan, job: Job, writer: SpanWriter, reader: MadeUpReader) -> Cost:
+    """Measure a kind; as if it were plain where made-up bytes make no sense to an encoding, as those of indices."""
+    try:
+        return _measured(plan, job, writer, reader)
+    except Exception:
+        return _measured(plan, job, writer, reader, plainly=True)
+
+
+def _measured(plan: Plan, job: Job, writer: SpanWriter, reader: MadeUpReader, *, plainly: bool = False) -> Cost:
     points: dict[int, Point] = {}
     requests = []
     for size in SIZES:
-        small = made_up(job, size, reader)
+        small = made_up(job, size, reader, plainly=plainly)
         if small.numel in points:
             continue
         nbytes = (max(chunk_of(small, writer.chunk), CHUNK) + 2 * (small.shape[-1] if small.shape else 1)) * 8

@@ -16,6 +16,7 @@ from pathlib import Path
 from mergekit_lite import block_fp8, dtypes
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.tensor import PLAIN
 from mergekit_lite.deferred import np
 from mergekit_lite.planning import Job
 
@@ -69,17 +70,18 @@ class MadeUpReader(Reader):
         return self._content[PATTERN]
 
 
-def made_up(job: Job, elements: int, reader: MadeUpReader) -> Job:
+def made_up(job: Job, elements: int, reader: MadeUpReader, *, plainly: bool = False) -> Job:
     """Return a job like this one on about ``elements`` made-up elements, or all its own where it has fewer.
 
     They are its first ones in row-major order, with the rows as long as they are: so encodings find them as before.
+    ``plainly`` makes noise of all inputs, whatever their encoding.
     """
     shape = _cut(job.shape, elements, block_fp8.EDGE if job.scales or any(s.quantised for s in job.inputs) else 1)
     inputs = []
     for number, spec in enumerate(job.inputs):
         origin = job.has_base and number == len(job.inputs) - 1
-        plain = spec.is_plain and dtypes.is_float(spec.dtype)
-        spec = reader.noise(spec, 0 if origin else number + 1) if plain else spec
+        if (plainly or spec.is_plain) and dtypes.is_float(spec.dtype):
+            spec = replace(reader.noise(spec, 0 if origin else number + 1), encoding=PLAIN)
         inputs.append(replace(spec, shape=shape))
     merged = math.prod(shape) if job.merged_elements else 0
     return replace(job, shape=shape, inputs=tuple(inputs), merged_elements=merged)
