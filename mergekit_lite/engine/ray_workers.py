@@ -97,7 +97,7 @@ class Cluster:
     """The workers of a Ray cluster, from the first tasks to the end of the run.
 
     ``connect`` is called before the first tasks. ``local`` says that this process starts the cluster, on this machine
-    alone; ``gpus`` that the workers have one each, and so many ``threads``. ``most`` is the largest number of workers,
+    alone; ``gpus`` that the workers have one each, and ``threads`` threads. ``most`` is the largest number of workers,
     or None for one on each processor or GPU.
     """
 
