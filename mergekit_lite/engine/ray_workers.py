@@ -359,6 +359,9 @@ def _ready(references: list[Any]) -> list[Any]:
     """Wait for an answer, a second at most, and return the references of all that are there."""
     import ray
 
+    if not references:  # the last workers were lost just now
+        time.sleep(0.1)
+        return []
     one, _ = ray.wait(references, timeout=1.0)
     return ray.wait(references, num_returns=len(references), timeout=0)[0] if one else []
 
