@@ -158,7 +158,8 @@ class Cluster:
         sizes = [size(task) if size is not None else 0 for task in tasks]
         order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
         self._rounds += 1
-        job = ray.put(zlib.compress(cloudpickle.dumps(worker), level=1))
+        dumps: Any = cloudpickle.dumps  # has no types
+        job = ray.put(zlib.compress(dumps(worker), level=1))
         a_round = _Round(self._rounds, job, [packed(task) for task in tasks], sizes, deque(order))
         return self._done(a_round)
 
@@ -223,8 +224,8 @@ class Cluster:
             at_work[node] += 1
             self._workers.append(worker)
             self._take_up(a_round, worker)
-        for identifier, node in self.nodes.items():
-            node.workers = at_work[identifier]
+        for identifier, known in self.nodes.items():
+            known.workers = at_work[identifier]
         if not self._workers:
             raise RunError(self._nobody("no machine of the cluster is alive"))
 
@@ -233,7 +234,8 @@ class Cluster:
         import ray
 
         places = []
-        for node in ray.nodes():
+        nodes: Any = ray.nodes  # has no types
+        for node in nodes():
             identifier = node["NodeID"]
             known = self.nodes.setdefault(identifier, Node(f"{node['NodeManagerHostname']} ({identifier[:8]})"))
             if node["Alive"] and not known.refused:

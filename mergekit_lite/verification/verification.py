@@ -13,7 +13,8 @@ from typing import Literal
 from mergekit_lite._version import __version__
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.ray_cluster import devices_of, files_of, workers_of
-from mergekit_lite.engine.ray_workers import Cluster, File
+from mergekit_lite.engine.ray_machine import File
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.layout import is_single_file
