@@ -52,8 +52,8 @@ class Local:
     _prompts: dict[str, tuple[int, ...] | None] = field(default_factory=dict, init=False)  # tokens; None: refused
     _refused: dict[str, str] = field(default_factory=dict, init=False)  # reasons, by prompt
 
-    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key], number: int | None = None) -> Iterator[Answer]:
-        """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch; of one batch where its number is given.
+    def answers(self, tasks: Sequence[Task], wanted: frozenset[Key]) -> Iterator[Answer]:
+        """Yield the answers to the ``wanted`` of the ``tasks``, batch by batch.
 
         Raises:
             CheckpointError: the model can't be loaded.
@@ -62,11 +62,21 @@ class Local:
         if not wanted:
             return
         work = self._work(tasks)
-        starts = range(0, len(work), self.batch_size)
-        for start in starts if number is None else starts[number : number + 1]:
-            batch = work[start : start + self.batch_size]
-            if any(task.key in wanted for task, _ in batch):
-                yield from (answer for answer in self._batch(batch) if answer.key in wanted)
+        for start in range(0, len(work), self.batch_size):
+            yield from self._wanted(work[start : start + self.batch_size], wanted)
+
+    def batch(self, tasks: Sequence[Task], wanted: frozenset[Key], number: int) -> list[Answer]:
+        """Return the answers that ``answers`` yields of one batch, counted from 0; none where there is no such batch.
+
+        Raises as ``answers``.
+        """
+        work = self._work(tasks)[number * self.batch_size :]
+        return list(self._wanted(work[: self.batch_size], wanted))
+
+    def _wanted(self, batch: Sequence[_Work], wanted: frozenset[Key]) -> Iterator[Answer]:
+        """Yield the ``wanted`` answers of a batch."""
+        if any(task.key in wanted for task, _ in batch):
+            yield from (answer for answer in self._batch(batch) if answer.key in wanted)
 
     def _work(self, tasks: Sequence[Task]) -> list[_Work]:
         """Return all tasks that can be answered, longest prompts first.

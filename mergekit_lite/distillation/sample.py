@@ -246,9 +246,9 @@ def _ask(recipe: Recipe, group: Sequence[SourceTasks], reporter: Reporter, ray: 
             advance[name] = stack.enter_context(reporter.progress(name, total, total - len(each.ledger.missing)))
             stack.callback(each.ledger.close)
         told: Counter[str] = Counter()  # notes, by source
-        first = group[0].source
-        is_spread = type(respondents[first.name]) is Local  # vLLM has workers of its own, a server has none
-        crew = stack.enter_context(_crew(ray, first)) if is_spread else None
+        crew = None  # vLLM has workers of its own, a server has none
+        if any(type(who) is Local for who in respondents.values()):
+            crew = stack.enter_context(_crew(ray, group[0].source))
         with closing(_answers([(respondents[each.source.name], each) for each in group], crew)) as answers:
             for answer in answers:
                 planned[answer.source].ledger.append([answer.as_row()])

@@ -33,6 +33,6 @@ def _drawing(model: Local, tasks: Sequence[Task], wanted: frozenset[Key]) -> Cal
     """Return what draws a batch by its number, in a worker."""
 
     def draw(number: int) -> Drawn:
-        return list(model.answers(tasks, wanted, number)), model.failures.lost
+        return model.batch(tasks, wanted, number), model.failures.lost
 
     return draw

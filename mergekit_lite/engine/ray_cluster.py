@@ -18,7 +18,8 @@ from typing import Any
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.devices import chosen_devices
-from mergekit_lite.engine.ray_workers import GPU_THREADS, Cluster, File
+from mergekit_lite.engine.ray_machine import File
+from mergekit_lite.engine.ray_workers import GPU_THREADS, Cluster
 from mergekit_lite.errors import RunError, UsageError, one_line
 from mergekit_lite.ops import CPU
 
@@ -139,7 +140,7 @@ def _start(ray: Any, address: str, local: int, empty: str) -> None:
 @contextmanager
 def _silenced(ray: Any) -> Iterator[None]:
     """Keep Ray from printing what happens to its machines: it prints logs, and we say it in our words."""
-    worker = getattr(ray._private, "worker", None)
+    worker: Any = getattr(ray._private, "worker", None)
     printing = getattr(worker, "print_to_stdstream", None)
     if printing is None:
         yield

@@ -97,7 +97,7 @@ class Cluster:
     """The workers of a Ray cluster, from the first tasks to the end of the run.
 
     ``connect`` is called before the first tasks. ``local`` says that this process starts the cluster, on this machine
-    alone; ``gpus`` that the workers have one each, and so many ``threads``. ``most`` is the largest number of workers,
+    alone; ``gpus`` that the workers have one each, and ``threads`` threads. ``most`` is the largest number of workers,
     or None for one on each processor or GPU.
     """
 
@@ -158,7 +158,8 @@ class Cluster:
         sizes = [size(task) if size is not None else 0 for task in tasks]
         order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
         self._rounds += 1
-        job = ray.put(zlib.compress(cloudpickle.dumps(worker), level=1))
+        dumps: Any = cloudpickle.dumps  # has no types
+        job = ray.put(zlib.compress(dumps(worker), level=1))
         a_round = _Round(self._rounds, job, [packed(task) for task in tasks], sizes, deque(order))
         return self._done(a_round)
 
@@ -223,8 +224,8 @@ class Cluster:
             at_work[node] += 1
             self._workers.append(worker)
             self._take_up(a_round, worker)
-        for identifier, node in self.nodes.items():
-            node.workers = at_work[identifier]
+        for identifier, known in self.nodes.items():
+            known.workers = at_work[identifier]
         if not self._workers:
             raise RunError(self._nobody("no machine of the cluster is alive"))
 
@@ -233,7 +234,8 @@ class Cluster:
         import ray
 
         places = []
-        for node in ray.nodes():
+        nodes: Any = ray.nodes  # has no types
+        for node in nodes():
             identifier = node["NodeID"]
             known = self.nodes.setdefault(identifier, Node(f"{node['NodeManagerHostname']} ({identifier[:8]})"))
             if node["Alive"] and not known.refused:
@@ -359,6 +361,9 @@ def _ready(references: list[Any]) -> list[Any]:
     """Wait for an answer, a second at most, and return the references of all that are there."""
     import ray
 
+    if not references:  # the last workers were lost just now
+        time.sleep(0.1)
+        return []
     one, _ = ray.wait(references, timeout=1.0)
     return ray.wait(references, num_returns=len(references), timeout=0)[0] if one else []
 

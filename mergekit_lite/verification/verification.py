@@ -15,7 +15,8 @@ from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.checkpoint.stores.mirror import stand_up
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.engine.ray_cluster import devices_of, files_of, workers_of
-from mergekit_lite.engine.ray_workers import Cluster, File
+from mergekit_lite.engine.ray_machine import File
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import MergekitLiteError, UsageError, counted
 from mergekit_lite.layout import is_single_file

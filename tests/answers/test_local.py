@@ -70,9 +70,9 @@ def test_batches_in_any_order_give_the_same_answers(model: Path) -> None:
     tasks = tasks_of()
     everything = frozenset(task.key for task in tasks)
     one = pickle.loads(pickle.dumps(local(model)))
-    drawn = [answer for number in (3, 0, 4, 2, 1) for answer in one.answers(tasks, everything, number)]
+    drawn = [answer for number in (3, 0, 4, 2, 1) for answer in one.batch(tasks, everything, number)]
     assert {answer.key: answer for answer in drawn} == answers(local(model), tasks)
-    assert list(one.answers(tasks, everything, 4)) == []
+    assert one.batch(tasks, everything, 4) == []
 
 
 def test_a_resumed_run_gives_the_answers_of_an_undisturbed_one(model: Path) -> None:
