@@ -12,6 +12,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from mergekit_lite import positioned
+from mergekit_lite.c_library import c_function
 from mergekit_lite.output.file_writer import PAGE
 
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # flags of Linux's fallocate
@@ -27,21 +29,21 @@ class Spool:
     def write(self, position: int, data: memoryview) -> None:
         """Write ``data`` at ``position``. Raises OSError."""
         while data:
-            written = os.pwrite(self._file.fileno(), data, position)
+            written = positioned.write(self._file.fileno(), data, position)
             position, data = position + written, data[written:]
 
     def read(self, position: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from ``position`` on; return False where the file ends before. Raises OSError."""
-        return os.preadv(self._file.fileno(), [buffer], position) == len(buffer)
+        return positioned.read(self._file.fileno(), buffer, position) == len(buffer)
 
     def release(self, end: int) -> None:
         """Give the disk back what lies before ``end``, as far as the system can: Linux does it page by page."""
         end -= end % PAGE
-        libc = ctypes.CDLL(None, use_errno=True)
-        if end <= self._released or not hasattr(libc, "fallocate64"):
+        fallocate = c_function("fallocate64")
+        if end <= self._released or fallocate is None:
             return
         first, count = ctypes.c_int64(self._released), ctypes.c_int64(end - self._released)
-        if libc.fallocate64(self._file.fileno(), KEEP_SIZE | PUNCH_HOLE, first, count) == 0:
+        if fallocate(self._file.fileno(), KEEP_SIZE | PUNCH_HOLE, first, count) == 0:
             self._released = end
         elif ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             code = ctypes.get_errno()

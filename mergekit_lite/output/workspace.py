@@ -83,6 +83,7 @@ class OutputWorkspace:
         self.is_shared = True
         with as_run_errors(self.result):
             for target in self._targets:
+                assert isinstance(target, FileWriter)
                 target.flush()  # nothing of this machine's is still on its way when others write beside it
 
     def __getstate__(self) -> dict[str, Any]:

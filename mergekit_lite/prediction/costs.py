@@ -117,7 +117,8 @@ def measured_costs(plan: Plan) -> Costs:
     if torch_needed:
         import torch  # noqa: F401
     importing = time.process_time() - started
-    with tuned_process(torch_needed), MadeUpReader() as reader:
+    reader = MadeUpReader()
+    with tuned_process(torch_needed), reader:
         writer = SpanWriter(plan, BLOCK)
         costs = {kind: _cost(plan, of_kind[kind], writer, reader) for kind in chosen}
     rare = dict.fromkeys(common[MOST_KINDS:], costs[chosen[-1]] if chosen else Cost(()))

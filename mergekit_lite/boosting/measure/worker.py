@@ -6,7 +6,6 @@ worker in the middle of a job ends at once, and its servers with it (``answers/w
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import queue
@@ -17,6 +16,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from mergekit_lite.c_library import c_function
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
 
 PR_SET_PDEATHSIG = 1
@@ -26,8 +26,8 @@ def main(descriptor: int) -> NoReturn:
     """Be a worker until there is no other end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     connection = Connection(descriptor)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if (prctl := c_function("prctl")) is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     at_work = threading.Event()
     threading.Thread(target=_receive, args=(connection, received, at_work), daemon=True).start()

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from mergekit_lite.answers import loading
-from mergekit_lite.checkpoint import formats
-from mergekit_lite.checkpoint.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint import formats, open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.distillation.training.model import ADAPTER, OWN_CODE
