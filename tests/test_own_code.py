@@ -152,9 +152,9 @@ def test_the_tokenizers_code_is_the_tokenizers_owners(place: Path) -> None:
 
 
 def test_a_model_of_the_hub_names_its_repository(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergekit_lite.checkpoint import checkpoint
+    from mergekit_lite.checkpoint import opening
 
-    monkeypatch.setattr(checkpoint.hub, "fetch", lambda reference, **_: place / "dpo")
+    monkeypatch.setattr(opening.hub, "fetch", lambda reference, **_: place / "dpo")
     plan = mergekit_lite.plan_extrapolation("sft", "org/tiny@v1", "out", 0.5)
     assert what_is_missing(plan) is None and not [name for name in companions(plan)[0] if name.endswith(".py")]
     mergekit_lite.run(plan)

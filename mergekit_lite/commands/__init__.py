@@ -84,6 +84,7 @@ class Commands(CommandGroup):
         """Run the command; an error of this package is a message, not a traceback."""
         try:
             quiet = bool({"-q", "--quiet", "--json"} & {*context.args})
+            _count_anew()
             try:
                 with _plain_messages():
                     return super().invoke(context)
@@ -101,6 +102,12 @@ class Commands(CommandGroup):
             advice = str(interruption) or RESUMED.get(context.invoked_subcommand or "", "")
             click.echo(f"\nInterrupted. {advice}".rstrip(), err=True)
             sys.exit(1)
+
+
+def _count_anew() -> None:
+    """Forget what an earlier command of this process fetched."""
+    if (ranges := sys.modules.get("mergekit_lite.checkpoint.stores.ranges")) is not None:
+        ranges.TRAFFIC.taken()
 
 
 def _say_what_was_fetched(quiet: bool) -> None:

@@ -30,8 +30,7 @@ def is_finished(plan: Plan, number: int, *, force: bool, sync: bool) -> bool:
     if isinstance(output, Place):
         names = [output.name if is_single_file(output) else file.name for file in plan.layout.files]
         files = dict(zip(names, (file.size for file in plan.layout.files), strict=True))
-        newest = max((time for _, _, time in plan.input_files), default=0)
-        return is_published_remotely(output, plan.digest(number), files, newest)
+        return is_published_remotely(output, plan.digest(number), files, plan.input_files)
     describes = partial(_describes, plan, output)
     return is_published(output, plan.digest(number), plan.input_files, describes, force=force, sync=sync)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place, denied, said, store_of
+from mergekit_lite.output.manifest import made_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -278,11 +279,13 @@ def remote_manifest(output: Place) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
-def is_published_remotely(output: Place, digest: str, files: Mapping[str, int], newest: int) -> bool:
+def is_published_remotely(
+    output: Place, digest: str, files: Mapping[str, int], sources: Sequence[tuple[str, int, int]]
+) -> bool:
     """Return True where an output stands that a plan of this digest made; its journals are then removed, if left.
 
     The manifest was put last, so what it names was whole; here objects and sizes are looked at, and ``verify`` reads.
-    ``files`` are the sizes of the weights by name; ``newest`` is when an input was last changed, in ns. Raises
+    ``files`` are the sizes of the weights by name; ``sources`` are path, size and time of every input file. Raises
     RunError.
     """
     manifest = remote_manifest(output)
@@ -296,7 +299,7 @@ def is_published_remotely(output: Place, digest: str, files: Mapping[str, int], 
         or not isinstance(beside, dict)
         or not beside.keys() <= there.keys()
         or written is None
-        or written[1].timestamp() * 1e9 < newest
+        or not made_of(manifest, (int(written[1].timestamp()) + 1) * 1_000_000_000, sources)  # stores count seconds
     ):
         return False
     left = RemoteFolder(partial(output))

@@ -15,7 +15,7 @@ from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, gathered
 from mergekit_lite.errors import counted, shortened
 from mergekit_lite.planning.tokenizer_file import Token, Tokenizer, read_tokenizer
-from mergekit_lite.planning.tokenizers import tokens_of
+from mergekit_lite.planning.tokenizers import tokens_of, vocabulary_of
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
 
 Row = Place | tuple[Place, ...]  # where a row is from: one place, or the mean of several, of none zeros
@@ -74,16 +74,16 @@ def aligned(
 def of_one_vocabulary(inputs: Sequence[Checkpoint], *, all_told: bool) -> bool:
     """Return whether all models have rows for the same tokens in the same order, as far as their files tell.
 
-    One without a tokenizer is taken to have the others', unless all must be told.
+    One whose tokens can't be told is taken to have the others', unless all must be told.
     """
-    rows = {
-        spec.shape[0]
-        for source in inputs
-        for name, spec in source.tensors.items()
-        if tied_weights.is_vocabulary(name) and spec.shape
-    }
-    read = [tokens for source in inputs if (tokens := tokens_of(source)) or all_told]
-    return len(rows) <= 1 and all(tokens == read[0] for tokens in read)
+    rows: dict[str, set[int]] = {}
+    for source in inputs:
+        for name, spec in source.tensors.items():
+            if tied_weights.is_vocabulary(name) and spec.shape:
+                rows.setdefault(name, set()).add(spec.shape[0])
+    told = map(tokens_of if all_told else vocabulary_of, inputs)
+    read = [tokens for tokens in told if tokens or all_told]
+    return all(len(each) == 1 for each in rows.values()) and all(tokens == read[0] for tokens in read)
 
 
 def having_all_tokens(inputs: Sequence[Checkpoint], base: int) -> int:

@@ -180,8 +180,7 @@ def _published_remotely(
     except (LookupError, AttributeError, TypeError, ValueError):
         return None
     files = {peft_folder.WEIGHTS if run["format"] == "lora" else output.name: extracted.nbytes}
-    newest = max((time for _, _, time in sources), default=0)
-    return extracted if is_published_remotely(output, run["plan"], files, newest) else None
+    return extracted if is_published_remotely(output, run["plan"], files, sources) else None
 
 
 def _check_name(path: OutputPath, form: str) -> None:

@@ -184,7 +184,9 @@ def test_resume_and_verify_see_another_file(models: Path, store: Faults, tmp_pat
     base = state(0, hidden=HIDDEN, vocabulary=500)
     write_folder(models / "bucket" / "moving", tuned(base, 7))
     out = tmp_path / "out"
-    mergekit_lite.extrapolate("s3://bucket/base", "s3://bucket/moving", out, 0.5)
+    finished = mergekit_lite.extrapolate("s3://bucket/base", "s3://bucket/moving", out, 0.5)
+    again = mergekit_lite.extrapolate("s3://bucket/base", "s3://bucket/moving", out, 0.5, resume=True)
+    assert again.reports == finished.reports
     before = open_checkpoint("s3://bucket/moving").files
     assert [(file.mtime_ns, file.etag) for file in before] == [
         (file.mtime_ns, file.etag) for file in open_checkpoint("s3://bucket/moving").files
@@ -194,6 +196,8 @@ def test_resume_and_verify_see_another_file(models: Path, store: Faults, tmp_pat
     assert before[0].size == after[0].size
     assert before[0].mtime_ns != after[0].mtime_ns and before[0].etag != after[0].etag
     assert not mergekit_lite.verify(out).sound
+    with pytest.raises(UsageError, match="exists, and is not the result of this run"):
+        mergekit_lite.extrapolate("s3://bucket/base", "s3://bucket/moving", out, 0.5, resume=True)
 
 
 def test_additions_and_torch_files(models: Path, failing: Faults, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from mergekit_lite.checkpoint.stores.addresses import HUB
 from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath, know
 from mergekit_lite.checkpoint.stores.private_folder import private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
-from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile, time_of
 from mergekit_lite.checkpoint.stores.source import Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
@@ -181,7 +181,6 @@ def _place(path: Path) -> Path:
 
 
 def _set_time(path: Path, file: RemoteFile) -> None:
-    """Give a stand-in a time that tells its etag: another one for another etag."""
-    digest = hashlib.sha256(f"{file.size} {file.etag}".encode()).digest()
-    made_up = int.from_bytes(digest[:4], "little") // 2 * 1_000_000_000
+    """Give a stand-in a time that tells its etag."""
+    made_up = time_of(file.size, file.etag)
     os.utime(path, ns=(made_up, made_up))
