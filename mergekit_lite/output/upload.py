@@ -22,7 +22,7 @@ MOST_PARTS = 9_000  # of one upload; stores take 10,000
 TIMEOUT = "600s"  # of the request of a part, which shares a slow line with the others
 PATIENCE = 60.0  # seconds for which a request that broke is repeated
 PIECE = 1 << 20  # bytes read from the spool at once
-IN_FLIGHT = 1 << 26  # bytes of the parts that an output has under way
+IN_FLIGHT = 1 << 25  # bytes of the parts that an output has under way
 
 
 class Extent(NamedTuple):

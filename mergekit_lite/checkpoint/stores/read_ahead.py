@@ -18,8 +18,8 @@ from typing import NamedTuple, cast
 from mergekit_lite.checkpoint.stores.cache import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
-BLOCK = 8 << 20  # bytes of one request
-ROOM = 48 << 20  # bytes of the blocks that a reader has or waits for
+BLOCK = 4 << 20  # bytes of one request
+ROOM = 24 << 20  # bytes of the blocks that a reader has or waits for
 FETCHERS = 6  # threads of a reader, each with a request of its own
 SMALL = 1 << 18  # bytes of a block that gets memory of its own; larger ones share buffers of a whole block
 LEAST = 1 << 16  # bytes of a request for what nobody expected
