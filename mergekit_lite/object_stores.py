@@ -35,6 +35,8 @@ CREDENTIALS = {  # where each store's own tools look
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; "
     "AZURE_SKIP_SIGNATURE=true for a public container",
 }
+# A user and a password, which may have slashes, as keys of S3 do; a port is none.
+PASSWORD = re.compile(r"(?P<scheme>\w+://)(?!\[)[^/\s?#:@]*:(?:(?!\d*(?:[^\w+=~%-]|$))[^\s?#@]*@?|/[^\s?#@]+@)")
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)  # in the name of a variable
 PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of the variables that a client is set up by
 SWITCHES = ("allow_http", "allow_invalid_certificates")
@@ -93,7 +95,9 @@ def check_url(url: str) -> None:
         raise UsageError(f"{one_line(url, 80)}: is not a URL of {', '.join(f'{each}://' for each in (*OBJECTS, *WEB))}")
     scheme, host, shown = match["scheme"], re.split(r"[/?#]", match["rest"], maxsplit=1)[0], without_secrets(url)
     remedy = f"Set {CREDENTIALS[scheme]} instead." if scheme in CREDENTIALS else "Give a URL that needs none of it."
-    if "@" in host:
+    has_password = ":" in host and (scheme in OBJECTS or PASSWORD.match(url) is not None)
+    if "@" in host or has_password:
+        shown = f"{scheme}://…" if has_password else shown
         raise UsageError(
             f"{shown}: has a user or a password in it, which would get into logs and manifests. Refused. {remedy}"
         )
@@ -102,7 +106,8 @@ def check_url(url: str) -> None:
             f"{shown}: has a query, which may be a signature or a token and would get into logs and manifests. "
             f"Refused. {remedy}"
         )
-    if not host or not url.isprintable() or ".." in match["rest"].split("/"):
+    parts = match["rest"].strip("/").split("/")
+    if not host or not url.isprintable() or {"..", "."} & {*parts} or (scheme in OBJECTS and "" in parts):
         raise UsageError(f"{one_line(shown, 200)}: is no URL that can be opened: {scheme}://NAME/PATH is expected.")
 
 
@@ -111,6 +116,7 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET.search(name):
             text = text.replace(value, "…")
+    text = PASSWORD.sub(r"\g<scheme>…@", text)
     text = re.sub(r"(?P<scheme>\w+://)[^/\s?#]*@", r"\g<scheme>…@", text)
     return re.sub(r"(?P<url>\w+://[^\s?#'\")]*)[?#][^\s'\")]*", r"\g<url>?…", text)
 
@@ -193,7 +199,7 @@ def said(error: BaseException) -> str:
     if status := re.search(r"status code: (\d{3}[ \w]*)", text):
         code = re.search(r"<Code>(\w+)</Code>", text)
         return f"the store answered {status[1].strip()}" + (f" ({code[1]})" if code else "")
-    return without_secrets(one_line(text, 300)).rstrip(". ")
+    return one_line(without_secrets(text), 300).rstrip(". ")
 
 
 @lru_cache(maxsize=64)
