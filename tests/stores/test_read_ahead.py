@@ -146,3 +146,17 @@ def test_a_cache_saves_fetching_again_up_to_its_bound(
         counts = [count for (url, _), count in fetched.items() if url == FILES[0].url]
         assert sum(counts) < 1.15 * SIZE if again == 1 else sum(counts) > 1.2 * SIZE
         assert not list(tmp_path.glob("*/*"))
+
+
+def test_memory_that_runs_out_is_an_error(fetched: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a block is told, and doesn't wait on."""
+
+    def refuse(reader: BlockReader, block: read_ahead.Block) -> memoryview:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(BlockReader, "_memory", refuse)
+    reader = BlockReader(room=5000, fetchers=2)
+    reader.expect([Extent(FILES[0], 0, 3000)])
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        read(reader, FILES[0], 0, 500)
+    reader.close()
