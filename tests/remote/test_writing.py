@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import mergekit_lite
+from mergekit_lite.engine import remote
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
 from mergekit_lite.object_stores import parse_place
 from mergekit_lite.output import remote_target, remote_workspace, upload
@@ -205,6 +208,17 @@ def killed(place: Path, store: Store, journals: int) -> None:
             time.sleep(0.005)
         process.send(signal.SIGKILL)
         process.end()
+
+
+def test_inputs_elsewhere_are_held_to_their_etags() -> None:
+    """One span of a file that changed may well be what it was."""
+    place = parse_place("s3://bucket/out")
+    workspace = SimpleNamespace(
+        place=place, journal={}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
+    )
+    with pytest.raises(RunError, match=r"not those of the run that was stopped(?s:.*)s3://bucket/a") as refused:
+        remote._check_sources(cast(Any, None), cast(Any, workspace))
+    assert "/b.safetensors" not in str(refused.value)
 
 
 @contextmanager

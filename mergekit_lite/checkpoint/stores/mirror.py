@@ -25,11 +25,11 @@ from mergekit_lite.checkpoint.companion_patterns import travels
 from mergekit_lite.checkpoint.parts import LISTS, in_folder, listed_folders
 from mergekit_lite.checkpoint.stores import hub_files, objects, web
 from mergekit_lite.checkpoint.stores.addresses import HUB
-from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath, know
+from mergekit_lite.checkpoint.stores.files import Mirror, StorePath, know
 from mergekit_lite.checkpoint.stores.private_folder import private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source, is_name
+from mergekit_lite.checkpoint.stores.source import DESCRIPTION, Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
@@ -138,7 +138,7 @@ def _json_of(files: Mapping[str, RemoteFile], read: dict[str, Any], name: str) -
 def _name(url: str) -> str:
     """Return what a stand-in is called: the last part of the URL, as a file can have it."""
     last = url.rstrip("/").rpartition("/")[2].partition("@")[0]
-    return last if is_name(last) and last != DESCRIPTION else "model"
+    return last if is_name(last) else "model"
 
 
 def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, bytes]) -> Path:
@@ -181,7 +181,7 @@ def _place(path: Path) -> Path:
 
 
 def _set_time(path: Path, file: RemoteFile) -> None:
-    """Give a stand-in a time that tells its etag: another one for another etag."""
+    """Give a stand-in a time that tells its etag: another one for another etag, and always one that is long past."""
     digest = hashlib.sha256(f"{file.size} {file.etag}".encode()).digest()
-    made_up = int.from_bytes(digest[:4], "little") // 2 * 1_000_000_000
+    made_up = int.from_bytes(digest[:4], "little") // 4 * 1_000_000_000
     os.utime(path, ns=(made_up, made_up))
