@@ -296,7 +296,7 @@ def is_published_remotely(output: Place, digest: str, files: Mapping[str, int], 
         or not isinstance(beside, dict)
         or not beside.keys() <= there.keys()
         or written is None
-        or written[1].timestamp() * 1e9 < newest
+        or written[1].timestamp() < newest // 1_000_000_000  # stores tell whole seconds
     ):
         return False
     left = RemoteFolder(partial(output))
