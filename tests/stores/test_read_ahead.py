@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lite.checkpoint.encodings.gathered import gathered
+from mergekit_lite.checkpoint.extents import extents
 from mergekit_lite.checkpoint.stores import cache, read_ahead
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.tensor import TensorSpec
 
 SIZE = 50_000
 CONTENT = {f"s3://b/{n}": random.Random(n).randbytes(SIZE) for n in range(3)}
@@ -160,3 +163,10 @@ def test_memory_that_runs_out_is_an_error(fetched: Counter[tuple[str, int]], mon
     with pytest.raises(OSError, match="Cannot allocate memory"):
         read(reader, FILES[0], 0, 500)
     reader.close()
+
+
+def test_rows_in_another_order_are_not_expected() -> None:
+    """They would hold blocks of every matrix that a row may be from, and be read from few of them."""
+    matrices = [TensorSpec(name, "bfloat16", (4, 8), Path(name), 0) for name in "ab"]
+    assert list(extents(matrices[1], 8, 16)) == [(Path("b"), 16, 32)]
+    assert not list(extents(gathered(matrices[0], matrices, [(1, 0), (0, 3), ((0, 1), (1, 1))]), 0, 24))
