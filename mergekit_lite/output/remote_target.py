@@ -34,6 +34,7 @@ PROBE = "probe"  # written to learn what time it is in the store
 JOURNAL_ENDING = ".jsonl"
 RENEWED = 10.0  # seconds between two signs of life
 DEAD = 40.0  # seconds without one after which a run counts as dead
+SETTLED = 2.0  # seconds after which whoever took over a dead run's lock at the same time has done so
 T = TypeVar("T")
 
 
@@ -150,8 +151,9 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
 class Lock:
     """The lock of an output in a store, held and renewed until it is closed.
 
-    Stores that honour conditional writes give it to one alone. Where a store doesn't, two that come within the same
-    moment may both believe they have it, until one finds the other's name in it at its next renewal, and stops.
+    Stores that honour conditional writes give it to one alone; that of a dead run is removed first, so whoever takes it
+    over looks again after a while. Where a store doesn't, two that come within the same moment may both believe they
+    have it, until one finds the other's name in it at its next renewal, and stops.
     Raises RunError where another run holds it, or has not been silent for long enough.
     """
 
@@ -192,6 +194,8 @@ class Lock:
                     break
             self._folder.delete(LOCK)
         self._folder.create(LOCK, self._own)
+        if first is not None:  # two that found the same dead run may each have removed the other's lock
+            time.sleep(SETTLED)
         if self._folder.get(LOCK) != self._own:
             raise self._taken()
 
