@@ -174,7 +174,7 @@ class Lock:
     def close(self) -> None:
         """Give it back, if it is still held."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(RENEWED)  # a request to a store that is out of reach may go on for minutes
         with suppress(RunError):  # of a store that is out of reach, which is why this run ends: nobody shall wait again
             folder = RemoteFolder(self._folder.place, hurried=True)
             if folder.get(LOCK) == self._own:
@@ -211,6 +211,7 @@ class Lock:
             with suppress(RunError):  # of a store out of reach: the uploads tell
                 if self._folder.get(LOCK) not in (self._own, None):
                     self.lost = True
+                if self.lost or self._closed.is_set():
                     return
                 self._folder.put(LOCK, self._own)
 
