@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from mergekit_lite import store_process
-from mergekit_lite.checkpoint.stores import http, web
+from mergekit_lite.checkpoint.stores import http, mirror, web
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import DESCRIPTION
 from mergekit_lite.errors import CheckpointError, UsageError
+from mergekit_lite.input_files import MAX_BYTES
 from mergekit_lite.object_stores import parse_place, without_secrets
 
 
@@ -54,3 +56,11 @@ def test_texts_without_secrets() -> None:
     ):  # fmt: skip
         assert without_secrets(text) == text
     assert without_secrets("s3://KEY:a/b+c@bucket/x is gone") == "s3://…@bucket/x is gone"
+
+
+def test_many_small_files_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"vocab{n}.txt": RemoteFile(f"https://host/model/vocab{n}.txt", MAX_BYTES, "") for n in range(11)}
+    monkeypatch.setattr(mirror, "_files", lambda _: files)
+    monkeypatch.setattr(mirror, "_content", lambda _: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match="1,100,000,000 bytes in small files"):
+        mirror.stand_up("https://host/model")

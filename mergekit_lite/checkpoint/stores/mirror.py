@@ -33,6 +33,7 @@ from mergekit_lite.checkpoint.stores.source import DESCRIPTION, Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
+MOST_SMALL = 10 * input_files.MAX_BYTES  # of all small files together: they are in memory at once
 AT_ONCE = 8  # small files that are fetched side by side
 
 
@@ -47,6 +48,10 @@ def stand_up(reference: str) -> tuple[StorePath, str | None]:
     try:
         files = _files(source)
         names = _small_names(files)
+        if (nbytes := sum(files[name].size for name in names)) > MOST_SMALL:
+            raise CheckpointError(
+                f"{source.url}: has {nbytes:,} bytes in small files; more than {MOST_SMALL:,} is refused."
+            )
         with ThreadPoolExecutor(AT_ONCE) as threads:
             small = dict(zip(names, threads.map(lambda name: _content(files[name]), names), strict=True))
     except RunError as error:
