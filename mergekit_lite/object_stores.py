@@ -106,8 +106,7 @@ def check_url(url: str) -> None:
             f"{shown}: has a query, which may be a signature or a token and would get into logs and manifests. "
             f"Refused. {remedy}"
         )
-    parts = match["rest"].strip("/").split("/")
-    if not host or not url.isprintable() or {"..", "."} & {*parts} or (scheme in OBJECTS and "" in parts):
+    if not host or not url.isprintable() or ".." in match["rest"].split("/"):
         raise UsageError(f"{one_line(shown, 200)}: is no URL that can be opened: {scheme}://NAME/PATH is expected.")
 
 
@@ -127,7 +126,10 @@ def parse_place(url: str) -> Place:
     parts = urlsplit(url)
     if parts.scheme not in OBJECTS:
         raise UsageError(f"{url}: is not in an object store ({', '.join(f'{each}://' for each in OBJECTS)}).")
-    return Place(parts.scheme, parts.netloc, url.split("://", 1)[1].partition("/")[2].strip("/"))
+    bucket, *key = url.split("://", 1)[1].strip("/").split("/")
+    if {"", "."} & {*key}:  # a client may take it for another key, or ask again for a minute
+        raise UsageError(f"{url}: can't be read or written: a part of its path is empty, or a dot.")
+    return Place(parts.scheme, bucket, "/".join(key))
 
 
 def store_of(place: Place, *, retries: int = 10, timeout: str = "120s") -> ObjectStore:
