@@ -35,6 +35,8 @@ CREDENTIALS = {  # where each store's own tools look
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; "
     "AZURE_SKIP_SIGNATURE=true for a public container",
 }
+# A user and a password, which may have slashes, as keys of S3 do; a port is none.
+PASSWORD = re.compile(r"(?P<scheme>\w+://)(?!\[)[^/\s?#:@]*:(?:(?!\d*(?:[^\w+=~%-]|$))[^\s?#@]*@?|/[^\s?#@]+@)")
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)  # in the name of a variable
 PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}  # of the variables that a client is set up by
 SWITCHES = ("allow_http", "allow_invalid_certificates")
@@ -93,7 +95,9 @@ def check_url(url: str) -> None:
         raise UsageError(f"{one_line(url, 80)}: is not a URL of {', '.join(f'{each}://' for each in (*OBJECTS, *WEB))}")
     scheme, host, shown = match["scheme"], re.split(r"[/?#]", match["rest"], maxsplit=1)[0], without_secrets(url)
     remedy = f"Set {CREDENTIALS[scheme]} instead." if scheme in CREDENTIALS else "Give a URL that needs none of it."
-    if "@" in host:
+    has_password = ":" in host and (scheme in OBJECTS or PASSWORD.match(url) is not None)
+    if "@" in host or has_password:
+        shown = f"{scheme}://…" if has_password else shown
         raise UsageError(
             f"{shown}: has a user or a password in it, which would get into logs and manifests. Refused. {remedy}"
         )
@@ -111,6 +115,7 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= 8 and SECRET.search(name):
             text = text.replace(value, "…")
+    text = PASSWORD.sub(r"\g<scheme>…@", text)
     text = re.sub(r"(?P<scheme>\w+://)[^/\s?#]*@", r"\g<scheme>…@", text)
     return re.sub(r"(?P<url>\w+://[^\s?#'\")]*)[?#][^\s'\")]*", r"\g<url>?…", text)
 
@@ -121,7 +126,10 @@ def parse_place(url: str) -> Place:
     parts = urlsplit(url)
     if parts.scheme not in OBJECTS:
         raise UsageError(f"{url}: is not in an object store ({', '.join(f'{each}://' for each in OBJECTS)}).")
-    return Place(parts.scheme, parts.netloc, url.split("://", 1)[1].partition("/")[2].strip("/"))
+    bucket, *key = url.split("://", 1)[1].strip("/").split("/")
+    if {"", "."} & {*key}:  # a client may take it for another key, or ask again for a minute
+        raise UsageError(f"{url}: can't be read or written: a part of its path is empty, or a dot.")
+    return Place(parts.scheme, bucket, "/".join(key))
 
 
 def store_of(place: Place, *, retries: int = 10, timeout: str = "120s") -> ObjectStore:
@@ -193,7 +201,7 @@ def said(error: BaseException) -> str:
     if status := re.search(r"status code: (\d{3}[ \w]*)", text):
         code = re.search(r"<Code>(\w+)</Code>", text)
         return f"the store answered {status[1].strip()}" + (f" ({code[1]})" if code else "")
-    return without_secrets(one_line(text, 300)).rstrip(". ")
+    return one_line(without_secrets(text), 300).rstrip(". ")
 
 
 @lru_cache(maxsize=64)

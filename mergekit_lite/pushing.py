@@ -281,7 +281,7 @@ def _told(error: Exception, repository: str) -> str:
         case 429:
             return "the hub asks for a pause (429). Run again later: what was uploaded is kept."
         case None:
-            what = f"{type(error).__name__}: {without_secrets(one_line(error, 200))}"
+            what = f"{type(error).__name__}: {one_line(without_secrets(str(error)), 200)}"
             return f"the hub can't be reached, or refused ({what}). Run again: what was uploaded is kept."
-    said = one_line(getattr(error, "server_message", None) or "", 200)
-    return f"the hub answered {status}{f' ({without_secrets(said)})' if said else ''}. Run again: what it has is kept."
+    said = one_line(without_secrets(str(getattr(error, "server_message", None) or "")), 200)
+    return f"the hub answered {status}{f' ({said})' if said else ''}. Run again: what it has is kept."

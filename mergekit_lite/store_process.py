@@ -48,6 +48,9 @@ def ask(verb: str, *arguments: Any) -> Any:
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             end()
             raise OSError("the process that asks the store ended") from error
+        except BaseException:  # Ctrl-C: an answer that is still to come would be taken for that to the next question
+            end()
+            raise
     if failure is None:
         return answer
     kind, message = failure

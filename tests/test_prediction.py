@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -19,9 +20,12 @@ from click.testing import CliRunner
 import mergekit_lite
 from mergekit_lite import Plan, plan_merge
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.commands import main
+from mergekit_lite.commands.prediction import predicted
 from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
 from mergekit_lite.methods import METHODS
+from mergekit_lite.object_stores import Place
 from mergekit_lite.prediction import Cluster, measured_costs, predict, this_cluster
 from mergekit_lite.prediction.cluster import cached_share
 from mergekit_lite.prediction.costs import Costs
@@ -275,3 +279,10 @@ def test_no_run_holds_more_memory_than_predicted(tmp_path: Path, method: str) ->
             time.sleep(0.03)
     assert run.returncode == 0
     assert 30e6 < most <= told.memory
+
+
+def test_what_lies_elsewhere_is_not_predicted_as_if_it_were_here(tmp_path: Path) -> None:
+    """With --stream a plain name of a repository is read over the network, too."""
+    for path, output in ((StorePath(tmp_path), tmp_path), (tmp_path, Place("s3", "bucket", "out"))):
+        source = SimpleNamespace(reference="org/name", files=[SimpleNamespace(path=path)])
+        assert predicted(cast(Any, SimpleNamespace(inputs=[source], outputs=[output]))) is None

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.encodings.gathered import Gathered
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
 from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.encodings.sum import Sum
@@ -19,7 +20,8 @@ def extents(spec: TensorSpec, begin: int, end: int) -> Iterator[tuple[Path, int,
     """Yield (file, first byte, end) of the elements ``begin … end``, as far as that can be told; nothing is read.
 
     Of codes and their scales it is the same share as of the elements. What is added to a base is left out, and so are
-    tensors whose elements are scattered.
+    tensors whose elements are scattered, as the rows of a vocabulary in another order: what is expected and never read
+    would be fetched, and kept, for nothing.
     """
     encoding = spec.encoding
     if spec.is_plain:
@@ -40,7 +42,7 @@ def extents(spec: TensorSpec, begin: int, end: int) -> Iterator[tuple[Path, int,
             if first < last:
                 yield from extents(part, first - start, last - start)
             start += part.numel
-    elif not isinstance(encoding, Strided):
+    elif not isinstance(encoding, Strided | Gathered):
         for part in _parts(encoding):
             first, last = part.numel * begin // spec.numel, -(-part.numel * end // spec.numel)
             yield from extents(part, first, last)

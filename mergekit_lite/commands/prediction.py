@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mergekit_lite.checkpoint.extents import is_elsewhere_file
 from mergekit_lite.commands import values
 from mergekit_lite.commands.units import rate_text, seconds, size
 from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.object_stores import Place
 
 if TYPE_CHECKING:
     from mergekit_lite.planning import Plan
@@ -69,7 +71,8 @@ def predicted(
     ``disk`` and ``net`` are in bytes a second. Returns None for GPUs, and where weights lie elsewhere without ``net``:
     what the network gives is not measured.
     """
-    elsewhere = any("://" in str(place) for place in (*(source.reference for source in plan.inputs), *plan.outputs))
+    elsewhere = any(is_elsewhere_file(file.path) for source in plan.inputs for file in source.files)
+    elsewhere |= any(isinstance(output, Place) for output in plan.outputs)
     if CPU not in devices or (elsewhere and net is None):
         return None
     from mergekit_lite.prediction import predict

@@ -30,7 +30,10 @@ def is_finished(plan: Plan, number: int, *, force: bool, sync: bool) -> bool:
     if isinstance(output, Place):
         names = [output.name if is_single_file(output) else file.name for file in plan.layout.files]
         files = dict(zip(names, (file.size for file in plan.layout.files), strict=True))
-        return is_published_remotely(output, plan.digest(number), files, plan.input_files)
+        newest = max((time for _, _, time in plan.input_files), default=0)
+        if not _is_of_the_same_etags(plan, remote_manifest(output) or {}):
+            return False
+        return is_published_remotely(output, plan.digest(number), files, newest)
     describes = partial(_describes, plan, output)
     return is_published(output, plan.digest(number), plan.input_files, describes, force=force, sync=sync)
 
@@ -47,6 +50,8 @@ def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:
     """Return whether the weights under an output's name are those that a manifest of its plan describes."""
     paths = [output if is_single_file(output) else output / file.name for file in plan.layout.files]
     jobs = {job.name: job for job in plan.jobs}
+    if not _is_of_the_same_etags(plan, manifest):
+        return False
     try:
         # Sizes and headers first: a few reads tell most of what is something else.
         for path, file, recorded in zip(paths, plan.layout.files, manifest["files"], strict=True):
@@ -61,6 +66,16 @@ def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:
     except (OSError, UnreadableError, LookupError, TypeError, ValueError):  # missing files, or a manifest that changed
         return False
     return True
+
+
+def _is_of_the_same_etags(plan: Plan, manifest: Mapping[str, Any]) -> bool:
+    """Return whether the inputs elsewhere are those of a manifest: they have no times that tell what is newer."""
+    now = [[file.etag for file in source.files] for source in plan.inputs]
+    try:
+        then = [[file.get("etag", "") for file in source["files"]] for source in manifest["inputs"]]
+    except (LookupError, TypeError, AttributeError):
+        return False
+    return now == then
 
 
 def _digest(content: IO[bytes], job: Job) -> str:

@@ -9,6 +9,7 @@ import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.processes import AHEAD
 from mergekit_lite.engine.tensor_merge import LARGE
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
@@ -106,9 +107,10 @@ def _check_sources(plan: Plan, workspace: RemoteWorkspace) -> None:
             place, size = (str(spec.file), job.models[number], file), end - record.begin
             if place not in chosen or _tells_more(size, chosen[place][0]):
                 chosen[place] = (size, number, record)
-    changed: dict[str, None] = {}
+    # An etag is the same from everywhere: where it is another one, no bytes need to be looked at.
+    changed = dict.fromkeys(sorted(path for path in workspace.changed_sources if is_elsewhere(path)))
     with Reader() as reader:
-        for (path, *_), (size, number, record) in chosen.items():
+        for (path, *_), (size, number, record) in chosen.items() if not changed else ():
             spec = plan.jobs[record.job].inputs[number]
             digest = xxhash.xxh3_128()
             for start, count in cut(record.begin, record.begin + size, CHUNK):

@@ -102,7 +102,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
     ray, device = options.get("ray"), options.get("device", CPU)
     devices = devices_of(ray, device)
-    _check_reach(plan, ray)
+    check_reach(plan, ray)
     workers, usual_block = workers_and_block(devices, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
@@ -137,7 +137,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     return Finished(outputs, reports, time.monotonic() - started)
 
 
-def _check_reach(plan: Plan, ray: str | Cluster | None) -> None:
+def check_reach(plan: Plan, ray: str | Cluster | None) -> None:
     """Raise UsageError where workers of a cluster would have to write to an object store: they have no spools."""
     if ray is not None and (stores := [str(output) for output in plan.outputs if isinstance(output, Place)]):
         remedy = "name a folder that all machines share, and copy it from there; or leave --ray out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
-from mergekit_lite.checkpoint.stores.remote_file import time_of
 from mergekit_lite.input_files import opened, size_of
 from mergekit_lite.layout import Layout, OutputFile, is_single_file
 from mergekit_lite.output.workspace import MANIFEST_NAME
@@ -70,20 +68,6 @@ def manifest_of(
         "effect": effect,
     }
     return content | {SEAL: seal(content)}
-
-
-def made_of(manifest: Mapping[str, Any], written: int, sources: Sequence[tuple[str, int, int]]) -> bool:
-    """Return whether a manifest is younger than its inputs, and those that lie elsewhere have the etags it holds.
-
-    ``written`` is when it was written, in ns; ``sources`` are path, size and time of every input file. The time of one
-    elsewhere tells its etag.
-    """
-    try:
-        files = [file for source in manifest["inputs"] for file in source["files"]]
-        known = {time_of(file["size"], file["etag"]) for file in files if "etag" in file}
-    except (LookupError, TypeError):
-        known = set()
-    return all(time in known if is_elsewhere(path) else time <= written for path, _, time in sources)
 
 
 def _added_to(source: Checkpoint) -> dict[str, Any]:

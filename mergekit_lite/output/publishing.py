@@ -14,7 +14,6 @@ from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import OBJECTS, WEB
 from mergekit_lite.output.journal import plan_of
-from mergekit_lite.output.manifest import made_of
 from mergekit_lite.output.sync import sync_name, sync_tree
 from mergekit_lite.output.working_folder import (
     RESULT,
@@ -149,4 +148,5 @@ def _own_manifest(path: Path, digest: str, sources: Sequence[tuple[str, int, int
         written = path.stat().st_mtime_ns
     except (OSError, CheckpointError):
         return None
-    return manifest if manifest.get("plan") == digest and made_of(manifest, written, sources) else None
+    newest = max((time for _, _, time in sources), default=0)
+    return manifest if manifest.get("plan") == digest and written >= newest else None

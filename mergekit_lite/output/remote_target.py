@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place, denied, said, store_of
-from mergekit_lite.output.manifest import made_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -35,6 +34,7 @@ PROBE = "probe"  # written to learn what time it is in the store
 JOURNAL_ENDING = ".jsonl"
 RENEWED = 10.0  # seconds between two signs of life
 DEAD = 40.0  # seconds without one after which a run counts as dead
+SETTLED = 2.0  # seconds after which whoever took over a dead run's lock at the same time has done so
 T = TypeVar("T")
 
 
@@ -151,8 +151,9 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
 class Lock:
     """The lock of an output in a store, held and renewed until it is closed.
 
-    Stores that honour conditional writes give it to one alone. Where a store doesn't, two that come within the same
-    moment may both believe they have it, until one finds the other's name in it at its next renewal, and stops.
+    Stores that honour conditional writes give it to one alone; that of a dead run is removed first, so whoever takes it
+    over looks again after a while. Where a store doesn't, two that come within the same moment may both believe they
+    have it, until one finds the other's name in it at its next renewal, and stops.
     Raises RunError where another run holds it, or has not been silent for long enough.
     """
 
@@ -173,7 +174,7 @@ class Lock:
     def close(self) -> None:
         """Give it back, if it is still held."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(RENEWED)  # a request to a store that is out of reach may go on for minutes
         with suppress(RunError):  # of a store that is out of reach, which is why this run ends: nobody shall wait again
             folder = RemoteFolder(self._folder.place, hurried=True)
             if folder.get(LOCK) == self._own:
@@ -193,6 +194,8 @@ class Lock:
                     break
             self._folder.delete(LOCK)
         self._folder.create(LOCK, self._own)
+        if first is not None:  # two that found the same dead run may each have removed the other's lock
+            time.sleep(SETTLED)
         if self._folder.get(LOCK) != self._own:
             raise self._taken()
 
@@ -208,6 +211,7 @@ class Lock:
             with suppress(RunError):  # of a store out of reach: the uploads tell
                 if self._folder.get(LOCK) not in (self._own, None):
                     self.lost = True
+                if self.lost or self._closed.is_set():
                     return
                 self._folder.put(LOCK, self._own)
 
@@ -279,13 +283,11 @@ def remote_manifest(output: Place) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
-def is_published_remotely(
-    output: Place, digest: str, files: Mapping[str, int], sources: Sequence[tuple[str, int, int]]
-) -> bool:
+def is_published_remotely(output: Place, digest: str, files: Mapping[str, int], newest: int) -> bool:
     """Return True where an output stands that a plan of this digest made; its journals are then removed, if left.
 
     The manifest was put last, so what it names was whole; here objects and sizes are looked at, and ``verify`` reads.
-    ``files`` are the sizes of the weights by name; ``sources`` are path, size and time of every input file. Raises
+    ``files`` are the sizes of the weights by name; ``newest`` is when an input was last changed, in ns. Raises
     RunError.
     """
     manifest = remote_manifest(output)
@@ -299,7 +301,7 @@ def is_published_remotely(
         or not isinstance(beside, dict)
         or not beside.keys() <= there.keys()
         or written is None
-        or not made_of(manifest, (int(written[1].timestamp()) + 1) * 1_000_000_000, sources)  # stores count seconds
+        or written[1].timestamp() < newest // 1_000_000_000  # stores tell whole seconds
     ):
         return False
     left = RemoteFolder(partial(output))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial as bound
 from pathlib import Path
@@ -20,6 +21,7 @@ from mergekit_lite.object_stores import Place
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.remote_target import (
     JOURNAL_ENDING,
+    LOCK,
     FinishedFile,
     Lock,
     RemoteFolder,
@@ -33,6 +35,7 @@ from mergekit_lite.output.working_folder import WorkingFolder
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 
 WINDOW = 1 << 28  # bytes that are made and could be sent, but aren't yet: whoever makes more waits
+HEADS = 8  # requests at once for what the store has
 LONGEST = 80  # characters of an output's name in the name of its working folder
 Part = tuple[str, int, int, str]  # of a record: a tensor, the first byte and the end in it, the digest of the bytes
 Parts = Callable[[Record], Sequence[Part]]
@@ -79,6 +82,7 @@ class RemoteWorkspace(OutputWorkspace):
         self.settled: set[int] = set()
         self.changed_sources: set[str] = set()
         self._parts = parts
+        self._uploaded: dict[int, Uploaded] = {}  # what the store had when a file was complete
         self._in_flight, self._window = IN_FLIGHT // together, WINDOW // together
         self._head = {"plan": digest, "sources": [list(source) for source in sources]}
         self._uploads: dict[int, Upload] = {}  # by the file's number
@@ -92,7 +96,8 @@ class RemoteWorkspace(OutputWorkspace):
         self._targets = []
         try:
             earlier = self._earlier(layout, {*companions}, resume=resume, force=force)
-            self.settled = {number for number, name in enumerate(self._stored) if name in earlier}
+            self._uploaded = {n: earlier[name].uploaded for n, name in enumerate(self._stored) if name in earlier}
+            self.settled = {*self._uploaded}
             self._local = WorkingFolder(local_name(place), fresh=True)
             super().__init__(self._local, layout, digest, sources, companions)
             self._take_over(earlier)
@@ -119,7 +124,7 @@ class RemoteWorkspace(OutputWorkspace):
                 kept[name] = finished
                 self.changed_sources |= _changed(self._head["sources"], finished.head.get("sources"))
         journals = {name + JOURNAL_ENDING for name in kept}
-        self._beside.delete(*(name for name in self._beside.sizes() if name not in journals and name != "lock"))
+        self._beside.delete(*(name for name in self._beside.sizes() if name not in journals and name != LOCK))
         # The manifest goes first: without it nothing that is left is an output.
         manifest = manifest_path(self.place).name
         self._files.delete(*sorted(there.keys() - kept.keys(), key=lambda name: name != manifest))
@@ -181,6 +186,7 @@ class RemoteWorkspace(OutputWorkspace):
     def _journal_file(self, number: int, uploaded: Uploaded) -> None:
         """Put the journal of a finished file beside the output. Called by its upload."""
         self._lock.check()
+        self._uploaded[number] = uploaded
         lines = [self.journal.line(key) for key in self._keys[number]]
         self._beside.put(self._stored[number] + JOURNAL_ENDING, FinishedFile(self._head, uploaded, lines).to_bytes())
 
@@ -199,11 +205,25 @@ class RemoteWorkspace(OutputWorkspace):
                 title = f"{self.place}: appeared while this output was made; --resume --force replaces it"
                 raise RunError(listing(title, [ascii(name)[1:-1] for name in strange]))
             self._files.delete(*strange)
+        self._check_uploaded()
         manifest, indexes = manifest_path(self.place).name, indexed_files(weights)
         names = [path.relative_to(self.result).as_posix() for path in self.result.rglob("*") if path.is_file()]
         for name in sorted(set(names) - weights, key=lambda name: (name == manifest, name in indexes, name)):
             self._files.put(name, (self.result / name).read_bytes())
-        self._beside.delete(*(name for name in self._beside.sizes() if name != "lock"))
+        self._beside.delete(*(name for name in self._beside.sizes() if name != LOCK))
+
+    def _check_uploaded(self) -> None:
+        """Raise RunError where a file isn't the one that was sent: a run that counted as dead may still write."""
+        with ThreadPoolExecutor(HEADS) as threads:
+            heads = list(threads.map(lambda number: self._files.head(self._stored[number]), self._uploaded))
+        others = [
+            self._stored[n]
+            for n, head in zip(self._uploaded, heads, strict=True)
+            if head is None or head[0] != self._uploaded[n]
+        ]
+        if others:
+            title = f"{self.place}: another run wrote there meanwhile, and its manifest is withheld; --resume goes on"
+            raise RunError(listing(title, sorted(others)))
 
     def close(self) -> None:
         """End the uploads that aren't complete, give the lock back, and remove the working folder."""

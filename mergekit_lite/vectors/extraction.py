@@ -32,7 +32,7 @@ from mergekit_lite.engine.ray_cluster import devices_of, files_of, workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress, expect_elements
 from mergekit_lite.engine.tiling import CHUNK, cut
-from mergekit_lite.errors import PlanError, UsageError
+from mergekit_lite.errors import PlanError, RunError, UsageError, listing
 from mergekit_lite.layout import Layout, OutputPath, OutputTensor, is_single_file, output_path, safetensors_layout
 from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
@@ -149,7 +149,7 @@ def _identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings
         "base": before.identity()._asdict(),
         "tuned": after.identity()._asdict(),
     }
-    files = [(file.name, file.size, file.header_digest) for model in (before, after) for file in model.files]
+    files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
     return {"plan": xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files)).encode()), **made_of}
 
 
@@ -180,7 +180,8 @@ def _published_remotely(
     except (LookupError, AttributeError, TypeError, ValueError):
         return None
     files = {peft_folder.WEIGHTS if run["format"] == "lora" else output.name: extracted.nbytes}
-    return extracted if is_published_remotely(output, run["plan"], files, sources) else None
+    newest = max((time for _, _, time in sources), default=0)
+    return extracted if is_published_remotely(output, run["plan"], files, newest) else None
 
 
 def _check_name(path: OutputPath, form: str) -> None:
@@ -270,6 +271,9 @@ class _Extraction:
             return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
 
         try:
+            if isinstance(workspace, RemoteWorkspace) and workspace.changed_sources:
+                title = f"{output}: inputs that changed since the run was stopped; --force starts over"
+                raise RunError(listing(title, sorted(workspace.changed_sources)))
             records: dict[str, Record] = {}
             for name, record in self._each(changed_pairs, write):
                 workspace.done(record)

@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import mergekit_lite
+from mergekit_lite.engine import remote
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
-from mergekit_lite.object_stores import parse_place
+from mergekit_lite.object_stores import Place, parse_place
 from mergekit_lite.output import remote_target, remote_workspace, upload
 from mergekit_lite.output.remote_target import Lock, RemoteFolder
 from mergekit_lite.output.spool import Spool
@@ -205,6 +208,36 @@ def killed(place: Path, store: Store, journals: int) -> None:
             time.sleep(0.005)
         process.send(signal.SIGKILL)
         process.end()
+
+
+def test_a_shard_that_another_run_wrote(store: Store, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was thought dead may still be sending: no manifest describes what it sent."""
+    standing = remote_workspace.standing
+
+    def meddled(output: Place) -> dict[str, int]:
+        there = standing(output)
+        if shards := sorted(name for name in there if name.startswith("model-")):
+            RemoteFolder(output).put(shards[0], bytes(there[shards[0]]))
+        return there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_workspace, "standing", meddled)
+        with pytest.raises(RunError, match=r"another run wrote there meanwhile(?s:.*)model-00001"):
+            extrapolate(models, "s3://bucket/meddled")
+    assert MANIFEST not in under(store, "meddled")
+    extrapolate(models, "s3://bucket/meddled", resume=True)
+    assert without_card(under(store, "meddled")) == without_card(tree_bytes(models / "out"))
+
+
+def test_inputs_elsewhere_are_held_to_their_etags() -> None:
+    """One span of a file that changed may well be what it was."""
+    place = parse_place("s3://bucket/out")
+    workspace = SimpleNamespace(
+        place=place, journal={}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
+    )
+    with pytest.raises(RunError, match=r"not those of the run that was stopped(?s:.*)s3://bucket/a") as refused:
+        remote._check_sources(cast(Any, None), cast(Any, workspace))
+    assert "/b.safetensors" not in str(refused.value)
 
 
 @contextmanager

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lite.checkpoint.encodings.gathered import gathered
+from mergekit_lite.checkpoint.extents import extents
 from mergekit_lite.checkpoint.stores import cache, read_ahead
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.tensor import TensorSpec
 
 SIZE = 50_000
 CONTENT = {f"s3://b/{n}": random.Random(n).randbytes(SIZE) for n in range(3)}
@@ -146,3 +149,24 @@ def test_a_cache_saves_fetching_again_up_to_its_bound(
         counts = [count for (url, _), count in fetched.items() if url == FILES[0].url]
         assert sum(counts) < 1.15 * SIZE if again == 1 else sum(counts) > 1.2 * SIZE
         assert not list(tmp_path.glob("*/*"))
+
+
+def test_memory_that_runs_out_is_an_error(fetched: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a block is told, and doesn't wait on."""
+
+    def refuse(reader: BlockReader, block: read_ahead.Block) -> memoryview:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(BlockReader, "_memory", refuse)
+    reader = BlockReader(room=5000, fetchers=2)
+    reader.expect([Extent(FILES[0], 0, 3000)])
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        read(reader, FILES[0], 0, 500)
+    reader.close()
+
+
+def test_rows_in_another_order_are_not_expected() -> None:
+    """They would hold blocks of every matrix that a row may be from, and be read from few of them."""
+    matrices = [TensorSpec(name, "bfloat16", (4, 8), Path(name), 0) for name in "ab"]
+    assert list(extents(matrices[1], 8, 16)) == [(Path("b"), 16, 32)]
+    assert not list(extents(gathered(matrices[0], matrices, [(1, 0), (0, 3), ((0, 1), (1, 1))]), 0, 24))

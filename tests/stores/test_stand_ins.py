@@ -7,9 +7,9 @@ import os
 import pickle
 from pathlib import Path
 
-from mergekit_lite.checkpoint.stores.files import DESCRIPTION, StorePath
+from mergekit_lite.checkpoint.stores.files import StorePath
 from mergekit_lite.checkpoint.stores.mirror import _name
-from mergekit_lite.checkpoint.stores.source import is_name
+from mergekit_lite.checkpoint.stores.source import DESCRIPTION, is_name
 
 
 def test_paths(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_paths(tmp_path: Path) -> None:
 
 
 def test_names_that_servers_give_lead_nowhere() -> None:
-    for name in ("", ".", "..", "a/b", "../x", "a\\b", "a\0b", "a\nb", "x" * 300, "\ud800"):
+    for name in ("", ".", "..", "a/b", "../x", "a\\b", "a\0b", "a\nb", "x" * 300, "\ud800", DESCRIPTION.title()):
         assert not is_name(name), name
     assert is_name("model-00001-of-00002.safetensors") and is_name("ключ.json")
     for url in ("s3://b/..", f"s3://b/{DESCRIPTION}", "s3://b/x\n", "hf://org/name@main", "s3://b/one/"):

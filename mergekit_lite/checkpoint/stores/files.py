@@ -11,9 +11,8 @@ from typing import Any, BinaryIO, cast
 
 from mergekit_lite.checkpoint.stores.ranges import RangeFile
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.stores.source import DESCRIPTION
 from mergekit_lite.input_files import StandIn
-
-DESCRIPTION = "stands-for.json"  # beside the folder that stands in: URL, and size and etag of each file
 
 
 @dataclass(frozen=True)

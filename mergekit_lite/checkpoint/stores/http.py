@@ -93,12 +93,23 @@ def followed(verb: str, url: str, headers: Mapping[str, str], secret: Mapping[st
         if answer.status not in REDIRECTS or not location:
             return answer
         with answer:
-            target = urljoin(url, location)
-        scheme = urlsplit(target).scheme
+            target, scheme = _target(url, location)
         if scheme not in ("http", "https") or (url.startswith("https:") and scheme != "https"):
             raise Unanswered("the server sends elsewhere, without encryption")
         url = target
     raise Unanswered("the server sends from one address to the next without end")
+
+
+def _target(url: str, location: str) -> tuple[str, str]:
+    """Return where a redirection leads, and the scheme. Raises Unanswered where that is no address."""
+    try:
+        target = urljoin(url, location)
+        parts = urlsplit(target)
+        if parts.hostname and target.isascii() and (parts.port is None or parts.port > 0):
+            return target, parts.scheme
+    except ValueError:
+        pass
+    raise Unanswered("the server sends to what is no address")
 
 
 def close_all() -> None:

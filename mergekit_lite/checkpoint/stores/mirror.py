@@ -25,14 +25,15 @@ from mergekit_lite.checkpoint.companion_patterns import travels
 from mergekit_lite.checkpoint.parts import LISTS, in_folder, listed_folders
 from mergekit_lite.checkpoint.stores import hub_files, objects, web
 from mergekit_lite.checkpoint.stores.addresses import HUB
-from mergekit_lite.checkpoint.stores.files import DESCRIPTION, Mirror, StorePath, know
+from mergekit_lite.checkpoint.stores.files import Mirror, StorePath, know
 from mergekit_lite.checkpoint.stores.private_folder import private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
-from mergekit_lite.checkpoint.stores.remote_file import RemoteFile, time_of
-from mergekit_lite.checkpoint.stores.source import Source, is_name
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.stores.source import DESCRIPTION, Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
+MOST_SMALL = 10 * input_files.MAX_BYTES  # of all small files together: they are in memory at once
 AT_ONCE = 8  # small files that are fetched side by side
 
 
@@ -47,6 +48,10 @@ def stand_up(reference: str) -> tuple[StorePath, str | None]:
     try:
         files = _files(source)
         names = _small_names(files)
+        if (nbytes := sum(files[name].size for name in names)) > MOST_SMALL:
+            raise CheckpointError(
+                f"{source.url}: has {nbytes:,} bytes in small files; more than {MOST_SMALL:,} is refused."
+            )
         with ThreadPoolExecutor(AT_ONCE) as threads:
             small = dict(zip(names, threads.map(lambda name: _content(files[name]), names), strict=True))
     except RunError as error:
@@ -138,7 +143,7 @@ def _json_of(files: Mapping[str, RemoteFile], read: dict[str, Any], name: str) -
 def _name(url: str) -> str:
     """Return what a stand-in is called: the last part of the URL, as a file can have it."""
     last = url.rstrip("/").rpartition("/")[2].partition("@")[0]
-    return last if is_name(last) and last != DESCRIPTION else "model"
+    return last if is_name(last) else "model"
 
 
 def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, bytes]) -> Path:
@@ -181,6 +186,7 @@ def _place(path: Path) -> Path:
 
 
 def _set_time(path: Path, file: RemoteFile) -> None:
-    """Give a stand-in a time that tells its etag."""
-    made_up = time_of(file.size, file.etag)
+    """Give a stand-in a time that tells its etag: another one for another etag, and always one that is long past."""
+    digest = hashlib.sha256(f"{file.size} {file.etag}".encode()).digest()
+    made_up = int.from_bytes(digest[:4], "little") // 4 * 1_000_000_000
     os.utime(path, ns=(made_up, made_up))

@@ -214,9 +214,10 @@ class BlockReader:
                 if self._is_closed:
                     break
             assert block is not None
+            data: memoryview | None = None
             failure: BaseException | None = None
-            data = self._memory(block)
             try:
+                data = self._memory(block)
                 fetch(block.file, block.begin, data)
             except BaseException as error:
                 failure = error

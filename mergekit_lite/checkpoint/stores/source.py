@@ -9,11 +9,14 @@ from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
 
 MOST_BYTES = 1 << 50  # of a file; more is no real one
+DESCRIPTION = "stands-for.json"  # beside the folder that stands in: URL, and size and etag of each file
 
 
 def is_name(name: str) -> bool:
     """Return whether what a server calls a file can be a file's name here, and nothing else."""
     if name in ("", ".", "..") or not name.isprintable() or any(part in name for part in ("/", "\\")):
+        return False
+    if name.casefold() == DESCRIPTION:  # in a stand-in it would be taken for the description of another one
         return False
     return len(name.encode("utf-8", "surrogatepass")) <= 255
 

@@ -16,7 +16,7 @@ from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import web_url
 from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source
+from mergekit_lite.checkpoint.stores.source import Source, is_name
 from mergekit_lite.errors import CheckpointError
 
 LINK = re.compile(r"""href\s*=\s*["']?([^"'>\s]+)""", re.IGNORECASE)
@@ -60,14 +60,19 @@ def _links(url: str) -> tuple[list[str], list[str]]:
     status, headers, page = _answer("GET", url, MAX_PAGE)
     if status != 200 or "html" not in headers.get("content-type", ""):
         return [], []
+    if len(page) == MAX_PAGE:  # names that are cut off would be weights that are left out
+        raise CheckpointError(f"{url}: the page that lists this folder is longer than {MAX_PAGE:,} bytes.")
     base = web_url(url)
     names: dict[str, None] = {}
     for link in LINK.findall(page.decode("utf-8", "replace")):
-        target = urljoin(base, unescape(link))
+        try:
+            target = urljoin(base, unescape(link))
+        except ValueError:
+            continue
         if target.startswith(base) and "?" not in target and "#" not in target and len(target) > len(base):
             names[unquote(urlsplit(target).path[len(urlsplit(base).path) :])] = None
-    plain = [name for name in names if "/" not in name]
-    return plain, [name.rstrip("/") for name in names if name.endswith("/") and name.count("/") == 1]
+    folders_in_it = [name.rstrip("/") for name in names if name.endswith("/") and name.count("/") == 1]
+    return [name for name in names if is_name(name)], folders_in_it
 
 
 def _head(url: str) -> RemoteFile | None:
