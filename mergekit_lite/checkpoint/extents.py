@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.encodings.gathered import Gathered
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
 from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.encodings.sum import Sum
@@ -40,7 +41,7 @@ def extents(spec: TensorSpec, begin: int, end: int) -> Iterator[tuple[Path, int,
             if first < last:
                 yield from extents(part, first - start, last - start)
             start += part.numel
-    elif not isinstance(encoding, Strided):
+    elif not isinstance(encoding, (Gathered, Strided)):
         for part in _parts(encoding):
             first, last = part.numel * begin // spec.numel, -(-part.numel * end // spec.numel)
             yield from extents(part, first, last)
