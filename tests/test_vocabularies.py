@@ -19,6 +19,7 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.schedule import by_themselves
 from mergekit_lite.engine.tiling import spans
 from mergekit_lite.errors import PlanError
+from mergekit_lite.planning.tokenizer_file import vocabulary_in
 from mergekit_lite.recipe import as_data, parse, to_yaml
 from tests.models import State, read_folder, same_bytes, state, write_folder
 
@@ -295,3 +296,11 @@ def test_spans_travel_with_their_own_rows_alone(place: Path) -> None:
     made = merged(recipe)[VOCABULARY[0]]
     one, two = tensors["one"][VOCABULARY[0]], tensors["two"][VOCABULARY[0]].flip(0)
     assert same_bytes(made, ((one.float() + two.float()) / 2).bfloat16())
+
+
+def test_numbers_that_no_row_can_have_are_no_tokens() -> None:
+    content = {
+        "model": {"vocab": {"a": -1, "b": True, "c": 2}},
+        "added_tokens": [{"id": -5, "content": "d"}, {"id": 3, "content": "e"}],
+    }
+    assert vocabulary_in(content) == {2: "c", 3: "e"}

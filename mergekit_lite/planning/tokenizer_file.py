@@ -103,14 +103,19 @@ def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        tokens = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
+        tokens = {number: token for token, number in vocabulary.items() if _is_number(number)}
     elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
         tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict) and isinstance(token.get("id"), int):
+        if isinstance(token, dict) and _is_number(token.get("id")):
             tokens[token["id"]] = str(token.get("content"))
     return tokens
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value can be the number of a row."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _alphabet(content: Mapping[str, Any]) -> Alphabet:
