@@ -210,6 +210,19 @@ def test_special_tokens_follow_the_tokenizer(place: Path) -> None:
     assert "one uses other special tokens: eos_token '</s>', here '<|im_end|>'" in plan.notes
 
 
+def test_special_tokens_follow_a_tokenizer_of_the_same_tokens(place: Path) -> None:
+    """Nothing moves, but the tokenizer ends elsewhere: config and tokenizer agree, and no number of another stays."""
+    model(place / "one", 0, [*WORDS], eos_token_id=1)
+    model(place / "two", 1, [*WORDS], eos_token_id=5)
+    recipe = linear(["one", "two"], base_model="one", tokenizer_source="two")
+    for numbers, stays in ((1, False), (5, True), ([1, 5], True)):
+        (place / "one/generation_config.json").write_text(json.dumps({"eos_token_id": numbers}))
+        merged(recipe)
+        assert json.loads((place / "out/config.json").read_text())["eos_token_id"] == 5
+        assert (place / "out/generation_config.json").exists() == stays
+    assert not any("eos_token_id" in note for note in mergekit_lite.plan_merge(recipe, "x").notes)
+
+
 def test_any_part_of_gathered_rows_is_what_the_whole_has(place: Path) -> None:
     """Reads of any begin and length, across runs, means and zeros."""
     seed = random.randrange(1 << 30)

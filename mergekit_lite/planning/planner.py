@@ -32,7 +32,7 @@ from mergekit_lite.planning.vocabularies import (
     beyond,
     having_all_tokens,
     of_one_vocabulary,
-    with_vocabulary_size,
+    with_vocabulary,
 )
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
@@ -131,13 +131,14 @@ def make_plan(
     own_shards = inputs[config_source].in_shards and not moved
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (None if own_shards else SHARD_SIZE))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
-    if rows is not None and (written := config or inputs[config_source].config) is not None:
-        config = with_vocabulary_size(written, rows, inputs[tokenizer].config or {})
+    is_settled = rows is not None or tokenizer != config_source
+    if is_settled and (written := config or inputs[config_source].config) is not None:
+        config = with_vocabulary(written, rows, inputs[tokenizer].config or {})
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += [note for each in inputs for note in each.notes]
     notes += _notes_on_jobs(jobs, spare, making.alone, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
-    settled = ("vocab_size", *SPECIAL_NUMBERS) if rows is not None else ()
+    settled = (*SPECIAL_NUMBERS * is_settled, *("vocab_size",) * (rows is not None))
     differing = disagreements([key for key in SHOULD_AGREE if key not in settled], inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens

@@ -309,15 +309,31 @@ def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
     return lines
 
 
-def with_vocabulary_size(config: Mapping[str, Any], size: int, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with another ``vocab_size``, in nested configs of text too.
+def with_vocabulary(config: Mapping[str, Any], size: int | None, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with another ``vocab_size``, if one is given, in nested configs of text too.
 
     ``tokenizers`` is the config of the model whose tokenizer the output has: the numbers of special tokens are its.
     """
     changed = dict(config) | {key: tokenizers[key] for key in SPECIAL_NUMBERS if key in config and key in tokenizers}
     for key, value in config.items():
-        if key == "vocab_size":
+        if key == "vocab_size" and size is not None:
             changed[key] = size
         elif key in ("text_config", "language_config", "llm_config") and isinstance(value, dict):
-            changed[key] = with_vocabulary_size(value, size, tokenizers.get(key) or {})
+            changed[key] = with_vocabulary(value, size, tokenizers.get(key) or {})
     return changed
+
+
+def other_numbers(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Return the special tokens that a generation config numbers otherwise than a model's config.
+
+    It may have more than the config: several tokens to end at.
+    """
+    return [
+        key
+        for key in SPECIAL_NUMBERS
+        if key in generation and config.get(key) is not None and not _listed(config[key]) <= _listed(generation[key])
+    ]
+
+
+def _listed(numbers: Any) -> set[str]:
+    return {repr(number) for number in (numbers if isinstance(numbers, list) else [numbers])}
