@@ -172,6 +172,24 @@ def test_tokens_of_two_alphabets_are_matched_by_what_they_stand_for(place: Path)
             assert same_bytes(made[tensor][row], mean(one[tensor][row], two[tensor][other]))
 
 
+@pytest.mark.parametrize(
+    ("written", "source"), [("Ġsnow", "words"), (" snow", {"token": " snow"}), ("Ġsnow", {"token": "▁snow"})]
+)
+def test_a_recipe_names_tokens_as_their_tokenizer_does_or_by_what_they_say(
+    place: Path, written: str, source: str | dict[str, str]
+) -> None:
+    model(place / "bytes", 0, ["<s>", "</s>", "Ġsnow", "a"])
+    words: list[str | None] = ["<s>", "</s>", "a", "▁snow"]
+    two = model(place / "words", 1, words)
+    (place / "words/tokenizer.json").write_text(json.dumps(tokenizer(words, kind="Metaspace")))
+    given = source if isinstance(source, str) else {"kind": "model_token", "model": "words", **source}
+    made = merged(
+        linear(["bytes", "words"], tokenizer={"source": "bytes", "tokens": {written: {"source": given, "force": True}}})
+    )
+    for tensor in VOCABULARY:
+        assert same_bytes(made[tensor][2], two[tensor][3])
+
+
 def test_a_tied_head_stays_tied(place: Path) -> None:
     for number, name in enumerate(("one", "two")):
         tokens: list[str | None] = [*WORDS] if number == 0 else [*reversed(WORDS)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
@@ -42,6 +43,15 @@ class _Model:
     numbers: Mapping[Token, int]
     rows: int
 
+    @cached_property
+    def texts(self) -> Mapping[str, int]:
+        """The numbers of tokens by their texts in ``tokenizer.json``."""
+        return {self.tokenizer.tokens[number]: number for number in sorted(self.tokens, reverse=True)}
+
+    def number_of(self, text: str) -> int | None:
+        """Return the number of the token that a recipe means by a text: as the tokenizer has it, or what it says."""
+        return self.texts.get(text, self.numbers.get(text.encode()))
+
 
 def aligned(
     inputs: Sequence[Checkpoint],
@@ -69,10 +79,11 @@ def aligned(
     width = _width(models, wanted, vocabulary)
     rows = [wanted.tokens.get(number) for number in range(width)]
     own = np.stack([_own_rows(model, rows) for model in models])
-    said = {wanted.numbers[_token(wanted, row.token)]: row for row in vocabulary.tokens}
+    said = {_number(wanted, row.token): row for row in vocabulary.tokens}
     forced = np.zeros(width, bool)
     forced[[number for number, row in said.items() if row.force]] = True
-    given = {number: place for number, row in said.items() if (place := _given(row, models)) is not None}
+    places = {number: _given(row, wanted.tokens[number], models) for number, row in said.items()}
+    given = {number: place for number, place in places.items() if place is not None}
     default = _defaults(own, base, given, forced)
     changed = [_with_rows(model, models, _places(model, own[model.at], default, forced)) for model in models]
     notes = [line for model in models if (line := _told(model, own[model.at], rows))]
@@ -223,15 +234,14 @@ def _defaults(
     return Places(matrix, row, tuple(means))  # type: ignore[arg-type]
 
 
-def _token(wanted: _Model, text: str) -> Token:
-    """Return the token of the output's vocabulary that a recipe means by a text."""
-    for token in (text, text.encode()):
-        if token in wanted.numbers:
-            return token
-    raise VocabularyError(f"tokens: {text!r} is no token of {wanted.source.reference}, which gives the tokenizer")
+def _number(wanted: _Model, text: str) -> int:
+    """Return the number of the output's token that a recipe means by a text. Raises VocabularyError."""
+    if (number := wanted.number_of(text)) is None:
+        raise VocabularyError(f"tokens: {text!r} is no token of {wanted.source.reference}, which gives the tokenizer")
+    return number
 
 
-def _given(row: TokenRow, models: Sequence[_Model]) -> Row | None:
+def _given(row: TokenRow, token: Token, models: Sequence[_Model]) -> Row | None:
     """Return the place that a recipe gives for a token; None where it gives none. Raises VocabularyError."""
     if row.zero:
         return ()
@@ -244,11 +254,12 @@ def _given(row: TokenRow, models: Sequence[_Model]) -> Row | None:
         if not 0 <= row.number < models[at].rows:
             raise VocabularyError(f"tokens: {row.model} has no row {row.number}: it has {models[at].rows}")
         return at, row.number
-    text = row.other or row.token
-    for token in (text, text.encode()):
-        if token in models[at].numbers:
-            return at, models[at].numbers[token]
-    raise VocabularyError(f"tokens: {row.model}, the source of {row.token!r}, has no token {text!r}")
+    own = None if row.other else models[at].numbers.get(token)
+    if own is None and (own := models[at].number_of(row.other or row.token)) is None:
+        raise VocabularyError(
+            f"tokens: {row.model}, the source of {row.token!r}, has no token {row.other or row.token!r}"
+        )
+    return at, own
 
 
 def _places(model: _Model, own: npt.NDArray[np.int32], default: Places, forced: npt.NDArray[np.bool_]) -> Places | None:
@@ -292,8 +303,9 @@ def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None
 
 
 def _shown(token: Token) -> str:
-    text = token.decode(errors="replace") if isinstance(token, bytes) else str(token)
-    return shortened(text, 30)
+    if isinstance(token, int):
+        return f"<0x{token:02X}>"
+    return shortened(token.decode(errors="replace") if isinstance(token, bytes) else token, 30)
 
 
 def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
