@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.engine.finished import is_finished
-from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, check_reach, run
+from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, check_reach, found, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
 from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.object_stores import Place
@@ -45,6 +45,7 @@ class Step:
         text: the recipe's text; before it, as remarks, those of the documents that it is made of.
         shard_size: as of ``make_plan``.
         copy_code: as of ``make_plan``.
+        uses: the names of the documents whose results it reads.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Step:
     text: str
     shard_size: int | None
     copy_code: bool
+    uses: tuple[str, ...]
 
     def planned_anew(self) -> Plan:
         """Return the plan by the results of earlier steps, which are there now. Raises as ``make_plan``."""
@@ -106,7 +108,15 @@ def plan_documents(
                 raise CheckpointError(f"{_called(document)}: {error}") from error
             steps.append(
                 Step(
-                    document.name, places[document.name], document in wanted, plan, recipe, text, shard_size, copy_code
+                    document.name,
+                    places[document.name],
+                    document in wanted,
+                    plan,
+                    recipe,
+                    text,
+                    shard_size,
+                    copy_code,
+                    document.uses,
                 )
             )
             if document not in wanted:
@@ -140,10 +150,20 @@ def merge_documents(
         check_reach(step.plan, run_options.get("ray"))
         if step.is_final:
             check_outputs(step.plan, resume=resume, force=force)
+    there = {}
+    for step in steps:
+        if resume and step.is_final and (made := found(step.plan, force=force, sync=run_options.get("sync", False))):
+            there[step.output] = made
+    needed = _needed(steps, there)
     between = [step.output for step in steps if not step.is_final and isinstance(step.output, Path)]
-    for folder in {output.parent for output in between}:
+    for folder in {step.output.parent for step in steps if isinstance(step.output, Path) and step.name in needed}:
         own_folder(folder)
     for step in steps:
+        if step.output in there:
+            yield step, there[step.output]
+            continue
+        if not step.is_final and step.name not in needed:
+            continue
         plan = step.planned_anew()
         if not step.is_final and is_finished(plan, 0, force=True, sync=False):
             yield step, None
@@ -156,6 +176,15 @@ def merge_documents(
         yield step, run(plan, **options)
     if not keep:
         _remove(between)
+
+
+def _needed(steps: Sequence[Step], there: Collection[OutputPath]) -> set[str]:
+    """Return the documents whose results are read by what is not there yet, directly or not."""
+    needed: set[str] = set()
+    for step in reversed(steps):
+        if step.name in needed or (step.is_final and step.output not in there):
+            needed |= set(step.uses)
+    return needed
 
 
 def documents_folder(output: OutputPath) -> Path:
@@ -211,7 +240,7 @@ def _is_begun(plan: Plan) -> bool:
 def _remove(outputs: Sequence[Path]) -> None:
     """Remove what steps in between made, and their folder where nothing else is in it."""
     for output in outputs:
-        with as_run_errors(output):
+        with as_run_errors(output), suppress(FileNotFoundError):
             shutil.rmtree(output)
     for folder in {output.parent for output in outputs}:
         with suppress(OSError):

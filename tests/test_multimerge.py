@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -195,6 +197,29 @@ def test_models_that_no_document_uses_are_all_outputs(place: Path, tmp_path: Pat
         mergekit_lite.merge(recipe, tmp_path / "out")
     finished = mergekit_lite.merge(recipe, tmp_path / "out-{name}")
     assert [path.name for path in finished.outputs] == ["out-left", "out-right"]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_resume_leaves_what_is_there(place: Path, tmp_path: Path) -> None:
+    """Once all is made, nothing is made again; after a kill between two models, only the second one."""
+    one = "name: {}\nmerge_method: linear\nmodels: [{{model: '{}', parameters: {{weight: 1}}}}]\n"
+    leaf = write_folder(tmp_path / "leaf", state(7))
+    text = "---\n".join(one.format(*pair) for pair in (("stem", leaf), ("left", "stem"), ("right", "stem")))
+    recipe, outputs = written(tmp_path, text), [tmp_path / "out-left", tmp_path / "out-right"]
+    mergekit_lite.merge(recipe, tmp_path / "out-{name}")
+    before = [weights(output) for output in outputs]
+    first = outputs[0].stat().st_ino
+    for lost in (None, outputs[1]):
+        if lost is not None:
+            shutil.rmtree(lost)
+        finished = mergekit_lite.merge(recipe, tmp_path / "out-{name}", resume=True)
+        assert list(finished.outputs) == outputs and len(finished.reports) == 2
+        assert [weights(output) for output in outputs] == before and outputs[0].stat().st_ino == first
+        assert not list(tmp_path.glob(".out*"))
+    newer = (leaf / "model.safetensors").stat().st_mtime_ns + 10**12
+    os.utime(leaf / "model.safetensors", ns=(newer, newer))
+    with pytest.raises(UsageError, match="exists, and is not the result of this run"):
+        mergekit_lite.merge(recipe, tmp_path / "out-{name}", resume=True)
     assert not list(tmp_path.glob(".out*"))
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import mergekit_lite
 from mergekit_lite.checkpoint import open_checkpoint
-from mergekit_lite.checkpoint.encodings.gathered import gathered
+from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.engine.schedule import by_themselves
+from mergekit_lite.engine.tiling import spans
 from mergekit_lite.errors import PlanError
+from mergekit_lite.planning.tokenizer_file import vocabulary_in
 from mergekit_lite.recipe import as_data, parse, to_yaml
 from tests.models import State, read_folder, same_bytes, state, write_folder
 
@@ -167,6 +172,24 @@ def test_tokens_of_two_alphabets_are_matched_by_what_they_stand_for(place: Path)
             assert same_bytes(made[tensor][row], mean(one[tensor][row], two[tensor][other]))
 
 
+@pytest.mark.parametrize(
+    ("written", "source"), [("Ġsnow", "words"), (" snow", {"token": " snow"}), ("Ġsnow", {"token": "▁snow"})]
+)
+def test_a_recipe_names_tokens_as_their_tokenizer_does_or_by_what_they_say(
+    place: Path, written: str, source: str | dict[str, str]
+) -> None:
+    model(place / "bytes", 0, ["<s>", "</s>", "Ġsnow", "a"])
+    words: list[str | None] = ["<s>", "</s>", "a", "▁snow"]
+    two = model(place / "words", 1, words)
+    (place / "words/tokenizer.json").write_text(json.dumps(tokenizer(words, kind="Metaspace")))
+    given = source if isinstance(source, str) else {"kind": "model_token", "model": "words", **source}
+    made = merged(
+        linear(["bytes", "words"], tokenizer={"source": "bytes", "tokens": {written: {"source": given, "force": True}}})
+    )
+    for tensor in VOCABULARY:
+        assert same_bytes(made[tensor][2], two[tensor][3])
+
+
 def test_a_tied_head_stays_tied(place: Path) -> None:
     for number, name in enumerate(("one", "two")):
         tokens: list[str | None] = [*WORDS] if number == 0 else [*reversed(WORDS)]
@@ -205,6 +228,19 @@ def test_special_tokens_follow_the_tokenizer(place: Path) -> None:
     assert "one uses other special tokens: eos_token '</s>', here '<|im_end|>'" in plan.notes
 
 
+def test_special_tokens_follow_a_tokenizer_of_the_same_tokens(place: Path) -> None:
+    """Nothing moves, but the tokenizer ends elsewhere: config and tokenizer agree, and no number of another stays."""
+    model(place / "one", 0, [*WORDS], eos_token_id=1)
+    model(place / "two", 1, [*WORDS], eos_token_id=5)
+    recipe = linear(["one", "two"], base_model="one", tokenizer_source="two")
+    for numbers, stays in ((1, False), (5, True), ([1, 5], True)):
+        (place / "one/generation_config.json").write_text(json.dumps({"eos_token_id": numbers}))
+        merged(recipe)
+        assert json.loads((place / "out/config.json").read_text())["eos_token_id"] == 5
+        assert (place / "out/generation_config.json").exists() == stays
+    assert not any("eos_token_id" in note for note in mergekit_lite.plan_merge(recipe, "x").notes)
+
+
 def test_any_part_of_gathered_rows_is_what_the_whole_has(place: Path) -> None:
     """Reads of any begin and length, across runs, means and zeros."""
     seed = random.randrange(1 << 30)
@@ -213,7 +249,8 @@ def test_any_part_of_gathered_rows_is_what_the_whole_has(place: Path) -> None:
     model(place / "one", 0, [*WORDS])
     model(place / "two", 1, [*WORDS])
     specs = [open_checkpoint(name).tensors[VOCABULARY[0]] for name in ("one", "two")]
-    places: list[Any] = [(0, 3), (0, 4), (0, 5), ((0, 1), (1, 2)), (), (1, 9), (1, 0), (1, 1), ((0, 1), (1, 2))]
+    matrix, row = [0, 0, 0, -1, -2, 1, 1, 1, -1], [3, 4, 5, 0, 0, 9, 0, 1, 0]
+    places = Places(np.array(matrix, np.int32), np.array(row, np.int32), (((0, 1), (1, 2)), ()))
     made = gathered(specs[0], specs, places)
     with Reader() as reader:
         whole = made.elements(reader, 0, made.numel)
@@ -221,7 +258,80 @@ def test_any_part_of_gathered_rows_is_what_the_whole_has(place: Path) -> None:
             begin = draw.randrange(made.numel)
             count = draw.randint(1, made.numel - begin)
             assert same_bytes(made.elements(reader, begin, count), whole[begin : begin + count])
+            part = part_of(made, draw.randint(0, begin), draw.randint(begin + count, made.numel))
+            assert same_bytes(part.elements(reader, begin, count), whole[begin : begin + count])
         rows = [spec.elements(reader, 0, spec.numel).view(10, 8) for spec in specs]
         assert same_bytes(whole.view(-1, 8)[0], rows[0][3]) and same_bytes(whole.view(-1, 8)[7], rows[1][1])
         assert same_bytes(whole.view(-1, 8)[3], ((rows[0][1].double() + rows[1][2].double()) / 2).bfloat16())
         assert not whole.view(-1, 8)[4].any()
+
+
+def test_a_text_that_is_two_tokens_keeps_both_rows(place: Path) -> None:
+    """An added token that repeats an entry of the vocabulary: each number has its own row, where a model has both."""
+    content = tokenizer([*WORDS])
+    content["added_tokens"].append({"id": len(WORDS), "content": "a"})
+    models = {name: model(place / name, number, [*WORDS, "a"]) for number, name in enumerate(("one", "two"))}
+    for name in models:
+        (place / name / "tokenizer.json").write_text(json.dumps(content))
+    models["three"] = model(place / "three", 2, [*WORDS[::-1]])
+    made = merged(linear([*models], tokenizer_source="one"))
+    for tensor in VOCABULARY:
+        one, two, three = (each[tensor] for each in models.values())
+        for row in (WORDS.index("a"), len(WORDS)):
+            assert same_bytes(made[tensor][row], mean(one[row], two[row], three[WORDS[::-1].index("a")]))
+
+
+def test_rows_of_a_matrix_that_a_model_lacks_are_not_read_elsewhere(place: Path) -> None:
+    """One model alone has a bias; the rows of tokens that only the other has are zeros, not bytes behind its own."""
+    model(place / "large", 0, [*WORDS, *(f"more {number}" for number in range(30))])
+    small = model(place / "small", 1, [*WORDS]) | {"lm_head.bias": torch.ones(len(WORDS)).bfloat16()}
+    write_folder(place / "small", small, config=json.loads((place / "small/config.json").read_text()))
+    recipe = linear(["large", "small"], base_model="small", tokenizer_source="large", exclude=["lm_head.bias"])
+    bias = merged(recipe)["lm_head.bias"]
+    assert bias.tolist() == [1.0] * len(WORDS) + [0.0] * 30
+
+
+def test_what_is_called_like_a_head_within_a_layer_stays(place: Path) -> None:
+    """A layer's ``output.weight`` has no rows of tokens; another embedding within a layer has."""
+    tokens: dict[str, list[str | None]] = {"one": [*WORDS], "two": [*WORDS[::-1]]}
+    tensors = {}
+    for number, name in enumerate(tokens):
+        own = model(place / name, number, tokens[name])
+        own |= {"model.layers.0.output.weight": torch.randn(3, 8).bfloat16()}
+        own |= {"model.layers.1.embed_tokens.weight": own[VOCABULARY[0]] * 2}
+        tensors[name] = own
+        write_folder(place / name, own, config=json.loads((place / name / "config.json").read_text()))
+    made = merged(linear([*tokens], tokenizer_source="one"))
+    for name, turned in (("model.layers.0.output.weight", False), ("model.layers.1.embed_tokens.weight", True)):
+        other = tensors["two"][name].flip(0) if turned else tensors["two"][name]
+        assert same_bytes(made[name], mean(tensors["one"][name], other))
+
+
+def test_spans_travel_with_their_own_rows_alone(place: Path) -> None:
+    """A matrix of several spans: what a worker is sent for one doesn't grow with the others; the bytes are right."""
+    tokens: list[str | None] = ["<s>", "</s>", *(f"t{number}" for number in range(9000))]
+    turned = tokens[::-1]
+    tensors = {}
+    for number, (name, order) in enumerate({"one": tokens, "two": turned}.items()):
+        model(place / name, number, order)
+        generator = torch.Generator().manual_seed(number)
+        tensors[name] = {VOCABULARY[0]: torch.randn(len(order), 1024, generator=generator).bfloat16()}
+        write_folder(place / name, tensors[name], config=json.loads((place / name / "config.json").read_text()))
+    recipe = linear(["one", "two"], tokenizer_source="one")
+    [job] = mergekit_lite.plan_merge(recipe, "x").jobs
+    [of_job] = spans(mergekit_lite.plan_merge(recipe, "x"))
+    assert len(of_job) == 2
+    assert len(pickle.dumps(job)) > 8 * len(tokens)
+    sizes = [len(pickle.dumps(span)) for span in by_themselves(of_job)]
+    assert sum(sizes) < len(pickle.dumps(job)) + 10_000
+    made = merged(recipe)[VOCABULARY[0]]
+    one, two = tensors["one"][VOCABULARY[0]], tensors["two"][VOCABULARY[0]].flip(0)
+    assert same_bytes(made, ((one.float() + two.float()) / 2).bfloat16())
+
+
+def test_numbers_that_no_row_can_have_are_no_tokens() -> None:
+    content = {
+        "model": {"vocab": {"a": -1, "b": True, "c": 2}},
+        "added_tokens": [{"id": -5, "content": "d"}, {"id": 3, "content": "e"}],
+    }
+    assert vocabulary_in(content) == {2: "c", 3: "e"}

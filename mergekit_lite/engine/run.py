@@ -137,6 +137,18 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     return Finished(outputs, reports, time.monotonic() - started)
 
 
+def found(plan: Plan, *, force: bool = False, sync: bool = False) -> Finished | None:
+    """Return what ``run`` with ``resume`` would where all outputs stand already; the inputs need not be there.
+
+    Raises RunError where what a kill kept from being done can't be finished.
+    """
+    started = time.monotonic()
+    if not all(is_finished(plan, number, force=force, sync=sync) for number in range(len(plan.outputs))):
+        return None
+    outputs = tuple(str(output) if isinstance(output, Place) else output for output in plan.outputs)
+    return Finished(outputs, tuple(map(_reported, plan.outputs)), time.monotonic() - started)
+
+
 def check_reach(plan: Plan, ray: str | Cluster | None) -> None:
     """Raise UsageError where workers of a cluster would have to write to an object store: they have no spools."""
     if ray is not None and (stores := [str(output) for output in plan.outputs if isinstance(output, Place)]):

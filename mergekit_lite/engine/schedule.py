@@ -7,10 +7,12 @@ those whose statistics are work for several workers are made and kept here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.encodings.gathered import part_of
 from mergekit_lite.checkpoint.extents import extents, is_elsewhere
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
@@ -108,7 +110,7 @@ class Schedule:
         """Yield the spans that one worker takes at a time: all of a tensor where it has statistics to gather."""
         of_file: dict[int, list[list[Span]]] = {}
         for of_job in spans(self.plan, self.only):
-            for unit in [of_job] if self._gathers(of_job) else [[span] for span in of_job]:
+            for unit in [of_job] if self._gathers(of_job) else [[alone] for alone in by_themselves(of_job)]:
                 of_file.setdefault(self.plan.layout.place(unit[0].job.name)[0], []).append(unit)
         tasks = [list(joined(units, self.most, lambda span: span.end - span.begin)) for units in of_file.values()]
         # A file that is uploaded while it is made can't be gone on with until it is complete: one after the other.
@@ -225,6 +227,14 @@ def by_turns(tasks: Sequence[Sequence[list[Span]]], files: int) -> Iterator[list
     for first in range(0, len(tasks), files):
         for turn in zip_longest(*tasks[first : first + files]):
             yield from (task for task in turn if task is not None)
+
+
+def by_themselves(of_job: Sequence[Span]) -> Iterator[Span]:
+    """Yield the spans of a job, each with no more of its inputs' descriptions than it needs: they travel with it."""
+    for span in of_job:
+        inputs = tuple([part_of(spec, span.begin, span.end) for spec in span.job.inputs])
+        is_same = all(part is spec for part, spec in zip(inputs, span.job.inputs, strict=True))
+        yield span if is_same else replace(span, job=replace(span.job, inputs=inputs))
 
 
 def _cost_of_task(task: Sequence[Span]) -> int:

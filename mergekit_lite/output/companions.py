@@ -15,7 +15,7 @@ from mergekit_lite.checkpoint.folder import INDEX_ENDING, small_file
 from mergekit_lite.checkpoint.formats import refused
 from mergekit_lite.checkpoint.parts import in_folder, surveyed
 from mergekit_lite.errors import CheckpointError, UnreadableError
-from mergekit_lite.input_files import MAX_BYTES, opened
+from mergekit_lite.input_files import MAX_BYTES, opened, read_json
 from mergekit_lite.layout import index_json, indexed_files, is_single_file
 from mergekit_lite.output.card import model_card
 from mergekit_lite.output.manifest import manifest_of, text_pieces
@@ -23,6 +23,7 @@ from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.fp8 import modules_not_quantised
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
+from mergekit_lite.planning.vocabularies import other_numbers
 
 CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
 COEFFICIENTS_NAME = "mergekit_lite_coefficients.json"
@@ -117,6 +118,11 @@ def _owners(plan: Plan) -> tuple[dict[str, Path | None], dict[str, str]]:
         owners |= dict.fromkeys(filter(is_tokenizer_file, _companions_in(tokenizer)[0]), tokenizer)
         if tokenizer is not None and small_file(tokenizer, GENERATION) is not None:
             owners[GENERATION] = tokenizer  # it ends at tokens by their numbers
+        elif plan.tokenizer is not None and GENERATION in owners and plan.source.folder is not None:
+            generation = read_json(small_file(plan.source.folder, GENERATION) or plan.source.folder / GENERATION)
+            if other := other_numbers(generation, plan.inputs[plan.tokenizer].config or {}):
+                del owners[GENERATION]
+                left[GENERATION] = f"{', '.join(other)}: numbers of another tokenizer than the output's"
     if plan.chat_template is not None:
         left |= dict.fromkeys(filter(is_template_file, owners), "the recipe has a chat_template")
         owners = {name: folder for name, folder in owners.items() if not is_template_file(name)}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from time import time_ns
 
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.layout import index_json, indexed_files
 from mergekit_lite.output.companions import companions, written_config
 from mergekit_lite.planning import Plan
@@ -15,9 +18,11 @@ def lay_promised(plan: Plan, folder: Path) -> None:
     """Lay a plan's first output into a new folder as far as it is known before a weight is read.
 
     A plan of what is to be made of it can be made from that folder. Where the weights will be, the files have holes,
-    which take no room. Whether a head of its own equals the embedding is not known yet; here it does not. Raises
-    OSError.
+    which take no room. Their time is that of the plan's newest input, as what is older was not made of it; where one
+    lies elsewhere, whose time isn't known, it is now. Whether a head of its own equals the embedding is not known yet;
+    here it does not. Raises OSError.
     """
+    newest = max((time_ns() if is_elsewhere(path) else time for path, _, time in plan.input_files), default=0)
     files = {file.name: file for file in plan.layout.files}
     for name, file in files.items():
         path = folder / name
@@ -25,6 +30,7 @@ def lay_promised(plan: Plan, folder: Path) -> None:
         with path.open("xb") as promised:
             promised.write(file.header)
             promised.truncate(file.size)
+        os.utime(path, ns=(newest, newest))
     written: dict[str, object] = {
         name: index_json([files[shard] for shard in shards]) for name, shards in indexed_files(files).items()
     }

@@ -23,14 +23,16 @@ from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import MismatchError, MissingError, arranged
 from mergekit_lite.planning.plan import Job, Plan
+from mergekit_lite.planning.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.vocabularies import (
+    SPECIAL_NUMBERS,
     VocabularyError,
     aligned,
     beyond,
     having_all_tokens,
     of_one_vocabulary,
-    with_vocabulary_size,
+    with_vocabulary,
 )
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
@@ -94,8 +96,10 @@ def make_plan(
         needs = "is a part of a model, and the output needs a whole one: name that as base_model"
         raise PlanError([f"{part.reference}: {needs}"])
     inputs = _under_one_naming(opened_inputs, config_source)
-    tokenizer = _tokenizer(recipe, inputs, config_source)
-    inputs, rows, notes_on_rows, problems_of_rows = _with_one_vocabulary(recipe, inputs, tokenizer)
+    read = read_tokenizers(inputs) if recipe.tokenizer is not None else []
+    tokenizer = _tokenizer(recipe, read, config_source)
+    inputs, rows, notes_on_rows, problems_of_rows = _with_one_vocabulary(recipe, inputs, read, tokenizer)
+    del read  # a hundred bytes and more for each token
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
     layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
@@ -114,7 +118,7 @@ def make_plan(
     problems += _of_several(recipe, inputs[config_source], outputs)
     problems += disagreements(MUST_AGREE, inputs, config_source)
     problems += problems_of_rows
-    foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer])
+    foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer]) if rows is None else ([], [])
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
     if is_folder and template is not None:
         tokenizer_config(inputs[tokenizer])  # the template is written into it, so it has to be readable
@@ -127,16 +131,17 @@ def make_plan(
     own_shards = inputs[config_source].in_shards and not moved
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (None if own_shards else SHARD_SIZE))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
-    if rows is not None and (written := config or inputs[config_source].config) is not None:
-        config = with_vocabulary_size(written, rows, inputs[tokenizer].config or {})
+    is_settled = rows is not None or tokenizer != config_source
+    if is_settled and (written := config or inputs[config_source].config) is not None:
+        config = with_vocabulary(written, rows, inputs[tokenizer].config or {})
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += [note for each in inputs for note in each.notes]
     notes += _notes_on_jobs(jobs, spare, making.alone, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
-    differing = disagreements(SHOULD_AGREE, inputs, config_source)
+    settled = (*SPECIAL_NUMBERS * is_settled, *("vocab_size",) * (rows is not None))
+    differing = disagreements([key for key in SHOULD_AGREE if key not in settled], inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
-    if rows is None:
-        notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens
+    notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens
     notes += notes_on_rows + notes_on_config
     notes += notes_on_card
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
@@ -302,32 +307,32 @@ def _of_several(recipe: Recipe, source: Checkpoint, outputs: Sequence[str | Outp
         yield f"chat_template and tokenizer are for a model of one folder, {source.reference} has several: {folders}"
 
 
-def _tokenizer(recipe: Recipe, inputs: Sequence[Checkpoint], config_source: int) -> int:
+def _tokenizer(recipe: Recipe, read: Sequence[Tokenizer | None], config_source: int) -> int:
     """Return which of the inputs gives the tokenizer: of a union the one that has the tokens of all."""
     if recipe.tokenizer is None:
         return config_source
     base = recipe.models.index(recipe.base_model or recipe.models[0])
     if recipe.tokenizer == UNION:
-        return having_all_tokens(inputs, base)
+        return having_all_tokens(read, base)
     return base if recipe.tokenizer == BASE else recipe.models.index(recipe.tokenizer)
 
 
 def _with_one_vocabulary(
-    recipe: Recipe, inputs: tuple[Checkpoint, ...], tokenizer: int
+    recipe: Recipe, inputs: tuple[Checkpoint, ...], read: Sequence[Tokenizer | None], tokenizer: int
 ) -> tuple[tuple[Checkpoint, ...], int | None, list[str], list[str]]:
     """Return the inputs with their rows in the order of the tokenizer that is asked for; and the number of rows.
 
     None is no number where nothing had to move. What the user should know and what is wrong come last.
     """
     if recipe.tokenizer is None or (
-        recipe.vocabulary == Vocabulary() and of_one_vocabulary(inputs, all_told=recipe.tokenizer == UNION)
+        recipe.vocabulary == Vocabulary() and of_one_vocabulary(inputs, read, all_told=recipe.tokenizer == UNION)
     ):
         return inputs, None, [], []
-    if recipe.tokenizer == UNION and (lost := beyond(inputs, tokenizer)):
+    if recipe.tokenizer == UNION and (lost := beyond(inputs, read, tokenizer)):
         return inputs, None, [], lost
     try:
         base = recipe.models.index(recipe.base_model) if recipe.base_model else None
-        changed, rows, notes = aligned(inputs, tokenizer, base, recipe.vocabulary)
+        changed, rows, notes = aligned(inputs, read, tokenizer, base, recipe.vocabulary)
     except VocabularyError as error:
         return inputs, None, [], [str(error)]
     return changed, rows, notes, []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+import xxhash
+
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.folder import small_file
-from mergekit_lite.input_files import read_json
+from mergekit_lite.input_files import read_bytes, read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -68,21 +70,31 @@ class Tokenizer:
         return text.encode() if number in self.added else self.alphabet.decoded(text)
 
 
-def read_tokenizer(source: Checkpoint) -> Tokenizer | None:
-    """Read a model's ``tokenizer.json`` and the special tokens beside it; None where it has none.
+def read_tokenizers(sources: Sequence[Checkpoint]) -> list[Tokenizer | None]:
+    """Read each model's ``tokenizer.json`` and the special tokens beside it; None where it has none.
 
-    Raises CheckpointError where a file can't be read.
+    Files of equal bytes are read once. Raises CheckpointError where a file can't be read.
     """
-    path = small_file(source.tokenizer_folder, "tokenizer.json") if source.tokenizer_folder else None
-    if path is None:
-        return None
-    content = read_json(path)
-    tokens = vocabulary_in(content)
+    known: dict[bytes, Tokenizer] = {}
+    read: list[Tokenizer | None] = []
+    for source in sources:
+        path = small_file(source.tokenizer_folder, "tokenizer.json") if source.tokenizer_folder else None
+        if path is None:
+            read.append(None)
+            continue
+        digest = xxhash.xxh3_128(read_bytes(path)).digest()
+        if digest not in known:
+            known[digest] = _tokenizer_in(read_json(path))
+        read.append(replace(known[digest], special=_special(source)))
+    return read
+
+
+def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer in the content of a ``tokenizer.json``, without special tokens."""
     added = content.get("added_tokens")
     numbers = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return Tokenizer(
-        tokens, frozenset(each for each in numbers if isinstance(each, int)), _alphabet(content), _special(source)
-    )
+    of_added = frozenset(each for each in numbers if isinstance(each, int))
+    return Tokenizer(vocabulary_in(content), of_added, _alphabet(content), {})
 
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
@@ -91,14 +103,19 @@ def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        tokens = {number: token for token, number in vocabulary.items() if isinstance(number, int)}
+        tokens = {number: token for token, number in vocabulary.items() if _is_number(number)}
     elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
         tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict) and isinstance(token.get("id"), int):
+        if isinstance(token, dict) and _is_number(token.get("id")):
             tokens[token["id"]] = str(token.get("content"))
     return tokens
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value can be the number of a row."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _alphabet(content: Mapping[str, Any]) -> Alphabet:

@@ -113,10 +113,10 @@ def foreign_vocabularies(inputs: Sequence[Checkpoint], tokenizer: Checkpoint) ->
     return contrary, list(dict.fromkeys(more))
 
 
-def tokens_of(source: Checkpoint) -> Mapping[int, str] | list[bytes]:
-    """Return the tokens of a model, or the contents of what holds them where that isn't a ``tokenizer.json``."""
+def vocabulary_files(source: Checkpoint) -> list[bytes]:
+    """Return the contents of what holds a model's tokens."""
     files = [small_file(source.tokenizer_folder, name) for name in VOCABULARY_FILES] if source.tokenizer_folder else []
-    return vocabulary_of(source) or [read_bytes(path) for path in files if path]
+    return [read_bytes(path) for path in files if path]
 
 
 def _file(source: Checkpoint) -> Path | None:

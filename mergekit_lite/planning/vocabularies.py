@@ -7,16 +7,21 @@ that the base lacks changes nothing of it (mergekit 0.1.5's rule).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
-from mergekit_lite.checkpoint.encodings.gathered import Place, gathered
+from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
+from mergekit_lite.deferred import np
 from mergekit_lite.errors import counted, shortened
-from mergekit_lite.planning.tokenizer_file import Token, Tokenizer, read_tokenizer
-from mergekit_lite.planning.tokenizers import tokens_of, vocabulary_of
+from mergekit_lite.planning.tokenizer_file import Token, Tokenizer
+from mergekit_lite.planning.tokenizers import vocabulary_files
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Row = Place | tuple[Place, ...]  # where a row is from: one place, or the mean of several, of none zeros
 SHOWN = 3
@@ -38,14 +43,28 @@ class _Model:
     numbers: Mapping[Token, int]
     rows: int
 
+    @cached_property
+    def texts(self) -> Mapping[str, int]:
+        """The numbers of tokens by their texts in ``tokenizer.json``."""
+        return {self.tokenizer.tokens[number]: number for number in sorted(self.tokens, reverse=True)}
+
+    def number_of(self, text: str) -> int | None:
+        """Return the number of the token that a recipe means by a text: as the tokenizer has it, or what it says."""
+        return self.texts.get(text, self.numbers.get(text.encode()))
+
 
 def aligned(
-    inputs: Sequence[Checkpoint], tokenizer: int, base: int | None, vocabulary: Vocabulary
+    inputs: Sequence[Checkpoint],
+    read: Sequence[Tokenizer | None],
+    tokenizer: int,
+    base: int | None,
+    vocabulary: Vocabulary,
 ) -> tuple[tuple[Checkpoint, ...], int, list[str]]:
     """Return the inputs with the rows of one vocabulary, the number of rows, and what the user should know.
 
     Args:
         inputs: the models.
+        read: their tokenizers.
         tokenizer: which of them has the output's tokenizer.
         base: which of them is the base, whose rows go before means.
         vocabulary: what the recipe says of single tokens and of the width.
@@ -53,25 +72,27 @@ def aligned(
     Raises:
         VocabularyError: a model has no ``tokenizer.json``, or its embedding and head differ in their rows.
     """
-    read = [_tokenizer_of(source) for source in inputs]
-    in_bytes = len({each.alphabet for each in read}) > 1
-    models = [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, read, strict=True))]
+    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
+    in_bytes = len({each.alphabet for each in known}) > 1
+    models = [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
     wanted = models[tokenizer]
     width = _width(models, wanted, vocabulary)
     rows = [wanted.tokens.get(number) for number in range(width)]
-    defaults = _defaults(models, rows, base, vocabulary, wanted)
-    forced = {_token(wanted, row.token) for row in vocabulary.tokens if row.force}
-    changed = []
-    for model in models:
-        places = [_place(model, number, rows[number], defaults[number], forced) for number in range(width)]
-        changed.append(_with_rows(model, models, places))
-    notes = [line for model in models if (line := _told(model, rows))]
+    own = np.stack([_own_rows(model, rows) for model in models])
+    said = {_number(wanted, row.token): row for row in vocabulary.tokens}
+    forced = np.zeros(width, bool)
+    forced[[number for number, row in said.items() if row.force]] = True
+    places = {number: _given(row, wanted.tokens[number], models) for number, row in said.items()}
+    given = {number: place for number, place in places.items() if place is not None}
+    default = _defaults(own, base, given, forced)
+    changed = [_with_rows(model, models, _places(model, own[model.at], default, forced)) for model in models]
+    notes = [line for model in models if (line := _told(model, own[model.at], rows))]
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
         notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
     return tuple(changed), width, [*notes, *_roles(models, wanted)]
 
 
-def of_one_vocabulary(inputs: Sequence[Checkpoint], *, all_told: bool) -> bool:
+def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], *, all_told: bool) -> bool:
     """Return whether all models have rows for the same tokens in the same order, as far as their files tell.
 
     One whose tokens can't be told is taken to have the others', unless all must be told.
@@ -81,26 +102,33 @@ def of_one_vocabulary(inputs: Sequence[Checkpoint], *, all_told: bool) -> bool:
         for name, spec in source.tensors.items():
             if tied_weights.is_vocabulary(name) and spec.shape:
                 rows.setdefault(name, set()).add(spec.shape[0])
-    told = map(tokens_of if all_told else vocabulary_of, inputs)
-    read = [tokens for tokens in told if tokens or all_told]
-    return all(len(each) == 1 for each in rows.values()) and all(tokens == read[0] for tokens in read)
+    if any(len(each) > 1 for each in rows.values()):
+        return False
+    each = [
+        tokenizer.tokens
+        if tokenizer is not None and tokenizer.tokens
+        else vocabulary_files(source)
+        if all_told
+        else None
+        for source, tokenizer in zip(inputs, read, strict=True)
+    ]
+    told = [tokens for tokens in each if tokens or all_told]
+    return all(tokens == told[0] for tokens in told)
 
 
-def having_all_tokens(inputs: Sequence[Checkpoint], base: int) -> int:
+def having_all_tokens(read: Sequence[Tokenizer | None], base: int) -> int:
     """Return which model has a token for each token of the others: the base if it does, else the first; else the base.
 
-    Raises CheckpointError where a tokenizer can't be read.
+    ``read`` are the models' tokenizers.
     """
-    read = [read_tokenizer(source) for source in inputs]
     texts = [set(tokenizer.tokens.values()) if tokenizer is not None else set() for tokenizer in read]
     every = set().union(*texts)
-    order = [base, *(number for number in range(len(inputs)) if number != base)]
+    order = [base, *(number for number in range(len(read)) if number != base)]
     return next((number for number in order if texts[number] == every), base)
 
 
-def beyond(inputs: Sequence[Checkpoint], tokenizer: int) -> list[str]:
+def beyond(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], tokenizer: int) -> list[str]:
     """Return a message for each model with tokens that the one that gives a union's tokenizer lacks."""
-    read = [read_tokenizer(source) for source in inputs]
     own = read[tokenizer]
     known = set(own.tokens.values()) if own is not None else set()
     messages = []
@@ -118,8 +146,8 @@ def beyond(inputs: Sequence[Checkpoint], tokenizer: int) -> list[str]:
     return messages
 
 
-def _tokenizer_of(source: Checkpoint) -> Tokenizer:
-    tokenizer = read_tokenizer(source)
+def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
+    """Return a model's tokenizer. Raises VocabularyError where it has none."""
     if tokenizer is None or not tokenizer.tokens:
         raise VocabularyError(
             f"{source.reference}: has no tokenizer.json to tell which row is which token's. Save its tokenizer by "
@@ -130,7 +158,7 @@ def _tokenizer_of(source: Checkpoint) -> Tokenizer:
 
 def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) -> _Model:
     """Return a model's tokens that have a row. Raises VocabularyError."""
-    matrices = [spec for name, spec in source.tensors.items() if tied_weights.is_vocabulary(name)]
+    matrices = _matrices(source)
     counts = {spec.shape[0] for spec in matrices if spec.shape}
     if len(counts) != 1:
         listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in matrices) or "it has none"
@@ -145,6 +173,17 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
     return _Model(at, source, tokenizer, tokens, numbers, rows)
 
 
+def _matrices(source: Checkpoint) -> list[TensorSpec]:
+    """Return a model's embedding and head, and what else has a row for each token.
+
+    Within a layer (a head of multi-token prediction, or an ``output.weight`` of another kind) that is what has as many
+    rows.
+    """
+    named = [spec for name, spec in source.tensors.items() if tied_weights.is_vocabulary(name)]
+    rows = {spec.shape[:1] for spec in named if not tied_weights.NUMBER.search(spec.name)}
+    return [spec for spec in named if not tied_weights.NUMBER.search(spec.name) or spec.shape[:1] in rows]
+
+
 def _width(models: Sequence[_Model], wanted: _Model, vocabulary: Vocabulary) -> int:
     """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all tokens always."""
     needed = max(wanted.tokens, default=-1) + 1
@@ -155,41 +194,54 @@ def _width(models: Sequence[_Model], wanted: _Model, vocabulary: Vocabulary) -> 
     return max(needed, (max if vocabulary.width == "max" else min)(model.rows for model in models))
 
 
-def _defaults(
-    models: Sequence[_Model],
-    rows: Sequence[Token | None],
-    base: int | None,
-    vocabulary: Vocabulary,
-    wanted: _Model,
-) -> list[Row]:
-    """Return for each row of the output what models have there that lack its token."""
-    given = {_token(wanted, row.token): _given(row, models) for row in vocabulary.tokens}
-    defaults: list[Row] = []
+def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int32]:
+    """Return for each row of the output which row of a model is its token's; −1 where it has none.
+
+    A text that is two tokens' stays at its number where the model has it there. Padding is the same row of whoever has
+    one there that stands for nothing.
+    """
+    tokens, numbers = model.tokens, model.numbers
+    own = []
     for number, token in enumerate(rows):
-        if token is not None and (explicit := given.get(token)) is not None:
-            defaults.append(explicit)
-            continue
-        if token is None:  # padding: the same row of whoever has one there that stands for nothing
-            having = [(each.at, number) for each in models if number < each.rows and number not in each.tokens]
+        if token is None:
+            own.append(number if number < model.rows and number not in tokens else -1)
         else:
-            having = [(each.at, each.numbers[token]) for each in models if token in each.numbers]
-        of_base = [place for place in having if place[0] == base]
-        if len(having) == 1 or of_base:
-            defaults.append((of_base or having)[0])
+            own.append(number if tokens.get(number) == token else numbers.get(token, -1))
+    return np.array(own, np.int32)
+
+
+def _defaults(
+    own: npt.NDArray[np.int32], base: int | None, given: Mapping[int, Row], forced: npt.NDArray[np.bool_]
+) -> Places:
+    """Return for each row of the output what models have there that lack its token, as far as any does."""
+    has = own >= 0
+    having = has.sum(axis=0)
+    giver = has.argmax(axis=0)
+    if base is not None:
+        giver[has[base]] = base
+    matrix, row = giver.astype(np.int32), np.take_along_axis(own, giver[None], axis=0)[0]
+    is_mean = (having != 1) & ((having < len(own)) | forced) & (True if base is None else ~has[base])
+    defaults: dict[int, Row] = {
+        number: tuple((at, int(own[at, number])) for at in np.flatnonzero(has[:, number]).tolist())
+        for number in np.flatnonzero(is_mean).tolist()
+    }
+    means: dict[Row, int] = {}
+    for number, place in (defaults | dict(given)).items():
+        if place and isinstance(place[0], int):
+            matrix[number], row[number] = place
         else:
-            defaults.append(tuple(having))
-    return defaults
+            matrix[number], row[number] = -1 - means.setdefault(place, len(means)), 0
+    return Places(matrix, row, tuple(means))  # type: ignore[arg-type]
 
 
-def _token(wanted: _Model, text: str) -> Token:
-    """Return the token of the output's vocabulary that a recipe means by a text."""
-    for token in (text, text.encode()):
-        if token in wanted.numbers:
-            return token
-    raise VocabularyError(f"tokens: {text!r} is no token of {wanted.source.reference}, which gives the tokenizer")
+def _number(wanted: _Model, text: str) -> int:
+    """Return the number of the output's token that a recipe means by a text. Raises VocabularyError."""
+    if (number := wanted.number_of(text)) is None:
+        raise VocabularyError(f"tokens: {text!r} is no token of {wanted.source.reference}, which gives the tokenizer")
+    return number
 
 
-def _given(row: TokenRow, models: Sequence[_Model]) -> Row | None:
+def _given(row: TokenRow, token: Token, models: Sequence[_Model]) -> Row | None:
     """Return the place that a recipe gives for a token; None where it gives none. Raises VocabularyError."""
     if row.zero:
         return ()
@@ -202,49 +254,44 @@ def _given(row: TokenRow, models: Sequence[_Model]) -> Row | None:
         if not 0 <= row.number < models[at].rows:
             raise VocabularyError(f"tokens: {row.model} has no row {row.number}: it has {models[at].rows}")
         return at, row.number
-    text = row.other or row.token
-    for token in (text, text.encode()):
-        if token in models[at].numbers:
-            return at, models[at].numbers[token]
-    raise VocabularyError(f"tokens: {row.model}, the source of {row.token!r}, has no token {text!r}")
+    own = None if row.other else models[at].numbers.get(token)
+    if own is None and (own := models[at].number_of(row.other or row.token)) is None:
+        raise VocabularyError(
+            f"tokens: {row.model}, the source of {row.token!r}, has no token {row.other or row.token!r}"
+        )
+    return at, own
 
 
-def _place(
-    model: _Model,
-    number: int,
-    token: Token | None,
-    default: Row,
-    forced: Iterable[Token],
-) -> Row:
-    """Return where a model's row of the output is from: its own, or the default."""
-    if token is None:
-        return (model.at, number) if number < model.rows and number not in model.tokens else default
-    return default if token in forced or token not in model.numbers else (model.at, model.numbers[token])
+def _places(model: _Model, own: npt.NDArray[np.int32], default: Places, forced: npt.NDArray[np.bool_]) -> Places | None:
+    """Return where a model's rows of the output are from: its own, or the default; None where nothing moves."""
+    is_own = (own >= 0) & ~forced
+    matrix, row = np.where(is_own, model.at, default.matrix), np.where(is_own, own, default.row)
+    if len(row) == model.rows and (matrix == model.at).all() and (row == np.arange(len(row))).all():
+        return None
+    return Places(matrix.astype(np.int32), row.astype(np.int32), default.means).part(0, len(row))
 
 
-def _with_rows(model: _Model, models: Sequence[_Model], places: Sequence[Row]) -> Checkpoint:
+def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -> Checkpoint:
     """Return a model with its vocabulary's tensors in the output's order; the same one where nothing moves."""
-    if len(places) == model.rows and all(place == (model.at, number) for number, place in enumerate(places)):
+    if places is None:
         return model.source
     tensors: dict[str, TensorSpec] = dict(model.source.tensors)
-    for name, own in model.source.tensors.items():
-        if tied_weights.is_vocabulary(name):
-            found = [tied_weights.counterpart(name, each.source.tensors) for each in models]
-            sources = [spec if spec is not None and spec.shape[1:] == own.shape[1:] else own for spec in found]
-            if len({spec.shape[1:] for spec in found if spec is not None}) > 1:
-                raise VocabularyError(f"{name}: its rows are not of the same length in all models")
-            tensors[name] = gathered(own, sources, places)
+    for own in _matrices(model.source):
+        found = [tied_weights.counterpart(own.name, each.source.tensors) for each in models]
+        if len({spec.shape[1:] for spec in found if spec is not None}) > 1:
+            raise VocabularyError(f"{own.name}: its rows are not of the same length in all models")
+        lacking = [number for number, spec in enumerate(found) if spec is None]
+        sources = [spec or own for spec in found]
+        tensors[own.name] = gathered(own, sources, places.without(lacking) if lacking else places)
     return replace(model.source, tensors=tensors)
 
 
-def _told(model: _Model, rows: Sequence[Token | None]) -> str:
+def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None]) -> str:
     """Return in a line how a model's tokens are those of the output; empty where all are the same."""
-    same = moved = lacking = 0
-    for number, token in enumerate(rows):
-        if token is None:
-            continue
-        own = model.numbers.get(token)
-        same, moved, lacking = same + (own == number), moved + (own not in (None, number)), lacking + (own is None)
+    is_token = np.array([token is not None for token in rows], bool)
+    lacking = int((is_token & (own < 0)).sum())
+    same = int((is_token & (own == np.arange(len(rows)))).sum())
+    moved = int(is_token.sum()) - same - lacking
     kept = set(rows)
     lost = [token for token in model.numbers if token not in kept]
     if not moved and not lacking and not lost and model.rows == len(rows):
@@ -256,8 +303,9 @@ def _told(model: _Model, rows: Sequence[Token | None]) -> str:
 
 
 def _shown(token: Token) -> str:
-    text = token.decode(errors="replace") if isinstance(token, bytes) else str(token)
-    return shortened(text, 30)
+    if isinstance(token, int):
+        return f"<0x{token:02X}>"
+    return shortened(token.decode(errors="replace") if isinstance(token, bytes) else token, 30)
 
 
 def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
@@ -273,15 +321,31 @@ def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
     return lines
 
 
-def with_vocabulary_size(config: Mapping[str, Any], size: int, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with another ``vocab_size``, in nested configs of text too.
+def with_vocabulary(config: Mapping[str, Any], size: int | None, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with another ``vocab_size``, if one is given, in nested configs of text too.
 
     ``tokenizers`` is the config of the model whose tokenizer the output has: the numbers of special tokens are its.
     """
     changed = dict(config) | {key: tokenizers[key] for key in SPECIAL_NUMBERS if key in config and key in tokenizers}
     for key, value in config.items():
-        if key == "vocab_size":
+        if key == "vocab_size" and size is not None:
             changed[key] = size
         elif key in ("text_config", "language_config", "llm_config") and isinstance(value, dict):
-            changed[key] = with_vocabulary_size(value, size, tokenizers.get(key) or {})
+            changed[key] = with_vocabulary(value, size, tokenizers.get(key) or {})
     return changed
+
+
+def other_numbers(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Return the special tokens that a generation config numbers otherwise than a model's config.
+
+    It may have more than the config: several tokens to end at.
+    """
+    return [
+        key
+        for key in SPECIAL_NUMBERS
+        if key in generation and config.get(key) is not None and not _listed(config[key]) <= _listed(generation[key])
+    ]
+
+
+def _listed(numbers: Any) -> set[str]:
+    return {repr(number) for number in (numbers if isinstance(numbers, list) else [numbers])}

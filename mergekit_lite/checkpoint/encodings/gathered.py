@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -19,18 +20,53 @@ if TYPE_CHECKING:
 Place = tuple[int, int]  # the number of a matrix, and a row in it
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gathered(Encoding):
-    """For each row where it lies: one row of one matrix, or the mean of several; nothing gives zeros.
+class Places(NamedTuple):
+    """For each row where it lies: in which matrix, and which row of that (both int32).
 
-    ``matrix`` and ``row`` (both int32) have an entry for each row. Where ``matrix`` is negative, −1 − n, the row is the
-    mean of the places ``means[n]``.
+    Where ``matrix`` is negative, −1 − n, the row is the mean of the places ``means[n]``; of none it is zeros.
     """
 
-    sources: tuple[TensorSpec, ...]  # of one width
     matrix: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
     means: tuple[tuple[Place, ...], ...] = ()
+
+    def part(self, begin: int, end: int) -> Places:
+        """Return the places of some rows, with only the means that those are."""
+        matrix = self.matrix[begin:end].copy()
+        is_mean = matrix < 0
+        used, renumbered = np.unique(-1 - matrix[is_mean], return_inverse=True)
+        matrix[is_mean] = -1 - renumbered
+        return Places(matrix, self.row[begin:end].copy(), tuple([self.means[number] for number in used.tolist()]))
+
+    def without(self, lacking: Collection[int]) -> Places:
+        """Return the places with zeros, or the mean of the others, for rows of matrices that are not there."""
+        kept = [tuple([place for place in mean if place[0] not in lacking]) for mean in self.means]
+        is_lost = np.isin(self.matrix, list(lacking))
+        matrix = np.where(is_lost, -1 - len(kept), self.matrix).astype(np.int32)
+        return Places(matrix, np.where(is_lost, 0, self.row).astype(np.int32), (*kept, ()))
+
+    def runs(self, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first, last + 1, matrix, row) of rows that follow each other in one matrix, a mean by itself."""
+        matrix, row = self.matrix[begin:end], self.row[begin:end]
+        follows = (matrix[1:] == matrix[:-1]) & (matrix[1:] >= 0) & (row[1:] - row[:-1] == 1)
+        firsts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
+        bounds = [*firsts.tolist(), len(matrix)]
+        for (first, last), number, at in zip(
+            pairwise(bounds), matrix[firsts].tolist(), row[firsts].tolist(), strict=True
+        ):
+            yield begin + first, begin + last, number, at
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered(Encoding):
+    """Rows by their places in the ``sources``, which are of one width; the first of the ``places`` is of row ``first``.
+
+    Rows before it, and behind the last of them, can't be read.
+    """
+
+    sources: tuple[TensorSpec, ...]
+    places: Places
+    first: int = 0
 
     def stored_dtype(self, spec: TensorSpec) -> str:
         """Return what the elements of the first matrix are on disk."""
@@ -48,64 +84,66 @@ class Gathered(Encoding):
     @property
     def key(self) -> tuple[object, ...]:
         """The matrices, and which row is from where."""
-        places = xxhash.xxh3_128(self.matrix.tobytes() + self.row.tobytes() + repr(self.means).encode()).hexdigest()
+        matrix, row, means = self.places
+        places = xxhash.xxh3_128(matrix.tobytes() + row.tobytes() + repr(means).encode()).hexdigest()
         return "Gathered", tuple(source.key for source in self.sources), places
+
+    def part(self, spec: TensorSpec, begin: int, end: int) -> Gathered:
+        """Return what reads the elements ``begin … end`` and no others: with every span of a tensor travels its own."""
+        columns = spec.numel // spec.shape[0]
+        first = begin // columns
+        return replace(self, places=self.places.part(first - self.first, -(-end // columns) - self.first), first=first)
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Read runs of rows that follow each other in one matrix at once, straight into ``out``."""
         columns = spec.numel // spec.shape[0]
         size = dtypes.size(spec.dtype)
         end = start + len(out) // size
-        at = start
-        while at < end:
-            row = at // columns
-            rows = self._run(row, -(-end // columns))
-            upto = min(end, (row + rows) * columns)
-            part = out[(at - start) * size : (upto - start) * size]
-            self._fill_run(spec, reader, row, at - row * columns, part)
-            at = upto
+        first = self.first
+        for begin, upto, number, row in self.places.runs(start // columns - first, -(-end // columns) - first):
+            at, last = max(start, (begin + first) * columns), min(end, (upto + first) * columns)
+            column = at - (begin + first) * columns
+            self._fill_run(
+                spec, reader, number, row * columns + column, out[(at - start) * size : (last - start) * size]
+            )
 
-    def _run(self, row: int, end: int) -> int:
-        """Return how many rows from ``row`` on, ``end`` at most, follow each other in one matrix; 1 for a mean."""
-        matrix = self.matrix[row:end]
-        if matrix[0] < 0:
-            return 1
-        follows = (matrix[1:] == matrix[0]) & (np.diff(self.row[row:end]) == 1)
-        return int(np.argmin(follows)) + 1 if not follows.all() else len(matrix)
-
-    def _fill_run(self, spec: TensorSpec, reader: Reader, row: int, column: int, out: memoryview) -> None:
-        """Fill ``out`` with the elements of a run that begins at a row, from a column on."""
-        columns = spec.numel // spec.shape[0]
-        count = len(out) // dtypes.size(spec.dtype)
-        number = int(self.matrix[row])
+    def _fill_run(self, spec: TensorSpec, reader: Reader, number: int, start: int, out: memoryview) -> None:
+        """Fill ``out`` with a matrix's elements from ``start`` on; of a mean's places from that column on."""
         if number < 0:
-            places = self.means[-1 - number]
-            values = tensor_of(out, spec.dtype)
-            total = values.double().zero_()
-            for matrix, source_row in places:
-                total += self.sources[matrix].elements(reader, source_row * columns + column, count).double()
-            values.copy_(total / max(1, len(places)))
+            self._fill_mean(spec, reader, self.places.means[-1 - number], start, out)
+        elif (source := self.sources[number]).dtype == spec.dtype:
+            source.fill(reader, start, out)
+        else:
+            count = len(out) // dtypes.size(spec.dtype)
+            tensor_of(out, spec.dtype).copy_(source.elements(reader, start, count))
+
+    def _fill_mean(
+        self, spec: TensorSpec, reader: Reader, places: Sequence[Place], column: int, out: memoryview
+    ) -> None:
+        if not places:
+            np.frombuffer(out, np.uint8)[:] = 0
             return
-        source, first = self.sources[number], int(self.row[row]) * columns + column
-        if source.dtype == spec.dtype:
-            source.fill(reader, first, out)
-        else:
-            tensor_of(out, spec.dtype).copy_(source.elements(reader, first, count))
+        columns = spec.numel // spec.shape[0]
+        values = tensor_of(out, spec.dtype)
+        total = values.double().zero_()
+        for matrix, row in places:
+            total += self.sources[matrix].elements(reader, row * columns + column, len(values)).double()
+        values.copy_(total / len(places))
 
 
-def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Sequence[Place | tuple[Place, ...]]) -> TensorSpec:
-    """Return ``own`` with other rows: each from a place in the ``sources``, or the mean of several places.
+def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Places) -> TensorSpec:
+    """Return ``own`` with other rows, each from its place in the ``sources``.
 
-    Its dtype is the one that holds what all sources hold, so that no row is rounded.
+    Its dtype is the one that holds what all sources of a row hold, so that no row is rounded.
     """
-    means: dict[tuple[Place, ...], int] = {}
-    matrix, row = np.empty(len(places), np.int32), np.zeros(len(places), np.int32)
-    for number, place in enumerate(places):
-        if place and isinstance(place[0], int):
-            matrix[number], row[number] = place
-        else:
-            matrix[number] = -1 - means.setdefault(place, len(means))
-    dtype = dtypes.promoted(source.dtype for source in sources)
-    encoding = Gathered(tuple(sources), matrix, row, tuple(means))
-    shape = (len(places), *own.shape[1:])
-    return replace(own, shape=shape, dtype=dtype, encoding=encoding)
+    in_means = {matrix for mean in places.means for matrix, _ in mean}
+    used = sorted({*np.unique(places.matrix[places.matrix >= 0]).tolist(), *in_means})
+    dtype = dtypes.promoted([sources[number].dtype for number in used]) if used else own.dtype
+    shape = (len(places.matrix), *own.shape[1:])
+    return replace(own, shape=shape, dtype=dtype, encoding=Gathered(tuple(sources), places))
+
+
+def part_of(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
+    """Return a tensor of which only the elements ``begin … end`` are read, without what the others need."""
+    encoding = spec.encoding
+    return replace(spec, encoding=encoding.part(spec, begin, end)) if isinstance(encoding, Gathered) else spec
