@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mergekit_lite.checkpoint.encodings.gathered import gathered
+from mergekit_lite.checkpoint.encodings.gathered import Places, gathered
 from mergekit_lite.checkpoint.extents import extents
 from mergekit_lite.checkpoint.stores import cache, read_ahead
 from mergekit_lite.checkpoint.stores.read_ahead import BlockReader, Extent
@@ -169,4 +170,5 @@ def test_rows_in_another_order_are_not_expected() -> None:
     """They would hold blocks of every matrix that a row may be from, and be read from few of them."""
     matrices = [TensorSpec(name, "bfloat16", (4, 8), Path(name), 0) for name in "ab"]
     assert list(extents(matrices[1], 8, 16)) == [(Path("b"), 16, 32)]
-    assert not list(extents(gathered(matrices[0], matrices, [(1, 0), (0, 3), ((0, 1), (1, 1))]), 0, 24))
+    places = Places(np.array([1, 0, -1], np.int32), np.array([0, 3, 0], np.int32), (((0, 1), (1, 1)),))
+    assert not list(extents(gathered(matrices[0], matrices, places), 0, 24))
