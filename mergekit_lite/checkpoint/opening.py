@@ -18,7 +18,6 @@ from mergekit_lite.checkpoint.formats.header import Header
 from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_parts
 from mergekit_lite.checkpoint.references import Addition
-from mergekit_lite.checkpoint.stores import mirror
 from mergekit_lite.checkpoint.stores.addresses import HUB, is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
@@ -87,8 +86,15 @@ def _open_read_as(reference: str, read_as: references.ReadAs) -> Checkpoint:
 def _open_elsewhere(reference: str) -> Checkpoint:
     """Open a checkpoint by its URL: its weights are read by range."""
     keyed = references.KEYED.fullmatch(reference)
-    path, revision = mirror.stand_up(keyed["path"] if keyed else reference)
+    path, revision = _stood_up(keyed["path"] if keyed else reference)
     return _open_path(reference, path, revision, keyed["key"] if keyed else "")
+
+
+def _stood_up(reference: str) -> tuple[Path, str | None]:
+    """Return what stands in for a URL here, and its commit on the hub; what that needs is imported for it alone."""
+    from mergekit_lite.checkpoint.stores import mirror
+
+    return mirror.stand_up(reference)
 
 
 def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint:
@@ -102,13 +108,13 @@ def _open_as_transformers(reference: str, names: references.Names) -> Checkpoint
 def open_adapter(reference: str) -> Adapter:
     """Open a LoRA adapter by its folder, URL or hub repository; errors as in ``read_adapter``, or it doesn't exist."""
     if is_elsewhere(reference):
-        return read_adapter(reference, *mirror.stand_up(reference))
+        return read_adapter(reference, *_stood_up(reference))
     with _opening(reference):
         path = Path(reference).expanduser()
         if path.exists():
             return read_adapter(reference, path.resolve())
     if hub.is_streamed(reference):
-        return read_adapter(reference, *mirror.stand_up(HUB + reference))
+        return read_adapter(reference, *_stood_up(HUB + reference))
     folder = hub.fetch(reference, adapter=True)
     return read_adapter(reference, folder, folder.name)
 

@@ -31,7 +31,6 @@ from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.formats.header import MAX_NAME, WeightFile, check_name
 from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.naming.matching import match_names
-from mergekit_lite.checkpoint.stores import mirror
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.errors import CheckpointError, UsageError, listing, refuse, shortened
@@ -152,6 +151,8 @@ def check_output(path: Path | Place) -> None:
 def open_vector(reference: str) -> Vector:
     """Open a task vector by its file or URL; errors as in ``read_vector``."""
     if is_elsewhere(reference):
+        from mergekit_lite.checkpoint.stores import mirror
+
         return read_vector(reference, mirror.stand_up(reference)[0])
     return read_vector(reference, Path(reference).expanduser().resolve())
 

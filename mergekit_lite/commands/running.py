@@ -193,10 +193,10 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
 
 def _repositories(plan: Plan, push: str | None) -> list[str]:
     """Return the repository of each output, where any is to be pushed. Raises UsageError where one can't be."""
-    from mergekit_lite.pushing import check_repository
-
     if push is None:
         return []
+    from mergekit_lite.pushing import check_repository  # with pydantic, which takes 13 MB
+
     if len(plan.outputs) > 1:
         raise UsageError("--push takes one output: make several, then push each: mergekit-lite push OUTPUT org/name.")
     if isinstance(plan.outputs[0], Place) or is_single_file(plan.outputs[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -160,7 +160,7 @@ def _shared(workspace: OutputWorkspace) -> tuple[str, str]:
     """Let other machines write to a workspace, and return the mark by which they know it."""
     workspace.share()
     with as_run_errors(workspace.folder.path):
-        return workspace.folder.marked(secrets.token_hex(16))
+        return workspace.folder.marked(os.urandom(16).hex())
 
 
 def check_outputs(plan: Plan, *, resume: bool = False, force: bool = False) -> None:

@@ -7,7 +7,7 @@ and once to write them. The output appears under its name when it is complete.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -241,7 +241,7 @@ class _Extraction:
             self.spill.mkdir(exist_ok=True)
         if self.crew is not None and not self.crew.local:
             assert not isinstance(target, Place)
-            self.crew.must_see(files_of([self.before, self.after]), [target.marked(secrets.token_hex(16))])
+            self.crew.must_see(files_of([self.before, self.after]), [target.marked(os.urandom(16).hex())])
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}

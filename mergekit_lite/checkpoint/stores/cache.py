@@ -7,7 +7,6 @@ is one step for all processes, so the bound is exceeded by a few blocks at most.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import shutil
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+import xxhash
 
 from mergekit_lite.checkpoint.stores import ranges
 from mergekit_lite.checkpoint.stores.private_folder import private_folder
@@ -78,7 +79,7 @@ class Cache:
         key = os.getpid(), file
         with self._lock:
             if key not in self._open:
-                name = hashlib.sha256(f"{file.url} {file.size} {file.etag}".encode()).hexdigest()[:32]
+                name = xxhash.xxh3_128_hexdigest(f"{file.url} {file.size} {file.etag}".encode())
                 paths = [self._folder / f"{name}.bytes", self._folder / f"{name}.grains"]
                 for path, size in zip(paths, (file.size, max(1, -(-file.size // GRAIN))), strict=True):
                     with path.open("ab") as made:

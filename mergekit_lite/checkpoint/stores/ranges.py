@@ -10,12 +10,15 @@ import threading
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 from mergekit_lite import object_stores, store_process
-from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import address_of, moved
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError
+
+if TYPE_CHECKING:
+    from mergekit_lite.checkpoint.stores import http as requests
 
 ATTEMPTS = 12  # in a row that bring no byte, before a range is given up
 FIRST_WAIT, LONGEST_WAIT = 0.1, 15.0  # seconds; each wait is twice the one before, and up to half more or less
@@ -125,6 +128,8 @@ def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) ->
         raise CheckpointError(f"{file.url}: {object_stores.denied(file.url)}") from error
     except OSError as error:
         raise _Again(str(error)) from error
+    from mergekit_lite.checkpoint.stores import http as requests  # with TLS, which only requests need
+
     wanted = {"Range": f"bytes={begin}-{begin + len(out) - 1}", "Accept-Encoding": "identity", **address.headers}
     try:
         answer = requests.followed("GET", address.url, wanted, address.secret)
@@ -137,6 +142,8 @@ def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) ->
 
 
 def _read(answer: requests.Answer, out: memoryview) -> int:
+    from mergekit_lite.checkpoint.stores import http as requests
+
     done = 0
     try:
         while done < len(out) and (count := answer.read_into(out[done:])):
