@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.ray_machine import File
 from mergekit_lite.engine.ray_workers import GPU_THREADS, Cluster
@@ -62,12 +61,7 @@ def devices_of(ray: str | Cluster | None, device: str) -> tuple[str, ...]:
 
 def files_of(checkpoints: Iterable[Checkpoint]) -> list[File]:
     """Return the weight files of some models, as machines have to see them."""
-    return [
-        (str(file.path), file.size, file.mtime_ns)
-        for one in checkpoints
-        for file in one.files
-        if not is_elsewhere(str(file.path))
-    ]
+    return [(str(file.path), file.size, file.mtime_ns) for one in checkpoints for file in one.files]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import xxhash
 
 from mergekit_lite._version import __version__
+from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.pool import tuned_process
 from mergekit_lite.engine.processes import sendable
 from mergekit_lite.ops import c_ops
@@ -86,7 +87,7 @@ def _missing(needs: Needs) -> str:
         if ours != here:
             return f"has {here}, this machine has {ours}. Install the same there"
     for path, size, mtime_ns in needs.files:
-        if "://" in path:
+        if is_elsewhere(path):
             continue  # it lies in no file system, and its reader holds it to what the plan knows of it
         try:
             status = Path(path).stat()

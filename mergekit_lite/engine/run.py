@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.finished import is_finished, may_be_finished
@@ -119,8 +118,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         _check_inputs(plan)
         left = jobs_left(plan, workspaces.values())
         if crew is not None and not crew.local:
-            here = [file for file in plan.input_files if not is_elsewhere(file[0])]
-            crew.must_see(here, [_shared(workspace) for workspace in workspaces.values()])
+            crew.must_see(plan.input_files, [_shared(workspace) for workspace in workspaces.values()])
         team = Workers(workers, devices, block, options.get("processes", False), crew)
         Schedule(plan, workspaces, team, options.get("progress"), left).run()
         _check_inputs(plan)
