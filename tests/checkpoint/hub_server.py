@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 from urllib.parse import unquote, urlparse
 
+AnyHub = TypeVar("AnyHub", bound="Hub")
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
@@ -46,8 +48,14 @@ class Hub:
 @contextmanager
 def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
     """Run a hub on a free port until the block ends."""
-    hub = Hub(repositories)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    with running(Hub(repositories), _Handler) as hub:
+        yield hub
+
+
+@contextmanager
+def running(hub: AnyHub, handler: type[_Handler]) -> Iterator[AnyHub]:
+    """Let a handler answer for a hub on a free port until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

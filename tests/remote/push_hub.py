@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
-from tests.checkpoint.hub_server import Hub, Repository, _Handler
+from tests.checkpoint.hub_server import Hub, Repository, _Handler, running
 
 TOKEN = "hf_MARKEDtokenMARKEDtokenMARKEDtoken"
 
@@ -30,17 +28,8 @@ class PushHub(Hub):
 @contextmanager
 def serving() -> Iterator[PushHub]:
     """Run an empty hub on a free port until the block ends."""
-    hub = PushHub({})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_PushHandler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with running(PushHub({}), _PushHandler) as hub:
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 class _PushHandler(_Handler):
