@@ -28,6 +28,8 @@ VOCABULARY = 32_000
 WIDTHS = {1e9: (2048, 5632), 0: (512, 1536)}  # parameters from which on: hidden size, MLP size
 BLOCK = 1 << 20  # elements
 
+STORED = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}  # in a file of safetensors: name, bytes an element
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -41,6 +43,7 @@ class Family:
         step: rms of the others' differences from it, each drawn by itself.
         size: parameters wanted; ``parameters`` is what whole layers come to.
         kind: ``model``, a Llama in two shards; ``tensor``, a single one in one file.
+        dtype: of the weights, ``bfloat16`` or ``float32``: not rounded, so that hardly two differences are equal.
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class Family:
     step: float
     size: float
     kind: str = "model"
+    dtype: str = "bfloat16"
 
     @property
     def models(self) -> tuple[Path, ...]:
@@ -69,7 +73,7 @@ class Family:
     @property
     def nbytes(self) -> int:
         """Bytes of one checkpoint's weights."""
-        return 2 * self.parameters
+        return STORED[self.dtype][1] * self.parameters
 
     def is_made(self) -> bool:
         """Return whether the folder has this family, complete."""
@@ -119,7 +123,11 @@ class Family:
         """Write the same shard of all checkpoints."""
         import torch
 
-        header = _header(shapes)
+        def stored(values: Any) -> memoryview:
+            view: memoryview = values.to(getattr(torch, self.dtype)).view(torch.uint8).numpy().data
+            return view
+
+        header = _header(shapes, self.dtype)
         normal = torch.Generator().manual_seed(seed)
         weight, delta = torch.empty(BLOCK), torch.empty(BLOCK)
         with ExitStack() as stack:
@@ -130,9 +138,9 @@ class Family:
             while left:
                 count = min(BLOCK, left)
                 weight.normal_(0, WEIGHT_RMS, generator=normal)
-                first.write(_bytes(weight[:count]))
+                first.write(stored(weight[:count]))
                 for file in others:
-                    file.write(_bytes((weight + delta.normal_(0, self.step, generator=normal))[:count]))
+                    file.write(stored((weight + delta.normal_(0, self.step, generator=normal))[:count]))
                 left -= count
 
     def _dimensions(self) -> dict[str, int]:
@@ -150,7 +158,7 @@ class Family:
             "num_hidden_layers": dimensions["layers"],
             "num_attention_heads": dimensions["hidden"] // 64,
             "vocab_size": VOCABULARY,
-            "torch_dtype": "bfloat16",
+            "torch_dtype": self.dtype,
             "tie_word_embeddings": False,
         }
 
@@ -176,20 +184,14 @@ def _halves(shapes: Shapes) -> list[Shapes]:
     return shards
 
 
-def _bytes(values: Any) -> memoryview:
-    import torch
-
-    view: memoryview = values.bfloat16().view(torch.uint8).numpy().data
-    return view
-
-
-def _header(shapes: Shapes) -> bytes:
+def _header(shapes: Shapes, dtype: str) -> bytes:
     """Return the start of a safetensors file, padded so that the weights are aligned."""
+    name_of_dtype, size = STORED[dtype]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        begin, end = end, end + size * math.prod(shape)
+        entries[name] = {"dtype": name_of_dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -115,6 +115,7 @@ def main(
         parameters, runs = QUICK_SIZE, QUICK_RUNS
     bench = Bench(folder)
     family = Family(folder / named("prediction", parameters), ("base", "math", "code"), SFT_RMS, parameters)
+    wide = replace(family, folder=family.folder.with_name(f"{family.folder.name}-float32"), dtype="float32")
     bench.demand_room(family, outputs=12)
     machine = this_machine()
     say(str(machine))
@@ -123,7 +124,11 @@ def main(
     pairs: dict[str, list[Pair]] = {}
     try:
         bench.prepare(family)
-        folders = {dtype: _as(bench, family, dtype) for dtype in dict.fromkeys(case.dtype for case in cases)}
+        folders = {"bfloat16": family.models, "float32": wide.models}
+        if any(case.dtype == "float32" for case in cases):
+            bench.prepare(wide)
+        if any(case.dtype == "fp8" for case in cases):
+            folders["fp8"] = _in_fp8(bench, family)
         for number in range(runs):
             say(f"Round {number + 1} of {runs}")
             for case in cases:
@@ -134,8 +139,8 @@ def main(
         bench.clear()
         if not keep:
             family.remove()
-            for dtype in ("float32", "fp8"):
-                shutil.rmtree(_converted(family, dtype), ignore_errors=True)
+            wide.remove()
+            shutil.rmtree(_fp8_folder(family), ignore_errors=True)
     notes = disturbance({label: [pair.run for pair in of] for label, of in pairs.items()}, machine.cores)
     heading = (
         f"Predicted and real runs side by side, medians of {runs} with the least and the most; models of "
@@ -150,25 +155,22 @@ def main(
     publish(folder, "prediction", heading, [_table(pairs, judged=not quick)], notes, data)
 
 
-def _converted(family: Family, dtype: str) -> Path:
-    return family.folder.with_name(f"{family.folder.name}-{dtype}")
+def _fp8_folder(family: Family) -> Path:
+    return family.folder.with_name(f"{family.folder.name}-fp8")
 
 
-def _as(bench: Bench, family: Family, dtype: str) -> list[Path]:
-    """Return the family's models in a dtype, converted by the program itself where they aren't."""
-    if dtype == "bfloat16":
-        return list(family.models)
-    folder = _converted(family, dtype)
+def _in_fp8(bench: Bench, family: Family) -> tuple[Path, ...]:
+    """Return the family's models in FP8, converted by the program itself where they aren't."""
+    folder = _fp8_folder(family)
     folder.mkdir(exist_ok=True)
-    made = []
-    for model in family.models:
-        made.append(folder / model.name)
-        if not made[-1].exists():
+    made = tuple(folder / model.name for model in family.models)
+    for model, converted in zip(family.models, made, strict=True):
+        if not converted.exists():
             recipe = folder / "recipe.yml"
             recipe.write_text(
-                json.dumps({"merge_method": "passthrough", "models": [{"model": str(model)}], "out_dtype": dtype})
+                json.dumps({"merge_method": "passthrough", "models": [{"model": str(model)}], "out_dtype": "fp8"})
             )
-            subprocess.run([bench.program, "merge", str(recipe), "-o", str(made[-1]), "-q"], check=True)
+            subprocess.run([bench.program, "merge", str(recipe), "-o", str(converted), "-q"], check=True)
     return made
 
 

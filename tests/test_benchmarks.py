@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_fine_tunes_are_small_independent_steps_away(family: Family) -> None:
         assert (delta == 0).double().mean() > 0.1 and delta.unique().numel() < 0.05 * delta.numel()
     shared = torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]
     assert shared < 0.15  # that of rounding the base
+
+
+def test_float32_is_not_rounded(family: Family, tmp_path: Path) -> None:
+    """Differences of few amounts would be told apart sooner than a real fine-tune's in float32."""
+    wide = replace(family, folder=tmp_path / "wide", dtype="float32")
+    wide.make()
+    base, one, _ = (load_file(path)["weight"] for path in wide.models)
+    assert base.dtype == torch.float32 and wide.nbytes == 2 * family.nbytes
+    assert torch.equal(base.bfloat16(), load_file(family.models[0])["weight"])
+    assert (one - base).unique().numel() > 0.1 * base.numel()
 
 
 @pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.label)
