@@ -14,6 +14,7 @@ from demo.real.instructions import KINDS, drawn, every, followed, follows, names
 from demo.real.plan import ALPHAS, ASKED, DTYPES, FULL, LEFT_OUT, OWN, PARTS, QUICK, STUDENT, Out
 from demo.real.student import cut
 from demo.real.topics import TOPICS, WORDS
+from mergekit_lite.answers.intervals import difference
 from mergekit_lite.distillation.recipe.loading import load
 from tests.tokenizers import tokenizer
 
@@ -221,6 +222,8 @@ def test_the_page_of_a_made_up_result(made_up, tmp_path, capsys):
     assert filled.startswith("Before\n<!-- demo-real: test -->\n| alpha |") and row in filled and "old" not in filled
     assert filled.endswith("|\n<!-- end -->\nafter\n")
     assert trained.cut == pytest.approx(1 - mean)
+    assert trained.gain(first, "followed") == difference(trained.values("followed"), first.values("followed"))
+    assert trained.gain(trained, "nll")[:3] == (0, 0, 0)  # no doubt about its difference to itself
     assert all(f"| {kind} |" in text for kind in KINDS) and all(dtype in text for dtype in DTYPES)
     assert text.count("two ⏎ lines") >= 1
     assert "| Test | 2.0 | 3.0 |" in text and "| all | 2.0 | 3.0 |" in text

@@ -127,7 +127,7 @@ def summary(found: Measured) -> str:
     """Return what was gained and what it cost, a line each."""
     released, trained = results.at(-1)(found.test), results.at(0)(found.test)
     before, after = results.at(-1)(found.costs), results.at(0)(found.costs)
-    best = max(found.test, key=lambda each: each.mean("followed").mean)
+    best = max((each for each in found.test if each.alpha > 0), key=lambda each: each.mean("followed").mean)
     first, taught = found.student
     chosen = "none, as it isn't sure that any helps" if found.chosen is None else f"alpha {found.chosen:g}"
     used = sum(each.processor for each in found.times) / 60
@@ -141,7 +141,7 @@ def summary(found: Measured) -> str:
                 f"{points(trained.gain(released, 'followed'))} points",
             ),
             (
-                f"the best alpha that was tried, {signed(best.alpha, 'g')}, adds to that",
+                f"the best alpha above 0 that was tried, {best.alpha:g}, adds to that",
                 f"{points(best.gain(trained, 'followed'))} points",
             ),
             ("`boost`, on other instructions, chose", chosen),
@@ -151,7 +151,7 @@ def summary(found: Measured) -> str:
             ),
             (
                 "what DPO cost: length of answers",
-                f"{longer:+.0f} %; {100 * trained.cut:.1f} % are cut at the limit, {100 * released.cut:.1f} % were",
+                f"{signed(longer, '+.0f')} %; {100 * trained.cut:.1f} % are cut at the limit, {100 * released.cut:.1f} % were",
             ),
             (
                 "what DPO cost elsewhere",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from demo.real.instructions import KINDS
 from demo.real.plan import ASKED, DTYPES, Out
-from mergekit_lite.answers.intervals import Interval, interval
+from mergekit_lite.answers.intervals import Interval, difference, interval
 
 Row = dict[str, Any]
 
@@ -27,9 +27,10 @@ class Candidate(NamedTuple):
         return interval(list(self.values(name).values()))
 
     def gain(self, over: "Candidate", name: str) -> Interval:
-        """Return the mean difference of a score to that of another alpha, item by item."""
-        ours, theirs = self.values(name), over.values(name)
-        return interval([value - theirs[item] for item, value in ours.items() if item in theirs])
+        """Return the mean difference of a score to that of another alpha, item by item; to its own it is 0."""
+        if over is self:
+            return Interval(0.0, 0.0, 0.0, len(self.values(name)))
+        return difference(self.values(name), over.values(name))
 
     @property
     def answers(self) -> list[Row]:
