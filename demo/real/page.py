@@ -151,7 +151,8 @@ def summary(found: Measured) -> str:
             ),
             (
                 "what DPO cost: length of answers",
-                f"{signed(longer, '+.0f')} %; {100 * trained.cut:.1f} % are cut at the limit, {100 * released.cut:.1f} % were",
+                f"{signed(longer, '+.0f')} %; "
+                f"{100 * trained.cut:.1f} % are cut at the limit, {100 * released.cut:.1f} % were",
             ),
             (
                 "what DPO cost elsewhere",

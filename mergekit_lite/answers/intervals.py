@@ -80,7 +80,8 @@ def of_differences(x: Floats, confidence: float = 0.95, right_or_wrong: bool = F
     if x.size > 1 and unit and np.allclose(sizes, unit, rtol=1e-9, atol=0):
         better, worse = int((x > 0).sum()), int((x < 0).sum())
         low, high = paired_rates(better, worse, x.size, confidence)
-        return Interval(float(x.mean()), float(unit * low), float(unit * high), x.size)
+        mean = float(x.mean())  # sizes that differ in their last bits may carry it past an end
+        return Interval(mean, min(mean, float(unit * low)), max(mean, float(unit * high)), x.size)
     return _of_mean(x, confidence)
 
 

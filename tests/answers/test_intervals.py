@@ -102,6 +102,13 @@ def test_three_items_that_got_better_prove_nothing(n: int, unit: float) -> None:
     assert of_differences(x).above and of_differences(-x).below
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_mean_lies_within_its_interval(sign: int) -> None:
+    """Three differences of 0.1 have the mean 0.10000000000000002."""
+    found = of_differences(np.full(3, sign * 0.1))
+    assert found.low <= found.mean <= found.high
+
+
 def rarely_different(kind: str, rng: np.random.Generator, n: int, share: float) -> Floats:
     """Paired differences of equal models that differ on a share of the items."""
     x = np.zeros(n)
