@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file
 
 import mergekit_lite
 from mergekit_lite.engine import remote
@@ -230,13 +233,15 @@ def test_a_shard_that_another_run_wrote(store: Store, models: Path, monkeypatch:
 
 
 def test_inputs_elsewhere_are_held_to_their_etags() -> None:
-    """One span of a file that changed may well be what it was."""
+    """Another etag is another file; bytes are not looked at."""
     place = parse_place("s3://bucket/out")
+    files = [SimpleNamespace(path=path, etag="x") for path in ("s3://bucket/a.safetensors", "/b.safetensors")]
+    plan = SimpleNamespace(inputs=[SimpleNamespace(files=files)])
     workspace = SimpleNamespace(
-        place=place, journal={}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
+        place=place, journal={}, settled={0}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
     )
     with pytest.raises(RunError, match=r"not those of the run that was stopped(?s:.*)s3://bucket/a") as refused:
-        remote._check_sources(cast(Any, None), cast(Any, workspace))
+        remote._check_sources(cast(Any, plan), cast(Any, workspace))
     assert "/b.safetensors" not in str(refused.value)
 
 
@@ -292,6 +297,82 @@ def test_a_finished_shard_that_changed_or_inputs_that_did(
             extrapolate(models, "s3://bucket/killed", 0.4, resume=True)
         extrapolate(models, "s3://bucket/killed", resume=True)
     assert without_card(under(store, "killed")) == without_card(tree_bytes(models / "out"))
+
+
+def stopped_merge(models: Path, output: str, patch: pytest.MonkeyPatch, **how: object) -> None:
+    """Start a merge that ends when three shards are finished."""
+    journal_file, number = remote_workspace.RemoteWorkspace._journal_file, 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal number
+        number += 1
+        if number > 3:
+            raise RunError("stopped")
+        journal_file(*arguments)
+
+    with patch.context() as patched:
+        patched.setattr(remote_workspace.RemoteWorkspace, "_journal_file", counted)
+        with pytest.raises(RunError, match="stopped"):
+            merge(models, output, **how)
+
+
+def merge(models: Path, output: str, *, resume: bool = False, **how: object) -> None:
+    """Merge dpo onto sft by TIES, as the command names them."""
+    recipe = {"merge_method": "ties", "base_model": "sft", "models": [{"model": "dpo"}]}
+    with contextlib.chdir(models):
+        settings = {"shard_size": SHARD, "threads": 1, "resume": resume}
+        mergekit_lite.merge({**recipe, "parameters": {"weight": 1.0, "density": 0.5, **how}}, output, **settings)
+
+
+def test_any_byte_of_an_input_that_changed_is_seen(
+    store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever bytes of a finished shard it is in; what is in another shard is made again anyway."""
+    output = "s3://bucket/other-byte"
+    stopped_merge(models, output, monkeypatch)
+    finished = [each.removesuffix(".jsonl") for each in under(store, "other-byte") if each.endswith(".jsonl")]
+    shards = [under(store, "other-byte")[name.rpartition("/")[2]] for name in finished]
+    written = [name for shard in shards for name in safetensors.torch.load(shard)]
+    for name in written:
+        place = tmp_path / name
+        shutil.copytree(models, place, ignore=shutil.ignore_patterns("out"))
+        [file] = [path for path in (place / "dpo").glob("*.safetensors") if name in load_file(path)]
+        with safetensors.safe_open(file, "pt") as opened:
+            tensors = {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
+        tensors[name].view(torch.int16).flatten()[-1] ^= 1
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(RunError, match=rf"not those of the run that was stopped(?s:.*){file.name}"):
+            merge(place, output, resume=True)
+    merge(models, str(tmp_path / "wanted"))
+    elsewhere = tmp_path / written[0]
+    shutil.copytree(models, elsewhere, ignore=shutil.ignore_patterns("out"), dirs_exist_ok=True)
+    merge(elsewhere, output, resume=True)
+    assert without_card(under(store, "other-byte")) == without_card(tree_bytes(tmp_path / "wanted"))
+
+
+def test_statistics_of_inputs_with_other_times(
+    store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No span's digest tells what a threshold of the whole model was made of."""
+    stopped_merge(models, "s3://bucket/global", monkeypatch, trim="global")
+    shutil.copytree(models, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
+    with pytest.raises(RunError, match=r"statistics over several tensors(?s:.*)rsync -a(?s:.*)dpo/model-"):
+        merge(tmp_path / "copy", "s3://bucket/global", resume=True, trim="global")
+    merge(models, "s3://bucket/global", resume=True, trim="global")
+    assert MANIFEST in under(store, "global")
+
+
+def test_servers_without_etags_are_held_to_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(remote, "_others_by_digest", lambda plan, journal, paths: asked.append(paths) or set())
+    files = [
+        SimpleNamespace(path=f"https://host/{name}", etag=etag)
+        for name, etag in {"a": "x", "b": "", "c": "W/x"}.items()
+    ]
+    plan = SimpleNamespace(inputs=[SimpleNamespace(files=files)], jobs=[], outputs=[1])
+    workspace = SimpleNamespace(place=parse_place("s3://b/o"), journal={}, settled={0}, changed_sources=set())
+    remote._check_sources(cast(Any, plan), cast(Any, workspace))
+    assert asked == [{"https://host/b", "https://host/c"}]
 
 
 @pytest.mark.slow

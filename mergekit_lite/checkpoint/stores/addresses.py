@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from mergekit_lite import object_stores, store_process
-from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile, is_strong
 from mergekit_lite.errors import CheckpointError
 
 HUB = "hf://"
@@ -77,7 +77,7 @@ def _found(file: RemoteFile) -> Address:
 
 
 def _if_match(file: RemoteFile) -> Mapping[str, str]:
-    return {"If-Match": f'"{file.etag}"'} if file.etag and not file.etag.startswith("W/") else {}
+    return {"If-Match": f'"{file.etag}"'} if is_strong(file.etag) else {}
 
 
 def hub_url(repository: str, commit: str, name: str) -> str:
