@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import xxhash
 
 from mergekit_lite.checkpoint.stores import ranges
-from mergekit_lite.checkpoint.stores.private_folder import private_folder
+from mergekit_lite.checkpoint.stores.private_folder import FETCHED, hold, let_go, private_folder
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 
 GRAIN = 1 << 16  # bytes
@@ -96,6 +96,7 @@ class Cache:
                 kept.content.close()
                 kept.grains.close()
         self._open.clear()
+        let_go(self._folder)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -106,7 +107,9 @@ _cache: Cache | None = None
 def caching(limit: int) -> Iterator[None]:
     """Keep up to ``limit`` bytes of what is fetched until the block ends; workers that are forked share it."""
     global _cache
-    folder = Path(tempfile.mkdtemp(prefix="fetched-", dir=private_folder()))
+    with private_folder() as home:
+        folder = Path(tempfile.mkdtemp(prefix=FETCHED, dir=home))
+        hold(folder)
     (folder / "used").touch()
     _cache = Cache(folder, limit)
     try:
