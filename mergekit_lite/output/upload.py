@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError
 from mergekit_lite.object_stores import Place, said, store_of
 from mergekit_lite.output.spool import Spool
@@ -132,7 +133,7 @@ class Upload:
 
         store = store_of(self.place, timeout=TIMEOUT)
         broken: Exception | None = None
-        until, pause = time.monotonic() + PATIENCE, 0.1
+        until, failures = time.monotonic() + PATIENCE, 0
         while not self.sent:
             try:
                 obstore.put(store, self.place.key, self._pieces(), chunk_size=self._part, max_concurrency=self._at_once)
@@ -142,8 +143,8 @@ class Upload:
                 elif self._is_begun or self._reason or "answered 4" in said(error) or time.monotonic() > until:
                     raise self._reason or error from None
                 else:  # the client doesn't repeat the first request where its answer was cut
-                    time.sleep(pause)
-                    pause *= 2
+                    failures += 1
+                    time.sleep(wait_after(failures))
         try:
             there = obstore.head(store, self.place.key)
         except Exception as error:

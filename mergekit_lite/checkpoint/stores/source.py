@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
 
+MOST_FILES = 10_000  # of a folder; each is asked for its size, and has a stand-in
 MOST_BYTES = 1 << 50  # of a file; more is no real one
 DESCRIPTION = "stands-for.json"  # beside the folder that stands in: URL, and size and etag of each file
 
@@ -19,6 +20,14 @@ def is_name(name: str) -> bool:
     if name.casefold() == DESCRIPTION:  # in a stand-in it would be taken for the description of another one
         return False
     return len(name.encode("utf-8", "surrogatepass")) <= 255
+
+
+def check_count(url: str, files: int) -> None:
+    """Raise CheckpointError where a folder has more files than a model's."""
+    if files > MOST_FILES:
+        raise CheckpointError(
+            f"{url}: has {files:,} files, more than {MOST_FILES:,}, as no model has. Name the model's own folder."
+        )
 
 
 @dataclass
@@ -47,6 +56,7 @@ class Source:
     def listed(self, folder: str) -> dict[str, RemoteFile]:
         """Return the files of a folder in it by their names; an empty path is the folder itself."""
         files, inner = self.list(folder)
+        check_count(f"{self.url}/{folder}".rstrip("/"), len(files))
         if not folder:
             self.folders = set(inner)
         return {name: file for name, file in files.items() if is_name(name) and 0 <= file.size <= MOST_BYTES}
