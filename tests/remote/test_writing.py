@@ -19,6 +19,7 @@ from typing import Any, cast
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import mergekit_lite
@@ -128,6 +129,34 @@ def test_from_a_store_into_a_store(store: Store, models: Path) -> None:
     assert verified.returncode == 0 and "is sound" in verified.stdout
     touching = processes.run(models, "extrapolate", *urls[:3], "s3://bucket/in/dpo", "--alpha", "1", before=before)
     assert touching.returncode == 2 and "at the input" in touching.stderr
+
+
+def test_documents_name_no_folder_of_this_machine(store: Store, models: Path, tmp_path: Path) -> None:
+    """Neither a stand-in of what is read elsewhere nor what lies between documents: two machines make the same."""
+    for name in ("sft", "dpo"):
+        for file, content in tree_bytes(models / name).items():
+            RemoteFolder(parse_place(f"s3://bucket/docs/{name}")).put(file, content)
+    sft, dpo = ({"model": f"s3://bucket/docs/{name}", "parameters": {"weight": 0.5}} for name in ("sft", "dpo"))
+    half = {"model": "half", "parameters": {"weight": 0.5}}
+    documents = [
+        {"merge_method": "linear", "models": [half, sft]},
+        {"name": "half", "merge_method": "linear", "models": [sft, dpo]},
+    ]
+    made: list[Objects] = []
+    for place in (tmp_path / "one", tmp_path / "two"):
+        (place / "tmp").mkdir(parents=True)
+        (place / "recipe.yml").write_text(yaml.safe_dump_all(documents))
+        before = partial(set_up, {**store.environment, "TMPDIR": str(place / "tmp")})
+        output = f"s3://bucket/{place.name}/out"
+        done = processes.run(
+            place, "merge", "recipe.yml", "-o", output, "--shard-size", str(SHARD), "--json", before=before
+        )
+        assert done.returncode == 0, done.stderr
+        made.append(under(store, f"{place.name}/out"))
+        for content in (*made[-1].values(), done.stdout.encode()):
+            assert str(tmp_path).encode() not in content and b"mergekit-lite-" not in content
+    assert made[0] == made[1] and MANIFEST in made[0]
+    assert ".out.documents/half" in made[0]["mergekit_config.yml"].decode()
 
 
 def test_what_stands_there_is_replaced_only_when_asked(store: Store, models: Path) -> None:
