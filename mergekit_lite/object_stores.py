@@ -209,6 +209,11 @@ def said(error: BaseException) -> str:
     return one_line(without_secrets(text), 300).rstrip(". ")
 
 
+def is_final(error: BaseException) -> bool:
+    """Return whether a client's error tells of an answer that asking again doesn't change."""
+    return re.search(r"answered 4(?!08|25|29)\d\d", said(error)) is not None
+
+
 @lru_cache(maxsize=64)
 def _store(scheme: str, bucket: str, retries: int, timeout: str) -> ObjectStore:
     from obstore.store import from_url

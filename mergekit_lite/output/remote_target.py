@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.object_stores import Place, denied, said, store_of
+from mergekit_lite.object_stores import Place, denied, is_final, said, store_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -176,7 +176,7 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
             is_denied = isinstance(error, PermissionError | PermissionDeniedError | Unauthenticated)
             if is_denied or "answered 403" in said(error) or "answered 401" in said(error):
                 raise RunError(f"{place}: {said(error)}: {denied(str(place))}") from None
-            if time.monotonic() > until or "answered 4" in said(error):
+            if time.monotonic() > until or is_final(error):
                 raise RunError(f"{place}: can't be reached or written: {said(error)}. {GOES_ON}") from None
             time.sleep(wait_after(failures))
     raise AssertionError

@@ -15,7 +15,7 @@ import xxhash
 
 from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError
-from mergekit_lite.object_stores import Place, said, store_of
+from mergekit_lite.object_stores import Place, is_final, said, store_of
 from mergekit_lite.output.spool import Spool
 
 PART = 1 << 23  # bytes of a part of an upload
@@ -140,7 +140,7 @@ class Upload:
             except Exception as error:
                 if self.sent == self.size:
                     broken = error  # the answer to the last request may have got lost, and the object be complete
-                elif self._is_begun or self._reason or "answered 4" in said(error) or time.monotonic() > until:
+                elif self._is_begun or self._reason or is_final(error) or time.monotonic() > until:
                     raise self._reason or error from None
                 else:  # the client doesn't repeat the first request where its answer was cut
                     failures += 1

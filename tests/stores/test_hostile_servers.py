@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from mergekit_lite import store_process
-from mergekit_lite.checkpoint.stores import http, mirror, objects, ranges, source, web
+from mergekit_lite.checkpoint.stores import addresses, http, mirror, objects, ranges, source, web
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import DESCRIPTION
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
 from mergekit_lite.input_files import MAX_BYTES
-from mergekit_lite.object_stores import parse_place, without_secrets
+from mergekit_lite.object_stores import is_final, parse_place, without_secrets
 
 
 @pytest.mark.parametrize("location", ["http://host:99999999/x", "http://[::1", "http://host:x/", "http://hést/é"])
@@ -107,6 +107,17 @@ def test_a_fork_waits_for_no_thread_of_its_parent(module: Any) -> None:
     assert ended == (child, 0)
 
 
+def test_a_file_that_changed_is_asked_for_by_its_new_etag() -> None:
+    files = [RemoteFile("https://host/x", 10, etag) for etag in ("one", "two", "W/three", "")]
+    asked = [addresses.address_of(file).headers.get("If-Match") for file in files]
+    assert asked == ['"one"', '"two"', None, None]
+
+
+def test_answers_that_are_worth_asking_again() -> None:
+    for status, final in {"400": True, "404": True, "412": True, "408": False, "429": False, "503": False}.items():
+        assert is_final(OSError(f"error response from server: status code: {status} Told")) is final
+
+
 def test_places_that_stores_take_for_others() -> None:
     for url in ("s3://b/a//x", "s3://b//x", "s3://b/./x", "s3://b/a/../x"):
         with pytest.raises(UsageError, match=r"is no URL that can be opened|can't be read or written"):
@@ -187,7 +198,7 @@ def test_a_server_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch, par
 
 @pytest.mark.usefixtures("at_once")
 def test_a_slow_start_of_a_sound_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "TIMEOUT", 0.3)
+    monkeypatch.setattr(http, "TIMEOUT", 1.0)
     monkeypatch.setattr(http, "LEAST", 100)
 
     def slow(_: str, connection: socket.socket) -> None:

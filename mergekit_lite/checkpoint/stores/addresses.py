@@ -27,7 +27,7 @@ class Address(NamedTuple):
     since: float
 
 
-_known: dict[str, Address] = {}  # by the files' URLs
+_known: dict[RemoteFile, Address] = {}  # a file that changed is another one, with another etag to ask for
 
 
 def is_elsewhere(reference: str) -> bool:
@@ -46,17 +46,17 @@ def address_of(file: RemoteFile, *, anew: bool = False) -> Address:
 
     Raises OSError where it can't be found out for now, CheckpointError where it can't at all.
     """
-    known = _known.get(file.url)
+    known = _known.get(file)
     if known is None or anew or time.monotonic() - known.since > GOOD_FOR:
-        known = _known[file.url] = _found(file)
+        known = _known[file] = _found(file)
     return known
 
 
 def moved(file: RemoteFile, url: str) -> None:
     """Keep where a server sent for a file."""
-    known = _known[file.url]
+    known = _known[file]
     if known.url != url and urlsplit(known.url).netloc != urlsplit(url).netloc:
-        _known[file.url] = known._replace(url=url, secret={})
+        _known[file] = known._replace(url=url, secret={})
 
 
 def web_url(url: str) -> str:

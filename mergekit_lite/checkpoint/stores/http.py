@@ -71,13 +71,13 @@ class _Paced(io.RawIOBase):
 
     def readinto(self, out: Any) -> int | None:
         """Read once into ``out``."""
-        count = self._received.readinto(out)  # type: ignore[attr-defined]
+        count = self._received.readinto(out)
         self._came += count or 0
         if (now := time.monotonic()) - self._since > TIMEOUT:
             if count and self._came < LEAST:
                 raise TooSlow
             self._since, self._came = now, 0
-        return count  # type: ignore[no-any-return]
+        return count
 
     def close(self) -> None:
         """Close it, and what it reads from."""
@@ -90,7 +90,7 @@ class _Response(http.client.HTTPResponse):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.fp = io.BufferedReader(_Paced(self.fp.detach()))  # type: ignore[attr-defined]
+        self.fp = io.BufferedReader(_Paced(self.fp.detach()))
 
 
 class Answer:
