@@ -22,10 +22,10 @@ with private_folder() as home:
     for name in sys.argv[1:]:
         (home / name).mkdir(exist_ok=True)
         hold(home / name)
-print("held", flush=True)
 if hasattr(os, "fork") and os.fork() == 0:
     sys.stdin.read()
     os._exit(0)
+print("held", flush=True)
 sys.stdin.read()
 """
 

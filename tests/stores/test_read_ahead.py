@@ -156,6 +156,34 @@ def test_a_cache_saves_fetching_again_up_to_its_bound(
         assert [path.name for path in tmp_path.glob("*/*")] == [TURN]
 
 
+def test_a_full_disk_ends_the_cache_and_not_the_run(
+    fetched: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was written before in part is no byte of the file; what is whole still serves."""
+    monkeypatch.setattr(cache.ranges, "fetch", read_ahead.fetch)
+    monkeypatch.setattr(cache, "GRAIN", 64)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = 20_000
+    write = cache.positioned.write
+
+    def limited(descriptor: int, data: memoryview, place: int) -> int:
+        nonlocal left
+        if left == 0:
+            raise OSError(28, "No space left on device")
+        count = min(len(data), left, 700)
+        left -= count
+        return write(descriptor, data[:count], place)
+
+    monkeypatch.setattr(cache.positioned, "write", limited)
+    with cache.caching(10 * SIZE):
+        for _ in range(2):
+            for begin in range(0, SIZE, 1000):
+                out = bytearray(min(1000, SIZE - begin))
+                cache.fetch(FILES[0], begin, memoryview(out))
+                assert out == CONTENT[FILES[0].url][begin : begin + len(out)]
+    assert left == 0 and 1.5 * SIZE < fetched.total() < 1.7 * SIZE
+
+
 def test_places_that_are_said_together(fetched: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte is fetched once, near ones in one request, several requests at once, and other tasks keep theirs."""
     seed = random.SystemRandom().randrange(10_000)

@@ -290,6 +290,12 @@ class BlockReader:
         return len(out)
 
 
+def room_of(nbytes: int) -> int:
+    """Return the bytes of memory that the blocks of a tensor take."""
+    whole, rest = divmod(nbytes, BLOCK)
+    return whole * BLOCK + (rest if rest < SMALL else BLOCK)
+
+
 def _near(file: RemoteFile, parts: list[tuple[int, memoryview]]) -> list[Extent]:
     """Return the extents that hold some places of a file, which are in its order, with the small gaps between them."""
     found: list[Extent] = []
