@@ -108,7 +108,8 @@ class RemoteFolder:
 
         def seen() -> Seen:
             found = obstore.get(self._store, place.key)
-            version = {key: found.meta[key] for key in ("e_tag", "version") if found.meta.get(key)}
+            told = {"e_tag": found.meta["e_tag"], "version": found.meta.get("version")}
+            version = {name: value for name, value in told.items() if value}
             return Seen(bytes(found.bytes()), version, found.meta["last_modified"])
 
         return _asked(place, self._patience, seen)
@@ -128,7 +129,7 @@ class RemoteFolder:
         import obstore
 
         place = self.place / name
-        mode: Any = "create" if seen is None else seen.version
+        mode: Any = "create" if seen is None else seen.version or "overwrite"
         try:
             _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, mode=mode))
         except FileExistsError:
