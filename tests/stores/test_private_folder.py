@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_lite.checkpoint.stores.private_folder import KEPT_FOR, hold, let_go, private_folder
+from mergekit_lite.errors import CheckpointError
 
 HOLDS = """
 import os, sys
@@ -77,6 +78,15 @@ def test_what_a_process_uses_stays_for_however_long(home: Path) -> None:
     while names(home) and time.monotonic() < until:  # the fork has a moment to end
         time.sleep(0.02)
     assert not names(home)
+
+
+def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("filelock.lock_descriptor", refuse)
+    with pytest.raises(CheckpointError, match=r"can't be locked: No locks available\. Set TMPDIR"), private_folder():
+        pass
 
 
 def test_what_a_killed_command_fetched_goes_at_once(home: Path) -> None:

@@ -13,7 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +40,13 @@ def private_folder() -> Iterator[Path]:
     is_ours = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
     if not stat.S_ISDIR(status.st_mode) or not is_ours:
         raise CheckpointError(f"{home}: is not a folder of yours alone. Remove it, or set TMPDIR to a folder of yours.")
-    with wait_for_lock(home / TURN):
+    with ExitStack() as turn:
+        try:
+            turn.enter_context(wait_for_lock(home / TURN))
+        except OSError as error:
+            raise CheckpointError(
+                f"{home}: can't be locked: {error.strerror}. Set TMPDIR to another folder."
+            ) from error
         for folder in [each for each in home.iterdir() if each.name != TURN]:
             with suppress(OSError):
                 if _is_over(folder):
