@@ -18,7 +18,7 @@ import pytest
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint.stores import addresses, http, mirror, objects, ranges, source, web
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import DESCRIPTION
+from mergekit_lite.checkpoint.stores.source import AT_ONCE, DESCRIPTION, Source
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
 from mergekit_lite.input_files import MAX_BYTES
 from mergekit_lite.object_stores import is_final, parse_place, without_secrets
@@ -58,10 +58,16 @@ def test_folders_of_very_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (100, 101):
         monkeypatch.setattr(web, "_links", lambda _, count=count: ([f"{n}.bin" for n in range(count)], []))
         if count == 100:
-            assert len(web.source("https://host/model", "").listed("")) == 100 == asked and most <= web.AT_ONCE
+            assert len(web.source("https://host/model", "").listed("")) == 100 == asked and most <= AT_ONCE
     with pytest.raises(CheckpointError, match=r"https://host/model: has 101 files, more than 100"):
         web.source("https://host/model", "").listed("")
     assert asked == 100
+    by_name = Source("https://host/model", lambda _: ({}, []), head)
+    found = by_name.some({f"{n}.bin" for n in range(100)})
+    assert list(found) == sorted(found) and len(found) == 100 and asked == 200 and 1 < most <= AT_ONCE
+    with pytest.raises(CheckpointError, match=r"https://host/model: has 101 files"):
+        by_name.some({f"{n}.bin" for n in range(101)})
+    assert asked == 200
     listed = {f"{n}.bin": (1, "") for n in range(101)}
     monkeypatch.setattr(store_process, "ask", lambda *_: (listed, []))
     with pytest.raises(CheckpointError, match=r"s3://bucket/model: has 101 files"):

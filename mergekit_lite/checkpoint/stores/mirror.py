@@ -29,12 +29,11 @@ from mergekit_lite.checkpoint.stores.files import Mirror, StorePath, know
 from mergekit_lite.checkpoint.stores.private_folder import hold, private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import DESCRIPTION, Source, is_name
+from mergekit_lite.checkpoint.stores.source import AT_ONCE, DESCRIPTION, Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
 MOST_SMALL = 10 * input_files.MAX_BYTES  # of all small files together: they are in memory at once
-AT_ONCE = 8  # small files that are fetched side by side
 
 
 def stand_up(reference: str) -> tuple[StorePath, str | None]:

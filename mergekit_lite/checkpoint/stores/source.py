@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
 
+AT_ONCE = 8  # files that are looked for side by side
 MOST_FILES = 10_000  # of a folder; each is asked for its size, and has a stand-in
 MOST_BYTES = 1 << 50  # of a file; more is no real one
 DESCRIPTION = "stands-for.json"  # beside the folder that stands in: URL, and size and etag of each file
@@ -63,7 +65,11 @@ class Source:
 
     def some(self, names: Collection[str], *, may_lack: bool = False) -> dict[str, RemoteFile]:
         """Return files by their paths. Raises CheckpointError where one is missing that must not be."""
-        found = {name: file for name in sorted(names) if (file := self.find(name)) and file.size <= MOST_BYTES}
+        check_count(self.url, len(names))
+        wanted = sorted(names)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            answers = dict(zip(wanted, threads.map(self.find, wanted), strict=True))
+        found = {name: file for name, file in answers.items() if file is not None and file.size <= MOST_BYTES}
         missing = [name for name in names if name not in found]
         if missing and not may_lack:
             raise CheckpointError(listing(f"{self.url}: these files are not there", missing))

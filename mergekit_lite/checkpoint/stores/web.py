@@ -16,13 +16,12 @@ from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import web_url
 from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source, check_count, is_name
+from mergekit_lite.checkpoint.stores.source import AT_ONCE, Source, check_count, is_name
 from mergekit_lite.errors import CheckpointError
 
 LINK = re.compile(r"""href\s*=\s*["']?([^"'>\s]+)""", re.IGNORECASE)
 MAX_PAGE = 10_000_000  # bytes of a page that lists a folder
 ATTEMPTS = 8
-AT_ONCE = 8
 KNOWN = (
     *(name for name in IN_FOLDERS if not set(name) & {*"[*?"}),
     "README.md",
