@@ -69,6 +69,8 @@ class Upload:
         self._at_once = max(2, in_flight // self._part)
         self._held = held
         self._stopped = False
+        self._is_begun = False  # whether bytes were asked for
+        self._reason: Exception | None = None  # why there are no more pieces: obstore may tell of what follows from it
         self._made: dict[int, Extent] = {}  # by their first byte: those that are not sent yet
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -152,9 +154,6 @@ class Upload:
         if there["size"] != self.size:
             raise RunError(f"{self.place}: has {there['size']:,} bytes, {self.size:,} were sent. {GOES_ON}")
         return Uploaded(there["size"], tag(there["e_tag"]))
-
-    _is_begun = False  # whether bytes were asked for
-    _reason: Exception | None = None  # why there are no more pieces: obstore may tell of something that follows from it
 
     def _pieces(self) -> Iterator[bytearray]:
         self._is_begun = True
