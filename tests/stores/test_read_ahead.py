@@ -8,14 +8,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mergekit_lite.checkpoint.encodings.dense import Dense
 from mergekit_lite.checkpoint.encodings.gathered import Places, gathered
-from mergekit_lite.checkpoint.extents import extents
+from mergekit_lite.checkpoint.encodings.sum import Sum
+from mergekit_lite.checkpoint.extents import extents, files_of
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.stores import cache, read_ahead
 from mergekit_lite.checkpoint.stores.files import Mirror, StorePath, know
@@ -262,4 +265,7 @@ def test_rows_in_another_order_are_not_expected() -> None:
     matrices = [TensorSpec(name, "bfloat16", (4, 8), Path(name), 0) for name in "ab"]
     assert list(extents(matrices[1], 8, 16)) == [(Path("b"), 16, 32)]
     places = Places(np.array([1, 0, -1], np.int32), np.array([0, 3, 0], np.int32), (((0, 1), (1, 1)),))
-    assert not list(extents(gathered(matrices[0], matrices, places), 0, 24))
+    rows = gathered(matrices[0], matrices, places)
+    assert not list(extents(rows, 0, 24))
+    added = replace(matrices[0], encoding=Sum(rows, (Dense(replace(matrices[1], file=Path("c"))),)))
+    assert files_of(added) == {Path("a"), Path("b"), Path("c")} and files_of(matrices[1]) == {Path("b")}
