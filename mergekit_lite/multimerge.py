@@ -188,9 +188,12 @@ def _needed(steps: Sequence[Step], there: Collection[OutputPath]) -> set[str]:
 
 
 def documents_folder(output: OutputPath) -> Path:
-    """Return the folder for what lies between a recipe's documents: beside the output, or here if that is elsewhere."""
+    """Return the folder for what lies between a recipe's documents: beside the output, or here if that is elsewhere.
+
+    It is as relative as the output: recipes and manifests name it, and shouldn't name folders of this machine.
+    """
     beside = Path(output.name) if isinstance(output, Place) else output
-    return beside.absolute().with_name(f".{output.name}.documents")
+    return beside.with_name(f".{output.name}.documents")
 
 
 def _outputs(wanted: Sequence[Document], output: str) -> dict[str, OutputPath]:

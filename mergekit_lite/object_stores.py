@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
+from mergekit_lite.backoff import FIRST, LONGEST
 from mergekit_lite.errors import CheckpointError, RunError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ OBJECTS = ("s3", "gs", "az")  # what obstore opens
 WEB = ("https", "http")
 URL = re.compile(rf"(?P<scheme>{'|'.join((*OBJECTS, *WEB))})://(?P<rest>.*)", re.DOTALL)
 INSTALL = "pip install 'mergekit-lite[remote]'"
+NO_RANGES = (
+    "its server doesn't send ranges of files, so nothing can be read from it as it is needed. Download the model, and "
+    "name the folder."
+)
 CREDENTIALS = {  # where each store's own tools look
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION; AWS_SKIP_SIGNATURE=true for a "
     "public bucket",
@@ -204,6 +209,11 @@ def said(error: BaseException) -> str:
     return one_line(without_secrets(text), 300).rstrip(". ")
 
 
+def is_final(error: BaseException) -> bool:
+    """Return whether a client's error tells of an answer that asking again doesn't change."""
+    return re.search(r"answered 4(?!08|25|29)\d\d", said(error)) is not None
+
+
 @lru_cache(maxsize=64)
 def _store(scheme: str, bucket: str, retries: int, timeout: str) -> ObjectStore:
     from obstore.store import from_url
@@ -214,7 +224,7 @@ def _store(scheme: str, bucket: str, retries: int, timeout: str) -> ObjectStore:
         retry_config={
             "max_retries": retries,
             "retry_timeout": timedelta(minutes=4),
-            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
+            "backoff": {"init_backoff": timedelta(seconds=FIRST), "max_backoff": timedelta(seconds=LONGEST), "base": 2},
         },
     )
     return store

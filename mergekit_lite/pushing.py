@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.folder import inside
@@ -34,6 +34,19 @@ LOG_IN = "Log in with: hf auth login, or set HF_TOKEN to a token that may write.
 Told = Callable[[int, int], None]  # of bytes: sent, in all
 
 
+class Standing(NamedTuple):
+    """A repository as it is on the hub: its commit, the names of its files, and whether only some may see it."""
+
+    commit: str
+    files: set[str]
+    private: bool
+
+    @property
+    def holds_files(self) -> bool:
+        """Whether it has more than a new one."""
+        return bool(self.files - {*OF_THE_HUB})
+
+
 @dataclass(frozen=True)
 class Pushed:
     """What was put on the hub, or would be.
@@ -47,6 +60,7 @@ class Pushed:
         left: names of files beside them that are not of the output, and stay here.
         licences: of each model that it was made of, by its reference; None where its card names none.
         licence: of the output, as its card says; None where it says none.
+        private: whether only those whom its owner lets may see the repository.
     """
 
     repository: str
@@ -57,6 +71,7 @@ class Pushed:
     left: tuple[str, ...]
     licences: Mapping[str, str | None]
     licence: str | None
+    private: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -78,7 +93,7 @@ def push(
     Args:
         output: a folder that ``merge``, ``extrapolate`` or ``vector apply`` made.
         repository: ``org/name``; it is created where there is none.
-        public: let everybody see a repository that is created; otherwise it is private.
+        public: let everybody see a repository that is created, and push to one that everybody sees.
         force: replace what the repository has; its history keeps it.
         dry_run: check everything, and write nothing.
         progress: called with (bytes sent, bytes in all) after each file.
@@ -86,19 +101,21 @@ def push(
     Raises:
         UsageError: there is no such output, or the name is none of a repository.
         CheckpointError: the output has no manifest.
-        RunError: the output is not what its manifest says, the repository has other files, or the hub refuses.
+        RunError: the output is not what its manifest says, the repository has other files or is public without
+            ``public``, or the hub refuses.
     """
     check_name(repository)
     folder = _folder(output)
     with _plain_errors(repository):
         api = _client()
         before = _standing(api, repository)
+        _check_seen(repository, before, public)
     files, left = _checked(folder)
-    others = sorted((before[1] if before else set()) - {*OF_THE_HUB, *files})
-    if before and not force and (before[1] - {*OF_THE_HUB}) and not _is_this(api, repository, before[0], folder):
+    others = sorted((before.files if before else set()) - {*OF_THE_HUB, *files})
+    if before and not force and before.holds_files and not _is_this(api, repository, before.commit, folder):
         raise RunError(
-            f"{repository}: has files already ({counted(len(before[1]), 'file')}). --force replaces all of them in one "
-            "commit, and the history keeps them."
+            f"{repository}: has files already ({counted(len(before.files), 'file')}). --force replaces all of them in "
+            "one commit, and the history keeps them."
         )
     licences = _licences(folder)
     commit = None
@@ -107,7 +124,8 @@ def push(
             commit = _committed(api, repository, folder, files, others, before, public, progress)
     url = f"{api.endpoint}/{repository}"
     own = _licence(folder / CARD)
-    return Pushed(repository, url, commit, files, tuple(others), left, licences, own)
+    private = before.private if before else not public
+    return Pushed(repository, url, commit, files, tuple(others), left, licences, own, private)
 
 
 def check_name(repository: str) -> None:
@@ -119,14 +137,24 @@ def check_name(repository: str) -> None:
         )
 
 
-def check_repository(repository: str) -> None:
+def check_repository(repository: str, *, public: bool = False) -> None:
     """Raise where an output that is yet to be made could not be pushed: before it is made. Raises as ``push`` does."""
     check_name(repository)
     with _plain_errors(repository):
         before = _standing(_client(), repository)
-    if before and before[1] - {*OF_THE_HUB}:
+        _check_seen(repository, before, public)
+    if before and before.holds_files:
         remedy = "Choose another name, or push with: mergekit-lite push OUTPUT org/name --force"
-        raise RunError(f"{repository}: has files already ({counted(len(before[1]), 'file')}). {remedy}")
+        raise RunError(f"{repository}: has files already ({counted(len(before.files), 'file')}). {remedy}")
+
+
+def _check_seen(repository: str, standing: Standing | None, public: bool) -> None:
+    """Raise RunError where everybody would see what is pushed, and that wasn't asked for."""
+    if standing is not None and not standing.private and not public:
+        raise RunError(
+            f"{repository}: is public on the hub, so everybody would see what is pushed. --public pushes it there; or "
+            "make the repository private on its page, or choose another name."
+        )
 
 
 def _folder(output: str | Path) -> Path:
@@ -151,15 +179,15 @@ def _client() -> HfApi:
     return api
 
 
-def _standing(api: HfApi, repository: str) -> tuple[str, set[str]] | None:
-    """Return the commit and the files of a repository; None where there is none that can be seen."""
+def _standing(api: HfApi, repository: str) -> Standing | None:
+    """Return what a repository is; None where there is none that can be seen."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         info = api.model_info(repository)
     except RepositoryNotFoundError:
         return None
-    return info.sha or "", {file.rfilename for file in info.siblings or ()}
+    return Standing(info.sha or "", {file.rfilename for file in info.siblings or ()}, bool(info.private))
 
 
 def _checked(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -194,7 +222,7 @@ def _committed(
     folder: Path,
     files: Mapping[str, int],
     removed: Sequence[str],
-    before: tuple[str, set[str]] | None,
+    before: Standing | None,
     public: bool,
     progress: Told | None,
 ) -> str:
@@ -203,6 +231,7 @@ def _committed(
 
     if before is None:
         api.create_repo(repository, private=not public, exist_ok=True)
+        _check_seen(repository, _standing(api, repository), public)  # somebody else may have been faster
     sent, in_all = 0, sum(files.values())
     additions = []
     for name, size in files.items():
@@ -214,7 +243,7 @@ def _committed(
     operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in removed)]
     message = "Add a model made by mergekit_lite"
     info = api.create_commit(
-        repository, operations, commit_message=message, parent_commit=before[0] or None if before else None
+        repository, operations, commit_message=message, parent_commit=before.commit or None if before else None
     )
     return str(info.oid)
 

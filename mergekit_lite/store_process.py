@@ -14,19 +14,19 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import IO, Any, cast
 
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, RunError, UsageError
-from mergekit_lite.object_stores import is_on, parse_place, said, store_of, unsigned
+from mergekit_lite.locks import ThreadLock
+from mergekit_lite.object_stores import NO_RANGES, is_on, parse_place, said, store_of, unsigned
 
 SIGNED_FOR = timedelta(hours=1)
 LENGTH = struct.Struct("<Q")
 ERRORS = {kind.__name__: kind for kind in (CheckpointError, RunError, UsageError)}
-_lock = threading.Lock()
+_lock = ThreadLock()
 _process: tuple[int, subprocess.Popen[bytes]] | None = None  # whose it is, and itself
 
 
@@ -158,6 +158,10 @@ def read(url: str, begin: int, end: int, etag: str) -> bytes:
         data = bytes(found.bytes())
     except obstore.exceptions.PreconditionError:
         raise RunError(f"{url}: changed while it was read") from None
+    except obstore.exceptions.BaseError as error:
+        if "non-partial" in str(error):
+            raise RunError(f"{url}: {NO_RANGES}") from None
+        raise
     if etag and found.meta["e_tag"] and found.meta["e_tag"].strip('"') != etag.strip('"'):
         raise RunError(f"{url}: changed while it was read")
     return data

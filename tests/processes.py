@@ -43,6 +43,8 @@ class Forked:
         """Start it."""
         self._folder = TemporaryDirectory()
         self._told = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        for path in self._told:
+            path.touch()  # it may be killed before it says anything
         self._process = FORKED.Process(target=_call, args=(place, self._told, target, *arguments))
         self._process.start()
 

@@ -14,13 +14,11 @@ import asyncio
 import json
 import os
 import queue
-import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +27,7 @@ from mergekit_lite.answers.endpoints import Endpoint, Endpoints
 from mergekit_lite.answers.replies import Failed, Reply, body_of, replies_in
 from mergekit_lite.answers.requests import RequestBody, refused_parameter
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of, with_system
+from mergekit_lite.backoff import asked_wait, wait_after
 from mergekit_lite.errors import one_line
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ class Server:
                 self.failures.retried[str(failed)] += 1
                 if failed.fresh_seed:  # the same seed would give the same reply
                     seed = seed_of(seed, "again")
-                wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.75, 1)
+                wait = wait_after(attempt + 1, first=FIRST_WAIT, longest=LONGEST_WAIT)
                 asked_wait = min(failed.wait, patience)
                 patience -= asked_wait
             else:
@@ -225,7 +224,9 @@ class Server:
             why = f"{url} says {status} and points to {place}: check `server`, it has to be the address itself."
             return Failed(why, repeat=False, stop=True)
         if status in REPEATED or status >= 500:
-            return Failed(f"HTTP {status}", repeat=True, wait=_asked_wait(response.headers.get("retry-after")))
+            return Failed(
+                f"HTTP {status}", repeat=True, wait=asked_wait(response.headers.get("retry-after"), LONGEST_ASKED_WAIT)
+            )
         name = refused_parameter(complaint, asked) if status in (400, 422) else None
         if name is None or name == "n":
             return Failed(f"HTTP {status}: {said}", repeat=False, refused=name)
@@ -250,20 +251,6 @@ class Server:
         if self.in_a_row >= max(LOST_IN_A_ROW, self.most_open):
             where = ", ".join(self.urls)
             self.failures.stopped = f"{where}: {self.in_a_row} requests in a row got no answer, the last one: {failed}."
-
-
-def _asked_wait(header: str | None) -> float:
-    """Return the seconds of a Retry-After header, which has a number or a date."""
-    if not header:
-        return 0.0
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError, OverflowError):
-            return 0.0
-    return min(seconds, LONGEST_ASKED_WAIT) if seconds > 0 else 0.0  # NaN is not
 
 
 def ask(questions: Mapping[Server, Iterable[Question | Together]]) -> Iterator[tuple[Server, Question, Reply]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from mergekit_lite import dtypes
@@ -56,6 +56,21 @@ def is_elsewhere(spec: TensorSpec) -> bool:
 def is_elsewhere_file(path: Path) -> bool:
     """Return whether a file of weights lies elsewhere."""
     return isinstance(path, StorePath)
+
+
+def files_of(spec: TensorSpec) -> set[Path]:
+    """Return all files that a tensor is read from: its own, and those of what is added to it or gathered into it."""
+    found: set[Path] = set()
+    unvisited: list[object] = [spec]
+    while unvisited:
+        value = unvisited.pop()
+        if isinstance(value, TensorSpec):
+            found.add(value.file)
+        if isinstance(value, tuple):
+            unvisited += value
+        elif is_dataclass(value):
+            unvisited += [getattr(value, field.name) for field in fields(value)]
+    return found
 
 
 def _parts(encoding: object) -> Iterator[TensorSpec]:

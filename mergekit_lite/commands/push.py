@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from mergekit_lite.pushing import Pushed
 
 takes_public = click.option(
-    "--public", is_flag=True, help="Let everybody see a hub repository that is created; by default it is private."
+    "--public",
+    is_flag=True,
+    help="Let everybody see what is pushed; else a repository is created as a private one, and a public one refused.",
 )
 
 
@@ -58,7 +60,8 @@ def show(pushed: Pushed, screen: Screen) -> None:
     what = f"{counted(len(pushed.files), 'file')}, {size(sum(pushed.files.values()))}"
     if not screen.quiet:
         verb = "would push" if pushed.commit is None else "pushed"
-        screen.out.print(f"{verb} {what} to {pushed.url}", markup=False)
+        seen_by = "private" if pushed.private else "public: everybody sees it"
+        screen.out.print(f"{verb} {what} to {pushed.url} ({seen_by})", markup=False)
         for reference, licence in pushed.licences.items():
             screen.out.print(f"  made of {reference}: {licence or 'no licence is known'}", markup=False)
         screen.out.print(f"  the card says: {pushed.licence or 'no licence'}", markup=False)

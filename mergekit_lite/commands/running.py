@@ -156,7 +156,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
     resume, threads = run_options["resume"], run_options["threads"]
     devices = devices_of(run_options["ray"], run_options["device"])
     check_outputs(plan, resume=resume, force=run_options["force"])
-    repositories = _repositories(plan, push)
+    repositories = _repositories(plan, push, public)
     if not resume:
         _check_room(plan, threads)
     prediction = predicted(plan, threads=threads, devices=devices) if view.dry_run else None
@@ -180,18 +180,28 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
     ):
         options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES, "ray": crew}
         finished = run(plan, **options)
-    pushed = [_pushed(output, name, public, screen) for output, name in zip(plan.outputs, repositories, strict=False)]
+    pushed: list[Pushed] = []
+    failure: BaseException | None = None
+    try:
+        for output, name in zip(plan.outputs, repositories, strict=False):
+            pushed.append(_pushed(output, name, public, screen))
+    except BaseException as error:  # what was made is told in any case
+        failure = error
     if view.as_json:
         made = json_output.of_finished(finished) | json_output.of_nodes(crew)
         told = json_output.with_fetched(made)
-        click.echo(json.dumps(told | ({"pushed": [each.to_json() for each in pushed]} if pushed else {}), indent=1))
+        if repositories:
+            told |= {"pushed": [each.to_json() for each in pushed], "push_failed": str(failure) if failure else None}
+        click.echo(json.dumps(told, indent=1))
     screen.finished(plan, finished)
     screen.nodes(crew)
     for each in pushed:
         show(each, screen)
+    if failure is not None:
+        raise failure
 
 
-def _repositories(plan: Plan, push: str | None) -> list[str]:
+def _repositories(plan: Plan, push: str | None, public: bool) -> list[str]:
     """Return the repository of each output, where any is to be pushed. Raises UsageError where one can't be."""
     if push is None:
         return []
@@ -201,7 +211,7 @@ def _repositories(plan: Plan, push: str | None) -> list[str]:
         raise UsageError("--push takes one output: make several, then push each: mergekit-lite push OUTPUT org/name.")
     if isinstance(plan.outputs[0], Place) or is_single_file(plan.outputs[0]):
         raise UsageError(f"--push takes a folder on a disk, with a card and a config; {plan.outputs[0]} is none.")
-    check_repository(push)
+    check_repository(push, public=public)
     return [push]
 
 

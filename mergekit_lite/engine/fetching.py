@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mergekit_lite.checkpoint.extents import is_elsewhere, is_elsewhere_file
-from mergekit_lite.checkpoint.stores.read_ahead import ROOM
+from mergekit_lite.checkpoint.stores.read_ahead import ROOM, room_of
 from mergekit_lite.engine.tensor_merge import JobMerge
 from mergekit_lite.planning import Job, Plan
 
@@ -29,13 +29,13 @@ def fetches(plan: Plan) -> Fetches:
     if not any(is_elsewhere_file(file.path) for source in plan.inputs for file in source.files):
         return Fetches()
     for job in plan.jobs:
-        own = sum(spec.nbytes for spec in job.inputs if is_elsewhere(spec))
-        nbytes += own
-        if own and job.merged_elements and _is_read_again(plan, job, own):
-            again += own
+        sizes = [spec.nbytes for spec in job.inputs if is_elsewhere(spec)]
+        nbytes += sum(sizes)
+        if sizes and job.merged_elements and _is_read_again(plan, job, sum(map(room_of, sizes))):
+            again += sum(sizes)
     return Fetches(nbytes, again)
 
 
-def _is_read_again(plan: Plan, job: Job, nbytes: int) -> bool:
+def _is_read_again(plan: Plan, job: Job, room: int) -> bool:
     merges = [JobMerge(plan, job, output, 0, job.numel) for output in range(len(plan.outputs))]
-    return any(merge.request is not None and (merge.is_shared or nbytes > ROOM) for merge in merges)
+    return any(merge.request is not None and (merge.is_shared or room > ROOM) for merge in merges)

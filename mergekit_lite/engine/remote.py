@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import ExitStack
 
 import xxhash
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.extents import files_of
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.checkpoint.stores.remote_file import is_strong
+from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.engine.processes import AHEAD
-from mergekit_lite.engine.tensor_merge import LARGE
+from mergekit_lite.engine.tensor_merge import LARGE, JobMerge
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import RunError, listing
 from mergekit_lite.object_stores import Place
 from mergekit_lite.output.companions import companion_names
-from mergekit_lite.output.journal import Record
+from mergekit_lite.output.journal import Journal, Record
 from mergekit_lite.output.remote_target import partial
 from mergekit_lite.output.remote_workspace import WINDOW, Part, RemoteWorkspace
 from mergekit_lite.output.working_folder import WorkingFolder
 from mergekit_lite.output.workspace import OutputWorkspace
-from mergekit_lite.planning import Plan
-
-TELLING = 1 << 16  # elements of a span that is bound to differ where a model was trained on
+from mergekit_lite.planning import Job, Plan
 
 
 def opened_workspace(plan: Plan, number: int, stack: ExitStack, *, resume: bool, force: bool) -> OutputWorkspace:
@@ -58,8 +59,7 @@ def parts_of(plan: Plan, record: Record) -> Sequence[Part]:
     """Return which bytes of which tensor a span's record tells of."""
     job = plan.jobs[record.job]
     size = dtypes.size(job.dtype)
-    end = next(end for begin, end in bounds(job.numel, job.merged_elements, job.dtype) if begin == record.begin)
-    return [(job.name, record.begin * size, end * size, record.output)]
+    return [(job.name, record.begin * size, _end_of(job, record.begin) * size, record.output)]
 
 
 def jobs_left(plan: Plan, workspaces: Iterable[OutputWorkspace]) -> set[int] | None:
@@ -94,38 +94,65 @@ def spool_bytes(plan: Plan, workers: int) -> int:
 def _check_sources(plan: Plan, workspace: RemoteWorkspace) -> None:
     """Raise RunError where an input is not the one that finished files were made of.
 
-    Where paths, sizes or times are others, as on another machine, bytes decide: those of one span that each finished
-    file has of each input.
+    An input is trusted where path, size and time are those of then, and one elsewhere where its etag is. Another etag
+    is refused. Of any other input, as on another machine or from a server without etags, the bytes decide: those that
+    went into finished files are held to the digest of each span. What goes into other files is read anyway. Only
+    statistics over several tensors can't be checked so, as they may be of bytes that no journal tells of.
     """
-    chosen: dict[tuple[str, int, int], tuple[int, int, Record]] = {}
-    for key in workspace.journal if workspace.changed_sources else ():
-        record = workspace.journal[key]
-        job = plan.jobs[record.job]
-        file = plan.layout.place(job.name)[0]
-        end = next(end for begin, end in bounds(job.numel, job.merged_elements, job.dtype) if begin == record.begin)
-        for number, spec in enumerate(job.inputs[: len(record.inputs)]):
-            place, size = (str(spec.file), job.models[number], file), end - record.begin
-            if place not in chosen or _tells_more(size, chosen[place][0]):
-                chosen[place] = (size, number, record)
-    # An etag is the same from everywhere: where it is another one, no bytes need to be looked at.
-    changed = dict.fromkeys(sorted(path for path in workspace.changed_sources if is_elsewhere(path)))
-    with Reader() as reader:
-        for (path, *_), (size, number, record) in chosen.items() if not changed else ():
-            spec = plan.jobs[record.job].inputs[number]
-            digest = xxhash.xxh3_128()
-            for start, count in cut(record.begin, record.begin + size, CHUNK):
-                chunk = memoryview(bytearray(count * dtypes.size(spec.dtype)))
-                spec.fill(reader, start, chunk)
-                digest.update(chunk)
-            if digest.hexdigest() != record.inputs[number]:
-                changed[path] = None
-    if changed:
+    if not workspace.settled:
+        return
+    files = {str(file.path): file for source in plan.inputs for file in source.files}
+    with_etag = {path for path, file in files.items() if is_elsewhere(path) and is_strong(file.etag)}
+    without = {path for path in files if is_elsewhere(path)} - with_etag
+    unproven = workspace.changed_sources | without
+    title = "inputs that are not those of the run that was stopped; --force starts over"
+    others = unproven & with_etag
+    if unproven and not others and _has_statistics_of_groups(plan):
         title = (
-            f"{partial(workspace.place)}: inputs that are not those of the run that was stopped; --force starts over"
+            "finished files hold statistics over several tensors, of inputs with other paths or times now. Give these "
+            "the paths and times that they had (cp -p, rsync -a); --force starts over"
         )
-        raise RunError(listing(title, list(changed)))
+        others = unproven
+    if unproven and not others:
+        others = _others_by_digest(plan, workspace.journal, unproven)
+    if others:
+        raise RunError(listing(f"{partial(workspace.place)}: {title}", sorted(others)))
 
 
-def _tells_more(size: int, other: int) -> bool:
-    """Return whether a span of a size is a better one to look at: large enough to differ, and quickly read."""
-    return other > size >= TELLING or other < min(size, TELLING)
+def _has_statistics_of_groups(plan: Plan) -> bool:
+    """Return whether some tensor's merge needs figures over other tensors as well."""
+    return any(
+        JobMerge(plan, job, output, 0, job.numel).group is not None
+        for job in plan.jobs
+        if job.merged_elements
+        for output in range(len(plan.outputs))
+    )
+
+
+def _others_by_digest(plan: Plan, journal: Journal, unproven: Set[str]) -> set[str]:
+    """Return those of some files that have other bytes, in the spans of a journal, than they had."""
+    others: set[str] = set()
+    with Reader() as reader:
+        for record in journal.values():
+            job = plan.jobs[record.job]
+            end = _end_of(job, record.begin)
+            for spec, known in zip(job.inputs, record.inputs, strict=False):  # of a copy the first one is read
+                files = {str(file) for file in files_of(spec)} & unproven
+                if files - others and _digest_of(reader, spec, record.begin, end) != known:
+                    others |= files
+    return others
+
+
+def _digest_of(reader: Reader, spec: TensorSpec, begin: int, end: int) -> str:
+    """Return the digest of the elements ``begin … end`` of a tensor, as records hold it."""
+    digest = xxhash.xxh3_128()
+    for start, count in cut(begin, end, CHUNK):
+        chunk = memoryview(bytearray(count * dtypes.size(spec.dtype)))
+        spec.fill(reader, start, chunk)
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _end_of(job: Job, begin: int) -> int:
+    """Return the end of the span of a job that begins at an element."""
+    return next(end for first, end in bounds(job.numel, job.merged_elements, job.dtype) if first == begin)

@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.object_stores import Place, denied, said, store_of
+from mergekit_lite.object_stores import Place, denied, is_final, said, store_of
 from mergekit_lite.output.upload import PATIENCE, Uploaded, tag
 from mergekit_lite.output.workspace import manifest_path
 from mergekit_lite.plain_text import is_plain_line
@@ -53,6 +55,14 @@ def standing(output: Place) -> dict[str, int]:
 def partial(output: Place) -> Place:
     """Return the prefix of what an unfinished output has beside it."""
     return output.with_name(f".{output.name}.partial")
+
+
+class Seen(NamedTuple):
+    """A small object as it was: its bytes, what tells its version to the store, and when it was written."""
+
+    content: bytes
+    version: dict[str, str]
+    written: datetime
 
 
 class RemoteFolder:
@@ -90,6 +100,20 @@ class RemoteFolder:
         place = self.place / name
         return _asked(place, self._patience, lambda: bytes(obstore.get(self._store, place.key).bytes()))
 
+    def look(self, name: str) -> Seen | None:
+        """Return a small object as it is now; None where there is none."""
+        import obstore
+
+        place = self.place / name
+
+        def seen() -> Seen:
+            found = obstore.get(self._store, place.key)
+            told = {"e_tag": found.meta["e_tag"], "version": found.meta.get("version")}
+            version = {name: value for name, value in told.items() if value}
+            return Seen(bytes(found.bytes()), version, found.meta["last_modified"])
+
+        return _asked(place, self._patience, seen)
+
     def put(self, name: str, content: bytes) -> None:
         """Write a small object, in place of what has its name."""
         import obstore
@@ -97,13 +121,17 @@ class RemoteFolder:
         place = self.place / name
         _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, use_multipart=False))
 
-    def create(self, name: str, content: bytes) -> None:
-        """Write a small object where there is none, if the store looks; what is there tells whether it was."""
+    def write_over(self, name: str, content: bytes, seen: Seen | None) -> None:
+        """Write a small object if it still is what was seen of it, or where there was none, if the store looks.
+
+        What is there afterwards tells whether it was.
+        """
         import obstore
 
         place = self.place / name
+        mode: Any = "create" if seen is None else seen.version or "overwrite"
         try:
-            _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, mode="create"))
+            _asked(place, self._patience, lambda: obstore.put(self._store, place.key, content, mode=mode))
         except FileExistsError:
             pass
         except NotImplementedError:
@@ -121,45 +149,54 @@ def _asked(place: Place, patience: float, request: Callable[[], T]) -> T | None:
     """Return what a request of a store gives; None where what is asked for isn't there.
 
     It is repeated for ``patience`` seconds where it broke: the client repeats requests by itself, but not those whose
-    answer was cut. Raises RunError; FileExistsError where the object is there already; NotImplementedError where the
-    store can't do it.
+    answer was cut. Raises RunError; FileExistsError where the object is there already, or is another one;
+    NotImplementedError where the store can't do it.
     """
-    from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PermissionDeniedError
+    from obstore.exceptions import (
+        AlreadyExistsError,
+        BaseError,
+        NotSupportedError,
+        PermissionDeniedError,
+        PreconditionError,
+    )
     from obstore.exceptions import UnauthenticatedError as Unauthenticated
 
     until = time.monotonic() + patience
-    pause = 0.1
-    while True:
+    for failures in count(1):
         try:
             return request()
         except FileNotFoundError:
             return None
-        except AlreadyExistsError as error:
+        except (AlreadyExistsError, PreconditionError) as error:
             raise FileExistsError(str(place)) from error
         except (NotSupportedError, NotImplementedError) as error:
             raise NotImplementedError from error
         except (BaseError, PermissionError, OSError, ValueError) as error:
+            if "answered 501" in said(error):
+                raise NotImplementedError from error
             is_denied = isinstance(error, PermissionError | PermissionDeniedError | Unauthenticated)
             if is_denied or "answered 403" in said(error) or "answered 401" in said(error):
                 raise RunError(f"{place}: {said(error)}: {denied(str(place))}") from None
-            if time.monotonic() > until or "answered 4" in said(error):
+            if time.monotonic() > until or is_final(error):
                 raise RunError(f"{place}: can't be reached or written: {said(error)}. {GOES_ON}") from None
-            time.sleep(pause)
-            pause *= 2
+            time.sleep(wait_after(failures))
+    raise AssertionError
 
 
 class Lock:
     """The lock of an output in a store, held and renewed until it is closed.
 
-    Stores that honour conditional writes give it to one alone; that of a dead run is removed first, so whoever takes it
-    over looks again after a while. Where a store doesn't, two that come within the same moment may both believe they
-    have it, until one finds the other's name in it at its next renewal, and stops.
+    It is written on the condition that it still is what was read of it. Stores that look at conditions, S3, GCS, Azure,
+    MinIO and R2 among them, so give it to one alone, also where it is taken over from a dead run or that one comes to
+    life again. Others write in any case (rclone's server): two that come within the same moment may both believe they
+    have it, until one finds the other's name in it, after a while or at its next renewal, and stops.
     Raises RunError where another run holds it, or has not been silent for long enough.
     """
 
     def __init__(self, folder: RemoteFolder) -> None:
         self._folder = folder
         self._own = os.urandom(16).hex().encode()
+        self._signs = 0  # of life: each is another content, and so another tag
         self._closed = threading.Event()
         self.lost = False
         self._take()
@@ -177,27 +214,34 @@ class Lock:
         self._thread.join(RENEWED)  # a request to a store that is out of reach may go on for minutes
         with suppress(RunError):  # of a store that is out of reach, which is why this run ends: nobody shall wait again
             folder = RemoteFolder(self._folder.place, hurried=True)
-            if folder.get(LOCK) == self._own:
+            if self._is_own(folder.look(LOCK)):
                 folder.delete(LOCK)
 
     def _take(self) -> None:
-        first = self._folder.head(LOCK)
+        first = self._folder.look(LOCK)
         if first is not None:
-            left = DEAD - self._silent_for(first[1])
+            left = DEAD - self._silent_for(first.written)
             while left > 0:
                 time.sleep(min(left, RENEWED))
-                now = self._folder.head(LOCK)
-                if now is not None and now != first:
+                now = self._folder.look(LOCK)
+                if now is not None and now.content != first.content:
                     raise self._taken()
                 left -= RENEWED
                 if now is None:
                     break
-            self._folder.delete(LOCK)
-        self._folder.create(LOCK, self._own)
-        if first is not None:  # two that found the same dead run may each have removed the other's lock
+        self._write(first)
+        if first is not None:  # a store that looks at no conditions may have let another one take it over as well
             time.sleep(SETTLED)
-        if self._folder.get(LOCK) != self._own:
+        if not self._is_own(self._folder.look(LOCK)):
             raise self._taken()
+
+    def _write(self, seen: Seen | None) -> None:
+        """Write a sign of life in place of what was seen, if that is still there and the store looks."""
+        self._signs += 1
+        self._folder.write_over(LOCK, self._own + b" %d" % self._signs, seen)
+
+    def _is_own(self, seen: Seen | None) -> bool:
+        return seen is not None and seen.content.startswith(self._own)
 
     def _silent_for(self, written: datetime) -> float:
         """Return the seconds since a time of the store's, by its own clock."""
@@ -209,11 +253,11 @@ class Lock:
     def _renew(self) -> None:
         while not self._closed.wait(RENEWED):
             with suppress(RunError):  # of a store out of reach: the uploads tell
-                if self._folder.get(LOCK) not in (self._own, None):
-                    self.lost = True
+                seen = self._folder.look(LOCK)
+                self.lost |= seen is not None and not self._is_own(seen)
                 if self.lost or self._closed.is_set():
                     return
-                self._folder.put(LOCK, self._own)
+                self._write(seen)
 
     def _taken(self) -> RunError:
         return RunError(f"{self._folder.place}: another run is making this output. Wait for it, or stop it.")

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import xxhash
 
+from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError
-from mergekit_lite.object_stores import Place, said, store_of
+from mergekit_lite.object_stores import Place, is_final, said, store_of
 from mergekit_lite.output.spool import Spool
 
 PART = 1 << 23  # bytes of a part of an upload
@@ -68,6 +69,8 @@ class Upload:
         self._at_once = max(2, in_flight // self._part)
         self._held = held
         self._stopped = False
+        self._is_begun = False  # whether bytes were asked for
+        self._reason: Exception | None = None  # why there are no more pieces: obstore may tell of what follows from it
         self._made: dict[int, Extent] = {}  # by their first byte: those that are not sent yet
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -132,18 +135,18 @@ class Upload:
 
         store = store_of(self.place, timeout=TIMEOUT)
         broken: Exception | None = None
-        until, pause = time.monotonic() + PATIENCE, 0.1
+        until, failures = time.monotonic() + PATIENCE, 0
         while not self.sent:
             try:
                 obstore.put(store, self.place.key, self._pieces(), chunk_size=self._part, max_concurrency=self._at_once)
             except Exception as error:
                 if self.sent == self.size:
                     broken = error  # the answer to the last request may have got lost, and the object be complete
-                elif self._is_begun or self._reason or "answered 4" in said(error) or time.monotonic() > until:
+                elif self._is_begun or self._reason or is_final(error) or time.monotonic() > until:
                     raise self._reason or error from None
                 else:  # the client doesn't repeat the first request where its answer was cut
-                    time.sleep(pause)
-                    pause *= 2
+                    failures += 1
+                    time.sleep(wait_after(failures))
         try:
             there = obstore.head(store, self.place.key)
         except Exception as error:
@@ -151,9 +154,6 @@ class Upload:
         if there["size"] != self.size:
             raise RunError(f"{self.place}: has {there['size']:,} bytes, {self.size:,} were sent. {GOES_ON}")
         return Uploaded(there["size"], tag(there["e_tag"]))
-
-    _is_begun = False  # whether bytes were asked for
-    _reason: Exception | None = None  # why there are no more pieces: obstore may tell of something that follows from it
 
     def _pieces(self) -> Iterator[bytearray]:
         self._is_begun = True

@@ -10,7 +10,6 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
-from email.utils import formatdate
 
 import pytest
 from hypothesis import given, settings
@@ -96,16 +95,6 @@ def test_retry_after_is_waited_for() -> None:
     with fake_server(fake):
         replies(server_of(fake), questions(["a"]))
     assert times[1] - times[0] >= 0.4
-
-
-def test_retry_after_may_be_a_date() -> None:
-    assert 5 < module._asked_wait(formatdate(time.time() + 9, usegmt=True)) <= 9
-    assert module._asked_wait(formatdate(time.time() - 9, usegmt=True)) == 0
-    assert module._asked_wait("soon") == module._asked_wait(None) == module._asked_wait("-3") == 0
-    assert module._asked_wait("1e9") == module._asked_wait("inf") == module.LONGEST_ASKED_WAIT
-    assert module._asked_wait("nan") == 0
-    assert module._asked_wait("Mon, 01 Jan 0001 00:00:00 -0000") == 0
-    assert 0 <= module._asked_wait("Fri, 31 Dec 9999 23:59:59 -2359") <= module.LONGEST_ASKED_WAIT
 
 
 def test_what_stays_without_a_reply_is_told_and_the_others_go_on() -> None:

@@ -106,7 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(json.dumps(entries).encode())
         found.revisions["main"] = found.pushed or found.revisions["main"]
         siblings = [{"rfilename": name} for name in files]
-        return self.send(json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
+        told = {"id": repo, "sha": commit, "siblings": siblings, "private": self.is_private(repo)}
+        return self.send(json.dumps(told).encode())
+
+    def is_private(self, repo: str) -> bool:
+        return False
 
     def answer_file(self, repo: str, revision: str, name: str) -> None:
         found = self.hub.repositories.get(repo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import random
@@ -160,11 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         if how == "503":
             self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
             return
-        if self.proxy.conditional and self.headers.get("If-None-Match") == "*":
-            with self.lock:
-                if (self.root / unquote(self.path.partition("?")[0]).strip("/")).exists():
-                    self.answer(412, [], b"<Error><Code>PreconditionFailed</Code></Error>")
-                    return
+        if self.proxy.conditional and not self.holds():
+            self.answer(412, [], b"<Error><Code>PreconditionFailed</Code></Error>")
+            return
         status, headers, content = self.forward(body)
         if how == "cut after":
             self.close_connection = True
@@ -172,6 +171,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(status, headers, content, within=how == "cut within")
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def holds(self) -> bool:
+        """Whether the request's conditions hold; rclone tells the MD5 of a file as its etag."""
+        path = self.root / unquote(self.path.partition("?")[0]).strip("/")
+        there = hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
+        wanted = self.headers.get("If-Match")
+        is_new = self.headers.get("If-None-Match") == "*"
+        return not (is_new and there is not None) and not (wanted and wanted.strip('"') != there)
 
     def forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.behind, timeout=60)

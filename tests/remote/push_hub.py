@@ -21,6 +21,7 @@ class PushHub(Hub):
     blobs: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
     uploads: list[str] = field(default_factory=list)  # of blobs, in order
     refused: dict[str, int] = field(default_factory=dict)  # statuses by the step that is answered so
+    opens: bool = False  # whatever is created is public
     commits: int = 0
     bodies: list[bytes] = field(default_factory=list)  # of all requests
 
@@ -93,6 +94,9 @@ class _PushHandler(_Handler):
         self.hub.uploads.append(digest)
         self.send(b"")
 
+    def is_private(self, repo: str) -> bool:
+        return self.hub.private[repo]
+
     def create(self, asked: dict[str, object]) -> None:
         if not self.step("create"):
             return
@@ -100,7 +104,9 @@ class _PushHandler(_Handler):
         if name in self.hub.repositories:
             self.fail(409)
             return
-        self.hub.private[name] = asked.get("private") is True or asked.get("visibility") == "private"
+        self.hub.private[name] = not self.hub.opens and (
+            asked.get("private") is True or asked.get("visibility") == "private"
+        )
         first = "0" * 40
         self.hub.repositories[name] = Repository({"main": first}, {first: {".gitattributes": b"*.safetensors lfs\n"}})
         self.send(json.dumps({"url": f"{self.hub.url}/{name}", "name": name}).encode())

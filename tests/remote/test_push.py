@@ -13,6 +13,7 @@ from mergekit_lite.commands import main
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
 from mergekit_lite.output.manifest import file_digest, seal, text_of
 from mergekit_lite.pushing import push
+from tests.checkpoint.hub_server import Repository
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.remote.push_hub import TOKEN, PushHub, serving
 
@@ -65,6 +66,38 @@ def test_an_output_is_pushed_whole_and_private(hub: PushHub, out: Path) -> None:
     assert there(hub) == tree_bytes(out) and len(hub.uploads) == 2
     push(out, "org/open", public=True)
     assert hub.private["org/open"] is False
+
+
+def test_nothing_is_shown_to_everybody_unasked(hub: PushHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor through a repository that is public already, empty or not, or that a hub makes public."""
+    hub.repositories["org/empty"] = Repository({"main": "0" * 40}, {"0" * 40: {".gitattributes": b""}})
+    hub.private["org/empty"] = False
+    for verb in (["push", "out", "org/empty"], ["push", "out", "org/empty", "--force", "--dry-run"]):
+        with pytest.raises(SystemExit) as left:
+            main(verb)
+        assert left.value.code == 1 and "org/empty: is public on the hub" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:  # before anything is made
+        main(["extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "made", "--push", "org/empty"])
+    assert left.value.code == 1 and "is public on the hub" in capsys.readouterr().err and not Path("made").exists()
+    hub.opens = True
+    with pytest.raises(RunError, match="org/opened: is public on the hub"):
+        push(out, "org/opened")
+    assert not there(hub, "org/empty") and not there(hub, "org/opened") and not hub.uploads
+    assert not push(out, "org/empty", public=True).private
+    assert there(hub, "org/empty") == tree_bytes(out)
+
+
+def test_what_was_made_is_told_where_the_push_fails(
+    hub: PushHub, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.refused["commit"] = 412
+    with pytest.raises(SystemExit) as left:
+        main(["extrapolate", "sft", "dpo", "--alpha", "0.3", "-o", "made", "--push", "org/made", "--json"])
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert left.value.code == 1 and told["pushed"] == [] and "Run again" in told["push_failed"]
+    assert [Path(made["path"]).name for made in told["outputs"]] == ["made"] and Path("made").is_dir()
+    assert "mergekit-lite push made org/made" in printed.err.replace(str(Path.cwd()) + "/", "")
 
 
 def test_an_upload_that_broke_goes_on(hub: PushHub, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import safetensors.torch
 import torch
+import yaml
+from safetensors.torch import load_file
 
 import mergekit_lite
 from mergekit_lite.engine import remote
@@ -127,6 +131,34 @@ def test_from_a_store_into_a_store(store: Store, models: Path) -> None:
     assert touching.returncode == 2 and "at the input" in touching.stderr
 
 
+def test_documents_name_no_folder_of_this_machine(store: Store, models: Path, tmp_path: Path) -> None:
+    """Neither a stand-in of what is read elsewhere nor what lies between documents: two machines make the same."""
+    for name in ("sft", "dpo"):
+        for file, content in tree_bytes(models / name).items():
+            RemoteFolder(parse_place(f"s3://bucket/docs/{name}")).put(file, content)
+    sft, dpo = ({"model": f"s3://bucket/docs/{name}", "parameters": {"weight": 0.5}} for name in ("sft", "dpo"))
+    half = {"model": "half", "parameters": {"weight": 0.5}}
+    documents = [
+        {"merge_method": "linear", "models": [half, sft]},
+        {"name": "half", "merge_method": "linear", "models": [sft, dpo]},
+    ]
+    made: list[Objects] = []
+    for place in (tmp_path / "one", tmp_path / "two"):
+        (place / "tmp").mkdir(parents=True)
+        (place / "recipe.yml").write_text(yaml.safe_dump_all(documents))
+        before = partial(set_up, {**store.environment, "TMPDIR": str(place / "tmp")})
+        output = f"s3://bucket/{place.name}/out"
+        done = processes.run(
+            place, "merge", "recipe.yml", "-o", output, "--shard-size", str(SHARD), "--json", before=before
+        )
+        assert done.returncode == 0, done.stderr
+        made.append(under(store, f"{place.name}/out"))
+        for content in (*made[-1].values(), done.stdout.encode()):
+            assert str(tmp_path).encode() not in content and b"mergekit-lite-" not in content
+    assert made[0] == made[1] and MANIFEST in made[0]
+    assert ".out.documents/half" in made[0]["mergekit_config.yml"].decode()
+
+
 def test_what_stands_there_is_replaced_only_when_asked(store: Store, models: Path) -> None:
     extrapolate(models, "s3://bucket/stands", 0.5)
     RemoteFolder(parse_place("s3://bucket/stands")).put("notes.txt", b"mine")
@@ -230,13 +262,15 @@ def test_a_shard_that_another_run_wrote(store: Store, models: Path, monkeypatch:
 
 
 def test_inputs_elsewhere_are_held_to_their_etags() -> None:
-    """One span of a file that changed may well be what it was."""
+    """Another etag is another file; bytes are not looked at."""
     place = parse_place("s3://bucket/out")
+    files = [SimpleNamespace(path=path, etag="x") for path in ("s3://bucket/a.safetensors", "/b.safetensors")]
+    plan = SimpleNamespace(inputs=[SimpleNamespace(files=files)])
     workspace = SimpleNamespace(
-        place=place, journal={}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
+        place=place, journal={}, settled={0}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
     )
     with pytest.raises(RunError, match=r"not those of the run that was stopped(?s:.*)s3://bucket/a") as refused:
-        remote._check_sources(cast(Any, None), cast(Any, workspace))
+        remote._check_sources(cast(Any, plan), cast(Any, workspace))
     assert "/b.safetensors" not in str(refused.value)
 
 
@@ -294,6 +328,82 @@ def test_a_finished_shard_that_changed_or_inputs_that_did(
     assert without_card(under(store, "killed")) == without_card(tree_bytes(models / "out"))
 
 
+def stopped_merge(models: Path, output: str, patch: pytest.MonkeyPatch, **how: object) -> None:
+    """Start a merge that ends when three shards are finished."""
+    journal_file, number = remote_workspace.RemoteWorkspace._journal_file, 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal number
+        number += 1
+        if number > 3:
+            raise RunError("stopped")
+        journal_file(*arguments)
+
+    with patch.context() as patched:
+        patched.setattr(remote_workspace.RemoteWorkspace, "_journal_file", counted)
+        with pytest.raises(RunError, match="stopped"):
+            merge(models, output, **how)
+
+
+def merge(models: Path, output: str, *, resume: bool = False, **how: object) -> None:
+    """Merge dpo onto sft by TIES, as the command names them."""
+    recipe = {"merge_method": "ties", "base_model": "sft", "models": [{"model": "dpo"}]}
+    with contextlib.chdir(models):
+        settings = {"shard_size": SHARD, "threads": 1, "resume": resume}
+        mergekit_lite.merge({**recipe, "parameters": {"weight": 1.0, "density": 0.5, **how}}, output, **settings)
+
+
+def test_any_byte_of_an_input_that_changed_is_seen(
+    store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever bytes of a finished shard it is in; what is in another shard is made again anyway."""
+    output = "s3://bucket/other-byte"
+    stopped_merge(models, output, monkeypatch)
+    finished = [each.removesuffix(".jsonl") for each in under(store, "other-byte") if each.endswith(".jsonl")]
+    shards = [under(store, "other-byte")[name.rpartition("/")[2]] for name in finished]
+    written = [name for shard in shards for name in safetensors.torch.load(shard)]
+    for name in written:
+        place = tmp_path / name
+        shutil.copytree(models, place, ignore=shutil.ignore_patterns("out"))
+        [file] = [path for path in (place / "dpo").glob("*.safetensors") if name in load_file(path)]
+        with safetensors.safe_open(file, "pt") as opened:
+            tensors = {each: opened.get_tensor(each) for each in opened.keys()}  # noqa: SIM118
+        tensors[name].view(torch.int16).flatten()[-1] ^= 1
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(RunError, match=rf"not those of the run that was stopped(?s:.*){file.name}"):
+            merge(place, output, resume=True)
+    merge(models, str(tmp_path / "wanted"))
+    elsewhere = tmp_path / written[0]
+    shutil.copytree(models, elsewhere, ignore=shutil.ignore_patterns("out"), dirs_exist_ok=True)
+    merge(elsewhere, output, resume=True)
+    assert without_card(under(store, "other-byte")) == without_card(tree_bytes(tmp_path / "wanted"))
+
+
+def test_statistics_of_inputs_with_other_times(
+    store: Store, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No span's digest tells what a threshold of the whole model was made of."""
+    stopped_merge(models, "s3://bucket/global", monkeypatch, trim="global")
+    shutil.copytree(models, tmp_path / "copy", ignore=shutil.ignore_patterns("out"))
+    with pytest.raises(RunError, match=r"statistics over several tensors(?s:.*)rsync -a(?s:.*)dpo/model-"):
+        merge(tmp_path / "copy", "s3://bucket/global", resume=True, trim="global")
+    merge(models, "s3://bucket/global", resume=True, trim="global")
+    assert MANIFEST in under(store, "global")
+
+
+def test_servers_without_etags_are_held_to_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(remote, "_others_by_digest", lambda plan, journal, paths: asked.append(paths) or set())
+    files = [
+        SimpleNamespace(path=f"https://host/{name}", etag=etag)
+        for name, etag in {"a": "x", "b": "", "c": "W/x"}.items()
+    ]
+    plan = SimpleNamespace(inputs=[SimpleNamespace(files=files)], jobs=[], outputs=[1])
+    workspace = SimpleNamespace(place=parse_place("s3://b/o"), journal={}, settled={0}, changed_sources=set())
+    remote._check_sources(cast(Any, plan), cast(Any, workspace))
+    assert asked == [{"https://host/b", "https://host/c"}]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", ["killed", "killed.safetensors"])
 def test_kills_at_random_moments(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
@@ -321,7 +431,7 @@ def test_kills_at_random_moments(tmp_path: Path, models: Path, monkeypatch: pyte
 
 
 def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One has the lock; a run that is silent for long loses it; a store that looks at conditions gives it to one."""
+    """One has the lock; a run that is silent for long loses it, and the other one keeps it."""
     use(server, monkeypatch)
     monkeypatch.setattr(remote_target, "RENEWED", 0.05)
     monkeypatch.setattr(remote_target, "DEAD", 1.5)
@@ -333,7 +443,7 @@ def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     first._thread.join()
     second = Lock(folder)
     first.close()
-    assert folder.get("lock") == second._own
+    assert (folder.get("lock") or b"").startswith(second._own)
     second.check()
     folder.put("lock", b"a third")
     until = time.monotonic() + 20
@@ -345,13 +455,34 @@ def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     second.close()
     assert folder.get("lock") == b"a third"
     folder.delete("lock")
+
+
+def test_locks_of_stores_that_look_at_conditions(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One alone gets it, even where others saw the same dead run, or the dead run goes on."""
+    monkeypatch.setattr(remote_target, "DEAD", 0.0)
+    monkeypatch.setattr(remote_target, "SETTLED", 0.0)
     with spoiling(server, conditional=True) as (store, _):
         use(store, monkeypatch)
-        looking = RemoteFolder(parse_place("s3://bucket/.locked.partial"))
-        looking.create("lock", b"one")
-        looking.create("lock", b"two")
-        assert looking.get("lock") == b"one"
-        looking.delete("lock")
+        folder = RemoteFolder(parse_place("s3://bucket/.looking.partial"))
+        for content in (b"one", b"two"):
+            folder.write_over("lock", content, None)
+        dead = folder.look("lock")
+        assert dead is not None and dead.content == b"one"
+        live = Lock(folder)
+        folder.write_over("lock", b"three", dead)
+        assert live._is_own(folder.look("lock"))
+        late = Lock.__new__(Lock)  # saw the dead run, and comes second
+        vars(late).update(_folder=folder, _own=b"late", _signs=0, lost=False, _closed=live._closed)
+        late._write(dead)
+        assert live._is_own(folder.look("lock")) and not late._is_own(folder.look("lock"))
+        before = folder.look("lock")
+        live._write(before)
+        after = folder.look("lock")
+        assert live._is_own(after) and after != before
+        live._write(before)  # as a run that was stopped between looking and writing
+        assert folder.look("lock") == after
+        live.close()
+        assert folder.look("lock") is None
 
 
 def test_a_spool_is_bounded(store: Store, tmp_path: Path) -> None:

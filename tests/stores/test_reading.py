@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,11 @@ import mergekit_lite
 from mergekit_lite import store_process
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.reader import Reader
-from mergekit_lite.checkpoint.stores import ranges
+from mergekit_lite.checkpoint.stores import cache, ranges, read_ahead
 from mergekit_lite.checkpoint.stores.files import StorePath
+from mergekit_lite.checkpoint.stores.read_ahead import BlockReader
 from mergekit_lite.commands import main
+from mergekit_lite.engine import fetching
 from mergekit_lite.errors import CheckpointError, RunError, UsageError
 from tests.adapters import lora, write_adapter
 from tests.checkpoint.hub_server import Repository, serve
@@ -128,6 +131,35 @@ def test_merges_have_the_bytes_of_a_local_merge(name: str, models: Path, failing
     mergekit_lite.merge(recipe("s3://bucket", method, **METHODS[name]), tmp_path / "remote", threads=2)
     assert weights(tmp_path / "local") == weights(tmp_path / "remote")
     assert sum(failing.of.values()) - failing.of["passed"] - failing.of["parts"] > 3, failing.of
+
+
+@pytest.mark.parametrize("name", ["ties", "varm"])
+def test_what_is_fetched_again_is_told_before_and_a_cache_saves_it(
+    name: str, models: Path, store: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room for a tensor. A cache is asked for, bounded, and gone at the end."""
+    monkeypatch.setattr(read_ahead, "BLOCK", 1 << 14)
+    monkeypatch.setattr(read_ahead, "SMALL", 1 << 10)
+    monkeypatch.setattr(cache, "GRAIN", 1 << 10)
+    monkeypatch.setattr(fetching, "ROOM", 1 << 15)
+    monkeypatch.setattr(BlockReader.__init__, "__defaults__", (1 << 15, 6))
+    ranges.TRAFFIC.taken()
+    told = fetching.fetches(
+        mergekit_lite.plan_merge(recipe("s3://bucket", name, **METHODS.get(name, {})), tmp_path / "out")
+    )
+    headers = ranges.TRAFFIC.taken().nbytes
+    counted = []
+    for number, limit in enumerate((0, 1 << 30, 1 << 18)):
+        with cache.caching(limit) if limit else nullcontext():
+            mergekit_lite.merge(recipe("s3://bucket", name, **METHODS.get(name, {})), tmp_path / str(number), threads=1)
+        counted.append(ranges.TRAFFIC.taken().nbytes - headers)
+        assert weights(tmp_path / str(number)) == weights(tmp_path / "0")
+    without, whole, bounded = counted
+    print(told, counted)
+    assert told.again > 0.9 * told.bytes
+    assert without == told.bytes + told.again if name == "varm" else without > told.bytes + told.again
+    assert whole < 1.5 * told.bytes < bounded < without - (1 << 17)  # edges of grains are fetched again
+    assert not list(Path(tempfile.gettempdir()).glob("*/fetched-*"))
 
 
 def test_command_with_workers_that_are_forked(models: Path, failing: Faults, tmp_path: Path) -> None:

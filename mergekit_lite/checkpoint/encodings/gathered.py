@@ -95,17 +95,26 @@ class Gathered(Encoding):
         return replace(self, places=self.places.part(first - self.first, -(-end // columns) - self.first), first=first)
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Read runs of rows that follow each other in one matrix at once, straight into ``out``."""
+        """Read runs of rows that follow each other in one matrix at once, straight into ``out``.
+
+        The runs that lie in a file as they are wanted are read together: elsewhere each by itself would be a request.
+        """
         columns = spec.numel // spec.shape[0]
         size = dtypes.size(spec.dtype)
         end = start + len(out) // size
         first = self.first
+        together: dict[int, list[tuple[int, memoryview]]] = {}
         for begin, upto, number, row in self.places.runs(start // columns - first, -(-end // columns) - first):
             at, last = max(start, (begin + first) * columns), min(end, (upto + first) * columns)
             column = at - (begin + first) * columns
-            self._fill_run(
-                spec, reader, number, row * columns + column, out[(at - start) * size : (last - start) * size]
-            )
+            part = out[(at - start) * size : (last - start) * size]
+            source = self.sources[number]
+            if number >= 0 and source.is_plain and source.dtype == spec.dtype:
+                together.setdefault(number, []).append((source.offset + (row * columns + column) * size, part))
+            else:
+                self._fill_run(spec, reader, number, row * columns + column, part)
+        for number, parts in together.items():
+            reader.fill_parts(self.sources[number].file, parts, self.sources[number].name)
 
     def _fill_run(self, spec: TensorSpec, reader: Reader, number: int, start: int, out: memoryview) -> None:
         """Fill ``out`` with a matrix's elements from ``start`` on; of a mean's places from that column on."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from mergekit_lite import object_stores, store_process
-from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile, is_strong
 from mergekit_lite.errors import CheckpointError
 
 HUB = "hf://"
@@ -27,7 +27,7 @@ class Address(NamedTuple):
     since: float
 
 
-_known: dict[str, Address] = {}  # by the files' URLs
+_known: dict[RemoteFile, Address] = {}  # a file that changed is another one, with another etag to ask for
 
 
 def is_elsewhere(reference: str) -> bool:
@@ -46,17 +46,17 @@ def address_of(file: RemoteFile, *, anew: bool = False) -> Address:
 
     Raises OSError where it can't be found out for now, CheckpointError where it can't at all.
     """
-    known = _known.get(file.url)
+    known = _known.get(file)
     if known is None or anew or time.monotonic() - known.since > GOOD_FOR:
-        known = _known[file.url] = _found(file)
+        known = _known[file] = _found(file)
     return known
 
 
 def moved(file: RemoteFile, url: str) -> None:
     """Keep where a server sent for a file."""
-    known = _known[file.url]
+    known = _known[file]
     if known.url != url and urlsplit(known.url).netloc != urlsplit(url).netloc:
-        _known[file.url] = known._replace(url=url, secret={})
+        _known[file] = known._replace(url=url, secret={})
 
 
 def web_url(url: str) -> str:
@@ -77,7 +77,7 @@ def _found(file: RemoteFile) -> Address:
 
 
 def _if_match(file: RemoteFile) -> Mapping[str, str]:
-    return {"If-Match": f'"{file.etag}"'} if file.etag and not file.etag.startswith("W/") else {}
+    return {"If-Match": f'"{file.etag}"'} if is_strong(file.etag) else {}
 
 
 def hub_url(repository: str, commit: str, name: str) -> str:

@@ -2,34 +2,95 @@
 
 They use nothing but sockets, so they are sound in forked workers, and what comes is read straight into the memory that
 it is for. Proxies and certificates are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``, ``SSL_CERT_FILE``).
+A proxy's password is shown to the proxy alone.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import http.client
+import io
 import os
+import re
 import ssl
-import threading
+import time
 from collections.abc import Mapping
 from functools import lru_cache
-from urllib.parse import SplitResult, urljoin, urlsplit
+from typing import Any
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from mergekit_lite._version import __version__
+from mergekit_lite.locks import ThreadLock
 
 TIMEOUT = 60  # seconds without a byte
+LEAST = 1 << 14  # bytes that an answer has to bring in each ``TIMEOUT``, unless it ends before
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_REDIRECTS = 5
 MOST_UNREAD = 1 << 16  # bytes of an unwanted answer that are read to keep a connection
 MOST_IDLE = 16  # connections to one server
-_lock = threading.Lock()
+REFUSED_BY_PROXY = (
+    "the proxy refuses (407): check the user and the password in HTTPS_PROXY or HTTP_PROXY (http://USER:PASSWORD@HOST),"
+    " or name the host in NO_PROXY."
+)
+_lock = ThreadLock()
 _idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
 _process = os.getpid()
 
 
 class Unanswered(Exception):
-    """A request that got no whole answer: asking again may help. Its text holds no URL."""
+    """A request that got no whole answer: asking again may help. Its text holds no URL.
+
+    ``slow`` says that the server sends too little to wait for, so that what came is no reason to go on for ever.
+    """
+
+    def __init__(self, why: str, *, slow: bool = False) -> None:
+        super().__init__(why)
+        self.slow = slow
+
+
+class Refused(Exception):
+    """A request that asking again doesn't help. Its text holds no URL."""
+
+
+class TooSlow(OSError):
+    """An answer of which too little came in ``TIMEOUT`` seconds."""
+
+
+class _Paced(io.RawIOBase):
+    """What comes of an answer. Raises TooSlow where that is less than ``LEAST`` bytes in ``TIMEOUT`` seconds."""
+
+    def __init__(self, received: io.RawIOBase) -> None:
+        self._received = received
+        self._since, self._came = time.monotonic(), 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, out: Any) -> int | None:
+        """Read once into ``out``."""
+        count = self._received.readinto(out)
+        self._came += count or 0
+        if (now := time.monotonic()) - self._since > TIMEOUT:
+            if count and self._came < LEAST:
+                raise TooSlow
+            self._since, self._came = now, 0
+        return count
+
+    def close(self) -> None:
+        """Close it, and what it reads from."""
+        self._received.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response whose head and body have to come at a pace."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.fp = io.BufferedReader(_Paced(self.fp.detach()))
 
 
 class Answer:
@@ -67,14 +128,14 @@ class Answer:
         try:
             return self._response.readinto(out)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Unanswered(_said(error)) from error
+            raise Unanswered(_said(error), slow=isinstance(error, TooSlow)) from error
 
     def read(self, most: int) -> bytes:
         """Return the body, up to ``most`` bytes of it. Raises Unanswered."""
         try:
             content = self._response.read(most)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Unanswered(_said(error)) from error
+            raise Unanswered(_said(error), slow=isinstance(error, TooSlow)) from error
         if len(content) < most and self.length:
             raise Unanswered("the answer was cut short")
         return content
@@ -83,7 +144,7 @@ class Answer:
 def followed(verb: str, url: str, headers: Mapping[str, str], secret: Mapping[str, str] | None = None) -> Answer:
     """Send a request where redirections lead, and return the answer; ``secret`` are headers for the first server alone.
 
-    Raises Unanswered where no answer comes, or it leads from https to http.
+    Raises Unanswered where no answer comes, or it leads from https to http; Refused where a proxy can't be used.
     """
     first = urlsplit(url).netloc
     for _ in range(MOST_REDIRECTS + 1):
@@ -127,16 +188,24 @@ atexit.register(close_all)
 def _request(verb: str, url: str, headers: Mapping[str, str]) -> Answer:
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    target = url if _is_forwarded(parts) else target
+    sent = {"User-Agent": f"mergekit_lite/{__version__}", **headers}
+    if parts.scheme == "http" and (proxy := _proxy(parts.scheme, parts.netloc)) is not None:
+        target, sent = url, sent | _password(proxy)
     while True:
         connection, is_fresh = _connection(url)
         try:
-            connection.request(verb, target, headers={"User-Agent": f"mergekit_lite/{__version__}", **headers})
-            return Answer(url, connection, connection.getresponse())
+            connection.request(verb, target, headers=sent)
+            answer = Answer(url, connection, connection.getresponse())
         except (OSError, http.client.HTTPException) as error:
             connection.close()
+            _check_proxy(error)
             if is_fresh:  # else it was closed while nobody used it
-                raise Unanswered(_said(error)) from error
+                raise Unanswered(_said(error), slow=isinstance(error, TooSlow)) from error
+            continue
+        if answer.status == 407:
+            with answer:
+                raise Refused(REFUSED_BY_PROXY)
+        return answer
 
 
 def _keep(url: str, connection: http.client.HTTPConnection) -> None:
@@ -164,15 +233,27 @@ def _connection(url: str) -> tuple[http.client.HTTPConnection, bool]:
     proxy = _proxy(parts.scheme, parts.netloc)
     at, at_port = (proxy.hostname or "", proxy.port or 8080) if proxy else (host, port)
     if parts.scheme == "http":
-        return http.client.HTTPConnection(at, at_port, timeout=TIMEOUT), True
-    connection = http.client.HTTPSConnection(at, at_port, timeout=TIMEOUT, context=_certificates())
-    if proxy:
-        connection.set_tunnel(host, port or 443)
+        connection = http.client.HTTPConnection(at, at_port, timeout=TIMEOUT)
+    else:
+        connection = http.client.HTTPSConnection(at, at_port, timeout=TIMEOUT, context=_certificates())
+        if proxy:
+            connection.set_tunnel(host, port or 443, _password(proxy))
+    connection.response_class = _Response
     return connection, True
 
 
-def _is_forwarded(parts: SplitResult) -> bool:
-    return parts.scheme == "http" and _proxy(parts.scheme, parts.netloc) is not None
+def _password(proxy: SplitResult) -> dict[str, str]:
+    """Return the header by which a proxy knows a user, if its address names one."""
+    if proxy.username is None:
+        return {}
+    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
+
+
+def _check_proxy(error: BaseException) -> None:
+    """Raise Refused where a proxy refuses who asks: asking again is no help."""
+    if isinstance(error, OSError) and re.search(r"Tunnel connection failed: 40[37]", str(error)):
+        raise Refused(REFUSED_BY_PROXY) from None
 
 
 @lru_cache(maxsize=64)
@@ -182,7 +263,11 @@ def _proxy(scheme: str, netloc: str) -> SplitResult | None:
     host = netloc.rpartition("@")[2].partition(":")[0]
     if not named or proxy_bypass(host):
         return None
-    return urlsplit(named if "://" in named else f"http://{named}")
+    proxy = urlsplit(named if "://" in named else f"http://{named}")
+    if proxy.scheme != "http":
+        variable = f"{scheme.upper()}_PROXY"
+        raise Refused(f"{variable}: names a proxy of {proxy.scheme}://; only http:// is spoken. Set it, or NO_PROXY.")
+    return proxy
 
 
 @lru_cache(maxsize=1)
@@ -193,6 +278,8 @@ def _certificates() -> ssl.SSLContext:
 
 def _said(error: BaseException) -> str:
     """Return what went wrong, without any URL."""
+    if isinstance(error, TooSlow):
+        return f"less than {LEAST:,} bytes came in {TIMEOUT} seconds"
     if isinstance(error, TimeoutError):
         return f"no byte came for {TIMEOUT} seconds"
     if isinstance(error, http.client.HTTPException):

@@ -11,9 +11,7 @@ from mergekit_lite.checkpoint import hub
 from mergekit_lite.checkpoint.stores.addresses import HUB, hub_url
 from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source
-
-AT_ONCE = 8
+from mergekit_lite.checkpoint.stores.source import AT_ONCE, Source
 
 
 def source(reference: str) -> Source:

@@ -2,7 +2,7 @@
 
 An empty file is sparse: it has the size of what it stands for, and a time made of its etag, so that whoever compares
 sizes and times sees that a file changed. A stand-in is private, is named after all sizes and etags in it, and is never
-changed: what another process made of the same files serves as well. It is removed when nobody used it for a week.
+changed: what another process made of the same files serves as well.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from mergekit_lite.checkpoint.parts import LISTS, in_folder, listed_folders
 from mergekit_lite.checkpoint.stores import hub_files, objects, web
 from mergekit_lite.checkpoint.stores.addresses import HUB
 from mergekit_lite.checkpoint.stores.files import Mirror, StorePath, know
-from mergekit_lite.checkpoint.stores.private_folder import private_folder
+from mergekit_lite.checkpoint.stores.private_folder import hold, private_folder
 from mergekit_lite.checkpoint.stores.ranges import fetch
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import DESCRIPTION, Source, is_name
+from mergekit_lite.checkpoint.stores.source import AT_ONCE, DESCRIPTION, Source, is_name
 from mergekit_lite.errors import CheckpointError, RunError
 
 WHOLE = ("config.json", "README.md", folders.ADAPTER_CONFIG)
 MOST_SMALL = 10 * input_files.MAX_BYTES  # of all small files together: they are in memory at once
-AT_ONCE = 8  # small files that are fetched side by side
 
 
 def stand_up(reference: str) -> tuple[StorePath, str | None]:
@@ -154,35 +153,40 @@ def _made(source: Source, files: Mapping[str, RemoteFile], small: Mapping[str, b
     }
     contents = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
     key = hashlib.sha256(json.dumps([described, contents], sort_keys=True).encode()).hexdigest()[:32]
-    home = private_folder()
-    root = home / key
-    if not root.is_dir():
-        made = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+    with private_folder() as home:
+        root = home / key
         try:
-            for name, content in small.items():
-                _place(made / _name(source.url) / name).write_bytes(content)
-                _set_time(made / _name(source.url) / name, files[name])
-            for name in described["files"]:
-                path = _place(made / _name(source.url) / name)
-                with path.open("wb") as file:
-                    file.truncate(files[name].size)
-                _set_time(path, files[name])
-            (made / _name(source.url)).mkdir(exist_ok=True)
-            (made / DESCRIPTION).write_text(json.dumps(described), encoding="utf-8")
-            made.rename(root)
+            if not root.is_dir():
+                made = Path(tempfile.mkdtemp(prefix=".new-", dir=home))
+                try:
+                    _fill(made, source, files, small, described)
+                    made.rename(root)
+                finally:
+                    shutil.rmtree(made, ignore_errors=True)
+            hold(root)
         except OSError as error:
-            shutil.rmtree(made, ignore_errors=True)
-            if not root.is_dir():  # else another process was faster
-                raise CheckpointError(
-                    f"{home}: can't hold what stands in for {source.url}: {error.strerror}"
-                ) from error
-    os.utime(root)
+            raise CheckpointError(f"{home}: can't hold what stands in for {source.url}: {error.strerror}") from error
     return root
 
 
-def _place(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _fill(
+    made: Path,
+    source: Source,
+    files: Mapping[str, RemoteFile],
+    small: Mapping[str, bytes],
+    described: Mapping[str, Any],
+) -> None:
+    """Write the files of a stand-in, and what it stands for, into a new folder. Raises OSError."""
+    folder = made / _name(source.url)
+    folder.mkdir()
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(small.get(name, b""))
+            file.truncate(files[name].size)
+        _set_time(path, files[name])
+    (made / DESCRIPTION).write_text(json.dumps(described), encoding="utf-8")
 
 
 def _set_time(path: Path, file: RemoteFile) -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from mergekit_lite import object_stores, store_process
+from mergekit_lite.backoff import wait_after
 from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
@@ -45,5 +46,5 @@ def _asked(verb: str, url: str) -> Any:
         except OSError as error:
             if attempt + 1 == ATTEMPTS:
                 raise CheckpointError(f"{url}: can't be reached: {error}.") from error
-            time.sleep(0.5 * 2**attempt)
+            time.sleep(wait_after(attempt + 1, first=0.5))
     raise AssertionError

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import io
 import os
-import random
 import re
-import threading
 import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from mergekit_lite import object_stores, store_process
+from mergekit_lite.backoff import asked_wait, wait_after
 from mergekit_lite.checkpoint.stores.addresses import address_of, moved
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError
+from mergekit_lite.locks import ThreadLock
 
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint.stores import http as requests
 
-ATTEMPTS = 12  # in a row that bring no byte, before a range is given up
-FIRST_WAIT, LONGEST_WAIT = 0.1, 15.0  # seconds; each wait is twice the one before, and up to half more or less
-LONGEST_ASKED = 120.0  # seconds that a server may ask to wait
+ATTEMPTS = 12  # in a row that bring no byte, or too slowly, before a range is given up
 BUFFERED = 1 << 18  # bytes of a header that are fetched at once
+PIECE = 1 << 18  # bytes that are read at once: as many are lost at most where an answer breaks
 RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<size>\d+|\*)")
 CHANGED = "changed since it was opened (its etag or its size is another one). Start again with a file that stays."
 
@@ -58,13 +56,13 @@ class Traffic:
 class _Again(Exception):
     """A request that failed in a way that may pass; ``wait`` are the seconds that the server asked for."""
 
-    def __init__(self, why: str, wait: float | None = None, *, anew: bool = False):
+    def __init__(self, why: str, wait: float = 0.0, *, anew: bool = False):
         super().__init__(why)
         self.wait = wait
         self.anew = anew
 
 
-_lock = threading.Lock()
+_lock = ThreadLock()
 TRAFFIC = Traffic()  # of this process, and of the workers whose work it took
 
 
@@ -78,7 +76,8 @@ def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
     done = failures = 0
     anew = False
     while done < len(out):
-        before = done
+        before, slow = done, False
+        why: _Again
         try:
             done += _fetch_some(file, begin + done, out[done:], anew=anew)
             anew = False
@@ -86,12 +85,12 @@ def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
                 raise _Again("the answer was cut short")
         except _Partly as partly:
             done += partly.nbytes
-            why: _Again = _Again(partly.why)
+            why, slow = _Again(partly.why), partly.slow
         except _Again as again:
             why = again
         else:
             return
-        failures = 0 if done > before else failures + 1
+        failures = 0 if done > before and not slow else failures + 1
         if anew and why.anew:
             raise CheckpointError(f"{file.url}: {object_stores.denied(file.url)} ({why})") from why
         anew = why.anew
@@ -101,16 +100,15 @@ def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
                 f"attempts: {why}. {GOES_ON}"
             )
         TRAFFIC.add(Traffic(repeated=1))
-        pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** max(0, failures - 1)) * random.uniform(0.5, 1.5)
-        time.sleep(max(pause, min(why.wait or 0.0, LONGEST_ASKED)))
+        time.sleep(wait_after(failures, why.wait))
 
 
 class _Partly(Exception):
     """An answer that ended before its end; ``nbytes`` of it came."""
 
-    def __init__(self, nbytes: int, why: str):
+    def __init__(self, nbytes: int, why: str, *, slow: bool = False):
         super().__init__(why)
-        self.nbytes, self.why = nbytes, why
+        self.nbytes, self.why, self.slow = nbytes, why, slow
 
 
 def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) -> int:
@@ -119,8 +117,10 @@ def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) ->
         address = address_of(file, anew=anew)
         if not address.url:
             data = store_process.ask("read", file.url, begin, begin + len(out), file.etag)
-            out[: len(data)] = data
             TRAFFIC.add(Traffic(len(data), 1))
+            if len(data) > len(out):
+                raise RunError(f"{file.url}: {object_stores.NO_RANGES}")
+            out[: len(data)] = data
             return len(data)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.url}: was there when it was opened, and is gone.") from error
@@ -133,6 +133,8 @@ def _fetch_some(file: RemoteFile, begin: int, out: memoryview, *, anew: bool) ->
     wanted = {"Range": f"bytes={begin}-{begin + len(out) - 1}", "Accept-Encoding": "identity", **address.headers}
     try:
         answer = requests.followed("GET", address.url, wanted, address.secret)
+    except requests.Refused as error:
+        raise RunError(f"{file.url}: {error}") from None
     except requests.Unanswered as error:
         raise _Again(str(error)) from error
     with answer:
@@ -146,10 +148,10 @@ def _read(answer: requests.Answer, out: memoryview) -> int:
 
     done = 0
     try:
-        while done < len(out) and (count := answer.read_into(out[done:])):
+        while done < len(out) and (count := answer.read_into(out[done : done + PIECE])):
             done += count
     except requests.Unanswered as error:
-        raise _Partly(done, str(error)) from error
+        raise _Partly(done, str(error), slow=error.slow) from error
     finally:
         TRAFFIC.add(Traffic(done, 1))
     if done < len(out):
@@ -161,7 +163,7 @@ def _check(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -
     """Hold the head of an answer to what was asked for. Raises _Again where asking again may help."""
     status = answer.status
     if status in (408, 425, 429) or status >= 500:
-        raise _Again(f"the server answered {status}", _asked_wait(answer.headers.get("Retry-After")))
+        raise _Again(f"the server answered {status}", asked_wait(answer.headers.get("Retry-After")))
     if status in (404, 410):
         raise CheckpointError(f"{file.url}: was there when it was opened, and is gone (the server answered {status}).")
     if status in (412, 416):
@@ -177,10 +179,7 @@ def _check(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -
     if told is None:
         if status == 200 and begin == 0 and answer.length == length == file.size:
             return
-        raise RunError(
-            f"{file.url}: its server doesn't send ranges of files, so nothing can be read from it as it is needed. "
-            "Download the model, and name the folder."
-        )
+        raise RunError(f"{file.url}: {object_stores.NO_RANGES}")
     if told["size"] not in ("*", str(file.size)):
         raise RunError(f"{file.url}: {CHANGED}")
     if int(told["first"]) != begin or int(told["last"]) >= begin + length:
@@ -190,18 +189,6 @@ def _check(file: RemoteFile, begin: int, length: int, answer: requests.Answer) -
 def bare(etag: str) -> str:
     """Return an etag without its quotes."""
     return etag.replace('"', "")
-
-
-def _asked_wait(text: str | None) -> float | None:
-    """Return the seconds that a ``Retry-After`` asks for: a number, or a date."""
-    if not text:
-        return None
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
 
 
 class RangeFile(io.RawIOBase):

@@ -2,7 +2,8 @@
 
 Whoever knows what it will read says so, task by task (``expect``). The bytes of a task are cut into blocks, and some
 threads fetch them in order, as far as there is room. A block that was read to its end makes room for another one; in a
-task that is read again for its statistics, only where the task is larger than the room.
+task that is read again for its statistics, only where the task is larger than the room. Who reads many places of a file
+says them together (``fill_parts``): they are fetched in the file's order, and what lies near each other at once.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ ROOM = 24 << 20  # bytes of the blocks that a reader has or waits for
 FETCHERS = 6  # threads of a reader, each with a request of its own
 SMALL = 1 << 18  # bytes of a block that gets memory of its own; larger ones share buffers of a whole block
 LEAST = 1 << 16  # bytes of a request for what nobody expected
+GAP = 1 << 16  # bytes between two places at most that are fetched along, as asking twice would take longer
 TAILS = 4  # files of which what lies behind an unexpected read is kept
-PER_READER = ROOM + BLOCK + (8 << 20)  # bytes of memory at most: blocks, one that is urgent, connections and threads
+PER_READER = ROOM + 2 * BLOCK + (8 << 20)  # bytes of memory at most: blocks, places, one that is urgent, threads
 
 
 class Extent(NamedTuple):
@@ -62,8 +64,9 @@ class Block:
 class _Course:
     """The blocks of one task, in the order of reading."""
 
-    def __init__(self, blocks: list[Block], again: bool) -> None:
+    def __init__(self, blocks: list[Block], again: bool, extra: int = 0) -> None:
         self.blocks = blocks
+        self.extra = extra  # bytes that it may take beyond the room, which other tasks may have filled
         self.next = 0  # where fetching goes on
         self.again = again  # whether it is read more than once
         self.room = sum(block.room for block in blocks)
@@ -118,6 +121,30 @@ class BlockReader:
             if block is None:
                 count = self._unexpected(file, begin, out)
             begin, out = begin + count, out[count:]
+
+    def fill_parts(self, file: RemoteFile, parts: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill several buffers from places of a file, each given with its first byte. Raises as ``ranges.fetch``.
+
+        Before other tasks go on, these places are fetched, several at once.
+        """
+        ordered = sorted(parts, key=lambda part: part[0])
+        course = _Course(list(_cut(_near(file, ordered))), again=False, extra=BLOCK)
+        with self._changed:
+            self._courses.appendleft(course)
+            self._start()
+            self._changed.notify_all()
+        try:
+            earlier: tuple[int, memoryview] = -1, memoryview(b"")
+            for begin, out in ordered:
+                if begin == earlier[0] and len(out) <= len(earlier[1]):  # one row for several tokens
+                    out[:] = earlier[1][: len(out)]
+                else:
+                    self.fill(file, begin, out)
+                    earlier = begin, out
+        finally:
+            with self._changed:
+                self._courses.remove(course)
+                self._drop(course)
 
     def close(self) -> None:
         """End the threads; one that is still trying to fetch something is left to itself after some seconds."""
@@ -188,7 +215,7 @@ class BlockReader:
                 block = course.blocks[course.next]
                 if block.asked or block.was_read:
                     course.next += 1
-                elif self._used + block.room <= self._room or not self._used:
+                elif self._used + block.room <= self._room + course.extra or not self._used:
                     course.next += 1
                     block.asked = True
                     self._used += block.room
@@ -261,6 +288,24 @@ class BlockReader:
         if len(self._tails) > TAILS:
             self._tails.popitem(last=False)
         return len(out)
+
+
+def room_of(nbytes: int) -> int:
+    """Return the bytes of memory that the blocks of a tensor take."""
+    whole, rest = divmod(nbytes, BLOCK)
+    return whole * BLOCK + (rest if rest < SMALL else BLOCK)
+
+
+def _near(file: RemoteFile, parts: list[tuple[int, memoryview]]) -> list[Extent]:
+    """Return the extents that hold some places of a file, which are in its order, with the small gaps between them."""
+    found: list[Extent] = []
+    for begin, out in parts:
+        end = begin + len(out)
+        if found and begin <= found[-1].end + GAP:
+            found[-1] = found[-1]._replace(end=max(end, found[-1].end))
+        else:
+            found.append(Extent(file, begin, end, len(found)))
+    return found
 
 
 def _cut(extents: list[Extent]) -> Iterator[Block]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.errors import CheckpointError, listing
 
+AT_ONCE = 8  # files that are looked for side by side
+MOST_FILES = 10_000  # of a folder; each is asked for its size, and has a stand-in
 MOST_BYTES = 1 << 50  # of a file; more is no real one
 DESCRIPTION = "stands-for.json"  # beside the folder that stands in: URL, and size and etag of each file
 
@@ -19,6 +22,14 @@ def is_name(name: str) -> bool:
     if name.casefold() == DESCRIPTION:  # in a stand-in it would be taken for the description of another one
         return False
     return len(name.encode("utf-8", "surrogatepass")) <= 255
+
+
+def check_count(url: str, files: int) -> None:
+    """Raise CheckpointError where a folder has more files than a model's."""
+    if files > MOST_FILES:
+        raise CheckpointError(
+            f"{url}: has {files:,} files, more than {MOST_FILES:,}, as no model has. Name the model's own folder."
+        )
 
 
 @dataclass
@@ -47,13 +58,18 @@ class Source:
     def listed(self, folder: str) -> dict[str, RemoteFile]:
         """Return the files of a folder in it by their names; an empty path is the folder itself."""
         files, inner = self.list(folder)
+        check_count(f"{self.url}/{folder}".rstrip("/"), len(files))
         if not folder:
             self.folders = set(inner)
         return {name: file for name, file in files.items() if is_name(name) and 0 <= file.size <= MOST_BYTES}
 
     def some(self, names: Collection[str], *, may_lack: bool = False) -> dict[str, RemoteFile]:
         """Return files by their paths. Raises CheckpointError where one is missing that must not be."""
-        found = {name: file for name in sorted(names) if (file := self.find(name)) and file.size <= MOST_BYTES}
+        check_count(self.url, len(names))
+        wanted = sorted(names)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            answers = dict(zip(wanted, threads.map(self.find, wanted), strict=True))
+        found = {name: file for name, file in answers.items() if file is not None and file.size <= MOST_BYTES}
         missing = [name for name in names if name not in found]
         if missing and not may_lack:
             raise CheckpointError(listing(f"{self.url}: these files are not there", missing))

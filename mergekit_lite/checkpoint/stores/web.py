@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from urllib.parse import unquote, urljoin, urlsplit
 
+from mergekit_lite.backoff import asked_wait, wait_after
 from mergekit_lite.checkpoint import folder as folders
 from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.companion_patterns import IN_FOLDERS
@@ -16,13 +16,12 @@ from mergekit_lite.checkpoint.stores import http as requests
 from mergekit_lite.checkpoint.stores.addresses import web_url
 from mergekit_lite.checkpoint.stores.ranges import bare
 from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
-from mergekit_lite.checkpoint.stores.source import Source, is_name
+from mergekit_lite.checkpoint.stores.source import AT_ONCE, Source, check_count, is_name
 from mergekit_lite.errors import CheckpointError
 
 LINK = re.compile(r"""href\s*=\s*["']?([^"'>\s]+)""", re.IGNORECASE)
 MAX_PAGE = 10_000_000  # bytes of a page that lists a folder
-ATTEMPTS = 6
-AT_ONCE = 8
+ATTEMPTS = 8
 KNOWN = (
     *(name for name in IN_FOLDERS if not set(name) & {*"[*?"}),
     "README.md",
@@ -47,6 +46,7 @@ def source(folder: str, file: str) -> Source:
         if not names:
             made.lists = False
             names = list(KNOWN)
+        check_count(where, len(names))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             found = list(threads.map(lambda name: _head(f"{where}/{name}"), names))
         return {name: each for name, each in zip(names, found, strict=True) if each is not None}, inner_folders
@@ -91,18 +91,20 @@ def _head(url: str) -> RemoteFile | None:
 
 def _answer(verb: str, url: str, most: int = 0) -> tuple[int, dict[str, str], bytes]:
     """Return the status, the headers and up to ``most`` bytes of an answer. Raises CheckpointError where none comes."""
-    why = ""
+    why, asked = "", 0.0
     for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.5))
+            time.sleep(wait_after(attempt, asked))
         try:
             with requests.followed(verb, web_url(url), {"Accept-Encoding": "identity"}) as answer:
                 content = answer.read(most) if most and answer.status == 200 else b""
                 headers = {name.lower(): value for name, value in answer.headers.items()}
+        except requests.Refused as error:
+            raise CheckpointError(f"{url}: {error}") from None
         except requests.Unanswered as error:
-            why = str(error)
+            why, asked = str(error), 0.0
             continue
         if answer.status != 429 and answer.status < 500:
             return answer.status, headers, content
-        why = f"the server answered {answer.status}"
+        why, asked = f"the server answered {answer.status}", asked_wait(headers.get("retry-after"))
     raise CheckpointError(f"{url}: can't be reached: {why}.")
