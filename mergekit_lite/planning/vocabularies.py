@@ -158,10 +158,10 @@ def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
 
 def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) -> _Model:
     """Return a model's tokens that have a row. Raises VocabularyError."""
-    matrices = _matrices(source)
-    counts = {spec.shape[0] for spec in matrices if spec.shape}
+    own = matrices(source)
+    counts = {spec.shape[0] for spec in own if spec.shape}
     if len(counts) != 1:
-        listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in matrices) or "it has none"
+        listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in own) or "it has none"
         raise VocabularyError(f"{source.reference}: its embedding and head differ in their rows ({listed})")
     [rows] = counts
     tokens: dict[int, Token] = {}
@@ -173,7 +173,7 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
     return _Model(at, source, tokenizer, tokens, numbers, rows)
 
 
-def _matrices(source: Checkpoint) -> list[TensorSpec]:
+def matrices(source: Checkpoint) -> list[TensorSpec]:
     """Return a model's embedding and head, and what else has a row for each token.
 
     Within a layer (a head of multi-token prediction, or an ``output.weight`` of another kind) that is what has as many
@@ -276,7 +276,7 @@ def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -
     if places is None:
         return model.source
     tensors: dict[str, TensorSpec] = dict(model.source.tensors)
-    for own in _matrices(model.source):
+    for own in matrices(model.source):
         found = [tied_weights.counterpart(own.name, each.source.tensors) for each in models]
         if len({spec.shape[1:] for spec in found if spec is not None}) > 1:
             raise VocabularyError(f"{own.name}: its rows are not of the same length in all models")
