@@ -16,6 +16,7 @@ from mergekit_lite.input_files import read_bytes, read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 WORD = "▁"  # SentencePiece's blank
 Token = str | bytes | int  # its text; its bytes; the number of a byte that is a token for want of a better one
 
@@ -55,10 +56,10 @@ class Alphabet(Enum):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokens of a model by their numbers, the numbers of added ones, their alphabet, and special ones by role."""
+    """The tokens of a model by their numbers, the flags of added ones, their alphabet, and special ones by role."""
 
     tokens: Mapping[int, str]
-    added: frozenset[int]
+    added: Mapping[int, Mapping[str, bool]]
     alphabet: Alphabet
     special: Mapping[str, str]
 
@@ -92,9 +93,13 @@ def read_tokenizers(sources: Sequence[Checkpoint]) -> list[Tokenizer | None]:
 def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer in the content of a ``tokenizer.json``, without special tokens."""
     added = content.get("added_tokens")
-    numbers = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    of_added = frozenset(each for each in numbers if isinstance(each, int))
-    return Tokenizer(vocabulary_in(content), of_added, _alphabet(content), {})
+    listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    flags = {
+        token["id"]: {flag: bool(token.get(flag, False)) for flag in FLAGS}
+        for token in listed
+        if _is_number(token.get("id"))
+    }
+    return Tokenizer(vocabulary_in(content), flags, _alphabet(content), {})
 
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:

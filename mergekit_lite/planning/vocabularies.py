@@ -18,6 +18,7 @@ from mergekit_lite.deferred import np
 from mergekit_lite.errors import counted, shortened
 from mergekit_lite.planning.tokenizer_file import Token, Tokenizer
 from mergekit_lite.planning.tokenizers import vocabulary_files
+from mergekit_lite.planning.unions import Union, appended
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def aligned(
     tokenizer: int,
     base: int | None,
     vocabulary: Vocabulary,
-) -> tuple[tuple[Checkpoint, ...], int, list[str]]:
-    """Return the inputs with the rows of one vocabulary, the number of rows, and what the user should know.
+    *,
+    union: bool = False,
+) -> tuple[tuple[Checkpoint, ...], int, Union, list[str]]:
+    """Return the inputs with the rows of one vocabulary, the number of rows, new tokens, and what should be known.
 
     Args:
         inputs: the models.
@@ -68,6 +71,7 @@ def aligned(
         tokenizer: which of them has the output's tokenizer.
         base: which of them is the base, whose rows go before means.
         vocabulary: what the recipe says of single tokens and of the width.
+        union: whether the output's tokenizer gets the tokens of all models.
 
     Raises:
         VocabularyError: a model has no ``tokenizer.json``, or its embedding and head differ in their rows.
@@ -76,20 +80,24 @@ def aligned(
     in_bytes = len({each.alphabet for each in known}) > 1
     models = [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
     wanted = models[tokenizer]
-    width = _width(models, wanted, vocabulary)
-    rows = [wanted.tokens.get(number) for number in range(width)]
+    asked = [row.token for row in vocabulary.tokens if wanted.number_of(row.token) is None]
+    more = appended(known, tokenizer, [model.rows for model in models], asked, union=union)
+    tokens = {**wanted.tokens, **{each.number: each.token for each in more.new}}
+    width = _width(models, wanted, max(tokens, default=-1) + 1, vocabulary)
+    rows = [tokens.get(number) for number in range(width)]
     own = np.stack([_own_rows(model, rows) for model in models])
-    said = {_number(wanted, row.token): row for row in vocabulary.tokens}
+    new = {each.text: each.number for each in more.new}
+    said = {_number(wanted, row.token, new): row for row in vocabulary.tokens}
     forced = np.zeros(width, bool)
     forced[[number for number, row in said.items() if row.force]] = True
-    places = {number: _given(row, wanted.tokens[number], models) for number, row in said.items()}
+    places = {number: _given(row, tokens[number], models) for number, row in said.items()}
     given = {number: place for number, place in places.items() if place is not None}
     default = _defaults(own, base, given, forced)
     changed = [_with_rows(model, models, _places(model, own[model.at], default, forced)) for model in models]
     notes = [line for model in models if (line := _told(model, own[model.at], rows))]
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
         notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
-    return tuple(changed), width, [*notes, *_roles(models, wanted)]
+    return tuple(changed), width, more, [*notes, *_roles(models, wanted)]
 
 
 def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], *, all_told: bool) -> bool:
@@ -114,36 +122,6 @@ def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | N
     ]
     told = [tokens for tokens in each if tokens or all_told]
     return all(tokens == told[0] for tokens in told)
-
-
-def having_all_tokens(read: Sequence[Tokenizer | None], base: int) -> int:
-    """Return which model has a token for each token of the others: the base if it does, else the first; else the base.
-
-    ``read`` are the models' tokenizers.
-    """
-    texts = [set(tokenizer.tokens.values()) if tokenizer is not None else set() for tokenizer in read]
-    every = set().union(*texts)
-    order = [base, *(number for number in range(len(read)) if number != base)]
-    return next((number for number in order if texts[number] == every), base)
-
-
-def beyond(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], tokenizer: int) -> list[str]:
-    """Return a message for each model with tokens that the one that gives a union's tokenizer lacks."""
-    own = read[tokenizer]
-    known = set(own.tokens.values()) if own is not None else set()
-    messages = []
-    for source, other in zip(inputs, read, strict=True):
-        more = [token for token in (other.tokens.values() if other is not None else ()) if token not in known]
-        if more:
-            examples = ", ".join(repr(shortened(token, 30)) for token in more[:SHOWN]) + (
-                " …" if len(more) > SHOWN else ""
-            )
-            messages.append(
-                f"tokenizer: union: {source.reference} has {counted(len(more), 'token')} that "
-                f"{inputs[tokenizer].reference} lacks ({examples}), and no model has the tokens of all. Tokens put "
-                "behind a tokenizer's own are reached by no text: name one of the models as the source"
-            )
-    return messages
 
 
 def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
@@ -184,13 +162,12 @@ def matrices(source: Checkpoint) -> list[TensorSpec]:
     return [spec for spec in named if not tied_weights.NUMBER.search(spec.name) or spec.shape[:1] in rows]
 
 
-def _width(models: Sequence[_Model], wanted: _Model, vocabulary: Vocabulary) -> int:
-    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all tokens always."""
-    needed = max(wanted.tokens, default=-1) + 1
+def _width(models: Sequence[_Model], wanted: _Model, needed: int, vocabulary: Vocabulary) -> int:
+    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all ``needed`` always."""
     if vocabulary.pad_to_multiple_of:
         return -(-needed // vocabulary.pad_to_multiple_of) * vocabulary.pad_to_multiple_of
     if vocabulary.width == "base":
-        return wanted.rows
+        return max(needed, wanted.rows)
     return max(needed, (max if vocabulary.width == "max" else min)(model.rows for model in models))
 
 
@@ -234,11 +211,13 @@ def _defaults(
     return Places(matrix, row, tuple(means))  # type: ignore[arg-type]
 
 
-def _number(wanted: _Model, text: str) -> int:
-    """Return the number of the output's token that a recipe means by a text. Raises VocabularyError."""
-    if (number := wanted.number_of(text)) is None:
-        raise VocabularyError(f"tokens: {text!r} is no token of {wanted.source.reference}, which gives the tokenizer")
-    return number
+def _number(wanted: _Model, text: str, new: Mapping[str, int]) -> int:
+    """Return the number of the output's token that a recipe means by a text: one of the tokenizer's, or a new one."""
+    if (number := wanted.number_of(text)) is not None:
+        return number
+    if text not in new:  # it is there, under a number that has no row
+        raise VocabularyError(f"tokens: {text!r} has no row in {wanted.source.reference}, which gives the tokenizer")
+    return new[text]
 
 
 def _given(row: TokenRow, token: Token, models: Sequence[_Model]) -> Row | None:
