@@ -85,7 +85,6 @@ def test_padding_of_the_base_becomes_room_for_new_tokens_and_is_no_row_of_theirs
     other = read_folder(place / "chat")
     for name in VOCABULARY:
         own[name] = torch.cat([own[name], torch.full((8, 8), 5.0)])
-    from tests.models import write_folder
 
     write_folder(
         place / "base", own, config=json.loads(Path("base/config.json").read_text()) | {"vocab_size": count + 8}

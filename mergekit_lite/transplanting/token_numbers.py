@@ -21,8 +21,8 @@ def with_numbers_of(
         rows: of the vocabulary.
         numbers: where the model's other tokens are now; one that is gone is None in the config.
     """
-    of_text = next((donor[key] for key in OF_TEXT if isinstance(donor.get(key), dict)), {})
-    given = {key: value for key, value in (of_text | dict(donor)).items() if NUMBER.search(key)}
+    of_text: Mapping[str, Any] = next((donor[key] for key in OF_TEXT if isinstance(donor.get(key), dict)), {})
+    given = {key: value for key, value in {**of_text, **donor}.items() if NUMBER.search(key)}
     changed: dict[str, Any] = {}
     for key, value in config.items():
         if key == "vocab_size":
