@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_lite.commands import CommandGroup, running
-from mergekit_lite.engine.run import RunOptions
+from mergekit_lite.engine.run import RunOptions, check_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,7 @@ def transplant(
     from mergekit_lite.transplanting.planning import plan_transplant
 
     plan = plan_transplant(model, donor, output, **options)
-    running.check_outputs(plan, resume=run_options["resume"], force=run_options["force"])
+    check_outputs(plan, resume=run_options["resume"], force=run_options["force"])
     trials = [] if run_options["resume"] else leave_out(plan)
     _show(trials, Screen(quiet=view.quiet or view.as_json, verbose=view.verbose))
     # Threads, which have the rows of shared tokens together: processes would have them each for itself.

@@ -14,6 +14,7 @@ from mergekit_lite.checkpoint.extents import is_elsewhere
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
+from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file, output_path
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan, make_plan
@@ -22,11 +23,12 @@ from mergekit_lite.planning.vocabularies import matrices
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.transplanting.matching import matched, on_digits
 from mergekit_lite.transplanting.subwords import Subwords
-from mergekit_lite.transplanting.token_numbers import with_numbers_of
+from mergekit_lite.transplanting.token_numbers import NUMBER, with_numbers_of
 
 METHODS = ("omp", "nearest", "subword", "mean")
 Method = Literal["omp", "nearest", "subword", "mean"]
 SPARSE = 64
+GENERATION = "generation_config.json"
 TRANSPLANT = "transplant"  # in the place of a method's name in the manifest
 
 
@@ -157,7 +159,7 @@ class _Transplant:
         tensors = dict(self.model.tensors)
         for spec in specs:
             tensors[spec.name] = self._with_rows(spec, pairs[spec.name], cut)
-        return replace(self.model, tensors=tensors), self._notes(of_donor, cut)
+        return replace(self.model, tensors=tensors), [*self._notes(of_donor, cut), *self._on_generation()]
 
     def config(self, config: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the model's config with the number of rows and the numbers of tokens of the output."""
@@ -165,15 +167,24 @@ class _Transplant:
         numbers = {int(row): at for at, row in enumerate(self.match.rows.tolist()) if row >= 0}
         return with_numbers_of(config, self.donor.config or {}, self.width, numbers)
 
+    def _on_generation(self) -> list[str]:
+        """Return a warning where the model's generation config stays, as the donor has none, and numbers old tokens."""
+        folders = (self.donor.tokenizer_folder, self.model.folder)
+        of_donor, own = (small_file(folder, GENERATION) if folder is not None else None for folder in folders)
+        if own is None or of_donor is not None:
+            return []
+        generation, config = read_json(own), self.config(self.model.config)
+        stale = [key for key, value in generation.items() if NUMBER.search(key) and value != config.get(key)]
+        return [f"{GENERATION} is the model's, and {', '.join(stale)} may be numbers of its own tokens"] * bool(stale)
+
     def _counterpart(self, spec: TensorSpec) -> TensorSpec | None:
         """Return the donor's matrix that says of tokens what one of the model's does: its embedding, or its head."""
-        tensors = self.donor.tensors
         own = matrices(self.donor)
-        is_head = tied_weights.is_head(spec.name) and not self._is_tied(spec)
-        heads = [each for each in own if tied_weights.is_head(each.name) and not tied_weights.NUMBER.search(each.name)]
+        own.sort(key=lambda each: tied_weights.NUMBER.search(each.name) is not None)  # those of no layer first
         embeddings = [each for each in own if tied_weights.is_embedding(each.name)]
-        kind = heads if is_head and heads else embeddings
-        return next((each for each in kind if each.name == spec.name), kind[0] if kind else None) if tensors else None
+        heads = [each for each in own if tied_weights.is_head(each.name)]
+        kind = heads if tied_weights.is_head(spec.name) and not self._is_tied(spec) and heads else embeddings
+        return next((each for each in kind if each.name == spec.name), kind[0] if kind else None)
 
     def _is_tied(self, spec: TensorSpec) -> bool:
         return tied_weights.repeated_by(spec.name, self.model.tensors, self.model.config) is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_lite.errors import CheckpointError
-from mergekit_lite.input_files import read_json
+from mergekit_lite.input_files import read_json, read_text
 from mergekit_lite.planning.tokenizer_file import BYTE_LEVEL, WORD, Alphabet, Token, Tokenizer
 
 CHARACTERS = {byte: character for character, byte in BYTE_LEVEL.items()}
@@ -23,7 +23,7 @@ class Subwords:
         except ImportError as error:
             raise CheckpointError("subword needs the package tokenizers: pip install tokenizers") from error
         try:
-            self._model: Any = Loaded.from_file(str(path)).model
+            self._model: Any = Loaded.from_str(read_text(path)).model
         except Exception as error:  # the library raises nothing else
             raise CheckpointError(f"{path}: the package tokenizers can't load it: {error}") from error
         self._alphabet = tokenizer.alphabet

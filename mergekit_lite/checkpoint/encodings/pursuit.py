@@ -53,16 +53,18 @@ class Atoms:
         parts = [directions.float() @ part.float().T for part in self._searched.split(self._step)]
         return torch.cat(parts, 1).abs_()
 
-    def best(self, residual: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    def best(self, residual: torch.Tensor, taken: torch.Tensor, least_length: torch.Tensor) -> torch.Tensor:
         """Return for each residual (B, D) the vector of the largest product, the first of equal ones: (B,).
 
-        ``taken`` (B, t) are those that are not to be chosen again.
+        ``taken`` (B, t) are those that are not to be chosen again. Residuals that are no longer than ``least_length``
+        (B,), or not finite, get the first of all: it will count nothing.
         """
-        lengths = residual.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        sizes = self.products(residual / lengths)
+        lengths = residual.norm(dim=1, keepdim=True)
+        is_left = lengths > least_length[:, None]
+        sizes = self.products(torch.where(is_left, residual / lengths, 0.0))
         sizes.scatter_(1, taken, -torch.inf)
         least = sizes.sub_(self._errors).amax(1, keepdim=True)
-        rows, numbers = (sizes.add_(2 * self._errors) >= least).nonzero(as_tuple=True)
+        rows, numbers = ((sizes.add_(2 * self._errors) >= least) & is_left).nonzero(as_tuple=True)
         exact = torch.empty(len(rows), dtype=torch.float64)
         step = max(1, PAIRS // residual.shape[1])
         for begin in range(0, len(rows), step):
@@ -70,8 +72,10 @@ class Atoms:
             exact[some] = (self.vectors[numbers[some]].double() * residual[rows[some]]).sum(1).abs()
         most = torch.full((len(residual),), -1.0, dtype=torch.float64).scatter_reduce_(0, rows, exact, "amax")
         is_best = exact == most[rows]
-        first = torch.full((len(residual),), len(self.vectors), dtype=torch.int64)
-        return first.scatter_reduce_(0, rows[is_best], numbers[is_best], "amin")
+        none = len(self.vectors)
+        first = torch.full((len(residual),), none, dtype=torch.int64)
+        first.scatter_reduce_(0, rows[is_best], numbers[is_best], "amin")
+        return torch.where(first == none, 0, first)
 
 
 def has_fast_bfloat16() -> bool:
@@ -84,7 +88,7 @@ def pursued(targets: torch.Tensor, atoms: Atoms, k: int) -> Combination:
     """Return orthogonal matching pursuit: ``k`` times the vector with the largest product with what is left.
 
     After each the sum is the best of those chosen so far, in least squares. Vectors are not normalised: long ones are
-    preferred, as in the paper's code. Where the next one adds nothing new its coefficient is 0.
+    preferred, as in the paper's code. Where nothing is left to explain, coefficients are 0.
 
     Args:
         targets: (B, D), float64.
@@ -97,8 +101,9 @@ def pursued(targets: torch.Tensor, atoms: Atoms, k: int) -> Combination:
     along = torch.zeros(count, k, dtype=torch.float64)
     chosen = torch.zeros(count, k, dtype=torch.int64)
     residual = targets.clone()
+    least_length = DEPENDENT * targets.norm(dim=1)
     for step in range(k):
-        number = atoms.best(residual, chosen[:, :step])
+        number = atoms.best(residual, chosen[:, :step], least_length)
         chosen[:, step] = number
         vector = atoms.vectors[number].double()
         before = basis[:, :step]
