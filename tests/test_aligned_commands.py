@@ -96,3 +96,35 @@ def test_extrapolation_can_keep_the_tokenizer_of_the_base(place: Path) -> None:
         mergekit_lite.extrapolate("sft", "aligned", "out", 0.5, width="max")
     with pytest.raises(UsageError, match="width expects one of base, max, min"):
         mergekit_lite.extrapolate("sft", "aligned", "out", 0.5, tokenizer_source="aligned", width="most")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_comparison_goes_token_by_token(place: Path, kind: str) -> None:
+    """The figures are those of the rows that both have, gathered one by one."""
+    sft, aligned = pair(place, kind)
+    before, rows_before, after, rows_after = PAIRS[kind]
+    compared = mergekit_lite.compare("sft", ["aligned"])
+    both = [(row, after.index(token)) for row, token in enumerate(before) if token in after]
+    both += [(row, row) for row in range(max(len(before), len(after)), min(rows_before, rows_after))]
+    for tensor in VOCABULARY:
+        of_tensor = next(each for each in compared.tensors if each.tensor.name == tensor)
+        assert of_tensor.tensor.shape == (len(both), 8)
+        one, other = (torch.stack([each[tensor][row] for row in rows]).double()
+                      for each, rows in zip((sft, aligned), zip(*both, strict=True), strict=True))  # fmt: skip
+        [norm] = compared.figures(of_tensor).norm
+        assert norm == pytest.approx(float((other - one).norm()), rel=1e-6)
+    told = [note for note in compared.notes if "rows are compared, token by token" in note]
+    assert any(note.startswith("aligned: ") for note in told)
+    if kind == "other numbers":
+        assert told == [
+            "aligned: 2 tokens at the same place, 8 at another, 0 it lacks; 10 rows are compared, token by token"
+        ]
+
+
+def test_comparison_tells_special_tokens_with_other_roles(place: Path) -> None:
+    pair(place, "added")
+    (place / "aligned/tokenizer_config.json").write_text(json.dumps({"eos_token": MORE}))
+    result = run("compare", "sft", "aligned")
+    assert f"aligned uses other special tokens: eos_token '{MORE}', here '</s>'" in result.output.replace("\n", " ")
+    (place / "aligned/tokenizer.json").write_text("{")
+    assert any("rows are compared by their numbers" in note for note in mergekit_lite.compare("sft", ["aligned"]).notes)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
 from mergekit_lite.deferred import np
-from mergekit_lite.errors import counted, shortened
-from mergekit_lite.planning.tokenizer_file import Token, Tokenizer
+from mergekit_lite.errors import UnreadableError, counted, shortened
+from mergekit_lite.planning.tokenizer_file import Token, Tokenizer, read_tokenizers
 from mergekit_lite.planning.tokenizers import vocabulary_files
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
 
@@ -72,9 +72,7 @@ def aligned(
     Raises:
         VocabularyError: a model has no ``tokenizer.json``, or its embedding and head differ in their rows.
     """
-    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
-    in_bytes = len({each.alphabet for each in known}) > 1
-    models = [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
+    models = _models(inputs, read)
     wanted = models[tokenizer]
     width = _width(models, wanted, vocabulary)
     rows = [wanted.tokens.get(number) for number in range(width)]
@@ -90,6 +88,36 @@ def aligned(
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
         notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
     return tuple(changed), width, [*notes, *_roles(models, wanted)]
+
+
+def in_common(inputs: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Return the inputs with the rows of the tokens that all have, in the first one's order, and what is to be told.
+
+    They are the same ones where all have the same vocabulary, or it can't be told that they haven't.
+    """
+    rows = {spec.shape[:1] for source in inputs for spec in matrices(source)}
+    files = [vocabulary_files(source) for source in inputs]
+    if not all(files) or (len(rows) == 1 and all(each == files[0] for each in files)):
+        return tuple(inputs), []
+    try:
+        read = read_tokenizers(inputs)
+        if of_one_vocabulary(inputs, read, all_told=False):
+            return tuple(inputs), []
+        models = _models(inputs, read)
+        tokens = [models[0].tokens.get(number) for number in range(models[0].rows)]
+        own = np.stack([_own_rows(model, tokens) for model in models])
+        shared = np.flatnonzero((own >= 0).all(axis=0))
+        places = [Places(np.full(len(shared), each.at, np.int32), own[each.at][shared]) for each in models]
+        changed = tuple(
+            model.source if len(shared) == model.rows and (of_model.row == np.arange(len(shared))).all()
+            else _with_rows(model, models, of_model)
+            for model, of_model in zip(models, places, strict=True)
+        )  # fmt: skip
+    except (VocabularyError, UnreadableError) as error:
+        return tuple(inputs), [f"rows are compared by their numbers: {error}"]
+    end = f"{len(shared):,} rows are compared, token by token"
+    notes = [line for model in models if (line := _told(model, own[model.at], tokens, end))]
+    return changed, [*notes, *_roles(models, models[0])]
 
 
 def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], *, all_told: bool) -> bool:
@@ -156,12 +184,19 @@ def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
+def _models(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None]) -> list[_Model]:
+    """Return the tokens of all models in forms that can be compared. Raises VocabularyError."""
+    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
+    in_bytes = len({each.alphabet for each in known}) > 1
+    return [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
+
+
 def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) -> _Model:
     """Return a model's tokens that have a row. Raises VocabularyError."""
-    matrices = _matrices(source)
-    counts = {spec.shape[0] for spec in matrices if spec.shape}
+    own = matrices(source)
+    counts = {spec.shape[0] for spec in own if spec.shape}
     if len(counts) != 1:
-        listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in matrices) or "it has none"
+        listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in own) or "it has none"
         raise VocabularyError(f"{source.reference}: its embedding and head differ in their rows ({listed})")
     [rows] = counts
     tokens: dict[int, Token] = {}
@@ -173,7 +208,7 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
     return _Model(at, source, tokenizer, tokens, numbers, rows)
 
 
-def _matrices(source: Checkpoint) -> list[TensorSpec]:
+def matrices(source: Checkpoint) -> list[TensorSpec]:
     """Return a model's embedding and head, and what else has a row for each token.
 
     Within a layer (a head of multi-token prediction, or an ``output.weight`` of another kind) that is what has as many
@@ -276,7 +311,7 @@ def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -
     if places is None:
         return model.source
     tensors: dict[str, TensorSpec] = dict(model.source.tensors)
-    for own in _matrices(model.source):
+    for own in matrices(model.source):
         found = [tied_weights.counterpart(own.name, each.source.tensors) for each in models]
         if len({spec.shape[1:] for spec in found if spec is not None}) > 1:
             raise VocabularyError(f"{own.name}: its rows are not of the same length in all models")
@@ -286,7 +321,7 @@ def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -
     return replace(model.source, tensors=tensors)
 
 
-def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None]) -> str:
+def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None], end: str = "") -> str:
     """Return in a line how a model's tokens are those of the output; empty where all are the same."""
     is_token = np.array([token is not None for token in rows], bool)
     lacking = int((is_token & (own < 0)).sum())
@@ -299,7 +334,7 @@ def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None
     parts = [f"{counted(same, 'token')} at the same place", f"{moved:,} at another", f"{lacking:,} it lacks"]
     examples = ", ".join(repr(_shown(token)) for token in lost[:SHOWN]) + (" …" if len(lost) > SHOWN else "")
     parts += [f"{len(lost):,} that only it has are left out: {examples}"] if lost else []
-    return f"{model.source.reference}: {', '.join(parts)}; {model.rows:,} rows become {len(rows):,}"
+    return f"{model.source.reference}: {', '.join(parts)}; {end or f'{model.rows:,} rows become {len(rows):,}'}"
 
 
 def _shown(token: Token) -> str:
