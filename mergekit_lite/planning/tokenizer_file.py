@@ -103,7 +103,7 @@ def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        tokens = {number: token for token, number in vocabulary.items() if _is_number(number)}
+        tokens = {number: token for token, number in vocabulary.items() if type(number) is int and number >= 0}
     elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
         tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     added = content.get("added_tokens")

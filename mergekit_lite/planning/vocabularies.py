@@ -199,12 +199,10 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
         listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in own) or "it has none"
         raise VocabularyError(f"{source.reference}: its embedding and head differ in their rows ({listed})")
     [rows] = counts
-    tokens: dict[int, Token] = {}
-    numbers: dict[Token, int] = {}
-    for number in sorted(tokenizer.tokens):
-        if number < rows:
-            tokens[number] = tokenizer.as_compared(number, in_bytes=in_bytes)
-            numbers.setdefault(tokens[number], number)
+    tokens: dict[int, Token] = {number: text for number, text in tokenizer.tokens.items() if number < rows}
+    if in_bytes:
+        tokens = {number: tokenizer.as_compared(number, in_bytes=True) for number in tokens}
+    numbers = {tokens[number]: number for number in sorted(tokens, reverse=True)}  # of two the first counts
     return _Model(at, source, tokenizer, tokens, numbers, rows)
 
 
@@ -236,12 +234,12 @@ def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int
     one there that stands for nothing.
     """
     tokens, numbers = model.tokens, model.numbers
-    own = []
-    for number, token in enumerate(rows):
-        if token is None:
-            own.append(number if number < model.rows and number not in tokens else -1)
-        else:
-            own.append(number if tokens.get(number) == token else numbers.get(token, -1))
+    own = [numbers.get(token, -1) for token in rows]  # type: ignore[arg-type]
+    apart = [number for number, token in enumerate(rows) if token is None]
+    if len(numbers) < len(tokens):
+        apart = [number for number, token in enumerate(rows) if token == tokens.get(number)]
+    for number in apart:
+        own[number] = number if number < model.rows and rows[number] == tokens.get(number) else -1
     return np.array(own, np.int32)
 
 
