@@ -12,6 +12,7 @@ from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.methods import METHODS, method_named
@@ -23,7 +24,6 @@ from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.vocabularies import (
     SPECIAL_NUMBERS,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
+from mergekit_lite.checkpoint.tokenizer_file import Token, Tokenizer, numbers_of, own_rows, read_tokenizers
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import UnreadableError, counted, shortened
-from mergekit_lite.planning.tokenizer_file import Token, Tokenizer, read_tokenizers
 from mergekit_lite.planning.tokenizers import vocabulary_files
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
 
@@ -103,21 +103,33 @@ def in_common(inputs: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], lis
         read = read_tokenizers(inputs)
         if of_one_vocabulary(inputs, read, all_told=False):
             return tuple(inputs), []
-        models = _models(inputs, read)
-        tokens = [models[0].tokens.get(number) for number in range(models[0].rows)]
-        own = np.stack([_own_rows(model, tokens) for model in models])
-        shared = np.flatnonzero((own >= 0).all(axis=0))
-        places = [Places(np.full(len(shared), each.at, np.int32), own[each.at][shared]) for each in models]
-        changed = tuple(
-            model.source if len(shared) == model.rows and (of_model.row == np.arange(len(shared))).all()
-            else _with_rows(model, models, of_model)
-            for model, of_model in zip(models, places, strict=True)
-        )  # fmt: skip
+        return by_token(inputs, read)
     except (VocabularyError, UnreadableError) as error:
         return tuple(inputs), [f"rows are compared by their numbers: {error}"]
-    end = f"{len(shared):,} rows are compared, token by token"
+
+
+def by_token(
+    inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], order: int | None = None
+) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Return the inputs with the rows of the same tokens, and what is to be told.
+
+    ``order`` is the input whose rows they are, where others lack a token with zeros; by default the first, without the
+    rows that not all have. Raises VocabularyError.
+    """
+    models = _models(inputs, read)
+    first = models[order or 0]
+    tokens = [first.tokens.get(number) for number in range(first.rows)]
+    own = np.stack([_own_rows(model, tokens) for model in models])
+    kept = np.flatnonzero((own >= 0).all(axis=0)) if order is None else np.arange(first.rows)
+    changed = []
+    for model in models:
+        row = own[model.at][kept]
+        matrix = np.where(row < 0, -1, model.at).astype(np.int32)
+        is_same = len(row) == model.rows and (row == np.arange(len(row))).all()
+        changed.append(model.source if is_same else _with_rows(model, models, Places(matrix, row, ((),))))
+    end = f"{len(kept):,} rows are compared, token by token" if order is None else ""
     notes = [line for model in models if (line := _told(model, own[model.at], tokens, end))]
-    return changed, [*notes, *_roles(models, models[0])]
+    return tuple(changed), [*notes, *_roles(models, first)]
 
 
 def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], *, all_told: bool) -> bool:
@@ -202,8 +214,7 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
     tokens: dict[int, Token] = {number: text for number, text in tokenizer.tokens.items() if number < rows}
     if in_bytes:
         tokens = {number: tokenizer.as_compared(number, in_bytes=True) for number in tokens}
-    numbers = {tokens[number]: number for number in sorted(tokens, reverse=True)}  # of two the first counts
-    return _Model(at, source, tokenizer, tokens, numbers, rows)
+    return _Model(at, source, tokenizer, tokens, numbers_of(tokens), rows)
 
 
 def matrices(source: Checkpoint) -> list[TensorSpec]:
@@ -228,19 +239,8 @@ def _width(models: Sequence[_Model], wanted: _Model, vocabulary: Vocabulary) -> 
 
 
 def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int32]:
-    """Return for each row of the output which row of a model is its token's; −1 where it has none.
-
-    A text that is two tokens' stays at its number where the model has it there. Padding is the same row of whoever has
-    one there that stands for nothing.
-    """
-    tokens, numbers = model.tokens, model.numbers
-    own = [numbers.get(token, -1) for token in rows]  # type: ignore[arg-type]
-    apart = [number for number, token in enumerate(rows) if token is None]
-    if len(numbers) < len(tokens):
-        apart = [number for number, token in enumerate(rows) if token == tokens.get(number)]
-    for number in apart:
-        own[number] = number if number < model.rows and rows[number] == tokens.get(number) else -1
-    return np.array(own, np.int32)
+    """Return for each row of the output which row of a model is its token's; −1 where it has none."""
+    return own_rows(rows, model.tokens, model.numbers, model.rows)
 
 
 def _defaults(
