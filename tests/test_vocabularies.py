@@ -16,10 +16,10 @@ import mergekit_lite
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.tokenizer_file import vocabulary_in
 from mergekit_lite.engine.schedule import by_themselves
 from mergekit_lite.engine.tiling import spans
 from mergekit_lite.errors import PlanError
-from mergekit_lite.planning.tokenizer_file import vocabulary_in
 from mergekit_lite.recipe import as_data, parse, to_yaml
 from tests.models import State, read_folder, same_bytes, state, write_folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,6 +78,24 @@ class Reader:
                     f"goes on at byte {offset:,}. It was cut short while it was read."
                 )
             offset, out = offset + count, out[count:]
+
+    def fill_parts(self, path: Path, parts: Sequence[tuple[int, memoryview]], tensor: str) -> None:
+        """Fill several buffers from places of a file, each given with its first byte; see ``fill``.
+
+        There may be many, and short ones, so what is the same for all is looked up once.
+        """
+        if isinstance(path, StorePath) or not positioned.READS_AT:
+            for offset, out in parts:
+                self.fill(path, offset, out, tensor)
+            return
+        descriptor, read = self._descriptor(path), os.preadv
+        for offset, out in parts:
+            try:
+                count = read(descriptor, (out,), offset)
+            except OSError:
+                count = 0
+            if count < len(out):  # the rest, or the error
+                self.fill(path, offset + count, out[count:], tensor)
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return ``make()``, or its earlier result for this key: the last 16 that were asked for are remembered."""

@@ -126,6 +126,24 @@ takes_copy_code = click.option(
 )
 
 
+def takes_tokenizer_source(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command on a pair the options of vocabularies that differ."""
+    source = click.option(
+        "--tokenizer-source",
+        metavar="aligned|base|union",
+        help="Let rows of embedding and head follow their tokens, and give the output this tokenizer: ALIGNED's, SFT's "
+        "(base), or that which has the tokens of both.",
+    )
+    width = click.option(
+        "--width",
+        type=click.Choice(["base", "max", "min"]),
+        default="base",
+        show_default=True,
+        help="With it, rows of the output: as the tokenizer's model has (base), or the most or fewest of both.",
+    )
+    return source(width(function))
+
+
 def takes_push(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of putting its output on the hub."""
     option = click.option("--push", metavar="ORG/NAME", help="Put the output on the Hugging Face hub, too.")

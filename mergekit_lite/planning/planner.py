@@ -13,6 +13,7 @@ from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.methods import METHODS, method_named
@@ -22,9 +23,8 @@ from mergekit_lite.planning.configs import Origin, disagreements, giving_config,
 from mergekit_lite.planning.fp8 import quantised_jobs
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
-from mergekit_lite.planning.matching import MismatchError, MissingError, arranged
+from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.unions import examined, having_all_tokens
 from mergekit_lite.planning.vocabularies import (
@@ -141,7 +141,7 @@ def make_plan(
     settled = (*SPECIAL_NUMBERS * is_settled, *("vocab_size",) * (rows is not None))
     differing = disagreements([key for key in SHOULD_AGREE if key not in settled], inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
-    notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens
+    notes += [f"{text}; rows are merged as they stand: {REMEDY}" for text in foreign] + notes_on_tokens
     notes += notes_on_rows + notes_on_config
     notes += notes_on_card
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
+from mergekit_lite.checkpoint.tokenizer_file import Token, Tokenizer, numbers_of, own_rows, read_tokenizers
 from mergekit_lite.deferred import np
-from mergekit_lite.errors import counted, shortened
-from mergekit_lite.planning.tokenizer_file import Token, Tokenizer
+from mergekit_lite.errors import UnreadableError, counted, shortened
 from mergekit_lite.planning.tokenizers import vocabulary_files
 from mergekit_lite.planning.unions import Union, appended
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
@@ -76,9 +76,7 @@ def aligned(
     Raises:
         VocabularyError: a model has no ``tokenizer.json``, or its embedding and head differ in their rows.
     """
-    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
-    in_bytes = len({each.alphabet for each in known}) > 1
-    models = [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
+    models = _models(inputs, read)
     wanted = models[tokenizer]
     asked = [row.token for row in vocabulary.tokens if wanted.number_of(row.token) is None]
     more = appended(known, tokenizer, [model.rows for model in models], asked, union=union)
@@ -98,6 +96,48 @@ def aligned(
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
         notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
     return tuple(changed), width, more, [*notes, *_roles(models, wanted)]
+
+
+def in_common(inputs: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Return the inputs with the rows of the tokens that all have, in the first one's order, and what is to be told.
+
+    They are the same ones where all have the same vocabulary, or it can't be told that they haven't.
+    """
+    rows = {spec.shape[:1] for source in inputs for spec in matrices(source)}
+    files = [vocabulary_files(source) for source in inputs]
+    if not all(files) or (len(rows) == 1 and all(each == files[0] for each in files)):
+        return tuple(inputs), []
+    try:
+        read = read_tokenizers(inputs)
+        if of_one_vocabulary(inputs, read, all_told=False):
+            return tuple(inputs), []
+        return by_token(inputs, read)
+    except (VocabularyError, UnreadableError) as error:
+        return tuple(inputs), [f"rows are compared by their numbers: {error}"]
+
+
+def by_token(
+    inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], order: int | None = None
+) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Return the inputs with the rows of the same tokens, and what is to be told.
+
+    ``order`` is the input whose rows they are, where others lack a token with zeros; by default the first, without the
+    rows that not all have. Raises VocabularyError.
+    """
+    models = _models(inputs, read)
+    first = models[order or 0]
+    tokens = [first.tokens.get(number) for number in range(first.rows)]
+    own = np.stack([_own_rows(model, tokens) for model in models])
+    kept = np.flatnonzero((own >= 0).all(axis=0)) if order is None else np.arange(first.rows)
+    changed = []
+    for model in models:
+        row = own[model.at][kept]
+        matrix = np.where(row < 0, -1, model.at).astype(np.int32)
+        is_same = len(row) == model.rows and (row == np.arange(len(row))).all()
+        changed.append(model.source if is_same else _with_rows(model, models, Places(matrix, row, ((),))))
+    end = f"{len(kept):,} rows are compared, token by token" if order is None else ""
+    notes = [line for model in models if (line := _told(model, own[model.at], tokens, end))]
+    return tuple(changed), [*notes, *_roles(models, first)]
 
 
 def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], *, all_told: bool) -> bool:
@@ -134,6 +174,13 @@ def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
+def _models(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None]) -> list[_Model]:
+    """Return the tokens of all models in forms that can be compared. Raises VocabularyError."""
+    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
+    in_bytes = len({each.alphabet for each in known}) > 1
+    return [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
+
+
 def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) -> _Model:
     """Return a model's tokens that have a row. Raises VocabularyError."""
     own = matrices(source)
@@ -142,13 +189,10 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
         listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in own) or "it has none"
         raise VocabularyError(f"{source.reference}: its embedding and head differ in their rows ({listed})")
     [rows] = counts
-    tokens: dict[int, Token] = {}
-    numbers: dict[Token, int] = {}
-    for number in sorted(tokenizer.tokens):
-        if number < rows:
-            tokens[number] = tokenizer.as_compared(number, in_bytes=in_bytes)
-            numbers.setdefault(tokens[number], number)
-    return _Model(at, source, tokenizer, tokens, numbers, rows)
+    tokens: dict[int, Token] = {number: text for number, text in tokenizer.tokens.items() if number < rows}
+    if in_bytes:
+        tokens = {number: tokenizer.as_compared(number, in_bytes=True) for number in tokens}
+    return _Model(at, source, tokenizer, tokens, numbers_of(tokens), rows)
 
 
 def matrices(source: Checkpoint) -> list[TensorSpec]:
@@ -172,19 +216,8 @@ def _width(models: Sequence[_Model], wanted: _Model, needed: int, vocabulary: Vo
 
 
 def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int32]:
-    """Return for each row of the output which row of a model is its token's; −1 where it has none.
-
-    A text that is two tokens' stays at its number where the model has it there. Padding is the same row of whoever has
-    one there that stands for nothing.
-    """
-    tokens, numbers = model.tokens, model.numbers
-    own = []
-    for number, token in enumerate(rows):
-        if token is None:
-            own.append(number if number < model.rows and number not in tokens else -1)
-        else:
-            own.append(number if tokens.get(number) == token else numbers.get(token, -1))
-    return np.array(own, np.int32)
+    """Return for each row of the output which row of a model is its token's; −1 where it has none."""
+    return own_rows(rows, model.tokens, model.numbers, model.rows)
 
 
 def _defaults(
@@ -265,7 +298,7 @@ def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -
     return replace(model.source, tensors=tensors)
 
 
-def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None]) -> str:
+def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None], end: str = "") -> str:
     """Return in a line how a model's tokens are those of the output; empty where all are the same."""
     is_token = np.array([token is not None for token in rows], bool)
     lacking = int((is_token & (own < 0)).sum())
@@ -278,7 +311,7 @@ def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None
     parts = [f"{counted(same, 'token')} at the same place", f"{moved:,} at another", f"{lacking:,} it lacks"]
     examples = ", ".join(repr(_shown(token)) for token in lost[:SHOWN]) + (" …" if len(lost) > SHOWN else "")
     parts += [f"{len(lost):,} that only it has are left out: {examples}"] if lost else []
-    return f"{model.source.reference}: {', '.join(parts)}; {model.rows:,} rows become {len(rows):,}"
+    return f"{model.source.reference}: {', '.join(parts)}; {end or f'{model.rows:,} rows become {len(rows):,}'}"
 
 
 def _shown(token: Token) -> str:

@@ -224,12 +224,15 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         ("backbone", recipe.backbone, BACKBONES),
         ("dtype", recipe.dtype, (None, *dtypes.FLOATS)),
         ("out_dtype", recipe.out_dtype, (None, *dtypes.OUTPUTS)),
+        ("width", recipe.vocabulary.width, WIDTHS),
         ("tokenizer", recipe.tokenizer, (None, BASE, UNION, *recipe.models)),
     ):
         if value not in known:
             yield _unknown(name, value, known)
     if recipe.out_dtype == block_fp8.NAME and recipe.rounding != "nearest":
         yield f"rounding is {recipe.rounding}, but fp8 is rounded to nearest."
+    if recipe.tokenizer is None and recipe.vocabulary != Vocabulary():
+        yield "width and single tokens' rows are for a tokenizer that is asked for: give tokenizer_source."
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or recipe.seed < 0:
         yield f"seed expects a whole number from 0 on, got {recipe.seed!r}."
     if recipe.chat_template is not None and not is_template(recipe.chat_template):

@@ -18,15 +18,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.errors import PlanError, UsageError, nearest, one_line
 from mergekit_lite.input_files import read_json
-from mergekit_lite.output.companions import written_config
+from mergekit_lite.output.companions import GENERATION, companions, written_config
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizer_file import FLAGS
 
 Places = Mapping[str, torch.Tensor]
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -144,8 +142,7 @@ def generation_config_of(plan: Plan) -> Any:
     """
     from transformers import GenerationConfig
 
-    folder = plan.source.folder
-    path = None if folder is None else small_file(folder, GENERATION)
+    path = companions(plan)[0].get(GENERATION)  # the tokenizer's model may have one of its own
     if path is None:
         return None
     settings: Any = GenerationConfig  # has no types
