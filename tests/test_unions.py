@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 import mergekit_lite
 from mergekit_lite.checkpoint import open_checkpoint
+from mergekit_lite.checkpoint.tokenizer_file import read_tokenizers
 from mergekit_lite.errors import PlanError
-from mergekit_lite.planning.tokenizer_file import read_tokenizers
 from mergekit_lite.planning.unions import appended, examined
 from mergekit_lite.recipe import as_data, parse, to_yaml
 from parity.unions import MODELS, VOCABULARY, digest_of, recipe, write_models

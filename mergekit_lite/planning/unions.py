@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.checkpoint.tokenizer_file import FLAGS, Token, Tokenizer
 from mergekit_lite.errors import counted, shortened
 from mergekit_lite.input_files import read_json
-from mergekit_lite.planning.tokenizer_file import FLAGS, Token, Tokenizer
 
 SHOWN = 3
 TOKENIZER = "tokenizer.json"

@@ -79,7 +79,10 @@ def aligned(
     models = _models(inputs, read)
     wanted = models[tokenizer]
     asked = [row.token for row in vocabulary.tokens if wanted.number_of(row.token) is None]
-    more = appended(known, tokenizer, [model.rows for model in models], asked, union=union)
+    more = Union()
+    if union or asked:
+        tokenizers = [model.tokenizer for model in models]
+        more = appended(tokenizers, tokenizer, [model.rows for model in models], asked, union=union)
     tokens = {**wanted.tokens, **{each.number: each.token for each in more.new}}
     width = _width(models, wanted, max(tokens, default=-1) + 1, vocabulary)
     rows = [tokens.get(number) for number in range(width)]

@@ -18,11 +18,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.tokenizer_file import FLAGS
 from mergekit_lite.errors import PlanError, UsageError, nearest, one_line
 from mergekit_lite.input_files import read_json
 from mergekit_lite.output.companions import GENERATION, companions, written_config
 from mergekit_lite.planning import Plan
-from mergekit_lite.planning.tokenizer_file import FLAGS
 
 Places = Mapping[str, torch.Tensor]
 

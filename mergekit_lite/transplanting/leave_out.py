@@ -17,9 +17,9 @@ from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.encodings.rebuilt import MEAN, NEAREST, OMP, Rebuilt, Sharing, combination
 from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.tokenizer_file import read_tokenizers
 from mergekit_lite.engine.pool import tuned_process
 from mergekit_lite.planning import Plan
-from mergekit_lite.planning.tokenizer_file import read_tokenizers
 from mergekit_lite.transplanting.subwords import halves
 
 SUBWORD = "subword"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mergekit_lite.checkpoint.tokenizer_file import Token, Tokenizer
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import counted, shortened
-from mergekit_lite.planning.tokenizer_file import Token, Tokenizer
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -12,13 +12,13 @@ from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
 from mergekit_lite.checkpoint.encodings.rebuilt import MEAN, NOBODY, OMP, Rebuilt, Sharing, rebuilt, rows_at_once
 from mergekit_lite.checkpoint.extents import is_elsewhere
 from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
 from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file, output_path
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan, make_plan
-from mergekit_lite.planning.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.planning.vocabularies import matrices
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.transplanting.matching import matched, on_digits

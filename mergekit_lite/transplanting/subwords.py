@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_lite.checkpoint.tokenizer_file import BYTE_LEVEL, WORD, Alphabet, Token, Tokenizer
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.input_files import read_json, read_text
-from mergekit_lite.planning.tokenizer_file import BYTE_LEVEL, WORD, Alphabet, Token, Tokenizer
 
 CHARACTERS = {byte: character for character, byte in BYTE_LEVEL.items()}
 
