@@ -7,6 +7,7 @@ decides is float64, so that machines agree.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -36,22 +37,33 @@ class Atoms:
     def __init__(self, vectors: torch.Tensor, fast: bool | None = None) -> None:
         self.vectors = vectors
         self.fast = has_fast_bfloat16() if fast is None else fast
-        step = max(1, MANY // max(1, vectors.shape[1]))
-        self.norms = torch.cat([part.double().norm(dim=1) for part in vectors.split(step)])
+        self._step = max(1, MANY // max(1, vectors.shape[1]))
+        self.norms = torch.cat([part.double().norm(dim=1) for part in self.parts()])
         self._searched = vectors.bfloat16() if self.fast else vectors
-        self._step = step
-        # Of a product with a vector of length 1: by rounding the two factors and the result, and by adding up.
-        half = 2.0**-9
-        roundings = half * (2 if vectors.dtype == torch.bfloat16 else 3) * 1.01 if self.fast else 0.0
-        adding = 2 * vectors.shape[1] * 2.0**-24
-        self._errors = ((roundings + adding) * self.norms).float()
+        rounded = [(part.double() - part.bfloat16().double()).norm(dim=1) for part in self.parts()] if self.fast else []
+        self._rounded = torch.cat(rounded) if self.fast else torch.zeros_like(self.norms)  # lengths of rounding errors
 
-    def products(self, directions: torch.Tensor) -> torch.Tensor:
-        """Return the sizes of the products of directions (B, D) of length 1 with all vectors: (B, N), nearly."""
+    def parts(self) -> Iterator[torch.Tensor]:
+        """Yield the vectors, as many at once as may be widened."""
+        for begin in range(0, len(self.vectors), self._step):
+            yield self.vectors[begin : begin + self._step]
+
+    def products(self, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sizes of the products of directions (B, D) of length 1 at most with all vectors, from below.
+
+        And from above: both are (B, N), float32. Between them lies what float64 gives: they are apart by the lengths of
+        the rounding errors of both factors, which are known, by that of the result, and by what adding up may add.
+        """
+        kind = torch.bfloat16 if self.fast else torch.float32
+        rounded = directions.to(kind)
         if self.fast:
-            return (directions.bfloat16() @ self._searched.T).float().abs_()
-        parts = [directions.float() @ part.float().T for part in self._searched.split(self._step)]
-        return torch.cat(parts, 1).abs_()
+            sizes = (rounded @ self._searched.T).float().abs_()
+        else:
+            sizes = torch.cat([rounded @ part.float().T for part in self.parts()], 1).abs_()
+        most = (directions - rounded.double()).norm(dim=1).max().nan_to_num()
+        errors = ((most + 2 * directions.shape[1] * 2.0**-24) * self.norms + 1.01 * self._rounded).float()
+        of_result = 2.0**-9 if self.fast else 2.0**-23
+        return sizes.mul(1 - 2 * of_result).sub_(errors), sizes.mul_(1 + 2 * of_result).add_(errors)
 
     def best(self, residual: torch.Tensor, taken: torch.Tensor, least_length: torch.Tensor) -> torch.Tensor:
         """Return for each residual (B, D) the vector of the largest product, the first of equal ones: (B,).
@@ -61,17 +73,18 @@ class Atoms:
         """
         lengths = residual.norm(dim=1, keepdim=True)
         is_left = lengths > least_length[:, None]
-        sizes = self.products(torch.where(is_left, residual / lengths, 0.0))
-        sizes.scatter_(1, taken, -torch.inf)
-        least = sizes.sub_(self._errors).amax(1, keepdim=True)
-        rows, numbers = ((sizes.add_(2 * self._errors) >= least) & is_left).nonzero(as_tuple=True)
+        least, most = self.products(torch.where(is_left, residual / lengths, 0.0))
+        for sizes in (least, most):
+            sizes.scatter_(1, taken, -torch.inf)
+        bound = torch.where(is_left, least.amax(1, keepdim=True), torch.inf)
+        rows, numbers = (most >= bound).nonzero(as_tuple=True)
         exact = torch.empty(len(rows), dtype=torch.float64)
         step = max(1, PAIRS // residual.shape[1])
         for begin in range(0, len(rows), step):
             some = slice(begin, begin + step)
             exact[some] = (self.vectors[numbers[some]].double() * residual[rows[some]]).sum(1).abs()
-        most = torch.full((len(residual),), -1.0, dtype=torch.float64).scatter_reduce_(0, rows, exact, "amax")
-        is_best = exact == most[rows]
+        largest = torch.full((len(residual),), -1.0, dtype=torch.float64).scatter_reduce_(0, rows, exact, "amax")
+        is_best = exact == largest[rows]
         none = len(self.vectors)
         first = torch.full((len(residual),), none, dtype=torch.int64)
         first.scatter_reduce_(0, rows[is_best], numbers[is_best], "amin")
@@ -127,8 +140,8 @@ def nearest(targets: torch.Tensor, atoms: Atoms, k: int) -> Combination:
     ``targets`` are (B, D), float64. Equal to mergekit's common_interpolation.
     """
     squares = [
-        (part.double() @ targets.T).mul_(-2).add_(norms.square()[:, None])
-        for part, norms in zip(atoms.vectors.split(atoms._step), atoms.norms.split(atoms._step), strict=True)
+        (part @ targets.T).mul_(-2).add_(part.square().sum(1, keepdim=True))
+        for part in map(torch.Tensor.double, atoms.parts())
     ]
     squared = torch.cat(squares).T + targets.square().sum(1, keepdim=True)
     chosen = squared.topk(k, dim=1, largest=False).indices
