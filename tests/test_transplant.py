@@ -243,6 +243,10 @@ def test_what_is_planned_is_told_and_what_is_wrong_refused(
     assert "42 tokens of donor are in model, too, and keep its rows; 25 are rebuilt as sums of 6 rows (omp)" in notes
     assert "eos_token '<|end|>' has the row of '</s>'" in notes
     assert "1 token that only model has are left out: 'old'" in notes
+    assert "generation_config.json" not in notes
+    Path("donor/generation_config.json").rename("elsewhere.json")
+    notes = "\n".join(plan_transplant("model", "donor", "out", k=6).notes)
+    assert "generation_config.json is the model's, and eos_token_id may be numbers of its own tokens" in notes
     with pytest.raises(PlanError, match="k is 64, and model and donor have only 41 tokens in common"):
         plan_transplant("model", "donor", "out")
     with pytest.raises(UsageError, match="Did you mean 'omp'"):

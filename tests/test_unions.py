@@ -100,6 +100,14 @@ def test_padding_of_the_base_becomes_room_for_new_tokens_and_is_no_row_of_theirs
         assert same_bytes(made[name][win], other[name][Tokenizer.from_file("chat/tokenizer.json").token_to_id("win")])
 
 
+def test_a_union_may_be_what_another_document_is_made_of(place: Path) -> None:
+    """What is planned of a result before it is there has the tokens that it will have."""
+    joined, last = recipe(place), {"merge_method": "passthrough", "models": [{"model": "joined"}]}
+    Path("both.yml").write_text(f"name: joined\n{to_yaml(joined)}---\n{to_yaml(last | {'tokenizer_source': 'joined'})}")
+    mergekit_lite.merge("both.yml", "out")
+    assert digest_of(Tokenizer.from_file("out/tokenizer.json").get_vocab(), Path("out")) == BY_MERGEKIT
+
+
 def test_new_tokens_are_added_with_the_row_that_is_given(place: Path) -> None:
     """Without a union, too; a token without a source gets zeros, and one that is there is none."""
     asked = recipe(place)
