@@ -64,7 +64,8 @@ def plan_transplant(
     plan = make_plan(
         parse(recipe), [output], shard_size=shard_size, copy_code=copy_code, opened={own.reference: changed}
     )
-    described = {"merge_method": TRANSPLANT, "model": own.reference, "donor": other.reference, "method": method}
+    described: dict[str, Any] = {"merge_method": TRANSPLANT, "model": own.reference, "donor": other.reference}
+    described |= {"method": method}
     described |= {"k": k} if of_rows else {}
     described |= {"pad_to_multiple_of": pad_to_multiple_of} if pad_to_multiple_of else {}
     config = making.config(plan.config if plan.config is not None else own.config)
