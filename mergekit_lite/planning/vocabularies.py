@@ -223,7 +223,7 @@ def matrices(source: Checkpoint) -> list[TensorSpec]:
     Within a layer (a head of multi-token prediction, or an ``output.weight`` of another kind) that is what has as many
     rows.
     """
-    named = [spec for name, spec in source.tensors.items() if tied_weights.is_vocabulary(name)]
+    named = [spec for name, spec in source.tensors.items() if tied_weights.is_of_tokens(name, source.tensors)]
     rows = {spec.shape[:1] for spec in named if not tied_weights.NUMBER.search(spec.name)}
     return [spec for spec in named if not tied_weights.NUMBER.search(spec.name) or spec.shape[:1] in rows]
 
