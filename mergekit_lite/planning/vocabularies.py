@@ -86,7 +86,7 @@ def aligned(
     changed = [_with_rows(model, models, _places(model, own[model.at], default, forced)) for model in models]
     notes = [line for model in models if (line := _told(model, own[model.at], rows))]
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
-        notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
+        notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer without a row")
     return tuple(changed), width, [*notes, *_roles(models, wanted)]
 
 
