@@ -18,7 +18,7 @@ from mergekit_lite.checkpoint.vector_file import TOKENS, open_vector
 from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, UsageError
 from tests.models import State, read_folder, same_bytes, write_folder
-from tests.test_vocabularies import VOCABULARY, WORDS, model
+from tests.test_vocabularies import VOCABULARY, WORDS, linear, model
 
 Tokens = list[str | None]
 MORE = "<|im_end|>"
@@ -229,3 +229,18 @@ def test_an_extraction_of_other_tokens_is_not_resumed(place: Path) -> None:
     (place / "aligned/tokenizer.json").write_text((place / "sft/tokenizer.json").read_text())
     with pytest.raises(UsageError, match="exists"):
         mergekit_lite.extract_vector("sft", "aligned", "v.safetensors", tokenizer_source="tuned", resume=True)
+
+
+@pytest.mark.parametrize("is_head", [True, False])
+def test_a_head_by_another_name_follows_where_it_has_the_shape_of_an_embedding(place: Path, is_head: bool) -> None:
+    """Whisper's ``proj_out``; in other models that is a layer, whose rows stay."""
+    tensors = {}
+    for number, (name, tokens) in enumerate({"one": [*WORDS], "two": [*WORDS[::-1]]}.items()):
+        own = model(place / name, number, [*tokens])
+        own["proj_out.weight"] = own.pop("lm_head.weight")[: None if is_head else 3]
+        write_folder(place / name, own, config=json.loads((place / name / "config.json").read_text()))
+        tensors[name] = own["proj_out.weight"]
+    mergekit_lite.merge(linear([*tensors], tokenizer_source="one"), "out")
+    other = tensors["two"].flip(0) if is_head else tensors["two"]
+    expected = ((tensors["one"].float() + other.float()) / 2).bfloat16()
+    assert same_bytes(read_folder(place / "out")["proj_out.weight"], expected)

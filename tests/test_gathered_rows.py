@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled
-from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of, rows_of
+from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of, reads_by_torch, rows_of
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
 from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.formats import safetensors
@@ -91,3 +91,15 @@ def test_gathered_rows_are_those_of_the_matrix(tmp_path: Path, kind: str) -> Non
             count = draw.randint(1, min(5 * COLUMNS, made.numel - begin))
             part = part_of(made, begin, begin + count)
             assert same_bytes(part.elements(reader, begin, count), expected[begin : begin + count])
+
+
+def test_rows_that_are_bytes_of_files_are_read_without_torch(tmp_path: Path) -> None:
+    spec, rows = plain(tmp_path), np.arange(ROWS, dtype=np.int32)[::-1].copy()
+    zeros = np.zeros(ROWS, np.int32)
+    assert not reads_by_torch(spec)
+    assert not reads_by_torch(gathered(spec, [spec], Places(zeros, rows)))
+    assert not reads_by_torch(gathered(spec, [spec], Places(zeros - 1, rows, ((),))))
+    assert reads_by_torch(gathered(spec, [spec], Places(zeros - 1, rows, (((0, 1), (0, 2)),))))
+    (tmp_path / "fp8").mkdir()
+    fp8 = scaled(tmp_path / "fp8", (128, 64))
+    assert reads_by_torch(gathered(fp8, [fp8], Places(zeros, rows)))

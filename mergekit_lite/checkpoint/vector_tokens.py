@@ -34,7 +34,8 @@ def metadata_of(tokenizer: Tokenizer) -> dict[str, str]:
 
 def has_rows_of_tokens(vector: Vector) -> bool:
     """Return whether it is known whose tokens the rows are, and there are differences of such."""
-    return bool(vector.tokens) and any(delta.terms for delta in _of_vocabulary(vector).values())
+    named = [delta for name, delta in vector.deltas.items() if tied_weights.is_vocabulary(name)]
+    return bool(vector.tokens) and any(delta.terms for delta in named)
 
 
 def in_order_of(vector: Vector, base: Tokenizer, tensors: Mapping[str, TensorSpec]) -> tuple[Vector, str]:
@@ -53,7 +54,9 @@ def in_order_of(vector: Vector, base: Tokenizer, tensors: Mapping[str, TensorSpe
     of_vector = _tokenizer(vector)
     in_bytes = of_vector.alphabet is not base.alphabet
     deltas, told = dict(vector.deltas), ""
-    for name, delta in _of_vocabulary(vector).items():
+    for name, delta in vector.deltas.items():
+        if not tied_weights.is_of_tokens(name, tensors):
+            continue
         own = tied_weights.counterpart(name, tensors)
         if own is None or not delta.terms or own.shape[1:] != delta.shape[1:]:
             continue
@@ -80,10 +83,6 @@ def in_order_of(vector: Vector, base: Tokenizer, tensors: Mapping[str, TensorSpe
             f"{int(is_token.sum()) - same - lacking:,} at another, {lacking:,} that it lacks stay as they are"
         ) + (f", {lost:,} that only it has are left out" if lost else "")
     return replace(vector, deltas=deltas), told
-
-
-def _of_vocabulary(vector: Vector) -> dict[str, Delta]:
-    return {name: delta for name, delta in vector.deltas.items() if tied_weights.is_vocabulary(name) and delta.shape}
 
 
 def _tokenizer(vector: Vector) -> Tokenizer:

@@ -97,7 +97,7 @@ def aligned(
     changed = [_with_rows(model, models, _places(model, own[model.at], default, forced)) for model in models]
     notes = [line for model in models if (line := _told(model, own[model.at], rows))]
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
-        notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
+        notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer without a row")
     return tuple(changed), width, more, [*notes, *_roles(models, wanted)]
 
 
@@ -204,7 +204,7 @@ def matrices(source: Checkpoint) -> list[TensorSpec]:
     Within a layer (a head of multi-token prediction, or an ``output.weight`` of another kind) that is what has as many
     rows.
     """
-    named = [spec for name, spec in source.tensors.items() if tied_weights.is_vocabulary(name)]
+    named = [spec for name, spec in source.tensors.items() if tied_weights.is_of_tokens(name, source.tensors)]
     rows = {spec.shape[:1] for spec in named if not tied_weights.NUMBER.search(spec.name)}
     return [spec for spec in named if not tied_weights.NUMBER.search(spec.name) or spec.shape[:1] in rows]
 

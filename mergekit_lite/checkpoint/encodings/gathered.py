@@ -178,6 +178,16 @@ def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Places) -> 
     return replace(own, shape=shape, dtype=dtype, encoding=Gathered(tuple(sources), places))
 
 
+def reads_by_torch(spec: TensorSpec) -> bool:
+    """Return whether torch has a part in reading a tensor: not where rows are bytes of files as they are wanted."""
+    encoding = spec.encoding
+    if not isinstance(encoding, Gathered):
+        return not spec.is_plain
+    matrix = encoding.places.matrix
+    used = [encoding.sources[number] for number in np.unique(matrix[matrix >= 0]).tolist()]
+    return any(encoding.places.means) or not all(each.is_plain and each.dtype == spec.dtype for each in used)
+
+
 def rows_of(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec | None:
     """Return some rows of a matrix as a tensor that reads them at once; None where its encoding has no rows by itself.
 
