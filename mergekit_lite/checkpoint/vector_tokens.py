@@ -92,7 +92,7 @@ def _tokenizer(vector: Vector) -> Tokenizer:
         tokens, added, alphabet = about["tokens"], about["added"], Alphabet(about["alphabet"])
         if not all(token is None or isinstance(token, str) for token in tokens):
             raise ValueError("a token is no text")
-        of_added = frozenset(number for number in added if isinstance(number, int))
+        of_added: dict[int, dict[str, bool]] = {number: {} for number in added if isinstance(number, int)}
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{vector.reference}: what it says of its tokens ({TOKENS}) is damaged: {error}. Extract it again."
