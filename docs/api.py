@@ -16,7 +16,7 @@ Written by `python -m docs.api` from the code's signatures and docstrings.
 
 """
 SECTIONS = {
-    "Merging": ("extrapolate", "merge", "merge_tensors", "merge_states"),
+    "Merging": ("extrapolate", "merge", "merge_tensors", "merge_states", "transplant"),
     "Planning and running": ("plan_extrapolation", "plan_merge", "make_plan", "run", "RunOptions", "Finished"),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
     "Sharing": ("push",),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mergekit_lite.previewing.preview import Preview, Previewed, preview
     from mergekit_lite.pushing import Pushed, push
     from mergekit_lite.recipe import Recipe
+    from mergekit_lite.transplanting.transplanting import transplant
     from mergekit_lite.vectors.application import apply_vectors
     from mergekit_lite.vectors.combination import combine_vectors
     from mergekit_lite.vectors.extracted import Extracted
@@ -51,7 +52,7 @@ __all__ = [
     "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
     "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect", "make_plan", "merge",
     "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "preview", "push",
-    "run", "verify",
+    "run", "transplant", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -71,6 +72,7 @@ _NAMES = {  # by the module that has them
     "previewing.preview": ("Preview", "Previewed", "preview"),
     "pushing": ("Pushed", "push"),
     "recipe": ("Recipe",),
+    "transplanting.transplanting": ("transplant",),
     "vectors.application": ("apply_vectors",),
     "vectors.combination": ("combine_vectors",),
     "vectors.extracted": ("Extracted",),

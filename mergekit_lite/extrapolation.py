@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.references import is_one_file, split_key
 from mergekit_lite.engine.run import Finished, RunOptions, run
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.layout import OutputPath, output_path
-from mergekit_lite.options import NewRows, Rounding, named_options
+from mergekit_lite.options import NewRows, Rounding, Width, named_options
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
+from mergekit_lite.recipe.recipe import BASE, UNION, Vocabulary
 from mergekit_lite.recipe.rules import REGEX, Filter, Rule
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def plan_extrapolation(
     rounding: Rounding = "nearest",
     seed: int = 0,
     new_rows: NewRows = "refuse",
+    tokenizer_source: str | None = None,
+    width: Width = "base",
     shard_size: int | None = None,
     copy_code: bool = False,
     opened: Mapping[str, Checkpoint] | None = None,
@@ -60,6 +63,8 @@ def plan_extrapolation(
         rounding=rounding,
         seed=seed,
         new_rows=new_rows,
+        tokenizer=_tokenizer_source(tokenizer_source, str(sft), str(aligned)),
+        vocabulary=Vocabulary(width=width),
     )
     paths = named_outputs(default_output(str(aligned)) if output is None else str(output), alphas)
     return make_plan(recipe, paths, shard_size=shard_size, copy_code=copy_code, opened=opened, strict=True)
@@ -79,6 +84,8 @@ def extrapolate(
     rounding: Rounding = "nearest",
     seed: int = 0,
     new_rows: NewRows = "refuse",
+    tokenizer_source: str | None = None,
+    width: Width = "base",
     shard_size: int | None = None,
     copy_code: bool = False,
     **run_options: Unpack[RunOptions],
@@ -101,6 +108,11 @@ def extrapolate(
         rounding: ``nearest``, or ``stochastic``, which keeps steps smaller than the dtype's spacing, on average.
         seed: of the stochastic rounding.
         new_rows: ``copy`` takes vocabulary rows that only ``aligned`` has from there; ``refuse`` is an error.
+        tokenizer_source: ``aligned``, ``base`` (that of ``sft``), one of the two references, or ``union``: rows of
+            embedding and head follow their tokens, and the output has that tokenizer. By default rows stay, and the
+            plan tells where they stand for different tokens.
+        width: with ``tokenizer_source``, the rows of the output: those of the tokenizer's model (``base``), or the
+            ``max`` or ``min`` of both.
         shard_size: most bytes of data in one file; by default the shards of ``aligned``.
         copy_code: copy the code of its own that a model in a folder has (``auto_map`` in its config); it is not run.
         **run_options: see ``RunOptions``.
@@ -126,6 +138,8 @@ def extrapolate(
         rounding=rounding,
         seed=seed,
         new_rows=new_rows,
+        tokenizer_source=tokenizer_source,
+        width=width,
         shard_size=shard_size,
         copy_code=copy_code,
     )
@@ -150,6 +164,15 @@ def named_outputs(output: str, alphas: Sequence[float]) -> list[OutputPath]:
             f"Several alphas need several outputs: put {{alpha}} in the name, for instance -o {output}-{{alpha}}."
         )
     return [output_path(output.replace("{alpha}", f"{alpha:g}")) for alpha in alphas]
+
+
+def _tokenizer_source(asked: str | None, sft: str, aligned: str) -> str | None:
+    """Return a recipe's ``tokenizer_source``. Raises UsageError where it is none of the pair's."""
+    known = ("aligned", BASE, UNION, sft, aligned)
+    if asked is not None and asked not in known:
+        listed = ", ".join(known[:3])
+        raise UsageError(f"tokenizer_source expects {listed}, or SFT or ALIGNED, got {asked!r}.{nearest(asked, known)}")
+    return aligned if asked == "aligned" else asked
 
 
 def _regex(pattern: str) -> Filter:

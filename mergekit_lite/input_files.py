@@ -22,6 +22,7 @@ from mergekit_lite.positioned import open_file
 MAX_BYTES = 100_000_000  # of a small file: tokenizers come to some tens of megabytes, an index of a million tensors too
 MAX_DEPTH = 100  # of JSON: configs and tokenizers have less than 20
 MAX_DIGITS = 250  # of a whole number: with as many, hexadecimal ones too, it fits a float
+LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 CONTAINERS = frozenset((dict, list))  # the types that JSON nests
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON escapes a surrogate, be it one of a pair or alone
 
@@ -122,7 +123,8 @@ def parse_json(text: str) -> Any:
             digits, or holds half a surrogate pair, which no UTF-8 can tell.
     """
     try:
-        content = json.loads(text, parse_int=_whole)
+        # A call for each number of a vocabulary would take as long as all the rest.
+        content = json.loads(text, parse_int=_whole if LONG_NUMBER.search(text) else None)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(content)

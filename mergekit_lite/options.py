@@ -16,6 +16,7 @@ UNPACKED = re.compile(r"Unpack\[(\w+)\]")
 
 Rounding = Literal["nearest", "stochastic"]
 NewRows = Literal["refuse", "copy"]
+Width = Literal["base", "max", "min"]
 
 
 def named_options(function: Callable[P, T]) -> Callable[P, T]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.boosting.request import SAMPLING, Request
 from mergekit_lite.errors import UsageError
-from mergekit_lite.options import NewRows, Rounding
+from mergekit_lite.options import NewRows, Rounding, Width
 
 RANGES = {
     **dict.fromkeys(
@@ -38,6 +38,8 @@ OF_PAIR = {  # options of ``plan_extrapolation`` with the values that a request 
     "include": (),
     "exclude": (),
     "new_rows": "refuse",
+    "tokenizer_source": None,
+    "width": "base",
     "out_dtype": None,
     "rounding": "nearest",
     "shard_size": None,
@@ -79,7 +81,8 @@ class BoostOptions(TypedDict, total=False):
         parallel: processes that measure side by side, each with a model, or with ``servers``, of its own; by default
             one for each GPU of ``device``, else 1.
         at_once: candidates that tpe and cmaes draw before they know how the ones before did; 1 by default.
-        include, exclude, new_rows, out_dtype, rounding, shard_size, copy_code: as of ``extrapolate``, for a pair.
+        include, exclude, new_rows, tokenizer_source, width, out_dtype, rounding, shard_size, copy_code: as of
+            ``extrapolate``, for a pair.
         seed: of answers, the items' order and rounding; 0 by default.
         threads: that set weights in a process; by default one for each core, shared by the processes.
         device: ``cpu`` (the default), ``cuda`` for all GPUs, ``cuda:1`` …, or ``auto``.
@@ -118,6 +121,8 @@ class BoostOptions(TypedDict, total=False):
     include: Sequence[str]
     exclude: Sequence[str]
     new_rows: NewRows
+    tokenizer_source: str | None
+    width: Width
     out_dtype: str | None
     rounding: Rounding
     shard_size: int | None

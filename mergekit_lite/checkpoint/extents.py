@@ -9,6 +9,7 @@ from pathlib import Path
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.gathered import Gathered
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
+from mergekit_lite.checkpoint.encodings.rebuilt import Rebuilt
 from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.checkpoint.encodings.views import Joined, Run
@@ -42,7 +43,7 @@ def extents(spec: TensorSpec, begin: int, end: int) -> Iterator[tuple[Path, int,
             if first < last:
                 yield from extents(part, first - start, last - start)
             start += part.numel
-    elif not isinstance(encoding, Strided | Gathered):
+    elif not isinstance(encoding, Strided | Gathered | Rebuilt):
         for part in _parts(encoding):
             first, last = part.numel * begin // spec.numel, -(-part.numel * end // spec.numel)
             yield from extents(part, first, last)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mergekit_lite.checkpoint import folder as folders
-from mergekit_lite.checkpoint import formats, gguf_models, hub, quantised, references, vector_file
+from mergekit_lite.checkpoint import formats, gguf_models, hub, quantised, references, vector_file, vector_tokens
 from mergekit_lite.checkpoint.adapters.adapter import Adapter
 from mergekit_lite.checkpoint.adapters.file import read_adapter
 from mergekit_lite.checkpoint.checkpoint import Added, Checkpoint
@@ -20,6 +20,7 @@ from mergekit_lite.checkpoint.parts import VALUE_HEAD, Part, in_folder, model_pa
 from mergekit_lite.checkpoint.references import Addition
 from mergekit_lite.checkpoint.stores.addresses import HUB, is_elsewhere
 from mergekit_lite.checkpoint.tensor import TensorSpec
+from mergekit_lite.checkpoint.tokenizer_file import read_tokenizers
 from mergekit_lite.checkpoint.training import State, check_whole, for_transformers, open_training
 from mergekit_lite.checkpoint.vector_file import Vector
 from mergekit_lite.errors import CheckpointError, listing
@@ -151,7 +152,13 @@ def _open_sum(reference: str) -> Checkpoint:
             _check_base(source, identity)
         if isinstance(source, Vector):
             source, renamed = source.under_names_of(folded.tensors)
-            folded = folded._replace(notes=(*folded.notes, *[f"{source.reference}: {renamed}"] * bool(renamed)))
+            moved = ""
+            if vector_tokens.has_rows_of_tokens(source):
+                [tokens] = read_tokenizers([replace(base, tokenizer_home=tokenizer)])
+                if tokens is not None:
+                    source, moved = vector_tokens.in_order_of(source, tokens, folded.tensors)
+            told = tuple(f"{source.reference}: {note}" for note in (renamed, moved) if note)
+            folded = folded._replace(notes=folded.notes + told)
         step = source.added_to(folded.tensors, folded.config, addition.scale)
         if step.has_tokenizer and has_tokenizer(source.path):
             tokenizer = source.path

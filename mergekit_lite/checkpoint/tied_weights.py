@@ -47,6 +47,18 @@ def is_vocabulary(name: str) -> bool:
     return VOCABULARY.search(name) is not None
 
 
+def is_of_tokens(name: str, tensors: Mapping[str, TensorSpec]) -> bool:
+    """Return whether a tensor of a model has one row for each token: by its name, or as it is the embedding once more.
+
+    A head such as Whisper's ``proj_out.weight`` is one where it has an embedding's shape; other models call so what
+    has nothing to do with tokens. One that ``tensors`` lacks is the embedding.
+    """
+    if is_vocabulary(name) or not may_be_tied(name):
+        return is_vocabulary(name)
+    embeddings = {spec.shape for spec in tensors.values() if is_embedding(spec.name)}
+    return tensors[name].shape in embeddings if name in tensors else len(embeddings) == 1
+
+
 def tied_to(name: str, tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
     """Return the embedding that serves as a head or copy which ``tensors`` lacks; None where it is not certain.
 

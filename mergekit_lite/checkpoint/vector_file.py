@@ -39,6 +39,7 @@ from mergekit_lite.object_stores import Place
 from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 
 KEY = "task_vector"
+TOKENS = "task_vector_tokens"  # of the metadata: whose rows are those of embedding and head
 VERSION = 1
 TERMS: Mapping[tuple[str, ...], Callable[..., VectorTerm]] = {  # by the names of their parts
     ("",): Dense,
@@ -78,6 +79,7 @@ class Vector:
     base: Identity  # of the model that it was made from
     deltas: Mapping[str, Delta]  # by the name of the tensor
     revision: str | None = None  # always: vectors are local files
+    tokens: str = ""  # whose rows are those of embedding and head, as ``vector_tokens`` writes them
 
     def under_names_of(self, base: Mapping[str, TensorSpec]) -> tuple[Vector, str]:
         """Return the vector with the names that its tensors have in a base, and what was renamed, if anything."""
@@ -178,7 +180,15 @@ def read_vector(reference: str, path: Path) -> Vector:
         except CheckpointError as problem:
             problems.append(str(problem))
     refuse(path, problems, "this task vector. It is damaged or forged")
-    return Vector(reference, path, header.file, about["format"], Identity(**about["base"]), deltas)
+    return Vector(
+        reference,
+        path,
+        header.file,
+        about["format"],
+        Identity(**about["base"]),
+        deltas,
+        tokens=header.metadata.get(TOKENS, ""),
+    )
 
 
 def described(form: str, base: Identity, deltas: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:

@@ -127,6 +127,7 @@ Examples:
 @click.option("--include", metavar="REGEX", multiple=True, help="As in extrapolate.")
 @click.option("--exclude", metavar="REGEX", multiple=True, help="As in extrapolate.")
 @click.option("--new-rows", type=click.Choice(["refuse", "copy"]), default="refuse", help="As in extrapolate.")
+@running.takes_tokenizer_source
 @click.option("--out-dtype", help="As in extrapolate; candidates are judged in it.")
 @click.option("--rounding", type=click.Choice(["nearest", "stochastic"]), default="nearest", help="Likewise.")
 @click.option("--shard-size", metavar="SIZE", callback=values.size, help="As in extrapolate.")

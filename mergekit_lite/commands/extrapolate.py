@@ -21,6 +21,7 @@ Examples:
   mergekit-lite extrapolate ./sft ./run/step-1000 --alpha 0.3 --as hf=./sft -o ./expo   (a training checkpoint)
   mergekit-lite extrapolate s3://models/sft s3://models/dpo --alpha 0.3 -o ./expo   (read by range)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 -o s3://bucket/expo   (into an object store)
+  mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --tokenizer-source aligned -o ./expo   (other vocabularies)
   mergekit-lite extrapolate ./sft ./dpo --alpha 0.3 --alpha-for 'norm|embed=0' -o ./expo --dry-run
 """,
 )
@@ -58,6 +59,7 @@ Examples:
     show_default=True,
     help="Vocabulary rows that only ALIGNED has.",
 )
+@running.takes_tokenizer_source
 @click.option(
     "--out-dtype", help="float32, bfloat16, float16, float64, or fp8 in blocks of 128 × 128; as in ALIGNED by default."
 )

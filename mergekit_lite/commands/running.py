@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,24 @@ takes_copy_code = click.option(
 )
 
 
+def takes_tokenizer_source(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command on a pair the options of vocabularies that differ."""
+    source = click.option(
+        "--tokenizer-source",
+        metavar="aligned|base|union",
+        help="Let rows of embedding and head follow their tokens, and give the output this tokenizer: ALIGNED's, SFT's "
+        "(base), or that which has the tokens of both.",
+    )
+    width = click.option(
+        "--width",
+        type=click.Choice(["base", "max", "min"]),
+        default="base",
+        show_default=True,
+        help="With it, rows of the output: as the tokenizer's model has (base), or the most or fewest of both.",
+    )
+    return source(width(function))
+
+
 def takes_push(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of putting its output on the hub."""
     option = click.option("--push", metavar="ORG/NAME", help="Put the output on the Hugging Face hub, too.")
@@ -145,8 +163,20 @@ def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     return rounding(seed(function))
 
 
-def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None = None, public: bool = False) -> None:
-    """Show or run a plan, and ``push`` what it made to a repository of the hub."""
+def carry_out(
+    plan: Plan,
+    run_options: RunOptions,
+    view: View,
+    push: str | None = None,
+    public: bool = False,
+    *,
+    processes: bool = PROCESSES,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Show or run a plan, and ``push`` what it made to a repository of the hub.
+
+    ``processes`` says whether workers are forked; ``more`` is told with the result as JSON.
+    """
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.ops.c_ops import compiled
@@ -161,7 +191,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
         _check_room(plan, threads)
     prediction = predicted(plan, threads=threads, devices=devices) if view.dry_run else None
     if view.dry_run and view.as_json:
-        told = json_output.of_plan(plan, threads, devices, prediction)
+        told = json_output.of_plan(plan, threads, devices, prediction) | dict(more or {})
         click.echo(json.dumps(json_output.with_fetched(told), indent=1))
     elif view.dry_run:
         screen.plan(plan, threads, devices, prediction)
@@ -178,7 +208,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
         workers_of(run_options["ray"], run_options["device"], threads) as crew,
         screen.progress(crew=crew) as progress,
     ):
-        options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES, "ray": crew}
+        options: RunOptions = {**run_options, "progress": progress, "processes": processes, "ray": crew}
         finished = run(plan, **options)
     pushed: list[Pushed] = []
     failure: BaseException | None = None
@@ -188,7 +218,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
     except BaseException as error:  # what was made is told in any case
         failure = error
     if view.as_json:
-        made = json_output.of_finished(finished) | json_output.of_nodes(crew)
+        made = json_output.of_finished(finished) | json_output.of_nodes(crew) | dict(more or {})
         told = json_output.with_fetched(made)
         if repositories:
             told |= {"pushed": [each.to_json() for each in pushed], "push_failed": str(failure) if failure else None}

@@ -62,6 +62,7 @@ Examples:
   mergekit-lite vector extract ./base ./tuned -o v.safetensors
   mergekit-lite vector extract ./base ./tuned -o v.safetensors --format sparse --density 0.1
   mergekit-lite vector extract ./base ./tuned -o v.safetensors --format sign
+  mergekit-lite vector extract ./base ./tuned -o v.safetensors --tokenizer-source tuned   (other vocabularies)
   mergekit-lite vector extract ./base ./tuned -o v.safetensors --format lowrank --energy 0.9
   mergekit-lite vector extract ./base ./tuned -o ./adapter --format lora --rank 32
 """,
@@ -81,6 +82,11 @@ Examples:
 @click.option("--rank", type=int, help="lowrank, lora: of the factors.")
 @click.option("--energy", type=float, help="lowrank, lora: the least rank that keeps this share of ‖difference‖².")
 @click.option("--seed", type=int, default=0, show_default=True, help="lowrank, lora: of the random projections.")
+@click.option(
+    "--tokenizer-source",
+    type=click.Choice(["base", "tuned"]),
+    help="Let rows of embedding and head follow their tokens; they are those of BASE's or TUNED's tokenizer.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Workers; one for each core by default.")
 @click.option("--device", default="cpu", show_default=True, help="lowrank, lora: cpu, cuda, cuda:1 … or auto.")
 @running.takes_ray

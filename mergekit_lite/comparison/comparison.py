@@ -24,6 +24,7 @@ from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import UsageError
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
+from mergekit_lite.planning.vocabularies import in_common
 
 SMALLEST_ALIGNMENT = 1e-6  # RMS below which even an alignment on a 7B model would be unusually small
 LARGEST_FINETUNING = 1e-3
@@ -206,7 +207,7 @@ def compare(
     if not models:
         raise UsageError("Name at least one model to compare with the base.")
     first, *others = (open_checkpoint(reference) for reference in (base, *models))
-    opened = [first, *(shown_as(model, first) for model in others)]
+    opened, notes_on_rows = in_common([first, *(shown_as(model, first) for model in others)])
     tensors, unmatched, notes = shared_tensors(opened)
     measurement = DeltaMeasurement(settings, len(models))
     # the sums of all tensors in one piece of memory: one by one between freed temporaries they made the heap grow
@@ -227,7 +228,7 @@ def compare(
         settings,
         tuple(compared[number] for number in range(len(tensors))),
         tuple(unmatched),
-        tuple(notes),
+        (*notes, *notes_on_rows),
     )
 
 

@@ -23,6 +23,7 @@ from mergekit_lite.output.workspace import MANIFEST_NAME, manifest_path
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.fp8 import modules_not_quantised
 from mergekit_lite.planning.tokenizers import is_template_file, is_tokenizer_file, tokenizer_config
+from mergekit_lite.planning.unions import TOKENIZER, written_tokenizer
 from mergekit_lite.planning.vocabularies import other_numbers
 
 CODE_SUFFIXES = (".ipynb", ".py", ".pyc", ".sh", ".so")
@@ -112,7 +113,7 @@ def _owners(plan: Plan) -> tuple[dict[str, Path | None], dict[str, str]]:
     """Return the folder that each file copied with a plan's weights is from, code aside, and why others are not."""
     names, left = companions_of(plan.source)
     owners: dict[str, Path | None] = dict.fromkeys(names, plan.source.folder)
-    tokenizer = (plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]).tokenizer_folder
+    tokenizer = plan.tokenizer_source.tokenizer_folder
     if tokenizer != plan.source.folder:
         owners = {name: folder for name, folder in owners.items() if not is_tokenizer_file(name)}
         owners |= dict.fromkeys(filter(is_tokenizer_file, _companions_in(tokenizer)[0]), tokenizer)
@@ -207,7 +208,9 @@ def _write_model(plan: Plan, number: int, folder: Path, effect: Mapping[str, Any
     for name, path in companions(plan)[0].items():
         model = models.get(folders.get(name))
         content = own_code.configs_of(model, [name]).get(name) if model is not None else None
-        if model is not None and (rewritten := _with_its_code(content, name, model)) != content:
+        if name == TOKENIZER and plan.added_tokens:
+            _write_json(folder / name, written_tokenizer(plan.tokenizer_source, plan.added_tokens))
+        elif model is not None and (rewritten := _with_its_code(content, name, model)) != content:
             _write_json(folder / name, rewritten)
         else:
             _copy(path, folder / name)
@@ -239,7 +242,7 @@ def _with_its_code(content: Any, name: str, source: Checkpoint) -> Any:
 def _write_template(plan: Plan, folder: Path, template: str) -> None:
     """Write a chat template where transformers looks for it, and into the tokenizer's config, where older ones do."""
     _write(folder / "chat_template.jinja", template)
-    giver = plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]
+    giver = plan.tokenizer_source
     config = tokenizer_config(giver)
     if config is not None:
         config = _with_its_code(config, "tokenizer_config.json", giver)

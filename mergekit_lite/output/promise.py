@@ -12,6 +12,7 @@ from mergekit_lite.layout import index_json, indexed_files
 from mergekit_lite.output.companions import companions, written_config
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import TOKENIZER_CONFIG, tokenizer_config
+from mergekit_lite.planning.unions import TOKENIZER, written_tokenizer
 
 
 def lay_promised(plan: Plan, folder: Path) -> None:
@@ -38,8 +39,11 @@ def lay_promised(plan: Plan, folder: Path) -> None:
     for part in plan.source.configs:
         written[f"{part}/config.json" if part else "config.json"] = written_config(plan, unequal, part)
     if plan.chat_template is not None:
-        giver = plan.source if plan.tokenizer is None else plan.inputs[plan.tokenizer]
-        written[TOKENIZER_CONFIG] = (tokenizer_config(giver) or {}) | {"chat_template": plan.chat_template}
+        written[TOKENIZER_CONFIG] = (tokenizer_config(plan.tokenizer_source) or {}) | {
+            "chat_template": plan.chat_template
+        }
+    if plan.added_tokens:
+        written[TOKENIZER] = written_tokenizer(plan.tokenizer_source, plan.added_tokens)
     for name, content in written.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content), encoding="utf-8")

@@ -19,6 +19,8 @@ from mergekit_lite.layout import (
 )
 from mergekit_lite.planning.plan import Job
 
+REMEDY = "tokenizer_source (--tokenizer-source) lets rows follow their tokens"
+
 
 class MismatchError(Exception):
     """A tensor whose inputs don't agree; the message is one line of the plan's list of problems."""
@@ -44,10 +46,10 @@ def shared_elements(name: str, spec: TensorSpec, other: TensorSpec, where: str, 
     grown = alike and new_rows is not None and spec.shape[0] > other.shape[0]
     if grown and new_rows == "copy":
         return other.numel
-    hint = ": the vocabularies differ" if is_vocabulary else ""
+    hint = f": the vocabularies differ; {REMEDY}" if alike else ""
     if grown:
         rows = spec.shape[0] - other.shape[0]
-        hint = f" ({rows:,} more rows: the vocabulary grew; --new-rows copy takes them as they are)"
+        hint = f" ({rows:,} more rows: the vocabulary grew; --new-rows copy takes them as they are, {REMEDY})"
     raise MismatchError(f"{name}: shape {list(spec.shape)}, but {list(other.shape)} in {where}{hint}")
 
 

@@ -56,6 +56,7 @@ class Plan:
         out_dtype: the dtype asked for, if one was.
         config: the output's config but for dtype and tie, where layers were moved; None for that of ``config_source``.
         tokenizer: which of the inputs gives the tokenizer, where ``config_source`` doesn't.
+        added_tokens: entries that ``tokenizer.json`` gets among its added tokens: new ones, or in the place of its own.
         chat_template: the output's, as text; None for the tokenizer's own.
         front_matter: what the output's card takes over from that of ``config_source``.
         text: the recipe as it was written, where it was a file.
@@ -76,6 +77,7 @@ class Plan:
     out_dtype: str | None = None
     config: Mapping[str, Any] | None = None
     tokenizer: int | None = None
+    added_tokens: tuple[Mapping[str, Any], ...] = ()
     chat_template: str | None = None
     front_matter: FrontMatter = field(default_factory=dict)
     text: str = ""
@@ -87,6 +89,11 @@ class Plan:
     def source(self) -> Checkpoint:
         """The checkpoint that gives config, tokenizer and what else travels beside the weights."""
         return self.inputs[self.config_source]
+
+    @property
+    def tokenizer_source(self) -> Checkpoint:
+        """The checkpoint that gives the tokenizer."""
+        return self.source if self.tokenizer is None else self.inputs[self.tokenizer]
 
     @property
     def merged(self) -> list[Job]:
@@ -137,7 +144,7 @@ class Plan:
         described = [
             __version__,
             (self.recipes[number], self.text, self.rounding, self.seed, self.config_source),
-            (self.config, self.tokenizer, self.chat_template, self.copy_code),
+            (self.config, self.tokenizer, self.added_tokens, self.chat_template, self.copy_code),
             [(file.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, listing, nearest
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.methods import METHODS, method_named
@@ -21,16 +23,14 @@ from mergekit_lite.planning.configs import Origin, disagreements, giving_config,
 from mergekit_lite.planning.fp8 import quantised_jobs
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
-from mergekit_lite.planning.matching import MismatchError, MissingError, arranged
+from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.plan import Job, Plan
-from mergekit_lite.planning.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
+from mergekit_lite.planning.unions import examined, having_all_tokens
 from mergekit_lite.planning.vocabularies import (
     SPECIAL_NUMBERS,
     VocabularyError,
     aligned,
-    beyond,
-    having_all_tokens,
     of_one_vocabulary,
     with_vocabulary,
 )
@@ -98,7 +98,7 @@ def make_plan(
     inputs = _under_one_naming(opened_inputs, config_source)
     read = read_tokenizers(inputs) if recipe.tokenizer is not None else []
     tokenizer = _tokenizer(recipe, read, config_source)
-    inputs, rows, notes_on_rows, problems_of_rows = _with_one_vocabulary(recipe, inputs, read, tokenizer)
+    inputs, rows, more_tokens, notes_on_rows, problems_of_rows = _with_one_vocabulary(recipe, inputs, read, tokenizer)
     del read  # a hundred bytes and more for each token
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
@@ -141,7 +141,7 @@ def make_plan(
     settled = (*SPECIAL_NUMBERS * is_settled, *("vocab_size",) * (rows is not None))
     differing = disagreements([key for key in SHOULD_AGREE if key not in settled], inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
-    notes += [f"{text}; rows are merged as they stand" for text in foreign] + notes_on_tokens
+    notes += [f"{text}; rows are merged as they stand: {REMEDY}" for text in foreign] + notes_on_tokens
     notes += notes_on_rows + notes_on_config
     notes += notes_on_card
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
@@ -166,6 +166,7 @@ def make_plan(
         out_dtype=recipe.out_dtype or recipe.dtype,
         config=config,
         tokenizer=None if tokenizer == config_source else tokenizer,
+        added_tokens=more_tokens,
         chat_template=template,
         front_matter=front_matter,
         text=text,
@@ -319,23 +320,24 @@ def _tokenizer(recipe: Recipe, read: Sequence[Tokenizer | None], config_source: 
 
 def _with_one_vocabulary(
     recipe: Recipe, inputs: tuple[Checkpoint, ...], read: Sequence[Tokenizer | None], tokenizer: int
-) -> tuple[tuple[Checkpoint, ...], int | None, list[str], list[str]]:
+) -> tuple[tuple[Checkpoint, ...], int | None, tuple[Mapping[str, Any], ...], list[str], list[str]]:
     """Return the inputs with their rows in the order of the tokenizer that is asked for; and the number of rows.
 
-    None is no number where nothing had to move. What the user should know and what is wrong come last.
+    None is no number where nothing had to move. The entries of new tokens, what the user should know and what is wrong
+    come last.
     """
+    is_union = recipe.tokenizer == UNION
     if recipe.tokenizer is None or (
-        recipe.vocabulary == Vocabulary() and of_one_vocabulary(inputs, read, all_told=recipe.tokenizer == UNION)
+        recipe.vocabulary == Vocabulary() and of_one_vocabulary(inputs, read, all_told=is_union)
     ):
-        return inputs, None, [], []
-    if recipe.tokenizer == UNION and (lost := beyond(inputs, read, tokenizer)):
-        return inputs, None, [], lost
+        return inputs, None, (), [], []
     try:
         base = recipe.models.index(recipe.base_model) if recipe.base_model else None
-        changed, rows, notes = aligned(inputs, read, tokenizer, base, recipe.vocabulary)
+        changed, rows, more, notes = aligned(inputs, read, tokenizer, base, recipe.vocabulary, union=is_union)
     except VocabularyError as error:
-        return inputs, None, [], [str(error)]
-    return changed, rows, notes, []
+        return inputs, None, (), [], [str(error)]
+    on_more, wrong = examined(inputs[tokenizer], more) if more.entries else ([], [])
+    return changed, rows, more.entries, [*on_more, *notes], wrong
 
 
 def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:

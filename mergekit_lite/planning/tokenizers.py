@@ -11,9 +11,9 @@ from typing import Any
 from mergekit_lite.checkpoint import Checkpoint, companion_patterns
 from mergekit_lite.checkpoint.companion_patterns import VOCABULARY_FILES, matches
 from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.checkpoint.tokenizer_file import vocabulary_in
 from mergekit_lite.errors import UnreadableError, counted, shortened
 from mergekit_lite.input_files import read_bytes, read_json, read_text
-from mergekit_lite.planning.tokenizer_file import vocabulary_in
 from mergekit_lite.recipe.templates import TEMPLATES
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

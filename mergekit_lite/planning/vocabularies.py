@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
+from mergekit_lite.checkpoint.tokenizer_file import Token, Tokenizer, numbers_of, own_rows, read_tokenizers
 from mergekit_lite.deferred import np
-from mergekit_lite.errors import counted, shortened
-from mergekit_lite.planning.tokenizer_file import Token, Tokenizer
+from mergekit_lite.errors import UnreadableError, counted, shortened
 from mergekit_lite.planning.tokenizers import vocabulary_files
+from mergekit_lite.planning.unions import Union, appended
 from mergekit_lite.recipe.recipe import TokenRow, Vocabulary
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def aligned(
     tokenizer: int,
     base: int | None,
     vocabulary: Vocabulary,
-) -> tuple[tuple[Checkpoint, ...], int, list[str]]:
-    """Return the inputs with the rows of one vocabulary, the number of rows, and what the user should know.
+    *,
+    union: bool = False,
+) -> tuple[tuple[Checkpoint, ...], int, Union, list[str]]:
+    """Return the inputs with the rows of one vocabulary, the number of rows, new tokens, and what should be known.
 
     Args:
         inputs: the models.
@@ -68,28 +71,76 @@ def aligned(
         tokenizer: which of them has the output's tokenizer.
         base: which of them is the base, whose rows go before means.
         vocabulary: what the recipe says of single tokens and of the width.
+        union: whether the output's tokenizer gets the tokens of all models.
 
     Raises:
         VocabularyError: a model has no ``tokenizer.json``, or its embedding and head differ in their rows.
     """
-    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
-    in_bytes = len({each.alphabet for each in known}) > 1
-    models = [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
+    models = _models(inputs, read)
     wanted = models[tokenizer]
-    width = _width(models, wanted, vocabulary)
-    rows = [wanted.tokens.get(number) for number in range(width)]
+    asked = [row.token for row in vocabulary.tokens if wanted.number_of(row.token) is None]
+    more = Union()
+    if union or asked:
+        tokenizers = [model.tokenizer for model in models]
+        more = appended(tokenizers, tokenizer, [model.rows for model in models], asked, union=union)
+    tokens = {**wanted.tokens, **{each.number: each.token for each in more.new}}
+    width = _width(models, wanted, max(tokens, default=-1) + 1, vocabulary)
+    rows = [tokens.get(number) for number in range(width)]
     own = np.stack([_own_rows(model, rows) for model in models])
-    said = {_number(wanted, row.token): row for row in vocabulary.tokens}
+    new = {each.text: each.number for each in more.new}
+    said = {_number(wanted, row.token, new): row for row in vocabulary.tokens}
     forced = np.zeros(width, bool)
     forced[[number for number, row in said.items() if row.force]] = True
-    places = {number: _given(row, wanted.tokens[number], models) for number, row in said.items()}
+    places = {number: _given(row, tokens[number], models) for number, row in said.items()}
     given = {number: place for number, place in places.items() if place is not None}
     default = _defaults(own, base, given, forced)
     changed = [_with_rows(model, models, _places(model, own[model.at], default, forced)) for model in models]
     notes = [line for model in models if (line := _told(model, own[model.at], rows))]
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
-        notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer have no row")
-    return tuple(changed), width, [*notes, *_roles(models, wanted)]
+        notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer without a row")
+    return tuple(changed), width, more, [*notes, *_roles(models, wanted)]
+
+
+def in_common(inputs: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Return the inputs with the rows of the tokens that all have, in the first one's order, and what is to be told.
+
+    They are the same ones where all have the same vocabulary, or it can't be told that they haven't.
+    """
+    rows = {spec.shape[:1] for source in inputs for spec in matrices(source)}
+    files = [vocabulary_files(source) for source in inputs]
+    if not all(files) or (len(rows) == 1 and all(each == files[0] for each in files)):
+        return tuple(inputs), []
+    try:
+        read = read_tokenizers(inputs)
+        if of_one_vocabulary(inputs, read, all_told=False):
+            return tuple(inputs), []
+        return by_token(inputs, read)
+    except (VocabularyError, UnreadableError) as error:
+        return tuple(inputs), [f"rows are compared by their numbers: {error}"]
+
+
+def by_token(
+    inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], order: int | None = None
+) -> tuple[tuple[Checkpoint, ...], list[str]]:
+    """Return the inputs with the rows of the same tokens, and what is to be told.
+
+    ``order`` is the input whose rows they are, where others lack a token with zeros; by default the first, without the
+    rows that not all have. Raises VocabularyError.
+    """
+    models = _models(inputs, read)
+    first = models[order or 0]
+    tokens = [first.tokens.get(number) for number in range(first.rows)]
+    own = np.stack([_own_rows(model, tokens) for model in models])
+    kept = np.flatnonzero((own >= 0).all(axis=0)) if order is None else np.arange(first.rows)
+    changed = []
+    for model in models:
+        row = own[model.at][kept]
+        matrix = np.where(row < 0, -1, model.at).astype(np.int32)
+        is_same = len(row) == model.rows and (row == np.arange(len(row))).all()
+        changed.append(model.source if is_same else _with_rows(model, models, Places(matrix, row, ((),))))
+    end = f"{len(kept):,} rows are compared, token by token" if order is None else ""
+    notes = [line for model in models if (line := _told(model, own[model.at], tokens, end))]
+    return tuple(changed), [*notes, *_roles(models, first)]
 
 
 def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], *, all_told: bool) -> bool:
@@ -116,36 +167,6 @@ def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | N
     return all(tokens == told[0] for tokens in told)
 
 
-def having_all_tokens(read: Sequence[Tokenizer | None], base: int) -> int:
-    """Return which model has a token for each token of the others: the base if it does, else the first; else the base.
-
-    ``read`` are the models' tokenizers.
-    """
-    texts = [set(tokenizer.tokens.values()) if tokenizer is not None else set() for tokenizer in read]
-    every = set().union(*texts)
-    order = [base, *(number for number in range(len(read)) if number != base)]
-    return next((number for number in order if texts[number] == every), base)
-
-
-def beyond(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None], tokenizer: int) -> list[str]:
-    """Return a message for each model with tokens that the one that gives a union's tokenizer lacks."""
-    own = read[tokenizer]
-    known = set(own.tokens.values()) if own is not None else set()
-    messages = []
-    for source, other in zip(inputs, read, strict=True):
-        more = [token for token in (other.tokens.values() if other is not None else ()) if token not in known]
-        if more:
-            examples = ", ".join(repr(shortened(token, 30)) for token in more[:SHOWN]) + (
-                " …" if len(more) > SHOWN else ""
-            )
-            messages.append(
-                f"tokenizer: union: {source.reference} has {counted(len(more), 'token')} that "
-                f"{inputs[tokenizer].reference} lacks ({examples}), and no model has the tokens of all. Tokens put "
-                "behind a tokenizer's own are reached by no text: name one of the models as the source"
-            )
-    return messages
-
-
 def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return a model's tokenizer. Raises VocabularyError where it has none."""
     if tokenizer is None or not tokenizer.tokens:
@@ -156,58 +177,50 @@ def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
+def _models(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None]) -> list[_Model]:
+    """Return the tokens of all models in forms that can be compared. Raises VocabularyError."""
+    known = [_known(source, each) for source, each in zip(inputs, read, strict=True)]
+    in_bytes = len({each.alphabet for each in known}) > 1
+    return [_model(at, source, each, in_bytes) for at, (source, each) in enumerate(zip(inputs, known, strict=True))]
+
+
 def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) -> _Model:
     """Return a model's tokens that have a row. Raises VocabularyError."""
-    matrices = _matrices(source)
-    counts = {spec.shape[0] for spec in matrices if spec.shape}
+    own = matrices(source)
+    counts = {spec.shape[0] for spec in own if spec.shape}
     if len(counts) != 1:
-        listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in matrices) or "it has none"
+        listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in own) or "it has none"
         raise VocabularyError(f"{source.reference}: its embedding and head differ in their rows ({listed})")
     [rows] = counts
-    tokens: dict[int, Token] = {}
-    numbers: dict[Token, int] = {}
-    for number in sorted(tokenizer.tokens):
-        if number < rows:
-            tokens[number] = tokenizer.as_compared(number, in_bytes=in_bytes)
-            numbers.setdefault(tokens[number], number)
-    return _Model(at, source, tokenizer, tokens, numbers, rows)
+    tokens: dict[int, Token] = {number: text for number, text in tokenizer.tokens.items() if number < rows}
+    if in_bytes:
+        tokens = {number: tokenizer.as_compared(number, in_bytes=True) for number in tokens}
+    return _Model(at, source, tokenizer, tokens, numbers_of(tokens), rows)
 
 
-def _matrices(source: Checkpoint) -> list[TensorSpec]:
+def matrices(source: Checkpoint) -> list[TensorSpec]:
     """Return a model's embedding and head, and what else has a row for each token.
 
     Within a layer (a head of multi-token prediction, or an ``output.weight`` of another kind) that is what has as many
     rows.
     """
-    named = [spec for name, spec in source.tensors.items() if tied_weights.is_vocabulary(name)]
+    named = [spec for name, spec in source.tensors.items() if tied_weights.is_of_tokens(name, source.tensors)]
     rows = {spec.shape[:1] for spec in named if not tied_weights.NUMBER.search(spec.name)}
     return [spec for spec in named if not tied_weights.NUMBER.search(spec.name) or spec.shape[:1] in rows]
 
 
-def _width(models: Sequence[_Model], wanted: _Model, vocabulary: Vocabulary) -> int:
-    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all tokens always."""
-    needed = max(wanted.tokens, default=-1) + 1
+def _width(models: Sequence[_Model], wanted: _Model, needed: int, vocabulary: Vocabulary) -> int:
+    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all ``needed`` always."""
     if vocabulary.pad_to_multiple_of:
         return -(-needed // vocabulary.pad_to_multiple_of) * vocabulary.pad_to_multiple_of
     if vocabulary.width == "base":
-        return wanted.rows
+        return max(needed, wanted.rows)
     return max(needed, (max if vocabulary.width == "max" else min)(model.rows for model in models))
 
 
 def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int32]:
-    """Return for each row of the output which row of a model is its token's; −1 where it has none.
-
-    A text that is two tokens' stays at its number where the model has it there. Padding is the same row of whoever has
-    one there that stands for nothing.
-    """
-    tokens, numbers = model.tokens, model.numbers
-    own = []
-    for number, token in enumerate(rows):
-        if token is None:
-            own.append(number if number < model.rows and number not in tokens else -1)
-        else:
-            own.append(number if tokens.get(number) == token else numbers.get(token, -1))
-    return np.array(own, np.int32)
+    """Return for each row of the output which row of a model is its token's; −1 where it has none."""
+    return own_rows(rows, model.tokens, model.numbers, model.rows)
 
 
 def _defaults(
@@ -234,11 +247,13 @@ def _defaults(
     return Places(matrix, row, tuple(means))  # type: ignore[arg-type]
 
 
-def _number(wanted: _Model, text: str) -> int:
-    """Return the number of the output's token that a recipe means by a text. Raises VocabularyError."""
-    if (number := wanted.number_of(text)) is None:
-        raise VocabularyError(f"tokens: {text!r} is no token of {wanted.source.reference}, which gives the tokenizer")
-    return number
+def _number(wanted: _Model, text: str, new: Mapping[str, int]) -> int:
+    """Return the number of the output's token that a recipe means by a text: one of the tokenizer's, or a new one."""
+    if (number := wanted.number_of(text)) is not None:
+        return number
+    if text not in new:  # it is there, under a number that has no row
+        raise VocabularyError(f"tokens: {text!r} has no row in {wanted.source.reference}, which gives the tokenizer")
+    return new[text]
 
 
 def _given(row: TokenRow, token: Token, models: Sequence[_Model]) -> Row | None:
@@ -276,7 +291,7 @@ def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -
     if places is None:
         return model.source
     tensors: dict[str, TensorSpec] = dict(model.source.tensors)
-    for own in _matrices(model.source):
+    for own in matrices(model.source):
         found = [tied_weights.counterpart(own.name, each.source.tensors) for each in models]
         if len({spec.shape[1:] for spec in found if spec is not None}) > 1:
             raise VocabularyError(f"{own.name}: its rows are not of the same length in all models")
@@ -286,7 +301,7 @@ def _with_rows(model: _Model, models: Sequence[_Model], places: Places | None) -
     return replace(model.source, tensors=tensors)
 
 
-def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None]) -> str:
+def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None], end: str = "") -> str:
     """Return in a line how a model's tokens are those of the output; empty where all are the same."""
     is_token = np.array([token is not None for token in rows], bool)
     lacking = int((is_token & (own < 0)).sum())
@@ -299,7 +314,7 @@ def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None
     parts = [f"{counted(same, 'token')} at the same place", f"{moved:,} at another", f"{lacking:,} it lacks"]
     examples = ", ".join(repr(_shown(token)) for token in lost[:SHOWN]) + (" …" if len(lost) > SHOWN else "")
     parts += [f"{len(lost):,} that only it has are left out: {examples}"] if lost else []
-    return f"{model.source.reference}: {', '.join(parts)}; {model.rows:,} rows become {len(rows):,}"
+    return f"{model.source.reference}: {', '.join(parts)}; {end or f'{model.rows:,} rows become {len(rows):,}'}"
 
 
 def _shown(token: Token) -> str:

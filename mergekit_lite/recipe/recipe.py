@@ -23,6 +23,7 @@ from mergekit_lite.yaml_document import Mark, Remark
 NEW_ROWS = ("refuse", "copy")
 BACKBONES = ("all", "only")
 WIDTHS = ("base", "max", "min")
+ALIGNMENTS = ("strings",)  # what tokens are matched by: their texts
 BASE, UNION = "base", "union"  # as a tokenizer: that of the base model; that which all models have
 KNOWN_TEMPLATES = ("auto", *TEMPLATES)
 SHORTEST_TEMPLATE = 20  # characters
@@ -128,8 +129,8 @@ class Recipe:
             has; for methods that continue that model (``expo``).
         backbone: ``only`` to merge what lies between embedding and head, and copy those; or ``all``.
         chat_template: ``auto``, the name of a template, or a template; None for the tokenizer's own.
-        tokenizer: ``base``, or the model that gives the tokenizer; ``union`` for the one that all models have; None for
-            that of the model that gives the config.
+        tokenizer: ``base``, or the model that gives the tokenizer; ``union`` for one that has the tokens of all; None
+            for that of the model that gives the config.
         vocabulary: where a tokenizer is asked for: what single tokens get, and how many rows there are.
         notes: what the user should know though it is no error.
 
@@ -223,12 +224,15 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         ("backbone", recipe.backbone, BACKBONES),
         ("dtype", recipe.dtype, (None, *dtypes.FLOATS)),
         ("out_dtype", recipe.out_dtype, (None, *dtypes.OUTPUTS)),
+        ("width", recipe.vocabulary.width, WIDTHS),
         ("tokenizer", recipe.tokenizer, (None, BASE, UNION, *recipe.models)),
     ):
         if value not in known:
             yield _unknown(name, value, known)
     if recipe.out_dtype == block_fp8.NAME and recipe.rounding != "nearest":
         yield f"rounding is {recipe.rounding}, but fp8 is rounded to nearest."
+    if recipe.tokenizer is None and recipe.vocabulary != Vocabulary():
+        yield "width and single tokens' rows are for a tokenizer that is asked for: give tokenizer_source."
     if isinstance(recipe.seed, bool) or not isinstance(recipe.seed, int) or recipe.seed < 0:
         yield f"seed expects a whole number from 0 on, got {recipe.seed!r}."
     if recipe.chat_template is not None and not is_template(recipe.chat_template):

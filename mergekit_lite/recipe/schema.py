@@ -13,7 +13,7 @@
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
     out_dtype: float32             # of the output, before dtype
-    tokenizer_source: base         # or one of the models, or union where one has all tokens; rows move to their tokens
+    tokenizer_source: base         # or one of the models, or union, of all tokens; rows move to their tokens
     tokenizer: {source: base, tokens: {"<eot>": {source: org/a, force: true}}, width: max, pad_to_multiple_of: 64}
     chat_template: chatml          # auto, a name, or a template
 

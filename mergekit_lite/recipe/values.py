@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from mergekit_lite import dtypes
 from mergekit_lite.errors import UsageError, nearest
 from mergekit_lite.methods.parameters import Parameter
-from mergekit_lite.recipe.recipe import BASE, KNOWN_TEMPLATES, UNION, WIDTHS, TokenRow, Vocabulary, is_template
+from mergekit_lite.recipe.recipe import (
+    ALIGNMENTS,
+    BASE,
+    KNOWN_TEMPLATES,
+    UNION,
+    WIDTHS,
+    TokenRow,
+    Vocabulary,
+    is_template,
+)
 from mergekit_lite.recipe.rules import Filter, Rule, Rules
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar, Value, describe
 
@@ -289,7 +298,9 @@ def tokenizer(
         return _tokenizer_source(source, source, "tokenizer_source", models, problems, notes), Vocabulary()
     node = parts.get("tokenizer")
     if isinstance(node, Fields):
-        keys = fields(node, "the tokenizer", ("source", "tokens", "width", "pad_to_multiple_of"), problems)
+        keys = fields(node, "the tokenizer", ("source", "tokens", "width", "pad_to_multiple_of", "align"), problems)
+        if "align" in keys:
+            choice(keys["align"], "align", ALIGNMENTS, problems)  # there is one way
         named = _tokenizer_source(keys.get("source"), node, "tokenizer: source", models, problems, notes)
         return named, _vocabulary(keys, models, problems, notes)
     if node is not None:

@@ -18,14 +18,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mergekit_lite import dtypes
-from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.checkpoint.tokenizer_file import FLAGS
 from mergekit_lite.errors import PlanError, UsageError, nearest, one_line
 from mergekit_lite.input_files import read_json
-from mergekit_lite.output.companions import written_config
+from mergekit_lite.output.companions import GENERATION, companions, written_config
 from mergekit_lite.planning import Plan
 
 Places = Mapping[str, torch.Tensor]
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,9 @@ def tokenizer_of(plan: Plan) -> Any:
     Raises:
         UsageError: the model has no tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer
 
-    giver = plan.inputs[plan.config_source if plan.tokenizer is None else plan.tokenizer]
+    giver = plan.tokenizer_source
     if giver.tokenizer_folder is None:
         raise UsageError(f"{giver.reference}: is a single file, without a tokenizer. Name the folder of the model.")
     try:
@@ -102,6 +101,8 @@ def tokenizer_of(plan: Plan) -> Any:
         raise UsageError(
             f"{giver.tokenizer_folder}: transformers finds no tokenizer: {str(error).splitlines()[0]}"
         ) from error
+    for entry in plan.added_tokens:
+        tokenizer.add_tokens([AddedToken(entry["content"], **{flag: entry[flag] for flag in FLAGS})])
     if plan.chat_template is not None:
         tokenizer.chat_template = plan.chat_template
     return tokenizer
@@ -141,8 +142,7 @@ def generation_config_of(plan: Plan) -> Any:
     """
     from transformers import GenerationConfig
 
-    folder = plan.source.folder
-    path = None if folder is None else small_file(folder, GENERATION)
+    path = companions(plan)[0].get(GENERATION)  # the tokenizer's model may have one of its own
     if path is None:
         return None
     settings: Any = GenerationConfig  # has no types

@@ -11,7 +11,7 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.checkpoint.references import Addition, is_one_file, parse_addition
-from mergekit_lite.checkpoint.vector_file import Delta, Vector, check_output, described, difference, open_vector
+from mergekit_lite.checkpoint.vector_file import TOKENS, Delta, Vector, check_output, described, difference, open_vector
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.layout import output_path, safetensors_layout
@@ -47,6 +47,7 @@ def plan_combine(
     opened = [open_vector(one.path) for one in named]
     if not rebase:
         _check_one_base(opened)
+    tokens = _tokens(opened)
     known = METHODS.get(method)
     base = None if known is not None and known.merges_base else ZERO
     each = known.parameters["weight"].each if known is not None and "weight" in known.parameters else ""
@@ -67,7 +68,7 @@ def plan_combine(
     plan = make_plan(loaded, [path], text=text, opened=sources)
     written = _written_dtypes(opened)
     about = {job.name: (written[job.name], job.shape) for job in plan.jobs}
-    metadata = described("dense", opened[0].base, about)
+    metadata = described("dense", opened[0].base, about) | tokens
     manifest_recipe = {**plan.recipes[0], "combines": [str(one) for one in named]}
     return replace(plan, recipes=(manifest_recipe,), layout=safetensors_layout([plan.jobs], [path.name], metadata))
 
@@ -131,6 +132,17 @@ def _check_one_base(vectors: Sequence[Vector]) -> None:
                 f"{other.reference}: was made from {other.base.reference}, {first.reference} from another model, "
                 f"{first.base.reference}. --rebase combines them all the same."
             )
+
+
+def _tokens(vectors: Sequence[Vector]) -> dict[str, str]:
+    """Return the entry of the metadata that says whose the rows are. Raises CheckpointError where vectors disagree."""
+    known = {vector.tokens: vector.reference for vector in reversed(vectors) if vector.tokens}
+    if len(known) > 1:
+        raise CheckpointError(
+            f"{' and '.join(known.values())}: their rows of embedding and head are of different tokens. Extract both "
+            "with --tokenizer-source base."
+        )
+    return dict.fromkeys([TOKENS] * len(known), next(iter(known), ""))
 
 
 def _over_zero(vectors: Sequence[Vector]) -> list[Checkpoint]:

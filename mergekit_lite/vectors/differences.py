@@ -11,9 +11,14 @@ from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import names_differ, shown_as
 from mergekit_lite.checkpoint.optional_tensors import modules_alone, why_optional
 from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
 from mergekit_lite.comparison.shared_tensors import tensors_by_name
 from mergekit_lite.deferred import torch
-from mergekit_lite.errors import NonFiniteError, counted
+from mergekit_lite.errors import NonFiniteError, PlanError, UnreadableError, counted
+from mergekit_lite.planning import vocabularies
+from mergekit_lite.planning.matching import REMEDY
+from mergekit_lite.planning.tokenizers import foreign_vocabularies
+from mergekit_lite.planning.vocabularies import VocabularyError, of_one_vocabulary
 
 READ_ELEMENTS = 1 << 20  # elements read at once: whole chunks of a sparse tensor, whole bytes of signs
 
@@ -132,6 +137,39 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> tuple[list[TensorPair],
     return pairs, notes, [strangers] if strangers else missing
 
 
+def by_token(
+    base: Checkpoint, tuned: Checkpoint, order: str | None
+) -> tuple[Checkpoint, Checkpoint, Tokenizer | None, list[str]]:
+    """Return both models with the rows of one of them, ``base`` or ``tuned``; by default as they are.
+
+    A row whose token only one of the two has is a difference from zeros.
+
+    Returns:
+        The models, whose tokens the rows of their difference are, where that is known, and notes for the user.
+
+    Raises:
+        PlanError: a model has no tokenizer to tell its tokens, or embedding and head with different rows.
+        CheckpointError: a tokenizer can't be read.
+    """
+    models = (base, tuned) if order is None else (base, shown_as(tuned, base))
+    try:
+        read = read_tokenizers(models)
+        if of_one_vocabulary(models, read, all_told=False):
+            return base, tuned, read[0] or read[1], []
+        if order is not None:
+            number = ("base", "tuned").index(order)
+            changed, notes = vocabularies.by_token(models, read, number)
+            return changed[0], changed[1], read[number], notes
+    except VocabularyError as error:
+        raise PlanError([str(error)]) from error
+    except UnreadableError as error:
+        if order is not None:
+            raise
+        return base, tuned, None, [f"{error} Whether the vocabularies agree can't be told"]
+    contrary, more = foreign_vocabularies([tuned], base)
+    return base, tuned, None, [*(f"{text}; rows are subtracted as they stand: {REMEDY}" for text in contrary), *more]
+
+
 def _is_whole(
     name: str, after: TensorSpec, before: TensorSpec | None, base: Checkpoint, tuned: Checkpoint
 ) -> tuple[bool, str]:
@@ -139,7 +177,8 @@ def _is_whole(
     if before is None:
         return True, f"only {tuned.reference} has it; it is stored whole"
     if after.shape != before.shape:
-        return True, f"is {list(after.shape)}, but {list(before.shape)} in {base.reference}; it is stored whole"
+        remedy = f": {REMEDY}" if tied_weights.is_vocabulary(name) and after.shape[1:] == before.shape[1:] else ""
+        return True, f"is {list(after.shape)}, but {list(before.shape)} in {base.reference}; it is stored whole{remedy}"
     if not (dtypes.is_float(after.dtype) and dtypes.is_float(before.dtype)):
         return after.dtype != before.dtype, ""
     if before.name != name:

@@ -9,6 +9,7 @@ from mergekit_lite.checkpoint.encodings.low_rank import MAX_RANK
 from mergekit_lite.errors import UsageError
 
 VectorFormat = Literal["dense", "sparse", "lowrank", "sign", "lora"]
+VectorTokens = Literal["base", "tuned"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,14 @@ class ExtractSettings:
     rank: int | None = None
     energy: float | None = None
     seed: int = 0
+    tokenizer_source: VectorTokens | None = None
 
     def __post_init__(self) -> None:
         """Raise UsageError where an option is out of bounds, or the format doesn't take it."""
         if self.format not in get_args(VectorFormat):
             raise UsageError(f"Unknown format {self.format!r}: expected one of {', '.join(get_args(VectorFormat))}.")
+        if self.tokenizer_source not in (None, *get_args(VectorTokens)):
+            raise UsageError(f"tokenizer_source expects base or tuned, got {self.tokenizer_source!r}.")
         takes = {"sparse": ("density", "threshold"), "lowrank": ("rank", "energy"), "lora": ("rank", "energy")}
         choices = takes.get(self.format, ())
         given = [name for name in ("density", "threshold", "rank", "energy") if getattr(self, name) is not None]

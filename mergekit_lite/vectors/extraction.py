@@ -21,10 +21,14 @@ import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite._version import __version__
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
+from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
+from mergekit_lite.checkpoint.identity import Identity
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
+from mergekit_lite.checkpoint.tied_weights import is_vocabulary
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer
 from mergekit_lite.checkpoint.vector_file import check_output, described
+from mergekit_lite.checkpoint.vector_tokens import metadata_of
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.devices import chosen_device, explained
 from mergekit_lite.engine.pool import Pool, available_cores, tuned_process
@@ -43,9 +47,9 @@ from mergekit_lite.output.remote_workspace import Part, RemoteWorkspace, spool_f
 from mergekit_lite.output.working_folder import WorkingFolder, as_run_errors
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.vectors import encoders, peft_folder
-from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
+from mergekit_lite.vectors.differences import TensorDifference, TensorPair, by_token, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
-from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat
+from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat, VectorTokens
 from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, manifest_text
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
@@ -64,6 +68,7 @@ def extract_vector(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
+    tokenizer_source: VectorTokens | None = None,
     threads: int | None = None,
     device: str = "cpu",
     resume: bool = False,
@@ -84,6 +89,8 @@ def extract_vector(
         rank: lowrank, lora: of the factors.
         energy: lowrank, lora, instead of ``rank``: the least rank that keeps this share of ‖difference‖², in (0, 1].
         seed: lowrank, lora: of the random projections.
+        tokenizer_source: ``base`` or ``tuned``: rows of embedding and head are those of its tokens, in its order; by
+            default they are subtracted as they stand, or stored whole where their numbers differ.
         threads: workers; one for each core by default.
         device: where low-rank factors are computed.
         resume: go on with what an earlier run of the same extraction left.
@@ -104,20 +111,23 @@ def extract_vector(
         NonFiniteError: a weight is NaN or infinite.
         RunError: reading or writing failed.
     """
-    settings = ExtractSettings(format, density, threshold, rank, energy, seed)
+    settings = ExtractSettings(format, density, threshold, rank, energy, seed, tokenizer_source)
     path = output_path(output)
     if ray is not None and isinstance(path, Place):
         raise UsageError(f"{path}: outputs in object stores are made by one machine: leave --ray out.")
     _check_name(path, settings.format)
     place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
+    made_of, identity = _made_of(before, after, settings), before.identity()
+    before, after, tokens, notes_on_rows = by_token(before, after, tokenizer_source)
+    run = _identified(before, after, made_of, tokens)
     pairs, notes, problems = pair_tensors(before, after)
+    notes += notes_on_rows
     if settings.format == "lora":
         problems += [each.of_several for each in (before, after) if each.of_several]
         problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
-    run = _identified(before, after, settings)
     sources = [(str(file.path), file.size, file.mtime_ns) for model in (before, after) for file in model.files]
     if resume and (extracted := _published(path, run, sources, force=force, sync=sync)) is not None:
         return extracted
@@ -133,7 +143,9 @@ def extract_vector(
             stack.enter_context(as_run_errors(target.path))
             spill = target.factors
         crew = stack.enter_context(workers_of(ray, device, threads))
-        extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress, crew)
+        extraction = _Extraction(
+            before, after, identity, tokens, settings, threads or available_cores(), place, spill, progress, crew
+        )
         try:
             with explained(place), tuned_process():
                 return extraction.run(target, pairs, notes, run, sources, resume=resume, force=force, sync=sync)
@@ -141,16 +153,25 @@ def extract_vector(
             shutil.rmtree(spill, ignore_errors=True)
 
 
-def _identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
-    """Return what makes a vector, for its manifest, with a digest of it that stands for the plan."""
-    made_of = {
+def _made_of(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
+    """Return what makes a vector, for its manifest; the models as they lie there."""
+    return {
         "format": settings.format,
         "settings": {key: value for key, value in vars(settings).items() if value is not None},
         "base": before.identity()._asdict(),
         "tuned": after.identity()._asdict(),
     }
+
+
+def _identified(
+    before: Checkpoint, after: Checkpoint, made_of: Mapping[str, Any], tokens: Tokenizer | None
+) -> dict[str, Any]:
+    """Return what makes a vector with a digest of it, and of how rows lie in the models, that stands for the plan."""
     files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
-    return {"plan": xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files)).encode()), **made_of}
+    rows = [model.tensors[name].key for model in (before, after) for name in filter(is_vocabulary, model.tensors)]
+    whose = metadata_of(tokens) if tokens is not None else None
+    digest = xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files, rows, whose)).encode())
+    return {"plan": digest, **made_of}
 
 
 def _published(
@@ -213,6 +234,8 @@ class _Extraction:
 
     before: Checkpoint
     after: Checkpoint
+    identity: Identity  # of the model before, as it lies there
+    tokens: Tokenizer | None  # whose the rows of embedding and head are
     settings: ExtractSettings
     threads: int
     device: str
@@ -222,7 +245,7 @@ class _Extraction:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a worker elsewhere needs."""
-        return vars(self) | {"progress": None, "crew": None}
+        return vars(self) | {"progress": None, "crew": None, "tokens": None}
 
     def run(
         self,
@@ -339,7 +362,7 @@ class _Extraction:
         match settings.format:
             case "sparse":
                 return encoders.SparseEncoder(settings.density, settings.threshold)
-            case "sign" if len(shape) > 1 and not tied_weights.is_vocabulary(pair.name):
+            case "sign" if len(shape) > 1 and not is_vocabulary(pair.name):
                 return encoders.SignEncoder()
             case "lowrank" if len(shape) == 2 and (settings.rank or 1) * sum(shape) < math.prod(shape):
                 return self._low_rank_encoder()
@@ -367,7 +390,9 @@ class _Extraction:
         if lora:
             return safetensors_layout([parts], [peft_folder.WEIGHTS]), named
         deltas = {name: (_written_dtype(tensor), tensor.pair.tuned.shape) for name, tensor in changed.items()}
-        metadata = described(self.settings.format, self.before.identity(), deltas)
+        metadata = described(self.settings.format, self.identity, deltas)
+        if self.tokens is not None and any(map(is_vocabulary, changed)):
+            metadata |= metadata_of(self.tokens)
         return safetensors_layout([parts], [output.name], metadata), named
 
 

@@ -13,6 +13,7 @@ from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError,
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, to_yaml
+from mergekit_lite.transplanting.planning import TRANSPLANT, planned_again
 from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
 from mergekit_lite.verification.result import Finding
 
@@ -128,11 +129,15 @@ def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
     """
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
+    size, code = manifest.shard_size, manifest.copy_code
+    if manifest.recipe.get("merge_method") == TRANSPLANT:
+        models = tuple(str(manifest.recipe.get(name)) for name in ("model", "donor"))
+        _check_known(models, opened)
+        return planned_again(manifest.recipe, name, shard_size=size, copy_code=code, opened=opened)
     written = manifest.recipe.get("text")
     text = written if isinstance(written, str) else ""
     recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
-    size, code = manifest.shard_size, manifest.copy_code
     return make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
 
 

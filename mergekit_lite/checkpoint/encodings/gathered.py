@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
 from mergekit_lite import dtypes
+from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled, grid
+from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
+from mergekit_lite.checkpoint.encodings.pieces import PIECE
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
-from mergekit_lite.deferred import np
+from mergekit_lite.deferred import np, torch
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -95,36 +99,58 @@ class Gathered(Encoding):
         return replace(self, places=self.places.part(first - self.first, -(-end // columns) - self.first), first=first)
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
-        """Read runs of rows that follow each other in one matrix at once, straight into ``out``.
+        """Fill a partial first row, whole rows in blocks, and a partial last row."""
+        columns, size = spec.numel // spec.shape[0], dtypes.size(spec.dtype)
+        while out:
+            row, column = divmod(start, columns)
+            left = len(out) // size
+            count = min(columns - column, left)
+            if count == columns:
+                count *= min(left // columns, max(1, PIECE // columns))
+            self._fill_rows(spec, reader, row - self.first, column, out[: count * size])
+            start, out = start + count, out[count * size :]
 
-        The runs that lie in a file as they are wanted are read together: elsewhere each by itself would be a request.
+    def _fill_rows(self, spec: TensorSpec, reader: Reader, row: int, column: int, out: memoryview) -> None:
+        """Fill ``out`` with whole rows from ``row`` on, or with a part of one from ``column`` on.
+
+        What lies in a file as it is wanted is read straight into ``out``, by one call for each matrix, in the file's
+        order; of other matrices all rows are made at once where their encodings allow it.
         """
-        columns = spec.numel // spec.shape[0]
-        size = dtypes.size(spec.dtype)
-        end = start + len(out) // size
-        first = self.first
-        together: dict[int, list[tuple[int, memoryview]]] = {}
-        for begin, upto, number, row in self.places.runs(start // columns - first, -(-end // columns) - first):
-            at, last = max(start, (begin + first) * columns), min(end, (upto + first) * columns)
-            column = at - (begin + first) * columns
-            part = out[(at - start) * size : (last - start) * size]
-            source = self.sources[number]
-            if number >= 0 and source.is_plain and source.dtype == spec.dtype:
-                together.setdefault(number, []).append((source.offset + (row * columns + column) * size, part))
+        columns, size = spec.numel // spec.shape[0], dtypes.size(spec.dtype)
+        width = min(columns - column, len(out) // size)
+        end = row + len(out) // (width * size)
+        made = self._fill_encoded(spec, reader, row, end, out) if width == columns else set()
+        stored: dict[int, list[tuple[int, memoryview]]] = {}
+        for begin, upto, number, at in self.places.runs(row, end):
+            part = out[(begin - row) * width * size : (upto - row) * width * size]
+            if number in made:
+                continue
+            if number < 0:
+                self._fill_mean(spec, reader, self.places.means[-1 - number], column, part)
+            elif (source := self.sources[number]).is_plain and source.dtype == spec.dtype:
+                stored.setdefault(number, []).append((source.offset + (at * columns + column) * size, part))
             else:
-                self._fill_run(spec, reader, number, row * columns + column, part)
-        for number, parts in together.items():
+                values = source.elements(reader, at * columns + column, len(part) // size)
+                tensor_of(part, spec.dtype).copy_(values)
+        for number, parts in stored.items():
+            parts.sort(key=itemgetter(0))
             reader.fill_parts(self.sources[number].file, parts, self.sources[number].name)
 
-    def _fill_run(self, spec: TensorSpec, reader: Reader, number: int, start: int, out: memoryview) -> None:
-        """Fill ``out`` with a matrix's elements from ``start`` on; of a mean's places from that column on."""
-        if number < 0:
-            self._fill_mean(spec, reader, self.places.means[-1 - number], start, out)
-        elif (source := self.sources[number]).dtype == spec.dtype:
-            source.fill(reader, start, out)
-        else:
-            count = len(out) // dtypes.size(spec.dtype)
-            tensor_of(out, spec.dtype).copy_(source.elements(reader, start, count))
+    def _fill_encoded(self, spec: TensorSpec, reader: Reader, row: int, end: int, out: memoryview) -> set[int]:
+        """Fill the rows of each matrix of which rows are made at once; return which matrices those are."""
+        matrix, rows = self.places.matrix[row:end], self.places.row[row:end]
+        made: set[int] = set()
+        for number in np.unique(matrix[matrix >= 0]).tolist():
+            source = self.sources[number]
+            if source.is_plain and source.dtype == spec.dtype:
+                continue
+            places = np.flatnonzero(matrix == number)
+            if (found := rows_of(source, rows[places])) is not None:
+                values = found.elements(reader, 0, found.numel).view(len(places), -1)
+                whole = tensor_of(out, spec.dtype).view(len(matrix), -1)
+                whole[torch.from_numpy(places)] = values.to(whole.dtype)
+                made.add(number)
+        return made
 
     def _fill_mean(
         self, spec: TensorSpec, reader: Reader, places: Sequence[Place], column: int, out: memoryview
@@ -150,6 +176,40 @@ def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Places) -> 
     dtype = dtypes.promoted([sources[number].dtype for number in used]) if used else own.dtype
     shape = (len(places.matrix), *own.shape[1:])
     return replace(own, shape=shape, dtype=dtype, encoding=Gathered(tuple(sources), places))
+
+
+def reads_by_torch(spec: TensorSpec) -> bool:
+    """Return whether torch has a part in reading a tensor: not where rows are bytes of files as they are wanted."""
+    encoding = spec.encoding
+    if not isinstance(encoding, Gathered):
+        return not spec.is_plain
+    matrix = encoding.places.matrix
+    used = [encoding.sources[number] for number in np.unique(matrix[matrix >= 0]).tolist()]
+    return any(encoding.places.means) or not all(each.is_plain and each.dtype == spec.dtype for each in used)
+
+
+def rows_of(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec | None:
+    """Return some rows of a matrix as a tensor that reads them at once; None where its encoding has no rows by itself.
+
+    Codes are gathered as codes, and with each its scales: a block of the result is one row high.
+    """
+    encoding, shape = spec.encoding, (len(rows), *spec.shape[1:])
+    if spec.is_plain:
+        places = Places(np.zeros(len(rows), np.int32), rows)
+        return replace(spec, shape=shape, encoding=Gathered((spec,), places))
+    if isinstance(encoding, GgmlBlocks):
+        return replace(spec, shape=shape, encoding=replace(encoding, rows=tuple(rows.tolist())))
+    if not isinstance(encoding, BlockScaled) or len(spec.shape) != 2 or not encoding.codes.is_plain:
+        return None
+    by_block = {}
+    for name, numbers in (("scale", encoding.scale), ("zero_point", encoding.zero_point)):
+        if numbers is not None and numbers.numel > 1:
+            if not numbers.is_plain:
+                return None
+            numbers = rows_of(replace(numbers, shape=grid(spec.shape, encoding.block)), rows // encoding.block[0])
+        by_block[name] = numbers
+    codes = rows_of(encoding.codes, rows)
+    return replace(spec, shape=shape, encoding=replace(encoding, codes=codes, block=(1, encoding.block[1]), **by_block))
 
 
 def part_of(spec: TensorSpec, begin: int, end: int) -> TensorSpec:

@@ -6,6 +6,7 @@ A block is a fixed number of bytes for a fixed number of elements of a row; rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from types import ModuleType
 
 from mergekit_lite.checkpoint.encodings.pieces import pieces
@@ -24,6 +25,7 @@ class GgmlBlocks(Encoding):
     type: str  # ggml's name of the format
     elements: int
     nbytes: int
+    rows: tuple[int, ...] = ()  # which rows of the stored matrix the tensor's are, where it has not just them
 
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Read whole blocks, and dequantise them."""
@@ -47,19 +49,33 @@ class GgmlBlocks(Encoding):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The format."""
-        return (self.type,)
+        """The format, and the rows."""
+        return (self.type, self.rows) if self.rows else (self.type,)
 
     def _fill_part(self, spec: TensorSpec, reader: Reader, start: int, out: torch.Tensor) -> None:
         first, last = start // self.elements, -(-(start + out.numel()) // self.elements)
         stored = np.empty((1, (last - first) * self.nbytes), dtype=np.uint8)
-        reader.fill(spec.file, spec.offset + first * self.nbytes, stored.data.cast("B"), spec.name)
+        self._fill_blocks(spec, reader, first, stored.data.cast("B"))
         library = gguf_library()
         # Codes that a damaged file holds may be NaN or too large: that is for those who look at values to say.
         with np.errstate(all="ignore"):
             values = library.dequantize(stored, library.GGMLQuantizationType[self.type])
         skipped = start - first * self.elements
         out.copy_(torch.from_numpy(values).view(-1)[skipped : skipped + out.numel()])
+
+    def _fill_blocks(self, spec: TensorSpec, reader: Reader, first: int, out: memoryview) -> None:
+        """Read stored blocks from number ``first`` on: those of single rows by one call, in the file's order."""
+        if not self.rows:
+            reader.fill(spec.file, spec.offset + first * self.nbytes, out, spec.name)
+            return
+        row = spec.shape[-1] // self.elements  # blocks
+        parts: list[tuple[int, memoryview]] = []
+        while out:
+            number, skipped = divmod(first, row)
+            count = min(row - skipped, len(out) // self.nbytes)
+            parts.append((spec.offset + (self.rows[number] * row + skipped) * self.nbytes, out[: count * self.nbytes]))
+            first, out = first + count, out[count * self.nbytes :]
+        reader.fill_parts(spec.file, sorted(parts, key=itemgetter(0)), spec.name)
 
 
 def gguf_library() -> ModuleType:

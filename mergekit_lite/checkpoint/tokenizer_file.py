@@ -6,16 +6,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.folder import small_file
+from mergekit_lite.deferred import np
 from mergekit_lite.input_files import read_bytes, read_json
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from mergekit_lite.checkpoint.checkpoint import Checkpoint
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 WORD = "▁"  # SentencePiece's blank
 Token = str | bytes | int  # its text; its bytes; the number of a byte that is a token for want of a better one
 
@@ -55,10 +61,10 @@ class Alphabet(Enum):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokens of a model by their numbers, the numbers of added ones, their alphabet, and special ones by role."""
+    """The tokens of a model by their numbers, the flags of added ones, their alphabet, and special ones by role."""
 
     tokens: Mapping[int, str]
-    added: frozenset[int]
+    added: Mapping[int, Mapping[str, bool]]
     alphabet: Alphabet
     special: Mapping[str, str]
 
@@ -89,12 +95,44 @@ def read_tokenizers(sources: Sequence[Checkpoint]) -> list[Tokenizer | None]:
     return read
 
 
+def numbers_of(tokens: Mapping[int, Token]) -> dict[Token, int]:
+    """Return the number of each token; of a text that is two tokens' the first one."""
+    return {tokens[number]: number for number in sorted(tokens, reverse=True)}
+
+
+def own_rows(
+    wanted: Sequence[Token | None], tokens: Mapping[int, Token], numbers: Mapping[Token, int], rows: int
+) -> npt.NDArray[np.int32]:
+    """Return for each wanted token which row of a model is its; −1 where it has none.
+
+    A text that is two tokens' stays at its number where the model has it there. Padding, where no token is wanted, is
+    the same row of whoever has one there that stands for nothing.
+
+    Args:
+        wanted: the tokens, in the order that is wanted.
+        tokens: the model's by number, those alone that have a row.
+        numbers: their numbers, as of ``numbers_of``.
+        rows: of the model.
+    """
+    own = [numbers.get(token, -1) for token in wanted]  # type: ignore[arg-type]
+    apart = [number for number, token in enumerate(wanted) if token is None]
+    if len(numbers) < len(tokens):
+        apart = [number for number, token in enumerate(wanted) if token == tokens.get(number)]
+    for number in apart:
+        own[number] = number if number < rows and wanted[number] == tokens.get(number) else -1
+    return np.array(own, np.int32)
+
+
 def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer in the content of a ``tokenizer.json``, without special tokens."""
     added = content.get("added_tokens")
-    numbers = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    of_added = frozenset(each for each in numbers if isinstance(each, int))
-    return Tokenizer(vocabulary_in(content), of_added, _alphabet(content), {})
+    listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    flags = {
+        token["id"]: {flag: bool(token.get(flag, False)) for flag in FLAGS}
+        for token in listed
+        if _is_number(token.get("id"))
+    }
+    return Tokenizer(vocabulary_in(content), flags, _alphabet(content), {})
 
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
@@ -103,7 +141,7 @@ def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     tokens: dict[int, str] = {}
     if isinstance(vocabulary, dict):
-        tokens = {number: token for token, number in vocabulary.items() if _is_number(number)}
+        tokens = {number: token for token, number in vocabulary.items() if type(number) is int and number >= 0}
     elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
         tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     added = content.get("added_tokens")

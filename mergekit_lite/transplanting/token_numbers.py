@@ -1,0 +1,44 @@
+"""Numbers of tokens in a config: those of another tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+NUMBER = re.compile(r"_token_(id|ids|index)$")
+OF_TEXT = ("text_config", "language_config", "llm_config")
+
+
+def with_numbers_of(
+    config: Mapping[str, Any], donor: Mapping[str, Any], rows: int, numbers: Mapping[int, int]
+) -> dict[str, Any]:
+    """Return a config for another vocabulary.
+
+    Args:
+        config: the model's; nested configs of text follow, too.
+        donor: the config of the model that gives the tokenizer: what it numbers has its numbers.
+        rows: of the vocabulary.
+        numbers: where the model's other tokens are now; one that is gone is None in the config.
+    """
+    of_text: Mapping[str, Any] = next((donor[key] for key in OF_TEXT if isinstance(donor.get(key), dict)), {})
+    given = {key: value for key, value in {**of_text, **donor}.items() if NUMBER.search(key)}
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "vocab_size":
+            changed[key] = rows
+        elif key in OF_TEXT and isinstance(value, dict):
+            changed[key] = with_numbers_of(value, donor, rows, numbers)
+        elif NUMBER.search(key):
+            changed[key] = given[key] if key in given else _moved(value, numbers)
+        else:
+            changed[key] = value
+    has_text = any(isinstance(config.get(key), dict) for key in OF_TEXT)
+    return changed if has_text else changed | {key: given[key] for key in given if key not in config}
+
+
+def _moved(value: Any, numbers: Mapping[int, int]) -> Any:
+    if isinstance(value, list):
+        moved = [numbers[each] for each in value if each in numbers]
+        return moved or None
+    return numbers.get(value) if isinstance(value, int) else value
