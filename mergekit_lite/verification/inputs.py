@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint
 from mergekit_lite.checkpoint.references import Addition, split_key
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
+from mergekit_lite.mixtures.building import mixture_again
+from mergekit_lite.mixtures.planning import METHOD
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
@@ -121,15 +123,19 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
             inputs.findings.append(Finding(where, "an input that changed, or was uploaded again: its etag is another"))
 
 
-def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> Plan:
-    """Make the plan of an output again, from its manifest and its opened inputs.
+def plan_again(
+    output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint], written: Mapping[str, TensorSpec]
+) -> Plan:
+    """Make the plan of an output again, from its manifest, its opened inputs and, of a mixture, its own routers.
 
     Raises:
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
     """
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
-    written = manifest.recipe.get("text")
-    text = written if isinstance(written, str) else ""
+    if manifest.recipe.get("merge_method") == METHOD:
+        return mixture_again(manifest.recipe, name, opened, manifest.shard_size, written)
+    given = manifest.recipe.get("text")
+    text = given if isinstance(given, str) else ""
     recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
     size, code = manifest.shard_size, manifest.copy_code
