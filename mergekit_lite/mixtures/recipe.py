@@ -92,11 +92,12 @@ def parse(content: str, source: str = "The recipe", *, equal_experts: bool = Fal
     for key in ("base_model", "experts"):
         if key not in parts and isinstance(root, Fields):
             problems.append(Remark(root.at, f"the recipe has no {key!r}"))
+    mode = choice(parts["gate_mode"], "gate_mode", GATE_MODES, problems) if "gate_mode" in parts else "hidden"
     recipe = MixtureRecipe(
         _reference(parts, "base_model", problems, notes),
         tuple(_expert(node, problems, notes) for node in items(parts.get("experts"), "experts", problems)),
         tuple(_expert(node, problems, notes) for node in _shared(parts, problems)),
-        (choice(parts["gate_mode"], "gate_mode", GATE_MODES, problems) if "gate_mode" in parts else None) or "hidden",
+        mode or "random",  # a misspelt one asks for no prompts
         _per_token(parts.get("experts_per_token"), problems),
         values.dtype(parts.get("dtype"), "dtype", problems),
         values.text(parts["architecture"], "architecture", problems) if "architecture" in parts else None,
