@@ -91,5 +91,5 @@ def build(
         check_outputs(plan, resume=run_options["resume"], force=run_options["force"])
         device = chosen_devices(run_options["device"])[0]
         plan, warning = with_routers(planned, device, run_options["threads"])
-        Screen(quiet=view.quiet or view.as_json).warn(warning)
+        Screen(quiet=view.quiet or view.as_json, verbose=view.verbose).warn(warning)
     running.carry_out(plan, run_options, view, push, public)

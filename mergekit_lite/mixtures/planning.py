@@ -101,6 +101,9 @@ def plan_mixture(
     inputs = (base, *(shown_as(each, base) for each in inputs[1:]))
     if problems := [each.of_several for each in inputs if each.is_of_several]:
         raise PlanError(problems)
+    if recipe.gate_mode not in RANDOM and base.tokenizer_folder is None:
+        needs = f"is a single file, with no tokenizer for the prompts of gate_mode {recipe.gate_mode}: name its folder"
+        raise PlanError([f"{base.reference}: {needs}"])
     family = _family(recipe, inputs)
     making = _Making(recipe, family, inputs)
     jobs = making.jobs()

@@ -62,7 +62,7 @@ def make_routers(planned: MixturePlan, device: str = "cpu", threads: int | None 
     recipe, layers = planned.recipe, 1 + max(layer for layer, _ in planned.routers.values())
     base_plan = _plan_of(planned.base, device)
     tokenizer = tokenizer_of(base_plan)
-    with torch.inference_mode():
+    with torch.no_grad():
         if recipe.gate_mode == "cheap_embed":
             vectors = _embeddings(planned.base, tokenizer, layers)
         else:

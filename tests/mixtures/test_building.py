@@ -27,7 +27,7 @@ MADE = [  # dense, architecture, type of the output
     ("qwen3", "qwen3", "qwen3_moe"),
     ("olmo2", "flexolmo", "flex_olmo"),
 ]
-SHARING = ["llama", "mistral", "qwen2"]  # what Qwen2-MoE is made from
+SHARING = [("llama", False), ("llama", True), ("mistral", False), ("qwen2", True)]  # what Qwen2-MoE is made from
 
 
 def recipe(*experts: Any, **more: Any) -> dict[str, Any]:
@@ -56,8 +56,7 @@ def test_equal_experts_are_the_dense_model(kind: str, architecture: str, output:
     assert (made.lm_head.weight.data_ptr() == made.model.embed_tokens.weight.data_ptr()) is tied
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize(("kind", "tied"), SHARING)
 def test_a_shared_expert_is_added(kind: str, tied: bool) -> None:
     """Qwen2-MoE: experts that are distinct, and a shared one that is neither base nor expert, and wider."""
     models = {name: dense_model(kind, seed, tied=tied) for seed, name in enumerate("abc")}
