@@ -43,17 +43,20 @@ def mixture_config(
         has_bias: whether the base's attention has biases.
     """
     kind = str(base.get("model_type", ""))
-    whole = {"num_key_value_heads": base.get("num_attention_heads"), "rms_norm_eps": 1e-6, "hidden_act": "silu",
-             "tie_word_embeddings": False} | DEFAULTS[kind]  # fmt: skip
-    config = {key: value for key, value in base.items() if key not in (*NOT_OF_MIXTURES, *WINDOW)}
-    config |= {
-        key: value for key, value in whole.items() if key not in base and value is not None and key not in WINDOW
+    unsaid: dict[str, Any] = {
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        **DEFAULTS[kind],
     }
+    window = unsaid.pop("sliding_window", None)
+    config = {key: value for key, value in (unsaid | dict(base)).items() if key not in (*NOT_OF_MIXTURES, *WINDOW)}
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
     if "rope_theta" not in base and not isinstance(base.get("rope_parameters"), Mapping):
         config["rope_theta"] = THETA
     if config.get("head_dim", 0) is None:
         del config["head_dim"]  # classes that ask whether there is one take this for one
-    windows, notes = _windows(family, base, whole.get("sliding_window"))
+    windows, notes = _windows(family, base, window)
     config |= windows
     config |= {"model_type": family.model_type, "architectures": [family.architecture]}
     config |= {family.experts: experts, family.per_token: per_token}

@@ -205,13 +205,16 @@ def test_what_a_config_leaves_out_is_said() -> None:
     content = json.loads(path.read_text())
     kept = ("architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "vocab_size")  # fmt: skip
-    path.write_text(json.dumps({key: content[key] for key in kept}))
+    path.write_text(json.dumps({key: content[key] for key in kept} | {"num_key_value_heads": None, "head_dim": None}))
     build_moe(recipe("a", "a"), "out")
     one, two = AutoConfig.from_pretrained("a"), AutoConfig.from_pretrained("out")
     same = ("rope_parameters", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act",
             "bos_token_id", "eos_token_id", "tie_word_embeddings")  # fmt: skip
     assert {key: getattr(one, key) for key in same} == {key: getattr(two, key) for key in same}
     assert two.sliding_window is None
+    build_moe(recipe("a", "a", architecture="qwen2_moe", shared_experts=[{"source_model": "a"}]), "qwen")
+    three = loaded(Path("qwen")).config
+    assert {key: getattr(one, key) for key in same} == {key: getattr(three, key) for key in same}
 
 
 def test_a_window_of_some_layers_is_kept_where_it_can_be() -> None:
