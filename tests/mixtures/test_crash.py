@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import mergekit_lite
 from mergekit_lite.mixtures.building import build_moe
 from tests.mixtures.models import dense_model, write
 from tests.models import tree_bytes
-from tests.processes import run, started, wait_for_spans
+from tests.processes import run, started
 
 RECIPE = """
 base_model: a
@@ -20,6 +21,7 @@ experts:
 - {source_model: a, positive_prompts: [one two three]}
 - {source_model: b, positive_prompts: [user system], noise_scale: 0.01}
 """
+WAIT = 300  # seconds: the model has to run first
 
 
 @pytest.mark.slow
@@ -32,7 +34,10 @@ def test_a_kill_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     build_moe("r.yml", "whole", threads=1)
     command = ("moe", "r.yml", "-o", "out", "--threads", "1")
     with started(tmp_path, *command) as process:
-        wait_for_spans(tmp_path, "out", 3)
+        journal, until = Path(".out.partial/journal.jsonl"), time.monotonic() + WAIT
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+            assert process.running and time.monotonic() < until, "the run journals nothing"
+            time.sleep(0.001)
         process.send(signal.SIGKILL)
         assert process.end().returncode == -signal.SIGKILL
     assert not Path("out").exists()
