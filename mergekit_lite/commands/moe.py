@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mergekit_lite.commands import CommandGroup, running
+from mergekit_lite.commands.moe_experts import merge_experts, prune, split
 from mergekit_lite.engine.run import RunOptions, check_outputs
 from mergekit_lite.errors import UsageError, nearest
 
@@ -93,3 +94,7 @@ def build(
         plan, warning = with_routers(planned, device, run_options["threads"])
         Screen(quiet=view.quiet or view.as_json, verbose=view.verbose).warn(warning)
     running.carry_out(plan, run_options, view, push, public)
+
+
+for subcommand in (split, prune, merge_experts):
+    command.add_command(subcommand)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -145,8 +145,15 @@ def takes_rounding(function: Callable[..., None]) -> Callable[..., None]:
     return rounding(seed(function))
 
 
-def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None = None, public: bool = False) -> None:
-    """Show or run a plan, and ``push`` what it made to a repository of the hub."""
+def carry_out(
+    plan: Plan,
+    run_options: RunOptions,
+    view: View,
+    push: str | None = None,
+    public: bool = False,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Show or run a plan, and ``push`` what it made to a repository of the hub; ``more`` is for what JSON tells."""
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.ops.c_ops import compiled
@@ -161,7 +168,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
         _check_room(plan, threads)
     prediction = predicted(plan, threads=threads, devices=devices) if view.dry_run else None
     if view.dry_run and view.as_json:
-        told = json_output.of_plan(plan, threads, devices, prediction)
+        told = json_output.of_plan(plan, threads, devices, prediction) | dict(more or {})
         click.echo(json.dumps(json_output.with_fetched(told), indent=1))
     elif view.dry_run:
         screen.plan(plan, threads, devices, prediction)
@@ -182,7 +189,7 @@ def carry_out(plan: Plan, run_options: RunOptions, view: View, push: str | None 
         finished = run(plan, **options)
     pushed = [_pushed(output, name, public, screen) for output, name in zip(plan.outputs, repositories, strict=False)]
     if view.as_json:
-        made = json_output.of_finished(finished) | json_output.of_nodes(crew)
+        made = json_output.of_finished(finished) | json_output.of_nodes(crew) | dict(more or {})
         told = json_output.with_fetched(made)
         click.echo(json.dumps(told | ({"pushed": [each.to_json() for each in pushed]} if pushed else {}), indent=1))
     screen.finished(plan, finished)

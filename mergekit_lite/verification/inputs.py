@@ -12,6 +12,8 @@ from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.mixtures.building import mixture_again
+from mergekit_lite.mixtures.made_again import METHODS as REMADE
+from mergekit_lite.mixtures.made_again import remade_again
 from mergekit_lite.mixtures.planning import METHOD
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, to_yaml
@@ -134,6 +136,8 @@ def plan_again(
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
     if manifest.recipe.get("merge_method") == METHOD:
         return mixture_again(manifest.recipe, name, opened, manifest.shard_size, written)
+    if manifest.recipe.get("merge_method") in REMADE:
+        return remade_again(manifest.recipe, name, opened, manifest.shard_size, manifest.copy_code)
     given = manifest.recipe.get("text")
     text = given if isinstance(given, str) else ""
     recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
