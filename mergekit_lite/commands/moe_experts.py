@@ -172,13 +172,12 @@ def _fewer(
     """Choose experts, show what was chosen, and make the smaller mixture."""
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.mixtures.choosing import checked, chosen_to_keep, chosen_to_merge
-    from mergekit_lite.mixtures.fewer import plan_fewer
+    from mergekit_lite.mixtures.fewer import first_experts, plan_fewer
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
     mixture, layers = checked(model, number, by, bool(prompts), f"moe {what}")
     if not (run_options["resume"] or view.dry_run):  # whatever is wrong shall be said before anything is read
-        any_of_them = {layer.number: [(expert,) for expert in range(number)] for layer in layers}
-        check_outputs(plan_fewer(model, any_of_them, output), force=run_options["force"])
+        check_outputs(plan_fewer(model, first_experts(layers, number), output), force=run_options["force"])
     usage = _usage(mixture.path, prompts, limit, len(layers[0].experts), run_options["device"], screen)
     choose = chosen_to_keep if what == "prune" else chosen_to_merge
     with screen.progress("comparing experts") as progress:

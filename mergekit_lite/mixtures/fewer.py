@@ -103,6 +103,11 @@ def plan_fewer(
     )
 
 
+def first_experts(layers: Sequence[ExpertLayer], number: int) -> Groups:
+    """Return the choice of the first experts: what can be checked of an output before experts are chosen."""
+    return {layer.number: [(expert,) for expert in range(number)] for layer in layers}
+
+
 def unfit(mixture: Checkpoint, layers: Sequence[ExpertLayer], number: int) -> Iterator[str]:
     """Yield why a mixture can't have this many experts in a layer."""
     config, before = text_config(mixture), len(layers[0].experts)

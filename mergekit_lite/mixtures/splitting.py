@@ -11,16 +11,21 @@ exactly, side by side with the expert, unless they are left out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.views import joined, side_by_side
+from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import PlanError, UsageError, counted
 from mergekit_lite.layout import OutputPath
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense, family_of
 from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
 from mergekit_lite.mixtures.remade import alike, copied, mean_of, opened_mixture, plan_of
+from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 METHOD = "moe split"  # what manifests and cards call it
 Expert = int | Literal["shared"]
@@ -95,6 +100,38 @@ def plan_split(
         shard_size=shard_size,
         notes=[*splitting.notes()],
     )
+
+
+@named_options
+def split_experts(
+    model: str,
+    experts: Sequence[Expert],
+    output: str,
+    *,
+    weights: Sequence[float] = (),
+    shard_size: int | None = None,
+    **run_options: Unpack[RunOptions],
+) -> Finished:
+    """Make a dense model of an expert of a mixture, or of the weighted mean of several.
+
+    Args:
+        model: the mixture: any reference.
+        experts: numbers of experts, the same in every layer; or ``shared`` alone.
+        output: a folder.
+        weights: of the experts in the mean; equal by default.
+        shard_size: most bytes of data in one file; 5 GB by default.
+        **run_options: see ``RunOptions``.
+
+    Returns:
+        The output's path and its report.
+
+    Raises:
+        UsageError: there is no such expert, the weights don't fit, or the output exists.
+        CheckpointError: the model can't be opened, or is no mixture.
+        PlanError: no dense model computes what an expert does; every problem is named.
+        RunError, NonFiniteError: as ``run`` says.
+    """
+    return run(plan_split(model, experts, output, weights=weights, shard_size=shard_size), **run_options)
 
 
 def experts_of(model: str, opened: Mapping[str, Checkpoint] | None = None) -> int:

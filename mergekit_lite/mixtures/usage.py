@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
-from mergekit_lite.answers.prompts import LoadedPrompts, Prompts, load
-from mergekit_lite.answers.rows import Prompt
+from mergekit_lite.answers.prompts import LoadedPrompts, Prompts, digest_of, load
+from mergekit_lite.answers.rows import Message, Prompt
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.errors import CheckpointError, UsageError, counted
 from mergekit_lite.mixtures.layers import ROUTERS
@@ -45,6 +45,12 @@ class Usage(NamedTuple):
 def prompts_in(files: Iterable[Path]) -> LoadedPrompts:
     """Read the prompts of files. Raises UsageError where one can't be read, or has no column with prompts."""
     return load(Prompts(path=path) for path in files)
+
+
+def prompts_of(texts: Iterable[str]) -> list[Prompt]:
+    """Return texts as prompts."""
+    asked = [(Message(role="user", content=text),) for text in texts]
+    return [Prompt(digest_of(messages), messages) for messages in asked]
 
 
 def measured(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from mergekit_lite import merge_experts, prune_experts
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.commands import main
 from mergekit_lite.engine.run import run
@@ -212,5 +213,11 @@ def test_the_commands(tmp_path: Path) -> None:
         again = CliRunner().invoke(main, [*arguments, "--resume"])
         assert again.exit_code == 0, again.output  # it is finished, and the same
         assert verify(out, samples="all").findings == ()
+    merge_experts(str(model), str(tmp_path / "python"), 3, "weights")
+    of_python, of_command = weights(tmp_path / "python"), weights(tmp_path / "merge-experts")
+    assert all(torch.equal(of_python[name], of_command[name]) for name in of_command)
+    prune_experts(str(model), str(tmp_path / "pruned"), 3, "usage", prompts=["one two", "three"])
+    of_python, of_command = weights(tmp_path / "pruned"), weights(tmp_path / "prune")
+    assert all(torch.equal(of_python[name], of_command[name]) for name in of_command)
     refused = CliRunner().invoke(main, ["moe", "prune", str(model), "--keep", "3", "--by", "usage", "-o", "x"])
     assert refused.exit_code == 2
