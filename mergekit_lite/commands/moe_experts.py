@@ -13,6 +13,8 @@ from mergekit_lite.engine.run import RunOptions, check_outputs
 from mergekit_lite.errors import UsageError
 
 if TYPE_CHECKING:
+    from mergekit_lite.checkpoint import Checkpoint
+    from mergekit_lite.commands.screen import Screen
     from mergekit_lite.mixtures.choosing import By, Choice
     from mergekit_lite.mixtures.splitting import Expert
     from mergekit_lite.mixtures.usage import Usage
@@ -80,6 +82,8 @@ def split(
     if PLACE not in output:
         running.carry_out(plan_split(model, chosen, output, weights=weights, shard_size=shard_size), run_options, view)
         return
+    if view.as_json:
+        raise UsageError("--json tells of one output: split off one expert at a time, or leave --json out.")
     plans = [plan_split(model, [one], output.replace(PLACE, str(one)), shard_size=shard_size) for one in chosen]
     for plan in plans:
         check_outputs(plan, resume=run_options["resume"], force=run_options["force"])
@@ -176,9 +180,9 @@ def _fewer(
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
     mixture, layers = checked(model, number, by, bool(prompts), f"moe {what}")
-    if not (run_options["resume"] or view.dry_run):  # whatever is wrong shall be said before anything is read
+    if not run_options["resume"]:  # whatever is wrong shall be said before anything is read
         check_outputs(plan_fewer(model, first_experts(layers, number), output), force=run_options["force"])
-    usage = _usage(mixture.path, prompts, limit, len(layers[0].experts), run_options["device"], screen)
+    usage = _usage(mixture, len(layers[0].experts), prompts, limit, run_options, screen) if prompts else None
     choose = chosen_to_keep if what == "prune" else chosen_to_merge
     with screen.progress("comparing experts") as progress:
         choice = choose(mixture, layers, number, by, usage, progress)
@@ -197,20 +201,26 @@ def _fewer(
 
 
 def _usage(
-    path: Path, prompts: tuple[Path, ...], limit: int | None, experts: int, device: str, screen: Any
-) -> Usage | None:
-    if not prompts:
-        return None
+    mixture: Checkpoint,
+    experts: int,
+    prompts: tuple[Path, ...],
+    limit: int | None,
+    run_options: RunOptions,
+    screen: Screen,
+) -> Usage:
+    """Count how experts are used on the prompts of files."""
+    from mergekit_lite.engine.devices import chosen_devices
     from mergekit_lite.mixtures.usage import measured, prompts_in
 
     loaded = prompts_in(prompts)
     for problem in loaded.problems:
         screen.warn(f"left out: {problem}")
+    device, threads = chosen_devices(run_options["device"])[0], run_options["threads"]
     with screen.progress("reading prompts") as progress:
-        return measured(str(path), loaded.prompts[:limit], experts, device=device, progress=progress)
+        return measured(mixture, loaded.prompts[:limit], experts, device=device, threads=threads, progress=progress)
 
 
-def _show(screen: Any, choice: Choice) -> None:
+def _show(screen: Screen, choice: Choice) -> None:
     from mergekit_lite.commands.screen import table
 
     if not screen.quiet:

@@ -24,7 +24,7 @@ from mergekit_lite.errors import PlanError, UsageError, shortened
 from mergekit_lite.mixtures import grouping
 from mergekit_lite.mixtures.fewer import Groups, Weights, routing_groups, unfit
 from mergekit_lite.mixtures.grouping import Group
-from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
+from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers, text_config
 from mergekit_lite.mixtures.remade import opened_mixture
 from mergekit_lite.mixtures.similarity import similarities
 from mergekit_lite.mixtures.usage import Usage, described
@@ -85,6 +85,12 @@ def checked(model: str, number: int, by: By, has_prompts: bool, method: str) -> 
         raise UsageError(f"{method} --by usage counts on texts which experts are chosen: name some, --prompts FILE.")
     mixture = opened_mixture(model)
     layers = expert_layers(mixture)
+    last = text_config(mixture).get("num_hidden_layers", 0)
+    if by == "usage" and (beyond := [layer.number for layer in layers if layer.number >= last]):
+        raise UsageError(
+            f"{model}: layer {beyond[0]} predicts tokens further ahead, and transformers doesn't run it, so how its "
+            "experts are used can't be counted. Choose by weights or router."
+        )
     if problems := [*unfit(mixture, layers, number)]:
         raise PlanError(problems)
     return mixture, layers
@@ -174,7 +180,9 @@ def chosen_to_merge(
 
 
 def _counts(layers: Sequence[ExpertLayer], usage: Usage | None) -> list[Sequence[int]]:
-    return [usage.counts[layer.number] if usage is not None else () for layer in layers]
+    """Return the counts of each layer; zeros for one that didn't run, as layers that predict tokens further ahead."""
+    counts = usage.counts if usage is not None else {}
+    return [counts.get(layer.number, (0,) * len(layer.experts)) for layer in layers]
 
 
 def _teams(layer: ExpertLayer, teams: int) -> list[tuple[int, int]]:

@@ -60,7 +60,7 @@ def make_routers(planned: MixturePlan, device: str = "cpu", threads: int | None 
         CheckpointError, RunError: it can't be read.
     """
     recipe, layers = planned.recipe, 1 + max(layer for layer, _ in planned.routers.values())
-    base_plan = _plan_of(planned.base, device)
+    base_plan = plan_of_whole(planned.base, device)
     tokenizer = tokenizer_of(base_plan)
     with torch.no_grad():
         if recipe.gate_mode == "cheap_embed":
@@ -86,8 +86,8 @@ def _row(expert: Expert, vectors: Vectors) -> torch.Tensor:
     return row / row.norm(dim=-1, keepdim=True).clamp(min=LEAST)
 
 
-def _plan_of(base: Checkpoint, device: str) -> Plan:
-    """Return the plan of the base as it is, in float32 on a CPU with room for that, else in its own dtype."""
+def plan_of_whole(base: Checkpoint, device: str) -> Plan:
+    """Return the plan of a model as it is, in float32 on a CPU with room for that, else in its own dtype."""
     recipe = Recipe("passthrough", (Slice((Source(base.reference),)),))
     own = make_plan(recipe, [UNWRITTEN], opened={base.reference: base})
     if device != "cpu":
@@ -97,6 +97,16 @@ def _plan_of(base: Checkpoint, device: str) -> Plan:
     )
     free = memory_left(device)
     return wide if free is None or 1.2 * wide.layout.nbytes < free else own
+
+
+def check_memory(plan: Plan, device: str, instead: str) -> None:
+    """Raise UsageError where a model doesn't fit into a device's memory; ``instead`` is what needs no model."""
+    free = memory_left(device)
+    if free is not None and plan.layout.nbytes > free:
+        raise UsageError(
+            f"{plan.source.reference} takes {plan.layout.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory "
+            f"are free on {device}. Take another --device, or {instead}."
+        )
 
 
 def _tokens(prompts: Iterable[str], tokenizer: Any) -> list[list[int]]:
@@ -127,12 +137,7 @@ def _embeddings(base: Checkpoint, tokenizer: Any, layers: int) -> Vectors:
 
 def _hidden_states(plan: Plan, tokenizer: Any, device: str, threads: int | None, *, averaged: bool) -> Vectors:
     """Return what runs prompts through the base and gives the mean of their hidden states before each layer."""
-    free = memory_left(device)
-    if free is not None and plan.layout.nbytes > free:
-        raise UsageError(
-            f"{plan.source.reference} takes {plan.layout.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory "
-            f"are free on {device}. Take another --device, or gate_mode: cheap_embed, which runs no model."
-        )
+    check_memory(plan, device, "gate_mode: cheap_embed, which runs no model")
     built = build(plan, device)
     Weights(built, device, threads).set(plan)
     model = built.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, run
 from mergekit_lite.mixtures.choosing import By, checked, chosen_to_keep, chosen_to_merge
 from mergekit_lite.mixtures.fewer import MERGE, PRUNE, first_experts, plan_fewer
@@ -104,8 +105,8 @@ def _thinned(
     if prompts:
         from mergekit_lite.mixtures.usage import measured, prompts_of  # with torch and transformers
 
-        device = run_options.get("device", "cpu")
-        usage = measured(str(mixture.path), prompts_of(prompts), len(layers[0].experts), device=device)
+        device, threads = chosen_devices(run_options.get("device", "cpu"))[0], run_options.get("threads")
+        usage = measured(mixture, prompts_of(prompts), len(layers[0].experts), device=device, threads=threads)
     choice = (chosen_to_keep if method == PRUNE else chosen_to_merge)(mixture, layers, number, by, usage)
     plan = plan_fewer(
         model,

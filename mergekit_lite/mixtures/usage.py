@@ -1,6 +1,6 @@
 """How often a mixture's experts are chosen: the model reads prompts, and its routers' choices are counted.
 
-The model is loaded by transformers, so that what is counted is what it does, whatever its router adds, limits or drops.
+transformers' classes read them, so that what is counted is what the model does, whatever its router adds or limits.
 Prompts go through its chat template, in batches padded at the end; what stands in the padding isn't counted.
 """
 
@@ -12,12 +12,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_lite.answers.loading import Dtype, causal_model, context_of, placed, tokenizer_of
+from mergekit_lite.answers.loading import context_of
 from mergekit_lite.answers.prompts import LoadedPrompts, Prompts, digest_of, load
 from mergekit_lite.answers.rows import Message, Prompt
-from mergekit_lite.answers.template import ChatTemplate
+from mergekit_lite.answers.template import ChatTemplate, TemplateError
+from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.errors import CheckpointError, UsageError, counted
 from mergekit_lite.mixtures.layers import ROUTERS
+from mergekit_lite.mixtures.routers import check_memory, plan_of_whole
+from mergekit_lite.resident.model import build, tokenizer_of
+from mergekit_lite.resident.weights import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -54,32 +58,38 @@ def prompts_of(texts: Iterable[str]) -> list[Prompt]:
 
 
 def measured(
-    path: str,
+    mixture: Checkpoint,
     prompts: Sequence[Prompt],
     experts: int,
     *,
-    device: str | None = None,
-    dtype: Dtype | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Usage:
     """Let a mixture read prompts, and count which experts its routers choose.
 
     Args:
-        path: the model's folder.
+        mixture: the model, which is loaded into this process.
         prompts: conversations; the model reads them up to where it would answer.
         experts: how many it has in a layer.
-        device: ``cpu``, ``cuda`` …; a GPU by default, where there is one.
-        dtype: that the model is loaded in.
+        device: ``cpu``, ``cuda`` ….
+        threads: workers that read the weights.
         progress: called with (tokens read, tokens in all).
 
     Raises:
-        UsageError: there are no prompts, or the template refuses one.
-        CheckpointError: the model can't be loaded, or its routers don't say what they choose.
+        UsageError: there are no prompts, the template refuses one, the model has no tokenizer or doesn't fit into
+            memory, or transformers can't load it.
+        CheckpointError: its routers don't say what they choose.
+        RunError: it can't be read.
     """
     import torch
 
-    tokens = _tokens(path, prompts)
-    model = causal_model(path, placed(device, dtype))
+    plan = plan_of_whole(mixture, device)
+    check_memory(plan, device, "choose by weights or router, which runs no model")
+    tokens = _tokens(ChatTemplate(tokenizer_of(plan)), prompts)
+    built = build(plan, device)
+    Weights(built, device, threads).set(plan)
+    model = built.model
     most = context_of(model)
     rows = sorted((row[:most] for row in tokens), key=len, reverse=True)
     in_all, done = sum(map(len, rows)), 0
@@ -91,7 +101,9 @@ def measured(
             handle = router.register_forward_hook(_counting(counters[number], mask))
             hooks.callback(handle.remove)
         if not counters:
-            raise CheckpointError(f"{path}: transformers' model has no module called {' or '.join(ROUTERS)} in layers.")
+            raise CheckpointError(
+                f"{mixture.reference}: transformers' model has no module called {' or '.join(ROUTERS)} in layers."
+            )
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
@@ -113,10 +125,12 @@ def described(usage: Usage) -> str:
     return f"{counted(usage.tokens, 'token')} of {counted(usage.prompts, 'prompt')}{cut}"
 
 
-def _tokens(path: str, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+def _tokens(template: ChatTemplate, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """Return the prompts as the model reads them."""
-    template = ChatTemplate(tokenizer_of(path))
-    rows = [row for prompt in prompts if (row := template.prompt(prompt.messages))]
+    try:
+        rows = [row for prompt in prompts if (row := template.prompt(prompt.messages))]
+    except TemplateError as error:
+        raise UsageError(str(error)) from error
     if not rows:
         raise UsageError("No prompts: usage is counted on texts, so name a file of them: --prompts prompts.jsonl.")
     return rows

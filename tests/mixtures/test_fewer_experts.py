@@ -174,7 +174,7 @@ def test_usage_is_what_the_routers_choose_and_padding_is_not_counted(tmp_path: P
     own.save_pretrained(model)
     texts = ["one", "one two three four five", "two two", *["is one two?"] * 7]
     prompts = [Prompt(str(n), ({"role": "user", "content": text},)) for n, text in enumerate(texts)]
-    usage = measured(str(model), prompts, 6, device="cpu")
+    usage = measured(open_checkpoint(str(model)), prompts, 6)
     full, rows = loaded(model), [ChatTemplate(own).prompt(prompt.messages) for prompt in prompts]
     naive = {layer: torch.zeros(6, dtype=torch.int64) for layer in range(2)}
     for row in rows:
