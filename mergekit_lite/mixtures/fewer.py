@@ -85,8 +85,8 @@ def plan_fewer(
         "merge_method": MERGE if is_merge else PRUNE,
         "model": model,
         **({"chosen": chosen} if chosen else {}),
-        "experts": {str(layer): [list(group) for group in of_layer] for layer, of_layer in groups.items()},
-        **({"weights": {str(layer): list(of_layer) for layer, of_layer in weights.items()}} if weights else {}),
+        "experts": {str(layer): groups_as_text(of_layer) for layer, of_layer in groups.items()},
+        **({"weights": {str(layer): _numbers(of_layer) for layer, of_layer in weights.items()}} if weights else {}),
     }
     config = text_config(mixture)
     counts = {key: number for key in COUNTS if isinstance(config.get(key), int)}
@@ -101,6 +101,20 @@ def plan_fewer(
         copy_code=copy_code,
         card=card,
     )
+
+
+def groups_as_text(groups: Sequence[Group]) -> str:
+    """Return the groups of a layer in a line, as a recipe has them: ``0+3 1 2+4``."""
+    return " ".join("+".join(map(str, group)) for group in groups)
+
+
+def groups_of_text(text: str) -> list[Group]:
+    """Return the groups in a line that ``groups_as_text`` made."""
+    return [tuple(map(int, group.split("+"))) for group in text.split()]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(repr(float(value)).removesuffix(".0") for value in values)
 
 
 def first_experts(layers: Sequence[ExpertLayer], number: int) -> Groups:

@@ -16,6 +16,9 @@ from mergekit_lite.planning import Plan
 METHODS = (splitting.METHOD, fewer.PRUNE, fewer.MERGE)
 LayerNumber = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,5})$")]
 
+GroupsText = Annotated[str, Field(pattern=r"^\d{1,6}([+ ]\d{1,6})*$")]
+WeightsText = Annotated[str, Field(pattern=r"^[0-9.e+-]{1,30}( [0-9.e+-]{1,30})*$")]
+
 
 class _Recorded(BaseModel):
     """A recipe in a manifest, which may be damaged or forged: no value is converted."""
@@ -33,8 +36,8 @@ class _Split(_Recorded):
 
 class _Fewer(_Recorded):
     chosen: str = ""
-    experts: dict[LayerNumber, list[list[int]]]
-    weights: dict[LayerNumber, list[float]] | None = None
+    experts: dict[LayerNumber, GroupsText]
+    weights: dict[LayerNumber, WeightsText] = {}
 
 
 def remade_again(
@@ -61,8 +64,11 @@ def remade_again(
             known.model, known.experts, output, weights=known.weights, shard_size=shard_size, opened=opened
         )
     assert isinstance(known, _Fewer)
-    groups = {int(layer): [tuple(group) for group in of_layer] for layer, of_layer in known.experts.items()}
-    weights = {int(layer): of_layer for layer, of_layer in (known.weights or {}).items()}
+    groups = {int(layer): fewer.groups_of_text(text) for layer, text in known.experts.items()}
+    try:
+        weights = {int(layer): [*map(float, text.split())] for layer, text in known.weights.items()}
+    except ValueError as wrong:
+        raise MergekitLiteError(f"the manifest's recipe is none: weights: {wrong}") from wrong
     return fewer.plan_fewer(
         known.model,
         groups,

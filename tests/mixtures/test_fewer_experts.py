@@ -18,7 +18,7 @@ from mergekit_lite.engine.run import run
 from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.mixtures import grouping
 from mergekit_lite.mixtures.choosing import checked, chosen_to_keep, chosen_to_merge
-from mergekit_lite.mixtures.fewer import plan_fewer
+from mergekit_lite.mixtures.fewer import groups_as_text, plan_fewer
 from mergekit_lite.mixtures.layers import expert_layers
 from mergekit_lite.mixtures.similarity import similarities
 from mergekit_lite.mixtures.usage import Usage
@@ -206,7 +206,9 @@ def test_the_commands(tmp_path: Path) -> None:
         told = json.loads(done.stdout)
         assert told["experts"] == json.loads(planned.stdout)["experts"]
         assert [*told["experts"]] == ["0", "1"]
-        assert json.loads((out / "mergekit_lite_manifest.json").read_text())["recipe"]["experts"] == told["experts"]
+        recipe = json.loads((out / "mergekit_lite_manifest.json").read_text())["recipe"]
+        as_text = {layer: groups_as_text(groups) for layer, groups in told["experts"].items()}
+        assert recipe["experts"] == as_text
         card = (out / "README.md").read_text()
         assert "Experts: " in card
         assert "\n| layer | " in card
@@ -221,3 +223,14 @@ def test_the_commands(tmp_path: Path) -> None:
     assert all(torch.equal(of_python[name], of_command[name]) for name in of_command)
     refused = CliRunner().invoke(main, ["moe", "prune", str(model), "--keep", "3", "--by", "usage", "-o", "x"])
     assert refused.exit_code == 2
+
+
+def test_a_forged_manifest_is_a_finding(tmp_path: Path) -> None:
+    model, out = made("qwen3_moe", tmp_path / "m"), tmp_path / "out"
+    run(plan_fewer(str(model), dict.fromkeys(range(2), [(0,), (2,)]), out))
+    manifest = out / "mergekit_lite_manifest.json"
+    written = manifest.read_text()
+    for before, forged in (("0 2", "0 9"), ("0 2", "0 2; rm"), ("moe prune", "moe purge")):
+        manifest.write_text(written.replace(f'"{before}"', f'"{forged}"'))
+        findings = [finding.what for finding in verify(out, samples="all").findings]
+        assert any("give no plan" in what for what in findings), findings
