@@ -33,6 +33,8 @@ def command() -> None:
     Examples:
       mergekit-lite moe recipe.yml -o ./mixture
       mergekit-lite moe recipe.yml -o ./mixture --dry-run
+      mergekit-lite moe split ./mixture --experts 3 -o ./dense
+      mergekit-lite moe prune ./mixture --keep 6 --by weights -o ./smaller
     """
 
 

@@ -95,6 +95,8 @@ def expert_layers(model: Checkpoint) -> list[ExpertLayer]:
     layers = [*_layers(model, modules, problems)]
     if len(counts := {len(layer.experts) for layer in layers}) > 1:
         problems.append(f"layers with {', '.join(map(str, sorted(counts)))} experts: a config has one number for all")
+    if len({layer.number for layer in layers}) < len(layers):
+        problems.append("a layer's number stands for two modules of experts, as of a text and a vision model")
     if problems:
         raise CheckpointError(listing(f"{model.reference}: not a mixture whose experts can be told apart", problems))
     return sorted(layers, key=lambda layer: layer.number)

@@ -40,7 +40,7 @@ DENSE: Mapping[str, tuple[str, str]] = {  # the dense type and class that has al
 # What a mixture's class takes for a setting that its config lacks, where the dense class takes something else.
 UNSAID: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "sliding_window": None, "rope_theta": 1e6},
-    "qwen2_moe": {"num_key_value_heads": 16},
+    "qwen2_moe": {"num_key_value_heads": 16, "num_attention_heads": 16},
     "qwen3_moe": {"num_key_value_heads": 4},
     "flex_olmo": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 5e5},
     "deepseek": {},
@@ -256,6 +256,8 @@ class _Splitting:
             config["sliding_window"] = None  # its class takes 4,096 for granted
         if kind == "llama":
             config["attention_bias"] = biased
+        if kind == "qwen3" and not self.source.get("head_dim"):  # its class takes 128 for granted
+            config["head_dim"] = self.source["hidden_size"] // self.source.get("num_attention_heads", 32)
         (width,) = self._widths()
         return config | {"model_type": kind, "architectures": [architecture], "intermediate_size": width}
 

@@ -15,7 +15,7 @@ from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.mixtures.building import build_moe
 from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.verification import verify
-from tests.mixtures.tiny import logits, made, weights
+from tests.mixtures.tiny import loaded, logits, made, weights
 
 KINDS = [("mistral", "mixtral"), ("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("llama", "qwen2_moe"),
          ("qwen3", "qwen3_moe"), ("olmo2", "flex_olmo"), ("llama", "deepseek")]  # fmt: skip
@@ -119,3 +119,20 @@ def test_the_command_makes_a_folder_for_each_expert(tmp_path: Path) -> None:
     assert made_all.exit_code == 0, made_all.output
     assert all((tmp_path / f"out-{n}" / "config.json").exists() for n in (0, 5))
     assert CliRunner().invoke(main, ["moe", "split", mixture, "--experts", "one", "-o", "x"]).exit_code == 2
+
+
+def test_what_a_config_leaves_to_its_class_is_said(tmp_path: Path) -> None:
+    """The dense class takes other things for granted: 128 for the size of heads, a window of 4,096 tokens."""
+    for kind, unsaid in (("qwen3_moe", ("head_dim",)), ("mixtral", ("sliding_window", "head_dim", "rms_norm_eps"))):
+        mixture = made(kind, tmp_path / kind)
+        config = json.loads((mixture / "config.json").read_text())
+        for key in unsaid:
+            config.pop(key, None)
+        (mixture / "config.json").write_text(json.dumps(config))
+        run(plan_split(str(mixture), [0], tmp_path / f"{kind}-0"))
+        dense = loaded(tmp_path / f"{kind}-0").config
+        before = loaded(mixture).config
+        assert dense.rms_norm_eps == before.rms_norm_eps
+        assert dense.sliding_window is None
+        assert dense.rope_parameters == before.rope_parameters
+        assert dense.head_dim in (None, 4)
