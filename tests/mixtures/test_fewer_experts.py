@@ -227,7 +227,7 @@ def test_the_commands(tmp_path: Path) -> None:
 
 def test_a_forged_manifest_is_a_finding(tmp_path: Path) -> None:
     model, out = made("qwen3_moe", tmp_path / "m"), tmp_path / "out"
-    run(plan_fewer(str(model), dict.fromkeys(range(2), [(0,), (2,)]), out))
+    run(plan_fewer(str(model), {layer: [(0,), (2,)] for layer in range(2)}, out))
     manifest = out / "mergekit_lite_manifest.json"
     written = manifest.read_text()
     for before, forged in (("0 2", "0 9"), ("0 2", "0 2; rm"), ("moe prune", "moe purge")):
