@@ -72,4 +72,5 @@ def _unit(layer: ExpertLayer, reader: Reader) -> npt.NDArray[np.float64]:
     """Return a router's rows (experts, hidden), each of length 1."""
     rows = layer.rows.elements(reader, 0, layer.rows.numel).to(torch.float64).view(layer.rows.shape).numpy()
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    unit: npt.NDArray[np.float64] = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    return unit
