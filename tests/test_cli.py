@@ -260,9 +260,10 @@ def test_deltas_of_the_wrong_size_are_warned_of(pair: Path) -> None:
 
 
 def test_helps_are_neither_cut_nor_marked_up() -> None:
-    groups = [[], ["vector"], ["distill"]]
+    groups = [[], ["vector"], ["distill"], ["moe"]]
     stages = [["vector", name] for name in ("extract", "apply", "combine")]
     stages += [["distill", name] for name in ("run", "sample", "score", "pair", "train", "report")]
+    stages += [["moe", name] for name in ("build", "split", "prune", "merge-experts")]
     for arguments in (*groups, *stages, *([name] for name in COMMANDS)):
         code, told, _ = invoke(*arguments, "--help")
         assert code == 0 and "`" not in told, arguments

@@ -28,8 +28,10 @@ COMMANDS = {  # with what help says of each in a line
     "methods": "List the merge methods, or describe one.",
     "inspect": "Show what a model is made of.",
     "compare": "Show what models changed in their base.",
+    "upcycle": "Make a mixture of experts of a dense model.",
     "vector": "Extract, apply and combine task vectors.",
     "tokenizer": "Give a model another one's tokenizer.",
+    "moe": "Build a mixture of experts from dense models.",
     "distill": "Teach a small model by preferences.",
     "boost": "Choose alpha or recipe numbers by measuring.",
     "preview": "Hear what an alpha would answer.",
@@ -41,7 +43,9 @@ RESUMED = {  # commands that go on by themselves where they stopped, with what a
     "push": "What was uploaded is kept: the same command goes on.",
 }
 ONLY_PRINT = ("plan", "methods", "inspect", "compare", "preview")  # commands that have failed if nobody could read them
-LEFT_AT_ONCE = ("extrapolate", "merge", "plan", "verify", "methods", "inspect", "compare", "vector", "tokenizer")
+LEFT_AT_ONCE = (
+    "extrapolate", "merge", "upcycle", "plan", "verify", "methods", "inspect", "compare", "vector", "tokenizer", "moe",
+)  # fmt: skip
 
 
 class CommandGroup(click.Group):

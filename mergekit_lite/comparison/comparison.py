@@ -22,6 +22,7 @@ from mergekit_lite.engine.ray_cluster import files_of, workers_of
 from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.engine.schedule import Progress
 from mergekit_lite.errors import UsageError
+from mergekit_lite.mixtures.numbering import renumbered
 from mergekit_lite.options import named_options
 from mergekit_lite.planning.delta_check import BORDER, RMS_OF_ALIGNMENT, RMS_OF_FINETUNING
 from mergekit_lite.planning.vocabularies import in_common
@@ -209,6 +210,7 @@ def compare(
     first, *others = (open_checkpoint(reference) for reference in (base, *models))
     opened, notes_on_rows = in_common([first, *(shown_as(model, first) for model in others)])
     tensors, unmatched, notes = shared_tensors(opened)
+    notes = [*notes, *renumbered(opened)]
     measurement = DeltaMeasurement(settings, len(models))
     # the sums of all tensors in one piece of memory: one by one between freed temporaries they made the heap grow
     rows = np.empty((len(tensors), measurement.layout.width))

@@ -47,6 +47,7 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
         "mergekit_lite), without training:",
         "\n".join(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
         markdown.block(_without_paths(recipe, sources).strip(), "yaml"),
+        *plan.card,
         f"Merged: {counted(effect['merged'], 'tensor')}. Copied: {effect['copied']:,}. "
         "Inputs, digests and versions are in `mergekit_lite_manifest.json`.",
     ]

@@ -63,6 +63,7 @@ class Plan:
         shard_size: most bytes of data in one file, if that was asked for.
         copy_code: whether the model's own code, which its config names, travels with the weights.
         notes: what the user should know before it runs.
+        card: paragraphs in Markdown for the output's card, on what was chosen.
     """
 
     recipes: tuple[Mapping[str, Any], ...]
@@ -84,6 +85,7 @@ class Plan:
     shard_size: int | None = None
     copy_code: bool = False
     notes: tuple[str, ...] = ()
+    card: tuple[str, ...] = ()
 
     @property
     def source(self) -> Checkpoint:
@@ -136,7 +138,7 @@ class Plan:
         """The plan without what a worker has no use for: with its tasks it gets the jobs."""
         nowhere = Layout((), {})
         return replace(
-            self, recipes=(), inputs=(), jobs=(), left_out=(), layout=nowhere, config=None, text="", notes=()
+            self, recipes=(), inputs=(), jobs=(), left_out=(), layout=nowhere, config=None, text="", notes=(), card=()
         )
 
     def digest(self, number: int) -> str:

@@ -89,7 +89,7 @@ def make_plan(
     """
     _check(recipe, outputs, shard_size)
     recipe = _with_exclusions(recipe)
-    opened_inputs = _opened(recipe.models, opened or {})
+    opened_inputs = opened_models(recipe.models, opened or {})
     listed_source = recipe.models.index(recipe.config_source)
     config_source, notes_on_gguf = giving_config(opened_inputs, listed_source)
     if (part := opened_inputs[config_source]).stands_for:
@@ -215,7 +215,7 @@ def _not_fp8(jobs: Sequence[Job], source: Checkpoint, is_folder: bool) -> Iterat
         yield "out_dtype fp8: needs a folder with a config.json, which says what is quantised"
 
 
-def _opened(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:
+def opened_models(references: Sequence[str], already: Mapping[str, Checkpoint]) -> tuple[Checkpoint, ...]:
     """Open every model. Raises CheckpointError that names all that can't be opened."""
     opened: list[Checkpoint] = []
     wrong: list[CheckpointError] = []

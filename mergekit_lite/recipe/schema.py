@@ -63,11 +63,11 @@ SOURCE_KEYS = ("model", "layer_range", "parameters", "part", "rename")
 MAY_LACK = ("parameters", "part", "rename")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
-MIXTURE = "mixtures of experts made from dense models (mergekit-moe) are not supported yet"
+MIXTURE = "is of recipes of mixtures (mergekit-moe): mergekit-lite moe RECIPE -o OUT builds them"
 VECTORS = ("vector:", "rebase:")  # what references begin with that are added to the base
 REFUSED = {
     "modules": "modules (one merge for each part of a model) are not supported yet, but for 'default' alone",
-    **{key: f"{key}: {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
+    **{key: f"{key!r} {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
     **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
 }
 

@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint import Checkpoint, TensorSpec, open_checkpoint
 from mergekit_lite.checkpoint.references import Addition, split_key
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
+from mergekit_lite.mixtures.building import mixture_again
+from mergekit_lite.mixtures.made_again import METHODS as REMADE
+from mergekit_lite.mixtures.made_again import remade_again
+from mergekit_lite.mixtures.planning import METHOD as MIXTURE
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import parse, to_yaml
-from mergekit_lite.transplanting.planning import TRANSPLANT, planned_again
+from mergekit_lite.transplanting.planning import TRANSPLANT
+from mergekit_lite.transplanting.planning import planned_again as transplant_again
 from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
 from mergekit_lite.verification.result import Finding
 
@@ -122,23 +127,40 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
             inputs.findings.append(Finding(where, "an input that changed, or was uploaded again: its etag is another"))
 
 
-def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> Plan:
-    """Make the plan of an output again, from its manifest and its opened inputs.
+def plan_again(
+    output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint], written: Mapping[str, TensorSpec]
+) -> Plan:
+    """Make the plan of an output again, from its manifest, its opened inputs and, of a mixture, its own routers.
 
     Raises:
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
     """
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
+    if (plan := _of_no_merge(manifest, name, opened, written)) is not None:
+        return plan
     size, code = manifest.shard_size, manifest.copy_code
-    if manifest.recipe.get("merge_method") == TRANSPLANT:
-        models = tuple(str(manifest.recipe.get(name)) for name in ("model", "donor"))
-        _check_known(models, opened)
-        return planned_again(manifest.recipe, name, shard_size=size, copy_code=code, opened=opened)
-    written = manifest.recipe.get("text")
-    text = written if isinstance(written, str) else ""
+    given = manifest.recipe.get("text")
+    text = given if isinstance(given, str) else ""
     recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
     _check_known(recipe.models, opened)
     return make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
+
+
+def _of_no_merge(
+    manifest: Manifest, name: Path, opened: Mapping[str, Checkpoint], written: Mapping[str, TensorSpec]
+) -> Plan | None:
+    """Return the plan of a mixture of experts or of a transplant; None for what a recipe of merges made."""
+    size, code = manifest.shard_size, manifest.copy_code
+    method = manifest.recipe.get("merge_method")
+    if method == MIXTURE:
+        return mixture_again(manifest.recipe, name, opened, size, written)
+    if method in REMADE:
+        return remade_again(manifest.recipe, name, opened, size, code)
+    if method == TRANSPLANT:
+        models = tuple(str(manifest.recipe.get(key)) for key in ("model", "donor"))
+        _check_known(models, opened)
+        return transplant_again(manifest.recipe, name, shard_size=size, copy_code=code, opened=opened)
+    return None
 
 
 def _check_known(models: tuple[str, ...], opened: Mapping[str, Checkpoint]) -> None:

@@ -77,7 +77,7 @@ def verify(
     plan = None
     if samples != 0 and len(opened.opened) == len(manifest.inputs):
         try:
-            plan = plan_again(path, manifest, opened.opened)
+            plan = plan_again(path, manifest, opened.opened, written.tensors)
             findings += _check_plan(plan, manifest, written, opened)
         except MergekitLiteError as error:
             findings.append(Finding("manifest", f"its recipe and inputs give no plan: {error}"))

@@ -13,7 +13,7 @@ from mergekit_lite.recipe.documents import final, parse_documents
 
 ROOT = Path(__file__).parents[2]
 SEVERAL = sorted((ROOT / "recipes/documents").glob("*.yml"))
-RECIPES = sorted({*(ROOT / "recipes").rglob("*.yml")} - {*SEVERAL})
+RECIPES = sorted({*(ROOT / "recipes").rglob("*.yml")} - {*SEVERAL, *(ROOT / "recipes/moe").iterdir()})
 INSIDE = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
 NAMES = [
     "model.embed_tokens.weight",

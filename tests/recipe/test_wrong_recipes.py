@@ -48,7 +48,7 @@ WRONG = [
     ("models is empty", TAIL + "models: []\n", ["2:9: expected a list of models, got an empty list"]),
     ("models is text", TAIL + "models: a\n", ["2:9: expected a list of models, got the text 'a'"]),
     ("modules", TAIL + "modules: {}\n", ["1:1: the recipe has neither 'models' nor 'slices': it needs exactly one of them", "2:1: modules (one merge for each part of a model) are not supported yet, but for 'default' alone"]),
-    ("experts", TAIL + PAIR + "gate_mode: hidden\n", ["5:1: gate_mode: mixtures of experts made from dense models (mergekit-moe) are not supported yet"]),
+    ("experts", TAIL + PAIR + "gate_mode: hidden\n", ["5:1: 'gate_mode' is of recipes of mixtures (mergekit-moe): mergekit-lite moe RECIPE -o OUT builds them"]),
     ("evolve", TAIL + PAIR + "genome: {}\n", ["5:1: genome: recipes of mergekit-evolve are not supported yet"]),
     ("token is a number", TAIL + PAIR + "tokenizer: {tokens: {x: 1}}\n", ["5:25: expected the token 'x' (a mapping of source, force), got the number 1"]),
     ("padding", TAIL + PAIR + "tokenizer: {width: wide, pad_to_multiple_of: 0}\n", ["5:20: 'width' expects one of base, max, min, got the text 'wide'.", "5:46: 'pad_to_multiple_of' expects a whole number from 1 on, got the number 0"]),

@@ -77,6 +77,29 @@ def stored_as(own: Mapping[str, TensorSpec], other: Mapping[str, TensorSpec]) ->
     return tensors, changed
 
 
+def taken_apart(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return tensors with every expert by itself: ``experts.N.gate_proj.weight`` for ``experts.gate_up_proj``.
+
+    Stacks whose layout isn't known from their shapes stay as they are.
+    """
+    shown = {spec.name: spec for module, own in _modules(tensors).items() for spec in _expected(module, own)}
+    return stored_as(tensors, shown)[0]
+
+
+def _expected(module: str, own: _Module) -> Iterator[TensorSpec]:
+    """Yield what a module's experts would be each by itself; nothing where they are, or aren't as they should be."""
+    if own.apart or own.stacks.keys() != {"gate_up_proj", "down_proj"} or not own.count:
+        return
+    joint, down = own.stacks["gate_up_proj"], own.stacks["down_proj"]
+    sizes = (joint.shape[1:], down.shape[1:])
+    for (twice, hidden), (rows, width) in (sizes, (sizes[0][::-1], sizes[1][::-1])):
+        if hidden == rows and twice == 2 * width:
+            for number in range(own.count):
+                for role in ("gate_proj", "up_proj"):
+                    yield replace(joint, name=f"{module}.{number}.{role}.weight", shape=(width, hidden))
+                yield replace(down, name=f"{module}.{number}.down_proj.weight", shape=(hidden, width))
+
+
 def _modules(tensors: Mapping[str, TensorSpec]) -> dict[str, _Module]:
     modules: dict[str, _Module] = defaultdict(_Module)
     for name, spec in tensors.items():

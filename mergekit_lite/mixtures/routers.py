@@ -1,0 +1,182 @@
+"""Rows of routers: vectors that stand for an expert's prompts, one for each layer.
+
+A router scores an expert by the inner product of its row with the hidden state before the MLP. The row is what the base
+model itself makes of the expert's prompts:
+
+    hidden, hidden_last   the hidden state that enters the layer at a prompt's last token, as a mean over prompts
+    hidden_avg            the mean over a prompt's tokens instead
+    cheap_embed           the sum of all tokens' embeddings, the same in all layers; no model runs
+
+minus that of the negative prompts, scaled to length 1. Prompts are batched; what pads one to the length of others
+enters nothing. mergekit counts it in ``hidden_avg``, so that a prompt's row there depends on its neighbours.
+Random rows are drawn where they are read: N(0, 1), and U(±1/√hidden) as ``torch.nn.Linear`` begins.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergekit_lite import dtypes
+from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.reader import Reader, bytes_of
+from mergekit_lite.deferred import torch
+from mergekit_lite.engine.devices import memory_left
+from mergekit_lite.errors import UsageError, counted
+from mergekit_lite.mixtures.planning import MixturePlan
+from mergekit_lite.mixtures.recipe import Expert
+from mergekit_lite.planning import Plan, make_plan
+from mergekit_lite.recipe import Recipe, Slice, Source
+from mergekit_lite.resident.model import build, tokenizer_of
+from mergekit_lite.resident.weights import Weights
+
+UNWRITTEN = Path("routed")  # the output of the base's plan, which is filled into a model and never written
+BATCH = 8192  # tokens that go through the model at once, padding included
+DEGENERATE = 5.0  # condition number of a layer's rows from which on some experts are hardly told apart
+LEAST = 1e-8  # of a row's length before it is scaled
+
+Vectors = Callable[[Sequence[str]], "torch.Tensor"]  # of prompts: (layers, hidden), float32
+
+
+class Routers(NamedTuple):
+    """Rows by the names of their routers, as bytes of the output's dtype; and what the user should know of them."""
+
+    rows: dict[str, bytes]
+    warning: str
+
+
+def make_routers(planned: MixturePlan, device: str = "cpu", threads: int | None = None) -> Routers:
+    """Compute the rows of a mixture's routers.
+
+    Args:
+        planned: the mixture.
+        device: that the base model runs on.
+        threads: workers that read it.
+
+    Raises:
+        UsageError: the base has no tokenizer, doesn't fit into memory, or transformers can't load it.
+        CheckpointError, RunError: it can't be read.
+    """
+    recipe, layers = planned.recipe, 1 + max(layer for layer, _ in planned.routers.values())
+    base_plan = plan_of_whole(planned.base, device)
+    tokenizer = tokenizer_of(base_plan)
+    with torch.no_grad():
+        if recipe.gate_mode == "cheap_embed":
+            vectors = _embeddings(planned.base, tokenizer, layers)
+        else:
+            vectors = _hidden_states(base_plan, tokenizer, device, threads, averaged=recipe.gate_mode == "hidden_avg")
+        experts = torch.stack([_row(each, vectors) for each in recipe.experts])  # (experts, layers, hidden)
+        gated = recipe.shared if any(is_shared for _, is_shared in planned.routers.values()) else ()
+        shared = torch.stack([_row(each, vectors) for each in gated]) if gated else experts[:0]
+        kinds = {job.name: dtypes.torch_dtype(job.dtype) for job in planned.plan.jobs}
+        rows = {
+            name: bytes(bytes_of((shared if is_shared else experts)[:, layer].to(kinds[name]).contiguous().view(-1)))
+            for name, (layer, is_shared) in planned.routers.items()
+        }
+        return Routers(rows, _degenerate(torch.cat([experts, shared]).transpose(0, 1)))
+
+
+def _row(expert: Expert, vectors: Vectors) -> torch.Tensor:
+    """Return an expert's row for each layer: (layers, hidden)."""
+    row = vectors(expert.positive)
+    if expert.negative:
+        row = row - vectors(expert.negative)
+    return row / row.norm(dim=-1, keepdim=True).clamp(min=LEAST)
+
+
+def plan_of_whole(base: Checkpoint, device: str) -> Plan:
+    """Return the plan of a model as it is, in float32 on a CPU with room for that, else in its own dtype."""
+    recipe = Recipe("passthrough", (Slice((Source(base.reference),)),))
+    own = make_plan(recipe, [UNWRITTEN], opened={base.reference: base})
+    if device != "cpu":
+        return own
+    wide = make_plan(
+        Recipe("passthrough", recipe.slices, out_dtype="float32"), [UNWRITTEN], opened={base.reference: base}
+    )
+    free = memory_left(device)
+    return wide if free is None or 1.2 * wide.layout.nbytes < free else own
+
+
+def check_memory(plan: Plan, device: str, instead: str) -> None:
+    """Raise UsageError where a model doesn't fit into a device's memory; ``instead`` is what needs no model."""
+    free = memory_left(device)
+    if free is not None and plan.layout.nbytes > free:
+        raise UsageError(
+            f"{plan.source.reference} takes {plan.layout.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory "
+            f"are free on {device}. Take another --device, or {instead}."
+        )
+
+
+def _tokens(prompts: Iterable[str], tokenizer: Any) -> list[list[int]]:
+    """Return the numbers of the tokens of each prompt, behind the token that begins texts where there is one."""
+    beginning = tokenizer.bos_token or ""
+    numbers = [tokenizer(beginning + prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    if empty := [prompt for prompt, tokens in zip(prompts, numbers, strict=True) if not tokens]:
+        raise UsageError(f"the prompt {empty[0]!r} has no token: give each expert texts that are to go to it.")
+    return numbers
+
+
+def _embeddings(base: Checkpoint, tokenizer: Any, layers: int) -> Vectors:
+    """Return what sums the embeddings of prompts' tokens: of each token that occurs one row is read."""
+    spec = base.tensors["model.embed_tokens.weight"]
+    columns = spec.shape[1]
+
+    def summed(prompts: Sequence[str]) -> torch.Tensor:
+        counts = Counter(number for tokens in _tokens(prompts, tokenizer) for number in tokens)
+        total = torch.zeros(columns, dtype=torch.float64)
+        with Reader() as reader:
+            for number, times in sorted(counts.items()):
+                total += times * spec.elements(reader, number * columns, columns).double()
+        row = total / total.norm().clamp(min=LEAST)
+        return row.float().expand(layers, -1)
+
+    return summed
+
+
+def _hidden_states(plan: Plan, tokenizer: Any, device: str, threads: int | None, *, averaged: bool) -> Vectors:
+    """Return what runs prompts through the base and gives the mean of their hidden states before each layer."""
+    check_memory(plan, device, "gate_mode: cheap_embed, which runs no model")
+    built = build(plan, device)
+    Weights(built, device, threads).set(plan)
+    model = built.model
+
+    def mean(prompts: Sequence[str]) -> torch.Tensor:
+        total = torch.zeros(())
+        for batch in _batches(_tokens(prompts, tokenizer)):
+            longest = max(map(len, batch))
+            # Padding stands behind a prompt, where no token of it looks. Any number will do.
+            numbers = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in batch], device=device)
+            states = model.model(input_ids=numbers, output_hidden_states=True, use_cache=False).hidden_states
+            for row, tokens in enumerate(batch):
+                own = torch.stack([layer[row, : len(tokens)].float() for layer in states[:-1]])
+                total = total + (own.mean(dim=1) if averaged else own[:, -1]).cpu()
+        return total / len(prompts)
+
+    return mean
+
+
+def _batches(prompts: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Return prompts of similar lengths together, as many as fit into ``BATCH``."""
+    batches: list[list[list[int]]] = []
+    for tokens in sorted(prompts, key=len):
+        if batches and (len(batches[-1]) + 1) * len(tokens) <= BATCH:
+            batches[-1].append(tokens)
+        else:
+            batches.append([tokens])
+    return batches
+
+
+def _degenerate(layers: torch.Tensor) -> str:
+    """Return a warning where rows of a layer are hardly told apart; ``layers`` are (layers, rows, hidden)."""
+    numbers = [float(torch.linalg.cond(rows.float())) for rows in layers]
+    bad = [layer for layer, number in enumerate(numbers) if not number <= DEGENERATE]
+    if not bad:
+        return ""
+    where = "all layers" if len(bad) == len(numbers) else (
+        f"layer {bad[0]}" if len(bad) == 1 else f"{counted(len(bad), 'layer')} of {len(numbers)}")  # fmt: skip
+    return (
+        f"the router's rows of {where} are nearly dependent (condition number {max(numbers):.1f}, {DEGENERATE:g} is "
+        "much): the prompts of experts are alike, and some experts will hardly be chosen"
+    )
