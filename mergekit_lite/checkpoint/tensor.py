@@ -56,6 +56,11 @@ class Encoding(ABC):
         return None
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether torch has a part in reading."""
+        return True
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Plain data that is equal for two encodings only where they make equal values of equal files."""
         return (None,)
@@ -68,6 +73,11 @@ class Plain(Encoding):
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Read straight into ``out``; torch is not needed."""
         reader.fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), out, spec.name)
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch has a part in reading."""
+        return False
 
 
 PLAIN = Plain()  # the one that all plain tensors share

@@ -109,7 +109,7 @@ def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
         bool(job.scales or job.scales_of)
         or any(merge.ops(CPU).needs_torch for merge in merges)
         or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))
-        or not all(spec.is_plain for spec in job.inputs)
+        or any(spec.encoding.needs_torch for spec in job.inputs)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,8 +11,10 @@ from mergekit_lite.checkpoint.references import Addition, split_key
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.recipe import parse, to_yaml
+from mergekit_lite.multimerge import PlannedAgain, plan_documents_again
+from mergekit_lite.planning import make_plan
+from mergekit_lite.recipe import to_yaml
+from mergekit_lite.recipe.documents import Document, document_in, parse_documents
 from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
 from mergekit_lite.verification.result import Finding
 
@@ -57,7 +59,7 @@ def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> OpenedInputs:
         why = "is a task vector, and combinations of those are held to their digests but not made again"
         inputs.gone = dict.fromkeys(manifest.references, why)
         return inputs
-    for recorded in manifest.inputs:
+    for recorded in manifest.models:
         _open(recorded, moved.get(recorded.reference), inputs)
     return inputs
 
@@ -121,8 +123,10 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
             inputs.findings.append(Finding(where, "an input that changed, or was uploaded again: its etag is another"))
 
 
-def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> Plan:
+def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint]) -> PlannedAgain:
     """Make the plan of an output again, from its manifest and its opened inputs.
+
+    Of several documents, what lies between is made while it is read.
 
     Raises:
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
@@ -130,13 +134,27 @@ def plan_again(output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
     written = manifest.recipe.get("text")
     text = written if isinstance(written, str) else ""
-    recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
-    _check_known(recipe.models, opened)
+    documents = parse_documents(text or to_yaml(manifest.recipe), "The manifest's recipe")
+    _check_known(documents, opened)
     size, code = manifest.shard_size, manifest.copy_code
-    return make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
+    if len(documents) == 1:
+        recipe = documents[0].recipe
+        plan = make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
+        return PlannedAgain(plan, plan, "")
+    return plan_documents_again(
+        documents,
+        name,
+        shard_size=size,
+        copy_code=code,
+        text=text,
+        opened=opened,
+        fused=manifest.fused,
+        device=manifest.device,
+    )
 
 
-def _check_known(models: tuple[str, ...], opened: Mapping[str, Checkpoint]) -> None:
+def _check_known(documents: Sequence[Document], opened: Mapping[str, Checkpoint]) -> None:
     """Raise MergekitLiteError where a recipe names models that the manifest doesn't list: none of those is opened."""
+    models = [model for each in documents for model in each.recipe.models if not document_in(model, each.uses)]
     if strange := [model for model in models if model not in opened]:
         raise MergekitLiteError(listing("the recipe names models that are not among the inputs", strange))
