@@ -19,10 +19,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.fused import NotMadeError, is_in_one_read, makers, reading, reads_in_one_pass, why_not_made
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, check_reach, found, run
-from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
+from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
 from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.object_stores import Place
 from mergekit_lite.output.journal import plan_of
@@ -100,7 +101,7 @@ def plan_documents(
         CheckpointError, PlanError: as ``make_plan``, with the name of the document.
     """
     wanted = final(documents)
-    outputs = _outputs(wanted, str(output))
+    outputs = _outputs(documents, str(output))
     folder = documents_folder(output_path(str(output)))
     places: dict[str, OutputPath] = {each.name: outputs.get(each.name, folder / each.name) for each in documents}
     once = {name for name, count in Counter(used for each in documents for used in each.uses).items() if count == 1}
@@ -268,13 +269,25 @@ def make_plan_of(
                 model = open_checkpoint(with_place(reference, name, str(results[name].folder)))
                 models[reference] = replace(model, reference=reference, made_of=results[name].made_of)
         own_text = text or text_of_chain(document, documents)
-        return make_plan(
+        plan = make_plan(
             document.recipe, [output], shard_size=shard_size, copy_code=copy_code, text=own_text, opened=models
         )
+        folders = [f"{name} is the document of that name; {Path(name).absolute()} is not read" for name in document.uses
+                   if Path(name).exists()]  # fmt: skip
+        return replace(plan, notes=(*plan.notes, *folders))
     except PlanError as error:
         raise PlanError([f"{_called(document)}: {problem}" for problem in error.problems]) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{_called(document)}: {error}") from error
+        raise CheckpointError(f"{_called(document)}: {error}{''.join(_misspelt(document, documents))}") from error
+
+
+def _misspelt(document: Document, documents: Sequence[Document]) -> Iterator[str]:
+    """Yield which documents may be meant by models that are not there."""
+    names = [each.name for each in documents if each.name and each is not document]
+    for reference in document.recipe.models:
+        model = plain_reference(reference).partition("+")[0]
+        if not document_in(reference, document.uses) and not Path(model).exists() and (hint := nearest(model, names)):
+            yield f" No document is called {model!r}.{hint}"
 
 
 @contextmanager
@@ -334,12 +347,14 @@ def documents_folder(output: OutputPath) -> Path:
     return beside.absolute().with_name(f".{output.name}.documents")
 
 
-def _outputs(wanted: Sequence[Document], output: str) -> dict[str, OutputPath]:
+def _outputs(documents: Sequence[Document], output: str) -> dict[str, OutputPath]:
     """Return the paths of the documents that are wanted. Raises UsageError where names are missing."""
+    wanted = final(documents)
     if len(wanted) == 1:
         return {wanted[0].name: output_path(output.replace("{name}", wanted[0].name))}
     names = ", ".join(each.name or "one without a name" for each in wanted)
     made = f"The recipe makes {counted(len(wanted), 'model')} that no other document uses: {names}."
+    made += "".join(hint for document in documents for hint in _misspelt(document, wanted))
     if not all(each.name for each in wanted):
         raise UsageError(f"{made} Give each of them a 'name', and put {{name}} into the output's.")
     if "{name}" not in output:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import mergekit_lite
-from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
+from mergekit_lite.errors import CheckpointError, MergekitLiteError, PlanError, UsageError
 from mergekit_lite.multimerge import merge_documents, plan_documents
 from mergekit_lite.recipe.documents import parse_documents
 from mergekit_lite.yaml_document import RecipeError
@@ -262,3 +262,18 @@ def test_the_command_tells_of_each_document(place: Path, tmp_path: Path) -> None
     )
     refused = run(tmp_path, "merge", "one.yml", "-o", "one", "--keep")
     assert refused.returncode == 2 and "--keep is for recipes of several documents" in refused.stderr
+
+
+def test_names_that_are_almost_documents_are_told(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt name, and a folder that is called like a document."""
+    monkeypatch.chdir(tmp_path)
+    recipe = written(tmp_path, CHAIN.format(place=place, weight=0.5).replace("model: linear", "model: liner"))
+    said = r"No document is called 'liner'\. Did you mean 'linear'\?"
+    with pytest.raises(UsageError, match=f"2 models that no other document uses: .* {said}"):
+        mergekit_lite.merge(recipe, "out")
+    text = recipe.read_text().replace("{weight: 0.7}", "{weight: 0.7}\n- {model: linear, parameters: {weight: 1}}")
+    with pytest.raises(CheckpointError, match=f"The document of line 2: liner.*{said}"):
+        mergekit_lite.merge(written(tmp_path, text), "out")
+    (tmp_path / "stem").mkdir()
+    steps = plan_documents(parse_documents(CHAIN.format(place=place, weight=0.5)), "out")
+    assert [sum("stem is the document of that name" in note for note in step.plan.notes) for step in steps] == [0, 1, 1]
