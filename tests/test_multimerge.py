@@ -277,3 +277,32 @@ def test_names_that_are_almost_documents_are_told(place: Path, tmp_path: Path, m
     (tmp_path / "stem").mkdir()
     steps = plan_documents(parse_documents(CHAIN.format(place=place, weight=0.5)), "out")
     assert [sum("stem is the document of that name" in note for note in step.plan.notes) for step in steps] == [0, 1, 1]
+
+
+def test_stages_as_mergekit_multi_documents_them(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with a blank behind, a document as the base of the next one, the base of all among the first's models."""
+    monkeypatch.chdir(place)
+    recipe = written(
+        tmp_path,
+        """
+name: first-merge
+merge_method: linear
+models: [{model: ./base}, {model: ./m1}]
+parameters: {weight: 0.5}
+---
+name: second-merge\x20
+merge_method: slerp
+base_model: first-merge  # the one above
+models: [{model: ./m2}]
+parameters: {t: 0.5}
+---
+# the last one has no name
+merge_method: dare_ties
+base_model: ./base
+models:
+  - {model: second-merge, parameters: {density: 0.6, weight: 0.5}}
+  - {model: ./m3, parameters: {density: 0.8, weight: 0.5}}
+""",
+    )
+    mergekit_lite.merge(recipe, tmp_path / "out")
+    assert mergekit_lite.verify(tmp_path / "out", samples="all").sound
