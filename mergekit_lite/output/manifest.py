@@ -82,9 +82,9 @@ def files_read(recorded: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the recorded files that an input's tensors were read from, as ``Checkpoint.files_read``."""
     if not recorded.get("made_while_read"):
         return list(recorded["files"])
-    own = recorded["files"]
+    own: list[Mapping[str, Any]] = recorded["files"]
     added = own[len(own) - len(recorded.get("added", ())) :]
-    return [file for model in recorded["made_of"] for file in model["files"]] + added
+    return [*(file for model in recorded["made_of"] for file in model["files"]), *added]
 
 
 def _added_to(source: Checkpoint) -> dict[str, Any]:

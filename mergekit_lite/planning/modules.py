@@ -152,8 +152,8 @@ def config_of_modules(
         name = recipe.modules[number].name
         kind = _kind(name)
         if kind == "text_decoder" or (not is_known and len(recipe.modules) == 1):
-            config, told = relayered(inputs, config_source, layers, config)
-            notes += told
+            made, told = relayered(inputs, config_source, layers, config)
+            config, notes = made or config, [*notes, *told]
             continue
         section, keys = COUNTED_IN.get(kind, ("", ()))
         counted = recounted(config, section, keys, len(layers))
