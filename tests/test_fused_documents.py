@@ -14,6 +14,7 @@ import mergekit_lite
 from mergekit_lite.errors import UsageError
 from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe.documents import parse_documents
+from tests.adapters import lora, write_adapter
 from tests.models import state, tree_bytes, tuned, write_folder
 
 ELEMENTWISE = ("linear", "task_arithmetic", "dare_linear", "expo")
@@ -158,3 +159,39 @@ def test_models_behind_documents_are_never_touched(place: Path, tmp_path: Path) 
         ]
         with pytest.raises(UsageError, match="Inputs are never touched"):
             mergekit_lite.merge(written(tmp_path, chain), one, force=True)
+
+
+FURTHER = {
+    "copies, cast": {"exclude": ["up_proj", "embed"], "dtype": "float16", "models": [{"model": "stem"}]},
+    "an adapter": {"models": [{"model": "stem+adapter"}]},
+    "a part": {"base_model": "omni", "models": [{"model": "stem", "part": "talker."}]},
+    "a module": {"modules": {"model.layers.1": {"models": [{"model": "stem"}]}}},
+}
+
+
+@pytest.mark.parametrize("case", FURTHER)
+def test_whatever_reads_a_result(case: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies and casts, what is added to a result, a result that stands for a part: read as from files."""
+    monkeypatch.chdir(place)
+    rows, columns = state(0)["model.layers.0.self_attn.q_proj.weight"].shape
+    write_adapter(place / "adapter", lora("model.layers.0.self_attn.q_proj", columns, rows))
+    towers = {
+        f"{tower}.{name}": tensor for tower in ("thinker", "talker") for name, tensor in tuned(state(0), 5).items()
+    }
+    omni = {name: tensor.clone() for name, tensor in towers.items()}
+    write_folder(place / "omni", omni, config={"model_type": "omni", "thinker_config": {}, "talker_config": {}})
+    stem = {
+        "name": "stem",
+        "merge_method": "linear",
+        "exclude": ["q_proj", "norm"],
+        "models": [{"model": "m1"}, {"model": "m2"}],
+        "parameters": {"weight": 0.5},
+        "dtype": "float32" if "cast" in case else "bfloat16",
+    }
+    last = {"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": 0.6}, **FURTHER[case]}
+    recipe = written(tmp_path, [stem, last])
+    fused, kept = tmp_path / "fused", tmp_path / "kept"
+    mergekit_lite.merge(recipe, fused)
+    mergekit_lite.merge(recipe, kept, keep=True)
+    assert weights(fused) == weights(kept) and not (tmp_path / ".fused.documents").exists()
+    assert mergekit_lite.verify(fused, samples="all").sound and mergekit_lite.verify(kept, samples="all").sound
