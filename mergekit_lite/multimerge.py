@@ -1,35 +1,41 @@
 """Recipes of several documents: planned whole, then merged one after the other.
 
-A result that others are made of lies in the sibling folder ``.NAME.documents`` of the output, as an ordinary output
-that is resumed, verified and recognised by its manifest. What is there already, made by the same document of the same
-inputs, is not made again.
+A result that one other document reads once, element by element, is made while it is read and never lies on a disk
+(``engine.fused``). Any other that documents are made of lies in the sibling folder ``.NAME.documents`` of the output,
+as an ordinary output that is resumed, verified and recognised by its manifest. What is there already, made by the same
+document of the same inputs, is not made again.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
+from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.engine.finished import is_finished
+from mergekit_lite.engine.fused import NotMadeError, is_in_one_read, makers, reading, reads_in_one_pass, why_not_made
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, check_reach, found, run
-from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
+from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
 from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.object_stores import Place
 from mergekit_lite.output.journal import plan_of
 from mergekit_lite.output.promise import lay_promised
 from mergekit_lite.output.working_folder import as_run_errors, left_by_earlier_run, own_folder
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.recipe import Recipe, as_data, to_yaml
-from mergekit_lite.recipe.documents import Document, ancestors, final, with_results
+from mergekit_lite.recipe.documents import Document, document_in, final, text_of_chain, with_place
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+NOTHING: Mapping[str, Checkpoint] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,36 +43,48 @@ class Step:
     """One document on its way to a model.
 
     Attributes:
-        name: the document's; empty where it has none.
+        document: what is asked for.
         output: where its result goes.
         is_final: whether that is what was asked for; others are removed in the end.
+        is_fused: whether its result is made while the next document reads it, and written nowhere.
         plan: what will be done, by what the headers of models say and what earlier steps promise.
-        recipe: the document with paths instead of other documents' names.
-        text: the recipe's text; before it, as remarks, those of the documents that it is made of.
-        shard_size: as of ``make_plan``.
-        copy_code: as of ``make_plan``.
-        uses: the names of the documents whose results it reads.
     """
 
-    name: str
+    document: Document
     output: OutputPath
     is_final: bool
+    is_fused: bool
     plan: Plan
-    recipe: Recipe
-    text: str
-    shard_size: int | None
-    copy_code: bool
-    uses: tuple[str, ...]
 
-    def planned_anew(self) -> Plan:
-        """Return the plan by the results of earlier steps, which are there now. Raises as ``make_plan``."""
-        return make_plan(
-            self.recipe, [self.output], shard_size=self.shard_size, copy_code=self.copy_code, text=self.text
-        )
+    @property
+    def name(self) -> str:
+        """The document's name; empty where it has none."""
+        return self.document.name
+
+
+class _Result(NamedTuple):
+    """What a document makes: the folder with its files, or with what they promise; and its plan."""
+
+    folder: Path
+    plan: Plan
+
+    @property
+    def made_of(self) -> tuple[Checkpoint, ...]:
+        """The models that it is made of, directly or not, that no document makes."""
+        found: dict[str, Checkpoint] = {}
+        for source in self.plan.inputs:
+            for model in source.made_of or (replace(source, tensors={}),):
+                found.setdefault(model.reference, model)
+        return tuple(found.values())
 
 
 def plan_documents(
-    documents: Sequence[Document], output: str | Path, *, shard_size: int | None = None, copy_code: bool = False
+    documents: Sequence[Document],
+    output: str | Path,
+    *,
+    shard_size: int | None = None,
+    copy_code: bool = False,
+    keep: bool = False,
 ) -> tuple[Step, ...]:
     """Plan all documents of a recipe, before any of them is made.
 
@@ -76,53 +94,33 @@ def plan_documents(
             several documents are made that no other one uses.
         shard_size: most bytes of data in one file of each result.
         copy_code: copy the code of its own that a model in a folder has.
+        keep: make every result, to be kept for the next run.
 
     Raises:
         UsageError: the outputs can't be named.
         CheckpointError, PlanError: as ``make_plan``, with the name of the document.
     """
     wanted = final(documents)
-    outputs = _outputs(wanted, str(output))
+    outputs = _outputs(documents, str(output))
     folder = documents_folder(output_path(str(output)))
     places: dict[str, OutputPath] = {each.name: outputs.get(each.name, folder / each.name) for each in documents}
-    steps: list[Step] = []
-    with tempfile.TemporaryDirectory() as promised:
-        at = {each.name: Path(promised, str(number)) for number, each in enumerate(documents)}
+    once = {name for name, count in Counter(used for each in documents for used in each.uses).items() if count == 1}
+    plans: dict[str, Plan] = {}
+    fused: set[str] = set()
+    with _promises() as lay:
+        results: dict[str, _Result] = {}
         for document in documents:
-            recipe = with_results(document, lambda name: str(places[name]))
-            text = _with_remarks(document, documents) if document in wanted else ""
-            text += to_yaml(as_data(recipe))
-            try:
-                opened = _promised(document, recipe, lambda name: at[name])
-                plan = make_plan(
-                    recipe,
-                    [places[document.name]],
-                    shard_size=shard_size,
-                    copy_code=copy_code,
-                    text=text,
-                    opened=opened,
-                )
-            except PlanError as error:
-                raise PlanError([f"{_called(document)}: {problem}" for problem in error.problems]) from error
-            except CheckpointError as error:
-                raise CheckpointError(f"{_called(document)}: {error}") from error
-            steps.append(
-                Step(
-                    document.name,
-                    places[document.name],
-                    document in wanted,
-                    plan,
-                    recipe,
-                    text,
-                    shard_size,
-                    copy_code,
-                    document.uses,
-                )
-            )
+            asked = make_plan_of(document, results, places[document.name], shard_size, copy_code, documents)
+            candidates = [] if keep else [name for name in document.uses if name in once and _can_be_fused(plans[name])]
+            plan = _in_one_pass(asked, candidates, results)
+            if plan is not asked:
+                fused.update(candidates)
+            plans[document.name] = plan
             if document not in wanted:
-                at[document.name].mkdir()
-                lay_promised(plan, at[document.name])
-    return tuple(steps)
+                results[document.name] = lay(document.name, plan)
+    return tuple(
+        Step(each, places[each.name], each in wanted, each.name in fused, plans[each.name]) for each in documents
+    )
 
 
 def merge_documents(
@@ -133,6 +131,8 @@ def merge_documents(
     **run_options: Unpack[RunOptions],
 ) -> Iterator[tuple[Step, Finished | None]]:
     """Make all steps, one after the other, and yield each with what it made; None where it was there already.
+
+    Those that are fused are made with the next one, and not yielded.
 
     Args:
         steps: from ``plan_documents``.
@@ -156,26 +156,180 @@ def merge_documents(
             there[step.output] = made
     needed = _needed(steps, there)
     between = [step.output for step in steps if not step.is_final and isinstance(step.output, Path)]
-    for folder in {step.output.parent for step in steps if isinstance(step.output, Path) and step.name in needed}:
+    written = [step for step in steps if step.name in needed and not step.is_fused]
+    for folder in {step.output.parent for step in written if isinstance(step.output, Path)}:
         own_folder(folder)
-    for step in steps:
-        if step.output in there:
-            yield step, there[step.output]
-            continue
-        if not step.is_final and step.name not in needed:
-            continue
-        plan = step.planned_anew()
-        if not step.is_final and is_finished(plan, 0, force=True, sync=False):
-            yield step, None
-            continue
-        if starting is not None:
-            starting(step, plan)
-        options: RunOptions = {**run_options}
-        if not step.is_final:
-            options |= {"resume": _is_begun(plan), "force": True}
-        yield step, run(plan, **options)
+    documents = [step.document for step in steps]
+    fused = {step.name for step in steps if step.is_fused}
+    with _promises() as lay:
+        results: dict[str, _Result] = {}
+        for step in steps:
+            if step.output in there:
+                yield step, there[step.output]
+                continue
+            if not step.is_final and step.name not in needed:
+                continue
+            size, code = step.plan.shard_size, step.plan.copy_code
+            plan = make_plan_of(step.document, results, step.output, size, code, documents)
+            plan = _fused(plan, [name for name in step.document.uses if name in fused], results)
+            if step.is_fused:
+                results[step.name] = lay(step.name, plan)
+                continue
+            if not step.is_final:
+                assert isinstance(step.output, Path)
+                results[step.name] = _Result(step.output, plan)
+            if not step.is_final and is_finished(plan, 0, force=True, sync=False):
+                yield step, None
+                continue
+            if starting is not None:
+                starting(step, plan)
+            options: RunOptions = {**run_options}
+            if not step.is_final:
+                options |= {"resume": _is_begun(plan), "force": True}
+            yield step, run(plan, **options)
     if not keep:
         _remove(between)
+
+
+class PlannedAgain(NamedTuple):
+    """The plan of an output that several documents made: as it was made, and to make its tensors again."""
+
+    as_made: Plan
+    plan: Plan | None  # None where what lies between can't be made while it is read
+    why: str  # then, why
+
+
+def plan_documents_again(
+    documents: Sequence[Document],
+    output: Path,
+    *,
+    shard_size: int | None,
+    copy_code: bool,
+    text: str,
+    opened: Mapping[str, Checkpoint],
+    fused: Collection[str],
+    device: str,
+) -> PlannedAgain:
+    """Plan the last of some documents again, for what it made, with all that lies between made while it is read.
+
+    Args:
+        documents: in an order in which they can be made.
+        output: its name.
+        shard_size: as it was.
+        copy_code: as it was.
+        text: that of the recipe.
+        opened: the models that no document makes, by reference.
+        fused: the documents that were made while they were read.
+        device: the kind of device that made it.
+
+    Raises:
+        CheckpointError, PlanError: as ``make_plan``, with the name of the document.
+    """
+    as_made: dict[str, _Result] = {}
+    again: dict[str, _Result] = {}
+    why: list[str] = []
+    with _promises() as lay:
+        for document in documents:
+            is_last = document is documents[-1]
+            place, own_text = (output, text) if is_last else (Path(document.name), "")
+            asked = make_plan_of(document, as_made, place, shard_size, copy_code, documents, opened, own_text)
+            own = _fused(asked, [name for name in document.uses if name in fused], as_made)
+            try:
+                plan = asked if why else _fused(asked, document.uses, again)
+            except NotMadeError as error:
+                why.append(f"{_called(document)}: {error}")
+                plan = asked
+            if is_last:
+                return PlannedAgain(own, None if why else plan, "; ".join(why))
+            if reason := why_not_made(plan, device):
+                why.append(f"{_called(document)} {reason}")
+            as_made[document.name] = lay(document.name, own)
+            again[document.name] = as_made[document.name]._replace(plan=plan)
+    raise AssertionError("a recipe has a document")
+
+
+def make_plan_of(
+    document: Document,
+    results: Mapping[str, _Result],
+    output: OutputPath,
+    shard_size: int | None,
+    copy_code: bool,
+    documents: Sequence[Document],
+    opened: Mapping[str, Checkpoint] = NOTHING,
+    text: str = "",
+) -> Plan:
+    """Return a document's plan by the results of others, with the text of a recipe that makes it of its own.
+
+    Raises CheckpointError and PlanError as ``make_plan``, with the name of the document.
+    """
+    try:
+        models = dict(opened)
+        for reference in document.recipe.models:
+            if name := document_in(reference, document.uses):
+                model = open_checkpoint(with_place(reference, name, str(results[name].folder)))
+                models[reference] = replace(model, reference=reference, made_of=results[name].made_of)
+        own_text = text or text_of_chain(document, documents)
+        plan = make_plan(
+            document.recipe, [output], shard_size=shard_size, copy_code=copy_code, text=own_text, opened=models
+        )
+        folders = [f"{name} is the document of that name; {Path(name).absolute()} is not read" for name in document.uses
+                   if Path(name).exists()]  # fmt: skip
+        return replace(plan, notes=(*plan.notes, *folders))
+    except PlanError as error:
+        raise PlanError([f"{_called(document)}: {problem}" for problem in error.problems]) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{_called(document)}: {error}{''.join(_misspelt(document, documents))}") from error
+
+
+def _misspelt(document: Document, documents: Sequence[Document]) -> Iterator[str]:
+    """Yield which documents may be meant by models that are not there."""
+    names = [each.name for each in documents if each.name and each is not document]
+    for reference in document.recipe.models:
+        model = plain_reference(reference).partition("+")[0]
+        if not document_in(reference, document.uses) and not Path(model).exists() and (hint := nearest(model, names)):
+            yield f" No document is called {model!r}.{hint}"
+
+
+@contextmanager
+def _promises() -> Iterator[Callable[[str, Plan], _Result]]:
+    """Give a function that lays what a document's plan promises into a folder that is there for a while."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary).resolve()
+
+        def lay(name: str, plan: Plan) -> _Result:
+            folder = root / name
+            folder.mkdir()
+            lay_promised(plan, folder)
+            return _Result(folder, plan)
+
+        yield lay
+
+
+def _can_be_fused(plan: Plan) -> bool:
+    """Return whether a document's result may be made while it is read: from the same elements of models alone."""
+    return is_in_one_read(plan) and not any(source.made_of and source.added for source in plan.inputs)
+
+
+def _in_one_pass(plan: Plan, names: Sequence[str], results: Mapping[str, _Result]) -> Plan:
+    """Return a plan that makes some results while it reads them; itself where it can't, or would read them twice."""
+    try:
+        fused = _fused(plan, names, results)
+    except NotMadeError:
+        return plan
+    return fused if reads_in_one_pass(fused) else plan
+
+
+def _fused(plan: Plan, names: Collection[str], results: Mapping[str, _Result]) -> Plan:
+    """Return a plan that makes some results while it reads them. Raises NotMadeError where it can't."""
+    if not names:
+        return plan
+    made = {place: maker for name in names for place, maker in makers(results[name].plan, results[name].folder).items()}
+    inputs = []
+    for source in plan.inputs:
+        name = document_in(source.reference, names)
+        behind = (each for model in results[name].plan.inputs for each in model.made_while_read) if name else ()
+        inputs.append(replace(source, made_while_read=tuple(dict.fromkeys([name, *behind]))) if name else source)
+    return replace(reading(plan, made), inputs=tuple(inputs))
 
 
 def _needed(steps: Sequence[Step], there: Collection[OutputPath]) -> set[str]:
@@ -183,7 +337,7 @@ def _needed(steps: Sequence[Step], there: Collection[OutputPath]) -> set[str]:
     needed: set[str] = set()
     for step in reversed(steps):
         if step.name in needed or (step.is_final and step.output not in there):
-            needed |= set(step.uses)
+            needed |= set(step.document.uses)
     return needed
 
 
@@ -196,36 +350,19 @@ def documents_folder(output: OutputPath) -> Path:
     return beside.with_name(f".{output.name}.documents")
 
 
-def _outputs(wanted: Sequence[Document], output: str) -> dict[str, OutputPath]:
+def _outputs(documents: Sequence[Document], output: str) -> dict[str, OutputPath]:
     """Return the paths of the documents that are wanted. Raises UsageError where names are missing."""
+    wanted = final(documents)
     if len(wanted) == 1:
         return {wanted[0].name: output_path(output.replace("{name}", wanted[0].name))}
     names = ", ".join(each.name or "one without a name" for each in wanted)
     made = f"The recipe makes {counted(len(wanted), 'model')} that no other document uses: {names}."
+    made += "".join(hint for document in documents for hint in _misspelt(document, wanted))
     if not all(each.name for each in wanted):
         raise UsageError(f"{made} Give each of them a 'name', and put {{name}} into the output's.")
     if "{name}" not in output:
         raise UsageError(f"{made} Put {{name}} into the output's name: -o 'out-{{name}}'.")
     return {each.name: output_path(output.replace("{name}", each.name)) for each in wanted}
-
-
-def _promised(document: Document, recipe: Recipe, at: Callable[[str], Path]) -> Mapping[str, Checkpoint]:
-    """Open what earlier documents promise, under the references that it will have once it is made."""
-    temporary = with_results(document, lambda name: str(at(name)))
-    opened = {}
-    for reference, now in zip(recipe.models, temporary.models, strict=True):
-        if reference not in document.recipe.models:
-            opened[reference] = replace(open_checkpoint(now), reference=reference)
-    return opened
-
-
-def _with_remarks(document: Document, documents: Sequence[Document]) -> str:
-    """Return the documents that one is made of, as remarks for its own text."""
-    lines: list[str] = []
-    for each in ancestors(document, documents):
-        lines += [f"name: {each.name}", *to_yaml(as_data(each.recipe)).splitlines(), "---"]
-    heading = "Made of the results of these documents, each a merge of its own:"
-    return "".join(f"# {line}\n" for line in [heading, *lines]) if lines else ""
 
 
 def _called(document: Document) -> str:

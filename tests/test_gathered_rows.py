@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled
-from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of, reads_by_torch, rows_of
+from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of, rows_of
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
 from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.formats import safetensors
@@ -70,6 +70,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def reads_by_torch(spec: TensorSpec) -> bool:
+    return spec.encoding.needs_torch(spec)
+
+
 def test_gathered_rows_are_those_of_the_matrix(tmp_path: Path, kind: str) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import mergekit_lite
-from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
+from mergekit_lite.errors import CheckpointError, MergekitLiteError, PlanError, UsageError
 from mergekit_lite.multimerge import merge_documents, plan_documents
 from mergekit_lite.recipe.documents import parse_documents
 from mergekit_lite.yaml_document import RecipeError
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on(place: Path, tmp_path: Path) -> None:
     for trial in range(3):
         output = tmp_path / f"out{trial}"
         between = tmp_path / f".out{trial}.documents"
-        reached = between / ("stem", "linear", ".stem.partial")[trial]
+        reached = (between / "stem", tmp_path / f".out{trial}.partial", between / ".stem.partial")[trial]
         with started(tmp_path, "merge", recipe, "-o", output, "-q") as process:
             while process.running and not reached.exists():
                 time.sleep(0.001)
@@ -240,7 +240,7 @@ models: [{{model: '{place / "m1"}', parameters: {{weight: 1}}}}, {{model: talks,
     mergekit_lite.merge(written(tmp_path, text), tmp_path / "out", keep=True)
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["chat_template"] == "{{ messages }} of the chat model"
-    assert "# name: talks\n" in (tmp_path / "out" / "mergekit_config.yml").read_text()
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text().startswith("name: talks\n")
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
     assert mergekit_lite.verify(tmp_path / "out").sound
 
@@ -248,9 +248,13 @@ models: [{{model: '{place / "m1"}', parameters: {{weight: 1}}}}, {{model: talks,
 def test_the_command_tells_of_each_document(place: Path, tmp_path: Path) -> None:
     recipe = str(written(tmp_path, CHAIN.format(place=place, weight=0.5)))
     planned = json.loads(run(tmp_path, "plan", recipe, "--json").stdout)
-    assert [each["name"] for each in planned["documents"]] == ["stem", "linear", ""]
+    assert [(each["name"], each["fused"]) for each in planned["documents"]] == [
+        ("stem", False),
+        ("linear", True),
+        ("", False),
+    ]
     made = json.loads(run(tmp_path, "merge", recipe, "-o", "out", "--json").stdout)
-    assert [each["name"] for each in made["documents"]] == ["stem", "linear", ""]
+    assert [each["name"] for each in made["documents"]] == ["stem", ""]
     with pytest.raises(MergekitLiteError, match="exists"):
         mergekit_lite.merge(recipe, tmp_path / "out")
     (tmp_path / "one.yml").write_text(
@@ -258,3 +262,47 @@ def test_the_command_tells_of_each_document(place: Path, tmp_path: Path) -> None
     )
     refused = run(tmp_path, "merge", "one.yml", "-o", "one", "--keep")
     assert refused.returncode == 2 and "--keep is for recipes of several documents" in refused.stderr
+
+
+def test_names_that_are_almost_documents_are_told(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt name, and a folder that is called like a document."""
+    monkeypatch.chdir(tmp_path)
+    recipe = written(tmp_path, CHAIN.format(place=place, weight=0.5).replace("model: linear", "model: liner"))
+    said = r"No document is called 'liner'\. Did you mean 'linear'\?"
+    with pytest.raises(UsageError, match=f"2 models that no other document uses: .* {said}"):
+        mergekit_lite.merge(recipe, "out")
+    text = recipe.read_text().replace("{weight: 0.7}", "{weight: 0.7}\n- {model: linear, parameters: {weight: 1}}")
+    with pytest.raises(CheckpointError, match=f"The document of line 2: liner.*{said}"):
+        mergekit_lite.merge(written(tmp_path, text), "out")
+    (tmp_path / "stem").mkdir()
+    steps = plan_documents(parse_documents(CHAIN.format(place=place, weight=0.5)), "out")
+    assert [sum("stem is the document of that name" in note for note in step.plan.notes) for step in steps] == [0, 1, 1]
+
+
+def test_stages_as_mergekit_multi_documents_them(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with a blank behind, a document as the base of the next one, the base of all among the first's models."""
+    monkeypatch.chdir(place)
+    recipe = written(
+        tmp_path,
+        """
+name: first-merge
+merge_method: linear
+models: [{model: ./base}, {model: ./m1}]
+parameters: {weight: 0.5}
+---
+name: second-merge\x20
+merge_method: slerp
+base_model: first-merge  # the one above
+models: [{model: ./m2}]
+parameters: {t: 0.5}
+---
+# the last one has no name
+merge_method: dare_ties
+base_model: ./base
+models:
+  - {model: second-merge, parameters: {density: 0.6, weight: 0.5}}
+  - {model: ./m3, parameters: {density: 0.8, weight: 0.5}}
+""",
+    )
+    mergekit_lite.merge(recipe, tmp_path / "out")
+    assert mergekit_lite.verify(tmp_path / "out", samples="all").sound

@@ -47,6 +47,9 @@ class Checkpoint:
         parts: the sets of weight files that it is made of, in the order of their folders.
         stands_for: the beginning of the names in the base of a merge, where it stands for that part of it alone.
         config_made: how ``config`` was made of a GGUF's header, or why it wasn't, where there is no ``config.json``.
+        made_of: of the result of a recipe's document, the models that it is made of, without their tensors.
+        made_while_read: the documents whose results are made while they are read, this one first, where its tensors are
+            made of those models so: then its own files are not there.
     """
 
     reference: str
@@ -65,6 +68,8 @@ class Checkpoint:
     parts: tuple[Part, ...] = (Part(),)
     config_made: str = ""
     stands_for: str = ""
+    made_of: tuple[Checkpoint, ...] = ()
+    made_while_read: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> Part:
         """Return the part that a tensor is of: by its file; for one that no part's file holds, by its name."""
@@ -122,12 +127,23 @@ class Checkpoint:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every folder or file that is read."""
-        return (self.path, *(each.source.path for each in self.added))
+        """Every folder or file that is read, for this model or for those that it is made of."""
+        behind = (path for model in self.made_of for path in model.paths)
+        return (self.path, *(each.source.path for each in self.added), *behind)
+
+    @property
+    def files_read(self) -> tuple[WeightFile, ...]:
+        """The weight files that its tensors are read from: its own, or those of the models that it is made of."""
+        if not self.made_while_read:
+            return self.files
+        added = (each.source.file for each in self.added)
+        return (*(file for model in self.made_of for file in model.files), *added)
 
     @property
     def base_reference(self) -> str:
         """The reference without what is added."""
+        if self.made_of:  # the name of a document, which has no plus
+            return self.reference.partition("+")[0]
         return references.split_reference(self.reference)[0] if self.added else self.reference
 
     def identity(self) -> Identity:
@@ -152,5 +168,5 @@ class Checkpoint:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a weight file is no longer the one that was opened."""
-        for file in self.files:
+        for file in self.files_read:
             file.check_unchanged()

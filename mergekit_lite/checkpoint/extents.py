@@ -9,6 +9,7 @@ from pathlib import Path
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.gathered import Gathered
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
+from mergekit_lite.checkpoint.encodings.made import Made
 from mergekit_lite.checkpoint.encodings.rebuilt import Rebuilt
 from mergekit_lite.checkpoint.encodings.strided import Strided
 from mergekit_lite.checkpoint.encodings.sum import Sum
@@ -50,7 +51,9 @@ def extents(spec: TensorSpec, begin: int, end: int) -> Iterator[tuple[Path, int,
 
 
 def is_elsewhere(spec: TensorSpec) -> bool:
-    """Return whether a tensor's file lies elsewhere."""
+    """Return whether a tensor's file lies elsewhere, or one of those that it is made of while it is read."""
+    if isinstance(spec.encoding, Made):
+        return any(map(is_elsewhere, spec.encoding.inputs))
     return is_elsewhere_file(spec.file)
 
 

@@ -55,6 +55,10 @@ class Encoding(ABC):
         """The name of the scheme that it was quantised by, as users know it; None where there is none."""
         return None
 
+    def needs_torch(self, spec: TensorSpec) -> bool:
+        """Return whether torch has a part in reading a tensor."""
+        return True
+
     @property
     def key(self) -> tuple[object, ...]:
         """Plain data that is equal for two encodings only where they make equal values of equal files."""
@@ -68,6 +72,10 @@ class Plain(Encoding):
     def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
         """Read straight into ``out``; torch is not needed."""
         reader.fill(spec.file, spec.offset + start * dtypes.size(spec.dtype), out, spec.name)
+
+    def needs_torch(self, spec: TensorSpec) -> bool:
+        """Return False: its bytes are read as they are."""
+        return False
 
 
 PLAIN = Plain()  # the one that all plain tensors share

@@ -26,7 +26,10 @@ def show_plans(
 ) -> None:
     """Print the plan of each document, in the order in which they are made."""
     if as_json:
-        plans = [{"name": step.name, **json_output.of_plan(step.plan, threads, devices)} for step in steps]
+        plans = [
+            {"name": step.name, "fused": step.is_fused, **json_output.of_plan(step.plan, threads, devices)}
+            for step in steps
+        ]
         click.echo(json.dumps({"documents": plans}, indent=1))
         return
     for number, step in enumerate(steps):
@@ -54,6 +57,9 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
         screen.note(_heading(step))
         screen.headline(plan)
 
+    for step in steps:
+        if step.is_fused:
+            screen.note(_heading(step))
     made = []
     workers = workers_of(run_options["ray"], run_options["device"], run_options["threads"])
     with running.resumable(), workers as crew, screen.progress(crew=crew) as progress:
@@ -69,18 +75,19 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
         click.echo(json.dumps(json_output.with_fetched({"documents": made} | json_output.of_nodes(crew)), indent=1))
     screen.nodes(crew)
     if keep:
-        between = [step.output for step in steps if not step.is_final]
+        between = [step.output for step in steps if not step.is_final and not step.is_fused]
         folders = {output.parent for output in between if isinstance(output, Path)}
         screen.note("".join(f"kept for the next run: {folder}" for folder in folders))
 
 
 def _heading(step: Step) -> str:
-    return f"Document {step.name!r}" if step.name else "The last document"
+    called = f"Document {step.name!r}" if step.name else "The last document"
+    return f"{called}: made while the next one reads it, and written nowhere" if step.is_fused else called
 
 
 def _check_room(steps: Sequence[Step]) -> None:
     """Raise RunError where the disk has no room for all results together."""
-    here = [step for step in steps if isinstance(step.output, Path)]
+    here = [step for step in steps if isinstance(step.output, Path) and not step.is_fused]
     if not here:
         return
     wanted = sum(step.plan.bytes_to_write for step in here)

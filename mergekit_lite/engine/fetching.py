@@ -26,7 +26,7 @@ def fetches(plan: Plan) -> Fetches:
     A tensor's statistics are taken in passes of their own. It is fetched for each, unless a worker has room for it.
     """
     nbytes = again = 0
-    if not any(is_elsewhere_file(file.path) for source in plan.inputs for file in source.files):
+    if not any(is_elsewhere_file(file.path) for source in plan.inputs for file in source.files_read):
         return Fetches()
     for job in plan.jobs:
         sizes = [spec.nbytes for spec in job.inputs if is_elsewhere(spec)]

@@ -15,7 +15,7 @@ from mergekit_lite.engine.tiling import bounds
 from mergekit_lite.errors import UnreadableError
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place
-from mergekit_lite.output.manifest import READ_BYTES, frame_of
+from mergekit_lite.output.manifest import READ_BYTES, files_read, frame_of
 from mergekit_lite.output.publishing import is_published, own_manifests
 from mergekit_lite.output.remote_target import is_published_remotely, remote_manifest
 from mergekit_lite.planning import Job, Plan
@@ -70,9 +70,9 @@ def _describes(plan: Plan, output: Path, manifest: Mapping[str, Any]) -> bool:
 
 def _is_of_the_same_etags(plan: Plan, manifest: Mapping[str, Any]) -> bool:
     """Return whether the inputs elsewhere are those of a manifest: they have no times that tell what is newer."""
-    now = [[file.etag for file in source.files] for source in plan.inputs]
+    now = [[file.etag for file in source.files_read] for source in plan.inputs]
     try:
-        then = [[file.get("etag", "") for file in source["files"]] for source in manifest["inputs"]]
+        then = [[file.get("etag", "") for file in files_read(source)] for source in manifest["inputs"]]
     except (LookupError, TypeError, AttributeError):
         return False
     return now == then

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mergekit_lite import draws, dtypes
-from mergekit_lite.checkpoint.encodings.gathered import reads_by_torch
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
 from mergekit_lite.engine.tiling import CHUNK, cut
@@ -110,7 +109,7 @@ def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
         bool(job.scales or job.scales_of)
         or any(merge.ops(CPU).needs_torch for merge in merges)
         or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))
-        or any(map(reads_by_torch, job.inputs))
+        or any(spec.encoding.needs_torch(spec) for spec in job.inputs)
     )
 
 

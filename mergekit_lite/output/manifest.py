@@ -44,19 +44,7 @@ def manifest_of(
         "seed": plan.seed,
         "shard_size": plan.shard_size,
         "copy_code": plan.copy_code,
-        "inputs": [
-            {
-                "reference": source.reference,
-                "revision": source.revision,
-                **_added_to(source),
-                "files": [
-                    {"name": file.name, "size": file.size, "header_xxh3_128": file.header_digest}
-                    | ({"etag": file.etag} if file.etag else {})
-                    for file in source.files
-                ],
-            }
-            for source in plan.inputs
-        ],
+        "inputs": [_input(source) for source in plan.inputs],
         "files": [
             {"name": file.name, "size": file.size, "frame_xxh3_128": frame_of(plan.layout, folder / file.name, file)}
             for file in plan.layout.files
@@ -68,6 +56,35 @@ def manifest_of(
         "effect": effect,
     }
     return content | {SEAL: seal(content)}
+
+
+def _input(source: Checkpoint) -> dict[str, Any]:
+    """Return one input; of a document's result also what that is made of."""
+    recorded: dict[str, Any] = {
+        "reference": source.reference,
+        "revision": source.revision,
+        **_added_to(source),
+        "files": [
+            {"name": file.name, "size": file.size, "header_xxh3_128": file.header_digest}
+            | ({"etag": file.etag} if file.etag else {})
+            for file in source.files
+        ],
+    }
+    if source.made_of:
+        recorded |= {
+            "made_while_read": list(source.made_while_read),
+            "made_of": [_input(each) for each in source.made_of],
+        }
+    return recorded
+
+
+def files_read(recorded: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the recorded files that an input's tensors were read from, as ``Checkpoint.files_read``."""
+    if not recorded.get("made_while_read"):
+        return list(recorded["files"])
+    own: list[Mapping[str, Any]] = recorded["files"]
+    added = own[len(own) - len(recorded.get("added", ())) :]
+    return [*(file for model in recorded["made_of"] for file in model["files"]), *added]
 
 
 def _added_to(source: Checkpoint) -> dict[str, Any]:

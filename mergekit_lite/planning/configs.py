@@ -75,15 +75,36 @@ def giving_config(inputs: Sequence[Checkpoint], number: int) -> tuple[int, list[
     ]
 
 
+def recounted(
+    config: Config, section: str, keys: Sequence[str], layers: int
+) -> tuple[dict[str, Any], list[str]] | None:
+    """Return a config that says of one part of the model, in a section or at its top, how many layers it has.
+
+    And what the user should know of settings there that go by layers' numbers. None where it has none of the keys.
+    """
+    own = config.get(section, {}) if section else config
+    if not isinstance(own, Mapping) or not any(key in own for key in keys):
+        return None
+    changed = dict(own) | {key: layers for key in keys if key in own}
+    by_number = [key for key in own if key.endswith(("indexes", "indices"))] if section else []
+    notes = [
+        f"config: {section}.{key}: {json.dumps(own[key])} goes by the layers' numbers, and layers were moved: see "
+        "whether it still says what is meant"
+        for key in by_number
+    ]
+    return {**config, section: changed} if section else changed, notes
+
+
 def relayered(
-    inputs: Sequence[Checkpoint], config_source: int, layers: Sequence[Origin]
+    inputs: Sequence[Checkpoint], config_source: int, layers: Sequence[Origin], own: Config | None = None
 ) -> tuple[Config | None, list[str]]:
     """Return the config for layers in another order, and what the user should know about it.
 
     Lists as long as the layers are many (``layer_types``) and lists of layers' numbers (``mlp_only_layers``) are made
-    anew from the configs of the models that the layers come from; in nested text configs too.
+    anew from the configs of the models that the layers come from; in nested text configs too. ``own`` is the config as
+    far as it was changed already.
     """
-    own = inputs[config_source].config
+    own = own or inputs[config_source].config
     if own is None:
         return None, []
     notes: list[str] = []

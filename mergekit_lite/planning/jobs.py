@@ -128,6 +128,14 @@ class Jobs:
             merged_elements=merged,
         )
 
+    def outside(self, name: str) -> Job:
+        """Return the copy of a tensor of the model that gives the config, which is in no module of the recipe."""
+        asked = self.recipe.out_dtype or self.recipe.dtype
+        asked = block_fp8.BESIDE if asked == block_fp8.NAME else asked
+        spec = self.inputs[self.config_source].tensors[name]
+        why = "in no module of the recipe"
+        return Job(name, output_dtype(spec, asked), spec.shape, (spec,), (self.config_source,), why=why)
+
     def _one(self, value: T, key: object = None) -> T:
         """Return the first value that was given with the same key: there are very many jobs and few different ones."""
         first: T = self.shared.setdefault(value if key is None else key, value)

@@ -131,7 +131,7 @@ class Plan:
     @property
     def input_files(self) -> list[tuple[str, int, int]]:
         """Every input file with its size and time: what must not change until a run and its resumptions are done."""
-        return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files]
+        return [(str(file.path), file.size, file.mtime_ns) for source in self.inputs for file in source.files_read]
 
     @cached_property
     def for_workers(self) -> Plan:
@@ -148,6 +148,7 @@ class Plan:
             (self.recipes[number], self.text, self.rounding, self.seed, self.config_source),
             (self.config, self.tokenizer, self.added_tokens, self.chat_template, self.copy_code),
             [(file.name, file.size, file.header_digest) for source in self.inputs for file in source.files],
+            *([_files_behind(self.inputs)] if any(source.made_while_read for source in self.inputs) else []),
             [(file.name, file.size) for file in self.layout.files],
             self.layout.nest,
         ]
@@ -157,3 +158,9 @@ class Plan:
             made = (job.name, job.shape, job.dtype, job.method, job.has_base, job.merged_elements, job.parameters[own])
             digest.update(repr((made, [spec.key for spec in job.inputs])).encode())
         return digest.hexdigest()
+
+
+def _files_behind(inputs: tuple[Checkpoint, ...]) -> list[tuple[str, int, str]]:
+    """Return name, size and header of the files that models which are made while they are read are made of."""
+    made = [source for source in inputs if source.made_while_read]
+    return [(file.name, file.size, file.header_digest) for source in made for file in source.files_read]

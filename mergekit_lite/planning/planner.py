@@ -24,6 +24,7 @@ from mergekit_lite.planning.fp8 import quantised_jobs
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
+from mergekit_lite.planning.modules import Modules, config_of_modules, outputs_of_modules
 from mergekit_lite.planning.plan import Job, Plan
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.unions import examined, having_all_tokens
@@ -102,12 +103,19 @@ def make_plan(
     del read  # a hundred bytes and more for each token
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
-    layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
+    if recipe.modules:
+        modules = outputs_of_modules(recipe, inputs, listed_source, promised)
+        layered = modules.outputs
+    else:
+        modules = None
+        layered = outputs_of(recipe.slices, names, recipe.config_source, promised)
     parts = [[recipe.models.index(source.model) for source in part.sources] for part in recipe.slices]
     making = Jobs(recipe, inputs, parts, listed_source, METHODS[recipe.merge_method].config_source == "model")
     tensors = [making.with_ties(tensor) for tensor in layered.tensors]
     resolved = [resolve(alone, tensors) for alone in recipe.for_outputs]
     jobs, spare, misfits = _jobs(making, tensors, list(zip(*(each.numbers for each in resolved), strict=True)))
+    if modules is not None:
+        jobs += [making.outside(name) for name in modules.outside]
     problems = [*layered.problems, *dict.fromkeys(text for each in resolved for text in each.problems), *misfits]
     paths = tuple(map(output_path, outputs))
     is_folder = not is_single_file(paths[0])
@@ -126,11 +134,16 @@ def make_plan(
     if problems:
         raise PlanError(problems)
     origins = _origins(layered.layers, recipe, tensors, parts) if layered.layers is not None else None
+    of_modules = _origins_of_modules(modules, recipe, tensors, parts) if modules is not None else {}
     del layered, tensors  # as large as the jobs that were made of them
     moved = any(job.name not in inputs[config_source].tensors for job in jobs)
     own_shards = inputs[config_source].in_shards and not moved
     layout = arranged(jobs, inputs[config_source], paths[0], shard_size or (None if own_shards else SHARD_SIZE))
     config, notes_on_config = relayered(inputs, config_source, origins) if origins else (None, [])
+    if of_modules:
+        config, notes_on_config = config_of_modules(recipe, inputs, config_source, of_modules)
+    if modules is not None and modules.outside:
+        notes_on_config.append(_told_outside(modules.outside, inputs[config_source]))
     is_settled = rows is not None or tokenizer != config_source
     if is_settled and (written := config or inputs[config_source].config) is not None:
         config = with_vocabulary(written, rows, inputs[tokenizer].config or {})
@@ -351,6 +364,24 @@ def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequ
             assert layer is not None
             origins[tensor.spot.layer] = (parts[tensor.part][source], layer)
     return [origins[layer] for layer in range(layers)]
+
+
+def _origins_of_modules(
+    modules: Modules, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]
+) -> dict[int, list[Origin]]:
+    """Return where each layer of each module is from whose layers were moved, by the module's number."""
+    of_slices = [number for number, module in enumerate(recipe.modules) for _ in range(module.slices)]
+    return {
+        number: _origins(layers, recipe, [each for each in tensors if of_slices[each.part] == number], parts)
+        for number, layers in modules.layers.items()
+    }
+
+
+def _told_outside(names: Sequence[str], source: Checkpoint) -> str:
+    """Return what to say of tensors that are in no module."""
+    first = sorted({".".join(name.split(".")[:2]) for name in names})
+    listed = ", ".join(first[:4]) + (", …" if len(first) > 4 else "")
+    return f"{counted(len(names), 'tensor')} in no module of the recipe ({listed}): copied from {source.reference}"
 
 
 def _left_out(

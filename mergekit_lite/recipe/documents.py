@@ -15,12 +15,13 @@ A name counts only where a model may stand: in ``model``, ``base_model`` and the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
 from mergekit_lite.recipe.recipe import Recipe
 from mergekit_lite.recipe.schema import recipe_of
+from mergekit_lite.recipe.writing import as_data, to_yaml
 from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read_documents
 
 NAME = re.compile(r"[^\W_]([\w. -]{0,98}[\w-])?")  # what a folder can be called, and no reference is cut in
@@ -58,7 +59,7 @@ def parse_documents(content: str, source: str = "The recipe") -> tuple[Document,
         except RecipeError as error:
             problems += error.problems
             continue
-        uses = dict.fromkeys(used for model in recipe.models if (used := _document_in(model, names)))
+        uses = dict.fromkeys(used for model in recipe.models if (used := document_in(model, names)))
         documents.append(Document(name, recipe, tuple(uses), tree.at))
     problems += _miscalled(named)
     if not problems:
@@ -83,33 +84,26 @@ def ancestors(document: Document, documents: Sequence[Document]) -> tuple[Docume
     return tuple(each for each in documents if each.name in needed)
 
 
-def with_results(document: Document, place: Callable[[str], str]) -> Recipe:
-    """Return a document's recipe with ``place(name)``, where the results are, instead of other documents' names."""
-
-    def found(reference: str) -> str:
-        name = _document_in(reference, document.uses)
-        if not name:
-            return reference
-        before = READ_AS.match(reference)
-        read_as = before[0] if before else ""
-        return read_as + place(name) + reference.removeprefix(read_as).removeprefix(name)
-
-    recipe = document.recipe
-    slices = tuple(
-        replace(part, sources=tuple(replace(each, model=found(each.model)) for each in part.sources))
-        for part in recipe.slices
-    )
-    base = found(recipe.base_model) if recipe.base_model is not None else None
-    tokenizer = found(recipe.tokenizer) if recipe.tokenizer is not None else None
-    rows = tuple(replace(row, model=found(row.model) if row.model else None) for row in recipe.vocabulary.tokens)
-    vocabulary = replace(recipe.vocabulary, tokens=rows)
-    return replace(recipe, slices=slices, base_model=base, tokenizer=tokenizer, vocabulary=vocabulary)
-
-
-def _document_in(reference: str, names: Sequence[str] | set[str]) -> str:
+def document_in(reference: str, names: Collection[str]) -> str:
     """Return the document that a reference names, alone or before what is added to it; empty where it names none."""
     first = READ_AS.sub("", reference.partition("+")[0])
     return first if first in names else ""
+
+
+def with_place(reference: str, name: str, place: str) -> str:
+    """Return a reference that names a document with the place of its result instead."""
+    before = READ_AS.match(reference)
+    read_as = before[0] if before else ""
+    return read_as + place + reference.removeprefix(read_as).removeprefix(name)
+
+
+def text_of_chain(document: Document, documents: Sequence[Document]) -> str:
+    """Return the text of a recipe that makes a document's result: the documents that it is made of, and itself."""
+    chain = (*ancestors(document, documents), document)
+    if len(chain) == 1:
+        return to_yaml(as_data(document.recipe))
+    named = [({"name": each.name} if each.name else {}) | as_data(each.recipe) for each in chain]
+    return "---\n".join(map(to_yaml, named))
 
 
 def _named(tree: Node, problems: list[Remark]) -> tuple[str, Node]:

@@ -69,6 +69,15 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Module:
+    """A part of the model that slices of its own make: mergekit's name of it, or what its tensors' names begin with."""
+
+    name: str
+    slices: int  # how many of the recipe's slices are its own; those of one module come behind those of another
+    at: Mark = field(default=NOWHERE, compare=False)
+
+
+@dataclass(frozen=True)
 class Override:
     """Another method, or other parameters, for the tensors of a filter."""
 
@@ -113,7 +122,8 @@ class Recipe:
 
     Attributes:
         merge_method: the method's name.
-        slices: what the layers of the output are made of, from the first to the last.
+        slices: what the layers of the output are made of, from the first to the last; or those of each module.
+        modules: the parts of the output that are made by slices of their own; empty for the whole model.
         base_model: the reference of the base, if there is one.
         parameters: for all slices and models that say nothing else.
         outputs: where several outputs are made in one pass over the inputs, the parameters of each, which go before
@@ -143,6 +153,7 @@ class Recipe:
     base_model: str | None = None
     parameters: Parameters = field(default_factory=dict)
     outputs: tuple[Parameters, ...] = ()
+    modules: tuple[Module, ...] = ()
     overrides: tuple[Override, ...] = ()
     include: tuple[Filter, ...] = ()
     exclude: tuple[Filter, ...] = ()

@@ -1,7 +1,7 @@
 """The recipe language: mergekit's YAML for one family of models, made strict, and extended.
 
     merge_method: ties             # required
-    models:                        # or slices; exactly one of the two
+    models:                        # or slices, or modules; exactly one of the three
       - model: org/tuned@main      # a reference: path, org/name, @revision, +lora; or {model: {path, revision}, lora}
         parameters: {weight: 0.5}  # of this model; precedence: model > slice > recipe > the method's default
     slices:                        # layers of several models behind each other
@@ -9,6 +9,9 @@
           - {model: org/a, layer_range: [0, 24], parameters: {weight: 1}}
         base_model: org/base       # for this slice
         parameters: {weight: 1}
+    modules:                       # parts of the model, each merged by itself; what is in none is the base's
+      text_decoder: {slices: [...]}         # or models; {models: [...], parameters: {...}}
+      vision_tower: {models: [...]}         # mergekit's names, or what names of tensors begin with
     base_model: org/base           # with it a model may be vector:v.safetensors, a task vector added to it
     parameters: {normalize: true}
     dtype: bfloat16                # of the output; inputs are not cast to it first (mergekit does)
@@ -44,29 +47,30 @@ from dataclasses import dataclass, field, replace
 
 from mergekit_lite import dtypes
 from mergekit_lite.errors import nearest
-from mergekit_lite.methods import METHODS, Method
+from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.parameters import NO_EFFECT, Parameter
 from mergekit_lite.recipe import values
-from mergekit_lite.recipe.recipe import BACKBONES, NEW_ROWS, Override, Recipe, Slice, Source
-from mergekit_lite.recipe.rules import Filter, Parameters, Rules
+from mergekit_lite.recipe.completeness import lacking, miscounted
+from mergekit_lite.recipe.recipe import BACKBONES, NEW_ROWS, Module, Override, Recipe, Slice, Source
+from mergekit_lite.recipe.rules import Filter, Parameters, Rules, joined
 from mergekit_lite.recipe.values import choice, fields, filter_of, items, layer_range, rules, text
 from mergekit_lite.rounding import ROUNDINGS
 from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 KEYS = (
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "include", "exclude", "backbone", "new_rows", "overrides", "seed", "random_seed",
     "rounding",
 )  # fmt: skip
 MODEL_KEYS = ("model", "parameters", "part", "rename")
 SOURCE_KEYS = ("model", "layer_range", "parameters", "part", "rename")
 MAY_LACK = ("parameters", "part", "rename")
+MODULE_KEYS = ("models", "slices", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 OVERRIDE_KEYS = ("filter", "layers", "merge_method", "parameters")
 MIXTURE = "is of recipes of mixtures (mergekit-moe): mergekit-lite moe RECIPE -o OUT builds them"
 VECTORS = ("vector:", "rebase:")  # what references begin with that are added to the base
 REFUSED = {
-    "modules": "modules (one merge for each part of a model) are not supported yet, but for 'default' alone",
     **{key: f"{key!r} {MIXTURE}" for key in ("experts", "shared_experts", "gate_mode", "experts_per_token")},
     **{key: f"{key}: recipes of mergekit-evolve are not supported yet" for key in ("genome", "tasks")},
 }
@@ -91,10 +95,10 @@ def recipe_of(root: Node, source: str) -> Recipe:
         raise RecipeError(source, [Remark(root.at, expected)])
     recipe = parser.recipe(root)
     if parser.used:
-        parser.problems += _miscounted(recipe)
+        parser.problems += miscounted(recipe)
         # A misspelt parameter is reported once, not also as one that is missing.
-        lacking = [] if parser.refused else list(_lacking(recipe))
-        parser.problems += [*lacking, *parser.idle] if lacking else []
+        missing = [] if parser.refused else list(lacking(recipe))
+        parser.problems += [*missing, *parser.idle] if missing else []
     if parser.problems:
         raise RecipeError(source, parser.problems)
     return recipe
@@ -117,11 +121,13 @@ class _Parser:
         overrides = [self.override(node, main) for node in listed]
         named = tuple(dict.fromkeys([main, *(override.merge_method for override, _ in overrides)]))
         self.used = named if "" not in named else ()
+        modules, slices = self.modules(parts, root.at)
         recipe = Recipe(
             main,
-            self.slices(parts, root.at),
+            slices,
             self.base,
             self.parameters(parts, self.used),
+            modules=modules,
             overrides=tuple(replace(o, parameters=self.parameters(keys, (o.merge_method,))) for o, keys in overrides),
             include=tuple(self.pattern(node) for node in self.several(parts.get("include"))),
             exclude=tuple(self.pattern(node) for node in self.several(parts.get("exclude"))),
@@ -207,10 +213,29 @@ class _Parser:
             return ""
         return name
 
-    def slices(self, parts: Mapping[str, Node], at: Mark) -> tuple[Slice, ...]:
+    def modules(self, parts: Mapping[str, Node], at: Mark) -> tuple[tuple[Module, ...], tuple[Slice, ...]]:
+        """Return the modules of a recipe, if it has any, and its slices: those of one module after the other."""
+        if "modules" not in parts:
+            return (), self.slices(parts, at)
+        if others := [repr(key) for key in ("models", "slices") if key in parts]:
+            beside = f"the recipe has {' and '.join(others)} beside 'modules': it needs exactly one of them"
+            self.problems.append(Remark(at, beside))
+        node = parts["modules"]
+        if not isinstance(node, Fields) or not node.entries:
+            self.problems.append(Remark(node.at, f"'modules' expects a mapping of modules, got {describe(node)}"))
+            return (), ()
+        modules, slices = [], list[Slice]()
+        for key, value in node.entries:
+            own = self.fields(value, f"the module {key.text!r}", MODULE_KEYS, {})
+            of_module, shared = self.slices(own, value.at, f"the module {key.text!r}"), self.parameters(own, self.used)
+            slices += [replace(each, parameters=joined(each.parameters, shared)) for each in of_module]
+            modules.append(Module(key.text, len(of_module), key.at))
+        return tuple(modules), tuple(slices)
+
+    def slices(self, parts: Mapping[str, Node], at: Mark, what: str = "the recipe") -> tuple[Slice, ...]:
         if ("models" in parts) == ("slices" in parts):
             which = "both 'models' and 'slices'" if "models" in parts else "neither 'models' nor 'slices'"
-            self.problems.append(Remark(at, f"the recipe has {which}: it needs exactly one of them"))
+            self.problems.append(Remark(at, f"{what} has {which}: it needs exactly one of them"))
         if "models" in parts:
             models = items(parts["models"], "models", self.problems)
             sources = [self.source(node, "a model", MODEL_KEYS, self.base) for node in models]
@@ -351,59 +376,3 @@ def _nodes(node: Node) -> Iterator[Node]:
 def _all_parameters() -> frozenset[str]:
     """Return the names of all parameters of all methods."""
     return frozenset(name for method in METHODS.values() for name in method.parameters) | NO_EFFECT.keys()
-
-
-def _miscounted(recipe: Recipe) -> Iterator[Remark]:
-    """Yield slices with too few or too many models for their methods, without a base, or with ranges that differ."""
-    for part in (part for part in recipe.slices if part.sources):
-        where = _in_slice(recipe, part)
-        for method, _, at in _methods(recipe):
-            number = len(_merged(part, method))
-            if method.base == "required" and part.base is None:
-                yield Remark(at, f"{method.name} needs a base_model{where}")
-            elif not method.counts(number) and not (part.is_base_alone and method.models == (1, None)):
-                yield Remark(at, f"{method.name} merges {method.expected}, got {number}{where}")
-        if part.uneven:
-            yield Remark(part.at, part.uneven)
-
-
-def _lacking(recipe: Recipe) -> Iterator[Remark]:
-    """Yield parameters without a default that are given nowhere."""
-    for part in recipe.slices:
-        for method, over, at in _methods(recipe):
-            levels = (over, part.parameters, recipe.parameters)
-            required = {key for key, parameter in method.parameters.items() if parameter.required}
-            for key in sorted(required - {key for level in levels for key in level}):
-                if method.parameters[key].each:
-                    yield from _lacking_of_models(recipe, part, method, key, at)
-                else:
-                    yield Remark(at, f"{method.name} needs the parameter {key!r}{_in_slice(recipe, part)}")
-
-
-def _lacking_of_models(recipe: Recipe, part: Slice, method: Method, key: str, at: Mark) -> Iterator[Remark]:
-    merged = _merged(part, method)
-    # A source without a model has been complained about.
-    without = [index for index in merged if key not in part.sources[index].parameters and part.sources[index].model]
-    if len(without) == len(merged) > 1:
-        yield Remark(at, f"{method.name} needs the parameter {key!r} of each model{_in_slice(recipe, part)}")
-        return
-    for source in (part.sources[index] for index in without):
-        # A base that the recipe doesn't list has the place of the list.
-        unlisted = ": base_model is one of the models that are merged" if source.at == part.at else ""
-        yield Remark(source.at, f"{method.name} needs the parameter {key!r} of {source.model!r}{unlisted}")
-
-
-def _methods(recipe: Recipe) -> Iterator[tuple[Method, Parameters, Mark]]:
-    """Yield each method of the recipe with the parameters that an override gives it, and its place."""
-    yield METHODS[recipe.merge_method], {}, recipe.at
-    for override in recipe.overrides:
-        yield METHODS[override.merge_method], override.parameters, override.at
-
-
-def _merged(part: Slice, method: Method) -> list[int]:
-    """Return the sources that a method merges: all but the base, where it has another use for that."""
-    return [index for index in range(len(part.sources)) if method.merges_base or index != part.base]
-
-
-def _in_slice(recipe: Recipe, part: Slice) -> str:
-    return f" in the slice of line {part.at.line}" if len(recipe.slices) > 1 else ""

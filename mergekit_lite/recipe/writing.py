@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import yaml
@@ -17,13 +18,14 @@ Data = dict[str, Any]
 
 def as_data(recipe: Recipe) -> Data:
     """Return a recipe of one output in the recipe language, without what is at its default."""
-    whole = len(recipe.slices) == 1 and recipe.slices[0].is_whole
+    whole = not recipe.modules and len(recipe.slices) == 1 and recipe.slices[0].is_whole
     of_slice = recipe.slices[0].parameters if whole else {}
     written = {
         "merge_method": recipe.merge_method,
         "base_model": recipe.base_model,
         "models": [_source(source) for source in _listed(recipe.slices[0])] if whole else None,
-        "slices": None if whole else [_slice(part, recipe.base_model) for part in recipe.slices],
+        "slices": None if whole or recipe.modules else [_slice(part, recipe.base_model) for part in recipe.slices],
+        "modules": _modules(recipe),
         "parameters": _parameters(joined(of_slice, recipe.parameters)),
         "overrides": [
             (_filter(each.filter) or {"filter": "*"})
@@ -82,7 +84,26 @@ def to_yaml(recipe: Mapping[str, Any]) -> str:
 def _listed(part: Slice) -> tuple[Source, ...]:
     """Return the models to list: a base that stands at the end and says nothing is taken for granted."""
     last = len(part.sources) - 1
-    return part.sources[:last] if part.base == last and not part.sources[last].parameters else part.sources
+    return part.sources[:last] if part.base == last > 0 and not part.sources[last].parameters else part.sources
+
+
+def _modules(recipe: Recipe) -> Data:
+    """Return what makes each module."""
+    modules, slices = {}, iter(recipe.slices)
+    for module in recipe.modules:
+        own = list(islice(slices, module.slices))
+        if len(own) == 1 and own[0].is_whole and own[0].base in (None, _base_of(recipe, own[0])):
+            listed = [_source(source) for source in _listed(own[0])]
+            modules[module.name] = {"models": listed, **_with_parameters(own[0].parameters)}
+        else:
+            modules[module.name] = {"slices": [_slice(part, recipe.base_model) for part in own]}
+    return modules
+
+
+def _base_of(recipe: Recipe, part: Slice) -> int | None:
+    """Return which source of a slice is the recipe's base."""
+    models = [source.model for source in part.sources]
+    return models.index(recipe.base_model) if recipe.base_model in models else None
 
 
 def _slice(part: Slice, base_model: str | None) -> Data:

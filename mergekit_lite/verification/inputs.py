@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from mergekit_lite.mixtures.building import mixture_again
 from mergekit_lite.mixtures.made_again import METHODS as REMADE
 from mergekit_lite.mixtures.made_again import remade_again
 from mergekit_lite.mixtures.planning import METHOD as MIXTURE
+from mergekit_lite.multimerge import PlannedAgain, plan_documents_again
 from mergekit_lite.planning import Plan, make_plan
-from mergekit_lite.recipe import parse, to_yaml
+from mergekit_lite.recipe import to_yaml
+from mergekit_lite.recipe.documents import Document, document_in, parse_documents
 from mergekit_lite.transplanting.planning import TRANSPLANT
 from mergekit_lite.transplanting.planning import planned_again as transplant_again
 from mergekit_lite.verification.manifest_schema import Manifest, RecordedInput
@@ -63,7 +65,7 @@ def open_inputs(manifest: Manifest, moved: Mapping[str, str]) -> OpenedInputs:
         why = "is a task vector, and combinations of those are held to their digests but not made again"
         inputs.gone = dict.fromkeys(manifest.references, why)
         return inputs
-    for recorded in manifest.inputs:
+    for recorded in manifest.models:
         _open(recorded, moved.get(recorded.reference), inputs)
     return inputs
 
@@ -129,21 +131,36 @@ def _compare(recorded: RecordedInput, model: Checkpoint, inputs: OpenedInputs) -
 
 def plan_again(
     output: Path, manifest: Manifest, opened: Mapping[str, Checkpoint], written: Mapping[str, TensorSpec]
-) -> Plan:
+) -> PlannedAgain:
     """Make the plan of an output again, from its manifest, its opened inputs and, of a mixture, its own routers.
+
+    Of several documents, what lies between is made while it is read.
 
     Raises:
         MergekitLiteError: the recipe is not one, or the inputs don't fit it any more.
     """
     name = Path(manifest.files[0].name) if is_single_file(output) else Path(output.name)
     if (plan := _of_no_merge(manifest, name, opened, written)) is not None:
-        return plan
-    size, code = manifest.shard_size, manifest.copy_code
+        return PlannedAgain(plan, plan, "")
     given = manifest.recipe.get("text")
     text = given if isinstance(given, str) else ""
-    recipe = parse(text or to_yaml(manifest.recipe), "The manifest's recipe")
-    _check_known(recipe.models, opened)
-    return make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
+    documents = parse_documents(text or to_yaml(manifest.recipe), "The manifest's recipe")
+    _check_known(documents, opened)
+    size, code = manifest.shard_size, manifest.copy_code
+    if len(documents) == 1:
+        recipe = documents[0].recipe
+        plan = make_plan(recipe, [name], shard_size=size, copy_code=code, text=text, opened=opened)
+        return PlannedAgain(plan, plan, "")
+    return plan_documents_again(
+        documents,
+        name,
+        shard_size=size,
+        copy_code=code,
+        text=text,
+        opened=opened,
+        fused=manifest.fused,
+        device=manifest.device,
+    )
 
 
 def _of_no_merge(
@@ -158,12 +175,18 @@ def _of_no_merge(
         return remade_again(manifest.recipe, name, opened, size, code)
     if method == TRANSPLANT:
         models = tuple(str(manifest.recipe.get(key)) for key in ("model", "donor"))
-        _check_known(models, opened)
+        _check_opened(models, opened)
         return transplant_again(manifest.recipe, name, shard_size=size, copy_code=code, opened=opened)
     return None
 
 
-def _check_known(models: tuple[str, ...], opened: Mapping[str, Checkpoint]) -> None:
-    """Raise MergekitLiteError where a recipe names models that the manifest doesn't list: none of those is opened."""
+def _check_known(documents: Sequence[Document], opened: Mapping[str, Checkpoint]) -> None:
+    """Raise MergekitLiteError where documents name models that the manifest doesn't list."""
+    models = [model for each in documents for model in each.recipe.models if not document_in(model, each.uses)]
+    _check_opened(models, opened)
+
+
+def _check_opened(models: Iterable[str], opened: Mapping[str, Checkpoint]) -> None:
+    """Raise MergekitLiteError for models that are not opened: the manifest doesn't list them."""
     if strange := [model for model in models if model not in opened]:
         raise MergekitLiteError(listing("the recipe names models that are not among the inputs", strange))

@@ -84,6 +84,8 @@ class RecordedInput(_Recorded):
     base: ShortText | None = None
     added: list[RecordedAddend] = []
     files: list[RecordedInputFile]
+    made_of: list[RecordedInput] = []  # of a document's result: the models that it is made of
+    made_while_read: list[ShortText] = []  # then, the documents whose results were made while they were read
 
 
 class RecordedFile(_Recorded):
@@ -128,9 +130,20 @@ class Manifest(_Recorded):
     effect: dict[str, Any]
 
     @cached_property
+    def models(self) -> list[RecordedInput]:
+        """The inputs; instead of documents' results the models that those are made of."""
+        models = [model for source in self.inputs for model in (source.made_of or [source])]
+        return list({model.reference: model for model in models}.values())
+
+    @property
     def references(self) -> list[str]:
-        """References of the inputs."""
-        return [source.reference for source in self.inputs]
+        """References of the models."""
+        return [source.reference for source in self.models]
+
+    @property
+    def fused(self) -> set[str]:
+        """The documents whose results were made while they were read."""
+        return {name for source in self.inputs for name in source.made_while_read}
 
 
 def read_manifest(output: Path) -> tuple[Manifest, bool]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import TensorSpec
+from mergekit_lite.checkpoint.encodings.made import Made
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
@@ -215,6 +216,8 @@ def _agree(one: object, other: object) -> bool:
 
 def _what_changed(spec: TensorSpec) -> str:
     """Say that the bytes of an input tensor changed, or those that it is computed from."""
+    if isinstance(spec.encoding, Made):
+        return "an input that changed: what it is made of gives other values than when the output was made"
     others = " and its scales" * spec.quantised + " and what is added to it" * isinstance(spec.encoding, Sum)
     return f"an input that changed: not what was read{f' from it{others}' if others else ''} when the output was made"
 

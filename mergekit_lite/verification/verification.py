@@ -74,11 +74,14 @@ def verify(
     written = open_output(path, manifest)
     findings = [] if sealed else [Finding(manifest_path(path).name, "was changed: it is not what its own digest says")]
     findings += [*written.findings, *opened.findings]
-    plan = None
-    if samples != 0 and len(opened.opened) == len(manifest.inputs):
+    plan, why = None, ""
+    if samples != 0 and len(opened.opened) == len(manifest.models):
         try:
-            plan = plan_again(path, manifest, opened.opened, written.tensors)
-            findings += _check_plan(plan, manifest, written, opened)
+            again = plan_again(path, manifest, opened.opened, written.tensors)
+            plan, why = again.plan, again.why
+            findings += _check_plan(again.as_made, manifest, written, opened)
+            if samples and why:
+                findings.append(Finding("manifest", f"tensors can't be made again without what lay between: {why}"))
         except MergekitLiteError as error:
             findings.append(Finding("manifest", f"its recipe and inputs give no plan: {error}"))
     elif samples:
@@ -104,7 +107,7 @@ def verify(
         output=path,
         findings=tuple(findings),
         notes=(*written.notes, *_notes(manifest, recomputation, bool(findings))),
-        unchecked=tuple(_unchecked(opened, recomputation, samples)),
+        unchecked=tuple(_unchecked(opened, recomputation, samples, why)),
         tensors=len(written.tensors),
         nbytes=written.nbytes,
         recomputed=recomputation.names if recomputation is not None else (),
@@ -163,12 +166,13 @@ def _notes(manifest: Manifest, recomputation: Recomputation | None, wrong: bool)
             yield f"made with {what} {before}, this is {now}{suspect}"
 
 
-def _unchecked(inputs: OpenedInputs, recomputation: Recomputation | None, samples: Samples) -> Iterator[str]:
+def _unchecked(inputs: OpenedInputs, recomputation: Recomputation | None, samples: Samples, why: str) -> Iterator[str]:
     """Yield what could not be checked, and why."""
     for reference, why in inputs.gone.items():
         yield f"the input {reference}: {why}. --input {reference}=PLACE tells where it is now"
     if recomputation is None:
-        yield "whether the inputs give this output" + (", as --samples 0 asks" if samples == 0 else "")
+        reason = ", as --samples 0 asks" if samples == 0 else f": {why}" if why else ""
+        yield f"whether the inputs give this output{reason}"
 
 
 class _TotalProgress:

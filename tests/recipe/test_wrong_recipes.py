@@ -15,7 +15,7 @@ TIES = "merge_method: ties\nbase_model: base\n"
 PAIR = "models:\n  - {model: a, parameters: {weight: 1}}\n  - {model: b, parameters: {weight: 1}}\n"
 SLICES = TAIL + "parameters: {weight: 1}\nslices:\n"
 ROOT_KEYS = (
-    "merge_method, models, slices, base_model, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
+    "merge_method, models, slices, modules, base_model, parameters, dtype, out_dtype, tokenizer_source, tokenizer, "
     "chat_template, include, exclude, backbone, new_rows, overrides, seed, random_seed, rounding"
 )
 
@@ -47,7 +47,7 @@ WRONG = [
     ("both", SLICES + "  - sources: [{model: a, layer_range: [0, 1]}]\nmodels: [{model: a}]\n", ["1:1: the recipe has both 'models' and 'slices': it needs exactly one of them"]),
     ("models is empty", TAIL + "models: []\n", ["2:9: expected a list of models, got an empty list"]),
     ("models is text", TAIL + "models: a\n", ["2:9: expected a list of models, got the text 'a'"]),
-    ("modules", TAIL + "modules: {}\n", ["1:1: the recipe has neither 'models' nor 'slices': it needs exactly one of them", "2:1: modules (one merge for each part of a model) are not supported yet, but for 'default' alone"]),
+    ("modules", TAIL + "modules: {}\n", ["2:10: 'modules' expects a mapping of modules, got an empty mapping"]),
     ("experts", TAIL + PAIR + "gate_mode: hidden\n", ["5:1: 'gate_mode' is of recipes of mixtures (mergekit-moe): mergekit-lite moe RECIPE -o OUT builds them"]),
     ("evolve", TAIL + PAIR + "genome: {}\n", ["5:1: genome: recipes of mergekit-evolve are not supported yet"]),
     ("token is a number", TAIL + PAIR + "tokenizer: {tokens: {x: 1}}\n", ["5:25: expected the token 'x' (a mapping of source, force), got the number 1"]),
@@ -80,7 +80,7 @@ WRONG = [
     ("no base", "merge_method: ties\n" + PAIR, ["1:15: ties needs a base_model"]),
     ("too many", "merge_method: slerp\nbase_model: base\nparameters: {t: 0.5}\nmodels: [{model: a}, {model: b}]\n", ["1:15: slerp merges exactly 1 model besides base_model, got 2"]),
     ("one value beside a model that needs it", "merge_method: slerp\nbase_model: base\nmodels: [{model: a, parameters: {t: 1}}]\n", ["1:15: slerp needs the parameter 't'", "3:34: 't' is one value for all models and has no effect under a model, nor in mergekit: put it under the recipe's 'parameters'"]),
-    ("two modules", TAIL + "modules: {default: {models: [{model: a}]}, vision: {models: [{model: a}]}}\n", ["1:1: the recipe has neither 'models' nor 'slices': it needs exactly one of them", "2:1: modules (one merge for each part of a model) are not supported yet, but for 'default' alone"]),
+    ("two modules", TAIL + "modules: {default: {models: [{model: a}]}, vision: {modls: [{model: a}]}}\n", ["2:30: linear needs the parameter 'weight' of 'a'", "2:52: the module 'vision' has neither 'models' nor 'slices': it needs exactly one of them", "2:53: unknown key 'modls' in the module 'vision'. Did you mean 'models'?"]),
     ("models in and out of the module", TAIL + PAIR + "modules: {default: {models: [{model: a}]}}\n", ["5:21: 'models' stands in the module and in the recipe: give one", "5:30: linear needs the parameter 'weight' of 'a'"]),
     ("misspelt in the module", TAIL + "modules: {default: {modls: [{model: a}]}}\n", ["1:1: the recipe has neither 'models' nor 'slices': it needs exactly one of them", "2:21: unknown key 'modls' in the recipe. Did you mean 'models'?"]),
     ("too few", "merge_method: model_stock\nbase_model: base\nmodels: [{model: a}]\n", ["1:15: model_stock merges 2 or more models besides base_model, got 1"]),

@@ -92,6 +92,12 @@ class Gathered(Encoding):
         places = xxhash.xxh3_128(matrix.tobytes() + row.tobytes() + repr(means).encode()).hexdigest()
         return "Gathered", tuple(source.key for source in self.sources), places
 
+    def needs_torch(self, spec: TensorSpec) -> bool:
+        """Return whether torch has a part in reading: not where rows are bytes of files as they are wanted."""
+        matrix = self.places.matrix
+        used = [self.sources[number] for number in np.unique(matrix[matrix >= 0]).tolist()]
+        return any(self.places.means) or not all(each.is_plain and each.dtype == spec.dtype for each in used)
+
     def part(self, spec: TensorSpec, begin: int, end: int) -> Gathered:
         """Return what reads the elements ``begin … end`` and no others: with every span of a tensor travels its own."""
         columns = spec.numel // spec.shape[0]
@@ -176,16 +182,6 @@ def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Places) -> 
     dtype = dtypes.promoted([sources[number].dtype for number in used]) if used else own.dtype
     shape = (len(places.matrix), *own.shape[1:])
     return replace(own, shape=shape, dtype=dtype, encoding=Gathered(tuple(sources), places))
-
-
-def reads_by_torch(spec: TensorSpec) -> bool:
-    """Return whether torch has a part in reading a tensor: not where rows are bytes of files as they are wanted."""
-    encoding = spec.encoding
-    if not isinstance(encoding, Gathered):
-        return not spec.is_plain
-    matrix = encoding.places.matrix
-    used = [encoding.sources[number] for number in np.unique(matrix[matrix >= 0]).tolist()]
-    return any(encoding.places.means) or not all(each.is_plain and each.dtype == spec.dtype for each in used)
 
 
 def rows_of(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec | None:
