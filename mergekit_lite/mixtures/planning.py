@@ -221,7 +221,7 @@ class _Making:
         for model in self.inputs:
             if layers_of(model) and layers_of(model) != layers_of(base):
                 yield f"{model.reference}: has {layers_of(model)} layers, {base.reference} has {layers_of(base)}"
-        widths = {}
+        widths: dict[int, int] = {}
         for expert in (*self.recipe.experts, *self.recipe.shared):
             model = self._model(expert)
             for layer in range(layers_of(base)):
