@@ -221,7 +221,7 @@ class _Making:
         for model in self.inputs:
             if layers_of(model) and layers_of(model) != layers_of(base):
                 yield f"{model.reference}: has {layers_of(model)} layers, {base.reference} has {layers_of(base)}"
-        widths = {}
+        widths: dict[int, int] = {}
         for expert in (*self.recipe.experts, *self.recipe.shared):
             model = self._model(expert)
             for layer in range(layers_of(base)):
@@ -234,13 +234,14 @@ class _Making:
                     shape = (self.hidden, width) if role == "down" else (width, self.hidden)
                     if spec.shape != shape:
                         yield f"{model.reference}: {name} has the shape {list(spec.shape)}, expected {list(shape)}"
+        first_width = widths.get(id(first))
         for expert in self.recipe.experts:
-            if (width := widths.get(id(expert))) != widths.get(id(first)):
-                yield f"{expert.model}: its MLPs are {width} wide, those of {first.model} {widths.get(id(first))}"
-        count, width = self.family.shared_count, widths.get(id(first))
-        for expert in self.recipe.shared:
-            if count and (own := widths.get(id(expert))) != width:
-                yield f"{expert.model}: {own} wide; {self.family.title} has shared experts as wide as others: {width}"
+            if (own := widths.get(id(expert))) != first_width:
+                yield f"{expert.model}: its MLPs are {own} wide, those of {first.model} {first_width}"
+        for expert in self.recipe.shared if self.family.shared_count else ():
+            if (own := widths.get(id(expert))) != first_width:
+                title = self.family.title
+                yield f"{expert.model}: {own} wide; {title} has shared experts as wide as others: {first_width}"
 
     def _model(self, expert: Expert) -> Checkpoint:
         return self.inputs[self.recipe.models.index(expert.model)]

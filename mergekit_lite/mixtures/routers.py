@@ -83,7 +83,8 @@ def _row(expert: Expert, vectors: Vectors) -> torch.Tensor:
     row = vectors(expert.positive)
     if expert.negative:
         row = row - vectors(expert.negative)
-    return row / row.norm(dim=-1, keepdim=True).clamp(min=LEAST)
+    scaled: torch.Tensor = row / row.norm(dim=-1, keepdim=True).clamp(min=LEAST)
+    return scaled
 
 
 def plan_of_whole(base: Checkpoint, device: str) -> Plan:
@@ -129,7 +130,7 @@ def _embeddings(base: Checkpoint, tokenizer: Any, layers: int) -> Vectors:
         with Reader() as reader:
             for number, times in sorted(counts.items()):
                 total += times * spec.elements(reader, number * columns, columns).double()
-        row = total / total.norm().clamp(min=LEAST)
+        row: torch.Tensor = total / total.norm().clamp(min=LEAST)
         return row.float().expand(layers, -1)
 
     return summed
