@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,6 +33,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if os.name == "posix" or not collection_path.name.startswith("test_"):
         return None
     return True if POSIX.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+@pytest.fixture
+def place_of_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the clusters that commands start here: their sockets lie in it, so its name has to be short."""
+    with TemporaryDirectory(prefix="m", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

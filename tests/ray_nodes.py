@@ -11,9 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 STORE = 80 << 20  # bytes of each node's object store
+TRIES = 3
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -37,6 +39,7 @@ class RayNodes:
         )
         self._others: list[subprocess.Popen[bytes]] = []
         self.address = self._line()
+        assert self.address, "Ray did not start"
 
     def __enter__(self) -> RayNodes:
         return self
@@ -94,13 +97,30 @@ def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     process.wait()
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node, again where Ray gave it up: it waits for 30 s, which is too short on a busy machine."""
+    for further in reversed(range(TRIES)):
+        try:
+            return start()
+        except Exception as error:
+            if not further or "timed out" not in str(error):
+                raise
+    return None
+
+
 def host(count: int, address: str) -> None:
     """Start a cluster, print its address, and obey lines of standard input until it ends."""
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=options | ({"node_ip_address": address} if address else {}))
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(count - 1)]
+    options |= {"include_log_monitor": False, "no_monitor": True}  # processes that take seconds to start
+    options |= {"node_ip_address": address} if address else {}
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=options))
+
+    def added() -> Any:
+        return patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=STORE))
+
+    nodes = [added() for _ in range(count - 1)]
     print(cluster.address, flush=True)
     for line in sys.stdin:
         if line == "kill\n":
@@ -109,9 +129,19 @@ def host(count: int, address: str) -> None:
                     os.kill(process.process.pid, signal.SIGKILL)
             print("killed", flush=True)
         else:
-            nodes.append(cluster.add_node(num_cpus=1, object_store_memory=STORE))
+            nodes.append(added())
             print("added", flush=True)
     cluster.shutdown()
+
+
+def processes_in(folder: Path) -> set[str]:
+    """Return the processes, by their numbers, that work or have something in a folder, such as those of a cluster."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(folder) in f"{(path / 'cwd').readlink()} {(path / 'cmdline').read_bytes()!r}":
+                found.add(path.name)
+    return found
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 900) -> None:

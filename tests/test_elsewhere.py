@@ -57,6 +57,13 @@ def test_the_main_jobs_give_the_same_bytes(tmp_path: Path) -> None:
     assert tree_bytes(there) == tree_bytes(here)
 
 
+def test_candidates_are_measured_side_by_side(tmp_path: Path) -> None:
+    """By processes that are reached as on Windows; one that dies is replaced, the others end in order."""
+    with elsewhere(tmp_path, "-m", "tests.elsewhere.measuring") as process:
+        assert process.wait() == 0
+    assert (tmp_path / "stopped").read_text() == 2 * "in order\n"
+
+
 def on_console(place: Path, encoding: str, *arguments: str) -> str:
     """What a command shows on a terminal of an encoding."""
     ours, theirs = pty.openpty()

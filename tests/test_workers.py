@@ -48,11 +48,12 @@ def test_what_a_task_raises_is_raised_here() -> None:
 
         return fail
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError) as caught:
         list(forked(WORKERS, range(9), lambda: failing(MemoryError())))
+    assert "in fail\n    raise error" in str(caught.value.__cause__), "where it was raised"
     with pytest.raises(RunError, match="2 problems"):
         list(forked(WORKERS, range(9), lambda: failing(PlanError(["one", "two"]))))  # its arguments are not its message
-    with pytest.raises(RunError, match="Unpicklable: of no use elsewhere"):
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker:.*raise error.*Unpicklable: of no use elsewhere"):
         list(forked(WORKERS, range(9), lambda: failing(Unpicklable("of no use elsewhere"))))
 
 

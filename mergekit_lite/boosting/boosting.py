@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lite.boosting import report
 from mergekit_lite.boosting.candidates.candidate import Params
 from mergekit_lite.boosting.candidates.family import RecipeFamily
-from mergekit_lite.boosting.evaluators import evaluator_of, processes_of
+from mergekit_lite.boosting.description import described
+from mergekit_lite.boosting.evaluators import cluster_of, evaluator_of, team_of
 from mergekit_lite.boosting.measure.evaluator import ModelEvaluator
 from mergekit_lite.boosting.measure.nulls import null_tests
 from mergekit_lite.boosting.measure.tasks import Harness
 from mergekit_lite.boosting.options import BoostOptions, request_of
-from mergekit_lite.boosting.request import Prepared, described, prepare
+from mergekit_lite.boosting.request import Prepared, prepare
 from mergekit_lite.boosting.search import choice
 from mergekit_lite.boosting.search.choice import Result
 from mergekit_lite.boosting.search.point import Point
@@ -110,11 +111,12 @@ def search_and_write(
     """
     check_output(prepared)
     request = prepared.request
-    several = len(prepared.devices) > 1
+    elsewhere = prepared.measures_elsewhere
     with (
-        evaluator_of(prepared, measures=not several) as evaluator,
+        cluster_of(prepared) as cluster,
+        evaluator_of(prepared, measures=not elsewhere) as evaluator,
         Study(request.folder, _identity(prepared, evaluator), evaluator.items, request.seed) as study,
-        processes_of(prepared, study.items, note) if several else nullcontext() as team,
+        team_of(prepared, study.items, cluster, note) if elsewhere else nullcontext() as team,
     ):
         settings = replace(prepared.settings, minimised=_minimised(prepared, evaluator))
         test = partial(null_tests, prepared.scores, prepared.prompts, request.folder)

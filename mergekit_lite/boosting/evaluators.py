@@ -1,7 +1,7 @@
-"""The evaluator of a request: one in this process, or one in each of several.
+"""The evaluator of a request: one in this process, or one in each worker of a team.
 
-A worker gets the request and prepares it itself. So no open file and no function has to travel, and a worker measures
-the same wherever it runs. Any other team needs no more than ``WorkerSetup``, which can be pickled.
+A worker gets the request and prepares it itself (``WorkerSetup``). So no open file and no function has to travel, and a
+worker measures the same wherever it runs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from mergekit_lite.boosting.measure.evaluator import Measure, ModelEvaluator
 from mergekit_lite.boosting.measure.generators import LocalGenerator, ServerGenerator
 from mergekit_lite.boosting.measure.likelihood import PreferenceAccuracy, TextLikelihood
 from mergekit_lite.boosting.measure.processes import Processes
+from mergekit_lite.boosting.measure.ray_actors import RayActors
 from mergekit_lite.boosting.measure.resident_model import ResidentModel
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
 from mergekit_lite.boosting.measure.tasks import Harness
+from mergekit_lite.boosting.measure.workers import Places, Workers
 from mergekit_lite.boosting.request import Prepared, Request, prepare
+from mergekit_lite.engine.buffers import CPU
+from mergekit_lite.engine.ray_cluster import files_of, workers_of
+from mergekit_lite.engine.ray_workers import Cluster
 from mergekit_lite.errors import RunError
 
 SERVING = "serving"  # the folder of the servers' models, in the study's
@@ -63,33 +68,68 @@ class WorkerSetup:
 
 
 @contextmanager
-def processes_of(prepared: Prepared, items: Sequence[str], note: Callable[[str], None]) -> Iterator[Processes]:
-    """Give a team of processes, one for each of the request's devices, that is ended with the context."""
-    request, devices = prepared.request, prepared.devices
-    setups = [
-        WorkerSetup(
-            replace(request, device="cuda:0", parallel=1)
-            if device != "cpu"
-            else replace(request, threads=request.threads or prepared.threads, parallel=1),
-            Seat(number, len(devices)),
-            items,
-            prepared.identity(),
-        )
-        for number, device in enumerate(devices)
-    ]
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    visible = [name.strip() for name in seen.split(",") if name.strip()]
-    surroundings = []
-    for device in devices:
-        surroundings.append({"OMP_NUM_THREADS": str(prepared.threads)})
-        if device != "cpu":  # so that scorers, too, take the worker's own GPU
-            number = int(device.partition(":")[2])
-            surroundings[-1]["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+def cluster_of(prepared: Prepared) -> Iterator[Cluster | None]:
+    """Give the Ray cluster that a request names, or None; it is connected before anything is measured.
+
+    Raises:
+        UsageError: there is no such cluster, or no GPU in it.
+        RunError: Ray can't be started.
+    """
+    device = CPU if prepared.devices[0] == CPU else "cuda"
+    with workers_of(prepared.request.ray, device, threads=1) as cluster:
+        if cluster is not None:
+            cluster.must_see(files_of(prepared.family.opened.values()))
+            cluster.connect()
+        yield cluster
+
+
+@contextmanager
+def team_of(
+    prepared: Prepared, items: Sequence[str], cluster: Cluster | None, note: Callable[[str], None]
+) -> Iterator[Workers]:
+    """Give a team of workers, on a cluster or else one for each of the request's devices; it is ended with the context.
+
+    Raises:
+        RunError: no machine of the cluster can measure.
+    """
+    request = prepared.request
     try:
-        with Processes(setups, surroundings, note) as team:
+        if cluster is None:
+            places: Places = Processes(_environments(prepared))
+            devices: Sequence[str] = prepared.devices
+        else:
+            plan = prepared.family.plan(prepared.family.baseline)
+            memory = 0 if request.serve_command is not None else plan.bytes_to_write
+            places = actors = RayActors(cluster, memory, request.parallel, note)
+            devices = prepared.devices * actors.fill()
+        with Workers(_setups(prepared, items, devices), places, note) as team:
             yield team
     finally:
         shutil.rmtree(request.folder / SERVING, ignore_errors=True)  # of servers that were ended in the middle
+
+
+def _setups(prepared: Prepared, items: Sequence[str], devices: Sequence[str]) -> list[WorkerSetup]:
+    """Return what makes each worker what it is."""
+    request = replace(prepared.request, parallel=1, ray=None)
+    own = (
+        replace(request, threads=request.threads or prepared.threads)
+        if devices[0] == CPU
+        else replace(request, device="cuda:0")
+    )
+    return [WorkerSetup(own, Seat(number, len(devices)), items, prepared.identity()) for number in range(len(devices))]
+
+
+def _environments(prepared: Prepared) -> list[dict[str, str]]:
+    """Return the variables of each process: its threads, and its own GPU, so that scorers, too, take that one."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = [name.strip() for name in seen.split(",") if name.strip()]
+    environments = []
+    for device in prepared.devices:
+        environments.append({"OMP_NUM_THREADS": str(prepared.threads)})
+        if device != CPU:
+            number = int(device.partition(":")[2])
+            environments[-1]["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+    return environments
 
 
 @contextmanager

@@ -79,13 +79,15 @@ class BoostOptions(TypedDict, total=False):
         servers: that are started over each candidate and share its prompts; 1 by default.
         concurrency: open requests to each server; 32 by default.
         parallel: processes that measure side by side, each with a model, or with ``servers``, of its own; by default
-            one for each GPU of ``device``, else 1.
+            one for each GPU of ``device``, else 1. With ``ray`` the most workers.
         at_once: candidates that tpe and cmaes draw before they know how the ones before did; 1 by default.
         include, exclude, new_rows, tokenizer_source, width, out_dtype, rounding, shard_size, copy_code: as of
             ``extrapolate``, for a pair.
         seed: of answers, the items' order and rounding; 0 by default.
         threads: that set weights in a process; by default one for each core, shared by the processes.
         device: ``cpu`` (the default), ``cuda`` for all GPUs, ``cuda:1`` …, or ``auto``.
+        ray: measure on the machines of a Ray cluster, ``auto``, ``HOST:PORT`` or ``local:N``: by a worker for each
+            processor, with ``device`` cuda for each GPU.
         force: replace an existing output.
         sync: bring the output to the disk before it gets its name, as in ``run``.
     """
@@ -130,6 +132,7 @@ class BoostOptions(TypedDict, total=False):
     seed: int
     threads: int | None
     device: str
+    ray: str | None
     force: bool
     sync: bool
 

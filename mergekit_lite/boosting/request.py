@@ -19,7 +19,6 @@ from mergekit_lite.answers.prompts import Prompts, as_row, load
 from mergekit_lite.answers.serving import serve_words
 from mergekit_lite.boosting.candidates.family import Family, PairFamily, RecipeFamily
 from mergekit_lite.boosting.candidates.tunable import Tunable, parse
-from mergekit_lite.boosting.measure import nulls
 from mergekit_lite.boosting.measure import scores as scoring
 from mergekit_lite.boosting.measure.likelihood import read_pairs, read_texts
 from mergekit_lite.boosting.measure.scores import LM_EVAL, LOG_RATIO, NLL, PAIRS, ScoreSpec
@@ -29,13 +28,12 @@ from mergekit_lite.boosting.search.looks import portion
 from mergekit_lite.boosting.search.optuna_search import SAMPLERS, optuna_search
 from mergekit_lite.boosting.search.point import Settings
 from mergekit_lite.boosting.search.search import MOST, START, bracket, grid
-from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, counted, listing, nearest
+from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError, listing, nearest
 from mergekit_lite.pages import drawing
 
 if TYPE_CHECKING:
     from mergekit_lite.answers.likelihood import Pair
     from mergekit_lite.answers.rows import Prompt
-    from mergekit_lite.planning import Plan
 
 SEARCHES = ("bracket", "grid", *SAMPLERS)
 ALPHA = f"alpha=0:{MOST:g}"
@@ -81,6 +79,7 @@ class Request:
     parallel: int | None = None
     at_once: int = 1
     device: str = "cpu"
+    ray: str | None = None
     threads: int | None = None
     study: Path | None = None
     force: bool = False
@@ -107,14 +106,19 @@ class Prepared:
     searcher: Searcher  # begins the search, once the folder exists
     settings: Settings  # how candidates are judged
     portion: int  # answers that are made before the next ones are begun; see ``looks.portion``
-    devices: tuple[str, ...]  # of the models, one for each process that measures
+    devices: tuple[str, ...]  # of the models, one for each process that measures; on a cluster the kind of them
     threads: int | None  # of each of several; None for one, which takes those of torch
     notes: tuple[str, ...]  # remarks for the user
 
     @property
     def device(self) -> str:
         """The device of the model in this process, and of the one that is written."""
-        return self.devices[0]
+        return self.devices[0] if self.request.ray is None else "cpu"
+
+    @property
+    def measures_elsewhere(self) -> bool:
+        """Whether other processes measure."""
+        return len(self.devices) > 1 or self.request.ray is not None
 
     def identity(self) -> dict[str, Any]:
         """Return all that a row depends on except the candidate's params; one study has one identity."""
@@ -138,7 +142,7 @@ class Prepared:
             "seed": request.seed,
             "batch_size": request.batch_size,
             "likelihoods": request.likelihoods,
-            "device": self.device.partition(":")[0],
+            "device": self.devices[0].partition(":")[0],
             "serve_command": request.serve_command,
             **({"thoughts": "kept"} if request.serve_command is not None else {}),
         }
@@ -202,7 +206,7 @@ def prepare(request: Request) -> Prepared:
         settings,
         together,
         devices,
-        _threads_of_each(devices),
+        _threads_of_each(devices) if request.ray is None else 1,
         tuple(notes),
     )
 
@@ -211,9 +215,14 @@ def _devices(request: Request) -> tuple[str, ...]:
     """Return the device of each process that measures: every GPU, unless one is named or fewer are asked for.
 
     Raises:
-        UsageError: the device is unknown or missing.
+        UsageError: the device is unknown or missing, or the address of a cluster can't be one.
     """
     from mergekit_lite.engine.devices import ALL, chosen_device, chosen_devices
+    from mergekit_lite.engine.ray_cluster import check_address
+
+    if request.ray is not None:
+        check_address(request.ray, request.device)
+        return ("cpu" if request.device == "cpu" else "cuda",)
 
     several = request.device in ("auto", "cuda", ALL) and chosen_device(request.device.replace(ALL, "cuda")) != "cpu"
     found = chosen_devices(ALL if several else request.device)
@@ -239,7 +248,7 @@ def _check_memory(request: Request, family: Family, devices: Sequence[str]) -> N
     """
     from mergekit_lite.engine.devices import memory_left
 
-    if request.serve_command is not None:
+    if request.serve_command is not None or request.ray is not None:
         return
     weights = family.plan(family.baseline).bytes_to_write
     for device, number in Counter(devices).items():
@@ -286,6 +295,12 @@ def _missing(request: Request, scores: Sequence[ScoreSpec]) -> list[str]:
         problems.append("--score log_ratio is for a pair SFT ALIGNED in this process: no --recipe, no --serve-command.")
     if request.servers > 1 and request.serve_command is None:
         problems.append("--servers is the number of servers that --serve-command starts: give one.")
+    if (
+        request.ray is not None
+        and request.serve_command is not None
+        and (request.parallel, request.device) == (None, "cpu")
+    ):
+        problems.append("--ray with --serve-command needs --parallel N, or --device cuda: each worker starts servers.")
     if request.at_once > 1 and request.search not in (None, *SAMPLERS):
         problems.append(f"--at-once is for tpe and cmaes: {request.search} measures side by side what it can.")
     if LM_EVAL in kinds and find_spec("lm_eval") is None:
@@ -370,45 +385,3 @@ def _grid(given: Mapping[str, tuple[float, ...]], family: Family) -> dict[str, S
     if math.prod(map(len, values.values())) > 1000:
         raise UsageError("The grid has more than 1,000 candidates: give fewer values, or take --search tpe.")
     return values
-
-
-def described(prepared: Prepared) -> dict[str, str]:
-    """Describe a search in words: models, tuned parameters, search, scores, data."""
-    request = prepared.request
-    plan = prepared.family.plan(prepared.family.baseline, request.output)
-    data = {"prompt": prepared.prompts, "pair": prepared.pairs, "text": prepared.texts}
-    facts = {
-        "models": ", ".join(source.reference for source in plan.inputs),
-        "recipe": str(request.recipe or ""),
-        "tuned": ", ".join(f"{name} from {of.low:g} to {of.high:g}" for name, of in prepared.family.ranges.items()),
-        "search": prepared.search,
-        "scores": ", ".join(request.scores),
-        "measured on": ", ".join(counted(len(rows), kind) for kind, rows in data.items() if rows),
-        "answers": _answers_described(request) if prepared.prompts else "",
-        "null test of the judge": nulls.described(prepared.scores),
-        "dtype": ", ".join(sorted({job.dtype for job in plan.merged})),
-        "rounding": plan.rounding,
-        "device": ", ".join(dict.fromkeys(prepared.devices)),
-        "measured by": _team_described(prepared, plan),
-        "seed": str(request.seed),
-    }
-    return {name: text for name, text in facts.items() if text}
-
-
-def _team_described(prepared: Prepared, plan: Plan) -> str:
-    number = len(prepared.devices)
-    if prepared.threads is None:
-        return ""
-    if prepared.request.serve_command is not None:
-        return (
-            f"{number} processes, each with {counted(prepared.request.servers, 'server')} over a candidate of its own"
-        )
-    weights = f"{number} × {plan.bytes_to_write / 1e9:.2f} GB of weights"
-    return f"{number} processes with {counted(prepared.threads, 'thread')} and a model each: {weights}"
-
-
-def _answers_described(request: Request) -> str:
-    sampling = request.sampling
-    drawn = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
-    by = f"by {request.serve_command}" if request.serve_command else "in process"
-    return f"{request.samples} each, {drawn}, at most {sampling.max_tokens:,} tokens, {by}"

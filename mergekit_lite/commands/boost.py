@@ -43,6 +43,7 @@ Examples:
   mergekit-lite boost ./sft ./dpo --pairs prefs.jsonl --score pairs -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score log_ratio --search grid --grid 0.1,0.2,0.5 -o ./boosted
   mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --parallel 8 -o ./boosted
+  mergekit-lite boost ./sft ./dpo --prompts dev.jsonl --score maths --device cuda --ray auto -o /shared/boosted
   mergekit-lite boost --recipe merge.yml --tune 'parameters.t[filter=mlp]=0:1' --tune 'parameters.t=0:1'
       --prompts maths.jsonl --score maths --score nll:wiki.txt --limits loss:nll=0.05 -o ./merged
 """,
@@ -115,7 +116,7 @@ Examples:
     "--parallel",
     type=int,
     help="Processes that measure side by side, each with a model of its own in memory, or with --servers of its own; "
-    "by default one for each GPU, else 1.",
+    "by default one for each GPU, else 1. With --ray the most workers.",
 )
 @click.option(
     "--at-once",
@@ -135,6 +136,7 @@ Examples:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of answers, items' order and rounding.")
 @click.option("--threads", type=int, help="That set weights in a process; by default one for each core.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda (all GPUs), cuda:1 … or auto.")
+@running.takes_ray
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 @running.takes_sync
 @click.option("--dry-run", is_flag=True, help="Check everything and print what would be done.")
@@ -160,8 +162,9 @@ def command(
     What is measured is kept in OUTPUT.boost: a search that was killed goes on, and measures nothing twice. Where no
     candidate is sure to be better, that is the answer, and no model is made.
     """
+    from mergekit_lite.boosting.description import described
     from mergekit_lite.boosting.options import request_of
-    from mergekit_lite.boosting.request import described, prepare
+    from mergekit_lite.boosting.request import prepare
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.planning.delta_check import delta_warning
 
@@ -226,7 +229,7 @@ def _show_point(screen: Screen, point: Point) -> None:
 
 
 def _show(prepared: Prepared, screen: Screen) -> None:
-    from mergekit_lite.boosting.request import described
+    from mergekit_lite.boosting.description import described
     from mergekit_lite.commands.screen import table
 
     folder, output = prepared.request.folder, prepared.request.output

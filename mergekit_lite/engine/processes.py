@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from mergekit_lite.c_library import c_function
-from mergekit_lite.errors import GOES_ON, RunError
+from mergekit_lite.errors import GOES_ON, MergekitLiteError, RunError, UsageError
 
 AHEAD = 2  # tasks that a worker has been given besides the one it does, so that it never waits for the next
 PR_SET_PDEATHSIG = 1
@@ -240,9 +240,35 @@ def _serve(connection: Connection, packed: Sequence[bytes], worker: Worker[Task,
         connection.send_bytes(answer)
 
 
-def sendable(failure: BaseException) -> BaseException:
-    """Return a failure, or where pickling loses it or its message one that says the same."""
+def sendable(failure: BaseException) -> object:
+    """Return what pickle makes a failure of again, caused by its traceback here where it is no error of this package.
+
+    Where pickling loses the failure or its message, it is another one that says the same.
+    """
+    told = "".join(traceback.format_exception(failure))
+    is_ours = isinstance(failure, MergekitLiteError)
     with suppress(Exception):
         if str(pickle.loads(pickle.dumps(failure))) == str(failure):
-            return failure
-    return RunError("".join(traceback.format_exception_only(failure)).strip())
+            return failure if is_ours else _Traced(failure, told)
+    if is_ours:
+        return (UsageError if isinstance(failure, UsageError) else RunError)(str(failure))
+    return RuntimeError(f"in a worker:\n{told}")
+
+
+class WorkerTraceback(Exception):
+    """Where in a worker something was raised, as text: no traceback can be sent."""
+
+
+class _Traced:
+    """A failure with its traceback, which pickle makes the failure of."""
+
+    def __init__(self, failure: BaseException, told: str) -> None:
+        self._parts = failure, f"\n{told}"
+
+    def __reduce__(self) -> tuple[Callable[[BaseException, str], BaseException], tuple[BaseException, str]]:
+        return _caused, self._parts
+
+
+def _caused(failure: BaseException, told: str) -> BaseException:
+    failure.__cause__ = WorkerTraceback(told)
+    return failure

@@ -129,6 +129,14 @@ class Cluster:
         for node in self.nodes.values():
             node.refused = ""
 
+    def connect(self) -> None:
+        """Join or start the cluster, unless that was done. Raises UsageError, RunError."""
+        if self._connect is not None:
+            self._connect()
+            self._connect = None
+            if self.gpus and not any(count for _, count in self.places()):
+                raise UsageError("No machine of the Ray cluster has a GPU. --device cpu needs none.")
+
     def run(
         self,
         tasks: Sequence[Task],
@@ -150,11 +158,7 @@ class Cluster:
         import ray
         from ray import cloudpickle
 
-        if self._connect is not None:
-            self._connect()
-            self._connect = None
-            if self.gpus and not any(count for _, count in self._places()):
-                raise UsageError("No machine of the Ray cluster has a GPU. --device cpu needs none.")
+        self.connect()
         sizes = [size(task) if size is not None else 0 for task in tasks]
         order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
         self._rounds += 1
@@ -196,7 +200,11 @@ class Cluster:
         if worker.is_fit:
             a_round.ready.append(worker)
         else:
-            a_round.under_way[worker.actor.look.remote(pickle.dumps(self._needs))] = worker, None
+            a_round.under_way[self.looking(worker.actor)] = worker, None
+
+    def looking(self, actor: Any) -> Any:
+        """Have a worker look around; return the reference of what its machine lacks, an empty text for nothing."""
+        return actor.look.remote(pickle.dumps(self._needs))
 
     def _result(self, worker: _Worker, answer: bytes) -> Any:
         """Return a result from a worker's answer. Raises what the task raised there."""
@@ -212,7 +220,7 @@ class Cluster:
         if time.monotonic() - self._looked < LOOK_AROUND:
             return
         self._looked = time.monotonic()
-        places = self._places()
+        places = self.places()
         at_work = Counter(worker.node for worker in self._workers)
         wanted = min(len(a_round.tasks), self.most or sum(count for _, count in places))
         while len(self._workers) < wanted:
@@ -220,7 +228,7 @@ class Cluster:
             if not free:
                 break
             node = min(free)[1]  # the least busy one, so that a few workers are spread
-            worker = _Worker(node, self._started(node))
+            worker = _Worker(node, self.started(node))
             at_work[node] += 1
             self._workers.append(worker)
             self._take_up(a_round, worker)
@@ -229,8 +237,11 @@ class Cluster:
         if not self._workers:
             raise RunError(self._nobody("no machine of the cluster is alive"))
 
-    def _places(self) -> list[tuple[str, int]]:
-        """Return the nodes that may be given tasks, each with the number of workers that fit there."""
+    def places(self, memory: int = 0) -> list[tuple[str, int]]:
+        """Return the nodes that may be given tasks, each with the number of workers that fit there.
+
+        Each takes so much ``memory``, in bytes, of what Ray counts as that of the machine.
+        """
         import ray
 
         places = []
@@ -239,18 +250,20 @@ class Cluster:
             identifier = node["NodeID"]
             known = self.nodes.setdefault(identifier, Node(f"{node['NodeManagerHostname']} ({identifier[:8]})"))
             if node["Alive"] and not known.refused:
-                places.append((identifier, int(node["Resources"].get(GPU if self.gpus else "CPU", 0))))
+                has = node["Resources"]
+                count = int(has.get(GPU if self.gpus else "CPU", 0))
+                places.append((identifier, min(count, int(has.get("memory", 0) // memory)) if memory else count))
         return places
 
-    def _started(self, node: str) -> Any:
-        """Start a worker on a node, and return the handle of its actor."""
+    def started(self, node: str, role: type[RayWorker] = RayWorker, *arguments: object) -> Any:
+        """Start a worker on a node, of a class that takes these arguments, and return the handle of its actor."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": self.threads} if self.gpus else {}
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | options
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(RayWorker).options(**options).remote()
+        return ray.remote(role).options(**options).remote(*arguments)
 
     def _hand_out(self, a_round: _Round) -> None:
         """Give tasks to the workers, to each as many as it may have."""
@@ -319,7 +332,7 @@ class Cluster:
                 _, task = a_round.under_way.pop(reference)
                 if task is not None:
                     a_round.waiting.appendleft(task)
-        if not any(count for _, count in self._places()):
+        if not any(count for _, count in self.places()):
             raise RunError(self._nobody("no machine of the cluster can do this work"))
 
     def _nobody(self, why: str) -> str:

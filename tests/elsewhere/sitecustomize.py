@@ -2,7 +2,8 @@
 
 The package sees an ``os`` called "nt" without the calls, flags and signals that only POSIX has, no ``fcntl``, no
 ``resource``, and no C library of the process. For everybody open files can't be renamed or removed, folders can't be
-opened, and a rename replaces nothing. Libraries keep their modules: they know these systems by themselves.
+opened, a rename replaces nothing, and a new process gets its standard streams alone. Libraries keep their modules: they
+know these systems by themselves.
 """
 # ruff: noqa: PTH112, PTH113, PTH115, PTH118, PTH119, PTH120
 
@@ -10,6 +11,7 @@ import builtins
 import ctypes
 import errno
 import os
+import subprocess
 import threading
 import time
 import types
@@ -88,6 +90,14 @@ def loading(self: Any, name: Any, *arguments: Any, **options: Any) -> None:
     real_loading(self, name, *arguments, **options)
 
 
+def starting(self: Any, *arguments: Any, **options: Any) -> None:
+    """Start a process."""
+    for name in ("pass_fds", "preexec_fn"):
+        if options.get(name):
+            raise ValueError(f"{name} is not supported on Windows")
+    real_starting(self, *arguments, **options)
+
+
 def seeking(*arguments: Any) -> int:
     """Set a place in a file, in workers ``SEEKS`` times at most: then the process waits to be killed."""
     is_worker = threading.current_thread() is not threading.main_thread()
@@ -97,10 +107,11 @@ def seeking(*arguments: Any) -> int:
 
 
 seeks = count()
-real_open, real_seek, real_loading = os.open, os.lseek, ctypes.CDLL.__init__
+real_open, real_seek, real_loading, real_starting = os.open, os.lseek, ctypes.CDLL.__init__, subprocess.Popen.__init__
 builtins.__import__ = limited_import
 SEEN["os"].open, SEEN["os"].lseek = opening, seeking  # type: ignore[attr-defined]
 for module in (os, SEEN["os"]):
     for name in ("rename", "replace", "unlink", "remove"):
         setattr(module, name, refusing(vars(os)[name], replaces=name != "rename"))
 ctypes.CDLL.__init__ = loading  # type: ignore[method-assign]
+subprocess.Popen.__init__ = starting  # type: ignore[method-assign]

@@ -13,8 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,9 +30,9 @@ from mergekit_lite.merging import plan_merge
 from mergekit_lite.methods import METHODS
 from mergekit_lite.methods.tensor_merge import joined
 from tests.answers.test_local import write_model
-from tests.distill.recipes import write_recipe
+from tests.distill.recipes import recipe_data
 from tests.models import write_folder
-from tests.ray_nodes import RayNodes, end_group, wait_for
+from tests.ray_nodes import RayNodes, end_group, processes_in, wait_for
 from tests.test_golden import LARGE, RECIPES, model, shapes, write_models
 
 TILE = {"tile": (2048, 1024)}
@@ -71,16 +71,6 @@ def models(place: Path, layers: int = 0) -> None:
 def weights(output: Path) -> dict[str, bytes]:
     """Return the bytes of all files but those that tell the output's name."""
     return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.suffix in (".safetensors", ".pt")}
-
-
-def processes_of_ray() -> set[str]:
-    """Return the processes, by their numbers, of clusters that commands started: they work in a folder of theirs."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if "mergekit-lite-ray-" in f"{(path / 'cwd').readlink()} {(path / 'cmdline').read_bytes()!r}":
-                found.add(path.name)
-    return found
 
 
 @contextmanager
@@ -193,22 +183,21 @@ def test_everything_travels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_on_this_machine(tmp_path: Path) -> None:
+def test_on_this_machine(tmp_path: Path, place_of_ray: Path) -> None:
     """The bytes are those of a plain run; Ray says nothing, and leaves no process and no file."""
     models(tmp_path)
-    before = set(Path("/tmp").glob("mergekit-lite-ray-*"))
     run(tmp_path, "merge", "ties.yml", "-o", "plain")
     ended = run(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", "local:2", "--json")
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
     (node,) = json.loads(ended.stdout)["nodes"]
     assert node["tasks"] > 1 and node["workers_lost"] == 0
     assert ended.stderr == ""
-    wait_for(lambda: not processes_of_ray())
-    assert set(Path("/tmp").glob("mergekit-lite-ray-*")) <= before
+    wait_for(lambda: not processes_in(place_of_ray))
+    assert not list(place_of_ray.glob("mergekit-lite-ray-*"))
 
 
 @pytest.mark.slow
-def test_interrupted_on_this_machine(tmp_path: Path) -> None:
+def test_interrupted_on_this_machine(tmp_path: Path, place_of_ray: Path) -> None:
     """After Ctrl-C nothing runs on, the command ends as it always does, and --resume goes on."""
     models(tmp_path, layers=30)
     run(tmp_path, "merge", "ties.yml", "-o", "plain")
@@ -217,22 +206,20 @@ def test_interrupted_on_this_machine(tmp_path: Path) -> None:
         _, told = process.communicate(timeout=600)
         assert process.returncode == 1, told
         assert "--resume goes on" in told and not SPOKEN.search(told), told
-        wait_for(lambda: not processes_of_ray())
+        wait_for(lambda: not processes_in(place_of_ray))
     run(tmp_path, "merge", "ties.yml", "-o", "out", "--resume")
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
 
 
 @pytest.mark.slow
-def test_killed_on_this_machine(tmp_path: Path) -> None:
+def test_killed_on_this_machine(tmp_path: Path, place_of_ray: Path) -> None:
     """What the command started does not outlive it."""
     models(tmp_path, layers=30)
     with running(tmp_path, "merge", "ties.yml", "-o", "out", "--ray", "local:2", "-q") as process:
-        assert processes_of_ray()
+        assert processes_in(place_of_ray)
         process.kill()
         process.wait()
-        wait_for(lambda: not processes_of_ray())
-    for folder in Path("/tmp").glob("mergekit-lite-ray-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        wait_for(lambda: not processes_in(place_of_ray))
 
 
 @pytest.fixture(scope="module")
@@ -281,35 +268,60 @@ def test_every_method(nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.Monke
         assert weights(place / "ray") == weights(place / "plain"), file.stem
 
 
+TOGETHER = """
+import json, sys
+from click.testing import CliRunner
+from mergekit_lite.commands import main
+ended = [CliRunner().invoke(main, arguments) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([(each.exit_code, each.stdout, each.stderr + repr(each.exception)) for each in ended]))
+"""
+
+
+def together(place: Path, *commands: Sequence[object], codes: Sequence[int] = ()) -> list[str]:
+    """Run commands one after the other in one process, which imports torch and Ray once; return what they print."""
+    given = json.dumps([list(map(str, arguments)) for arguments in commands])
+    ended = subprocess.run([sys.executable, "-c", TOGETHER, given], cwd=place, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads(ended.stdout)
+    assert [code for code, _, _ in results] == list(codes or [0] * len(commands)), results
+    return [told for _, told, _ in results]
+
+
 @pytest.mark.slow
 def test_every_command(nodes: RayNodes, tmp_path: Path) -> None:
     """All that takes --ray gives what it gives without."""
     models(tmp_path, layers=2)
     ray = ("--ray", nodes.address)
-    for name, *arguments in (
-        ("expo", "extrapolate", "base", "a", "-a", "0.2,0.4", "--rounding", "stochastic", "-o", "{}-{{alpha}}"),
-        ("dense", "vector", "extract", "base", "a", "-o", "{}.safetensors"),
-        ("rank", "vector", "extract", "base", "a", "--format", "lowrank", "--energy", 0.5, "-o", "{}.safetensors"),
-        ("applied", "vector", "apply", "base", "dense-plain.safetensors:0.5", "-o", "{}.safetensors"),
-    ):
-        for suffix, how in (("plain", ()), ("ray", ray)):
-            run(tmp_path, *(str(one).format(f"{name}-{suffix}") for one in arguments), *how)
+    made = (
+        ("extrapolate", "base", "a", "-a", "0.2,0.4", "--rounding", "stochastic", "-o", "{}-{{alpha}}"),
+        ("vector", "extract", "base", "a", "-o", "{}-dense.safetensors"),
+        ("vector", "extract", "base", "a", "--format", "lowrank", "--energy", 0.5, "-o", "{}-rank.safetensors"),
+        ("vector", "apply", "base", "plain-dense.safetensors:0.5", "-o", "{}-applied.safetensors"),
+    )
+    plain = [[str(one).format("plain") for one in arguments] for arguments in made]
+    other = [[*(str(one).format("ray") for one in arguments), *ray] for arguments in made]
+    *_, compared = together(tmp_path, *plain, ("compare", "base", "a", "b", "--json"))
+    *_, told, verdict = together(
+        tmp_path,
+        *other,
+        ("compare", "base", "a", "b", "--json", *ray),
+        ("verify", "ray-0.2", "--all", "--json", *ray),
+    )
     for one in ("dense", "rank", "applied"):
-        plain, other = (tmp_path / f"{one}-{suffix}.safetensors" for suffix in ("plain", "ray"))
-        assert other.read_bytes() == plain.read_bytes(), one
+        first, second = (tmp_path / f"{how}-{one}.safetensors" for how in ("plain", "ray"))
+        assert first.read_bytes() == second.read_bytes(), one
     for alpha in ("0.2", "0.4"):
-        assert weights(tmp_path / f"expo-ray-{alpha}") == weights(tmp_path / f"expo-plain-{alpha}")
-    plain = json.loads(run(tmp_path, "compare", "base", "a", "b", "--json").stdout)
-    told = json.loads(run(tmp_path, "compare", "base", "a", "b", "--json", *ray).stdout)
-    assert len(told.pop("nodes")) >= 3
-    assert told == plain
-    verdict = json.loads(run(tmp_path, "verify", "expo-ray-0.2", "--all", "--json", *ray).stdout)
-    assert verdict["sound"] and verdict["recomputed"]
-    damaged = tmp_path / "expo-ray-0.4" / "model-00001-of-00002.safetensors"
+        assert weights(tmp_path / f"ray-{alpha}") == weights(tmp_path / f"plain-{alpha}")
+    figures = json.loads(told)
+    assert len(figures.pop("nodes")) >= 3
+    assert figures == json.loads(compared)
+    found = json.loads(verdict)
+    assert found["sound"] and found["recomputed"]
+    damaged = tmp_path / "ray-0.4" / "model-00001-of-00002.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    assert "not the bytes" in run(tmp_path, "verify", "expo-ray-0.4", *ray, expected=1).stdout
+    assert "not the bytes" in together(tmp_path, ("verify", "ray-0.4", *ray), codes=[1])[0]
 
 
 @pytest.mark.slow
@@ -344,25 +356,19 @@ def test_sampling(nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A model that answers on the machines of a cluster gives the answers of one that answers here."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_model(tmp_path / "model")
-    prompts = [{"id": str(number), "prompt": f"What is {number} and one?"} for number in range(24)]
+    prompts = [{"id": str(number), "prompt": f"What is {number} and one?"} for number in range(12)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    sources = [
-        {
-            "name": "a",
-            "model": "./model",
-            "samples": 2,
-            "batch_size": 4,
-            "device": "cpu",
-            "sampling": {"max_tokens": 16},
-        }
-    ]
-    kept = []
+    source = {"name": "a", "model": "./model", "samples": 2, "batch_size": 4, "device": "cpu"}
+    commands = []
     for folder, how in (("plain", ()), ("ray", ("--ray", nodes.address))):
-        write_recipe(tmp_path, folder=folder, sources=sources, target="./model")
-        run(tmp_path, "distill", "sample", "recipe.yaml", *how)
-        kept.append((tmp_path / folder / "samples" / "a.jsonl").read_text())
-    assert kept[0] == kept[1]
-    assert kept[0].count("\n") == 48
+        sources = [source | {"sampling": {"max_tokens": 16}}]
+        data = recipe_data(folder=folder, sources=sources, target="./model")
+        (tmp_path / f"{folder}.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+        commands.append(("distill", "sample", f"{folder}.yaml", *how))
+    together(tmp_path, *commands)
+    plain, ray = ((tmp_path / folder / "samples" / "a.jsonl").read_text() for folder in ("plain", "ray"))
+    assert ray == plain
+    assert plain.count("\n") == 24
 
 
 @pytest.mark.slow

@@ -77,6 +77,10 @@ class Team(Protocol):
     def size(self) -> int:
         """The number of workers, which are called 0, 1 and so on."""
 
+    @property
+    def workers(self) -> Sequence[int]:
+        """Those that can be given jobs, or have one. Raises RunError where there is none."""
+
     def give(self, worker: int, job: Job) -> None:
         """Give a job to a worker that has none."""
 
@@ -91,6 +95,7 @@ class Alone:
     evaluator: Evaluator
     items: Sequence[str]  # all, in their common order
     size: int = field(default=1, init=False)
+    workers: Sequence[int] = field(default=(0,), init=False)
     _pieces: Iterator[Piece] = field(init=False)
 
     def give(self, worker: int, job: Job) -> None:

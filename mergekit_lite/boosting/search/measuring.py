@@ -44,7 +44,7 @@ class Measuring:
     def step(self, demands: Iterable[Demand]) -> None:
         """Give free workers what is wanted, and record what is sent until a job has ended."""
         demands = list(demands)
-        for worker in range(self.team.size):
+        for worker in self.team.workers:
             if worker not in self._given and (job := self._job(worker, demands)) is not None:
                 self._given[worker], self._last[worker] = job, label(job.params)
                 self.team.give(worker, job)

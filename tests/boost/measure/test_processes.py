@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mergekit_lite.boosting.boosting import search_and_write
-from mergekit_lite.boosting.request import described, prepare
+from mergekit_lite.boosting.description import described
+from mergekit_lite.boosting.request import prepare
 from mergekit_lite.engine import devices
 from mergekit_lite.errors import MergekitLiteError, RunError, UsageError
 from tests.boost.end_to_end import write_models, write_prompts

@@ -34,6 +34,13 @@ class Shuffled:
         self.candidates: dict[int, str] = {}
         self.lost = 0
 
+    @property
+    def workers(self) -> list[int]:
+        """All that work, and some of the others: for one that died there may be no place for a while."""
+        idle = [worker for worker in range(self.size) if worker not in self.at_work]
+        some = [worker for worker in idle if not self.deaths or self.rng.random() > self.deaths]
+        return sorted({*self.at_work, *(some if some or self.at_work else idle)})
+
     def give(self, worker: int, job: Job) -> None:
         assert worker not in self.at_work and job.wanted
         self.at_work[worker], self.candidates[worker] = pieces(self.evaluator, self.items, job), label(job.params)
