@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.engine.finished import is_finished
-from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, check_reach, found, run
+from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, found, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
 from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.object_stores import Place
@@ -142,12 +142,11 @@ def merge_documents(
             always gone on with, and replaced where it belongs to something else.
 
     Raises:
-        UsageError: an output exists, or workers of a cluster would have to write to an object store.
+        UsageError: an output exists.
         RunError, NonFiniteError, CheckpointError: as ``run``.
     """
     resume, force = run_options.get("resume", False), run_options.get("force", False)
     for step in steps:
-        check_reach(step.plan, run_options.get("ray"))
         if step.is_final:
             check_outputs(step.plan, resume=resume, force=force)
     there = {}

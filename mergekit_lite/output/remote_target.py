@@ -90,6 +90,16 @@ class RemoteFolder:
         place = self.place / name
         return _asked(place, self._patience, lambda: bytes(obstore.get(self._store, place.key).bytes()))
 
+    def get_range(self, name: str, begin: int, end: int) -> bytes:
+        """Return some bytes of an object; none where there is none."""
+        import obstore
+
+        place = self.place / name
+        found = _asked(
+            place, self._patience, lambda: bytes(obstore.get_range(self._store, place.key, start=begin, end=end))
+        )
+        return found or b""
+
     def put(self, name: str, content: bytes) -> None:
         """Write a small object, in place of what has its name."""
         import obstore
@@ -159,7 +169,8 @@ class Lock:
 
     def __init__(self, folder: RemoteFolder) -> None:
         self._folder = folder
-        self._own = os.urandom(16).hex().encode()
+        self.text = os.urandom(16).hex()
+        self._own = self.text.encode()
         self._closed = threading.Event()
         self.lost = False
         self._take()

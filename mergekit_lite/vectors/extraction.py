@@ -36,6 +36,7 @@ from mergekit_lite.errors import PlanError, RunError, UsageError, listing
 from mergekit_lite.layout import Layout, OutputPath, OutputTensor, is_single_file, output_path, safetensors_layout
 from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
+from mergekit_lite.output.by_workers import Parcel, Written
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.publishing import check_target, is_published
 from mergekit_lite.output.remote_target import check_remote_target, is_published_remotely, remote_manifest
@@ -106,8 +107,6 @@ def extract_vector(
     """
     settings = ExtractSettings(format, density, threshold, rank, energy, seed)
     path = output_path(output)
-    if ray is not None and isinstance(path, Place):
-        raise UsageError(f"{path}: outputs in object stores are made by one machine: leave --ray out.")
     _check_name(path, settings.format)
     place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
@@ -133,6 +132,9 @@ def extract_vector(
             stack.enter_context(as_run_errors(target.path))
             spill = target.factors
         crew = stack.enter_context(workers_of(ray, device, threads))
+        if crew is not None and not crew.local and isinstance(path, Place) and settings.energy is not None:
+            factors = "--energy keeps factors in a folder that all machines have to see"
+            raise UsageError(f"{path}: {factors}. Give --rank, or an output on a shared file system.")
         extraction = _Extraction(before, after, settings, threads or available_cores(), place, spill, progress, crew)
         try:
             with explained(place), tuned_process():
@@ -240,8 +242,10 @@ class _Extraction:
         if self.settings.energy is not None:
             self.spill.mkdir(exist_ok=True)
         if self.crew is not None and not self.crew.local:
-            assert not isinstance(target, Place)
-            self.crew.must_see(files_of([self.before, self.after]), [target.marked(os.urandom(16).hex())])
+            marks = (
+                [] if isinstance(target, Place) else [target.marked(os.urandom(16).hex())]
+            )  # workers send bytes back
+            self.crew.must_see(files_of([self.before, self.after]), marks)
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
@@ -261,21 +265,27 @@ class _Extraction:
         workspace: OutputWorkspace
         if isinstance(target, Place):
             plan = run["plan"]
-            workspace = RemoteWorkspace(target, layout, plan, sources, names, parts_of, resume=resume, force=force)
+            crew = self.crew is not None
+            workspace = RemoteWorkspace(
+                target, layout, plan, sources, names, parts_of, resume=resume, force=force, crew=crew
+            )
         else:
             workspace = OutputWorkspace(target, layout, run["plan"], sources, names)
             if self.crew is not None and not self.crew.local:
                 workspace.share()
 
-        def write(reader: Reader, pair: TensorPair) -> Record:
-            return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
+        def write(reader: Reader, pair: TensorPair) -> tuple[Record, list[Written]]:
+            record = _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
+            return record, workspace.taken() if isinstance(workspace, Parcel) else []
 
         try:
             if isinstance(workspace, RemoteWorkspace) and workspace.changed_sources:
                 title = f"{output}: inputs that changed since the run was stopped; --force starts over"
                 raise RunError(listing(title, sorted(workspace.changed_sources)))
             records: dict[str, Record] = {}
-            for name, record in self._each(changed_pairs, write):
+            for name, (record, written) in self._each(changed_pairs, write):
+                if isinstance(workspace, RemoteWorkspace):
+                    workspace.write_all(written)
                 workspace.done(record)
                 records[name] = record
             for model in (self.before, self.after):
