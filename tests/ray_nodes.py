@@ -23,12 +23,12 @@ class RayNodes:
     The first node holds the cluster together, and can't be killed.
     """
 
-    def __init__(self, count: int, address: str = "") -> None:
-        """Start it; ``address`` is this machine's among those of the nodes."""
+    def __init__(self, count: int, address: str = "", **environment: str) -> None:
+        """Start it; ``address`` is this machine's among those of the nodes, which get an ``environment``."""
         self._host = subprocess.Popen(
             [sys.executable, "-m", "tests.ray_nodes", str(count), address],
             cwd=ROOT,
-            env=os.environ | QUIET,
+            env=os.environ | QUIET | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

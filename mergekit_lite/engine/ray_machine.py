@@ -23,6 +23,7 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.engine.news import MADE
 from mergekit_lite.engine.pool import tuned_process
 from mergekit_lite.engine.processes import sendable
 from mergekit_lite.errors import MergekitLiteError
@@ -58,9 +59,14 @@ class RayWorker:
         """Return what keeps this machine from doing the tasks; empty where nothing does."""
         return _missing(pickle.loads(needs))
 
+    def news(self) -> int:
+        """Return the bytes that were read for what was made so far in this round."""
+        return MADE.nbytes
+
     def do(self, number: int, job: bytes, task: bytes) -> bytes:
         """Do a task of a round, and return the result, or the failure."""
         try:
+            MADE.begin(number)
             if getattr(self._own, "number", 0) != number:
                 self._own.do = pickle.loads(zlib.decompress(job))()
                 self._own.number = number

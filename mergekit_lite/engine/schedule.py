@@ -18,6 +18,7 @@ from mergekit_lite.checkpoint.extents import extents, is_elsewhere
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.news import MADE
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
@@ -61,7 +62,7 @@ class Schedule:
         if only is not None:
             self.shared = needed(self.shared, only)
         self.bytes_in_all = sum(_cost(span) for of_job in spans(plan, only) for span in of_job)
-        self.bytes_done = 0
+        self.bytes_done = self.bytes_ahead = 0
         chunk = max((chunk_of(job, self.writer.chunk) for job in plan.jobs), default=0)
         room = max(chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
@@ -107,6 +108,8 @@ class Schedule:
         def expect(reader: Reader, task: tuple[int, list[Span]]) -> None:
             self.expect(reader, task[1])
 
+        if self.pool.crew is not None:
+            self.pool.crew.on_news = self._show
         for nbytes, made in self.pool.run(tasks, self._make_file, expect, size=lambda task: _cost_of_task(task[1])):
             for output, number, uploaded, records in made:
                 self._remote(output).file_done(number, uploaded, records)
@@ -199,8 +202,13 @@ class Schedule:
 
     def _advance(self, nbytes: int) -> None:
         self.bytes_done += nbytes
+        self._show(max(0, self.bytes_ahead - nbytes))
+
+    def _show(self, ahead: int) -> None:
+        """Say what is done, with what is made of tasks that are not done yet."""
+        self.bytes_ahead = ahead
         if self.progress is not None:
-            self.progress(self.bytes_done, self.bytes_in_all)
+            self.progress(self.bytes_done + ahead, self.bytes_in_all)
 
     def _carry_out(
         self, buffers: WorkerBuffers, reader: Reader, task: Sequence[Span]
@@ -252,6 +260,7 @@ class Schedule:
             if missing:
                 of_span = {output: merges[span.index, output] for output in missing if span.merged}
                 records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
+            MADE.add(_cost(span))
         return records
 
 

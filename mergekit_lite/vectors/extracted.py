@@ -12,9 +12,11 @@ from typing import Any
 import xxhash
 
 from mergekit_lite._version import __version__
+from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.output.manifest import READ_BYTES, frame_digest
+from mergekit_lite.vectors.extract_settings import ExtractSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +140,15 @@ def _digest(path: Path, position: int, left: int) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
+
+
+def identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
+    """Return what makes a vector, for its manifest, with a digest of it that stands for the plan."""
+    made_of = {
+        "format": settings.format,
+        "settings": {key: value for key, value in vars(settings).items() if value is not None},
+        "base": before.identity()._asdict(),
+        "tuned": after.identity()._asdict(),
+    }
+    files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
+    return {"plan": xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files)).encode()), **made_of}

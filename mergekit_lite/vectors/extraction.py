@@ -20,7 +20,6 @@ import torch
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.reader import Reader, bytes_of
@@ -47,7 +46,7 @@ from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat
-from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, manifest_text
+from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, identified, manifest_text
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 T = TypeVar("T")
@@ -116,7 +115,7 @@ def extract_vector(
         problems += peft_folder.header_problems(pairs)
     if problems:
         raise PlanError(problems)
-    run = _identified(before, after, settings)
+    run = identified(before, after, settings)
     sources = [(str(file.path), file.size, file.mtime_ns) for model in (before, after) for file in model.files]
     if resume and (extracted := _published(path, run, sources, force=force, sync=sync)) is not None:
         return extracted
@@ -141,18 +140,6 @@ def extract_vector(
                 return extraction.run(target, pairs, notes, run, sources, resume=resume, force=force, sync=sync)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
-
-
-def _identified(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
-    """Return what makes a vector, for its manifest, with a digest of it that stands for the plan."""
-    made_of = {
-        "format": settings.format,
-        "settings": {key: value for key, value in vars(settings).items() if value is not None},
-        "base": before.identity()._asdict(),
-        "tuned": after.identity()._asdict(),
-    }
-    files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
-    return {"plan": xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files)).encode()), **made_of}
 
 
 def _published(
