@@ -25,7 +25,7 @@ from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.engine.news import MADE
 from mergekit_lite.engine.pool import tuned_process
-from mergekit_lite.engine.processes import sendable
+from mergekit_lite.engine.processes import LooksAhead, sendable
 from mergekit_lite.errors import MergekitLiteError
 from mergekit_lite.object_stores import Place, parse_place
 from mergekit_lite.ops import c_ops
@@ -70,7 +70,10 @@ class RayWorker:
             if getattr(self._own, "number", 0) != number:
                 self._own.do = pickle.loads(zlib.decompress(job))()
                 self._own.number = number
-            return pickle.dumps((self._own.do(pickle.loads(zlib.decompress(task))), None))
+            given = pickle.loads(zlib.decompress(task))
+            if isinstance(self._own.do, LooksAhead):
+                self._own.do.expect(given)
+            return pickle.dumps((self._own.do(given), None))
         except BaseException as failure:
             return pickle.dumps((None, sendable(failure)))
 

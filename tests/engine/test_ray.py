@@ -378,7 +378,7 @@ def test_machines_that_see_other_files(tmp_path: Path) -> None:
         cluster.join(hide.format(tmp_path / "out"))
         cluster.join(hide.format(tmp_path / "in"))
         ray = ("--ray", cluster.address)
-        wait_for(lambda: _nodes(tmp_path / "in", ray) == 3)
+        wait_for(lambda: cluster.alive == 3)
         ended = run(tmp_path / "in", "merge", "ties.yml", "-o", tmp_path / "out" / "m", *ray, "--json")
         told = sorted(node.get("refused", "") for node in json.loads(ended.stdout)["nodes"])
         assert told[0] == ""
@@ -386,11 +386,6 @@ def test_machines_that_see_other_files(tmp_path: Path) -> None:
         assert told[2].startswith(f"doesn't see the working folder {tmp_path}/out/.m.partial, or can't write there")
         assert "was left out: it doesn't see" in ended.stderr
         assert weights(tmp_path / "out" / "m") == weights(tmp_path / "in" / "plain")
-
-
-def _nodes(place: Path, ray: tuple[str, str]) -> int:
-    """Return how many nodes a run finds."""
-    return len(json.loads(run(place, "compare", "base", "a", "--json", *ray).stdout)["nodes"])
 
 
 @pytest.mark.slow
@@ -406,7 +401,7 @@ def test_another_version(tmp_path: Path) -> None:
     with RayNodes(1) as cluster:
         cluster.join(":", PYTHONPATH=str(other))
         ray = ("--ray", cluster.address)
-        wait_for(lambda: _nodes(tmp_path, ray) == 2)
+        wait_for(lambda: cluster.alive == 2)
         ended = run(tmp_path, "merge", "ties.yml", "-o", "out", *ray)
         assert re.search(r"left out: it has mergekit_lite \S+ \(sources \w+, with", ended.stderr), ended.stderr
 
@@ -444,7 +439,7 @@ def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
         for number, name in zip((2, 3), hosts, strict=True):
             cluster.join(":", f"--node-ip-address={NETWORK}.{number}", inside=("ip", "netns", "exec", name))
         ray = ("--ray", cluster.address)
-        wait_for(lambda: _nodes(tmp_path, ray) == 3)
+        wait_for(lambda: cluster.alive == 3)
         with running(tmp_path, "merge", "ties.yml", "-o", "out", *ray, "--json") as process:
             subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
             out, err = process.communicate(timeout=900)
