@@ -81,7 +81,7 @@ class RayNodes:
         """
         ray = f"{sys.executable} -m ray.scripts.scripts start --address={self.address} --num-cpus=1 --block"
         start = f"{ray} --object-store-memory={STORE} {' '.join(options)}"
-        script = f"{first}\nfor again in 1 2 3; do {start} || true; done"  # on a busy machine Ray gives up early
+        script = f"{first}\nwhile true; do {start} || true; done"  # on a busy machine Ray gives up early
         self._others.append(
             subprocess.Popen(
                 [*inside, "unshare", "--mount", "sh", "-ec", script],

@@ -19,6 +19,8 @@ from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import xxhash
+
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
 from mergekit_lite.object_stores import Place, denied, said, store_of
@@ -90,15 +92,26 @@ class RemoteFolder:
         place = self.place / name
         return _asked(place, self._patience, lambda: bytes(obstore.get(self._store, place.key).bytes()))
 
-    def get_range(self, name: str, begin: int, end: int) -> bytes:
-        """Return some bytes of an object; none where there is none."""
+    def digests(self, name: str, lengths: Sequence[int]) -> list[str]:
+        """Return the xxh3-128 of an object's bytes, piece by piece, of some lengths; none where there is no object."""
         import obstore
 
         place = self.place / name
-        found = _asked(
-            place, self._patience, lambda: bytes(obstore.get_range(self._store, place.key, start=begin, end=end))
-        )
-        return found or b""
+
+        def read() -> list[str]:
+            found: list[str] = []
+            digest, left = xxhash.xxh3_128(), lengths[0]
+            for chunk in obstore.get(self._store, place.key).stream():
+                rest = memoryview(chunk)
+                while rest and len(found) < len(lengths):
+                    digest.update(rest[:left])
+                    rest, left = rest[left:], left - len(rest[:left])
+                    if not left:
+                        found.append(digest.hexdigest())
+                        digest, left = xxhash.xxh3_128(), lengths[len(found) % len(lengths)]
+            return found
+
+        return _asked(place, self._patience, read) or []
 
     def put(self, name: str, content: bytes) -> None:
         """Write a small object, in place of what has its name."""

@@ -32,7 +32,7 @@ from mergekit_lite.output.remote_target import (
     standing,
 )
 from mergekit_lite.output.spool import Spool
-from mergekit_lite.output.upload import IN_FLIGHT, PART, Extent, Upload, Uploaded
+from mergekit_lite.output.upload import IN_FLIGHT, Extent, Upload, Uploaded
 from mergekit_lite.output.working_folder import WorkingFolder
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 
@@ -257,25 +257,22 @@ class RemoteWorkspace(OutputWorkspace):
 
     def _has_our_bytes(self, number: int, there: Uploaded) -> bool:
         """Return whether an object holds what was made of a file: all of it is read. Raises RunError."""
-        file, name = self.layout.files[number], self._stored[number]
-        if there.size != file.size:
-            return False
+        file = self.layout.files[number]
+        pieces: set[Extent] = set()
         with (self.result / file.name).open("rb") as skeleton:
             for begin, end in around(self.layout, file):
                 skeleton.seek(begin)
-                if self._files.get_range(name, begin, end) != skeleton.read(end - begin):
-                    return False
-        parts = {part for key in self._keys[number] for part in self._parts(self.journal[key])}
-        known = sum(end - begin for begin, end in [*around(self.layout, file), *(part[1:3] for part in parts)])
-        if known != file.size:
+                pieces.add(Extent(begin, end, xxhash.xxh3_128_hexdigest(skeleton.read(end - begin))))
+        for tensor, begin, end, digest in (
+            part for key in self._keys[number] for part in self._parts(self.journal[key])
+        ):
+            start = self.layout.place(tensor)[1]
+            pieces.add(Extent(start + begin, start + end, digest))
+        known = sorted(piece for piece in pieces if piece.begin < piece.end)
+        if [piece.begin for piece in known] + [there.size] != [0, *(piece.end for piece in known)]:
             return False
-        for tensor, begin, end, wanted in parts:
-            start, digest = self.layout.place(tensor)[1], xxhash.xxh3_128()
-            for first in range(start + begin, start + end, PART):
-                digest.update(self._files.get_range(name, first, min(first + PART, start + end)))
-            if digest.hexdigest() != wanted:
-                return False
-        return True
+        digests = self._files.digests(self._stored[number], [piece.end - piece.begin for piece in known])
+        return digests == [piece.digest for piece in known]
 
     def close(self) -> None:
         """End the uploads that aren't complete, give the lock back, and remove the working folder."""

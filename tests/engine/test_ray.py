@@ -438,8 +438,8 @@ def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
     with RayNodes(1, f"{NETWORK}.1") as cluster:
         for number, name in zip((2, 3), hosts, strict=True):
             cluster.join(":", f"--node-ip-address={NETWORK}.{number}", inside=("ip", "netns", "exec", name))
+            wait_for(lambda number=number: cluster.alive == number)
         ray = ("--ray", cluster.address)
-        wait_for(lambda: cluster.alive == 3)
         with running(tmp_path, "merge", "ties.yml", "-o", "out", *ray, "--json") as process:
             subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
             out, err = process.communicate(timeout=900)
