@@ -233,7 +233,8 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": self.threads} if self.gpus else {}
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | options
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(concurrency_groups={NEWS: 1})(RayWorker).options(**options).remote()
+        remote: Any = ray.remote  # its types don't know of groups
+        return remote(concurrency_groups={NEWS: 1})(RayWorker).options(**options).remote()
 
     def _hand_out(self, a_round: _Round) -> None:
         """Give tasks to the workers, to each as many as it may have."""

@@ -408,7 +408,7 @@ def test_another_version(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two hosts in network namespaces on a bridge, by the names of their namespaces."""
+    """Two hosts in network namespaces on a bridge, by the names of their namespaces and of the wires to them."""
     names = [f"mkl-{os.getpid()}-{number}" for number in (2, 3)]
     bridge, ip = f"mkb{os.getpid()}", lambda words: subprocess.run(["ip", *words.split()], check=True)
     try:
@@ -417,14 +417,15 @@ def hosts() -> Iterator[list[str]]:
         ip(f"link set {bridge} up")
         for number, name in zip((2, 3), names, strict=True):
             ip(f"netns add {name}")
-            ip(f"link add mkv{number} type veth peer name eth0 netns {name}")
-            ip(f"link set mkv{number} master {bridge} up")
+            ip(f"link add {name} type veth peer name eth0 netns {name}")
+            ip(f"link set {name} master {bridge} up")
             ip(f"-n {name} addr add {NETWORK}.{number}/24 dev eth0")
             ip(f"-n {name} link set eth0 up")
             ip(f"-n {name} link set lo up")
         yield names
     finally:
         for name in names:
+            subprocess.run(["ip", "link", "del", name], check=False)  # a namespace lives on while a socket closes
             subprocess.run(["ip", "netns", "del", name], check=False)
         subprocess.run(["ip", "link", "del", bridge], check=False)
 
@@ -441,7 +442,7 @@ def test_a_host_that_is_cut_off(hosts: list[str], tmp_path: Path) -> None:
             wait_for(lambda number=number: cluster.alive == number)
         ray = ("--ray", cluster.address)
         with running(tmp_path, "merge", "ties.yml", "-o", "out", *ray, "--json") as process:
-            subprocess.run(["ip", "link", "set", "mkv3", "down"], check=True)
+            subprocess.run(["ip", "link", "set", hosts[1], "down"], check=True)
             out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
