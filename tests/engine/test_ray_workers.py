@@ -35,12 +35,10 @@ assert all([str(gpu) for gpu in gpus] == [visible] for gpus, visible in of_proce
 
 NEWS = """
 import time
-import ray
 from mergekit_lite.engine import ray_workers
-from mergekit_lite.engine.ray_workers import Cluster
+from mergekit_lite.engine.ray_cluster import connected
 
 ray_workers.NEWS_EVERY = 0.2
-ray.init(address="local", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
 STEPS, SIZE = 40, 100
 
 def worker():
@@ -53,24 +51,24 @@ def worker():
         return task
     return do
 
-cluster = Cluster(lambda: None, local=True)
-for _ in range(2):  # of the second round the first one's figures are no news
-    told, shown, done = [], [], 0
+with connected("local:2") as cluster:
+    for _ in range(2):  # of the second round the first one's figures are no news
+        told, shown, done = [], [], 0
 
-    def heard(ahead):
-        told.append(ahead)
-        (node,) = cluster.nodes.values()
-        assert node.ahead == ahead and (not ahead or node.rate > 0)
-        shown.append(done + ahead)
+        def heard(ahead):
+            told.append(ahead)
+            (node,) = cluster.nodes.values()
+            assert node.ahead == ahead and (not ahead or node.rate > 0)
+            shown.append(done + ahead)
 
-    cluster.on_news = heard
-    for _ in cluster.run(range(4), worker, lambda task: STEPS * SIZE):
-        done += STEPS * SIZE
-    assert max(told) <= 2 * STEPS * SIZE and len({*told}) > 8, told
-    assert all(later >= before for before, later in zip(shown, shown[1:], strict=False)), shown
-    assert cluster.on_news is None
-(node,) = cluster.nodes.values()
-assert node.nbytes == 2 * 4 * STEPS * SIZE and node.tasks == 8
+        cluster.on_news = heard
+        for _ in cluster.run(range(4), worker, lambda task: STEPS * SIZE):
+            done += STEPS * SIZE
+        assert max(told) <= 3 * STEPS * SIZE and sum(ahead > 0 for ahead in told) > 2, told
+        assert all(later >= before for before, later in zip(shown, shown[1:], strict=False)), shown
+        assert cluster.on_news is None
+    (node,) = cluster.nodes.values()
+    assert node.nbytes == 2 * 4 * STEPS * SIZE and node.tasks == 8
 """
 
 
