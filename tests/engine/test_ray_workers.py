@@ -16,7 +16,14 @@ import os, time
 import ray
 from mergekit_lite.engine.ray_workers import Cluster
 
-ray.init(address="local", num_cpus=1, num_gpus=2, object_store_memory=80 << 20, include_dashboard=False)
+for further in (True, True, False):  # on a busy machine Ray gives up its start
+    try:
+        ray.init(address="local", num_cpus=1, num_gpus=2, object_store_memory=80 << 20, include_dashboard=False)
+        break
+    except Exception:
+        if not further:
+            raise
+        ray.shutdown()
 together = 3
 
 def worker():
