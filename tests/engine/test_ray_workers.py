@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 # Ray counts the GPUs that it is told of, whether they are there or not.
 GPUS = """
-import os, time
+import os, tempfile, time
+from pathlib import Path
 import ray
 from mergekit_lite.engine.ray_workers import Cluster
 
@@ -24,11 +25,14 @@ for further in (True, True, False):  # on a busy machine Ray gives up its start
         if not further:
             raise
         ray.shutdown()
-together = 3
+together, there = 3, tempfile.mkdtemp()
 
 def worker():
     def do(task):
-        time.sleep(0.5)  # so that all of a worker's threads have one
+        Path(there, str(os.getpid())).touch()
+        until = time.monotonic() + 120  # the other worker may start late
+        while len(os.listdir(there)) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
         return os.getpid(), tuple(ray.get_gpu_ids()), os.environ["CUDA_VISIBLE_DEVICES"]
     return do
 
