@@ -44,7 +44,7 @@ class Run:
 def measured(command: Sequence[str]) -> Run:
     """Run a command to its end. Raises ClickException with the end of its messages where it fails."""
     with tempfile.TemporaryFile() as messages:
-        busy = _busy_seconds()
+        busy = busy_seconds()
         started = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages)
         together = _Together(process.pid)
@@ -63,7 +63,7 @@ def measured(command: Sequence[str]) -> Run:
             said = messages.read().decode(errors="replace")[-2000:]
             raise click.ClickException(f"This ended with exit code {process.returncode}: {' '.join(command)}\n{said}")
         cpu = usage.ru_utime + usage.ru_stime
-        others = None if busy is None else max(0.0, ((_busy_seconds() or 0.0) - busy - cpu) / wall)
+        others = None if busy is None else max(0.0, ((busy_seconds() or 0.0) - busy - cpu) / wall)
     return Run(wall, usage.ru_utime, usage.ru_stime, max(usage.ru_maxrss * RSS_UNIT, together.peak), others)
 
 
@@ -104,7 +104,7 @@ def own_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
-def _busy_seconds() -> float | None:
+def busy_seconds() -> float | None:
     """Processor time of everything on this machine since it started, what a hypervisor took away included."""
     counters = Path("/proc/stat")
     if not counters.exists():

@@ -22,7 +22,7 @@ from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.references import plain_reference
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.fused import NotMadeError, is_in_one_read, makers, reading, reads_in_one_pass, why_not_made
-from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, check_reach, found, run
+from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, found, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
 from mergekit_lite.layout import OutputPath, output_path
 from mergekit_lite.object_stores import Place
@@ -142,12 +142,11 @@ def merge_documents(
             always gone on with, and replaced where it belongs to something else.
 
     Raises:
-        UsageError: an output exists, or workers of a cluster would have to write to an object store.
+        UsageError: an output exists.
         RunError, NonFiniteError, CheckpointError: as ``run``.
     """
     resume, force = run_options.get("resume", False), run_options.get("force", False)
     for step in steps:
-        check_reach(step.plan, run_options.get("ray"))
         if step.is_final:
             check_outputs(step.plan, resume=resume, force=force)
     there = {}

@@ -25,12 +25,12 @@ class RayNodes:
     The first node holds the cluster together, and can't be killed.
     """
 
-    def __init__(self, count: int, address: str = "") -> None:
-        """Start it; ``address`` is this machine's among those of the nodes."""
+    def __init__(self, count: int, address: str = "", **environment: str) -> None:
+        """Start it; ``address`` is this machine's among those of the nodes, which get an ``environment``."""
         self._host = subprocess.Popen(
             [sys.executable, "-m", "tests.ray_nodes", str(count), address],
             cwd=ROOT,
-            env=os.environ | QUIET,
+            env=os.environ | QUIET | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -60,17 +60,22 @@ class RayNodes:
 
     def kill(self) -> None:
         """Kill all processes of the newest node."""
-        assert self._host.stdin
-        self._host.stdin.write("kill\n")
-        self._host.stdin.flush()
-        assert self._line() == "killed"
+        assert self._told("kill") == "killed"
 
     def add(self) -> None:
         """Add a node like the others."""
+        assert self._told("add") == "added"
+
+    @property
+    def alive(self) -> int:
+        """The number of nodes that the first one knows to be alive."""
+        return int(self._told("count"))
+
+    def _told(self, line: str) -> str:
         assert self._host.stdin
-        self._host.stdin.write("add\n")
+        self._host.stdin.write(f"{line}\n")
         self._host.stdin.flush()
-        assert self._line() == "added"
+        return self._line()
 
     def join(self, first: str, *options: str, inside: tuple[str, ...] = (), **environment: str) -> None:
         """Add a node by ``ray start``, in a mount namespace of its own, where shell commands are run ``first``.
@@ -78,7 +83,8 @@ class RayNodes:
         ``inside`` is a command that runs it elsewhere, such as ``ip netns exec``.
         """
         ray = f"{sys.executable} -m ray.scripts.scripts start --address={self.address} --num-cpus=1 --block"
-        script = f"{first}\nexec {ray} --object-store-memory={STORE} {' '.join(options)}"
+        start = f"{ray} --object-store-memory={STORE} {' '.join(options)}"
+        script = f"{first}\nwhile true; do {start} || true; done"  # on a busy machine Ray gives up early
         self._others.append(
             subprocess.Popen(
                 [*inside, "unshare", "--mount", "sh", "-ec", script],
@@ -128,6 +134,8 @@ def host(count: int, address: str) -> None:
                 for process in processes:
                     os.kill(process.process.pid, signal.SIGKILL)
             print("killed", flush=True)
+        elif line == "count\n":
+            print(sum(node["Alive"] for node in cluster.global_state.node_table()), flush=True)
         else:
             nodes.append(added())
             print("added", flush=True)

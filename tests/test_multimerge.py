@@ -15,7 +15,7 @@ import yaml
 
 import mergekit_lite
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, PlanError, UsageError
-from mergekit_lite.multimerge import merge_documents, plan_documents
+from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe.documents import parse_documents
 from mergekit_lite.yaml_document import RecipeError
 from tests.models import state, tree_bytes, tuned, write_folder
@@ -144,15 +144,6 @@ def test_all_is_planned_before_anything_is_made(place: Path, tmp_path: Path) -> 
         mergekit_lite.merge(recipe, tmp_path / "out")
     assert "linear" in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yml", "wide"]
-
-
-def test_a_cluster_is_refused_a_store_before_anything_is_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents in between lie on a disk, where it could make them."""
-    monkeypatch.chdir(place)
-    steps = plan_documents(parse_documents(CHAIN.format(place=place, weight=0.5)), "s3://bucket/out")
-    with pytest.raises(UsageError, match="outputs in object stores are made by one machine"):
-        next(merge_documents(steps, ray="local:1"))
-    assert not list(place.glob(".out*"))
 
 
 def test_a_change_makes_again_what_depends_on_it_and_nothing_else(place: Path, tmp_path: Path) -> None:

@@ -29,7 +29,13 @@ Done: TypeAlias = "SimpleQueue[tuple[Result | None, BaseException | None]]"
 
 
 class Crew(Protocol):
-    """Workers elsewhere: those of a Ray cluster (``ray_workers.Cluster``)."""
+    """Workers elsewhere: those of a Ray cluster (``ray_workers.Cluster``).
+
+    Attributes:
+        on_news: called now and then while tasks are under way, with the bytes that were made of those not done yet.
+    """
+
+    on_news: Callable[[int], None] | None
 
     def run(
         self,

@@ -28,6 +28,7 @@ EXPECTED = (
 )
 OBJECT_STORE = 128 << 20  # bytes; what workers do is kept there, no weights
 LATE = 100  # tenths of a second that they may take
+TRIES, GAVE_UP = 3, "timed out during startup"  # Ray waits 30 s for itself, which is too short on a busy machine
 QUIET = {  # settings of Ray by environment variables: no usage statistics are sent, no tips given
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -117,9 +118,16 @@ def _start(ray: Any, address: str, local: int, empty: str) -> None:
     here, at_signal = os.getcwd(), signal.getsignal(signal.SIGTERM)  # noqa: PTH109
     try:
         os.chdir(empty)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
+        for further in reversed(range(TRIES)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
+                break
+            except Exception as error:
+                if not (local and further and GAVE_UP in str(error)):
+                    raise
+                _stop(ray)
     except (ConnectionError, ValueError) as error:
         advice = "ray start --head starts one here; --ray local:2 needs none"
         raise UsageError(f"--ray {address}: no such cluster is there ({one_line(error, 200)}). {advice}.") from error

@@ -23,9 +23,13 @@ import xxhash
 
 from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
+from mergekit_lite.engine.news import MADE
 from mergekit_lite.engine.pool import tuned_process
-from mergekit_lite.engine.processes import sendable
+from mergekit_lite.engine.processes import LooksAhead, sendable
+from mergekit_lite.errors import MergekitLiteError
+from mergekit_lite.object_stores import Place, parse_place
 from mergekit_lite.ops import c_ops
+from mergekit_lite.output.remote_target import RemoteFolder
 
 OWN_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 File = tuple[str, int, int]  # path, size, time
@@ -36,7 +40,7 @@ class Needs(NamedTuple):
 
     identity: tuple[str, ...]
     files: Sequence[File] = ()  # the inputs
-    marks: Sequence[tuple[str, str]] = ()  # a file in each working folder, with the text that is in it
+    marks: Sequence[tuple[str, str]] = ()  # a file in each working folder, or beside an output in a store, and its text
 
 
 class RayWorker:
@@ -55,13 +59,21 @@ class RayWorker:
         """Return what keeps this machine from doing the tasks; empty where nothing does."""
         return _missing(pickle.loads(needs))
 
+    def news(self) -> int:
+        """Return the bytes that were read for what was made so far in this round."""
+        return MADE.nbytes
+
     def do(self, number: int, job: bytes, task: bytes) -> bytes:
         """Do a task of a round, and return the result, or the failure."""
         try:
+            MADE.begin(number)
             if getattr(self._own, "number", 0) != number:
                 self._own.do = pickle.loads(zlib.decompress(job))()
                 self._own.number = number
-            return pickle.dumps((self._own.do(pickle.loads(zlib.decompress(task))), None))
+            given = pickle.loads(zlib.decompress(task))
+            if isinstance(self._own.do, LooksAhead):
+                self._own.do.expect(given)
+            return pickle.dumps((self._own.do(given), None))
         except BaseException as failure:
             return pickle.dumps((None, sendable(failure)))
 
@@ -99,10 +111,29 @@ def _missing(needs: Needs) -> str:
                 f"sees another file under {path} (its size or time differs). Inputs have to be shared by all machines"
             )
     for path, text in needs.marks:
+        if is_elsewhere(path):
+            if why := _out_of_reach(parse_place(path), text):
+                return why
+            continue
         seen = ""
         with suppress(OSError, ValueError):
             seen = Path(path).read_text(encoding="utf-8")
         if seen != text or not os.access(Path(path).parent, os.W_OK):
             where = f"the working folder {Path(path).parent}, or can't write there"
             return f"doesn't see {where}. OUTPUT has to be on a file system that all machines share"
+    return ""
+
+
+def _out_of_reach(mark: Place, text: str) -> str:
+    """Return what keeps this machine from writing where an object lies that holds a text; empty where nothing does."""
+    beside = f"the place {mark.folder}"
+    own = f"probe-{os.urandom(8).hex()}"
+    try:
+        folder = RemoteFolder(mark.folder, hurried=True)
+        if not (folder.get(mark.name) or b"").startswith(text.encode()):  # signs of life follow
+            return f"sees another {mark.scheme}://{mark.bucket} (its environment names another store)"
+        folder.put(own, b"")
+        folder.delete(own)
+    except MergekitLiteError as error:
+        return f"can't write to {beside}: {error}"
     return ""

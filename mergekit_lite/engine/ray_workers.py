@@ -23,60 +23,37 @@ from typing import Any, TypeVar
 from mergekit_lite._version import __version__
 from mergekit_lite.engine.processes import packed
 from mergekit_lite.engine.ray_machine import File, Needs, RayWorker, identity
+from mergekit_lite.engine.ray_node import Node
 from mergekit_lite.errors import GOES_ON, CheckpointError, RunError, UsageError, counted, listing, one_line
 
 AHEAD = 1  # tasks that a worker has been given besides the one it does
 MOST_LOSSES = 3  # times that a task may be lost with its worker, and workers that a node may lose in a row
 PATIENCE = 300  # seconds without any worker after which nobody waits longer
 LOOK_AROUND = 5.0  # seconds after which it is looked whether nodes have joined
+NEWS, NEWS_EVERY = "news", 2.0  # of tasks that take long: what asks for them, and how often, in seconds
 GPU, GPU_THREADS = "GPU", 6  # threads that keep a GPU's copies going
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-@dataclass
-class Node:
-    """One machine of the cluster, and what was done there.
-
-    Attributes:
-        name: the host's, with the start of the number that Ray gives it.
-        workers: that are at work, or looking whether they can be.
-        tasks, nbytes: that were done there.
-        seconds: from its first task to its last result.
-        lost: workers that ended before their work was done.
-        refused: why it gets no tasks; empty where it does.
-    """
-
-    name: str
-    workers: int = 0
-    tasks: int = 0
-    nbytes: int = 0
-    started: float = 0.0
-    seconds: float = 0.0
-    lost: int = 0
-    losses: int = 0  # those since a task was last done there
-    refused: str = ""
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second."""
-        return self.nbytes / self.seconds if self.seconds else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what was done there as plain data."""
-        done = {"name": self.name, "tasks": self.tasks, "bytes": self.nbytes, "seconds": round(self.seconds, 3)}
-        done |= {"bytes_per_second": round(self.rate), "workers_lost": self.lost}
-        return done | ({"refused": self.refused} if self.refused else {})
-
-
 @dataclass(eq=False)
 class _Worker:
-    """One worker, as the driver sees it: where it is, the handle of its actor, and whether it may be given tasks."""
+    """One worker, as the driver sees it: where it is, the handle of its actor, and whether it may be given tasks.
+
+    ``done`` are the bytes of the tasks that it has done in this round, ``told`` those that it says it has made.
+    """
 
     node: str
     actor: Any
     is_fit: bool = False
+    done: int = 0
+    told: int = 0
+
+    @property
+    def ahead(self) -> int:
+        """Bytes that it has made of tasks that are not done yet."""
+        return max(0, self.told - self.done)
 
 
 @dataclass
@@ -91,6 +68,8 @@ class _Round:
     under_way: dict[Any, tuple[_Worker, int | None]] = field(default_factory=dict)  # None: it looks around
     ready: list[_Worker] = field(default_factory=list)
     losses: Counter[int] = field(default_factory=Counter)
+    asked: dict[Any, _Worker] = field(default_factory=dict)  # for news
+    asked_at: float = field(default_factory=time.monotonic)
 
 
 class Cluster:
@@ -116,6 +95,7 @@ class Cluster:
         self.most = most
         self.threads = threads if gpus else 1
         self.nodes: dict[str, Node] = {}
+        self.on_news: Callable[[int], None] | None = None
         self._needs = Needs(identity())
         self._workers: list[_Worker] = []
         self._rounds = 0
@@ -173,6 +153,7 @@ class Cluster:
         last_ready = time.monotonic()
         try:
             for worker in self._workers:
+                worker.done = worker.told = 0
                 self._take_up(a_round, worker)
             while left:
                 self._staff(a_round)
@@ -186,12 +167,14 @@ class Cluster:
                         left -= 1
                         self._note(worker, a_round.sizes[task])
                         yield self._result(worker, answer)
+                self._hear(a_round)
                 if a_round.ready:
                     last_ready = time.monotonic()
                 elif time.monotonic() - last_ready > PATIENCE:
                     why = f"no worker could be started within {PATIENCE} seconds: others may use the processors"
                     raise RunError(self._nobody(why))
         finally:
+            self.on_news = None
             if left:
                 self._dismiss()
 
@@ -263,7 +246,8 @@ class Cluster:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_concurrency": self.threads} if self.gpus else {}
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | options
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(role).options(**options).remote(*arguments)
+        remote: Any = ray.remote  # its types don't know of groups
+        return remote(concurrency_groups={NEWS: 1})(role).options(**options).remote(*arguments)
 
     def _hand_out(self, a_round: _Round) -> None:
         """Give tasks to the workers, to each as many as it may have."""
@@ -278,6 +262,26 @@ class Cluster:
                     node.started = node.started or time.monotonic()
                     reference = worker.actor.do.remote(a_round.number, a_round.job, a_round.tasks[task])
                     a_round.under_way[reference] = worker, task
+
+    def _hear(self, a_round: _Round) -> None:
+        """Ask workers now and then how far they are, and pass on what they said."""
+        import ray
+
+        if self.on_news is None or time.monotonic() - a_round.asked_at < NEWS_EVERY:
+            return
+        a_round.asked_at = time.monotonic()
+        asked = list(a_round.asked)
+        for reference in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else ():
+            worker = a_round.asked.pop(reference)
+            with suppress(ray.exceptions.RayError):  # whoever waits for its task is told
+                worker.told = ray.get(reference)
+        for worker in {*a_round.ready} - {*a_round.asked.values()}:
+            a_round.asked[worker.actor.news.options(concurrency_group=NEWS).remote()] = worker
+        for identifier, node in self.nodes.items():
+            node.ahead = sum(worker.ahead for worker in self._workers if worker.node == identifier)
+            if node.ahead:
+                node.seconds = time.monotonic() - node.started
+        self.on_news(sum(worker.ahead for worker in self._workers))
 
     def _answer(self, a_round: _Round, reference: Any, worker: _Worker, task: int | None) -> bytes | None:
         """Return what a worker answered; None where it had only to look around, or was lost."""
@@ -343,6 +347,7 @@ class Cluster:
 
     def _note(self, worker: _Worker, nbytes: int) -> None:
         node = self.nodes[worker.node]
+        worker.done += nbytes
         node.losses = 0
         node.tasks += 1
         node.nbytes += nbytes

@@ -27,10 +27,12 @@ from mergekit_lite.output.workspace import OutputWorkspace
 from mergekit_lite.planning import Job, Plan
 
 
-def opened_workspace(plan: Plan, number: int, stack: ExitStack, *, resume: bool, force: bool) -> OutputWorkspace:
+def opened_workspace(
+    plan: Plan, number: int, stack: ExitStack, *, resume: bool, force: bool, crew: bool = False
+) -> OutputWorkspace:
     """Return the workspace of the plan's output ``number``, on a disk or in an object store. Raises RunError.
 
-    What it needs open is closed by the ``stack``.
+    What it needs open is closed by the ``stack``. ``crew`` says that workers of a cluster make it.
     """
     output, names = plan.outputs[number], companion_names(plan, number)
     if not isinstance(output, Place):
@@ -46,6 +48,7 @@ def opened_workspace(plan: Plan, number: int, stack: ExitStack, *, resume: bool,
         resume=resume,
         force=force,
         together=len(plan.outputs),
+        crew=crew,
     )
     try:
         _check_sources(plan, workspace)

@@ -28,6 +28,7 @@ from mergekit_lite.options import named_options
 from mergekit_lite.output.companions import write_companions
 from mergekit_lite.output.publishing import check_target
 from mergekit_lite.output.remote_target import check_remote_target, remote_manifest
+from mergekit_lite.output.remote_workspace import RemoteWorkspace
 from mergekit_lite.output.working_folder import as_run_errors
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
 from mergekit_lite.planning import Plan
@@ -65,7 +66,8 @@ class RunOptions(TypedDict, total=False):
         processes: fork the workers (CPU, Linux) instead of starting threads: faster, as they don't share Python's lock,
             and safe where this process has no threads of its own that hold locks.
         ray: work on the machines of a Ray cluster: ``auto``, ``HOST:PORT``, ``local:N``, or one that is connected. They
-            share the file systems of inputs and outputs; ``device`` is ``cpu`` or ``cuda``, for all GPUs they have.
+            share the file systems of inputs and outputs, or reach the object stores; ``device`` is ``cpu`` or ``cuda``,
+            for all GPUs they have.
     """
 
     threads: int | None
@@ -101,7 +103,6 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
     resume, force, sync = (options.get("resume", False), options.get("force", False), options.get("sync", False))
     ray, device = options.get("ray"), options.get("device", CPU)
     devices = devices_of(ray, device)
-    check_reach(plan, ray)
     workers, usual_block = workers_and_block(devices, options.get("threads"), writing_workers())
     block = -(-(options.get("block") or usual_block) // GRAIN) * GRAIN
     check_outputs(plan, resume=resume, force=force)
@@ -113,7 +114,7 @@ def run(plan: Plan, **options: Unpack[RunOptions]) -> Finished:
         crew = stack.enter_context(workers_of(ray, device, options.get("threads"))) if unfinished else None
         workspaces: dict[int, OutputWorkspace] = {}
         for v in unfinished:
-            workspaces[v] = opened_workspace(plan, v, stack, resume=resume, force=force)
+            workspaces[v] = opened_workspace(plan, v, stack, resume=resume, force=force, crew=crew is not None)
             stack.callback(workspaces[v].close)
         _check_inputs(plan)
         left = jobs_left(plan, workspaces.values())
@@ -147,15 +148,10 @@ def found(plan: Plan, *, force: bool = False, sync: bool = False) -> Finished | 
     return Finished(outputs, tuple(map(_reported, plan.outputs)), time.monotonic() - started)
 
 
-def check_reach(plan: Plan, ray: str | Cluster | None) -> None:
-    """Raise UsageError where workers of a cluster would have to write to an object store: they have no spools."""
-    if ray is not None and (stores := [str(output) for output in plan.outputs if isinstance(output, Place)]):
-        remedy = "name a folder that all machines share, and copy it from there; or leave --ray out"
-        raise UsageError(f"{stores[0]}: outputs in object stores are made by one machine: {remedy}.")
-
-
 def _shared(workspace: OutputWorkspace) -> tuple[str, str]:
     """Let other machines write to a workspace, and return the mark by which they know it."""
+    if isinstance(workspace, RemoteWorkspace):
+        return workspace.mark
     workspace.share()
     with as_run_errors(workspace.folder.path):
         return workspace.folder.marked(os.urandom(16).hex())

@@ -7,6 +7,7 @@ those whose statistics are work for several workers are made and kept here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -17,14 +18,17 @@ from mergekit_lite.checkpoint.extents import extents, is_elsewhere
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.deferred import np
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.news import MADE
 from mergekit_lite.engine.pool import Pool, Workers, tuned_process
 from mergekit_lite.engine.sink import Sink
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, Section, add_to, gather, needed, needs_torch
 from mergekit_lite.engine.tiling import CHUNK, TASK, TASKS, Span, spans
 from mergekit_lite.methods.contract import Totals
+from mergekit_lite.output.by_workers import Parcel, RemoteFile, RemoteFiles, Written
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.remote_workspace import RemoteWorkspace
+from mergekit_lite.output.upload import Uploaded
 from mergekit_lite.planning import Plan
 
 Progress = Callable[[int, int], None]
@@ -58,7 +62,7 @@ class Schedule:
         if only is not None:
             self.shared = needed(self.shared, only)
         self.bytes_in_all = sum(_cost(span) for of_job in spans(plan, only) for span in of_job)
-        self.bytes_done = 0
+        self.bytes_done = self.bytes_ahead = 0
         chunk = max((chunk_of(job, self.writer.chunk) for job in plan.jobs), default=0)
         room = max(chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
@@ -76,10 +80,45 @@ class Schedule:
             if self.has_statistics:
                 np.empty(0)  # imported here, and not by each worker
             gather(list(self.shared.values()), self._sums)
-            for nbytes, records in self.pool.run(self._tasks(), self._carry_out, self.expect, size=_cost_of_task):
+            if any(
+                isinstance(workspace, RemoteWorkspace) and workspace.by_file for workspace in self.workspaces.values()
+            ):
+                self._make_files()
+                return
+            for nbytes, records, written in self.pool.run(
+                self._tasks(), self._carry_out, self.expect, size=_cost_of_task
+            ):
+                for output, of_output in written:
+                    self._remote(output).write_all(of_output)
                 for output, record in records:
                     self.workspaces[output].done(record)
                 self._advance(nbytes)
+
+    def _make_files(self) -> None:
+        """Have workers elsewhere make files whole, and send them."""
+        of_file: dict[int, list[Span]] = {number: [] for number in range(len(self.plan.layout.files))}
+        for of_job in spans(self.plan, self.only):
+            job = of_job[0].job if of_job else None
+            # Codes whose scales begin the next file are made with both files.
+            for number in {self.plan.layout.place(name)[0] for name in (job.name, job.scales) if name} if job else ():
+                of_file[number] += by_themselves(of_job)
+        settled = set.intersection(*({*self._remote(output).settled} for output in self.workspaces))
+        tasks = [task for task in of_file.items() if task[0] not in settled]
+
+        def expect(reader: Reader, task: tuple[int, list[Span]]) -> None:
+            self.expect(reader, task[1])
+
+        if self.pool.crew is not None:
+            self.pool.crew.on_news = self._show
+        for nbytes, made in self.pool.run(tasks, self._make_file, expect, size=lambda task: _cost_of_task(task[1])):
+            for output, number, uploaded, records in made:
+                self._remote(output).file_done(number, uploaded, records)
+            self._advance(nbytes)
+
+    def _remote(self, output: int) -> RemoteWorkspace:
+        workspace = self.workspaces[output]
+        assert isinstance(workspace, RemoteWorkspace)
+        return workspace
 
     def _look_at_merges(self) -> int:
         """Keep the merges that several workers share, find out whether torch is needed, and return the longest row.
@@ -163,19 +202,55 @@ class Schedule:
 
     def _advance(self, nbytes: int) -> None:
         self.bytes_done += nbytes
+        self._show(max(0, self.bytes_ahead - nbytes))
+
+    def _show(self, ahead: int) -> None:
+        """Say what is done, with what is made of tasks that are not done yet."""
+        self.bytes_ahead = ahead
         if self.progress is not None:
-            self.progress(self.bytes_done, self.bytes_in_all)
+            self.progress(self.bytes_done + ahead, self.bytes_in_all)
 
     def _carry_out(
         self, buffers: WorkerBuffers, reader: Reader, task: Sequence[Span]
-    ) -> tuple[int, list[tuple[int, Record]]]:
-        """Make what is missing of some spans, and return their cost and what to journal, by output."""
+    ) -> tuple[int, list[tuple[int, Record]], list[tuple[int, list[Written]]]]:
+        """Make what is missing of some spans.
+
+        Return their cost, and by output what to journal, and what the command has to write.
+        """
+        records = self._made(buffers, reader, task, self.workspaces)
+        parcels = [(output, sink.taken()) for output, sink in self.workspaces.items() if isinstance(sink, Parcel)]
+        return _cost_of_task(task), records, parcels
+
+    def _make_file(
+        self, buffers: WorkerBuffers, reader: Reader, task: tuple[int, list[Span]]
+    ) -> tuple[int, list[tuple[int, int, Uploaded, list[Record]]]]:
+        """Make a file of each output that has none yet, and return its cost and what the store has, with the records.
+
+        This is done where the workspaces are those that stand for them.
+        """
+        number, of_file = task
+        with ExitStack() as stack:
+            sinks: dict[int, RemoteFile] = {}
+            for output, files in self.workspaces.items():
+                assert isinstance(files, RemoteFiles)
+                if number not in files.settled:
+                    sinks[output] = stack.enter_context(files.begun(number))
+            records = self._made(buffers, reader, of_file, sinks)
+            return _cost_of_task(of_file), [
+                (output, number, sink.complete(), [record for of, record in records if of == output])
+                for output, sink in sinks.items()
+            ]
+
+    def _made(
+        self, buffers: WorkerBuffers, reader: Reader, task: Sequence[Span], sinks: Mapping[int, Sink]
+    ) -> list[tuple[int, Record]]:
+        """Make what is missing of some spans, and return what to journal, by output."""
         records: list[tuple[int, Record]] = []
         merges: dict[tuple[int, int], JobMerge] = {}  # by job and output: once for all spans of a tensor
         for span in task:
             missing = {
                 output: workspace
-                for output, workspace in self.workspaces.items()
+                for output, workspace in sinks.items()
                 if not self.writer.is_made(buffers, workspace, span)
             }
             for output in missing if span.merged else ():
@@ -185,7 +260,8 @@ class Schedule:
             if missing:
                 of_span = {output: merges[span.index, output] for output in missing if span.merged}
                 records += self.writer.make(buffers, reader, span, of_span, missing, lambda: self.pool.stopped)
-        return _cost_of_task(task), records
+            MADE.add(_cost(span))
+        return records
 
 
 def expect_elements(

@@ -20,6 +20,8 @@ from datetime import datetime
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import xxhash
+
 from mergekit_lite.backoff import wait_after
 from mergekit_lite.errors import GOES_ON, RunError, UsageError, counted
 from mergekit_lite.layout import is_single_file
@@ -114,6 +116,27 @@ class RemoteFolder:
 
         return _asked(place, self._patience, seen)
 
+    def digests(self, name: str, lengths: Sequence[int]) -> list[str]:
+        """Return the xxh3-128 of an object's bytes, piece by piece, of some lengths; none where there is no object."""
+        import obstore
+
+        place = self.place / name
+
+        def read() -> list[str]:
+            found: list[str] = []
+            digest, left = xxhash.xxh3_128(), lengths[0]
+            for chunk in obstore.get(self._store, place.key).stream():
+                rest = memoryview(chunk)
+                while rest and len(found) < len(lengths):
+                    digest.update(rest[:left])
+                    rest, left = rest[left:], left - len(rest[:left])
+                    if not left:
+                        found.append(digest.hexdigest())
+                        digest, left = xxhash.xxh3_128(), lengths[len(found) % len(lengths)]
+            return found
+
+        return _asked(place, self._patience, read) or []
+
     def put(self, name: str, content: bytes) -> None:
         """Write a small object, in place of what has its name."""
         import obstore
@@ -195,7 +218,8 @@ class Lock:
 
     def __init__(self, folder: RemoteFolder) -> None:
         self._folder = folder
-        self._own = os.urandom(16).hex().encode()
+        self.text = os.urandom(16).hex()
+        self._own = self.text.encode()
         self._signs = 0  # of life: each is another content, and so another tag
         self._closed = threading.Event()
         self.lost = False

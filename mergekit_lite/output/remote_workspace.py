@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial as bound
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from mergekit_lite.errors import RunError, listing
-from mergekit_lite.layout import Layout, OutputFile, indexed_files, is_single_file, write_torch_skeleton
+from mergekit_lite.layout import Layout, OutputFile, indexed_files, is_single_file
 from mergekit_lite.object_stores import Place
+from mergekit_lite.output.by_workers import Parcel, RemoteFiles, Written, around, send_around, write_skeleton
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.remote_target import (
     JOURNAL_ENDING,
@@ -58,11 +60,13 @@ class RemoteWorkspace(OutputWorkspace):
     It takes the lock of the output. With ``resume`` it goes on with the finished files that an earlier run of the same
     plan left; what else is there is removed, with ``force`` even what no run of this program put there. ``parts``
     returns which bytes a record tells of. ``together`` is the number of outputs that are made at once: they share the
-    bytes in flight.
+    bytes in flight. ``crew`` says that workers in other processes make it, which get a copy that stands for it
+    (``by_workers``).
 
     Attributes:
         settled: numbers of the files that an earlier run finished.
         changed_sources: paths of the inputs that are not, by size and time, those of the earlier run.
+        by_file: whether workers make its files whole, and send them; else they send back what they make.
     """
 
     def __init__(
@@ -77,8 +81,10 @@ class RemoteWorkspace(OutputWorkspace):
         resume: bool,
         force: bool,
         together: int = 1,
+        crew: bool = False,
     ) -> None:
         self.place = place
+        self.by_file = crew and len(layout.files) > 1
         self.settled: set[int] = set()
         self.changed_sources: set[str] = set()
         self._parts = parts
@@ -132,10 +138,11 @@ class RemoteWorkspace(OutputWorkspace):
 
     def _take_over(self, earlier: Mapping[str, FinishedFile]) -> None:
         """Journal what an earlier run finished."""
-        for finished in earlier.values():
-            for line in finished.lines:
-                if self.journal.take_over(line) is None:
+        for number in sorted(self.settled):
+            for line in earlier[self._stored[number]].lines:
+                if (record := self.journal.take_over(line)) is None:
                     raise RunError(f"{partial(self.place)}: a journal there is damaged. --force starts over.")
+                self._keys[number].append((record.job, record.begin))
 
     def _open(self, file: OutputFile) -> Spool:
         """Make a file's spool; beside it lies a sparse file with all but the tensors, which manifests describe."""
@@ -143,24 +150,43 @@ class RemoteWorkspace(OutputWorkspace):
         path = self.result / file.name
         path.parent.mkdir(exist_ok=True, parents=True)
         with path.open("xb") as skeleton:
-            if self.layout.nest is not None:
-                write_torch_skeleton(skeleton, file.tensors, self.layout.nest)
-            else:
-                skeleton.write(file.header)
-            skeleton.truncate(file.size)
+            write_skeleton(self.layout, file, skeleton)
         spool = Spool(self.folder.path)
-        if number not in self.settled:
+        if number not in self.settled and not self.by_file:
             done = bound(self._journal_file, number)
             held = is_single_file(self.place)  # nothing else tells whether it is sound
             place = self._files.place / self._stored[number]
             upload = Upload(place, spool, file.size, done, in_flight=self._in_flight, held=held)
             with path.open("rb") as skeleton:
-                for begin, end in _around(self.layout, file):
-                    skeleton.seek(begin)
-                    spool.write(begin, memoryview(skeleton.read(end - begin)))
-                    upload.made(Extent(begin, end))
+                send_around(self.layout, file, skeleton, spool, upload)
             self._uploads[number] = upload
         return spool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what stands for it where a worker makes it, in another process."""
+        if not self.by_file:
+            return Parcel, ()
+        return RemoteFiles, (self._files.place, self.layout, self._stored, self.settled, self._in_flight)
+
+    @property
+    def mark(self) -> tuple[str, str]:
+        """The URL of an object that this run has put beside the output, and the text in it: others know it by them."""
+        return str(self._beside.place / LOCK), self._lock.text
+
+    def write_all(self, written: Sequence[Written]) -> None:
+        """Write what a worker sent back. Raises RunError."""
+        for tensor, offset, data in written:
+            self.write(tensor, offset, memoryview(data))
+
+    def file_done(self, number: int, uploaded: Uploaded, records: Sequence[Record]) -> None:
+        """Record that a worker made and sent a file; ``records`` are those of all spans that it made for that.
+
+        Raises RunError.
+        """
+        for record in records:
+            if any(self.layout.place(tensor)[0] == number for tensor, *_ in self._parts(record)):
+                self.done(record)
+        self._journal_file(number, uploaded)
 
     def write(self, tensor: str, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor, from its byte ``offset`` on, unless its file is finished already."""
@@ -197,6 +223,7 @@ class RemoteWorkspace(OutputWorkspace):
         """
         for upload in self._uploads.values():
             upload.complete()
+        assert len(self._uploaded) == len(self._stored)
         self._lock.check()
         self.folder.check_result(self._names)
         weights = {file.name for file in self.layout.files}
@@ -213,17 +240,39 @@ class RemoteWorkspace(OutputWorkspace):
         self._beside.delete(*(name for name in self._beside.sizes() if name != LOCK))
 
     def _check_uploaded(self) -> None:
-        """Raise RunError where a file isn't the one that was sent: a run that counted as dead may still write."""
+        """Raise RunError where a file isn't the one that was sent: a run that counted as dead may still write.
+
+        A worker that counted as dead may, too, but the same bytes.
+        """
         with ThreadPoolExecutor(HEADS) as threads:
             heads = list(threads.map(lambda number: self._files.head(self._stored[number]), self._uploaded))
         others = [
             self._stored[n]
             for n, head in zip(self._uploaded, heads, strict=True)
-            if head is None or head[0] != self._uploaded[n]
+            if head is None or (head[0] != self._uploaded[n] and not self._has_our_bytes(n, head[0]))
         ]
         if others:
             title = f"{self.place}: another run wrote there meanwhile, and its manifest is withheld; --resume goes on"
             raise RunError(listing(title, sorted(others)))
+
+    def _has_our_bytes(self, number: int, there: Uploaded) -> bool:
+        """Return whether an object holds what was made of a file: all of it is read. Raises RunError."""
+        file = self.layout.files[number]
+        pieces: set[Extent] = set()
+        with (self.result / file.name).open("rb") as skeleton:
+            for begin, end in around(self.layout, file):
+                skeleton.seek(begin)
+                pieces.add(Extent(begin, end, xxhash.xxh3_128_hexdigest(skeleton.read(end - begin))))
+        for tensor, begin, end, digest in (
+            part for key in self._keys[number] for part in self._parts(self.journal[key])
+        ):
+            start = self.layout.place(tensor)[1]
+            pieces.add(Extent(start + begin, start + end, digest))
+        known = sorted(piece for piece in pieces if piece.begin < piece.end)
+        if [piece.begin for piece in known] + [there.size] != [0, *(piece.end for piece in known)]:
+            return False
+        digests = self._files.digests(self._stored[number], [piece.end - piece.begin for piece in known])
+        return digests == [piece.digest for piece in known]
 
     def close(self) -> None:
         """End the uploads that aren't complete, give the lock back, and remove the working folder."""
@@ -241,14 +290,6 @@ class RemoteWorkspace(OutputWorkspace):
             with suppress(OSError):
                 self._local.__exit__(None, None, None)
             self._local = None
-
-
-def _around(layout: Layout, file: OutputFile) -> list[tuple[int, int]]:
-    """Return what lies around the tensors of a file: the begin and end of each piece."""
-    places = sorted((layout.place(tensor.name)[1], tensor.nbytes) for tensor in file.tensors)
-    begins = [0, *(begin + length for begin, length in places)]
-    ends = [*(begin for begin, _ in places), file.size]
-    return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
 def _changed(now: Sequence[Sequence[object]], then: object) -> set[str]:

@@ -20,7 +20,6 @@ import torch
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.identity import Identity
@@ -40,6 +39,7 @@ from mergekit_lite.errors import PlanError, RunError, UsageError, listing
 from mergekit_lite.layout import Layout, OutputPath, OutputTensor, is_single_file, output_path, safetensors_layout
 from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
+from mergekit_lite.output.by_workers import Parcel, Written
 from mergekit_lite.output.journal import Record
 from mergekit_lite.output.publishing import check_target, is_published
 from mergekit_lite.output.remote_target import check_remote_target, is_published_remotely, remote_manifest
@@ -50,7 +50,7 @@ from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, by_token, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat, VectorTokens
-from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, manifest_text
+from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, identified, made_of, manifest_text
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 T = TypeVar("T")
@@ -113,14 +113,12 @@ def extract_vector(
     """
     settings = ExtractSettings(format, density, threshold, rank, energy, seed, tokenizer_source)
     path = output_path(output)
-    if ray is not None and isinstance(path, Place):
-        raise UsageError(f"{path}: outputs in object stores are made by one machine: leave --ray out.")
     _check_name(path, settings.format)
     place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
-    made_of, identity = _made_of(before, after, settings), before.identity()
+    recorded, identity = made_of(before, after, settings), before.identity()
     before, after, tokens, notes_on_rows = by_token(before, after, tokenizer_source)
-    run = _identified(before, after, made_of, tokens)
+    run = identified(before, after, recorded, tokens)
     pairs, notes, problems = pair_tensors(before, after)
     notes += notes_on_rows
     if settings.format == "lora":
@@ -143,6 +141,9 @@ def extract_vector(
             stack.enter_context(as_run_errors(target.path))
             spill = target.factors
         crew = stack.enter_context(workers_of(ray, device, threads))
+        if crew is not None and not crew.local and isinstance(path, Place) and settings.energy is not None:
+            factors = "--energy keeps factors in a folder that all machines have to see"
+            raise UsageError(f"{path}: {factors}. Give --rank, or an output on a shared file system.")
         extraction = _Extraction(
             before, after, identity, tokens, settings, threads or available_cores(), place, spill, progress, crew
         )
@@ -151,27 +152,6 @@ def extract_vector(
                 return extraction.run(target, pairs, notes, run, sources, resume=resume, force=force, sync=sync)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
-
-
-def _made_of(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
-    """Return what makes a vector, for its manifest; the models as they lie there."""
-    return {
-        "format": settings.format,
-        "settings": {key: value for key, value in vars(settings).items() if value is not None},
-        "base": before.identity()._asdict(),
-        "tuned": after.identity()._asdict(),
-    }
-
-
-def _identified(
-    before: Checkpoint, after: Checkpoint, made_of: Mapping[str, Any], tokens: Tokenizer | None
-) -> dict[str, Any]:
-    """Return what makes a vector with a digest of it, and of how rows lie in the models, that stands for the plan."""
-    files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
-    rows = [model.tensors[name].key for model in (before, after) for name in filter(is_vocabulary, model.tensors)]
-    whose = metadata_of(tokens) if tokens is not None else None
-    digest = xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files, rows, whose)).encode())
-    return {"plan": digest, **made_of}
 
 
 def _published(
@@ -263,8 +243,10 @@ class _Extraction:
         if self.settings.energy is not None:
             self.spill.mkdir(exist_ok=True)
         if self.crew is not None and not self.crew.local:
-            assert not isinstance(target, Place)
-            self.crew.must_see(files_of([self.before, self.after]), [target.marked(os.urandom(16).hex())])
+            marks = (
+                [] if isinstance(target, Place) else [target.marked(os.urandom(16).hex())]
+            )  # workers send bytes back
+            self.crew.must_see(files_of([self.before, self.after]), marks)
         self.done, self.in_all = 0, 2 * sum(pair.nbytes for pair in pairs)
         planned = dict(self._each(pairs, lambda reader, pair: self._plan(TensorDifference(pair, reader))))
         changed = {name: tensor for name in (pair.name for pair in pairs) if (tensor := planned[name]) is not None}
@@ -284,21 +266,27 @@ class _Extraction:
         workspace: OutputWorkspace
         if isinstance(target, Place):
             plan = run["plan"]
-            workspace = RemoteWorkspace(target, layout, plan, sources, names, parts_of, resume=resume, force=force)
+            crew = self.crew is not None
+            workspace = RemoteWorkspace(
+                target, layout, plan, sources, names, parts_of, resume=resume, force=force, crew=crew
+            )
         else:
             workspace = OutputWorkspace(target, layout, run["plan"], sources, names)
             if self.crew is not None and not self.crew.local:
                 workspace.share()
 
-        def write(reader: Reader, pair: TensorPair) -> Record:
-            return _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
+        def write(reader: Reader, pair: TensorPair) -> tuple[Record, list[Written]]:
+            record = _write(changed[pair.name], numbers[pair.name], reader, workspace, named)
+            return record, workspace.taken() if isinstance(workspace, Parcel) else []
 
         try:
             if isinstance(workspace, RemoteWorkspace) and workspace.changed_sources:
                 title = f"{output}: inputs that changed since the run was stopped; --force starts over"
                 raise RunError(listing(title, sorted(workspace.changed_sources)))
             records: dict[str, Record] = {}
-            for name, record in self._each(changed_pairs, write):
+            for name, (record, written) in self._each(changed_pairs, write):
+                if isinstance(workspace, RemoteWorkspace):
+                    workspace.write_all(written)
                 workspace.done(record)
                 records[name] = record
             for model in (self.before, self.after):
