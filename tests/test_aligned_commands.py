@@ -244,3 +244,35 @@ def test_a_head_by_another_name_follows_where_it_has_the_shape_of_an_embedding(p
     other = tensors["two"].flip(0) if is_head else tensors["two"]
     expected = ((tensors["one"].float() + other.float()) / 2).bfloat16()
     assert same_bytes(read_folder(place / "out")["proj_out.weight"], expected)
+
+
+@pytest.mark.parametrize("command", ["extrapolate", "merge", "extract", "apply"])
+def test_what_was_stopped_goes_on_to_the_same_bytes(place: Path, command: str) -> None:
+    """Stopped after its first tensor; a finished run, made again from the journal, is found done."""
+    pair(place, "all of it")
+    mergekit_lite.extract_vector("sft", "aligned", "v.safetensors", tokenizer_source="tuned")
+    model(place / "other", 2, [*WORDS[::-1]])
+    recipe = linear(["sft", "aligned"], tokenizer_source="aligned")
+
+    def make(name: str, **how: Any) -> None:
+        match command:
+            case "extrapolate":
+                mergekit_lite.extrapolate("sft", "aligned", name, 0.5, tokenizer_source="aligned", **how)
+            case "merge":
+                mergekit_lite.merge(recipe, name, **how)
+            case "extract":
+                mergekit_lite.extract_vector("sft", "aligned", f"{name}.safetensors", tokenizer_source="base", **how)
+            case "apply":
+                mergekit_lite.apply_vectors("other", ["v.safetensors"], name, rebase=True, **how)
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("stopped")
+
+    make("whole")
+    with pytest.raises(RuntimeError, match="stopped"):
+        make("out", threads=1, progress=stop)
+    make("out", resume=True)
+    suffix = ".safetensors" if command == "extract" else "/model.safetensors"
+    assert (place / f"out{suffix}").read_bytes() == (place / f"whole{suffix}").read_bytes()
+    if command != "extract":
+        assert mergekit_lite.verify("out").sound

@@ -195,21 +195,32 @@ def rows_of(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec | None:
     """
     encoding, shape = spec.encoding, (len(rows), *spec.shape[1:])
     if spec.is_plain:
-        places = Places(np.zeros(len(rows), np.int32), rows)
-        return replace(spec, shape=shape, encoding=Gathered((spec,), places))
+        return _plain_rows(spec, rows)
     if isinstance(encoding, GgmlBlocks):
         return replace(spec, shape=shape, encoding=replace(encoding, rows=tuple(rows.tolist())))
-    if not isinstance(encoding, BlockScaled) or len(spec.shape) != 2 or not encoding.codes.is_plain:
+    if not isinstance(encoding, BlockScaled) or len(spec.shape) != 2:
         return None
-    by_block = {}
-    for name, numbers in (("scale", encoding.scale), ("zero_point", encoding.zero_point)):
-        if numbers is not None and numbers.numel > 1:
-            if not numbers.is_plain:
-                return None
-            numbers = rows_of(replace(numbers, shape=grid(spec.shape, encoding.block)), rows // encoding.block[0])
-        by_block[name] = numbers
-    codes = rows_of(encoding.codes, rows)
-    return replace(spec, shape=shape, encoding=replace(encoding, codes=codes, block=(1, encoding.block[1]), **by_block))
+    scale, zero_point, (height, width) = encoding.scale, encoding.zero_point, encoding.block
+    if not all(part.is_plain for part in (encoding.codes, scale, zero_point) if part is not None):
+        return None
+    of_blocks = grid((spec.shape[0], spec.shape[1]), encoding.block)
+
+    def of_rows(numbers: TensorSpec) -> TensorSpec:
+        return numbers if numbers.numel == 1 else _plain_rows(replace(numbers, shape=of_blocks), rows // height)
+
+    gathered_codes = replace(
+        encoding,
+        codes=_plain_rows(encoding.codes, rows),
+        scale=of_rows(scale),
+        block=(1, width),
+        zero_point=None if zero_point is None else of_rows(zero_point),
+    )
+    return replace(spec, shape=shape, encoding=gathered_codes)
+
+
+def _plain_rows(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec:
+    places = Places(np.zeros(len(rows), np.int32), rows)
+    return replace(spec, shape=(len(rows), *spec.shape[1:]), encoding=Gathered((spec,), places))
 
 
 def part_of(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
