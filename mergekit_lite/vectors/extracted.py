@@ -12,9 +12,14 @@ from typing import Any
 import xxhash
 
 from mergekit_lite._version import __version__
+from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.formats import safetensors
+from mergekit_lite.checkpoint.tied_weights import is_vocabulary
+from mergekit_lite.checkpoint.tokenizer_file import Tokenizer
+from mergekit_lite.checkpoint.vector_tokens import metadata_of
 from mergekit_lite.errors import CheckpointError
 from mergekit_lite.output.manifest import READ_BYTES, frame_digest
+from mergekit_lite.vectors.extract_settings import ExtractSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +143,24 @@ def _digest(path: Path, position: int, left: int) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
+
+
+def manifest_of(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
+    """Return what makes a vector, for its manifest; the models as they lie there."""
+    return {
+        "format": settings.format,
+        "settings": {key: value for key, value in vars(settings).items() if value is not None},
+        "base": before.identity()._asdict(),
+        "tuned": after.identity()._asdict(),
+    }
+
+
+def identified(
+    before: Checkpoint, after: Checkpoint, made_of: Mapping[str, Any], tokens: Tokenizer | None
+) -> dict[str, Any]:
+    """Return what makes a vector with a digest of it, and of how rows lie in the models, that stands for the plan."""
+    files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
+    rows = [model.tensors[name].key for model in (before, after) for name in filter(is_vocabulary, model.tensors)]
+    whose = metadata_of(tokens) if tokens is not None else None
+    digest = xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files, rows, whose)).encode())
+    return {"plan": digest, **made_of}

@@ -20,7 +20,6 @@ import torch
 import xxhash
 
 from mergekit_lite import dtypes
-from mergekit_lite._version import __version__
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.folder import ADAPTER_CONFIG
 from mergekit_lite.checkpoint.identity import Identity
@@ -50,7 +49,7 @@ from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, by_token, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat, VectorTokens
-from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, manifest_text
+from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, identified, manifest_of, manifest_text
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 T = TypeVar("T")
@@ -118,9 +117,9 @@ def extract_vector(
     _check_name(path, settings.format)
     place = chosen_device(device) if ray is None else devices_of(ray, device)[0]
     before, after = open_checkpoint(base), open_checkpoint(tuned)
-    made_of, identity = _made_of(before, after, settings), before.identity()
+    made_of, identity = manifest_of(before, after, settings), before.identity()
     before, after, tokens, notes_on_rows = by_token(before, after, tokenizer_source)
-    run = _identified(before, after, made_of, tokens)
+    run = identified(before, after, made_of, tokens)
     pairs, notes, problems = pair_tensors(before, after)
     notes += notes_on_rows
     if settings.format == "lora":
@@ -151,27 +150,6 @@ def extract_vector(
                 return extraction.run(target, pairs, notes, run, sources, resume=resume, force=force, sync=sync)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
-
-
-def _made_of(before: Checkpoint, after: Checkpoint, settings: ExtractSettings) -> dict[str, Any]:
-    """Return what makes a vector, for its manifest; the models as they lie there."""
-    return {
-        "format": settings.format,
-        "settings": {key: value for key, value in vars(settings).items() if value is not None},
-        "base": before.identity()._asdict(),
-        "tuned": after.identity()._asdict(),
-    }
-
-
-def _identified(
-    before: Checkpoint, after: Checkpoint, made_of: Mapping[str, Any], tokens: Tokenizer | None
-) -> dict[str, Any]:
-    """Return what makes a vector with a digest of it, and of how rows lie in the models, that stands for the plan."""
-    files = [(file.name, file.size, file.header_digest, file.etag) for model in (before, after) for file in model.files]
-    rows = [model.tensors[name].key for model in (before, after) for name in filter(is_vocabulary, model.tensors)]
-    whose = metadata_of(tokens) if tokens is not None else None
-    digest = xxhash.xxh3_128_hexdigest(repr((__version__, made_of, files, rows, whose)).encode())
-    return {"plan": digest, **made_of}
 
 
 def _published(
@@ -381,7 +359,7 @@ class _Extraction:
     ) -> tuple[Layout, Callable[[str, str], str]]:
         """Lay out all parts, and return the function that names a tensor's part in the file."""
         lora = self.settings.format == "lora"
-        named = peft_folder.naming(storage, self.before) if lora else part_name
+        named = peft_folder.naming(storage, self.before) if lora else encoders.part_name
         parts = [
             OutputTensor(named(name, part.suffix), part.dtype, part.shape)
             for name, stored in storage.items()
@@ -429,11 +407,6 @@ def _digest(workspace: OutputWorkspace, tensor: str, nbytes: int) -> str:
             return ""
         digest.update(buffer)
     return digest.hexdigest()
-
-
-def part_name(tensor: str, part: str) -> str:
-    """Return a part's name in a file of task vectors."""
-    return f"{tensor}:{part}" if part else tensor
 
 
 def _written_dtype(tensor: _ChangedTensor) -> str:
