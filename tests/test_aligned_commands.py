@@ -13,10 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mergekit_lite
+from mergekit_lite.boosting.candidates.family import PairFamily
+from mergekit_lite.boosting.candidates.tunable import parse
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.vector_file import TOKENS, open_vector
 from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, UsageError
+from mergekit_lite.resident.model import build
+from mergekit_lite.resident.weights import Weights
+from parity.vocabularies import MODELS
+from parity.vocabularies import model as llama
 from tests.models import State, read_folder, same_bytes, write_folder
 from tests.test_vocabularies import VOCABULARY, WORDS, linear, model
 
@@ -276,3 +282,21 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(place: Path, command: str) -
     assert (place / f"out{suffix}").read_bytes() == (place / f"whole{suffix}").read_bytes()
     if command != "extract":
         assert mergekit_lite.verify("out").sound
+
+
+def test_boost_holds_a_model_of_the_output_s_vocabulary(place: Path) -> None:
+    """Width, special tokens and rows are those of the written candidate."""
+    for number, name in enumerate(("one", "more")):
+        llama(place / name, number + 1, MODELS[name])
+    (place / "one/generation_config.json").write_text('{"eos_token_id": 1}')
+    (place / "more/generation_config.json").write_text('{"eos_token_id": 6}')
+    for source, rows, ends in (("aligned", 7, 6), ("base", 6, 1)):
+        family = PairFamily("one", "more", parse(("alpha=0:1",)), {"tokenizer_source": source})
+        plan = family.plan({"alpha": 0.5})
+        built = build(plan, "cpu")
+        Weights(built, "cpu").set(plan)
+        mergekit_lite.extrapolate("one", "more", "out", 0.5, tokenizer_source=source, force=True)
+        held = dict(built.model.named_parameters())
+        assert built.model.config.vocab_size == rows and built.model.generation_config.eos_token_id == ends
+        for name, tensor in read_folder(place / "out").items():
+            assert same_bytes(held[name].detach(), tensor)
