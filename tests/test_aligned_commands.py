@@ -13,10 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import mergekit_lite
+from mergekit_lite.boosting.candidates.family import PairFamily
+from mergekit_lite.boosting.candidates.tunable import parse
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.checkpoint.vector_file import TOKENS, open_vector
 from mergekit_lite.commands import main
 from mergekit_lite.errors import CheckpointError, UsageError
+from mergekit_lite.resident.model import build
+from mergekit_lite.resident.weights import Weights
+from parity.vocabularies import MODELS
+from parity.vocabularies import model as llama
 from tests.models import State, read_folder, same_bytes, write_folder
 from tests.test_vocabularies import VOCABULARY, WORDS, linear, model
 
@@ -244,3 +250,53 @@ def test_a_head_by_another_name_follows_where_it_has_the_shape_of_an_embedding(p
     other = tensors["two"].flip(0) if is_head else tensors["two"]
     expected = ((tensors["one"].float() + other.float()) / 2).bfloat16()
     assert same_bytes(read_folder(place / "out")["proj_out.weight"], expected)
+
+
+@pytest.mark.parametrize("command", ["extrapolate", "merge", "extract", "apply"])
+def test_what_was_stopped_goes_on_to_the_same_bytes(place: Path, command: str) -> None:
+    """Stopped after its first tensor; a finished run, made again from the journal, is found done."""
+    pair(place, "all of it")
+    mergekit_lite.extract_vector("sft", "aligned", "v.safetensors", tokenizer_source="tuned")
+    model(place / "other", 2, [*WORDS[::-1]])
+    recipe = linear(["sft", "aligned"], tokenizer_source="aligned")
+
+    def make(name: str, **how: Any) -> None:
+        match command:
+            case "extrapolate":
+                mergekit_lite.extrapolate("sft", "aligned", name, 0.5, tokenizer_source="aligned", **how)
+            case "merge":
+                mergekit_lite.merge(recipe, name, **how)
+            case "extract":
+                mergekit_lite.extract_vector("sft", "aligned", f"{name}.safetensors", tokenizer_source="base", **how)
+            case "apply":
+                mergekit_lite.apply_vectors("other", ["v.safetensors"], name, rebase=True, **how)
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("stopped")
+
+    make("whole")
+    with pytest.raises(RuntimeError, match="stopped"):
+        make("out", threads=1, progress=stop)
+    make("out", resume=True)
+    suffix = ".safetensors" if command == "extract" else "/model.safetensors"
+    assert (place / f"out{suffix}").read_bytes() == (place / f"whole{suffix}").read_bytes()
+    if command != "extract":
+        assert mergekit_lite.verify("out").sound
+
+
+def test_boost_holds_a_model_of_the_output_s_vocabulary(place: Path) -> None:
+    """Width, special tokens and rows are those of the written candidate."""
+    for number, name in enumerate(("one", "more")):
+        llama(place / name, number + 1, MODELS[name])
+    (place / "one/generation_config.json").write_text('{"eos_token_id": 1}')
+    (place / "more/generation_config.json").write_text('{"eos_token_id": 6}')
+    for source, rows, ends in (("aligned", 7, 6), ("base", 6, 1)):
+        family = PairFamily("one", "more", parse(("alpha=0:1",)), {"tokenizer_source": source})
+        plan = family.plan({"alpha": 0.5})
+        built = build(plan, "cpu")
+        Weights(built, "cpu").set(plan)
+        mergekit_lite.extrapolate("one", "more", "out", 0.5, tokenizer_source=source, force=True)
+        held = dict(built.model.named_parameters())
+        assert built.model.config.vocab_size == rows and built.model.generation_config.eos_token_id == ends
+        for name, tensor in read_folder(place / "out").items():
+            assert same_bytes(held[name].detach(), tensor)

@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled
+from mergekit_lite.checkpoint.encodings.dense import Dense
 from mergekit_lite.checkpoint.encodings.gathered import Places, gathered, part_of, rows_of
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
 from mergekit_lite.checkpoint.encodings.strided import Strided
+from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.reader import Reader
 from tests.models import same_bytes
@@ -52,6 +54,12 @@ def plain(folder: Path) -> TensorSpec:
     return stored(folder, {"w": torch.randn(ROWS, COLUMNS)})["w"]
 
 
+def differences(folder: Path) -> TensorSpec:
+    """Return what a task vector holds of a tensor."""
+    term = Dense(plain(folder), scale=0.3)
+    return replace(term.values, encoding=Sum(None, (term,)))
+
+
 def turned(folder: Path) -> TensorSpec:
     """Return a matrix that lies there turned, whose rows are read one by one."""
     whole = stored(folder, {"w": torch.randn(COLUMNS, ROWS)})["w"]
@@ -65,6 +73,7 @@ KINDS = {
     "blocks with zero points": lambda folder: scaled(folder, (64, 64), zero=True),
     "GGUF": ggml,
     "another dtype": plain,
+    "differences": differences,
     "turned": turned,
 }
 

@@ -256,3 +256,8 @@ def _check_exact(
 def _total(reduction: Reduction, difference: TensorDifference) -> Totals:
     """Return the requested sums over a difference."""
     return joined(figures_of(reduction.of, [delta], start).numpy() for start, delta in difference.deltas())
+
+
+def part_name(tensor: str, part: str) -> str:
+    """Return a part's name in a file of task vectors."""
+    return f"{tensor}:{part}" if part else tensor

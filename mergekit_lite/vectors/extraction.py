@@ -369,7 +369,7 @@ class _Extraction:
     ) -> tuple[Layout, Callable[[str, str], str]]:
         """Lay out all parts, and return the function that names a tensor's part in the file."""
         lora = self.settings.format == "lora"
-        named = peft_folder.naming(storage, self.before) if lora else part_name
+        named = peft_folder.naming(storage, self.before) if lora else encoders.part_name
         parts = [
             OutputTensor(named(name, part.suffix), part.dtype, part.shape)
             for name, stored in storage.items()
@@ -417,11 +417,6 @@ def _digest(workspace: OutputWorkspace, tensor: str, nbytes: int) -> str:
             return ""
         digest.update(buffer)
     return digest.hexdigest()
-
-
-def part_name(tensor: str, part: str) -> str:
-    """Return a part's name in a file of task vectors."""
-    return f"{tensor}:{part}" if part else tensor
 
 
 def _written_dtype(tensor: _ChangedTensor) -> str:

@@ -6,14 +6,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import xxhash
 
 from mergekit_lite import dtypes
 from mergekit_lite.checkpoint.encodings.block_scaled import BlockScaled, grid
+from mergekit_lite.checkpoint.encodings.dense import Dense
 from mergekit_lite.checkpoint.encodings.ggml import GgmlBlocks
 from mergekit_lite.checkpoint.encodings.pieces import PIECE
+from mergekit_lite.checkpoint.encodings.sum import Sum, Term
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
 from mergekit_lite.checkpoint.tensor import Block, Encoding, TensorSpec
 from mergekit_lite.deferred import np, torch
@@ -191,24 +193,53 @@ def rows_of(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec | None:
     """
     encoding, shape = spec.encoding, (len(rows), *spec.shape[1:])
     if spec.is_plain:
-        places = Places(np.zeros(len(rows), np.int32), rows)
-        return replace(spec, shape=shape, encoding=Gathered((spec,), places))
+        return _plain_rows(spec, rows)
     if isinstance(encoding, GgmlBlocks):
         return replace(spec, shape=shape, encoding=replace(encoding, rows=tuple(rows.tolist())))
-    if not isinstance(encoding, BlockScaled) or len(spec.shape) != 2 or not encoding.codes.is_plain:
+    if isinstance(encoding, Sum) and encoding.base is None:  # the differences of a task vector
+        terms = [term for term in encoding.terms if isinstance(term, Dense) and term.values.is_plain]
+        if len(terms) < len(encoding.terms):
+            return None
+        moved = tuple([replace(term, values=_plain_rows(term.values, rows)) for term in terms])
+        return replace(spec, shape=shape, encoding=replace(encoding, terms=moved))
+    if not isinstance(encoding, BlockScaled) or len(spec.shape) != 2:
         return None
-    by_block = {}
-    for name, numbers in (("scale", encoding.scale), ("zero_point", encoding.zero_point)):
-        if numbers is not None and numbers.numel > 1:
-            if not numbers.is_plain:
-                return None
-            numbers = rows_of(replace(numbers, shape=grid(spec.shape, encoding.block)), rows // encoding.block[0])
-        by_block[name] = numbers
-    codes = rows_of(encoding.codes, rows)
-    return replace(spec, shape=shape, encoding=replace(encoding, codes=codes, block=(1, encoding.block[1]), **by_block))
+    scale, zero_point, (height, width) = encoding.scale, encoding.zero_point, encoding.block
+    if not all(part.is_plain for part in (encoding.codes, scale, zero_point) if part is not None):
+        return None
+    of_blocks = grid((spec.shape[0], spec.shape[1]), encoding.block)
+
+    def of_rows(numbers: TensorSpec) -> TensorSpec:
+        return numbers if numbers.numel == 1 else _plain_rows(replace(numbers, shape=of_blocks), rows // height)
+
+    gathered_codes = replace(
+        encoding,
+        codes=_plain_rows(encoding.codes, rows),
+        scale=of_rows(scale),
+        block=(1, width),
+        zero_point=None if zero_point is None else of_rows(zero_point),
+    )
+    return replace(spec, shape=shape, encoding=gathered_codes)
+
+
+def _plain_rows(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec:
+    places = Places(np.zeros(len(rows), np.int32), rows)
+    return replace(spec, shape=(len(rows), *spec.shape[1:]), encoding=Gathered((spec,), places))
 
 
 def part_of(spec: TensorSpec, begin: int, end: int) -> TensorSpec:
     """Return a tensor of which only the elements ``begin … end`` are read, without what the others need."""
     encoding = spec.encoding
-    return replace(spec, encoding=encoding.part(spec, begin, end)) if isinstance(encoding, Gathered) else spec
+    if isinstance(encoding, Gathered):
+        return replace(spec, encoding=encoding.part(spec, begin, end))
+    if isinstance(encoding, Sum) and any(map(_is_gathered, encoding.terms)):
+        terms = [
+            replace(term, values=part_of(term.values, begin, end)) if _is_gathered(term) else term
+            for term in encoding.terms
+        ]
+        return replace(spec, encoding=replace(encoding, terms=tuple(terms)))
+    return spec
+
+
+def _is_gathered(term: Term) -> TypeGuard[Dense]:
+    return isinstance(term, Dense) and isinstance(term.values.encoding, Gathered)
