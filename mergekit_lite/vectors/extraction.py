@@ -41,8 +41,8 @@ from mergekit_lite.object_stores import Place
 from mergekit_lite.options import named_options
 from mergekit_lite.output.by_workers import Parcel, Written
 from mergekit_lite.output.journal import Record
-from mergekit_lite.output.publishing import check_target, is_published
-from mergekit_lite.output.remote_target import check_remote_target, is_published_remotely, remote_manifest
+from mergekit_lite.output.publishing import check_target
+from mergekit_lite.output.remote_target import check_remote_target
 from mergekit_lite.output.remote_workspace import Part, RemoteWorkspace, spool_folder
 from mergekit_lite.output.working_folder import WorkingFolder, as_run_errors
 from mergekit_lite.output.workspace import OutputWorkspace, manifest_path
@@ -50,7 +50,8 @@ from mergekit_lite.vectors import encoders, peft_folder
 from mergekit_lite.vectors.differences import TensorDifference, TensorPair, by_token, pair_tensors
 from mergekit_lite.vectors.encoders import Encoder, StoragePlan, StoredPart
 from mergekit_lite.vectors.extract_settings import ExtractSettings, VectorFormat, VectorTokens
-from mergekit_lite.vectors.extracted import Extracted, StoredTensor, describes, identified, made_of, manifest_text
+from mergekit_lite.vectors.extracted import Extracted, StoredTensor, identified, made_of, manifest_text
+from mergekit_lite.vectors.finished import published
 from mergekit_lite.vectors.low_rank_encoder import LowRankEncoder
 
 T = TypeVar("T")
@@ -127,7 +128,7 @@ def extract_vector(
     if problems:
         raise PlanError(problems)
     sources = [(str(file.path), file.size, file.mtime_ns) for model in (before, after) for file in model.files]
-    if resume and (extracted := _published(path, run, sources, force=force, sync=sync)) is not None:
+    if resume and (extracted := published(path, run, sources, force=force, sync=sync)) is not None:
         return extracted
     with ExitStack() as stack:
         target: WorkingFolder | Place
@@ -152,37 +153,6 @@ def extract_vector(
                 return extraction.run(target, pairs, notes, run, sources, resume=resume, force=force, sync=sync)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
-
-
-def _published(
-    output: OutputPath, run: Mapping[str, Any], sources: Sequence[tuple[str, int, int]], *, force: bool, sync: bool
-) -> Extracted | None:
-    """Return the result of an earlier run that made this very output, None where none did. Raises RunError."""
-    if isinstance(output, Place):
-        return _published_remotely(output, run, sources)
-    weights = output / peft_folder.WEIGHTS if run["format"] == "lora" else output
-    results: list[Extracted] = []
-
-    def is_result(manifest: Mapping[str, Any]) -> bool:
-        try:
-            results.append(Extracted.from_manifest(output, manifest))
-        except (LookupError, AttributeError, TypeError, ValueError):
-            return False
-        return describes(weights, manifest)
-
-    return results[-1] if is_published(output, run["plan"], sources, is_result, force=force, sync=sync) else None
-
-
-def _published_remotely(
-    output: Place, run: Mapping[str, Any], sources: Sequence[tuple[str, int, int]]
-) -> Extracted | None:
-    try:
-        extracted = Extracted.from_manifest(str(output), remote_manifest(output) or {})
-    except (LookupError, AttributeError, TypeError, ValueError):
-        return None
-    files = {peft_folder.WEIGHTS if run["format"] == "lora" else output.name: extracted.nbytes}
-    newest = max((time for _, _, time in sources), default=0)
-    return extracted if is_published_remotely(output, run["plan"], files, newest) else None
 
 
 def _check_name(path: OutputPath, form: str) -> None:
