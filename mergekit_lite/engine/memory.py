@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from mergekit_lite.checkpoint.encodings.sum import Sum
 from mergekit_lite.checkpoint.stores.read_ahead import PER_READER
@@ -13,12 +13,16 @@ from mergekit_lite.engine.run import workers_and_block
 from mergekit_lite.engine.span_writer import chunk_of
 from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK
+from mergekit_lite.methods.contract import Reduction
 from mergekit_lite.object_stores import Place
 from mergekit_lite.ops import CPU
+from mergekit_lite.ops import operations as op
 from mergekit_lite.output.upload import IN_FLIGHT
 from mergekit_lite.planning import Job, Plan
 
-PYTHON, WITH_TORCH = 45_000_000, 300_000_000  # measured on Linux
+PYTHON, WITH_TORCH = 34_000_000, 260_000_000  # measured on Linux
+NUMPY = 11_000_000  # measured: it is imported for statistics, by torch too
+COUNTING = 5_000_000  # of each model, for each worker: bit patterns counted to find a threshold; measured
 WITH_CUDA = 900_000_000  # not measured: torch's CUDA build, and a context, of which the host keeps a part
 TEMPORARIES = 6  # widened inputs, result and intermediate tensors of one block, of 8-byte elements at most
 UPLOADING = IN_FLIGHT + 40_000_000  # parts under way, and the client of the store
@@ -45,6 +49,9 @@ def memory_estimate(plan: Plan, threads: int | None, devices: Sequence[str] = (C
     buffers += FOLDING if folds else 0
     buffers += PER_READER if fetches(plan) else 0
     runtime = WITH_CUDA if not on_cpu else WITH_TORCH if _needs_torch(plan) else PYTHON
+    statistics = {type(request.of) for request in _requests(plan)}
+    runtime += NUMPY if statistics and runtime == PYTHON else 0
+    buffers += COUNTING * plan.most_inputs if op.CountUpperBits in statistics and on_cpu else 0
     runtime += UPLOADING if any(isinstance(output, Place) for output in plan.outputs) else 0
     return runtime + factors + workers * buffers + PER_TENSOR * len(plan.jobs)
 
@@ -56,11 +63,23 @@ def pinned_bytes(plan: Plan, block: int) -> int:
 
 
 def _needs_torch(plan: Plan) -> bool:
-    """Return whether a tensor needs torch, looking at the first one of each kind."""
+    """Return whether a tensor needs torch."""
+    return any(
+        needs_torch(job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged_elements else [])
+        for job in _of_each_kind(plan)
+    )
+
+
+def _requests(plan: Plan) -> Iterator[Reduction]:
+    """Yield the statistics that methods ask for first."""
+    for job in _of_each_kind(plan):
+        if job.merged_elements and (request := JobMerge(plan, job, 0, 0, job.numel).request) is not None:
+            yield request
+
+
+def _of_each_kind(plan: Plan) -> Iterable[Job]:
+    """Return the first job of each kind."""
     first: dict[object, Job] = {}
     for job in plan.jobs:
         first.setdefault((job.method, job.dtype, *(spec.dtype for spec in job.inputs)), job)
-    return any(
-        needs_torch(job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged_elements else [])
-        for job in first.values()
-    )
+    return first.values()
