@@ -20,7 +20,7 @@ from mergekit_lite.output.remote_target import RemoteFolder
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.ray_nodes import RayNodes, end_group, wait_for
 from tests.remote.object_store import BUCKET, Proxy, Store, make_dead, serving, spoiling
-from tests.remote.test_writing import extrapolate, use
+from tests.remote.outputs import extrapolate, use
 
 MERGE = ("merge", "ties.yml", "--shard-size", "20000", "-o")
 TIES = """
