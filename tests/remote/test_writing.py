@@ -57,7 +57,8 @@ def test_from_a_store_into_a_store(store: Store, models: Path) -> None:
     assert touching.returncode == 2 and "at the input" in touching.stderr
 
 
-def test_documents_name_no_folder_of_this_machine(store: Store, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", ["fused", pytest.param("--keep", marks=pytest.mark.slow)])
+def test_documents_name_no_folder_of_this_machine(store: Store, models: Path, tmp_path: Path, between: str) -> None:
     """Neither a stand-in of what is read elsewhere nor what lies between documents: two machines make the same."""
     for name in ("sft", "dpo"):
         for file, content in tree_bytes(models / name).items():
@@ -73,12 +74,12 @@ def test_documents_name_no_folder_of_this_machine(store: Store, models: Path, tm
         (place / "tmp").mkdir(parents=True)
         (place / "recipe.yml").write_text(yaml.safe_dump_all(documents))
         before = partial(set_up, {**store.environment, "TMPDIR": str(place / "tmp")})
-        output = f"s3://bucket/{place.name}/out"
-        done = processes.run(
-            place, "merge", "recipe.yml", "-o", output, "--shard-size", str(SHARD), "--json", before=before
-        )
+        output = f"{place.name}{between}/out"
+        options = ["--shard-size", str(SHARD), "--json", *([between] if between == "--keep" else [])]
+        done = processes.run(place, "merge", "recipe.yml", "-o", f"s3://bucket/{output}", *options, before=before)
         assert done.returncode == 0, done.stderr
-        made.append(under(store, f"{place.name}/out"))
+        assert (place / ".out.documents" / "half" / MANIFEST).exists() == (between == "--keep")
+        made.append(under(store, output))
         for content in (*made[-1].values(), done.stdout.encode()):
             assert str(tmp_path).encode() not in content and b"mergekit-lite-" not in content
     assert made[0] == made[1] and MANIFEST in made[0]
