@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import threading
+from pathlib import Path
 
 import pytest
 
 from mergekit_lite.errors import RunError
 from mergekit_lite.object_stores import parse_place
-from mergekit_lite.output import remote_target
+from mergekit_lite.output import remote_target, remote_workspace
 from mergekit_lite.output.remote_target import Lock, RemoteFolder
+from tests.ray_nodes import wait_for
 from tests.remote.object_store import Store, spoiling
-from tests.remote.outputs import use
+from tests.remote.outputs import MANIFEST, extrapolate, under, use
 
 
 def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,11 +31,8 @@ def test_two_runs_at_once(server: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     first.close()
     assert (folder.get("lock") or b"").startswith(second._own)
     second.check()
-    folder.put("lock", b"a third")
-    until = time.monotonic() + 20
-    while not second.lost:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    # Of a store that looks at no conditions a renewal may write over what it has not seen: until one sees the other.
+    wait_for(lambda: folder.put("lock", b"a third") or second.lost, 60)
     with pytest.raises(RunError, match="another run"):
         second.check()
     second.close()
@@ -67,3 +66,43 @@ def test_locks_of_stores_that_look_at_conditions(server: Store, monkeypatch: pyt
         assert folder.look("lock") == after
         live.close()
         assert folder.look("lock") is None
+
+
+def test_a_lock_that_is_given_back_while_another_run_waits(server: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited gets it, and a run whose lock is gone holds it no longer."""
+    monkeypatch.setattr(remote_target, "RENEWED", 0.3)
+    with spoiling(server, conditional=True) as (store, _):
+        use(store, monkeypatch)
+        folder = RemoteFolder(parse_place("s3://bucket/.back.partial"))
+        folder.put("lock", b"a run that ends")
+        ends = threading.Timer(0.1, folder.delete, ["lock"])
+        ends.start()
+        held = Lock(folder)
+        ends.join()
+        folder.delete("lock")
+        wait_for(lambda: held.lost)
+        with pytest.raises(RunError, match="another run"):
+            held.check()
+        held.close()
+        assert folder.look("lock") is None
+
+
+def test_an_output_that_another_run_finished_meanwhile(
+    store: Store, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was let in while the output was being made removes nothing of it."""
+    RemoteFolder(parse_place("s3://bucket/.meanwhile.partial")).put("model.jsonl", b"")  # as of a run under way
+    finished: list[dict[str, bytes]] = []
+
+    def held(folder: RemoteFolder) -> Lock:
+        if not finished:
+            finished.append({})
+            extrapolate(models, "s3://bucket/meanwhile", 0.5, resume=True)
+            finished[0] = under(store, "meanwhile")
+        return Lock(folder)
+
+    monkeypatch.setattr(remote_workspace, "Lock", held)
+    with pytest.raises(RunError, match="another run has finished it meanwhile"):
+        extrapolate(models, "s3://bucket/meanwhile", resume=True)
+    assert under(store, "meanwhile") == finished[0] and MANIFEST in finished[0]
+    extrapolate(models, "s3://bucket/meanwhile", 0.5, resume=True)
