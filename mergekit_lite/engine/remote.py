@@ -104,7 +104,7 @@ def _check_sources(plan: Plan, workspace: RemoteWorkspace) -> None:
     """
     if not workspace.settled:
         return
-    files = {str(file.path): file for source in plan.inputs for file in source.files}
+    files = {str(file.path): file for source in plan.inputs for file in source.files_read}
     with_etag = {path for path, file in files.items() if is_elsewhere(path) and is_strong(file.etag)}
     without = {path for path in files if is_elsewhere(path)} - with_etag
     unproven = workspace.changed_sources | without

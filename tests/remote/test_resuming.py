@@ -72,7 +72,7 @@ def test_inputs_elsewhere_are_held_to_their_etags() -> None:
     """Another etag is another file; bytes are not looked at."""
     place = parse_place("s3://bucket/out")
     files = [SimpleNamespace(path=path, etag="x") for path in ("s3://bucket/a.safetensors", "/b.safetensors")]
-    plan = SimpleNamespace(inputs=[SimpleNamespace(files=files)])
+    plan = SimpleNamespace(inputs=[SimpleNamespace(files_read=files)])
     workspace = SimpleNamespace(
         place=place, journal={}, settled={0}, changed_sources={"s3://bucket/a.safetensors", "/b.safetensors"}
     )
@@ -205,7 +205,8 @@ def test_servers_without_etags_are_held_to_bytes(monkeypatch: pytest.MonkeyPatch
         SimpleNamespace(path=f"https://host/{name}", etag=etag)
         for name, etag in {"a": "x", "b": "", "c": "W/x"}.items()
     ]
-    plan = SimpleNamespace(inputs=[SimpleNamespace(files=files)], jobs=[], outputs=[1])
+    promised = SimpleNamespace(path="/tmp/half.safetensors", etag="")  # by a document that is made while it is read
+    plan = SimpleNamespace(inputs=[SimpleNamespace(files=[promised], files_read=files)], jobs=[], outputs=[1])
     workspace = SimpleNamespace(place=parse_place("s3://b/o"), journal={}, settled={0}, changed_sources=set())
     remote._check_sources(cast(Any, plan), cast(Any, workspace))
     assert asked == [{"https://host/b", "https://host/c"}]
