@@ -6,6 +6,7 @@ import contextlib
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,15 @@ from typing import Any, cast
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 import mergekit_lite
+from mergekit_lite.checkpoint.reader import Reader
+from mergekit_lite.checkpoint.stores import read_ahead
+from mergekit_lite.checkpoint.stores.files import Mirror, StorePath, know
+from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
+from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.engine import remote
 from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.object_stores import Place, parse_place
@@ -210,6 +217,22 @@ def test_servers_without_etags_are_held_to_bytes(monkeypatch: pytest.MonkeyPatch
     workspace = SimpleNamespace(place=parse_place("s3://b/o"), journal={}, settled={0}, changed_sources=set())
     remote._check_sources(cast(Any, plan), cast(Any, workspace))
     assert asked == [{"https://host/b", "https://host/c"}]
+
+
+def test_digests_are_taken_of_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request after another would take as often as long as there are requests."""
+    content = random.Random(0).randbytes(2 * read_ahead.BLOCK)
+    know("/nowhere/stand-in", Mirror("https://host", {"m.safetensors": RemoteFile("https://host/m", len(content), "")}))
+    spec = TensorSpec("w", "bfloat16", (len(content) // 2,), StorePath("/nowhere/stand-in/model/m.safetensors"), 0)
+    together = threading.Barrier(2)
+
+    def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
+        together.wait(60)
+        out[:] = content[begin : begin + len(out)]
+
+    monkeypatch.setattr(read_ahead, "fetch", fetch)
+    with Reader() as reader:
+        assert remote._digest_of(reader, spec, 0, spec.numel) == xxhash.xxh3_128_hexdigest(content)
 
 
 @pytest.mark.slow
