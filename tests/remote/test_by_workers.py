@@ -74,6 +74,16 @@ def store(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[St
         yield store
 
 
+DOCUMENTS = """
+merge_method: linear
+models: [{model: half, parameters: {weight: 0.5}}, {model: sft, parameters: {weight: 0.5}}]
+---
+name: half
+merge_method: linear
+models: [{model: sft, parameters: {weight: 0.5}}, {model: dpo, parameters: {weight: 0.5}}]
+"""
+
+
 def python(place: Path, store: Store, code: str, *arguments: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -93,11 +103,14 @@ PLAIN = (
 
 
 def test_what_workers_make_is_what_a_disk_has(models: Path, store: Store) -> None:
-    """Several files are sent by workers, one by the command; of several outputs, too."""
+    """Several files are sent by workers, one by the command; of several outputs and documents, too."""
+    (models / "documents.yml").write_text(DOCUMENTS)
     jobs = [
         ("extrapolate", ("sft", "dpo", "{}/several-{{alpha}}", [0.3, 0.5]), {"shard_size": 50_000}),
         ("extrapolate", ("sft", "dpo", "{}/one", 0.3), {}),
         ("extrapolate", ("sft", "dpo", "{}/torch-{{alpha}}.pt", [0.3, 0.5]), {}),
+        ("merge", ("documents.yml", "{}/fused"), {"shard_size": 50_000}),
+        ("merge", ("documents.yml", "{}/kept"), {"shard_size": 50_000, "keep": True}),
         ("extract_vector", ("sft", "dpo", "{}/vector.safetensors"), {"format": "lowrank", "rank": 2}),
     ]
     for code, place in ((PLAIN, "plain"), (PACKING, "s3://bucket")):
@@ -108,6 +121,10 @@ def test_what_workers_make_is_what_a_disk_has(models: Path, store: Store) -> Non
         python(models, store, code, json.dumps(named))
     made = {name: content for name, content in store.objects().items() if not name.startswith("in/")}
     wanted = tree_bytes(models / "plain")
+    between = {name: wanted.pop(name) for name in [*wanted] if name.startswith(".kept.documents/")}
+    assert tree_bytes(models / ".kept.documents") == {
+        name.removeprefix(".kept.documents/"): content for name, content in between.items()
+    }
     assert made.keys() == wanted.keys()
     cards = {name for name in wanted if name.endswith("README.md")}
     assert [name for name in wanted if made[name] != wanted[name] and name not in cards] == []
