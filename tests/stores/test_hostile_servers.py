@@ -281,3 +281,20 @@ def test_servers_that_ignore_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out[:10] == b"ababcdefgh"  # a short one is asked for the rest
     with pytest.raises(RunError, match=r"s3://bucket/never-signed: its server doesn't send ranges"):
         ranges.fetch(file, 0, memoryview(bytearray(10)))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "direct"),
+    [("::1", {"[::1]:9000", "[::1]"}), ("host:9000", {"host:9000"}), ("host", {"host:9000", "host:80"}), ("", set())],
+)
+def test_servers_that_are_asked_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, left_out: str, direct: set[str]
+) -> None:
+    """Addresses of IPv6 have colons of their own, and one port of a host may be meant."""
+    for name, value in {"http_proxy": "http://proxy:3128", "no_proxy": left_out}.items():
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.setenv(name, value)
+    http._proxy.cache_clear()
+    asked = {"[::1]:9000", "[::1]", "host:9000", "host:80", "other:9000"}
+    assert {netloc for netloc in asked if http._proxy("http", netloc) is None} == direct
+    http._proxy.cache_clear()
