@@ -49,7 +49,9 @@ class Packing:
     def run(self, tasks, worker, size=None):
         do = cloudpickle.loads(cloudpickle.dumps(worker))()
         for task in reversed(tasks):
-            yield pickle.loads(pickle.dumps(do(pickle.loads(pickle.dumps(task)))))
+            given = pickle.loads(pickle.dumps(task))
+            do.expect(given)
+            yield pickle.loads(pickle.dumps(do(given)))
 
 for function, arguments, options in json.loads(sys.argv[1]):
     getattr(ml, function)(*arguments, **options, ray=Packing())
@@ -84,7 +86,8 @@ models: [{model: sft, parameters: {weight: 0.5}}, {model: dpo, parameters: {weig
 """
 
 
-def python(place: Path, store: Store, code: str, *arguments: str) -> None:
+def python(place: Path, store: Store, code: str, *arguments: str) -> str:
+    """Run code to its end, and return what it says."""
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=place,
@@ -94,6 +97,7 @@ def python(place: Path, store: Store, code: str, *arguments: str) -> None:
         timeout=900,
     )
     assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 PLAIN = (
@@ -128,6 +132,28 @@ def test_what_workers_make_is_what_a_disk_has(models: Path, store: Store) -> Non
     assert made.keys() == wanted.keys()
     cards = {name for name in wanted if name.endswith("README.md")}
     assert [name for name in wanted if made[name] != wanted[name] and name not in cards] == []
+
+
+COUNTED = """
+from mergekit_lite.checkpoint.stores.ranges import TRAFFIC
+from mergekit_lite.checkpoint.stores.read_ahead import BlockReader
+
+BlockReader.__init__.__defaults__ = (100_000, 2)  # bytes of room: less than a file has, more than a tensor
+ml.merge("counted.yml", "plain/read")
+TRAFFIC.taken()
+for ray in (None, Packing()):
+    ml.merge("counted.yml", "s3://bucket/read", shard_size=200_000, force=True, ray=ray)
+    print(TRAFFIC.taken().nbytes)
+"""
+
+
+def test_workers_read_no_more_than_a_plain_run(models: Path, store: Store) -> None:
+    """A tensor whose statistics are gathered first is fetched once where there is room for it."""
+    recipe = TIES.format("s3://bucket/in/").replace("trim: global", "trim: tensor")
+    (models / "counted.yml").write_text(recipe)
+    plain, by_workers = map(int, python(models, store, PACKING.rpartition("\nfor function")[0] + COUNTED).split())
+    print(plain, by_workers)
+    assert by_workers <= 1.05 * plain
 
 
 def test_a_file_with_another_tag_is_read(
