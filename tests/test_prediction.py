@@ -269,6 +269,11 @@ def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     over_net = json.loads(CliRunner().invoke(main, [*command[:2], "--net", "1.25", "--json"]).stdout)["prediction"]
     bytes_told = over_net["bytes"]
     assert bytes_told["received"] == bytes_told["read"] + bytes_told["read_again"] and bytes_told["from_disk"] == 0
+    few, many = (
+        json.loads(CliRunner().invoke(main, [*command[:4], "--net=1", f"--shard-size={most}", "--json"]).stdout)
+        for most in ("600KB", "10KB")
+    )
+    assert few["prediction"]["busiest_node"] > many["prediction"]["busiest_node"]
     run = ["merge", "ties.yml", "-o", "merged", "--threads", "2", "--dry-run"]
     dry = json.loads(CliRunner().invoke(main, [*run, "--json"]).stdout)
     assert dry["prediction"]["workers"] == 2 and dry["prediction"]["memory"] == dry["memory"]
