@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, open_checkpoint
 from mergekit_lite.checkpoint.references import plain_reference
+from mergekit_lite.engine.buffers import CPU
 from mergekit_lite.engine.finished import is_finished
 from mergekit_lite.engine.fused import NotMadeError, is_in_one_read, makers, reading, reads_in_one_pass, why_not_made
+from mergekit_lite.engine.ray_cluster import workers_of
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, found, run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted, nearest
 from mergekit_lite.layout import OutputPath, output_path
@@ -160,7 +162,8 @@ def merge_documents(
         own_folder(folder)
     documents = [step.document for step in steps]
     fused = {step.name for step in steps if step.is_fused}
-    with _promises() as lay:
+    workers = workers_of(run_options.get("ray"), run_options.get("device", CPU), run_options.get("threads"))
+    with _promises() as lay, workers as crew:
         results: dict[str, _Result] = {}
         for step in steps:
             if step.output in there:
@@ -182,7 +185,7 @@ def merge_documents(
                 continue
             if starting is not None:
                 starting(step, plan)
-            options: RunOptions = {**run_options}
+            options: RunOptions = {**run_options, "ray": crew}
             if not step.is_final:
                 options |= {"resume": _is_begun(plan), "force": True}
             yield step, run(plan, **options)

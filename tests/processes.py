@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -62,9 +63,10 @@ class Forked:
         return self._process.exitcode is None
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send it a signal, unless it has ended: that may come between."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def end(self) -> Ended:
         """Wait for its end."""

@@ -8,12 +8,17 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import mergekit_lite
+from mergekit_lite import multimerge
+from mergekit_lite.engine import ray_cluster
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, PlanError, UsageError
 from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe.documents import parse_documents
@@ -297,3 +302,24 @@ models:
     )
     mergekit_lite.merge(recipe, tmp_path / "out")
     assert mergekit_lite.verify(tmp_path / "out", samples="all").sound
+
+
+def test_all_documents_are_made_by_one_cluster(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is connected once, not for each of them: starting Ray takes longer than many a merge."""
+    opened: list[object] = []
+    used: list[object] = []
+
+    @contextmanager
+    def connected(*_: object) -> Iterator[object]:
+        opened.append(object())
+        yield opened[-1]
+
+    def run_here(plan: mergekit_lite.Plan, **options: Any) -> mergekit_lite.Finished:
+        used.append(options.pop("ray"))
+        return mergekit_lite.run(plan, **options)
+
+    monkeypatch.setattr(ray_cluster, "connected", connected)
+    monkeypatch.setattr(multimerge, "run", run_here)
+    recipe = written(tmp_path, CHAIN.format(place=place, weight=0.5))
+    mergekit_lite.merge(recipe, tmp_path / "out", keep=True, ray="local:2")
+    assert len(opened) == 1 and used == opened * 3

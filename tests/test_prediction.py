@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,25 @@ def test_more_nodes_are_never_slower_and_no_better_than_as_many_times_faster(lar
         times = [predict(plan, Cluster(8, nodes, **rates), 8, 1.0, costs).seconds for nodes in counts]
         assert all(a >= b for a, b in pairwise(times))
         assert all(times[0] <= nodes * time * 1.001 for nodes, time in zip(counts, times, strict=True))
+
+
+def test_few_files_in_a_store_keep_few_workers_busy(large: tuple[Plan, Costs]) -> None:
+    """There one worker makes a whole file, so nodes beyond the files have nothing to do; spans are for all."""
+    plan, costs = large
+    sizes, net = [file.size for file in plan.layout.files], 0.1 * GB
+    assert len(sizes) > 3
+    as_many, more, alone = (
+        predict(plan, Cluster(8, nodes, net=net), workers, 1.0, costs)
+        for nodes, workers in ((len(sizes), 8), (10 * len(sizes), 8), (len(sizes), 1))
+    )
+    assert as_many.merging == pytest.approx(3 * max(sizes) / net, rel=0.02)  # it reads three models
+    assert more.merging == alone.merging == as_many.merging
+    slow = Costs(costs.kinds, {kind: replace(cost, points=tuple(point._replace(merging=1000 * point.merging)
+                 for point in cost.points)) for kind, cost in costs.of_kind.items()}, 0.0)  # fmt: skip
+    assert predict(plan, Cluster(8, len(sizes), net=net), 8, 1.0, slow).limit == "files"
+    assert predict(plan, Cluster(8, 1, net=net), 8, 1.0, slow).limit == "compute"
+    shared = predict(plan, Cluster(8, 10 * len(sizes), net=net, is_shared=True), 8, 1.0, costs)
+    assert shared.merging < more.merging / 5
 
 
 @pytest.mark.parametrize("what", ["read", "write", "net", "cores", "workers"])
@@ -249,6 +269,11 @@ def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     over_net = json.loads(CliRunner().invoke(main, [*command[:2], "--net", "1.25", "--json"]).stdout)["prediction"]
     bytes_told = over_net["bytes"]
     assert bytes_told["received"] == bytes_told["read"] + bytes_told["read_again"] and bytes_told["from_disk"] == 0
+    few, many = (
+        json.loads(CliRunner().invoke(main, [*command[:4], "--net=1", f"--shard-size={most}", "--json"]).stdout)
+        for most in ("600KB", "10KB")
+    )
+    assert few["prediction"]["busiest_node"] > many["prediction"]["busiest_node"]
     run = ["merge", "ties.yml", "-o", "merged", "--threads", "2", "--dry-run"]
     dry = json.loads(CliRunner().invoke(main, [*run, "--json"]).stdout)
     assert dry["prediction"]["workers"] == 2 and dry["prediction"]["memory"] == dry["memory"]

@@ -24,10 +24,13 @@ Examples:
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @takes_cluster
+@running.takes_shard_size
 @running.takes_stream
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Print every tensor.")
-def command(recipe: Path, as_json: bool, verbose: bool, cluster_options: dict[str, Any]) -> None:
+def command(
+    recipe: Path, as_json: bool, verbose: bool, shard_size: int | None, cluster_options: dict[str, Any]
+) -> None:
     """Print what RECIPE would do: methods and numbers of all tensors, sizes, memory, what is copied or left out.
 
     And how long it would take, on this machine or on others: computing is measured here, with made-up weights; without
@@ -46,10 +49,10 @@ def command(recipe: Path, as_json: bool, verbose: bool, cluster_options: dict[st
     documents = parse_documents(text_of(recipe), str(recipe))
     if len(documents) > 1:
         output = "merged-{name}" if len(final(documents)) > 1 else "merged"
-        steps = plan_documents(documents, output)
+        steps = plan_documents(documents, output, shard_size=shard_size)
         several.show_plans(steps, screen, as_json=as_json, threads=None, devices=(CPU,))
         return
-    plan = plan_merge(recipe, "merged")
+    plan = plan_merge(recipe, "merged", shard_size=shard_size)
     prediction = predicted(plan, **cluster_options)
     threads = prediction.workers if prediction is not None else None
     if as_json:

@@ -106,7 +106,13 @@ def headline(prediction: Prediction) -> str:
     where = f"this machine, {cores}" if cluster.is_measured else f"{cluster.nodes} {machines} of {cores}"
     workers = f"{prediction.workers} worker{'s' * (prediction.workers > 1)}"
     each = " each" if cluster.nodes > 1 else ""
-    what = {"compute": "computing", "disk": "the disk", "net": "the network", "start-up": "start-up"}[limit]
+    what = {
+        "compute": "computing",
+        "disk": "the disk",
+        "net": "the network",
+        "files": "the number of files",
+        "start-up": "start-up",
+    }[limit]
     return f"about {seconds(prediction.seconds)} on {where}, {workers}{each}; {what} limits"
 
 

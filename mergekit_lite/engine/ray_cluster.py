@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.stores.cache import is_caching
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.ray_machine import File
 from mergekit_lite.engine.ray_workers import GPU_THREADS, Cluster
@@ -36,11 +37,13 @@ QUIET = {  # settings of Ray by environment variables: no usage statistics are s
 
 
 def check_address(address: str, device: str) -> None:
-    """Raise UsageError where an address of a cluster can't be one, Ray is missing, or the device is not for it."""
+    """Raise UsageError where an address of a cluster can't be one, Ray is missing, or an option is not for it."""
     if address != "auto" and not LOCAL.fullmatch(address) and (address.startswith("local") or ":" not in address):
         raise UsageError(f"--ray {address}: {EXPECTED}.")
     if device not in (CPU, "cuda", "cuda:all"):
         raise UsageError(f"--ray takes --device cpu or cuda, which are all GPUs that the cluster has, not {device}.")
+    if is_caching():
+        raise UsageError("--fetch-cache is for workers on this machine: those that --ray has fetch for themselves.")
     if importlib.util.find_spec("ray") is None:
         raise UsageError("--ray needs Ray, on every machine: pip install 'mergekit-lite[ray]'")
 

@@ -14,6 +14,7 @@ from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.checkpoint.stores.remote_file import is_strong
 from mergekit_lite.checkpoint.tensor import TensorSpec
 from mergekit_lite.engine.processes import AHEAD
+from mergekit_lite.engine.schedule import expect_elements
 from mergekit_lite.engine.tensor_merge import LARGE, JobMerge
 from mergekit_lite.engine.tiling import CHUNK, bounds, cut
 from mergekit_lite.errors import RunError, listing
@@ -104,7 +105,7 @@ def _check_sources(plan: Plan, workspace: RemoteWorkspace) -> None:
     """
     if not workspace.settled:
         return
-    files = {str(file.path): file for source in plan.inputs for file in source.files}
+    files = {str(file.path): file for source in plan.inputs for file in source.files_read}
     with_etag = {path for path, file in files.items() if is_elsewhere(path) and is_strong(file.etag)}
     without = {path for path in files if is_elsewhere(path)} - with_etag
     unproven = workspace.changed_sources | without
@@ -149,6 +150,7 @@ def _others_by_digest(plan: Plan, journal: Journal, unproven: Set[str]) -> set[s
 def _digest_of(reader: Reader, spec: TensorSpec, begin: int, end: int) -> str:
     """Return the digest of the elements ``begin … end`` of a tensor, as records hold it."""
     digest = xxhash.xxh3_128()
+    expect_elements(reader, [([spec], begin, end)])
     for start, count in cut(begin, end, CHUNK):
         chunk = memoryview(bytearray(count * dtypes.size(spec.dtype)))
         spec.fill(reader, start, chunk)

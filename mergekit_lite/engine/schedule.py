@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any, TypeVar
 
 from mergekit_lite.checkpoint import TensorSpec
@@ -106,7 +106,9 @@ class Schedule:
         tasks = [task for task in of_file.items() if task[0] not in settled]
 
         def expect(reader: Reader, task: tuple[int, list[Span]]) -> None:
-            self.expect(reader, task[1])
+            # Tensor by tensor: what is read again for statistics is so before the next one is read.
+            for _, of_job in groupby(task[1], key=lambda span: span.index):
+                self.expect(reader, list(of_job))
 
         if self.pool.crew is not None:
             self.pool.crew.on_news = self._show

@@ -251,7 +251,8 @@ class Lock:
                 if now is not None and now.content != first.content:
                     raise self._taken()
                 left -= RENEWED
-                if now is None:
+                if now is None:  # it was given back: whoever is first may have it
+                    first = None
                     break
         self._write(first)
         if first is not None:  # a store that looks at no conditions may have let another one take it over as well
@@ -278,7 +279,7 @@ class Lock:
         while not self._closed.wait(RENEWED):
             with suppress(RunError):  # of a store out of reach: the uploads tell
                 seen = self._folder.look(LOCK)
-                self.lost |= seen is not None and not self._is_own(seen)
+                self.lost |= not self._is_own(seen)  # or gone: whoever took it over has finished, and gave it back
                 if self.lost or self._closed.is_set():
                     return
                 self._write(seen)

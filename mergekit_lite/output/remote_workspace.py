@@ -117,6 +117,9 @@ class RemoteWorkspace(OutputWorkspace):
         """Return the finished files to go on with, and remove all else that is there of an earlier run or output."""
         files = {name: file.size for name, file in zip(self._stored, layout.files, strict=True)}
         there = standing(self.place)
+        manifest = manifest_path(self.place).name
+        if not force and manifest in there:  # none was there when this run was let in
+            raise RunError(f"{self.place}: another run has finished it meanwhile. --resume looks whose it is.")
         if not force and (strange := sorted(there.keys() - companions - files.keys())):
             title = f"{self.place}: holds what no run of this program put there; move it away, or --force removes it"
             raise RunError(listing(title, [ascii(name)[1:-1] for name in strange]))
@@ -132,7 +135,6 @@ class RemoteWorkspace(OutputWorkspace):
         journals = {name + JOURNAL_ENDING for name in kept}
         self._beside.delete(*(name for name in self._beside.sizes() if name not in journals and name != LOCK))
         # The manifest goes first: without it nothing that is left is an output.
-        manifest = manifest_path(self.place).name
         self._files.delete(*sorted(there.keys() - kept.keys(), key=lambda name: name != manifest))
         return kept
 

@@ -8,6 +8,9 @@ A node's workers overlap reading, computing and writing, so the slowest of these
 There are two phases, as statistics that span tensors, or one of more than 64 Mi elements, come first. No phase is
 shorter than its largest task, or than the command takes to hand out tasks and note their results. With several nodes a
 task goes to the node that is free first, the largest first; the busiest node decides.
+
+Several nodes make an output of several files in an object store file by file: there a task of the second phase is a
+file, and its worker overlaps reading, computing and sending by itself. The busiest worker decides then.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
 # journal, manifest; measured
 FINISH = 0.05  # seconds: index, config, card, and the renames
+IDLE = 1.25  # times as long as a node's busiest part has work: then workers without a file make the difference
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
 
 
@@ -73,6 +77,7 @@ class Prediction:
         received, sent: bytes that cross the network to the nodes, and from them.
         share: of the work that the busiest node does.
         memory: bytes, each node.
+        by_file: whether a worker makes a whole file, of an output in an object store.
     """
 
     cluster: Cluster
@@ -93,6 +98,7 @@ class Prediction:
     sent: int
     share: float
     memory: int
+    by_file: bool
 
     @property
     def seconds(self) -> float:
@@ -101,9 +107,14 @@ class Prediction:
 
     @property
     def limit(self) -> str:
-        """What takes longest: ``compute``, ``disk``, ``net``, or ``start-up`` of which all else is the smaller part."""
+        """What takes longest: ``compute``, ``disk``, ``net``, or ``start-up`` of which all else is the smaller part.
+
+        ``files`` where there are too few of them to keep the workers of a node busy.
+        """
         busy = {"compute": self.compute, "disk": self.disk, "net": self.net}
         most = max(busy, key=lambda name: busy[name])
+        if self.by_file and self.statistics + self.merging > max(IDLE * busy[most], self.start + self.finish):
+            return "files"
         return most if busy[most] > self.start + self.finish else "start-up"
 
     def to_json(self) -> dict[str, Any]:
@@ -162,10 +173,11 @@ def predict(
     workers = workers or (cluster.cores + 1 if cluster.nodes == 1 else cluster.cores)
     costs = costs or measured_costs(plan)
     work = _Work(plan, cluster)
-    for (kind, job), count in _alike(plan, costs.kinds).items():
+    for (kind, job), count in _alike(plan, costs.kinds, by_file=work.by_file).items():
         work.add(costs.of_kind[kind], job, count)
     pace = _Pace(cluster, workers)
-    statistics, merging = pace.phase(work.early), pace.phase(work.late, PER_TENSOR * len(plan.jobs))
+    statistics = pace.phase(work.early)
+    merging = pace.phase(work.late, PER_TENSOR * len(plan.jobs), by_file=work.by_file)
     load = work.load
     busiest = max(statistics.share, merging.share) if work.early else merging.share
     disk, net = pace.disk(load.times(busiest)), pace.net(load.times(busiest))
@@ -190,6 +202,7 @@ def predict(
         sent=round(load.sent),
         share=busiest,
         memory=memory_estimate(plan, workers),
+        by_file=work.by_file,
     )
 
 
@@ -200,17 +213,19 @@ class _Alike(NamedTuple):
     read: int
     written: int
     codes: bool
+    file: int = 0  # in which it is written, where that makes a difference
 
 
-def _alike(plan: Plan, kinds: list[Any]) -> Mapping[tuple[Any, _Alike], int]:
-    """Return how many jobs there are of each kind and size."""
+def _alike(plan: Plan, kinds: list[Any], *, by_file: bool) -> Mapping[tuple[Any, _Alike], int]:
+    """Return how many jobs there are of each kind and size, in each file if that makes a difference."""
     scales = {job.scales_of: job.nbytes for job in plan.jobs if job.scales_of}
     found: Counter[tuple[Any, _Alike]] = Counter()
     for job, kind in zip(plan.jobs, kinds, strict=True):
         if kind is not None:
             read = sum([spec.nbytes for spec in job.inputs])
             written = (job.nbytes + scales.get(job.name, 0)) * len(plan.outputs)
-            found[kind, _Alike(job.numel, read, written, job.dtype == block_fp8.CODES)] += 1
+            file = plan.layout.place(job.name)[0] if by_file else 0
+            found[kind, _Alike(job.numel, read, written, job.dtype == block_fp8.CODES, file)] += 1
     return found
 
 
@@ -218,20 +233,29 @@ class _Work:
     """The tasks of a plan, in two phases.
 
     Attributes:
-        early, late: tasks with how many there are of each: sections of statistics that come first, and all else.
+        early: tasks with how many there are of each: sections of statistics that come first.
         read_again: bytes that are read once more for statistics.
+        by_file: whether a worker makes a whole file.
     """
 
     def __init__(self, plan: Plan, cluster: Cluster) -> None:
         self.cluster = cluster
         self.early: list[tuple[Load, int]] = []
-        self.late: list[tuple[Load, int]] = []
+        self._spans: list[tuple[Load, int]] = []
+        self._files: dict[int, Load] = {}
+        in_store = cluster.net is not None and not cluster.is_shared
+        self.by_file = in_store and cluster.nodes > 1 and len(plan.layout.files) > 1
         self.read_again = 0.0
         cached, self.stays = 0.0, False
         if cluster.is_measured:
             cached = cached_share((file.path, file.size) for source in plan.inputs for file in source.files)
             self.stays = plan.bytes_to_read <= FITS * cluster.free_memory
         self.uncached = 1 - cached
+
+    @property
+    def late(self) -> list[tuple[Load, int]]:
+        """All tasks but the early ones, with how many there are of each: files or spans."""
+        return [*self._spans, *((load, 1) for load in self._files.values())]
 
     @property
     def load(self) -> Load:
@@ -258,8 +282,11 @@ class _Work:
         copied = job.read + (0.0 if apart else again)
         seconds += copied * self.cluster.copy_in + job.written * self.cluster.copy_out
         load = self._sent(Load(seconds, first_read, job.written), copied)
+        if self.by_file:
+            self._files[job.file] = self._files.get(job.file, Load()).plus(load, count)
+            return
         spans = 1 if job.codes or (cost.has_statistics and not apart) else max(1, -(-job.numel // SPAN))
-        self.late.append((load.times(1 / spans), spans * count))
+        self._spans.append((load.times(1 / spans), spans * count))
 
     def _sent(self, load: Load, copied: float) -> Load:
         """Return a load with what of it crosses the network, if anything; ``copied`` are all bytes that are read."""
@@ -301,17 +328,25 @@ class _Pace:
         return load.processor + load.fetched / cluster.read + load.stored * writing + moved
 
     def node(self, load: Load) -> float:
-        """Return the seconds that all workers of one node take."""
-        return max(load.processor / self.parallel, self.disk(load), self.net(load), self.alone(load) / self.workers)
+        """Return the seconds that the cores, the disk and the connection of one node take at least."""
+        return max(load.processor / self.parallel, self.disk(load), self.net(load))
 
-    def phase(self, tasks: list[tuple[Load, int]], least: float = 0.0) -> _Phase:
+    def phase(self, tasks: list[tuple[Load, int]], least: float = 0.0, *, by_file: bool = False) -> _Phase:
         """Return the seconds that some tasks take, each with how often it comes; ``least`` the command's own."""
-        total, largest = Load(), 0.0
+        total = Load()
         for load, count in tasks:
             total = total.plus(load, count)
-            largest = max(largest, self.alone(load))
-        share = busiest_share([(self.alone(load), count) for load, count in tasks], self.cluster.nodes)
-        return _Phase(max(self.node(total.times(share)), largest, least), share)
+        if by_file:
+            times = [(max(load.processor, self.net(load)), count) for load, count in tasks]
+            share = busiest_share(times, self.cluster.nodes)
+            in_all = sum(seconds * count for seconds, count in times)
+            worker = in_all * busiest_share(times, self.cluster.nodes * self.workers)
+        else:
+            times = [(self.alone(load), count) for load, count in tasks]
+            share = busiest_share(times, self.cluster.nodes)
+            largest = max((seconds for seconds, _ in times), default=0.0)
+            worker = max(self.alone(total.times(share)) / self.workers, largest)
+        return _Phase(max(self.node(total.times(share)), worker, least), share)
 
 
 def busiest_share(tasks: Iterable[tuple[float, int]], nodes: int) -> float:

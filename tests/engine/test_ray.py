@@ -117,6 +117,7 @@ def lines(place: Path) -> int:
         (("--ray", "local:0"), "local:N"),
         (("--ray", "somewhere"), "HOST:PORT"),
         (("--ray", "auto", "--device", "cuda:1"), "all GPUs"),
+        (("--ray", "local:2", "--fetch-cache", "1GB"), "fetch for themselves"),
     ],
 )
 def test_what_is_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], told: str):

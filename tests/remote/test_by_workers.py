@@ -20,7 +20,7 @@ from mergekit_lite.output.remote_target import RemoteFolder
 from tests.models import state, tree_bytes, tuned, write_folder
 from tests.ray_nodes import RayNodes, end_group, wait_for
 from tests.remote.object_store import BUCKET, Proxy, Store, make_dead, serving, spoiling
-from tests.remote.test_writing import extrapolate, use
+from tests.remote.outputs import extrapolate, use
 
 MERGE = ("merge", "ties.yml", "--shard-size", "20000", "-o")
 TIES = """
@@ -49,7 +49,9 @@ class Packing:
     def run(self, tasks, worker, size=None):
         do = cloudpickle.loads(cloudpickle.dumps(worker))()
         for task in reversed(tasks):
-            yield pickle.loads(pickle.dumps(do(pickle.loads(pickle.dumps(task)))))
+            given = pickle.loads(pickle.dumps(task))
+            do.expect(given)
+            yield pickle.loads(pickle.dumps(do(given)))
 
 for function, arguments, options in json.loads(sys.argv[1]):
     getattr(ml, function)(*arguments, **options, ray=Packing())
@@ -74,7 +76,18 @@ def store(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[St
         yield store
 
 
-def python(place: Path, store: Store, code: str, *arguments: str) -> None:
+DOCUMENTS = """
+merge_method: linear
+models: [{model: half, parameters: {weight: 0.5}}, {model: sft, parameters: {weight: 0.5}}]
+---
+name: half
+merge_method: linear
+models: [{model: sft, parameters: {weight: 0.5}}, {model: dpo, parameters: {weight: 0.5}}]
+"""
+
+
+def python(place: Path, store: Store, code: str, *arguments: str) -> str:
+    """Run code to its end, and return what it says."""
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=place,
@@ -84,6 +97,7 @@ def python(place: Path, store: Store, code: str, *arguments: str) -> None:
         timeout=900,
     )
     assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 PLAIN = (
@@ -93,11 +107,14 @@ PLAIN = (
 
 
 def test_what_workers_make_is_what_a_disk_has(models: Path, store: Store) -> None:
-    """Several files are sent by workers, one by the command; of several outputs, too."""
+    """Several files are sent by workers, one by the command; of several outputs and documents, too."""
+    (models / "documents.yml").write_text(DOCUMENTS)
     jobs = [
         ("extrapolate", ("sft", "dpo", "{}/several-{{alpha}}", [0.3, 0.5]), {"shard_size": 50_000}),
         ("extrapolate", ("sft", "dpo", "{}/one", 0.3), {}),
         ("extrapolate", ("sft", "dpo", "{}/torch-{{alpha}}.pt", [0.3, 0.5]), {}),
+        ("merge", ("documents.yml", "{}/fused"), {"shard_size": 50_000}),
+        ("merge", ("documents.yml", "{}/kept"), {"shard_size": 50_000, "keep": True}),
         ("extract_vector", ("sft", "dpo", "{}/vector.safetensors"), {"format": "lowrank", "rank": 2}),
     ]
     for code, place in ((PLAIN, "plain"), (PACKING, "s3://bucket")):
@@ -108,9 +125,35 @@ def test_what_workers_make_is_what_a_disk_has(models: Path, store: Store) -> Non
         python(models, store, code, json.dumps(named))
     made = {name: content for name, content in store.objects().items() if not name.startswith("in/")}
     wanted = tree_bytes(models / "plain")
+    between = {name: wanted.pop(name) for name in [*wanted] if name.startswith(".kept.documents/")}
+    assert tree_bytes(models / ".kept.documents") == {
+        name.removeprefix(".kept.documents/"): content for name, content in between.items()
+    }
     assert made.keys() == wanted.keys()
     cards = {name for name in wanted if name.endswith("README.md")}
     assert [name for name in wanted if made[name] != wanted[name] and name not in cards] == []
+
+
+COUNTED = """
+from mergekit_lite.checkpoint.stores.ranges import TRAFFIC
+from mergekit_lite.checkpoint.stores.read_ahead import BlockReader
+
+BlockReader.__init__.__defaults__ = (100_000, 2)  # bytes of room: less than a file has, more than a tensor
+ml.merge("counted.yml", "plain/read")
+TRAFFIC.taken()
+for ray in (None, Packing()):
+    ml.merge("counted.yml", "s3://bucket/read", shard_size=200_000, force=True, ray=ray)
+    print(TRAFFIC.taken().nbytes)
+"""
+
+
+def test_workers_read_no_more_than_a_plain_run(models: Path, store: Store) -> None:
+    """A tensor whose statistics are gathered first is fetched once where there is room for it."""
+    recipe = TIES.format("s3://bucket/in/").replace("trim: global", "trim: tensor")
+    (models / "counted.yml").write_text(recipe)
+    plain, by_workers = map(int, python(models, store, PACKING.rpartition("\nfor function")[0] + COUNTED).split())
+    print(plain, by_workers)
+    assert by_workers <= 1.05 * plain
 
 
 def test_a_file_with_another_tag_is_read(

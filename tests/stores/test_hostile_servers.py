@@ -281,3 +281,43 @@ def test_servers_that_ignore_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out[:10] == b"ababcdefgh"  # a short one is asked for the rest
     with pytest.raises(RunError, match=r"s3://bucket/never-signed: its server doesn't send ranges"):
         ranges.fetch(file, 0, memoryview(bytearray(10)))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "direct"),
+    [("::1", {"[::1]:9000", "[::1]"}), ("host:9000", {"host:9000"}), ("host", {"host:9000", "host:80"}), ("", set())],
+)
+def test_servers_that_are_asked_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, left_out: str, direct: set[str]
+) -> None:
+    """Addresses of IPv6 have colons of their own, and one port of a host may be meant."""
+    for name, value in {"http_proxy": "http://proxy:3128", "no_proxy": left_out}.items():
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.setenv(name, value)
+    http._proxy.cache_clear()
+    asked = {"[::1]:9000", "[::1]", "host:9000", "host:80", "other:9000"}
+    assert {netloc for netloc in asked if http._proxy("http", netloc) is None} == direct
+    http._proxy.cache_clear()
+
+
+def test_lists_that_are_cut_short_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's own client takes such an answer for one; where none comes it ends some time."""
+    clock = [0.0]
+    monkeypatch.setattr(objects, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda _: None))
+    asked: list[str] = []
+
+    def ask(verb: str, url: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
+        asked.append(verb)
+        clock[0] += 1.0
+        if len(asked) <= failures:
+            raise OSError("Got invalid list response: ill-formed document")
+        return {"m.safetensors": (3, "x")}, []
+
+    monkeypatch.setattr(objects.store_process, "ask", ask)
+    failures = 6
+    assert objects.source("s3://b/m", "").list("")[0]["m.safetensors"].size == 3
+    asked.clear()
+    failures = 1000
+    with pytest.raises(CheckpointError, match=r"s3://b/m: can't be reached: Got invalid list response"):
+        objects.source("s3://b/m", "").list("")
+    assert len(asked) < 30

@@ -121,6 +121,11 @@ def caching(limit: int) -> Iterator[None]:
         _cache = None
 
 
+def is_caching() -> bool:
+    """Return whether what this process fetches is kept."""
+    return _cache is not None
+
+
 def fetch(file: RemoteFile, begin: int, out: memoryview) -> None:
     """Fill ``out`` with the bytes of a file from ``begin`` on as ``ranges.fetch``, by the cache if there is one."""
     if _cache is None:

@@ -260,8 +260,8 @@ def _check_proxy(error: BaseException) -> None:
 def _proxy(scheme: str, netloc: str) -> SplitResult | None:
     """Return the proxy that the environment names for a server."""
     named = getproxies().get(scheme)
-    host = netloc.rpartition("@")[2].partition(":")[0]
-    if not named or proxy_bypass(host):
+    host = urlsplit(f"//{netloc}").hostname or ""
+    if not named or proxy_bypass(host) or proxy_bypass(netloc):  # NO_PROXY may name a port
         return None
     proxy = urlsplit(named if "://" in named else f"http://{named}")
     if proxy.scheme != "http":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 from typing import Any
 
 from mergekit_lite import object_stores, store_process
@@ -12,7 +13,8 @@ from mergekit_lite.checkpoint.stores.remote_file import RemoteFile
 from mergekit_lite.checkpoint.stores.source import Source
 from mergekit_lite.errors import CheckpointError
 
-ATTEMPTS = 3  # the store's own client repeats each request as well
+ATTEMPTS = 3  # at least; the store's own client repeats each request as well, but for minutes
+PATIENCE = 20.0  # seconds for which more are made: that client doesn't repeat what was answered, and cut short
 
 
 def source(folder: str, file: str) -> Source:
@@ -36,7 +38,8 @@ def source(folder: str, file: str) -> Source:
 
 
 def _asked(verb: str, url: str) -> Any:
-    for attempt in range(ATTEMPTS):
+    until = time.monotonic() + PATIENCE
+    for attempt in count(1):
         try:
             return store_process.ask(verb, url)
         except FileNotFoundError:
@@ -44,7 +47,7 @@ def _asked(verb: str, url: str) -> Any:
         except PermissionError as error:
             raise CheckpointError(f"{url}: {object_stores.denied(url)} ({error})") from None
         except OSError as error:
-            if attempt + 1 == ATTEMPTS:
+            if attempt >= ATTEMPTS and time.monotonic() > until:
                 raise CheckpointError(f"{url}: can't be reached: {error}.") from error
-            time.sleep(wait_after(attempt + 1, first=0.5))
+            time.sleep(wait_after(attempt, first=0.5))
     raise AssertionError
