@@ -19,9 +19,6 @@ NORMS: Mapping[str, tuple[str, ...]] = {
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
 }
 HEAD = "lm_head.weight"
-ALL_FAMILIES = "; ".join(
-    f"{each.title} from {', '.join(each.made_from)}" for each in FAMILIES.values() if each.made_from
-)
 
 
 def kind_of(model: Checkpoint) -> str:

@@ -17,7 +17,6 @@ from mergekit_lite.errors import PlanError, counted
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.mixtures.config import mixture_config
 from mergekit_lite.mixtures.dense import (
-    ALL_FAMILIES,
     backbone,
     config_problems,
     families_named,
@@ -158,7 +157,7 @@ def _family(recipe: MixtureRecipe, inputs: Sequence[Checkpoint]) -> Family:
     kind = kind_of(inputs[0])
     close = [family for family in named if kind in family.made_from]  # what is said of the others is that, once more
     if not close:
-        known = ALL_FAMILIES if recipe.architecture is None else "; ".join(whys[named[0].model_type])
+        known = "; ".join(f"{family.title} from {', '.join(family.made_from)}" for family in named)
         raise PlanError([f"{inputs[0].reference} is of type {kind or 'unknown'}: mixtures are made as {known}"])
     raise PlanError([problem for family in close for problem in whys[family.model_type]])
 

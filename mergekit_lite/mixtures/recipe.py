@@ -106,7 +106,7 @@ def parse(content: str, source: str = "The recipe", *, equal_experts: bool = Fal
     problems += _unsound(recipe, parts, equal_experts)
     if problems:
         raise RecipeError(source, problems)
-    return replace(recipe, notes=(*notes, *_notes(recipe, parts)))
+    return replace(recipe, notes=(*notes, *_notes(recipe, parts, equal_experts)))
 
 
 def text_of_data(recipe: Mapping[str, Any]) -> str:
@@ -197,10 +197,10 @@ def _unsound(recipe: MixtureRecipe, parts: Mapping[str, Node], equal_experts: bo
         )
 
 
-def _notes(recipe: MixtureRecipe, parts: Mapping[str, Node]) -> Iterator[Remark]:
+def _notes(recipe: MixtureRecipe, parts: Mapping[str, Node], equal_experts: bool) -> Iterator[Remark]:
     """Yield what the user should know of a recipe that is sound."""
     everyone = (*recipe.experts, *recipe.shared)
     if recipe.gate_mode in RANDOM and any(each.positive or each.negative for each in everyone):
         yield Remark(parts["gate_mode"].at, f"gate_mode {recipe.gate_mode} draws its rows: the prompts have no effect")
-    if recipe.are_equal and len(recipe.experts) > 1:
+    if recipe.are_equal and len(recipe.experts) > 1 and not equal_experts:  # else it was asked for
         yield Remark(parts["experts"].at, "all experts are the same model: useful only where it is trained further")
