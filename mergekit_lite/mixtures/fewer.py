@@ -9,6 +9,7 @@ it gave to each of its members before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,7 +163,7 @@ def _check(mixture: Checkpoint, layers: Sequence[ExpertLayer], groups: Groups, w
         if len(set(members)) < len(members) or not all(groups.get(layer.number, ())):
             wrong.append(f"layer {layer.number}: an expert is in two groups, or a group is empty")
         own = (weights or {}).get(layer.number)
-        if own is not None and (len(own) != count or any(each <= 0 for each in own)):
+        if own is not None and (len(own) != count or not all(0 < each < math.inf for each in own)):
             wrong.append(f"layer {layer.number}: weights are {count} numbers above zero")
     if wrong:
         raise UsageError(listing(f"{mixture.reference}: these are no groups of its experts", wrong))

@@ -10,6 +10,7 @@ exactly, side by side with the expert, unless they are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -165,6 +166,8 @@ def _check(
         raise UsageError("An expert is named twice.")
     if weights and len(weights) != len(experts):
         raise UsageError(f"{counted(len(weights), 'weight')} for {counted(len(experts), 'expert')}: give one for each.")
+    if not all(map(math.isfinite, weights)):
+        raise UsageError("A weight is no finite number: there is no mean with it.")
     if weights and sum(weights) == 0:
         raise UsageError("The weights sum to zero: there is no mean with them.")
 

@@ -149,6 +149,10 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         checked(model, 3, "usage", False, "moe prune")
     with pytest.raises(UsageError, match=r"layers \[0\][\s\S]*two groups"):
         plan_fewer(model, {0: [(0,), (0,)]}, "out")
+    groups = {layer: [(0, 1), (2,)] for layer in range(2)}
+    for share in (0.0, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="layer 1: weights are 6 numbers above zero"):
+            plan_fewer(model, groups, "out", weights={1: [share, *[1.0] * 5]})
 
 
 def test_usage_decides_and_weighs(tmp_path: Path) -> None:

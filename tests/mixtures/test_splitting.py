@@ -98,6 +98,9 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         plan_split(mixture, [6], "out")
     with pytest.raises(UsageError, match="single file"):
         plan_split(mixture, [0], "out.safetensors")
+    for weight in ("nan", "inf"):
+        with pytest.raises(UsageError, match="no finite number"):
+            plan_split(mixture, [0, 1], "out", weights=[float(weight), 1.0])
     with pytest.raises(CheckpointError, match="has no experts"):
         plan_split(str(made("llama", tmp_path / "dense")), [0], "out")
     with pytest.raises(PlanError, match="deepseek_v3: its dense model isn't known"):
