@@ -54,7 +54,7 @@ def no_such_family(architecture: str) -> str:
     titles = [each.title for each in FAMILIES.values() if each.made_from]
     olmoe = ". OLMoE's attention is that of no dense model: the mixture of OLMo 2 is FlexOlmo"
     why = olmoe if _plain(architecture).startswith("olmo") else f".{nearest(architecture, titles)}"
-    return f"architecture: {architecture!r} is none of {', '.join(titles)}{why}"
+    return f"'architecture' expects one of {', '.join(titles)}, got the text {architecture!r}{why}"
 
 
 def misfits(family: Family, models: Sequence[Checkpoint], shared: int, gated: bool) -> Iterator[str]:

@@ -23,7 +23,6 @@ from mergekit_lite.mixtures.dense import (
     kind_of,
     layers_of,
     misfits,
-    no_such_family,
 )
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense
 from mergekit_lite.mixtures.recipe import RANDOM, Expert, MixtureRecipe
@@ -141,8 +140,6 @@ def plan_mixture(
 def _family(recipe: MixtureRecipe, inputs: Sequence[Checkpoint]) -> Family:
     """Return the family of the mixture: the first one that fits. Raises PlanError with why none does."""
     named = families_named(recipe.architecture)
-    if not named and recipe.architecture:
-        raise PlanError([no_such_family(recipe.architecture)])
     drawn = recipe.gate_mode in RANDOM
     gated = drawn or all(each.positive for each in recipe.shared)
     has_prompts = any(each.positive or each.negative for each in recipe.shared)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mergekit_lite.mixtures.dense import families_named, no_such_family
 from mergekit_lite.recipe import values
 from mergekit_lite.recipe.rules import NOWHERE
 from mergekit_lite.recipe.values import choice, fields, items
@@ -100,7 +101,7 @@ def parse(content: str, source: str = "The recipe", *, equal_experts: bool = Fal
         mode or "random",  # a misspelt one asks for no prompts
         _per_token(parts.get("experts_per_token"), problems),
         values.dtype(parts.get("dtype"), "dtype", problems),
-        values.text(parts["architecture"], "architecture", problems) if "architecture" in parts else None,
+        _architecture(parts.get("architecture"), problems),
         values.seed(parts, problems, notes),
     )
     problems += _unsound(recipe, parts, equal_experts)
@@ -133,6 +134,14 @@ def _expert(node: Node, problems: list[Remark], notes: list[Remark]) -> Expert:
         _number(parts.get("residual_scale"), "residual_scale", 1.0, -math.inf, problems),
         node.at,
     )
+
+
+def _architecture(node: Node | None, problems: list[Remark]) -> str | None:
+    """Return what begins the name of a family that can be made; None where the key is missing."""
+    name = values.text(node, "architecture", problems) if node is not None else ""
+    if node is not None and name and not families_named(name):
+        problems.append(Remark(node.at, no_such_family(name)))
+    return name or None
 
 
 def _reference(parts: Mapping[str, Node], name: str, problems: list[Remark], notes: list[Remark]) -> str:

@@ -256,7 +256,6 @@ def test_every_problem_is_told_before_a_weight_is_read() -> None:
         (recipe("a", "g"), "g is of type gemma2: Mixtral is made from llama, mistral"),
         (recipe("g", "g", base_model="g"), "g is of type gemma2: mixtures are made as Mixtral from llama, mistral"),
         (recipe("a", "b"), "b: its MLPs are 48 wide, those of a 64"),
-        (recipe("a", "a", architecture="olmoe"), "OLMoE's attention is that of no dense model"),
         (recipe("a", "a", architecture="qwen3"), "a is of type llama: mixtures are made as Qwen3 MoE from qwen3"),
         (recipe("a", "a", architecture="qwen"), "Qwen MoE has exactly one shared expert, got 0"),
         (recipe("a", "a", architecture="mixtral", shared_experts=[{"source_model": "a"}]), "has no shared experts"),

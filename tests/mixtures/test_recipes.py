@@ -28,6 +28,12 @@ WRONG = [
         "merge"]),
     ("misspelt mode", BASE + EXPERTS + "gate_mode: hiden", [
         f"5:12: 'gate_mode' expects one of {', '.join(GATE_MODES)}, got the text 'hiden'. Did you mean 'hidden'?"]),
+    ("misspelt architecture", "architecture: mixtrl\n" + BASE + EXPERTS, [
+        "1:15: 'architecture' expects one of Mixtral, DeepSeek MoE, Qwen MoE, Qwen3 MoE, FlexOlmo, got the text "
+        "'mixtrl'. Did you mean 'Mixtral'?"]),
+    ("an architecture that nothing becomes", "architecture: OLMoE\n" + BASE + EXPERTS, [
+        "1:15: 'architecture' expects one of Mixtral, DeepSeek MoE, Qwen MoE, Qwen3 MoE, FlexOlmo, got the text "
+        "'OLMoE'. OLMoE's attention is that of no dense model: the mixture of OLMo 2 is FlexOlmo"]),
     ("misspelt keys", BASE + "expert: []\n" + EXPERTS.replace("source_model: a", "source_modle: a"), [
         "2:1: unknown key 'expert' in the recipe of a mixture. Did you mean 'experts'?",
         "4:3: the expert has no 'source_model'",
