@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from mergekit_lite.mixtures.dense import families_named, no_such_family
@@ -65,7 +66,7 @@ class MixtureRecipe:
     seed: int = 0
     notes: tuple[Remark, ...] = field(default=(), compare=False)
 
-    @property
+    @cached_property
     def models(self) -> tuple[str, ...]:
         """Every model that is read, once; the base first."""
         return tuple(dict.fromkeys([self.base_model, *(each.model for each in (*self.experts, *self.shared))]))
