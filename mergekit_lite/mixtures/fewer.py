@@ -26,6 +26,7 @@ from mergekit_lite.mixtures.layers import (
     count_key,
     expert_layers,
     text_config,
+    unreadable,
     with_settings,
 )
 from mergekit_lite.mixtures.remade import alike, copied, mean_of, opened_mixture, plan_of
@@ -125,6 +126,9 @@ def first_experts(layers: Sequence[ExpertLayer], number: int) -> Groups:
 
 def unfit(mixture: Checkpoint, layers: Sequence[ExpertLayer], number: int) -> Iterator[str]:
     """Yield why a mixture can't have this many experts in a layer."""
+    if problems := [*unreadable(mixture, (*COUNTS, *PER_TOKEN, "n_group"))]:
+        yield from problems
+        return
     config, before = text_config(mixture), len(layers[0].experts)
     key = count_key(config, COUNTS)
     if key is None:

@@ -23,6 +23,7 @@ from mergekit_lite.mixtures.dense import (
     kind_of,
     layers_of,
     misfits,
+    unusable,
 )
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense
 from mergekit_lite.mixtures.recipe import RANDOM, Expert, MixtureRecipe
@@ -187,6 +188,9 @@ class _Making:
     def jobs(self) -> list[Job]:
         """Return the jobs of all tensors, in the order of the layers; what is wrong is added to the problems."""
         self.read = [set() for _ in self.inputs]
+        self.problems += unusable(self.base)
+        if self.problems:
+            return []
         names, zeros, problems = backbone(self.family, self.base)
         self.problems += problems
         self.problems += config_problems(self.family, self.base, self.inputs[1:])
@@ -211,9 +215,6 @@ class _Making:
     def _unlike(self) -> Iterator[str]:
         """Yield where experts lack tensors, or have other shapes than the first one."""
         base, first = self.base, self.recipe.experts[0]
-        if not self.hidden or not layers_of(base):
-            yield f"{base.reference}: its config has no hidden_size, or no num_hidden_layers"
-            return
         for model in self.inputs:
             if layers_of(model) and layers_of(model) != layers_of(base):
                 yield f"{model.reference}: has {layers_of(model)} layers, {base.reference} has {layers_of(base)}"

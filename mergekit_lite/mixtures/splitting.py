@@ -20,7 +20,7 @@ from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import PlanError, UsageError, counted
 from mergekit_lite.layout import OutputPath
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense, family_of
-from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
+from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers, unreadable
 from mergekit_lite.mixtures.remade import alike, copied, mean_of, opened_mixture, plan_of
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan
@@ -46,6 +46,7 @@ UNSAID: Mapping[str, Mapping[str, Any]] = {
     "flex_olmo": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 5e5},
     "deepseek": {},
 }
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")  # settings that are reckoned with
 # Settings of mixtures alone, whatever their family.
 OF_MIXTURES = (
     "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
@@ -83,6 +84,8 @@ def plan_split(
     mixture = opened_mixture(model, opened)
     layers = expert_layers(mixture)
     family = _family(mixture)
+    if problems := [*unreadable(mixture, NUMBERS)]:
+        raise PlanError(problems)
     _check(mixture, layers, experts, weights)
     splitting = _Splitting(mixture, family, layers, tuple(experts), tuple(weights) or (1.0,) * len(experts))
     jobs = [*splitting.jobs()]

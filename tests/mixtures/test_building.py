@@ -271,6 +271,21 @@ def test_every_problem_is_told_before_a_weight_is_read() -> None:
     assert not Path("other").exists()
 
 
+def test_a_config_whose_numbers_are_none_is_told() -> None:
+    write(dense_model("llama", 0), Path("a"))
+    config = json.loads(Path("a/config.json").read_text())
+    for change, said in (
+        ({"hidden_size": "32"}, "its config has '32' as hidden_size: expected a whole number"),
+        ({"num_attention_heads": None, "head_dim": -8}, "its config has -8 as head_dim: expected a whole number"),
+        ({"num_attention_heads": None}, "its config has no num_attention_heads"),
+        ({"num_hidden_layers": 10**12}, "its config has 1,000,000,000,000 layers, and it has 21 tensors"),
+    ):
+        Path("a/config.json").write_text(json.dumps(config | change))
+        with pytest.raises(PlanError) as refused:
+            plan_moe(recipe("a", "a"), "other")
+        assert f"a: {said}" in str(refused.value)
+
+
 def test_architectures_are_named_as_in_mergekit() -> None:
     names = {word: [family.title for family in families_named(word)] for word in
              ("mixtral", "Mixtral", "deepseek", "qwen", "qwen3", "qwen2_moe", "DeepSeek MoE", "nothing")}  # fmt: skip

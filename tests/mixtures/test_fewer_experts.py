@@ -21,6 +21,7 @@ from mergekit_lite.mixtures.choosing import checked, chosen_to_keep, chosen_to_m
 from mergekit_lite.mixtures.fewer import groups_as_text, plan_fewer
 from mergekit_lite.mixtures.layers import expert_layers
 from mergekit_lite.mixtures.similarity import similarities
+from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.mixtures.usage import Usage
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
@@ -145,6 +146,15 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     for number in (1, 6):
         with pytest.raises(PlanError, match="each token goes through 2: expected 2 to 5"):
             checked(model, number, "weights", False, "moe prune")
+    config = Path(model, "config.json")
+    before = config.read_text()
+    config.write_text(before.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": "two"'))
+    with pytest.raises(PlanError, match="its config has 'two' as num_experts_per_tok: expected a whole number"):
+        checked(model, 3, "weights", False, "moe prune")
+    config.write_text(before.replace('"hidden_size": 16', '"hidden_size": [16]'))
+    with pytest.raises(PlanError, match="as hidden_size: expected a whole number"):
+        plan_split(model, [0], "out")
+    config.write_text(before)
     with pytest.raises(UsageError, match="--prompts FILE"):
         checked(model, 3, "usage", False, "moe prune")
     with pytest.raises(UsageError, match=r"layers \[0\][\s\S]*two groups"):
