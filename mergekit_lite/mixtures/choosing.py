@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.deferred import np
-from mergekit_lite.errors import PlanError, UsageError, shortened
+from mergekit_lite.errors import PlanError, UsageError, nearest, shortened
 from mergekit_lite.mixtures import grouping
 from mergekit_lite.mixtures.fewer import Groups, Weights, routing_groups, unfit
 from mergekit_lite.mixtures.grouping import Group
@@ -78,10 +78,12 @@ def checked(model: str, number: int, by: By, has_prompts: bool, method: str) -> 
     """Return a mixture and its layers, of which ``number`` experts are to be left in each.
 
     Raises:
-        UsageError: the criterion needs prompts, and there are none.
+        UsageError: there is no such criterion, or it needs prompts and there are none.
         CheckpointError: the model can't be opened, or is no mixture.
         PlanError: it can't have that many experts; every problem is named.
     """
+    if by not in BY:
+        raise UsageError(f"{method}: by should be one of {', '.join(BY)}, got {by!r}.{nearest(by, BY)}")
     if by == "usage" and not has_prompts:
         raise UsageError(f"{method} --by usage counts on texts which experts are chosen: name some, --prompts FILE.")
     mixture = opened_mixture(model)

@@ -21,13 +21,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from mergekit_lite.mixtures.dense import families_named, no_such_family
 from mergekit_lite.recipe import values
 from mergekit_lite.recipe.rules import NOWHERE
 from mergekit_lite.recipe.values import choice, fields, items
-from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, dump, read
+from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 RANDOM = ("random", "uniform_random")
 HIDDEN = ("hidden", "hidden_avg", "hidden_last")
@@ -109,11 +108,6 @@ def parse(content: str, source: str = "The recipe", *, equal_experts: bool = Fal
     if problems:
         raise RecipeError(source, problems)
     return replace(recipe, notes=(*notes, *_notes(recipe, parts, equal_experts)))
-
-
-def text_of_data(recipe: Mapping[str, Any]) -> str:
-    """Return the YAML text of a recipe in plain data."""
-    return dump(dict(recipe), width=1000)
 
 
 def _shared(parts: Mapping[str, Node], problems: list[Remark]) -> tuple[Node, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
@@ -58,7 +59,7 @@ OF_MIXTURES = (
 
 
 def plan_split(
-    model: str,
+    model: str | Path,
     experts: Sequence[Expert],
     output: str | OutputPath,
     *,
@@ -81,6 +82,7 @@ def plan_split(
         CheckpointError: the model can't be opened, or is no mixture.
         PlanError: no dense model computes what an expert does; every problem is named.
     """
+    model = str(model)
     mixture = opened_mixture(model, opened)
     layers = expert_layers(mixture)
     family = _family(mixture)
@@ -108,9 +110,9 @@ def plan_split(
 
 @named_options
 def split_experts(
-    model: str,
+    model: str | Path,
     experts: Sequence[Expert],
-    output: str,
+    output: str | Path,
     *,
     weights: Sequence[float] = (),
     shard_size: int | None = None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_lite import dtypes
@@ -35,8 +36,8 @@ OF_KIND: Mapping[str, str] = {  # the family that a dense model becomes unless a
 
 @named_options
 def plan_upcycle(
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     *,
     experts: int = 8,
     experts_per_token: int = 2,
@@ -55,6 +56,7 @@ def plan_upcycle(
         raise UsageError(f"Mixtures are written in one of {', '.join(dtypes.FLOATS)}, got {dtype!r}.")
     if seed < 0:
         raise UsageError(f"seed is a whole number from 0 on, got {seed}.")
+    model = str(model)
     chosen = _family(model, family)
     expert: dict[str, Any] = {"source_model": model} | ({"noise_scale": float(noise)} if noise else {})
     recipe: dict[str, Any] = {
@@ -74,8 +76,8 @@ def plan_upcycle(
 
 @named_options
 def upcycle(
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     *,
     experts: int = 8,
     experts_per_token: int = 2,

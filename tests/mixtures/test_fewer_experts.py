@@ -235,6 +235,10 @@ def test_the_commands(tmp_path: Path) -> None:
     prune_experts(str(model), str(tmp_path / "pruned"), 3, "usage", prompts=["one two", "three"])
     of_python, of_command = weights(tmp_path / "pruned"), weights(tmp_path / "prune")
     assert all(torch.equal(of_python[name], of_command[name]) for name in of_command)
+    prune_experts(model, tmp_path / "of-paths", 3, "router")
+    assert verify(tmp_path / "of-paths", samples="all").findings == ()
+    with pytest.raises(UsageError, match=r"by should be one of usage, weights, router, got 'uage'.*'usage'"):
+        prune_experts(model, tmp_path / "x", 3, "uage")
     refused = CliRunner().invoke(main, ["moe", "prune", str(model), "--keep", "3", "--by", "usage", "-o", "x"])
     assert refused.exit_code == 2
 

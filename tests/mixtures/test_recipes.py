@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite.mixtures.building import build_moe
+from mergekit_lite import build_moe
 from mergekit_lite.mixtures.recipe import GATE_MODES, KEYS, parse
 from mergekit_lite.yaml_document import RecipeError, text_of
 from tests.mixtures.models import dense_model, loaded, logits, write
@@ -96,6 +96,13 @@ def test_equal_experts_are_accepted_where_they_differ_or_are_wanted() -> None:
     assert not parse(same.replace("[y]", "[y], residual_scale: 0.1")).are_equal
     (note,) = parse(same + "gate_mode: random\nshared_experts: []").notes[1:]
     assert "useful only where it is trained further" in note.text
+
+
+def test_what_no_recipe_holds_is_told() -> None:
+    with pytest.raises(
+        mergekit_lite.UsageError, match=r"holds texts, numbers, lists and mappings, got PosixPath\('m'\)"
+    ):
+        build_moe({"base_model": Path("m"), "experts": []}, "out")
 
 
 def test_references_are_those_of_merges() -> None:

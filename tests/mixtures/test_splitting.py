@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from mergekit_lite import build_moe, split_experts
 from mergekit_lite.commands import main
 from mergekit_lite.engine.run import run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
-from mergekit_lite.mixtures.building import build_moe
 from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
@@ -83,7 +83,7 @@ def test_shared_experts_without_a_gate_stand_beside_the_expert(tmp_path: Path) -
 def test_means_of_experts_in_both_layouts(layout: str, tmp_path: Path) -> None:
     mixture = made("qwen3_moe", tmp_path / "mixture", torch.bfloat16, apart=layout == "apart")
     apart = weights(made("qwen3_moe", tmp_path / "apart", torch.bfloat16))
-    run(plan_split(str(mixture), [4, 1], tmp_path / "out", weights=[0.75, 0.25]))
+    split_experts(mixture, [4, 1], tmp_path / "out", weights=[0.75, 0.25])
     out = weights(tmp_path / "out")
     for role in ("gate", "up", "down"):
         experts = [apart[f"model.layers.0.mlp.experts.{n}.{role}_proj.weight"].float() for n in (4, 1)]

@@ -61,7 +61,7 @@ def test_noise_has_its_size_and_the_same_bytes_whatever_the_threads(tmp_path: Pa
 
 
 def test_the_shared_expert_adds_nothing_and_can_be_trained(tmp_path: Path) -> None:
-    upcycle(str(made("qwen2", tmp_path / "dense")), str(tmp_path / "out"), experts=2)
+    upcycle(made("qwen2", tmp_path / "dense"), tmp_path / "out", experts=2)
     model = loaded(tmp_path / "out").train()
     model(torch.arange(8)[None]).logits.square().mean().backward()
     shared = model.model.layers[0].mlp.shared_expert
