@@ -268,6 +268,10 @@ def test_every_problem_is_told_before_a_weight_is_read() -> None:
     with pytest.raises(PlanError) as refused:
         plan_moe(recipe("biased", "biased", base_model="biased"), "other")
     assert "model.layers.1.self_attn.o_proj.bias has no place in Mixtral" in str(refused.value)
+    write(dense_model("llama", 1, mlp_bias=True), Path("with-bias"))
+    with pytest.raises(PlanError) as refused:
+        plan_moe(recipe("a", "with-bias"), "other")
+    assert "with-bias: model.layers.1.mlp.down_proj.bias has no place in Mixtral" in str(refused.value)
     assert not Path("other").exists()
 
 
