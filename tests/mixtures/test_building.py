@@ -312,6 +312,7 @@ def test_the_command_builds_resumes_and_names_the_nearest() -> None:
     made = CliRunner().invoke(main, ["moe", "r.yml", "-o", "out"])
     assert made.exit_code == 0, made.output
     assert mergekit_lite.verify("out", samples="all").findings == ()
+    assert "\n- merge\n- moe\n" in Path("out/README.md").read_text()  # tags
     assert CliRunner().invoke(main, ["moe", "build", "-q", "r.yml", "other"]).exit_code == 0
     assert tree_bytes(Path("out")).keys() == tree_bytes(Path("other")).keys()
     wrong = CliRunner().invoke(main, ["moe", "nothing.yml", "-o", "x"])

@@ -225,6 +225,7 @@ def test_the_commands(tmp_path: Path) -> None:
         assert recipe["experts"] == as_text
         card = (out / "README.md").read_text()
         assert "Experts: " in card
+        assert "\n- merge\n- moe\n" in card  # tags
         assert "\n| layer | " in card
         again = CliRunner().invoke(main, [*arguments, "--resume"])
         assert again.exit_code == 0, again.output  # it is finished, and the same
