@@ -122,6 +122,10 @@ def test_the_command_makes_a_folder_for_each_expert(tmp_path: Path) -> None:
     assert made_all.exit_code == 0, made_all.output
     assert all((tmp_path / f"out-{n}" / "config.json").exists() for n in (0, 5))
     assert CliRunner().invoke(main, ["moe", "split", mixture, "--experts", "one", "-o", "x"]).exit_code == 2
+    several = CliRunner().invoke(main, [*arguments, "--json", "--force"])
+    assert (several.exit_code, "--json tells of one output" in several.output) == (2, True)
+    one = CliRunner().invoke(main, [*(part.replace("0,5", "3") for part in arguments), "--json"])
+    assert json.loads(one.stdout)["outputs"][0]["path"] == f"{tmp_path}/out-3"
 
 
 def test_what_a_config_leaves_to_its_class_is_said(tmp_path: Path) -> None:
