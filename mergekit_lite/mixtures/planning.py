@@ -221,8 +221,8 @@ class _Making:
         used = {dense(layer, role) for layer in range(layers_of(base)) for role in ROLES}
         givers = {each.model: self._model(each) for each in (*self.recipe.experts, *self.recipe.shared)}
         for model in givers.values():
-            for name, spec in model.tensors.items():
-                if ".mlp." in name and name not in used and not why_optional(name, spec, model.tensors, model.config):
+            for name, other in model.tensors.items():
+                if ".mlp." in name and name not in used and not why_optional(name, other, model.tensors, model.config):
                     yield f"{model.reference}: {name} has no place in {self.family.title}"
         widths: dict[int, int] = {}
         for expert in (*self.recipe.experts, *self.recipe.shared):
