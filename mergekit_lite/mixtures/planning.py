@@ -27,6 +27,7 @@ from mergekit_lite.mixtures.dense import (
 )
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense
 from mergekit_lite.mixtures.recipe import RANDOM, Expert, MixtureRecipe
+from mergekit_lite.mixtures.remade import alike
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.matching import arranged, output_dtype
@@ -291,9 +292,9 @@ class _Making:
         if len(specs) == 1:
             spec = specs[0]
         elif role == "down":
-            spec = side_by_side(_alike(specs))
+            spec = side_by_side(alike(specs))
         else:
-            spec = joined(_alike(specs), (sum(each.shape[0] for each in specs), self.hidden))
+            spec = joined(alike(specs), (sum(each.shape[0] for each in specs), self.hidden))
         dtype = self._expert_dtype
         for each in experts:
             stored = self._spec(each, layer, role)
@@ -330,16 +331,6 @@ def _changed(spec: TensorSpec, name: str, number: int, expert: Expert, role: Rol
     dtype = "float64" if spec.dtype == "float64" else "float32"
     changed = unstored(spec, spec.name, dtype, spec.shape, *terms)
     return replace(changed, written_as=spec.written_as or spec.dtype)
-
-
-def _alike(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Return matrices of one dtype, so that they can be read as one."""
-    if len({spec.dtype for spec in specs}) == 1:
-        return list(specs)
-    return [
-        spec if spec.dtype == "float32" else unstored(spec, spec.name, "float32", spec.shape, Dense(spec))
-        for spec in specs
-    ]
 
 
 def _given(job: Job, values: bytes) -> TensorSpec:

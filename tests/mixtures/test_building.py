@@ -275,6 +275,22 @@ def test_every_problem_is_told_before_a_weight_is_read() -> None:
     assert not Path("other").exists()
 
 
+def test_shared_experts_of_other_dtypes_lose_nothing() -> None:
+    models = {name: dense_model("llama", seed).to(dtype) for seed, (name, dtype) in
+              enumerate({"a": torch.float32, "b": torch.float64, "c": torch.bfloat16}.items())}  # fmt: skip
+    for name, model in models.items():
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.mul_(1 + 2**-40)  # what float32 can't hold
+        write(model, Path(name))
+    shared = [{"source_model": name} for name in "bc"]
+    build_moe(recipe("a", "a", shared_experts=shared, architecture="deepseek", dtype="float64"), "out")
+    out, layer = read_folder(Path("out")), "model.layers.1.mlp"
+    for role, dim in (("gate_proj", 0), ("down_proj", 1)):
+        own = [models[name].state_dict()[f"{layer}.{role}.weight"].double() for name in "bc"]
+        assert torch.equal(out[f"{layer}.shared_experts.{role}.weight"], torch.cat(own, dim))
+
+
 def test_a_config_whose_numbers_are_none_is_told() -> None:
     write(dense_model("llama", 0), Path("a"))
     config = json.loads(Path("a/config.json").read_text())
