@@ -20,7 +20,7 @@ SECTIONS = {
     "Planning and running": ("plan_extrapolation", "plan_merge", "make_plan", "run", "RunOptions", "Finished"),
     "Looking at models": ("open_checkpoint", "inspect", "compare", "verify"),
     "Sharing": ("push",),
-    "Mixtures of experts": ("upcycle", "split_experts", "prune_experts", "merge_experts"),
+    "Mixtures of experts": ("build_moe", "upcycle", "split_experts", "prune_experts", "merge_experts"),
     "Task vectors": ("extract_vector", "apply_vectors", "combine_vectors"),
     "Searching and teaching": ("boost", "BoostOptions", "preview", "distill"),
     "What functions take and return": (

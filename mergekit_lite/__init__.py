@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
     from mergekit_lite.merging import merge, plan_merge
     from mergekit_lite.methods import merge_states, merge_tensors
+    from mergekit_lite.mixtures.building import build_moe
     from mergekit_lite.mixtures.splitting import split_experts
     from mergekit_lite.mixtures.thinning import merge_experts, prune_experts
     from mergekit_lite.mixtures.upcycling import upcycle
@@ -53,9 +54,9 @@ __all__ = [
     "BoostOptions", "Boosted", "Checkpoint", "CheckpointError", "Comparison", "Extracted", "Findings",
     "Finished", "Inspection", "MergekitLiteError", "NonFiniteError", "Plan", "PlanError", "Preview", "Previewed",
     "Pushed", "Recipe", "RunError", "RunOptions", "UsageError", "Verification", "__version__", "apply_vectors", "boost",
-    "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect", "make_plan", "merge",
-    "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge", "preview",
-    "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
+    "build_moe", "combine_vectors", "compare", "distill", "extract_vector", "extrapolate", "inspect", "make_plan",
+    "merge", "merge_experts", "merge_states", "merge_tensors", "open_checkpoint", "plan_extrapolation", "plan_merge",
+    "preview", "prune_experts", "push", "run", "split_experts", "transplant", "upcycle", "verify",
 ]  # fmt: skip
 
 _NAMES = {  # by the module that has them
@@ -71,6 +72,7 @@ _NAMES = {  # by the module that has them
     "extrapolation": ("extrapolate", "plan_extrapolation"),
     "merging": ("merge", "plan_merge"),
     "methods": ("merge_states", "merge_tensors"),
+    "mixtures.building": ("build_moe",),
     "mixtures.splitting": ("split_experts",),
     "mixtures.thinning": ("merge_experts", "prune_experts"),
     "mixtures.upcycling": ("upcycle",),

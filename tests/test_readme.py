@@ -19,7 +19,7 @@ from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WITH_MODELS = ("boost", "distill")  # need models that answer, or hubs: they run in tests of their own
+WITH_MODELS = ("boost", "distill", "moe", "tokenizer")  # need models with configs and tokenizers: tests of their own
 ALL_COMMANDS = re.findall(r"^    (mergekit-lite .*?)(?:  +#.*)?$", README, re.MULTILINE)
 COMMANDS = [command for command in ALL_COMMANDS if command.split()[1] not in WITH_MODELS]
 YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
@@ -57,7 +57,7 @@ def test_commands_in_their_order(place: Path) -> None:
 
 @pytest.mark.parametrize("command", sorted(set(ALL_COMMANDS) - set(COMMANDS)))
 def test_commands_with_models_have_these_options(command: str) -> None:
-    verbs = [word for word in command.split()[1:3] if word in (*WITH_MODELS, "run")]
+    verbs = [word for word in command.split()[1:3] if word in (*WITH_MODELS, "run", "transplant")]
     help_text = CliRunner().invoke(main, [*verbs, "--help"]).output
     assert all(option in help_text for option in re.findall(r"(?<= )--?[a-z][a-z-]*", command))
     assert all((ROOT / recipe).exists() for recipe in re.findall(r"recipes/\S+", command))

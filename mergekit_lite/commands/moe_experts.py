@@ -82,7 +82,7 @@ def split(
     if PLACE not in output:
         running.carry_out(plan_split(model, chosen, output, weights=weights, shard_size=shard_size), run_options, view)
         return
-    if view.as_json:
+    if view.as_json and len(chosen) > 1:
         raise UsageError("--json tells of one output: split off one expert at a time, or leave --json out.")
     plans = [plan_split(model, [one], output.replace(PLACE, str(one)), shard_size=shard_size) for one in chosen]
     for plan in plans:

@@ -12,10 +12,10 @@ from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, run
 from mergekit_lite.layout import OutputPath
 from mergekit_lite.mixtures.planning import MixturePlan, plan_mixture
-from mergekit_lite.mixtures.recipe import parse, text_of_data
+from mergekit_lite.mixtures.recipe import parse
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan
-from mergekit_lite.recipe import text_of
+from mergekit_lite.recipe import text_of, to_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,7 +31,7 @@ def plan_moe(
 ) -> MixturePlan:
     """Plan a mixture; see ``build_moe`` for the arguments and errors."""
     if isinstance(recipe, Mapping):
-        text, source = text_of_data(recipe), "The recipe"
+        text, source = to_yaml(recipe), "The recipe"
     else:
         text, source = text_of(Path(recipe)), str(recipe)
     parsed = parse(text, source, equal_experts=equal_experts)

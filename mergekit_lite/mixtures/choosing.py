@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.checkpoint import Checkpoint
+from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.deferred import np
-from mergekit_lite.errors import PlanError, UsageError, shortened
+from mergekit_lite.errors import PlanError, UsageError, nearest, shortened
 from mergekit_lite.mixtures import grouping
 from mergekit_lite.mixtures.fewer import Groups, Weights, routing_groups, unfit
 from mergekit_lite.mixtures.grouping import Group
-from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers, text_config
+from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
 from mergekit_lite.mixtures.remade import opened_mixture
 from mergekit_lite.mixtures.similarity import similarities
 from mergekit_lite.mixtures.usage import Usage, described
@@ -77,16 +78,18 @@ def checked(model: str, number: int, by: By, has_prompts: bool, method: str) -> 
     """Return a mixture and its layers, of which ``number`` experts are to be left in each.
 
     Raises:
-        UsageError: the criterion needs prompts, and there are none.
+        UsageError: there is no such criterion, or it needs prompts and there are none.
         CheckpointError: the model can't be opened, or is no mixture.
         PlanError: it can't have that many experts; every problem is named.
     """
+    if by not in BY:
+        raise UsageError(f"{method}: by should be one of {', '.join(BY)}, got {by!r}.{nearest(by, BY)}")
     if by == "usage" and not has_prompts:
         raise UsageError(f"{method} --by usage counts on texts which experts are chosen: name some, --prompts FILE.")
     mixture = opened_mixture(model)
     layers = expert_layers(mixture)
-    last = text_config(mixture).get("num_hidden_layers", 0)
-    if by == "usage" and (beyond := [layer.number for layer in layers if layer.number >= last]):
+    last = layers_promised(mixture.config)
+    if by == "usage" and last and (beyond := [layer.number for layer in layers if layer.number >= last]):
         raise UsageError(
             f"{model}: layer {beyond[0]} predicts tokens further ahead, and transformers doesn't run it, so how its "
             "experts are used can't be counted. Choose by weights or router."

@@ -9,6 +9,7 @@ from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised, why_optional
 from mergekit_lite.errors import nearest
 from mergekit_lite.mixtures.families import FAMILIES, ROLES, Family, dense
+from mergekit_lite.mixtures.layers import text_config, unreadable
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS: Mapping[str, tuple[str, ...]] = {
@@ -19,9 +20,8 @@ NORMS: Mapping[str, tuple[str, ...]] = {
     "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
 }
 HEAD = "lm_head.weight"
-ALL_FAMILIES = "; ".join(
-    f"{each.title} from {', '.join(each.made_from)}" for each in FAMILIES.values() if each.made_from
-)
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # in a base's config
+NUMBERS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")  # which it may have
 
 
 def kind_of(model: Checkpoint) -> str:
@@ -57,7 +57,7 @@ def no_such_family(architecture: str) -> str:
     titles = [each.title for each in FAMILIES.values() if each.made_from]
     olmoe = ". OLMoE's attention is that of no dense model: the mixture of OLMo 2 is FlexOlmo"
     why = olmoe if _plain(architecture).startswith("olmo") else f".{nearest(architecture, titles)}"
-    return f"architecture: {architecture!r} is none of {', '.join(titles)}{why}"
+    return f"'architecture' expects one of {', '.join(titles)}, got the text {architecture!r}{why}"
 
 
 def misfits(family: Family, models: Sequence[Checkpoint], shared: int, gated: bool) -> Iterator[str]:
@@ -79,6 +79,15 @@ def misfits(family: Family, models: Sequence[Checkpoint], shared: int, gated: bo
         yield f"{family.title} has exactly one shared expert, got {shared}"
     if family.shared_gate and shared and not gated:
         yield f"{family.title} has a router for its shared expert: give that positive_prompts"
+
+
+def unusable(base: Checkpoint) -> Iterator[str]:
+    """Yield what a base's config doesn't say, or says in another way than as numbers."""
+    yield from unreadable(base, (*NEEDED, *NUMBERS))
+    if lacking := [key for key in NEEDED if not text_config(base).get(key)]:
+        yield f"{base.reference}: its config has no {', no '.join(lacking)}"
+    elif layers_of(base) > len(base.tensors):
+        yield f"{base.reference}: its config has {layers_of(base):,} layers, and it has {len(base.tensors):,} tensors"
 
 
 def backbone(family: Family, base: Checkpoint) -> tuple[list[str], list[str], list[str]]:

@@ -9,6 +9,7 @@ it gave to each of its members before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from mergekit_lite.mixtures.layers import (
     count_key,
     expert_layers,
     text_config,
+    unreadable,
     with_settings,
 )
 from mergekit_lite.mixtures.remade import alike, copied, mean_of, opened_mixture, plan_of
@@ -124,6 +126,9 @@ def first_experts(layers: Sequence[ExpertLayer], number: int) -> Groups:
 
 def unfit(mixture: Checkpoint, layers: Sequence[ExpertLayer], number: int) -> Iterator[str]:
     """Yield why a mixture can't have this many experts in a layer."""
+    if problems := [*unreadable(mixture, (*COUNTS, *PER_TOKEN, "n_group"))]:
+        yield from problems
+        return
     config, before = text_config(mixture), len(layers[0].experts)
     key = count_key(config, COUNTS)
     if key is None:
@@ -162,7 +167,7 @@ def _check(mixture: Checkpoint, layers: Sequence[ExpertLayer], groups: Groups, w
         if len(set(members)) < len(members) or not all(groups.get(layer.number, ())):
             wrong.append(f"layer {layer.number}: an expert is in two groups, or a group is empty")
         own = (weights or {}).get(layer.number)
-        if own is not None and (len(own) != count or any(each <= 0 for each in own)):
+        if own is not None and (len(own) != count or not all(0 < each < math.inf for each in own)):
             wrong.append(f"layer {layer.number}: weights are {count} numbers above zero")
     if wrong:
         raise UsageError(listing(f"{mixture.reference}: these are no groups of its experts", wrong))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.views import run_of
 from mergekit_lite.checkpoint.naming.experts import APART, ROLES, STACKED, taken_apart
-from mergekit_lite.errors import CheckpointError, listing
+from mergekit_lite.errors import CheckpointError, listing, shortened
 
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.[^.]+(?:\.[^.]+)*")
 ROUTERS = ("gate", "router")  # what a router is called beside its experts
@@ -64,6 +64,15 @@ def text_config(model: Checkpoint) -> Mapping[str, Any]:
     config = model.config or {}
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
+
+
+def unreadable(model: Checkpoint, keys: Iterable[str]) -> Iterator[str]:
+    """Yield which settings of a model's config should be whole numbers from 0 on and are something else."""
+    config = text_config(model)
+    for key in keys:
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            yield f"{model.reference}: its config has {shortened(repr(value), 40)} as {key}: expected a whole number"
 
 
 def with_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,17 +17,17 @@ from mergekit_lite.errors import PlanError, counted
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.mixtures.config import mixture_config
 from mergekit_lite.mixtures.dense import (
-    ALL_FAMILIES,
     backbone,
     config_problems,
     families_named,
     kind_of,
     layers_of,
     misfits,
-    no_such_family,
+    unusable,
 )
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense
 from mergekit_lite.mixtures.recipe import RANDOM, Expert, MixtureRecipe
+from mergekit_lite.mixtures.remade import alike
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.front_matter import carried_over
 from mergekit_lite.planning.matching import arranged, output_dtype
@@ -142,8 +142,6 @@ def plan_mixture(
 def _family(recipe: MixtureRecipe, inputs: Sequence[Checkpoint]) -> Family:
     """Return the family of the mixture: the first one that fits. Raises PlanError with why none does."""
     named = families_named(recipe.architecture)
-    if not named and recipe.architecture:
-        raise PlanError([no_such_family(recipe.architecture)])
     drawn = recipe.gate_mode in RANDOM
     gated = drawn or all(each.positive for each in recipe.shared)
     has_prompts = any(each.positive or each.negative for each in recipe.shared)
@@ -158,7 +156,7 @@ def _family(recipe: MixtureRecipe, inputs: Sequence[Checkpoint]) -> Family:
     kind = kind_of(inputs[0])
     close = [family for family in named if kind in family.made_from]  # what is said of the others is that, once more
     if not close:
-        known = ALL_FAMILIES if recipe.architecture is None else "; ".join(whys[named[0].model_type])
+        known = "; ".join(f"{family.title} from {', '.join(family.made_from)}" for family in named)
         raise PlanError([f"{inputs[0].reference} is of type {kind or 'unknown'}: mixtures are made as {known}"])
     raise PlanError([problem for family in close for problem in whys[family.model_type]])
 
@@ -191,6 +189,9 @@ class _Making:
     def jobs(self) -> list[Job]:
         """Return the jobs of all tensors, in the order of the layers; what is wrong is added to the problems."""
         self.read = [set() for _ in self.inputs]
+        self.problems += unusable(self.base)
+        if self.problems:
+            return []
         names, zeros, problems = backbone(self.family, self.base)
         self.problems += problems
         self.problems += config_problems(self.family, self.base, self.inputs[1:])
@@ -215,12 +216,15 @@ class _Making:
     def _unlike(self) -> Iterator[str]:
         """Yield where experts lack tensors, or have other shapes than the first one."""
         base, first = self.base, self.recipe.experts[0]
-        if not self.hidden or not layers_of(base):
-            yield f"{base.reference}: its config has no hidden_size, or no num_hidden_layers"
-            return
         for model in self.inputs:
             if layers_of(model) and layers_of(model) != layers_of(base):
                 yield f"{model.reference}: has {layers_of(model)} layers, {base.reference} has {layers_of(base)}"
+        used = {dense(layer, role) for layer in range(layers_of(base)) for role in ROLES}
+        givers = {each.model: self._model(each) for each in (*self.recipe.experts, *self.recipe.shared)}
+        for model in givers.values():
+            for name, other in model.tensors.items():
+                if ".mlp." in name and name not in used and not why_optional(name, other, model.tensors, model.config):
+                    yield f"{model.reference}: {name} has no place in {self.family.title}"
         widths: dict[int, int] = {}
         for expert in (*self.recipe.experts, *self.recipe.shared):
             model = self._model(expert)
@@ -288,9 +292,9 @@ class _Making:
         if len(specs) == 1:
             spec = specs[0]
         elif role == "down":
-            spec = side_by_side(_alike(specs))
+            spec = side_by_side(alike(specs))
         else:
-            spec = joined(_alike(specs), (sum(each.shape[0] for each in specs), self.hidden))
+            spec = joined(alike(specs), (sum(each.shape[0] for each in specs), self.hidden))
         dtype = self._expert_dtype
         for each in experts:
             stored = self._spec(each, layer, role)
@@ -327,16 +331,6 @@ def _changed(spec: TensorSpec, name: str, number: int, expert: Expert, role: Rol
     dtype = "float64" if spec.dtype == "float64" else "float32"
     changed = unstored(spec, spec.name, dtype, spec.shape, *terms)
     return replace(changed, written_as=spec.written_as or spec.dtype)
-
-
-def _alike(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Return matrices of one dtype, so that they can be read as one."""
-    if len({spec.dtype for spec in specs}) == 1:
-        return list(specs)
-    return [
-        spec if spec.dtype == "float32" else unstored(spec, spec.name, "float32", spec.shape, Dense(spec))
-        for spec in specs
-    ]
 
 
 def _given(job: Job, values: bytes) -> TensorSpec:

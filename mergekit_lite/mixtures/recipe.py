@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
 
+from mergekit_lite.mixtures.dense import families_named, no_such_family
 from mergekit_lite.recipe import values
 from mergekit_lite.recipe.rules import NOWHERE
 from mergekit_lite.recipe.values import choice, fields, items
-from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, dump, read
+from mergekit_lite.yaml_document import Fields, Mark, Node, RecipeError, Remark, Scalar, describe, read
 
 RANDOM = ("random", "uniform_random")
 HIDDEN = ("hidden", "hidden_avg", "hidden_last")
@@ -64,7 +65,7 @@ class MixtureRecipe:
     seed: int = 0
     notes: tuple[Remark, ...] = field(default=(), compare=False)
 
-    @property
+    @cached_property
     def models(self) -> tuple[str, ...]:
         """Every model that is read, once; the base first."""
         return tuple(dict.fromkeys([self.base_model, *(each.model for each in (*self.experts, *self.shared))]))
@@ -100,18 +101,13 @@ def parse(content: str, source: str = "The recipe", *, equal_experts: bool = Fal
         mode or "random",  # a misspelt one asks for no prompts
         _per_token(parts.get("experts_per_token"), problems),
         values.dtype(parts.get("dtype"), "dtype", problems),
-        values.text(parts["architecture"], "architecture", problems) if "architecture" in parts else None,
+        _architecture(parts.get("architecture"), problems),
         values.seed(parts, problems, notes),
     )
     problems += _unsound(recipe, parts, equal_experts)
     if problems:
         raise RecipeError(source, problems)
-    return replace(recipe, notes=(*notes, *_notes(recipe, parts)))
-
-
-def text_of_data(recipe: Mapping[str, Any]) -> str:
-    """Return the YAML text of a recipe in plain data."""
-    return dump(dict(recipe), width=1000)
+    return replace(recipe, notes=(*notes, *_notes(recipe, parts, equal_experts)))
 
 
 def _shared(parts: Mapping[str, Node], problems: list[Remark]) -> tuple[Node, ...]:
@@ -133,6 +129,14 @@ def _expert(node: Node, problems: list[Remark], notes: list[Remark]) -> Expert:
         _number(parts.get("residual_scale"), "residual_scale", 1.0, -math.inf, problems),
         node.at,
     )
+
+
+def _architecture(node: Node | None, problems: list[Remark]) -> str | None:
+    """Return what begins the name of a family that can be made; None where the key is missing."""
+    name = values.text(node, "architecture", problems) if node is not None else ""
+    if node is not None and name and not families_named(name):
+        problems.append(Remark(node.at, no_such_family(name)))
+    return name or None
 
 
 def _reference(parts: Mapping[str, Node], name: str, problems: list[Remark], notes: list[Remark]) -> str:
@@ -197,10 +201,10 @@ def _unsound(recipe: MixtureRecipe, parts: Mapping[str, Node], equal_experts: bo
         )
 
 
-def _notes(recipe: MixtureRecipe, parts: Mapping[str, Node]) -> Iterator[Remark]:
+def _notes(recipe: MixtureRecipe, parts: Mapping[str, Node], equal_experts: bool) -> Iterator[Remark]:
     """Yield what the user should know of a recipe that is sound."""
     everyone = (*recipe.experts, *recipe.shared)
     if recipe.gate_mode in RANDOM and any(each.positive or each.negative for each in everyone):
         yield Remark(parts["gate_mode"].at, f"gate_mode {recipe.gate_mode} draws its rows: the prompts have no effect")
-    if recipe.are_equal and len(recipe.experts) > 1:
+    if recipe.are_equal and len(recipe.experts) > 1 and not equal_experts:  # else it was asked for
         yield Remark(parts["experts"].at, "all experts are the same model: useful only where it is trained further")

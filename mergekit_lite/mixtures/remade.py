@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
 from mergekit_lite.checkpoint.encodings.dense import Dense
 from mergekit_lite.checkpoint.encodings.drawn import unstored
@@ -46,10 +47,16 @@ def mean_of(name: str, specs: Sequence[TensorSpec], weights: Sequence[float]) ->
 
 
 def alike(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Return tensors of one dtype, so that they can be read as one."""
-    if len({spec.dtype for spec in specs}) == 1:
-        return list(specs)
-    return [_summed(spec, spec.name, Dense(spec)) for spec in specs]
+    """Return tensors of one dtype that holds what all of them hold, so that they can be read as one."""
+    dtype = dtypes.promoted(spec.dtype for spec in specs)
+    return [
+        spec
+        if spec.dtype == dtype
+        else replace(
+            unstored(spec, spec.name, dtype, spec.shape, Dense(spec)), written_as=spec.written_as or spec.dtype
+        )
+        for spec in specs
+    ]
 
 
 def _summed(like: TensorSpec, name: str, *terms: Term) -> TensorSpec:

@@ -32,6 +32,7 @@ from mergekit_lite.recipe import Recipe, Slice, Source
 from mergekit_lite.resident.model import build, tokenizer_of
 from mergekit_lite.resident.weights import Weights
 
+EMBEDDING = "model.embed_tokens.weight"
 UNWRITTEN = Path("routed")  # the output of the base's plan, which is filled into a model and never written
 BATCH = 8192  # tokens that go through the model at once, padding included
 DEGENERATE = 5.0  # condition number of a layer's rows from which on some experts are hardly told apart
@@ -56,7 +57,8 @@ def make_routers(planned: MixturePlan, device: str = "cpu", threads: int | None 
         threads: workers that read it.
 
     Raises:
-        UsageError: the base has no tokenizer, doesn't fit into memory, or transformers can't load it.
+        UsageError: the base has no tokenizer, or one with more tokens than rows, doesn't fit into memory, or
+            transformers can't load it.
         CheckpointError, RunError: it can't be read.
     """
     recipe, layers = planned.recipe, 1 + max(layer for layer, _ in planned.routers.values())
@@ -66,7 +68,8 @@ def make_routers(planned: MixturePlan, device: str = "cpu", threads: int | None 
         if recipe.gate_mode == "cheap_embed":
             vectors = _embeddings(planned.base, tokenizer, layers)
         else:
-            vectors = _hidden_states(base_plan, tokenizer, device, threads, averaged=recipe.gate_mode == "hidden_avg")
+            averaged = recipe.gate_mode == "hidden_avg"
+            vectors = _hidden_states(planned.base, base_plan, tokenizer, device, threads, averaged=averaged)
         experts = torch.stack([_row(each, vectors) for each in recipe.experts])  # (experts, layers, hidden)
         gated = recipe.shared if any(is_shared for _, is_shared in planned.routers.values()) else ()
         shared = torch.stack([_row(each, vectors) for each in gated]) if gated else experts[:0]
@@ -110,22 +113,32 @@ def check_memory(plan: Plan, device: str, instead: str) -> None:
         )
 
 
-def _tokens(prompts: Iterable[str], tokenizer: Any) -> list[list[int]]:
+def check_tokens(numbers: Iterable[Sequence[int]], rows: int, reference: str) -> None:
+    """Raise UsageError where a token's number is none of the ``rows`` of a model's embedding."""
+    if (largest := max(map(max, numbers))) >= rows:
+        raise UsageError(
+            f"{reference}: its tokenizer gives the number {largest:,} to a token of the prompts, and its embedding has "
+            f"{rows:,} rows. Is it another model's tokenizer?"
+        )
+
+
+def _tokens(prompts: Iterable[str], tokenizer: Any, base: Checkpoint) -> list[list[int]]:
     """Return the numbers of the tokens of each prompt, behind the token that begins texts where there is one."""
     beginning = tokenizer.bos_token or ""
     numbers = [tokenizer(beginning + prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     if empty := [prompt for prompt, tokens in zip(prompts, numbers, strict=True) if not tokens]:
         raise UsageError(f"the prompt {empty[0]!r} has no token: give each expert texts that are to go to it.")
+    check_tokens(numbers, base.tensors[EMBEDDING].shape[0], base.reference)
     return numbers
 
 
 def _embeddings(base: Checkpoint, tokenizer: Any, layers: int) -> Vectors:
     """Return what sums the embeddings of prompts' tokens: of each token that occurs one row is read."""
-    spec = base.tensors["model.embed_tokens.weight"]
+    spec = base.tensors[EMBEDDING]
     columns = spec.shape[1]
 
     def summed(prompts: Sequence[str]) -> torch.Tensor:
-        counts = Counter(number for tokens in _tokens(prompts, tokenizer) for number in tokens)
+        counts = Counter(number for tokens in _tokens(prompts, tokenizer, base) for number in tokens)
         total = torch.zeros(columns, dtype=torch.float64)
         with Reader() as reader:
             for number, times in sorted(counts.items()):
@@ -136,7 +149,9 @@ def _embeddings(base: Checkpoint, tokenizer: Any, layers: int) -> Vectors:
     return summed
 
 
-def _hidden_states(plan: Plan, tokenizer: Any, device: str, threads: int | None, *, averaged: bool) -> Vectors:
+def _hidden_states(
+    base: Checkpoint, plan: Plan, tokenizer: Any, device: str, threads: int | None, *, averaged: bool
+) -> Vectors:
     """Return what runs prompts through the base and gives the mean of their hidden states before each layer."""
     check_memory(plan, device, "gate_mode: cheap_embed, which runs no model")
     built = build(plan, device)
@@ -145,7 +160,7 @@ def _hidden_states(plan: Plan, tokenizer: Any, device: str, threads: int | None,
 
     def mean(prompts: Sequence[str]) -> torch.Tensor:
         total = torch.zeros(())
-        for batch in _batches(_tokens(prompts, tokenizer)):
+        for batch in _batches(_tokens(prompts, tokenizer, base)):
             longest = max(map(len, batch))
             # Padding stands behind a prompt, where no token of it looks. Any number will do.
             numbers = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in batch], device=device)

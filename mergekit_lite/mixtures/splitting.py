@@ -10,7 +10,9 @@ exactly, side by side with the expert, unless they are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec
@@ -19,7 +21,7 @@ from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import PlanError, UsageError, counted
 from mergekit_lite.layout import OutputPath
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense, family_of
-from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
+from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers, unreadable
 from mergekit_lite.mixtures.remade import alike, copied, mean_of, opened_mixture, plan_of
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan
@@ -45,6 +47,7 @@ UNSAID: Mapping[str, Mapping[str, Any]] = {
     "flex_olmo": {"rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "rope_theta": 5e5},
     "deepseek": {},
 }
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")  # settings that are reckoned with
 # Settings of mixtures alone, whatever their family.
 OF_MIXTURES = (
     "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
@@ -56,7 +59,7 @@ OF_MIXTURES = (
 
 
 def plan_split(
-    model: str,
+    model: str | Path,
     experts: Sequence[Expert],
     output: str | OutputPath,
     *,
@@ -79,9 +82,12 @@ def plan_split(
         CheckpointError: the model can't be opened, or is no mixture.
         PlanError: no dense model computes what an expert does; every problem is named.
     """
+    model = str(model)
     mixture = opened_mixture(model, opened)
     layers = expert_layers(mixture)
     family = _family(mixture)
+    if problems := [*unreadable(mixture, NUMBERS)]:
+        raise PlanError(problems)
     _check(mixture, layers, experts, weights)
     splitting = _Splitting(mixture, family, layers, tuple(experts), tuple(weights) or (1.0,) * len(experts))
     jobs = [*splitting.jobs()]
@@ -104,9 +110,9 @@ def plan_split(
 
 @named_options
 def split_experts(
-    model: str,
+    model: str | Path,
     experts: Sequence[Expert],
-    output: str,
+    output: str | Path,
     *,
     weights: Sequence[float] = (),
     shard_size: int | None = None,
@@ -165,6 +171,8 @@ def _check(
         raise UsageError("An expert is named twice.")
     if weights and len(weights) != len(experts):
         raise UsageError(f"{counted(len(weights), 'weight')} for {counted(len(experts), 'expert')}: give one for each.")
+    if not all(map(math.isfinite, weights)):
+        raise UsageError("A weight is no finite number: there is no mean with it.")
     if weights and sum(weights) == 0:
         raise UsageError("The weights sum to zero: there is no mean with them.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_lite.engine.devices import chosen_devices
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 @named_options
 def prune_experts(
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     keep: int,
     by: By,
     *,
@@ -54,8 +55,8 @@ def prune_experts(
 
 @named_options
 def merge_experts(
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     to: int,
     by: By,
     *,
@@ -89,8 +90,8 @@ def merge_experts(
 
 def _thinned(
     method: str,
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     number: int,
     by: By,
     prompts: Sequence[str],
@@ -98,6 +99,7 @@ def _thinned(
     copy_code: bool,
     run_options: RunOptions,
 ) -> Finished:
+    model = str(model)
     mixture, layers = checked(model, number, by, bool(prompts), method)
     if not run_options.get("resume", False):  # whatever is wrong shall be said before anything is read
         check_outputs(plan_fewer(model, first_experts(layers, number), output), force=run_options.get("force", False))

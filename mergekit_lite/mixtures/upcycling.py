@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import PlanError, UsageError, nearest
@@ -34,8 +36,8 @@ OF_KIND: Mapping[str, str] = {  # the family that a dense model becomes unless a
 
 @named_options
 def plan_upcycle(
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     *,
     experts: int = 8,
     experts_per_token: int = 2,
@@ -50,6 +52,11 @@ def plan_upcycle(
         raise UsageError(f"noise is a standard deviation, a number from 0 on, got {noise}.")
     if not 1 <= experts_per_token <= experts:
         raise UsageError(f"Of {experts} experts each token goes through 1 to {experts}, got {experts_per_token}.")
+    if dtype is not None and dtypes.output_named(dtype) not in dtypes.FLOATS:
+        raise UsageError(f"Mixtures are written in one of {', '.join(dtypes.FLOATS)}, got {dtype!r}.")
+    if seed < 0:
+        raise UsageError(f"seed is a whole number from 0 on, got {seed}.")
+    model = str(model)
     chosen = _family(model, family)
     expert: dict[str, Any] = {"source_model": model} | ({"noise_scale": float(noise)} if noise else {})
     recipe: dict[str, Any] = {
@@ -69,8 +76,8 @@ def plan_upcycle(
 
 @named_options
 def upcycle(
-    model: str,
-    output: str,
+    model: str | Path,
+    output: str | Path,
     *,
     experts: int = 8,
     experts_per_token: int = 2,

@@ -19,7 +19,7 @@ from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.errors import CheckpointError, UsageError, counted
 from mergekit_lite.mixtures.layers import ROUTERS
-from mergekit_lite.mixtures.routers import check_memory, plan_of_whole
+from mergekit_lite.mixtures.routers import check_memory, check_tokens, plan_of_whole
 from mergekit_lite.resident.model import build, tokenizer_of
 from mergekit_lite.resident.weights import Weights
 
@@ -77,8 +77,8 @@ def measured(
         progress: called with (tokens read, tokens in all).
 
     Raises:
-        UsageError: there are no prompts, the template refuses one, the model has no tokenizer or doesn't fit into
-            memory, or transformers can't load it.
+        UsageError: there are no prompts, the template refuses one, the model has no tokenizer, or one with more tokens
+            than rows, doesn't fit into memory, or transformers can't load it.
         CheckpointError: its routers don't say what they choose.
         RunError: it can't be read.
     """
@@ -90,6 +90,7 @@ def measured(
     built = build(plan, device)
     Weights(built, device, threads).set(plan)
     model = built.model
+    check_tokens(tokens, len(model.get_input_embeddings().weight), mixture.reference)
     most = context_of(model)
     rows = sorted((row[:most] for row in tokens), key=len, reverse=True)
     in_all, done = sum(map(len, rows)), 0

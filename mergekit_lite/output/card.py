@@ -20,6 +20,7 @@ from mergekit_lite.yaml_document import dump
 
 WIDE = 1_000_000  # characters of a line: no path is folded
 SNAPSHOT = re.compile(r"/models--(?P<organisation>[\w.-]+)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+MIXTURES = ("moe", "moe prune", "moe merge-experts")  # methods whose outputs are mixtures of experts
 BEGINNING = r"(?<![\w.<>)~/-])"  # of a word; an end tag, an address and a relative path have their slash elsewhere
 # An absolute path of two parts or more; its last part is the group.
 ABSOLUTE = re.compile(BEGINNING + r"~?(?:/[^\s/'\",:+\[\]{}]+)+/([^\s/'\",:+\[\]{}]+)/?")
@@ -37,13 +38,14 @@ def model_card(plan: Plan, number: int, effect: Mapping[str, Any]) -> str:
     front: dict[str, Any] = dict(plan.front_matter)
     if on_hub := [repository for source in sources if (repository := _repository(source))]:
         front["base_model"] = on_hub
-    front["tags"] = ["mergekit-lite", "merge"]
+    method = plan.recipes[number]["merge_method"]
+    front["tags"] = ["mergekit-lite", "merge", *["moe"] * (method in MIXTURES)]
     front.setdefault("library_name", _library(plan.source))
     recipe = plan.text or dump(dict(plan.recipes[number]), width=WIDE)
     paragraphs = [
         f"---\n{plain(yaml.safe_dump(front, sort_keys=False, allow_unicode=True)).strip()}\n---",
         f"# {markdown.text(plan.outputs[number].name)}",
-        f"Made from other models by arithmetic on their weights (method `{plan.recipes[number]['merge_method']}` of "
+        f"Made from other models by arithmetic on their weights (method `{method}` of "
         "mergekit_lite), without training:",
         "\n".join(f"- {_linked(source)}{_gives(plan, source)}" for source in sources),
         markdown.block(_without_paths(recipe, sources).strip(), "yaml"),

@@ -256,8 +256,7 @@ def test_every_problem_is_told_before_a_weight_is_read() -> None:
         (recipe("a", "g"), "g is of type gemma2: Mixtral is made from llama, mistral"),
         (recipe("g", "g", base_model="g"), "g is of type gemma2: mixtures are made as Mixtral from llama, mistral"),
         (recipe("a", "b"), "b: its MLPs are 48 wide, those of a 64"),
-        (recipe("a", "a", architecture="olmoe"), "OLMoE's attention is that of no dense model"),
-        (recipe("a", "a", architecture="qwen3"), "a is of type llama: Qwen3 MoE is made from qwen3"),
+        (recipe("a", "a", architecture="qwen3"), "a is of type llama: mixtures are made as Qwen3 MoE from qwen3"),
         (recipe("a", "a", architecture="qwen"), "Qwen MoE has exactly one shared expert, got 0"),
         (recipe("a", "a", architecture="mixtral", shared_experts=[{"source_model": "a"}]), "has no shared experts"),
     ):
@@ -269,7 +268,42 @@ def test_every_problem_is_told_before_a_weight_is_read() -> None:
     with pytest.raises(PlanError) as refused:
         plan_moe(recipe("biased", "biased", base_model="biased"), "other")
     assert "model.layers.1.self_attn.o_proj.bias has no place in Mixtral" in str(refused.value)
+    write(dense_model("llama", 1, mlp_bias=True), Path("with-bias"))
+    with pytest.raises(PlanError) as refused:
+        plan_moe(recipe("a", "with-bias"), "other")
+    assert "with-bias: model.layers.1.mlp.down_proj.bias has no place in Mixtral" in str(refused.value)
     assert not Path("other").exists()
+
+
+def test_shared_experts_of_other_dtypes_lose_nothing() -> None:
+    models = {name: dense_model("llama", seed).to(dtype) for seed, (name, dtype) in
+              enumerate({"a": torch.float32, "b": torch.float64, "c": torch.bfloat16}.items())}  # fmt: skip
+    for name, model in models.items():
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.mul_(1 + 2**-40)  # what float32 can't hold
+        write(model, Path(name))
+    shared = [{"source_model": name} for name in "bc"]
+    build_moe(recipe("a", "a", shared_experts=shared, architecture="deepseek", dtype="float64"), "out")
+    out, layer = read_folder(Path("out")), "model.layers.1.mlp"
+    for role, dim in (("gate_proj", 0), ("down_proj", 1)):
+        own = [models[name].state_dict()[f"{layer}.{role}.weight"].double() for name in "bc"]
+        assert torch.equal(out[f"{layer}.shared_experts.{role}.weight"], torch.cat(own, dim))
+
+
+def test_a_config_whose_numbers_are_none_is_told() -> None:
+    write(dense_model("llama", 0), Path("a"))
+    config = json.loads(Path("a/config.json").read_text())
+    for change, said in (
+        ({"hidden_size": "32"}, "its config has '32' as hidden_size: expected a whole number"),
+        ({"num_attention_heads": None, "head_dim": -8}, "its config has -8 as head_dim: expected a whole number"),
+        ({"num_attention_heads": None}, "its config has no num_attention_heads"),
+        ({"num_hidden_layers": 10**12}, "its config has 1,000,000,000,000 layers, and it has 21 tensors"),
+    ):
+        Path("a/config.json").write_text(json.dumps(config | change))
+        with pytest.raises(PlanError) as refused:
+            plan_moe(recipe("a", "a"), "other")
+        assert f"a: {said}" in str(refused.value)
 
 
 def test_architectures_are_named_as_in_mergekit() -> None:
@@ -294,6 +328,7 @@ def test_the_command_builds_resumes_and_names_the_nearest() -> None:
     made = CliRunner().invoke(main, ["moe", "r.yml", "-o", "out"])
     assert made.exit_code == 0, made.output
     assert mergekit_lite.verify("out", samples="all").findings == ()
+    assert "\n- merge\n- moe\n" in Path("out/README.md").read_text()  # tags
     assert CliRunner().invoke(main, ["moe", "build", "-q", "r.yml", "other"]).exit_code == 0
     assert tree_bytes(Path("out")).keys() == tree_bytes(Path("other")).keys()
     wrong = CliRunner().invoke(main, ["moe", "nothing.yml", "-o", "x"])

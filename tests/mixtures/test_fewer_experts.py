@@ -21,6 +21,7 @@ from mergekit_lite.mixtures.choosing import checked, chosen_to_keep, chosen_to_m
 from mergekit_lite.mixtures.fewer import groups_as_text, plan_fewer
 from mergekit_lite.mixtures.layers import expert_layers
 from mergekit_lite.mixtures.similarity import similarities
+from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.mixtures.usage import Usage
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
@@ -145,10 +146,23 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     for number in (1, 6):
         with pytest.raises(PlanError, match="each token goes through 2: expected 2 to 5"):
             checked(model, number, "weights", False, "moe prune")
+    config = Path(model, "config.json")
+    before = config.read_text()
+    config.write_text(before.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": "two"'))
+    with pytest.raises(PlanError, match="its config has 'two' as num_experts_per_tok: expected a whole number"):
+        checked(model, 3, "weights", False, "moe prune")
+    config.write_text(before.replace('"hidden_size": 16', '"hidden_size": [16]'))
+    with pytest.raises(PlanError, match="as hidden_size: expected a whole number"):
+        plan_split(model, [0], "out")
+    config.write_text(before)
     with pytest.raises(UsageError, match="--prompts FILE"):
         checked(model, 3, "usage", False, "moe prune")
     with pytest.raises(UsageError, match=r"layers \[0\][\s\S]*two groups"):
         plan_fewer(model, {0: [(0,), (0,)]}, "out")
+    groups = {layer: [(0, 1), (2,)] for layer in range(2)}
+    for share in (0.0, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="layer 1: weights are 6 numbers above zero"):
+            plan_fewer(model, groups, "out", weights={1: [share, *[1.0] * 5]})
 
 
 def test_usage_decides_and_weighs(tmp_path: Path) -> None:
@@ -211,6 +225,7 @@ def test_the_commands(tmp_path: Path) -> None:
         assert recipe["experts"] == as_text
         card = (out / "README.md").read_text()
         assert "Experts: " in card
+        assert "\n- merge\n- moe\n" in card  # tags
         assert "\n| layer | " in card
         again = CliRunner().invoke(main, [*arguments, "--resume"])
         assert again.exit_code == 0, again.output  # it is finished, and the same
@@ -221,6 +236,10 @@ def test_the_commands(tmp_path: Path) -> None:
     prune_experts(str(model), str(tmp_path / "pruned"), 3, "usage", prompts=["one two", "three"])
     of_python, of_command = weights(tmp_path / "pruned"), weights(tmp_path / "prune")
     assert all(torch.equal(of_python[name], of_command[name]) for name in of_command)
+    prune_experts(model, tmp_path / "of-paths", 3, "router")
+    assert verify(tmp_path / "of-paths", samples="all").findings == ()
+    with pytest.raises(UsageError, match=r"by should be one of usage, weights, router, got 'uage'.*'usage'"):
+        prune_experts(model, tmp_path / "x", 3, "uage")
     refused = CliRunner().invoke(main, ["moe", "prune", str(model), "--keep", "3", "--by", "usage", "-o", "x"])
     assert refused.exit_code == 2
 

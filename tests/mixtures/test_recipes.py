@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mergekit_lite
-from mergekit_lite.mixtures.building import build_moe
+from mergekit_lite import build_moe
 from mergekit_lite.mixtures.recipe import GATE_MODES, KEYS, parse
 from mergekit_lite.yaml_document import RecipeError, text_of
 from tests.mixtures.models import dense_model, loaded, logits, write
@@ -28,6 +28,12 @@ WRONG = [
         "merge"]),
     ("misspelt mode", BASE + EXPERTS + "gate_mode: hiden", [
         f"5:12: 'gate_mode' expects one of {', '.join(GATE_MODES)}, got the text 'hiden'. Did you mean 'hidden'?"]),
+    ("misspelt architecture", "architecture: mixtrl\n" + BASE + EXPERTS, [
+        "1:15: 'architecture' expects one of Mixtral, DeepSeek MoE, Qwen MoE, Qwen3 MoE, FlexOlmo, got the text "
+        "'mixtrl'. Did you mean 'Mixtral'?"]),
+    ("an architecture that nothing becomes", "architecture: OLMoE\n" + BASE + EXPERTS, [
+        "1:15: 'architecture' expects one of Mixtral, DeepSeek MoE, Qwen MoE, Qwen3 MoE, FlexOlmo, got the text "
+        "'OLMoE'. OLMoE's attention is that of no dense model: the mixture of OLMo 2 is FlexOlmo"]),
     ("misspelt keys", BASE + "expert: []\n" + EXPERTS.replace("source_model: a", "source_modle: a"), [
         "2:1: unknown key 'expert' in the recipe of a mixture. Did you mean 'experts'?",
         "4:3: the expert has no 'source_model'",
@@ -90,6 +96,13 @@ def test_equal_experts_are_accepted_where_they_differ_or_are_wanted() -> None:
     assert not parse(same.replace("[y]", "[y], residual_scale: 0.1")).are_equal
     (note,) = parse(same + "gate_mode: random\nshared_experts: []").notes[1:]
     assert "useful only where it is trained further" in note.text
+
+
+def test_what_no_recipe_holds_is_told() -> None:
+    with pytest.raises(
+        mergekit_lite.UsageError, match=r"holds texts, numbers, lists and mappings, got PosixPath\('m'\)"
+    ):
+        build_moe({"base_model": Path("m"), "experts": []}, "out")
 
 
 def test_references_are_those_of_merges() -> None:

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite.commands import main
-from mergekit_lite.errors import PlanError
+from mergekit_lite.errors import PlanError, UsageError
 from mergekit_lite.mixtures import routers
 from mergekit_lite.mixtures.building import build_moe, plan_moe
-from tests.mixtures.models import LAYERS, dense_model, settled_model, write
+from tests.mixtures.models import LAYERS, VOCABULARY, dense_model, settled_model, write
 from tests.models import read_folder
+from tests.tokenizers import tokenizer
 
 KINDS = ("llama", "qwen3")
 LONG = "one two three four five " * 4
@@ -118,6 +119,19 @@ def test_prompts_alike_are_warned_of() -> None:
         planned = plan_moe(recipe("cheap_embed", [((each,), ()) for each in prompts]), "out", equal_experts=True)
         warning = routers.make_routers(planned).warning
         assert ("the router's rows of all layers are nearly dependent" in warning) is warned
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_tokens_behind_the_last_row_are_refused(mode: str) -> None:
+    """What lies behind the embedding in its file is another tensor's."""
+    write(dense_model("llama", 0), Path("a"))
+    own = tokenizer("llama-3")
+    own.add_tokens([f"<more-{number}>" for number in range(VOCABULARY)])
+    own.save_pretrained("a")
+    asked = recipe(mode, [(("one",), ()), ((f"<more-{VOCABULARY - 1}>",), ())])
+    with pytest.raises(UsageError, match=rf"a: its tokenizer gives the number 6\d\d .* has {VOCABULARY} rows"):
+        build_moe(asked, "out", equal_experts=True)
+    assert not Path("out").exists()
 
 
 def test_a_base_without_a_tokenizer_is_refused_early() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from mergekit_lite import build_moe, split_experts
 from mergekit_lite.commands import main
 from mergekit_lite.engine.run import run
 from mergekit_lite.errors import CheckpointError, PlanError, UsageError
-from mergekit_lite.mixtures.building import build_moe
 from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
@@ -83,7 +83,7 @@ def test_shared_experts_without_a_gate_stand_beside_the_expert(tmp_path: Path) -
 def test_means_of_experts_in_both_layouts(layout: str, tmp_path: Path) -> None:
     mixture = made("qwen3_moe", tmp_path / "mixture", torch.bfloat16, apart=layout == "apart")
     apart = weights(made("qwen3_moe", tmp_path / "apart", torch.bfloat16))
-    run(plan_split(str(mixture), [4, 1], tmp_path / "out", weights=[0.75, 0.25]))
+    split_experts(mixture, [4, 1], tmp_path / "out", weights=[0.75, 0.25])
     out = weights(tmp_path / "out")
     for role in ("gate", "up", "down"):
         experts = [apart[f"model.layers.0.mlp.experts.{n}.{role}_proj.weight"].float() for n in (4, 1)]
@@ -98,6 +98,9 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         plan_split(mixture, [6], "out")
     with pytest.raises(UsageError, match="single file"):
         plan_split(mixture, [0], "out.safetensors")
+    for weight in ("nan", "inf"):
+        with pytest.raises(UsageError, match="no finite number"):
+            plan_split(mixture, [0, 1], "out", weights=[float(weight), 1.0])
     with pytest.raises(CheckpointError, match="has no experts"):
         plan_split(str(made("llama", tmp_path / "dense")), [0], "out")
     with pytest.raises(PlanError, match="deepseek_v3: its dense model isn't known"):
@@ -119,6 +122,10 @@ def test_the_command_makes_a_folder_for_each_expert(tmp_path: Path) -> None:
     assert made_all.exit_code == 0, made_all.output
     assert all((tmp_path / f"out-{n}" / "config.json").exists() for n in (0, 5))
     assert CliRunner().invoke(main, ["moe", "split", mixture, "--experts", "one", "-o", "x"]).exit_code == 2
+    several = CliRunner().invoke(main, [*arguments, "--json", "--force"])
+    assert (several.exit_code, "--json tells of one output" in several.output) == (2, True)
+    one = CliRunner().invoke(main, [*(part.replace("0,5", "3") for part in arguments), "--json"])
+    assert json.loads(one.stdout)["outputs"][0]["path"] == f"{tmp_path}/out-3"
 
 
 def test_what_a_config_leaves_to_its_class_is_said(tmp_path: Path) -> None:

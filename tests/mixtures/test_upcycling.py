@@ -61,7 +61,7 @@ def test_noise_has_its_size_and_the_same_bytes_whatever_the_threads(tmp_path: Pa
 
 
 def test_the_shared_expert_adds_nothing_and_can_be_trained(tmp_path: Path) -> None:
-    upcycle(str(made("qwen2", tmp_path / "dense")), str(tmp_path / "out"), experts=2)
+    upcycle(made("qwen2", tmp_path / "dense"), tmp_path / "out", experts=2)
     model = loaded(tmp_path / "out").train()
     model(torch.arange(8)[None]).logits.square().mean().backward()
     shared = model.model.layers[0].mlp.shared_expert
@@ -73,8 +73,13 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     dense = str(made("qwen3", tmp_path / "dense"))
     with pytest.raises(UsageError, match=r"Unknown family 'qwen3-moe'\. Did you mean 'qwen3_moe'"):
         plan_upcycle(dense, "out", family="qwen3-moe")
-    with pytest.raises(PlanError, match="Mixtral is made from llama, mistral"):
+    with pytest.raises(PlanError, match=r"is of type qwen3: mixtures are made as Mixtral from llama, mistral$"):
         plan_upcycle(dense, "out", family="mixtral")
+    for dtype, told in (("int8", "Unknown output dtype 'int8'"), ("fp8", "one of float64, .* got 'fp8'")):
+        with pytest.raises(UsageError, match=told):
+            plan_upcycle(dense, "out", dtype=dtype)
+    with pytest.raises(UsageError, match="seed is a whole number from 0 on, got -1"):
+        plan_upcycle(dense, "out", seed=-1)
     with pytest.raises(UsageError, match="1 to 2, got 3"):
         plan_upcycle(dense, "out", experts=2, experts_per_token=3)
     with pytest.raises(PlanError, match="mixtures are made of llama, mistral, qwen2, qwen3, olmo2"):
@@ -87,6 +92,7 @@ def test_the_command(tmp_path: Path) -> None:
     planned = CliRunner().invoke(main, [*arguments, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert not out.exists()
+    assert "Warning" not in planned.stderr  # that all experts are the same is what was asked for
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert (out / "config.json").exists()
     assert CliRunner().invoke(main, arguments).exit_code == 2  # it exists
