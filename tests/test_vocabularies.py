@@ -332,3 +332,14 @@ def test_numbers_that_no_row_can_have_are_no_tokens() -> None:
         "added_tokens": [{"id": -5, "content": "d"}, {"id": 3, "content": "e"}],
     }
     assert vocabulary_in(content) == {2: "c", 3: "e"}
+
+
+@pytest.mark.parametrize("vocabulary", [5, "abc", [1, 2], [{"a": 1}], [["a"], []], None, {"a": "x"}])
+def test_a_broken_vocabulary_has_the_tokens_that_can_be_told(place: Path, vocabulary: Any) -> None:
+    model(place / "one", 0, list("abcd"))
+    model(place / "two", 1, list("abcd"))
+    content = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": 2, "content": "c"}, {"id": "x"}, 7]}
+    (place / "two/tokenizer.json").write_text(json.dumps(content))
+    plan = mergekit_lite.plan(linear(["one", "two"], tokenizer_source="base"), "out")
+    lacking = 2 if vocabulary == [["a"], []] else 3
+    assert any(f"two: {4 - lacking} token" in note and f"{lacking} it lacks" in note for note in plan.notes)
