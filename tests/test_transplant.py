@@ -17,9 +17,9 @@ from mergekit_lite.checkpoint.encodings.rebuilt import rows_at_once
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
+from mergekit_lite.planning.token_numbers import with_numbers_of
 from mergekit_lite.transplanting.leave_out import leave_out
 from mergekit_lite.transplanting.planning import plan_transplant
-from mergekit_lite.transplanting.token_numbers import with_numbers_of
 from tests.models import State, read_folder, same_bytes, state, write_folder
 from tests.test_vocabularies import tokenizer
 

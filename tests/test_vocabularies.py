@@ -225,6 +225,21 @@ def test_special_tokens_follow_the_tokenizer(place: Path) -> None:
     assert "one uses other special tokens: eos_token '</s>', here '<|im_end|>'" in plan.notes
 
 
+def test_other_numbers_in_the_config_follow_their_tokens(place: Path) -> None:
+    """The config is the base's, and its rows move: what it says of an image stands where that token is now."""
+    numbers = {"image_token_id": 3, "stop_token_ids": [4, 9], "text_config": {"decoder_start_token_id": 0, "depth": 3}}
+    model(place / "one", 0, [*WORDS], eos_token_id=1, lost_token_id=9, **numbers)
+    model(place / "two", 1, WORDS[8::-1], eos_token_id=7)
+    merged(linear(["one", "two"], base_model="one", tokenizer_source="two"))
+    config = json.loads((place / "out/config.json").read_text())
+    assert config["eos_token_id"] == 7 and config["image_token_id"] == WORDS[8::-1].index(WORDS[3])
+    assert config["stop_token_ids"] == [WORDS[8::-1].index(WORDS[4])] and config["lost_token_id"] is None
+    assert config["text_config"] == {"decoder_start_token_id": 8, "depth": 3}
+    merged(linear(["one", "two"], base_model="one", tokenizer_source="base"))
+    kept = json.loads((place / "out/config.json").read_text())
+    assert {key: kept[key] for key in numbers} == numbers
+
+
 def test_special_tokens_follow_a_tokenizer_of_the_same_tokens(place: Path) -> None:
     """Nothing moves, but the tokenizer ends elsewhere: config and tokenizer agree, and no number of another stays."""
     model(place / "one", 0, [*WORDS], eos_token_id=1)
@@ -340,6 +355,6 @@ def test_a_broken_vocabulary_has_the_tokens_that_can_be_told(place: Path, vocabu
     model(place / "two", 1, list("abcd"))
     content = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": 2, "content": "c"}, {"id": "x"}, 7]}
     (place / "two/tokenizer.json").write_text(json.dumps(content))
-    plan = mergekit_lite.plan(linear(["one", "two"], tokenizer_source="base"), "out")
+    plan = mergekit_lite.plan_merge(linear(["one", "two"], tokenizer_source="base"), "out")
     lacking = 2 if vocabulary == [["a"], []] else 3
     assert any(f"two: {4 - lacking} token" in note and f"{lacking} it lacks" in note for note in plan.notes)

@@ -19,11 +19,11 @@ from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file, output_path
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan, make_plan
+from mergekit_lite.planning.token_numbers import NUMBER, with_numbers_of
 from mergekit_lite.planning.vocabularies import matrices
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.transplanting.matching import matched, on_digits
 from mergekit_lite.transplanting.subwords import Subwords
-from mergekit_lite.transplanting.token_numbers import NUMBER, with_numbers_of
 
 METHODS = ("omp", "nearest", "subword", "mean")
 Method = Literal["omp", "nearest", "subword", "mean"]
