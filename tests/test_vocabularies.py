@@ -21,6 +21,7 @@ from mergekit_lite.engine.schedule import by_themselves
 from mergekit_lite.engine.tiling import spans
 from mergekit_lite.errors import PlanError
 from mergekit_lite.recipe import as_data, parse, to_yaml
+from mergekit_lite.transplanting.planning import plan_transplant
 from tests.models import State, read_folder, same_bytes, state, write_folder
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -358,3 +359,22 @@ def test_a_broken_vocabulary_has_the_tokens_that_can_be_told(place: Path, vocabu
     plan = mergekit_lite.plan_merge(linear(["one", "two"], tokenizer_source="base"), "out")
     lacking = 2 if vocabulary == [["a"], []] else 3
     assert any(f"two: {4 - lacking} token" in note and f"{lacking} it lacks" in note for note in plan.notes)
+
+
+def test_a_vocabulary_far_larger_than_its_tokens_is_refused(place: Path) -> None:
+    """A number of a token, or a multiple, that would take all memory."""
+    model(place / "one", 0, list("abcd"))
+    model(place / "two", 1, list("dcbae"))
+    wide = linear(["one", "two"], tokenizer={"source": "base", "pad_to_multiple_of": 10**12})
+    with pytest.raises(PlanError, match=r"pad_to_multiple_of: 1,000,000,000,000 makes .* rows for 4 tokens"):
+        mergekit_lite.plan_merge(wide, "out")
+    with pytest.raises(PlanError, match=r"pad_to_multiple_of: 1,000,000,000,000 makes .* rows for 5 tokens"):
+        plan_transplant("one", "two", "out", method="mean", pad_to_multiple_of=10**12)
+    content = json.loads((place / "one/tokenizer.json").read_text())
+    content["added_tokens"].append({"id": 10**12, "content": "far"})
+    (place / "one/tokenizer.json").write_text(json.dumps(content))
+    for tokens in ({"source": "union"}, {"source": "base", "tokens": {"new": {"source": {"kind": "zero"}}}}):
+        with pytest.raises(PlanError, match="one: its tokenizer numbers a token 1,000,000,000,001, far beyond others"):
+            mergekit_lite.plan_merge(linear(["one", "two"], tokenizer=tokens), "out")
+    with pytest.raises(PlanError, match="one: its tokenizer numbers a token 1,000,000,000,000, far beyond others"):
+        plan_transplant("two", "one", "out", method="mean")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Row = Place | tuple[Place, ...]  # where a row is from: one place, or the mean of several, of none zeros
 SHOWN = 3
+MOST_PADDING = 1 << 16  # rows without a token, beside as many as there are tokens
 SPECIAL_NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config
 
 
@@ -228,12 +229,30 @@ def matrices(source: Checkpoint) -> list[TensorSpec]:
 
 
 def _width(models: Sequence[_Model], wanted: _Model, needed: int, vocabulary: Vocabulary) -> int:
-    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all ``needed`` always."""
-    if vocabulary.pad_to_multiple_of:
-        return -(-needed // vocabulary.pad_to_multiple_of) * vocabulary.pad_to_multiple_of
-    if vocabulary.width == "base":
-        return max(needed, wanted.rows)
-    return max(needed, (max if vocabulary.width == "max" else min)(model.rows for model in models))
+    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all ``needed`` always.
+
+    Raises VocabularyError.
+    """
+    if vocabulary.pad_to_multiple_of or vocabulary.width == "base":
+        wide = wanted.rows
+    else:
+        wide = (max if vocabulary.width == "max" else min)(model.rows for model in models)
+    known = max(wanted.rows, sum(len(model.tokens) for model in models))
+    return width_of(wanted.source.reference, needed, known, wide, vocabulary.pad_to_multiple_of)
+
+
+def width_of(reference: str, needed: int, known: int, wide: int, multiple: int | None) -> int:
+    """Return a vocabulary's number of rows: ``wide`` of them or ``needed``; with a ``multiple`` those needed, padded.
+
+    ``known`` are as many rows or tokens as there are: far more is a mistake. Raises VocabularyError.
+    """
+    most = 2 * known + MOST_PADDING
+    if needed > most:
+        raise VocabularyError(f"{reference}: its tokenizer numbers a token {needed - 1:,}, far beyond others")
+    width = max(needed, wide) if multiple is None else -(-needed // multiple) * multiple
+    if width > max(most, wide):
+        raise VocabularyError(f"pad_to_multiple_of: {multiple:,} makes {width:,} rows for {needed:,} tokens")
+    return width
 
 
 def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int32]:
