@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite.checkpoint.encodings.pursuit import Atoms, nearest, pursued
-from mergekit_lite.checkpoint.encodings.rebuilt import rows_at_once
+from mergekit_lite.checkpoint.encodings.rebuilt import Sharing, rows_at_once
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
@@ -215,6 +217,33 @@ def test_the_same_bytes_however_it_is_cut_or_interrupted(
     mergekit_lite.run(plan, resume=True)
     mergekit_lite.transplant("model", "donor", "again", k=5, threads=3)
     assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+def test_workers_have_the_shared_rows_together(
+    pair: tuple[State, State, list[str | None], list[str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are threads, for verify too, and read the rows of shared tokens once for each matrix."""
+    monkeypatch.setattr("mergekit_lite.checkpoint.encodings.rebuilt.BASIS_BYTES", 8 * 5 * 12 * 7)
+    monkeypatch.setattr("mergekit_lite.engine.schedule.TASKS", 1 << 20)  # a task for each span
+    read: list[str] = []
+    atoms = Sharing.atoms
+
+    def slowly(self: Sharing, reader: Reader) -> Atoms:
+        read.append(self.model.name)
+        time.sleep(0.2)
+        return atoms(self, reader)
+
+    monkeypatch.setattr(Sharing, "atoms", slowly)
+    plan = plan_transplant("model", "donor", "out", k=5)
+    spec = next(job for job in plan.jobs if job.name == VOCABULARY[0]).inputs[0]
+    with Reader() as reader, ThreadPoolExecutor(4) as threads:
+        parts = [threads.submit(spec.elements, reader, 8 * row, 8) for row in range(spec.shape[0])]
+        assert all(part.exception() is None for part in parts)
+    assert read == [VOCABULARY[0]]
+    mergekit_lite.run(plan, threads=3, processes=True)
+    assert sorted(read[1:]) == sorted(VOCABULARY)
+    assert mergekit_lite.verify("out", samples="all", threads=3, processes=True).sound
+    assert sorted(read[3:]) == sorted(VOCABULARY)
 
 
 def test_tied_heads_are_rebuilt_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

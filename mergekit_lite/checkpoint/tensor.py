@@ -60,6 +60,11 @@ class Encoding(ABC):
         return True
 
     @property
+    def is_shared(self) -> bool:
+        """Whether much is remembered to read it, which workers should have together: threads, not processes."""
+        return False
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Plain data that is equal for two encodings only where they make equal values of equal files."""
         return (None,)

@@ -101,6 +101,11 @@ class Rebuilt(Encoding):
         return None
 
     @property
+    def is_shared(self) -> bool:
+        """True: the other model's rows of shared tokens are remembered."""
+        return True
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What the rows are made of, and how."""
         return "Rebuilt", self.digest
