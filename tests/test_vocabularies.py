@@ -378,3 +378,18 @@ def test_a_vocabulary_far_larger_than_its_tokens_is_refused(place: Path) -> None
             mergekit_lite.plan_merge(linear(["one", "two"], tokenizer=tokens), "out")
     with pytest.raises(PlanError, match="one: its tokenizer numbers a token 1,000,000,000,000, far beyond others"):
         plan_transplant("two", "one", "out", method="mean")
+
+
+def test_texts_of_tokens_are_told_without_controls_and_short(place: Path) -> None:
+    end = "\x1b]0;title\x07" + "q" * 5000
+    model(place / "one", 0, ["</s>", *"abc"])
+    model(place / "two", 1, [end, *"abc", "\x1b[31mred"])
+    for name, text in (("one", "</s>"), ("two", end)):
+        (place / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": text}))
+    plans = [
+        mergekit_lite.plan_merge(linear(["one", "two"], tokenizer_source="one"), "out"),
+        plan_transplant("one", "two", "out", method="mean"),
+    ]
+    for plan in plans:
+        notes = "\n".join(plan.notes)
+        assert "eos_token" in notes and "\x1b" not in notes and max(map(len, plan.notes)) < 300

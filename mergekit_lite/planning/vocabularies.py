@@ -367,7 +367,7 @@ def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
     for model in models:
         other = model.tokenizer.special
         both = [role for role in own if role in other and other[role] != own[role]]
-        differing = [f"{role} {other[role]!r}, here {own[role]!r}" for role in both]
+        differing = [f"{role} {_shown(other[role])!r}, here {_shown(own[role])!r}" for role in both]
         if differing:
             lines.append(f"{model.source.reference} uses other special tokens: {', '.join(differing)}")
     return lines
