@@ -374,3 +374,26 @@ def test_numbers_of_tokens_follow_in_nested_configs() -> None:
         "image_token_index": 11,
         "stop_token_ids": [11],
     }
+
+
+def test_a_quantised_vocabulary_leaves_no_quantisation_in_the_config(
+    pair: tuple[State, State, list[str | None], list[str | None]], tmp_path: Path
+) -> None:
+    """The embedding and head alone are in FP8; their rows are written as values."""
+    config = json.loads(Path("model/config.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"all": {"weights": weights, "targets": ["Linear"]}},
+    }
+    tensors = read_folder(Path("model"))
+    for name in VOCABULARY:
+        scale = tensors[name].float().abs().max() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale.reshape(1)
+    write_folder(tmp_path / "model", tensors, config=config)
+    mergekit_lite.transplant("model", "donor", "out", k=6)
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+    assert {tensor.dtype for tensor in read_folder(Path("out")).values()} == {torch.bfloat16}
+    assert mergekit_lite.verify("out", samples="all").sound

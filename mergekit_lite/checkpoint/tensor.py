@@ -51,6 +51,11 @@ class Encoding(ABC):
         return None
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether codes are dequantised when it is read."""
+        return self.block is not None
+
+    @property
     def scheme(self) -> str | None:
         """The name of the scheme that it was quantised by, as users know it; None where there is none."""
         return None
@@ -121,7 +126,7 @@ class TensorSpec:
     @property
     def quantised(self) -> bool:
         """Whether it is dequantised when it is read."""
-        return self.encoding.block is not None
+        return self.encoding.is_quantised
 
     @property
     def key(self) -> tuple[object, ...]:

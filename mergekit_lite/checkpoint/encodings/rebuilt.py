@@ -101,6 +101,11 @@ class Rebuilt(Encoding):
         return None
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the model's rows are."""
+        return self.kept.quantised
+
+    @property
     def is_shared(self) -> bool:
         """True: the other model's rows of shared tokens are remembered."""
         return True
