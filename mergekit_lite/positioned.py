@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 READS_AT, WRITES_AT = hasattr(os, "preadv"), hasattr(os, "pwrite")
@@ -47,6 +48,24 @@ def read(descriptor: int, buffer: memoryview, position: int) -> int:
     with _turn(descriptor):
         os.lseek(descriptor, position, os.SEEK_SET)
         return io.FileIO(descriptor, closefd=False).readinto(buffer)
+
+
+def read_whole(descriptor: int, parts: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    """Read into several buffers, each given with its place in a file; yield what of them didn't come, if anything.
+
+    There may be many, and short ones: each takes one call of the system, and nothing else that could be saved.
+    """
+    if not READS_AT:
+        yield from parts
+        return
+    call = os.preadv
+    for position, buffer in parts:
+        try:
+            count = call(descriptor, (buffer,), position)
+        except OSError:
+            count = 0
+        if count < len(buffer):
+            yield position + count, buffer[count:]
 
 
 def read_bytes(descriptor: int, count: int, position: int) -> bytes:

@@ -78,11 +78,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def reads_by_torch(spec: TensorSpec) -> bool:
     return spec.encoding.needs_torch(spec)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_gathered_rows_are_those_of_the_matrix(tmp_path: Path, kind: str) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

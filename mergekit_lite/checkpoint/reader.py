@@ -83,24 +83,13 @@ class Reader:
     def fill_parts(self, path: Path, parts: Sequence[tuple[int, memoryview]], tensor: str) -> None:
         """Fill several buffers from places of a file, each given with its first byte; see ``fill``.
 
-        Of a file elsewhere they are fetched together. There may be many, and short ones, so what is the same for all is
-        looked up once.
+        Of a file elsewhere they are fetched together.
         """
         if isinstance(path, StorePath) and (file := self._remote_of(path)) is not None:
             self._block_reader().fill_parts(file, parts)
             return
-        if isinstance(path, StorePath) or not positioned.READS_AT:
-            for offset, out in parts:
-                self.fill(path, offset, out, tensor)
-            return
-        descriptor, read = self._descriptor(path), os.preadv
-        for offset, out in parts:
-            try:
-                count = read(descriptor, (out,), offset)
-            except OSError:
-                count = 0
-            if count < len(out):  # the rest, or the error
-                self.fill(path, offset + count, out[count:], tensor)
+        for offset, out in positioned.read_whole(self._descriptor(path), parts):
+            self.fill(path, offset, out, tensor)  # the rest, or the error
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return ``make()``, or its earlier result for this key: the last 16 that were asked for are remembered.
