@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 import mergekit_lite
+from mergekit_lite.commands import main
 from mergekit_lite.errors import UsageError
 from mergekit_lite.multimerge import plan_documents
 from mergekit_lite.recipe.documents import parse_documents
@@ -195,3 +197,18 @@ def test_whatever_reads_a_result(case: str, place: Path, tmp_path: Path, monkeyp
     mergekit_lite.merge(recipe, kept, keep=True)
     assert weights(fused) == weights(kept) and not (tmp_path / ".fused.documents").exists()
     assert mergekit_lite.verify(fused, samples="all").sound and mergekit_lite.verify(kept, samples="all").sound
+
+
+@pytest.mark.parametrize("options", [[], ["--keep"], ["--json"], ["--dry-run"]])
+def test_what_is_to_be_known_of_a_document_is_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """Whether it is made while it is read or for itself."""
+    monkeypatch.chdir(tmp_path)
+    between = {"name": "mean", "chat_template": "auto", **document("linear", ["m1"], "", random.Random(0))}
+    between["models"] = [{"model": str(place / "m1")}]
+    last = {"merge_method": "linear", "models": [{"model": "mean"}], "parameters": {"weight": 1}}
+    recipe = written(tmp_path, [between, last])
+    done = CliRunner().invoke(main, ["merge", str(recipe), "-o", "out", *options])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("chat_template: auto finds no template") == 1

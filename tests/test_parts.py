@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import mergekit_lite
-from mergekit_lite.errors import CheckpointError, PlanError
+from mergekit_lite.errors import CheckpointError, PlanError, UsageError
 from mergekit_lite.recipe import as_data, parse, to_yaml
 from tests.models import State, read_folder, same_bytes, state, tuned, write_folder
 
@@ -87,6 +87,21 @@ def test_it_holds_for_references_everywhere(place: Path) -> None:
         else:
             sft = alone[name.removeprefix("thinker.")].double()
             assert same_bytes(tensor, (whole[name].double() * 1.5 - 0.5 * sft).to(tensor.dtype))
+
+
+def test_a_tokenizer_and_rows_are_of_the_model_that_stands_for_a_part(place: Path) -> None:
+    """Named without its part, as long as it is listed once; ``base`` and ``union`` stay what they are."""
+    given = {"tokens": {"a": {"source": "llm"}, "b": {"source": {"kind": "model_token", "model": "llm", "token": "a"}}}}
+    recipe = averaged({"model": "llm", "part": "thinker"})
+    read = parse(to_yaml({**recipe, "tokenizer": {"source": "llm", **given}}))
+    assert read.tokenizer == "part=thinker:llm"
+    assert [row.model for row in read.vocabulary.tokens] == ["part=thinker:llm"] * 2
+    assert parse(to_yaml(as_data(read))) == read
+    assert parse(to_yaml({**recipe, "tokenizer": {"source": "omni"}})).tokenizer == "omni"
+    assert parse(to_yaml({**recipe, "tokenizer_source": "llm"})).tokenizer == "part=thinker:llm"
+    recipe["models"].append({"model": "llm", "part": "talker", "parameters": {"weight": 1}})
+    with pytest.raises(UsageError, match="one of the recipe's models, got 'llm'"):
+        parse(to_yaml({**recipe, "tokenizer_source": "llm"}))
 
 
 def test_beginnings_of_names_are_read_as_others(place: Path) -> None:

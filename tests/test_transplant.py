@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from click.testing import CliRunner
 
 import mergekit_lite
 from mergekit_lite.checkpoint.encodings.pursuit import Atoms, nearest, pursued
-from mergekit_lite.checkpoint.encodings.rebuilt import rows_at_once
+from mergekit_lite.checkpoint.encodings.rebuilt import Sharing, rows_at_once
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
+from mergekit_lite.planning.token_numbers import with_numbers_of
 from mergekit_lite.transplanting.leave_out import leave_out
 from mergekit_lite.transplanting.planning import plan_transplant
-from mergekit_lite.transplanting.token_numbers import with_numbers_of
 from tests.models import State, read_folder, same_bytes, state, write_folder
 from tests.test_vocabularies import tokenizer
 
@@ -217,6 +219,33 @@ def test_the_same_bytes_however_it_is_cut_or_interrupted(
     assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
 
 
+def test_workers_have_the_shared_rows_together(
+    pair: tuple[State, State, list[str | None], list[str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are threads, for verify too, and read the rows of shared tokens once for each matrix."""
+    monkeypatch.setattr("mergekit_lite.checkpoint.encodings.rebuilt.BASIS_BYTES", 8 * 5 * 12 * 7)
+    monkeypatch.setattr("mergekit_lite.engine.schedule.TASKS", 1 << 20)  # a task for each span
+    read: list[str] = []
+    atoms = Sharing.atoms
+
+    def slowly(self: Sharing, reader: Reader) -> Atoms:
+        read.append(self.model.name)
+        time.sleep(0.2)
+        return atoms(self, reader)
+
+    monkeypatch.setattr(Sharing, "atoms", slowly)
+    plan = plan_transplant("model", "donor", "out", k=5)
+    spec = next(job for job in plan.jobs if job.name == VOCABULARY[0]).inputs[0]
+    with Reader() as reader, ThreadPoolExecutor(4) as threads:
+        parts = [threads.submit(spec.elements, reader, 8 * row, 8) for row in range(spec.shape[0])]
+        assert all(part.exception() is None for part in parts)
+    assert read == [VOCABULARY[0]]
+    mergekit_lite.run(plan, threads=3, processes=True)
+    assert sorted(read[1:]) == sorted(VOCABULARY)
+    assert mergekit_lite.verify("out", samples="all", threads=3, processes=True).sound
+    assert sorted(read[3:]) == sorted(VOCABULARY)
+
+
 def test_tied_heads_are_rebuilt_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that repeats the embedding goes on repeating it, whatever the donor's head says; none stays none."""
     monkeypatch.chdir(tmp_path)
@@ -345,3 +374,26 @@ def test_numbers_of_tokens_follow_in_nested_configs() -> None:
         "image_token_index": 11,
         "stop_token_ids": [11],
     }
+
+
+def test_a_quantised_vocabulary_leaves_no_quantisation_in_the_config(
+    pair: tuple[State, State, list[str | None], list[str | None]], tmp_path: Path
+) -> None:
+    """The embedding and head alone are in FP8; their rows are written as values."""
+    config = json.loads(Path("model/config.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"all": {"weights": weights, "targets": ["Linear"]}},
+    }
+    tensors = read_folder(Path("model"))
+    for name in VOCABULARY:
+        scale = tensors[name].float().abs().max() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale.reshape(1)
+    write_folder(tmp_path / "model", tensors, config=config)
+    mergekit_lite.transplant("model", "donor", "out", k=6)
+    assert "quantization_config" not in json.loads(Path("out/config.json").read_text())
+    assert {tensor.dtype for tensor in read_folder(Path("out")).values()} == {torch.bfloat16}
+    assert mergekit_lite.verify("out", samples="all").sound

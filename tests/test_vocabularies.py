@@ -21,6 +21,7 @@ from mergekit_lite.engine.schedule import by_themselves
 from mergekit_lite.engine.tiling import spans
 from mergekit_lite.errors import PlanError
 from mergekit_lite.recipe import as_data, parse, to_yaml
+from mergekit_lite.transplanting.planning import plan_transplant
 from tests.models import State, read_folder, same_bytes, state, write_folder
 
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -225,6 +226,21 @@ def test_special_tokens_follow_the_tokenizer(place: Path) -> None:
     assert "one uses other special tokens: eos_token '</s>', here '<|im_end|>'" in plan.notes
 
 
+def test_other_numbers_in_the_config_follow_their_tokens(place: Path) -> None:
+    """The config is the base's, and its rows move: what it says of an image stands where that token is now."""
+    numbers = {"image_token_id": 3, "stop_token_ids": [4, 9], "text_config": {"decoder_start_token_id": 0, "depth": 3}}
+    model(place / "one", 0, [*WORDS], eos_token_id=1, lost_token_id=9, **numbers)
+    model(place / "two", 1, WORDS[8::-1], eos_token_id=7)
+    merged(linear(["one", "two"], base_model="one", tokenizer_source="two"))
+    config = json.loads((place / "out/config.json").read_text())
+    assert config["eos_token_id"] == 7 and config["image_token_id"] == WORDS[8::-1].index(WORDS[3])
+    assert config["stop_token_ids"] == [WORDS[8::-1].index(WORDS[4])] and config["lost_token_id"] is None
+    assert config["text_config"] == {"decoder_start_token_id": 8, "depth": 3}
+    merged(linear(["one", "two"], base_model="one", tokenizer_source="base"))
+    kept = json.loads((place / "out/config.json").read_text())
+    assert {key: kept[key] for key in numbers} == numbers
+
+
 def test_special_tokens_follow_a_tokenizer_of_the_same_tokens(place: Path) -> None:
     """Nothing moves, but the tokenizer ends elsewhere: config and tokenizer agree, and no number of another stays."""
     model(place / "one", 0, [*WORDS], eos_token_id=1)
@@ -332,3 +348,48 @@ def test_numbers_that_no_row_can_have_are_no_tokens() -> None:
         "added_tokens": [{"id": -5, "content": "d"}, {"id": 3, "content": "e"}],
     }
     assert vocabulary_in(content) == {2: "c", 3: "e"}
+
+
+@pytest.mark.parametrize("vocabulary", [5, "abc", [1, 2], [{"a": 1}], [["a"], []], None, {"a": "x"}])
+def test_a_broken_vocabulary_has_the_tokens_that_can_be_told(place: Path, vocabulary: Any) -> None:
+    model(place / "one", 0, list("abcd"))
+    model(place / "two", 1, list("abcd"))
+    content = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": 2, "content": "c"}, {"id": "x"}, 7]}
+    (place / "two/tokenizer.json").write_text(json.dumps(content))
+    plan = mergekit_lite.plan_merge(linear(["one", "two"], tokenizer_source="base"), "out")
+    lacking = 2 if vocabulary == [["a"], []] else 3
+    assert any(f"two: {4 - lacking} token" in note and f"{lacking} it lacks" in note for note in plan.notes)
+
+
+def test_a_vocabulary_far_larger_than_its_tokens_is_refused(place: Path) -> None:
+    """A number of a token, or a multiple, that would take all memory."""
+    model(place / "one", 0, list("abcd"))
+    model(place / "two", 1, list("dcbae"))
+    wide = linear(["one", "two"], tokenizer={"source": "base", "pad_to_multiple_of": 10**12})
+    with pytest.raises(PlanError, match=r"pad_to_multiple_of: 1,000,000,000,000 makes .* rows for 4 tokens"):
+        mergekit_lite.plan_merge(wide, "out")
+    with pytest.raises(PlanError, match=r"pad_to_multiple_of: 1,000,000,000,000 makes .* rows for 5 tokens"):
+        plan_transplant("one", "two", "out", method="mean", pad_to_multiple_of=10**12)
+    content = json.loads((place / "one/tokenizer.json").read_text())
+    content["added_tokens"].append({"id": 10**12, "content": "far"})
+    (place / "one/tokenizer.json").write_text(json.dumps(content))
+    for tokens in ({"source": "union"}, {"source": "base", "tokens": {"new": {"source": {"kind": "zero"}}}}):
+        with pytest.raises(PlanError, match="one: its tokenizer numbers a token 1,000,000,000,001, far beyond others"):
+            mergekit_lite.plan_merge(linear(["one", "two"], tokenizer=tokens), "out")
+    with pytest.raises(PlanError, match="one: its tokenizer numbers a token 1,000,000,000,000, far beyond others"):
+        plan_transplant("two", "one", "out", method="mean")
+
+
+def test_texts_of_tokens_are_told_without_controls_and_short(place: Path) -> None:
+    end = "\x1b]0;title\x07" + "q" * 5000
+    model(place / "one", 0, ["</s>", *"abc"])
+    model(place / "two", 1, [end, *"abc", "\x1b[31mred"])
+    for name, text in (("one", "</s>"), ("two", end)):
+        (place / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": text}))
+    plans = [
+        mergekit_lite.plan_merge(linear(["one", "two"], tokenizer_source="one"), "out"),
+        plan_transplant("one", "two", "out", method="mean"),
+    ]
+    for plan in plans:
+        notes = "\n".join(plan.notes)
+        assert "eos_token" in notes and "\x1b" not in notes and max(map(len, plan.notes)) < 300

@@ -6,6 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ class Reader:
         self._blocks = threading.local()
         self._block_readers: list[BlockReader] = []
         self._descriptors: dict[Path, int] = {}
-        self._remembered: OrderedDict[Hashable, Any] = OrderedDict()
+        self._remembered: OrderedDict[Hashable, Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
@@ -91,18 +92,24 @@ class Reader:
             self.fill(path, offset, out, tensor)  # the rest, or the error
 
     def remembered(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return ``make()``, or its earlier result for this key: the last 16 that were asked for are remembered."""
+        """Return ``make()``, or its earlier result for this key: the last 16 that were asked for are remembered.
+
+        Threads that ask for the same at once wait for the one that makes it.
+        """
         with self._lock:
-            if key in self._remembered:
-                self._remembered.move_to_end(key)
-                earlier: T = self._remembered[key]
-                return earlier
-        result = make()
-        with self._lock:
-            self._remembered[key] = result
+            found: Future[T] | None = self._remembered.get(key)
+            result = self._remembered[key] = found or Future()
+            self._remembered.move_to_end(key)
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
-        return result
+        if found is None:
+            try:
+                result.set_result(make())
+            except BaseException as error:
+                with self._lock:
+                    self._remembered.pop(key, None)
+                result.set_exception(error)
+        return result.result()
 
     def _remote_of(self, path: StorePath) -> RemoteFile | None:
         if path not in self._remote:

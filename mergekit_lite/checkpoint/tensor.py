@@ -51,6 +51,11 @@ class Encoding(ABC):
         return None
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether codes are dequantised when it is read."""
+        return self.block is not None
+
+    @property
     def scheme(self) -> str | None:
         """The name of the scheme that it was quantised by, as users know it; None where there is none."""
         return None
@@ -58,6 +63,11 @@ class Encoding(ABC):
     def needs_torch(self, spec: TensorSpec) -> bool:
         """Return whether torch has a part in reading a tensor."""
         return True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether much is remembered to read it, which workers should have together: threads, not processes."""
+        return False
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -116,7 +126,7 @@ class TensorSpec:
     @property
     def quantised(self) -> bool:
         """Whether it is dequantised when it is read."""
-        return self.encoding.block is not None
+        return self.encoding.is_quantised
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -137,18 +137,22 @@ def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
     """Return the tokens in the content of a ``tokenizer.json`` by their numbers."""
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    tokens: dict[int, str] = {}
-    if isinstance(vocabulary, dict):
-        tokens = {number: token for token, number in vocabulary.items() if type(number) is int and number >= 0}
-    elif isinstance(vocabulary, list):  # unigram: [token, score], numbered by their order
-        tokens = {number: str(entry[0]) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+    tokens = _words(content)
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and _is_number(token.get("id")):
             tokens[token["id"]] = str(token.get("content"))
     return tokens
+
+
+def _words(content: Mapping[str, Any]) -> dict[int, str]:
+    """Return the tokens of the vocabulary itself by their numbers, without those that were added."""
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        return {number: token for token, number in vocabulary.items() if _is_number(number)}
+    listed = vocabulary if isinstance(vocabulary, list) else []  # unigram: [token, score], numbered by their order
+    return {number: str(entry[0]) for number, entry in enumerate(listed) if isinstance(entry, list) and entry}
 
 
 def _is_number(value: object) -> bool:
@@ -159,10 +163,8 @@ def _is_number(value: object) -> bool:
 def _alphabet(content: Mapping[str, Any]) -> Alphabet:
     if "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("decoder")]):
         return Alphabet.BYTES
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    texts = vocabulary if isinstance(vocabulary, dict) else [str(entry[0]) for entry in vocabulary or [] if entry]
-    return Alphabet.WORDS if any(str(text).startswith(WORD) for text in texts) else Alphabet.PLAIN
+    words = _words(content).values()
+    return Alphabet.WORDS if any(text.startswith(WORD) for text in words) else Alphabet.PLAIN
 
 
 def _kinds(parts: Any) -> set[str]:

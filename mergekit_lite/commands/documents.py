@@ -60,6 +60,8 @@ def carry_out(steps: Sequence[Step], run_options: RunOptions, view: running.View
     for step in steps:
         if step.is_fused:
             screen.note(_heading(step))
+            for note in step.plan.notes:
+                screen.warn(note)
     made = []
     workers = workers_of(run_options["ray"], run_options["device"], run_options["threads"])
     with running.resumable(), workers as crew, screen.progress(crew=crew) as progress:

@@ -170,12 +170,11 @@ def carry_out(
     push: str | None = None,
     public: bool = False,
     *,
-    processes: bool = PROCESSES,
     more: Mapping[str, Any] | None = None,
 ) -> None:
     """Show or run a plan, and ``push`` what it made to a repository of the hub.
 
-    ``processes`` says whether workers are forked; ``more`` is told with the result as JSON.
+    ``more`` is told with the result as JSON.
     """
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
@@ -208,7 +207,7 @@ def carry_out(
         workers_of(run_options["ray"], run_options["device"], threads) as crew,
         screen.progress(crew=crew) as progress,
     ):
-        options: RunOptions = {**run_options, "progress": progress, "processes": processes, "ray": crew}
+        options: RunOptions = {**run_options, "progress": progress, "processes": PROCESSES, "ray": crew}
         finished = run(plan, **options)
     pushed: list[Pushed] = []
     failure: BaseException | None = None

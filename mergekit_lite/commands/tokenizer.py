@@ -68,9 +68,8 @@ def transplant(
     check_outputs(plan, resume=run_options["resume"], force=run_options["force"])
     trials = [] if run_options["resume"] else leave_out(plan)
     _show(trials, Screen(quiet=view.quiet or view.as_json, verbose=view.verbose))
-    # Threads, which have the rows of shared tokens together: processes would have them each for itself.
     more = {"leave_out": [trial.to_json() for trial in trials]}
-    running.carry_out(plan, run_options, view, processes=False, more=more if trials else {})
+    running.carry_out(plan, run_options, view, more=more if trials else {})
 
 
 def _show(trials: Sequence[Trial], screen: Screen) -> None:

@@ -66,8 +66,9 @@ class Schedule:
         chunk = max((chunk_of(job, self.writer.chunk) for job in plan.jobs), default=0)
         room = max(chunk, CHUNK) + 2 * rows
         nbytes = room * plan.widest_element
+        processes = workers.processes and not any(spec.encoding.is_shared for job in plan.jobs for spec in job.inputs)
         self.pool = Pool(
-            workers.count, workers.devices, plan.most_inputs, nbytes, processes=workers.processes, crew=workers.crew
+            workers.count, workers.devices, plan.most_inputs, nbytes, processes=processes, crew=workers.crew
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from mergekit_lite import block_fp8
 from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
@@ -26,15 +25,10 @@ from mergekit_lite.planning.jobs import Jobs, LeftOutError, WrongNumbersError
 from mergekit_lite.planning.matching import REMEDY, MismatchError, MissingError, arranged
 from mergekit_lite.planning.modules import Modules, config_of_modules, outputs_of_modules
 from mergekit_lite.planning.plan import Job, Plan
+from mergekit_lite.planning.token_numbers import with_numbers_of
 from mergekit_lite.planning.tokenizers import chat_template, foreign_vocabularies, tokenizer_config
 from mergekit_lite.planning.unions import examined, having_all_tokens
-from mergekit_lite.planning.vocabularies import (
-    SPECIAL_NUMBERS,
-    VocabularyError,
-    aligned,
-    of_one_vocabulary,
-    with_vocabulary,
-)
+from mergekit_lite.planning.vocabularies import SPECIAL_NUMBERS, Aligned, VocabularyError, aligned, of_one_vocabulary
 from mergekit_lite.recipe import Numbers, Output, Recipe, as_data, resolve
 from mergekit_lite.recipe import outputs as outputs_of
 from mergekit_lite.recipe.recipe import BASE, UNION, Vocabulary
@@ -99,7 +93,8 @@ def make_plan(
     inputs = _under_one_naming(opened_inputs, config_source)
     read = read_tokenizers(inputs) if recipe.tokenizer is not None else []
     tokenizer = _tokenizer(recipe, read, config_source)
-    inputs, rows, more_tokens, notes_on_rows, problems_of_rows = _with_one_vocabulary(recipe, inputs, read, tokenizer)
+    vocabulary, problems_of_rows = _with_one_vocabulary(recipe, inputs, read, tokenizer)
+    inputs = vocabulary.inputs if vocabulary is not None else inputs
     del read  # a hundred bytes and more for each token
     names = {model: list(each.tensors) for model, each in zip(recipe.models, inputs, strict=True)}
     promised = {model: layers_promised(each.config) for model, each in zip(recipe.models, inputs, strict=True)}
@@ -126,7 +121,7 @@ def make_plan(
     problems += _of_several(recipe, inputs[config_source], outputs)
     problems += disagreements(MUST_AGREE, inputs, config_source)
     problems += problems_of_rows
-    foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer]) if rows is None else ([], [])
+    foreign, notes_on_tokens = foreign_vocabularies(inputs, inputs[tokenizer]) if vocabulary is None else ([], [])
     template = chat_template(recipe.chat_template, inputs) if recipe.chat_template is not None else None
     if is_folder and template is not None:
         tokenizer_config(inputs[tokenizer])  # the template is written into it, so it has to be readable
@@ -144,18 +139,19 @@ def make_plan(
         config, notes_on_config = config_of_modules(recipe, inputs, config_source, of_modules)
     if modules is not None and modules.outside:
         notes_on_config.append(_told_outside(modules.outside, inputs[config_source]))
-    is_settled = rows is not None or tokenizer != config_source
+    is_settled = vocabulary is not None or tokenizer != config_source
     if is_settled and (written := config or inputs[config_source].config) is not None:
-        config = with_vocabulary(written, rows, inputs[tokenizer].config or {})
+        rows, numbers = (vocabulary.rows, vocabulary.numbers(config_source)) if vocabulary is not None else (None, None)
+        config = with_numbers_of(written, inputs[tokenizer].config or {}, rows, numbers)
     notes = [str(note) for note in dict.fromkeys([*recipe.notes, *(note for each in resolved for note in each.notes)])]
     notes += [note for each in inputs for note in each.notes]
     notes += _notes_on_jobs(jobs, spare, making.alone, inputs[config_source])
     notes += [f"{name}: the output is untied, its config says so" for name in making.tied]
-    settled = (*SPECIAL_NUMBERS * is_settled, *("vocab_size",) * (rows is not None))
+    settled = (*SPECIAL_NUMBERS * is_settled, *("vocab_size",) * (vocabulary is not None))
     differing = disagreements([key for key in SHOULD_AGREE if key not in settled], inputs, config_source)
     notes += [f"the configs differ, the output follows the first: {text}" for text in differing]
     notes += [f"{text}; rows are merged as they stand: {REMEDY}" for text in foreign] + notes_on_tokens
-    notes += notes_on_rows + notes_on_config
+    notes += [*(vocabulary.notes if vocabulary is not None else ()), *notes_on_config]
     notes += notes_on_card
     if variants := sorted({part.variant for part in inputs[config_source].parts} - {""}):
         plain = f"the output's files have no variant in their names: load it without variant={variants[0]!r}"
@@ -179,7 +175,7 @@ def make_plan(
         out_dtype=recipe.out_dtype or recipe.dtype,
         config=config,
         tokenizer=None if tokenizer == config_source else tokenizer,
-        added_tokens=more_tokens,
+        added_tokens=vocabulary.more.entries if vocabulary is not None else (),
         chat_template=template,
         front_matter=front_matter,
         text=text,
@@ -333,24 +329,23 @@ def _tokenizer(recipe: Recipe, read: Sequence[Tokenizer | None], config_source: 
 
 def _with_one_vocabulary(
     recipe: Recipe, inputs: tuple[Checkpoint, ...], read: Sequence[Tokenizer | None], tokenizer: int
-) -> tuple[tuple[Checkpoint, ...], int | None, tuple[Mapping[str, Any], ...], list[str], list[str]]:
-    """Return the inputs with their rows in the order of the tokenizer that is asked for; and the number of rows.
+) -> tuple[Aligned | None, list[str]]:
+    """Return the inputs with their rows in the order of the tokenizer that is asked for, and what is wrong.
 
-    None is no number where nothing had to move. The entries of new tokens, what the user should know and what is wrong
-    come last.
+    None where nothing had to move.
     """
     is_union = recipe.tokenizer == UNION
     if recipe.tokenizer is None or (
         recipe.vocabulary == Vocabulary() and of_one_vocabulary(inputs, read, all_told=is_union)
     ):
-        return inputs, None, (), [], []
+        return None, []
     try:
         base = recipe.models.index(recipe.base_model) if recipe.base_model else None
-        changed, rows, more, notes = aligned(inputs, read, tokenizer, base, recipe.vocabulary, union=is_union)
+        made = aligned(inputs, read, tokenizer, base, recipe.vocabulary, union=is_union)
     except VocabularyError as error:
-        return inputs, None, (), [], [str(error)]
-    on_more, wrong = examined(inputs[tokenizer], more) if more.entries else ([], [])
-    return changed, rows, more.entries, [*on_more, *notes], wrong
+        return None, [str(error)]
+    on_more, wrong = examined(inputs[tokenizer], made.more) if made.more.entries else ([], [])
+    return made._replace(notes=(*on_more, *made.notes)), wrong
 
 
 def _origins(layers: int, recipe: Recipe, tensors: Sequence[Output], parts: Sequence[Sequence[int]]) -> list[Origin]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.checkpoint import Checkpoint, TensorSpec, tied_weights
 from mergekit_lite.checkpoint.encodings.gathered import Place, Places, gathered
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Row = Place | tuple[Place, ...]  # where a row is from: one place, or the mean of several, of none zeros
 SHOWN = 3
+MOST_PADDING = 1 << 16  # rows without a token, beside as many as there are tokens
 SPECIAL_NUMBERS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a config
 
 
@@ -54,6 +55,24 @@ class _Model:
         return self.texts.get(text, self.numbers.get(text.encode()))
 
 
+class Aligned(NamedTuple):
+    """Models with the rows of one vocabulary.
+
+    ``rows`` is their number, ``own`` says for each model and row which row of that model it was, −1 where it had none
+    (models, rows; int32); ``more`` are new tokens, ``notes`` what should be known.
+    """
+
+    inputs: tuple[Checkpoint, ...]
+    rows: int
+    own: npt.NDArray[np.int32]
+    more: Union
+    notes: tuple[str, ...]
+
+    def numbers(self, model: int) -> dict[int, int]:
+        """Return where each row of a model is now, of those that are still there."""
+        return {row: number for number, row in enumerate(self.own[model].tolist()) if row >= 0}
+
+
 def aligned(
     inputs: Sequence[Checkpoint],
     read: Sequence[Tokenizer | None],
@@ -62,8 +81,8 @@ def aligned(
     vocabulary: Vocabulary,
     *,
     union: bool = False,
-) -> tuple[tuple[Checkpoint, ...], int, Union, list[str]]:
-    """Return the inputs with the rows of one vocabulary, the number of rows, new tokens, and what should be known.
+) -> Aligned:
+    """Return the inputs with the rows of one vocabulary.
 
     Args:
         inputs: the models.
@@ -98,7 +117,7 @@ def aligned(
     notes = [line for model in models if (line := _told(model, own[model.at], rows))]
     if rowless := sum(number >= width for number in wanted.tokenizer.tokens):
         notes.append(f"{wanted.source.reference}: {counted(rowless, 'token')} of its tokenizer without a row")
-    return tuple(changed), width, more, [*notes, *_roles(models, wanted)]
+    return Aligned(tuple(changed), width, own, more, (*notes, *_roles(models, wanted)))
 
 
 def in_common(inputs: Sequence[Checkpoint]) -> tuple[tuple[Checkpoint, ...], list[str]]:
@@ -210,12 +229,30 @@ def matrices(source: Checkpoint) -> list[TensorSpec]:
 
 
 def _width(models: Sequence[_Model], wanted: _Model, needed: int, vocabulary: Vocabulary) -> int:
-    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all ``needed`` always."""
-    if vocabulary.pad_to_multiple_of:
-        return -(-needed // vocabulary.pad_to_multiple_of) * vocabulary.pad_to_multiple_of
-    if vocabulary.width == "base":
-        return max(needed, wanted.rows)
-    return max(needed, (max if vocabulary.width == "max" else min)(model.rows for model in models))
+    """Return the number of rows: of the tokenizer's model, or as the recipe says; room for all ``needed`` always.
+
+    Raises VocabularyError.
+    """
+    if vocabulary.pad_to_multiple_of or vocabulary.width == "base":
+        wide = wanted.rows
+    else:
+        wide = (max if vocabulary.width == "max" else min)(model.rows for model in models)
+    known = max(wanted.rows, sum(len(model.tokens) for model in models))
+    return width_of(wanted.source.reference, needed, known, wide, vocabulary.pad_to_multiple_of)
+
+
+def width_of(reference: str, needed: int, known: int, wide: int, multiple: int | None) -> int:
+    """Return a vocabulary's number of rows: ``wide`` of them or ``needed``; with a ``multiple`` those needed, padded.
+
+    ``known`` are as many rows or tokens as there are: far more is a mistake. Raises VocabularyError.
+    """
+    most = 2 * known + MOST_PADDING
+    if needed > most:
+        raise VocabularyError(f"{reference}: its tokenizer numbers a token {needed - 1:,}, far beyond others")
+    width = max(needed, wide) if multiple is None else -(-needed // multiple) * multiple
+    if width > max(most, wide):
+        raise VocabularyError(f"pad_to_multiple_of: {multiple:,} makes {width:,} rows for {needed:,} tokens")
+    return width
 
 
 def _own_rows(model: _Model, rows: Sequence[Token | None]) -> npt.NDArray[np.int32]:
@@ -330,24 +367,10 @@ def _roles(models: Sequence[_Model], wanted: _Model) -> list[str]:
     for model in models:
         other = model.tokenizer.special
         both = [role for role in own if role in other and other[role] != own[role]]
-        differing = [f"{role} {other[role]!r}, here {own[role]!r}" for role in both]
+        differing = [f"{role} {_shown(other[role])!r}, here {_shown(own[role])!r}" for role in both]
         if differing:
             lines.append(f"{model.source.reference} uses other special tokens: {', '.join(differing)}")
     return lines
-
-
-def with_vocabulary(config: Mapping[str, Any], size: int | None, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with another ``vocab_size``, if one is given, in nested configs of text too.
-
-    ``tokenizers`` is the config of the model whose tokenizer the output has: the numbers of special tokens are its.
-    """
-    changed = dict(config) | {key: tokenizers[key] for key in SPECIAL_NUMBERS if key in config and key in tokenizers}
-    for key, value in config.items():
-        if key == "vocab_size" and size is not None:
-            changed[key] = size
-        elif key in ("text_config", "language_config", "llm_config") and isinstance(value, dict):
-            changed[key] = with_vocabulary(value, size, tokenizers.get(key) or {})
-    return changed
 
 
 def other_numbers(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from mergekit_lite.recipe.rules import Filter, Rule, Rules
 from mergekit_lite.yaml_document import Fields, Items, Node, Remark, Scalar, Value, describe
 
 Remarks = list[Remark]
+READ_AS = ("part=", "rename=")  # what references of models begin with that are read otherwise
 ARCHITECTURE = "override_architecture"
 RULE_KEYS = ("filter", "layers", "value")
 OLD_NAMES = {"pattern": "unknown key 'pattern' in a filter: it is called 'filter'"}
@@ -356,11 +357,17 @@ def _token_row(token: str, node: Node, models: tuple[str, ...], problems: Remark
 
 def _listed_model(node: Node, name: str, models: tuple[str, ...], problems: Remarks, notes: Remarks) -> str | None:
     """Return one of the recipe's models."""
-    written = reference(node, name, problems, notes)
+    written = _model_meant(reference(node, name, problems, notes), models)
     if written and written not in models:
         expected = f"{name!r} expects one of the recipe's models, got {written!r}.{nearest(written, models)}"
         problems.append(Remark(node.at, expected))
     return written or None
+
+
+def _model_meant(written: str | None, models: tuple[str, ...]) -> str | None:
+    """Return the one of a recipe's models that is meant by a reference: the only one of it, if that is for a part."""
+    meant = [model for model in models if model.startswith(READ_AS) and model.endswith(f":{written}")]
+    return meant[0] if written not in models and len(meant) == 1 else written
 
 
 def _count(node: Node, name: str, least: int, problems: Remarks) -> int | None:
@@ -376,7 +383,7 @@ def _tokenizer_source(
     node: Node | None, near: Node, name: str, models: tuple[str, ...], problems: Remarks, notes: Remarks
 ) -> str | None:
     """Return whose tokenizer is asked for; mergekit's default in a ``tokenizer`` block is ``union``."""
-    written = reference(node, name, problems, notes) if node is not None else UNION
+    written = _model_meant(reference(node, name, problems, notes), models) if node is not None else UNION
     if not written or written in (BASE, UNION, *models):
         return written or None
     expected = f"{name} expects 'base', 'union' or one of the recipe's models, got {written!r}."

@@ -52,7 +52,9 @@ class Match:
         return lines
 
     def _roles(self) -> str:
-        return ", ".join(f"{role} {new!r} has the row of {old!r}" for role, new, old in self.roles)
+        return ", ".join(
+            f"{role} {shortened(new, 30)!r} has the row of {shortened(old, 30)!r}" for role, new, old in self.roles
+        )
 
 
 def matched(model: Tokenizer, donor: Tokenizer, rows: int, donor_rows: int, width: int) -> Match:

@@ -19,11 +19,11 @@ from mergekit_lite.input_files import read_json
 from mergekit_lite.layout import is_single_file, output_path
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan, make_plan
-from mergekit_lite.planning.vocabularies import matrices
+from mergekit_lite.planning.token_numbers import NUMBER, with_numbers_of
+from mergekit_lite.planning.vocabularies import VocabularyError, matrices, width_of
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.transplanting.matching import matched, on_digits
 from mergekit_lite.transplanting.subwords import Subwords
-from mergekit_lite.transplanting.token_numbers import NUMBER, with_numbers_of
 
 METHODS = ("omp", "nearest", "subword", "mean")
 Method = Literal["omp", "nearest", "subword", "mean"]
@@ -192,14 +192,11 @@ class _Transplant:
 
     def _width(self, other: Tokenizer, donor_rows: int) -> int:
         """Return the number of rows: the donor's, or its tokens padded to a multiple. Raises PlanError."""
-        needed = max(other.tokens) + 1
-        if needed > max(donor_rows, 2 * len(other.tokens)):
-            raise PlanError(
-                [f"{self.donor.reference}: its tokenizer numbers a token {needed - 1:,}, far beyond others"]
-            )
-        if self.multiple is not None:
-            return -(-needed // self.multiple) * self.multiple
-        return max(donor_rows, needed)
+        needed, known = max(other.tokens) + 1, max(donor_rows, len(other.tokens))
+        try:
+            return width_of(self.donor.reference, needed, known, donor_rows, self.multiple)
+        except VocabularyError as error:
+            raise PlanError([str(error)]) from error
 
     def _pieces(self, rows: int) -> dict[int, tuple[int, ...]]:
         """Return for each row of the output that the model lacks what its own tokenizer cuts the token into."""

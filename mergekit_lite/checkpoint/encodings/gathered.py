@@ -88,6 +88,11 @@ class Gathered(Encoding):
         return None
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether any of the matrices is."""
+        return any(source.quantised for source in self.sources)
+
+    @property
     def key(self) -> tuple[object, ...]:
         """The matrices, and which row is from where."""
         matrix, row, means = self.places

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mergekit_lite.checkpoint.encodings.pursuit import Atoms, Combination
 
 OMP, NEAREST, MEAN = "omp", "nearest", "mean"
-BASIS_BYTES = 1 << 26  # of the directions of the rows that are rebuilt at once: 64 MB
+BASIS_BYTES = 1 << 27  # of the directions of the rows that are rebuilt at once: 134 MB
 NOBODY = -1  # as the target of a row: nobody has it
 
 
@@ -101,6 +101,16 @@ class Rebuilt(Encoding):
         return None
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the model's rows are."""
+        return self.kept.quantised
+
+    @property
+    def is_shared(self) -> bool:
+        """True: the other model's rows of shared tokens are remembered."""
+        return True
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What the rows are made of, and how."""
         return "Rebuilt", self.digest
@@ -146,7 +156,7 @@ def combination(method: str, targets: torch.Tensor, atoms: Atoms, k: int) -> Com
 
 
 def rows_at_once(width: int, k: int) -> int:
-    """Return how many rows are rebuilt at once: their directions, k · width · 8 bytes each, take 64 MB at most."""
+    """Return how many rows are rebuilt at once: their directions, k · width · 8 bytes each, take 134 MB at most."""
     return max(1, min(128, BASIS_BYTES // (8 * k * width)))
 
 

@@ -1,4 +1,4 @@
-"""Numbers of tokens in a config: those of another tokenizer."""
+"""Numbers of tokens in a config: those of another vocabulary."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ OF_TEXT = ("text_config", "language_config", "llm_config")
 
 
 def with_numbers_of(
-    config: Mapping[str, Any], donor: Mapping[str, Any], rows: int, numbers: Mapping[int, int]
+    config: Mapping[str, Any], donor: Mapping[str, Any], rows: int | None, numbers: Mapping[int, int] | None
 ) -> dict[str, Any]:
     """Return a config for another vocabulary.
 
     Args:
         config: the model's; nested configs of text follow, too.
         donor: the config of the model that gives the tokenizer: what it numbers has its numbers.
-        rows: of the vocabulary.
-        numbers: where the model's other tokens are now; one that is gone is None in the config.
+        rows: of the vocabulary; None where they stay.
+        numbers: where the model's other tokens are now; one that is gone is None in the config. None where all stay.
     """
     of_text: Mapping[str, Any] = next((donor[key] for key in OF_TEXT if isinstance(donor.get(key), dict)), {})
     given = {key: value for key, value in {**of_text, **donor}.items() if NUMBER.search(key)}
     changed: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "vocab_size":
+        if key == "vocab_size" and rows is not None:
             changed[key] = rows
         elif key in OF_TEXT and isinstance(value, dict):
-            changed[key] = with_numbers_of(value, donor, rows, numbers)
+            fitting = {name: at for name, at in {**donor, **of_text}.items() if name in value or name not in config}
+            changed[key] = with_numbers_of(value, fitting, rows, numbers)
         elif NUMBER.search(key):
             changed[key] = given[key] if key in given else _moved(value, numbers)
         else:
@@ -37,8 +38,10 @@ def with_numbers_of(
     return changed if has_text else changed | {key: given[key] for key in given if key not in config}
 
 
-def _moved(value: Any, numbers: Mapping[int, int]) -> Any:
+def _moved(value: Any, numbers: Mapping[int, int] | None) -> Any:
+    if numbers is None or isinstance(value, bool):
+        return value
     if isinstance(value, list):
-        moved = [numbers[each] for each in value if each in numbers]
+        moved = [numbers[each] for each in value if isinstance(each, int) and each in numbers]
         return moved or None
     return numbers.get(value) if isinstance(value, int) else value
