@@ -34,7 +34,7 @@ from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
 PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
 # journal, manifest; measured
-FINISH = 0.05  # seconds: index, config, card, and the renames
+FINISH = 0.25  # seconds: workers begin and end; index, config, card, the renames; the process goes; measured
 IDLE = 1.25  # times as long as a node's busiest part has work: then workers without a file make the difference
 FITS = 0.8  # of the free memory: models that are not larger stay in the page cache once they were read
 
