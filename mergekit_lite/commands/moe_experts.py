@@ -131,7 +131,7 @@ def prune(model: str, number: int, **options: Any) -> None:
     --by weights  drops, of the two whose weights are most alike, the one that is more like the others, and so on
     --by router   the same, by the experts' rows in the router
     """
-    _fewer("prune", model, number, **options)
+    _fewer("moe prune", model, number, **options)
 
 
 @click.command(
@@ -157,11 +157,11 @@ def merge_experts(model: str, number: int, **options: Any) -> None:
 
     With prompts, means are weighted by how often each expert was chosen.
     """
-    _fewer("merge-experts", model, number, **options)
+    _fewer("moe merge-experts", model, number, **options)
 
 
 def _fewer(
-    what: str,
+    method: str,
     model: str,
     number: int,
     by: By,
@@ -175,28 +175,15 @@ def _fewer(
 ) -> None:
     """Choose experts, show what was chosen, and make the smaller mixture."""
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.mixtures.choosing import checked, chosen_to_keep, chosen_to_merge
-    from mergekit_lite.mixtures.fewer import first_experts, plan_fewer
+    from mergekit_lite.mixtures.thinning import CHOOSE, checked_first, plan_chosen
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
-    mixture, layers = checked(model, number, by, bool(prompts), f"moe {what}")
-    if not run_options["resume"]:  # whatever is wrong shall be said before anything is read
-        check_outputs(plan_fewer(model, first_experts(layers, number), output), force=run_options["force"])
+    mixture, layers = checked_first(method, model, output, number, by, bool(prompts), run_options)
     usage = _usage(mixture, len(layers[0].experts), prompts, limit, run_options, screen) if prompts else None
-    choose = chosen_to_keep if what == "prune" else chosen_to_merge
     with screen.progress("comparing experts") as progress:
-        choice = choose(mixture, layers, number, by, usage, progress)
+        choice = CHOOSE[method](mixture, layers, number, by, usage, progress)
     _show(screen, choice)
-    plan = plan_fewer(
-        model,
-        choice.groups,
-        output,
-        weights=choice.weights,
-        chosen=choice.how,
-        shard_size=shard_size,
-        copy_code=copy_code,
-        card=choice.card,
-    )
+    plan = plan_chosen(model, choice, output, shard_size, copy_code)
     running.carry_out(plan, run_options, view, more=choice.to_json())
 
 

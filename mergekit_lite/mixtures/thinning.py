@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, run
-from mergekit_lite.mixtures.choosing import By, checked, chosen_to_keep, chosen_to_merge
+from mergekit_lite.mixtures.choosing import By, Choice, checked, chosen_to_keep, chosen_to_merge
 from mergekit_lite.mixtures.fewer import MERGE, PRUNE, first_experts, plan_fewer
+from mergekit_lite.mixtures.layers import ExpertLayer
 from mergekit_lite.options import named_options
+from mergekit_lite.planning import Plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+CHOOSE = {PRUNE: chosen_to_keep, MERGE: chosen_to_merge}  # by the name that manifests and cards have
 
 
 @named_options
@@ -88,6 +93,33 @@ def merge_experts(
     return _thinned(MERGE, model, output, to, by, prompts, shard_size, copy_code, run_options)
 
 
+def checked_first(
+    method: str, model: str, output: str | Path, number: int, by: By, has_prompts: bool, run_options: RunOptions
+) -> tuple[Checkpoint, list[ExpertLayer]]:
+    """Return a mixture and its layers, once all that can be wrong with a smaller one is known not to be.
+
+    Nothing but headers is read. Errors are those of ``checked``, ``plan_fewer`` and ``check_outputs``.
+    """
+    mixture, layers = checked(model, number, by, has_prompts, method)
+    if not run_options.get("resume", False):
+        check_outputs(plan_fewer(model, first_experts(layers, number), output), force=run_options.get("force", False))
+    return mixture, layers
+
+
+def plan_chosen(model: str, choice: Choice, output: str | Path, shard_size: int | None, copy_code: bool) -> Plan:
+    """Plan the mixture of the experts that were chosen; errors as of ``plan_fewer``."""
+    return plan_fewer(
+        model,
+        choice.groups,
+        output,
+        weights=choice.weights,
+        chosen=choice.how,
+        shard_size=shard_size,
+        copy_code=copy_code,
+        card=choice.card,
+    )
+
+
 def _thinned(
     method: str,
     model: str | Path,
@@ -100,24 +132,12 @@ def _thinned(
     run_options: RunOptions,
 ) -> Finished:
     model = str(model)
-    mixture, layers = checked(model, number, by, bool(prompts), method)
-    if not run_options.get("resume", False):  # whatever is wrong shall be said before anything is read
-        check_outputs(plan_fewer(model, first_experts(layers, number), output), force=run_options.get("force", False))
+    mixture, layers = checked_first(method, model, output, number, by, bool(prompts), run_options)
     usage = None
     if prompts:
         from mergekit_lite.mixtures.usage import measured, prompts_of  # with torch and transformers
 
         device, threads = chosen_devices(run_options.get("device", "cpu"))[0], run_options.get("threads")
         usage = measured(mixture, prompts_of(prompts), len(layers[0].experts), device=device, threads=threads)
-    choice = (chosen_to_keep if method == PRUNE else chosen_to_merge)(mixture, layers, number, by, usage)
-    plan = plan_fewer(
-        model,
-        choice.groups,
-        output,
-        weights=choice.weights,
-        chosen=choice.how,
-        shard_size=shard_size,
-        copy_code=copy_code,
-        card=choice.card,
-    )
-    return run(plan, **run_options)
+    choice = CHOOSE[method](mixture, layers, number, by, usage)
+    return run(plan_chosen(model, choice, output, shard_size, copy_code), **run_options)
