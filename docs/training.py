@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mergekit_lite.distillation.objectives import OBJECTIVES
+from mergekit_lite.distillation.objectives.preference import OBJECTIVES
 
 PAGE = Path(__file__).with_suffix(".md")
 TABLE = re.compile(r"(?<=\n)\| objective \|.*?\n(?=\n)", re.DOTALL)

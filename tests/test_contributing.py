@@ -179,7 +179,7 @@ assert "from 0 to 1" in CliRunner().invoke(main, ["methods", "toy"]).output
     "objective": Toy(
         """
 import torch
-from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs
+from mergekit_lite.distillation.objectives.preference import OBJECTIVES, LogProbs
 options = OBJECTIVES["toy"].options({"factor": 3}, [])
 ones = torch.ones(1, 1)
 assert OBJECTIVES["toy"](LogProbs(ones, ones[0], ones, ones[0]), **options).loss.item() == -3
@@ -187,7 +187,7 @@ problems = []
 OBJECTIVES["toy"].options({"factor": -1}, problems)
 assert problems
 """,
-        changed={"distillation/objectives.py": ("", OBJECTIVE)},
+        changed={"distillation/objectives/preference.py": ("", OBJECTIVE)},
     ),
     "scorer": Toy(
         """

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mergekit_lite.answers.logprobs import Batch, response_log_probs
-from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs, Outcome
+from mergekit_lite.distillation.objectives.preference import OBJECTIVES, LogProbs, Outcome
 from tests.causal import causal_model
 from tests.tokenizers import tokenizer
 

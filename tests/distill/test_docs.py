@@ -17,7 +17,7 @@ from mergekit_lite.answers.asking import Sampling
 from mergekit_lite.answers.scoring import scorer
 from mergekit_lite.commands import main
 from mergekit_lite.distillation.folder import Folder
-from mergekit_lite.distillation.objectives import OBJECTIVES
+from mergekit_lite.distillation.objectives.preference import OBJECTIVES
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.distillation.recipe.schema import Lora, RecipeSource, Rule, Training
 from tests.distill.recipes import write_recipe

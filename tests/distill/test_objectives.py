@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from mergekit_lite.distillation.objectives import OBJECTIVES, LogProbs, _log1mexp, scheduled
+from mergekit_lite.distillation.objectives.preference import OBJECTIVES, LogProbs, _log1mexp, scheduled
 
 ALL = sorted(OBJECTIVES)
 PAIRWISE = [name for name in ALL if not OBJECTIVES[name].fuses]  # those that take a single chosen response

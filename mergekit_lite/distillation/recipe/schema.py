@@ -82,6 +82,25 @@ class RecipeSource(Strict):
         return 1 if self.answers else self.samples_for.get(domain, self.samples)  # given ones: as many as there are
 
 
+class RecipeTeacher(Strict):
+    """A model whose distributions over given responses the student learns from, behind a server or in this process."""
+
+    name: Name
+    model: str  # a folder or org/name: its tokenizer, and its weights where it has no server
+    server: str | tuple[str, ...] | None = None  # that returns log-probabilities of a given text; one or several
+    served_model: str | None = None  # the name it is served under, if that isn't ``model``
+    api_key_variable: str = "OPENAI_API_KEY"
+    concurrency: Count = 32
+    timeout: Annotated[float, Field(gt=0)] = 600
+    retries: Annotated[int, Field(ge=0)] = 8
+    batch_size: Count = 8  # in process
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    top: Annotated[int, Field(ge=0)] = 128  # likeliest tokens kept of each position; 0 keeps those of the text alone
+    domains: tuple[str, ...] | None = None  # teaches only responses to prompts of these; all by default
+    system: str | None = None
+
+
 class RecipeScorer(ScorerSettings):
     """A scorer with the domains that it judges."""
 
@@ -192,6 +211,32 @@ class Preference(Training):
 
     objective: str
     options: dict[str, Any] = {}  # keyword arguments of the objective: beta, alpha, schedule, smoothing …
+
+
+class Pairwise(Strict):
+    """A student for each teacher, merged: FuseChat."""
+
+    merge_method: Literal["varm", "sce", "linear", "ties"] = "sce"
+    parameters: dict[str, Any] = {}  # of the method, as in a merge recipe
+
+
+class Fuse(Training):
+    """Training on teachers' distributions: clm · CLM + (1 − clm) · Σ of the teachers' distances."""
+
+    objective: str  # one of ``DISTANCES``
+    options: dict[str, Any] = {}  # keyword arguments of the objective
+    clm: Share = 0.9  # λ: the share of plain SFT in the loss
+    combine: Literal["sum", "min_ce", "avg_ce"] = "sum"  # of several teachers, row by row
+    vocabulary: Literal["exact", "edit_distance"] = "exact"  # the map of objectives that need one
+    pairwise: Pairwise | None = None
+
+
+class OnPolicy(Training):
+    """Training on the student's own answers, token by token towards what the teachers say of them."""
+
+    rounds: Count = 1
+    samples: Count = 1  # answers to each prompt in a round
+    sampling: Sampling = Sampling()
 
 
 class Train(Strict):

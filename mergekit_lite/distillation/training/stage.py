@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_lite.answers.template import ChatTemplate, LengthLimits
-from mergekit_lite.distillation.objectives import OBJECTIVES, Objective
+from mergekit_lite.distillation.objectives.preference import OBJECTIVES, Objective
 from mergekit_lite.distillation.recipe.schema import Preference, Training
 from mergekit_lite.distillation.reporter import Advance, Reporter
 from mergekit_lite.distillation.training import deepspeed, held_out, reference, watch

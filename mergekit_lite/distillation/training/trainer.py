@@ -27,7 +27,7 @@ from transformers import (
 
 from mergekit_lite.answers.logprobs import Batch, padded
 from mergekit_lite.answers.packing import Packed, packed
-from mergekit_lite.distillation.objectives import LogProbs, Objective
+from mergekit_lite.distillation.objectives.preference import LogProbs, Objective
 from mergekit_lite.distillation.training import held_out
 from mergekit_lite.distillation.training.model import layout_of
 from mergekit_lite.distillation.training.rows import TrainingRow
