@@ -128,8 +128,8 @@ class Shape(NamedTuple):
     cap: float | None
 
     def apply(self, head: Tensor) -> Tensor:
-        """Return the logits in float32."""
-        logits = head.float()
+        """Return the logits in float32, or in float64 if the head's output is."""
+        logits = head if head.dtype is torch.float64 else head.float()
         if self.scale != 1:
             logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
