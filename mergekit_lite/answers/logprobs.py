@@ -110,10 +110,10 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
     rows = max(1, LOGITS_AT_ONCE // getattr(head.weight, "ds_shape", head.weight.shape)[0])
     parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
     chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
-    sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), lengths)
+    sums = by_sequence(torch.cat([logps for logps, _ in chunks]), lengths)
     if not squares:
         return ResponseLogProbs(sums, lengths)
-    return ResponseLogProbs(sums, lengths, _by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths)
+    return ResponseLogProbs(sums, lengths, by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths)
 
 
 def head_of(model: PreTrainedModel) -> Any:
@@ -176,7 +176,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
+def by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     """Sum the scored tokens' values (R,) over each sequence, giving (S,), always in the same order."""
     places = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
     return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ import torch
 
 from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
-from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
+from mergekit_lite.answers.logprobs import Batch, by_sequence, check_head, response_log_probs
 from mergekit_lite.answers.packing import Packed, packs
 from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.distillation.training.deepspeed import is_partitioned
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
+# From a model, a batch and what each teacher says of it to the log-probabilities of its tokens (R,), and to each
+# teacher's distances (G,).
+Distances = Callable[[Any, Batch | Packed, Sequence[Any]], tuple[torch.Tensor, list[torch.Tensor]]]
 # How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
 Layout = Literal["padded", "packed", "shared"]
 OWN_CODE = "only architectures that transformers has are trained."  # ends the refusal of models with own code
@@ -37,7 +41,9 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     return loading.tokenizer_of(name, OWN_CODE)
 
 
-def trained_model(name: str, training: Training, dropout: bool, seed: int) -> PreTrainedModel:
+def trained_model(
+    name: str, training: Training, dropout: bool, seed: int, distances: Distances | None = None
+) -> PreTrainedModel:
     """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
     Its weights are in float32, as 16 bits lose steps of 1e-7; ``dtype`` is that of the computation. With an adapter,
@@ -48,6 +54,7 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
         training: of the recipe.
         dropout: whether to keep the dropout of the model's configuration.
         seed: of an adapter's initial weights.
+        distances: computes the distances to teachers, for trainings that have such.
 
     Raises:
         CheckpointError: it can't be loaded, or weights are missing.
@@ -66,6 +73,8 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
         check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
+    if distances is not None:
+        model.distances = distances
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
@@ -202,14 +211,20 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
         raise UsageError(f"peft can't put a LoRA on {model.name_or_path}: {error}") from error
 
 
-def _log_probs(self: PreTrainedModel, squares: bool = False, **inputs: Any) -> dict[str, torch.Tensor]:
+def _log_probs(
+    self: PreTrainedModel, squares: bool = False, taught: Sequence[Any] | None = None, **inputs: Any
+) -> dict[str, Any]:
     """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
     The inputs are the fields of a ``Batch`` or of a ``Packed`` batch of R responses. ``sums`` and ``lengths`` of the
-    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)².
+    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)². With what teachers say, ``distances`` to them.
     """
     kind = Packed if "sizes" in inputs else Batch
     batch = kind(**{field.name: inputs[field.name] for field in fields(kind)})
+    if taught is not None:
+        distances: Distances = self.distances  # type: ignore[assignment]  # no attribute that transformers has
+        tokens, losses = distances(self, batch, taught)
+        return {"sums": by_sequence(tokens, batch.lengths), "lengths": batch.lengths, "distances": losses}
     scored = response_log_probs(self, batch, squares)
     outputs = {"sums": scored.sums, "lengths": scored.lengths}
     return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
