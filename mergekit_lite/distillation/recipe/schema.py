@@ -100,6 +100,10 @@ class RecipeTeacher(Strict):
     domains: tuple[str, ...] | None = None  # teaches only responses to prompts of these; all by default
     system: str | None = None
 
+    def teaches(self, domain: str) -> bool:
+        """Whether it teaches responses to prompts of a domain."""
+        return self.domains is None or domain in self.domains
+
 
 class RecipeScorer(ScorerSettings):
     """A scorer with the domains that it judges."""
@@ -231,18 +235,33 @@ class Fuse(Training):
     pairwise: Pairwise | None = None
 
 
-class OnPolicy(Training):
-    """Training on the student's own answers, token by token towards what the teachers say of them."""
+class PolicySampling(Sampling):
+    """How the student's answers are drawn: from its own distribution, unless told."""
 
-    rounds: Count = 1
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class OnPolicy(Training):
+    """Training on the student's own answers, token by token towards what the teachers say of them.
+
+    ``epochs`` are passes over the answers of a round, ``batch_size`` counts answers.
+    """
+
+    rounds: Count = 1  # of asking the student, as it is by then, and training on what it says
+    prompts: Count | None = None  # of a round; all by default
     samples: Count = 1  # answers to each prompt in a round
-    sampling: Sampling = Sampling()
+    sampling: PolicySampling = PolicySampling()
+    coef: Annotated[float, Field(gt=0)] = 1.0  # factor of the advantages
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = None  # PPO's bound ε of the importance weights; none by default
+    spread: Literal["even", "whole"] = "even"  # of a chunk's log-ratio over its tokens, under another tokenizer
 
 
 class Train(Strict):
-    """SFT, then preference training; either may be left out."""
+    """The trainings in their order; any may be left out."""
 
     sft: Training | None = None
+    on_policy: OnPolicy | None = None
     preference: Preference | None = None
 
     @property
@@ -275,5 +294,6 @@ class Recipe(Strict):
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...] = ()
     pairs: Pairing = Pairing(rule="as_is")
+    teachers: tuple[RecipeTeacher, ...] = ()
     train: Train
     report: ReportSettings = ReportSettings()
