@@ -235,12 +235,26 @@ class Fuse(Training):
     pairwise: Pairwise | None = None  # a student for each teacher, merged, instead of one
 
 
-class OnPolicy(Training):
-    """Training on the student's own answers, token by token towards what the teachers say of them."""
+class PolicySampling(Sampling):
+    """How the student's answers are drawn: from its own distribution, unless told."""
 
-    rounds: Count = 1
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class OnPolicy(Training):
+    """Training on the student's own answers, token by token towards what the teachers say of them.
+
+    ``epochs`` are passes over the answers of a round, ``batch_size`` counts answers.
+    """
+
+    rounds: Count = 1  # of asking the student, as it is by then, and training on what it says
+    prompts: Count | None = None  # of a round; all by default
     samples: Count = 1  # answers to each prompt in a round
-    sampling: Sampling = Sampling()
+    sampling: PolicySampling = PolicySampling()
+    coef: Annotated[float, Field(gt=0)] = 1.0  # factor of the advantages
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = None  # PPO's bound ε of the importance weights; none by default
+    spread: Literal["even", "whole"] = "even"  # of a chunk's log-ratio over its tokens, under another tokenizer
 
 
 class Train(Strict):
@@ -291,6 +305,6 @@ class Recipe(Strict):
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...] = ()
     pairs: Pairing = Pairing(rule="as_is")
-    teachers: tuple[RecipeTeacher, ...] = ()  # whose distributions over the SFT rows ``train.fuse`` learns from
+    teachers: tuple[RecipeTeacher, ...] = ()  # for ``train.fuse`` and ``train.on_policy``
     train: Train
     report: ReportSettings = ReportSettings()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -127,7 +128,7 @@ def set_layout(model: Any, training: Training) -> None:
     """
     model.layout = "padded"
     whole = not is_partitioned(model)  # else it can't be tried before ZeRO-3's engine is there
-    own = model.config._attn_implementation
+    own = model.own_attention = model.config._attn_implementation
     flash = own.startswith("flash_attention")
     if training.packing and (flash or training.attn_implementation in (None, "sdpa")) and whole and packs(model):
         model.layout = "packed" if flash else "shared"
@@ -157,6 +158,26 @@ def check_whole_model(model: Any) -> None:
         check_head(base)
     finally:
         base.forward = ours
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[Any]:
+    """Give ``trained_model``'s model meanwhile as it answers: its own forward pass and attention, no dropout.
+
+    A model with an adapter answers with it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ours, attention, generation = base.__dict__.pop("forward"), base.config._attn_implementation, base.generation_config
+    mode = model.training
+    base.set_attn_implementation(base.own_attention)
+    model.eval()
+    try:
+        yield base
+    finally:
+        base.forward = ours
+        base.set_attn_implementation(attention)
+        base.generation_config = generation
+        model.train(mode)
 
 
 def make_savable(generation: GenerationConfig) -> None:
@@ -212,12 +233,17 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
 
 
 def _log_probs(
-    self: PreTrainedModel, squares: bool = False, taught: Sequence[Any] | None = None, **inputs: Any
+    self: PreTrainedModel,
+    squares: bool = False,
+    by_token: bool = False,
+    taught: Sequence[Any] | None = None,
+    **inputs: Any,
 ) -> dict[str, Any]:
     """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
     The inputs are the fields of a ``Batch`` or of a ``Packed`` batch of R responses. ``sums`` and ``lengths`` of the
-    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)². With what teachers say, ``distances`` to them.
+    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)². With ``by_token`` there are the log-probabilities
+    of all ``tokens`` instead, in one row; with what teachers say (``taught``) the ``distances`` to them too.
     """
     kind = Packed if "sizes" in inputs else Batch
     batch = kind(**{field.name: inputs[field.name] for field in fields(kind)})
@@ -226,6 +252,8 @@ def _log_probs(
         tokens, losses = distances(self, batch, taught)
         return {"sums": by_sequence(tokens, batch.lengths), "lengths": batch.lengths, "distances": losses}
     scored = response_log_probs(self, batch, squares)
+    if by_token:
+        return {"tokens": scored.tokens}
     outputs = {"sums": scored.sums, "lengths": scored.lengths}
     return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
 

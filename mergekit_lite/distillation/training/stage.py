@@ -99,14 +99,13 @@ class TrainingStage:
             RunError: the training diverged, or what it made, now or earlier, is not sound.
         """
         with _quiet():
-            self.carry_out(reporter)
+            self._run(reporter)
 
-    def carry_out(self, reporter: Reporter) -> None:
-        """Do what ``run`` does, with the libraries quiet."""
+    def _run(self, reporter: Reporter) -> None:
         settings = self.settings()
         self.workspace.check(settings)
         if self.final.exists():
-            self.accept(reporter)
+            self._accept(reporter)
             return
         data = self.rows()
         parts = held_out.split(data.rows, self.training, self.seed, self.name)
@@ -132,9 +131,9 @@ class TrainingStage:
         self._publish(trainer, record, reporter)
         reporter.line(f"{self.name}: {counted(planned.steps, 'step')} done, {self.final}")
 
-    def accept(self, reporter: Reporter) -> None:
+    def _accept(self, reporter: Reporter) -> None:
         """Take the finished folder as it is, once it is checked."""
-        self.together(self._check_earlier)
+        self._together(self._check_earlier)
         if self.is_main:
             self.workspace.tidy()
             reporter.line(f"{self.name}: done, {self.final}")
@@ -312,9 +311,9 @@ class TrainingStage:
             )
             self.workspace.publish(record)
 
-        self.together(write)
+        self._together(write)
 
-    def together(self, work: Callable[[], None]) -> None:
+    def _together(self, work: Callable[[], None]) -> None:
         """Do in the main process what one must do for all, and raise its error in all of them."""
         from accelerate.utils import broadcast_object_list
 
