@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mergekit_lite.checkpoint.tokenizer_file import WORD
-from mergekit_lite.distillation.alignment.edits import edit_distance
+from mergekit_lite.distillation.alignment.edit_distance import edit_distance
 from mergekit_lite.distillation.alignment.spelling import Spelling, spelling_of
 from mergekit_lite.distillation.alignment.vocabulary import NOBODY, VocabularyMap
 

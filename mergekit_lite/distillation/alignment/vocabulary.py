@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergekit_lite.checkpoint.tokenizer_file import WORD
-from mergekit_lite.distillation.alignment.edits import Nearest
 from mergekit_lite.distillation.alignment.spelling import Spelling, spelling_of
 
 if TYPE_CHECKING:
@@ -75,35 +73,3 @@ def special_pairs(own: Spelling, other: Spelling) -> dict[int, int]:
     found = {token: texts[other.text(token)] for token in other.special if other.text(token) in texts}
     by_role = {other.roles[role]: own.roles[role] for role in reversed(other.roles) if role in own.roles}
     return found | by_role
-
-
-def edit_distance_map(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, rows: int | None = None
-) -> VocabularyMap:
-    """Map each of the teacher's tokens to itself or else to the student's nearest by edit distance (FuseLLM's MinED).
-
-    For reproduction. Its flaws: every token gets one, however far: ``Ġutterly`` may become ``Ġbitterly``, a number
-    another number; special tokens are words like others; byte-level letters of one character count by themselves; of
-    equally near ones the first of the vocabulary is taken, which means nothing. It takes minutes for large
-    vocabularies. ``exact_map`` has none where there is none.
-
-    Args:
-        student: its tokenizer.
-        teacher: its tokenizer.
-        rows: of the teacher's head, where it has more than its tokenizer has tokens.
-    """
-    own, other = spelling_of(student), spelling_of(teacher)
-    words = {_marked(own.text(token)): token for token in reversed(range(own.rows)) if own.text(token)}
-    ordered = sorted(words, key=words.__getitem__)
-    nearest = Nearest(ordered)
-    found = np.full(max(other.rows, rows or 0), NOBODY, np.int32)
-    for token in range(other.rows):
-        word = _marked(other.text(token))
-        if word:
-            found[token] = words[word] if word in words else words[ordered[nearest.to(word)]]
-    return VocabularyMap(found)
-
-
-def _marked(word: str) -> str:
-    """Return a token as it is written, with a blank for its mark of one."""
-    return " " + word[1:] if word[:1] in ("Ġ", WORD) else word

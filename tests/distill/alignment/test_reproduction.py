@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mergekit_lite.distillation.alignment.edits import Nearest, edit_distance
+from mergekit_lite.distillation.alignment.edit_distance import Nearest, edit_distance, edit_distance_map
 from mergekit_lite.distillation.alignment.reproduction import (
     Released,
     aligned_steps,
@@ -17,7 +17,6 @@ from mergekit_lite.distillation.alignment.reproduction import (
     statistics_map,
     warped,
 )
-from mergekit_lite.distillation.alignment.vocabulary import edit_distance_map
 from tests.distill.alignment.ten_tokenizers import tokenizer
 
 

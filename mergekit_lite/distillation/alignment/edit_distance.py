@@ -1,4 +1,8 @@
-"""Edit distances (Levenshtein), bit-parallel (Myers 1999, in the form of Hyyrö 2003): a column of the table at once."""
+"""FuseLLM's map of vocabularies by edit distance (2401.10491, MinED), for reproduction.
+
+Distances (Levenshtein) are found bit-parallel: a column of the table at once (Myers 1999, in the form of Hyyrö 2003).
+For two vocabularies of 150,000 that takes some ten minutes of a core.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,48 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mergekit_lite.checkpoint.tokenizer_file import WORD
+from mergekit_lite.distillation.alignment.spelling import spelling_of
+from mergekit_lite.distillation.alignment.vocabulary import NOBODY, VocabularyMap
+
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
 
 WIDTH = 64  # letters of a word that numpy can do with
 ONE = np.uint64(1)
+
+
+def edit_distance_map(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, rows: int | None = None
+) -> VocabularyMap:
+    """Map each of the teacher's tokens to itself or else to the student's nearest by edit distance (FuseLLM's MinED).
+
+    For reproduction. Its flaws: every token gets one, however far: ``Ġutterly`` may become ``Ġbitterly``, a number
+    another number; special tokens are words like others; byte-level letters of one character count by themselves; of
+    equally near ones the first of the vocabulary is taken, which means nothing. ``exact_map`` has none where
+    there is none.
+
+    Args:
+        student: its tokenizer.
+        teacher: its tokenizer.
+        rows: of the teacher's head, where it has more than its tokenizer has tokens.
+    """
+    own, other = spelling_of(student), spelling_of(teacher)
+    words = {_marked(own.text(token)): token for token in reversed(range(own.rows)) if own.text(token)}
+    ordered = sorted(words, key=words.__getitem__)
+    nearest = Nearest(ordered)
+    found = np.full(max(other.rows, rows or 0), NOBODY, np.int32)
+    for token in range(other.rows):
+        word = _marked(other.text(token))
+        if word:
+            found[token] = words[word] if word in words else words[ordered[nearest.to(word)]]
+    return VocabularyMap(found)
+
+
+def _marked(word: str) -> str:
+    """Return a token as it is written, with a blank for its mark of one."""
+    return " " + word[1:] if word[:1] in ("Ġ", WORD) else word
 
 
 @lru_cache(1 << 16)
