@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -133,7 +133,7 @@ def counted_pairs(
 def statistics_map(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
-    counts: Mapping[tuple[int, int], int] | Iterable[tuple[tuple[int, int], int]],
+    counts: Mapping[tuple[int, int], int],
 ) -> VocabularyMap:
     """Map the teacher's tokens by how often the sequences' warping put them together (FuseChat).
 
@@ -151,7 +151,7 @@ def statistics_map(
     unseen = next((own.roles[role] for role in ("unk_token", "eos_token") if role in own.roles), NOBODY)
     found = np.full(other.rows, unseen, np.int32)
     least: dict[int, float] = {}
-    for (token, theirs), count in sorted(dict(counts).items()):
+    for (token, theirs), count in sorted(counts.items()):
         value = _likeness(own, token, other, theirs) / (1 + math.exp(-count))
         if value < least.get(theirs, math.inf):
             least[theirs], found[theirs] = value, token
