@@ -113,8 +113,8 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
     parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
     chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
     tokens = torch.cat([logps for logps, _ in chunks])
-    means = _by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths if squares else None
-    return ResponseLogProbs(_by_sequence(tokens, lengths), lengths, means, tokens)
+    means = by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths if squares else None
+    return ResponseLogProbs(by_sequence(tokens, lengths), lengths, means, tokens)
 
 
 def head_of(model: PreTrainedModel) -> Any:
@@ -129,8 +129,8 @@ class Shape(NamedTuple):
     cap: float | None
 
     def apply(self, head: Tensor) -> Tensor:
-        """Return the logits in float32."""
-        logits = head.float()
+        """Return the logits in float32, or in float64 if the head's output is."""
+        logits = head if head.dtype is torch.float64 else head.float()
         if self.scale != 1:
             logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
@@ -177,7 +177,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
+def by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     """Sum the scored tokens' values (R,) over each sequence, giving (S,), always in the same order."""
     places = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
     return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values).sum(1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
-from mergekit_lite.checkpoint.tokenizer_file import Alphabet, alphabet_in
+from mergekit_lite.answers.template import QUESTION, ChatTemplate, TemplateError
+from mergekit_lite.checkpoint.tokenizer_file import BYTE, ROLES, Alphabet, alphabet_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,56 @@ class Spelling:
         """Yield the bytes of each of these tokens."""
         return map(self.of, ids)
 
+    @property
+    def rows(self) -> int:
+        """One more than the largest id."""
+        return max(self._vocabulary, default=-1) + 1
+
+    def readings(self, token: int) -> tuple[bytes, ...]:
+        """Return what a token stands for in any text, the likeliest first.
+
+        The first piece of a word of WordPiece, whose blanks are dropped, is read with a blank before it and without.
+        A special token stands for no text: it has no readings.
+        """
+        if token in self.special or token not in self._vocabulary:
+            return ()
+        spelled = self.of(token) or b""
+        begins = self._inside and token not in self._added and not self._vocabulary[token].startswith(self._inside)
+        return (b" " + spelled, spelled) if begins else (spelled,)
+
+    def text(self, token: int) -> str:
+        """Return a token as the vocabulary writes it."""
+        return self._vocabulary.get(token, "")
+
+    @cached_property
+    def numbers(self) -> dict[bytes, int]:
+        """The id of each token by its bytes; of several the one that isn't a byte's stand-in, then the lowest."""
+        likeliest: dict[bytes, int] = {}
+        others: dict[bytes, int] = {}
+        for token in sorted(range(self.rows), key=self._stands_in):  # stable
+            for place, read in enumerate(self.readings(token)):
+                (others if place else likeliest).setdefault(read, token)
+        return others | likeliest
+
+    def _stands_in(self, token: int) -> bool:
+        """Return whether a token is a byte's, for texts without a token of their own (``<0x41>``)."""
+        return self.alphabet is Alphabet.WORDS and BYTE.fullmatch(self.text(token)) is not None
+
+    @cached_property
+    def _vocabulary(self) -> dict[int, str]:
+        return {number: str(token) for token, number in self._tokenizer.get_vocab().items()}
+
+    @cached_property
+    def roles(self) -> dict[str, int]:
+        """The ids of special tokens by what they are for; ``end_of_turn`` is the chat template's own."""
+        found = {role: getattr(self._tokenizer, f"{role}_id", None) for role in ROLES}
+        known = {role: token for role, token in found.items() if isinstance(token, int)}
+        try:
+            answered = ChatTemplate(self._tokenizer).tokens(QUESTION, PROBE)
+        except TemplateError:
+            return known
+        return {"end_of_turn": answered.response[-1]} | known if answered.response[-1] in self.special else known
+
     @cached_property
     def keeps_blanks(self) -> bool:
         """Whether blanks and line breaks of a text are all in its tokens."""
@@ -91,11 +141,7 @@ def _alphabet_of(vocabulary: dict[Any, int]) -> Alphabet:
     return Alphabet.WORDS if "▁" in begins else Alphabet.PLAIN
 
 
-_SPELLINGS: WeakKeyDictionary[PreTrainedTokenizerBase, Spelling] = WeakKeyDictionary()
-
-
+@lru_cache(16)
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     """Return what the tokens of a tokenizer spell; made once for each."""
-    if tokenizer not in _SPELLINGS:
-        _SPELLINGS[tokenizer] = Spelling(tokenizer)
-    return _SPELLINGS[tokenizer]
+    return Spelling(tokenizer)

@@ -232,7 +232,7 @@ class Fuse(Training):
     clm: Share = 0.9  # λ: the share of plain SFT in the loss
     combine: Literal["sum", "min_ce", "avg_ce"] = "sum"  # of several teachers, row by row
     vocabulary: Literal["exact", "edit_distance"] = "exact"  # the map of objectives that need one
-    pairwise: Pairwise | None = None
+    pairwise: Pairwise | None = None  # a student for each teacher, merged, instead of one
 
 
 class PolicySampling(Sampling):
@@ -258,27 +258,38 @@ class OnPolicy(Training):
 
 
 class Train(Strict):
-    """The trainings in their order; any may be left out."""
+    """The trainings in their order, each from what the one before it made; any may be left out, but not all."""
 
     sft: Training | None = None
+    fuse: Fuse | None = None
     on_policy: OnPolicy | None = None
     preference: Preference | None = None
 
     @property
     def stages(self) -> dict[str, Training]:
         """The trainings by name, in their order."""
-        both = {"sft": self.sft, "preference": self.preference}
-        return {name: training for name, training in both.items() if training is not None}
+        every = {name: getattr(self, name) for name in Train.model_fields}
+        return {name: training for name, training in every.items() if training is not None}
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether any training reads ``pairs/``; on-policy training has prompts alone."""
+        return self.stages.keys() != {"on_policy"}
+
+    @property
+    def before_preference(self) -> str | None:
+        """The training whose model preference training starts from; None where that is the target."""
+        return next((name for name in reversed(self.stages) if name != "preference"), None)
 
 
 class ReportSettings(Strict):
-    """What the models are compared on: the target before training, after SFT, and after preference training."""
+    """What the models are compared on: the target before training, and after each training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
     samples: Count = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
-    servers: dict[Literal["untrained", "sft", "preference"], str | tuple[str, ...]] = {}  # that serve it by this name
+    servers: dict[Literal["untrained", "sft", "fuse", "on_policy", "preference"], str | tuple[str, ...]] = {}  # of each
     examples: Count = 4  # prompts whose answers are shown side by side
 
 
@@ -294,6 +305,6 @@ class Recipe(Strict):
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...] = ()
     pairs: Pairing = Pairing(rule="as_is")
-    teachers: tuple[RecipeTeacher, ...] = ()
+    teachers: tuple[RecipeTeacher, ...] = ()  # for ``train.fuse`` and ``train.on_policy``
     train: Train
     report: ReportSettings = ReportSettings()

@@ -139,7 +139,7 @@ def test_any_text_under_any_rules_goes_round() -> None:
     print(f"seed {seed}")
     draw = random.Random(seed)
     found: Counter[str] = Counter()
-    for text in [*TABLE, *(random_text(draw) for _ in range(80))]:
+    for text in [*TABLE, *(random_text(draw) for _ in range(40))]:
         if not text:
             continue
         ends = {name: exact(name, text) for name in RULES}
@@ -151,7 +151,7 @@ def test_any_text_under_any_rules_goes_round() -> None:
         for name in WHOLE:
             assert ends[name] is not None or changed.get(name), (name, text)
         whole = {name: each for name, each in ends.items() if each is not None}
-        for one, other in draw.sample(list(permutations(whole, 2)), 12):
+        for one, other in draw.sample(list(permutations(whole, 2)), 6):
             made = groups(whole[one], whole[other])
             data = text.encode() + b"."
             for numbers, own in ((made.student, whole[one]), (made.teacher, whole[other])):
