@@ -28,6 +28,14 @@ class ReadyModel(NamedTuple):
     ends: frozenset[int]  # tokens that end an answer
 
 
+class Draw(NamedTuple):
+    """An answer, with the tokens that it was made of."""
+
+    answer: Answer
+    prompt: tuple[int, ...]  # that the model read
+    tokens: tuple[int, ...]  # that it drew; the last one ends the answer, unless a limit or a text that stops did
+
+
 class _Work(NamedTuple):
     task: Task
     prompt: tuple[int, ...]  # tokens
@@ -73,10 +81,17 @@ class Local:
         work = self._work(tasks)[number * self.batch_size :]
         return list(self._wanted(work[: self.batch_size], wanted))
 
+    def draws(self, tasks: Sequence[Task], wanted: frozenset[Key], number: int) -> list[Draw]:
+        """Return what ``batch`` returns, with the tokens. Raises as ``answers``."""
+        batch = self._work(tasks)[number * self.batch_size :][: self.batch_size]
+        if not any(task.key in wanted for task, _ in batch):
+            return []
+        return [draw for draw in self._drawn(batch) if draw.answer.key in wanted]
+
     def _wanted(self, batch: Sequence[_Work], wanted: frozenset[Key]) -> Iterator[Answer]:
         """Yield the ``wanted`` answers of a batch."""
         if any(task.key in wanted for task, _ in batch):
-            yield from (answer for answer in self._batch(batch) if answer.key in wanted)
+            yield from (draw.answer for draw in self._drawn(batch) if draw.answer.key in wanted)
 
     def _work(self, tasks: Sequence[Task]) -> list[_Work]:
         """Return all tasks that can be answered, longest prompts first.
@@ -102,7 +117,7 @@ class Local:
             return None
         return tokens
 
-    def _batch(self, batch: Sequence[_Work]) -> Iterator[Answer]:
+    def _drawn(self, batch: Sequence[_Work]) -> Iterator[Draw]:
         import torch
 
         longest = max(len(work.prompt) for work in batch)
@@ -137,9 +152,9 @@ class Local:
                 f"memory of {model.device}. Lower `batch_size` of the source {self.name}."
             ) from error
         for work, tokens, stopped in zip(batch, answers, stops.at, strict=True):
-            yield self._answer(work.task, tokens[:stopped], stopped is not None)
+            yield self._draw(work, tokens[:stopped], stopped is not None)
 
-    def _answer(self, task: Task, tokens: list[int], stopped: bool) -> Answer:
+    def _draw(self, work: _Work, tokens: list[int], stopped: bool) -> Draw:
         end = next((place for place, token in enumerate(tokens) if token in self.loaded.ends), None)
         text = decoded(self.tokenizer, tokens[:end])
         if stopped:
@@ -147,7 +162,9 @@ class Local:
             text = text[: min(places, default=len(text))]
         text = self._whole(text)
         finish = "length" if end is None and not stopped else "stop"
-        return Answer(task.prompt.id, self.name, task.index, text, finish, len(tokens[:end]))
+        task = work.task
+        answer = Answer(task.prompt.id, self.name, task.index, text, finish, len(tokens[:end]))
+        return Draw(answer, work.prompt, tuple(tokens if end is None else tokens[: end + 1]))
 
     def _whole(self, text: str) -> str:
         """Return an answer with the mark of the thoughts that the chat template has opened, and it goes on from."""

@@ -72,11 +72,13 @@ class ResponseLogProbs:
         sums: (B,) float32; Σ_t log π(y_t | x, y_<t).
         lengths: (B,) int64; the number of tokens, the end of the turn included.
         squares: (B,) float32, no gradient; mean_t log Σ_v π(v | x, y_<t)². None where ``squares`` is False.
+        tokens: (R,) float32; log π(y_t | x, y_<t), of all responses in a row.
     """
 
     sums: Tensor
     lengths: Tensor
-    squares: Tensor | None = None
+    squares: Tensor | None
+    tokens: Tensor
 
 
 def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "cpu") -> Batch:
@@ -96,7 +98,7 @@ def padded(rows: Sequence[Tokens], pad: int = 0, device: torch.device | str = "c
 def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: bool = False) -> ResponseLogProbs:
     """Compute the log-probabilities of the responses under a causal language model.
 
-    ``sums`` is differentiable. The first token of a sequence is never scored, for nothing predicts it.
+    ``sums`` and ``tokens`` are differentiable. The first token of a sequence is never scored, for nothing predicts it.
 
     Args:
         model: with a head that ``check_head`` accepts; for a packed batch, one that ``packs``.
@@ -110,10 +112,9 @@ def response_log_probs(model: PreTrainedModel, batch: Batch | Packed, squares: b
     rows = max(1, LOGITS_AT_ONCE // getattr(head.weight, "ds_shape", head.weight.shape)[0])
     parts = list(zip(torch.split(states, rows), torch.split(targets, rows), strict=True))
     chunks = [_chunk(head, *part, shape, squares, again=len(parts) > 1) for part in parts]
-    sums = _by_sequence(torch.cat([logps for logps, _ in chunks]), lengths)
-    if not squares:
-        return ResponseLogProbs(sums, lengths)
-    return ResponseLogProbs(sums, lengths, _by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths)
+    tokens = torch.cat([logps for logps, _ in chunks])
+    means = by_sequence(torch.cat([logs for _, logs in chunks]), lengths) / lengths if squares else None
+    return ResponseLogProbs(by_sequence(tokens, lengths), lengths, means, tokens)
 
 
 def head_of(model: PreTrainedModel) -> Any:
@@ -128,8 +129,8 @@ class Shape(NamedTuple):
     cap: float | None
 
     def apply(self, head: Tensor) -> Tensor:
-        """Return the logits in float32."""
-        logits = head.float()
+        """Return the logits in float32, or in float64 if the head's output is."""
+        logits = head if head.dtype is torch.float64 else head.float()
         if self.scale != 1:
             logits = logits * self.scale
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
@@ -176,7 +177,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
+def by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
     """Sum the scored tokens' values (R,) over each sequence, giving (S,), always in the same order."""
     places = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
     return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values).sum(1)

@@ -132,7 +132,7 @@ def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
         for token in listed
         if _is_number(token.get("id"))
     }
-    return Tokenizer(vocabulary_in(content), flags, _alphabet(content), {})
+    return Tokenizer(vocabulary_in(content), flags, alphabet_in(content), {})
 
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
@@ -160,7 +160,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _alphabet(content: Mapping[str, Any]) -> Alphabet:
+def alphabet_in(content: Mapping[str, Any]) -> Alphabet:
+    """Return how the tokens in the content of a ``tokenizer.json`` are written."""
     if "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("decoder")]):
         return Alphabet.BYTES
     words = _words(content).values()

@@ -37,8 +37,12 @@ class Folder:
         """Return the file of the ``sft``, ``preference``, ``dropped`` or ``target`` rows."""
         return self.root / "pairs" / f"{name}.jsonl"
 
+    def taught(self, teacher: str) -> Path:
+        """Return the folder of what one teacher says of the SFT rows."""
+        return self.root / "teach" / teacher
+
     def trained(self, stage: str) -> Path:
-        """Return the folder of the model that ``sft`` or ``preference`` training makes."""
+        """Return the folder of the model that a training makes: ``sft``, ``fuse``, ``on_policy`` or ``preference``."""
         return self.root / "train" / stage
 
     @property

@@ -12,7 +12,8 @@ from mergekit_lite.distillation.pairing.assign import Assignment, Dropped, SftEx
 from mergekit_lite.distillation.pairing.candidates import Inventory, all_scores, candidates, texts
 from mergekit_lite.distillation.pairing.table import Counts, PairingTable, table_of
 from mergekit_lite.distillation.prompts import stored
-from mergekit_lite.distillation.recipe.checks import Problem, pairing_problems
+from mergekit_lite.distillation.recipe.checks import pairing_problems, unknown_domains
+from mergekit_lite.distillation.recipe.problems import Problem
 from mergekit_lite.distillation.recipe.schema import TARGET, Pairing, Recipe
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.rules import Answers, Candidate, PreferencePair, win
@@ -41,9 +42,13 @@ def pair(recipe: Recipe, reporter: Reporter, *, skip_missing: bool = False) -> P
     folder, inventory = Folder(recipe.folder), Inventory()
     if recipe.rows is not None:
         table = PairingTable({}, roles=import_rows(folder, recipe.rows, reporter))
+        unknown_domains(recipe, (prompt.domain for prompt in stored(folder)))
         table.write(folder.root / "pairs" / "table.json")
         table.show(reporter)
         return table
+    if not recipe.train.reads_rows:
+        reporter.line("no training reads rows: on-policy training has prompts alone")
+        return PairingTable({})
     _check(pairing_problems(recipe))
     prompts = {prompt.id: prompt for prompt in stored(folder)}
     pairings = {prompt.domain: recipe.pairs.of(prompt.domain) for prompt in prompts.values()}

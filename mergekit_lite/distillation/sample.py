@@ -150,8 +150,9 @@ def waits_for(recipe: Recipe) -> str | None:
         return None
     if not folder.pairs(TARGET).exists():
         return f"{folder.pairs(TARGET)} will tell what it is asked: the stage `pair` writes it"
-    if recipe.train.sft is not None and not (folder.trained("sft") / "config.json").exists():
-        return f"the stage `train` makes {folder.trained('sft')} first"
+    before = recipe.train.before_preference
+    if before is not None and not (folder.trained(before) / "config.json").exists():
+        return f"the stage `train` makes {folder.trained(before)} first"
     return None
 
 
@@ -344,8 +345,9 @@ def _model(recipe: Recipe, source: RecipeSource) -> str:
 
 
 def _trained(recipe: Recipe) -> str:
-    """Return the model that answers as the target: the SFT model, or the target itself without SFT."""
-    return str(Folder(recipe.folder).trained("sft")) if recipe.train.sft is not None else recipe.target
+    """Return the model that answers as the target: what preference training starts from."""
+    before = recipe.train.before_preference
+    return recipe.target if before is None else str(Folder(recipe.folder).trained(before))
 
 
 def _digest(model: Path) -> str:

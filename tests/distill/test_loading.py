@@ -52,7 +52,7 @@ WRONG: list[tuple[str, str, str]] = [  # what is replaced in the sound one, by w
     ("score: rm}", "score: rm, gap: [1]}", "10:42: 'gap' has too few values"),
     ("folder: out", "folder: out\nfolder: in", "2:1: 'folder' is given twice, first in line 1"),
     ("  - name: a\n    model: org/a", "  []", "6:3: 'sources' is an empty list"),
-    ("  sft: {learning_rate: 1e-5}", "  sft:", "has neither 'sft' nor 'preference'"),
+    ("  sft: {learning_rate: 1e-5}", "  sft:", "'train' has none of sft, fuse, on_policy, preference"),
     ("path: p.jsonl", "path: p.jsonl\n    dataset: org/d", "4:5: prompts are given by exactly one of"),
     ("path: p.jsonl", "domain: x", "4:5: prompts are given by exactly one"),
     ("path: p.jsonl", "path: p.jsonl\n    split: test", "5:12: 'split' has no effect on a file"),

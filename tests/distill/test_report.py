@@ -20,7 +20,6 @@ from mergekit_lite.distillation.report import report
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.reporting import curves
 from mergekit_lite.distillation.reporting.findings import Findings
-from mergekit_lite.distillation.reporting.held_out import MODELS
 from mergekit_lite.distillation.score import digest_of
 from mergekit_lite.errors import UsageError
 from tests.browser import Browser
@@ -78,7 +77,7 @@ def trained_folder(folder: Path) -> None:
         write_rows(made.trained(stage) / "log.jsonl", (log_row(stage, step, draw) for step in range(1, steps + 1)))
     inner = Folder(made.report)
     hard = [draw.gauss(0, 0.05) for _ in held_out]
-    for model in MODELS:
+    for model in MEANS:
         answers = [
             {
                 "prompt": row["id"],
@@ -275,7 +274,7 @@ def test_what_is_given_has_no_part_in_the_report(tmp_path: Path) -> None:
     PairingTable({}).write(tmp_path / "made" / "pairs" / "table.json")
     findings = report(recipe(tmp_path, scorers=scorers, rows=rows), Reporter())
     assert findings.comparison is not None
-    assert findings.comparison.scorers == ["armorm"] and len(findings.comparison.answers) == len(MODELS)
+    assert findings.comparison.scorers == ["armorm"] and len(findings.comparison.answers) == len(MEANS)
 
 
 def test_without_training(tmp_path: Path) -> None:

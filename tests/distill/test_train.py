@@ -21,7 +21,7 @@ from mergekit_lite.distillation.training.model import tokenizer_of
 from mergekit_lite.distillation.training.rows import preference_rows, sft_rows
 from mergekit_lite.errors import CheckpointError, UsageError
 from tests.distill import training
-from tests.distill.training import Told, log, recipe, target, trained, weights, write_rows
+from tests.distill.training import Told, log, recipe, same, target, trained, weights, write_rows
 from tests.processes import Forked, preload
 
 pytest.importorskip("accelerate")
@@ -42,14 +42,6 @@ def folder(tmp_path):
     target(tmp_path / "target")
     write_rows(tmp_path)
     return tmp_path
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rtol: float = 0, atol: float = 0) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(
-            tensor, second[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def test_both_stages(folder):

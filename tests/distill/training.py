@@ -91,6 +91,15 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rtol: float = 0, atol: float = 0) -> None:
+    """Two models have the same weights, bit for bit unless told."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 OF_THE_MACHINE = ("time", "tokens_per_second", "peak_memory")  # in the log
 
 

@@ -18,22 +18,19 @@ LLaMA-Factory).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import cos, pi
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from mergekit_lite.errors import nearest
+from mergekit_lite.distillation.objectives.logarithms import log1mexp
+from mergekit_lite.distillation.objectives.options import NonNegative, Positive, Share, checked, defaults
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 Schedule = Literal["linear", "constant", "cosine"]
 
@@ -132,24 +129,11 @@ class Objective:
     @property
     def defaults(self) -> dict[str, Any]:
         """The default values of the options."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY} | {"nll": 0.0}
+        return defaults(self.function) | {"nll": 0.0}
 
     def options(self, given: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         """Return all keyword arguments of ``function``; wrong names and values become ``problems``."""
-        kinds = get_type_hints(self.function, include_extras=True) | {"nll": NonNegative}
-        options = self.defaults
-        for name, value in given.items():
-            if name not in options:
-                known = f"It has {', '.join(options)}."
-                problems.append(f"objective {self.name} has no option {name!r}.{nearest(name, options)} {known}")
-                continue
-            try:
-                options[name] = TypeAdapter(kinds[name]).validate_python(value)
-            except ValidationError as error:
-                why = "; ".join(entry["msg"] for entry in error.errors())
-                problems.append(f"objective {self.name}, option {name}: {why}, got {value!r}.")
-        return options
+        return checked(f"objective {self.name}", self.function, given, problems, {"nll": (NonNegative, 0.0)})
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -252,7 +236,7 @@ def orpo(rows: LogProbs, *, weight: NonNegative = 0.1) -> Outcome:
     The paper's first term covers prompt and response, here it covers the response.
     """
     chosen, rejected = rows.averages()
-    odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    odds = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
     return _pairwise(-chosen + weight * softplus(-odds), weight * chosen, weight * rejected)
 
 
@@ -328,12 +312,3 @@ def _logistic(margin: Tensor, smoothing: float) -> Tensor:
     if not smoothing:
         return softplus(-margin)
     return (1 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 − eˣ) for x < 0, exact at both ends (Mächler 2012); x = 0 stands for the number next to it."""
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    near = x > -0.6931471805599453  # −log 2
-    # Each branch gets only values that it is exact for: elsewhere its gradient would be infinity times 0.
-    small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
-    return torch.where(near, small, torch.log1p(-torch.exp(torch.where(near, -1.0, x))))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
-from mergekit_lite.answers.asking import Sampling, urls_of
-from mergekit_lite.answers.data_files import Data
-from mergekit_lite.answers.prompts import Prompts
-from mergekit_lite.answers.requests import OURS
 from mergekit_lite.answers.scoring.registry import kind_of, wrong_settings
 from mergekit_lite.answers.serving import wrong_command
+from mergekit_lite.distillation.recipe.fusing import fusing_problems
+from mergekit_lite.distillation.recipe.problems import (
+    KeyPath,
+    Problem,
+    clashing_names,
+    one_origin,
+    wrong_sampling,
+    wrong_urls,
+)
 from mergekit_lite.distillation.recipe.schema import (
     TARGET,
     TARGET_RULES,
@@ -19,12 +23,11 @@ from mergekit_lite.distillation.recipe.schema import (
     Pairing,
     Recipe,
     RecipeSource,
+    Train,
 )
 from mergekit_lite.distillation.rules import RULES
 from mergekit_lite.errors import UsageError, listing, nearest
-from mergekit_lite.file_names import unfit_on_windows
 
-KeyPath = tuple[int | str, ...]  # keys and list indices from the recipe's root
 GIVEN = "given"  # the kind of scorer whose scores the data have
 DRAWN = ("answers", "draw")  # parameters of rules that the stage gives, not the recipe
 
@@ -37,28 +40,22 @@ NO_ENGINE_OPTIONS = {
 }
 
 
-class Problem(NamedTuple):
-    """A contradiction, and the key it is reported at."""
-
-    at: KeyPath
-    text: str
-
-
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """Yield every contradiction in the recipe."""
     if recipe.rows is not None:
         yield from _given_rows(recipe, recipe.rows)
     else:
         yield from _empty_sections(recipe)
-        yield from _clashing_names("sources", [source.name for source in recipe.sources])
+        yield from clashing_names("sources", [source.name for source in recipe.sources])
         for number, source in enumerate(recipe.sources):
             yield from _source(("sources", number), source)
         for number, prompts in enumerate(recipe.prompts):
-            yield from _one_origin(("prompts", number), prompts)
+            yield from one_origin(("prompts", number), prompts)
         yield from pairing_problems(recipe)
-    if recipe.train.sft is None and recipe.train.preference is None:
-        yield Problem(("train",), "'train' has neither 'sft' nor 'preference': at least one is needed")
-    yield from _clashing_names("scorers", [scorer.name for scorer in recipe.scorers])
+    if not recipe.train.stages:
+        yield Problem(("train",), f"'train' has none of {', '.join(Train.model_fields)}: at least one is needed")
+    yield from fusing_problems(recipe)
+    yield from clashing_names("scorers", [scorer.name for scorer in recipe.scorers])
     for number, scorer in enumerate(recipe.scorers):
         yield from (Problem(("scorers", number, *wrong.at), wrong.text) for wrong in wrong_settings(scorer))
     yield from _given_scores(recipe)
@@ -102,7 +99,9 @@ def unknown_domains(recipe: Recipe, domains: Iterable[str]) -> None:
 
 
 def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
-    for key in ("prompts", "sources", "scorers", "pairs"):
+    """Yield the sections that are missing. On-policy training alone needs prompts, and nobody's answers to them."""
+    needed = ("prompts", "sources", "scorers", "pairs") if recipe.train.reads_rows else ("prompts",)
+    for key in needed:
         given = key == "prompts" and any(source.answers for source in recipe.sources)
         if key not in recipe.model_fields_set and not given:
             yield Problem((), f"the recipe has no {key!r}")
@@ -111,9 +110,9 @@ def _empty_sections(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _report(recipe: Recipe) -> Iterator[Problem]:
-    yield from _sampling(("report", "sampling"), recipe.report.sampling)
+    yield from wrong_sampling(("report", "sampling"), recipe.report.sampling)
     for number, prompts in enumerate(recipe.report.prompts):
-        yield from _one_origin(("report", "prompts", number), prompts)
+        yield from one_origin(("report", "prompts", number), prompts)
     kinds = {scorer.name: scorer.kind for scorer in recipe.scorers}
     for number, name in enumerate(recipe.report.scores or ()):
         if name not in kinds:
@@ -129,24 +128,15 @@ def _given_rows(recipe: Recipe, rows: GivenRows) -> Iterator[Problem]:
     for key in ("prompts", "sources", "pairs"):  # the report has scorers, and asks as target_source says
         if key in recipe.model_fields_set:
             yield Problem((key,), f"{key!r} has no effect here: the 'rows' are given already")
-    for stage in ("sft", "preference"):
-        origins, training = getattr(rows, stage), getattr(recipe.train, stage)
+    for stage, readers in (("sft", ("sft", "fuse")), ("preference", ("preference",))):
+        origins, trained = getattr(rows, stage), [name for name in readers if name in recipe.train.stages]
         for number, data in enumerate(origins):
-            yield from _one_origin(("rows", stage, number), data)
-        if bool(origins) != (training is not None):
-            has, lacks = ("rows", "train") if origins else ("train", "rows")
-            yield Problem((lacks,), f"{has!r} has {stage!r}, {lacks!r} has not: give both, or neither")
-
-
-def _clashing_names(key: str, names: Sequence[str]) -> Iterator[Problem]:
-    for number, name in enumerate(names):
-        at: KeyPath = (key, number, "name")
-        if name.lower() in (earlier.lower() for earlier in names[:number]):
-            yield Problem(at, f"the name {name!r} is taken by another of the {key}: files are called by it")
-        if name.lower().endswith(".partial"):
-            yield Problem(at, f"the name {name!r} ends like a file that is not finished: choose another one")
-        if why := unfit_on_windows(f"{name}.jsonl"):
-            yield Problem(at, f"the name {name!r} {why} on Windows, and files are called by it: choose another one")
+            yield from one_origin(("rows", stage, number), data)
+        if trained and not origins:
+            yield Problem(("rows",), f"'train' has {trained[0]!r}, 'rows' has no {stage!r} for it: give both, or neither")
+        if origins and not trained:
+            wanted = " or ".join(map(repr, readers))
+            yield Problem(("train",), f"'rows' has {stage!r}, 'train' has no {wanted}: give both, or neither")
 
 
 def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
@@ -156,7 +146,7 @@ def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
         for key in sorted(source.model_fields_set - {"name", "answers", "domains", "thoughts"}):
             yield Problem((*at, key), f"{key!r} has no effect here: the answers are given")
         for number, given in enumerate(source.answers):
-            yield from _one_origin((*at, "answers", number), given)
+            yield from one_origin((*at, "answers", number), given)
         return
     if not source.model:
         yield Problem(at, f"{_of(at)} has no 'model', and no 'answers'")
@@ -165,7 +155,7 @@ def _source(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
         if key in source.model_fields_set:
             yield Problem((*at, key), f"{key!r} has no effect here: {why}")
     yield from _server(at, source)
-    yield from _sampling((*at, "sampling"), source.sampling)
+    yield from wrong_sampling((*at, "sampling"), source.sampling)
     if not source.is_served:
         for key in SERVERS_ONLY - (VLLM_TOO if source.engine == "vllm" else set()):
             if getattr(source.sampling, key) is not None:
@@ -197,29 +187,9 @@ def _without_effect(source: RecipeSource) -> tuple[list[str], str]:
 def _server(at: KeyPath, source: RecipeSource) -> Iterator[Problem]:
     if source.serve is not None and (wrong := wrong_command(source.serve)):
         yield Problem((*at, "serve"), wrong)
-    if source.server is None:
-        return
-    if source.serve is not None:
+    if source.server is not None and source.serve is not None:
         yield Problem((*at, "serve"), "a 'server' runs already, 'serve' starts one: give one of them")
-    urls = urls_of(source.server)
-    if not urls:
-        yield Problem((*at, "server"), "'server' is an empty list: expected a URL, or several")
-    for place, url in enumerate(urls):
-        where: KeyPath = (*at, "server") if isinstance(source.server, str) else (*at, "server", place)
-        if not url.startswith(("http://", "https://")):
-            yield Problem(where, f"{url!r} is no URL: expected for instance http://localhost:8000/v1")
-        if "@" in url:
-            yield Problem(where, "URLs are shown and logged: put the key into the variable of 'api_key_variable'")
-        if url in urls[:place]:
-            yield Problem(where, f"{url!r} is listed twice")
-
-
-def _sampling(at: KeyPath, sampling: Sampling) -> Iterator[Problem]:
-    for key in sampling.extra_body or ():
-        if key in Sampling.model_fields:
-            yield Problem((*at, "extra_body", key), f"{key!r} is a key of 'sampling' itself: say it there")
-        elif key in OURS:
-            yield Problem((*at, "extra_body", key), f"{key!r} is what each request sets by itself: leave it out")
+    yield from wrong_urls((*at, "server"), source.server)
 
 
 def _of(at: KeyPath) -> str:
@@ -255,16 +225,6 @@ def _target_source(recipe: Recipe) -> Iterator[Problem]:
     if own.server is not None and own.model == TARGET:
         yield Problem(("target_source",), "a 'server' needs the 'model', as it is called there")
     yield from (problem for problem in _source(("target_source",), own) if problem.at[-1] != "name")
-
-
-def _one_origin(at: KeyPath, data: Data) -> Iterator[Problem]:
-    if (data.path is None) == (data.dataset is None):
-        what = "prompts" if isinstance(data, Prompts) else "data"
-        yield Problem(at, f"{what} are given by exactly one of 'path' and 'dataset'")
-    if data.path is not None:
-        for key in ("config", "split"):
-            if key in data.model_fields_set:
-                yield Problem((*at, key), f"{key!r} has no effect on a file: it is for a 'dataset'")
 
 
 def _pairing(recipe: Recipe, pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
@@ -304,6 +264,12 @@ def _rule_options(pairing: Pairing, at: KeyPath) -> Iterator[Problem]:
 
 
 def _named_domains(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield who names a domain, and the domain. Rows that are given are taught; scorers judge the report's prompts."""
+    for teacher in recipe.teachers:
+        for domain in teacher.domains or ():
+            yield f"the teacher {teacher.name}", domain
+    if recipe.rows is not None:
+        return
     for source in (*recipe.sources, *((recipe.target_source,) if recipe.target_source else ())):
         for domain in dict.fromkeys((*(source.domains or ()), *source.samples_for)):
             yield f"the source {source.name}", domain

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_lite.answers.data_files import Data
-from mergekit_lite.distillation.recipe.checks import KeyPath, contradictions
+from mergekit_lite.distillation.recipe.checks import contradictions
+from mergekit_lite.distillation.recipe.problems import KeyPath
 from mergekit_lite.distillation.recipe.schema import TARGET, Recipe, RecipeScorer, RecipeSource
 from mergekit_lite.errors import nearest
 from mergekit_lite.yaml_document import Fields, Items, Mark, Node, RecipeError, Remark, Scalar, describe, read, text_of
@@ -173,6 +174,9 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
             "rows": rows,
             "sources": tuple(_source(source, folder) for source in recipe.sources),
             "scorers": tuple(_scorer(scorer, folder) for scorer in recipe.scorers),
+            "teachers": tuple(
+                teacher.model_copy(update={"model": _model(teacher.model, folder)}) for teacher in recipe.teachers
+            ),
             "report": report,
         }
     )

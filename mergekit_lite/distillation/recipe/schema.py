@@ -100,6 +100,10 @@ class RecipeTeacher(Strict):
     domains: tuple[str, ...] | None = None  # teaches only responses to prompts of these; all by default
     system: str | None = None
 
+    def teaches(self, domain: str) -> bool:
+        """Whether it teaches responses to prompts of a domain."""
+        return self.domains is None or domain in self.domains
+
 
 class RecipeScorer(ScorerSettings):
     """A scorer with the domains that it judges."""
@@ -228,38 +232,64 @@ class Fuse(Training):
     clm: Share = 0.9  # λ: the share of plain SFT in the loss
     combine: Literal["sum", "min_ce", "avg_ce"] = "sum"  # of several teachers, row by row
     vocabulary: Literal["exact", "edit_distance"] = "exact"  # the map of objectives that need one
-    pairwise: Pairwise | None = None
+    pairwise: Pairwise | None = None  # a student for each teacher, merged, instead of one
+
+
+class PolicySampling(Sampling):
+    """How the student's answers are drawn: from its own distribution, unless told."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class OnPolicy(Training):
-    """Training on the student's own answers, token by token towards what the teachers say of them."""
+    """Training on the student's own answers, token by token towards what the teachers say of them.
 
-    rounds: Count = 1
+    ``epochs`` are passes over the answers of a round, ``batch_size`` counts answers.
+    """
+
+    rounds: Count = 1  # of asking the student, as it is by then, and training on what it says
+    prompts: Count | None = None  # of a round; all by default
     samples: Count = 1  # answers to each prompt in a round
-    sampling: Sampling = Sampling()
+    sampling: PolicySampling = PolicySampling()
+    coef: Annotated[float, Field(gt=0)] = 1.0  # factor of the advantages
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = None  # PPO's bound ε of the importance weights; none by default
+    spread: Literal["even", "whole"] = "even"  # of a chunk's log-ratio over its tokens, under another tokenizer
 
 
 class Train(Strict):
-    """SFT, then preference training; either may be left out."""
+    """The trainings in their order, each from what the one before it made; any may be left out, but not all."""
 
     sft: Training | None = None
+    fuse: Fuse | None = None
+    on_policy: OnPolicy | None = None
     preference: Preference | None = None
 
     @property
     def stages(self) -> dict[str, Training]:
         """The trainings by name, in their order."""
-        both = {"sft": self.sft, "preference": self.preference}
-        return {name: training for name, training in both.items() if training is not None}
+        every = {name: getattr(self, name) for name in Train.model_fields}
+        return {name: training for name, training in every.items() if training is not None}
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether any training reads ``pairs/``; on-policy training has prompts alone."""
+        return self.stages.keys() != {"on_policy"}
+
+    @property
+    def before_preference(self) -> str | None:
+        """The training whose model preference training starts from; None where that is the target."""
+        return next((name for name in reversed(self.stages) if name != "preference"), None)
 
 
 class ReportSettings(Strict):
-    """What the models are compared on: the target before training, after SFT, and after preference training."""
+    """What the models are compared on: the target before training, and after each training."""
 
     prompts: tuple[Prompts, ...] = ()  # held out; must share no prompt with the training data
     samples: Count = 1
     sampling: Sampling = Sampling(temperature=0)
     scores: tuple[str, ...] | None = None  # names of scorers; all by default
-    servers: dict[Literal["untrained", "sft", "preference"], str | tuple[str, ...]] = {}  # that serve it by this name
+    servers: dict[Literal["untrained", "sft", "fuse", "on_policy", "preference"], str | tuple[str, ...]] = {}  # of each
     examples: Count = 4  # prompts whose answers are shown side by side
 
 
@@ -275,5 +305,6 @@ class Recipe(Strict):
     target_source: RecipeSource | None = None  # how the SFT model answers for itself; the sample stage sets its model
     scorers: tuple[RecipeScorer, ...] = ()
     pairs: Pairing = Pairing(rule="as_is")
+    teachers: tuple[RecipeTeacher, ...] = ()  # for ``train.fuse`` and ``train.on_policy``
     train: Train
     report: ReportSettings = ReportSettings()

@@ -33,7 +33,18 @@ class Panel(NamedTuple):
 
     title: str
     unit: str
-    lines: Mapping[str, str]  # labels by column of the log
+    lines: Mapping[str, str]  # labels by column of the log; ``distance/`` stands for all columns that begin so
+
+    def of(self, log: Log) -> Panel:
+        """Return the panel with the columns that a log has."""
+        there = dict.fromkeys(key for row in log for key in row)
+        lines: dict[str, str] = {}
+        for key, label in self.lines.items():
+            if key.endswith("/"):
+                lines |= {name: name.removeprefix(key) for name in there if name.startswith(key)}
+            elif key in there:
+                lines[key] = label
+        return self._replace(lines=lines)
 
 
 PANELS = {
@@ -42,6 +53,20 @@ PANELS = {
         Panel("Learning rate", "a step", {"learning_rate": ""}),
         Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
         Panel("Length of the responses", "tokens", {"length/response": ""}),
+    ),
+    "fuse": (
+        Panel("Loss", "clm · CLM + (1 − clm) · D", {"loss": "training", "eval_loss": "held out"}),
+        Panel("CLM: plain SFT's loss", "nats a token", {"clm": ""}),
+        Panel("Distance to the teachers", "mean of the groups", {"distance": "all", "distance/": ""}),
+        Panel("Weight of the teachers", "mean of the rows", {"weight/": ""}),
+        Panel("Tokens that are compared", "share", {"grouped": ""}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Learning rate", "a step", {"learning_rate": ""}),
+    ),
+    "on_policy": (
+        Panel("Loss", "a token", {"loss": "training", "eval_loss": "held out"}),
+        Panel("Norm of the gradient", "norm", {"grad_norm": ""}),
+        Panel("Learning rate", "a step", {"learning_rate": ""}),
     ),
     "preference": (
         Panel(
@@ -73,6 +98,14 @@ PANELS = {
 }
 
 
+KINDS = {
+    "sft": "Supervised fine-tuning",
+    "fuse": "Training on teachers' distributions",
+    "on_policy": "On-policy training",
+    "preference": "Preference training",
+}
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture that is drawn both as PNG and into the page."""
@@ -81,6 +114,17 @@ class Picture:
     title: str
     height: float  # in inches
     draw: Callable[[FigureBase], None]
+
+
+def kind_of(stage: str) -> str:
+    """Return the training that a log is of: each student of FuseChat's is fused."""
+    return "fuse" if stage.startswith("fuse-") else stage
+
+
+def name_of(stage: str) -> str:
+    """Return a training's name for readers."""
+    student = stage.removeprefix("fuse-") if stage != kind_of(stage) else ""
+    return KINDS[kind_of(stage)] + (f": the student of {student}" if student else "")
 
 
 def read_log(path: Path) -> Log:
@@ -105,7 +149,7 @@ def ends(log: Log) -> dict[str, tuple[float, float]]:
 
 def training(stage: str, log: Log) -> Picture | None:
     """Return the curves of one training: a panel for all columns that the log has. None for an empty log."""
-    panels = [panel for panel in PANELS[stage] if any(key in row for row in log for key in panel.lines)]
+    panels = [panel for each in PANELS[kind_of(stage)] if (panel := each.of(log)).lines]
     if not panels:
         return None
 
@@ -117,16 +161,16 @@ def training(stage: str, log: Log) -> Picture | None:
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
 
-    title = {"sft": "Supervised fine-tuning", "preference": "Preference training"}[stage]
-    return Picture(f"{stage}.png", title, PANEL_HEIGHT * -(-len(panels) // 2), draw)
+    return Picture(f"{stage}.png", name_of(stage), PANEL_HEIGHT * -(-len(panels) // 2), draw)
 
 
 def _panel(axes: Axes, panel: Panel, log: Log) -> None:
-    lines = {key: label for key, label in panel.lines.items() if any(key in row for row in log)}
+    lines = panel.lines
     for number, (key, label) in enumerate(lines.items()):
         points = [(row["step"], row[key]) for row in log if key in row and math.isfinite(row[key])]
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-        others = COLOURS[3] if key.startswith(HELD_OUT) else "#7f7f7f" if len(lines) > 1 else COLOURS[number]
+        plain = COLOURS[number % len(COLOURS)] if "/" in key or len(lines) == 1 else "#7f7f7f"
+        others = COLOURS[3] if key.startswith(HELD_OUT) else plain
         colour = COLOUR_OF.get(key.partition("/")[2], others)
         if len(values) > MANY:
             axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)

@@ -19,10 +19,11 @@ from mergekit_lite.distillation.training.held_out import Choice
 from mergekit_lite.errors import counted
 from mergekit_lite.input_files import read_json
 
-STAGES = ("sft", "preference")
 NAMES: Mapping[Model, str] = {
     "untrained": "the target as it was",
     "sft": "the SFT model",
+    "fuse": "the fused model",
+    "on_policy": "the on-policy model",
     "preference": "the preference model",
 }
 LONGER = 1.1  # ratio of lengths that is reported
@@ -61,7 +62,7 @@ class Findings:
     def pictures(self) -> list[Picture]:
         """The pictures that there are figures for."""
         drawn = [curves.held_out(self.comparison)] if self.comparison is not None else []
-        trained = (curves.training(stage, self.logs.get(stage, [])) for stage in STAGES)
+        trained = (curves.training(stage, log) for stage, log in self.logs.items())
         return [*drawn, *(picture for picture in trained if picture is not None)]
 
     @property
@@ -76,6 +77,7 @@ class Findings:
             "seed": self.recipe.seed,
             "rule": self.recipe.pairs.rule,
             "objective": self.recipe.train.preference.objective if self.recipe.train.preference else None,
+            "fuse": self.recipe.train.fuse.objective if self.recipe.train.fuse else None,
             "said": self.conclusions,
             "held_out": _comparison_json(self.comparison),
             "pairs": self.table,
@@ -91,10 +93,11 @@ class Findings:
 def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
     """Read the logs and the table in a recipe's folder."""
     folder = Folder(recipe.folder)
-    logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in STAGES}
+    stages = trainings(recipe)
+    logs = {stage: curves.read_log(folder.trained(stage) / "log.jsonl") for stage in stages}
     path = folder.root / "pairs" / "table.json"
     table = read_json(path) if path.exists() else None
-    chosen = {stage: _choice(folder.trained(stage) / "training.json") for stage in STAGES}
+    chosen = {stage: _choice(folder.trained(stage) / "training.json") for stage in stages}
     return Findings(
         recipe,
         {stage: log for stage, log in logs.items() if log},
@@ -102,6 +105,13 @@ def gather(recipe: Recipe, comparison: HeldOutComparison | None) -> Findings:
         comparison,
         {stage: choice for stage, choice in chosen.items() if choice},
     )
+
+
+def trainings(recipe: Recipe) -> list[str]:
+    """Return the trainings that may have a log, in their order: for FuseChat one of each teacher's student."""
+    fuse = recipe.train.fuse
+    students = [f"fuse-{teacher.name}" for teacher in recipe.teachers] if fuse and fuse.pairwise else []
+    return ["sft", *students, "fuse", "on_policy", "preference"]
 
 
 def _choice(path: Path) -> str:

@@ -31,8 +31,8 @@ from mergekit_lite.distillation.score import score
 from mergekit_lite.errors import UsageError, counted, listing, shortened
 from mergekit_lite.input_files import read_json
 
-Model = Literal["untrained", "sft", "preference"]
-MODELS: tuple[Model, ...] = ("untrained", "sft", "preference")
+Model = Literal["untrained", "sft", "fuse", "on_policy", "preference"]
+MODELS: tuple[Model, ...] = ("untrained", "sft", "fuse", "on_policy", "preference")
 OWN = {"system", "batch_size", "device", "dtype", "serve", "serve_patience", "concurrency", "timeout", "retries"}
 OWN |= {"engine", "engine_options"}  # what the models have of ``target_source``
 LENGTH, CUT = "characters", "cut off"  # metrics besides the scorers' names
@@ -84,7 +84,8 @@ class HeldOutComparison:
     def differences(self) -> list[Difference]:
         """Each model against each earlier one, by metric; the longest step of training first."""
         models = [model for model in MODELS if model in self.answers]
-        steps = [(after, before) for gap in (2, 1) for before, after in zip(models, models[gap:], strict=False)]
+        gaps = range(len(models) - 1, 0, -1)
+        steps = [(after, before) for gap in gaps for before, after in zip(models, models[gap:], strict=False)]
         return [
             Difference(after, before, metric, self.difference(after, before, metric))
             for metric in (*self.scorers, LENGTH)
@@ -134,7 +135,7 @@ def existing_models(recipe: Recipe) -> dict[Model, str]:
         UsageError: nothing was trained yet.
     """
     folder = Folder(recipe.folder)
-    trained: dict[Model, Path] = {"sft": folder.trained("sft"), "preference": folder.trained("preference")}
+    trained: dict[Model, Path] = {name: folder.trained(name) for name in MODELS[1:]}
     finished: dict[Model, str] = {name: str(path) for name, path in trained.items() if (path / "config.json").exists()}
     if not finished:
         raise UsageError(

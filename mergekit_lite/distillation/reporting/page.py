@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from mergekit_lite.answers.intervals import Interval
 from mergekit_lite.answers.rows import Prompt
-from mergekit_lite.distillation.reporting.curves import Picture, ends
-from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, STAGES, Findings, with_ends
+from mergekit_lite.distillation.reporting.curves import Picture, ends, name_of
+from mergekit_lite.distillation.reporting.findings import CAN_NOT_TELL, NAMES, Findings, with_ends
 from mergekit_lite.distillation.reporting.held_out import CUT, LENGTH, HeldOutComparison, Model
-from mergekit_lite.errors import shortened
+from mergekit_lite.errors import counted, shortened
 from mergekit_lite.pages import html
 from mergekit_lite.pages.drawing import svg
 from mergekit_lite.pages.html import Cell, Markup, Text, element
@@ -19,7 +19,6 @@ from mergekit_lite.pages.markdown import block as lines_of
 from mergekit_lite.pages.markdown import text as escaped
 
 SHOWN = 4000  # characters of a text; the rest is cut
-STAGE_NAMES = {"sft": "SFT", "preference": "Preference training"}
 
 
 class Heading(NamedTuple):
@@ -55,7 +54,9 @@ Block = Heading | str | Bullets | TableBlock | Verbatim | Picture  # a str is a 
 
 def title(findings: Findings) -> str:
     """Return the report's title."""
-    return f"What {findings.recipe.target} learnt from {len(findings.recipe.sources)} sources"
+    recipe = findings.recipe
+    teachers = f" and {counted(len(recipe.teachers), 'teacher')}" if recipe.teachers else ""
+    return f"What {recipe.target} learnt from {len(recipe.sources)} sources{teachers}"
 
 
 def blocks(findings: Findings) -> Iterator[Block]:
@@ -68,12 +69,11 @@ def blocks(findings: Findings) -> Iterator[Block]:
     pictures = {picture.name: picture for picture in findings.pictures}
     if findings.comparison is not None:
         yield from _held_out(findings.comparison, pictures["held-out.png"])
-    for stage in STAGES:
-        if stage in findings.logs:
-            yield Heading(STAGE_NAMES[stage])
-            if f"{stage}.png" in pictures:
-                yield pictures[f"{stage}.png"]
-            yield from _log(findings, stage)
+    for stage in findings.logs:
+        yield Heading(name_of(stage))
+        if f"{stage}.png" in pictures:
+            yield pictures[f"{stage}.png"]
+        yield from _log(findings, stage)
     yield from _data(findings)
     if findings.comparison is not None:
         yield from _examples(findings, findings.comparison)
@@ -86,6 +86,12 @@ def _about(findings: Findings) -> list[Sequence[Text]]:
     if recipe.train.preference is not None:
         options = ", ".join(f"{key} {value}" for key, value in recipe.train.preference.options.items())
         rows += [["objective", f"{recipe.train.preference.objective}, {options}".rstrip(", ")]]
+    if recipe.teachers:
+        rows += [["teachers", ", ".join(teacher.name for teacher in recipe.teachers)]]
+    if recipe.train.fuse is not None:
+        fuse = recipe.train.fuse
+        merged = f", students merged by {fuse.pairwise.merge_method}" if fuse.pairwise else ""
+        rows += [["fused by", f"{fuse.objective}, {fuse.combine}, {fuse.clm:g} of plain SFT{merged}"]]
     return [*rows, ["seed", str(recipe.seed)]]
 
 
@@ -142,7 +148,7 @@ def _log(findings: Findings, stage: str) -> Iterator[Block]:
         for key, values in ends(findings.logs[stage]).items()
         if key not in ("step", "epoch")
     ]
-    yield TableBlock(STAGE_NAMES[stage], ["", "first", "last"], rows)
+    yield TableBlock(name_of(stage), ["", "first", "last"], rows)
 
 
 def _data(findings: Findings) -> Iterator[Block]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -13,7 +15,7 @@ import torch
 
 from mergekit_lite.answers import loading
 from mergekit_lite.answers.loading import CAUSAL, Placed
-from mergekit_lite.answers.logprobs import Batch, check_head, response_log_probs
+from mergekit_lite.answers.logprobs import Batch, by_sequence, check_head, response_log_probs
 from mergekit_lite.answers.packing import Packed, packs
 from mergekit_lite.distillation.recipe.schema import Training
 from mergekit_lite.distillation.training.deepspeed import is_partitioned
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
+# From a model, a batch and what each teacher says of it to the log-probabilities of its tokens (R,), and to each
+# teacher's distances (G,).
+Distances = Callable[[Any, Batch | Packed, Sequence[Any]], tuple[torch.Tensor, list[torch.Tensor]]]
 # How the rows of a batch lie: padded to the longest, end to end, or so with prompts that responses share.
 Layout = Literal["padded", "packed", "shared"]
 OWN_CODE = "only architectures that transformers has are trained."  # ends the refusal of models with own code
@@ -37,7 +42,9 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     return loading.tokenizer_of(name, OWN_CODE)
 
 
-def trained_model(name: str, training: Training, dropout: bool, seed: int) -> PreTrainedModel:
+def trained_model(
+    name: str, training: Training, dropout: bool, seed: int, distances: Distances | None = None
+) -> PreTrainedModel:
     """Return the model to train, with a forward pass that returns log-probabilities of responses (``_log_probs``).
 
     Its weights are in float32, as 16 bits lose steps of 1e-7; ``dtype`` is that of the computation. With an adapter,
@@ -48,6 +55,7 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
         training: of the recipe.
         dropout: whether to keep the dropout of the model's configuration.
         seed: of an adapter's initial weights.
+        distances: computes the distances to teachers, for trainings that have such.
 
     Raises:
         CheckpointError: it can't be loaded, or weights are missing.
@@ -66,6 +74,8 @@ def trained_model(name: str, training: Training, dropout: bool, seed: int) -> Pr
         check_head(model)
     make_savable(model.generation_config)
     set_layout(model, training)
+    if distances is not None:
+        model.distances = distances
     model.forward = MethodType(_log_probs, model)
     if not frozen:
         return model
@@ -118,7 +128,7 @@ def set_layout(model: Any, training: Training) -> None:
     """
     model.layout = "padded"
     whole = not is_partitioned(model)  # else it can't be tried before ZeRO-3's engine is there
-    own = model.config._attn_implementation
+    own = model.own_attention = model.config._attn_implementation
     flash = own.startswith("flash_attention")
     if training.packing and (flash or training.attn_implementation in (None, "sdpa")) and whole and packs(model):
         model.layout = "packed" if flash else "shared"
@@ -148,6 +158,26 @@ def check_whole_model(model: Any) -> None:
         check_head(base)
     finally:
         base.forward = ours
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[Any]:
+    """Give ``trained_model``'s model meanwhile as it answers: its own forward pass and attention, no dropout.
+
+    A model with an adapter answers with it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ours, attention, generation = base.__dict__.pop("forward"), base.config._attn_implementation, base.generation_config
+    mode = model.training
+    base.set_attn_implementation(base.own_attention)
+    model.eval()
+    try:
+        yield base
+    finally:
+        base.forward = ours
+        base.set_attn_implementation(attention)
+        base.generation_config = generation
+        model.train(mode)
 
 
 def make_savable(generation: GenerationConfig) -> None:
@@ -202,15 +232,28 @@ def with_adapter(model: PreTrainedModel, training: Training) -> Any:
         raise UsageError(f"peft can't put a LoRA on {model.name_or_path}: {error}") from error
 
 
-def _log_probs(self: PreTrainedModel, squares: bool = False, **inputs: Any) -> dict[str, torch.Tensor]:
+def _log_probs(
+    self: PreTrainedModel,
+    squares: bool = False,
+    by_token: bool = False,
+    taught: Sequence[Any] | None = None,
+    **inputs: Any,
+) -> dict[str, Any]:
     """Replace the model's ``forward`` during training, so that FSDP's and other wrappers see a forward pass.
 
     The inputs are the fields of a ``Batch`` or of a ``Packed`` batch of R responses. ``sums`` and ``lengths`` of the
-    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)².
+    responses are (R,), and so are ``squares``: mean_t log Σ_v π(v)². With ``by_token`` there are the log-probabilities
+    of all ``tokens`` instead, in one row; with what teachers say (``taught``) the ``distances`` to them too.
     """
     kind = Packed if "sizes" in inputs else Batch
     batch = kind(**{field.name: inputs[field.name] for field in fields(kind)})
+    if taught is not None:
+        distances: Distances = self.distances  # type: ignore[assignment]  # no attribute that transformers has
+        tokens, losses = distances(self, batch, taught)
+        return {"sums": by_sequence(tokens, batch.lengths), "lengths": batch.lengths, "distances": losses}
     scored = response_log_probs(self, batch, squares)
+    if by_token:
+        return {"tokens": scored.tokens}
     outputs = {"sums": scored.sums, "lengths": scored.lengths}
     return outputs if scored.squares is None else {**outputs, "squares": scored.squares}
 

@@ -51,7 +51,7 @@ def fill(trainer: PreferenceTrainer, rows: Sequence[TrainingRow], folder: Path, 
         folder.mkdir(parents=True, exist_ok=True)
         total = sum(map(len, every))
         done = total - sum(map(len, missing))
-        with reporter.progress("reference", total, done) as advance, _appending(folder / f"{rank}.jsonl") as file:
+        with reporter.progress("reference", total, done) as advance, appending(folder / f"{rank}.jsonl") as file:
             for start in range(0, len(missing), processes):
                 # A model sharded over devices needs all processes in each pass. In the last round, a process without
                 # a batch of its own repeats the last one and writes nothing.
@@ -66,8 +66,8 @@ def fill(trainer: PreferenceTrainer, rows: Sequence[TrainingRow], folder: Path, 
     trainer.reference.update({row.key: known[row.key] for row in rows})
 
 
-def _appending(path: Path) -> TextIO:
-    """Open a file to append to, without a torn last line."""
+def appending(path: Path) -> TextIO:
+    """Open a file to append lines to, without a torn last one."""
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)

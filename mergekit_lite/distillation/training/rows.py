@@ -18,6 +18,7 @@ from mergekit_lite.answers.template import ChatTemplate, LengthLimits, TemplateE
 from mergekit_lite.errors import UsageError, counted, listing
 
 Role = Literal["source", "target"]
+LEFT_OUT = ("too long", "refused", "malformed", "not aligned", "not taught")  # why a row is
 
 
 class Turn(BaseModel):
@@ -53,6 +54,48 @@ class PreferenceRow(BaseModel):
 
 
 @dataclass(frozen=True)
+class Part:
+    """One teacher's part in a row.
+
+    Attributes:
+        teacher: its number among those of the training.
+        student_groups: of each token of the response, the group that it lies in; −1 in none.
+        teacher_groups: the same of the teacher's tokens.
+        groups: their number.
+        weight: of the teacher in this row, above 0.
+    """
+
+    teacher: int
+    student_groups: array[int]
+    teacher_groups: array[int]
+    groups: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What teachers say of a row's response; their distributions stay in their files, under ``key``.
+
+    Attributes:
+        key: of the conversation and the response (``teaching/rows.py``).
+        domain: of the prompt.
+        ends: of each token of the response, the bytes of the text that are consumed with it (``alignment/spans.py``).
+        parts: of the teachers that have a say.
+    """
+
+    key: str
+    domain: str
+    ends: array[int]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def groups(self) -> float:
+        """The groups of the row, by the mean of its teachers under their weights."""
+        total = sum(part.weight for part in self.parts)
+        return sum(part.weight * part.groups for part in self.parts) / total if total else 0.0
+
+
+@dataclass(frozen=True)
 class TrainingRow:
     """A prompt with its responses as tokens of four bytes: the chosen ones, sources' first, and last the rejected one.
 
@@ -63,6 +106,7 @@ class TrainingRow:
     answers: tuple[array[int], ...]
     roles: tuple[Role, ...]  # of the answers
     wins: tuple[float, ...] | None = None  # of the answers, if all have one
+    lesson: Lesson | None = None  # where teachers teach it
 
     @property
     def responses(self) -> tuple[Tokens, ...]:
@@ -89,14 +133,15 @@ class UnfittedRow(NamedTuple):
     responses: tuple[Tokens, ...]
     roles: tuple[Role, ...]
     wins: tuple[float, ...] | None = None
+    lesson: Lesson | None = None
 
 
 @dataclass
 class TokenRows:
     """The rows of a file as tokens.
 
-    ``counts`` has the numbers of rows ``kept`` (of them ``cut``), ``too long``, ``refused`` by the template and
-    ``malformed``.
+    ``counts`` has the numbers of rows ``kept`` (of them ``cut``), ``too long``, ``refused`` by the template,
+    ``malformed``, and where teachers teach ``not aligned`` and ``not taught``.
     """
 
     rows: list[TrainingRow] = field(default_factory=list)  # to train on, in the order of the file
@@ -112,13 +157,13 @@ class TokenRows:
             return
         self.counts["cut"] += within.cut
         answers = tuple(array("i", tokens.response) for tokens in within.rows)
-        self.rows.append(TrainingRow(array("i", within.rows[0].prompt), answers, row.roles, row.wins))
+        self.rows.append(TrainingRow(array("i", within.rows[0].prompt), answers, row.roles, row.wins, row.lesson))
 
     @property
     def summary(self) -> str:
         """The counts in words: ``120 rows (3 cut), left out: 2 too long``."""
         cut = f" ({self.counts['cut']:,} cut)" if self.counts["cut"] else ""
-        left = [f"{self.counts[why]:,} {why}" for why in ("too long", "refused", "malformed") if self.counts[why]]
+        left = [f"{self.counts[why]:,} {why}" for why in LEFT_OUT if self.counts[why]]
         return f"{counted(self.counts['kept'], 'row')}{cut}" + (f", left out: {', '.join(left)}" if left else "")
 
 
@@ -134,9 +179,9 @@ def sft_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenR
 
     def tokenise(line: dict[str, Any]) -> list[UnfittedRow]:
         row = SftRow.model_validate(line)
-        return [UnfittedRow((template.tokens(_messages(row.messages), row.response, cut=row.cut),), ("source",))]
+        return [UnfittedRow((template.tokens(messages_of(row.messages), row.response, cut=row.cut),), ("source",))]
 
-    return _read(path, tokenise, template, limits)
+    return read(path, tokenise, template, limits)
 
 
 def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
@@ -153,11 +198,11 @@ def preference_rows(path: Path, template: ChatTemplate, limits: LengthLimits) ->
         if not row.chosen or not row.rejected:
             shape = f"{len(row.chosen)} chosen and {len(row.rejected)} rejected"
             raise TemplateError(f"expected one or more chosen responses, and one or more rejected, got {shape}")
-        messages = _messages(row.messages)
+        messages = messages_of(row.messages)
         chosen = sorted(row.chosen, key=lambda response: response.role)  # source before target
         return [_unfitted(messages, [*chosen, rejected], template) for rejected in row.rejected]
 
-    tokens = _read(path, tokenise, template, limits)
+    tokens = read(path, tokenise, template, limits)
     shapes = Counter(tuple(row.roles[:-1]) for row in tokens.rows)
     if len({len(shape) for shape in shapes}) > 1:
         listed = [f"{counted(number, 'row')} with {', '.join(shape)} chosen" for shape, number in shapes.items()]
@@ -183,11 +228,17 @@ def _unfitted(messages: list[Message], responses: Sequence[Response], template: 
     )
 
 
-def _messages(turns: Sequence[Turn]) -> list[Message]:
+def messages_of(turns: Sequence[Turn]) -> list[Message]:
+    """Return validated turns as messages."""
     return [Message(role=turn.role, content=turn.content) for turn in turns]
 
 
-def _read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
+def read(path: Path, tokenise: Tokeniser, template: ChatTemplate, limits: LengthLimits) -> TokenRows:
+    """Return the rows of a file as tokens. What ``tokenise`` refuses by a TemplateError is left out and counted.
+
+    Raises:
+        UsageError: the file can't be read, or none of its rows can be trained on.
+    """
     tokens = TokenRows()
     for line in read_rows(path, tokens.problems):
         try:

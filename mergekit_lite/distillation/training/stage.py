@@ -1,4 +1,4 @@
-"""SFT or preference training, from rows to a published model."""
+"""A training, from rows to a published model: SFT and preference training; ``fuse_stage.py`` has another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mergekit_lite.errors import MergekitLiteError, RunError, UsageError, counte
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from mergekit_lite.distillation.training.trainer import ResponseTrainer
+    from mergekit_lite.distillation.training.trainer import OrderedRows, ResponseTrainer
 
 # Settings that a resumed run may change: they affect the last bits of the result at most.
 FREE = {
@@ -65,9 +65,9 @@ def objective_of(training: Preference, problems: list[str]) -> tuple[Objective, 
 
 @dataclass
 class TrainingStage:
-    """One of the two trainings."""
+    """One training."""
 
-    name: str  # sft or preference
+    name: str  # the folder that it makes is called so
     training: Training
     start: str  # the model it starts from: a folder or a name on the hub
     rows_path: Path
@@ -78,6 +78,11 @@ class TrainingStage:
     def workspace(self) -> Workspace:
         """The folder of the unfinished training."""
         return Workspace(self.final)
+
+    @property
+    def limits(self) -> LengthLimits:
+        """The largest length of a row."""
+        return LengthLimits(self.training.max_length, self.training.max_prompt_length, self.training.too_long)
 
     @property
     def is_main(self) -> bool:
@@ -112,7 +117,7 @@ class TrainingStage:
         done, checkpoint = self.workspace.last_checkpoint() or (0, None)
         if done:
             reporter.line(f"{self.name}: goes on after step {done:,} of {planned.steps:,}")
-        _wait_for_everyone()  # all processes must read the folder before one changes it
+        wait_for_everyone()  # all processes must read the folder before one changes it
         record = self._record(settings, data, parts, planned, args)
         if self.is_main:
             self.workspace.begin(record, done)
@@ -159,13 +164,16 @@ class TrainingStage:
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide about the result, flat: a resumed run must have the same."""
         own = self.training.model_dump(mode="json", exclude=FREE)
-        if isinstance(self.training, Preference):
-            own["options"] = self._objective[1]
+        own |= self.own_settings()
         settings = {"start": self.start, "start's weights": identity(self.start), "seed": self.seed, **flat(own)}
         settings = {key: value for key, value in settings.items() if LATER.get(key, ...) != value}
         if self.rows_path.exists():
             settings["rows"] = digest_of(self.rows_path)
         return dict(json.loads(json.dumps(settings)))  # as read from a file: lists for tuples
+
+    def own_settings(self) -> dict[str, Any]:
+        """Return what decides about the result beside the training's keys, or in their place."""
+        return {"options": self._objective[1]} if isinstance(self.training, Preference) else {}
 
     def rows(self) -> TokenRows:
         """Return the rows as tokens.
@@ -174,10 +182,9 @@ class TrainingStage:
             UsageError: there is none, or the objective can't take them.
         """
         template = ChatTemplate(tokenizer_of(self.start))
-        limits = LengthLimits(self.training.max_length, self.training.max_prompt_length, self.training.too_long)
         if not isinstance(self.training, Preference):
-            return sft_rows(self.rows_path, template, limits)
-        data = preference_rows(self.rows_path, template, limits)
+            return sft_rows(self.rows_path, template, self.limits)
+        data = preference_rows(self.rows_path, template, self.limits)
         wrong = [row for row in data.rows if row.roles[-2] != "target" or "target" in row.roles[:-2]]
         objective, _ = self._objective
         if objective.fuses and (wrong or len(data.rows[0].roles) < 3):
@@ -226,17 +233,21 @@ class TrainingStage:
             record["held out"] = {"prompts": parts.prompts, "rows": len(parts.held)}
         return {"settings": settings, **record}
 
-    def _trainer(self, args: TrainingArguments, parts: Split, planned: Length, reporter: Reporter) -> ResponseTrainer:
-        from mergekit_lite.distillation.training.trainer import OrderedRows, PreferenceTrainer, SftTrainer
+    def new_trainer(self, args: TrainingArguments, rows: OrderedRows) -> ResponseTrainer:
+        """Load the model, and return what trains it on rows in their order."""
+        from mergekit_lite.distillation.training.trainer import PreferenceTrainer, SftTrainer
 
         by_preference = isinstance(self.training, Preference)
         model = trained_model(self.start, self.training, dropout=not by_preference, seed=self.seed)
-        rows = OrderedRows(parts.trained, order(len(parts.trained), planned.rows, self.seed, self.name))
-        trainer: ResponseTrainer
         if by_preference:
-            trainer = PreferenceTrainer(model, args, rows, self.workspace.log, *self._objective)
-        else:
-            trainer = SftTrainer(model, args, rows, self.workspace.log)
+            return PreferenceTrainer(model, args, rows, self.workspace.log, *self._objective)
+        return SftTrainer(model, args, rows, self.workspace.log)
+
+    def _trainer(self, args: TrainingArguments, parts: Split, planned: Length, reporter: Reporter) -> ResponseTrainer:
+        from mergekit_lite.distillation.training.trainer import OrderedRows
+
+        rows = OrderedRows(parts.trained, order(len(parts.trained), planned.rows, self.seed, self.name))
+        trainer = self.new_trainer(args, rows)
         trainer.held_out = parts.held
         plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
         if self.training.keep == "best" and plugin is not None and "FULL" not in str(plugin.state_dict_type):
@@ -290,7 +301,7 @@ class TrainingStage:
             trainer.save_model(str(saved))
         trainer.accelerator.free_memory()
         deepspeed.forget()
-        _wait_for_everyone()
+        wait_for_everyone()
 
         def write() -> None:
             write_model(saved, self.start, self.training, self.workspace.model)
@@ -339,7 +350,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _wait_for_everyone() -> None:
+def wait_for_everyone() -> None:
+    """Wait until all processes are here."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()

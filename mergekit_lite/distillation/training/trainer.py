@@ -86,8 +86,8 @@ class RunningMeans:
         self.totals[0, column] += values.double().sum().cpu()
         self.totals[1, column] += values.numel()
 
-    def add_mean(self, name: str, mean: Tensor, count: int) -> None:
-        """Add ``count`` values of a figure by their mean, a tensor with one element."""
+    def add_mean(self, name: str, mean: Tensor, count: float) -> None:
+        """Add ``count`` values of a figure by their mean, a tensor with one element. They may be weighted."""
         column = self.names.index(name)
         self.totals[0, column] += mean.detach().double().cpu() * count
         self.totals[1, column] += count
@@ -100,7 +100,7 @@ class RunningMeans:
 
 
 class ResponseTrainer(Trainer):
-    """A trainer with rows in a given order, responses as batches, and a log file: the base of both trainings.
+    """A trainer with rows in a given order, responses as batches, and a log file: the base of all trainings on given rows.
 
     It appends ``figures`` to the log besides loss and learning rate, and stops where the training diverges.
     ``held_out`` are rows that it measures its loss on.
@@ -192,7 +192,7 @@ class ResponseTrainer(Trainer):
             self._measure(batches[min(place, len(batches) - 1)])
             self.means = kept
         found, self.means = self.means.take(self._added_up), before
-        figures = {key: found[name] for key, name in self._measured.items() if name in found}
+        figures = self._figures(found)
         if not math.isfinite(figures[held_out.LOSS]):
             raise DivergedError(self.state.global_step, f"the held-out loss is {figures[held_out.LOSS]}")
         self.log(figures)
@@ -203,10 +203,9 @@ class ResponseTrainer(Trainer):
         """Add the rows' loss, and what else is measured, to the means."""
         raise NotImplementedError
 
-    @property
-    def _measured(self) -> dict[str, str]:
-        """The figures to log of held-out rows, with their names among the means."""
-        return {held_out.LOSS: held_out.LOSS}
+    def _figures(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Return the figures to log of held-out rows from the means over them."""
+        return {held_out.LOSS: found[held_out.LOSS]}
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         device = self.accelerator.device
@@ -358,9 +357,9 @@ class PreferenceTrainer(ResponseTrainer):
             loss = self.compute_loss(self.model_wrapped, inputs)
         self.means.add_mean(held_out.LOSS, loss, len(rows))
 
-    @property
-    def _measured(self) -> dict[str, str]:
-        return {held_out.LOSS: held_out.LOSS, held_out.ACCURACY: "accuracy", held_out.MARGIN: "margin"}
+    def _figures(self, found: Mapping[str, float]) -> dict[str, float]:
+        names = {held_out.LOSS: held_out.LOSS, held_out.ACCURACY: "accuracy", held_out.MARGIN: "margin"}
+        return {key: found[name] for key, name in names.items() if name in found}
 
     @torch.no_grad()
     def reference_log_probs(self, rows: Sequence[TrainingRow]) -> list[list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ class Workspace:
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             self.log.write_text("".join(lines), encoding="utf-8", newline="\n")
 
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Create the folder, and write its ``training.json``."""
+        self._write(record, self.root)
+
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Return step and folder of the last complete checkpoint."""
         return max(self.checkpoints().items(), default=None)
@@ -92,7 +96,8 @@ class Workspace:
     def publish(self, record: Mapping[str, Any]) -> None:
         """Write the complete model's ``training.json``, give it its final name, and delete the rest."""
         self._write(record, self.model)
-        shutil.copy(self.log, self.model / LOG)
+        if self.log.exists():
+            shutil.copy(self.log, self.model / LOG)
         if (self.root / TENSORBOARD).exists():
             shutil.copytree(self.root / TENSORBOARD, self.model / TENSORBOARD)
         self.model.rename(self.final)
@@ -130,16 +135,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def identity(model: str) -> str:
+def identity(model: str, patterns: Sequence[str] = ("*.safetensors", "*.bin")) -> str:
     """Return a digest that changes with a folder's weights, from sizes and samples of its files.
 
-    A name on the hub is returned as it is.
+    A name on the hub is returned as it is. Other ``patterns`` are of other files.
     """
     folder = Path(model)
     if not folder.is_dir():
         return model
     digest = xxh3_128()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode(errors="surrogateescape"))
         with opened(file) as content:

@@ -1,0 +1,261 @@
+"""Distances to teachers, without the logits of a whole batch.
+
+As in ``answers/logprobs.py`` the head computes the logits of a chunk of positions at a time, here cut where no group of
+any teacher is. One pass over a chunk's logits answers all that its distances ask (``objectives/distance.py``): the
+log-probabilities of a few listed tokens a position and the mass of the others, and for those that need it a sparse
+product. The rest is arithmetic on a few numbers a position. In the backward pass a chunk among several is computed
+again, and its gradient overwrites its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from mergekit_lite.answers import logprobs
+from mergekit_lite.answers.logprobs import PARTS, Batch, Shape, head_of, shape_of
+from mergekit_lite.answers.packing import Packed
+from mergekit_lite.distillation.objectives.distance import Ask, Columns, Distance, Student, finish, likeliest
+from mergekit_lite.distillation.objectives.targets import Targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def distance_losses(
+    model: PreTrainedModel,
+    batch: Batch | Packed,
+    targets: Sequence[Targets],
+    distance: Distance,
+    options: Mapping[str, Any],
+    vocabularies: Sequence[Any],
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the log-probabilities of the responses' tokens, and the distance to each teacher.
+
+    All are differentiable. No position of the student is in memory with more than a chunk of logits
+    (``LOGITS_AT_ONCE``), unless a group is longer than a chunk.
+
+    Args:
+        model: as of ``response_log_probs``.
+        batch: of R scored tokens, on the model's device.
+        targets: of each teacher, on the same device; their positions are those scored tokens in the batch's order.
+        distance: one of ``DISTANCES``.
+        options: of the distance, as ``Distance.options`` returns them.
+        vocabularies: of each teacher, as ``Distance.vocabulary`` says; None where it needs none.
+
+    Returns:
+        (R,) float32; log π of the scored tokens; and for each teacher the losses (G,) float32 of its groups.
+
+    Raises:
+        ValueError: the distance needs the teacher's likeliest tokens, or a vocabulary, and they aren't there.
+    """
+    hidden = model.base_model(**batch.inputs, use_cache=False)[0].flatten(0, 1)
+    states, tokens = hidden[batch.states], batch.targets
+    head, shape = head_of(model), shape_of(model)
+    size = getattr(head.weight, "ds_shape", head.weight.shape)[0]  # ZeRO-3 keeps it apart from a partitioned weight
+    prepared = [
+        distance.prepared(vocabulary, each, size, options)
+        for vocabulary, each in zip(vocabularies, targets, strict=True)
+    ]
+    parts = list(_parts(targets, len(tokens), max(1, logprobs.LOGITS_AT_ONCE // size)))
+
+    def run(states: Tensor, tokens: Tensor, targets: Sequence[Targets]) -> tuple[Tensor, ...]:
+        steps = [distance.function(each, known, **options) for each, known in zip(targets, prepared, strict=True)]
+        log_probs, students = _answered([next(each) for each in steps], head(states), tokens, shape)
+        return (log_probs, *(finish(*both).float() for both in zip(steps, students, strict=True)))
+
+    found = []
+    for part in parts:
+        given = states[part.positions], tokens[part.positions], part.targets
+        if len(parts) > 1 and torch.is_grad_enabled():
+            found.append(checkpoint(run, *given, use_reentrant=False))
+        else:
+            found.append(run(*given))
+    log_probs, *losses = (torch.cat(chunks) for chunks in zip(*found, strict=True))
+    return log_probs, losses
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of the student's positions with all that the teachers say of its groups."""
+
+    positions: slice
+    targets: tuple[Targets, ...]
+
+
+def _parts(targets: Sequence[Targets], positions: int, rows: int) -> Iterator[_Part]:
+    """Cut R positions into parts of at most ``rows``, or of one group that is longer.
+
+    The groups of a part follow each other, and those of all parts are all groups, in their order.
+    """
+    reached = [each.student_groups.cummax(0).values.cpu() for each in targets]
+    cuts = _cuts([each.student_groups.cpu() for each in targets], positions)
+    ends = [0]
+    while ends[-1] < positions:
+        at = int(torch.searchsorted(cuts, ends[-1] + rows, right=True)) - 1
+        end = int(cuts[at])
+        ends.append(end if end > ends[-1] else int(cuts[at + 1]))
+    taught = [each.teacher_groups.cummax(0).values for each in targets]
+    for start, end in zip(ends or [0], ends[1:] or [0], strict=False):
+        chosen = []
+        for each, mine, theirs in zip(targets, reached, taught, strict=True):
+            first = int(mine[start - 1]) + 1 if start else 0
+            last = int(mine[end - 1]) + 1 if end < positions else each.groups
+            begin, stop = (int(torch.searchsorted(theirs, group)) for group in (first, last))
+            chosen.append(_taken(each, slice(start, end), slice(begin, stop), first, last))
+        yield _Part(slice(start, end), tuple(chosen))
+
+
+def _cuts(groups: Sequence[Tensor], positions: int) -> Tensor:
+    """Return the positions (n,) from 0 to R that no group of any teacher has on both sides."""
+    allowed = torch.ones(positions + 1, dtype=torch.bool)
+    for each in groups:
+        before = each.cummax(0).values[:-1]
+        far = torch.iinfo(each.dtype).max
+        after = each.where(each >= 0, far).flip(0).cummin(0).values.flip(0)[1:]
+        allowed[1:positions] &= before < after
+    return allowed.nonzero()[:, 0]
+
+
+def _taken(targets: Targets, mine: slice, theirs: slice, first: int, last: int) -> Targets:
+    """Return the targets of groups ``first`` to ``last``, counted from 0."""
+
+    def shifted(groups: Tensor) -> Tensor:
+        return (groups - first).where(groups >= 0, -1)
+
+    return replace(
+        targets,
+        student_groups=shifted(targets.student_groups[mine]),
+        teacher_groups=shifted(targets.teacher_groups[theirs]),
+        tokens=targets.tokens[theirs],
+        log_probs=targets.log_probs[theirs],
+        top_ids=targets.top_ids[theirs],
+        top_log_probs=targets.top_log_probs[theirs],
+        groups=last - first,
+    )
+
+
+def _answered(asks: Sequence[Ask], output: Tensor, tokens: Tensor, shape: Shape) -> tuple[Tensor, list[Student]]:
+    """Return log q (R,) of the tokens, and the answer to each question, from one pass over the head's output (R, V)."""
+    lists = []
+    for ask in asks:
+        ids = tokens.new_empty(len(tokens), 0) if ask.ids is None else ask.ids
+        largest = likeliest(output.detach(), ask) if ask.largest else ids[:, :0]
+        lists.append((ids, largest))
+    union, places = _union(tokens, [torch.cat(both, 1) for both in lists])
+    columns = [ask.columns for ask in asks if ask.columns is not None]
+    log_q, others, products = _Listed.apply(output, union, tokens, shape, columns)  # type: ignore[no-untyped-call]
+    log_q = log_q.masked_fill(union < 0, -torch.inf)
+    log_probs = log_q.gather(1, places[0])[:, 0]
+    students, product = [], iter(products.split([each.count for each in columns], 1))
+    for ask, (ids, largest), where in zip(asks, lists, places[1:], strict=True):
+        listed = log_q.gather(1, where.clamp(min=0)).masked_fill(where < 0, -torch.inf)
+        at, likely = listed.split((ids.shape[1], largest.shape[1]), 1)
+        asked = _flags(union).scatter(1, where.where(where >= 0, union.shape[1]), True)[:, :-1]
+        beside = log_q.masked_fill(asked, -torch.inf)
+        rest = torch.cat([beside, others[:, None]], 1).logsumexp(1)
+        found = log_q[:, :0] if ask.columns is None else next(product)
+        students.append(Student(tokens, log_probs, at, rest, likely, found))
+    return log_probs, students
+
+
+def _flags(union: Tensor) -> Tensor:
+    """Return (R, U + 1) False, the last column for what is nowhere."""
+    return torch.zeros(len(union), union.shape[1] + 1, dtype=torch.bool, device=union.device)
+
+
+def _union(tokens: Tensor, lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the distinct ids (R, U) of tokens (R,) and lists (R, K), and where each of them is there; −1 for none."""
+    every = torch.cat([tokens[:, None], *lists], 1)
+    ids, order = every.sort(1, descending=True)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slots = new.cumsum(1) - 1
+    union = torch.full_like(ids, -1).scatter(1, slots, ids)
+    places = torch.empty_like(ids).scatter(1, order, slots).where(every >= 0, -1)
+    return union, list(places.split([1, *(each.shape[1] for each in lists)], 1))
+
+
+class _Listed(torch.autograd.Function):
+    """From a head's output (R, V) to log q of listed tokens (R, U), log of the others' mass (R,), and products (R, C).
+
+    The listed ids are distinct in a row, the tokens of the text among them; −1 stands for these again, and gets no
+    gradient. The others' mass is summed without the listed ones, as 1 minus theirs would lose all digits of a small
+    one. Results are in float32, or float64 if the output is. The gradient overwrites the head's output, which nothing
+    else needs by then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, ids: Tensor, tokens: Tensor, shape: Shape, columns: Sequence[Columns]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        places = ids.where(ids >= 0, tokens[:, None])
+        listed, others, products = [], [], []
+        for part, place in zip(output.chunk(PARTS), places.chunk(PARTS), strict=True):
+            logits = shape.apply(part)
+            products.append(_products(logits, columns))
+            listed.append(logits.gather(1, place))
+            logits.scatter_(1, place, -torch.inf)
+            others.append(logits.logsumexp(1))
+            if logits.data_ptr() == part.data_ptr():
+                logits.scatter_(1, place, listed[-1])
+        chosen, rest = torch.cat(listed), torch.cat(others)
+        total = torch.logaddexp(chosen.masked_fill(ids < 0, -torch.inf).logsumexp(1), rest)
+        log_q, log_others, product = chosen - total[:, None], rest - total, torch.cat(products)
+        ctx.save_for_backward(output, places, log_q, rest, total, product)
+        ctx.shape, ctx.columns = shape, columns
+        return log_q, log_others, product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_listed: Tensor, of_others: Tensor, of_product: Tensor) -> tuple[Tensor | None, ...]:
+        saved = [tensor.detach() for tensor in ctx.saved_tensors]
+        output, places, log_q, rest, total, product = saved
+        of_others = of_others.where(rest > -torch.inf, 0.0)
+        every = of_listed.sum(1) + of_others
+        # dz = g(others) softmax(z over the others) − every · softmax(z): one exponential with the others' total.
+        share = of_others - every * (rest - total).exp()
+        own = -every[:, None] * log_q.exp()
+        pieces = (output, places, rest, share, own, of_listed, product, of_product)
+        for part, place, base, factor, mine, listed, made, of_made in zip(
+            *(tensor.chunk(PARTS) for tensor in pieces), strict=True
+        ):
+            logits = ctx.shape.apply(part)
+            curve = ctx.shape.slope(logits)  # before the logits, which may be the part itself, are overwritten
+            more = _of_products(logits, ctx.columns, made, of_made)
+            slope = logits.sub_(base[:, None]).exp_().mul_(factor[:, None])
+            slope.scatter_(1, place, mine).scatter_add_(1, place, listed)
+            if more is not None:
+                slope += more
+            part.copy_(slope if isinstance(curve, float) and curve == 1 else slope.mul_(curve))
+        return output, None, None, None, None
+
+
+def _products(logits: Tensor, columns: Sequence[Columns]) -> Tensor:
+    """Return softmax(z / T) A of each matrix, side by side: (R, C)."""
+    if not columns:
+        return logits.new_empty(len(logits), 0)
+    return torch.cat(
+        [torch.sparse.mm(each.matrices[0].to(logits.dtype), _softmax(logits, each).T).T for each in columns], 1
+    )
+
+
+def _of_products(logits: Tensor, columns: Sequence[Columns], made: Tensor, gradient: Tensor) -> Tensor | None:
+    """Return the gradient (R, V) of ``_products``; None without any."""
+    total: Tensor | None = None
+    counts = [each.count for each in columns]
+    for each, product, slope in zip(columns, made.split(counts, 1), gradient.split(counts, 1), strict=True):
+        back = torch.sparse.mm(each.matrices[1].to(logits.dtype), slope.T.contiguous()).T
+        back = back.sub((product * slope).sum(1, keepdim=True)).mul_(_softmax(logits, each)).div_(each.temperature)
+        total = back if total is None else total.add_(back)
+    return total
+
+
+def _softmax(logits: Tensor, columns: Columns) -> Tensor:
+    return (logits if columns.temperature == 1 else logits / columns.temperature).softmax(1)

@@ -1,0 +1,1 @@
+"""What teachers say: encoded, kept, asked for."""
