@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from mergekit_lite.answers.template import QUESTION, ChatTemplate, TemplateError
 from mergekit_lite.checkpoint.tokenizer_file import BYTE, ROLES, Alphabet, alphabet_in
@@ -142,11 +141,7 @@ def _alphabet_of(vocabulary: dict[Any, int]) -> Alphabet:
     return Alphabet.WORDS if "▁" in begins else Alphabet.PLAIN
 
 
-_SPELLINGS: WeakKeyDictionary[PreTrainedTokenizerBase, Spelling] = WeakKeyDictionary()
-
-
+@lru_cache(16)
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     """Return what the tokens of a tokenizer spell; made once for each."""
-    if tokenizer not in _SPELLINGS:
-        _SPELLINGS[tokenizer] = Spelling(tokenizer)
-    return _SPELLINGS[tokenizer]
+    return Spelling(tokenizer)

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
 
 def planned(settings: OnPolicy, prompts: int) -> Plan:
-    """Return what each round has, where there are so many prompts.
+    """Return what each round has, given the number of prompts.
 
     Raises:
         UsageError: there are fewer than a round takes, or their answers fill no batch.

@@ -101,7 +101,7 @@ class Teacher:
         if not answer.tokens:
             return "it is empty"
         try:
-            if self.shares_tokens and not self._differing.intersection(answer.tokens):
+            if self.shares_tokens and self._shared.issuperset(answer.tokens):
                 return Reading(Tokens(self.template.prompt(messages), self._ended(answer.tokens)))
             tokens = self.template.tokens(messages, answer.text, cut=answer.cut)
         except TemplateError as error:
@@ -121,17 +121,18 @@ class Teacher:
     @cached_property
     def shares_tokens(self) -> bool:
         """Whether the student's tokens are the teacher's, but for added ones."""
+        own = frozenset(self.student.tokenizer.get_vocab().values())
         return (
-            self._differing <= added_ids(self.student.tokenizer)
+            own - self._shared <= added_ids(self.student.tokenizer)
             and self.student.opens_thoughts == self.template.opens_thoughts
         )
 
     @cached_property
-    def _differing(self) -> frozenset[int]:
-        """The student's tokens that the teacher has as other ones, or not at all; ends of the turn are changed."""
-        own, other = self.student.tokenizer.get_vocab(), self.template.tokenizer.get_vocab()
-        differing = {number for token, number in own.items() if other.get(token) != number}
-        return frozenset(differing) - {self._ends[0]}
+    def _shared(self) -> frozenset[int]:
+        """The ids that are the same token in both, and the student's end of turn, which is made the teacher's."""
+        other = self.template.tokenizer.get_vocab()
+        same = (number for token, number in self.student.tokenizer.get_vocab().items() if other.get(token) == number)
+        return frozenset({*same, self._ends[0]})
 
     @cached_property
     def _ends(self) -> tuple[int, int]:

@@ -32,6 +32,7 @@ LEAST_BITS, MOST_BITS = 4, 8  # of a level
 BUDGET = 18.125  # bits for each of K, which more exact ones and more levels may fill
 SPACING = 0.125  # levels are evenly spaced in p to this power
 AT_ONCE = 1 << 12  # positions in memory as single bits; a multiple of 8, so that each lot begins with a byte
+LEAST = -60_000.0  # a float16 has no log-probability much below
 MARGIN = 1e-6  # that a decoded sum stays below what it should be: more than rounding to float32 can add
 
 Bits = npt.NDArray[np.uint8]  # each 0 or 1
@@ -128,7 +129,8 @@ def encode(row: TaughtRow, vocabulary: int) -> bytes:
         parts.append(counts.astype("<u2").tobytes())
     for start in range(0, positions if top else 0, AT_ONCE):
         lot = slice(start, start + AT_ONCE)
-        ids, values = row.top_ids[lot].astype(np.int64), row.top_log_probs[lot].astype(np.float64)
+        ids = row.top_ids[lot].astype(np.int64)
+        values = np.maximum(row.top_log_probs[lot].astype(np.float64), LEAST)
         if ragged:
             ids, values = _filled(ids, values, counts[lot], vocabulary)
         parts.append(_packed(_distributions(layout, ids, values, counts[lot])))
@@ -269,21 +271,22 @@ def _distributions_of(layout: Layout, bits: Bits, counts: npt.NDArray[Any] | Non
 def _levels(values: Floats, bounds: Floats, bits: int) -> Ints:
     """Return the levels (P, N) of log-probabilities between the bounds (P, 2)."""
     least, most = bounds[:, :1], bounds[:, 1:]
-    width = np.maximum(np.expm1(SPACING * (most - least)), 1e-9)
-    share = np.expm1(SPACING * (values - least)) / width
+    width = np.maximum(-np.expm1(SPACING * (least - most)), 1e-9)
+    share = 1 + np.expm1(np.minimum(0, SPACING * (values - most))) / width
     return np.rint(np.clip(share, 0, 1) * ((1 << bits) - 1)).astype(np.int64)
 
 
 def _of_levels(levels: Ints, bounds: Floats, bits: int) -> Floats:
     """Return the log-probabilities (P, N) that levels stand for."""
     least, most = bounds[:, :1], bounds[:, 1:]
-    width = np.maximum(0, np.expm1(SPACING * (most - least)))
-    steps = np.log1p(np.arange(1 << bits) / ((1 << bits) - 1) * width) / SPACING + least
-    return np.take_along_axis(steps, levels, 1)
+    width = -np.expm1(np.minimum(0, SPACING * (least - most)))
+    with np.errstate(divide="ignore"):  # where the least is next to nothing beside the most
+        steps = np.log1p(-(1 - np.arange(1 << bits) / ((1 << bits) - 1)) * width) / SPACING + most
+    return np.take_along_axis(np.maximum(steps, least), levels, 1)
 
 
 def _halves(values: Floats) -> Floats:
-    return values.astype(np.float16).astype(np.float64)
+    return np.maximum(values, LEAST).astype(np.float16).astype(np.float64)
 
 
 def _float_bits(values: Floats) -> Bits:

@@ -100,6 +100,18 @@ def test_a_certain_token(seed: int) -> None:
     assert np.exp(back.top_log_probs[:, 0]) == pytest.approx(1, abs=1e-5)
 
 
+def test_impossible_tokens_among_the_likeliest(seed: int) -> None:
+    """A mask of −1e9 added to logits; a distribution that is all but certain."""
+    rng = np.random.default_rng(seed)
+    whole = distributions(rng, 4, 200, 1.0)
+    whole[:, 20:] = -1e9
+    row = row_of(rng, whole, 60)
+    row = replace(row, log_probs=np.full(4, -1, np.float32))
+    back = decode(encode(row, 200), row.key)
+    assert np.isfinite(back.top_log_probs).all()
+    assert np.abs(np.exp(by_id(back)) - np.exp(by_id(row))).max() < 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
