@@ -3,8 +3,8 @@
     pairs/sft.jsonl ─▶ train/sft ─▶ (the target's own answers, paired) pairs/preference.jsonl ─▶ train/preference
     pairs/sft.jsonl, teach/ ─▶ train/fuse       prompts ─▶ train/on_policy
 
-Each starts from what the one before it made, in the order sft, fuse, on_policy, preference; those that the recipe hasn't
-are left out. With ``pairwise`` fusing makes ``train/fuse-TEACHER`` for each teacher, and merges them to ``train/fuse``.
+Each starts from what the one before it made, in the order sft, fuse, on_policy, preference; any may be left out.
+With ``pairwise`` fusing makes ``train/fuse-TEACHER`` for each teacher, and merges them to ``train/fuse``.
 
 An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and
 ``log.jsonl``. The finished folder ``train/STAGE/`` holds
@@ -17,7 +17,8 @@ An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``chec
 
 The loss covers the tokens of responses only, the end of the turn included. A step takes ``batch_size`` rows, whatever
 the number of processes. Rows come in a new order each epoch; those that fill no last batch are left out. SFT averages
-over the tokens of a batch, fusing over its groups of tokens as well. Preference training averages over its rows and has no dropout, as the reference has none.
+over the tokens of a batch, fusing over its groups of tokens as well. Preference training averages over its rows and has
+no dropout, as the reference has none.
 
 **log.jsonl** has a row for each logged step. A figure is the mean since the row before, over all processes:
 
