@@ -133,7 +133,9 @@ def _given_rows(recipe: Recipe, rows: GivenRows) -> Iterator[Problem]:
         for number, data in enumerate(origins):
             yield from one_origin(("rows", stage, number), data)
         if trained and not origins:
-            yield Problem(("rows",), f"'train' has {trained[0]!r}, 'rows' has no {stage!r} for it: give both, or neither")
+            yield Problem(
+                ("rows",), f"'train' has {trained[0]!r}, 'rows' has no {stage!r} for it: give both, or neither"
+            )
         if origins and not trained:
             wanted = " or ".join(map(repr, readers))
             yield Problem(("train",), f"'rows' has {stage!r}, 'train' has no {wanted}: give both, or neither")
