@@ -340,7 +340,7 @@ class _Reader:
         return self.content[self.place - size : self.place]
 
     def bits(self, rows: int, width: int) -> Bits:
-        """Return the next rows of so many bits each."""
+        """Return the next rows of ``width`` bits each."""
         count = rows * width
         taken = np.frombuffer(self.take((count + 7) // 8), np.uint8)
         return np.unpackbits(taken, count=count).reshape(rows, width)

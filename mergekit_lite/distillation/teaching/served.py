@@ -96,8 +96,8 @@ class ServedScorer:
 
     settings: RecipeTeacher
     tokenizer: PreTrainedTokenizerBase
-    notes: list[str] = field(default_factory=list)
     _server: ScoringServer | None = field(default=None, init=False)
+    _given: int = field(default=0, init=False)  # rows so far
 
     @property
     def at_once(self) -> int:
@@ -110,8 +110,18 @@ class ServedScorer:
         return urls_of(self.settings.server or ())
 
     @property
+    def notes(self) -> list[str]:
+        """What was found out about the server, and how many requests were made again."""
+        if self._server is None:
+            return []
+        failures = self._server.failures
+        reasons = ", ".join(f"{why} {count:,}×" for why, count in failures.retried.most_common())
+        again = [f"{counted(failures.retried.total(), 'request')} made again: {reasons}"] if reasons else []
+        return [*failures.notes, *again]
+
+    @property
     def why_missing(self) -> str:
-        """Why rows got no answer, and how many requests were made again."""
+        """Why rows got no answer."""
         if self._server is None:
             return ""
         reasons = Counter(self._server.failures.lost.values()).most_common()
@@ -140,15 +150,11 @@ class ServedScorer:
             return
         if self._server is None:
             self._server = self._probed(rows[0])
-        server, told = self._server, len(self._server.failures.notes)
-        server.failures.lost.clear()
-        before = server.failures.retried.total()
-        for _, question, said in ask({server: (TokensQuestion(n, row) for n, row in enumerate(rows))}):  # type: ignore[misc]
-            yield question.key, said  # type: ignore[misc]
-        self.notes += server.failures.notes[told:]
-        if again := server.failures.retried.total() - before:
-            reasons = ", ".join(f"{why} {count:,}×" for why, count in server.failures.retried.most_common())
-            self.notes.append(f"{counted(again, 'request')} made again: {reasons}")
+        server, first = self._server, self._given
+        self._given += len(rows)
+        questions = {server: (TokensQuestion(n, row) for n, row in enumerate(rows, first))}
+        for _, question, said in ask(questions):  # type: ignore[arg-type]
+            yield question.key - first, said  # type: ignore[misc]
         if server.failures.stopped:
             raise RunError(f"{self.settings.name}: {server.failures.stopped} What it said is kept.")
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mergekit_lite.answers import server
 from mergekit_lite.answers.loading import tokenizer_of
 from mergekit_lite.answers.rows import write_rows
 from mergekit_lite.answers.template import ChatTemplate
@@ -201,8 +202,6 @@ def test_a_server_says_what_the_model_here_says(place: Path) -> None:
 
 
 def test_rows_that_a_server_loses_are_asked_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergekit_lite.answers import server
-
     monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
     broken = {3, 4, 5, 6}
     with scoring_server(Scoring(MODEL, TOKENIZER, "vllm", lambda n: 503 if n in broken else None)) as fake:
@@ -221,7 +220,7 @@ def test_killed_and_resumed_it_asks_only_for_what_is_missing(place: Path) -> Non
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    rows = sft_rows(60)
+    rows = sft_rows(30)
     write_rows(place / "out" / "pairs" / "sft.jsonl", rows)
 
     def mood(request: int) -> str | None:
@@ -233,7 +232,7 @@ def test_killed_and_resumed_it_asks_only_for_what_is_missing(place: Path) -> Non
         path = write_recipe(place, teachers=[served], train=FUSE)
         key = partial(use_key, "s3cret-key")
         kills = 0
-        for goal in sorted(draw.sample(range(2, 50), 3)):
+        for goal in draw.sample(range(2, 20), 1):
             with started(place, "distill", "teach", path, before=key) as process:
                 until = time.monotonic() + 60
                 while process.running and len(fake.scored) < goal and time.monotonic() < until:
@@ -256,6 +255,7 @@ def test_killed_and_resumed_it_asks_only_for_what_is_missing(place: Path) -> Non
 
 def use_key(key: str) -> None:
     os.environ["KEY"] = key
+    server.FIRST_WAIT = 0.02
 
 
 def test_inspect_tells_what_is_there(place: Path) -> None:
