@@ -15,7 +15,7 @@ from mergekit_lite.distillation.alignment.groups import groups
 from mergekit_lite.distillation.alignment.spans import response_ends
 from mergekit_lite.distillation.on_policy.checks import check
 from mergekit_lite.distillation.on_policy.lengths import Lengths
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import OnPolicy, Recipe, Training
 from mergekit_lite.distillation.training.workspace import Workspace
 from mergekit_lite.errors import UsageError
 from tests.distill import on_policy
@@ -287,3 +287,10 @@ def test_a_collapse_is_told():
     assert Lengths(10, 20.0, 0.0, 0.6).signs(first, 200).keys() == {"empty", "short"}
     assert Lengths(10, 450.0, 0.8, 0.0).signs(first, 500).keys() == {"cut", "long"}
     assert re.search("100", Lengths(10, 2.0, 0.0, 0.0).signs(first, 200)["short"])
+
+
+def test_the_page_has_every_key():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.split("\n## On-policy training\n")[1].split("\n## ")[0]
+    own = OnPolicy.model_fields.keys() - Training.model_fields.keys()
+    assert set(re.findall(r"^\| `([a-z_0-9]+)` \|", section, re.MULTILINE)) == own
