@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -179,6 +182,42 @@ def test_a_teacher_with_another_tokenizer(tmp_path, kept, spread):
     if len(drawn) == 32:  # else some were taken twice
         (found,) = log(tmp_path / "out" / "train" / "on_policy")
         assert found["reverse_kl"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_student_that_is_served(tmp_path, kept):
+    """Its weights are written and served anew each round; what it says is tokenised as the template has it."""
+    script = Path(__file__).with_name("serving.py")
+    served = {"name": "target", "model": "target", "serve": f"{sys.executable} {script} {{model}} {{port}} weights"}
+    told = trained(recipe(tmp_path, [teacher(tmp_path / "strong")], source=served))
+    assert any(line.startswith("on_policy: round 2 of 2") for line in told.lines)
+    said = [{row["text"].split()[1] for row in rows(tmp_path, number, "answers").values()} for number in (1, 2)]
+    assert len(said[0]) == len(said[1]) == 1 and said[0] != said[1]
+    for row in rows(tmp_path, 1, "answers").values():
+        expected = ChatTemplate(tokenizer()).tokens(prompt_of("0"), row["text"]).response
+        assert tuple(row["tokens"]) == expected
+    assert [row["ratio"] == 1 for row in log(tmp_path / "out" / "train" / "on_policy")] == [True, False] * 2
+    assert not (tmp_path / "out" / "train" / "on_policy.partial" / "answering").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_good_as_one(tmp_path):
+    """Each draws, scores and trains on its share. The same answers come of it, and the same weights but for sums."""
+    strong = teacher(tmp_path / "strong")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        made = recipe(tmp_path / name, [strong], per_device_batch_size=1)
+        (tmp_path / f"{name}.json").write_text(made.model_dump_json())
+    trained(Recipe.model_validate_json((tmp_path / "one.json").read_text()))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [*launch, "-m", "tests.distill.on_policy", str(tmp_path / "two.json")]
+    own = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=os.environ | own, check=True, timeout=500)
+    first, second = (tmp_path / name / "out" / "train" / "on_policy" for name in ("one", "two"))
+    expected, found = weights(first), weights(second)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
+    for mine, other in zip(figures(first), figures(second), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_adapters_and_sixteen_bits(tmp_path):
