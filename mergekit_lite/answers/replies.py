@@ -52,13 +52,13 @@ class Failed(Exception):
         self.refused = refused
 
 
-async def body_of(response: Response) -> bytes:
-    """Return a body as it was sent, nothing unpacked; of one beyond ``LONGEST_REPLY`` only a little more than that."""
+async def body_of(response: Response, longest: int = LONGEST_REPLY) -> bytes:
+    """Return a body as it was sent, nothing unpacked; of one beyond ``longest`` bytes only a little more than that."""
     body = bytearray()
     async with aclosing(response.aiter_raw()) as pieces:
         async for piece in pieces:
             body += piece
-            if len(body) > LONGEST_REPLY:
+            if len(body) > longest:
                 break
     return bytes(body)
 

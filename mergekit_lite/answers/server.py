@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_lite.answers.asking import Failures, Task
 from mergekit_lite.answers.endpoints import Endpoint, Endpoints
-from mergekit_lite.answers.replies import Failed, Reply, body_of, replies_in
+from mergekit_lite.answers.replies import LONGEST_REPLY, Failed, Reply, body_of, replies_in
 from mergekit_lite.answers.requests import RequestBody, refused_parameter
 from mergekit_lite.answers.rows import Answer, Key, Message, seed_of, with_system
 from mergekit_lite.backoff import asked_wait, wait_after
@@ -80,6 +80,7 @@ class Server:
     failures: Failures = field(default_factory=Failures)  # lost questions by their key; ``stopped``: given up
     in_a_row: int = 0  # questions lost since the last reply
     gives_several: bool = True  # answers to one request
+    longest: int = LONGEST_REPLY  # bytes of a reply
     endpoints: Endpoints = field(init=False)
 
     def __post_init__(self) -> None:
@@ -131,9 +132,10 @@ class Server:
         while not self.failures.stopped:
             endpoint = await self.endpoints.take(tried)
             try:
-                asked = self.body.of(question.messages, seed, number)
-                asked["model"] = self.names.get(endpoint.url, asked["model"])
-                found = await self._request(client, endpoint, asked)
+                asked = self._asked(question, seed, number)
+                if endpoint.url in self.names:
+                    asked["model"] = self.names[endpoint.url]
+                found = await self._request(client, endpoint, asked, question)
             except Failed as failed:
                 if failed.stop:
                     if not self.endpoints.give_up(endpoint, str(failed)):
@@ -188,7 +190,21 @@ class Server:
         async with AsyncClient(headers=headers, timeout=self.timeout, limits=limits) as client:
             yield client
 
-    async def _request(self, client: AsyncClient, endpoint: Endpoint, asked: dict[str, Any]) -> list[Reply | None]:
+    def _asked(self, question: Question, seed: int, number: int) -> dict[str, Any]:
+        """Return the body of a request."""
+        return self.body.of(question.messages, seed, number)
+
+    def _address(self, url: str) -> str:
+        """Return where requests go."""
+        return f"{url.rstrip('/')}/chat/completions"
+
+    def _found(self, url: str, body: bytes, asked: Mapping[str, Any], question: Question) -> list[Reply | None]:
+        """Return the replies that a body of a URL has. Raises Failed."""
+        return replies_in(body, asked.get("n", 1))
+
+    async def _request(
+        self, client: AsyncClient, endpoint: Endpoint, asked: dict[str, Any], question: Question
+    ) -> list[Reply | None]:
         import httpx2
 
         try:
@@ -200,14 +216,13 @@ class Server:
             raise Failed("no connection", repeat=True) from error
         if not response.is_success:
             raise self._of_status(endpoint.url, response, body[:COMPLAINT], asked)
-        return replies_in(body, asked.get("n", 1))
+        return self._found(endpoint.url, body, asked, question)
 
     async def _post(self, client: AsyncClient, url: str, asked: dict[str, Any]) -> tuple[Response, bytes]:
         """Return the response to a request, and its body."""
-        address = f"{url.rstrip('/')}/chat/completions"
-        async with client.stream("POST", address, content=json.dumps(asked)) as response:
+        async with client.stream("POST", self._address(url), content=json.dumps(asked)) as response:
             client.cookies.clear()  # else a server could fill the memory with them
-            return response, await body_of(response)
+            return response, await body_of(response, self.longest)
 
     async def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -291,7 +306,7 @@ async def _all(questions: Mapping[Server, Iterable[Question | Together]], put: C
 async def _one(server: Server, questions: Iterator[Question | Together], put: Callable[[Any], None]) -> None:
     async def work(client: AsyncClient) -> None:
         for asked in questions:
-            single: Iterable[Question] = [asked] if isinstance(asked, Question) else asked.questions
+            single: Iterable[Question] = asked.questions if isinstance(asked, Together) else [asked]
             if isinstance(asked, Together):
                 found = await server.together(client, asked)
                 for question in single:

@@ -125,6 +125,16 @@ def pair(recipe: Path, quiet: bool, skip_missing: bool) -> None:
     _carry_out("pair", recipe, quiet, skip_missing=skip_missing)
 
 
+@stage("teach", ("", "--skip-missing"))
+@click.option("--skip-missing", is_flag=True, help="Go on without the rows that a teacher's server fails to score.")
+def teach(recipe: Path, quiet: bool, skip_missing: bool) -> None:
+    """Ask the teachers what they think of the SFT rows, token by token.
+
+    Asks only for what is missing. mergekit-lite inspect FOLDER/teach/NAME tells what is there.
+    """
+    _carry_out("teach", recipe, quiet, skip_missing=skip_missing)
+
+
 @stage("train")
 def train(recipe: Path, quiet: bool) -> None:
     """Train the target: SFT, then preferences, as far as there are rows."""

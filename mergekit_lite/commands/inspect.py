@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,7 @@ from mergekit_lite.commands import running
 if TYPE_CHECKING:
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison.inspection import Inspection
+    from mergekit_lite.distillation.teaching.files import TaughtFile
 
 
 @click.command(
@@ -21,6 +23,7 @@ Examples:
   mergekit-lite inspect ./model
   mergekit-lite inspect ./model --stats -v
   mergekit-lite inspect org/name --json
+  mergekit-lite inspect out/teach/NAME   (what a teacher of `distill` said)
   mergekit-lite inspect hf://org/name --stats   (read by range, nothing stored; s3://, gs://, az://, https:// too)
 """,
 )
@@ -34,19 +37,39 @@ def command(model: str, stats: bool, threads: int | None, as_json: bool, verbose
     """Show what MODEL is made of, and what looks wrong with it: from headers alone, unless --stats is given.
 
     MODEL is a folder, a .safetensors, .gguf or torch file, or a hub repository. What looks wrong is a hint, no
-    error: the exit code is 0.
+    error: the exit code is 0. It may be a folder of what a teacher said, too.
     """
     from mergekit_lite.commands import json_output
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.comparison.inspection import inspect
+    from mergekit_lite.distillation.teaching.files import TaughtFile, is_taught
 
     screen = Screen(quiet=as_json, verbose=verbose)
+    if is_taught(Path(model)):
+        _show_taught(screen, TaughtFile(model), as_json)
+        return
     with screen.progress("reading") as progress:
         inspection = inspect(model, stats=stats, threads=threads, progress=progress, processes=running.PROCESSES)
     if as_json:
         click.echo(json.dumps(json_output.with_fetched(inspection.to_json()), indent=1, allow_nan=False))
     else:
         _show(screen, inspection)
+
+
+def _show_taught(screen: Screen, file: TaughtFile, as_json: bool) -> None:
+    from mergekit_lite.commands.screen import table
+    from mergekit_lite.plain_text import plain_line
+
+    facts = file.facts()
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, allow_nan=False))
+        return
+    shown = [(key.replace("_", " "), _shown(value)) for key, value in facts.items() if value is not None]
+    screen.out.print(table(("", ""), [(plain_line(key), plain_line(value)) for key, value in shown]))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _show(screen: Screen, inspection: Inspection) -> None:

@@ -115,6 +115,18 @@ class TaughtFile:
         """−mean log p of a token, in nats, over all rows; NaN where there are none."""
         return self._sum("loss") / self.tokens if self.tokens else float("nan")
 
+    def facts(self) -> dict[str, Any]:
+        """Return what is in the folder as plain data: the settings and figures over all rows."""
+        tokens = self.tokens
+        known = ("teacher", "served", "system", "dtype", "vocabulary", "top")
+        return {
+            **{key: value for key in known if isinstance(value := self.settings.get(key), str | int)},
+            "rows": len(self),
+            "tokens": tokens,
+            "bytes_a_token": self.nbytes / tokens if tokens else None,
+            "cross_entropy": self.cross_entropy if tokens else None,
+        }
+
     def append(self, rows: Iterable[TaughtRow]) -> None:
         """Add rows whose keys aren't there; when this returns, a kill of the process doesn't lose them.
 
