@@ -1,6 +1,10 @@
-"""The train stage: SFT on the sources' best answers, then preference training, each to a complete model folder.
+"""The train stage: SFT, teachers' distributions, the model's own answers, preferences, each to a complete model folder.
 
     pairs/sft.jsonl ─▶ train/sft ─▶ (the target's own answers, paired) pairs/preference.jsonl ─▶ train/preference
+    pairs/sft.jsonl, teach/ ─▶ train/fuse       prompts ─▶ train/on_policy
+
+Each starts from what the one before it made, in the order sft, fuse, on_policy, preference; any may be left out.
+With ``pairwise`` fusing makes ``train/fuse-TEACHER`` for each teacher, and merges them to ``train/fuse``.
 
 An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``checkpoint-STEP/``, ``reference/`` and
 ``log.jsonl``. The finished folder ``train/STAGE/`` holds
@@ -13,13 +17,18 @@ An unfinished training is in ``train/STAGE.partial/``: ``training.json``, ``chec
 
 The loss covers the tokens of responses only, the end of the turn included. A step takes ``batch_size`` rows, whatever
 the number of processes. Rows come in a new order each epoch; those that fill no last batch are left out. SFT averages
-over the tokens of a batch. Preference training averages over its rows and has no dropout, as the reference has none.
+over the tokens of a batch, fusing over its groups of tokens as well. Preference training averages over its rows and has
+no dropout, as the reference has none.
 
 **log.jsonl** has a row for each logged step. A figure is the mean since the row before, over all processes:
 
     step, epoch, time    done so far, and when
     loss, grad_norm, learning_rate
-    length/response      SFT: tokens of the responses
+    length/response      SFT, fusing: tokens of the responses
+    clm                  fusing: SFT's part of the loss, nats a token
+    distance             fusing: the teachers' part, mean of the groups; distance/TEACHER: to one of them
+    weight/TEACHER       fusing: mean of its weight over the rows
+    grouped              fusing: share of the tokens that are compared with a teacher's
     length/source, length/target, length/rejected           tokens of chosen responses by role, and of rejected ones
     rewards/source, rewards/target, rewards/rejected        as the objective defines them (β·ρ for DPO and WRPO)
     accuracy             share of rows whose chosen rewards, taken together, are above the rejected one's

@@ -133,6 +133,18 @@ def test_the_loss_is_a_mean_over_tokens_and_one_over_groups(place: Path, tmp_pat
     assert row["loss"] == pytest.approx(0.25 * clm + 0.75 * distance, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("objective", "keys"),
+    [("cross_entropy", {"vocabulary": "edit_distance"}), ("p_kl", {}), ("h_kl", {}), ("gold", {}), ("uld", {})],
+)
+def test_objectives_have_the_vocabularies_that_they_need(
+    place: Path, tmp_path: Path, objective: str, keys: dict[str, Any]
+) -> None:
+    """Also where a head has more rows than the tokenizer has tokens, as the target's has."""
+    (row,) = log(fused(place, tmp_path, objective=objective, batch_size=12, **keys))
+    assert row["distance"] > 0 and math.isfinite(row["loss"]) and row["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("combine", ["sum", "min_ce", "avg_ce"])
 def test_how_a_batch_is_cut_changes_nothing(place: Path, tmp_path: Path, combine: str) -> None:
     common = {"objective": "cross_entropy", "clm": 0.5, "combine": combine, "batch_size": 6, "learning_rate": 1e-4}

@@ -112,12 +112,12 @@ class Spelling:
 
     def _spelled(self, token: int) -> bytes | None:
         if token in self._added:
-            text = self._added[token]
+            added = self._added[token]
             # Runs of blanks that Gemma's tokenizers list as added are tokens of the vocabulary still.
-            return text.encode() if token in self.special else self._plain(text, Alphabet.BYTES)
-        text = self._tokenizer.convert_ids_to_tokens(int(token))
-        if isinstance(text, bytes | type(None)):
-            return text
+            return added.encode() if token in self.special else self._plain(added, Alphabet.BYTES)
+        text: Any = self._tokenizer.convert_ids_to_tokens(int(token))  # bytes in tiktoken's wrappers
+        if not isinstance(text, str):
+            return text if isinstance(text, bytes) else None
         if self._inside:
             text = text.removeprefix(self._inside)
         if self._at_end:

@@ -20,6 +20,7 @@ from mergekit_lite.distillation.recipe.fusing import merge_recipe, pivots
 from mergekit_lite.distillation.recipe.schema import Fuse, Recipe, RecipeTeacher
 from mergekit_lite.distillation.reporter import Reporter
 from mergekit_lite.distillation.teaching.files import TaughtFile
+from mergekit_lite.distillation.teaching.shard import SUFFIX
 from mergekit_lite.distillation.training.distances import distance_losses
 from mergekit_lite.distillation.training.model import OWN_CODE, Distances, tokenizer_of, trained_model
 from mergekit_lite.distillation.training.rows import TokenRows
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from mergekit_lite.distillation.training.trainer import OrderedRows, ResponseTrainer
 
+SHARDS = (f"*{SUFFIX}",)  # of a teacher's folder
+
 
 @dataclass
 class FuseStage(TrainingStage):
@@ -47,7 +50,7 @@ class FuseStage(TrainingStage):
 
     def own_settings(self) -> dict[str, Any]:
         """Return the objective's options, all of them, and what teachers taught."""
-        said = {each.name: identity(str(self.taught / each.name), ("**/*",)) for each in self.teachers}
+        said = {each.name: identity(str(self.taught / each.name), SHARDS) for each in self.teachers}
         return {"options": self._distance.options(self.training.options, []), "pairwise": None, "taught": said}
 
     def rows(self) -> TokenRows:

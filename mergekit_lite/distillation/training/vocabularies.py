@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mergekit_lite.distillation.alignment.edit_distance import edit_distance_map
 from mergekit_lite.distillation.alignment.projection import projection
 from mergekit_lite.distillation.alignment.vocabulary import exact_map
 from mergekit_lite.distillation.objectives.distance import Distance
@@ -43,11 +44,7 @@ def vocabulary_of(
         return projection(student, teacher, rows=rows[0])
     if distance.vocabulary != "map" or has_vocabulary_of(student, teacher):
         return None
-    if how == "exact":
-        return exact_map(student, teacher, rows=rows[1])
-    from mergekit_lite.distillation.alignment.edit_distance import edit_distance_map
-
-    return edit_distance_map(student, teacher, rows=rows[1])
+    return (exact_map if how == "exact" else edit_distance_map)(student, teacher, rows=rows[1])
 
 
 def within(targets: Targets, rows: int) -> Targets:
