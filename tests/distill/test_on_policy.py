@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_lite.answers import server
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.distillation.alignment.groups import groups
 from mergekit_lite.distillation.alignment.spans import response_ends
@@ -20,10 +22,11 @@ from mergekit_lite.distillation.on_policy.checks import check
 from mergekit_lite.distillation.on_policy.lengths import Lengths
 from mergekit_lite.distillation.recipe.schema import OnPolicy, Recipe, Training
 from mergekit_lite.distillation.training.workspace import Workspace
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import RunError, UsageError
 from tests.distill import on_policy
 from tests.distill.alignment import ten_tokenizers
 from tests.distill.on_policy import PLAIN, log_probs, model_folder, recipe, rows, teacher, trained
+from tests.distill.teaching.scoring_server import Scoring, scoring_server
 from tests.distill.training import figures, log, target, weights
 from tests.processes import Forked, preload
 from tests.tokenizers import tokenizer
@@ -218,6 +221,39 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
     for mine, other in zip(figures(first), figures(second), strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_a_teacher_that_is_served(tmp_path, monkeypatch, kept):
+    """By a server that fails three times in ten: the same scores as of the same model here, and nothing is lost."""
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
+    drawn = random.Random(1)
+    strong = teacher(tmp_path / "strong")
+    served = strong | {"top": 4, "retries": 20, "concurrency": 4}
+    served.pop("batch_size")
+
+    def mood(_: int) -> str | int | None:
+        return drawn.choice(["drop", "garbage", 500, 429]) if drawn.random() < 0.3 else None
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "target").symlink_to(tmp_path / "target")
+    with scoring_server(Scoring(loaded(tmp_path / "strong"), tokenizer(), "vllm", mood)) as fake:
+        told = trained(recipe(tmp_path, [served | {"server": fake.url}], rounds=1))
+    assert any("made again" in line for line in told.lines)
+    trained(recipe(tmp_path / "here", [strong], rounds=1))
+    found, expected = (rows(folder, 1, "teachers/strong") for folder in (tmp_path, tmp_path / "here"))
+    assert found.keys() == expected.keys() and len(found) == 8
+    for key, row in expected.items():
+        assert found[key]["log_probs"] == pytest.approx(row["log_probs"], abs=1e-4)
+
+
+def test_a_teacher_that_is_not_there(tmp_path, monkeypatch, kept):
+    """What the student said is kept for the next run."""
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
+    strong = teacher(tmp_path / "strong", server="http://127.0.0.1:9/v1", retries=1)
+    strong.pop("batch_size")
+    with pytest.raises(RunError, match="strong, served at .*: no connection"):
+        trained(recipe(tmp_path, [strong], rounds=1))
+    assert len(rows(tmp_path, 1, "answers")) == 8
 
 
 def test_adapters_and_sixteen_bits(tmp_path):
