@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from mergekit_lite.answers import server
 from mergekit_lite.answers.template import ChatTemplate
 from mergekit_lite.distillation.alignment.groups import groups
 from mergekit_lite.distillation.alignment.spans import response_ends
 from mergekit_lite.distillation.on_policy.checks import check
 from mergekit_lite.distillation.on_policy.lengths import Lengths
-from mergekit_lite.distillation.recipe.schema import Recipe
+from mergekit_lite.distillation.recipe.schema import OnPolicy, Recipe, Training
 from mergekit_lite.distillation.training.workspace import Workspace
-from mergekit_lite.errors import UsageError
+from mergekit_lite.errors import RunError, UsageError
 from tests.distill import on_policy
 from tests.distill.alignment import ten_tokenizers
 from tests.distill.on_policy import PLAIN, log_probs, model_folder, recipe, rows, teacher, trained
+from tests.distill.teaching.scoring_server import Scoring, scoring_server
 from tests.distill.training import figures, log, target, weights
 from tests.processes import Forked, preload
 from tests.tokenizers import tokenizer
@@ -181,6 +187,75 @@ def test_a_teacher_with_another_tokenizer(tmp_path, kept, spread):
         assert found["reverse_kl"] == pytest.approx(total / tokens, rel=1e-4)
 
 
+def test_a_student_that_is_served(tmp_path, kept):
+    """Its weights are written and served anew each round; what it says is tokenised as the template has it."""
+    script = Path(__file__).with_name("serving.py")
+    served = {"name": "target", "model": "target", "serve": f"{sys.executable} {script} {{model}} {{port}} weights"}
+    told = trained(recipe(tmp_path, [teacher(tmp_path / "strong")], source=served))
+    assert any(line.startswith("on_policy: round 2 of 2") for line in told.lines)
+    said = [{row["text"].split()[1] for row in rows(tmp_path, number, "answers").values()} for number in (1, 2)]
+    assert len(said[0]) == len(said[1]) == 1 and said[0] != said[1]
+    for row in rows(tmp_path, 1, "answers").values():
+        expected = ChatTemplate(tokenizer()).tokens(prompt_of("0"), row["text"]).response
+        assert tuple(row["tokens"]) == expected
+    assert [row["ratio"] == 1 for row in log(tmp_path / "out" / "train" / "on_policy")] == [True, False] * 2
+    assert not (tmp_path / "out" / "train" / "on_policy.partial" / "answering").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_good_as_one(tmp_path):
+    """Each draws, scores and trains on its share. The same answers come of it, and the same weights but for sums."""
+    strong = teacher(tmp_path / "strong")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        made = recipe(tmp_path / name, [strong], per_device_batch_size=1)
+        (tmp_path / f"{name}.json").write_text(made.model_dump_json())
+    trained(Recipe.model_validate_json((tmp_path / "one.json").read_text()))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [*launch, "-m", "tests.distill.on_policy", str(tmp_path / "two.json")]
+    own = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=os.environ | own, check=True, timeout=500)
+    first, second = (tmp_path / name / "out" / "train" / "on_policy" for name in ("one", "two"))
+    expected, found = weights(first), weights(second)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
+    for mine, other in zip(figures(first), figures(second), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_a_teacher_that_is_served(tmp_path, monkeypatch, kept):
+    """By a server that fails three times in ten: the same scores as of the same model here, and nothing is lost."""
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
+    drawn = random.Random(1)
+    strong = teacher(tmp_path / "strong")
+    served = strong | {"top": 4, "retries": 20, "concurrency": 4}
+    served.pop("batch_size")
+
+    def mood(_: int) -> str | int | None:
+        return drawn.choice(["drop", "garbage", 500, 429]) if drawn.random() < 0.3 else None
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "target").symlink_to(tmp_path / "target")
+    with scoring_server(Scoring(loaded(tmp_path / "strong"), tokenizer(), "vllm", mood)) as fake:
+        told = trained(recipe(tmp_path, [served | {"server": fake.url}], rounds=1))
+    assert any("made again" in line for line in told.lines)
+    trained(recipe(tmp_path / "here", [strong], rounds=1))
+    found, expected = (rows(folder, 1, "teachers/strong") for folder in (tmp_path, tmp_path / "here"))
+    assert found.keys() == expected.keys() and len(found) == 8
+    for key, row in expected.items():
+        assert found[key]["log_probs"] == pytest.approx(row["log_probs"], abs=1e-4)
+
+
+def test_a_teacher_that_is_not_there(tmp_path, monkeypatch, kept):
+    """What the student said is kept for the next run."""
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
+    strong = teacher(tmp_path / "strong", server="http://127.0.0.1:9/v1", retries=1)
+    strong.pop("batch_size")
+    with pytest.raises(RunError, match="strong, served at .*: no connection"):
+        trained(recipe(tmp_path, [strong], rounds=1))
+    assert len(rows(tmp_path, 1, "answers")) == 8
+
+
 def test_adapters_and_sixteen_bits(tmp_path):
     settings = {"dtype": "bfloat16", "lora": {"rank": 4}, "learning_rate": 1e-2, "gradient_checkpointing": True}
     trained(recipe(tmp_path, [teacher(tmp_path / "strong")], **settings))
@@ -287,3 +362,10 @@ def test_a_collapse_is_told():
     assert Lengths(10, 20.0, 0.0, 0.6).signs(first, 200).keys() == {"empty", "short"}
     assert Lengths(10, 450.0, 0.8, 0.0).signs(first, 500).keys() == {"cut", "long"}
     assert re.search("100", Lengths(10, 2.0, 0.0, 0.0).signs(first, 200)["short"])
+
+
+def test_the_page_has_every_key():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.split("\n## On-policy training\n")[1].split("\n## ")[0]
+    own = OnPolicy.model_fields.keys() - Training.model_fields.keys()
+    assert set(re.findall(r"^\| `([a-z_0-9]+)` \|", section, re.MULTILINE)) == own

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_lite.distillation.on_policy.checks import check
+from mergekit_lite.distillation.on_policy.rounds import planned
 from mergekit_lite.distillation.recipe.checks import pairing_problems
 from mergekit_lite.distillation.recipe.loading import load
 from mergekit_lite.recipe import parse
@@ -32,7 +34,8 @@ def test_plans(file: Path) -> None:
     assert list(pairing_problems(recipe, domains)) == []
     assert {*recipe.pairs.domains} <= domains
     for domain in domains:
-        assert any(source.domains is None or domain in source.domains for source in recipe.sources), domain
+        asked = (*recipe.sources, *recipe.teachers)
+        assert any(each.domains is None or domain in each.domains for each in asked), domain
     held_out = {prompts.domain for prompts in recipe.report.prompts}
     assert all(scorer.domains is None or held_out <= set(scorer.domains) for scorer in recipe.scorers[:1])
 
@@ -117,3 +120,13 @@ def test_fusellm() -> None:
     assert published == ("cross_entropy", "min_ce", 0.9, 1e-5, 1, 0.008)
     assert fuse.per_device_batch_size * 16 * 8 == fuse.batch_size == 128
     assert fuse.trainer == {"adam_beta2": 0.95, "weight_decay": 0.1, "max_grad_norm": 1.0}
+
+
+def test_on_policy() -> None:
+    recipe = load(FOLDER / "on-policy.yaml")
+    settings = recipe.train.on_policy
+    assert settings is not None and check(recipe) == []
+    assert (settings.prompts, settings.samples, settings.sampling.max_tokens) == (512, 4, 4096)
+    assert (settings.sampling.temperature, settings.sampling.top_p, settings.coef, settings.clip) == (1, 1, 1, None)
+    assert settings.lora is not None and (settings.lora.rank, settings.learning_rate) == (128, 1e-4)
+    assert planned(settings, 103_000).steps == 1  # a round
