@@ -139,7 +139,7 @@ class Schedule:
             self.has_statistics |= any(merge.request is not None for merge in merges.values())
             self.shared |= {(index, output): merge for output, merge in merges.items() if merge.is_shared}
             if not self.needs_torch and (self.only is None or index in self.only):
-                self.needs_torch = needs_torch(job, list(merges.values()))
+                self.needs_torch = needs_torch(self.plan, job, list(merges.values()))
             offset += job.numel
         return longest
 
