@@ -29,7 +29,10 @@ Examples:
     show_default=True,
     help="How many a token goes through.",
 )
-@click.option("--family", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo or deepseek; by default that of MODEL's kind.")
+@click.option(
+    "--family",
+    help="mixtral, qwen2_moe, qwen3_moe, flex_olmo or deepseek, or how one begins; by default that of MODEL's kind.",
+)
 @click.option(
     "--noise",
     type=click.FloatRange(min=0),

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from click.testing import CliRunner
 import mergekit_lite
 from mergekit_lite import draws
 from mergekit_lite.commands import main
-from mergekit_lite.errors import MergekitLiteError, PlanError
+from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
 from mergekit_lite.mixtures.building import build_moe, plan_moe
 from mergekit_lite.mixtures.dense import families_named
 from mergekit_lite.mixtures.families import FAMILIES
+from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.ops import c_ops
+from mergekit_lite.transplanting.planning import plan_transplant
+from mergekit_lite.vectors.extraction import extract_vector
 from tests.mixtures.models import HIDDEN, LAYERS, Mixture, dense_model, loaded, logits, write
 from tests.models import read_folder, same_bytes, tree_bytes
 
@@ -159,6 +163,24 @@ def test_deepseek_adds_any_number_of_shared_experts() -> None:
         assert written[f"{prefix}.gate.weight"].shape == (2, HIDDEN)
     plain = {name for name in models["a"].state_dict() if ".mlp." not in name}
     assert {name for name in written if ".mlp." not in name} == plain
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda: plan_moe(recipe("a", "b"), "out.gguf"),
+        lambda: plan_split("m", [0], "out.gguf"),
+        lambda: plan_transplant("a", "b", "out.gguf"),
+        lambda: extract_vector("a", "b", "v.gguf"),
+    ],
+    ids=["moe", "split", "transplant", "extract"],
+)
+def test_no_output_is_a_gguf(plan: Callable[[], object]) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        write(dense_model("llama", seed), Path(name))
+    build_moe(recipe("a", "b"), "m")
+    with pytest.raises(UsageError, match=r"\.gguf: GGUF is read, but not written\. Name a folder"):
+        plan()
 
 
 def test_random_rows_have_the_spread_that_they_promise() -> None:
