@@ -359,6 +359,11 @@ def test_known_tokens_tell_which_method_is_good(
     assert [each["method"] for each in json.loads(told.stdout)["leave_out"]] == ["omp", "nearest", "mean"] * 2
     done = CliRunner().invoke(main, ["tokenizer", "transplant", "model", "donor", "-o", "out", "-k", "12"])
     assert done.exit_code == 0 and "left out and rebuilt" in done.output, done.output
+    figures = [f"| {method} | 20 | {trials[VOCABULARY[0], method].cosine:.3f} |" for method in ("omp", "mean")]
+    card = Path("out/README.md").read_text()
+    assert all(figure in card for figure in figures)
+    mergekit_lite.transplant("model", "donor", "by-python", k=12)
+    assert Path("by-python/README.md").read_text() == card.replace("# out", "# by-python")
     assert mergekit_lite.verify("out").sound
 
 

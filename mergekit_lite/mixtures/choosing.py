@@ -61,9 +61,7 @@ class Choice:
     @property
     def card(self) -> tuple[str, ...]:
         """The criterion and the table, as paragraphs of a card."""
-        head, *rows = (f"| {' | '.join(map(markdown.text, row))} |" for row in (self.columns, *self.rows))
-        table = "\n".join([head, f"|{' --- |' * len(self.columns)}", *rows])
-        return f"Experts: {markdown.text(self.how)}.", table
+        return f"Experts: {markdown.text(self.how)}.", markdown.table(self.columns, self.rows)
 
     def to_json(self) -> dict[str, Any]:
         """Return the choice as plain data."""

@@ -78,7 +78,7 @@ def plan_transplant(
         left_out=(*plan.left_out, *((other.reference, name, gives) for name in other.tensors)),
         config=config,
         tokenizer=len(plan.inputs),
-        notes=(*(note for note in plan.notes if not note.startswith("No tensor goes")), *notes),
+        notes=(*plan.notes, *notes),
     )
 
 
