@@ -29,7 +29,7 @@ def transplant(
     """Make ``model`` with the tokenizer of ``donor``.
 
     Rows of tokens that both have are the model's. The others are made of the rows of shared tokens, embedding and head
-    each for itself (arXiv 2506.06607). How well known tokens are rebuilt when they are left out is on the output's card.
+    each for itself (arXiv 2506.06607). How well known tokens are rebuilt is on the output's card.
 
     Args:
         model: any reference; it gives all weights but those of the vocabulary.
