@@ -189,11 +189,16 @@ def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | N
 def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return a model's tokenizer. Raises VocabularyError where it has none."""
     if tokenizer is None or not tokenizer.tokens:
-        raise VocabularyError(
-            f"{source.reference}: has no tokenizer.json to tell which row is which token's. Save its tokenizer by "
-            "transformers (AutoTokenizer.from_pretrained(…).save_pretrained(…)), or leave 'tokenizer' out"
-        )
+        raise VocabularyError(f"{without_tokenizer(source)}, or leave 'tokenizer' out")
     return tokenizer
+
+
+def without_tokenizer(source: Checkpoint) -> str:
+    """Return what to say of a model whose tokens can't be told."""
+    remedy = "Save its tokenizer by transformers (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+    if source.tokenizer_folder is None:
+        remedy = "Put it into a folder with that of the model it was made from, and name the folder"
+    return f"{source.reference}: has no tokenizer.json to tell which row is which token's. {remedy}"
 
 
 def _models(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None]) -> list[_Model]:
