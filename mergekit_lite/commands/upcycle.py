@@ -58,6 +58,6 @@ def command(
 
     Routers are random. Without noise the mixture answers as MODEL does, whatever they choose.
     """
-    from mergekit_lite.mixtures.upcycling import plan_upcycle
+    from mergekit_lite.mixtures.building.upcycling import plan_upcycle
 
     running.carry_out(plan_upcycle(model, output, **options), run_options, view, push, public)

@@ -19,8 +19,8 @@ import mergekit_lite
 from mergekit_lite import draws
 from mergekit_lite.commands import main
 from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
-from mergekit_lite.mixtures.building import build_moe, plan_moe
-from mergekit_lite.mixtures.dense import families_named
+from mergekit_lite.mixtures.building.building import build_moe, plan_moe
+from mergekit_lite.mixtures.building.dense import families_named
 from mergekit_lite.mixtures.families import FAMILIES
 from mergekit_lite.mixtures.splitting import plan_split
 from mergekit_lite.ops import c_ops

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.mixtures.upcycling import OF_KIND, plan_upcycle, upcycle
+from mergekit_lite.mixtures.building.upcycling import OF_KIND, plan_upcycle, upcycle
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
 

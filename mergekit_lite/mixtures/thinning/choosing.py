@@ -22,17 +22,17 @@ from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import PlanError, UsageError, nearest, shortened
-from mergekit_lite.mixtures import grouping
-from mergekit_lite.mixtures.fewer import Groups, Weights, routing_groups, unfit
-from mergekit_lite.mixtures.grouping import Group
 from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
 from mergekit_lite.mixtures.remade import opened_mixture
-from mergekit_lite.mixtures.similarity import similarities
-from mergekit_lite.mixtures.usage import Usage, described
+from mergekit_lite.mixtures.thinning import grouping
+from mergekit_lite.mixtures.thinning.fewer import Groups, Weights, routing_groups, unfit
+from mergekit_lite.mixtures.thinning.grouping import Group
+from mergekit_lite.mixtures.thinning.similarity import similarities
+from mergekit_lite.mixtures.thinning.usage import Usage, described
 from mergekit_lite.pages import markdown
 
 if TYPE_CHECKING:
-    from mergekit_lite.mixtures.grouping import Similarities
+    from mergekit_lite.mixtures.thinning.grouping import Similarities
 
 By = Literal["usage", "weights", "router"]
 BY: tuple[By, ...] = ("usage", "weights", "router")

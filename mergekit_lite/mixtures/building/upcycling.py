@@ -20,8 +20,8 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import PlanError, UsageError, nearest
-from mergekit_lite.mixtures.building import plan_moe
-from mergekit_lite.mixtures.dense import families_named, kind_of
+from mergekit_lite.mixtures.building.building import plan_moe
+from mergekit_lite.mixtures.building.dense import families_named, kind_of
 from mergekit_lite.mixtures.families import FAMILIES, Family
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan
