@@ -51,7 +51,7 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
 def words(key: int, start: int, count: int) -> npt.NDArray[np.uint32]:
     """Draw what ``bits`` does, without torch: uint32 array of shape (count,)."""
     key = _counted(key, start)
-    x = np.arange(count, dtype=np.uint32) + np.uint32((start + key) & 0xFFFFFFFF)
+    x: npt.NDArray[np.uint32] = np.arange(count, dtype=np.uint32) + np.uint32((start + key) & 0xFFFFFFFF)
     x ^= x >> 16
     x *= np.uint32(0x7FEB352D)
     x ^= np.uint32(key >> 32)

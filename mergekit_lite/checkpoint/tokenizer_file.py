@@ -119,7 +119,7 @@ def own_rows(
         numbers: their numbers, as of ``numbers_of``.
         rows: of the model.
     """
-    own = np.fromiter(map(numbers.get, wanted, repeat(-1)), np.int32, len(wanted))
+    own = np.fromiter(map(numbers.get, wanted, repeat(-1)), np.int32, len(wanted))  # type: ignore[arg-type]
     apart = [number for number, token in enumerate(wanted) if token is None]
     if len(numbers) < len(tokens):
         apart = [number for number, token in enumerate(wanted) if token == tokens.get(number)]

@@ -50,7 +50,8 @@ class Drawn(Term):
         key, end = draws.stream_key(self.seed, self.name, stream), start + count
         edges = [start, *range((start // draws.WORDS + 1) * draws.WORDS, end, draws.WORDS), end]
         drawn = np.concatenate([draws.words(key, begin, stop - begin) for begin, stop in pairwise(edges)])
-        return ((drawn ^ np.uint32(1 << 31)).astype(np.float64) + 0.5) * 2.0**-32
+        numbers: npt.NDArray[np.float64] = (drawn ^ np.uint32(1 << 31)).astype(np.float64)
+        return (numbers + 0.5) * 2.0**-32
 
 
 @dataclass(frozen=True, slots=True)
