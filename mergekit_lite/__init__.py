@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from mergekit_lite.extrapolation import extrapolate, plan_extrapolation
     from mergekit_lite.merging import merge, plan_merge
     from mergekit_lite.methods import merge_states, merge_tensors
-    from mergekit_lite.mixtures.building import build_moe
+    from mergekit_lite.mixtures.building.building import build_moe
+    from mergekit_lite.mixtures.building.upcycling import upcycle
     from mergekit_lite.mixtures.splitting import split_experts
-    from mergekit_lite.mixtures.thinning import merge_experts, prune_experts
-    from mergekit_lite.mixtures.upcycling import upcycle
+    from mergekit_lite.mixtures.thinning.thinning import merge_experts, prune_experts
     from mergekit_lite.planning import Plan, make_plan
     from mergekit_lite.previewing.preview import Preview, Previewed, preview
     from mergekit_lite.pushing import Pushed, push
@@ -72,10 +72,10 @@ _NAMES = {  # by the module that has them
     "extrapolation": ("extrapolate", "plan_extrapolation"),
     "merging": ("merge", "plan_merge"),
     "methods": ("merge_states", "merge_tensors"),
-    "mixtures.building": ("build_moe",),
+    "mixtures.building.building": ("build_moe",),
     "mixtures.splitting": ("split_experts",),
-    "mixtures.thinning": ("merge_experts", "prune_experts"),
-    "mixtures.upcycling": ("upcycle",),
+    "mixtures.thinning.thinning": ("merge_experts", "prune_experts"),
+    "mixtures.building.upcycling": ("upcycle",),
     "planning": ("Plan", "make_plan"),
     "previewing.preview": ("Preview", "Previewed", "preview"),
     "pushing": ("Pushed", "push"),

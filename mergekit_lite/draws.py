@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import xxhash
 
-from mergekit_lite.deferred import torch
+from mergekit_lite.deferred import np, torch
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 WORDS = 1 << 32  # indices that one key's draws are counted up to before the next one enters it
 
@@ -27,7 +31,7 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
 
     ``key`` is from ``stream_key``. The range of elements must not cross a multiple of 2³².
     """
-    key ^= xxhash.xxh3_64_intdigest((start >> 32).to_bytes(8, "little")) if start >> 32 else 0
+    key = _counted(key, start)
     x = _indices(count, torch.device(device)) + _signed((start & 0xFFFFFFFF) + (key & 0xFFFFFFFF))
     shifted = torch.empty_like(x)
 
@@ -41,6 +45,19 @@ def bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -
     fold(15)
     x.mul_(_signed(0x846CA68B))
     fold(16)
+    return x
+
+
+def words(key: int, start: int, count: int) -> npt.NDArray[np.uint32]:
+    """Draw what ``bits`` does, without torch: uint32 array of shape (count,)."""
+    key = _counted(key, start)
+    x: npt.NDArray[np.uint32] = np.arange(count, dtype=np.uint32) + np.uint32((start + key) & 0xFFFFFFFF)
+    x ^= x >> 16
+    x *= np.uint32(0x7FEB352D)
+    x ^= np.uint32(key >> 32)
+    x ^= x >> 15
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> 16
     return x
 
 
@@ -59,6 +76,11 @@ def halves(key: int, start: int, count: int, device: torch.device | str = "cpu")
 def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Draw uniformly from [0, 1) with 24 bits each: float32 tensor of shape (count,)."""
     return (bits(key, start, count, device) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def _counted(key: int, start: int) -> int:
+    """Return the key of the draws whose indices are counted from the last multiple of 2³² before ``start``."""
+    return key ^ xxhash.xxh3_64_intdigest((start >> 32).to_bytes(8, "little")) if start >> 32 else key
 
 
 def _indices(count: int, device: torch.device) -> torch.Tensor:

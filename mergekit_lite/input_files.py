@@ -23,6 +23,8 @@ MAX_BYTES = 100_000_000  # of a small file: tokenizers come to some tens of mega
 MAX_DEPTH = 100  # of JSON: configs and tokenizers have less than 20
 MAX_DIGITS = 250  # of a whole number: with as many, hexadecimal ones too, it fits a float
 LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
+STRIDE = 25  # of a long number's characters so many in a row are every 25th of the text: a short search rules most out
+SPARSE_NUMBER = re.compile(rf"[0-9]{{{(MAX_DIGITS + 1) // STRIDE}}}")
 CONTAINERS = frozenset((dict, list))  # the types that JSON nests
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON escapes a surrogate, be it one of a pair or alone
 
@@ -124,7 +126,8 @@ def parse_json(text: str) -> Any:
     """
     try:
         # A call for each number of a vocabulary would take as long as all the rest.
-        content = json.loads(text, parse_int=_whole if LONG_NUMBER.search(text) else None)
+        has_long = SPARSE_NUMBER.search(text[::STRIDE]) and LONG_NUMBER.search(text)
+        content = json.loads(text, parse_int=_whole if has_long else None)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(content)

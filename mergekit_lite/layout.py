@@ -20,8 +20,9 @@ from mergekit_lite.checkpoint import formats
 from mergekit_lite.checkpoint.folder import INDEX_ENDING, SHARD
 from mergekit_lite.checkpoint.formats import safetensors
 from mergekit_lite.checkpoint.parts import MODEL, in_folder
-from mergekit_lite.errors import RunError
+from mergekit_lite.errors import RunError, UsageError
 from mergekit_lite.object_stores import Place, is_url, parse_place
+from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 
 ALIGNMENT = 8  # bytes; of the data in a safetensors file
 FILE = 1 << 48  # bytes; no file has so many
@@ -156,10 +157,22 @@ def file_layout(tensors: Sequence[OutputTensor], name: str, nest: tuple[str, ...
 
 
 def output_path(output: str | Path | Place) -> OutputPath:
-    """Return where an output goes: a path, or for the URL of an object store its place. Raises UsageError."""
+    """Return where an output goes: a path, or for the URL of an object store its place.
+
+    Raises UsageError where it has a name that nobody can print, or that of a format which is only read.
+    """
     if isinstance(output, str) and is_url(output):
-        return parse_place(output)
-    return output if isinstance(output, Place) else Path(output).expanduser()
+        path: OutputPath = parse_place(output)
+    else:
+        path = output if isinstance(output, Place) else Path(output).expanduser()
+    if not is_plain_line(path.name):
+        raise UsageError(f"{str(output)!a}: {NOT_PLAIN}. Choose another.")
+    if path.suffix in formats.gguf.SUFFIXES:
+        raise UsageError(
+            f"{output}: GGUF is read, but not written. Name a folder, and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
+    return path
 
 
 def is_single_file(output: OutputPath) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mergekit_lite import input_files
 from mergekit_lite.errors import UnreadableError
-from mergekit_lite.input_files import MAX_DEPTH, MAX_DIGITS, parse_json, read_bytes, read_json, read_text
+from mergekit_lite.input_files import MAX_DEPTH, MAX_DIGITS, STRIDE, parse_json, read_bytes, read_json, read_text
 from tests.waiting import woken_after
 
 
@@ -111,6 +111,12 @@ def test_json_with_surprises(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(UnreadableError, match=why) as raised:
         read_json(path)
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("before", range(STRIDE))
+def test_a_long_number_is_found_wherever_it_begins(before: int) -> None:
+    with pytest.raises(ValueError, match="a number of 251 digits"):
+        parse_json(" " * before + "[1" + "0" * MAX_DIGITS + "]")
 
 
 def test_json_that_only_looks_odd() -> None:

@@ -359,7 +359,43 @@ def test_known_tokens_tell_which_method_is_good(
     assert [each["method"] for each in json.loads(told.stdout)["leave_out"]] == ["omp", "nearest", "mean"] * 2
     done = CliRunner().invoke(main, ["tokenizer", "transplant", "model", "donor", "-o", "out", "-k", "12"])
     assert done.exit_code == 0 and "left out and rebuilt" in done.output, done.output
+    figures = [f"| {method} | 20 | {trials[VOCABULARY[0], method].cosine:.3f} |" for method in ("omp", "mean")]
+    card = Path("out/README.md").read_text()
+    assert all(figure in card for figure in figures)
+    mergekit_lite.transplant("model", "donor", "by-python", k=12)
+    assert Path("by-python/README.md").read_text() == card.replace("# out", "# by-python")
     assert mergekit_lite.verify("out").sound
+
+
+@pytest.mark.parametrize(("kind", "within"), [("F32", 0.0), ("Q8_0", 0.05)])
+def test_a_gguf_beside_a_tokenizer_may_be_the_donor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, within: float
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    from tests.checkpoint.gguf_files import add, add_values
+
+    monkeypatch.chdir(tmp_path)
+    other: list[str | None] = ["<s>", *ONLY_DONOR, *SHARED[:0:-1]]
+    model(tmp_path / "model", 0, [*SHARED, *ONLY_MODEL], 8, eos="</s>")
+    tensors = model(tmp_path / "donor", 1, other, 32, eos="<|end|>")
+    mergekit_lite.transplant("model", "donor", "wanted", k=4)
+    for file in (tmp_path / "donor").glob("*.safetensors*"):
+        file.unlink()
+    writer = gguf.GGUFWriter(tmp_path / "donor/donor.gguf", "llama")
+    add_values(writer, "llama", {".block_count": 0, ".embedding_length": 32, ".attention.head_count": 2})
+    for ours, theirs in zip(VOCABULARY, ("token_embd.weight", "output.weight"), strict=True):
+        add(writer, theirs, tensors[ours].float().numpy(), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    mergekit_lite.transplant("model", "donor", "out", k=4)
+    wanted, made = read_folder(Path("wanted")), read_folder(Path("out"))
+    for name in wanted:
+        torch.testing.assert_close(made[name].double(), wanted[name].double(), rtol=0, atol=within)
+    assert mergekit_lite.verify("out", samples="all").sound
+    with pytest.raises(PlanError, match=r"donor\.gguf: has no tokenizer\.json .* Put it into a folder with that of"):
+        plan_transplant("model", "donor/donor.gguf", "other")
 
 
 def test_numbers_of_tokens_follow_in_nested_configs() -> None:

@@ -16,6 +16,7 @@ from mergekit_lite.checkpoint.tokenizer_file import read_tokenizers
 from mergekit_lite.errors import PlanError
 from mergekit_lite.planning.unions import appended, examined
 from mergekit_lite.recipe import as_data, parse, to_yaml
+from mergekit_lite.resident.model import tokenizer_of
 from parity.unions import MODELS, VOCABULARY, digest_of, recipe, write_models
 from tests.models import read_folder, same_bytes, write_folder
 
@@ -106,6 +107,31 @@ def test_a_union_may_be_what_another_document_is_made_of(place: Path) -> None:
     Path("both.yml").write_text(f"name: joined\n{to_yaml(joined)}---\n{to_yaml(last | {'tokenizer_source': 'joined'})}")
     mergekit_lite.merge("both.yml", "out")
     assert digest_of(Tokenizer.from_file("out/tokenizer.json").get_vocab(), Path("out")) == BY_MERGEKIT
+
+
+def test_a_union_that_is_made_while_it_is_read_leaves_the_same_files(place: Path) -> None:
+    last = {"merge_method": "linear", "tokenizer_source": "joined", "parameters": {"weight": 0.5}}
+    last["models"] = [{"model": "joined"}, {"model": str(place / "base")}]
+    Path("both.yml").write_text(f"name: joined\n{to_yaml(recipe(place))}---\n{to_yaml(last)}")
+    mergekit_lite.merge("both.yml", "out")
+    mergekit_lite.merge("both.yml", "kept", keep=True)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert Path("out", name).read_bytes() == Path("kept", name).read_bytes(), name
+    assert mergekit_lite.verify("out", samples="all").sound
+
+
+def test_a_model_in_memory_has_the_tokenizer_that_will_be_written(place: Path) -> None:
+    from transformers import AutoTokenizer
+
+    in_memory = tokenizer_of(mergekit_lite.plan_merge(recipe(place), "out"))
+    mergekit_lite.merge(recipe(place), "out")
+    written = AutoTokenizer.from_pretrained("out")
+    assert in_memory.get_vocab() == written.get_vocab()
+    assert set(in_memory.all_special_tokens) == set(written.all_special_tokens)
+    for text in ("winter and snow", "<|im_end|>in the <new>def", "a<s>b</s>now<tool>"):
+        numbers = in_memory(text).input_ids
+        assert numbers == written(text).input_ids
+        assert in_memory.decode(numbers, skip_special_tokens=True) == written.decode(numbers, skip_special_tokens=True)
 
 
 def test_new_tokens_are_added_with_the_row_that_is_given(place: Path) -> None:

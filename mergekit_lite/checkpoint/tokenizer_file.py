@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import repeat
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -102,6 +104,9 @@ def read_tokenizers(sources: Sequence[Checkpoint]) -> list[Tokenizer | None]:
 
 def numbers_of(tokens: Mapping[int, Token]) -> dict[Token, int]:
     """Return the number of each token; of a text that is two tokens' the first one."""
+    numbers = dict(zip(tokens.values(), tokens, strict=True))
+    if len(numbers) == len(tokens):
+        return numbers
     return {tokens[number]: number for number in sorted(tokens, reverse=True)}
 
 
@@ -119,13 +124,13 @@ def own_rows(
         numbers: their numbers, as of ``numbers_of``.
         rows: of the model.
     """
-    own = [numbers.get(token, -1) for token in wanted]  # type: ignore[arg-type]
+    own = np.fromiter(map(numbers.get, wanted, repeat(-1)), np.int32, len(wanted))  # type: ignore[arg-type]
     apart = [number for number, token in enumerate(wanted) if token is None]
     if len(numbers) < len(tokens):
         apart = [number for number, token in enumerate(wanted) if token == tokens.get(number)]
     for number in apart:
         own[number] = number if number < rows and wanted[number] == tokens.get(number) else -1
-    return np.array(own, np.int32)
+    return own
 
 
 def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
@@ -137,17 +142,23 @@ def _tokenizer_in(content: Mapping[str, Any]) -> Tokenizer:
         for token in listed
         if _is_number(token.get("id"))
     }
-    return Tokenizer(vocabulary_in(content), flags, _alphabet(content), {})
+    words = _words(content)
+    alphabet = _alphabet(content, words.values())
+    return Tokenizer(_with_added(words, content), flags, alphabet, {})
 
 
 def vocabulary_in(content: Mapping[str, Any]) -> dict[int, str]:
     """Return the tokens in the content of a ``tokenizer.json`` by their numbers."""
-    tokens = _words(content)
+    return _with_added(_words(content), content)
+
+
+def _with_added(words: dict[int, str], content: Mapping[str, Any]) -> dict[int, str]:
+    """Add to the words those that a ``tokenizer.json`` has beside its vocabulary."""
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and _is_number(token.get("id")):
-            tokens[token["id"]] = str(token.get("content"))
-    return tokens
+            words[token["id"]] = str(token.get("content"))
+    return words
 
 
 def _words(content: Mapping[str, Any]) -> dict[int, str]:
@@ -155,6 +166,9 @@ def _words(content: Mapping[str, Any]) -> dict[int, str]:
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
+        numbers = vocabulary.values()
+        if set(map(type, numbers)) == {int} and min(numbers) >= 0:  # as all are that a library wrote
+            return dict(zip(numbers, vocabulary, strict=True))
         return {number: token for token, number in vocabulary.items() if _is_number(number)}
     listed = vocabulary if isinstance(vocabulary, list) else []  # unigram: [token, score], numbered by their order
     return {number: str(entry[0]) for number, entry in enumerate(listed) if isinstance(entry, list) and entry}
@@ -165,11 +179,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _alphabet(content: Mapping[str, Any]) -> Alphabet:
+def _alphabet(content: Mapping[str, Any], words: Iterable[str]) -> Alphabet:
     if "ByteLevel" in _kinds([content.get("pre_tokenizer"), content.get("decoder")]):
         return Alphabet.BYTES
-    words = _words(content).values()
-    return Alphabet.WORDS if any(text.startswith(WORD) for text in words) else Alphabet.PLAIN
+    return Alphabet.WORDS if any(map(methodcaller("startswith", WORD), words)) else Alphabet.PLAIN
 
 
 def _kinds(parts: Any) -> set[str]:

@@ -80,7 +80,7 @@ def build(
     """
     from mergekit_lite.commands.screen import Screen
     from mergekit_lite.engine.devices import chosen_devices
-    from mergekit_lite.mixtures.building import plan_moe, with_routers
+    from mergekit_lite.mixtures.building.building import plan_moe, with_routers
 
     output = output or out
     if output is None or (out is not None and output != out):

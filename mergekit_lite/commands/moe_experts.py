@@ -15,9 +15,9 @@ from mergekit_lite.errors import UsageError
 if TYPE_CHECKING:
     from mergekit_lite.checkpoint import Checkpoint
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.mixtures.choosing import By, Choice
     from mergekit_lite.mixtures.splitting import Expert
-    from mergekit_lite.mixtures.usage import Usage
+    from mergekit_lite.mixtures.thinning.choosing import By, Choice
+    from mergekit_lite.mixtures.thinning.usage import Usage
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 BY = click.Choice(["usage", "weights", "router"])
@@ -175,7 +175,7 @@ def _fewer(
 ) -> None:
     """Choose experts, show what was chosen, and make the smaller mixture."""
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.mixtures.thinning import CHOOSE, checked_first, plan_chosen
+    from mergekit_lite.mixtures.thinning.thinning import CHOOSE, checked_first, plan_chosen
 
     screen = Screen(quiet=view.quiet or view.as_json, verbose=view.verbose)
     mixture, layers = checked_first(method, model, output, number, by, bool(prompts), run_options)
@@ -197,7 +197,7 @@ def _usage(
 ) -> Usage:
     """Count how experts are used on the prompts of files."""
     from mergekit_lite.engine.devices import chosen_devices
-    from mergekit_lite.mixtures.usage import measured, prompts_in
+    from mergekit_lite.mixtures.thinning.usage import measured, prompts_in
 
     loaded = prompts_in(prompts)
     for problem in loaded.problems:

@@ -62,15 +62,16 @@ def transplant(
     """Make MODEL with the tokenizer of DONOR, another model.
 
     Rows of tokens that both have are MODEL's. Those that it lacks are made of the rows of shared tokens, as DONOR's own
-    are made of its rows of them. First it is told how well known tokens are rebuilt when they are left out.
+    are made of its rows of them. First it is told how well known tokens are rebuilt when they are left out, and on the
+    output's card.
     """
     from mergekit_lite.commands.screen import Screen
-    from mergekit_lite.transplanting.leave_out import leave_out
+    from mergekit_lite.transplanting.leave_out import tried
     from mergekit_lite.transplanting.planning import plan_transplant
 
     plan = plan_transplant(model, donor, output, **options)
     check_outputs(plan, resume=run_options["resume"], force=run_options["force"])
-    trials = [] if run_options["resume"] else leave_out(plan)
+    plan, trials = tried(plan)
     _show(trials, Screen(quiet=view.quiet or view.as_json, verbose=view.verbose))
     more = {"leave_out": [trial.to_json() for trial in trials]}
     running.carry_out(plan, run_options, view, more=more if trials else {})
@@ -78,14 +79,13 @@ def transplant(
 
 def _show(trials: Sequence[Trial], screen: Screen) -> None:
     from mergekit_lite.commands.screen import table
+    from mergekit_lite.transplanting.leave_out import COLUMNS
 
     if screen.quiet or not trials:
         return
-    rows = [
-        (each.tensor, each.method, f"{each.tokens:,}", f"{each.cosine:.3f}", f"{each.error:.3f}") for each in trials
-    ]
+    *texts, tokens, cosine, error = COLUMNS
     screen.out.print("known tokens, left out and rebuilt from the others:")
-    screen.out.print(table(("tensor", "method", ">tokens", ">cosine", ">error"), rows))
+    screen.out.print(table((*texts, f">{tokens}", f">{cosine}", f">{error}"), [each.row for each in trials]))
     screen.out.print()
 
 

@@ -29,7 +29,10 @@ Examples:
     show_default=True,
     help="How many a token goes through.",
 )
-@click.option("--family", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo or deepseek; by default that of MODEL's kind.")
+@click.option(
+    "--family",
+    help="mixtral, qwen2_moe, qwen3_moe, flex_olmo or deepseek, or how one begins; by default that of MODEL's kind.",
+)
 @click.option(
     "--noise",
     type=click.FloatRange(min=0),
@@ -55,6 +58,6 @@ def command(
 
     Routers are random. Without noise the mixture answers as MODEL does, whatever they choose.
     """
-    from mergekit_lite.mixtures.upcycling import plan_upcycle
+    from mergekit_lite.mixtures.building.upcycling import plan_upcycle
 
     running.carry_out(plan_upcycle(model, output, **options), run_options, view, push, public)

@@ -16,9 +16,8 @@ from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.checkpoint.encodings.made import Made
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
-from mergekit_lite.engine.tensor_merge import JobMerge, needs_torch, rounding_key
+from mergekit_lite.engine.tensor_merge import JobMerge, cast_ops, needs_torch
 from mergekit_lite.engine.tiling import BLOCK, CHUNK, cut
-from mergekit_lite.ops import TensorKind, ops_for
 from mergekit_lite.ops.operations import Cast
 from mergekit_lite.planning import Job, Plan
 
@@ -55,7 +54,7 @@ class MadeByJob(Made):
 
     def needs_torch(self, spec: TensorSpec) -> bool:
         """Return whether torch makes it, or reads what it is made of."""
-        return needs_torch(self.job, [self.merge] if self.job.merged_elements else [])
+        return needs_torch(self.plan, self.job, [self.merge] if self.job.merged_elements else [])
 
     @property
     def merge(self) -> JobMerge:
@@ -96,7 +95,7 @@ class MadeByJob(Made):
             source.fill(reader, start, out)
             return
         size = dtypes.size(dtype)
-        ops = ops_for(Cast(), TensorKind((source.dtype, dtype), rounding_key=rounding_key(self.plan, self.job)))
+        ops = cast_ops(self.plan, self.job)
         for first, count in cut(start, end, BLOCK):
             chunk = memoryview(bytearray(count * dtypes.size(source.dtype)))
             source.fill(reader, first, chunk)

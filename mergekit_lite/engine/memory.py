@@ -65,7 +65,7 @@ def pinned_bytes(plan: Plan, block: int) -> int:
 def _needs_torch(plan: Plan) -> bool:
     """Return whether a tensor needs torch."""
     return any(
-        needs_torch(job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged_elements else [])
+        needs_torch(plan, job, [JobMerge(plan, job, 0, 0, job.numel)] if job.merged_elements else [])
         for job in _of_each_kind(plan)
     )
 

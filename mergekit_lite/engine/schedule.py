@@ -56,7 +56,7 @@ class Schedule:
         self.extent = sum(job.numel for job in plan.jobs)
         self.most = min(TASK, self.extent // TASKS)  # elements that small spans or sections are joined to
         self.needs_torch = not self.on_cpu  # else if a job does: workers that are forked then share one import
-        self.has_statistics = False
+        self.needs_numpy = False
         self.shared: dict[tuple[int, int], JobMerge] = {}  # by job and output: merges whose sums several workers gather
         rows = self._look_at_merges()
         if only is not None:
@@ -78,7 +78,7 @@ class Schedule:
     def run(self) -> None:
         """Gather the statistics that span several tensors, then carry the spans out."""
         with tuned_process(self.needs_torch and self.pool.crew is None):
-            if self.has_statistics:
+            if self.needs_numpy:
                 np.empty(0)  # imported here, and not by each worker
             gather(list(self.shared.values()), self._sums)
             if any(
@@ -136,10 +136,11 @@ class Schedule:
             outputs = self.workspaces if job.merged_elements else ()
             merges = {output: JobMerge(self.plan, job, output, offset, self.extent) for output in outputs}
             longest = max(longest, *(merge.row for merge in merges.values()), 0)
-            self.has_statistics |= any(merge.request is not None for merge in merges.values())
+            self.needs_numpy |= any(merge.request is not None for merge in merges.values())
+            self.needs_numpy |= not all(spec.is_plain for spec in job.inputs)
             self.shared |= {(index, output): merge for output, merge in merges.items() if merge.is_shared}
             if not self.needs_torch and (self.only is None or index in self.only):
-                self.needs_torch = needs_torch(job, list(merges.values()))
+                self.needs_torch = needs_torch(self.plan, job, list(merges.values()))
             offset += job.numel
         return longest
 

@@ -17,7 +17,7 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of, tensor_of
 from mergekit_lite.engine.buffers import WorkerBuffers
 from mergekit_lite.engine.devices import kind_of
 from mergekit_lite.engine.sink import Sink
-from mergekit_lite.engine.tensor_merge import JobMerge, rounding_key
+from mergekit_lite.engine.tensor_merge import JobMerge, cast_ops
 from mergekit_lite.engine.tiling import CHUNK, Span, cut, observed_grains, observed_share, quantised_at_once
 from mergekit_lite.ops import TensorKind, all_finite, ops_for
 from mergekit_lite.ops.operations import NOTHING, Cast, Observed
@@ -166,8 +166,7 @@ class SpanWriter:
         """Merge one chunk of one output, or cast it where there is no merge."""
         job = chunk.span.job
         if merge is None:
-            kind = TensorKind((job.inputs[0].dtype, job.computed_dtype), rounding_key=rounding_key(self.plan, job))
-            ops = ops_for(Cast(), kind, buffers.device)
+            ops = cast_ops(self.plan, job, buffers.device)
             block, row = [ops.of_bytes(chunk.inputs[0], job.inputs[0].dtype)], 1
         else:
             ops = merge.ops(buffers.device)

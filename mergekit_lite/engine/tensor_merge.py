@@ -12,7 +12,8 @@ from mergekit_lite.engine.tiling import CHUNK, cut
 from mergekit_lite.methods import method_named
 from mergekit_lite.methods.contract import TensorInfo, Totals
 from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, TensorMerge, joined, sample, send_totals
-from mergekit_lite.ops import Ops, finite_needs_torch
+from mergekit_lite.ops import Ops, TensorKind, finite_needs_torch, ops_for
+from mergekit_lite.ops.operations import Cast
 from mergekit_lite.planning import Job, Plan
 
 LARGE = 1 << 26  # elements; smaller tensors are gathered by the worker that merges them, while they are in the cache
@@ -102,13 +103,21 @@ def rounding_key(plan: Plan, job: Job) -> int | None:
     return draws.stream_key(plan.seed, job.name) if plan.rounding == "stochastic" else None
 
 
-def needs_torch(job: Job, merges: Sequence[JobMerge]) -> bool:
+def cast_ops(plan: Plan, job: Job, device: str = CPU) -> Ops:
+    """Return the backend that casts what of a job is copied, from its first input's dtype."""
+    kind = TensorKind((job.inputs[0].dtype, job.computed_dtype), rounding_key=rounding_key(plan, job))
+    return ops_for(Cast(), kind, device)
+
+
+def needs_torch(plan: Plan, job: Job, merges: Sequence[JobMerge]) -> bool:
     """Return whether torch has a part in making a tensor on the CPU, as far as can be told before its statistics."""
     copies = job.merged_elements < job.numel
+    casts = copies and job.inputs[0].dtype != job.dtype
     return (
         bool(job.scales or job.scales_of)
         or any(merge.ops(CPU).needs_torch for merge in merges)
-        or (copies and (job.inputs[0].dtype != job.dtype or finite_needs_torch(job.dtype)))
+        or (casts and cast_ops(plan, job).needs_torch)
+        or (copies and finite_needs_torch(job.dtype))
         or any(spec.encoding.needs_torch(spec) for spec in job.inputs)
     )
 

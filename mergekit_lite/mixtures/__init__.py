@@ -1,1 +1,1 @@
-"""Mixtures of experts: built from dense models, and known by the names and settings of the published families."""
+"""Mixtures of experts, known by the names and settings of the published families: built, and remade."""

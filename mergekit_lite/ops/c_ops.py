@@ -1,5 +1,7 @@
 """Operations in C, on bfloat16 and float16 in the memory of the CPU: what dozens of torch calls do, in one pass.
 
+Casts to them from float32 are there, too.
+
 ``torch_ops`` says what an operation computes, and the C functions give the same: merged elements bit for bit, sums over
 many elements to their last bits. ``does`` says which operations they do, and to which tensors: 16-bit floats, mixed as
 they come, where the package was installed with a C compiler at hand.
@@ -73,6 +75,7 @@ RUN, FLOATS, DOUBLES = ctypes.POINTER(Run), ctypes.POINTER(c_float), ctypes.POIN
 BLOCK_ARGUMENTS = (RUN, RUN, c_size_t)  # base, models, how many
 PLACE = (ctypes.POINTER(Keep), c_size_t, c_size_t)  # what is kept, length of a row, start
 SIGNATURES = {
+    "cast": (None, RUN, c_void_p),
     "merge_sum": (None, RUN, *BLOCK_ARGUMENTS, FLOATS, c_float, *PLACE),
     "merge_elected": (None, RUN, *BLOCK_ARGUMENTS, FLOATS, FLOATS, FLOATS, c_float, *PLACE),
     "lengths": (None, DOUBLES, *BLOCK_ARGUMENTS, *PLACE),
@@ -104,7 +107,7 @@ class COps:
     needs_torch = False
 
     def of_bytes(self, chunk: memoryview, dtype: str) -> Run:
-        """Return the elements that some bytes are; at least one."""
+        """Return the elements that some bytes are; at least one. Of float32 only where they begin is of use."""
         return Run(ctypes.addressof(c_char.from_buffer(chunk)), len(chunk) // SIZE, dtype == "float16")
 
     def of_tensor(self, tensor: torch.Tensor) -> Run:
@@ -136,6 +139,9 @@ class COps:
             numbers: tuple[object, ...] = (_floats(operation.coefficients), operation.divisor)
             _call("merge_sum", out, *_parted(block, operation.from_base), *numbers, _keeps(keeps), row, start)
             return
+        if isinstance(operation, op.Cast):
+            _call("cast", out, block[0].words)
+            return
         assert isinstance(operation, op.Election) and isinstance(operation.kept, tuple)
         keeps, row = _keeps_of(operation.kept, len(operation.votes))
         weights = None if operation.weights is None else _floats(operation.weights)
@@ -160,6 +166,9 @@ C_OPS = COps()
 
 def does(operation: Merge | Statistic, kind: TensorKind) -> bool:
     """Return whether there is a C function for an operation on a tensor in the memory of the CPU."""
+    if isinstance(operation, op.Cast):
+        source, *output = kind.dtypes
+        return source == "float32" and kind.rounding_key is None and serve(output)
     if not serve(kind.dtypes):
         return False
     match operation:

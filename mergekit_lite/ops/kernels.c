@@ -253,6 +253,13 @@ INLINE size_t tile_length(size_t done, size_t count, size_t row)
     return row ? least(length, row - done % row) : length;
 }
 
+/* out = numbers */
+EXPORT void cast(const Run *out, const float *numbers)
+{
+    for (size_t done = 0; done < out->count; done += TILE)
+        round_off(out, done, numbers + done, least(TILE, out->count - done));
+}
+
 /* out = (sum of coefficient * model) / divisor, or base + (sum of coefficient * what is kept of model - base) / divisor */
 EXPORT void merge_sum(const Run *out, const Run *base, const Run *models, size_t n, const float *coefficients,
                       float divisor, const Keep *keeps, size_t row, size_t start)

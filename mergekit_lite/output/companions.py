@@ -249,8 +249,13 @@ def _write_template(plan: Plan, folder: Path, template: str) -> None:
         _write_json(folder / "tokenizer_config.json", config | {"chat_template": template})
 
 
+def json_text(content: object, indent: int = 2) -> str:
+    """Return the text of a JSON file of an output."""
+    return json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+
+
 def _write_json(path: Path, content: object, indent: int = 2) -> None:
-    _write(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    _write(path, json_text(content, indent))
 
 
 def _write(path: Path, text: str) -> None:

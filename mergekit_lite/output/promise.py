@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from time import time_ns
 
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.layout import index_json, indexed_files
-from mergekit_lite.output.companions import companions, written_config
+from mergekit_lite.output.companions import companions, json_text, written_config
 from mergekit_lite.planning import Plan
 from mergekit_lite.planning.tokenizers import TOKENIZER_CONFIG, tokenizer_config
 from mergekit_lite.planning.unions import TOKENIZER, written_tokenizer
@@ -46,7 +45,7 @@ def lay_promised(plan: Plan, folder: Path) -> None:
         written[TOKENIZER] = written_tokenizer(plan.tokenizer_source, plan.added_tokens)
     for name, content in written.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        (folder / name).write_bytes(json_text(content).encode())
     for name, path in companions(plan)[0].items():
         if name not in written:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

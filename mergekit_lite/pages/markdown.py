@@ -1,8 +1,9 @@
-"""Text of strangers in Markdown: as text, as code, in a block of lines."""
+"""Text of strangers in Markdown: as text, as code, in a block of lines, in a table."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 from mergekit_lite.plain_text import plain, plain_line
 
@@ -27,6 +28,12 @@ def block(content: str, language: str) -> str:
     shown = plain(content)
     fence = "`" * max(3, _longest_run(shown) + 1)
     return f"{fence}{language}\n{shown}\n{fence}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return texts as a table."""
+    head, *others = (f"| {' | '.join(map(text, row))} |" for row in (columns, *rows))
+    return "\n".join([head, f"|{' --- |' * len(columns)}", *others])
 
 
 def _longest_run(content: str) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from mergekit_lite import block_fp8
-from mergekit_lite.checkpoint import Checkpoint, formats, open_checkpoint, tied_weights
+from mergekit_lite.checkpoint import Checkpoint, open_checkpoint, tied_weights
 from mergekit_lite.checkpoint.naming.alignment import as_part, names_differ, shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.checkpoint.tokenizer_file import Tokenizer, read_tokenizers
@@ -17,7 +17,6 @@ from mergekit_lite.errors import CheckpointError, PlanError, UsageError, counted
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
 from mergekit_lite.methods import METHODS, method_named
 from mergekit_lite.options import named_options
-from mergekit_lite.plain_text import NOT_PLAIN, is_plain_line
 from mergekit_lite.planning.configs import Origin, disagreements, giving_config, relayered
 from mergekit_lite.planning.fp8 import quantised_jobs
 from mergekit_lite.planning.front_matter import carried_over
@@ -193,13 +192,8 @@ def _check(recipe: Recipe, outputs: Sequence[str | OutputPath], shard_size: int 
         raise UsageError("The recipe has no models, or a slice of it has none.")
     if shard_size is not None and shard_size < 1:
         raise UsageError(f"shard_size is the most bytes of data in one file, got {shard_size}.")
-    if unfit := [output for output in outputs if not is_plain_line(output_path(output).name)]:
-        raise UsageError(f"{str(unfit[0])!a}: {NOT_PLAIN}. Choose another.")
-    if unwritten := [output for output in outputs if output_path(output).suffix in formats.gguf.SUFFIXES]:
-        raise UsageError(
-            f"{unwritten[0]}: GGUF is read, but not written. Name a folder, and convert that with llama.cpp's "
-            "convert_hf_to_gguf.py."
-        )
+    for output in outputs:
+        output_path(output)
     methods = [method_named(name) for name in (recipe.merge_method, *(each.merge_method for each in recipe.overrides))]
     known = {name for method in methods for name in method.parameters}
     if unknown := list(dict.fromkeys(name for parameters in recipe.levels for name in parameters if name not in known)):

@@ -104,7 +104,7 @@ def aligned(
         more = appended(tokenizers, tokenizer, [model.rows for model in models], asked, union=union)
     tokens = {**wanted.tokens, **{each.number: each.token for each in more.new}}
     width = _width(models, wanted, max(tokens, default=-1) + 1, vocabulary)
-    rows = [tokens.get(number) for number in range(width)]
+    rows = list(map(tokens.get, range(width)))
     own = np.stack([_own_rows(model, rows) for model in models])
     new = {each.text: each.number for each in more.new}
     said = {_number(wanted, row.token, new): row for row in vocabulary.tokens}
@@ -189,11 +189,16 @@ def of_one_vocabulary(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | N
 def _known(source: Checkpoint, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return a model's tokenizer. Raises VocabularyError where it has none."""
     if tokenizer is None or not tokenizer.tokens:
-        raise VocabularyError(
-            f"{source.reference}: has no tokenizer.json to tell which row is which token's. Save its tokenizer by "
-            "transformers (AutoTokenizer.from_pretrained(…).save_pretrained(…)), or leave 'tokenizer' out"
-        )
+        raise VocabularyError(f"{without_tokenizer(source)}, or leave 'tokenizer' out")
     return tokenizer
+
+
+def without_tokenizer(source: Checkpoint) -> str:
+    """Return what to say of a model whose tokens can't be told."""
+    remedy = "Save its tokenizer by transformers (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+    if source.tokenizer_folder is None:
+        remedy = "Put it into a folder with that of the model it was made from, and name the folder"
+    return f"{source.reference}: has no tokenizer.json to tell which row is which token's. {remedy}"
 
 
 def _models(inputs: Sequence[Checkpoint], read: Sequence[Tokenizer | None]) -> list[_Model]:
@@ -211,7 +216,9 @@ def _model(at: int, source: Checkpoint, tokenizer: Tokenizer, in_bytes: bool) ->
         listed = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in own) or "it has none"
         raise VocabularyError(f"{source.reference}: its embedding and head differ in their rows ({listed})")
     [rows] = counts
-    tokens: dict[int, Token] = {number: text for number, text in tokenizer.tokens.items() if number < rows}
+    tokens: Mapping[int, Token] = tokenizer.tokens
+    if max(tokens) >= rows:
+        tokens = {number: text for number, text in tokens.items() if number < rows}
     if in_bytes:
         tokens = {number: tokenizer.as_compared(number, in_bytes=True) for number in tokens}
     return _Model(at, source, tokenizer, tokens, numbers_of(tokens), rows)
@@ -344,14 +351,23 @@ def _told(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None
     lacking = int((is_token & (own < 0)).sum())
     same = int((is_token & (own == np.arange(len(rows)))).sum())
     moved = int(is_token.sum()) - same - lacking
-    kept = set(rows)
-    lost = [token for token in model.numbers if token not in kept]
+    lost = _lost(model, own, rows)
     if not moved and not lacking and not lost and model.rows == len(rows):
         return ""
     parts = [f"{counted(same, 'token')} at the same place", f"{moved:,} at another", f"{lacking:,} it lacks"]
     examples = ", ".join(repr(_shown(token)) for token in lost[:SHOWN]) + (" …" if len(lost) > SHOWN else "")
     parts += [f"{len(lost):,} that only it has are left out: {examples}"] if lost else []
     return f"{model.source.reference}: {', '.join(parts)}; {end or f'{model.rows:,} rows become {len(rows):,}'}"
+
+
+def _lost(model: _Model, own: npt.NDArray[np.int32], rows: Sequence[Token | None]) -> list[Token]:
+    """Return the tokens of a model that the output lacks, the highest number first."""
+    is_used = np.zeros(model.rows, bool)
+    is_used[own[own >= 0]] = True
+    numbers = np.fromiter(model.numbers.values(), np.int64, len(model.numbers))
+    unused = sorted(numbers[~is_used[numbers]].tolist(), reverse=True)
+    kept = set(rows) if unused else set()  # a text that is two tokens' may have its other row there
+    return [token for number in unused if (token := model.tokens[number]) not in kept]
 
 
 def _shown(token: Token) -> str:

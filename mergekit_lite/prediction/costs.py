@@ -111,7 +111,7 @@ def measured_costs(plan: Plan) -> Costs:
     chosen = common[:MOST_KINDS]
     started = time.process_time()
     torch_needed = any(
-        needs_torch(job, [JobMerge(plan, job, v, 0, job.numel) for v in _outputs(plan, job)])
+        needs_torch(plan, job, [JobMerge(plan, job, v, 0, job.numel) for v in _outputs(plan, job)])
         for job in map(of_kind.__getitem__, chosen)
     )
     if torch_needed:

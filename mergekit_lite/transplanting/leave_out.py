@@ -19,12 +19,14 @@ from mergekit_lite.checkpoint.folder import small_file
 from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.checkpoint.tokenizer_file import read_tokenizers
 from mergekit_lite.engine.pool import tuned_process
+from mergekit_lite.pages import markdown
 from mergekit_lite.planning import Plan
 from mergekit_lite.transplanting.subwords import halves
 
 SUBWORD = "subword"
 SAMPLE = 128
 LEAST = 8  # tokens; of fewer nothing can be said
+COLUMNS = ("tensor", "method", "tokens", "cosine", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,23 @@ class Trial:
     cosine: float
     error: float
 
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its row of a table with ``COLUMNS``."""
+        return self.tensor, self.method, f"{self.tokens:,}", f"{self.cosine:.3f}", f"{self.error:.3f}"
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
         return asdict(self)
+
+
+def tried(plan: Plan) -> tuple[Plan, list[Trial]]:
+    """Return a transplant's plan with the trials of ``leave_out`` on the output's card, and by themselves."""
+    trials = leave_out(plan)
+    if not trials:
+        return plan, trials
+    said = "Known tokens, left out and rebuilt from the others: cosine with the row that is there, and relative error."
+    return replace(plan, card=(*plan.card, said, markdown.table(COLUMNS, [trial.row for trial in trials]))), trials
 
 
 def leave_out(plan: Plan, *, sample: int = SAMPLE, seed: int = 0) -> list[Trial]:

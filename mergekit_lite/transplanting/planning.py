@@ -20,7 +20,7 @@ from mergekit_lite.layout import is_single_file, output_path
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Job, Plan, make_plan
 from mergekit_lite.planning.token_numbers import NUMBER, with_numbers_of
-from mergekit_lite.planning.vocabularies import VocabularyError, matrices, width_of
+from mergekit_lite.planning.vocabularies import VocabularyError, matrices, width_of, without_tokenizer
 from mergekit_lite.recipe import parse, to_yaml
 from mergekit_lite.transplanting.matching import matched, on_digits
 from mergekit_lite.transplanting.subwords import Subwords
@@ -78,7 +78,7 @@ def plan_transplant(
         left_out=(*plan.left_out, *((other.reference, name, gives) for name in other.tensors)),
         config=config,
         tokenizer=len(plan.inputs),
-        notes=(*(note for note in plan.notes if not note.startswith("No tensor goes")), *notes),
+        notes=(*plan.notes, *notes),
     )
 
 
@@ -134,10 +134,7 @@ class _Transplant:
         own, other = read_tokenizers([self.model, self.donor])
         for checkpoint, tokenizer in ((self.model, own), (self.donor, other)):
             if tokenizer is None or not tokenizer.tokens:
-                problems.append(
-                    f"{checkpoint.reference}: has no tokenizer.json to tell which row is which token's. Save its "
-                    "tokenizer by transformers (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
-                )
+                problems.append(without_tokenizer(checkpoint))
         specs = matrices(self.model)
         rows, wrong = _rows(self.model, specs)
         pairs = {spec.name: self._counterpart(spec) for spec in specs}

@@ -29,7 +29,7 @@ def transplant(
     """Make ``model`` with the tokenizer of ``donor``.
 
     Rows of tokens that both have are the model's. The others are made of the rows of shared tokens, embedding and head
-    each for itself (arXiv 2506.06607).
+    each for itself (arXiv 2506.06607). How well known tokens are rebuilt is on the output's card.
 
     Args:
         model: any reference; it gives all weights but those of the vocabulary.
@@ -55,14 +55,18 @@ def transplant(
         PlanError: models and tokenizers don't allow it; every problem is named.
         RunError, NonFiniteError: as ``run`` says.
     """
-    planned = plan_transplant(
-        model,
-        donor,
-        output,
-        method=method,
-        k=k,
-        pad_to_multiple_of=pad_to_multiple_of,
-        shard_size=shard_size,
-        copy_code=copy_code,
+    from mergekit_lite.transplanting.leave_out import tried  # with torch
+
+    planned, _ = tried(
+        plan_transplant(
+            model,
+            donor,
+            output,
+            method=method,
+            k=k,
+            pad_to_multiple_of=pad_to_multiple_of,
+            shard_size=shard_size,
+            copy_code=copy_code,
+        )
     )
     return run(planned, **run_options)

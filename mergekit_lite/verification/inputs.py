@@ -11,10 +11,10 @@ from mergekit_lite.checkpoint.references import Addition, split_key
 from mergekit_lite.checkpoint.stores.addresses import is_elsewhere
 from mergekit_lite.errors import CheckpointError, MergekitLiteError, UsageError, listing, nearest
 from mergekit_lite.layout import is_single_file
-from mergekit_lite.mixtures.building import mixture_again
-from mergekit_lite.mixtures.made_again import METHODS as REMADE
-from mergekit_lite.mixtures.made_again import remade_again
-from mergekit_lite.mixtures.planning import METHOD as MIXTURE
+from mergekit_lite.mixtures.building.building import mixture_again
+from mergekit_lite.mixtures.building.planning import METHOD as MIXTURE
+from mergekit_lite.mixtures.recorded import METHODS as REMADE
+from mergekit_lite.mixtures.recorded import plan_recorded
 from mergekit_lite.multimerge import PlannedAgain, plan_documents_again
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import to_yaml
@@ -172,7 +172,7 @@ def _of_no_merge(
     if method == MIXTURE:
         return mixture_again(manifest.recipe, name, opened, size, written)
     if method in REMADE:
-        return remade_again(manifest.recipe, name, opened, size, code)
+        return plan_recorded(manifest.recipe, name, opened, size, code)
     if method == TRANSPLANT:
         models = tuple(str(manifest.recipe.get(key)) for key in ("model", "donor"))
         _check_opened(models, opened)

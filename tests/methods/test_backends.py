@@ -48,8 +48,14 @@ def test_c_takes_16_bits_on_the_cpu(operation: Merge | Statistic) -> None:
     assert not by_c(operation, TensorKind(SIXTEEN), "cuda")
 
 
+def test_c_casts_float32_to_16_bits() -> None:
+    for dtype in SIXTEEN:
+        assert by_c(Cast(), TensorKind(("float32", dtype))) is (c_ops.compiled() is not None)
+
+
 def test_what_c_lacks_torch_does() -> None:
-    assert not by_c(Cast(), TensorKind(SIXTEEN))
+    assert not by_c(Cast(), TensorKind(("bfloat16", "float16")))
+    assert not by_c(Cast(), TensorKind(("float32", "bfloat16"), rounding_key=7))
     assert not by_c(lambda block, _: block[0], TensorKind(SIXTEEN))
     assert not by_c(Election((1.0,), (1.0,), kept=lambda block, _: block[1:]), TensorKind(SIXTEEN))
     assert not by_c(CountUpperBits(lambda block, _: block), TensorKind(SIXTEEN))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from mergekit_lite.checkpoint.reader import bytes_of
 from mergekit_lite.methods import merge_tensors
 from mergekit_lite.methods.statistics import WORTH_SAMPLING
-from mergekit_lite.ops import c_ops
-from mergekit_lite.ops.operations import AllFinite, CompareSizes, DeltaSizes
+from mergekit_lite.ops import TensorKind, c_ops, ops_for
+from mergekit_lite.ops.operations import AllFinite, Cast, CompareSizes, DeltaSizes
 
 SHARES = {"density": 0.4, "weight": 0.6}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -128,6 +130,21 @@ def test_same_bits_of_other_16_bit_floats(case: tuple[str, dict[str, Any]], kind
 def test_every_number_is_widened_and_rounded_as_by_torch(kind: torch.dtype, output: torch.dtype, scale: float) -> None:
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(kind)
     assert_same_bits(*both("passthrough", None, [every], dtype=output, scale=scale))
+
+
+@pytest.mark.parametrize("output", SIXTEEN_BITS)
+def test_float32_is_cast_as_by_torch(output: torch.dtype) -> None:
+    seed = random.randrange(1000)
+    print(f"seed {seed}")
+    bits = torch.randint(-(1 << 31), 1 << 31, (70_001,), generator=torch.Generator().manual_seed(seed))
+    ends = torch.arange(0, 1 << 16, 127) << 16  # ties, and what lies beside them
+    every = torch.cat([bits, *(ends + beside for beside in (0, 1 << 12, 1 << 15, (1 << 15) - 1, 1))]).to(torch.int32)
+    numbers, out = every.view(torch.float32), torch.empty(len(every), dtype=output)
+    ops = ops_for(Cast(), TensorKind(("float32", str(output)[6:])))
+    ops.merge(
+        Cast(), [ops.of_bytes(bytes_of(numbers), "float32")], 0, ops.of_bytes(bytes_of(out), str(output)[6:]), 512
+    )
+    assert_same_bits(out, numbers.to(output))
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1), (7, 100), (3, 511), (5, 1500), (2, 3, 700)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,6 +160,12 @@ def test_draws_are_the_same_wherever_a_block_begins() -> None:
     whole = draws.halves(key, 0, 1000)
     for start, count in ((0, 1), (1, 1), (1, 2), (7, 100), (500, 500), (999, 1), (3, 0)):
         assert torch.equal(whole[start : start + count], draws.halves(key, start, count)), (start, count)
+
+
+@pytest.mark.parametrize("start", [0, 12345, (1 << 32) - 1000, (1 << 32) + 7, 5 << 32])
+def test_draws_without_torch_are_the_same(start: int) -> None:
+    key = draws.stream_key(3, "w", 1)
+    assert (draws.words(key, start, 1000).view(np.int32) == draws.bits(key, start, 1000).numpy()).all()
 
 
 def test_the_two_elements_of_a_word_are_drawn_independently() -> None:

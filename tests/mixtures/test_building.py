@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,16 @@ import torch
 from click.testing import CliRunner
 
 import mergekit_lite
+from mergekit_lite import draws
 from mergekit_lite.commands import main
-from mergekit_lite.errors import MergekitLiteError, PlanError
-from mergekit_lite.mixtures.building import build_moe, plan_moe
-from mergekit_lite.mixtures.dense import families_named
+from mergekit_lite.errors import MergekitLiteError, PlanError, UsageError
+from mergekit_lite.mixtures.building.building import build_moe, plan_moe
+from mergekit_lite.mixtures.building.dense import families_named
 from mergekit_lite.mixtures.families import FAMILIES
+from mergekit_lite.mixtures.splitting import plan_split
+from mergekit_lite.ops import c_ops
+from mergekit_lite.transplanting.planning import plan_transplant
+from mergekit_lite.vectors.extraction import extract_vector
 from tests.mixtures.models import HIDDEN, LAYERS, Mixture, dense_model, loaded, logits, write
 from tests.models import read_folder, same_bytes, tree_bytes
 
@@ -156,6 +165,24 @@ def test_deepseek_adds_any_number_of_shared_experts() -> None:
     assert {name for name in written if ".mlp." not in name} == plain
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda: plan_moe(recipe("a", "b"), "out.gguf"),
+        lambda: plan_split("m", [0], "out.gguf"),
+        lambda: plan_transplant("a", "b", "out.gguf"),
+        lambda: extract_vector("a", "b", "v.gguf"),
+    ],
+    ids=["moe", "split", "transplant", "extract"],
+)
+def test_no_output_is_a_gguf(plan: Callable[[], object]) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        write(dense_model("llama", seed), Path(name))
+    build_moe(recipe("a", "b"), "m")
+    with pytest.raises(UsageError, match=r"\.gguf: GGUF is read, but not written\. Name a folder"):
+        plan()
+
+
 def test_random_rows_have_the_spread_that_they_promise() -> None:
     for name, seed in (("a", 0), ("b", 1)):
         write(dense_model("llama", seed), Path(name))
@@ -171,6 +198,27 @@ def test_random_rows_have_the_spread_that_they_promise() -> None:
     assert not torch.equal(read_folder(Path("other"))[name], read_folder(Path("random"))[name])
     build_moe(recipe(*"ababababab"), "again", threads=1)
     assert tree_bytes(Path("again")) | {"README.md": b""} == tree_bytes(Path("random")) | {"README.md": b""}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_random_rows_are_what_torch_makes_of_the_draws_and_need_no_torch(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    for name, seed in (("a", 0), ("b", 1)):
+        write(dense_model("llama", seed).to(kind), Path(name))
+    Path("moe.json").write_text(json.dumps(recipe("a", "b", seed=7)))
+    code = (
+        "import sys; from mergekit_lite.commands import main\n"
+        "main(['moe', 'moe.json', '-o', 'out', '-q'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    imported = told.strip() == "True"
+    assert imported is (dtype == "float32" or c_ops.compiled() is None)
+    for name, rows in read_folder(Path("out")).items():
+        if name.endswith("gate.weight"):
+            drawn = [draws.bits(draws.stream_key(7, name, stream), 0, rows.numel()) for stream in (1, 2)]
+            radius, angle = ((each.double() + 2**31 + 0.5) / 2**32 for each in drawn)
+            normal = (radius.log() * -2).sqrt() * (angle * 2 * math.pi).cos()
+            torch.testing.assert_close(rows.flatten(), normal.float().to(kind), rtol=1e-6, atol=0)
 
 
 def test_16_bit_weights_are_copied_to_the_bit_and_dtype_is_the_bases() -> None:

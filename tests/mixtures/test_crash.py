@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mergekit_lite
-from mergekit_lite.mixtures.building import build_moe
+from mergekit_lite.mixtures.building.building import build_moe
 from tests.mixtures.models import dense_model, write
 from tests.models import tree_bytes
 from tests.processes import run, started

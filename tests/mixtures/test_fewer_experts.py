@@ -16,13 +16,13 @@ from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.commands import main
 from mergekit_lite.engine.run import run
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.mixtures import grouping
-from mergekit_lite.mixtures.choosing import checked, chosen_to_keep, chosen_to_merge
-from mergekit_lite.mixtures.fewer import groups_as_text, plan_fewer
 from mergekit_lite.mixtures.layers import expert_layers
-from mergekit_lite.mixtures.similarity import similarities
 from mergekit_lite.mixtures.splitting import plan_split
-from mergekit_lite.mixtures.usage import Usage
+from mergekit_lite.mixtures.thinning import grouping
+from mergekit_lite.mixtures.thinning.choosing import checked, chosen_to_keep, chosen_to_merge
+from mergekit_lite.mixtures.thinning.fewer import groups_as_text, plan_fewer
+from mergekit_lite.mixtures.thinning.similarity import similarities
+from mergekit_lite.mixtures.thinning.usage import Usage
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
 
@@ -180,7 +180,7 @@ def test_usage_decides_and_weighs(tmp_path: Path) -> None:
 def test_usage_is_what_the_routers_choose_and_padding_is_not_counted(tmp_path: Path) -> None:
     from mergekit_lite.answers.rows import Prompt
     from mergekit_lite.answers.template import ChatTemplate
-    from mergekit_lite.mixtures.usage import measured
+    from mergekit_lite.mixtures.thinning.usage import measured
     from tests.tokenizers import tokenizer
 
     model = made("mixtral", tmp_path / "m", vocab_size=400)

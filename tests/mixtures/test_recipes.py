@@ -11,7 +11,7 @@ import torch
 
 import mergekit_lite
 from mergekit_lite import build_moe
-from mergekit_lite.mixtures.recipe import GATE_MODES, KEYS, parse
+from mergekit_lite.mixtures.building.recipe import GATE_MODES, KEYS, parse
 from mergekit_lite.yaml_document import RecipeError, text_of
 from tests.mixtures.models import dense_model, loaded, logits, write
 

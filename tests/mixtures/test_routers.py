@@ -13,8 +13,7 @@ from click.testing import CliRunner
 import mergekit_lite
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.mixtures import routers
-from mergekit_lite.mixtures.building import build_moe, plan_moe
+from mergekit_lite.mixtures.building.building import build_moe, plan_moe, routers
 from tests.mixtures.models import LAYERS, VOCABULARY, dense_model, settled_model, write
 from tests.models import read_folder
 from tests.tokenizers import tokenizer

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mergekit_lite.commands import main
 from mergekit_lite.errors import PlanError, UsageError
-from mergekit_lite.mixtures.upcycling import OF_KIND, plan_upcycle, upcycle
+from mergekit_lite.mixtures.building.upcycling import OF_KIND, plan_upcycle, upcycle
 from mergekit_lite.verification import verify
 from tests.mixtures.tiny import loaded, logits, made, weights
 
@@ -69,10 +69,16 @@ def test_the_shared_expert_adds_nothing_and_can_be_trained(tmp_path: Path) -> No
     assert shared.down_proj.weight.grad.any()
 
 
+@pytest.mark.parametrize("family", ["qwen", "Qwen3 MoE", "qwen3-moe", None])
+def test_a_family_is_named_as_in_recipes(family: str | None, tmp_path: Path) -> None:
+    plan = plan_upcycle(str(made("qwen3", tmp_path / "dense")), "out", family=family)
+    assert plan.config is not None and plan.config["model_type"] == "qwen3_moe"
+
+
 def test_what_cannot_be(tmp_path: Path) -> None:
     dense = str(made("qwen3", tmp_path / "dense"))
-    with pytest.raises(UsageError, match=r"Unknown family 'qwen3-moe'\. Did you mean 'qwen3_moe'"):
-        plan_upcycle(dense, "out", family="qwen3-moe")
+    with pytest.raises(UsageError, match=r"Unknown family 'qwen4-moe'\. Did you mean 'qwen3_moe'"):
+        plan_upcycle(dense, "out", family="qwen4-moe")
     with pytest.raises(PlanError, match=r"is of type qwen3: mixtures are made as Mixtral from llama, mistral$"):
         plan_upcycle(dense, "out", family="mixtral")
     for dtype, told in (("int8", "Unknown output dtype 'int8'"), ("fp8", "one of float64, .* got 'fp8'")):

@@ -1,18 +1,27 @@
-"""Terms that no file holds: numbers drawn by their index, and numbers that are given."""
+"""What no file holds: numbers drawn by their index, and numbers that are given. Both are added, or stand alone.
+
+Drawing needs no torch, whose import takes longer than all of a small mixture.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from mergekit_lite import draws, dtypes
+from mergekit_lite.checkpoint.encodings.pieces import PIECE
 from mergekit_lite.checkpoint.encodings.sum import Sum, Term
 from mergekit_lite.checkpoint.reader import Reader, tensor_of
-from mergekit_lite.checkpoint.tensor import TensorSpec
-from mergekit_lite.deferred import torch
+from mergekit_lite.checkpoint.tensor import Encoding, TensorSpec
+from mergekit_lite.deferred import np, torch
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +36,72 @@ class Drawn(Term):
         """That of any term, the seed and the name."""
         return *super(Drawn, self).key, self.seed, self.name
 
-    def uniform(self, stream: int, start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield draws from (0, 1), of 32 bits, in float64, with the index of the first one in ``start … + count``."""
+    @abstractmethod
+    def values(self, start: int, count: int) -> npt.NDArray[np.float64]:
+        """Return the draws of the elements ``start … start + count``, times ``scale``."""
+
+    def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
+        """Add the draws."""
+        into = total.numpy()
+        into += self.values(start, len(into))
+
+    def uniform(self, stream: int, start: int, count: int) -> npt.NDArray[np.float64]:
+        """Return draws from (0, 1), of 32 bits, for the elements ``start … start + count``."""
         key, end = draws.stream_key(self.seed, self.name, stream), start + count
-        while start < end:
-            number = min(end, (start // draws.WORDS + 1) * draws.WORDS) - start
-            yield start, (draws.bits(key, start, number).double() + (0.5 + (1 << 31))) * 2.0**-32
-            start += number
+        edges = [start, *range((start // draws.WORDS + 1) * draws.WORDS, end, draws.WORDS), end]
+        drawn = np.concatenate([draws.words(key, begin, stop - begin) for begin, stop in pairwise(edges)])
+        numbers: npt.NDArray[np.float64] = (drawn ^ np.uint32(1 << 31)).astype(np.float64)
+        return (numbers + 0.5) * 2.0**-32
 
 
 @dataclass(frozen=True, slots=True)
 class Gaussian(Drawn):
     """N(0, 1), by the transform of Box and Muller from two draws of an element."""
 
-    def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
-        """Add the draws."""
-        pairs = zip(self.uniform(1, start, len(total)), self.uniform(2, start, len(total)), strict=True)
-        for (begin, radius), (_, angle) in pairs:
-            normal = radius.log_().mul_(-2).sqrt_().mul_(angle.mul_(2 * math.pi).cos_())
-            total[begin - start :][: len(normal)] += normal.mul_(self.scale)
+    def values(self, start: int, count: int) -> npt.NDArray[np.float64]:
+        """Return the draws."""
+        radius, angle = self.uniform(1, start, count), self.uniform(2, start, count)
+        normal: npt.NDArray[np.float64] = np.sqrt(np.log(radius) * -2) * np.cos(angle * (2 * math.pi)) * self.scale
+        return normal
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Drawn):
     """Uniform from −1 to 1."""
 
-    def add(self, reader: Reader, shape: tuple[int, ...], start: int, total: torch.Tensor) -> None:
-        """Add the draws."""
-        for begin, drawn in self.uniform(0, start, len(total)):
-            total[begin - start :][: len(drawn)] += drawn.mul_(2).sub_(1).mul_(self.scale)
+    def values(self, start: int, count: int) -> npt.NDArray[np.float64]:
+        """Return the draws."""
+        return (self.uniform(0, start, count) * 2 - 1) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnAlone(Encoding):
+    """A tensor that is the sum of draws, rounded to its dtype, float32 or float64; zeros of any dtype without draws."""
+
+    draws: tuple[Drawn, ...]
+
+    def fill(self, spec: TensorSpec, reader: Reader, start: int, out: memoryview) -> None:
+        """Draw piece by piece."""
+        if not self.draws:
+            np.frombuffer(out, np.uint8)[:] = 0
+            return
+        values = np.frombuffer(out, spec.dtype)
+        for done in range(0, len(values), PIECE):
+            part = values[done : done + PIECE]
+            part[:] = sum(drawn.values(start + done, len(part)) for drawn in self.draws)
+
+    def all_bytes(self, spec: TensorSpec) -> int:
+        """Return 0: no file holds it."""
+        return 0
+
+    def needs_torch(self, spec: TensorSpec) -> bool:
+        """Return False."""
+        return False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """That of a sum of the draws, which is the same."""
+        return Sum(None, self.draws).key
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +125,6 @@ class Given(Term):
 
 def unstored(like: TensorSpec, name: str, dtype: str, shape: tuple[int, ...], *terms: Term) -> TensorSpec:
     """Return a tensor that is the sum of terms, zeros without any; it stands with the file of another, unread."""
-    return TensorSpec(name, dtype, shape, like.file, like.offset, Sum(None, terms))
+    drawn = tuple(term for term in terms if isinstance(term, Drawn))
+    encoding = DrawnAlone(drawn) if len(drawn) == len(terms) else Sum(None, terms)
+    return TensorSpec(name, dtype, shape, like.file, like.offset, encoding)

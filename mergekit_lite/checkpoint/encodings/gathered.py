@@ -40,9 +40,9 @@ class Places(NamedTuple):
         """Return the places of some rows, with only the means that those are."""
         matrix = self.matrix[begin:end].copy()
         is_mean = matrix < 0
-        used, renumbered = np.unique(-1 - matrix[is_mean], return_inverse=True)
-        matrix[is_mean] = -1 - renumbered
-        return Places(matrix, self.row[begin:end].copy(), tuple([self.means[number] for number in used.tolist()]))
+        used = _numbers_in(-1 - matrix[is_mean])
+        matrix[is_mean] = -1 - np.searchsorted(used, -1 - matrix[is_mean])
+        return Places(matrix, self.row[begin:end].copy(), tuple([self.means[number] for number in used]))
 
     def without(self, lacking: Collection[int]) -> Places:
         """Return the places with zeros, or the mean of the others, for rows of matrices that are not there."""
@@ -102,7 +102,7 @@ class Gathered(Encoding):
     def needs_torch(self, spec: TensorSpec) -> bool:
         """Return whether torch has a part in reading: not where rows are bytes of files as they are wanted."""
         matrix = self.places.matrix
-        used = [self.sources[number] for number in np.unique(matrix[matrix >= 0]).tolist()]
+        used = [self.sources[number] for number in _numbers_in(matrix)]
         return any(self.places.means) or not all(each.is_plain and each.dtype == spec.dtype for each in used)
 
     def part(self, spec: TensorSpec, begin: int, end: int) -> Gathered:
@@ -153,7 +153,7 @@ class Gathered(Encoding):
         """Fill the rows of each matrix of which rows are made at once; return which matrices those are."""
         matrix, rows = self.places.matrix[row:end], self.places.row[row:end]
         made: set[int] = set()
-        for number in np.unique(matrix[matrix >= 0]).tolist():
+        for number in _numbers_in(matrix):
             source = self.sources[number]
             if source.is_plain and source.dtype == spec.dtype:
                 continue
@@ -185,7 +185,7 @@ def gathered(own: TensorSpec, sources: Sequence[TensorSpec], places: Places) -> 
     Its dtype is the one that holds what all sources of a row hold, so that no row is rounded.
     """
     in_means = {matrix for mean in places.means for matrix, _ in mean}
-    used = sorted({*np.unique(places.matrix[places.matrix >= 0]).tolist(), *in_means})
+    used = sorted({*_numbers_in(places.matrix), *in_means})
     dtype = dtypes.promoted([sources[number].dtype for number in used]) if used else own.dtype
     shape = (len(places.matrix), *own.shape[1:])
     return replace(own, shape=shape, dtype=dtype, encoding=Gathered(tuple(sources), places))
@@ -225,6 +225,12 @@ def rows_of(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec | None:
         zero_point=None if zero_point is None else of_rows(zero_point),
     )
     return replace(spec, shape=shape, encoding=gathered_codes)
+
+
+def _numbers_in(numbers: npt.NDArray[np.int32]) -> list[int]:
+    """Return which numbers from 0 on are among some small ones, ascending."""
+    found: list[int] = np.flatnonzero(np.bincount(numbers[numbers >= 0])).tolist()
+    return found
 
 
 def _plain_rows(spec: TensorSpec, rows: npt.NDArray[np.int32]) -> TensorSpec:

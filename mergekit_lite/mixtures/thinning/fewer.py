@@ -18,7 +18,6 @@ from mergekit_lite.checkpoint.encodings.views import joined, run_of
 from mergekit_lite.errors import PlanError, UsageError, listing
 from mergekit_lite.layout import OutputPath
 from mergekit_lite.mixtures.families import ROLES
-from mergekit_lite.mixtures.grouping import Group
 from mergekit_lite.mixtures.layers import (
     COUNTS,
     PER_TOKEN,
@@ -30,6 +29,7 @@ from mergekit_lite.mixtures.layers import (
     with_settings,
 )
 from mergekit_lite.mixtures.remade import alike, copied, mean_of, opened_mixture, plan_of
+from mergekit_lite.mixtures.thinning.grouping import Group
 from mergekit_lite.planning import Job, Plan
 
 PRUNE, MERGE = "moe prune", "moe merge-experts"  # what manifests and cards call them

@@ -1,4 +1,4 @@
-"""Plans of outputs of ``moe split``, ``moe prune`` and ``moe merge-experts``, made again from their manifests."""
+"""Plans of mixtures that were remade, made of what their manifests record: split, fewer experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.errors import MergekitLiteError, listing
 from mergekit_lite.layout import OutputPath
-from mergekit_lite.mixtures import fewer, splitting
+from mergekit_lite.mixtures import splitting
+from mergekit_lite.mixtures.thinning import fewer
 from mergekit_lite.planning import Plan
 
 METHODS = (splitting.METHOD, fewer.PRUNE, fewer.MERGE)
@@ -40,7 +41,7 @@ class _Fewer(_Recorded):
     weights: dict[LayerNumber, WeightsText] = {}
 
 
-def remade_again(
+def plan_recorded(
     recipe: Mapping[str, Any],
     output: OutputPath,
     opened: Mapping[str, Checkpoint],

@@ -15,8 +15,8 @@ from mergekit_lite.checkpoint.naming.alignment import shown_as, unwrapped
 from mergekit_lite.checkpoint.optional_tensors import why_optional
 from mergekit_lite.errors import PlanError, counted
 from mergekit_lite.layout import OutputPath, is_single_file, output_path
-from mergekit_lite.mixtures.config import mixture_config
-from mergekit_lite.mixtures.dense import (
+from mergekit_lite.mixtures.building.config import mixture_config
+from mergekit_lite.mixtures.building.dense import (
     backbone,
     config_problems,
     families_named,
@@ -25,8 +25,8 @@ from mergekit_lite.mixtures.dense import (
     misfits,
     unusable,
 )
+from mergekit_lite.mixtures.building.recipe import RANDOM, Expert, MixtureRecipe
 from mergekit_lite.mixtures.families import ROLES, Family, Role, dense
-from mergekit_lite.mixtures.recipe import RANDOM, Expert, MixtureRecipe
 from mergekit_lite.mixtures.remade import alike
 from mergekit_lite.planning import Job, Plan
 from mergekit_lite.planning.front_matter import carried_over

@@ -25,8 +25,8 @@ from mergekit_lite.checkpoint.reader import Reader, bytes_of
 from mergekit_lite.deferred import torch
 from mergekit_lite.engine.devices import memory_left
 from mergekit_lite.errors import UsageError, counted
-from mergekit_lite.mixtures.planning import MixturePlan
-from mergekit_lite.mixtures.recipe import Expert
+from mergekit_lite.mixtures.building.planning import MixturePlan
+from mergekit_lite.mixtures.building.recipe import Expert
 from mergekit_lite.planning import Plan, make_plan
 from mergekit_lite.recipe import Recipe, Slice, Source
 from mergekit_lite.resident.model import build, tokenizer_of

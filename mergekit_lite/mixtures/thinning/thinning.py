@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, run
-from mergekit_lite.mixtures.choosing import By, Choice, checked, chosen_to_keep, chosen_to_merge
-from mergekit_lite.mixtures.fewer import MERGE, PRUNE, first_experts, plan_fewer
 from mergekit_lite.mixtures.layers import ExpertLayer
+from mergekit_lite.mixtures.thinning.choosing import By, Choice, checked, chosen_to_keep, chosen_to_merge
+from mergekit_lite.mixtures.thinning.fewer import MERGE, PRUNE, first_experts, plan_fewer
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan
 
@@ -135,7 +135,7 @@ def _thinned(
     mixture, layers = checked_first(method, model, output, number, by, bool(prompts), run_options)
     usage = None
     if prompts:
-        from mergekit_lite.mixtures.usage import measured, prompts_of  # with torch and transformers
+        from mergekit_lite.mixtures.thinning.usage import measured, prompts_of  # with torch and transformers
 
         device, threads = chosen_devices(run_options.get("device", "cpu"))[0], run_options.get("threads")
         usage = measured(mixture, prompts_of(prompts), len(layers[0].experts), device=device, threads=threads)

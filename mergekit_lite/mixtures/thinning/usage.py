@@ -18,8 +18,8 @@ from mergekit_lite.answers.rows import Message, Prompt
 from mergekit_lite.answers.template import ChatTemplate, TemplateError
 from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.errors import CheckpointError, UsageError, counted
+from mergekit_lite.mixtures.building.routers import check_memory, check_tokens, plan_of_whole
 from mergekit_lite.mixtures.layers import ROUTERS
-from mergekit_lite.mixtures.routers import check_memory, check_tokens, plan_of_whole
 from mergekit_lite.resident.model import build, tokenizer_of
 from mergekit_lite.resident.weights import Weights
 

@@ -20,8 +20,8 @@ from mergekit_lite import dtypes
 from mergekit_lite.checkpoint import open_checkpoint
 from mergekit_lite.engine.run import Finished, RunOptions, run
 from mergekit_lite.errors import PlanError, UsageError, nearest
-from mergekit_lite.mixtures.building import plan_moe
-from mergekit_lite.mixtures.dense import kind_of
+from mergekit_lite.mixtures.building.building import plan_moe
+from mergekit_lite.mixtures.building.dense import families_named, kind_of
 from mergekit_lite.mixtures.families import FAMILIES, Family
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan
@@ -95,8 +95,8 @@ def upcycle(
         output: a folder.
         experts: in each layer.
         experts_per_token: how many of them a token goes through.
-        family: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``flex_olmo`` or ``deepseek``; by default the one of the
-            dense model's makers.
+        family: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``flex_olmo`` or ``deepseek``, or how one begins, as
+            ``architecture`` in a recipe; by default the one of the dense model's makers.
         noise: standard deviation of what is added to each weight of the experts.
         dtype: of the output; the model's by default.
         seed: of routers and noise.
@@ -128,13 +128,16 @@ def upcycle(
 
 def _family(model: str, name: str | None) -> Family:
     """Return the family that is asked for, or that a model becomes. Raises UsageError, CheckpointError, PlanError."""
-    known = [family.model_type for family in FAMILIES.values() if family.made_from]
-    if name is not None:
-        if name not in known:
-            raise UsageError(f"Unknown family {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-        return FAMILIES[name]
+    named = families_named(name)
+    if not named:
+        known = [family.model_type for family in families_named(None)]
+        raise UsageError(f"Unknown family {name!r}.{nearest(str(name), known)} Known: {', '.join(known)}.")
+    if len(named) == 1:
+        return named[0]
     kind = kind_of(open_checkpoint(model))
-    if kind not in OF_KIND:
-        fitting = ", ".join(OF_KIND)
-        raise PlanError([f"{model} is of type {kind or 'unknown'}: mixtures are made of {fitting}"])
-    return FAMILIES[OF_KIND[kind]]
+    own = FAMILIES.get(OF_KIND.get(kind, ""))
+    if own in named:
+        return own
+    if name is not None:  # whoever plans it tells why none of them fits
+        return named[0]
+    raise PlanError([f"{model} is of type {kind or 'unknown'}: mixtures are made of {', '.join(OF_KIND)}"])

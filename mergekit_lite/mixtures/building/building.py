@@ -11,8 +11,8 @@ from mergekit_lite.checkpoint.reader import Reader
 from mergekit_lite.engine.devices import chosen_devices
 from mergekit_lite.engine.run import Finished, RunOptions, check_outputs, run
 from mergekit_lite.layout import OutputPath
-from mergekit_lite.mixtures.planning import MixturePlan, plan_mixture
-from mergekit_lite.mixtures.recipe import parse
+from mergekit_lite.mixtures.building.planning import MixturePlan, plan_mixture
+from mergekit_lite.mixtures.building.recipe import parse
 from mergekit_lite.options import named_options
 from mergekit_lite.planning import Plan
 from mergekit_lite.recipe import text_of, to_yaml
@@ -46,7 +46,7 @@ def with_routers(planned: MixturePlan, device: str = "cpu", threads: int | None 
     """
     if not planned.needs_rows:
         return planned.plan, ""
-    from mergekit_lite.mixtures.routers import make_routers  # with torch, and transformers
+    from mergekit_lite.mixtures.building.routers import make_routers  # with torch, and transformers
 
     routers = make_routers(planned, device, threads)
     return planned.with_rows(routers.rows), routers.warning

@@ -17,7 +17,7 @@ from mergekit_lite.deferred import np, torch
 from mergekit_lite.mixtures.layers import ExpertLayer
 
 if TYPE_CHECKING:
-    from mergekit_lite.mixtures.grouping import Similarities
+    from mergekit_lite.mixtures.thinning.grouping import Similarities
 
 Measured = Literal["weights", "router"]
 PIECES = 1 << 22  # elements of all experts of a layer that are compared at once

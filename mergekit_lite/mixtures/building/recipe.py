@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mergekit_lite.mixtures.dense import families_named, no_such_family
+from mergekit_lite.mixtures.building.dense import families_named, no_such_family
 from mergekit_lite.recipe import values
 from mergekit_lite.recipe.rules import NOWHERE
 from mergekit_lite.recipe.values import choice, fields, items

@@ -22,17 +22,17 @@ from mergekit_lite.checkpoint import Checkpoint
 from mergekit_lite.checkpoint.optional_tensors import layers_promised
 from mergekit_lite.deferred import np
 from mergekit_lite.errors import PlanError, UsageError, nearest, shortened
-from mergekit_lite.mixtures import grouping
-from mergekit_lite.mixtures.fewer import Groups, Weights, routing_groups, unfit
-from mergekit_lite.mixtures.grouping import Group
 from mergekit_lite.mixtures.layers import ExpertLayer, expert_layers
 from mergekit_lite.mixtures.remade import opened_mixture
-from mergekit_lite.mixtures.similarity import similarities
-from mergekit_lite.mixtures.usage import Usage, described
+from mergekit_lite.mixtures.thinning import grouping
+from mergekit_lite.mixtures.thinning.fewer import Groups, Weights, routing_groups, unfit
+from mergekit_lite.mixtures.thinning.grouping import Group
+from mergekit_lite.mixtures.thinning.similarity import similarities
+from mergekit_lite.mixtures.thinning.usage import Usage, described
 from mergekit_lite.pages import markdown
 
 if TYPE_CHECKING:
-    from mergekit_lite.mixtures.grouping import Similarities
+    from mergekit_lite.mixtures.thinning.grouping import Similarities
 
 By = Literal["usage", "weights", "router"]
 BY: tuple[By, ...] = ("usage", "weights", "router")
@@ -61,9 +61,7 @@ class Choice:
     @property
     def card(self) -> tuple[str, ...]:
         """The criterion and the table, as paragraphs of a card."""
-        head, *rows = (f"| {' | '.join(map(markdown.text, row))} |" for row in (self.columns, *self.rows))
-        table = "\n".join([head, f"|{' --- |' * len(self.columns)}", *rows])
-        return f"Experts: {markdown.text(self.how)}.", table
+        return f"Experts: {markdown.text(self.how)}.", markdown.table(self.columns, self.rows)
 
     def to_json(self) -> dict[str, Any]:
         """Return the choice as plain data."""
@@ -110,18 +108,16 @@ def chosen_to_keep(
     """Choose the experts that are kept; errors as of ``similarities``."""
     counts = _counts(layers, usage)
     alike = similarities(layers, by, progress) if by != "usage" else None
-    teams, groups, rows = routing_groups(mixture), {}, []
+    teams = routing_groups(mixture)
+
+    def kept_of(at: int, team: slice) -> list[Group]:
+        if alike is None:
+            return [(expert,) for expert in grouping.most_used(counts[at][team], number // teams)]
+        return [(expert,) for expert in grouping.least_alike(alike[at][team, team], number // teams)]
+
+    groups, rows = _in_teams(layers, teams, kept_of), []
     for at, layer in enumerate(layers):
-        kept = [
-            begin + expert
-            for begin, end in _teams(layer, teams)
-            for expert in (
-                grouping.most_used(counts[at][begin:end], number // teams)
-                if alike is None
-                else grouping.least_alike(alike[at][begin:end, begin:end], number // teams)
-            )
-        ]
-        groups[layer.number] = [(expert,) for expert in kept]
+        kept = [expert for (expert,) in groups[layer.number]]
         dropped = sorted({*range(len(layer.experts))} - {*kept})
         row = [str(layer.number), _short(dropped)]
         if alike is not None:
@@ -150,19 +146,15 @@ def chosen_to_merge(
     """Choose the groups that are merged; errors as of ``similarities``."""
     counts = _counts(layers, usage)
     alike = similarities(layers, "router" if by == "usage" else by, progress)
-    teams, groups, rows = routing_groups(mixture), {}, []
+    teams = routing_groups(mixture)
+
+    def merged_of(at: int, team: slice) -> list[Group]:
+        few, part = number // teams, alike[at][team, team]
+        return grouping.around_most_used(counts[at][team], part, few) if by == "usage" else grouping.clusters(part, few)
+
+    groups, rows = _in_teams(layers, teams, merged_of), []
     for at, layer in enumerate(layers):
-        own: list[Group] = []
-        for begin, end in _teams(layer, teams):
-            part = alike[at][begin:end, begin:end]
-            found = (
-                grouping.around_most_used(counts[at][begin:end], part, number // teams)
-                if by == "usage"
-                else grouping.clusters(part, number // teams)
-            )
-            own += [tuple(begin + expert for expert in group) for group in found]
-        groups[layer.number] = own
-        merged = [group for group in own if len(group) > 1]
+        merged = [group for group in groups[layer.number] if len(group) > 1]
         shown = "; ".join(" + ".join(map(str, group)) for group in merged)
         rows.append((str(layer.number), shortened(shown, 80), f"{_within(alike[at], merged):.3f}"))
     how = (
@@ -188,10 +180,20 @@ def _counts(layers: Sequence[ExpertLayer], usage: Usage | None) -> list[Sequence
     return [counts.get(layer.number, (0,) * len(layer.experts)) for layer in layers]
 
 
-def _teams(layer: ExpertLayer, teams: int) -> list[tuple[int, int]]:
-    """Return the first expert, and the one behind the last, of each group that the router chooses among."""
-    size = len(layer.experts) // teams
-    return [(team * size, (team + 1) * size) for team in range(teams)]
+def _in_teams(
+    layers: Sequence[ExpertLayer], teams: int, choose: Callable[[int, slice], Sequence[Group]]
+) -> dict[int, list[Group]]:
+    """Return the groups of each layer: what is chosen of each team, among which its router chooses.
+
+    ``choose`` is given the layer's place and the team's experts, and returns groups numbered from the team's first.
+    """
+    groups: dict[int, list[Group]] = {layer.number: [] for layer in layers}
+    for at, layer in enumerate(layers):
+        size = len(layer.experts) // teams
+        for begin in range(0, len(layer.experts), size):
+            found = choose(at, slice(begin, begin + size))
+            groups[layer.number] += [tuple(begin + expert for expert in group) for group in found]
+    return groups
 
 
 def _share(counts: Sequence[int], kept: Sequence[int]) -> float:
