@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from mergekit_lite.engine.pool import available_cores
-from mergekit_lite.output.file_writer import WAITING_WEIGHT
+from mergekit_lite.output.file_writer import FILLED_WAIT
 
 SCRATCH = 1 << 26  # bytes that are written and read back to measure a disk
 PIECE = 1 << 21
@@ -120,7 +120,7 @@ class _Way:
 
     @property
     def cost(self) -> float:
-        return self.working + WAITING_WEIGHT * self.waiting
+        return self.working + FILLED_WAIT * self.waiting
 
 
 def _timed(move: Callable[[int], int], most: int = SCRATCH) -> _Way:
