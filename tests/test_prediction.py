@@ -26,10 +26,12 @@ from mergekit_lite.commands import main
 from mergekit_lite.commands.prediction import predicted
 from mergekit_lite.layout import OutputTensor, grouped_by_size, index_json, safetensors_layout, shard_names
 from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.tensor_merge import SAMPLE_EVERY, SAMPLE_PIECE
 from mergekit_lite.object_stores import Place
 from mergekit_lite.prediction import Cluster, measured_costs, predict, this_cluster
-from mergekit_lite.prediction.cluster import cached_share
+from mergekit_lite.prediction.cluster import PIECE, cached
 from mergekit_lite.prediction.costs import Costs
+from mergekit_lite.prediction.made_up import DIFFERENT
 from mergekit_lite.prediction.prediction import busiest_share
 from tests.models import state, tuned, write_folder
 from tests.test_memory import children, held
@@ -186,6 +188,11 @@ def test_bytes_are_those_that_the_engine_reads(tmp_path: Path, monkeypatch: pyte
     assert (told.read_again == 0) == (method in ("linear", "expo"))
 
 
+def test_a_sample_of_made_up_weights_meets_different_ones() -> None:
+    """Where they repeated with the sample's pieces, it would see the same few again and again."""
+    assert math.gcd(DIFFERENT, SAMPLE_PIECE * SAMPLE_EVERY) == 1
+
+
 def test_nothing_of_the_weights_is_read(large: tuple[Plan, Costs], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
@@ -242,9 +249,12 @@ def test_this_machine_is_measured_without_a_trace(tmp_path: Path) -> None:
     here = this_cluster(tmp_path / "merged")
     assert here.is_measured and here.cores >= 1 and here.copy_in > 0 and here.copy_out > 0
     assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_bytes(bytes(1 << 20))
-    assert 0 <= cached_share([(tmp_path / "file", 1 << 20)]) <= 1
-    assert cached_share([(tmp_path / "missing", 10)]) == 0
+    (tmp_path / "file").write_bytes(bytes(2 * PIECE))
+    there = cached([(tmp_path / "file", 2 * PIECE)])
+    assert 0 <= there.share <= 1 and (there.copying is None or 0 < there.copying < 1e-6)
+    half = cached([(tmp_path / "file", 2 * PIECE), (tmp_path / "missing", 2 * PIECE)])
+    assert half.share == there.share / 2
+    assert cached([(tmp_path / "missing", 10)]) == (0, None)
 
 
 def test_a_system_without_positioned_reads_is_predicted_by_usual_times(
@@ -253,7 +263,7 @@ def test_a_system_without_positioned_reads_is_predicted_by_usual_times(
     monkeypatch.delattr("os.preadv")
     assert this_cluster(tmp_path / "merged") == Cluster(this_cluster(tmp_path / "merged").cores)
     (tmp_path / "file").write_bytes(bytes(10))
-    assert cached_share([(tmp_path / "file", 10)]) == 0
+    assert cached([(tmp_path / "file", 10)]) == (0, None)
 
 
 def test_plan_and_dry_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,14 +78,16 @@ def predicted(
     from mergekit_lite.prediction import predict
 
     started = time.process_time()  # without what measuring takes
-    return predict(plan, _cluster(plan, nodes, cores, disk, net), threads, started)
+    return predict(plan, _cluster(plan, nodes, cores, threads, disk, net), threads, started)
 
 
-def _cluster(plan: Plan, nodes: int, cores: int | None, disk: tuple[float, float] | None, net: float | None) -> Cluster:
+def _cluster(
+    plan: Plan, nodes: int, cores: int | None, threads: int | None, disk: tuple[float, float] | None, net: float | None
+) -> Cluster:
     from mergekit_lite.prediction import Cluster, this_cluster
 
     if disk is None and net is None:
-        here = this_cluster(Path(str(plan.outputs[0])))
+        here = this_cluster(Path(str(plan.outputs[0])), threads)
         here = here if cores is None else replace(here, cores=cores)
         return here if nodes == 1 else replace(here, nodes=nodes, is_measured=False, buffered=0.0)
     given: dict[str, Any] = {} if disk is None else {"read": disk[0], "write": disk[1]}

@@ -29,7 +29,7 @@ from mergekit_lite.engine.tensor_merge import LARGE
 from mergekit_lite.engine.tiling import SPAN
 from mergekit_lite.methods.tensor_merge import SECTION
 from mergekit_lite.planning import Plan
-from mergekit_lite.prediction.cluster import OVER_NET, Cluster, cached_share
+from mergekit_lite.prediction.cluster import OVER_NET, Cached, Cluster, cached
 from mergekit_lite.prediction.costs import Cost, Costs, measured_costs
 
 PER_TENSOR = 75e-6  # seconds of the command's own processor time, while the workers work and again at the end: tasks,
@@ -246,11 +246,12 @@ class _Work:
         in_store = cluster.net is not None and not cluster.is_shared
         self.by_file = in_store and cluster.nodes > 1 and len(plan.layout.files) > 1
         self.read_again = 0.0
-        cached, self.stays = 0.0, False
+        there, self.stays = Cached(0.0, None), False
         if cluster.is_measured:
-            cached = cached_share((file.path, file.size) for source in plan.inputs for file in source.files)
+            there = cached((file.path, file.size) for source in plan.inputs for file in source.files)
             self.stays = plan.bytes_to_read <= FITS * cluster.free_memory
-        self.uncached = 1 - cached
+        self.uncached = 1 - there.share
+        self.copy_in = there.copying or cluster.copy_in
 
     @property
     def late(self) -> list[tuple[Load, int]]:
@@ -274,14 +275,14 @@ class _Work:
         first_read = job.read * self.uncached
         if apart:
             fetched = min(again, first_read) if self.stays else again * self.uncached
-            gathering = Load(point.statistics + again * self.cluster.copy_in, fetched)
+            gathering = Load(point.statistics + again * self.copy_in, fetched)
             sections = -(-job.numel // SECTION)
             self.early.append((self._sent(gathering, again).times(1 / sections), sections * count))
             first_read = first_read - fetched if self.stays else first_read
         seconds = point.merging + (0.0 if apart else point.statistics) + PER_TENSOR
-        copied = job.read + (0.0 if apart else again)
-        seconds += copied * self.cluster.copy_in + job.written * self.cluster.copy_out
-        load = self._sent(Load(seconds, first_read, job.written), copied)
+        again = 0.0 if apart else again
+        seconds += job.read * self.copy_in + again * self.cluster.copy_again + job.written * self.cluster.copy_out
+        load = self._sent(Load(seconds, first_read, job.written), job.read + again)
         if self.by_file:
             self._files[job.file] = self._files.get(job.file, Load()).plus(load, count)
             return
