@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import IO, Any, NamedTuple
 
 from mergekit_lite.engine.pool import available_cores
 from mergekit_lite.output.file_writer import reserve, waiting_weight
 
-SCRATCH = 1 << 27  # bytes that are written and read back to measure a disk, half of them past the page cache
+SCRATCH = 1 << 26  # bytes that are written and read back to measure a disk, and as many past the page cache
 PIECE = 1 << 21
 LONGEST = 0.4  # seconds for writing, and for reading
-COPY_IN, COPY_AGAIN, COPY_OUT = 0.25e-9, 0.13e-9, 0.25e-9  # seconds of processor time a byte, from the page cache, from
-# there while it is in the processor's caches, and to it (measured)
+FETCH, COPY_IN, COPY_AGAIN, COPY_OUT = 0.6e-9, 0.25e-9, 0.13e-9, 0.25e-9  # seconds of processor time a byte: from the
+# disk by way of the page cache, from there, while it is in the processor's caches, and to the page cache (measured)
 OVER_NET = 1e-9  # likewise, of a byte that comes or goes over TLS; an estimate
 DIRTY_SHARE = 0.15  # of the free memory: written pages beyond it wait for the disk (Linux: between 10 and 20 %)
 LOOKS = 64  # at pages of each input file
@@ -40,8 +40,8 @@ class Cluster:
         net: bytes a second of each node's connection, each way; None where models are on the nodes' own disks.
         is_shared: with ``net``, whether the models lie in a shared file system, whose pages a node caches; else in an
             object store.
-        copy_in, copy_again, copy_out: seconds of processor time for a byte that is read, for one that was read just
-            now, and for one that is written.
+        fetch, copy_in, copy_again, copy_out: seconds of processor time for a byte that the disk gives, for one that the
+            page cache has, for one that was read just now, and for one that is written.
         write_wait: seconds that a worker waits for a byte that it writes.
         buffered: bytes of output that the page cache takes before writing waits for the disk.
         free_memory: bytes that the page cache may take.
@@ -54,6 +54,7 @@ class Cluster:
     write: float = math.inf
     net: float | None = None
     is_shared: bool = False
+    fetch: float = FETCH
     copy_in: float = COPY_IN
     copy_again: float = COPY_AGAIN
     copy_out: float = COPY_OUT
@@ -83,19 +84,20 @@ def this_cluster(output: Path, workers: int | None = None) -> Cluster:
 def _measured(cores: int, workers: int, scratch: IO[bytes]) -> Cluster:
     """Measure a disk by a file without a name, with writes like those of a run, in turns through the cache and past it.
 
-    Of each way the median counts: a piece that had to wait for something else tells nothing.
+    What was written through the cache is read from there, the rest from the disk, as runs read it. Of writes the median
+    counts: a piece that had to wait for something else tells nothing. Of reads the mean: the system reads ahead.
     """
     piece = memoryview(mmap.mmap(-1, PIECE))
     piece[:] = os.urandom(1 << 12) * (PIECE >> 12)
-    cached = scratch.fileno()
-    reserve(cached, SCRATCH)
-    past = _opened_directly(cached)
+    through = scratch.fileno()
+    reserve(through, 2 * SCRATCH)
+    past = _opened_directly(through)
     try:
-        to_cache, to_disk = _timed(os.pwrite, cached, past, piece)
-        from_cache, from_disk = _timed(os.preadv, cached, past, [piece])
+        to_cache, to_disk = _timed(os.pwrite, piece, median, through, past)
     finally:
         if past is not None:
             os.close(past)
+    from_cache, from_disk = _timed(os.preadv, [piece], fmean, through, None if to_disk is None else through)
     here = Cluster(cores, copy_again=from_cache.working, copy_out=to_cache.working, is_measured=True)
     if to_disk is None or from_disk is None:
         return here
@@ -107,6 +109,7 @@ def _measured(cores: int, workers: int, scratch: IO[bytes]) -> Cluster:
         here,
         read=1 / from_disk.elapsed,
         write=1 / to_disk.elapsed,
+        fetch=from_disk.working,
         copy_out=way.working,
         write_wait=way.waiting,
         buffered=0.0 if direct else DIRTY_SHARE * free_memory,
@@ -128,33 +131,34 @@ class _Way(NamedTuple):
         return self.working + waiting_weight * self.waiting
 
 
-def _timed(move: Callable[..., int], cached: int, past: int | None, piece: Any) -> tuple[_Way, _Way | None]:
-    """Time moves of pieces, in turns through the page cache and past it, at places of their own.
+def _timed(
+    move: Callable[..., int], piece: Any, typical: Callable[[Iterable[float]], float], first: int, second: int | None
+) -> tuple[_Way, _Way | None]:
+    """Time moves of pieces, in turns in the first half of a file and in the second, each by its descriptor.
 
-    They end where there are enough of them, or it takes too long. The second way is None where there is none.
+    They end where there are enough of them, or it takes too long. There is no second way without a descriptor, or where
+    the system can't do it.
     """
-    ways: dict[int, list[_Way]] = {cached: []}
-    if past is not None:
-        ways[past] = []
+    halves = [(first, 0)] if second is None else [(first, 0), (second, SCRATCH)]
+    ways: list[list[_Way]] = [[] for _ in halves]
     until = time.perf_counter() + LONGEST
-    for place in range(0, SCRATCH // PIECE, 2):
-        for number, descriptor in enumerate(list(ways)):
+    for place in range(0, SCRATCH, PIECE):
+        for way, (descriptor, begin) in zip(ways, halves, strict=True):
             started, worked = time.perf_counter(), time.thread_time()
             try:
-                moved = move(descriptor, piece, (place + number) * PIECE)
+                moved = move(descriptor, piece, begin + place)
             except OSError:
-                if descriptor == cached:
+                if begin == 0:
                     raise
-                del ways[descriptor]
-                continue
+                return _timed(move, piece, typical, first, None)
             working = time.thread_time() - worked
             waiting = max(0.0, time.perf_counter() - started - working)
             if moved:
-                ways[descriptor].append(_Way(working / moved, waiting / moved))
+                way.append(_Way(working / moved, waiting / moved))
         if time.perf_counter() > until:
             break
-    through, *other = (_Way(*map(median, zip(*way, strict=True))) for way in ways.values())
-    return through, other[0] if other else None
+    found = [_Way(*map(typical, zip(*way, strict=True))) for way in ways]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _opened_directly(descriptor: int) -> int | None:
@@ -181,8 +185,8 @@ class Cached(NamedTuple):
     copying: float | None
 
 
-def cached(files: Iterable[tuple[Path, int]]) -> Cached:
-    """Look what of some files, each with its size, is in the page cache, by pieces of each.
+def cached(files: Iterable[tuple[Path, int]], known: Callable[[Path], bool] = lambda _: False) -> Cached:
+    """Look what of some files, each with its size, is in the page cache, by pieces of each; what is ``known`` to be is.
 
     A look brings nothing there. Nothing is found where the system can't tell.
     """
@@ -191,6 +195,9 @@ def cached(files: Iterable[tuple[Path, int]]) -> Cached:
     piece = memoryview(mmap.mmap(-1, PIECE))
     for path, size in files:
         total += size
+        if known(path):
+            there += size
+            continue
         with suppress(OSError, AttributeError):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:

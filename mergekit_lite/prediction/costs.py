@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mergekit_lite.checkpoint import TensorSpec
 from mergekit_lite.engine.buffers import CPU, WorkerBuffers
+from mergekit_lite.engine.fused import MadeByJob
 from mergekit_lite.engine.pool import tuned_process
 from mergekit_lite.engine.sink import Records
 from mergekit_lite.engine.span_writer import SpanWriter, chunk_of
@@ -71,6 +72,8 @@ def kind_of(job: Job) -> Hashable:
 
 
 def _encodings(spec: TensorSpec) -> Hashable:
+    if isinstance(spec.encoding, MadeByJob):
+        return kind_of(spec.encoding.job)
     return type(spec.encoding).__name__, spec.stored_dtype, spec.encoding.block
 
 
